@@ -1,0 +1,16 @@
+"""Failures that a person caused and can mend: bad input.
+
+The other kinds have their own forms: a leaf's code is an ``IntEnum`` value (``arch``), a fault is
+an exception of ``hw``, a refused system call is an ``OSError``, our own mistake is an ``assert``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SoftSgxError"]
+
+
+class SoftSgxError(Exception):
+    """Bad input, told in one line: what was wrong, where, and what to do about it.
+
+    A command prints it after ``softsgx: `` and exits with status 2.
+    """

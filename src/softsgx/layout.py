@@ -1,0 +1,214 @@
+"""Declared binary structures: a table of offsets that is checked when its class is made.
+
+A structure lists its fields with :func:`at`; reserved bytes are fields too.  A gap, an overlap or
+a size that does not come out raises :class:`LayoutError` at import, so a layout that loads is a
+layout that adds up.  All integers are little-endian, as everything in the SDM is.
+
+This module knows nothing of SGX.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, ClassVar, Generic, Self, TypeVar, dataclass_transform, overload
+
+__all__ = [
+    "U8",
+    "U16",
+    "U32",
+    "U64",
+    "FieldType",
+    "LayoutError",
+    "Nested",
+    "Raw",
+    "Structure",
+    "at",
+]
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Structure")
+
+
+class LayoutError(TypeError):
+    """A declared structure has a gap, an overlap or the wrong size."""
+
+
+class FieldType(Generic[T]):
+    """How one field is stored.
+
+    Attributes:
+        size: bytes it takes.
+        code: its ``struct`` format without byte order.
+    """
+
+    size: int
+    code: str
+
+    def blank(self) -> T:
+        """Return the value of all-zero bytes, not shared with anyone."""
+        raise NotImplementedError
+
+    def to_wire(self, value: T) -> Any:
+        """Return what ``struct.pack`` takes for ``value``."""
+        return value
+
+    def from_wire(self, wire: Any) -> T:
+        """Return the value of what ``struct.unpack`` gave."""
+        value: T = wire
+        return value
+
+
+class _Unsigned(FieldType[int]):
+    def __init__(self, size: int, code: str) -> None:
+        self.size, self.code = size, code
+
+    def blank(self) -> int:
+        return 0
+
+
+U8 = _Unsigned(1, "B")
+U16 = _Unsigned(2, "H")
+U32 = _Unsigned(4, "I")
+U64 = _Unsigned(8, "Q")
+
+
+class Raw(FieldType[bytes]):
+    """``size`` bytes, uninterpreted: digests, keys, big numbers, reserved space."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.code = size, f"{size}s"
+
+    def blank(self) -> bytes:
+        """Return ``size`` zero bytes."""
+        return bytes(self.size)
+
+    def to_wire(self, value: bytes) -> bytes:
+        """Return ``value``; ``struct`` would silently pad or cut a wrong length."""
+        if len(value) != self.size:
+            raise ValueError(f"field takes {self.size} bytes, got {len(value)}")
+        return bytes(value)
+
+
+class Nested(FieldType[S]):
+    """Another structure in place."""
+
+    def __init__(self, structure: type[S]) -> None:
+        self.structure = structure
+        self.size, self.code = structure.SIZE, f"{structure.SIZE}s"
+
+    def blank(self) -> S:
+        """Return a structure of zero bytes."""
+        return self.structure.unpack(bytes(self.size))
+
+    def to_wire(self, value: S) -> bytes:
+        """Return the packed structure."""
+        return value.pack()
+
+    def from_wire(self, wire: bytes) -> S:
+        """Return the unpacked structure."""
+        return self.structure.unpack(wire)
+
+
+class _Field(Generic[T]):
+    """One row of the table; the descriptor of an instance's attribute."""
+
+    def __init__(self, offset: int, kind: FieldType[T], default: T | None) -> None:
+        self.offset, self.kind, self.default = offset, kind, default
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+
+@overload
+def at(offset: int, kind: FieldType[T]) -> T: ...
+@overload
+def at(offset: int, kind: FieldType[T], *, default: T) -> T: ...
+def at(offset: int, kind: FieldType[T], *, default: T | None = None) -> Any:
+    """Declare a field ``offset`` bytes into the structure.
+
+    A field left out when an instance is made has ``default``, or all-zero bytes.
+    """
+    return _Field(offset, kind, default)
+
+
+@dataclass_transform(field_specifiers=(at,), kw_only_default=True, eq_default=True)
+class Structure:
+    """Base of declared structures: ``class Pcmd(Structure, size=128, align=128)``.
+
+    Instances are mutable records compared by value.
+
+    Attributes:
+        SIZE: bytes it takes.
+        ALIGN: the alignment the manual asks of its address, in bytes.
+    """
+
+    SIZE: ClassVar[int] = 0
+    ALIGN: ClassVar[int] = 1
+    OFFSETS: ClassVar[dict[str, int]] = {}
+    _fields: ClassVar[tuple[_Field[Any], ...]] = ()
+    _codec: ClassVar[struct.Struct]
+
+    def __init_subclass__(cls, *, size: int, align: int = 1) -> None:
+        """Check the table; raise :class:`LayoutError` where it does not add up."""
+        super().__init_subclass__()
+        fields = [value for value in vars(cls).values() if isinstance(value, _Field)]
+        end = 0
+        for field in fields:
+            if field.offset != end:
+                kind = "gap before" if field.offset > end else "overlap at"
+                raise LayoutError(f"{cls.__name__}: {kind} {field.name}: {end} -> {field.offset}")
+            end = field.offset + field.kind.size
+        if end != size:
+            raise LayoutError(f"{cls.__name__}: fields end at {end}, declared size is {size}")
+        for field in fields:
+            delattr(cls, field.name)
+        cls.SIZE, cls.ALIGN = size, align
+        cls.OFFSETS = {field.name: field.offset for field in fields}
+        cls._fields = tuple(fields)
+        cls._codec = struct.Struct("<" + "".join(field.kind.code for field in fields))
+
+    def __init__(self, **values: Any) -> None:
+        for field in self._fields:
+            if field.name in values:
+                value = values.pop(field.name)
+            else:
+                value = field.kind.blank() if field.default is None else field.default
+            setattr(self, field.name, value)
+        if values:
+            raise TypeError(f"{type(self).__name__} has no field {next(iter(values))!r}")
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:
+        """Read one from ``data`` at ``offset``; ``struct.error`` when it is too short."""
+        wires = cls._codec.unpack_from(data, offset)
+        self = cls.__new__(cls)
+        for field, wire in zip(cls._fields, wires, strict=True):
+            setattr(self, field.name, field.kind.from_wire(wire))
+        return self
+
+    def pack(self) -> bytes:
+        """Return its ``SIZE`` bytes."""
+        return self._codec.pack(
+            *(field.kind.to_wire(getattr(self, field.name)) for field in self._fields)
+        )
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with some fields changed."""
+        own = {field.name: getattr(self, field.name) for field in self._fields}
+        return type(self)(**{**own, **values})
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.pack() == other.pack()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable records have no hash
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in self._fields
+            if getattr(self, field.name) != field.kind.blank()
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"

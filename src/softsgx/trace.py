@@ -1,0 +1,37 @@
+"""Events: what happened, as small frozen dataclasses handed to whoever listens.
+
+A layer never prints and never logs; it hands an event to the :class:`Tracer` it was given.  With
+nobody listening the tracer is ``None`` and an event is not even made, so the price is one test.
+Each layer declares its own event classes beside the code that emits them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+__all__ = ["Event", "Tracer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events.
+
+    Attributes:
+        NAME: what it is called in text form, ``subsystem:event`` as in Linux (``sgx:ewb``).
+    """
+
+    NAME: ClassVar[str] = "softsgx:event"
+
+    def line(self) -> str:
+        """Return ``name: key=value …``, the form of a Linux trace line."""
+        fields = " ".join(f"{key}={_text(getattr(self, key))}" for key in self.__slots__)
+        return f"{self.NAME}: {fields}"
+
+
+Tracer: TypeAlias = Callable[[Event], None]
+
+
+def _text(value: object) -> str:
+    return f"{value:#x}" if type(value) is int and value > 9 else str(value)
