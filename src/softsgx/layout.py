@@ -10,7 +10,7 @@ This module knows nothing of SGX.
 from __future__ import annotations
 
 import struct
-from typing import Any, ClassVar, Generic, Self, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 __all__ = [
     "U8",
@@ -120,10 +120,6 @@ class _Field(Generic[T]):
         self.name = name
 
 
-@overload
-def at(offset: int, kind: FieldType[T]) -> T: ...
-@overload
-def at(offset: int, kind: FieldType[T], *, default: T) -> T: ...
 def at(offset: int, kind: FieldType[T], *, default: T | None = None) -> Any:
     """Declare a field ``offset`` bytes into the structure.
 
@@ -132,7 +128,6 @@ def at(offset: int, kind: FieldType[T], *, default: T | None = None) -> Any:
     return _Field(offset, kind, default)
 
 
-@dataclass_transform(field_specifiers=(at,), kw_only_default=True, eq_default=True)
 class Structure:
     """Base of declared structures: ``class Pcmd(Structure, size=128, align=128)``.
 

@@ -26,7 +26,8 @@ class Event:
 
     def line(self) -> str:
         """Return ``name: key=value …``, the form of a Linux trace line."""
-        fields = " ".join(f"{key}={_text(getattr(self, key))}" for key in self.__slots__)
+        names: tuple[str, ...] = self.__slots__
+        fields = " ".join(f"{key}={_text(getattr(self, key))}" for key in names)
         return f"{self.NAME}: {fields}"
 
 

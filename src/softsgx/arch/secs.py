@@ -1,0 +1,105 @@
+"""The enclave's control structure and the bits that it is made of.
+
+Source:
+    SDM vol. 3D, "SGX Enclave Control Structure (SECS)", "ATTRIBUTES", "MISCSELECT".
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+from softsgx.layout import U8, U16, U32, U64, Nested, Raw, Structure, at
+
+__all__ = ["Attributes", "AttributesFlags", "CetAttributes", "MiscSelect", "Secs", "Xfrm"]
+
+
+class AttributesFlags(IntFlag):
+    """ATTRIBUTES bits 63:0."""
+
+    INIT = 1 << 0
+    DEBUG = 1 << 1
+    MODE64BIT = 1 << 2
+    PROVISIONKEY = 1 << 4
+    EINITTOKENKEY = 1 << 5
+    CET = 1 << 6
+    KSS = 1 << 7
+    AEXNOTIFY = 1 << 10
+
+
+class Xfrm(IntFlag):
+    """XSAVE components that ATTRIBUTES.XFRM and XCR0 name."""
+
+    X87 = 1 << 0
+    SSE = 1 << 1
+    AVX = 1 << 2
+    BNDREGS = 1 << 3
+    BNDCSR = 1 << 4
+    OPMASK = 1 << 5
+    ZMM_HI256 = 1 << 6
+    HI16_ZMM = 1 << 7
+    PKRU = 1 << 9
+    TILECFG = 1 << 17
+    TILEDATA = 1 << 18
+
+
+class MiscSelect(IntFlag):
+    """MISCSELECT: what an asynchronous exit writes below GPRSGX."""
+
+    EXINFO = 1
+    CPINFO = 2
+
+
+class CetAttributes(IntFlag):
+    """CET_ATTRIBUTES; bits 1:0 are the shadow stack's, 5:2 indirect branch tracking's."""
+
+    SH_STK_EN = 1 << 0
+    WR_SHSTK_EN = 1 << 1
+    ENDBR_EN = 1 << 2
+    LEG_IW_EN = 1 << 3
+    NO_TRACK_EN = 1 << 4
+    SUPPRESS_DIS = 1 << 5
+    SHADOW_STACK = 0x03
+    BRANCH_TRACKING = 0x3C
+    RESERVED = 0xC0
+
+
+class Attributes(Structure, size=16):
+    """ATTRIBUTES: flags and XFRM.
+
+    Source:
+        SDM vol. 3D, "ATTRIBUTES".
+    """
+
+    flags: int = at(0, U64)
+    xfrm: int = at(8, U64)
+
+
+class Secs(Structure, size=4096, align=4096):
+    """SGX Enclave Control Structure: the part that ECREATE takes and the manual names.
+
+    Attributes:
+        size: bytes of the enclave's linear range, a power of two.
+        base: where that range begins, a multiple of ``size``.
+        ssa_frame_size: pages of one SSA frame.
+
+    Source:
+        SDM vol. 3D, "SGX Enclave Control Structure (SECS)".
+    """
+
+    size: int = at(0, U64)
+    base: int = at(8, U64)
+    ssa_frame_size: int = at(16, U32)
+    miscselect: int = at(20, U32)
+    cet_leg_bitmap_offset: int = at(24, U64)
+    cet_attributes: int = at(32, U8)
+    reserved1: bytes = at(33, Raw(15))
+    attributes: Attributes = at(48, Nested(Attributes))
+    mrenclave: bytes = at(64, Raw(32))
+    reserved2: bytes = at(96, Raw(32))
+    mrsigner: bytes = at(128, Raw(32))
+    reserved3: bytes = at(160, Raw(32))
+    config_id: bytes = at(192, Raw(64))
+    isv_prod_id: int = at(256, U16)
+    isv_svn: int = at(258, U16)
+    config_svn: int = at(260, U16)
+    reserved4: bytes = at(262, Raw(3834))

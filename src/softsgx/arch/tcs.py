@@ -1,0 +1,158 @@
+"""Thread control structures, SSA frames and what an asynchronous exit leaves in them.
+
+Source:
+    SDM vol. 3D, "Thread Control Structure (TCS)", "State Save Area (SSA) Frame".
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+from softsgx.layout import U8, U32, U64, Raw, Structure, at
+
+__all__ = [
+    "EXINFO_BYTES",
+    "GPRSGX_BYTES",
+    "TCS_ACTIVE",
+    "TCS_INACTIVE",
+    "TCS_LIMIT_BYTES",
+    "TCS_LIMIT_CET_BYTES",
+    "XSAVE_LEGACY_BYTES",
+    "ExInfo",
+    "ExitType",
+    "GprSgx",
+    "Tcs",
+    "TcsFlags",
+    "Vector",
+]
+
+TCS_INACTIVE, TCS_ACTIVE = 0, 1
+TCS_LIMIT_BYTES = 72  # what EDBGRD may read of a TCS
+TCS_LIMIT_CET_BYTES = 88
+XSAVE_LEGACY_BYTES = 576  # legacy region and header: an XSAVE area with XFRM = 3
+
+
+class TcsFlags(IntFlag):
+    """TCS.FLAGS; every other bit is reserved."""
+
+    DBGOPTIN = 1
+    AEXNOTIFY = 2
+
+
+class Tcs(Structure, size=4096, align=4096):
+    """Thread Control Structure.
+
+    Attributes:
+        state: ``TCS_INACTIVE`` or ``TCS_ACTIVE``.
+        ossa: offset of the SSA stack from the enclave's base, page aligned.
+        cssa: index of the frame that the next entry or exit uses.
+        nssa: frames there are.
+        oentry: offset of the entry point from the base.
+        aep: asynchronous exit pointer of the last entry.
+        ocetssa: CET only; zero in every enclave without CET.
+        prevssp: CET only.
+
+    Source:
+        SDM vol. 3D, "Thread Control Structure (TCS)"; the two CET fields' offsets are from
+        public headers.
+    """
+
+    state: int = at(0, U64)
+    flags: int = at(8, U64)
+    ossa: int = at(16, U64)
+    cssa: int = at(24, U32)
+    nssa: int = at(28, U32)
+    oentry: int = at(32, U64)
+    aep: int = at(40, U64)
+    ofs_base: int = at(48, U64)
+    ogs_base: int = at(56, U64)
+    fs_limit: int = at(64, U32)
+    gs_limit: int = at(68, U32)
+    ocetssa: int = at(72, U64)
+    prevssp: int = at(80, U64)
+    reserved: bytes = at(88, Raw(4008))
+
+
+class Vector(IntEnum):
+    """Exception vectors."""
+
+    DE = 0
+    DB = 1
+    NMI = 2
+    BP = 3
+    OF = 4
+    BR = 5
+    UD = 6
+    NM = 7
+    DF = 8
+    GP = 13
+    PF = 14
+    MF = 16
+    AC = 17
+    MC = 18
+    XM = 19
+    VE = 20
+    CP = 21
+
+
+class ExitType(IntEnum):
+    """GPRSGX.EXITINFO.EXIT_TYPE."""
+
+    HARDWARE = 3
+    SOFTWARE = 6
+
+
+class GprSgx(Structure, size=184, align=8):
+    """The last 184 bytes of an SSA frame: the registers of an interrupted enclave.
+
+    Attributes:
+        exitinfo: vector in 7:0, type in 10:8, valid in 31.
+        aexnotify: bit 0 asks ERESUME to enter afresh.
+
+    Source:
+        SDM vol. 3D, "GPRSGX Region".
+    """
+
+    rax: int = at(0, U64)
+    rcx: int = at(8, U64)
+    rdx: int = at(16, U64)
+    rbx: int = at(24, U64)
+    rsp: int = at(32, U64)
+    rbp: int = at(40, U64)
+    rsi: int = at(48, U64)
+    rdi: int = at(56, U64)
+    r8: int = at(64, U64)
+    r9: int = at(72, U64)
+    r10: int = at(80, U64)
+    r11: int = at(88, U64)
+    r12: int = at(96, U64)
+    r13: int = at(104, U64)
+    r14: int = at(112, U64)
+    r15: int = at(120, U64)
+    rflags: int = at(128, U64)
+    rip: int = at(136, U64)
+    ursp: int = at(144, U64)
+    urbp: int = at(152, U64)
+    exitinfo: int = at(160, U32)
+    reserved: bytes = at(164, Raw(3))
+    aexnotify: int = at(167, U8)
+    fs_base: int = at(168, U64)
+    gs_base: int = at(176, U64)
+
+
+GPRSGX_BYTES = GprSgx.SIZE
+
+
+class ExInfo(Structure, size=16, align=8):
+    """MISC.EXINFO: the address and code of a #PF or #GP inside the enclave.
+
+    Source:
+        SDM vol. 3D, "EXINFO Structure".
+    """
+
+    maddr: int = at(0, U64)
+    errcd: int = at(8, U32)
+    reserved: int = at(12, U32)
+
+
+EXINFO_BYTES = ExInfo.SIZE

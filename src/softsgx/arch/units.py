@@ -1,0 +1,33 @@
+"""Sizes, addresses and small arithmetic that every other table uses."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+__all__ = [
+    "PAGE_BYTES",
+    "PAGE_SHIFT",
+    "EpcAddr",
+    "LinAddr",
+    "is_canonical",
+    "page_of",
+]
+
+PAGE_SHIFT = 12
+PAGE_BYTES = 1 << PAGE_SHIFT
+
+LinAddr = NewType("LinAddr", int)
+"""A linear address: what an instruction names, before paging."""
+
+EpcAddr = NewType("EpcAddr", int)
+"""The physical address of an EPC page, 4096-byte aligned."""
+
+
+def page_of(address: int) -> int:
+    """Return ``address`` with its low 12 bits cleared."""
+    return address & ~(PAGE_BYTES - 1)
+
+
+def is_canonical(address: int) -> bool:
+    """Return whether a 64-bit address is canonical for 48 bits: bits 63:47 all equal."""
+    return address >> 47 in (0, 0x1FFFF)
