@@ -1,0 +1,287 @@
+"""The build plan: what every enclave file is reduced to.
+
+A plan is the SECS fields that are measured and an ordered list of *runs*: pages that follow each
+other and share SECINFO, content rule and chunk mask.  Its order is the order of EADD, hence of the
+hash.  Pages of zeros and of a repeated word are never made before someone asks for one, so a plan
+with a terabyte of heap costs as much as one with a page.
+
+A plan that exists is one EADD would accept: aligned, inside the enclave, without overlap, with
+a page type and rights the instruction takes.  What a *file format* allows beyond that is the
+readers' business.
+
+Source:
+    SDM vol. 3D, "EADD", "EEXTEND", Operation.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from softsgx.arch import CHUNKS_PER_PAGE, PAGE_BYTES, PageType, SecInfoFlags
+from softsgx.errors import SoftSgxError
+
+__all__ = [
+    "MASK_ALL",
+    "MASK_NONE",
+    "SECINFO_R",
+    "SECINFO_RW",
+    "SECINFO_RWX",
+    "SECINFO_RX",
+    "SECINFO_TCS",
+    "ZERO",
+    "Buffer",
+    "Data",
+    "Fill",
+    "Page",
+    "Plan",
+    "Run",
+    "Source",
+    "lay",
+]
+
+Buffer = bytes | bytearray | memoryview
+
+MASK_ALL = (1 << CHUNKS_PER_PAGE) - 1
+MASK_NONE = 0
+
+SECINFO_R = PageType.REG << 8 | SecInfoFlags.R.value
+SECINFO_RW = SECINFO_R | SecInfoFlags.W.value
+SECINFO_RX = SECINFO_R | SecInfoFlags.X.value
+SECINFO_RWX = SECINFO_RW | SecInfoFlags.X.value
+SECINFO_TCS = PageType.TCS << 8
+
+_ADDABLE = {PageType.TCS, PageType.REG, PageType.SS_FIRST, PageType.SS_REST}
+_SMALLEST_SECS_SIZE = 8192
+_LARGEST_SECS_SIZE = 1 << 56  # no processor has more linear addresses: SECS.SIZE cannot pass it
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Pages whose bytes are there.
+
+    Attributes:
+        view: a whole number of pages.
+    """
+
+    view: memoryview
+
+    def page(self, index: int) -> memoryview:
+        """Return the 4096 bytes of page ``index``, not copied."""
+        return self.view[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Pages that repeat one 32-bit little-endian word.
+
+    Attributes:
+        word: what they repeat; 0 for pages of zeros.
+    """
+
+    word: int = 0
+
+    def page(self, index: int) -> bytes:
+        """Return 4096 bytes, the same object for every page of zeros."""
+        if self.word == 0:
+            return _ZERO_PAGE
+        return struct.pack("<I", self.word) * (PAGE_BYTES // 4)
+
+
+_ZERO_PAGE = bytes(PAGE_BYTES)
+ZERO = Fill(0)
+Source = Data | Fill
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a plan.
+
+    Attributes:
+        offset: bytes from BASEADDR.
+        flags: SECINFO.FLAGS.
+        data: its 4096 bytes.
+        mask: bit i: EEXTEND chunk i.
+    """
+
+    offset: int
+    flags: int
+    data: bytes | memoryview
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pages that follow each other and are added alike.
+
+    Attributes:
+        offset: bytes from BASEADDR to the first page.
+        pages: how many.
+        flags: SECINFO.FLAGS of each.
+        source: where their bytes come from.
+        mask: which 256-byte chunks of each page EEXTEND measures: bit i, chunk i.
+        label: what the file calls them; for people only.
+    """
+
+    offset: int
+    pages: int
+    flags: int
+    source: Source = ZERO
+    mask: int = MASK_ALL
+    label: str = field(default="", compare=False)
+
+    @property
+    def end(self) -> int:
+        """Return the offset behind the last page."""
+        return self.offset + self.pages * PAGE_BYTES
+
+    @property
+    def page_type(self) -> int:
+        """Return SECINFO's page type."""
+        return self.flags >> 8 & 0xFF
+
+    @property
+    def is_tcs(self) -> bool:
+        """Return whether the pages are thread control structures."""
+        return self.page_type == PageType.TCS
+
+    def page(self, index: int) -> Page:
+        """Return page ``index`` of the run."""
+        assert 0 <= index < self.pages, f"page {index} of a run of {self.pages}"
+        return Page(
+            self.offset + index * PAGE_BYTES, self.flags, self.source.page(index), self.mask
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """ECREATE's measured operands and the pages, in the order in which they are added.
+
+    Attributes:
+        size: SECS.SIZE in bytes, a power of two.
+        runs: the pages.
+        ssa_frame_size: SECS.SSAFRAMESIZE in pages.
+        base: the BASEADDR that the file insists on, or None when any aligned one does.
+
+    Raises:
+        SoftSgxError: EADD or ECREATE would refuse the plan.
+    """
+
+    size: int
+    runs: tuple[Run, ...] = ()
+    ssa_frame_size: int = 1
+    base: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what the instructions would."""
+        if not _SMALLEST_SECS_SIZE <= self.size <= _LARGEST_SECS_SIZE or self.size & (
+            self.size - 1
+        ):
+            raise SoftSgxError(
+                f"plan: enclave size {self.size:#x} is not a power of two from 0x2000 to 2**56"
+            )
+        if not 0 < self.ssa_frame_size < 1 << 32:
+            raise SoftSgxError(
+                f"plan: SSA frame size of {self.ssa_frame_size} pages; it takes 1 to 2**32-1"
+            )
+        if self.base is not None and (self.base % self.size or self.base < 0):
+            raise SoftSgxError(
+                f"plan: base {self.base:#x} is not a multiple of the size {self.size:#x}"
+            )
+        for run in self.runs:
+            _check_run(run, self.size)
+        _check_overlap(self.runs)
+
+    @property
+    def page_count(self) -> int:
+        """Return how many pages are added."""
+        return sum(run.pages for run in self.runs)
+
+    @property
+    def tcs(self) -> tuple[int, ...]:
+        """Return the offsets of the TCS pages, in plan order."""
+        return tuple(
+            run.offset + index * PAGE_BYTES
+            for run in self.runs
+            if run.is_tcs
+            for index in range(run.pages)
+        )
+
+    def pages(self) -> Iterator[Page]:
+        """Yield the pages one by one, in the order of EADD."""
+        for run in self.runs:
+            for index in range(run.pages):
+                yield run.page(index)
+
+    def find(self, offset: int) -> Run | None:
+        """Return the run that holds the page at ``offset``, or None for a hole."""
+        for run in self.runs:
+            if run.offset <= offset < run.end:
+                return run
+        return None
+
+
+def _check_run(run: Run, size: int) -> None:
+    where = f"plan: pages at {run.offset:#x}" + (f" ({run.label})" if run.label else "")
+    if run.pages <= 0 or run.offset < 0 or run.offset % PAGE_BYTES:
+        raise SoftSgxError(f"{where}: {run.pages} pages; offsets are page aligned, counts positive")
+    if run.end > size:
+        raise SoftSgxError(f"{where}: end at {run.end:#x}, behind the enclave's size {size:#x}")
+    if isinstance(run.source, Data):
+        have = run.source.view.nbytes
+        assert have == run.pages * PAGE_BYTES, f"{have} bytes for {run.pages} pages"
+    elif not 0 <= run.source.word < 1 << 32:
+        raise SoftSgxError(f"{where}: fill word {run.source.word:#x} has more than 32 bits")
+    if not 0 <= run.mask <= MASK_ALL:
+        raise SoftSgxError(f"{where}: chunk mask {run.mask:#x} has more than 16 bits")
+    rights = run.flags & SecInfoFlags.RWX
+    if run.flags & ~(SecInfoFlags.RWX | SecInfoFlags.TYPE_MASK) or run.page_type not in _ADDABLE:
+        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x} are none that EADD takes")
+    if run.is_tcs and rights:
+        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a TCS has no R, W or X")
+    if rights & SecInfoFlags.W and not rights & SecInfoFlags.R:
+        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: W needs R")
+
+
+def _check_overlap(runs: tuple[Run, ...]) -> None:
+    """Refuse two runs that share a page."""
+    ordered = sorted(runs, key=lambda run: run.offset)
+    for before, after in pairwise(ordered):
+        if after.offset < before.end:
+            raise SoftSgxError(
+                f"plan: pages at {after.offset:#x} overlap those from {before.offset:#x} "
+                f"to {before.end:#x}; each page can be added once"
+            )
+
+
+def lay(
+    offset: int, data: Buffer, flags: int, *, mask: int = MASK_ALL, label: str = ""
+) -> list[Run]:
+    """Return runs for ``data`` at any ``offset``: whole pages uncopied, partial ones zero-filled.
+
+    Args:
+        offset: bytes from BASEADDR; need not be page aligned.
+        data: any number of bytes; none gives no run.
+        flags: SECINFO.FLAGS.
+        mask: chunks to measure in each page.
+        label: what the file calls them.
+    """
+    view = memoryview(data).cast("B").toreadonly()
+    runs: list[Run] = []
+
+    def add(at: int, content: memoryview) -> None:
+        runs.append(Run(at, content.nbytes // PAGE_BYTES, flags, Data(content), mask, label))
+
+    lead = offset % PAGE_BYTES
+    if lead and view.nbytes:
+        head, view = view[: PAGE_BYTES - lead], view[PAGE_BYTES - lead :]
+        add(offset - lead, memoryview((bytes(lead) + bytes(head)).ljust(PAGE_BYTES, b"\0")))
+        offset += PAGE_BYTES - lead
+    whole = view.nbytes // PAGE_BYTES * PAGE_BYTES
+    if whole:
+        add(offset, view[:whole])
+    if view.nbytes > whole:
+        add(offset + whole, memoryview(bytes(view[whole:]).ljust(PAGE_BYTES, b"\0")))
+    return runs
