@@ -1,0 +1,60 @@
+"""The silicon: EPC, EPCM, logical processors, keys, and every leaf.
+
+The only package that can read or write the bytes of an EPC page; it knows no operating system.
+"""
+
+from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
+from softsgx.hw.faults import (
+    ControlProtection,
+    DeviceNotAvailable,
+    Fault,
+    GeneralProtection,
+    PageFault,
+    TsxAbort,
+    UndefinedOpcode,
+    VmExit,
+)
+from softsgx.hw.leaves import Leaves
+from softsgx.hw.machine import Machine
+from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Translation
+from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
+from softsgx.hw.store import DictStore, PageStore
+
+__all__ = [
+    "DEFAULT_EPC_BASE",
+    "EXECUTE",
+    "READ",
+    "WRITE",
+    "AddressSpace",
+    "AsynchronousExit",
+    "Buffer",
+    "ControlProtection",
+    "DeviceNotAvailable",
+    "DictStore",
+    "DirectMap",
+    "EnclaveMode",
+    "EpcPage",
+    "EpcSection",
+    "Fault",
+    "GeneralProtection",
+    "LeafDone",
+    "Leaves",
+    "LogicalProcessor",
+    "Machine",
+    "MachineConfig",
+    "PageFault",
+    "PageInfoArgs",
+    "PageStore",
+    "PageTables",
+    "PowerLost",
+    "Ram",
+    "Ref",
+    "Registers",
+    "Translation",
+    "TsxAbort",
+    "UndefinedOpcode",
+    "VmExit",
+]

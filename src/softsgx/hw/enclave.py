@@ -1,0 +1,166 @@
+"""A resident SECS: the enclave as the processor knows it.
+
+The object exists while its SECS page is in the EPC.  On EWB it becomes 4096 bytes, hidden fields
+included, and on ELDU an equal object is made of them; only the tracking state starts afresh, and
+a measurement that is not finished waits in the machine under the enclave's EID, since a SHA-256
+state has no bytes here.
+
+Source:
+    SDM vol. 3D, "SGX Enclave Control Structure (SECS)", and the fields that the leaves'
+    Operation sections use beyond it.
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
+from softsgx.layout import U8, U16, U32, U64, Nested, Raw, Structure, at
+
+__all__ = ["Enclave", "SecsImage"]
+
+
+class SecsImage(Structure, size=4096, align=4096):
+    """A SECS with its hidden fields, as it stands in an evicted page.
+
+    Deviation: the place of hidden fields is implementation-specific; this one is ours.
+    """
+
+    size: int = at(0, U64)
+    base: int = at(8, U64)
+    ssa_frame_size: int = at(16, U32)
+    miscselect: int = at(20, U32)
+    cet_leg_bitmap_offset: int = at(24, U64)
+    cet_attributes: int = at(32, U8)
+    reserved1: bytes = at(33, Raw(15))
+    attributes: Attributes = at(48, Nested(Attributes))
+    mrenclave: bytes = at(64, Raw(32))
+    reserved2: bytes = at(96, Raw(32))
+    mrsigner: bytes = at(128, Raw(32))
+    reserved3: bytes = at(160, Raw(32))
+    config_id: bytes = at(192, Raw(64))
+    isv_prod_id: int = at(256, U16)
+    isv_svn: int = at(258, U16)
+    config_svn: int = at(260, U16)
+    reserved4: bytes = at(262, Raw(2))
+    eid: int = at(264, U64)
+    context: int = at(272, U64)
+    virt_children: int = at(280, U64)
+    isv_ext_prod_id: bytes = at(288, Raw(16))
+    isv_family_id: bytes = at(304, Raw(16))
+    padding: bytes = at(320, Raw(PADDING_BYTES))
+    unused: bytes = at(672, Raw(3424))
+
+
+class Enclave:
+    """The live state of one SECS.
+
+    Attributes:
+        eid: never reused while the machine is powered; what an evicted page's MAC binds.
+        size, base: the enclave's linear range, bytes.
+        flags, xfrm: ATTRIBUTES.
+        context: ENCLAVECONTEXT, where paging put the SECS.
+        children: CHLDCNT, valid EPC-resident pages whose ENCLAVESECS this is; EWB needs 0.
+        virt_children: VIRTCHILDCNT, children that a guest believes to be resident.
+        epoch, cur_count, prev_count: tracking; see ``tracking.py``.
+        lock_b: one of EADD, EEXTEND, EINIT is updating or closing the measurement.
+        lock_t: one of ETRACK, ETRACKC, EWB holds the tracking facility.
+        tracking: ETRACK itself is executing (EBLOCK answers ENTRYEPOCH_LOCKED).
+    """
+
+    __slots__ = (
+        "base",
+        "cet_attributes",
+        "cet_leg_bitmap_offset",
+        "children",
+        "config_id",
+        "config_svn",
+        "context",
+        "cur_count",
+        "eid",
+        "epoch",
+        "flags",
+        "isv_ext_prod_id",
+        "isv_family_id",
+        "isv_prod_id",
+        "isv_svn",
+        "lock_b",
+        "lock_t",
+        "miscselect",
+        "mrenclave",
+        "mrsigner",
+        "padding",
+        "prev_count",
+        "size",
+        "ssa_frame_size",
+        "tracking",
+        "virt_children",
+        "xfrm",
+    )
+
+    def __init__(self, secs: Secs | SecsImage, eid: int, context: int) -> None:
+        self.eid, self.context = eid, context
+        self.size, self.base = secs.size, secs.base
+        self.ssa_frame_size, self.miscselect = secs.ssa_frame_size, secs.miscselect
+        self.cet_leg_bitmap_offset = secs.cet_leg_bitmap_offset
+        self.cet_attributes = secs.cet_attributes
+        self.flags, self.xfrm = secs.attributes.flags, secs.attributes.xfrm
+        self.mrenclave, self.mrsigner = secs.mrenclave, secs.mrsigner
+        self.config_id, self.config_svn = secs.config_id, secs.config_svn
+        self.isv_prod_id, self.isv_svn = secs.isv_prod_id, secs.isv_svn
+        self.isv_ext_prod_id = self.isv_family_id = bytes(16)
+        self.padding = bytes(PADDING_BYTES)
+        self.children = self.virt_children = 0
+        self.epoch = self.cur_count = self.prev_count = 0
+        self.lock_b = self.lock_t = self.tracking = False
+
+    @property
+    def initialized(self) -> bool:
+        """ATTRIBUTES.INIT: EINIT has succeeded."""
+        return bool(self.flags & AttributesFlags.INIT)
+
+    @property
+    def mode64(self) -> bool:
+        """ATTRIBUTES.MODE64BIT."""
+        return bool(self.flags & AttributesFlags.MODE64BIT)
+
+    @property
+    def threads_inside(self) -> int:
+        """Logical processors that execute in it now."""
+        return self.cur_count + self.prev_count
+
+    def covers(self, linaddr: int) -> bool:
+        """Return whether ``linaddr`` is in the enclave's linear range (ELRANGE)."""
+        return self.base <= linaddr < self.base + self.size
+
+    def to_image(self) -> bytes:
+        """Return the 4096 bytes that leave with the page."""
+        return SecsImage(
+            size=self.size,
+            base=self.base,
+            ssa_frame_size=self.ssa_frame_size,
+            miscselect=self.miscselect,
+            cet_leg_bitmap_offset=self.cet_leg_bitmap_offset,
+            cet_attributes=self.cet_attributes,
+            attributes=Attributes(flags=self.flags, xfrm=self.xfrm),
+            mrenclave=self.mrenclave,
+            mrsigner=self.mrsigner,
+            config_id=self.config_id,
+            isv_prod_id=self.isv_prod_id,
+            isv_svn=self.isv_svn,
+            config_svn=self.config_svn,
+            eid=self.eid,
+            context=self.context,
+            virt_children=self.virt_children,
+            isv_ext_prod_id=self.isv_ext_prod_id,
+            isv_family_id=self.isv_family_id,
+            padding=self.padding,
+        ).pack()
+
+    @classmethod
+    def from_image(cls, data: bytes, context: int) -> Enclave:
+        """Return the enclave of an authenticated page image, loaded where ``context`` says."""
+        image = SecsImage.unpack(data)
+        self = cls(image, image.eid, context)
+        self.virt_children = image.virt_children
+        self.isv_ext_prod_id, self.isv_family_id = image.isv_ext_prod_id, image.isv_family_id
+        self.padding = image.padding
+        return self

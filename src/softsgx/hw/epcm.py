@@ -1,0 +1,120 @@
+"""The EPC Page Cache Map: what the processor knows of each EPC page.
+
+An :class:`EpcPage` stands for one physical page for as long as the machine lives; the fields of
+its EPCM entry come and go.  Only the leaves and the access checks of this package look inside.
+
+Source:
+    SDM vol. 3D, "Enclave Page Cache Map (EPCM)".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softsgx.arch import VA_SLOTS, EpcAddr, PageType
+
+if TYPE_CHECKING:
+    from softsgx.hw.enclave import Enclave
+
+__all__ = ["EpcPage"]
+
+
+class EpcPage:
+    """One EPC page: its EPCM entry, its locks, and what only the processor keeps in it.
+
+    The bytes of REG, TCS, TRIM and SS_* pages are in the machine's page store; a SECS is an
+    :class:`~softsgx.hw.enclave.Enclave`, a VA page a list of versions, and both turn into 4096
+    bytes only on their way out.
+
+    Attributes:
+        addr: physical address.
+        valid: VALID; while it is False every other EPCM field is stale.
+        pt: PT.
+        rwx: R, W, X as SECINFO bits 2:0.
+        secs: ENCLAVESECS, the page that holds the owner's SECS; ``None`` for SECS and VA.
+        linaddr: ENCLAVEADDRESS; 0 for SECS and VA.
+        bepoch: the enclave's epoch when the page was last blocked, restricted or retyped.
+        lock: base lock; 0 free, -1 exclusive, n > 0 shared by n leaves.
+        lock_a: whether one of EACCEPT, EACCEPTCOPY, EMODPE, EMODPR, EMODT works on it.
+        enclave: of a SECS page, its enclave.
+        slots: of a VA page, its 512 versions; 0 is an empty slot.
+    """
+
+    __slots__ = (
+        "addr",
+        "bepoch",
+        "blocked",
+        "enclave",
+        "linaddr",
+        "lock",
+        "lock_a",
+        "modified",
+        "pending",
+        "pr",
+        "pt",
+        "rwx",
+        "secs",
+        "slots",
+        "valid",
+    )
+
+    def __init__(self, addr: EpcAddr) -> None:
+        self.addr = addr
+        self.lock = 0
+        self.lock_a = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Make the entry invalid and forget what the page held."""
+        self.valid = False
+        self.pt = PageType.REG
+        self.rwx = 0
+        self.secs: EpcPage | None = None
+        self.linaddr = 0
+        self.blocked = self.pending = self.modified = self.pr = False
+        self.bepoch = 0
+        self.enclave: Enclave | None = None
+        self.slots: list[int] | None = None
+
+    def fill(
+        self,
+        pt: PageType,
+        *,
+        rwx: int = 0,
+        secs: EpcPage | None = None,
+        linaddr: int = 0,
+        pending: bool = False,
+    ) -> None:
+        """Write a fresh entry; VALID last."""
+        self.pt, self.rwx, self.secs, self.linaddr = pt, rwx, secs, linaddr
+        self.blocked = self.modified = self.pr = False
+        self.pending = pending
+        self.bepoch = 0
+        self.enclave = None
+        self.slots = [0] * VA_SLOTS if pt is PageType.VA else None
+        self.valid = True
+
+    @property
+    def owner(self) -> Enclave:
+        """The enclave of a child page, or of a SECS page itself."""
+        holder = self if self.secs is None else self.secs
+        assert holder.enclave is not None, f"{self!r} belongs to no enclave"
+        return holder.enclave
+
+    def secinfo_flags(self) -> int:
+        """Return the entry as SECINFO.FLAGS: R, W, X, PENDING, MODIFIED, PR and the type."""
+        return (
+            self.pt << 8
+            | self.rwx
+            | (self.pending and 8)
+            | (self.modified and 16)
+            | (self.pr and 32)
+        )
+
+    def __repr__(self) -> str:
+        if not self.valid:
+            return f"<EPC {self.addr:#x} invalid>"
+        rights = "".join(c if self.rwx >> i & 1 else "-" for i, c in enumerate("rwx"))
+        flags = [n for n in ("blocked", "pending", "modified", "pr") if getattr(self, n)]
+        words = [self.pt.name, rights, f"{self.linaddr:#x}", *flags]
+        return f"<EPC {self.addr:#x} {' '.join(words)}>"

@@ -1,0 +1,106 @@
+"""ENCLS, ENCLV and ENCLU leaves, one file each; here the ones that operating systems use.
+
+Source:
+    SDM vol. 3D, "SGX Instruction References".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+from softsgx.arch import RdInfo, Status
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.events import LeafDone
+from softsgx.hw.faults import Fault, VmExit
+from softsgx.hw.leaves.eblock import eblock
+from softsgx.hw.leaves.eld import eldb, eldbc, eldu, elduc
+from softsgx.hw.leaves.epa import epa
+from softsgx.hw.leaves.erdinfo import erdinfo
+from softsgx.hw.leaves.eremove import eremove
+from softsgx.hw.leaves.etrack import etrack, etrackc
+from softsgx.hw.leaves.ewb import ewb
+from softsgx.hw.operands import PageInfoArgs, Ref
+from softsgx.hw.processor import LogicalProcessor
+from softsgx.trace import Tracer
+
+__all__ = ["Leaves"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Leaves:
+    """Leaves as typed functions, bound to one logical processor in kernel mode.
+
+    EPC operands are linear addresses (with the default address space: physical ones); operands in
+    ordinary memory may be given as objects.  Each attribute is the leaf's own function, whose
+    docstring says what it takes, returns and raises.
+    """
+
+    epa: Callable[[int, int], None]
+    eblock: Callable[[int], Status]
+    etrack: Callable[[int], Status]
+    etrackc: Callable[[int], Status]
+    ewb: Callable[[Ref | PageInfoArgs, int, int], Status]
+    eldb: Callable[[Ref | PageInfoArgs, int, int], Status]
+    eldu: Callable[[Ref | PageInfoArgs, int, int], Status]
+    eldbc: Callable[[Ref | PageInfoArgs, int, int], Status]
+    elduc: Callable[[Ref | PageInfoArgs, int, int], Status]
+    eremove: Callable[[int], Status]
+    erdinfo: Callable[[Ref | RdInfo, int], Status]
+
+    _LEAVES: tuple[Callable[..., Any], ...] = (
+        epa,
+        eblock,
+        etrack,
+        etrackc,
+        ewb,
+        eldb,
+        eldu,
+        eldbc,
+        elduc,
+        eremove,
+        erdinfo,
+    )
+
+    def __init__(self, cpu: LogicalProcessor) -> None:
+        self._cpu = cpu
+        self.listen(None)
+
+    def listen(self, tracer: Tracer | None) -> None:
+        """Bind every leaf, with an event at its end when somebody listens, bare otherwise."""
+        for leaf in self._LEAVES:
+            bound = leaf if tracer is None else traced(leaf, tracer)
+            setattr(self, leaf.__name__, partial(bound, self._cpu))
+
+
+def traced(leaf: Callable[P, R], tracer: Tracer) -> Callable[P, R]:
+    """Return ``leaf`` with a :class:`LeafDone` at each end, fault or not."""
+    name = leaf.__name__
+
+    @wraps(leaf)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        cpu, *operands = args
+        assert isinstance(cpu, LogicalProcessor), f"{name} without a processor"
+        addresses = [operand for operand in operands[-2:] if type(operand) is int]
+        target = addresses[0] if addresses else 0
+        eid = _eid(cpu, target)
+        try:
+            result = leaf(*args, **kwargs)
+        except (Fault, VmExit) as fault:
+            tracer(LeafDone(name, cpu.number, target, eid, str(fault)))
+            raise
+        text = result.manual_name if isinstance(result, Status) else "SGX_SUCCESS"
+        tracer(LeafDone(name, cpu.number, target, eid or _eid(cpu, target), text))
+        return result
+
+    return run
+
+
+def _eid(cpu: LogicalProcessor, target: int) -> int:
+    page: EpcPage | None = cpu.hw.pages.get(target & ~0xFFF)
+    if page is None or not page.valid or (page.secs is None and page.enclave is None):
+        return 0
+    return page.owner.eid

@@ -1,0 +1,189 @@
+"""The machine: EPC sections, the EPCM, the package's secrets, its logical processors.
+
+This is the only package that can read or write the bytes of an EPC page.  What software has of it:
+
+* ``machine.leaves``: ENCLS and ENCLV leaves as typed functions for OS code in this process;
+* ``softsgx.hw.dispatch``: the same leaves by registers, over a processor's address space;
+* ``machine.cpus``: logical processors, with ENCLU, accesses and asynchronous exits;
+* ``machine.config``: what CPUID tells.
+
+Invariants: a version is never used twice under one paging key; ``Enclave.children`` is the number
+of valid pages whose ``secs`` names it (:meth:`Machine.recount` checks); page locks are held only
+for the duration of one leaf.
+
+Source:
+    SDM vol. 3D, chapters "Introduction to Intel SGX" to "SGX Instruction References".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import count
+
+from softsgx.arch import (
+    FEATURE_CONTROL_READY,
+    EpcAddr,
+    FeatureControl,
+    PageType,
+    page_of,
+)
+from softsgx.hw.config import EpcSection, MachineConfig
+from softsgx.hw.enclave import Enclave
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.events import PowerLost
+from softsgx.hw.leaves import Leaves
+from softsgx.hw.locks import LatchedLocks, PageLocks
+from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secrets import Secrets
+from softsgx.hw.space import Ram
+from softsgx.hw.store import DictStore, PageStore
+from softsgx.runtime import Runtime
+from softsgx.trace import Tracer
+
+__all__ = ["Machine"]
+
+
+class Machine:
+    """One SGX package.
+
+    Args:
+        config: sections, features, processors.
+        runtime: where leaves may be interleaved, and the source of randomness.
+        store: where the bytes of resident pages live.
+        tracer: receives an event for each leaf; ``None`` costs nothing.
+
+    Attributes:
+        pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
+        point: ``runtime.point``; every leaf calls it once, while it holds its page locks.
+        latch: makes a commit atomic on real threads; never held across a point.
+        measurements: SHA-256 of enclaves between ECREATE and EINIT, by EID.
+        launch_key_hash: IA32_SGXLEPUBKEYHASH0–3.
+        feature_control: IA32_FEATURE_CONTROL.
+        cpusvn: CR_CPUSVN.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        runtime: Runtime,
+        *,
+        store: PageStore | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.config, self.runtime = config, runtime
+        self.store: PageStore = DictStore() if store is None else store
+        self.latch = runtime.latch()
+        self.point = runtime.point
+        self.locks = LatchedLocks(self.latch) if runtime.concurrent else PageLocks()
+        self.secrets = Secrets(runtime.random)
+        self.ram = Ram()
+        self.feature_control = int(FEATURE_CONTROL_READY)
+        if config.launch_control:
+            self.feature_control |= FeatureControl.SGX_LAUNCH_CONTROL
+        self.launch_key_hash = list(config.launch_key_hash)
+        self.cpusvn = config.cpusvn
+        self.pages: dict[int, EpcPage] = {}
+        self.measurements: dict[int, hashlib._Hash] = {}
+        self._sections = sorted(config.sections, key=lambda section: section.base)
+        self._bases = [section.base for section in self._sections]
+        self._eids = count(1)
+        self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
+        self.tracer: Tracer | None = None
+        self.leaves = Leaves(self.cpus[0])
+        self.listen(tracer)
+
+    def listen(self, tracer: Tracer | None) -> None:
+        """Hand every event from now on to ``tracer``; ``None`` stops it."""
+        self.tracer = tracer
+        self.leaves.listen(tracer)
+
+    # --- EPC ------------------------------------------------------------------------------------
+
+    def section_of(self, physical: int) -> EpcSection | None:
+        """Return the EPC section that holds a physical address."""
+        index = bisect_right(self._bases, physical) - 1
+        if index < 0:
+            return None
+        section = self._sections[index]
+        return section if physical < section.base + section.size else None
+
+    def page_at(self, physical: int) -> EpcPage | None:
+        """Return the EPC page that holds a physical address, ``None`` outside the EPC."""
+        addr = EpcAddr(page_of(physical))
+        page = self.pages.get(addr)
+        if page is None and self.section_of(addr) is not None:
+            # setdefault: two threads may come here for one page, and must leave with one object.
+            page = self.pages.setdefault(addr, EpcPage(addr))
+        return page
+
+    def ram_read(self, physical: int, size: int) -> bytes:
+        """Return bytes as software sees physical memory: ones where it is EPC."""
+        if self.section_of(physical) is not None:
+            return b"\xff" * size
+        return self.ram.read(physical, size)
+
+    def ram_write(self, physical: int, data: bytes) -> None:
+        """Store as software does: dropped where it is EPC."""
+        if self.section_of(physical) is None:
+            self.ram.write(physical, data)
+
+    def next_eid(self) -> int:
+        """Return an enclave identifier that was never used in this power cycle."""
+        return next(self._eids)
+
+    # --- power ----------------------------------------------------------------------------------
+
+    def power_transition(self) -> None:
+        """S3, S4, S5 or reset: EPC, EPCM and paging key are gone; seal keys stay.
+
+        Every processor is outside afterwards.  Evicted pages and VA trees can never be loaded
+        again, since no version of the new key ever sealed them.
+
+        Source:
+            SDM vol. 3D, "Intel SGX Interactions with S-States".
+        """
+        for page in self.pages.values():
+            assert page.lock == 0, f"{page!r} is locked by a leaf while power goes"
+            page.clear()
+        self.store.clear()
+        self.measurements.clear()
+        self.secrets.power_up()
+        self._eids = count(1)
+        for cpu in self.cpus:
+            cpu.inside = None
+            cpu.flush_tlb()
+        if self.tracer is not None:
+            self.tracer(PowerLost())
+
+    # --- slow recounts, for checkers ------------------------------------------------------------
+
+    def valid_pages(self) -> Iterator[EpcPage]:
+        """Yield every page with VALID=1."""
+        return (page for page in list(self.pages.values()) if page.valid)
+
+    def enclaves(self) -> Iterator[tuple[EpcPage, Enclave]]:
+        """Yield each resident SECS page with its enclave."""
+        for page in self.valid_pages():
+            if page.pt is PageType.SECS:
+                assert page.enclave is not None, f"{page!r} holds no enclave"
+                yield page, page.enclave
+
+    def recount(self) -> None:
+        """Compare every count with a recount from raw state; call while no leaf runs."""
+        children: dict[int, int] = {}
+        for page in self.valid_pages():
+            assert page.lock == 0 and not page.lock_a, f"{page!r} is still locked"
+            if page.secs is not None:
+                assert page.secs.valid, f"{page!r} outlived its SECS"
+                children[page.secs.addr] = children.get(page.secs.addr, 0) + 1
+        for secs, enclave in self.enclaves():
+            counted = children.pop(secs.addr, 0)
+            assert enclave.children == counted, f"CHLDCNT {enclave.children}, counted {counted}"
+            inside = [cpu for cpu in self.cpus if cpu.inside and cpu.inside.secs is secs]
+            current = sum(c.inside.entry_epoch == enclave.epoch for c in inside if c.inside)
+            assert enclave.cur_count == current, "CUR_CNT differs from the processors inside"
+            assert enclave.prev_count == len(inside) - current, "PREV_CNT differs"
+            assert not (enclave.lock_b or enclave.lock_t), "an enclave lock outlived its leaf"
+        assert not children, f"children of no SECS: {children}"

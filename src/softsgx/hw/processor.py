@@ -1,0 +1,279 @@
+"""A logical processor: registers, mode, TLB, and which enclave it is in.
+
+Source:
+    SDM vol. 3D, "Enclave Code Debug…", tables of processor-internal registers (CR_*); "Access
+    control requirements" for what a TLB miss checks (``access.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from softsgx.arch import (
+    PAGE_BYTES,
+    ConflictCode,
+    Pfec,
+    SecInfo,
+    Status,
+    VmExitReason,
+    page_of,
+)
+from softsgx.arch import PageInfo as PageInfoBytes
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
+from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
+from softsgx.hw.space import READ, WRITE, AddressSpace, DirectMap
+from softsgx.layout import Structure
+
+if TYPE_CHECKING:
+    from softsgx.hw.machine import Machine
+
+__all__ = ["EnclaveMode", "LogicalProcessor", "Registers", "Translation"]
+
+S = TypeVar("S", bound=Structure)
+
+
+@dataclass(slots=True)
+class Registers:
+    """The architectural state that entry and exit touch.
+
+    Attributes:
+        xcr0: XCR0.
+        xsave: the state that XSAVE with XCR0 would store, non-compacted form.
+    """
+
+    rax: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rbx: int = 0
+    rsp: int = 0
+    rbp: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
+    rip: int = 0
+    rflags: int = 0x202
+    fs_base: int = 0
+    gs_base: int = 0
+    xcr0: int = 3
+    xsave: bytes = bytes(576)
+
+
+@dataclass(slots=True)
+class Translation:
+    """One TLB entry: where a linear page is, and what may be done with it.
+
+    Attributes:
+        physical: page address.
+        rights: R/W/X that were granted at the miss.
+        page: the EPC page for a direct enclave access; ``None`` for ordinary memory.
+        abort: the abort page stands in for EPC: loads give ones, stores vanish.
+    """
+
+    physical: int
+    rights: int
+    page: EpcPage | None = None
+    abort: bool = False
+
+
+@dataclass(slots=True)
+class EnclaveMode:
+    """What a processor keeps while it is inside an enclave (CR_ACTIVE_SECS and companions).
+
+    Attributes:
+        secs: CR_ACTIVE_SECS.
+        tcs: CR_TCS_PA, the page; its linear address is ``tcs_linaddr``.
+        entry_epoch: the enclave's epoch at entry; see ``tracking.py``.
+        gpr: (EPC page, offset) of the frame's GPRSGX: CR_GPR_PA.
+        xsave_pages: EPC pages of the frame's XSAVE area, in order: CR_XSAVE_PAGE_n.
+        saved_*: outside state that exit restores.
+    """
+
+    secs: EpcPage
+    tcs: EpcPage
+    tcs_linaddr: int
+    entry_epoch: int
+    gpr: tuple[EpcPage, int]
+    xsave_pages: list[EpcPage]
+    dbgoptin: bool
+    saved_fs_base: int
+    saved_gs_base: int
+    saved_xcr0: int
+    saved_tf: bool
+
+
+@dataclass
+class LogicalProcessor:
+    """One logical processor of a machine.
+
+    Attributes:
+        hw: its machine.
+        number: which one it is.
+        regs: registers; an engine loads and stores them around leaves.
+        space: the address space in force (CR3).
+        cpl: current privilege level.
+        mode64: IA32_EFER.LMA and CS.L; otherwise 32-bit protected mode.
+        cr0_ts, cr0_ne, paging: CR0.TS, CR0.NE, CR0.PG.
+        cr4_osfxsr, cr4_osxsave, cr4_cet: CR4 bits.
+        real_mode: real, virtual-8086 or system-management mode.
+        in_tsx: inside a transaction.
+        vmx_operation: VMXON was done (ENCLV needs it).
+        vmx_nonroot: it runs a guest.
+        epc_virtualization: the guest runs with "EPC virtualization extensions": conflicts become
+            VM exits.
+        encls_exiting, enclv_exiting: exiting bitmaps, bit n for leaf n; -1 stands for the
+            control being off.
+        event_pending: an unmasked event that EINIT notices.
+        inside: enclave mode; ``None`` outside.
+        tlb: translations by linear page.
+    """
+
+    hw: Machine
+    number: int
+    regs: Registers = field(default_factory=Registers)
+    space: AddressSpace = field(default_factory=DirectMap)
+    cpl: int = 0
+    mode64: bool = True
+    cr0_ts: bool = False
+    cr0_ne: bool = True
+    paging: bool = True
+    cr4_osfxsr: bool = True
+    cr4_osxsave: bool = True
+    cr4_cet: bool = False
+    real_mode: bool = False
+    in_tsx: bool = False
+    vmx_operation: bool = False
+    vmx_nonroot: bool = False
+    epc_virtualization: bool = False
+    encls_exiting: int = -1
+    enclv_exiting: int = -1
+    event_pending: bool = False
+    inside: EnclaveMode | None = None
+    tlb: dict[int, Translation] = field(default_factory=dict)
+
+    def resolve(self, linaddr: int) -> EpcPage:
+        """Return the EPC page that holds ``linaddr``: the manual's "resolves within an EPC".
+
+        Raises:
+            PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
+        """
+        # The kernel's own mapping needs no walk; it is the hot path of all OS code.
+        physical = linaddr & -PAGE_BYTES
+        if type(self.space) is not DirectMap:
+            user = self.cpl == 3
+            physical = page_of(self.space.translate(linaddr, READ, user=user))
+        page = self.hw.pages.get(physical)
+        if page is not None:
+            return page
+        page = self.hw.page_at(physical)
+        if page is None:
+            raise PageFault(linaddr, Pfec.P | Pfec.SGX | (Pfec.U if self.cpl == 3 else 0))
+        return page
+
+    def read(self, ref: Ref, size: int) -> Buffer:
+        """Return ``size`` bytes of ordinary memory; an object gives its own."""
+        if type(ref) is not int:
+            assert len(ref) == size, f"operand of {len(ref)} bytes, the leaf reads {size}"  # type: ignore[arg-type]
+            return ref  # type: ignore[return-value]
+        parts = [
+            self.hw.ram_read(self.space.translate(at, READ, user=self.cpl == 3), length)
+            for at, length in _split(ref, size)
+        ]
+        return b"".join(parts)
+
+    def write(self, ref: Ref, data: Buffer) -> None:
+        """Store ``data`` to ordinary memory, or into the object's first bytes."""
+        if type(ref) is not int:
+            memoryview(ref)[: len(data)] = data  # type: ignore[arg-type]
+            return
+        done = 0
+        for at, length in _split(ref, len(data)):
+            physical = self.space.translate(at, WRITE, user=self.cpl == 3)
+            self.hw.ram_write(physical, bytes(data[done : done + length]))
+            done += length
+
+    def probe_write(self, ref: Ref, size: int) -> None:
+        """Raise the page fault that :meth:`write` would raise, and change nothing."""
+        if type(ref) is int:
+            for at, _length in _split(ref, size):
+                self.space.translate(at, WRITE, user=self.cpl == 3)
+
+    def load(self, kind: type[S], ref: Ref | S) -> S:
+        """Return a structure from memory; an object of that kind stands for itself."""
+        if isinstance(ref, kind):
+            return ref
+        return kind.unpack(self.read(ref, kind.SIZE))  # type: ignore[arg-type]
+
+    def page_info(self, ref: Ref | PageInfoArgs) -> PageInfoArgs:
+        """Return PAGEINFO from memory, or as it was given."""
+        if type(ref) is PageInfoArgs:
+            return ref
+        info = self.load(PageInfoBytes, ref)  # type: ignore[arg-type]
+        return PageInfoArgs(info.linaddr, info.srcpge, info.secinfo, info.secs)
+
+    def sec_info(self, ref: Ref | SecInfo) -> SecInfo:
+        """Return SECINFO from memory, or as it was given."""
+        return self.load(SecInfo, ref)
+
+    def conflict_exception(self, linaddr: int) -> NoReturn:
+        """End a leaf that found an EPC page locked and has no code for it.
+
+        Raises:
+            VmExit: in a guest with EPC virtualization: EPC_PAGE_CONFLICT_EXCEPTION.
+            GeneralProtection: otherwise.
+        """
+        if self.epc_virtualization:
+            raise VmExit(
+                VmExitReason.SGX_CONFLICT,
+                ConflictCode.EPC_PAGE_CONFLICT_EXCEPTION,
+                guest_physical=self.space.paging_address(linaddr),
+                guest_linear=linaddr,
+            )
+        raise GeneralProtection
+
+    def conflict_error(self, linaddr: int) -> Status:
+        """End a leaf that found an EPC page locked and may say so: EPC_PAGE_CONFLICT.
+
+        Raises:
+            VmExit: in a guest with EPC virtualization: EPC_PAGE_CONFLICT_ERROR.
+        """
+        if self.epc_virtualization:
+            raise VmExit(
+                VmExitReason.SGX_CONFLICT,
+                ConflictCode.EPC_PAGE_CONFLICT_ERROR,
+                error=Status.EPC_PAGE_CONFLICT,
+                guest_physical=self.space.paging_address(linaddr),
+                guest_linear=linaddr,
+            )
+        return Status.EPC_PAGE_CONFLICT
+
+    def tracking_exit(self, code: ConflictCode, context: int) -> None:
+        """In a guest with EPC virtualization, leave for a tracking conflict; else return.
+
+        Raises:
+            VmExit: SGX_CONFLICT with the enclave's ENCLAVECONTEXT.
+        """
+        if self.epc_virtualization:
+            raise VmExit(VmExitReason.SGX_CONFLICT, code, guest_physical=context)
+
+    def flush_tlb(self) -> None:
+        """Forget every translation: each enclave entry and exit does."""
+        self.tlb.clear()
+
+
+def _split(linaddr: int, size: int) -> list[tuple[int, int]]:
+    """Return (address, length) pieces of a range, one a page."""
+    pieces = []
+    while size:
+        length = min(size, PAGE_BYTES - linaddr % PAGE_BYTES)
+        pieces.append((linaddr, length))
+        linaddr, size = linaddr + length, size - length
+    return pieces

@@ -1,0 +1,124 @@
+"""The package's secrets, and what is sealed with them.
+
+Nothing here ever leaves ``hw``.  AES-GCM, AES-CMAC and SHA-256 are the ``cryptography`` library's.
+
+Source:
+    SDM vol. 3D, "EWB", "ELDB/ELDU", Operation; tables "Key derivation" in "EGETKEY".
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from itertools import count
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import algorithms
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.cmac import CMAC
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.hw.operands import Buffer
+
+__all__ = ["MAC_BYTES", "PagingKey", "Secrets", "cmac"]
+
+MAC_BYTES = 16
+_VERSION_STEP = 8  # EDBGRD tests a slot with its low 3 bits masked
+_IV = struct.Struct(">4xQ")
+_HEADER = struct.Struct("<QQQ56x40s8x")
+
+
+def cmac(key: bytes, message: bytes) -> bytes:
+    """Return the AES-128-CMAC of ``message``, 16 bytes."""
+    mac = CMAC(algorithms.AES(key))
+    mac.update(message)
+    return mac.finalize()
+
+
+class PagingKey:
+    """CR_BASE_PK with its version counter: seals pages that leave the EPC.
+
+    The two live and die together, because a version used twice under one key would be a GCM
+    nonce used twice.
+
+    Modelled: the order of fields in the MAC header and the byte order of the counter block; only
+    the coverage is architectural.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._aead = AESGCM(key)
+        self._versions = count(_VERSION_STEP, _VERSION_STEP)
+
+    def next_version(self) -> int:
+        """Return a version that no page has had: never 0, a multiple of 8."""
+        return next(self._versions)
+
+    def seal(self, page: Buffer, version: int, eid: int, linaddr: int, flags: int) -> bytes:
+        """Return ciphertext ‖ tag, 4096 + 16 bytes.
+
+        Args:
+            page: 4096 bytes of plaintext.
+            version: from :meth:`next_version`.
+            eid: the enclave's EID for child pages, else 0.
+            linaddr: EPCM.ENCLAVEADDRESS.
+            flags: SECINFO.FLAGS as :meth:`~softsgx.hw.epcm.EpcPage.secinfo_flags` gives them.
+        """
+        header = _HEADER.pack(eid, linaddr, flags, b"")
+        return self._aead.encrypt(_IV.pack(version), page, header)
+
+    def unseal(
+        self,
+        sealed: Buffer,
+        version: int,
+        eid: int,
+        linaddr: int,
+        secinfo: Buffer,
+        reserved: Buffer,
+    ) -> bytes | None:
+        """Return the plaintext of ciphertext ‖ tag, or ``None`` when anything is not as sealed.
+
+        Args:
+            sealed: 4096 + 16 bytes.
+            version: the VA slot's content.
+            eid: EID of the enclave it is loaded into, 0 for SECS and VA pages.
+            linaddr: PAGEINFO.LINADDR.
+            secinfo: PCMD.SECINFO, all 64 bytes.
+            reserved: PCMD.RESERVED, all 40 bytes.
+        """
+        header = b"".join((struct.pack("<QQ", eid, linaddr), secinfo, reserved, bytes(8)))
+        try:
+            return self._aead.decrypt(_IV.pack(version), sealed, header)
+        except InvalidTag:
+            return None
+
+
+class Secrets:
+    """Keys of one package.
+
+    Permanent: ``device_key`` and ``seal_fuses``.  For one power cycle: the paging key and
+    ``report_key_id``.  Set by the platform: ``owner_epoch``.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.device_key = rng.randbytes(16)
+        self.seal_fuses = rng.randbytes(16)
+        self.tee_report_key = rng.randbytes(32)
+        self.owner_epoch = bytes(16)
+        self.power_up()
+
+    def power_up(self) -> None:
+        """Draw everything that lives for one power cycle."""
+        self.paging = PagingKey(self._rng.randbytes(16))
+        self.report_key_id = self._rng.randbytes(32)
+
+    def derive(self, serialised: bytes) -> bytes:
+        """Return the 16-byte key for a serialised set of derivation fields.
+
+        Modelled: the real derivation function is not public; AES-CMAC under a device key.
+        """
+        return cmac(self.device_key, serialised)
+
+
+assert _HEADER.size == 128, "the MAC header is 128 bytes"
+assert PAGE_BYTES % MAC_BYTES == 0, "pages are whole AES blocks"

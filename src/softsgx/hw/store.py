@@ -1,0 +1,98 @@
+"""Where the bytes of resident pages live.
+
+A store is an argument of the machine: a dictionary here, a memfd per enclave in the native
+engine.  It is asked about a page only while the page is valid and of a type with an owner, so it
+may place a page by its enclave and linear address as well as by its physical one.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.hw.epcm import EpcPage
+
+__all__ = ["DictStore", "PageStore"]
+
+
+class PageStore(Protocol):
+    """The bytes of REG, TCS, TRIM, SS_FIRST and SS_REST pages.
+
+    Calls for one page come one at a time (its EPCM lock is held, or it is a plain access).
+    ``page.secs`` and ``page.linaddr`` are already set when ``fill`` is called and still set in
+    ``drop``.
+    """
+
+    def fill(self, page: EpcPage, data: bytes) -> None:
+        """Make ``page`` resident with 4096 bytes; no one sees it half filled."""
+
+    def freeze(self, page: EpcPage) -> bytes | bytearray:
+        """Return the 4096 bytes of a page about to leave; later stores to it must not succeed.
+
+        Followed by ``drop``, or by ``thaw`` when the leaf refuses after all.
+        """
+
+    def thaw(self, page: EpcPage) -> None:
+        """Undo ``freeze``."""
+
+    def drop(self, page: EpcPage) -> None:
+        """Forget the bytes of a page that is no longer resident."""
+
+    def read(self, page: EpcPage, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes at ``offset``, within the page."""
+
+    def write(self, page: EpcPage, offset: int, data: bytes) -> None:
+        """Replace bytes at ``offset``, within the page."""
+
+    def clear(self) -> None:
+        """Forget every page: power is lost."""
+
+
+class DictStore:
+    """Bytes in a dictionary: memory grows with the pages in use and shrinks with them."""
+
+    def __init__(self) -> None:
+        self._pages: dict[EpcAddr, bytes | bytearray] = {}
+
+    def fill(self, page: EpcPage, data: bytes) -> None:
+        """Keep the object itself: no copy until someone writes."""
+        self._pages[page.addr] = data
+
+    def freeze(self, page: EpcPage) -> bytes | bytearray:
+        """Return the bytes; nobody can write behind the EPCM lock's back."""
+        return self._pages[page.addr]
+
+    def thaw(self, page: EpcPage) -> None:
+        """Nothing was frozen."""
+
+    def drop(self, page: EpcPage) -> None:
+        """Let go of the bytes."""
+        del self._pages[page.addr]
+
+    def read(self, page: EpcPage, offset: int, size: int) -> bytes:
+        """Return a copy; a page that is gone reads as abort page.
+
+        That happens to an access through a translation that outlived its page, which is what
+        the tracking of ``spec`` forbids and a checker reports.
+        """
+        data = self._pages.get(page.addr)
+        if data is None:
+            return b"\xff" * size
+        return bytes(data[offset : offset + size])
+
+    def write(self, page: EpcPage, offset: int, data: bytes) -> None:
+        """Write in place, into a private copy made at the first write."""
+        kept = self._pages.get(page.addr)
+        if kept is None:
+            return
+        if not isinstance(kept, bytearray):
+            kept = self._pages[page.addr] = bytearray(kept)
+        assert offset + len(data) <= PAGE_BYTES, "a store beyond the page"
+        kept[offset : offset + len(data)] = data
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._pages.clear()
+
+    def __len__(self) -> int:
+        return len(self._pages)
