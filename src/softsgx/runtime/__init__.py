@@ -1,10 +1,44 @@
 """Waiting, tasks, time and randomness: everything that may differ from run to run.
 
 Code above takes a :class:`Runtime` as an argument and waits through nothing else.  Three exist:
-``InlineRuntime`` (one thread, locks cost next to nothing), ``ThreadsRuntime`` (real threads) and
-``SeededRuntime`` (cooperative tasks in one thread; the same seed gives the same history).
+:class:`InlineRuntime` (one thread, locks cost next to nothing), :class:`ThreadsRuntime` (real
+threads) and :class:`SeededRuntime` (cooperative tasks in one thread; the same seed gives the same
+history), whose schedules :func:`explore` searches for failures.
 """
 
 from softsgx.runtime.base import Condition, Lock, Runtime, Task
+from softsgx.runtime.failures import (
+    Deadlock,
+    ExplorationFailed,
+    Livelock,
+    ReplayDiverged,
+    ScriptNotFollowed,
+)
+from softsgx.runtime.inline import InlineRuntime
+from softsgx.runtime.policies import Pct, Policy, Replay, Script, Uniform, Uninterrupted
+from softsgx.runtime.schedule import Schedule, Step
+from softsgx.runtime.seeded import SeededRuntime
+from softsgx.runtime.threads import ThreadsRuntime
 
-__all__ = ["Condition", "Lock", "Runtime", "Task"]
+__all__ = [
+    "Condition",
+    "Deadlock",
+    "ExplorationFailed",
+    "InlineRuntime",
+    "Livelock",
+    "Lock",
+    "Pct",
+    "Policy",
+    "Replay",
+    "ReplayDiverged",
+    "Runtime",
+    "Schedule",
+    "Script",
+    "ScriptNotFollowed",
+    "SeededRuntime",
+    "Step",
+    "Task",
+    "ThreadsRuntime",
+    "Uniform",
+    "Uninterrupted",
+]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 __all__ = ["Condition", "Lock", "Runtime", "Task"]
+
+_Result = TypeVar("_Result")
 
 
 class Lock(Protocol):
@@ -91,8 +93,15 @@ class Runtime(Protocol):
         Called by every leaf while it holds its EPC page locks, and by every lock operation.
         """
 
-    def spawn(self, run: Callable[[], None], name: str) -> Task:
-        """Start ``run`` as a task."""
+    def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> Task:
+        """Start ``run`` as a task.
+
+        Args:
+            run: what it does; what it raises is kept for :meth:`Task.join`, or for :meth:`close`.
+            name: its name; the second task of a name is called ``name#2``.
+            daemon: it may still be waiting when the runtime is closed, and is then killed: the
+                call it waits in raises ``greenlet.GreenletExit``.
+        """
 
     def yield_now(self) -> None:
         """Let other tasks run first, if there are any."""
@@ -105,3 +114,14 @@ class Runtime(Protocol):
 
     def task_name(self) -> str:
         """Return the current task's name, ``main`` outside any task."""
+
+    def run(self, main: Callable[[], _Result]) -> _Result:
+        """Run ``main`` as the main task, :meth:`close`, and return what ``main`` returned."""
+
+    def close(self) -> None:
+        """End everything that was spawned; called by the main task.
+
+        Raises:
+            AssertionError: a task that is no daemon was left; it has been killed.
+            BaseException: what a task raised and nobody joined; several as an ``ExceptionGroup``.
+        """

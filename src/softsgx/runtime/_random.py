@@ -1,0 +1,57 @@
+"""A random stream for each task, so that what a task draws does not depend on the schedule."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["MAIN", "TaskRandom"]
+
+MAIN = "main"
+
+
+class TaskRandom(random.Random):
+    """Draws from the current task's own stream.
+
+    The main task's stream is ``random.Random(seed)``; another task's depends on the seed and its
+    name.  With one stream for all, a task would draw different numbers as soon as another ran
+    earlier, and two schedules of a seed would no longer be schedules of one program.  It also
+    makes drawing safe on threads: no stream is shared.
+    """
+
+    def __init__(self, seed: int, current_name: Callable[[], str]) -> None:
+        self._seed = seed
+        self._current_name = current_name
+        self._streams: dict[str, random.Random] = {MAIN: random.Random(seed)}
+        super().__init__(seed)
+
+    def _stream(self) -> random.Random:
+        name = self._current_name()
+        stream = self._streams.get(name)
+        if stream is None:
+            stream = self._streams[name] = random.Random(f"{self._seed}:{name}")
+        return stream
+
+    def random(self) -> float:
+        """Return a float in [0, 1)."""
+        return self._stream().random()
+
+    def getrandbits(self, k: int, /) -> int:
+        """Return an integer of ``k`` random bits."""
+        return self._stream().getrandbits(k)
+
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
+        """Return a Gaussian number (the base class would share a cached half between tasks)."""
+        return self._stream().gauss(mu, sigma)
+
+    def seed(self, *arguments: Any, **keywords: Any) -> None:
+        """Do nothing: the seed is fixed at creation (the base class calls this there)."""
+
+    def getstate(self) -> tuple[Any, ...]:
+        """Return the current task's state."""
+        return self._stream().getstate()
+
+    def setstate(self, state: tuple[Any, ...]) -> None:
+        """Set the current task's state."""
+        self._stream().setstate(state)

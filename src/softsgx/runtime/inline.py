@@ -1,0 +1,234 @@
+"""The inline runtime: one thread, locks that cost next to nothing, tasks that run when one waits.
+
+For production with one thread, as the native engine is.  A lock is an attribute: another task can
+find it held only when its holder waited meanwhile, so release wakes nobody; the scheduler looks at
+the few who wait for a lock whenever it has to choose.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+from softsgx.runtime import base
+from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
+
+__all__ = ["InlineRuntime"]
+
+
+class _InlineLock:
+    __slots__ = ("_holder", "_runtime", "name")
+
+    def __init__(self, runtime: InlineRuntime, name: str) -> None:
+        self._runtime = runtime
+        self.name = name
+        self._holder: CoTask | None = None
+
+    # ``with`` is the hot path: the same as acquire and release, without a further call.
+
+    def __enter__(self) -> None:
+        if self._holder is None:
+            self._holder = self._runtime._current
+        else:
+            self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._holder is self._runtime._current:
+            self._holder = None
+        else:
+            self.release()
+
+    def acquire(self) -> None:
+        runtime = self._runtime
+        me = runtime._current
+        assert self._holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
+        while self._holder is not None:
+            runtime._refuse_cycle(self)
+            runtime._enlist(runtime._lock_waiters, self)
+            runtime._park()
+        self._holder = me
+
+    def try_acquire(self) -> bool:
+        if self._holder is not None:
+            return False
+        self._holder = self._runtime._current
+        return True
+
+    def release(self) -> None:
+        runtime = self._runtime
+        if self._holder is not runtime._current:
+            # While a failed program unwinds, a wait may have been cut short without the lock.
+            assert runtime._over, _not_yours(self, runtime._current, self._holder)
+            return
+        self._holder = None
+
+    def held(self) -> bool:
+        return self._holder is not None
+
+    def blocker(self) -> CoTask | None:
+        return self._holder
+
+    def describe_wait(self) -> str:
+        holder = self._holder
+        return f"lock {self.name!r}, " + (f"held by {holder.name}" if holder else "which is free")
+
+
+class _InlineCondition:
+    __slots__ = ("_lock", "_runtime", "_waiters")
+
+    def __init__(self, runtime: InlineRuntime, lock: _InlineLock) -> None:
+        self._runtime = runtime
+        self._lock = lock
+        self._waiters: list[CoTask] = []
+
+    def wait(self, timeout_ns: int | None = None) -> bool:
+        runtime, lock = self._runtime, self._lock
+        me = runtime._current
+        assert lock._holder is me, _not_yours(lock, me, lock._holder)
+        lock._holder = None
+        runtime._enlist(self._waiters, self, timeout_ns)
+        runtime._park()
+        timed_out = me.timed_out
+        lock.acquire()
+        return not timed_out
+
+    def notify_all(self) -> None:
+        runtime, lock = self._runtime, self._lock
+        assert lock._holder is runtime._current, _not_yours(lock, runtime._current, lock._holder)
+        for task in list(self._waiters):
+            runtime._unpark(task)
+            runtime._make_ready(task)
+
+    def blocker(self) -> CoTask | None:
+        return None
+
+    def describe_wait(self) -> str:
+        return f"a notification under lock {self._lock.name!r}"
+
+
+class InlineRuntime(Cooperative):
+    """One thread; tasks run when somebody waits, and real time passes.
+
+    It belongs to the thread that uses it.  :meth:`run_pending` is what an event loop calls to give
+    background tasks their turn.
+
+    Args:
+        seed: of :attr:`random`.
+        clock_ns: a monotonic clock.
+        sleep_ns: waits that long on ``clock_ns``; called when every task waits and one will wake.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        sleep_ns: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        self._clock_ns = clock_ns
+        self._sleep_ns = sleep_ns if sleep_ns is not None else _sleep_really
+        self._ready: deque[CoTask] = deque()
+        self._lock_waiters: list[CoTask] = []
+
+    def lock(self, name: str) -> base.Lock:
+        """Return a new sleeping mutex."""
+        return _InlineLock(self, name)
+
+    def condition(self, lock: base.Lock) -> base.Condition:
+        """Return a new condition variable over ``lock``."""
+        assert isinstance(lock, _InlineLock), "a condition needs a lock of its own runtime"
+        return _InlineCondition(self, lock)
+
+    def latch(self) -> base.Lock:
+        """Return a lock: nobody else can run while it is held."""
+        return _InlineLock(self, "latch")
+
+    def point(self, where: str) -> None:
+        """Do nothing: nobody is waiting for a turn."""
+
+    def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
+        """Make ``run`` a task, which runs when somebody waits."""
+        task = self._new_task(run, name, daemon=daemon)
+        self._ready.append(task)
+        return task
+
+    def yield_now(self) -> None:
+        """Let every task that can run do so first."""
+        self._wake_due()
+        if self._ready:
+            self._ready.append(self._current)
+            self._park()
+
+    def run_pending(self) -> None:
+        """Let the tasks run until each of them waits; called by the main task between events."""
+        assert self._current is self._main, f"run_pending() called by {self.task_name()!r}"
+        while True:
+            if self._lock_waiters or self._timers:
+                self._wake_due()
+            if not self._ready:
+                return
+            self._ready.append(self._main)
+            self._park()
+
+    _settle = run_pending
+
+    def sleep(self, duration_ns: int) -> None:
+        """Let others run until ``duration_ns`` nanoseconds have passed."""
+        self._enlist(None, SLEEP, duration_ns)
+        self._park()
+
+    def now_ns(self) -> int:
+        """Return the clock's nanoseconds."""
+        return self._clock_ns()
+
+    def _join(self, task: CoTask) -> None:
+        assert task is not self._current, f"task {task.name!r} joins itself"
+        while not task.finished:
+            self._refuse_cycle(task)
+            self._enlist(task.joiners, task)
+            self._park()
+
+    def _make_ready(self, task: CoTask) -> None:
+        self._ready.append(task)
+
+    def _next(self) -> CoTask:
+        while True:
+            self._wake_due()
+            if self._ready:
+                return self._ready.popleft()
+            due_ns = self._next_due_ns()
+            if due_ns is None:
+                raise self._deadlock()
+            self._sleep_ns(max(0, due_ns - self._clock_ns()))
+
+    def _wake_due(self) -> None:
+        """Make ready whose lock is free and whose time has come."""
+        for task in list(self._lock_waiters):
+            lock = task.waits_for
+            if lock is not None and lock.blocker() is None:
+                self._unpark(task)
+                self._ready.append(task)
+        while (due_ns := self._next_due_ns()) is not None and due_ns <= self._clock_ns():
+            task = heapq.heappop(self._timers)[2]
+            self._unpark(task)
+            task.timed_out = True
+            self._ready.append(task)
+
+
+def _sleep_really(duration_ns: int) -> None:
+    time.sleep(duration_ns / 1e9)
+
+
+def _not_yours(lock: _InlineLock, me: CoTask, holder: CoTask | None) -> str:
+    return f"lock {lock.name!r} is held by {holder and holder.name}, not by task {me.name!r}"

@@ -1,0 +1,232 @@
+"""Who runs next: the policies of the seeded runtime.
+
+A policy sees names only.  It is asked at every place a task reaches, and must be a pure function
+of what it has seen and of the random stream given to :meth:`Policy.begin`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from softsgx.runtime.failures import ReplayDiverged, ScriptNotFollowed
+from softsgx.runtime.schedule import Schedule, Step
+
+__all__ = ["END", "YIELD", "Pct", "Policy", "Replay", "Script", "Uniform", "Uninterrupted"]
+
+YIELD = "yield"
+END = "end"
+
+
+class Policy(Protocol):
+    """Chooses the next task."""
+
+    def begin(self, rng: random.Random) -> None:
+        """Forget everything; draw from ``rng`` from now on."""
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Return the task to run.
+
+        Args:
+            current: the task that has just reached ``where``.
+            where: the place; ``end`` when the task has ended.
+            ready: the tasks that can run, at least one; ``current`` is among them unless it has
+                to wait or has ended.  Who became ready first comes first.
+        """
+
+    def finish(self) -> None:
+        """The program has returned; raise if it was not the one the policy is for."""
+
+
+class Uninterrupted:
+    """A task runs until it waits or yields: the fewest switches a program allows."""
+
+    def begin(self, rng: random.Random) -> None:
+        """Nothing to forget."""
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Stay; after a yield or when ``current`` cannot run, take the first."""
+        return current if where != YIELD and current in ready else ready[0]
+
+    def finish(self) -> None:
+        """Any program is right."""
+
+    def __repr__(self) -> str:
+        return "Uninterrupted()"
+
+
+class Uniform:
+    """Every task that can run is as likely as every other, at every place."""
+
+    def begin(self, rng: random.Random) -> None:
+        """Draw from ``rng``."""
+        self._random = rng.random
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Draw one."""
+        count = len(ready)
+        return ready[0] if count == 1 else ready[int(self._random() * count)]
+
+    def finish(self) -> None:
+        """Any program is right."""
+
+    def __repr__(self) -> str:
+        return "Uniform()"
+
+
+class Pct:
+    """Random priorities with a few random changes: finds bugs that need few switches.
+
+    Every task gets a random priority, and the highest one that can run does.  At ``depth - 1``
+    places drawn from the whole run the running task falls below all others.  A bug that needs
+    ``depth`` ordering constraints is found with a probability of at least
+    ``1 / (tasks * steps ** (depth - 1))`` a run, however long the program is.
+
+    Args:
+        depth: the ordering constraints to aim at; 1 changes no priorities, 2 finds most races.
+        steps: about how many places the program passes (:func:`explore` measures it).
+
+    Source:
+        Burckhardt, Kothari, Musuvathi, Nagarakatte: "A Randomized Scheduler with Probabilistic
+        Guarantees of Finding Bugs", ASPLOS 2010, section 3.
+    """
+
+    def __init__(self, depth: int = 3, steps: int = 1000) -> None:
+        assert depth >= 1, f"depth {depth} must be at least 1"
+        self._depth = depth
+        self._steps = max(steps, depth)
+
+    def begin(self, rng: random.Random) -> None:
+        """Draw the places where priorities change."""
+        self._random = rng.random
+        self._priorities: dict[str, float] = {}
+        places = rng.sample(range(self._steps), self._depth - 1)
+        # Later changes fall deeper or less deep in no order: the paper's random permutation.
+        self._falls = {place: float(fall) for fall, place in enumerate(places)}
+        self._passed = 0
+        self._lowest = 0.0
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Return the ready task of the highest priority."""
+        priorities = self._priorities
+        fall = self._falls.get(self._passed)
+        self._passed += 1
+        if fall is not None:
+            priorities[current] = fall
+        # Deviation: the paper has no yields. Whoever yields falls below everybody: a task that
+        # polls would otherwise run for ever.
+        if where == YIELD:
+            self._lowest -= 1
+            priorities[current] = self._lowest
+        if len(ready) == 1:
+            return ready[0]
+        for name in ready:
+            if name not in priorities:
+                priorities[name] = self._depth + self._random()
+        return max(ready, key=priorities.__getitem__)
+
+    def finish(self) -> None:
+        """Any program is right."""
+
+    def __repr__(self) -> str:
+        return f"Pct(depth={self._depth}, steps={self._steps})"
+
+
+class Script:
+    """A scenario: run this task until it reaches that place, then that one until that.
+
+    ``Script(("reclaim", "EWB"), ("fault", "ELDU"))`` runs ``reclaim`` until it is about to do EWB,
+    stops it there, and runs ``fault`` until it is about to do ELDU; from there on a task runs
+    until it waits.  A place may be a pattern (``"acquire *"``).  Until a task of the script has
+    been spawned, the others run.
+
+    Args:
+        steps: tasks and places, in order.
+        strict: whether it is an error that a task has to wait for another one before it reaches
+            its place.  If not, the others run meanwhile.
+
+    Raises:
+        ScriptNotFollowed: from the run, when a task could not reach its place.
+    """
+
+    def __init__(self, *steps: Step, strict: bool = True) -> None:
+        self._steps = steps
+        self._strict = strict
+
+    def begin(self, rng: random.Random) -> None:
+        """Start with the first step."""
+        self._at = 0
+        self._last: dict[str, str] = {}
+        self._rest = Uninterrupted()
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Return the task whose turn the script says it is."""
+        self._last[current] = where
+        if self._at < len(self._steps):
+            task, place = self._steps[self._at]
+            if task == current and (place == where or fnmatchcase(where, place)):
+                self._at += 1
+        if self._at == len(self._steps):
+            return self._rest.choose(current, where, ready)
+        task, place = self._steps[self._at]
+        if task in ready:
+            return task
+        last = self._last.get(task)
+        if last == END or (self._strict and last is not None and last != "sleep"):
+            raise ScriptNotFollowed(self._complaint(task, place))
+        return self._rest.choose(current, where, ready)
+
+    def finish(self) -> None:
+        """Every step must have been reached."""
+        if self._at < len(self._steps):
+            raise ScriptNotFollowed(self._complaint(*self._steps[self._at]))
+
+    def _complaint(self, task: str, place: str) -> str:
+        last = self._last.get(task)
+        state = "was never spawned" if last is None else f"is at {last!r}"
+        return f"step {self._at + 1}: task {task!r} cannot reach {place!r}: it {state}"
+
+    def __repr__(self) -> str:
+        strict = "" if self._strict else ", strict=False"
+        return f"Script({', '.join(map(repr, self._steps))}{strict})"
+
+
+class Replay:
+    """Exactly a recorded schedule; where it was cut short, a task then runs until it waits.
+
+    Raises:
+        ReplayDiverged: from the run, when the program does not reach the recorded places.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._steps = schedule.steps
+
+    def begin(self, rng: random.Random) -> None:
+        """Start with the first step."""
+        self._at = 0
+        self._rest = Uninterrupted()
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Return the task that ran next when the schedule was recorded."""
+        at = self._at
+        self._at += 1
+        if at < len(self._steps) and self._steps[at] != (current, where):
+            raise ReplayDiverged(
+                f"step {at}: {self._steps[at]} was recorded, but {(current, where)} happened"
+            )
+        if at + 1 >= len(self._steps):
+            return self._rest.choose(current, where, ready)
+        following = self._steps[at + 1][0]
+        if following not in ready:
+            raise ReplayDiverged(f"step {at + 1}: task {following!r} cannot run after {where!r}")
+        return following
+
+    def finish(self) -> None:
+        """Every step must have happened."""
+        if self._at < len(self._steps):
+            raise ReplayDiverged(f"the program ended after {self._at} of {len(self._steps)} steps")
+
+    def __repr__(self) -> str:
+        return f"Replay({len(self._steps)} steps)"

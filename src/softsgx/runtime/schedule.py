@@ -1,0 +1,75 @@
+"""A schedule: which task reached which place, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self, TypeAlias, overload
+
+__all__ = ["Schedule", "Step"]
+
+Step: TypeAlias = tuple[str, str]
+"""A task's name and the place it reached."""
+
+_HEADER = "schedule of seed "
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule(Sequence[Step]):
+    """What happened in a :class:`SeededRuntime`, complete enough to make it happen again.
+
+    Step ``n`` says that a task reached a place; the task of step ``n + 1`` is the one that was
+    chosen to run from there.
+
+    Attributes:
+        seed: of the program's own random choices.
+        steps: the places reached.
+    """
+
+    seed: int
+    steps: tuple[Step, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Schedule: ...
+    def __getitem__(self, index: int | slice) -> Step | Schedule:
+        """Return a step, or the schedule cut to a slice of its steps."""
+        if isinstance(index, slice):
+            return Schedule(self.seed, self.steps[index])
+        return self.steps[index]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def switches(self) -> list[Step]:
+        """Return the steps after which another task ran: the schedule in short."""
+        steps = self.steps
+        return [step for step, after in pairwise(steps) if step[0] != after[0]]
+
+    def text(self) -> str:
+        """Return the schedule as text: a header, then ``task<TAB>place`` a line."""
+        lines = [f"{_HEADER}{self.seed}", *(f"{task}\t{where}" for task, where in self.steps)]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the schedule that :meth:`text` wrote.
+
+        Raises:
+            ValueError: a line is not of that form; names the line.
+        """
+        header, *lines = text.splitlines() or [""]
+        if not header.startswith(_HEADER):
+            raise ValueError(f"line 1: {header!r} is not {_HEADER + 'NUMBER'!r}")
+        steps: list[Step] = []
+        for number, line in enumerate(lines, 2):
+            task, tab, where = line.partition("\t")
+            if not tab:
+                raise ValueError(f"line {number}: {line!r} is not a task, a tab and a place")
+            steps.append((task, where))
+        return cls(int(header.removeprefix(_HEADER)), tuple(steps))

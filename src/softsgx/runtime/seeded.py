@@ -1,0 +1,369 @@
+"""The seeded runtime: cooperative tasks in one thread, every interleaving a function of a seed.
+
+A task can be switched away from at every place it names and at every lock operation, so that the
+races of the threads runtime can be found, replayed and cut down to a few switches.  Time is
+virtual.
+
+Invariant: ``_ready`` holds exactly the tasks that could run now: those that wait for nothing, and
+those that wait for a lock that is free.  A free lock belongs to whoever is chosen first, as with a
+mutex that can be overtaken; so more histories are possible than a fair lock would allow.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from softsgx.runtime import base
+from softsgx.runtime._random import TaskRandom
+from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
+from softsgx.runtime.failures import Livelock
+from softsgx.runtime.policies import END, YIELD, Policy, Replay, Uniform
+from softsgx.runtime.schedule import Schedule, Step
+
+__all__ = ["SeededRuntime"]
+
+
+class _SeededLock:
+    def __init__(self, runtime: SeededRuntime, name: str) -> None:
+        self._runtime = runtime
+        self.name = name
+        self._holder: CoTask | None = None
+        self._waiters: list[CoTask] = []
+        self._at_acquire = f"acquire {name}"
+        self._at_try = f"try_acquire {name}"
+        self._at_release = f"release {name}"
+
+    def acquire(self) -> None:
+        runtime = self._runtime
+        me = runtime._current
+        holder = self._holder
+        assert holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
+        if holder is not None:
+            me.place = self._at_acquire
+            runtime._refuse_cycle(self)
+            del runtime._ready[me.name]
+        runtime._enlist(self._waiters, self)
+        runtime._reach(self._at_acquire, blocked=holder is not None)
+        self._take(me)
+
+    def _take(self, me: CoTask) -> None:
+        """Hold the lock, which is free; whoever waits for it cannot run now."""
+        assert self._holder is None, f"{me.name!r} was chosen but {self.name!r} is held"
+        runtime = self._runtime
+        runtime._unpark(me)
+        self._holder = me
+        for task in self._waiters:
+            runtime._ready.pop(task.name, None)
+
+    def _give_up(self) -> None:
+        """Leave the lock free; whoever waits for it can run."""
+        self._holder = None
+        ready = self._runtime._ready
+        for task in self._waiters:
+            ready[task.name] = task
+
+    def try_acquire(self) -> bool:
+        runtime = self._runtime
+        runtime._reach(self._at_try)
+        if self._holder is not None:
+            return False
+        self._take(runtime._current)
+        return True
+
+    def release(self) -> None:
+        runtime = self._runtime
+        if self._holder is not runtime._current:
+            # While a failed program unwinds, a wait may have been cut short without the lock.
+            assert runtime._over, _not_yours(self)
+            return
+        self._give_up()
+        runtime._reach(self._at_release)
+
+    def held(self) -> bool:
+        return self._holder is not None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def blocker(self) -> CoTask | None:
+        return self._holder
+
+    def describe_wait(self) -> str:
+        holder = self._holder
+        return f"lock {self.name!r}, " + (f"held by {holder.name}" if holder else "which is free")
+
+
+class _SeededCondition:
+    def __init__(self, runtime: SeededRuntime, lock: _SeededLock) -> None:
+        self._runtime = runtime
+        self._lock = lock
+        self._waiters: list[CoTask] = []
+        self._at_wait = f"wait {lock.name}"
+        self._at_notify = f"notify {lock.name}"
+
+    def wait(self, timeout_ns: int | None = None) -> bool:
+        runtime, lock = self._runtime, self._lock
+        me = runtime._current
+        assert lock._holder is me, _not_yours(lock)
+        lock._give_up()
+        del runtime._ready[me.name]
+        runtime._enlist(self._waiters, self, timeout_ns)
+        runtime._reach(self._at_wait, blocked=True)
+        timed_out = me.timed_out
+        lock._take(me)
+        return not timed_out
+
+    def notify_all(self) -> None:
+        runtime, lock = self._runtime, self._lock
+        assert lock._holder is runtime._current, _not_yours(lock)
+        for task in list(self._waiters):
+            self.wake(task, timed_out=False)
+        runtime._reach(self._at_notify)
+
+    def wake(self, task: CoTask, *, timed_out: bool) -> None:
+        """Let ``task``, which waits here, wait for the lock instead."""
+        runtime, lock = self._runtime, self._lock
+        runtime._unpark(task)
+        task.timed_out = timed_out
+        task.waits_for = lock
+        task.parked_in = lock._waiters
+        lock._waiters.append(task)
+        if lock._holder is None:
+            runtime._ready[task.name] = task
+
+    def blocker(self) -> CoTask | None:
+        return None
+
+    def describe_wait(self) -> str:
+        return f"a notification under lock {self._lock.name!r}"
+
+
+class _Latch:
+    """A lock that nobody may wait for: it asserts what :meth:`base.Runtime.latch` promises."""
+
+    def __init__(self, runtime: SeededRuntime) -> None:
+        self._runtime = runtime
+        self.name = "latch"
+        self._holder: CoTask | None = None
+
+    def acquire(self) -> None:
+        assert self._holder is None, "a latch is taken while it is held"
+        self._holder = self._runtime._current
+        self._runtime._latched += 1
+
+    def try_acquire(self) -> bool:
+        self.acquire()
+        return True
+
+    def release(self) -> None:
+        assert self._holder is self._runtime._current, "a latch is released by another task"
+        self._holder = None
+        self._runtime._latched -= 1
+
+    def held(self) -> bool:
+        return self._holder is not None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class SeededRuntime(Cooperative):
+    """Tasks interleaved by a policy; the same seed and program give the same schedule.
+
+    Args:
+        seed: of the schedule and, separately, of :attr:`random`, where each task has a stream of
+            its own so that what it draws does not depend on the schedule.
+        policy: who runs next; :class:`Uniform` if not given.
+        step_limit: after so many places the program is taken to be in a livelock.
+        point_ns: virtual nanoseconds that pass at every place.  With 0, time passes only when
+            nobody can run, so a timeout happens only when nothing else can.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        policy: Policy | None = None,
+        step_limit: int = 1_000_000,
+        point_ns: int = 0,
+    ) -> None:
+        super().__init__()
+        self.seed = seed
+        self.random: random.Random = TaskRandom(seed, self.task_name)
+        self.policy: Policy = Uniform() if policy is None else policy
+        # A string, so that the scheduler does not draw the numbers the program draws.
+        self.policy.begin(random.Random(f"schedule {seed}"))
+        self._step_limit = step_limit
+        self._point_ns = point_ns
+        self._clock_ns = 0
+        self._steps: list[Step] = []
+        self._ready: dict[str, CoTask] = {self._main.name: self._main}
+        self._latched = 0
+        self._settling = False
+
+    @classmethod
+    def replay(cls, schedule: Schedule, *, step_limit: int = 1_000_000, point_ns: int = 0) -> Self:
+        """Return a runtime that repeats ``schedule``.
+
+        A program that reaches other places raises :class:`ReplayDiverged`.
+        """
+        return cls(schedule.seed, policy=Replay(schedule), step_limit=step_limit, point_ns=point_ns)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What has happened so far."""
+        return Schedule(self.seed, tuple(self._steps))
+
+    def lock(self, name: str) -> base.Lock:
+        """Return a new sleeping mutex."""
+        return _SeededLock(self, name)
+
+    def condition(self, lock: base.Lock) -> base.Condition:
+        """Return a new condition variable over ``lock``."""
+        assert isinstance(lock, _SeededLock), "a condition needs a lock of its own runtime"
+        return _SeededCondition(self, lock)
+
+    def latch(self) -> base.Lock:
+        """Return a mutex that asserts that no place is reached while it is held."""
+        return _Latch(self)
+
+    def point(self, where: str) -> None:
+        """Let the policy choose who runs, perhaps still the current task."""
+        self._reach(where)
+
+    def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
+        """Make ``run`` a task that can run."""
+        task = self._new_task(run, name, daemon=daemon)
+        self._ready[task.name] = task
+        self._reach(f"spawn {task.name}")
+        return task
+
+    def yield_now(self) -> None:
+        """Let other tasks run first, as the policy understands it."""
+        me = self._current
+        if not self._over:
+            del self._ready[me.name]  # to the end of the queue
+            self._ready[me.name] = me
+        self._reach(YIELD)
+
+    def sleep(self, duration_ns: int) -> None:
+        """Wait until virtual time has advanced by ``duration_ns``."""
+        if not self._over:
+            del self._ready[self._current.name]
+        self._enlist(None, SLEEP, duration_ns)
+        self._reach("sleep", blocked=True)
+
+    def now_ns(self) -> int:
+        """Return virtual nanoseconds since the start."""
+        return self._clock_ns
+
+    def close(self) -> None:
+        """As :meth:`Cooperative.close`; then the policy says whether it was its program."""
+        already = self._closed
+        super().close()
+        if not already:
+            self.policy.finish()
+
+    def _join(self, task: CoTask) -> None:
+        me = self._current
+        assert task is not me, f"task {task.name!r} joins itself"
+        waits = not task.finished
+        if waits:
+            me.place = f"join {task.name}"
+            self._refuse_cycle(task)
+            self._ready.pop(me.name, None)
+            self._enlist(task.joiners, task)
+        self._reach(f"join {task.name}", blocked=waits)
+
+    def _settle(self) -> None:
+        self._settling = True
+        del self._ready[self._main.name]
+        self._reach(END, blocked=True)
+        self._settling = False
+        self._ready[self._main.name] = self._main
+
+    # Scheduling.
+
+    def _reach(self, where: str, *, blocked: bool = False) -> None:
+        """The current task is at ``where``, and cannot go on at once if ``blocked``."""
+        me = self._current
+        if self._over:
+            if blocked:
+                self._raise_over(me)
+            return
+        assert not self._latched, f"task {me.name!r} reached {where!r} with a latch held"
+        me.place = where
+        self._park()
+
+    def _after_end(self, task: CoTask) -> CoTask:
+        self._ready.pop(task.name, None)
+        task.place = END
+        return self._next()
+
+    def _next(self) -> CoTask:
+        """Record the step, let time pass, and ask the policy."""
+        me = self._current
+        where = me.place
+        ready = self._ready
+        if self._settling and not ready:  # the program is over: nothing to choose
+            return self._main
+        self._steps.append((me.name, where))
+        if len(self._steps) > self._step_limit:
+            raise Livelock(self._describe_livelock())
+        if self._point_ns:
+            self._clock_ns += self._point_ns
+            self._wake_due()
+        if not ready:
+            due_ns = self._next_due_ns()
+            if due_ns is None:
+                raise self._deadlock()
+            self._clock_ns = due_ns
+            self._wake_due()
+        return ready[self.policy.choose(me.name, where, list(ready))]
+
+    def _wake_due(self) -> None:
+        while (due_ns := self._next_due_ns()) is not None and due_ns <= self._clock_ns:
+            task = heapq.heappop(self._timers)[2]
+            wait = task.waits_for
+            if isinstance(wait, _SeededCondition):
+                wait.wake(task, timed_out=True)
+            else:
+                self._unpark(task)
+                self._ready[task.name] = task
+
+    def _make_ready(self, task: CoTask) -> None:
+        self._ready[task.name] = task
+
+    def _describe_livelock(self) -> str:
+        last: dict[str, list[str]] = {}
+        for task, where in reversed(self._steps[-1000:]):
+            places = last.setdefault(task, [])
+            if len(places) < 3:
+                places.insert(0, where)
+        places_text = "; ".join(f"{task}: {', '.join(last[task])}" for task in sorted(last))
+        return f"livelock: {self._step_limit} places passed; the last of each task: {places_text}"
+
+
+def _not_yours(lock: _SeededLock) -> str:
+    holder, me = lock._holder, lock._runtime._current
+    return f"lock {lock.name!r} is held by {holder and holder.name}, not by task {me.name!r}"
