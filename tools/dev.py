@@ -1,0 +1,126 @@
+"""Set up a virtual environment here and do one thing in it.
+
+Needs Python 3.11+ with ``venv``, nothing else:
+
+    python3 tools/dev.py tour      the worked paging tour
+    python3 tools/dev.py demo      build an example enclave and run it with a quarter of its EPC
+    python3 tools/dev.py test      lint, types, layers, docs and all tests
+    python3 tools/dev.py quick     the same without slow tests and docs
+    python3 tools/dev.py docs      the documentation, to docs/_build/html
+    python3 tools/dev.py format    rewrite the sources as ruff has them
+    python3 tools/dev.py setup     only the environment
+
+The environment is ``.venv``; it is made anew when what it must hold has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import tomllib
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BIN = VENV / "bin"
+STAMP = VENV / "softsgx-setup"
+CONSTRAINTS = ROOT / "constraints.txt"
+RUN_EXTRAS = ("native", "report")
+
+
+def main() -> int:
+    """Parse the command line, set up, run; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments for the task")
+    args = parser.parse_args()
+    if sys.version_info < (3, 11):
+        print("softsgx needs Python 3.11 or newer", file=sys.stderr)
+        return 2
+    set_up(dev=args.task not in ("tour", "demo"))
+    return TASKS[args.task](args.rest)
+
+
+def set_up(*, dev: bool) -> None:
+    """Make ``.venv`` hold the package, and with ``dev`` everything that tests and docs need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes()
+    ).hexdigest()
+    have = STAMP.read_text().split() if STAMP.exists() else []
+    if have[:1] == [wanted] and (not dev or "dev" in have):
+        return
+    if not (BIN / "python").exists():
+        print("making .venv …", file=sys.stderr)
+        venv.create(VENV, with_pip=True)
+    extras = [name for name in RUN_EXTRAS if name in project["project"]["optional-dependencies"]]
+    packages = ["-e", f"{ROOT}[{','.join(extras)}]"]
+    if dev:
+        packages += group(project, "dev")
+    print("installing what it needs …", file=sys.stderr)
+    pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--constraint", CONSTRAINTS, *packages], check=True, cwd=ROOT)
+    STAMP.write_text(f"{wanted} {'dev' if dev else 'run'}\n")
+
+
+def group(project: dict[str, Any], name: str) -> list[str]:
+    """Return the requirements of a dependency group, included groups too."""
+    wanted: list[str] = []
+    for item in project["dependency-groups"][name]:
+        wanted += group(project, item["include-group"]) if isinstance(item, dict) else [item]
+    return wanted
+
+
+def run(*command: str | Path) -> int:
+    """Run one program of the environment in the checkout; return its exit status."""
+    program, *arguments = command
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run([BIN / program, *arguments], cwd=ROOT, env=environment).returncode
+
+
+def checks(rest: list[str], *, full: bool) -> int:
+    """Run every check, tell which failed, and return non-zero when any did."""
+    steps: list[tuple[str, list[str]]] = [
+        ("lint", ["ruff", "check", "."]),
+        ("format", ["ruff", "format", "--check", "."]),
+        ("types", ["mypy"]),
+        ("layers", ["lint-imports"]),
+    ]
+    if full:
+        steps.append(("docs", DOCS))
+    tests = ["pytest", "-q", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
+    steps.append(("tests", [*tests, *([] if full else ["-m", "not slow"]), *rest]))
+    failed = []
+    for name, command in steps:
+        print(f"== {name}: {' '.join(command)}", flush=True)
+        start = time.monotonic()
+        if run(*command):
+            failed.append(name)
+        print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        print(f"FAILED: {', '.join(failed)}", flush=True)
+    return 1 if failed else 0
+
+
+DOCS = ["sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"]
+
+TASKS = {
+    "tour": lambda rest: run("softsgx", "tour", *rest),
+    "demo": lambda rest: run("python", "examples/demo.py", *rest),
+    "test": lambda rest: checks(rest, full=True),
+    "quick": lambda rest: checks(rest, full=False),
+    "docs": lambda rest: run(*DOCS, *rest),
+    "format": lambda rest: run("ruff", "check", "--fix", ".") or run("ruff", "format", "."),
+    "setup": lambda rest: 0,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
