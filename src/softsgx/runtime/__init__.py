@@ -7,6 +7,7 @@ history), whose schedules :func:`explore` searches for failures.
 """
 
 from softsgx.runtime.base import Condition, Lock, Runtime, Task
+from softsgx.runtime.exploration import Exploration, Program, explore, explore_all, minimise
 from softsgx.runtime.failures import (
     Deadlock,
     ExplorationFailed,
@@ -23,12 +24,14 @@ from softsgx.runtime.threads import ThreadsRuntime
 __all__ = [
     "Condition",
     "Deadlock",
+    "Exploration",
     "ExplorationFailed",
     "InlineRuntime",
     "Livelock",
     "Lock",
     "Pct",
     "Policy",
+    "Program",
     "Replay",
     "ReplayDiverged",
     "Runtime",
@@ -41,4 +44,7 @@ __all__ = [
     "ThreadsRuntime",
     "Uniform",
     "Uninterrupted",
+    "explore",
+    "explore_all",
+    "minimise",
 ]

@@ -156,7 +156,12 @@ class Cooperative(ABC):
     def _new_task(self, run: Callable[[], None], name: str, *, daemon: bool) -> CoTask:
         assert not self._closed, f"task {name!r} spawned on a closed runtime"
         task = CoTask(self, unique_name(self._names, name), daemon=daemon)
-        task.greenlet = greenlet.greenlet(lambda: self._body(task, run))
+        if self._current is self._main:
+            self._main.greenlet = greenlet.getcurrent()
+        # A greenlet that ends passes its result, which nobody wants, to the one it leaves for.
+        task.greenlet = greenlet.greenlet(
+            lambda *_: self._body(task, run), parent=self._main.greenlet
+        )
         self._tasks.append(task)
         return task
 
@@ -274,15 +279,16 @@ class Cooperative(ABC):
         blocker = what.blocker()
         while blocker is not None:
             if blocker is self._current:
-                raise Deadlock(self._describe_deadlock(chain))
+                text = self._describe_deadlock(chain[1:], describe_wait(chain[0], what))
+                raise Deadlock(text)
             if blocker in chain:  # somebody else's cycle
                 return
             chain.append(blocker)
             wait = blocker.waits_for
             blocker = None if wait is None else wait.blocker()
 
-    def _describe_deadlock(self, tasks: Iterable[CoTask]) -> str:
-        waits = [describe_task(task) for task in tasks if not task.finished]
+    def _describe_deadlock(self, tasks: Iterable[CoTask], *more: str) -> str:
+        waits = [*more, *(describe_task(task) for task in tasks if not task.finished)]
         ended = [
             f"{task.name} has raised {task.error!r}"
             for task in self._tasks
@@ -366,10 +372,13 @@ def unique_name(counts: dict[str, int], name: str) -> str:
 
 def describe_task(task: CoTask) -> str:
     """Return what a task waits for, or that it could run."""
-    wait = task.waits_for
-    return f"{task.name} " + (
-        f"could run, at {task.place!r}" if wait is None else f"waits for {wait.describe_wait()}"
-    )
+    what = task.waits_for
+    return describe_wait(task, what) if what else f"{task.name} could run, at {task.place!r}"
+
+
+def describe_wait(task: CoTask, what: Waitable) -> str:
+    """Return who waits for what."""
+    return f"{task.name} waits for {what.describe_wait()}"
 
 
 def end_of_tasks(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from softsgx.runtime import base
+from softsgx.runtime._random import TaskRandom
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
 
 __all__ = ["InlineRuntime"]
@@ -122,7 +123,7 @@ class InlineRuntime(Cooperative):
     background tasks their turn.
 
     Args:
-        seed: of :attr:`random`.
+        seed: of :attr:`random`, where each task has a stream of its own.
         clock_ns: a monotonic clock.
         sleep_ns: waits that long on ``clock_ns``; called when every task waits and one will wake.
     """
@@ -135,7 +136,7 @@ class InlineRuntime(Cooperative):
         sleep_ns: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
-        self.random = random.Random(seed)
+        self.random: random.Random = TaskRandom(seed, self.task_name)
         self._clock_ns = clock_ns
         self._sleep_ns = sleep_ns if sleep_ns is not None else _sleep_really
         self._ready: deque[CoTask] = deque()
