@@ -62,10 +62,6 @@ class EpcPage:
         self.addr = addr
         self.lock = 0
         self.lock_a = False
-        self.clear()
-
-    def clear(self) -> None:
-        """Make the entry invalid and forget what the page held."""
         self.valid = False
         self.pt = PageType.REG
         self.rwx = 0
@@ -75,6 +71,11 @@ class EpcPage:
         self.bepoch = 0
         self.enclave: Enclave | None = None
         self.slots: list[int] | None = None
+
+    def clear(self) -> None:
+        """Make the entry invalid and forget what the page held."""
+        self.valid = False
+        self.secs = self.enclave = self.slots = None
 
     def fill(
         self,
