@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from softsgx.arch.enums import plain_members
-
 __all__ = ["REPORTING_LEAVES", "Encls", "Enclu", "Enclv"]
 
 
-@plain_members
 class Encls(IntEnum):
     """Leaves of ENCLS (0F 01 CF), privilege level 0."""
 
@@ -40,7 +37,6 @@ class Encls(IntEnum):
     EUPDATESVN = 0x18
 
 
-@plain_members
 class Enclu(IntEnum):
     """Leaves of ENCLU (0F 01 D7), privilege level 3."""
 
@@ -56,7 +52,6 @@ class Enclu(IntEnum):
     EDECCSSA = 0x09
 
 
-@plain_members
 class Enclv(IntEnum):
     """Leaves of ENCLV (0F 01 C0), privilege level 0 under VMX."""
 

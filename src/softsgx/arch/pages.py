@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-from softsgx.arch.enums import plain_members
 from softsgx.arch.units import PAGE_BYTES
 from softsgx.layout import U64, Nested, Raw, Structure, at
 
@@ -31,7 +30,6 @@ VA_SLOT_BYTES = 8
 VA_SLOTS = PAGE_BYTES // VA_SLOT_BYTES
 
 
-@plain_members
 class PageType(IntEnum):
     """EPC page types; the numbers of SS_FIRST and SS_REST are from public headers."""
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from softsgx.arch.enums import plain_members
 from softsgx.arch.leaves import Encls, Enclv
 
 __all__ = ["Status", "reports_in_cf"]
 
 
-@plain_members
 class Status(IntEnum):
     """Error and information codes, decimal as the manual prints them."""
 
