@@ -11,7 +11,7 @@ from softsgx.arch.keys import (
     ReportMacStruct,
     TargetInfo,
 )
-from softsgx.arch.leaves import REPORTING_LEAVES, Encls, Enclu, Enclv
+from softsgx.arch.leaves import Encls, Enclu, Enclv, reports_code
 from softsgx.arch.measurement import (
     CHUNK_BYTES,
     CHUNKS_PER_PAGE,
@@ -88,7 +88,6 @@ __all__ = [
     "PADDING_BYTES",
     "PAGE_BYTES",
     "PAGE_SHIFT",
-    "REPORTING_LEAVES",
     "REPORT_DATA_ALIGN",
     "REPORT_DATA_BYTES",
     "REPORT_MACED_BYTES",
@@ -151,5 +150,6 @@ __all__ = [
     "eextend_block",
     "is_canonical",
     "page_of",
+    "reports_code",
     "reports_in_cf",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["REPORTING_LEAVES", "Encls", "Enclu", "Enclv"]
+__all__ = ["Encls", "Enclu", "Enclv", "reports_code"]
 
 
 class Encls(IntEnum):
@@ -60,18 +60,15 @@ class Enclv(IntEnum):
     ESETCONTEXT = 0x02
 
 
-REPORTING_LEAVES: frozenset[Encls | Enclu | Enclv] = frozenset(
-    {
-        *(
-            leaf
-            for leaf in Encls
-            if leaf not in (Encls.ECREATE, Encls.EADD, Encls.EEXTEND, Encls.EPA, Encls.EAUG)
-        ),
-        Enclu.EGETKEY,
-        Enclu.EACCEPT,
-        Enclu.EACCEPTCOPY,
-        Enclu.EVERIFYREPORT2,
-        *Enclv,
-    }
+# Members of different enumerations are equal when their numbers are, so one set cannot hold them.
+_SILENT_ENCLS = frozenset({Encls.ECREATE, Encls.EADD, Encls.EEXTEND, Encls.EPA, Encls.EAUG})
+_REPORTING_ENCLU = frozenset(
+    {Enclu.EGETKEY, Enclu.EACCEPT, Enclu.EACCEPTCOPY, Enclu.EVERIFYREPORT2}
 )
-"""Leaves that write a code to RAX and set the flags; the others leave both alone."""
+
+
+def reports_code(leaf: Encls | Enclu | Enclv) -> bool:
+    """Return whether ``leaf`` writes a code to RAX and sets the flags, or leaves both alone."""
+    if isinstance(leaf, Encls):
+        return leaf not in _SILENT_ENCLS
+    return isinstance(leaf, Enclv) or leaf in _REPORTING_ENCLU

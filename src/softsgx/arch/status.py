@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from softsgx.arch.leaves import Encls, Enclv
+from softsgx.arch.leaves import Encls, Enclu, Enclv
 
 __all__ = ["Status", "reports_in_cf"]
 
@@ -56,8 +56,8 @@ class Status(IntEnum):
         return f"SGX_{self.name}"
 
 
-# Every code not in this table is reported in ZF.
-_IN_CF: frozenset[tuple[object, Status]] = frozenset(
+# Every code not in this table is reported in ZF; all leaves in it are ENCLS leaves.
+_IN_CF: frozenset[tuple[Encls, Status]] = frozenset(
     {
         (Encls.EBLOCK, Status.BLKSTATE),
         (Encls.EBLOCK, Status.NOTBLOCKABLE),
@@ -70,6 +70,7 @@ _IN_CF: frozenset[tuple[object, Status]] = frozenset(
 )
 
 
-def reports_in_cf(leaf: Encls | Enclv | object, status: Status) -> bool:
+def reports_in_cf(leaf: Encls | Enclu | Enclv, status: Status) -> bool:
     """Return whether ``leaf`` reports ``status`` in CF; any other non-zero code goes to ZF."""
-    return (leaf, status) in _IN_CF
+    # Leaves of other instructions have the same numbers, and would compare equal.
+    return isinstance(leaf, Encls) and (leaf, status) in _IN_CF
