@@ -33,6 +33,7 @@ from softsgx.hw.config import EpcSection, MachineConfig
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
+from softsgx.hw.fast import fast_leaves
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.locks import LatchedLocks, PageLocks
 from softsgx.hw.processor import LogicalProcessor
@@ -53,6 +54,8 @@ class Machine:
         runtime: where leaves may be interleaved, and the source of randomness.
         store: where the bytes of resident pages live.
         tracer: receives an event for each leaf; ``None`` costs nothing.
+        fast: whether the hot leaves may run their second implementation (``fast.py``) where the
+            runtime does not interleave and nobody listens.
 
     Attributes:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
@@ -71,6 +74,7 @@ class Machine:
         *,
         store: PageStore | None = None,
         tracer: Tracer | None = None,
+        fast: bool = True,
     ) -> None:
         self.config, self.runtime = config, runtime
         self.store: PageStore = DictStore() if store is None else store
@@ -91,7 +95,8 @@ class Machine:
         self._eids = count(1)
         self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
         self.tracer: Tracer | None = None
-        self.leaves = Leaves(self.cpus[0])
+        hot = fast_leaves(self.cpus[0]) if fast and not runtime.interleaves else None
+        self.leaves = Leaves(self.cpus[0], hot)
         self.listen(tracer)
 
     def listen(self, tracer: Tracer | None) -> None:

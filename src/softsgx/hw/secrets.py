@@ -86,6 +86,15 @@ class PagingKey:
             reserved: PCMD.RESERVED, all 40 bytes.
         """
         header = b"".join((struct.pack("<QQ", eid, linaddr), secinfo, reserved, bytes(8)))
+        return self._open(sealed, version, header)
+
+    def unseal_plain(
+        self, sealed: Buffer, version: int, eid: int, linaddr: int, flags: int
+    ) -> bytes | None:
+        """As :meth:`unseal` for a PCMD whose reserved bytes are all zero."""
+        return self._open(sealed, version, _HEADER.pack(eid, linaddr, flags, b""))
+
+    def _open(self, sealed: Buffer, version: int, header: bytes) -> bytes | None:
         try:
             return self._aead.decrypt(_IV.pack(version), sealed, header)
         except InvalidTag:

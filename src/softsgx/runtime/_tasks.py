@@ -111,6 +111,7 @@ class Cooperative(ABC):
     """Greenlets in one thread; a subclass decides who runs."""
 
     concurrent = False
+    interleaves = True
 
     def __init__(self) -> None:
         self._main = CoTask(self, MAIN, daemon=False)
@@ -154,6 +155,8 @@ class Cooperative(ABC):
     # Starting, switching, ending.
 
     def _new_task(self, run: Callable[[], None], name: str, *, daemon: bool) -> CoTask:
+        if self._closed and self._current is not self._main:  # a daemon that unwinds
+            raise greenlet.GreenletExit
         assert not self._closed, f"task {name!r} spawned on a closed runtime"
         task = CoTask(self, unique_name(self._names, name), daemon=daemon)
         if self._current is self._main:

@@ -70,10 +70,13 @@ class Runtime(Protocol):
         random: the only source of randomness of everything that runs on it.
         concurrent: whether tasks run at the same time on several threads, so that even a single
             read-modify-write needs the :meth:`latch`.
+        interleaves: whether another task may run at a :meth:`point`; where it is False, what lies
+            between two waits happens as one.
     """
 
     random: random.Random
     concurrent: bool
+    interleaves: bool
 
     def lock(self, name: str) -> Lock:
         """Return a new sleeping mutex."""
@@ -84,7 +87,8 @@ class Runtime(Protocol):
     def latch(self) -> Lock:
         """Return a new mutex for a few instructions: never held across a wait or a point.
 
-        Where tasks are cooperative it costs nothing, and it is not a scheduling point.
+        Where tasks are cooperative it costs nothing, and it is not a scheduling point.  Its
+        ``held`` is for asserting that it is held, not that it is free.
         """
 
     def point(self, where: str) -> None:

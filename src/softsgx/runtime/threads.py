@@ -179,6 +179,7 @@ class ThreadsRuntime:
     """
 
     concurrent = True
+    interleaves = True
 
     def __init__(
         self,
@@ -216,7 +217,10 @@ class ThreadsRuntime:
 
     def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
         """Start a thread."""
+        me = self._me()
         with self._mutex:
+            if self._closed and me.thread is not None:  # a daemon that does not know it yet
+                raise GreenletExit
             assert not self._closed, f"task {name!r} spawned on a closed runtime"
             task = _ThreadTask(self, unique_name(self._names, name), daemon=daemon)
             self._tasks.append(task)
@@ -299,6 +303,8 @@ class ThreadsRuntime:
         assert task is not me, f"task {task.name!r} joins itself"
         place = _new_place()
         with self._mutex:
+            if self._killing and me.thread is not None:
+                raise GreenletExit
             if task.finished:
                 return
             me.waits_for = task

@@ -6,7 +6,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -65,8 +65,10 @@ class Leaves:
         erdinfo,
     )
 
-    def __init__(self, cpu: LogicalProcessor) -> None:
-        self._cpu = cpu
+    def __init__(
+        self, cpu: LogicalProcessor, fast: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        self._cpu, self._fast = cpu, fast or {}
         self.listen(None)
 
     def listen(self, tracer: Tracer | None) -> None:
@@ -74,6 +76,9 @@ class Leaves:
         for leaf in self._LEAVES:
             bound = leaf if tracer is None else traced(leaf, tracer)
             setattr(self, leaf.__name__, partial(bound, self._cpu))
+        if tracer is None:
+            for name, fast in self._fast.items():
+                setattr(self, name, fast)
 
 
 def traced(leaf: Callable[P, R], tracer: Tracer) -> Callable[P, R]:

@@ -162,9 +162,12 @@ def _unseal(
     (flags,) = _FLAGS.unpack_from(pcmd)
     page.fill(pt, rwx=flags & 7, secs=secs, linaddr=info.linaddr, pending=bool(flags & 8))
     page.modified, page.pr = bool(flags & 16), bool(flags & 32)
-    va_page.slots[slot] = 0
     if secs is not None:
-        hw.store.fill(page, plain)
+        try:
+            hw.store.fill(page, plain)
+        except Exception:
+            page.clear()  # the store has no room: the leaf never happened
+            raise
         if leaf is Encls.ELDB or leaf is Encls.ELDBC:
             page.blocked = True
         # Modelled: a page that comes back blocked, restricted or retyped needs a cycle of its own.
@@ -174,4 +177,5 @@ def _unseal(
         page.enclave = Enclave.from_image(plain, cpu.space.paging_address(page.addr))
     else:
         page.slots = list(_SLOTS.unpack(plain))
+    va_page.slots[slot] = 0
     return Status.SUCCESS

@@ -1,0 +1,166 @@
+"""EBLOCK, EWB and ELDU once more, for the hot path of a page that comes and goes.
+
+A second implementation of three leaves for one thread, object operands and child pages.  Each
+looks whether this is a case that succeeds; if it is, the leaf is done here in one piece, and in
+every other case, and whenever anything at all is unusual, the readable leaf runs instead, which
+finds the same state since nothing has changed.  ``tests/differential/test_fast_leaves.py`` runs
+both on the same histories.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from softsgx.arch import PAGE_BYTES, PageType, Status
+from softsgx.hw.leaves.eblock import eblock
+from softsgx.hw.leaves.eld import eldu
+from softsgx.hw.leaves.ewb import ewb
+from softsgx.hw.operands import PageInfoArgs, Ref
+from softsgx.hw.processor import LogicalProcessor
+
+__all__ = ["fast_leaves"]
+
+_PCMD = struct.Struct("<Q56xQ40x16s")
+_READ_PCMD = struct.Struct("<Q56s8s40s16s")
+_SUCCESS = Status.SUCCESS
+_TYPES = tuple(PageType)
+_SECS, _VA, _LAST = int(PageType.SECS), int(PageType.VA), int(PageType.SS_REST)
+_NO_RESERVED = bytes(40)
+_NO_SECINFO_RESERVED = bytes(56)
+_SLOT_MASK = PAGE_BYTES - 8
+_PAGE_MASK = -PAGE_BYTES
+
+
+def fast_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
+    """Return the fast leaves by name, bound to ``cpu``, whose space must be the direct map."""
+    return {
+        "eblock": partial(_eblock, cpu, cpu.hw.pages),
+        "ewb": partial(_ewb, cpu, cpu.hw.pages),
+        "eldu": partial(_eldu, cpu, cpu.hw.pages),
+    }
+
+
+def _eblock(cpu: LogicalProcessor, pages: dict[int, Any], rcx: int) -> Status:
+    page = pages.get(rcx)
+    if page is not None and page.valid and not page.blocked and not page.lock:
+        secs = page.secs
+        if secs is not None and not secs.enclave.tracking:
+            page.blocked = True
+            page.bepoch = secs.enclave.epoch
+            return _SUCCESS
+    return eblock(cpu, rcx)
+
+
+def _ewb(
+    cpu: LogicalProcessor,
+    pages: dict[int, Any],
+    rbx: Ref | PageInfoArgs,
+    rcx: int,
+    rdx: int,
+) -> Status:
+    page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
+    if (
+        type(rbx) is PageInfoArgs
+        and page is not None
+        and page.valid
+        and page.secs is not None
+        and page.blocked
+        and not page.lock
+        and va_page is not None
+        and va_page.valid
+        and va_page.slots is not None
+        and va_page.lock >= 0
+        and not rdx & 7
+        and not rbx.linaddr
+        and not rbx.secs
+    ):
+        enclave = page.secs.enclave
+        slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
+        cycles = enclave.epoch - page.bepoch
+        srcpge: Any = rbx.srcpge
+        pcmd: Any = rbx.secinfo
+        if (
+            (cycles > 1 or (cycles == 1 and not enclave.prev_count))
+            and not enclave.lock_t
+            and not slots[slot]
+            and type(srcpge) is not int
+            and type(pcmd) is not int
+            and len(srcpge) == PAGE_BYTES
+        ):
+            hw = cpu.hw
+            key = hw.secrets.paging
+            flags = page.pt << 8 | page.rwx
+            if page.pending or page.modified or page.pr:
+                flags = page.secinfo_flags()
+            version = key.next_version()
+            linaddr = page.linaddr
+            sealed = key.seal(hw.store.freeze(page), version, enclave.eid, linaddr, flags)
+            srcpge[:] = memoryview(sealed)[:PAGE_BYTES]
+            pcmd[:] = _PCMD.pack(flags, enclave.eid, sealed[PAGE_BYTES:])
+            rbx.linaddr = linaddr
+            slots[slot] = version
+            enclave.children -= 1
+            hw.store.drop(page)
+            page.valid, page.secs = False, None
+            return _SUCCESS
+    return ewb(cpu, rbx, rcx, rdx)
+
+
+def _eldu(
+    cpu: LogicalProcessor,
+    pages: dict[int, Any],
+    rbx: Ref | PageInfoArgs,
+    rcx: int,
+    rdx: int,
+) -> Status:
+    page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
+    if (
+        type(rbx) is PageInfoArgs
+        and page is not None
+        and not page.valid
+        and not page.lock
+        and va_page is not None
+        and va_page.valid
+        and va_page.slots is not None
+        and va_page.lock >= 0
+        and not rdx & 7
+        and type(rbx.secinfo) is not int
+        and type(rbx.srcpge) is not int
+    ):
+        secs = pages.get(rbx.secs)
+        flags, secinfo_reserved, _handle, reserved, mac = _READ_PCMD.unpack(rbx.secinfo)  # type: ignore[arg-type]
+        pt = flags >> 8
+        if (
+            secs is not None
+            and secs.valid
+            and secs.enclave is not None
+            and secs.lock >= 0
+            and secinfo_reserved == _NO_SECINFO_RESERVED
+            and reserved == _NO_RESERVED
+            and _SECS < pt <= _LAST
+            and pt != _VA
+        ):
+            hw, enclave, linaddr = cpu.hw, secs.enclave, rbx.linaddr
+            slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
+            plain = hw.secrets.paging.unseal_plain(
+                b"".join((rbx.srcpge, mac)),  # type: ignore[arg-type]
+                slots[slot],
+                enclave.eid,
+                linaddr,
+                flags,
+            )
+            if plain is not None:
+                page.pt, page.rwx, page.secs, page.linaddr = _TYPES[pt], flags & 7, secs, linaddr
+                page.pending, page.modified = bool(flags & 8), bool(flags & 16)
+                page.pr, page.blocked = bool(flags & 32), False
+                page.bepoch = enclave.epoch
+                page.enclave = page.slots = None
+                hw.store.fill(page, plain)
+                slots[slot] = 0
+                enclave.children += 1
+                page.valid = True
+                return _SUCCESS
+    return eldu(cpu, rbx, rcx, rdx)
