@@ -1,0 +1,140 @@
+"""The fast leaves against the readable ones, on the same histories.
+
+Method: two machines with the same secrets, one with ``fast=True``, take the same random calls, good
+and bad ones, and must agree in result, EPCM, slots, page bytes and every byte written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softsgx.arch import PageType, Secs, Status
+from softsgx.hw import EpcPage, Fault, Machine, MachineConfig, PageInfoArgs
+from softsgx.hw.enclave import Enclave
+from softsgx.runtime import InlineRuntime
+
+PAGES = 6
+SECS, VA, FIRST = 0, 1, 2
+ELRANGE = 1 << 20
+
+
+class Half:
+    """One machine with an enclave of a few pages, and the buffers that its pages go to."""
+
+    def __init__(self, *, fast: bool) -> None:
+        self.hw = Machine(MachineConfig.with_epc(64 << 12), InlineRuntime(seed=7), fast=fast)
+        self.base = self.hw.config.sections[0].base
+        secs = self.page(SECS)
+        secs.fill(PageType.SECS)
+        secs.enclave = Enclave(Secs(size=ELRANGE, base=ELRANGE), self.hw.next_eid(), secs.addr)
+        self.hw.leaves.epa(int(PageType.VA), self.page(VA).addr)
+        for n in range(PAGES):
+            page = self.page(FIRST + n)
+            kind = (PageType.REG, PageType.TCS, PageType.TRIM)[n % 3]
+            page.fill(kind, rwx=n & 7, secs=secs, linaddr=ELRANGE + n * 4096, pending=n == 3)
+            page.modified, page.pr = n == 4, n == 5
+            self.hw.store.fill(page, bytes([n + 1]) * 4096)
+            secs.enclave.children += 1
+        self.out = [(bytearray(4096), bytearray(128)) for _ in range(PAGES)]
+
+    def page(self, index: int) -> EpcPage:
+        page = self.hw.page_at(self.base + index * 4096)
+        assert page is not None
+        return page
+
+    def info(self, step: Step) -> PageInfoArgs:
+        contents, pcmd = self.out[step.buffer]
+        linaddr = ELRANGE + step.linaddr * 4096 if step.leaf == "eldu" else step.dirt
+        secs = self.base + step.secs * 4096 if step.leaf == "eldu" else 0
+        return PageInfoArgs(linaddr, contents, pcmd, secs)
+
+    def run(self, step: Step) -> str:
+        leaves = self.hw.leaves
+        target = self.base + (FIRST + step.page) * 4096
+        slot = self.base + VA * 4096 + 8 * step.slot + step.dirt
+        if step.flip is not None:
+            contents, pcmd = self.out[step.buffer]
+            (pcmd if step.flip < 128 else contents)[step.flip % 128] ^= 1
+        info = self.info(step)
+        try:
+            match step.leaf:
+                case "eblock":
+                    result = leaves.eblock(target)
+                case "etrack":
+                    result = leaves.etrack(self.base)
+                case "ewb":
+                    result = leaves.ewb(info, target, slot)
+                case "eldu":
+                    result = leaves.eldu(info, target, slot)
+                case _:
+                    result = leaves.eremove(target)
+        except Fault as fault:
+            return str(fault)
+        return f"{Status(result).name} {info.linaddr:#x}"
+
+    def state(self) -> list[object]:
+        """Everything that a leaf could have changed."""
+        seen: list[object] = [bytes(b) for pair in self.out for b in pair]
+        for index in range(FIRST + PAGES):
+            page = self.page(index)
+            seen.append((repr(page), page.lock, page.valid and page.bepoch))
+            if page.valid and page.secs is not None:
+                seen.append(self.hw.store.read(page, 0, 4096))
+            if page.slots is not None:
+                seen.append(list(page.slots))
+            if page.enclave is not None:
+                seen.append((page.enclave.children, page.enclave.epoch, page.enclave.lock_t))
+        return seen
+
+
+@dataclass(frozen=True)
+class Step:
+    leaf: str
+    page: int
+    buffer: int
+    slot: int
+    linaddr: int
+    secs: int
+    flip: int | None
+    dirt: int
+
+
+pages = st.integers(0, PAGES - 1)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    """Mostly calls that fit each other, so that pages really come and go."""
+    page = draw(pages)
+    fitting = draw(st.integers(0, 3)) > 0
+    leaf = draw(st.sampled_from(["eblock", "etrack", "ewb", "ewb", "eldu", "eldu", "eremove"]))
+    if fitting:
+        return Step(leaf, page, page, page, page, SECS, None, 0)
+    return Step(
+        leaf,
+        page,
+        draw(pages),
+        draw(pages),
+        draw(pages),
+        draw(st.integers(0, FIRST + PAGES)),
+        draw(st.none() | st.integers(0, 255)),
+        draw(st.sampled_from([0, 0, 0, 4])),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(steps(), max_size=40))
+def test_fast_and_readable_leaves_do_the_same(history: list[Step]) -> None:
+    fast, readable = Half(fast=True), Half(fast=False)
+    for step in history:
+        assert fast.run(step) == readable.run(step), step
+        assert fast.state() == readable.state(), step
+
+
+def test_the_fast_leaves_are_those_that_run() -> None:
+    fast, readable = Half(fast=True), Half(fast=False)
+    assert fast.hw.leaves.ewb.func.__name__ == "_ewb"  # type: ignore[attr-defined]
+    assert readable.hw.leaves.ewb.func.__name__ == "ewb"  # type: ignore[attr-defined]
