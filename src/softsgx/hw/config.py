@@ -153,6 +153,11 @@ class MachineConfig:
         """Whether the machine has control-flow enforcement for enclaves."""
         return bool(self.attributes & AttributesFlags.CET)
 
+    @property
+    def xcr0(self) -> int:
+        """XCR0 bits that the processor has: x87, SSE and every component of ``xsave``."""
+        return int(Xfrm.X87 | Xfrm.SSE) | sum(1 << component for component in self.xsave)
+
     def xsave_bytes(self, xfrm: int) -> int:
         """Return the size of a non-compacted XSAVE area for ``xfrm``.
 

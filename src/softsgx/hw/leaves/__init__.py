@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from softsgx.arch import RdInfo, Status
+from softsgx.arch import EinitToken, RdInfo, SigStruct, Status
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import LeafDone
 from softsgx.hw.faults import Fault, VmExit
+from softsgx.hw.leaves.eadd import eadd
 from softsgx.hw.leaves.eblock import eblock
+from softsgx.hw.leaves.ecreate import ecreate
+from softsgx.hw.leaves.eextend import eextend
+from softsgx.hw.leaves.einit import einit
 from softsgx.hw.leaves.eld import eldb, eldbc, eldu, elduc
 from softsgx.hw.leaves.epa import epa
 from softsgx.hw.leaves.erdinfo import erdinfo
@@ -39,6 +43,10 @@ class Leaves:
     docstring says what it takes, returns and raises.
     """
 
+    ecreate: Callable[[Ref | PageInfoArgs, int], None]
+    eadd: Callable[[Ref | PageInfoArgs, int], None]
+    eextend: Callable[[int, int], None]
+    einit: Callable[[Ref | SigStruct, int, Ref | EinitToken], Status]
     epa: Callable[[int, int], None]
     eblock: Callable[[int], Status]
     etrack: Callable[[int], Status]
@@ -52,6 +60,10 @@ class Leaves:
     erdinfo: Callable[[Ref | RdInfo, int], Status]
 
     _LEAVES: tuple[Callable[..., Any], ...] = (
+        ecreate,
+        eadd,
+        eextend,
+        einit,
         epa,
         eblock,
         etrack,

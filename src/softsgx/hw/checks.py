@@ -1,0 +1,95 @@
+"""What several leaves check in the same words: SECINFO, TCS, XFRM, SVNs.
+
+Pure: nothing here raises a fault or changes anything; the leaf that asks decides what follows.
+
+Source:
+    SDM vol. 3D, "ECREATE", "EADD", "EACCEPT", "EGETKEY", Operation.
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import PAGE_BYTES, SecInfo, SecInfoFlags, Tcs, Xfrm
+from softsgx.hw.enclave import Enclave
+
+__all__ = [
+    "limit_ok",
+    "secinfo_ok",
+    "shadow_stack_token",
+    "svn_beyond",
+    "tcs_ok",
+    "touches_range_end",
+    "xfrm_legal",
+]
+
+_SECINFO_BITS = int(SecInfoFlags.RWX | SecInfoFlags.TYPE_MASK)
+_SECINFO_RESERVED = bytes(56)
+_LIMIT_BITS = 0xFFF
+_AVX512 = Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
+
+
+def secinfo_ok(secinfo: SecInfo, more: int = 0) -> bool:
+    """Return whether reserved bits and bytes of SECINFO are zero.
+
+    Args:
+        secinfo: what to look at.
+        more: bits that are meaningful to this leaf beside R, W, X and the type.  Modelled:
+            PENDING, MODIFIED and PR are reserved wherever the manual gives them no meaning.
+    """
+    return secinfo.flags & ~(_SECINFO_BITS | more) == 0 and secinfo.reserved == _SECINFO_RESERVED
+
+
+def limit_ok(limit: int) -> bool:
+    """Return whether a segment limit of a 32-bit enclave ends at a page's end."""
+    return limit & _LIMIT_BITS == _LIMIT_BITS
+
+
+def tcs_ok(tcs: Tcs, *, mode64: bool, cet: bool) -> bool:
+    """Return whether a TCS may become one: reserved zero, PREVSSP zero, 32-bit limits whole.
+
+    Without CET the two CET fields are reserved.
+    """
+    if any(tcs.reserved) or tcs.prevssp or (tcs.ocetssa and not cet):
+        return False
+    return mode64 or (limit_ok(tcs.fs_limit) and limit_ok(tcs.gs_limit))
+
+
+def xfrm_legal(xfrm: int, supported: int, *, xsave_enabled: bool) -> bool:
+    """Return whether XCR0 would take ``xfrm``.
+
+    Args:
+        xfrm: SECS.ATTRIBUTES.XFRM.
+        supported: XCR0 bits that the processor has.
+        xsave_enabled: CR4.OSXSAVE; without it only x87 and SSE exist.
+
+    Source:
+        SDM vol. 1, "Enabling the XSAVE Feature Set and XSAVE-Enabled Features".
+    """
+    legacy = Xfrm.X87 | Xfrm.SSE
+    if xfrm & legacy != legacy:
+        return False
+    if xfrm == legacy:
+        return True
+    if not xsave_enabled or xfrm & ~supported:
+        return False
+    if xfrm & _AVX512 and (xfrm & _AVX512 != _AVX512 or not xfrm & Xfrm.AVX):
+        return False
+    pairs = (Xfrm.BNDREGS | Xfrm.BNDCSR, Xfrm.TILECFG | Xfrm.TILEDATA)
+    return all(xfrm & pair in (0, pair) for pair in pairs)
+
+
+def svn_beyond(requested: bytes, current: bytes) -> bool:
+    """Return whether a CPUSVN is beyond the current one.
+
+    Modelled: a CPUSVN is no ordered number; one is beyond another if any component is greater.
+    """
+    return any(mine > theirs for mine, theirs in zip(requested, current, strict=True))
+
+
+def touches_range_end(enclave: Enclave, linaddr: int) -> bool:
+    """Return whether ``linaddr`` is the first or last page of the enclave's linear range."""
+    return linaddr in (enclave.base, enclave.base + enclave.size - PAGE_BYTES)
+
+
+def shadow_stack_token(enclave: Enclave, linaddr: int) -> bytes:
+    """Return the last 8 bytes of an SS_FIRST page: its end, with MODE64BIT in bit 0."""
+    return (linaddr + PAGE_BYTES | enclave.mode64).to_bytes(8, "little")

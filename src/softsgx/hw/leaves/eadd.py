@@ -1,0 +1,140 @@
+"""ENCLS[EADD]: add a page to an enclave that is being built."""
+
+from __future__ import annotations
+
+from softsgx.arch import (
+    PAGE_BYTES,
+    TCS_INACTIVE,
+    PageType,
+    SecInfo,
+    SecInfoFlags,
+    Tcs,
+    TcsFlags,
+    eadd_block,
+)
+from softsgx.hw.checks import secinfo_ok, shadow_stack_token, tcs_ok, touches_range_end
+from softsgx.hw.enclave import Enclave
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.faults import GeneralProtection, PageFault
+from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
+from softsgx.hw.processor import LogicalProcessor
+
+__all__ = ["eadd"]
+
+_TYPES = {int(pt): pt for pt in (PageType.REG, PageType.TCS)}
+_CET_TYPES = _TYPES | {int(pt): pt for pt in (PageType.SS_FIRST, PageType.SS_REST)}
+_SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
+_W_WITHOUT_R = (SecInfoFlags.W, SecInfoFlags.W | SecInfoFlags.X)
+
+
+def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
+    """Copy a page into the free EPC page at ``rcx``, bind it to an enclave, measure its place.
+
+    Its bytes are measured by EEXTEND only.
+
+    Args:
+        cpu: the processor it runs on.
+        rbx: PAGEINFO, 32-byte aligned: SRCPGE 4096 bytes, SECINFO type and rights, LINADDR where
+            in the enclave, SECS the EPC page of its SECS.
+        rcx: a free EPC page, 4096-byte aligned.
+
+    Raises:
+        GeneralProtection: an operand is misaligned; SECINFO or a TCS or shadow-stack page is not
+            legal; LINADDR is outside the enclave; the enclave is initialised; or another leaf
+            holds a page or the measurement.
+        PageFault: an operand is no EPC page, ``rcx`` is in use, PAGEINFO.SECS holds no SECS.
+        VmExit: in a guest with EPC virtualization, instead of #GP for a held ``rcx``.
+
+    Source:
+        SDM vol. 3D, "EADD", Operation.
+    """
+    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+        raise GeneralProtection
+    page = cpu.resolve(rcx)
+    info = cpu.page_info(rbx)
+    if misaligned(info.srcpge, PAGE_BYTES) or info.secs % PAGE_BYTES or info.linaddr % PAGE_BYTES:
+        raise GeneralProtection
+    if misaligned(info.secinfo, SecInfo.ALIGN):
+        raise GeneralProtection
+    secs = cpu.resolve(info.secs)
+    secinfo = cpu.sec_info(info.secinfo)
+    hw = cpu.hw
+    pt = (_CET_TYPES if hw.config.cet else _TYPES).get(secinfo.page_type)
+    if pt is None or not secinfo_ok(secinfo):
+        raise GeneralProtection
+    if pt in _SHADOW_STACK and not cpu.cr4_cet:
+        raise GeneralProtection
+
+    if not hw.locks.exclusive(page):
+        cpu.conflict_exception(rcx)
+    try:
+        if page.valid:
+            raise PageFault(rcx)
+        if not hw.locks.shared(secs):
+            raise GeneralProtection
+        try:
+            if not secs.valid or secs.pt is not PageType.SECS:
+                raise PageFault(info.secs)
+            enclave = secs.owner
+            data, rwx = _checked(cpu, info, pt, secinfo.flags & SecInfoFlags.RWX, enclave)
+            if not enclave.covers(info.linaddr):
+                raise GeneralProtection
+            if not hw.locks.measure(enclave):
+                raise GeneralProtection
+            try:
+                hw.point("EADD")
+                if enclave.initialized:
+                    raise GeneralProtection
+                _commit(cpu, page, secs, pt, rwx, info.linaddr, data)
+            finally:
+                enclave.lock_b = False
+        finally:
+            hw.locks.release(secs)
+    finally:
+        hw.locks.release(page)
+
+
+def _checked(
+    cpu: LogicalProcessor, info: PageInfoArgs, pt: PageType, rwx: int, enclave: Enclave
+) -> tuple[bytes, int]:
+    """Copy the source; return what the page will hold, and its rights.
+
+    Raises:
+        GeneralProtection: no page of this type may look like that.
+    """
+    data = bytes(cpu.read(info.srcpge, PAGE_BYTES))
+    if pt is PageType.REG:
+        if rwx in _W_WITHOUT_R:
+            raise GeneralProtection
+        return data, rwx
+    if pt is PageType.TCS:
+        tcs = Tcs.unpack(data)
+        if not tcs_ok(tcs, mode64=enclave.mode64, cet=cpu.hw.config.cet):
+            raise GeneralProtection
+        # Software reaches a TCS through leaves only, whatever rights SECINFO had.
+        tcs.flags &= ~int(TcsFlags.DBGOPTIN)
+        tcs.state, tcs.cssa, tcs.aep = TCS_INACTIVE, 0, 0
+        return tcs.pack(), 0
+    token = shadow_stack_token(enclave, info.linaddr) if pt is PageType.SS_FIRST else bytes(8)
+    if touches_range_end(enclave, info.linaddr) or data != bytes(PAGE_BYTES - 8) + token:
+        raise GeneralProtection
+    if rwx != SecInfoFlags.R | SecInfoFlags.W:
+        raise GeneralProtection
+    return data, rwx
+
+
+def _commit(
+    cpu: LogicalProcessor,
+    page: EpcPage,
+    secs: EpcPage,
+    pt: PageType,
+    rwx: int,
+    linaddr: int,
+    data: bytes,
+) -> None:
+    """Measure, then fill the page and write the EPCM entry; locks are held."""
+    hw, enclave = cpu.hw, secs.owner
+    hw.measurements[enclave.eid].update(eadd_block(linaddr - enclave.base, pt << 8 | rwx))
+    page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr)
+    hw.store.fill(page, data)
+    hw.locks.count_child(enclave, 1)
