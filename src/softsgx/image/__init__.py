@@ -4,8 +4,13 @@ Every format is reduced to one :class:`Plan`, which one routine measures and one
 to SIGSTRUCTs.  Knows the manual (``arch``) and files, and neither processors nor systems.
 """
 
+from softsgx.image._file import Bytes, read_bytes
 from softsgx.image.blob import Blob, enclave_size, tcs_page
+from softsgx.image.detect import FORMATS, detect_format, open_image, read_image
+from softsgx.image.enclave import EnclaveImage, Variant
+from softsgx.image.flat import read_raw, read_selftest
 from softsgx.image.measure import MEASURE_LIMIT_BYTES, hashed_bytes, measure
+from softsgx.image.oe import OeProperties, read_oe, sign_oe
 from softsgx.image.plan import (
     MASK_ALL,
     MASK_NONE,
@@ -22,6 +27,8 @@ from softsgx.image.plan import (
     Run,
     lay,
 )
+from softsgx.image.sdk import choose_block, read_sdk
+from softsgx.image.sgxs import read_sgxs, write_sgxs
 from softsgx.image.sigfile import bcd_date, date_text, mrsigner, read_sigstruct
 from softsgx.image.sign import (
     SignOptions,
@@ -39,6 +46,7 @@ from softsgx.image.sign import (
 from softsgx.image.verify import Check, check_signature, verify
 
 __all__ = [
+    "FORMATS",
     "MASK_ALL",
     "MASK_NONE",
     "MEASURE_LIMIT_BYTES",
@@ -49,17 +57,23 @@ __all__ = [
     "SECINFO_TCS",
     "ZERO",
     "Blob",
+    "Bytes",
     "Check",
     "Data",
+    "EnclaveImage",
     "Fill",
+    "OeProperties",
     "Page",
     "Plan",
     "Run",
     "SignOptions",
+    "Variant",
     "attach_signature",
     "bcd_date",
     "check_signature",
+    "choose_block",
     "date_text",
+    "detect_format",
     "enclave_size",
     "hashed_bytes",
     "key_pem",
@@ -69,12 +83,22 @@ __all__ = [
     "measure",
     "mrsigner",
     "new_key",
+    "open_image",
     "public_pem",
+    "read_bytes",
+    "read_image",
+    "read_oe",
+    "read_raw",
+    "read_sdk",
+    "read_selftest",
+    "read_sgxs",
     "read_sigstruct",
     "sign",
+    "sign_oe",
     "sign_plan",
     "split_signed",
     "tcs_page",
     "unsigned_sigstruct",
     "verify",
+    "write_sgxs",
 ]

@@ -1,0 +1,74 @@
+"""What reading an enclave file gives, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from softsgx.arch import SigStruct
+from softsgx.errors import SoftSgxError
+from softsgx.image.plan import Plan, Run
+
+__all__ = ["EnclaveImage", "Variant", "plan_of"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of several descriptions of the same enclave in one file.
+
+    Attributes:
+        name: what the file calls it: a metadata version.
+        plan: what it builds, or None when it cannot be read.
+        problem: why not; empty otherwise.
+        facts: pairs of name and value for people, in the file's order.
+        layout: rows for people: name, attributes, pages, offset, flags, what is done with it.
+    """
+
+    name: str
+    plan: Plan | None
+    problem: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
+    layout: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class EnclaveImage:
+    """An enclave file, reduced to what builds it.
+
+    Attributes:
+        name: the file.
+        format: ``sgxs``, ``sdk``, ``oe``, ``selftest`` or ``raw``.
+        plan: how to build it.
+        sigstruct: what came with it, or None.
+        sigstruct_from: where ``sigstruct`` was found.
+        variants: all descriptions in the file, the chosen one included.
+        chosen: the name of the variant that ``plan`` is.
+        notes: what a person should know, one sentence each.
+        attributes: ATTRIBUTES.FLAGS and XFRM that the file asks for outside its SIGSTRUCT, or None.
+    """
+
+    name: str
+    format: str
+    plan: Plan
+    sigstruct: SigStruct | None = None
+    sigstruct_from: str = ""
+    variants: tuple[Variant, ...] = ()
+    chosen: str = ""
+    notes: tuple[str, ...] = ()
+    attributes: tuple[int, int] | None = None
+    facts: tuple[tuple[str, str], ...] = field(default=())
+
+
+def plan_of(
+    name: str,
+    size: int,
+    runs: Sequence[Run],
+    *,
+    ssa_frame_size: int = 1,
+    base: int | None = None,
+) -> Plan:
+    """Return the plan, or its refusal in the name of the file it comes from."""
+    try:
+        return Plan(size, tuple(runs), ssa_frame_size, base)
+    except SoftSgxError as error:
+        raise SoftSgxError(f"{name}: {str(error).removeprefix('plan: ')}") from error
