@@ -17,19 +17,32 @@ from softsgx.arch import (
     SecInfo,
     Status,
     VmExitReason,
+    is_canonical,
     page_of,
 )
 from softsgx.arch import PageInfo as PageInfoBytes
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
-from softsgx.hw.space import READ, WRITE, AddressSpace, DirectMap
+from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap
 from softsgx.layout import Structure
+from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
+    from softsgx.hw.enclave import Enclave
+    from softsgx.hw.leaves.enclu import EncluLeaves
     from softsgx.hw.machine import Machine
 
-__all__ = ["EnclaveMode", "LogicalProcessor", "Registers", "Translation"]
+__all__ = [
+    "EnclaveMode",
+    "Frame",
+    "LogicalProcessor",
+    "Outside",
+    "Registers",
+    "Segment",
+    "Translation",
+    "split_pages",
+]
 
 S = TypeVar("S", bound=Structure)
 
@@ -40,7 +53,9 @@ class Registers:
 
     Attributes:
         xcr0: XCR0.
-        xsave: the state that XSAVE with XCR0 would store, non-compacted form.
+        xsave: the state that XSAVE would store, non-compacted form, with XCR0 as it is outside:
+            entry narrows XCR0, and components beyond it keep their values here.  Where it is
+            shorter than a component's place, that component is in its initial state.
     """
 
     rax: int = 0
@@ -67,47 +82,98 @@ class Registers:
     xsave: bytes = bytes(576)
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What entry looks at in a segment register; flat and usable unless told otherwise.
+
+    Attributes:
+        base: 0 for FS and GS, whose bases are in :class:`Registers`.
+        limit: offset of its last byte.
+        expand_down: an expand-down data segment.
+        big: the D/B bit.
+    """
+
+    base: int = 0
+    limit: int = 0xFFFF_FFFF
+    selector: int = 0
+    usable: bool = True
+    expand_down: bool = False
+    big: bool = True
+
+
 @dataclass(slots=True)
 class Translation:
     """One TLB entry: where a linear page is, and what may be done with it.
 
     Attributes:
         physical: page address.
-        rights: R/W/X that were granted at the miss.
+        rights: kinds of access that were asked for and granted.
         page: the EPC page for a direct enclave access; ``None`` for ordinary memory.
         abort: the abort page stands in for EPC: loads give ones, stores vanish.
+        epcm_rights: R/W/X of the EPCM entry when the translation was made.
     """
 
     physical: int
     rights: int
     page: EpcPage | None = None
     abort: bool = False
+    epcm_rights: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The SSA frame that the next asynchronous exit fills, by physical pages.
+
+    Attributes:
+        gpr: page whose end is GPRSGX with MISC below it: CR_GPR_PA.
+        xsave: pages of the XSAVE area, in order: CR_XSAVE_PAGE_n.
+        cet: page and offset of the CET save slot, ``None`` in an enclave without CET:
+            CR_CET_SAVE_AREA_PA.
+    """
+
+    gpr: EpcPage
+    xsave: tuple[EpcPage, ...]
+    cet: tuple[EpcPage, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """Outside state that exit restores: CR_SAVE_*.
+
+    Attributes:
+        tf: RFLAGS.TF; ``None`` when the thread opted in to debugging, which leaves TF alone.
+    """
+
+    fs: Segment
+    fs_base: int
+    gs: Segment
+    gs_base: int
+    xcr0: int
+    tf: int | None
+    ssp: int
+    u_cet: int
 
 
 @dataclass(slots=True)
 class EnclaveMode:
-    """What a processor keeps while it is inside an enclave (CR_ACTIVE_SECS and companions).
+    """What a processor keeps while it is inside an enclave.
 
     Attributes:
-        secs: CR_ACTIVE_SECS.
-        tcs: CR_TCS_PA, the page; its linear address is ``tcs_linaddr``.
+        secs: CR_ACTIVE_SECS, with its ``enclave``; neither can leave while a child is resident.
+        tcs: CR_TCS_PA.
+        tcs_linaddr: CR_TCS_LA.
         entry_epoch: the enclave's epoch at entry; see ``tracking.py``.
-        gpr: (EPC page, offset) of the frame's GPRSGX: CR_GPR_PA.
-        xsave_pages: EPC pages of the frame's XSAVE area, in order: CR_XSAVE_PAGE_n.
-        saved_*: outside state that exit restores.
+        frame: the cached SSA frame.
+        outside: what exit restores.
     """
 
     secs: EpcPage
+    enclave: Enclave
     tcs: EpcPage
     tcs_linaddr: int
     entry_epoch: int
-    gpr: tuple[EpcPage, int]
-    xsave_pages: list[EpcPage]
-    dbgoptin: bool
-    saved_fs_base: int
-    saved_gs_base: int
-    saved_xcr0: int
-    saved_tf: bool
+    frame: Frame
+    outside: Outside
 
 
 @dataclass
@@ -121,6 +187,7 @@ class LogicalProcessor:
         space: the address space in force (CR3).
         cpl: current privilege level.
         mode64: IA32_EFER.LMA and CS.L; otherwise 32-bit protected mode.
+        compatibility_mode: not ``mode64``, but under IA32_EFER.LMA.
         cr0_ts, cr0_ne, paging: CR0.TS, CR0.NE, CR0.PG.
         cr4_osfxsr, cr4_osxsave, cr4_cet: CR4 bits.
         real_mode: real, virtual-8086 or system-management mode.
@@ -132,8 +199,14 @@ class LogicalProcessor:
         encls_exiting, enclv_exiting: exiting bitmaps, bit n for leaf n; -1 stands for the
             control being off.
         event_pending: an unmasked event that EINIT notices.
+        cs, ds, es, ss, fs, gs: segment registers; all but FS and GS matter in 32-bit mode only.
+        cr2: the address of the last page fault that was delivered.
+        ssp, u_cet: shadow-stack pointer and IA32_U_CET, in force with CR4.CET.
         inside: enclave mode; ``None`` outside.
         tlb: translations by linear page.
+        busy: held for one ENCLU or one memory access, and by whoever interrupts the processor:
+            an interrupt waits for the end of the instruction.
+        enclu: the ENCLU leaves bound to this processor; the machine sets it.
     """
 
     hw: Machine
@@ -142,6 +215,7 @@ class LogicalProcessor:
     space: AddressSpace = field(default_factory=DirectMap)
     cpl: int = 0
     mode64: bool = True
+    compatibility_mode: bool = False
     cr0_ts: bool = False
     cr0_ne: bool = True
     paging: bool = True
@@ -156,20 +230,48 @@ class LogicalProcessor:
     encls_exiting: int = -1
     enclv_exiting: int = -1
     event_pending: bool = False
+    cs: Segment = Segment()
+    ds: Segment = Segment()
+    es: Segment = Segment()
+    ss: Segment = Segment()
+    fs: Segment = Segment()
+    gs: Segment = Segment()
+    cr2: int = 0
+    ssp: int = 0
+    u_cet: int = 0
     inside: EnclaveMode | None = None
     tlb: dict[int, Translation] = field(default_factory=dict)
+    busy: Lock = field(init=False, repr=False)
+    enclu: EncluLeaves = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.busy = self.hw.runtime.lock(f"cpu{self.number}")
+
+    def translate(self, linaddr: int, access: int, *, user: bool) -> int:
+        """Return the physical address behind ``linaddr``: segmentation, then paging.
+
+        Raises:
+            GeneralProtection: not canonical, or in 32-bit mode beyond the segment's limit.
+            PageFault: ordinary, from paging.
+        """
+        if self.mode64:
+            if not is_canonical(linaddr):
+                raise GeneralProtection
+        elif linaddr > (self.cs if access == EXECUTE else self.ds).limit:
+            raise GeneralProtection
+        return self.space.translate(linaddr, access, user=user)
 
     def resolve(self, linaddr: int) -> EpcPage:
         """Return the EPC page that holds ``linaddr``: the manual's "resolves within an EPC".
 
         Raises:
-            PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
+            GeneralProtection: not canonical.
+        PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
         """
         # The kernel's own mapping needs no walk; it is the hot path of all OS code.
         physical = linaddr & -PAGE_BYTES
         if type(self.space) is not DirectMap:
-            user = self.cpl == 3
-            physical = page_of(self.space.translate(linaddr, READ, user=user))
+            physical = page_of(self.translate(linaddr, READ, user=self.cpl == 3))
         page = self.hw.pages.get(physical)
         if page is not None:
             return page
@@ -184,8 +286,8 @@ class LogicalProcessor:
             assert len(ref) == size, f"operand of {len(ref)} bytes, the leaf reads {size}"  # type: ignore[arg-type]
             return ref  # type: ignore[return-value]
         parts = [
-            self.hw.ram_read(self.space.translate(at, READ, user=self.cpl == 3), length)
-            for at, length in _split(ref, size)
+            self.hw.ram_read(self.translate(at, READ, user=self.cpl == 3), length)
+            for at, length in split_pages(ref, size)
         ]
         return b"".join(parts)
 
@@ -195,16 +297,16 @@ class LogicalProcessor:
             memoryview(ref)[: len(data)] = data  # type: ignore[arg-type]
             return
         done = 0
-        for at, length in _split(ref, len(data)):
-            physical = self.space.translate(at, WRITE, user=self.cpl == 3)
+        for at, length in split_pages(ref, len(data)):
+            physical = self.translate(at, WRITE, user=self.cpl == 3)
             self.hw.ram_write(physical, bytes(data[done : done + length]))
             done += length
 
     def probe_write(self, ref: Ref, size: int) -> None:
         """Raise the page fault that :meth:`write` would raise, and change nothing."""
         if type(ref) is int:
-            for at, _length in _split(ref, size):
-                self.space.translate(at, WRITE, user=self.cpl == 3)
+            for at, _length in split_pages(ref, size):
+                self.translate(at, WRITE, user=self.cpl == 3)
 
     def load(self, kind: type[S], ref: Ref | S) -> S:
         """Return a structure from memory; an object of that kind stands for itself."""
@@ -269,7 +371,7 @@ class LogicalProcessor:
         self.tlb.clear()
 
 
-def _split(linaddr: int, size: int) -> list[tuple[int, int]]:
+def split_pages(linaddr: int, size: int) -> list[tuple[int, int]]:
     """Return (address, length) pieces of a range, one a page."""
     pieces = []
     while size:

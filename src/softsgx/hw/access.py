@@ -1,0 +1,224 @@
+"""Memory accesses of a logical processor: what a TLB miss checks, and what a hit does not.
+
+A translation is made at a miss and kept until the TLB is flushed, which every enclave entry and
+exit does.  A kind of access (read, write, fetch) that was granted once is not checked again: a
+page that is blocked, restricted or evicted meanwhile stays usable through it.  That is what ETRACK
+and EWB exist for.
+
+:func:`check` is the EPCM's verdict alone, for engines whose TLB is the real one.
+
+Source:
+    SDM vol. 3D, "Enclave Access Control and Data Structures", "Access-control for accesses that
+    originate from non-SGX instructions", "#PF error code".
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import CHILD_TYPES, PAGE_BYTES, PageType, Pfec, page_of
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.faults import GeneralProtection, PageFault
+from softsgx.hw.processor import LogicalProcessor, Translation, split_pages
+from softsgx.hw.space import EXECUTE, READ, WRITE
+
+__all__ = ["check", "enclave_operand", "epc_operand", "epc_refusal", "fetch", "load", "store"]
+
+_SHADOW_STACK_TYPES = frozenset({PageType.SS_FIRST, PageType.SS_REST})
+assert _SHADOW_STACK_TYPES < CHILD_TYPES, "shadow stack pages belong to an enclave"
+
+# An enclave runs at CPL 3, and so does every ENCLU.
+_REFUSAL = int(Pfec.P | Pfec.SGX | Pfec.U)
+_ACCESS_BITS = {READ: 0, WRITE: int(Pfec.W), EXECUTE: int(Pfec.I)}
+
+
+def epc_refusal(linaddr: int, access: int) -> PageFault:
+    """Return the #PF of a user-mode access that paging allows and the EPC or EPCM refuses."""
+    return PageFault(linaddr, _REFUSAL | _ACCESS_BITS[access])
+
+
+def check(
+    secs: EpcPage, page: EpcPage | None, linaddr: int, access: int, *, shadow_stack: bool = False
+) -> PageFault | None:
+    """Judge one direct enclave access that paging has allowed; nothing changes.
+
+    Args:
+        secs: CR_ACTIVE_SECS of the processor.
+        page: the EPC page behind ``linaddr``; ``None`` when it is no EPC.
+        linaddr: the address accessed, inside ELRANGE.
+        access: ``READ``, ``WRITE`` or ``EXECUTE``.
+        shadow_stack: it is a shadow-stack access, which needs a page of type SS_*.
+
+    Returns:
+        ``None`` when it is allowed; otherwise the #PF, with the SGX bit and the exact address.
+
+    Source:
+        SDM vol. 3D, "Enclave Page Cache Map": the conditions of a direct enclave access.
+    """
+    if (
+        page is not None
+        and page.valid
+        and not (page.blocked or page.pending or page.modified)
+        and (page.pt in _SHADOW_STACK_TYPES if shadow_stack else page.pt is PageType.REG)
+        and page.secs is secs
+        and page.linaddr == linaddr & -PAGE_BYTES
+        and page.rwx & access
+    ):
+        return None
+    fault = epc_refusal(linaddr, access)
+    if shadow_stack:
+        fault.code |= Pfec.SS
+    return fault
+
+
+# --- operands of ENCLU leaves ------------------------------------------------------------------
+
+
+def epc_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage:
+    """Return the EPC page behind an operand of an ENCLU leaf: "resolves within an EPC".
+
+    Raises:
+        GeneralProtection: ``linaddr`` is not canonical.
+        PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
+    """
+    physical = cpu.translate(linaddr, access, user=True)
+    page = cpu.hw.page_at(physical)
+    if page is None:
+        raise epc_refusal(linaddr, access)
+    return page
+
+
+def enclave_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage:
+    """Return the page of the running enclave that holds an operand of an ENCLU leaf.
+
+    The leaf itself checks first that ``linaddr`` is aligned and inside ELRANGE.  The TLB is not
+    asked: leaves look at the EPCM each time.
+
+    Args:
+        cpu: the processor, inside an enclave.
+        linaddr: the operand; it must not cross a page.
+        access: ``READ`` or ``WRITE``.
+
+    Raises:
+        GeneralProtection: ``linaddr`` is not canonical.
+        PageFault: at ``linaddr``: ordinary, from paging; or with the SGX bit, when it is no
+            accessible REG page of this enclave at this address with the right ``access``.
+
+    Source:
+        SDM vol. 3D, Operation of EREPORT, EGETKEY, EACCEPT: the checks of each operand's page.
+    """
+    assert cpu.inside is not None, "an enclave operand outside an enclave"
+    page = epc_operand(cpu, linaddr, access)
+    fault = check(cpu.inside.secs, page, linaddr, access)
+    if fault is not None:
+        raise fault
+    return page
+
+
+# --- accesses of code ---------------------------------------------------------------------------
+
+
+def load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
+    """Return ``size`` bytes at ``linaddr``, as an instruction of ``cpu`` would see them.
+
+    A range that crosses pages, or the end of the enclave, is judged piece by piece.
+
+    Raises:
+        GeneralProtection: an address is not canonical.
+        PageFault: the first byte's address that cannot be read.
+    """
+    with cpu.busy:
+        pieces = [
+            (_translate(cpu, at, READ), at % PAGE_BYTES, length)
+            for at, length in split_pages(linaddr, size)
+        ]
+        return b"".join(_read(cpu, *piece) for piece in pieces)
+
+
+def store(cpu: LogicalProcessor, linaddr: int, data: bytes) -> None:
+    """Store ``data`` at ``linaddr``, all of it or, when any of it faults, nothing.
+
+    Raises:
+        GeneralProtection: an address is not canonical.
+        PageFault: the first byte's address that cannot be written.
+    """
+    with cpu.busy:
+        pieces = [
+            (_translate(cpu, at, WRITE), at % PAGE_BYTES, length)
+            for at, length in split_pages(linaddr, len(data))
+        ]
+        done = 0
+        for translation, offset, length in pieces:
+            part = data[done : done + length]
+            done += length
+            if translation.page is not None:
+                cpu.hw.store.write(translation.page, offset, part)
+            elif not translation.abort:
+                cpu.hw.ram.write(translation.physical + offset, part)
+
+
+def fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
+    """Return ``size`` bytes of code at ``linaddr``; outside an enclave, EPC reads as ones.
+
+    Raises:
+        GeneralProtection: an address is not canonical; or, inside an enclave, any byte is outside
+            ELRANGE and paging had no objection.
+        PageFault: the first byte's address that cannot be fetched.
+    """
+    with cpu.busy:
+        pieces = split_pages(linaddr, size)
+        inside = cpu.inside
+        if inside is not None and not all(inside.enclave.covers(at) for at, _length in pieces):
+            for at, _length in pieces:
+                cpu.translate(at, EXECUTE, user=True)
+            raise GeneralProtection
+        return b"".join(
+            _read(cpu, _translate(cpu, at, EXECUTE), at % PAGE_BYTES, length)
+            for at, length in pieces
+        )
+
+
+def _read(cpu: LogicalProcessor, translation: Translation, offset: int, size: int) -> bytes:
+    if translation.page is not None:
+        return cpu.hw.store.read(translation.page, offset, size)
+    if translation.abort:
+        return b"\xff" * size
+    return cpu.hw.ram.read(translation.physical + offset, size)
+
+
+def _translate(cpu: LogicalProcessor, linaddr: int, access: int) -> Translation:
+    """Return the translation for one kind of access, from the TLB or made now."""
+    known = cpu.tlb.get(linaddr & -PAGE_BYTES)
+    if known is not None and known.rights & access:
+        return known
+    return _miss(cpu, linaddr, access, known)
+
+
+def _miss(
+    cpu: LogicalProcessor, linaddr: int, access: int, known: Translation | None
+) -> Translation:
+    """Walk and check; the page may be known for other kinds of access already."""
+    inside = cpu.inside
+    user = inside is not None or cpu.cpl == 3
+    physical = page_of(cpu.translate(linaddr, access, user=user))
+    page = cpu.hw.page_at(physical)
+
+    if inside is None or not inside.enclave.covers(linaddr):
+        # Not a direct enclave access: whatever the EPC holds, nobody sees it from here.
+        made = Translation(physical, access, abort=page is not None)
+    else:
+        if known is not None and known.page is page and not known.epcm_rights & access:
+            # The entry was filled before EMODPE extended the page's rights: one fault, whose
+            # asynchronous exit flushes it.
+            del cpu.tlb[linaddr & -PAGE_BYTES]
+            raise epc_refusal(linaddr, access)
+        fault = check(inside.secs, page, linaddr, access)
+        if fault is not None:
+            raise fault
+        assert page is not None, "the check let ordinary memory pass"
+        made = Translation(physical, access, page=page, epcm_rights=page.rwx)
+
+    if known is not None and known.physical == made.physical:
+        # Grants accumulate: a TLB holds each kind on its own, and none is taken back here.
+        known.rights |= access
+        return known
+    cpu.tlb[linaddr & -PAGE_BYTES] = made
+    return made
