@@ -46,6 +46,7 @@ OUTSIDE = 0x7000_0000  # ordinary memory, no EPC
 BASE, SIZE = 0x10_0000, 0x10_0000  # of every enclave
 
 PAGEINFO_AT, PCMD_AT, RDINFO_AT, SRCPGE_AT = 0x1_0000, 0x1_0080, 0x1_0100, 0x1_1000
+_EPCM_FIELDS = ("pt", "rwx", "linaddr", "blocked", "pending", "modified", "pr", "bepoch")
 OPERANDS_AT, OPERANDS_BYTES = PAGEINFO_AT, 0x2000
 
 
@@ -83,15 +84,24 @@ def outcome(run: Callable[[], Status | None]) -> object:
     except GeneralProtection:
         return GP
     except PageFault as fault:
-        if not fault.code & Pfec.SGX:
-            return PlainPf(fault.address)
-        # The EPCM refuses only what paging has allowed, and an ENCLS leaf is no user access.
-        assert fault.code & Pfec.P, f"SGX without P: {fault}"
-        assert not fault.code & (Pfec.U | Pfec.RSVD | Pfec.PK), str(fault)
-        return Pf(fault.address)
+        return _page_fault(fault)
     except VmExit as leave:
-        assert leave.reason is VmExitReason.SGX_CONFLICT
-        return Exit(ConflictCode(leave.code), leave.error, leave.guest_physical, leave.guest_linear)
+        return _vm_exit(leave)
+
+
+def _page_fault(fault: PageFault) -> Pf | PlainPf:
+    if not fault.code & Pfec.SGX:
+        return PlainPf(fault.address)
+    # The EPCM refuses only what paging has allowed, and an ENCLS leaf is no user access.
+    assert fault.code & Pfec.P, f"SGX without P: {fault}"
+    assert not fault.code & (Pfec.U | Pfec.RSVD | Pfec.PK), str(fault)
+    return Pf(fault.address)
+
+
+def _vm_exit(leave: VmExit) -> Exit:
+    assert leave.reason is VmExitReason.SGX_CONFLICT, f"exit reason {leave.reason}"
+    code = ConflictCode(leave.code)
+    return Exit(code, leave.error, leave.guest_physical, leave.guest_linear)
 
 
 @dataclass
@@ -270,10 +280,7 @@ class Bench:
         state: dict[str, object] = {"lock": page.lock, "lock_a": page.lock_a}
         if not page.valid:  # the other fields of an invalid entry mean nothing
             return state if page.lock or page.lock_a else {}
-        state.update(
-            (name, getattr(page, name))
-            for name in "pt rwx linaddr blocked pending modified pr bepoch".split()
-        )
+        state.update((name, getattr(page, name)) for name in _EPCM_FIELDS)
         state["secs"] = None if page.secs is None else page.secs.addr
         state["slots"] = None if page.slots is None else tuple(page.slots)
         if page.enclave is not None:
