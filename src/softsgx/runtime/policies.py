@@ -14,10 +14,21 @@ from typing import Protocol
 from softsgx.runtime.failures import ReplayDiverged, ScriptNotFollowed
 from softsgx.runtime.schedule import Schedule, Step
 
-__all__ = ["END", "YIELD", "Pct", "Policy", "Replay", "Script", "Uniform", "Uninterrupted"]
+__all__ = [
+    "END",
+    "SLEEP",
+    "YIELD",
+    "Pct",
+    "Policy",
+    "Replay",
+    "Script",
+    "Uniform",
+    "Uninterrupted",
+]
 
 YIELD = "yield"
 END = "end"
+SLEEP = "sleep"
 
 
 class Policy(Protocol):
@@ -139,13 +150,13 @@ class Script:
 
     ``Script(("reclaim", "EWB"), ("fault", "ELDU"))`` runs ``reclaim`` until it is about to do EWB,
     stops it there, and runs ``fault`` until it is about to do ELDU; from there on a task runs
-    until it waits.  A place may be a pattern (``"acquire *"``).  Until a task of the script has
-    been spawned, the others run.
+    until it waits.  A place may be a pattern (``"acquire *"``).  While a task of the script sleeps
+    or has not been spawned yet, those run that the script has not stopped.
 
     Args:
         steps: tasks and places, in order.
         strict: whether it is an error that a task has to wait for another one before it reaches
-            its place.  If not, the others run meanwhile.
+            its place.  If not, the others run meanwhile, stopped or not.
 
     Raises:
         ScriptNotFollowed: from the run, when a task could not reach its place.
@@ -174,9 +185,12 @@ class Script:
         if task in ready:
             return task
         last = self._last.get(task)
-        if last == END or (self._strict and last is not None and last != "sleep"):
+        stopped = {task for task, _ in self._steps[: self._at]}
+        others = [name for name in ready if name not in stopped]
+        must_wait = last not in (None, SLEEP) or not others
+        if last == END or (self._strict and must_wait):
             raise ScriptNotFollowed(self._complaint(task, place))
-        return self._rest.choose(current, where, ready)
+        return self._rest.choose(current, where, others or ready)
 
     def finish(self) -> None:
         """Every step must have been reached."""

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from softsgx.runtime import base
+from softsgx.runtime import base, policies
 from softsgx.runtime._random import TaskRandom
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
 from softsgx.runtime.failures import Livelock
-from softsgx.runtime.policies import END, YIELD, Policy, Replay, Uniform
+from softsgx.runtime.policies import Policy, Replay, Uniform
 from softsgx.runtime.schedule import Schedule, Step
 
 __all__ = ["SeededRuntime"]
@@ -264,14 +264,14 @@ class SeededRuntime(Cooperative):
         if not self._over:
             del self._ready[me.name]  # to the end of the queue
             self._ready[me.name] = me
-        self._reach(YIELD)
+        self._reach(policies.YIELD)
 
     def sleep(self, duration_ns: int) -> None:
         """Wait until virtual time has advanced by ``duration_ns``."""
         if not self._over:
             del self._ready[self._current.name]
         self._enlist(None, SLEEP, duration_ns)
-        self._reach("sleep", blocked=True)
+        self._reach(policies.SLEEP, blocked=True)
 
     def now_ns(self) -> int:
         """Return virtual nanoseconds since the start."""
@@ -298,7 +298,7 @@ class SeededRuntime(Cooperative):
     def _settle(self) -> None:
         self._settling = True
         del self._ready[self._main.name]
-        self._reach(END, blocked=True)
+        self._reach(policies.END, blocked=True)
         self._settling = False
         self._ready[self._main.name] = self._main
 
@@ -317,7 +317,7 @@ class SeededRuntime(Cooperative):
 
     def _after_end(self, task: CoTask) -> CoTask:
         self._ready.pop(task.name, None)
-        task.place = END
+        task.place = policies.END
         return self._next()
 
     def _next(self) -> CoTask:
