@@ -65,6 +65,8 @@ class Machine:
         launch_key_hash: IA32_SGXLEPUBKEYHASH0–3.
         feature_control: IA32_FEATURE_CONTROL.
         cpusvn: CR_CPUSVN.
+        microcode_svn: CPUSVN of the loaded microcode; EUPDATESVN adopts it once it is newer.
+        entropy_failures: how many EUPDATESVN are to find the random number generator dry.
     """
 
     def __init__(
@@ -87,7 +89,8 @@ class Machine:
         if config.launch_control:
             self.feature_control |= FeatureControl.SGX_LAUNCH_CONTROL
         self.launch_key_hash = list(config.launch_key_hash)
-        self.cpusvn = config.cpusvn
+        self.cpusvn, self.microcode_svn = config.cpusvn, config.microcode_svn
+        self.entropy_failures = 0
         self.pages: dict[int, EpcPage] = {}
         self.measurements: dict[int, hashlib._Hash] = {}
         self._sections = sorted(config.sections, key=lambda section: section.base)
@@ -155,6 +158,7 @@ class Machine:
         self.store.clear()
         self.measurements.clear()
         self.secrets.power_up()
+        self.launch_key_hash[:] = self.config.launch_key_hash
         self._eids = count(1)
         for cpu in self.cpus:
             cpu.inside = None

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
-from softsgx.arch import EinitToken, RdInfo, SigStruct, Status
+from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import LeafDone
 from softsgx.hw.faults import Fault, VmExit
 from softsgx.hw.leaves.eadd import eadd
+from softsgx.hw.leaves.eaug import eaug
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.ecreate import ecreate
+from softsgx.hw.leaves.edbgrd import edbgrd
+from softsgx.hw.leaves.edbgwr import edbgwr
 from softsgx.hw.leaves.eextend import eextend
 from softsgx.hw.leaves.einit import einit
 from softsgx.hw.leaves.eld import eldb, eldbc, eldu, elduc
+from softsgx.hw.leaves.emodpr import emodpr
+from softsgx.hw.leaves.emodt import emodt
 from softsgx.hw.leaves.epa import epa
 from softsgx.hw.leaves.erdinfo import erdinfo
 from softsgx.hw.leaves.eremove import eremove
+from softsgx.hw.leaves.esetcontext import esetcontext
 from softsgx.hw.leaves.etrack import etrack, etrackc
+from softsgx.hw.leaves.eupdatesvn import eupdatesvn
 from softsgx.hw.leaves.ewb import ewb
+from softsgx.hw.leaves.virtchild import edecvirtchild, eincvirtchild
 from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
@@ -33,6 +42,8 @@ __all__ = ["Leaves"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_TARGET_IN_RBX = frozenset({"eenter", "eresume"})
 
 
 class Leaves:
@@ -58,6 +69,15 @@ class Leaves:
     elduc: Callable[[Ref | PageInfoArgs, int, int], Status]
     eremove: Callable[[int], Status]
     erdinfo: Callable[[Ref | RdInfo, int], Status]
+    eaug: Callable[[Ref | PageInfoArgs, int], None]
+    emodpr: Callable[[Ref | SecInfo, int], Status]
+    emodt: Callable[[Ref | SecInfo, int], Status]
+    edbgrd: Callable[[int], tuple[Status, int]]
+    edbgwr: Callable[[int, int], Status]
+    eupdatesvn: Callable[[], Status]
+    edecvirtchild: Callable[[int, int], Status]
+    eincvirtchild: Callable[[int, int], Status]
+    esetcontext: Callable[[int, Ref], Status]
 
     _LEAVES: tuple[Callable[..., Any], ...] = (
         ecreate,
@@ -75,6 +95,15 @@ class Leaves:
         elduc,
         eremove,
         erdinfo,
+        eaug,
+        emodpr,
+        emodt,
+        edbgrd,
+        edbgwr,
+        eupdatesvn,
+        edecvirtchild,
+        eincvirtchild,
+        esetcontext,
     )
 
     def __init__(
@@ -96,20 +125,24 @@ class Leaves:
 def traced(leaf: Callable[P, R], tracer: Tracer) -> Callable[P, R]:
     """Return ``leaf`` with a :class:`LeafDone` at each end, fault or not."""
     name = leaf.__name__
+    registers = list(signature(leaf).parameters)
+    register = "rcx" if "rcx" in registers and name not in _TARGET_IN_RBX else "rbx"
+    place = registers.index(register) if register in registers else len(registers)
 
     @wraps(leaf)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        cpu, *operands = args
+        cpu = args[0]
         assert isinstance(cpu, LogicalProcessor), f"{name} without a processor"
-        addresses = [operand for operand in operands[-2:] if type(operand) is int]
-        target = addresses[0] if addresses else 0
+        operand = args[place] if place < len(args) else kwargs.get(register)
+        target = operand if isinstance(operand, int) else 0
         eid = _eid(cpu, target)
         try:
             result = leaf(*args, **kwargs)
         except (Fault, VmExit) as fault:
             tracer(LeafDone(name, cpu.number, target, eid, str(fault)))
             raise
-        text = result.manual_name if isinstance(result, Status) else "SGX_SUCCESS"
+        status = result[0] if isinstance(result, tuple) else result  # EDBGRD has data, too
+        text = status.manual_name if isinstance(status, Status) else "SGX_SUCCESS"
         tracer(LeafDone(name, cpu.number, target, eid or _eid(cpu, target), text))
         return result
 

@@ -1,0 +1,95 @@
+"""ENCLS[EAUG]: add a zeroed page to an enclave that runs."""
+
+from __future__ import annotations
+
+from softsgx.arch import PAGE_BYTES, PageType, SecInfo, SecInfoFlags
+from softsgx.hw.checks import secinfo_ok, shadow_stack_token, touches_range_end
+from softsgx.hw.faults import GeneralProtection, PageFault
+from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
+from softsgx.hw.processor import LogicalProcessor
+
+__all__ = ["eaug"]
+
+_RW = SecInfoFlags.R | SecInfoFlags.W
+_SHADOW_STACK = {int(pt): pt for pt in (PageType.SS_FIRST, PageType.SS_REST)}
+_ZEROES = bytes(PAGE_BYTES)
+
+
+def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
+    """Add a zeroed page, pending, to an initialised enclave; the enclave then accepts it.
+
+    Args:
+        cpu: the processor it runs on.
+        rbx: PAGEINFO, 32-byte aligned: LINADDR where in the enclave, SECS the EPC page of its
+            SECS, SRCPGE zero, SECINFO zero for a REG page or a shadow-stack page's.
+        rcx: a free EPC page, 4096-byte aligned.
+
+    Raises:
+        GeneralProtection: an operand is misaligned, SRCPGE is given, SECINFO is not legal,
+            LINADDR is outside the enclave, the enclave is not initialised, or another leaf holds
+            a page.
+        PageFault: an operand is no EPC page, ``rcx`` is in use, PAGEINFO.SECS holds no SECS.
+        VmExit: in a guest with EPC virtualization, instead of #GP for a held ``rcx``.
+
+    Source:
+        SDM vol. 3D, "EAUG", Operation.
+    """
+    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+        raise GeneralProtection
+    page = cpu.resolve(rcx)
+    info = cpu.page_info(rbx)
+    if misaligned(info.secinfo, SecInfo.ALIGN):
+        raise GeneralProtection
+    if info.secs % PAGE_BYTES or info.linaddr % PAGE_BYTES:
+        raise GeneralProtection
+    if type(info.srcpge) is not int or info.srcpge:
+        raise GeneralProtection
+    secs = cpu.resolve(info.secs)
+
+    hw = cpu.hw
+    if not hw.locks.exclusive(page):
+        cpu.conflict_exception(rcx)
+    try:
+        if page.valid:
+            raise PageFault(rcx)
+        pt = _page_type(cpu, info)
+        if not hw.locks.shared(secs):
+            raise GeneralProtection
+        try:
+            hw.point("EAUG")
+            if not secs.valid or secs.pt is not PageType.SECS:
+                raise PageFault(info.secs)
+            enclave = secs.owner
+            if not enclave.initialized or not enclave.covers(info.linaddr):
+                raise GeneralProtection
+            data = _ZEROES
+            if pt is not PageType.REG:
+                if touches_range_end(enclave, info.linaddr):
+                    raise GeneralProtection
+                if pt is PageType.SS_FIRST:
+                    data = _ZEROES[:-8] + shadow_stack_token(enclave, info.linaddr)
+            # Pending until it is accepted, so the bytes may follow the entry.
+            page.fill(pt, rwx=int(_RW), secs=secs, linaddr=info.linaddr, pending=True)
+            hw.store.fill(page, data)
+            hw.locks.count_child(enclave, 1)
+        finally:
+            hw.locks.release(secs)
+    finally:
+        hw.locks.release(page)
+
+
+def _page_type(cpu: LogicalProcessor, info: PageInfoArgs) -> PageType:
+    """Return the type that PAGEINFO.SECINFO asks for.
+
+    Raises:
+        GeneralProtection: EAUG makes no such page, or not while CR4.CET is 0.
+    """
+    if type(info.secinfo) is int and info.secinfo == 0:
+        return PageType.REG
+    secinfo = cpu.sec_info(info.secinfo)
+    pt = _SHADOW_STACK.get(secinfo.page_type)
+    if not secinfo_ok(secinfo) or not cpu.hw.config.cet or pt is None:
+        raise GeneralProtection
+    if secinfo.flags & SecInfoFlags.RWX != _RW or not cpu.cr4_cet:
+        raise GeneralProtection
+    return pt
