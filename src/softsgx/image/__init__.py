@@ -9,8 +9,16 @@ from softsgx.image.blob import Blob, enclave_size, tcs_page
 from softsgx.image.detect import FORMATS, detect_format, open_image, read_image
 from softsgx.image.enclave import EnclaveImage, Variant
 from softsgx.image.flat import read_raw, read_selftest
+from softsgx.image.load import SecsLimits, choose_secs
 from softsgx.image.measure import MEASURE_LIMIT_BYTES, hashed_bytes, measure
-from softsgx.image.oe import OeProperties, read_oe, sign_oe
+from softsgx.image.oe import (
+    OeProperties,
+    embed_oe_sigstruct,
+    oe_properties,
+    oe_sign_options,
+    read_oe,
+    sign_oe,
+)
 from softsgx.image.plan import (
     MASK_ALL,
     MASK_NONE,
@@ -27,9 +35,16 @@ from softsgx.image.plan import (
     Run,
     lay,
 )
-from softsgx.image.sdk import choose_block, read_sdk
+from softsgx.image.sdk import (
+    SdkLayout,
+    choose_block,
+    embed_sigstruct,
+    lay_out_sdk,
+    read_sdk,
+    sdk_is_laid_out,
+)
 from softsgx.image.sgxs import read_sgxs, write_sgxs
-from softsgx.image.sigfile import bcd_date, date_text, mrsigner, read_sigstruct
+from softsgx.image.sigfile import bare_sigstruct, bcd_date, date_text, mrsigner, read_sigstruct
 from softsgx.image.sign import (
     SignOptions,
     attach_signature,
@@ -66,23 +81,32 @@ __all__ = [
     "Page",
     "Plan",
     "Run",
+    "SdkLayout",
+    "SecsLimits",
     "SignOptions",
     "Variant",
     "attach_signature",
+    "bare_sigstruct",
     "bcd_date",
     "check_signature",
     "choose_block",
+    "choose_secs",
     "date_text",
     "detect_format",
+    "embed_oe_sigstruct",
+    "embed_sigstruct",
     "enclave_size",
     "hashed_bytes",
     "key_pem",
     "lay",
+    "lay_out_sdk",
     "load_key",
     "load_public_key",
     "measure",
     "mrsigner",
     "new_key",
+    "oe_properties",
+    "oe_sign_options",
     "open_image",
     "public_pem",
     "read_bytes",
@@ -93,6 +117,7 @@ __all__ = [
     "read_selftest",
     "read_sgxs",
     "read_sigstruct",
+    "sdk_is_laid_out",
     "sign",
     "sign_oe",
     "sign_plan",

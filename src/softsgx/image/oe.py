@@ -38,7 +38,15 @@ from softsgx.image.plan import (
 from softsgx.image.sign import MASK_64, SignOptions, sign_plan
 from softsgx.layout import U16, U32, U64, Nested, Raw, Structure, at
 
-__all__ = ["OE_SECTION", "OeProperties", "read_oe", "sign_oe"]
+__all__ = [
+    "OE_SECTION",
+    "OeProperties",
+    "embed_oe_sigstruct",
+    "oe_properties",
+    "oe_sign_options",
+    "read_oe",
+    "sign_oe",
+]
 
 OE_SECTION = ".oeinfo"
 _END_MARKER = 0xECECECECECECECEC
@@ -126,6 +134,31 @@ def read_oe(file: Bytes) -> EnclaveImage:
     )
 
 
+def oe_properties(file: Bytes, **changes: int | bytes) -> bytes:
+    """Return the library with some of its properties changed.
+
+    Args:
+        file: the library.
+        changes: fields of :class:`OeProperties` up to ``start_address``, by name.
+
+    Raises:
+        SoftSgxError: it is no such library, or a field is unknown or too large.
+    """
+    properties, offset, _ = _properties(Elf(file))
+    unknown = [
+        name for name in changes if OeProperties.OFFSETS.get(name, _IMAGE_INFO_AT) >= _IMAGE_INFO_AT
+    ]
+    if unknown:
+        raise SoftSgxError(f"{file.name}: no property {unknown[0]!r} to set in {OE_SECTION}")
+    try:
+        config = properties.replace(**changes).pack()[:_IMAGE_INFO_AT]
+    except (struct.error, ValueError) as error:
+        raise SoftSgxError(f"{file.name}: properties {changes}: {error}") from error
+    copy = bytearray(file.view)
+    copy[offset : offset + _IMAGE_INFO_AT] = config
+    return bytes(copy)
+
+
 def sign_oe(
     file: Bytes,
     key: rsa.RSAPrivateKey,
@@ -139,30 +172,27 @@ def sign_oe(
         file: the library.
         key: RSA-3072 with exponent 3.
         date: goes into the SIGSTRUCT.
-        changes: fields of :class:`OeProperties` up to ``start_address``, by name.
+        changes: as :func:`oe_properties` takes.
 
     Raises:
-        SoftSgxError: it is no such library, or a field is unknown or too large.
+        SoftSgxError: as :func:`oe_properties`.
     """
-    properties, offset, _ = _properties(Elf(file))
-    unknown = [name for name in changes if OeProperties.OFFSETS.get(name, 96) >= _IMAGE_INFO_AT]
-    if unknown:
-        raise SoftSgxError(f"{file.name}: no property {unknown[0]!r} to set in {OE_SECTION}")
-    try:
-        config = properties.replace(**changes).pack()[:_IMAGE_INFO_AT]
-    except (struct.error, ValueError) as error:
-        raise SoftSgxError(f"{file.name}: properties {changes}: {error}") from error
+    changed = Bytes(file.name, oe_properties(file, **changes), origin=file.origin)
+    sigstruct = sign_plan(_plan(Elf(changed)), key, oe_sign_options(changed, date))
+    return embed_oe_sigstruct(changed, sigstruct)
+
+
+def embed_oe_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
+    """Return the library with ``sigstruct`` in its properties."""
+    _, offset, _ = _properties(Elf(file))
     copy = bytearray(file.view)
-    copy[offset : offset + _IMAGE_INFO_AT] = config
-    changed = Elf(Bytes(file.name, copy, origin=file.origin))
-    properties, _, _ = _properties(changed)
-    sigstruct = sign_plan(_plan(changed), key, _options(properties, date))
     copy[offset + _SIGSTRUCT_AT : offset + _SIGSTRUCT_AT + SigStruct.SIZE] = sigstruct.pack()
     return bytes(copy)
 
 
-def _options(properties: OeProperties, date: datetime.date | None) -> SignOptions:
-    """Return what Open Enclave's tool puts into a SIGSTRUCT."""
+def oe_sign_options(file: Bytes, date: datetime.date | None = None) -> SignOptions:
+    """Return what Open Enclave's tool puts into a SIGSTRUCT for these properties."""
+    properties, _, _ = _properties(Elf(file))
     flags = properties.attributes
     mask = MASK_64 & ~_UNCHECKED
     if flags & AttributesFlags.DEBUG:

@@ -18,6 +18,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes, read_bytes
 
 __all__ = [
+    "bare_sigstruct",
     "bcd_date",
     "date_text",
     "has_sigstruct",
@@ -64,6 +65,14 @@ def read_sigstruct(path: str | os.PathLike[str]) -> SigStruct:
     if not has_sigstruct(file):
         raise file.bad(0, f"header {file.view[:16].hex()}", "a SIGSTRUCT begins 06000000e1")
     return sigstruct_at(file)
+
+
+def bare_sigstruct(path: str | os.PathLike[str]) -> SigStruct | None:
+    """Return the SIGSTRUCT that a file consists of, None when it is some other file."""
+    file = read_bytes(path)
+    if len(file) == SigStruct.SIZE and has_sigstruct(file):
+        return sigstruct_at(file)
+    return None
 
 
 def bcd_date(date: datetime.date | None) -> int:

@@ -26,7 +26,7 @@ from softsgx.image.sdk.metadata import (
 )
 from softsgx.image.sdk.segments import image_runs, require_loadable
 
-__all__ = ["block_plan", "read_sdk", "sdk_blocks"]
+__all__ = ["block_plan", "read_sdk", "sdk_blocks", "sdk_is_laid_out"]
 
 _LARGEST_SSA_FRAME = 4
 _SIMULATION_SYMBOL = "g_global_data_sim"
@@ -36,6 +36,11 @@ def sdk_blocks(file: Bytes) -> tuple[Elf, list[Block]]:
     """Return the ELF tables and the metadata blocks of a signed library."""
     elf = Elf(file)
     return elf, read_blocks(metadata_area(elf))
+
+
+def sdk_is_laid_out(file: Bytes) -> bool:
+    """Return whether a library of the SDK has metadata already."""
+    return bool(sdk_blocks(file)[1])
 
 
 def read_sdk(

@@ -1,0 +1,96 @@
+"""The command ``softsgx``: one module for each verb, found in ``COMMANDS``.
+
+A verb's module has a docstring, which is its help, ``NAME``, ``configure(parser)`` and
+``run(args) -> int``.  Exit status 0: fine; 1: found something; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import softsgx
+from softsgx.cli import inspect, measure, sign
+from softsgx.errors import SoftSgxError
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+_DESCRIPTION = """\
+SGX without the hardware: read, measure, sign and run enclaves on a software machine with a finite,
+encrypted Enclave Page Cache.
+
+softsgx is an emulation: it protects nothing from the owner of the machine it runs on.  Never
+give an enclave that runs here a secret that the machine's owner may not know."""
+
+_EPILOG = """\
+examples:
+  softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
+  softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
+  softsgx sign --new-key key.pem enclave.sgxs
+                                          make a key, sign with it, write enclave.sig
+
+exit status: 0 fine, 1 something was found, 2 bad input.
+softsgx VERB --help tells more."""
+
+
+class Command(Protocol):
+    """What a verb's module offers."""
+
+    NAME: str
+    __doc__: str | None
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; return the exit status."""
+
+
+COMMANDS: tuple[Command, ...] = (inspect, measure, sign)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help()
+        return 2
+    command: Command = args.command
+    try:
+        status = command.run(args)
+        sys.stdout.flush()
+    except SoftSgxError as error:
+        print(f"softsgx: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has left; the interpreter must not complain while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softsgx",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"softsgx {softsgx.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    for command in COMMANDS:
+        summary, _, rest = (command.__doc__ or "").partition("\n")
+        verb = verbs.add_parser(
+            command.NAME,
+            help=summary.rstrip("."),
+            description=summary,
+            epilog=rest.strip("\n"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.configure(verb)
+        verb.set_defaults(command=command)
+    return parser

@@ -1,0 +1,99 @@
+"""Which SECS a loader makes for a plan on a given machine.
+
+MRENCLAVE does not cover ATTRIBUTES and MISCSELECT: one file gives another SECS on another machine,
+and only the SIGSTRUCT's masks say how far it may differ.
+
+Source:
+    Intel SGX SDK, psw/urts/enclave_creator_hw_com.cpp; SDM vol. 3D, "EINIT".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softsgx.arch import Attributes, AttributesFlags, Secs, Xfrm
+from softsgx.errors import SoftSgxError
+from softsgx.image.enclave import EnclaveImage
+from softsgx.image.verify import check_against
+
+__all__ = ["SecsLimits", "choose_secs"]
+
+_LEGACY_STATES = Xfrm.X87 | Xfrm.SSE
+_AMX_STATES = Xfrm.TILECFG | Xfrm.TILEDATA
+
+
+@dataclass(frozen=True)
+class SecsLimits:
+    """What a machine lets an enclave have.
+
+    Attributes:
+        flags: ATTRIBUTES.FLAGS, CPUID.12H.1:EBX:EAX.
+        xfrm: ATTRIBUTES.XFRM, CPUID.12H.1:EDX:ECX and XCR0.
+        miscselect: CPUID.12H.0:EBX.
+    """
+
+    flags: int = (
+        AttributesFlags.DEBUG.value
+        | AttributesFlags.MODE64BIT.value
+        | AttributesFlags.PROVISIONKEY.value
+        | AttributesFlags.EINITTOKENKEY.value
+        | AttributesFlags.KSS.value
+    )
+    xfrm: int = _LEGACY_STATES.value
+    miscselect: int = 1
+
+
+def choose_secs(
+    image: EnclaveImage,
+    *,
+    base: int | None = None,
+    debug: bool = False,
+    limits: SecsLimits | None = None,
+) -> Secs:
+    """Return the SECS to build ``image`` with.
+
+    Args:
+        image: what to build.
+        base: where, a multiple of the size; the plan's own base when it has one.
+        debug: whether to set ATTRIBUTES.DEBUG.
+        limits: what the machine has.
+
+    Raises:
+        SoftSgxError: the SIGSTRUCT forbids what this machine and caller can give.
+    """
+    limits = limits or SecsLimits()
+    plan, sigstruct = image.plan, image.sigstruct
+    if sigstruct is not None:
+        flags, xfrm = image.attributes or (
+            sigstruct.attributes.flags,
+            sigstruct.attributes.xfrm,
+        )
+        miscselect = sigstruct.miscselect & limits.miscselect
+    else:
+        flags, xfrm, miscselect = AttributesFlags.MODE64BIT.value, _LEGACY_STATES.value, 0
+    flags &= ~AttributesFlags.DEBUG.value
+    if debug:
+        flags |= AttributesFlags.DEBUG.value
+    xfrm &= limits.xfrm
+    if xfrm & _AMX_STATES not in (0, _AMX_STATES):
+        xfrm &= ~_AMX_STATES.value
+    at = base if plan.base is None else plan.base
+    secs = Secs(
+        size=plan.size,
+        base=at or 0,
+        ssa_frame_size=plan.ssa_frame_size,
+        miscselect=miscselect,
+        attributes=Attributes(flags=flags & limits.flags, xfrm=xfrm | _LEGACY_STATES.value),
+    )
+    if secs.base % plan.size:
+        raise SoftSgxError(
+            f"{image.name}: base {secs.base:#x} is not a multiple of the size {plan.size:#x}"
+        )
+    if sigstruct is not None:
+        for check in check_against(sigstruct, secs):
+            if not check.ok:
+                raise SoftSgxError(
+                    f"{image.name}: {check.name} does not fit its SIGSTRUCT: {check.detail}; "
+                    f"{'build it without debug, or ' if debug else ''}sign it for this machine"
+                )
+    return secs
