@@ -58,6 +58,7 @@ class CoTask:
         "daemon",
         "error",
         "finished",
+        "forfeited",
         "greenlet",
         "inject",
         "joined",
@@ -85,6 +86,7 @@ class CoTask:
         self.ticket = 0  # of its latest wait: a timer with another one is stale
         self.timed_out = False
         self.inject: BaseException | None = None  # raised in it when it runs next
+        self.forfeited: list[Waitable] = []  # locks that a refused wait has not taken again
         self.place = "start"
 
     def done(self) -> bool:
@@ -278,17 +280,38 @@ class Cooperative(ABC):
 
     def _refuse_cycle(self, what: Waitable) -> None:
         """Raise when the current task, waiting for ``what``, would wait for itself."""
-        chain = [self._current]
+        error = self._cycle(self._current, what)
+        if error is not None:
+            raise error
+
+    def _cycle(self, task: CoTask, what: Waitable) -> Deadlock | None:
+        """Return what to raise when ``task``, waiting for ``what``, would wait for itself."""
+        chain = [task]
         blocker = what.blocker()
         while blocker is not None:
-            if blocker is self._current:
-                text = self._describe_deadlock(chain[1:], describe_wait(chain[0], what))
-                raise Deadlock(text)
+            if blocker is task:
+                return Deadlock(self._describe_deadlock(chain[1:], describe_wait(task, what)))
             if blocker in chain:  # somebody else's cycle
-                return
+                return None
             chain.append(blocker)
             wait = blocker.waits_for
             blocker = None if wait is None else wait.blocker()
+        return None
+
+    def _release_without_holding(self, lock: Waitable, name: str) -> None:
+        """Assert that a task which does not hold ``lock`` has a reason to release it.
+
+        It has when its wait on a condition ended with an exception and without the lock: the
+        ``with`` around the wait does not know.
+        """
+        me = self._current
+        if lock in me.forfeited:
+            me.forfeited.remove(lock)
+            return
+        holder = lock.blocker()
+        assert self._over, (
+            f"lock {name!r} is held by {holder and holder.name}, not by task {me.name!r}"
+        )
 
     def _describe_deadlock(self, tasks: Iterable[CoTask], *more: str) -> str:
         waits = [*more, *(describe_task(task) for task in tasks if not task.finished)]

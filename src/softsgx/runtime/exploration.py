@@ -129,14 +129,14 @@ def explore_all(
         if used is None:
             return Exploration(runs, runs, longest, complete=True)
         prefix = left[used].pop()
-        policy = _Prefix(prefix)
-        run = conditions.run(seed, policy)
+        run = conditions.run(seed, _Prefix(prefix))
         runs += 1
         longest = max(longest, len(run.schedule))
         if run.error is not None:
             again = f"explore_all({_name(make_program)}, preemptions={preemptions}, seed={seed})"
             raise _report(conditions, run, f"schedule {runs} of explore_all", again, attempts)
-        for other, cost in policy.alternatives:
+        assert isinstance(run.policy, _Prefix), "a run keeps its kind of policy"
+        for other, cost in run.policy.alternatives:
             if used + cost <= preemptions:
                 left[used + cost].append(other)
     return Exploration(runs, runs, longest)
@@ -172,6 +172,7 @@ def minimise(
 @dataclass(frozen=True, slots=True)
 class _Run:
     schedule: Schedule
+    policy: Policy
     error: Exception | None
 
     def cost(self) -> tuple[int, int]:
@@ -195,7 +196,7 @@ class _Conditions:
             runtime.run(self.make_program(runtime))
         except Exception as raised:
             error = raised
-        return _Run(runtime.schedule, error)
+        return _Run(runtime.schedule, runtime.policy, error)
 
 
 def _measure(conditions: _Conditions, seed: int) -> int:

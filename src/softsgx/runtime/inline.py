@@ -18,6 +18,7 @@ from typing import cast
 from softsgx.runtime import base
 from softsgx.runtime._random import TaskRandom
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
+from softsgx.runtime.failures import Deadlock
 
 __all__ = ["InlineRuntime"]
 
@@ -67,11 +68,10 @@ class _InlineLock:
 
     def release(self) -> None:
         runtime = self._runtime
-        if self._holder is not runtime._current:
-            # While a failed program unwinds, a wait may have been cut short without the lock.
-            assert runtime._over, _not_yours(self, runtime._current, self._holder)
-            return
-        self._holder = None
+        if self._holder is runtime._current:
+            self._holder = None
+        else:
+            runtime._release_without_holding(self, self.name)
 
     def held(self) -> bool:
         return self._holder is not None
@@ -95,17 +95,21 @@ class _InlineCondition:
     def wait(self, timeout_ns: int | None = None) -> bool:
         runtime, lock = self._runtime, self._lock
         me = runtime._current
-        assert lock._holder is me, _not_yours(lock, me, lock._holder)
+        assert lock._holder is me, _not_yours(lock)
         lock._holder = None
         runtime._enlist(self._waiters, self, timeout_ns)
         runtime._park()
         timed_out = me.timed_out
-        lock.acquire()
+        try:
+            lock.acquire()
+        except Deadlock:
+            me.forfeited.append(lock)
+            raise
         return not timed_out
 
     def notify_all(self) -> None:
         runtime, lock = self._runtime, self._lock
-        assert lock._holder is runtime._current, _not_yours(lock, runtime._current, lock._holder)
+        assert lock._holder is runtime._current, _not_yours(lock)
         for task in list(self._waiters):
             runtime._unpark(task)
             runtime._make_ready(task)
@@ -262,5 +266,6 @@ def _sleep_really(duration_ns: int) -> None:
     time.sleep(duration_ns / 1e9)
 
 
-def _not_yours(lock: _InlineLock, me: CoTask, holder: CoTask | None) -> str:
+def _not_yours(lock: _InlineLock) -> str:
+    holder, me = lock._holder, lock._runtime._current
     return f"lock {lock.name!r} is held by {holder and holder.name}, not by task {me.name!r}"

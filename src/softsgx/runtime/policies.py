@@ -35,7 +35,10 @@ class Policy(Protocol):
     """Chooses the next task."""
 
     def begin(self, rng: random.Random) -> None:
-        """Forget everything; draw from ``rng`` from now on."""
+        """Forget everything; draw from ``rng`` from now on.
+
+        Called on a shallow copy: it makes new containers and leaves those it finds alone.
+        """
 
     def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
         """Return the task to run.

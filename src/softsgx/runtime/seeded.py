@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
+from copy import copy
 from types import TracebackType
 from typing import Self
 
@@ -77,8 +78,7 @@ class _SeededLock:
     def release(self) -> None:
         runtime = self._runtime
         if self._holder is not runtime._current:
-            # While a failed program unwinds, a wait may have been cut short without the lock.
-            assert runtime._over, _not_yours(self)
+            runtime._release_without_holding(self, self.name)
             return
         self._give_up()
         runtime._reach(self._at_release)
@@ -133,9 +133,14 @@ class _SeededCondition:
         runtime._reach(self._at_notify)
 
     def wake(self, task: CoTask, *, timed_out: bool) -> None:
-        """Let ``task``, which waits here, wait for the lock instead."""
+        """Let ``task``, which waits here, wait for the lock instead, or refuse it the lock."""
         runtime, lock = self._runtime, self._lock
         runtime._unpark(task)
+        task.inject = runtime._cycle(task, lock)
+        if task.inject is not None:
+            task.forfeited.append(lock)
+            runtime._ready[task.name] = task
+            return
         task.timed_out = timed_out
         task.waits_for = lock
         task.parked_in = lock._waiters
@@ -210,7 +215,8 @@ class SeededRuntime(Cooperative):
         super().__init__()
         self.seed = seed
         self.random: random.Random = TaskRandom(seed, self.task_name)
-        self.policy: Policy = Uniform() if policy is None else policy
+        # A copy: two runtimes may be given the same policy, and each has its own state.
+        self.policy: Policy = Uniform() if policy is None else copy(policy)
         # A string, so that the scheduler does not draw the numbers the program draws.
         self.policy.begin(random.Random(f"schedule {seed}"))
         self._step_limit = step_limit
@@ -333,7 +339,7 @@ class SeededRuntime(Cooperative):
         if self._point_ns:
             self._clock_ns += self._point_ns
             self._wake_due()
-        if not ready:
+        while not ready:  # a timeout alone makes nobody ready while the lock is held
             due_ns = self._next_due_ns()
             if due_ns is None:
                 raise self._deadlock()

@@ -43,6 +43,7 @@ class _ThreadTask:
         self.joiners: list[threading.Lock] = []  # parking places
         self.waits_for: _ThreadLock | _ThreadTask | None = None
         self.wait_text: str | None = None
+        self.forfeited: list[_ThreadLock] = []
 
     def done(self) -> bool:
         return self.finished
@@ -84,6 +85,10 @@ class _ThreadLock:
     def release(self) -> None:
         me = self._runtime._me()
         holder = self._holder
+        if holder is not me and self in me.forfeited:
+            # A refused wait has not taken it again; the ``with`` around it does not know.
+            me.forfeited.remove(self)
+            return
         assert holder is me, (
             f"lock {self.name!r} is held by {holder and holder.name}, not by task {me.name!r}"
         )
@@ -121,7 +126,11 @@ class _ThreadCondition:
         try:
             runtime._park(me, place, timeout_ns, f"a notification under lock {lock.name!r}")
         finally:
-            lock.acquire()
+            try:
+                lock.acquire()
+            except Deadlock:
+                me.forfeited.append(lock)
+                raise
             # Whoever notified took the place off the list. After a timeout it may have done so
             # before the lock was ours again; then it was a notification after all.
             notified = place not in self._places
