@@ -33,6 +33,7 @@ from softsgx.image.plan import (
     Page,
     Plan,
     Run,
+    Source,
     lay,
 )
 from softsgx.image.sdk import (
@@ -84,6 +85,7 @@ __all__ = [
     "SdkLayout",
     "SecsLimits",
     "SignOptions",
+    "Source",
     "Variant",
     "attach_signature",
     "bare_sigstruct",

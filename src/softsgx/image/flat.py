@@ -25,7 +25,7 @@ from softsgx.image.plan import (
 
 __all__ = ["looks_like_tcs", "page_flags", "read_raw", "read_selftest"]
 
-_SECINFO_REG = SECINFO_RW & ~SecInfoFlags.RWX
+_SECINFO_REG = SECINFO_RW & ~SecInfoFlags.RWX.value
 _LARGEST_NSSA = 1 << 16  # nobody nests exceptions that deep; a guard against reading text as a TCS
 
 

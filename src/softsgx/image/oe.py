@@ -57,7 +57,7 @@ _GUARDS_TCS_SSA_TD = 7
 _STACK_WORD = 0xCCCC_CCCC
 _R_X86_64_TPOFF64 = 18
 _RELA = struct.Struct("<QQq")
-_UNCHECKED = AttributesFlags.MODE64BIT | AttributesFlags.KSS
+_UNCHECKED = AttributesFlags.MODE64BIT.value | AttributesFlags.KSS.value
 
 
 _Value = Callable[[int], int]
@@ -196,9 +196,9 @@ def oe_sign_options(file: Bytes, date: datetime.date | None = None) -> SignOptio
     flags = properties.attributes
     mask = MASK_64 & ~_UNCHECKED
     if flags & AttributesFlags.DEBUG:
-        mask &= ~AttributesFlags.DEBUG
+        mask &= ~AttributesFlags.DEBUG.value
     if flags & AttributesFlags.KSS:
-        mask |= AttributesFlags.KSS
+        mask |= AttributesFlags.KSS.value
     return SignOptions(
         attributes=flags,
         attribute_mask=mask,

@@ -54,6 +54,8 @@ SECINFO_RWX = SECINFO_RW | SecInfoFlags.X.value
 SECINFO_TCS = PageType.TCS << 8
 
 _ADDABLE = {PageType.TCS, PageType.REG, PageType.SS_FIRST, PageType.SS_REST}
+# A plain number: inverting an IntFlag keeps only the bits that have names.
+_SETTABLE = SecInfoFlags.RWX.value | SecInfoFlags.TYPE_MASK.value
 _SMALLEST_SECS_SIZE = 8192
 _LARGEST_SECS_SIZE = 1 << 56  # no processor has more linear addresses: SECS.SIZE cannot pass it
 
@@ -237,7 +239,7 @@ def _check_run(run: Run, size: int) -> None:
     if not 0 <= run.mask <= MASK_ALL:
         raise SoftSgxError(f"{where}: chunk mask {run.mask:#x} has more than 16 bits")
     rights = run.flags & SecInfoFlags.RWX
-    if run.flags & ~(SecInfoFlags.RWX | SecInfoFlags.TYPE_MASK) or run.page_type not in _ADDABLE:
+    if run.flags & ~_SETTABLE or run.page_type not in _ADDABLE:
         raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x} are none that EADD takes")
     if run.is_tcs and rights:
         raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a TCS has no R, W or X")

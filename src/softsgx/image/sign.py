@@ -151,13 +151,14 @@ class SignOptions:
             if getattr(self, name):
                 value, mask = value | bit, mask | bit
         if self.no_debug:
-            value, mask = value & ~AttributesFlags.DEBUG, mask | AttributesFlags.DEBUG
+            debug = AttributesFlags.DEBUG.value
+            value, mask = value & ~debug, mask | debug
         return int(value), int(mask)
 
     def states(self) -> tuple[int, int]:
         """Return ATTRIBUTES.XFRM and its mask after all switches."""
         value, mask = self.xfrm, self.xfrm_mask
-        for choice, bits in ((self.pkru, Xfrm.PKRU), (self.amx, _AMX_STATES)):
+        for choice, bits in ((self.pkru, Xfrm.PKRU.value), (self.amx, _AMX_STATES.value)):
             match choice:
                 case "on":
                     value, mask = value | bits, mask | bits
