@@ -35,7 +35,9 @@ def secinfo_ok(secinfo: SecInfo, more: int = 0) -> bool:
         more: bits that are meaningful to this leaf beside R, W, X and the type.  Modelled:
             PENDING, MODIFIED and PR are reserved wherever the manual gives them no meaning.
     """
-    return secinfo.flags & ~(_SECINFO_BITS | more) == 0 and secinfo.reserved == _SECINFO_RESERVED
+    return (
+        secinfo.flags & ~(_SECINFO_BITS | int(more)) == 0 and secinfo.reserved == _SECINFO_RESERVED
+    )
 
 
 def limit_ok(limit: int) -> bool:
@@ -69,7 +71,7 @@ def xfrm_legal(xfrm: int, supported: int, *, xsave_enabled: bool) -> bool:
         return False
     if xfrm == legacy:
         return True
-    if not xsave_enabled or xfrm & ~supported:
+    if not xsave_enabled or xfrm & ~int(supported):
         return False
     if xfrm & _AVX512 and (xfrm & _AVX512 != _AVX512 or not xfrm & Xfrm.AVX):
         return False

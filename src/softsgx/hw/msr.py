@@ -32,7 +32,7 @@ def rdmsr(cpu: LogicalProcessor, msr: int) -> int:
     if cpu.cpl:
         raise GeneralProtection
     if msr == Msr.IA32_FEATURE_CONTROL:
-        return hw.feature_control
+        return int(hw.feature_control)
     if not hw.config.features & SgxFeature.SGX1:
         raise GeneralProtection
     if msr in _HASH and hw.config.launch_control:
@@ -72,7 +72,7 @@ def wrmsr(cpu: LogicalProcessor, msr: int, value: int) -> None:
             known |= FeatureControl.SGX_ENABLE
         if sgx and hw.config.launch_control:
             known |= FeatureControl.SGX_LAUNCH_CONTROL
-        if hw.feature_control & FeatureControl.LOCK or value & ~known:
+        if hw.feature_control & FeatureControl.LOCK or value & ~int(known):
             raise GeneralProtection
         hw.feature_control = value
     elif msr in _HASH and sgx and hw.feature_control & _HASH_WRITABLE == _HASH_WRITABLE:

@@ -24,6 +24,7 @@ __all__ = ["eadd"]
 _TYPES = {int(pt): pt for pt in (PageType.REG, PageType.TCS)}
 _CET_TYPES = _TYPES | {int(pt): pt for pt in (PageType.SS_FIRST, PageType.SS_REST)}
 _SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
+_RWX = int(SecInfoFlags.RWX)
 _W_WITHOUT_R = (SecInfoFlags.W, SecInfoFlags.W | SecInfoFlags.X)
 
 
@@ -76,7 +77,7 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
             if not secs.valid or secs.pt is not PageType.SECS:
                 raise PageFault(info.secs)
             enclave = secs.owner
-            data, rwx = _checked(cpu, info, pt, secinfo.flags & SecInfoFlags.RWX, enclave)
+            data, rwx = _checked(cpu, info, pt, secinfo.flags & _RWX, enclave)
             if not enclave.covers(info.linaddr):
                 raise GeneralProtection
             if not hw.locks.measure(enclave):

@@ -95,6 +95,7 @@ def _legal(cpu: LogicalProcessor, secs: Secs) -> bool:
     if not _cet_legal(secs, mode64=mode64):
         return False
     # int(): the complement of a flag has named bits only, and would let reserved ones through.
+    settable, states = int(config.attributes), int(config.xfrm)
     if secs.miscselect & ~int(config.miscselect):
         return False
     misc_bytes = EXINFO_BYTES if secs.miscselect & MiscSelect.EXINFO else 0
@@ -108,7 +109,7 @@ def _legal(cpu: LogicalProcessor, secs: Secs) -> bool:
         return False
     if secs.base % secs.size:
         return False
-    if flags & (~int(config.attributes) | AttributesFlags.INIT) or xfrm & ~config.xfrm:
+    if flags & ~settable or flags & AttributesFlags.INIT or xfrm & ~states:
         return False
     if any(secs.reserved1 + secs.reserved2 + secs.reserved3 + secs.reserved4):
         return False

@@ -63,7 +63,7 @@ def egetkey(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
         SDM vol. 3D, "EGETKEY", Operation.
     """
     assert cpu.inside is not None, "EGETKEY outside an enclave"
-    secs, hw = cpu.inside.secs.owner, cpu.hw
+    secs, hw = cpu.inside.enclave, cpu.hw
     if rbx % KeyRequest.ALIGN or not secs.covers(rbx):
         raise GeneralProtection
     request_page = enclave_operand(cpu, rbx, READ)

@@ -125,7 +125,7 @@ def _decide(cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: Eini
     enclave.isv_prod_id, enclave.isv_svn = sig.isv_prod_id, sig.isv_svn
     enclave.padding = HARDCODED_PADDING
     # Last: whoever sees INIT sees all of the above.
-    enclave.flags |= AttributesFlags.INIT
+    enclave.flags |= int(AttributesFlags.INIT)
     del hw.measurements[enclave.eid]
     return Status.SUCCESS
 

@@ -38,7 +38,7 @@ def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     secinfo = cpu.sec_info(rbx)
-    rights = secinfo.flags & SecInfoFlags.RWX
+    rights = int(secinfo.flags & SecInfoFlags.RWX)
     w_without_r = rights & SecInfoFlags.W and not rights & SecInfoFlags.R
     if not secinfo_ok(secinfo) or w_without_r:
         raise GeneralProtection

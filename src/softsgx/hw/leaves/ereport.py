@@ -40,7 +40,7 @@ def ereport(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> None:
         SDM vol. 3D, "EREPORT", Operation.
     """
     assert cpu.inside is not None, "EREPORT outside an enclave"
-    secs, hw = cpu.inside.secs.owner, cpu.hw
+    secs, hw = cpu.inside.enclave, cpu.hw
     if rbx % TargetInfo.ALIGN or not secs.covers(rbx):
         raise GeneralProtection
     target_page = enclave_operand(cpu, rbx, READ)

@@ -37,7 +37,7 @@ def everifyreport2(cpu: LogicalProcessor, rbx: int) -> Status:
     """
     assert cpu.inside is not None, "EVERIFYREPORT2 outside an enclave"
     hw = cpu.hw
-    if rbx % ReportMacStruct.ALIGN or not cpu.inside.secs.owner.covers(rbx):
+    if rbx % ReportMacStruct.ALIGN or not cpu.inside.enclave.covers(rbx):
         raise GeneralProtection
     page = enclave_operand(cpu, rbx, READ)
     hw.point("EVERIFYREPORT2")
