@@ -1,0 +1,223 @@
+"""Numbers and layouts of Linux on x86-64 that the supervisor speaks: calls, ptrace, registers.
+
+Source:
+    ptrace(2), seccomp(2), userfaultfd(2), ioctl_userfaultfd(2); uapi headers of the same names;
+    arch/x86/entry/syscalls/syscall_64.tbl; asm/user_64.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+PAGE: Final = 4096
+PAGE_MASK: Final = ~0xFFF
+TASK_SIZE: Final = 1 << 47
+
+# System calls.
+SYS_OPEN: Final = 2
+SYS_STAT: Final = 4
+SYS_FSTAT: Final = 5
+SYS_LSTAT: Final = 6
+SYS_MMAP: Final = 9
+SYS_MPROTECT: Final = 10
+SYS_MUNMAP: Final = 11
+SYS_RT_SIGPROCMASK: Final = 14
+SYS_IOCTL: Final = 16
+SYS_ACCESS: Final = 21
+SYS_MREMAP: Final = 25
+SYS_MADVISE: Final = 28
+SYS_GETPID: Final = 39
+SYS_READLINK: Final = 89
+SYS_ARCH_PRCTL: Final = 158
+SYS_CLOSE: Final = 3
+SYS_OPENAT: Final = 257
+SYS_NEWFSTATAT: Final = 262
+SYS_READLINKAT: Final = 267
+SYS_FACCESSAT: Final = 269
+SYS_SECCOMP: Final = 317
+SYS_MEMFD_CREATE: Final = 319
+SYS_USERFAULTFD: Final = 323
+SYS_PKEY_MPROTECT: Final = 329
+SYS_STATX: Final = 332
+SYS_PIDFD_OPEN: Final = 434
+SYS_OPENAT2: Final = 437
+SYS_PIDFD_GETFD: Final = 438
+SYS_FACCESSAT2: Final = 439
+#: Not a system call of Linux: "enter the enclave", made by our own vDSO only.
+SYS_SOFTSGX_EENTER: Final = 0x5358_4702
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_TYPE: Final = 0x0F
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_FIXED_NOREPLACE: Final = 0x10_0000
+MADV_DONTNEED: Final = 4
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+O_CLOEXEC: Final = 0o2000000
+O_NONBLOCK: Final = 0o4000
+O_DIRECTORY: Final = 0o200000
+O_CREAT: Final = 0o100
+O_EXCL: Final = 0o200
+O_PATH: Final = 0o10000000
+MFD_CLOEXEC: Final = 1
+
+ARCH_SET_CPUID: Final = 0x1012
+ARCH_GET_CPUID: Final = 0x1011
+
+# ptrace requests, options and events.
+PTRACE_CONT: Final = 7
+PTRACE_GETREGS: Final = 12
+PTRACE_SETREGS: Final = 13
+PTRACE_SYSCALL: Final = 24
+PTRACE_GETEVENTMSG: Final = 0x4201
+PTRACE_GETSIGINFO: Final = 0x4202
+PTRACE_SETSIGINFO: Final = 0x4203
+PTRACE_GETREGSET: Final = 0x4204
+PTRACE_SETREGSET: Final = 0x4205
+PTRACE_SEIZE: Final = 0x4206
+PTRACE_INTERRUPT: Final = 0x4207
+PTRACE_LISTEN: Final = 0x4208
+PTRACE_GETSIGMASK: Final = 0x420A
+PTRACE_SETSIGMASK: Final = 0x420B
+PTRACE_O_TRACESYSGOOD: Final = 0x01
+PTRACE_O_TRACEFORK: Final = 0x02
+PTRACE_O_TRACEVFORK: Final = 0x04
+PTRACE_O_TRACECLONE: Final = 0x08
+PTRACE_O_TRACEEXEC: Final = 0x10
+PTRACE_O_TRACEVFORKDONE: Final = 0x20
+PTRACE_O_TRACESECCOMP: Final = 0x80
+PTRACE_O_EXITKILL: Final = 0x10_0000
+PTRACE_EVENT_FORK: Final = 1
+PTRACE_EVENT_VFORK: Final = 2
+PTRACE_EVENT_CLONE: Final = 3
+PTRACE_EVENT_EXEC: Final = 4
+PTRACE_EVENT_SECCOMP: Final = 7
+PTRACE_EVENT_STOP: Final = 128
+NT_X86_XSTATE: Final = 0x202
+WALL: Final = 0x4000_0000
+
+# Signals and their codes.
+SIGILL: Final = 4
+SIGTRAP: Final = 5
+SIGBUS: Final = 7
+SIGFPE: Final = 8
+SIGSEGV: Final = 11
+SIGSTOP: Final = 19
+SIGTSTP: Final = 20
+SIGTTIN: Final = 21
+SIGTTOU: Final = 22
+SEGV_MAPERR: Final = 1
+SEGV_ACCERR: Final = 2
+BUS_ADRERR: Final = 2
+SI_KERNEL: Final = 0x80
+
+# seccomp and its BPF.
+PR_SET_SECCOMP: Final = 22
+PR_SET_NO_NEW_PRIVS: Final = 38
+SECCOMP_MODE_FILTER: Final = 2
+SECCOMP_RET_TRACE: Final = 0x7FF0_0000
+SECCOMP_RET_ALLOW: Final = 0x7FFF_0000
+AUDIT_ARCH_X86_64: Final = 0xC000_003E
+
+# Auxiliary vector.
+AT_NULL: Final = 0
+AT_SYSINFO_EHDR: Final = 33
+AT_HWCAP2: Final = 26
+#: FSGSBASE instructions are usable in user mode.
+HWCAP2_FSGSBASE: Final = 2
+
+# userfaultfd.
+UFFD_USER_MODE_ONLY: Final = 1
+UFFD_API: Final = 0xAA
+UFFDIO_API: Final = 0xC018AA3F
+UFFDIO_REGISTER: Final = 0xC020AA00
+UFFDIO_UNREGISTER: Final = 0x8010AA01
+UFFDIO_WRITEPROTECT: Final = 0xC018AA06
+UFFD_FEATURE_SIGBUS: Final = 1 << 7
+UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
+UFFD_FEATURE_MISSING_SHMEM: Final = 1 << 5
+UFFDIO_REGISTER_MODE_MISSING: Final = 1
+UFFDIO_REGISTER_MODE_WP: Final = 2
+UFFDIO_WRITEPROTECT_MODE_WP: Final = 1
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+
+
+class UserRegs(ctypes.Structure):
+    """``struct user_regs_struct``; ``eflags`` goes by the manual's name."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
+            *("rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "rflags", "rsp"),
+            *("ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        )
+    ]
+
+    r15: int
+    r14: int
+    r13: int
+    r12: int
+    rbp: int
+    rbx: int
+    r11: int
+    r10: int
+    r9: int
+    r8: int
+    rax: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    rflags: int
+    rsp: int
+    ss: int
+    fs_base: int
+    gs_base: int
+    ds: int
+    es: int
+    fs: int
+    gs: int
+
+
+class SigInfo(ctypes.Structure):
+    """``siginfo_t`` as far as faults use it; 128 bytes."""
+
+    _fields_ = [
+        ("signo", ctypes.c_int32),
+        ("errno", ctypes.c_int32),
+        ("code", ctypes.c_int32),
+        ("_pad", ctypes.c_int32),
+        ("addr", ctypes.c_uint64),
+        ("_rest", ctypes.c_uint8 * 104),
+    ]
+
+    signo: int
+    errno: int
+    code: int
+    addr: int
+
+
+class IoVec(ctypes.Structure):
+    """``struct iovec``."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+    base: int
+    length: int
+
+
+assert ctypes.sizeof(UserRegs) == 216, "struct user_regs_struct has 27 words"
+assert ctypes.sizeof(SigInfo) == 128, "siginfo_t has 128 bytes"

@@ -1,0 +1,95 @@
+"""The seccomp filter: which system calls of the program stop for the supervisor.
+
+Everything else runs untouched and costs a few nanoseconds.
+
+Source:
+    seccomp(2); uapi/linux/filter.h; uapi/linux/seccomp.h (``struct seccomp_data``).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from softsgx.engines.native import abi
+
+_LD_ABS = 0x20
+_JEQ = 0x15
+_JSET = 0x45
+_AND = 0x54
+_RET = 0x06
+
+_NR, _ARCH, _ARGUMENTS = 0, 4, 16
+
+#: Stop always: their arguments say by a string, a descriptor or a range whether they concern us.
+_ALWAYS = (
+    abi.SYS_OPENAT,
+    abi.SYS_OPEN,
+    abi.SYS_OPENAT2,
+    abi.SYS_STAT,
+    abi.SYS_LSTAT,
+    abi.SYS_FSTAT,
+    abi.SYS_NEWFSTATAT,
+    abi.SYS_STATX,
+    abi.SYS_ACCESS,
+    abi.SYS_FACCESSAT,
+    abi.SYS_FACCESSAT2,
+    abi.SYS_READLINK,
+    abi.SYS_READLINKAT,
+    abi.SYS_MPROTECT,
+    abi.SYS_PKEY_MPROTECT,
+    abi.SYS_MUNMAP,
+    abi.SYS_MREMAP,
+    abi.SYS_SOFTSGX_EENTER,
+)
+
+
+def build_filter(*, trap_executable_mappings: bool) -> bytes:
+    """Return the filter as an array of ``struct sock_filter``.
+
+    Args:
+        trap_executable_mappings: stop for each new executable file mapping too: CPUID must be
+            rewritten in it, because this machine cannot make CPUID fault.
+    """
+    code: list[tuple[int, int, int, int]] = []
+
+    def load(offset: int) -> None:
+        code.append((_LD_ABS, 0, 0, offset))
+
+    def done(action: int) -> None:
+        code.append((_RET, 0, 0, action))
+
+    load(_ARCH)
+    code.append((_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64))
+    done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not ours
+    load(_NR)
+    for number in _ALWAYS:
+        code.append((_JEQ, 0, 1, number))
+        done(abi.SECCOMP_RET_TRACE)
+
+    # ioctl: only commands of type 0xA4, SGX's own.
+    code.append((_JEQ, 0, 5, abi.SYS_IOCTL))
+    load(_ARGUMENTS + 8)
+    code.append((_AND, 0, 0, 0xFF00))
+    code.append((_JEQ, 0, 1, 0xA400))
+    done(abi.SECCOMP_RET_TRACE)
+    done(abi.SECCOMP_RET_ALLOW)
+
+    # mmap: shared file mappings (the device's), and whatever may replace an existing mapping.
+    tail: list[tuple[int, int, int, int]] = [
+        (_LD_ABS, 0, 0, _ARGUMENTS + 24),
+        (_JSET, 0, 1, abi.MAP_FIXED),
+        (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
+        (_AND, 0, 0, abi.MAP_SHARED | abi.MAP_ANONYMOUS),
+        (_JEQ, 0, 1, abi.MAP_SHARED),
+        (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
+    ]
+    if trap_executable_mappings:
+        tail += [
+            (_LD_ABS, 0, 0, _ARGUMENTS + 16),
+            (_JSET, 0, 1, abi.PROT_EXEC),
+            (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
+        ]
+    code.append((_JEQ, 0, len(tail), abi.SYS_MMAP))
+    code += tail
+    done(abi.SECCOMP_RET_ALLOW)
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)

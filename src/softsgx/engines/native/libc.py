@@ -1,0 +1,106 @@
+"""Calls Python has no name for, through ctypes: each raises ``OSError`` where C says -1."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from softsgx.engines.native import abi
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_ptrace = _libc.ptrace
+_ptrace.restype = ctypes.c_long
+_ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+_fallocate = _libc.fallocate
+_fallocate.restype = ctypes.c_int
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+_ioctl = _libc.ioctl
+_ioctl.restype = ctypes.c_int
+_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+
+_readv = _libc.process_vm_readv
+_writev = _libc.process_vm_writev
+for _function in (_readv, _writev):
+    _function.restype = ctypes.c_ssize_t
+    _function.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
+
+
+def _failure(what: str) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+    """Do one ptrace request on thread ``tid``."""
+    result: int = _ptrace(request, tid, address, data)
+    if result == -1:
+        raise _failure("ptrace")
+    return result
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """Make a raw system call of the supervisor itself."""
+    result: int = _syscall(
+        ctypes.c_long(number), *(ctypes.c_ulong(argument & (1 << 64) - 1) for argument in arguments)
+    )
+    if result == -1:
+        raise _failure(f"system call {number}")
+    return result
+
+
+def ioctl(descriptor: int, command: int, argument: ctypes.Array[Any]) -> None:
+    """Make an ioctl whose argument is the buffer ``argument``."""
+    if _ioctl(descriptor, command, ctypes.addressof(argument)) == -1:
+        raise _failure("ioctl")
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Free the pages of a memory file in ``[offset, offset + length)``; its size stays."""
+    mode = abi.FALLOC_FL_PUNCH_HOLE | abi.FALLOC_FL_KEEP_SIZE
+    if _fallocate(descriptor, mode, offset, length) == -1:
+        raise _failure("fallocate")
+
+
+def read_memory(pid: int, address: int, size: int) -> bytes:
+    """Read a process's memory as the process itself could; fewer bytes than asked is EFAULT."""
+    buffer = ctypes.create_string_buffer(size)
+    local = abi.IoVec(ctypes.addressof(buffer), size)
+    remote = abi.IoVec(address, size)
+    done = _readv(pid, ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0)
+    if done != size:
+        raise OSError(14, f"cannot read {size} bytes at {address:#x} of process {pid}")
+    return buffer.raw
+
+
+def write_memory(pid: int, address: int, data: bytes) -> None:
+    """Write a process's memory as the process itself could; fewer bytes than given is EFAULT."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    local = abi.IoVec(ctypes.addressof(buffer), len(data))
+    remote = abi.IoVec(address, len(data))
+    done = _writev(pid, ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0)
+    if done != len(data):
+        raise OSError(14, f"cannot write {len(data)} bytes at {address:#x} of process {pid}")
+
+
+def pidfd_open(pid: int) -> int:
+    """Return a descriptor of process ``pid``."""
+    return syscall(abi.SYS_PIDFD_OPEN, pid, 0)
+
+
+def pidfd_getfd(pidfd: int, descriptor: int) -> int:
+    """Return our own descriptor of what ``descriptor`` is in that process."""
+    return syscall(abi.SYS_PIDFD_GETFD, pidfd, descriptor, 0)

@@ -1,0 +1,223 @@
+"""The memory of enclaves: a memory file for each open device, and the store of resident pages.
+
+A page of an enclave is either *shown* or *hidden*.  Shown: its bytes are in the memory file, at
+the offset that equals its linear address, so every mapping of the file has them and code runs on
+them at native speed.  Hidden: its bytes are in this process, the file has a hole there, and each
+access of the program becomes a fault that we hear of.  A page is shown while some page table maps
+it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimmed pages never are.
+
+Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
+
+Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Protocol
+
+from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.engines.native import libc
+from softsgx.hw import EpcPage
+
+__all__ = ["EnclaveMemory", "Guard", "NativeStore"]
+
+MEMORY_FILE_BYTES = 1 << 47
+_WRITE = 2
+
+
+class Guard(Protocol):
+    """One address space that maps a memory file: what must happen there around a change."""
+
+    def before_hide(self, linaddr: int) -> None:
+        """Make stores to the page impossible; loads may go on."""
+
+    def after_hide(self, linaddr: int) -> None:
+        """The page is a hole in the file now: every access must fault."""
+
+    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+        """Fill the hole and make the page usable here, in one step.
+
+        Returns:
+            ``False`` when this space cannot fill it; nothing has happened then.
+        """
+
+    def shown(self, linaddr: int, *, writable: bool) -> None:
+        """The hole was filled by another space: make the page usable here too."""
+
+    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+        """Allow or forbid stores to a shown page, as the EPCM has changed its mind."""
+
+
+class EnclaveMemory:
+    """The memory file behind one open ``/dev/sgx_enclave``.
+
+    The program's descriptor is the same file by another opening.  That opening holds a lock that we
+    put on it, so when the program has closed and unmapped it everywhere, the lock is free: exactly
+    when Linux would release a device file.
+
+    Attributes:
+        fd: our descriptor.
+        key: (device, inode), which every descriptor of the file shows.
+        guards: the address spaces that map it.
+    """
+
+    def __init__(self, theirs: int) -> None:
+        """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
+        self.guards: list[Guard] = []
+        try:
+            self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.fd, MEMORY_FILE_BYTES)
+            info = os.fstat(self.fd)
+            self.key = info.st_dev, info.st_ino
+        finally:
+            os.close(theirs)
+
+    def released(self) -> bool:
+        """Return whether the program has no descriptor and no mapping of it left, anywhere."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        return True
+
+    def close(self) -> None:
+        """Give the memory back."""
+        os.close(self.fd)
+
+    def hide(self, linaddr: int) -> bytes:
+        """Take the page out of the file and return its bytes; no store is lost in between."""
+        for guard in self.guards:
+            guard.before_hide(linaddr)
+        data = os.pread(self.fd, PAGE_BYTES, linaddr)
+        libc.punch_hole(self.fd, linaddr, PAGE_BYTES)
+        for guard in self.guards:
+            guard.after_hide(linaddr)
+        return data
+
+    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
+        """Put the page into the file; nobody sees it half filled."""
+        filler = next(
+            (guard for guard in self.guards if guard.show(linaddr, data, writable=writable)), None
+        )
+        if filler is None:
+            # A whole page written through the descriptor appears at once: the kernel holds it
+            # locked, and faults wait, until it is full.
+            os.pwrite(self.fd, data, linaddr)
+        for guard in self.guards:
+            if guard is not filler:
+                guard.shown(linaddr, writable=writable)
+
+    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+        """Allow or forbid stores to a shown page."""
+        for guard in self.guards:
+            guard.set_writable(linaddr, writable=writable)
+
+
+class NativeStore:
+    """Where the bytes of resident pages live; see the module.  The machine's page store."""
+
+    def __init__(self) -> None:
+        self._hidden: dict[int, bytes | bytearray] = {}
+        self._shown: dict[int, tuple[EnclaveMemory, int, bool]] = {}
+        self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
+
+    # --- the machine's side ---------------------------------------------------------------------
+
+    def fill(self, page: EpcPage, data: bytes) -> None:
+        """Keep the bytes, hidden until a page table maps the page."""
+        self._hidden[page.addr] = data
+
+    def freeze(self, page: EpcPage) -> bytes | bytearray:
+        """Hide the page, so that nobody can store to it, and return its bytes."""
+        self._hide(page.addr)
+        return self._hidden[page.addr]
+
+    def thaw(self, page: EpcPage) -> None:
+        """The page stays after all: show it again if it was."""
+        self.refresh(page)
+
+    def drop(self, page: EpcPage) -> None:
+        """Forget the bytes."""
+        self._hide(page.addr)
+        del self._hidden[page.addr]
+
+    def read(self, page: EpcPage, offset: int, size: int) -> bytes:
+        """Return bytes of a page, wherever they are."""
+        data = self._hidden.get(page.addr)
+        if data is not None:
+            return bytes(data[offset : offset + size])
+        memory, linaddr, _writable = self._shown[page.addr]
+        return os.pread(memory.fd, size, linaddr + offset)
+
+    def write(self, page: EpcPage, offset: int, data: bytes) -> None:
+        """Replace bytes of a page, wherever they are."""
+        kept = self._hidden.get(page.addr)
+        if kept is None:
+            memory, linaddr, _writable = self._shown[page.addr]
+            os.pwrite(memory.fd, data, linaddr + offset)
+            return
+        if not isinstance(kept, bytearray):
+            kept = self._hidden[page.addr] = bytearray(kept)
+        kept[offset : offset + len(data)] = data
+
+    def clear(self) -> None:
+        """Power is lost: holes everywhere."""
+        for addr in list(self._shown):
+            self._hide(addr)
+        self._hidden.clear()
+
+    # --- the page tables' side ------------------------------------------------------------------
+
+    def mapped(self, page: EpcPage, memory: EnclaveMemory, linaddr: int) -> None:
+        """One more page table maps ``page``, at ``linaddr``."""
+        known = self._maps.get(page.addr)
+        count = 0 if known is None else known[2]
+        self._maps[page.addr] = memory, linaddr, count + 1
+        self.refresh(page)
+
+    def unmapped(self, addr: int) -> None:
+        """One page table fewer maps the page at EPC address ``addr``."""
+        memory, linaddr, count = self._maps[addr]
+        if count > 1:
+            self._maps[addr] = memory, linaddr, count - 1
+        else:
+            del self._maps[addr]
+            self._hide(addr)
+
+    def is_shown(self, addr: int) -> bool:
+        """Return whether the page's bytes are in a memory file."""
+        return addr in self._shown
+
+    def refresh(self, page: EpcPage) -> None:
+        """Make what the program can do with ``page`` agree with its EPCM entry.
+
+        Call after anything that changed the entry.
+        """
+        addr = page.addr
+        usable = (
+            page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
+        )
+        where = self._maps.get(addr)
+        if where is None or not usable:
+            self._hide(addr)
+            return
+        memory, linaddr, _count = where
+        writable = bool(page.rwx & _WRITE)
+        shown = self._shown.get(addr)
+        if shown is None:
+            data = self._hidden.pop(addr)
+            self._shown[addr] = memory, linaddr, writable
+            memory.show(linaddr, data, writable=writable)
+        elif shown[2] != writable:
+            self._shown[addr] = memory, linaddr, writable
+            memory.set_writable(linaddr, writable=writable)
+
+    def _hide(self, addr: int) -> None:
+        shown = self._shown.pop(addr, None)
+        if shown is not None:
+            memory, linaddr, _writable = shown
+            self._hidden[addr] = memory.hide(linaddr)

@@ -1,0 +1,248 @@
+"""A thread of the program under ptrace: registers, signals, system calls made in its name.
+
+Knows nothing of SGX.  Every method needs the thread in a ptrace stop; all calls come from the one
+OS thread that is the tracer.
+
+Source:
+    ptrace(2); Linux kernel/ptrace.c, kernel/seccomp.c for the order of stops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.abi import SigInfo, UserRegs
+
+__all__ = ["Gone", "Stop", "Thread", "decode_stop"]
+
+_MINUS_ONE = (1 << 64) - 1
+_ALL_BUT_TRAP = (_MINUS_ONE ^ 1 << abi.SIGTRAP - 1).to_bytes(8, "little")
+_REGS_BYTES = ctypes.sizeof(UserRegs)
+
+
+class Gone(Exception):  # noqa: N818 - an event, not an error
+    """The thread has died; ``status`` is what wait(2) said, ``None`` when nobody knows."""
+
+    def __init__(self, tid: int, status: int | None) -> None:
+        super().__init__(f"thread {tid} is gone")
+        self.tid, self.status = tid, status
+
+
+@dataclass(slots=True, frozen=True)
+class Stop:
+    """Why a thread stopped: a signal, or an event (0 for none), or the end of a system call."""
+
+    signal: int
+    event: int
+    syscall: bool
+
+
+def decode_stop(status: int) -> Stop:
+    """Return what the stop ``status`` of wait(2) means."""
+    signal = status >> 8 & 0xFF
+    return Stop(signal & 0x7F, status >> 16, signal == abi.SIGTRAP | 0x80)
+
+
+class Thread:
+    """One thread of the program.
+
+    Attributes:
+        tid: its id.
+        regs: its general registers, valid between :meth:`load` and the next resume.
+        inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
+        injected: whether a call was injected since the last stop, so that the kernel has
+            forgotten the signal information of that stop.
+    """
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.regs = UserRegs()
+        self._regs_at = ctypes.addressof(self.regs)
+        self._info = SigInfo()
+        self._info_at = ctypes.addressof(self._info)
+        self.inject_at = 0
+        self.injected = False
+
+    # --- registers ------------------------------------------------------------------------------
+
+    def load(self) -> UserRegs:
+        """Fetch the registers."""
+        self._request(abi.PTRACE_GETREGS, 0, self._regs_at)
+        return self.regs
+
+    def store(self) -> None:
+        """Put ``regs`` into the thread."""
+        self._request(abi.PTRACE_SETREGS, 0, self._regs_at)
+
+    def xstate(self) -> bytes:
+        """Return the XSAVE area, non-compacted form, as large as this machine makes it."""
+        buffer = _XSTATE
+        vector = abi.IoVec(ctypes.addressof(buffer), len(buffer))
+        self._request(abi.PTRACE_GETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
+        return buffer.raw[: vector.length]
+
+    def set_xstate(self, area: bytes) -> None:
+        """Replace the XSAVE area; its size is what :meth:`xstate` gave."""
+        buffer = ctypes.create_string_buffer(area, len(area))
+        vector = abi.IoVec(ctypes.addressof(buffer), len(area))
+        self._request(abi.PTRACE_SETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
+
+    # --- signals --------------------------------------------------------------------------------
+
+    def siginfo(self) -> SigInfo:
+        """Return the signal information of this signal stop; reused by the next call."""
+        self._request(abi.PTRACE_GETSIGINFO, 0, self._info_at)
+        return self._info
+
+    def set_siginfo(self, info: SigInfo) -> None:
+        """Replace the signal information: the handler will see ``info``."""
+        self._request(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
+
+    def sigmask(self) -> int:
+        """Return the blocked signals; bit n-1 is signal n."""
+        buffer = ctypes.c_uint64()
+        self._request(abi.PTRACE_GETSIGMASK, 8, ctypes.addressof(buffer))
+        return buffer.value
+
+    def set_sigmask(self, mask: int) -> None:
+        """Replace the blocked signals."""
+        buffer = ctypes.c_uint64(mask)
+        self._request(abi.PTRACE_SETSIGMASK, 8, ctypes.addressof(buffer))
+
+    def event_message(self) -> int:
+        """Return what PTRACE_GETEVENTMSG tells: a new thread's id, an exit status."""
+        buffer = ctypes.c_uint64()
+        self._request(abi.PTRACE_GETEVENTMSG, 0, ctypes.addressof(buffer))
+        return buffer.value
+
+    # --- going on -------------------------------------------------------------------------------
+
+    def resume(self, signal: int = 0) -> None:
+        """Let it run until something concerns us; deliver ``signal`` first."""
+        self._request(abi.PTRACE_CONT, 0, signal)
+
+    def listen(self) -> None:
+        """Leave it in its group stop, but hear when it ends."""
+        self._request(abi.PTRACE_LISTEN, 0, 0)
+
+    def interrupt(self) -> None:
+        """Ask a running thread to stop."""
+        self._request(abi.PTRACE_INTERRUPT, 0, 0)
+
+    def wait(self) -> Stop:
+        """Block until this thread stops.
+
+        Raises:
+            Gone: it died instead.
+        """
+        try:
+            _pid, status = os.waitpid(self.tid, abi.WALL)
+        except ChildProcessError:
+            raise Gone(self.tid, None) from None
+        if not os.WIFSTOPPED(status):
+            raise Gone(self.tid, status)
+        self.injected = False
+        return decode_stop(status)
+
+    def skip_syscall(self, result: int) -> None:
+        """At a seccomp stop with registers loaded: do not make the call, ``result`` is its value.
+
+        Registers are stored, the thread stays stopped.
+        """
+        self.regs.orig_rax = _MINUS_ONE
+        self.regs.rax = result & _MINUS_ONE
+        self.store()
+
+    def finish_syscall(self, number: int | None = None, *arguments: int) -> int:
+        """At a seccomp stop with registers loaded: make the call, or another in its place.
+
+        The program finds its own values in the argument registers, as compilers rely on.
+
+        Returns:
+            The result; the thread is stopped behind the call, registers loaded.
+        """
+        regs = self.regs
+        kept = regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9
+        if number is not None:
+            regs.orig_rax = number
+            self._set_arguments(arguments)
+            self.store()
+        self._request(abi.PTRACE_SYSCALL, 0, 0)
+        stop = self.wait()
+        while not stop.syscall:
+            # Only a fatal or group event can come before the end of the call.
+            self._request(abi.PTRACE_SYSCALL, 0, 0)
+            stop = self.wait()
+        self.load()
+        result = _signed(regs.rax)
+        if number is not None:
+            regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = kept
+            self.store()
+        return result
+
+    def syscall(self, number: int, *arguments: int) -> int:
+        """Make a system call in the thread's name; its registers are as before afterwards.
+
+        Works in any stop outside the kernel's innards: signal stops, ends of system calls, seccomp
+        stops whose call has been skipped, and a new thread's first stop.
+
+        Returns:
+            The result; ``-errno`` for a failure.
+
+        Raises:
+            Gone: the thread died of it.
+        """
+        assert self.inject_at, f"thread {self.tid} has no place to inject calls into yet"
+        saved = UserRegs()
+        self.load()
+        ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
+        mask = self.sigmask()
+        # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.
+        self.set_sigmask(int.from_bytes(_ALL_BUT_TRAP, "little"))
+        regs = self.regs
+        regs.rip, regs.rax, regs.orig_rax = self.inject_at, number, _MINUS_ONE
+        self._set_arguments(arguments)
+        self.store()
+        stops_again = self._run_to_trap()
+        result = _signed(regs.rax)
+        ctypes.memmove(self._regs_at, ctypes.addressof(saved), _REGS_BYTES)
+        self.store()
+        self.set_sigmask(mask)
+        self.injected = True
+        if stops_again:
+            os.kill(self.tid, abi.SIGSTOP)
+        return result
+
+    def _run_to_trap(self) -> bool:
+        """Run the injected call; return whether a SIGSTOP came meanwhile and must be sent again."""
+        stopped_by_signal = False
+        self.resume()
+        while True:
+            stop = self.wait()
+            if stop.event == 0 and stop.signal == abi.SIGTRAP:
+                self.load()
+                if self.regs.rip == self.inject_at + 3:
+                    return stopped_by_signal
+            stopped_by_signal |= stop.event == 0 and stop.signal == abi.SIGSTOP
+            self.resume()
+
+    def _set_arguments(self, arguments: tuple[int, ...]) -> None:
+        six = [argument & _MINUS_ONE for argument in (*arguments, 0, 0, 0, 0, 0, 0)[:6]]
+        regs = self.regs
+        regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = six
+
+    def _request(self, request: int, address: int, data: int) -> None:
+        try:
+            libc.ptrace(request, self.tid, address, data)
+        except ProcessLookupError:
+            raise Gone(self.tid, None) from None
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+_XSTATE = ctypes.create_string_buffer(16384)
