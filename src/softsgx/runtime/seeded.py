@@ -319,7 +319,13 @@ class SeededRuntime(Cooperative):
             return
         assert not self._latched, f"task {me.name!r} reached {where!r} with a latch held"
         me.place = where
-        self._park()
+        # As _park does, but this is passed often, and mostly nothing changes.
+        try:
+            following = self._next()
+        except BaseException as error:
+            following = self._stop(error)
+        if following is not me or me.inject is not None:
+            self._switch_to(following)
 
     def _after_end(self, task: CoTask) -> CoTask:
         self._ready.pop(task.name, None)

@@ -59,31 +59,30 @@ class _ThreadTask:
 
 
 class _ThreadLock:
-    __slots__ = ("_holder", "_raw", "_runtime", "name")
+    __slots__ = ("_holder", "_local", "_raw", "_runtime", "name")
 
     def __init__(self, runtime: ThreadsRuntime, name: str) -> None:
         self._runtime = runtime
+        self._local = runtime._local
         self.name = name
         self._raw = allocate_lock()
         self._holder: _ThreadTask | None = None  # written by the holder only
 
     def acquire(self) -> None:
-        me = self._runtime._me()
-        assert self._holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
-        if not self._raw.acquire(blocking=False):
-            self._runtime._wait_for_lock(me, self)
-        self._holder = me
+        if not self._raw.acquire(False):
+            self._runtime._wait_for_lock(self)
+        self._holder = self._local.task
 
     __enter__ = acquire
 
     def try_acquire(self) -> bool:
-        if not self._raw.acquire(blocking=False):
+        if not self._raw.acquire(False):
             return False
-        self._holder = self._runtime._me()
+        self._holder = self._local.task
         return True
 
     def release(self) -> None:
-        me = self._runtime._me()
+        me = self._local.task
         holder = self._holder
         if holder is not me and self in me.forfeited:
             # A refused wait has not taken it again; the ``with`` around it does not know.
@@ -101,7 +100,11 @@ class _ThreadLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.release()
+        if self._holder is self._local.task:
+            self._holder = None
+            self._raw.release()
+        else:
+            self.release()
 
     def held(self) -> bool:
         return self._raw.locked()
@@ -118,7 +121,7 @@ class _ThreadCondition:
 
     def wait(self, timeout_ns: int | None = None) -> bool:
         runtime, lock = self._runtime, self._lock
-        me = runtime._me()
+        me = runtime._local.task
         assert lock._holder is me, f"lock {lock.name!r} is not held by task {me.name!r}"
         place = _new_place()
         self._places.append(place)
@@ -139,7 +142,7 @@ class _ThreadCondition:
         return notified
 
     def notify_all(self) -> None:
-        me = self._runtime._me()
+        me = self._runtime._local.task
         assert self._lock._holder is me, f"lock {self._lock.name!r} is not held by {me.name!r}"
         places, self._places = self._places, []
         for place in places:
@@ -147,32 +150,32 @@ class _ThreadCondition:
 
 
 class _Latch:
-    """A mutex for a few instructions."""
+    """A mutex for a few instructions: the C lock itself, which knows no holder."""
 
-    __slots__ = ("_raw", "held", "name", "release")
+    __slots__ = ("__enter__", "__exit__", "_raw", "held", "name", "release")
 
     def __init__(self) -> None:
+        raw = allocate_lock()
         self.name = "latch"
-        self._raw = allocate_lock()
-        self.release = self._raw.release
-        self.held = self._raw.locked
+        self._raw = raw
+        # ``with`` finds these through the class's slots and calls C functions.
+        self.__enter__: Callable[[], object] = raw.__enter__
+        self.__exit__: Callable[..., None] = raw.__exit__
+        self.release = raw.release
+        self.held = raw.locked
 
     def acquire(self) -> None:
         self._raw.acquire()
 
     def try_acquire(self) -> bool:
-        return self._raw.acquire(blocking=False)
+        return self._raw.acquire(False)
 
-    def __enter__(self) -> None:
-        self._raw.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._raw.release()
+class _Local(threading.local):
+    """The current thread's task; a thread the runtime did not start gets one when it first asks."""
+
+    def __init__(self, runtime: ThreadsRuntime) -> None:
+        self.task = _ThreadTask(runtime, MAIN, daemon=False)
 
 
 class ThreadsRuntime:
@@ -200,7 +203,7 @@ class ThreadsRuntime:
         self.random: random.Random = TaskRandom(seed, self.task_name)
         self.now_ns = clock_ns
         self._grace_ns = grace_ns
-        self._local = threading.local()
+        self._local = _Local(self)
         self._mutex = threading.Lock()
         self._names: dict[str, int] = {}
         self._tasks: list[_ThreadTask] = []  # spawned, and running, or failed
@@ -226,7 +229,7 @@ class ThreadsRuntime:
 
     def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
         """Start a thread."""
-        me = self._me()
+        me = self._local.task
         with self._mutex:
             if self._closed and me.thread is not None:  # a daemon that does not know it yet
                 raise GreenletExit
@@ -246,18 +249,11 @@ class ThreadsRuntime:
 
     def sleep(self, duration_ns: int) -> None:
         """Wait for ``duration_ns`` nanoseconds."""
-        self._park(self._me(), _new_place(), duration_ns, "its sleep to end")
+        self._park(self._local.task, _new_place(), duration_ns, "its sleep to end")
 
     def task_name(self) -> str:
         """Return the current task's name, ``main`` outside any task."""
-        return self._me().name
-
-    def _me(self) -> _ThreadTask:
-        try:
-            task: _ThreadTask = self._local.task
-        except AttributeError:
-            task = self._local.task = _ThreadTask(self, MAIN, daemon=False)
-        return task
+        return self._local.task.name
 
     def _body(self, task: _ThreadTask, run: Callable[[], None]) -> None:
         self._local.task = task
@@ -295,8 +291,10 @@ class ThreadsRuntime:
         if killed:
             raise GreenletExit
 
-    def _wait_for_lock(self, me: _ThreadTask, lock: _ThreadLock) -> None:
+    def _wait_for_lock(self, lock: _ThreadLock) -> None:
         """Take a lock that was held a moment ago; raise if that would close a cycle of waits."""
+        me = self._local.task
+        assert lock._holder is not me, f"lock {lock.name!r} taken twice by task {me.name!r}"
         with self._mutex:
             me.waits_for = lock
             chain = self._cycle(me)
@@ -308,7 +306,7 @@ class ThreadsRuntime:
         me.waits_for = None
 
     def _join(self, task: _ThreadTask) -> None:
-        me = self._me()
+        me = self._local.task
         assert task is not me, f"task {task.name!r} joins itself"
         place = _new_place()
         with self._mutex:
