@@ -2,3 +2,59 @@
 
 Reclaim is core, and who owns a page is not the core's business.
 """
+
+from softsgx.paging.backing import FailingBacking, FileBacking, MemoryBacking
+from softsgx.paging.core import EpcCore
+from softsgx.paging.counters import Counters
+from softsgx.paging.defects import CORE_DEFECTS, check_defects
+from softsgx.paging.failures import (
+    BackingError,
+    EpcBusy,
+    Interrupted,
+    LoadFailed,
+    MachineCheck,
+    NoEpc,
+    PagingError,
+)
+from softsgx.paging.groups import Ungrouped
+from softsgx.paging.interfaces import BackingFile, BackingPage, Group, Hardware, Reclaimable
+from softsgx.paging.lru import Lru
+from softsgx.paging.page import EpcPage
+from softsgx.paging.policy import Clock, Fifo, LinuxPolicy, Policy, Prefetching
+from softsgx.paging.reclaim import Batch
+from softsgx.paging.swap import EnclaveSwap, Pin, Reservation, SwapEntry
+
+__all__ = [
+    "CORE_DEFECTS",
+    "BackingError",
+    "BackingFile",
+    "BackingPage",
+    "Batch",
+    "Clock",
+    "Counters",
+    "EnclaveSwap",
+    "EpcBusy",
+    "EpcCore",
+    "EpcPage",
+    "FailingBacking",
+    "Fifo",
+    "FileBacking",
+    "Group",
+    "Hardware",
+    "Interrupted",
+    "LinuxPolicy",
+    "LoadFailed",
+    "Lru",
+    "MachineCheck",
+    "MemoryBacking",
+    "NoEpc",
+    "PagingError",
+    "Pin",
+    "Policy",
+    "Prefetching",
+    "Reclaimable",
+    "Reservation",
+    "SwapEntry",
+    "Ungrouped",
+    "check_defects",
+]

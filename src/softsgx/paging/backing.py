@@ -1,0 +1,229 @@
+"""Ordinary memory that evicted pages go to.
+
+A backing file behaves as shmem does under memory pressure: what is not marked dirty may be dropped
+and read again as it was last written out.  Whoever writes and forgets to say so loses his bytes;
+only not at once, which is what makes it hard to see.
+
+Source:
+    ``sgx_encl_alloc_backing()`` and ``sgx_encl_put_backing()``, encl.c; shmem's write-out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import BinaryIO
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.paging.failures import BackingError
+from softsgx.paging.interfaces import BackingFile, BackingPage
+
+__all__ = ["FailingBacking", "FileBacking", "MemoryBacking"]
+
+
+class _CachedPage:
+    """A page in memory; ``_file`` hears of its pins."""
+
+    __slots__ = ("_file", "data", "dirty", "index", "pins")
+
+    def __init__(self, file: _CachingFile, index: int, data: bytearray) -> None:
+        self._file, self.index, self.data = file, index, data
+        self.pins = 1
+        self.dirty = False
+
+    def mark_dirty(self) -> None:
+        """Keep what was written."""
+        self.dirty = True
+
+    def unpin(self) -> None:
+        """Give one pin back."""
+        assert self.pins > 0, f"backing page {self.index} unpinned too often"
+        self.pins -= 1
+        if not self.pins:
+            self._file._unpinned(self)
+
+
+class _CachingFile:
+    """What the kinds of backing share: pages in memory, and a limit on how many there are."""
+
+    def __init__(self, limit_pages: int | None) -> None:
+        self._limit_pages = limit_pages
+        self._cached: dict[int, _CachedPage] = {}
+
+    def pin(self, index: int, *, create: bool) -> BackingPage:
+        """As :meth:`BackingFile.pin`."""
+        page = self._cached.get(index)
+        if page is not None:
+            page.pins += 1
+            return page
+        stored = self._stored(index)
+        if stored is None:
+            if not create:
+                raise BackingError(f"no backing page {index}")
+            if self._limit_pages is not None and self.pages() >= self._limit_pages:
+                raise BackingError(f"backing file is full: {self._limit_pages} pages")
+            stored = bytearray(PAGE_BYTES)
+        page = self._cached[index] = _CachedPage(self, index, stored)
+        return page
+
+    def _stored(self, index: int) -> bytearray | None:
+        """Return a copy of a page that is not in memory, ``None`` when there is none."""
+        raise NotImplementedError
+
+    def _unpinned(self, page: _CachedPage) -> None:
+        """The last pin of ``page`` is gone."""
+        raise NotImplementedError
+
+    def pages(self) -> int:
+        """As :meth:`BackingFile.pages`."""
+        raise NotImplementedError
+
+
+class MemoryBacking(_CachingFile):
+    """A backing file in this process' memory.
+
+    Args:
+        limit_pages: how many pages it may hold; ``None`` for any number.
+    """
+
+    def __init__(self, limit_pages: int | None = None) -> None:
+        super().__init__(limit_pages)
+        self._written_out: dict[int, bytes] = {}
+
+    def _stored(self, index: int) -> bytearray | None:
+        data = self._written_out.get(index)
+        return None if data is None else bytearray(data)
+
+    def _unpinned(self, page: _CachedPage) -> None:
+        """Keep it: there is no pressure until :meth:`drop_clean` says so."""
+
+    def truncate(self, index: int) -> None:
+        """As :meth:`BackingFile.truncate`."""
+        self._cached.pop(index, None)
+        self._written_out.pop(index, None)
+
+    def pages(self) -> int:
+        """As :meth:`BackingFile.pages`."""
+        if not self._written_out:
+            return len(self._cached)
+        return len(self._cached.keys() | self._written_out.keys())
+
+    def close(self) -> None:
+        """As :meth:`BackingFile.close`."""
+        self._cached.clear()
+        self._written_out.clear()
+
+    def write_out(self) -> None:
+        """Memory pressure, first half: store dirty pages, pinned ones too; all are clean then."""
+        for index, page in self._cached.items():
+            if page.dirty:
+                self._written_out[index] = bytes(page.data)
+                page.dirty = False
+
+    def drop_clean(self) -> None:
+        """Memory pressure, second half: forget clean pages that nobody pins."""
+        for index, page in list(self._cached.items()):
+            if not page.dirty and not page.pins:
+                del self._cached[index]
+                # A page that was never written reads as zeros, as a hole in a file does.
+                self._written_out.setdefault(index, bytes(PAGE_BYTES))
+
+    def squeeze(self) -> None:
+        """Both halves."""
+        self.write_out()
+        self.drop_clean()
+
+
+class FileBacking(_CachingFile):
+    """A backing file on disk: an unnamed temporary file that keeps nothing in memory.
+
+    Args:
+        limit_pages: how many pages it may hold; ``None`` for any number.
+        directory: where; the system's directory for temporary files when ``None``.
+    """
+
+    def __init__(self, limit_pages: int | None = None, *, directory: str | None = None) -> None:
+        super().__init__(limit_pages)
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self._places: dict[int, int] = {}  # page index to place in the file
+        self._holes: list[int] = []
+
+    def _stored(self, index: int) -> bytearray | None:
+        place = self._places.get(index)
+        if place is None:
+            return None
+        self._file.seek(place * PAGE_BYTES)
+        data = bytearray(self._file.read(PAGE_BYTES))
+        return data + bytes(PAGE_BYTES - len(data))
+
+    def _unpinned(self, page: _CachedPage) -> None:
+        if self._cached.get(page.index) is not page:
+            return  # truncated while it was pinned
+        del self._cached[page.index]
+        if page.index not in self._places:
+            self._places[page.index] = self._holes.pop() if self._holes else len(self._places)
+        if page.dirty:
+            self._file.seek(self._places[page.index] * PAGE_BYTES)
+            self._file.write(page.data)
+
+    def truncate(self, index: int) -> None:
+        """As :meth:`BackingFile.truncate`."""
+        self._cached.pop(index, None)
+        place = self._places.pop(index, None)
+        if place is not None:
+            # Holes read as zeros, as those of a sparse file do.
+            self._file.seek(place * PAGE_BYTES)
+            self._file.write(bytes(PAGE_BYTES))
+            self._holes.append(place)
+
+    def pages(self) -> int:
+        """As :meth:`BackingFile.pages`."""
+        return len(self._places) + sum(index not in self._places for index in self._cached)
+
+    def close(self) -> None:
+        """As :meth:`BackingFile.close`."""
+        self._cached.clear()
+        self._places.clear()
+        self._file.close()
+
+
+class FailingBacking:
+    """A backing file that fails when told to.
+
+    Args:
+        inner: where pages really go.
+        fail: asked with the number of each :meth:`pin`, counting from 1; ``True`` fails it.
+
+    Attributes:
+        requests: calls of :meth:`pin` so far.
+        failures: how many of them failed.
+    """
+
+    def __init__(self, inner: BackingFile, fail: Callable[[int], bool]) -> None:
+        self._inner, self._fail = inner, fail
+        self.requests = self.failures = 0
+
+    @classmethod
+    def at(cls, inner: BackingFile, nth: int) -> FailingBacking:
+        """Return one whose ``nth`` request fails, and no other."""
+        return cls(inner, lambda request: request == nth)
+
+    def pin(self, index: int, *, create: bool) -> BackingPage:
+        """As :meth:`BackingFile.pin`."""
+        self.requests += 1
+        if self._fail(self.requests):
+            self.failures += 1
+            raise BackingError(f"request {self.requests} for backing page {index} fails on command")
+        return self._inner.pin(index, create=create)
+
+    def truncate(self, index: int) -> None:
+        """As :meth:`BackingFile.truncate`."""
+        self._inner.truncate(index)
+
+    def pages(self) -> int:
+        """As :meth:`BackingFile.pages`."""
+        return self._inner.pages()
+
+    def close(self) -> None:
+        """As :meth:`BackingFile.close`."""
+        self._inner.close()

@@ -1,0 +1,633 @@
+"""The EPC core: who has which page, and where the next one comes from.
+
+One place hands out EPC, charges it and takes it back, whoever uses it.  The core knows an owner as
+a :class:`~softsgx.paging.Reclaimable` and a group as a :class:`~softsgx.paging.Group`; it never
+asks what a page is for.
+
+Lock order (an outer lock is left of an inner one)::
+
+    mmap locks → an enclave's lock → the VA tree's lock → the core's "ksgxd" lock → latches
+
+``alloc`` with ``reclaim=True``, ``reclaim`` and ``wait_for_page`` take owners' locks, so nobody may
+call them with one held; everything else may be called with any lock held.
+
+Invariants, which :meth:`EpcCore.recount` checks: a page is dirty, free, in quarantine, held or
+leaked; a held page is tracked on at most one list, or by one batch; the counts are those of a
+recount.
+
+Source:
+    ``arch/x86/kernel/cpu/sgx/main.c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from softsgx.arch import PAGE_BYTES, EpcAddr, Status
+from softsgx.hw import EpcSection, Fault
+from softsgx.paging import events
+from softsgx.paging.counters import Counters
+from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
+from softsgx.paging.groups import Ungrouped
+from softsgx.paging.interfaces import Group, Hardware, Reclaimable
+from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
+from softsgx.paging.page import EpcPage
+from softsgx.paging.policy import LinuxPolicy, Policy
+from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
+from softsgx.paging.recount import recount
+from softsgx.paging.sanitize import Sanitizer
+from softsgx.runtime import Runtime, Task
+from softsgx.trace import Tracer
+
+__all__ = ["EpcCore"]
+
+
+def _never() -> bool:
+    return False
+
+
+class EpcCore:
+    """The EPC of one machine.
+
+    Args:
+        hw: the machine.
+        runtime: locks, tasks, points.
+        policy: which page leaves, when, how many at once.
+        tracer: receives events; ``None`` costs nothing.
+        root: the group all others are below, charged when none is named.
+        dirty: addresses of pages that may hold something from before and need EREMOVE first;
+            ``None`` for all of them, which is all that a kernel knows.
+        defects: names from :data:`~softsgx.paging.CORE_DEFECTS`; other names are ignored.
+
+    Attributes:
+        counters: how often things happened.
+        root: as given.
+        policy: as given.
+    """
+
+    def __init__(
+        self,
+        hw: Hardware,
+        runtime: Runtime,
+        *,
+        policy: Policy | None = None,
+        tracer: Tracer | None = None,
+        root: Group | None = None,
+        dirty: Iterable[int] | None = None,
+        defects: frozenset[str] = frozenset(),
+    ) -> None:
+        self.hw, self.runtime, self.defects = hw, runtime, defects
+        self.leaves = hw.leaves
+        self.policy: Policy = LinuxPolicy() if policy is None else policy
+        self.root: Group = Ungrouped(runtime) if root is None else root
+        self.counters = Counters()
+        self.tracer = tracer
+        self.epc_pages = sum(section.pages for section in hw.config.sections)
+        self._low = self.policy.low(self.epc_pages)
+        self._high = self.policy.high(self.epc_pages)
+        self._records: dict[int, EpcPage] = {}
+        self._nodes = self._make_nodes(hw.config.sections)
+        walk: Walk = walk_once
+        if "B17" in defects:
+            walk = partial(walk_until_back, point=runtime.point)
+        self._walk = walk
+        self._orders: dict[int, tuple[Node, ...]] = {}
+        self._free = TornCount(runtime) if "B15" in defects else AtomicCount(runtime)
+        self._reclaimer = Reclaimer(
+            self.policy,
+            self.epc_pages,
+            runtime,
+            free=self.free,
+            counters=self.counters,
+            tracer=tracer,
+            ignore_poison="L6" in defects or "B12" in defects,
+        )
+        self._sanitizer = self._make_sanitizer(dirty)
+        if "B16" in defects:
+            self._free.add(self.epc_pages)
+        # What is going on: batches and sanitizing that may free a page soon; and a number that
+        # changes whenever the answer to "is there a page?" may have changed.
+        self._working = AtomicCount(runtime)
+        self._generation = 0
+        self._stuck = False
+        # ksgxd.
+        self._lock = runtime.lock("ksgxd")
+        self._wake = runtime.condition(self._lock)
+        self._progress = runtime.condition(self._lock)
+        self._requests: dict[Group, None] = {}
+        self._asleep = False
+        self._waiters = 0
+        self._stopping = False
+        self._task: Task | None = None
+
+    def _make_nodes(self, sections: Iterable[EpcSection]) -> dict[int, Node]:
+        nodes: dict[int, Node] = {}
+        for section in sections:
+            if section.node not in nodes:
+                nodes[section.node] = Node(section.node, self.runtime, self._records)
+            nodes[section.node].epc_pages += section.pages
+        return dict(sorted(nodes.items()))
+
+    def _make_sanitizer(self, dirty: Iterable[int] | None) -> Sanitizer:
+        """Sort the pages into those free at once and those to be sanitized."""
+        sections = self.hw.config.sections
+        if dirty is None:
+            ranges = [(section.base, section.base + section.size) for section in sections]
+        else:
+            ranges = [(addr, addr + PAGE_BYTES) for addr in sorted(set(dirty))]
+            for section in sections:
+                self._give_clean_gaps(section, [start for start, _end in ranges])
+        return Sanitizer(
+            ranges,
+            eremove=self.leaves.eremove,
+            clean=self._give_sanitized,
+            poisoned=self._is_poisoned,
+            runtime=self.runtime,
+            report_stopped="B18" in self.defects,
+        )
+
+    def _give_clean_gaps(self, section: EpcSection, dirty: list[int]) -> None:
+        node = self._nodes[section.node]
+        start, end = section.base, section.base + section.size
+        for addr in [*(addr for addr in dirty if start <= addr < end), end]:
+            if start < addr:
+                node.give_fresh(start, addr)
+                self._free.add((addr - start) // PAGE_BYTES)
+            start = addr + PAGE_BYTES
+
+    # --- what there is --------------------------------------------------------------------------
+
+    @property
+    def free_pages(self) -> int:
+        """EPC pages that can be handed out now."""
+        return self._free.value
+
+    @property
+    def poisoned_pages(self) -> int:
+        """Poisoned pages, in use or in quarantine; counted from the records."""
+        return sum(page.poisoned for page in list(self._records.values()))
+
+    @property
+    def dirty_pages(self) -> int:
+        """Pages that are still to be sanitized."""
+        return self._sanitizer.pages()
+
+    def node_bytes(self) -> dict[int, int]:
+        """Return the EPC bytes of each node (``sgx_total_bytes``)."""
+        return {number: node.epc_pages * PAGE_BYTES for number, node in self._nodes.items()}
+
+    def is_epc(self, physical: int) -> bool:
+        """Return whether a physical address is in the EPC (``arch_is_platform_page``)."""
+        return self._section_of(physical) is not None
+
+    def _section_of(self, physical: int) -> EpcSection | None:
+        sections = self.hw.config.sections
+        return next((s for s in sections if s.base <= physical < s.base + s.size), None)
+
+    # --- allocation -----------------------------------------------------------------------------
+
+    def alloc(
+        self,
+        owner: Reclaimable | None,
+        *,
+        reclaim: bool,
+        group: Group | None = None,
+        kind: str = "reg",
+        cpu_node: int = 0,
+        signal_pending: Callable[[], bool] = _never,
+    ) -> EpcPage:
+        """Return an EPC page whose EPCM entry is invalid, charged to ``group``.
+
+        Args:
+            owner: whom the reclaimer will ask once :meth:`mark_reclaimable` was called.
+            reclaim: whether to evict pages, waiting, when there is none; then no owner's lock and
+                no mmap lock may be held.
+            group: who pays; the root when ``None``.
+            kind: what for, a label for counters.
+            cpu_node: NUMA node of the CPU that asks; its EPC is tried first.
+            signal_pending: asked before each batch; ``True`` gives up.
+
+        Raises:
+            NoEpc: there is none and nothing can be reclaimed.
+            EpcBusy: there is none, and ``reclaim`` is false; ksgxd was woken.
+            Interrupted: a signal is pending.
+
+        Source:
+            ``sgx_alloc_epc_page()``, main.c; charging as in the EPC cgroup series, v17.
+        """
+        group = self.root if group is None else group
+        try:
+            if group.try_charge() is not None:
+                self._charge_slowly(group, reclaim=reclaim, signal=signal_pending)
+            try:
+                page = self._take(cpu_node)
+                if page is None:
+                    page = self._take_slowly(cpu_node, reclaim=reclaim, signal=signal_pending)
+            except BaseException:
+                group.uncharge()
+                raise
+        except (NoEpc, EpcBusy, Interrupted) as error:
+            self._refused(kind, error)
+            raise
+        page.owner, page.group, page.kind = owner, group, kind
+        held = self.counters.held
+        held[kind] = held.get(kind, 0) + 1
+        if self._free.value < self._low and self._asleep and self.root.has_reclaimable():
+            self._wake_ksgxd()
+        if self.tracer is not None:
+            self.tracer(events.Allocated(page.addr, kind, page.node))
+        return page
+
+    def _pressure(self) -> Pressure:
+        return Pressure(None if "L7" in self.defects else self.policy.patience_passes)
+
+    def _charge_slowly(self, group: Group, *, reclaim: bool, signal: Callable[[], bool]) -> None:
+        pressure = self._pressure()
+        while True:
+            seen = self._generation
+            refused = group.try_charge()
+            if refused is None:
+                return
+            if self.tracer is not None:
+                self.tracer(events.ChargeRefused("reclaim" if reclaim else "busy"))
+            try:
+                self._relieve(refused, seen, pressure, reclaim=reclaim, signal=signal)
+            except NoEpc:
+                if not refused.reclaim_failed():
+                    raise
+
+    def _take(self, cpu_node: int) -> EpcPage | None:
+        for node in self._order(cpu_node):
+            page = node.take()
+            if page is not None:
+                self._free.add(-1)
+                return page
+        return None
+
+    def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
+        pressure = self._pressure()
+        while True:
+            seen = self._generation
+            page = self._take(cpu_node)
+            if page is not None:
+                return page
+            self._relieve(self.root, seen, pressure, reclaim=reclaim, signal=signal)
+
+    def _order(self, cpu_node: int) -> Iterable[Node]:
+        order = self._orders.get(cpu_node)
+        if order is None:
+            nodes = list(self._nodes.values())
+            if "B17" in self.defects:
+                return self._walk(nodes, cpu_node)
+            order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
+        return order
+
+    def _relieve(
+        self,
+        group: Group,
+        seen: int,
+        pressure: Pressure,
+        *,
+        reclaim: bool,
+        signal: Callable[[], bool],
+    ) -> None:
+        """Do one step towards a page for ``group``; raise when the caller should not try again.
+
+        Args:
+            group: in whose subtree a page has to leave.
+            seen: the generation before the caller found that there was none.
+            pressure: how hard the caller has tried.
+            reclaim: as for :meth:`alloc`.
+            signal: as for :meth:`alloc`.
+        """
+        if not group.has_reclaimable():
+            if self._generation != seen:
+                return
+            # Deviation: Linux says ENOMEM, although a batch that runs now may hold every page
+            # there is; in a small EPC it often does.
+            if not self._working.value:
+                raise NoEpc
+            if not reclaim:
+                raise EpcBusy(seen)
+            if signal():
+                raise Interrupted
+            self._await_progress(seen)
+            return
+        if not reclaim:
+            stuck = self._stuck
+            self._wake_ksgxd(group)
+            raise NoEpc if stuck else EpcBusy(seen)
+        if signal():
+            raise Interrupted
+        self.counters.direct += 1
+        pressure.note(self.reclaim(group, force=pressure.force))
+        if pressure.hopeless(self._in_use()):
+            raise NoEpc
+        self.runtime.yield_now()
+
+    def _in_use(self) -> int:
+        return self.epc_pages - self._free.value
+
+    def _refused(self, kind: str, error: Exception) -> None:
+        counters = self.counters
+        if isinstance(error, EpcBusy):
+            result = "busy"
+            counters.alloc_busy += 1
+        elif isinstance(error, NoEpc):
+            result = "none"
+            counters.alloc_none += 1
+        else:
+            result = "interrupted"
+            counters.alloc_interrupted += 1
+        if self.tracer is not None:
+            self.tracer(events.Refused(kind, result))
+
+    # --- giving back ----------------------------------------------------------------------------
+
+    def free(self, page: EpcPage) -> None:
+        """Take ``page`` back; its EPCM entry is invalid and it is not tracked.
+
+        Source:
+            ``sgx_free_epc_page()``, main.c.
+        """
+        assert not page.tracked, f"{page!r} is freed while it is tracked"
+        assert page.group is not None and not page.leaked, f"{page!r} is freed but nobody had it"
+        page.group.uncharge()
+        page.owner = page.group = None
+        page.blocked = False
+        self.counters.held[page.kind] -= 1
+        usable = self._nodes[page.node].give(page)
+        if usable or "L5" in self.defects:
+            self._free.add(1)
+        self._changed()
+        if self.tracer is not None:
+            self.tracer(events.Freed(page.addr, page.poisoned))
+
+    def remove(self, page: EpcPage) -> bool:
+        """EREMOVE ``page`` and take it back.
+
+        Returns:
+            ``False`` when the leaf refused: the page is lost for good, counted and reported, since
+            somebody has a bug and nobody knows what the page holds.
+
+        Source:
+            ``sgx_encl_free_epc_page()``, encl.c.
+        """
+        try:
+            status = self.leaves.eremove(page.addr)
+            result = status.manual_name
+        except Fault as fault:
+            status, result = None, str(fault)
+        if status is Status.SUCCESS:
+            self.free(page)
+            return True
+        assert not page.tracked, f"{page!r} is removed while it is tracked"
+        page.leaked, page.owner = True, None
+        self.counters.held[page.kind] -= 1
+        self.counters.leaked += 1
+        if self.tracer is not None:
+            self.tracer(events.Leaked(page.addr, page.kind, result))
+        return False
+
+    def _changed(self) -> None:
+        """The answer to "is there a page?" may have changed."""
+        self._generation += 1
+        self._stuck = False
+        if self._waiters:
+            with self._lock:
+                self._progress.notify_all()
+
+    # --- tracking -------------------------------------------------------------------------------
+
+    def mark_reclaimable(self, page: EpcPage) -> None:
+        """Put ``page`` on its group's list as the youngest; a poisoned page stays off it.
+
+        Source:
+            ``sgx_mark_page_reclaimable()``, main.c.
+        """
+        assert page.group is not None, f"{page!r} is marked but nobody has it"
+        if page.poisoned and "B12" not in self.defects:
+            return
+        page.group.lru.add(page)
+        self._stuck = False
+
+    def unmark_reclaimable(self, page: EpcPage) -> bool:
+        """Take ``page`` off its list.
+
+        Returns:
+            ``False``, nothing changed, when a batch has it: EBUSY.
+
+        Source:
+            ``sgx_unmark_page_reclaimable()``, main.c.
+        """
+        lru = page.lru
+        return True if lru is None else lru.remove(page)
+
+    # --- machine checks -------------------------------------------------------------------------
+
+    def poison(self, physical: int) -> bool:
+        """A machine check has named this address: its page is never handed out again.
+
+        A page in use stays with its owner, is not evicted any more, and goes into quarantine when
+        it is freed.
+
+        Returns:
+            ``False`` when it is no EPC (ENXIO).
+
+        Source:
+            ``arch_memory_failure()``, main.c; since ed16618c380c a tracked page leaves its list.
+        """
+        section = self._section_of(physical)
+        if section is None:
+            return False
+        addr = EpcAddr(physical - physical % PAGE_BYTES)
+        found = self._nodes[section.node].poison(addr, dirty=addr in self._sanitizer)
+        if found is None:
+            return True
+        page, was_free = found
+        if was_free and "L5" not in self.defects:
+            self._free.add(-1)
+        lru = page.lru
+        if lru is not None and "B12" not in self.defects:
+            lru.remove(page)  # in a batch: the batch will see that it is poisoned
+        if self.tracer is not None:
+            self.tracer(events.Poisoned(addr, was_free))
+        return True
+
+    def _is_poisoned(self, addr: EpcAddr) -> bool:
+        page = self._records.get(addr)
+        return page is not None and page.poisoned
+
+    # --- reclaim --------------------------------------------------------------------------------
+
+    def reclaim(self, group: Group | None = None, *, force: bool = False) -> Batch:
+        """Run one batch in the subtree of ``group``; no owner's lock may be held.
+
+        Groups are asked in turn until one has had a page to look at.
+
+        Args:
+            group: the root when ``None``.
+            force: evict pages that are in use too.
+        """
+        group = self.root if group is None else group
+        batch = Batch(0, 0)
+        self._working.add(1)
+        try:
+            for member in group.walk():
+                batch = self._reclaimer.batch(member.lru, force=force)
+                if batch.scanned or not group.has_reclaimable():
+                    break
+        finally:
+            self._working.add(-1)
+            self._finished(batch)
+        return batch
+
+    def reclaim_direct(self, group: Group | None = None) -> None:
+        """Run one batch if free pages are below the low watermark.
+
+        Source:
+            ``sgx_reclaim_direct()``, main.c.
+        """
+        if self._free.value < self._low and self.root.has_reclaimable():
+            self.counters.direct += 1
+            self.reclaim(group)
+
+    def _finished(self, batch: Batch) -> None:
+        """Some work that others may wait for is over."""
+        self._generation += 1
+        if batch.freed:
+            self._stuck = False
+        if self._waiters:
+            with self._lock:
+                self._progress.notify_all()
+
+    # --- waiting --------------------------------------------------------------------------------
+
+    def wait_for_page(self, busy: EpcBusy) -> None:
+        """Wait until an allocation that was refused is worth another try; hold no lock.
+
+        Without a ksgxd that runs, the caller does its work: one batch.
+        """
+        if self._task is None:
+            if self._generation == busy.generation:
+                self.reclaim()
+            self.runtime.yield_now()
+            return
+        self._await_progress(busy.generation)
+
+    def _await_progress(self, seen: int) -> None:
+        with self._lock:
+            self._waiters += 1
+            try:
+                while self._generation == seen and not self._stopping:
+                    self._progress.wait()
+            finally:
+                self._waiters -= 1
+
+    # --- ksgxd ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start ksgxd, which sanitizes the EPC first.
+
+        Source:
+            ``sgx_init()``, ``ksgxd()``, main.c.
+        """
+        assert self._task is None, "ksgxd is started twice"
+        self._stopping = self._sanitizer.stopping = False
+        self._working.add(1)  # sanitizing
+        self._task = self.runtime.spawn(self._ksgxd, "ksgxd", daemon=True)
+
+    def stop(self) -> None:
+        """Stop ksgxd and wait until it has ended; it can be started again."""
+        task = self._task
+        if task is None:
+            return
+        self._sanitizer.stopping = True
+        with self._lock:
+            self._stopping = True
+            self._wake.notify_all()
+            self._progress.notify_all()
+        task.join()
+        self._task = None
+
+    def settle(self) -> None:
+        """Wait until every page was sanitized (or :meth:`stop` was called)."""
+        while self.dirty_pages and self._task is not None and self._working.value:
+            self._await_progress(self._generation)
+
+    def _ksgxd(self) -> None:
+        try:
+            left = self._sanitizer.run()
+            self.counters.unsanitized = left
+            if self.tracer is not None:
+                self.tracer(events.Sanitized(left))
+        finally:
+            self._working.add(-1)
+            self._finished(Batch(0, 0))
+        pressure = Pressure(self.policy.patience_passes)
+        while (groups := self._next_work()) is not None:
+            for group in groups:
+                pressure.note(self.reclaim(group, force=pressure.force))
+            if pressure.hopeless(self._in_use()):
+                # Until somebody asks again, or a page changes hands.
+                self._stuck = True
+                pressure = Pressure(self.policy.patience_passes)
+            self.runtime.yield_now()
+
+    def _next_work(self) -> list[Group] | None:
+        """Sleep until there is something to do; return the groups to reclaim in, ``None`` to end.
+
+        Deviation: groups at their limit have a work queue of their own in the cgroup series; here
+        ksgxd serves them, in the order in which they asked.
+        """
+        with self._lock:
+            self._asleep = True
+            while not self._stopping and not self._requests and not self._should_reclaim():
+                self._wake.wait()
+            self._asleep = False
+            if self._stopping:
+                return None
+            groups, self._requests = list(self._requests), {}
+        return groups or [self.root]
+
+    def _should_reclaim(self) -> bool:
+        return self._free.value < self._high and not self._stuck and self.root.has_reclaimable()
+
+    def request_reclaim(self, group: Group) -> None:
+        """Ask ksgxd for a batch in the subtree of ``group``; does not wait."""
+        self._wake_ksgxd(group)
+
+    def _wake_ksgxd(self, group: Group | None = None) -> None:
+        with self._lock:
+            if group is not None:
+                self._requests[group] = None
+            if self._asleep:
+                self.counters.wakeups += 1
+                self._wake.notify_all()
+
+    def _give_sanitized(self, addr: EpcAddr) -> None:
+        """EREMOVE has said that ``addr`` is free, or it is poisoned and goes into quarantine."""
+        section = self._section_of(addr)
+        assert section is not None, f"sanitized {addr:#x} is no EPC page"
+        if self._nodes[section.node].give_clean(addr):
+            self._free.add(1)
+        self._changed()
+
+    # --- checking -------------------------------------------------------------------------------
+
+    def recount(self) -> None:
+        """Compare every count with a recount from raw state; call while no task runs here.
+
+        Raises:
+            AssertionError: says which count or page is wrong.
+        """
+        recount(
+            records=self._records,
+            nodes=self._nodes.values(),
+            dirty=self._sanitizer,
+            epc_pages=self.epc_pages,
+            free_pages=self._free.value,
+            counters=self.counters,
+            idle=not self._working.value,
+        )

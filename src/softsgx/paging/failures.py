@@ -1,0 +1,64 @@
+"""How the core refuses: what its callers turn into errno values.
+
+None of these is an ``OSError``: which errno a shortage becomes is for whoever speaks to user space
+to say.  The usual one stands beside each.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackingError",
+    "EpcBusy",
+    "Interrupted",
+    "LoadFailed",
+    "MachineCheck",
+    "NoEpc",
+    "PagingError",
+]
+
+
+class PagingError(Exception):
+    """Base of all refusals of the core; nothing has changed."""
+
+
+class NoEpc(PagingError):
+    """There is no EPC page and none can be reclaimed: ENOMEM."""
+
+
+class EpcBusy(PagingError):
+    """There is no EPC page now, but reclaim may make one; try again: EBUSY.
+
+    Attributes:
+        generation: what the core had seen by then; for :meth:`EpcCore.wait_for_page`.
+    """
+
+    def __init__(self, generation: int = -1) -> None:
+        super().__init__("no EPC page is free now")
+        self.generation = generation
+
+
+class Interrupted(PagingError):
+    """A signal is pending in a caller that would have had to reclaim: ERESTARTSYS."""
+
+
+class BackingError(PagingError):
+    """The backing file has no room, or no such page: ENOMEM."""
+
+
+class LoadFailed(PagingError):
+    """ELDU refused a page, or its bytes were lost before: EFAULT, and SIGBUS for the enclave.
+
+    Attributes:
+        result: the code's name in the manual, the fault, or ``lost``.
+    """
+
+    def __init__(self, result: str) -> None:
+        super().__init__(result)
+        self.result = result
+
+
+class MachineCheck(Exception):
+    """EWB read poisoned memory: on silicon a machine check that nobody survives.
+
+    Only a machine with a defect switched on by name raises it.
+    """

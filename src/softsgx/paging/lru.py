@@ -1,0 +1,103 @@
+"""Lists of reclaimable pages, oldest first.
+
+One list a group.  A page on it has ``tracked`` set and stands in ``_pages``; a page that a batch
+has isolated keeps ``tracked`` and its ``lru``, but stands nowhere: that is how a batch's pages are
+told apart without another flag.
+
+Lock order: the latch of a list is the innermost lock; ``Reclaimable.get`` is called under it.
+
+Source:
+    ``sgx_active_page_list`` and ``sgx_{mark,unmark}_page_reclaimable()``, main.c; one list a
+    cgroup as in the EPC cgroup series, v17.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from softsgx.paging.page import EpcPage
+from softsgx.runtime import Runtime
+
+__all__ = ["Lru"]
+
+
+class Lru:
+    """The reclaimable pages of one group, in the order in which they became so."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._latch = runtime.latch()
+        self._pages: OrderedDict[EpcPage, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __iter__(self) -> Iterator[EpcPage]:
+        """Yield the pages, oldest first; for checkers."""
+        return iter(list(self._pages))
+
+    def __contains__(self, page: EpcPage) -> bool:
+        return page in self._pages
+
+    def add(self, page: EpcPage) -> None:
+        """Track ``page`` as the youngest; it must not be tracked yet."""
+        with self._latch:
+            assert not page.tracked, f"{page!r} is tracked already"
+            page.tracked, page.lru = True, self
+            self._pages[page] = None
+
+    def remove(self, page: EpcPage) -> bool:
+        """Stop tracking ``page``.
+
+        Returns:
+            ``False`` when a batch has isolated it: nothing has changed, and the batch may evict it.
+        """
+        with self._latch:
+            if not page.tracked:
+                return True
+            if page not in self._pages:
+                return False
+            del self._pages[page]
+            page.tracked, page.lru = False, None
+            return True
+
+    def isolate(self, count: int) -> tuple[list[EpcPage], int]:
+        """Take up to ``count`` of the oldest pages off the list and pin their owners.
+
+        Returns:
+            The pages, and how many more were forgotten because their owner is dying.
+        """
+        isolated: list[EpcPage] = []
+        dying = 0
+        pages = self._pages
+        with self._latch:
+            for _ in range(min(count, len(pages))):
+                page, _none = pages.popitem(last=False)
+                assert page.owner is not None, f"{page!r} on a list has no owner"
+                if page.owner.get():
+                    isolated.append(page)
+                else:
+                    # Its destructor frees it; a tracked page would look isolated to it.
+                    page.tracked, page.lru = False, None
+                    dying += 1
+        return isolated, dying
+
+    def put_back(self, page: EpcPage) -> bool:
+        """Return an isolated page as the youngest; a poisoned one is forgotten instead.
+
+        Returns:
+            Whether it is back on the list.
+        """
+        with self._latch:
+            assert page.tracked and page.lru is self, f"{page!r} was not isolated from here"
+            if page.poisoned:
+                page.tracked, page.lru = False, None
+                return False
+            self._pages[page] = None
+            return True
+
+    def forget(self, page: EpcPage) -> None:
+        """An isolated page was evicted, or must not be looked at again."""
+        with self._latch:
+            assert page.tracked and page not in self._pages, f"{page!r} was not isolated"
+            page.tracked, page.lru = False, None

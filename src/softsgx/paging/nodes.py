@@ -1,0 +1,212 @@
+"""Free EPC pages: one list a NUMA node, and the walk over nodes when one is empty.
+
+A page that was never handed out is part of a range and costs nothing; it gets a record when it is
+first taken.  So a terabyte of EPC is a handful of ranges until somebody uses it.
+
+Invariants: a list is first in, first out; a poisoned page is never taken.  ``free`` and
+``poisoned`` of a record are written under its node's latch.
+
+Source:
+    ``sgx_numa_nodes``, ``__sgx_alloc_epc_page()``, ``sgx_free_epc_page()``, main.c.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.paging.page import EpcPage
+from softsgx.runtime import Runtime
+
+__all__ = ["AtomicCount", "Node", "TornCount", "walk_once", "walk_until_back"]
+
+
+class AtomicCount:
+    """A number that several tasks add to."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._latch = runtime.latch() if runtime.concurrent else None
+        self.value = 0
+
+    def add(self, change: int) -> None:
+        """Add ``change``, atomically."""
+        if self._latch is None:
+            self.value += change
+        else:
+            with self._latch:
+                self.value += change
+
+
+class TornCount(AtomicCount):
+    """Defect B15: read and written back without a lock."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        self._point = runtime.point
+
+    def add(self, change: int) -> None:
+        """Add ``change``, and undo what others add meanwhile."""
+        value = self.value
+        self._point("free count")
+        self.value = value + change
+
+
+class _Range:
+    """Pages of a list that were never handed out, ``next`` up to ``end``."""
+
+    __slots__ = ("end", "next")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.next, self.end = start, end
+
+
+class Node:
+    """The free pages of one NUMA node.
+
+    Args:
+        number: which node.
+        runtime: for its latch.
+        pages: every record there is, by address; shared by all nodes.
+
+    Attributes:
+        epc_pages: pages of all its sections.
+        quarantine: poisoned pages that nobody uses.
+    """
+
+    def __init__(self, number: int, runtime: Runtime, pages: dict[int, EpcPage]) -> None:
+        self.number = number
+        self.epc_pages = 0
+        self.quarantine: list[EpcPage] = []
+        self._latch = runtime.latch()
+        self._pages = pages
+        self._list: deque[EpcPage | _Range] = deque()
+
+    def take(self) -> EpcPage | None:
+        """Return the page that has been free longest, ``None`` when there is none."""
+        pages, free = self._pages, self._list
+        with self._latch:
+            while free:
+                head = free[0]
+                if type(head) is EpcPage:
+                    free.popleft()
+                    page: EpcPage | None = head
+                else:
+                    assert isinstance(head, _Range), f"{head!r} on a free list"
+                    addr = head.next
+                    head.next += PAGE_BYTES
+                    if head.next == head.end:
+                        free.popleft()
+                    page = pages.get(addr)
+                    if page is None:
+                        page = pages[addr] = EpcPage(EpcAddr(addr), self.number)
+                # A poisoned page left the list when it was poisoned, except for its place here.
+                if page is not None and not page.poisoned:
+                    page.free = False
+                    return page
+        return None
+
+    def give(self, page: EpcPage) -> bool:
+        """Put ``page`` at the tail, or into quarantine when it is poisoned.
+
+        Returns:
+            Whether it can be taken.
+        """
+        with self._latch:
+            assert not page.free, f"{page!r} is freed twice"
+            page.free = True
+            if page.poisoned:
+                self.quarantine.append(page)
+                return False
+            self._list.append(page)
+            return True
+
+    def give_clean(self, addr: EpcAddr) -> bool:
+        """Put a sanitized page at the tail, as :meth:`give`."""
+        with self._latch:
+            page = self._pages.get(addr)
+            if page is None:
+                self._append_range(addr, addr + PAGE_BYTES)
+                return True
+            assert page.poisoned and not page.free, f"{page!r} is sanitized, but has a record"
+            page.free = True
+            self.quarantine.append(page)
+            return False
+
+    def give_fresh(self, start: int, end: int) -> None:
+        """Put pages without a record at the tail: addresses ``start`` up to ``end``."""
+        with self._latch:
+            self._append_range(start, end)
+
+    def _append_range(self, start: int, end: int) -> None:
+        tail = self._list[-1] if self._list else None
+        if isinstance(tail, _Range) and tail.end == start:
+            tail.end = end
+        else:
+            self._list.append(_Range(start, end))
+
+    def poison(self, addr: EpcAddr, *, dirty: bool) -> tuple[EpcPage, bool] | None:
+        """Mark a page poisoned; a free one goes into quarantine.
+
+        Args:
+            addr: the page.
+            dirty: whether it is still to be sanitized, so that without a record it is not free.
+
+        Returns:
+            Its record and whether it was free; ``None`` when it was poisoned before.
+        """
+        with self._latch:
+            page = self._pages.get(addr)
+            if page is None:
+                page = self._pages[addr] = EpcPage(addr, self.number)
+                page.free = not dirty
+            if page.poisoned:
+                return None
+            page.poisoned = True
+            if page.free:
+                self.quarantine.append(page)
+            return page, page.free
+
+    def listed(self) -> Iterable[tuple[int, int]]:
+        """Yield (start, end) of everything on the list that can be taken; for checkers."""
+        for item in list(self._list):
+            if isinstance(item, _Range):
+                start = item.next
+                poisoned = (
+                    page.addr for page in self.quarantine if item.next <= page.addr < item.end
+                )
+                for addr in sorted(poisoned):
+                    if start < addr:
+                        yield start, addr
+                    start = addr + PAGE_BYTES
+                if start < item.end:
+                    yield start, item.end
+            elif not item.poisoned:
+                yield item.addr, item.addr + PAGE_BYTES
+
+
+Walk = Callable[[Sequence[Node], int], Iterable[Node]]
+
+
+def walk_once(nodes: Sequence[Node], cpu_node: int) -> Iterable[Node]:
+    """Return every node once: the CPU's own, or the next one that has EPC, then round.
+
+    Args:
+        nodes: the nodes that have EPC, by number.
+        cpu_node: the node of the CPU that asks.
+    """
+    start = next((at for at, node in enumerate(nodes) if node.number >= cpu_node), 0)
+    return (*nodes[start:], *nodes[:start])
+
+
+def walk_until_back(
+    nodes: Sequence[Node], cpu_node: int, point: Callable[[str], None]
+) -> Iterable[Node]:
+    """Defect B17: go round until back at the CPU's node, which has no EPC and never comes."""
+    at = next((at for at, node in enumerate(nodes) if node.number >= cpu_node), 0)
+    while True:
+        yield nodes[at]
+        at = (at + 1) % len(nodes)
+        point("NUMA walk")
+        if nodes[at].number == cpu_node:
+            return

@@ -1,0 +1,108 @@
+"""Which page leaves, how many at once, when, and what comes back beside the page asked for.
+
+A policy is an argument of the core; Linux's is the default.  What the core knows of use is only
+what owners tell through ``Reclaimable.age``, and the order in which pages came.
+
+Source:
+    ``SGX_NR_TO_SCAN``, ``SGX_NR_LOW_PAGES``, ``SGX_NR_HIGH_PAGES``, main.c; ageing is ignored
+    after failed passes as in the EPC cgroup series before v6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from softsgx.paging.interfaces import Reclaimable
+
+__all__ = ["Clock", "Fifo", "LinuxPolicy", "Policy", "Prefetching"]
+
+_SCALE = 16  # a batch is at most this part of the EPC
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Linux's choices; a subclass changes some.
+
+    Attributes:
+        batch_pages: pages evicted in one batch at most.
+        scan_pages: pages looked at for one batch at most.
+        low_pages: fewer free pages than this wake ksgxd.
+        high_pages: free pages at which ksgxd goes back to sleep.
+        patience_passes: fruitless passes after which ageing is ignored.
+        evict_va: whether VA pages may leave.
+    """
+
+    batch_pages: int = 16
+    scan_pages: int = 16
+    low_pages: int = 32
+    high_pages: int = 64
+    patience_passes: int = 5
+    evict_va: bool = True
+
+    def low(self, epc_pages: int) -> int:
+        """Return the low watermark of an EPC of that size, in pages."""
+        # Deviation: Linux has the constants whatever the size. In an EPC of a few dozen pages its
+        # thread would evict every page as soon as it was loaded.
+        return max(1, min(self.low_pages, epc_pages // _SCALE))
+
+    def high(self, epc_pages: int) -> int:
+        """Return the high watermark of an EPC of that size, in pages."""
+        return max(2, min(self.high_pages, epc_pages // _SCALE * 2))
+
+    def batch(self, epc_pages: int) -> int:
+        """Return how many pages one batch evicts at most."""
+        return max(1, min(self.batch_pages, epc_pages // _SCALE))
+
+    def old(self, owner: Reclaimable) -> bool:
+        """Return whether an isolated page may leave; ``False`` gives it another round."""
+        return owner.age()
+
+    def neighbours(self, index: int, pages: int) -> Iterable[int]:
+        """Yield indices to load beside page ``index`` of an enclave of ``pages``, best first.
+
+        The owner loads those that are evicted, as long as there are free EPC pages.
+        """
+        return ()
+
+
+class LinuxPolicy(Policy):
+    """Linux's: the oldest 16, those used since the last look go round again."""
+
+
+class Fifo(Policy):
+    """First in, first out: use does not matter.
+
+    Since the kernel sees an enclave's page when it faults and at no other time, this is also what
+    "least recently used" comes to without ageing.
+    """
+
+    def old(self, owner: Reclaimable) -> bool:
+        """Return ``True``."""
+        return True
+
+
+@dataclass(frozen=True)
+class Clock(Policy):
+    """The hand goes on until it has found a whole batch of pages nobody used.
+
+    Attributes:
+        scan_pages: how far the hand goes for one batch.
+    """
+
+    scan_pages: int = 1024
+
+
+@dataclass(frozen=True)
+class Prefetching(Policy):
+    """Loads the pages that follow the one asked for.
+
+    Attributes:
+        window_pages: how many.
+    """
+
+    window_pages: int = 4
+
+    def neighbours(self, index: int, pages: int) -> Iterable[int]:
+        """Return the next ``window_pages`` indices."""
+        return range(index + 1, min(index + 1 + self.window_pages, pages))

@@ -1,0 +1,197 @@
+"""Taking EPC pages back: which pages leave, and in what order the work is done.
+
+Sees a page only as a :class:`~softsgx.paging.Reclaimable`; who owns it is not known here.  A batch
+has four phases, and each ends for all its pages before the next begins: one round of tracking then
+serves every victim of an enclave.
+
+Lock order: no lock is held here; owners take theirs inside the calls.
+
+Source:
+    ``sgx_reclaim_pages()``, main.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from softsgx.paging.counters import Counters
+from softsgx.paging.events import Aged, BatchDone, Isolated, NotPrepared
+from softsgx.paging.interfaces import Reclaimable
+from softsgx.paging.lru import Lru
+from softsgx.paging.page import EpcPage
+from softsgx.paging.policy import Policy
+from softsgx.runtime import Runtime
+from softsgx.trace import Tracer
+
+__all__ = ["Batch", "Pressure", "Reclaimer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one batch did.
+
+    Attributes:
+        scanned: pages that were looked at.
+        freed: EPC pages that became free, not counting SECS pages that followed their children.
+    """
+
+    scanned: int
+    freed: int
+
+
+class Pressure:
+    """How hard somebody who needs a page has tried so far.
+
+    Linux goes on for ever while every page is young; here use is ignored after some fruitless
+    passes, and when then every page has been looked at in vain, there is nothing to be had.
+
+    Args:
+        patience_passes: fruitless passes after which use is ignored; ``None`` for never (L7).
+    """
+
+    def __init__(self, patience_passes: int | None) -> None:
+        self._patience_passes = patience_passes
+        self._fruitless = 0
+        self._forced_in_vain = 0
+
+    @property
+    def force(self) -> bool:
+        """Whether use is to be ignored."""
+        return self._patience_passes is not None and self._fruitless >= self._patience_passes
+
+    def note(self, batch: Batch) -> None:
+        """Learn how a pass went."""
+        if batch.freed:
+            self._fruitless = self._forced_in_vain = 0
+            return
+        if self.force:
+            self._forced_in_vain += batch.scanned
+        self._fruitless += 1
+
+    def hopeless(self, pages: int) -> bool:
+        """Return whether every one of ``pages`` was looked at by force and none would leave."""
+        return self.force and self._fruitless > 1 and self._forced_in_vain >= pages
+
+
+class Reclaimer:
+    """Runs batches.
+
+    Args:
+        policy: which pages leave, how many.
+        epc_pages: size of the EPC, which small machines scale by.
+        runtime: for the points between the phases.
+        free: gives an evicted page back to the free lists.
+        counters: told what happened.
+        tracer: as everywhere.
+        ignore_poison: defect L6.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        epc_pages: int,
+        runtime: Runtime,
+        *,
+        free: Callable[[EpcPage], None],
+        counters: Counters,
+        tracer: Tracer | None,
+        ignore_poison: bool = False,
+    ) -> None:
+        self._policy = policy
+        self._batch_pages, self._scan_pages = policy.batch(epc_pages), policy.scan_pages
+        self._point = runtime.point
+        self._free, self._counters, self.tracer = free, counters, tracer
+        self._ignore_poison = ignore_poison
+
+    def batch(self, lru: Lru, *, force: bool = False) -> Batch:
+        """Evict the pages nobody uses among the oldest of ``lru``.
+
+        Args:
+            lru: the list.
+            force: evict pages that are in use too.
+        """
+        scanned, victims = self._choose(lru, force=force)
+        self._point("reclaim: block")
+        # Whole passes: one round of kicking CPUs then serves every victim.
+        victims = [page for page in victims if self._block(lru, page)]
+        self._point("reclaim: write")
+        freed = 0
+        for page in victims:
+            freed += self._write(lru, page)
+        counters = self._counters
+        counters.batches += 1
+        counters.scanned += scanned
+        counters.reclaimed += freed
+        if self.tracer is not None:
+            self.tracer(BatchDone(scanned, freed))
+        return Batch(scanned, freed)
+
+    def _choose(self, lru: Lru, *, force: bool) -> tuple[int, list[EpcPage]]:
+        """Phases A and B: isolate, age, prepare; return how many were scanned, and the victims."""
+        victims: list[EpcPage] = []
+        scanned, limit = 0, min(max(self._scan_pages, self._batch_pages), len(lru))
+        while scanned < limit and len(victims) < self._batch_pages:
+            wanted = min(limit - scanned, self._batch_pages - len(victims))
+            isolated, dying = lru.isolate(wanted)
+            if self.tracer is not None:
+                self.tracer(Isolated(len(isolated), dying, force))
+            self._counters.dying += dying
+            scanned += len(isolated) + dying
+            self._point("reclaim: age")
+            victims += [page for page in isolated if self._prepare(lru, page, force=force)]
+            if not isolated and not dying:
+                break
+        return scanned, victims
+
+    def _prepare(self, lru: Lru, page: EpcPage, *, force: bool) -> bool:
+        owner = _owner(page)
+        if page.poisoned and not self._ignore_poison:
+            self._skip(lru, page, owner, "poisoned")
+            return False
+        old = force or self._policy.old(owner)
+        if self.tracer is not None:
+            self.tracer(Aged(page.addr, not old))
+        if not old:
+            self._counters.young += 1
+            _requeue(lru, page, owner)
+            return False
+        if not owner.prepare():
+            self._counters.not_prepared += 1
+            self._skip(lru, page, owner, "prepare")
+            return False
+        return True
+
+    def _block(self, lru: Lru, page: EpcPage) -> bool:
+        owner = _owner(page)
+        if owner.block():
+            return True
+        self._counters.not_blocked += 1
+        self._skip(lru, page, owner, "block")
+        return False
+
+    def _write(self, lru: Lru, page: EpcPage) -> bool:
+        owner = _owner(page)
+        if owner.write():
+            lru.forget(page)
+            self._free(page)
+            owner.put()
+            return True
+        self._counters.not_written += 1
+        self._skip(lru, page, owner, "write")
+        return False
+
+    def _skip(self, lru: Lru, page: EpcPage, owner: Reclaimable, stage: str) -> None:
+        if self.tracer is not None:
+            self.tracer(NotPrepared(page.addr, stage))
+        _requeue(lru, page, owner)
+
+
+def _requeue(lru: Lru, page: EpcPage, owner: Reclaimable) -> None:
+    lru.put_back(page)
+    owner.put()  # last: it may destroy the owner, which takes its pages off their lists
+
+
+def _owner(page: EpcPage) -> Reclaimable:
+    assert page.owner is not None, f"{page!r} in a batch has no owner"
+    return page.owner

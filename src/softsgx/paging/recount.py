@@ -1,0 +1,89 @@
+"""The slow recount: is every EPC page in exactly one place, and is every count right?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.paging.counters import Counters
+from softsgx.paging.lru import Lru
+from softsgx.paging.nodes import Node
+from softsgx.paging.page import EpcPage
+from softsgx.paging.sanitize import Sanitizer
+
+__all__ = ["recount"]
+
+
+def recount(
+    *,
+    records: Mapping[int, EpcPage],
+    nodes: Iterable[Node],
+    dirty: Sanitizer,
+    epc_pages: int,
+    free_pages: int,
+    counters: Counters,
+    idle: bool,
+) -> None:
+    """Count again from raw state.
+
+    Args:
+        records: every page that has a record.
+        nodes: the free lists.
+        dirty: the pages not sanitized yet.
+        epc_pages: all there are.
+        free_pages: the count to be checked.
+        counters: the counts of held and leaked pages to be checked.
+        idle: whether no batch runs, so that every tracked page must be on a list.
+
+    Raises:
+        AssertionError: says which count or page is wrong.
+    """
+    nodes = list(nodes)
+    free = _count_free(nodes)
+    assert free == free_pages, f"free count is {free_pages}, the lists have {free}"
+    quarantined = [page for node in nodes for page in node.quarantine]
+    for page in quarantined:
+        assert page.poisoned and page.free, f"{page!r} is in quarantine"
+    assert len(set(quarantined)) == len(quarantined), "a page is in quarantine twice"
+
+    held = [page for page in records.values() if page.group is not None and not page.leaked]
+    leaked = [page for page in records.values() if page.leaked]
+    for page in [*held, *leaked]:
+        assert not page.free, f"{page!r} is free and in use"
+    kinds = Counter(page.kind for page in held)
+    counted = {kind: count for kind, count in counters.held.items() if count}
+    assert counted == dict(kinds), f"held counts are {counted}, recounted {dict(kinds)}"
+    assert counters.leaked == len(leaked), f"{counters.leaked} leaked, recounted {len(leaked)}"
+
+    total = free + len(quarantined) + len(held) + len(leaked) + dirty.pages()
+    assert total == epc_pages, (
+        f"{free} free + {len(quarantined)} in quarantine + {len(held)} held + {len(leaked)} leaked"
+        f" + {dirty.pages()} dirty = {total}, the EPC has {epc_pages}"
+    )
+    _check_lists(held, idle=idle)
+
+
+def _count_free(nodes: Iterable[Node]) -> int:
+    """Count the free lists, and see that no page is on them twice."""
+    spans = sorted(span for node in nodes for span in node.listed())
+    end = 0
+    for start, stop in spans:
+        assert start >= end, f"page {start:#x} is on a free list twice"
+        end = stop
+    return sum(stop - start for start, stop in spans) // PAGE_BYTES
+
+
+def _check_lists(held: list[EpcPage], *, idle: bool) -> None:
+    lists: set[Lru] = {page.group.lru for page in held if page.group is not None}
+    listed = Counter(page for lru in lists for page in lru)
+    assert all(count == 1 for count in listed.values()), "a page is on two lists"
+    for page in held:
+        where = page.lru
+        assert page.tracked == (where is not None), f"{page!r}: tracked but on no list, or not"
+        if page in listed:
+            assert where is not None and page in where, f"{page!r} is on a list it does not name"
+        else:
+            assert not (page.tracked and idle), f"{page!r} is tracked, but on no list"
+    stray = listed.keys() - set(held)
+    assert not stray, f"pages on a list that nobody has: {stray}"
