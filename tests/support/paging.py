@@ -146,7 +146,7 @@ class Bench:
             store=self.store,
             tracer=self.tracer,
         )
-        self.cpu = self.machine.cpus[0]
+        self.cpu = self.machine.kernel
         self.leaves = Leaves(self.cpu)
         self._next = 0
         self._slots = 0

@@ -102,7 +102,7 @@ class InfoScene:
     @property
     def cpu(self) -> LogicalProcessor:
         """The processor that it runs on."""
-        return self.machine.cpus[0]
+        return self.machine.kernel
 
     @property
     def target(self) -> EpcPage:
@@ -159,7 +159,7 @@ class CallScene:
     @property
     def cpu(self) -> LogicalProcessor:
         """The processor that it runs on."""
-        return self.machine.cpus[0]
+        return self.machine.kernel
 
     @property
     def enclave(self) -> Enclave:

@@ -35,11 +35,13 @@ from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
 from softsgx.hw.fast import fast_leaves
 from softsgx.hw.leaves import Leaves
+from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.locks import LatchedLocks, PageLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
 from softsgx.hw.space import Ram
 from softsgx.hw.store import DictStore, PageStore
+from softsgx.hw.xsave import XsaveLayout
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
@@ -61,6 +63,8 @@ class Machine:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
         point: ``runtime.point``; every leaf calls it once, while it holds its page locks.
         latch: makes a commit atomic on real threads; never held across a point.
+        kernel: the processor that ``leaves`` run on: CPL 0, direct map, never inside an enclave.
+        xsave: where XSAVE components are, by XFRM.
         measurements: SHA-256 of enclaves between ECREATE and EINIT, by EID.
         launch_key_hash: IA32_SGXLEPUBKEYHASH0–3.
         feature_control: IA32_FEATURE_CONTROL.
@@ -96,16 +100,22 @@ class Machine:
         self._sections = sorted(config.sections, key=lambda section: section.base)
         self._bases = [section.base for section in self._sections]
         self._eids = count(1)
+        self.xsave = XsaveLayout(config)
         self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
+        for cpu in self.cpus:
+            cpu.enclu = EncluLeaves(cpu)
         self.tracer: Tracer | None = None
-        hot = fast_leaves(self.cpus[0]) if fast and not runtime.interleaves else None
-        self.leaves = Leaves(self.cpus[0], hot)
+        self.kernel = LogicalProcessor(self, 0)
+        hot = fast_leaves(self.kernel) if fast and not runtime.interleaves else None
+        self.leaves = Leaves(self.kernel, hot)
         self.listen(tracer)
 
     def listen(self, tracer: Tracer | None) -> None:
         """Hand every event from now on to ``tracer``; ``None`` stops it."""
         self.tracer = tracer
         self.leaves.listen(tracer)
+        for cpu in self.cpus:
+            cpu.enclu.listen(tracer)
 
     # --- EPC ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Source:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from softsgx.arch import (
     PAGE_BYTES,
@@ -120,24 +120,19 @@ class Translation:
     epcm_rights: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """The SSA frame that the next asynchronous exit fills, by physical pages.
 
     Attributes:
         gpr: page whose end is GPRSGX with MISC below it: CR_GPR_PA.
         xsave: pages of the XSAVE area, in order: CR_XSAVE_PAGE_n.
-        cet: page and offset of the CET save slot, ``None`` in an enclave without CET:
-            CR_CET_SAVE_AREA_PA.
     """
 
     gpr: EpcPage
     xsave: tuple[EpcPage, ...]
-    cet: tuple[EpcPage, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outside:
+class Outside(NamedTuple):
     """Outside state that exit restores: CR_SAVE_*.
 
     Attributes:
@@ -164,6 +159,8 @@ class EnclaveMode:
         tcs_linaddr: CR_TCS_LA.
         entry_epoch: the enclave's epoch at entry; see ``tracking.py``.
         frame: the cached SSA frame.
+        cet_slot: page and offset of its CET save slot, ``None`` in an enclave without CET:
+            CR_CET_SAVE_AREA_PA.
         outside: what exit restores.
     """
 
@@ -173,6 +170,7 @@ class EnclaveMode:
     tcs_linaddr: int
     entry_epoch: int
     frame: Frame
+    cet_slot: tuple[EpcPage, int] | None
     outside: Outside
 
 

@@ -68,15 +68,12 @@ class PageTables:
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """As :meth:`AddressSpace.translate`."""
+        entry = self._entries.get(linaddr & -PAGE_BYTES)
+        if entry is not None and not access & ~entry[1]:
+            return entry[0] | linaddr % PAGE_BYTES
         code = (Pfec.U if user else 0) | (Pfec.W if access == WRITE else 0)
         code |= Pfec.I if access == EXECUTE else 0
-        entry = self._entries.get(page_of(linaddr))
-        if entry is None:
-            raise PageFault(linaddr, code)
-        physical, rights = entry
-        if access & ~rights:
-            raise PageFault(linaddr, code | Pfec.P)
-        return physical | linaddr % PAGE_BYTES
+        raise PageFault(linaddr, code if entry is None else code | Pfec.P)
 
     def paging_address(self, linaddr: int) -> int:
         """As :meth:`AddressSpace.paging_address`."""

@@ -1,0 +1,184 @@
+"""Asynchronous enclave exit: what an event does to a processor that is inside an enclave.
+
+No leaf, but the third way across the border: it checks nothing and cannot fault, because entry has
+checked the frame and tracking keeps its pages in the EPC while anybody is inside.
+
+Source:
+    SDM vol. 3D, "Asynchronous Enclave Exit", Operation and "Synthetic State".
+"""
+
+from __future__ import annotations
+
+import struct
+
+from softsgx.arch import (
+    EXINFO_BYTES,
+    PAGE_BYTES,
+    ExInfo,
+    ExitType,
+    GprSgx,
+    MiscSelect,
+    Pfec,
+    Vector,
+)
+from softsgx.hw import cet, entry
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.events import AsynchronousExit
+from softsgx.hw.faults import Fault, PageFault
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor
+
+__all__ = ["RESCHEDULE_VECTOR", "aex", "deliver", "interrupt"]
+
+RESCHEDULE_VECTOR = 0xFD
+"""What an inter-processor interrupt carries unless told otherwise."""
+
+_FIRST_INTERRUPT = 32
+_ALWAYS_REPORTED = frozenset(
+    {
+        *(Vector.DE, Vector.DB, Vector.BP, Vector.BR, Vector.UD),
+        *(Vector.MF, Vector.AC, Vector.XM),
+    }
+)
+# Faults push RFLAGS with RF set, so that an instruction breakpoint does not fire twice.
+_FAULTS = frozenset(Vector) - {Vector.DB, Vector.NMI, Vector.BP, Vector.OF, Vector.DF, Vector.MC}
+_ERRCD = int(Pfec.P | Pfec.W | Pfec.U | Pfec.RSVD | Pfec.I | Pfec.PK | Pfec.SS | Pfec.SGX)
+_VALID = 1 << 31
+_TF, _RF = 1 << 8, 1 << 16
+_CLEARED = 0x0001_08D5  # CF PF AF ZF SF OF RF
+_EXINFO_OFFSET = entry.GPR_OFFSET - EXINFO_BYTES
+_GPRS = struct.Struct("<18Q")
+_PAIR = struct.Struct("<QQ")
+_DWORD = struct.Struct("<I")
+
+
+def aex(cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0) -> None:
+    """Leave the enclave for an event; afterwards ``cpu.regs`` holds the synthetic state.
+
+    The event itself is then delivered by the caller as if it had hit the AEP; for #PF,
+    ``cpu.cr2`` has the address without its low 12 bits.
+
+    Args:
+        cpu: a processor inside an enclave, at the instruction that did not complete.
+        vector: of the exception, NMI (2) or interrupt (from 32).
+        code: its error code; for #PF :class:`~softsgx.arch.Pfec` bits.
+        address: for #PF, the linear address, exact.
+
+    Source:
+        SDM vol. 3D, "Asynchronous Enclave Exit", Operation.
+    """
+    with cpu.busy:
+        assert cpu.inside is not None, "an asynchronous exit outside an enclave"
+        _leave(cpu, cpu.inside, vector, code, address)
+
+
+def deliver(cpu: LogicalProcessor, fault: Fault) -> bool:
+    """Take a fault where the processor is: leave the enclave if it is in one, and set CR2.
+
+    Returns:
+        Whether an enclave was left.
+    """
+    address = fault.address if isinstance(fault, PageFault) else 0
+    with cpu.busy:
+        if cpu.inside is not None:
+            _leave(cpu, cpu.inside, fault.vector, fault.code, address)
+            return True
+        if isinstance(fault, PageFault):
+            cpu.cr2 = address
+        return False
+
+
+def interrupt(cpu: LogicalProcessor, vector: int = RESCHEDULE_VECTOR) -> bool:
+    """Send an interrupt and wait until it is taken: an ENCLU in flight completes first.
+
+    A processor outside takes it without anything that matters here.
+
+    Returns:
+        Whether an enclave was left.
+    """
+    with cpu.busy:
+        if cpu.inside is None:
+            return False
+        _leave(cpu, cpu.inside, vector, 0, 0)
+        return True
+
+
+def _leave(
+    cpu: LogicalProcessor, inside: EnclaveMode, vector: int, code: int, address: int
+) -> None:
+    regs, hw = cpu.regs, cpu.hw
+    gpr = inside.frame.gpr
+    tcs = entry.read_tcs(cpu, inside.tcs)
+
+    # 1. Save, through the pages that entry cached.
+    plan = hw.xsave.plan(inside.enclave.xfrm)
+    area = plan.save(regs.xsave)
+    for offset, length in plan.spans:
+        entry.write_frame(cpu, inside.frame, offset, area[offset : offset + length])
+    _save_registers(cpu, gpr, vector)
+    _save_reason(cpu, inside, vector, code, address)
+    if inside.cet_slot is not None:
+        cet.write_slot(cpu, inside.cet_slot)
+
+    # 2. The synthetic state: nothing of the enclave's is left in a register.
+    at = entry.GPR_OFFSET + GprSgx.OFFSETS["ursp"]
+    ursp, urbp = _PAIR.unpack(hw.store.read(gpr, at, _PAIR.size))
+    regs.rax, regs.rbx, regs.rcx = 3, inside.tcs_linaddr, tcs.aep
+    regs.rdx = regs.rsi = regs.rdi = 0
+    if cpu.mode64:
+        regs.r8 = regs.r9 = regs.r10 = regs.r11 = regs.r12 = regs.r13 = regs.r14 = regs.r15 = 0
+    regs.rsp, regs.rbp, regs.rip = ursp, urbp, tcs.aep
+    regs.rflags &= ~_CLEARED
+    regs.xsave = plan.initialise(regs.xsave, vector)
+
+    # 3. Out: the frame is used up, and resuming takes the one before the TCS's CSSA.
+    entry.write_cssa(cpu, inside.tcs, tcs.cssa + 1)
+    entry.go_outside(cpu)
+    if vector == Vector.PF:
+        cpu.cr2 = address & -PAGE_BYTES
+    if hw.tracer is not None:
+        number = vector if vector < _FIRST_INTERRUPT else -1
+        hw.tracer(AsynchronousExit(cpu.number, inside.enclave.eid, inside.tcs_linaddr, number))
+
+
+def _save_registers(cpu: LogicalProcessor, page: EpcPage, vector: int) -> None:
+    """Fill GPRSGX but for what entry and the enclave itself keep there: URSP, URBP, AEXNOTIFY."""
+    regs, store = cpu.regs, cpu.hw.store
+    rflags = regs.rflags & ~_TF
+    if vector in _FAULTS:
+        rflags |= _RF
+    gprs = _GPRS.pack(
+        *(regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi),
+        *(regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15),
+        *(rflags, regs.rip),
+    )
+    store.write(page, entry.GPR_OFFSET, gprs)
+    bases = _PAIR.pack(regs.fs_base, regs.gs_base)
+    store.write(page, entry.GPR_OFFSET + GprSgx.OFFSETS["fs_base"], bases)
+
+
+def _save_reason(
+    cpu: LogicalProcessor, inside: EnclaveMode, vector: int, code: int, address: int
+) -> None:
+    """Write EXITINFO, and EXINFO where MISCSELECT asks for it."""
+    store, page = cpu.hw.store, inside.frame.gpr
+    selected = inside.enclave.miscselect
+    match vector:
+        case Vector.GP:
+            reported = bool(selected & MiscSelect.EXINFO)
+        case Vector.PF:
+            # A supervisor's fault is none of the enclave's business.
+            reported = bool(selected & MiscSelect.EXINFO and code & Pfec.U)
+        case Vector.CP:
+            reported = bool(selected & MiscSelect.CPINFO)
+        case _:
+            reported = vector in _ALWAYS_REPORTED
+    exitinfo = 0
+    if reported:
+        kind = ExitType.SOFTWARE if vector == Vector.BP else ExitType.HARDWARE
+        exitinfo = _VALID | kind << 8 | vector
+        if vector in (Vector.GP, Vector.PF, Vector.CP) and selected & MiscSelect.EXINFO:
+            exact = address if vector == Vector.PF else 0
+            told = ExInfo(maddr=exact, errcd=code & _ERRCD if vector == Vector.PF else code)
+            store.write(page, _EXINFO_OFFSET, told.pack())
+    at = entry.GPR_OFFSET + GprSgx.OFFSETS["exitinfo"]
+    store.write(page, at, _DWORD.pack(exitinfo))

@@ -1,0 +1,129 @@
+"""ENCLU[EACCEPT]: the enclave agrees to what the OS did to one of its pages."""
+
+from __future__ import annotations
+
+from softsgx.arch import (
+    CHILD_TYPES,
+    PAGE_BYTES,
+    AttributesFlags,
+    PageType,
+    SecInfo,
+    SecInfoFlags,
+    Status,
+    Tcs,
+    TcsFlags,
+)
+from softsgx.hw.access import enclave_operand, epc_operand, epc_refusal
+from softsgx.hw.checks import secinfo_ok, tcs_ok
+from softsgx.hw.enclave import Enclave
+from softsgx.hw.epcm import EpcPage
+from softsgx.hw.faults import GeneralProtection
+from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.space import READ
+from softsgx.hw.tracking import is_tracked
+
+__all__ = ["STATE_BITS", "eaccept"]
+
+STATE_BITS = int(SecInfoFlags.PENDING | SecInfoFlags.MODIFIED | SecInfoFlags.PR)
+"""SECINFO flags that leaves of the enclave's side may be given."""
+
+# PR is not compared: EMODPR may have been repeated.
+_COMPARED = int(
+    SecInfoFlags.RWX | SecInfoFlags.PENDING | SecInfoFlags.MODIFIED | SecInfoFlags.TYPE_MASK
+)
+
+
+def eaccept(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
+    """Accept the pending or modified state of the enclave's page at ``rcx``.
+
+    Args:
+        cpu: the processor, inside the enclave.
+        rbx: SECINFO the enclave expects, 64-byte aligned, in its own memory.
+        rcx: the page, 4096-byte aligned, in ELRANGE.
+
+    Returns:
+        ``SUCCESS``: PENDING, MODIFIED and PR are clear.  Unchanged otherwise:
+        ``PAGE_ATTRIBUTES_MISMATCH`` (the page is not as SECINFO says), ``NOT_TRACKED`` (a
+        processor, this one included, may hold an older translation).
+
+    Raises:
+        GeneralProtection: an operand is misaligned or outside ELRANGE, SECINFO asks for what
+            cannot be, another leaf works on the page, or a page that becomes a TCS is none.
+        PageFault: SECINFO cannot be read, or ``rcx`` is no page of this enclave or blocked.
+
+    Source:
+        SDM vol. 3D, "EACCEPT", Operation.  The comparison of SECINFO's address is printed with a
+        mask that no page would pass; the page's address is meant.
+    """
+    hw, inside = cpu.hw, cpu.inside
+    if inside is None:
+        raise GeneralProtection
+    enclave = inside.enclave
+    if rbx % SecInfo.ALIGN or not enclave.covers(rbx):
+        raise GeneralProtection
+    wanted = enclave_operand(cpu, rbx, READ)
+    secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
+    if not secinfo_ok(secinfo, STATE_BITS) or rcx % PAGE_BYTES or not enclave.covers(rcx):
+        raise GeneralProtection
+    page = epc_operand(cpu, rcx, READ)
+    if not _legal(secinfo):
+        raise GeneralProtection
+    if not _is_own(page, inside.secs) or page.blocked or page.pt not in CHILD_TYPES:
+        raise epc_refusal(rcx, READ)
+
+    if not hw.locks.shared(page):
+        raise GeneralProtection
+    try:
+        if not hw.locks.restrict(page):
+            raise GeneralProtection
+        try:
+            hw.point("EACCEPT")
+            if not _is_own(page, inside.secs):
+                raise epc_refusal(rcx, READ)
+            if page.linaddr != rcx or (page.secinfo_flags() ^ secinfo.flags) & _COMPARED:
+                return Status.PAGE_ATTRIBUTES_MISMATCH
+            with hw.latch:
+                # A page that is merely new never had a translation that could be stale.
+                changed = page.pr or page.modified
+                if changed and not is_tracked(page, enclave):
+                    return Status.NOT_TRACKED
+            if page.pt is PageType.TCS and not _becomes_tcs(cpu, page, enclave):
+                raise GeneralProtection
+            page.pending = page.modified = page.pr = False
+        finally:
+            page.lock_a = False
+    finally:
+        hw.locks.release(page)
+    return Status.SUCCESS
+
+
+def _is_own(page: EpcPage, secs: EpcPage) -> bool:
+    return page.valid and page.secs is secs
+
+
+def _legal(secinfo: SecInfo) -> bool:
+    """Return whether there is a state of a page that the enclave could accept so."""
+    state = secinfo.flags & STATE_BITS
+    match secinfo.page_type:
+        case PageType.REG:
+            new_or_restricted = state & (SecInfoFlags.PR | SecInfoFlags.PENDING)
+            return bool(new_or_restricted) and not state & SecInfoFlags.MODIFIED
+        case PageType.TCS | PageType.TRIM:
+            return state == SecInfoFlags.MODIFIED
+        case PageType.SS_FIRST | PageType.SS_REST:
+            return state == SecInfoFlags.PENDING
+        case _:
+            return False
+
+
+def _becomes_tcs(cpu: LogicalProcessor, page: EpcPage, enclave: Enclave) -> bool:
+    """Return whether the bytes of a page that EMODT retyped are a TCS that nobody has entered."""
+    tcs = Tcs.unpack(cpu.hw.store.read(page, 0, PAGE_BYTES))
+    cet = bool(enclave.flags & AttributesFlags.CET)
+    return (
+        tcs_ok(tcs, mode64=enclave.mode64, cet=cet)
+        and not tcs.flags & TcsFlags.DBGOPTIN
+        and tcs.cssa < tcs.nssa
+        and not tcs.aep
+        and not tcs.state
+    )
