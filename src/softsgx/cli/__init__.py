@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import softsgx
-from softsgx.cli import inspect, measure, sign
+from softsgx.cli import inspect, measure, sign, tour
 from softsgx.errors import SoftSgxError
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -49,7 +49,7 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
-COMMANDS: tuple[Command, ...] = (inspect, measure, sign)
+COMMANDS: tuple[Command, ...] = (tour, inspect, measure, sign)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
