@@ -3,7 +3,11 @@
 The only package that can read or write the bytes of an EPC page; it knows no operating system.
 """
 
+from softsgx.hw import access
+from softsgx.hw.access import check as check_access
+from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
+from softsgx.hw.dispatch import encls, enclu, enclv
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
 from softsgx.hw.faults import (
@@ -17,9 +21,11 @@ from softsgx.hw.faults import (
     VmExit,
 )
 from softsgx.hw.leaves import Leaves
+from softsgx.hw.leaves.aex import aex, deliver, interrupt
+from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.machine import Machine
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
-from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Translation
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
 from softsgx.hw.store import DictStore, PageStore
 
@@ -36,6 +42,7 @@ __all__ = [
     "DictStore",
     "DirectMap",
     "EnclaveMode",
+    "EncluLeaves",
     "EpcPage",
     "EpcSection",
     "Fault",
@@ -53,8 +60,18 @@ __all__ = [
     "Ram",
     "Ref",
     "Registers",
+    "Segment",
     "Translation",
     "TsxAbort",
     "UndefinedOpcode",
     "VmExit",
+    "access",
+    "aex",
+    "check_access",
+    "deliver",
+    "enclave_operand",
+    "encls",
+    "enclu",
+    "enclv",
+    "interrupt",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
 from softsgx.hw.epcm import EpcPage
@@ -38,12 +38,10 @@ from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
-__all__ = ["Leaves"]
+__all__ = ["Leaves", "traced"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_TARGET_IN_RBX = frozenset({"eenter", "eresume"})
 
 
 class Leaves:
@@ -52,6 +50,9 @@ class Leaves:
     EPC operands are linear addresses (with the default address space: physical ones); operands in
     ordinary memory may be given as objects.  Each attribute is the leaf's own function, whose
     docstring says what it takes, returns and raises.
+
+    Attributes:
+        FUNCTIONS: all of them; the first parameter of each is the processor.
     """
 
     ecreate: Callable[[Ref | PageInfoArgs, int], None]
@@ -79,7 +80,7 @@ class Leaves:
     eincvirtchild: Callable[[int, int], Status]
     esetcontext: Callable[[int, Ref], Status]
 
-    _LEAVES: tuple[Callable[..., Any], ...] = (
+    FUNCTIONS: ClassVar[tuple[Callable[..., Any], ...]] = (
         ecreate,
         eadd,
         eextend,
@@ -114,7 +115,7 @@ class Leaves:
 
     def listen(self, tracer: Tracer | None) -> None:
         """Bind every leaf, with an event at its end when somebody listens, bare otherwise."""
-        for leaf in self._LEAVES:
+        for leaf in self.FUNCTIONS:
             bound = leaf if tracer is None else traced(leaf, tracer)
             setattr(self, leaf.__name__, partial(bound, self._cpu))
         if tracer is None:
@@ -126,7 +127,7 @@ def traced(leaf: Callable[P, R], tracer: Tracer) -> Callable[P, R]:
     """Return ``leaf`` with a :class:`LeafDone` at each end, fault or not."""
     name = leaf.__name__
     registers = list(signature(leaf).parameters)
-    register = "rcx" if "rcx" in registers and name not in _TARGET_IN_RBX else "rbx"
+    register = "rcx" if "rcx" in registers else "rbx"
     place = registers.index(register) if register in registers else len(registers)
 
     @wraps(leaf)

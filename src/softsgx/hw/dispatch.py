@@ -1,0 +1,256 @@
+"""ENCLS, ENCLU and ENCLV as instructions: by registers, over the processor's address space.
+
+The same leaf functions as the typed ones, after the checks that come before any leaf.  When a
+fault, a VM exit or a transaction's abort is raised, nothing architectural has changed.  Prefixes
+that make the instruction undefined (LOCK, 66H, REP, VEX) are the decoder's business.
+
+Source:
+    SDM vol. 3D, "ENCLS", "ENCLU", "ENCLV": Operation and exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any, TypeAlias
+
+from softsgx.arch import (
+    FEATURE_CONTROL_READY,
+    Encls,
+    Enclu,
+    Enclv,
+    SgxFeature,
+    Status,
+    VmExitReason,
+    reports_code,
+    reports_in_cf,
+)
+from softsgx.hw.cet import waits_for_endbranch
+from softsgx.hw.faults import (
+    ControlProtection,
+    DeviceNotAvailable,
+    GeneralProtection,
+    TsxAbort,
+    UndefinedOpcode,
+    VmExit,
+)
+from softsgx.hw.leaves import Leaves, traced
+from softsgx.hw.leaves.enclu import ENCLU_LEAVES, traced_enclu
+from softsgx.hw.processor import LogicalProcessor
+
+__all__ = ["INSTRUCTION_BYTES", "encls", "enclu", "enclv"]
+
+INSTRUCTION_BYTES = 3
+"""Length of each of the three: 0F 01 and CF, D7 or C0."""
+
+_Leaf: TypeAlias = Encls | Enclu | Enclv
+_Function: TypeAlias = Callable[..., Any]
+
+_KERNEL_LEAVES: Mapping[str, _Function] = {leaf.__name__: leaf for leaf in Leaves.FUNCTIONS}
+_ENCLS: Mapping[int, _Function] = {leaf: _KERNEL_LEAVES[leaf.name.lower()] for leaf in Encls}
+_ENCLV: Mapping[int, _Function] = {leaf: _KERNEL_LEAVES[leaf.name.lower()] for leaf in Enclv}
+
+# Features that a leaf needs, where it is not SGX1 alone.  A table for each instruction, since
+# members of different enumerations are equal when their numbers are.
+_ENCLS_NEEDS: Mapping[Encls, SgxFeature] = {
+    Encls.EAUG: SgxFeature.SGX2,
+    Encls.EMODPR: SgxFeature.SGX2,
+    Encls.EMODT: SgxFeature.SGX2,
+    Encls.ERDINFO: SgxFeature.OVERSUB_ENCLS,
+    Encls.ETRACKC: SgxFeature.OVERSUB_ENCLS,
+    Encls.ELDBC: SgxFeature.OVERSUB_ENCLS,
+    Encls.ELDUC: SgxFeature.OVERSUB_ENCLS,
+    Encls.EUPDATESVN: SgxFeature.EUPDATESVN,
+}
+_ENCLU_NEEDS: Mapping[Enclu, SgxFeature] = {
+    Enclu.EACCEPT: SgxFeature.SGX2,
+    Enclu.EMODPE: SgxFeature.SGX2,
+    Enclu.EACCEPTCOPY: SgxFeature.SGX2,
+    Enclu.EVERIFYREPORT2: SgxFeature.EVERIFYREPORT2,
+    Enclu.EDECCSSA: SgxFeature.EDECCSSA,
+}
+_REGISTERS: Mapping[_Function, tuple[str, ...]] = {
+    leaf: tuple(signature(leaf).parameters)[1:]
+    for leaf in (*_KERNEL_LEAVES.values(), *ENCLU_LEAVES.values())
+}
+_ENTERING = frozenset({Enclu.EENTER, Enclu.ERESUME})
+
+_CF, _ZF = 1 << 0, 1 << 6
+_STATUS_FLAGS = 0x8D5  # CF PF AF ZF SF OF
+_MODE32 = 0xFFFF_FFFF
+_LAST_BIT = 63
+
+
+def encls(cpu: LogicalProcessor) -> None:
+    """Execute ENCLS: leaf in EAX, operands in RBX, RCX and RDX.
+
+    On success RIP is behind the instruction; a leaf that reports has its code in RAX and in ZF or
+    CF; EDBGRD has its data in RBX.
+
+    Raises:
+        TsxAbort: inside a transaction.
+        UndefinedOpcode: no SGX in this mode or on this machine, or CPL above 0.
+        VmExit: the hypervisor wants this leaf; or what the leaf itself raises.
+        GeneralProtection: SGX is not enabled, EAX names no leaf, paging is off, DS expands down;
+            or what the leaf itself raises.
+        PageFault: what the leaf itself raises.
+
+    Source:
+        SDM vol. 3D, "ENCLS", Operation.
+    """
+    number = cpu.regs.rax & _MODE32
+    _check_available(cpu)
+    if cpu.cpl:
+        raise UndefinedOpcode
+    if cpu.vmx_nonroot and _exits(cpu.encls_exiting, number):
+        raise VmExit(VmExitReason.ENCLS, number)
+    _check_enabled(cpu)
+    leaf = Encls(number) if number in _ENCLS else None
+    if leaf is None or not cpu.hw.config.features & _ENCLS_NEEDS.get(leaf, SgxFeature.SGX1):
+        raise GeneralProtection
+    _check_memory(cpu)
+
+    function = _ENCLS[leaf]
+    if cpu.hw.tracer is not None:
+        function = traced(function, cpu.hw.tracer)
+    _finish(cpu, leaf, function(cpu, *_operands(cpu, _ENCLS[leaf])))
+
+
+def enclu(cpu: LogicalProcessor) -> None:
+    """Execute ENCLU: leaf in EAX, operands in RBX, RCX and RDX.
+
+    On success RIP is behind the instruction, or where EENTER, ERESUME or EEXIT went; a leaf that
+    reports has its code in RAX and in ZF.
+
+    Raises:
+        TsxAbort: inside a transaction.
+        ControlProtection: the processor waits for ENDBRANCH, and this is no ERESUME.
+        UndefinedOpcode: no SGX in this mode or on this machine, or CPL below 3.
+        DeviceNotAvailable: CR0.TS is set.
+        GeneralProtection: SGX is not enabled, EAX names no leaf, paging or CR0.NE is off, 16-bit
+            code, or the leaf belongs on the other side of the enclave's border; or what the leaf
+            itself raises.
+        PageFault: what the leaf itself raises.
+
+    Source:
+        SDM vol. 3D, "ENCLU", Operation.
+    """
+    with cpu.busy:
+        number = cpu.regs.rax & _MODE32
+        if cpu.in_tsx:
+            raise TsxAbort
+        if waits_for_endbranch(cpu) and number != Enclu.ERESUME:
+            raise ControlProtection
+        _check_available(cpu)
+        if cpu.cr0_ts:
+            raise DeviceNotAvailable
+        if cpu.cpl < 3:
+            raise UndefinedOpcode
+        _check_enabled(cpu)
+        leaf = Enclu(number) if number in ENCLU_LEAVES else None
+        if leaf is None or not cpu.hw.config.features & _ENCLU_NEEDS.get(leaf, SgxFeature.SGX1):
+            raise GeneralProtection
+        if not cpu.paging or not cpu.cr0_ne:
+            raise GeneralProtection
+        if not cpu.mode64 and not cpu.cs.big:
+            raise GeneralProtection
+        if (cpu.inside is None) != (leaf in _ENTERING):
+            raise GeneralProtection
+
+        function = ENCLU_LEAVES[leaf]
+        operands = _operands(cpu, function)
+        if cpu.hw.tracer is not None:
+            function = traced_enclu(function, cpu.hw.tracer)
+        result = function(cpu, *operands)
+        if leaf not in _ENTERING and leaf is not Enclu.EEXIT:  # those have set RIP
+            _finish(cpu, leaf, result)
+
+
+def enclv(cpu: LogicalProcessor) -> None:
+    """Execute ENCLV: leaf in EAX, operands in RBX, RCX and RDX.
+
+    On success RIP is behind the instruction and the code in RAX and ZF.
+
+    Raises:
+        TsxAbort: inside a transaction.
+        UndefinedOpcode: no ENCLV in this mode or on this machine, not in VMX operation, CPL above
+            0, or a guest whose hypervisor has not switched ENCLV on.
+        VmExit: the hypervisor wants this leaf.
+        GeneralProtection: SGX is not enabled, EAX names no leaf, paging is off, DS expands down;
+            or what the leaf itself raises.
+        PageFault: what the leaf itself raises.
+
+    Source:
+        SDM vol. 3D, "ENCLV", Operation.
+    """
+    number = cpu.regs.rax & _MODE32
+    _check_available(cpu)
+    if not cpu.hw.config.features & SgxFeature.ENCLV:
+        raise UndefinedOpcode
+    if not cpu.vmx_operation or cpu.compatibility_mode:
+        raise UndefinedOpcode
+    if cpu.cpl:
+        raise UndefinedOpcode
+    if cpu.vmx_nonroot:
+        if cpu.enclv_exiting < 0:
+            raise UndefinedOpcode
+        if _exits(cpu.enclv_exiting, number):
+            raise VmExit(VmExitReason.ENCLV, number)
+    _check_enabled(cpu)
+    if number not in _ENCLV:
+        raise GeneralProtection
+    _check_memory(cpu)
+
+    leaf, function = Enclv(number), _ENCLV[number]
+    if cpu.hw.tracer is not None:
+        function = traced(function, cpu.hw.tracer)
+    _finish(cpu, leaf, function(cpu, *_operands(cpu, _ENCLV[number])))
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _check_available(cpu: LogicalProcessor) -> None:
+    if cpu.in_tsx:
+        raise TsxAbort
+    if cpu.real_mode or not cpu.hw.config.features & SgxFeature.SGX1:
+        raise UndefinedOpcode
+
+
+def _check_enabled(cpu: LogicalProcessor) -> None:
+    if cpu.hw.feature_control & FEATURE_CONTROL_READY != FEATURE_CONTROL_READY:
+        raise GeneralProtection
+
+
+def _check_memory(cpu: LogicalProcessor) -> None:
+    if not cpu.paging or (not cpu.mode64 and cpu.ds.usable and cpu.ds.expand_down):
+        raise GeneralProtection
+
+
+def _exits(bitmap: int, number: int) -> bool:
+    """Return whether an exiting bitmap has the bit of a leaf; -1 is no bitmap."""
+    return bitmap >= 0 and bool(bitmap >> min(number, _LAST_BIT) & 1)
+
+
+# --- registers ----------------------------------------------------------------------------------
+
+
+def _operands(cpu: LogicalProcessor, function: _Function) -> list[int]:
+    mask = -1 if cpu.mode64 else _MODE32
+    return [getattr(cpu.regs, register) & mask for register in _REGISTERS[function]]
+
+
+def _finish(cpu: LogicalProcessor, leaf: _Leaf, result: object) -> None:
+    """Write what the leaf has returned, and go on behind the instruction."""
+    regs = cpu.regs
+    if isinstance(result, tuple):  # EDBGRD
+        result, data = result
+        if result is Status.SUCCESS:
+            regs.rbx = data
+    if reports_code(leaf):
+        assert isinstance(result, Status), f"{leaf.name} returned {result!r}"
+        regs.rax = int(result)
+        regs.rflags &= ~_STATUS_FLAGS
+        if result is not Status.SUCCESS:
+            regs.rflags |= _CF if reports_in_cf(leaf, result) else _ZF
+    regs.rip = regs.rip + INSTRUCTION_BYTES & (-1 if cpu.mode64 else _MODE32)
