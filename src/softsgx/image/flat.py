@@ -34,7 +34,7 @@ def page_flags(p_flags: int) -> int:
     rights = 0
     for bit, right in ((PF_R, SecInfoFlags.R), (PF_W, SecInfoFlags.W), (PF_X, SecInfoFlags.X)):
         if p_flags & bit:
-            rights |= right
+            rights |= right.value
     return _SECINFO_REG | rights
 
 

@@ -140,7 +140,7 @@ def _split_marked(run: Run, marked: tuple[int, ...], shift: int) -> list[Run]:
     for page in marked[first:behind]:
         index = (page + shift - run.offset) // PAGE_BYTES
         cut(index, 0)
-        cut(index + 1, SecInfoFlags.W)
+        cut(index + 1, SecInfoFlags.W.value)
     cut(run.pages, 0)
     return parts
 

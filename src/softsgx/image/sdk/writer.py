@@ -59,6 +59,7 @@ TCS_TEMPLATE_BYTES = 72
 _STACK_WORD = 0xCCCC_CCCC
 _GUARD_PAGES = 16
 _ENTRY_SYMBOL = "enclave_entry"
+_TAIL_PAGE_VERSION = (1, 3)
 _E_SHOFF, _E_SHNUM = 40, 60
 _ATTRIBUTES_AT = BlockHeader.OFFSETS["attributes"]
 _GUARD, _HEAP_MIN, _HEAP_INIT, _HEAP_MAX = 10, 1, 2, 3
@@ -224,7 +225,10 @@ def lay_out_sdk(file: Bytes, layout: SdkLayout) -> bytes:
 def _specs(elf: Elf, layout: SdkLayout) -> list[BlockSpec]:
     """Return the blocks that a signer of the SDK would write."""
     highest = max(elf.loads, key=lambda load: load.p_vaddr)
-    table, end = _table(round_up(highest.p_vaddr + highest.p_memsz), layout, _tls_pages(elf))
+    behind = round_up(highest.p_vaddr + highest.p_memsz)
+    if _TAIL_PAGE_VERSION in layout.versions:
+        behind = round_up(round_up(highest.p_memsz) + highest.p_vaddr)
+    table, end = _table(behind, layout, _tls_pages(elf))
     size = enclave_size(end + _GUARD_PAGES * PAGE_BYTES)
     table.append(_item(_GUARD, 0, end, (size - end) // PAGE_BYTES, 0))
     entry = elf.symbol(_ENTRY_SYMBOL)
