@@ -1,0 +1,73 @@
+"""Measurements on record: of files built here, and of real ones that someone has.
+
+Goal: a change that moves any MRENCLAVE is seen.  ``--update-golden`` records them anew.  Real
+signed files are not ours to ship; point ``SOFTSGX_ENCLAVES`` at a directory of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.support.enclave_files import (
+    blob_plan,
+    key,
+    oe_file,
+    raw_file,
+    sdk_laid_out,
+    sdk_library,
+    selftest_file,
+    sgxs_file,
+)
+
+from softsgx.image import Bytes, measure, open_image, read_image, sign_plan, verify
+from softsgx.image.sdk import SdkLayout, lay_out_sdk
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "measurements.json"
+_REAL = os.environ.get("SOFTSGX_ENCLAVES", "")
+
+
+def _sdk(**sizes: object) -> bytes:
+    layout = SdkLayout(**sizes)  # type: ignore[arg-type]
+    return lay_out_sdk(Bytes("sdk", sdk_library().data), layout)
+
+
+def _files() -> dict[str, bytes]:
+    return {
+        "sgxs": sgxs_file(),
+        "raw": raw_file(),
+        "selftest": selftest_file().data,
+        "sdk": bytes(sdk_laid_out().view),
+        "sdk, defaults": _sdk(),
+        "sdk, 1.3": _sdk(versions=((3, 3), (1, 3)), stack_max=4),
+        "sdk, two pages of SSA": _sdk(ssa_frame_size=2, threads=8, heap_max=1 << 16),
+        "oe": oe_file(),
+    }
+
+
+def test_files_measure_as_on_record(update_golden: bool) -> None:
+    got = {
+        name: measure(read_image(Bytes(name, data)).plan).hex() for name, data in _files().items()
+    }
+    got["SIGSTRUCT"] = sign_plan(blob_plan(), key()).pack()[512:1040].hex()
+    if update_golden:
+        GOLDEN.write_text(json.dumps(got, indent=2) + "\n")
+    assert got == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.skipif(not _REAL, reason="SOFTSGX_ENCLAVES names no directory of real signed enclaves")
+def test_real_enclaves_measure_as_their_signers_said() -> None:
+    files = [path for path in Path(_REAL).rglob("*") if path.suffix in {".so", ".sgxs", ".signed"}]
+    assert files, f"no .so, .sgxs or .signed file under {_REAL}"
+    for path in files:
+        image = open_image(path)
+        if image.sigstruct is None:
+            continue
+        for variant in image.variants or ():
+            assert not variant.problem, f"{path}: {variant.problem}"
+            assert variant.plan is not None
+            assert measure(variant.plan) == image.sigstruct.enclave_hash, f"{path} {variant.name}"
+        failed = [c for c in verify(image.sigstruct, mrenclave=measure(image.plan)) if not c.ok]
+        assert not failed, f"{path}: {failed}"
