@@ -52,9 +52,10 @@ OPERANDS_AT, OPERANDS_BYTES = PAGEINFO_AT, 0x2000
 
 @dataclass(frozen=True)
 class Pf:
-    """#PF with the SGX bit, CR2 = ``address``."""
+    """#PF with the SGX bit, CR2 = ``address``; ``user`` for an ENCLU leaf (CPL 3)."""
 
     address: int
+    user: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def outcome(run: Callable[[], Status | None]) -> object:
 def _page_fault(fault: PageFault) -> Pf | PlainPf:
     if not fault.code & Pfec.SGX:
         return PlainPf(fault.address)
-    # The EPCM refuses only what paging has allowed, and an ENCLS leaf is no user access.
+    # The EPCM refuses only what paging has allowed.
     assert fault.code & Pfec.P, f"SGX without P: {fault}"
-    assert not fault.code & (Pfec.U | Pfec.RSVD | Pfec.PK), str(fault)
-    return Pf(fault.address)
+    assert not fault.code & (Pfec.RSVD | Pfec.PK), str(fault)
+    return Pf(fault.address, bool(fault.code & Pfec.U))
 
 
 def _vm_exit(leave: VmExit) -> Exit:

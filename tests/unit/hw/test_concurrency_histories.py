@@ -166,7 +166,7 @@ def test_four_threads_on_a_few_pages_lose_nothing() -> None:
     with ThreadsRuntime() as runtime:
         churn = Churn(runtime)
         tasks = [
-            runtime.spawn(partial(churn.task, number, 500), f"task{number}")
+            runtime.spawn(partial(churn.task, number, 3000), f"task{number}")
             for number in range(TASKS)
         ]
         for task in tasks:
