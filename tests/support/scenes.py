@@ -101,7 +101,7 @@ class InfoScene:
 
     @property
     def cpu(self) -> LogicalProcessor:
-        """The processor that it runs on."""
+        """The processor that it runs on, which is the operating system's."""
         return self.machine.kernel
 
     @property
@@ -158,7 +158,7 @@ class CallScene:
 
     @property
     def cpu(self) -> LogicalProcessor:
-        """The processor that it runs on."""
+        """The processor that it runs on, which is the operating system's."""
         return self.machine.kernel
 
     @property
