@@ -27,16 +27,18 @@ from functools import partial
 from softsgx.arch import PAGE_BYTES, EpcAddr, Status
 from softsgx.hw import EpcSection, Fault
 from softsgx.paging import events
+from softsgx.paging.backing import MemoryBacking
 from softsgx.paging.counters import Counters
 from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
 from softsgx.paging.groups import Ungrouped
-from softsgx.paging.interfaces import Group, Hardware, Reclaimable
+from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
 from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
 from softsgx.paging.recount import recount
 from softsgx.paging.sanitize import Sanitizer
+from softsgx.paging.va import VaTree
 from softsgx.runtime import Runtime, Task
 from softsgx.trace import Tracer
 
@@ -58,12 +60,14 @@ class EpcCore:
         root: the group all others are below, charged when none is named.
         dirty: addresses of pages that may hold something from before and need EREMOVE first;
             ``None`` for all of them, which is all that a kernel knows.
+        va_backing: where evicted VA pages go; memory when ``None``.
         defects: names from :data:`~softsgx.paging.CORE_DEFECTS`; other names are ignored.
 
     Attributes:
         counters: how often things happened.
         root: as given.
         policy: as given.
+        va: the upper levels of VA pages.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class EpcCore:
         tracer: Tracer | None = None,
         root: Group | None = None,
         dirty: Iterable[int] | None = None,
+        va_backing: BackingFile | None = None,
         defects: frozenset[str] = frozenset(),
     ) -> None:
         self.hw, self.runtime, self.defects = hw, runtime, defects
@@ -111,6 +116,7 @@ class EpcCore:
         self._working = AtomicCount(runtime)
         self._generation = 0
         self._stuck = False
+        self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
         # ksgxd.
         self._lock = runtime.lock("ksgxd")
         self._wake = runtime.condition(self._lock)
@@ -631,3 +637,4 @@ class EpcCore:
             counters=self.counters,
             idle=not self._working.value,
         )
+        self.va.recount()

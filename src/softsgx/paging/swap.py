@@ -1,18 +1,35 @@
 """What one enclave needs to be swapped: EWB out, ELDU in, its SECS, its VA slots, its PCMDs.
 
-Lock order: the enclave's lock, then the VA tree's lock, then latches.  Every method whose docstring
-does not say otherwise is called with the enclave's lock held.
+Whoever owns enclaves composes one of these with each, and calls it from its pages'
+:class:`~softsgx.paging.Reclaimable` methods and from its fault handler.  Every method is called
+with the enclave's lock held, unless it says otherwise.
+
+Lock order: the enclave's lock, then the VA tree's lock, then what the core takes.
+
+Invariants: ``children`` resident pages need the SECS, so it is resident while there are any; every
+evicted page has a VA slot, its content and its PCMD; an eviction or a load that fails leaves the
+page where it was, and may be tried again.
+
+Source:
+    ``sgx_encl_ewb()``, ``sgx_reclaimer_write()``, main.c; ``__sgx_encl_eldu()``,
+    ``__sgx_encl_load_page()``, ``sgx_encl_load_secs()``, encl.c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from softsgx.arch import EpcAddr
+from softsgx.arch import PAGE_BYTES, Status
+from softsgx.hw import Fault, PageFault
+from softsgx.paging.events import Evicted, Loaded, TrackingRound
+from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, MachineCheck, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
+from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
 from softsgx.paging.page import EpcPage
+from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
+from softsgx.paging.va import Pin, VaArray, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
@@ -21,21 +38,23 @@ if TYPE_CHECKING:
 __all__ = ["EnclaveSwap", "Pin", "Reservation", "SwapEntry"]
 
 
-class Pin(Protocol):
-    """The enclave's life: ``kref_get_unless_zero`` and ``kref_put``."""
-
-    def get(self) -> bool:
-        """Keep the enclave from being destroyed; ``False`` when it is dying.  Never waits."""
-
-    def put(self) -> None:
-        """Give the pin back; may destroy the enclave.  Called without any lock."""
+def _never() -> bool:
+    return False
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Everything an eviction needs, held since :meth:`EnclaveSwap.prepare`."""
+    """Everything an eviction needs, held since :meth:`EnclaveSwap.prepare`.
+
+    Attributes:
+        index: page index in the enclave.
+        slot: the VA slot its version will go to.
+        pinned: its backing; ``None`` only with defect B25, before it is fetched too late.
+    """
 
     index: int
+    slot: VaSlot
+    pinned: Pinned | None
 
 
 @dataclass(slots=True)
@@ -44,9 +63,16 @@ class SwapEntry:
 
     Attributes:
         index: page index in the enclave; the enclave's size in pages stands for the SECS.
+        slot: the VA slot with its version; ``None`` when the page is lost for good.
     """
 
     index: int
+    slot: VaSlot | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its content no longer exists: every load fails."""
+        return self.slot is None
 
 
 class EnclaveSwap:
@@ -54,7 +80,7 @@ class EnclaveSwap:
 
     Args:
         core: the EPC core.
-        backing: where evicted pages go; this object closes it.
+        backing: where evicted pages go; :meth:`destroy` closes it.
         pages: the enclave's size in pages (a power of two); index ``pages`` is the SECS.
         base: the enclave's linear address.
         lock: the enclave's lock.
@@ -65,8 +91,11 @@ class EnclaveSwap:
 
     Attributes:
         secs: the EPC page of the SECS, ``None`` before :meth:`set_secs` and while it is evicted.
+        secs_entry: where the SECS is while it is evicted.
         children: resident pages of the enclave (secs_child_cnt).
-        secs_may_leave: set it once the enclave is initialised: only then is its SECS evicted.
+        va: the enclave's VA pages.
+        pin: as given.
+        lock: as given.
     """
 
     def __init__(
@@ -82,68 +111,153 @@ class EnclaveSwap:
         group: Group | None = None,
     ) -> None:
         self.secs: EpcPage | None = None
+        self.secs_entry: SwapEntry | None = None
         self.children = 0
-        self.secs_may_leave = False
-        raise NotImplementedError
+        self._secs_may_leave = False
+        self.lock, self.pin = lock, pin
+        self.va: VaArray = core.va.array(lock, pin=pin, group=group)
+        self._core, self._leaves, self._counters = core, core.leaves, core.counters
+        self._backing, self._kick, self._group = backing, kick, group
+        self._pages, self._base = pages, base
+        self._file = SwapFile(
+            backing,
+            enclave_layout(pages),
+            counters=core.counters,
+            tracer=core.tracer,
+            defects=core.defects,
+        )
+        self._secs_page = _IdleSecs(self)
+        self._late_backing = "B25" in core.defects
+        self._frees_failed = "L1" in core.defects
+        self._leaks_slots = "B26" in core.defects
+        self._spends_failed = "L2" in core.defects
+        self._ignores_poison = bool({"B12", "L6"} & core.defects)
+
+    @property
+    def secs_may_leave(self) -> bool:
+        """Whether the SECS may be evicted: set once the enclave is initialised."""
+        return self._secs_may_leave
+
+    @secs_may_leave.setter
+    def secs_may_leave(self, may: bool) -> None:
+        self._secs_may_leave = may
+        self.secs_idle()  # its pages may all have left before
 
     # --- room: a VA slot for every page the enclave has -----------------------------------------
 
-    def grow(
-        self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = lambda: False
-    ) -> None:
+    def grow(self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = _never) -> None:
         """Promise a VA slot for one more page (the SECS counts), making a VA page if need be.
 
         Called WITHOUT the enclave's lock; may reclaim.
 
         Raises:
             NoEpc, Interrupted: there is no EPC page for it.
-            LoadFailed: EPA or ELDU refused.
+            LoadFailed: EPA refused.
+
+        Source:
+            ``sgx_encl_grow()``, ioctl.c, which tests the number of pages against a multiple of
+            512, not the room there is (L4).
         """
-        raise NotImplementedError
+        with self.lock:
+            if self._promised():
+                return
+        epc = self._core.alloc(
+            None,
+            reclaim=True,
+            group=self._group,
+            kind="va",
+            cpu_node=cpu_node,
+            signal_pending=signal_pending,
+        )
+        with self.lock:
+            self._link(epc)
 
     def grow_locked(self, *, cpu_node: int = 0) -> None:
         """As :meth:`grow`, with the lock held and without reclaim.
 
         Raises:
-            EpcBusy: as well.
+            EpcBusy: there is no EPC page now.
+            NoEpc, LoadFailed: as for :meth:`grow`.
         """
-        raise NotImplementedError
+        if not self._promised():
+            self._link(
+                self._core.alloc(
+                    None, reclaim=False, group=self._group, kind="va", cpu_node=cpu_node
+                )
+            )
+
+    def _promised(self) -> bool:
+        """Promise a slot of the VA pages there are, if one of them has it."""
+        va = self.va
+        evicted = va.evicted_with_room() if va.needs_page() else None
+        if evicted is not None:
+            try:
+                va.bring_in(evicted)
+            except (EpcBusy, NoEpc, LoadFailed):
+                return False
+        if va.needs_page():
+            return False
+        va.promised += 1
+        return True
+
+    def _link(self, epc: EpcPage) -> None:
+        """Make a VA page of ``epc`` and promise one of its slots."""
+        self.va.link(self.va.make(epc))
+        self.va.promised += 1
 
     def shrink(self) -> None:
-        """Take one promise back: a page was removed, or not added after all."""
-        raise NotImplementedError
+        """Take one promise back: a page was removed, or not added after all.  VA pages stay."""
+        assert self.va.promised > 0, "more pages removed than there were"
+        self.va.promised -= 1
 
     # --- the SECS and the count of its children ---------------------------------------------------
 
     def set_secs(self, page: EpcPage) -> None:
         """ECREATE has made ``page`` the SECS (room for it was promised by :meth:`grow`)."""
-        raise NotImplementedError
+        assert self.secs is None, "the enclave has a SECS already"
+        self.secs = page
+        page.owner = self._secs_page
 
     def load_secs(self, *, cpu_node: int = 0) -> EpcPage:
         """Return the SECS page, loaded if it was evicted; never reclaims.
 
-        Call :meth:`child_added` after a leaf that gave it a child, or :meth:`secs_idle` when none
-        did.
+        Call :meth:`child_added` after a leaf that gave it a child.
 
         Raises:
             EpcBusy, NoEpc: no EPC page for it now, or at all.
             LoadFailed: ELDU refused.
         """
-        raise NotImplementedError
+        if self.secs is not None:
+            self._secs_page.stay()
+            return self.secs
+        entry = self.secs_entry
+        assert entry is not None, "the SECS is neither in the EPC nor evicted"
+        page = self._eldu(entry, self._secs_page, "secs", cpu_node, self._group, linaddr=0, secs=0)
+        self.secs, self.secs_entry = page, None
+        self._counters.secs_in += 1
+        self.secs_idle()  # unless a child follows
+        return page
 
     def child_added(self) -> None:
         """EADD or EAUG has given the enclave a resident page."""
-        raise NotImplementedError
+        self.children += 1
 
     def child_removed(self) -> None:
-        """EREMOVE has taken a resident page from the enclave; does not evict the SECS."""
-        raise NotImplementedError
+        """EREMOVE has taken a resident page from the enclave; the SECS stays for a while."""
+        self.children -= 1
+        assert self.children >= 0, "more pages removed than were resident"
+        self.secs_idle()
 
     def secs_idle(self) -> None:
-        """Let the reclaimer have a SECS that was loaded and has no child after all."""
-        raise NotImplementedError
+        """Let the reclaimer have a SECS without resident children.
 
-    # --- out and in -------------------------------------------------------------------------------
+        Deviation: Linux evicts a SECS with its last child and tries no second time.
+        """
+        secs = self.secs
+        if secs is not None and not self.children and self.secs_may_leave and not secs.tracked:
+            self._core.mark_reclaimable(secs)
+
+    # --- out --------------------------------------------------------------------------------------
 
     def prepare(self, index: int) -> Reservation | None:
         """Reserve backing and a VA slot for page ``index``: :meth:`Reclaimable.prepare`.
@@ -151,11 +265,19 @@ class EnclaveSwap:
         Returns:
             ``None`` when there is no backing; nothing has changed.
         """
-        raise NotImplementedError
+        pinned = None
+        if not self._late_backing:
+            try:
+                pinned = self._file.reserve(index)
+            except BackingError:
+                return None
+        return Reservation(index, self.va.take(), pinned)
 
     def cancel(self, reservation: Reservation) -> None:
         """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""
-        raise NotImplementedError
+        if reservation.pinned is not None:
+            self._file.cancel(reservation.pinned)
+        self.va.give_back(reservation.slot)
 
     def block(self, page: EpcPage) -> bool:
         """EBLOCK ``page``; every mapping of it is gone.  Sets ``page.blocked``.
@@ -163,7 +285,18 @@ class EnclaveSwap:
         Returns:
             ``False``: it is not blocked, the reservation still stands.
         """
-        raise NotImplementedError
+        try:
+            status = self._leaves.eblock(page.addr)
+        except PageFault:
+            status = Status.PG_INVLD
+        except Fault:
+            return False
+        # Blocked before, by a try that did not get further; or gone with the power, and EWB will
+        # find that out.
+        if status in (Status.SUCCESS, Status.BLKSTATE, Status.PG_INVLD):
+            page.blocked = True
+            return True
+        return False
 
     def write(self, page: EpcPage, reservation: Reservation) -> SwapEntry | None:
         """EWB: as it is, after ETRACK, after kicking processors out.  Ends the reservation.
@@ -174,7 +307,125 @@ class EnclaveSwap:
             Where it is now.  ``None``: it is where it was, still blocked; fault handlers must back
             off (``page.blocked``) until another try has evicted it.
         """
-        raise NotImplementedError
+        entry = self._evict(page, reservation, "page")
+        if entry is not None:
+            self.children -= 1
+            assert self.children >= 0, "more pages evicted than were resident"
+            if not self.children and self.secs_may_leave:
+                self._evict_secs()
+        return entry
+
+    def _evict(self, page: EpcPage, reservation: Reservation, kind: str) -> SwapEntry | None:
+        index, slot, pinned = reservation.index, reservation.slot, reservation.pinned
+        if page.poisoned:
+            if self._ignores_poison:
+                raise MachineCheck(f"EWB has read poisoned memory at {page.addr:#x}")
+            self.cancel(reservation)
+            return None
+        if pinned is None:  # defect B25: no way back from here
+            try:
+                pinned = self._file.reserve(index)
+            except BackingError:
+                return self._lose(page, reservation)
+        ending, tries = self._ewb(page, slot, pinned)
+        counters = self._counters
+        if self._core.tracer is not None:
+            self._core.tracer(Evicted(page.addr, kind, index, tries, name_of(ending)))
+        if slot.accepted(ending):
+            self._file.written(pinned)
+            self.va.keep(slot)
+            if tries == 1:
+                counters.ewb_first += 1
+            elif tries == 2:
+                counters.ewb_second += 1
+            else:
+                counters.ewb_third += 1
+            return SwapEntry(index, slot)
+        if vanished(ending, page.addr):
+            # Power was lost: the EPC page is free already, its content is nowhere.
+            return self._lose(page, Reservation(index, slot, pinned))
+        counters.ewb_failed += 1
+        if self._leaks_slots:
+            slot.page.pins -= 1
+            self._file.cancel(pinned)
+        else:
+            self.cancel(Reservation(index, slot, pinned))
+        if self._frees_failed:
+            counters.lost += 1
+            return SwapEntry(index, None)
+        return None
+
+    def _lose(self, page: EpcPage, reservation: Reservation) -> SwapEntry:
+        self.cancel(reservation)
+        self._counters.lost += 1
+        return SwapEntry(reservation.index, None)
+
+    def _ewb(self, page: EpcPage, slot: VaSlot, pinned: Pinned) -> tuple[Ending, int]:
+        """EWB in at most three tries; return how the last one ended, and how many it took."""
+        leaves, slot_addr = self._leaves, slot.addr
+        ending = ewb(leaves, page.addr, slot_addr, pinned)
+        if ending is not Status.NOT_TRACKED:
+            return ending, 1
+        self._start_epoch()
+        ending = ewb(leaves, page.addr, slot_addr, pinned)
+        if ending is not Status.NOT_TRACKED:
+            return ending, 2
+        # Only after ETRACK: whoever enters in between is already in the new epoch.
+        self._kick_cpus()
+        return ewb(leaves, page.addr, slot_addr, pinned), 3
+
+    def _start_epoch(self) -> None:
+        """ETRACK; a previous cycle that is incomplete is completed first.
+
+        Deviation: Linux warns on PREV_TRK_INCMPL and goes on to a third EWB that must then fail,
+        because the epoch in which the page was blocked never ends.
+        """
+        ending = self._etrack()
+        if ending is Status.PREV_TRK_INCMPL:
+            self._counters.prev_trk_incmpl += 1
+            self._kick_cpus()
+            self._etrack()
+
+    def _etrack(self) -> Ending:
+        secs = self.secs
+        assert secs is not None, "the enclave has resident pages but no SECS"
+        self._counters.etrack += 1
+        ending: Ending
+        try:
+            ending = self._leaves.etrack(secs.addr)
+        except Fault as fault:
+            ending = fault
+        if self._core.tracer is not None:
+            self._core.tracer(TrackingRound(secs.addr, "etrack", name_of(ending)))
+        return ending
+
+    def _kick_cpus(self) -> None:
+        self._counters.kicks += 1
+        if self._core.tracer is not None:
+            secs = self.secs.addr if self.secs is not None else 0
+            self._core.tracer(TrackingRound(secs, "ipi", "done"))
+        self._kick()
+
+    def _evict_secs(self) -> None:
+        """The last child has left: the SECS follows, and the VA pages may."""
+        secs = self.secs
+        assert secs is not None, "the enclave had resident pages but no SECS"
+        if not self._core.unmark_reclaimable(secs):
+            return  # a batch has it, and either evicts it or puts it back on its list
+        reservation = self.prepare(self._pages)
+        entry = None if reservation is None else self._evict(secs, reservation, "secs")
+        if entry is None:
+            self.secs_idle()
+        else:
+            self._secs_gone(entry)
+            self._core.remove(secs)
+
+    def _secs_gone(self, entry: SwapEntry) -> None:
+        self.secs, self.secs_entry = None, entry
+        self._counters.secs_out += 1
+        self.va.list_all()
+
+    # --- in ---------------------------------------------------------------------------------------
 
     def load(
         self,
@@ -185,7 +436,7 @@ class EnclaveSwap:
         cpu_node: int = 0,
         group: Group | None = None,
     ) -> EpcPage:
-        """ELDU, after the VA page and the SECS: return the EPC page ``entry`` is now in.
+        """ELDU, after the SECS and the VA page: return the EPC page ``entry`` is now in.
 
         ``entry`` is spent.  The caller attaches the page, then marks it reclaimable.  Never
         reclaims.
@@ -195,20 +446,134 @@ class EnclaveSwap:
             NoEpc: no EPC page at all.
             LoadFailed: ELDU refused; ``entry`` stays valid and a later try may succeed.
         """
-        raise NotImplementedError
+        if entry.lost:
+            raise LoadFailed("lost")
+        secs = self.load_secs(cpu_node=cpu_node)
+        linaddr = self._base + entry.index * PAGE_BYTES
+        page = self._eldu(entry, owner, kind, cpu_node, group, linaddr=linaddr, secs=secs.addr)
+        self.child_added()
+        return page
+
+    def _eldu(
+        self,
+        entry: SwapEntry,
+        owner: Reclaimable | None,
+        kind: str,
+        cpu_node: int,
+        group: Group | None,
+        *,
+        linaddr: int,
+        secs: int,
+    ) -> EpcPage:
+        slot, core, counters = entry.slot, self._core, self._counters
+        if slot is None:
+            raise LoadFailed("lost")
+        self.va.bring_in(slot.page)
+        page = core.alloc(owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node)
+        try:
+            pinned = self._file.open(entry.index)
+        except BackingError as error:
+            core.free(page)
+            counters.eldu_failed += 1
+            raise LoadFailed(str(error)) from error
+        ending = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr=linaddr, secs=secs)
+        if core.tracer is not None:
+            core.tracer(Loaded(page.addr, kind, entry.index, name_of(ending)))
+        if ending is Status.SUCCESS:
+            self._file.loaded(pinned)
+            self.va.emptied(slot)
+            counters.eldu += 1
+            return page
+        if self._spends_failed:
+            self._file.loaded(pinned)
+        else:
+            self._file.close(pinned)
+        counters.eldu_failed += 1
+        core.remove(page)
+        raise LoadFailed(name_of(ending))
 
     def drop(self, entry: SwapEntry) -> None:
-        """Forget an evicted page (and shrink): its slot and its backing are free again."""
-        raise NotImplementedError
+        """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
+        if entry.slot is not None:
+            self._file.discard(entry.index)
+            self.va.dropped(entry.slot)
+        self.shrink()
+
+    # --- the end ----------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """The enclave's end, all its children gone: SECS, VA pages, backing."""
-        raise NotImplementedError
+        """The enclave's end, when its resident pages are gone: SECS, VA pages, backing.
+
+        Pages that are still evicted need not be dropped first.  No batch has a page of this
+        enclave, since a batch pins it.
+
+        Source:
+            ``sgx_encl_release()``, encl.c.
+        """
+        secs = self.secs
+        if secs is not None:
+            unmarked = self._core.unmark_reclaimable(secs)
+            assert unmarked, "an enclave is destroyed while a batch has its SECS"
+            self._core.remove(secs)
+            self.secs = None
+        for page in self.va.pages():
+            self.va.unlink(page)
+        self._backing.close()
 
     def recount(self) -> None:
-        """Compare every count with a slow recount (a checker)."""
-        raise NotImplementedError
+        """Compare the counts with a recount; call with the lock held or while no task runs."""
+        self.va.recount()
+        assert self.secs is not None or not self.children, (
+            f"{self.children} resident pages, but the SECS is evicted"
+        )
 
-    @staticmethod
-    def _epc(page: EpcPage) -> EpcAddr:
-        return page.addr
+
+class _IdleSecs:
+    """A SECS without resident children, to the reclaimer a page like any other.
+
+    Linux never has one: it evicts a SECS with its last child.  Here it happens when that failed,
+    or when a SECS was loaded for a page that then was not.
+    """
+
+    def __init__(self, swap: EnclaveSwap) -> None:
+        self._swap = swap
+        self._reservation: Reservation | None = None
+
+    def get(self) -> bool:
+        """Pin the enclave; ``False`` also when the SECS is needed: it is listed again later."""
+        return not self._swap.children and self._swap.pin.get()
+
+    def put(self) -> None:
+        self._swap.pin.put()
+
+    def age(self) -> bool:
+        return True
+
+    def prepare(self) -> bool:
+        swap = self._swap
+        with swap.lock:
+            if swap.children or swap.secs is None:
+                return False
+            self._reservation = swap.prepare(swap._pages)
+            return self._reservation is not None
+
+    def block(self) -> bool:
+        return True
+
+    def write(self) -> bool:
+        swap = self._swap
+        with swap.lock:
+            reservation, self._reservation = self._reservation, None
+            if reservation is None or swap.secs is None:
+                return False
+            entry = swap._evict(swap.secs, reservation, "secs")
+            if entry is None:
+                return False
+            swap._secs_gone(entry)
+            return True
+
+    def stay(self) -> None:
+        """Somebody needs the SECS: give up evicting it; the enclave's lock is held."""
+        if self._reservation is not None:
+            self._swap.cancel(self._reservation)
+            self._reservation = None

@@ -1,0 +1,49 @@
+"""EWB and ELDU between an EPC page and pinned backing pages, with their ends sorted.
+
+Source:
+    ``__sgx_encl_ewb()``, main.c; ``__sgx_encl_eldu()``, encl.c; ``encls_failed()``, encls.h: #PF
+    is excused, because it means that the EPCM entry has vanished with the power.
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import Status
+from softsgx.hw import Fault, Leaves, PageFault, PageInfoArgs
+from softsgx.paging.swapfile import Pinned
+
+__all__ = ["Ending", "eldu", "ewb", "name_of", "vanished"]
+
+Ending = Status | Fault
+"""How a leaf ended: its code, or the fault."""
+
+
+def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> Ending:
+    """Evict the page at ``addr``, its version going to ``slot_addr``."""
+    try:
+        return leaves.ewb(
+            PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0), addr, slot_addr
+        )
+    except Fault as fault:
+        return fault
+
+
+def eldu(
+    leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned, *, linaddr: int, secs: int
+) -> Ending:
+    """Load a page into the free EPC page at ``addr``."""
+    try:
+        return leaves.eldu(
+            PageInfoArgs(linaddr, pinned.content.data, pinned.pcmd_bytes, secs), addr, slot_addr
+        )
+    except Fault as fault:
+        return fault
+
+
+def vanished(ending: Ending, addr: int) -> bool:
+    """Return whether a leaf found no valid EPC page at ``addr``, where there was one."""
+    return isinstance(ending, PageFault) and ending.address == addr
+
+
+def name_of(ending: Ending) -> str:
+    """Return the code's name in the manual, or the fault."""
+    return ending.manual_name if isinstance(ending, Status) else str(ending)

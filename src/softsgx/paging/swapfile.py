@@ -1,0 +1,200 @@
+"""Contents and PCMDs of evicted pages in one backing file.
+
+The content of page ``i`` takes a page of the file; 32 PCMDs share one.  So a PCMD page outlives the
+loading of its pages one by one, and may be given back only when it holds nothing and nobody is
+about to write into it.
+
+Called with one lock held, always the same: the enclave's, or the VA tree's.
+
+Source:
+    ``sgx_encl_get_backing_page_pcmd_offset()``, ``__sgx_encl_get_backing()``,
+    ``reclaimer_writing_to_pcmd()``, encl.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.arch import PAGE_BYTES, Pcmd
+from softsgx.paging.counters import Counters
+from softsgx.paging.events import Truncated
+from softsgx.paging.failures import BackingError
+from softsgx.paging.interfaces import BackingFile, BackingPage
+from softsgx.trace import Tracer
+
+__all__ = ["Pinned", "SwapFile", "enclave_layout", "va_layout"]
+
+PCMDS_PER_PAGE = PAGE_BYTES // Pcmd.SIZE
+_NO_PCMD = bytes(Pcmd.SIZE)
+_EMPTY_PAGE = bytes(PAGE_BYTES)
+
+Layout = Callable[[int], tuple[int, int]]
+"""Page index to (backing page of its content, backing page of its PCMD)."""
+
+
+def enclave_layout(pages: int) -> Layout:
+    """Return Linux's layout for an enclave of ``pages`` pages.
+
+    Contents of all pages, that of the SECS (index ``pages``), then the PCMDs, 32 a page.
+    """
+
+    def layout(index: int) -> tuple[int, int]:
+        assert 0 <= index <= pages, f"page {index} of an enclave of {pages}"
+        return index, pages + 1 + index // PCMDS_PER_PAGE
+
+    return layout
+
+
+def va_layout(index: int) -> tuple[int, int]:
+    """Return the layout for pages without an end: after each PCMD page its 32 contents."""
+    group, at = divmod(index, PCMDS_PER_PAGE)
+    pcmd = group * (PCMDS_PER_PAGE + 1)
+    return pcmd + 1 + at, pcmd
+
+
+class Pinned:
+    """The two backing pages of one page, pinned.
+
+    Attributes:
+        index: the page's index.
+        content: 4096 bytes of ciphertext.
+        pcmd: the page that holds its PCMD among others.
+        pcmd_bytes: the 128 bytes of it.
+    """
+
+    __slots__ = ("content", "index", "pcmd", "pcmd_bytes")
+
+    def __init__(self, index: int, content: BackingPage, pcmd: BackingPage) -> None:
+        self.index, self.content, self.pcmd = index, content, pcmd
+        start = index % PCMDS_PER_PAGE * Pcmd.SIZE
+        self.pcmd_bytes = memoryview(pcmd.data)[start : start + Pcmd.SIZE]
+
+    def unpin(self) -> None:
+        """Give both pins back."""
+        self.content.unpin()
+        self.pcmd.unpin()
+
+
+class SwapFile:
+    """A backing file with a layout; closing it is the owner's business.
+
+    Args:
+        backing: where the bytes go.
+        layout: which pages of it belong to a page.
+        counters: told of truncations.
+        tracer: as everywhere.
+        defects: B1, B3, B4, B6.
+    """
+
+    def __init__(
+        self,
+        backing: BackingFile,
+        layout: Layout,
+        *,
+        counters: Counters,
+        tracer: Tracer | None,
+        defects: frozenset[str],
+    ) -> None:
+        self.backing = backing
+        self._layout, self._counters, self._tracer = layout, counters, tracer
+        self._writers: dict[int, int] = {}  # PCMD page to reservations that will write into it
+        self._truncates_shared = "B1" in defects
+        self._forgets_cleared = "B3" in defects
+        self._dirties_early = "B4" in defects
+        self._keeps_loaded = "B6" in defects
+
+    # --- out ------------------------------------------------------------------------------------
+
+    def reserve(self, index: int) -> Pinned:
+        """Pin both pages for an eviction; end it with :meth:`written` or :meth:`cancel`.
+
+        Raises:
+            BackingError: there is no room; nothing has changed.
+        """
+        content_at, pcmd_at = self._layout(index)
+        content = self.backing.pin(content_at, create=True)
+        try:
+            pcmd = self.backing.pin(pcmd_at, create=True)
+        except BackingError:
+            content.unpin()
+            self.backing.truncate(content_at)
+            raise
+        self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
+        if self._dirties_early:
+            content.mark_dirty()
+            pcmd.mark_dirty()
+        return Pinned(index, content, pcmd)
+
+    def written(self, pinned: Pinned) -> None:
+        """EWB has written both."""
+        if not self._dirties_early:
+            pinned.content.mark_dirty()
+            pinned.pcmd.mark_dirty()
+        self._end_writing(pinned)
+        pinned.unpin()
+
+    def cancel(self, pinned: Pinned) -> None:
+        """EWB was not done, or wrote nothing: give back what was only reserved."""
+        self._end_writing(pinned)
+        pinned.unpin()
+        content_at, pcmd_at = self._layout(pinned.index)
+        self.backing.truncate(content_at)
+        self._truncate_pcmd(pcmd_at, pinned.pcmd)
+
+    def _end_writing(self, pinned: Pinned) -> None:
+        _content_at, pcmd_at = self._layout(pinned.index)
+        writers = self._writers[pcmd_at] - 1
+        if writers:
+            self._writers[pcmd_at] = writers
+        else:
+            del self._writers[pcmd_at]
+
+    # --- in -------------------------------------------------------------------------------------
+
+    def open(self, index: int) -> Pinned:
+        """Pin both pages of an evicted page; end it with :meth:`loaded` or :meth:`close`.
+
+        Raises:
+            BackingError: they are not there.
+        """
+        content_at, pcmd_at = self._layout(index)
+        content = self.backing.pin(content_at, create=False)
+        try:
+            pcmd = self.backing.pin(pcmd_at, create=False)
+        except BackingError:
+            content.unpin()
+            raise
+        return Pinned(index, content, pcmd)
+
+    def close(self, pinned: Pinned) -> None:
+        """The page was not loaded: everything stays for the next try."""
+        pinned.unpin()
+
+    def loaded(self, pinned: Pinned) -> None:
+        """The page is in the EPC again, and its version spent: nobody can use these bytes."""
+        pinned.pcmd_bytes[:] = _NO_PCMD
+        if not self._forgets_cleared:
+            pinned.pcmd.mark_dirty()
+        content_at, pcmd_at = self._layout(pinned.index)
+        if not self._keeps_loaded:
+            self._counters.truncated += 1
+            self.backing.truncate(content_at)
+            self._truncate_pcmd(pcmd_at, pinned.pcmd)
+        pinned.unpin()
+
+    def _truncate_pcmd(self, pcmd_at: int, page: BackingPage) -> None:
+        """Give a PCMD page back if it is empty and nobody is about to write into it."""
+        if page.data != _EMPTY_PAGE or (pcmd_at in self._writers and not self._truncates_shared):
+            return
+        self._counters.pcmd_truncated += 1
+        if self._tracer is not None:
+            self._tracer(Truncated(pcmd_at))
+        self.backing.truncate(pcmd_at)
+
+    def discard(self, index: int) -> None:
+        """An evicted page will never be loaded."""
+        try:
+            pinned = self.open(index)
+        except BackingError:
+            return
+        self.loaded(pinned)

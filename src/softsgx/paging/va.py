@@ -1,0 +1,567 @@
+"""VA pages: where the versions of evicted pages are, and what becomes of VA pages themselves.
+
+Each enclave has an array of level-1 VA pages, whose slots hold the versions of its own pages.  A VA
+page can be evicted like any other page, its version going to a slot of a page one level up; the
+upper levels are shared by all enclaves and form the :class:`VaTree`.
+
+Invariants of a level-1 array, with *room* for the free slots of its resident pages:
+
+* room ≥ ``promised`` − ``used``: whatever is resident can be evicted without first loading or
+  making a VA page, so reclaim never waits for an EPC page.  A VA page whose departure would break
+  this stays.
+* full and evicted pages stand at the tail of the list, pages with room at its head.
+
+Lock order: the array's lock (its enclave's; the tree's own for upper levels), then the tree's lock,
+then what the core takes.
+
+Deviation: Linux never evicts VA pages, though the architecture allows it; an enclave of 48 GiB
+needs 96 MiB of them.
+
+Source:
+    ``struct sgx_va_page``, ``sgx_alloc_va_slot()``, ``sgx_free_va_slot()``, encl.c;
+    ``sgx_encl_grow()``, ioctl.c.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS, PageType, Status
+from softsgx.hw import Fault
+from softsgx.paging.events import Evicted, Loaded
+from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
+from softsgx.paging.interfaces import BackingFile, Group
+from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
+from softsgx.paging.page import EpcPage
+from softsgx.paging.swapfile import Pinned, SwapFile, va_layout
+from softsgx.runtime import Lock
+
+if TYPE_CHECKING:
+    from softsgx.paging.core import EpcCore
+
+__all__ = ["Pin", "VaArray", "VaPage", "VaSlot", "VaTree"]
+
+_ALL_FREE = (1 << VA_SLOTS) - 1
+
+
+class Pin(Protocol):
+    """The enclave's life: ``kref_get_unless_zero`` and ``kref_put``."""
+
+    def get(self) -> bool:
+        """Keep the enclave from being destroyed; ``False`` when it is dying.  Never waits."""
+
+    def put(self) -> None:
+        """Give the pin back; may destroy the enclave.  Called without any lock."""
+
+
+class _NeverDies:
+    def get(self) -> bool:
+        return True
+
+    def put(self) -> None:
+        pass
+
+
+class VaSlot:
+    """One slot, taken.
+
+    Attributes:
+        page: the VA page it is in.
+        number: 0 to 511.
+    """
+
+    __slots__ = ("number", "page")
+
+    def __init__(self, page: VaPage, number: int) -> None:
+        self.page, self.number = page, number
+
+    @property
+    def addr(self) -> int:
+        """Its EPC address; the VA page must be resident."""
+        epc = self.page.epc
+        assert epc is not None, f"slot {self.number} of a VA page that is evicted"
+        return epc.addr + self.number * VA_SLOT_BYTES
+
+    def accepted(self, ending: Ending) -> bool:
+        """Return whether EWB has evicted a page with its version here."""
+        if ending is Status.VA_SLOT_OCCUPIED:
+            # The page is gone all the same; what the slot held before must be nobody's.
+            assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
+            return True
+        return ending is Status.SUCCESS
+
+
+class VaPage:
+    """One VA page; to the reclaimer, a page like any other.
+
+    Attributes:
+        array: what it belongs to.
+        index: its index in the tree's swap file.
+        epc: the EPC page, ``None`` while it is evicted.
+        free: bitmap of free slots.
+        stale: bitmap of free slots that still hold the version of a page that was dropped; EWB
+            into one says VA_SLOT_OCCUPIED, and no harm is done.
+        pins: evictions that have reserved a slot here: it must stay.
+        accessed: whether a slot was used since the last look.
+        parent: the slot that holds its own version while it is evicted.
+        lost: it was in the EPC when that lost power.
+    """
+
+    __slots__ = (
+        "_leaving",
+        "accessed",
+        "array",
+        "epc",
+        "free",
+        "index",
+        "lost",
+        "parent",
+        "pins",
+        "stale",
+    )
+
+    def __init__(self, array: VaArray, index: int) -> None:
+        self.array, self.index = array, index
+        self.epc: EpcPage | None = None
+        self.free = _ALL_FREE
+        self.stale = 0
+        self.pins = 0
+        self.accessed = False
+        self.parent: VaSlot | None = None
+        self.lost = False
+        self._leaving: tuple[Pinned, VaSlot] | None = None
+
+    @property
+    def free_slots(self) -> int:
+        """How many slots are free."""
+        return self.free.bit_count()
+
+    @property
+    def usable(self) -> bool:
+        """Whether its free slots can be taken: it is resident and not about to leave."""
+        return self.epc is not None and self._leaving is None
+
+    # --- Reclaimable ------------------------------------------------------------------------------
+
+    def get(self) -> bool:
+        """Pin the enclave; ``False`` also when it cannot leave now: it is listed again later."""
+        return self.array.may_leave(self) and self.array.pin.get()
+
+    def put(self) -> None:
+        """Unpin the enclave."""
+        self.array.pin.put()
+
+    def age(self) -> bool:
+        """Return whether no slot was used since the last call."""
+        young, self.accessed = self.accessed, False
+        return not young
+
+    def prepare(self) -> bool:
+        """Reserve backing and a slot one level up."""
+        array, tree = self.array, self.array.tree
+        with array.lock:
+            if self.epc is None or self._leaving is not None or not array.may_leave(self):
+                return False
+            with array.tree_lock():
+                try:
+                    pinned = tree.file.reserve(self.index)
+                except BackingError:
+                    return False
+                slot = tree.slot_above(array.level)
+                if slot is None:
+                    tree.file.cancel(pinned)
+                    return False
+            self._leaving = pinned, slot
+            array.leaves(self)
+            return True
+
+    def block(self) -> bool:
+        """Return ``True``: EBLOCK is not for VA pages."""
+        return True
+
+    def write(self) -> bool:
+        """EWB, unless somebody has needed the page meanwhile."""
+        array, tree = self.array, self.array.tree
+        with array.lock:
+            if self._leaving is None:
+                return False
+            pinned, slot = self._leaving
+            epc = self.epc
+            assert epc is not None, "a VA page on its way out is not there"
+            if epc.poisoned:
+                self.stay()
+                return False
+            ending = ewb(tree.core.leaves, epc.addr, slot.addr, pinned)
+            tree.tell(Evicted(epc.addr, "va", self.index, 1, name_of(ending)))
+            if vanished(ending, epc.addr):
+                self.stay()
+                self.lost = True
+                tree.core.counters.lost += 1
+                array.gone(self)
+                return True
+            if not slot.accepted(ending):
+                self.stay()
+                tree.core.counters.ewb_failed += 1
+                return False
+            with array.tree_lock():
+                tree.file.written(pinned)
+                slot.page.array.keep(slot)
+            self._leaving, self.parent = None, slot
+            array.gone(self)
+            tree.core.counters.va_out += 1
+            return True
+
+    def stay(self) -> None:
+        """Give up leaving; the array's lock is held."""
+        assert self._leaving is not None, "a VA page that is not leaving cannot stay"
+        pinned, slot = self._leaving
+        tree = self.array.tree
+        with self.array.tree_lock():
+            tree.file.cancel(pinned)
+            slot.page.array.give_back(slot)
+        self._leaving = None
+        self.array.stays(self)
+
+
+class VaArray:
+    """The VA pages of one enclave, or of one upper level.
+
+    Args:
+        tree: the upper levels.
+        level: 1 for an enclave's.
+        lock: protects everything here; the tree's own for upper levels.
+        pin: keeps the array alive while a page of it is in a batch.
+        group: who is charged for its pages.
+
+    Attributes:
+        promised: pages of the enclave that need a slot when they leave (page_cnt).
+        used: slots taken, by evicted pages and by reservations.
+        room: free slots of resident pages that are not about to leave.
+    """
+
+    def __init__(
+        self, tree: VaTree, level: int, lock: Lock, *, pin: Pin, group: Group | None
+    ) -> None:
+        self.tree, self.level, self.lock, self.pin, self.group = tree, level, lock, pin, group
+        self.promised = self.used = self.room = 0
+        self._pages: OrderedDict[VaPage, None] = OrderedDict()
+        self._made_by_count = "L4" in tree.core.defects
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def pages(self) -> list[VaPage]:
+        """Return the pages in list order: with room first, full and evicted ones last."""
+        return list(self._pages)
+
+    def tree_lock(self) -> AbstractContextManager[object]:
+        """Return the tree's lock, unless it is this array's own and held already."""
+        return nullcontext() if self.lock is self.tree.lock else self.tree.lock
+
+    # --- slots ------------------------------------------------------------------------------------
+
+    def take(self) -> VaSlot:
+        """Take the lowest free slot of the first page and pin that page."""
+        page = next(iter(self._pages), None)
+        assert page is not None and page.usable and page.free, (
+            f"no free VA slot: {self.promised} promised, {self.used} used, {self.room} left;"
+            " every page needs grow() before it is added"
+        )
+        bit = page.free & -page.free
+        page.free ^= bit
+        page.pins += 1
+        page.accessed = True
+        self.used += 1
+        self.room -= 1
+        if not page.free:
+            self._pages.move_to_end(page)
+        return VaSlot(page, bit.bit_length() - 1)
+
+    def keep(self, slot: VaSlot) -> None:
+        """EWB has filled ``slot``: its page need not stay for it any more."""
+        page = slot.page
+        page.pins -= 1
+        page.stale &= ~(1 << slot.number)
+        if not page.free or self.promised == self.used:
+            self.list_page(page)
+
+    def give_back(self, slot: VaSlot) -> None:
+        """EWB was not done: ``slot``, taken by :meth:`take`, is free again."""
+        slot.page.pins -= 1
+        self._free(slot)
+
+    def emptied(self, slot: VaSlot) -> None:
+        """ELDU has emptied ``slot``."""
+        slot.page.accessed = True
+        self._free(slot)
+
+    def dropped(self, slot: VaSlot) -> None:
+        """The page whose version is in ``slot`` will never be loaded."""
+        slot.page.stale |= 1 << slot.number
+        self._free(slot)
+
+    def _free(self, slot: VaSlot) -> None:
+        page = slot.page
+        page.free |= 1 << slot.number
+        self.used -= 1
+        if page.usable:
+            self.room += 1
+            self._pages.move_to_end(page, last=False)
+
+    # --- pages ------------------------------------------------------------------------------------
+
+    def needs_page(self) -> bool:
+        """Return whether one more page of the enclave could find no slot when it leaves."""
+        if self._made_by_count:
+            return self.promised % VA_SLOTS == 0
+        return self.room < self.promised + 1 - self.used
+
+    def evicted_with_room(self) -> VaPage | None:
+        """Return an evicted page with free slots, which is better than making another."""
+        return next(
+            (
+                page
+                for page in reversed(self._pages)
+                if page.free and not page.epc and not page.lost
+            ),
+            None,
+        )
+
+    def make(self, epc: EpcPage) -> VaPage:
+        """EPA: make a VA page of ``epc``, not linked yet; needs no lock.
+
+        Raises:
+            LoadFailed: the leaf faulted; ``epc`` was given back.
+        """
+        core = self.tree.core
+        try:
+            core.leaves.epa(PageType.VA, epc.addr)
+        except Fault as fault:
+            core.remove(epc)
+            raise LoadFailed(str(fault)) from fault
+        page = VaPage(self, self.tree.new_index())
+        page.epc, epc.owner = epc, page
+        core.counters.va_made += 1
+        return page
+
+    def link(self, page: VaPage) -> None:
+        """Let slots be taken from ``page``."""
+        self._pages[page] = None
+        self._pages.move_to_end(page, last=False)
+        self.room += page.free_slots
+        self.tree.count_resident(self.level, 1)
+
+    def may_leave(self, page: VaPage) -> bool:
+        """Return whether the array can do without ``page``, just now."""
+        if page.pins or not self.tree.core.policy.evict_va:
+            return False
+        if self.level > 1:
+            return not page.free
+        return self.room - page.free_slots * page.usable >= self.promised - self.used
+
+    def list_page(self, page: VaPage) -> None:
+        """Let the reclaimer have ``page`` if the array can do without it."""
+        epc = page.epc
+        if epc is not None and not epc.tracked and page.usable and self.may_leave(page):
+            self.tree.core.mark_reclaimable(epc)
+
+    def list_all(self) -> None:
+        """The enclave has no resident page left: let the reclaimer have the VA pages as well."""
+        for page in self._pages:
+            self.list_page(page)
+
+    def leaves(self, page: VaPage) -> None:
+        """``page`` was prepared for eviction: its slots cannot be taken."""
+        self.room -= page.free_slots
+        self._pages.move_to_end(page)
+
+    def stays(self, page: VaPage) -> None:
+        """``page`` was not evicted after all."""
+        self.room += page.free_slots
+        if page.free:
+            self._pages.move_to_end(page, last=False)
+
+    def gone(self, page: VaPage) -> None:
+        """``page`` was evicted, or lost while it was usable."""
+        if page.lost:
+            self.room -= page.free_slots
+        page.epc = None
+        self._pages.move_to_end(page)
+        self.tree.count_resident(self.level, -1)
+
+    def bring_in(self, page: VaPage) -> None:
+        """Make ``page`` resident, after the pages above it; the array's lock is held.
+
+        Raises:
+            EpcBusy, NoEpc: no EPC page; what was loaded on the way stays.
+            LoadFailed: ELDU refused.
+        """
+        page.accessed = True
+        if page.usable:
+            return
+        if page.epc is not None:
+            page.stay()
+            return
+        with self.tree_lock():
+            self._load(page)
+        self.stays(page)
+        self.list_page(page)
+
+    def _load(self, page: VaPage) -> None:
+        """ELDU ``page``; the tree's lock is held."""
+        tree, core, slot = self.tree, self.tree.core, page.parent
+        if page.lost or slot is None:
+            raise LoadFailed("lost")
+        slot.page.array.bring_in(slot.page)
+        epc = core.alloc(page, reclaim=False, group=self.group, kind="va")
+        try:
+            pinned = tree.file.open(page.index)
+        except BackingError as error:
+            core.free(epc)
+            raise LoadFailed(str(error)) from error
+        ending = eldu(core.leaves, epc.addr, slot.addr, pinned, linaddr=0, secs=0)
+        tree.tell(Loaded(epc.addr, "va", page.index, name_of(ending)))
+        if ending is not Status.SUCCESS:
+            tree.file.close(pinned)
+            core.counters.eldu_failed += 1
+            core.remove(epc)
+            raise LoadFailed(name_of(ending))
+        tree.file.loaded(pinned)
+        slot.page.array.emptied(slot)
+        page.parent, page.epc = None, epc
+        tree.count_resident(self.level, 1)
+        core.counters.va_in += 1
+        tree.retire(slot.page)
+
+    def unlink(self, page: VaPage) -> None:
+        """Remove ``page`` for good; nobody needs the versions it holds.  No batch may have it."""
+        core = self.tree.core
+        del self._pages[page]
+        if page.epc is not None:
+            assert page.usable, "a VA page is removed while a batch has it"
+            self.room -= page.free_slots
+            unmarked = core.unmark_reclaimable(page.epc)
+            assert unmarked, "a VA page is removed while a batch has it"
+            core.remove(page.epc)
+            page.epc = None
+            self.tree.count_resident(self.level, -1)
+        with self.tree_lock():
+            if page.parent is not None:
+                self.tree.file.discard(page.index)
+                page.parent.page.array.dropped(page.parent)
+                self.tree.retire(page.parent.page)
+                page.parent = None
+            self.tree.old_index(page.index)
+
+    def recount(self) -> None:
+        """Compare the counts with a recount; call with the lock held or while no task runs."""
+        room = sum(page.free_slots for page in self._pages if page.usable)
+        used = sum(VA_SLOTS - page.free_slots for page in self._pages)
+        assert room == self.room, f"VA room is {self.room}, recounted {room}"
+        assert used == self.used, f"{self.used} VA slots in use, recounted {used}"
+        if self.level == 1 and not any(page.lost for page in self._pages):
+            assert self.room >= self.promised - self.used, (
+                f"{self.promised} pages promised a slot, {self.used} have one, {self.room} left"
+            )
+        full = [not (page.free and page.usable) for page in self._pages]
+        assert full == sorted(full), "a VA page with room stands behind one without"
+
+
+class VaTree:
+    """The upper levels of VA pages, shared by all enclaves, and the file VA pages are evicted to.
+
+    Args:
+        core: the EPC core.
+        backing: where evicted VA pages go.
+
+    Attributes:
+        lock: protects the upper levels and the file.
+        file: contents and PCMDs of evicted VA pages of all levels.
+    """
+
+    def __init__(self, core: EpcCore, backing: BackingFile) -> None:
+        self.core = core
+        self.lock = core.runtime.lock("VA tree")
+        self.file = SwapFile(
+            backing,
+            va_layout,
+            counters=core.counters,
+            tracer=core.tracer,
+            defects=frozenset(),
+        )
+        self._levels: dict[int, VaArray] = {}
+        self._latch = core.runtime.latch()
+        self._indices = 0
+        self._resident: dict[int, int] = {}
+        self._spare: list[int] = []
+
+    def array(self, lock: Lock, *, pin: Pin, group: Group | None) -> VaArray:
+        """Return an empty level-1 array for an enclave."""
+        return VaArray(self, 1, lock, pin=pin, group=group)
+
+    def levels(self) -> dict[int, VaArray]:
+        """Return the upper levels by number, from 2."""
+        return dict(self._levels)
+
+    def tell(self, event: Evicted | Loaded) -> None:
+        """Hand ``event`` to the tracer."""
+        if self.core.tracer is not None:
+            self.core.tracer(event)
+
+    def count_resident(self, level: int, change: int) -> None:
+        """Count the resident VA pages of each level."""
+        with self._latch:
+            self._resident[level] = self._resident.get(level, 0) + change
+
+    def new_index(self) -> int:
+        """Return an index in the file that no VA page has."""
+        with self._latch:
+            if self._spare:
+                return self._spare.pop()
+            self._indices += 1
+            return self._indices - 1
+
+    def old_index(self, index: int) -> None:
+        """A VA page is gone for good."""
+        with self._latch:
+            self._spare.append(index)
+
+    def slot_above(self, level: int) -> VaSlot | None:
+        """Take a slot for a page of ``level``; the lock is held.  Makes a page if it must.
+
+        Returns:
+            ``None`` when there is none and no EPC page is free to make one of.
+        """
+        array = self._levels.get(level + 1)
+        if array is None:
+            array = VaArray(self, level + 1, self.lock, pin=_NeverDies(), group=None)
+            self._levels[level + 1] = array
+        if not array.room:
+            try:
+                evicted = array.evicted_with_room()
+                if evicted is not None:
+                    array.bring_in(evicted)
+                elif self._resident.get(level, 0) < 2:
+                    return None  # a page to free a page
+                else:
+                    epc = self.core.alloc(None, reclaim=False, kind="va")
+                    array.link(array.make(epc))
+            except (NoEpc, EpcBusy, LoadFailed):
+                return None
+        return array.take()
+
+    def retire(self, page: VaPage) -> None:
+        """Give an upper page back when it holds nothing and others have room; the lock is held."""
+        array = page.array
+        empty = page.free == (1 << VA_SLOTS) - 1 and not page.pins
+        if empty and page.usable and array.room > VA_SLOTS and page.epc is not None:
+            if not self.core.unmark_reclaimable(page.epc):
+                return  # a batch has it, and will find that it may not leave
+            array.unlink(page)
+
+    def recount(self) -> None:
+        """Compare the counts of the upper levels with a recount."""
+        for array in self._levels.values():
+            array.recount()
