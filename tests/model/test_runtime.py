@@ -134,8 +134,12 @@ class Interpreter:
                     self.draws.setdefault(me, []).append(runtime.random.randrange(1000))
                 case "spawn":
                     children.append(self.start(inner, op.body))
-                case "notify" | "wait" if op.number in held:
-                    self.signal(me, op)
+                case "notify" if op.number in held:
+                    self.conditions[op.number].notify_all()
+                case "wait" if op.number in held:
+                    # Taking an outer lock again would be out of order.
+                    if not self.ordered or op.number == held[-1]:
+                        self.wait(me, op.number)
                 case "try" if op.number not in held:
                     if self.locks[op.number].try_acquire():
                         self.enter(me, op.number)
@@ -145,23 +149,20 @@ class Interpreter:
                     if not self.ordered or all(op.number > other for other in held):
                         self.locked(me, inner, op, held, children)
 
-    def signal(self, me: str, op: Op) -> None:
-        if op.kind == "notify":
-            self.conditions[op.number].notify_all()
-            return
-        # The lock is given up meanwhile, and taken again whatever the outcome.
-        del self.holder[op.number]
-        self.wants[me] = op.number
+    def wait(self, me: str, lock: int) -> None:
+        # The lock is given up meanwhile, and taken again unless that is refused.
+        del self.holder[lock]
+        self.wants[me] = lock
         try:
-            self.conditions[op.number].wait(2_000)
+            self.conditions[lock].wait(2_000)
         except Deadlock:
             self.refused(me)
-            self.forfeited.add((me, op.number))
+            self.forfeited.add((me, lock))
             raise
         finally:
             del self.wants[me]
-        assert op.number not in self.holder, f"{me} woke while {self.holder} held the lock"
-        self.holder[op.number] = me
+        assert lock not in self.holder, f"{me} woke while {self.holder} held the lock"
+        self.holder[lock] = me
 
     def locked(
         self, me: str, path: str, op: Op, held: tuple[int, ...], children: list[Task]
@@ -196,6 +197,7 @@ class Interpreter:
 
     def refused(self, me: str) -> None:
         """Follow the books from ``me``: they must lead back to ``me``."""
+        assert not self.ordered, f"{me} was refused a lock although all are taken in order"
         self.cycles += 1
         task, seen = me, set[str]()
         while task not in seen:
