@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 from enum import IntFlag
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from softsgx.arch import AttributesFlags, MiscSelect, PageType, SecInfoFlags, SigStruct, Xfrm
 from softsgx.cli._common import print_json
@@ -40,6 +42,7 @@ __all__ = ["NAME", "configure", "run"]
 
 NAME = "inspect"
 _SHOWN_TCS = 16
+_NARROWEST = 100  # a hash and its name fit: nobody wants half a hash
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read and print."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, _NARROWEST)
     bare = bare_sigstruct(args.file)
     if bare is not None:
         if args.json:
@@ -86,14 +90,27 @@ def _print_image(console: Console, image: EnclaveImage) -> None:
     console.print(f"TCS ({len(plan.tcs)}): {shown}" + (f" and {more} more" if more > 0 else ""))
     for variant in image.variants:
         console.print(_variant_table(variant, chosen=variant.name == image.chosen))
+        console.print(", ".join(f"{name} {value}" for name, value in variant.facts))
+        if variant.problem:
+            console.print(f"cannot be read: {variant.problem}")
     if image.sigstruct is None:
         console.print("SIGSTRUCT: none")
     else:
         console.print(_sigstruct_table(image.sigstruct, image.sigstruct_from))
 
 
+def _table(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        show_header=show_header,
+        box=box.SIMPLE_HEAD,
+    )
+
+
 def _runs_table(runs: tuple[Run, ...]) -> Table:
-    table = Table(title="pages, in the order of EADD", title_justify="left")
+    table = _table("pages, in the order of EADD")
     for name in ("offset", "pages", "type", "rights", "content", "measured", "what"):
         table.add_column(name, justify="right" if name in ("offset", "pages") else "left")
     for run in runs:
@@ -116,19 +133,16 @@ def _run_row(run: Run) -> tuple[str, ...]:
 
 def _variant_table(variant: Variant, *, chosen: bool) -> Table:
     title = f"metadata {variant.name}" + (" (this one is used)" if chosen else "")
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     for name in ("item", "rva", "pages", "si_flags", "attributes"):
         table.add_column(name)
     for row in variant.layout:
         table.add_row(*row)
-    facts = variant.facts if not variant.problem else (*variant.facts, ("bad", variant.problem))
-    table.caption = ", ".join(f"{name} {value}" for name, value in facts)
-    table.caption_justify = "left"
     return table
 
 
 def _sigstruct_table(sig: SigStruct, where: str) -> Table:
-    table = Table(title=f"SIGSTRUCT in {where}", title_justify="left", show_header=False)
+    table = _table(f"SIGSTRUCT in {where}", show_header=False)
     table.add_column("field")
     table.add_column("value", overflow="fold")
     for name, value in _sigstruct_document(sig).items():
