@@ -1,1 +1,12 @@
-"""x"""
+"""Real programs at native speed: a supervisor below an unmodified program, and SGX from software.
+
+Enclave code runs on the real processor; ENCLU, faults, the device and CPUID come to us.  Linux on
+x86-64 only; no root needed.
+"""
+
+from softsgx.engines.native.doctor import Finding, choose_pager, doctor
+from softsgx.engines.native.memory import NativeStore
+from softsgx.engines.native.pagers import PAGERS
+from softsgx.engines.native.supervisor import Supervisor
+
+__all__ = ["PAGERS", "Finding", "NativeStore", "Supervisor", "choose_pager", "doctor"]

@@ -14,7 +14,8 @@ from functools import cache
 from typing import TypeAlias
 
 from softsgx.arch import CPUID_SGX_LEAF, Cpuid7Ebx, Cpuid7Ecx
-from softsgx.hw import MachineConfig, cpuid
+from softsgx.hw import MachineConfig
+from softsgx.hw.cpuid import cpuid
 
 __all__ = ["CpuidLeaf", "HostCpuid", "host_cpuid", "virtual_leaf", "xsave_components"]
 
@@ -68,8 +69,7 @@ def host_cpuid() -> HostCpuid:
         return eax, ebx, ecx, edx
 
     host = HostCpuid(execute)
-    del anchor, thunk
-    page.close()
+    del anchor
     return host
 
 

@@ -217,7 +217,9 @@ def _decode_vector(code: bytes, at: int) -> Insn | None:
         length = at + (opcode in _IMM8_2)
         return _checked(code, Insn(length, opcode, 2, memory and store, False, False))
     if table == 3:
-        return _checked(code, Insn(at + 1, opcode, 0x3A, memory and opcode in _STORE3A, False, False))
+        return _checked(
+            code, Insn(at + 1, opcode, 0x3A, memory and opcode in _STORE3A, False, False)
+        )
     if evex:
         store = opcode in _STORE38_EVEX and pp == 1
         store |= opcode in _STORE38_DOWN and pp == 2

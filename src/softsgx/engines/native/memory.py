@@ -198,9 +198,7 @@ class NativeStore:
         Call after anything that changed the entry.
         """
         addr = page.addr
-        usable = (
-            page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
-        )
+        usable = page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
         where = self._maps.get(addr)
         if where is None or not usable:
             self._hide(addr)

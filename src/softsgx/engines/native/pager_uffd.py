@@ -17,7 +17,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
-from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ESRCH
+from errno import EAGAIN, EINVAL, ENOENT, ESRCH
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, libc
@@ -102,7 +102,6 @@ class UffdPager:
             except OSError as error:
                 if error.errno == EAGAIN:  # the mappings are changing this moment
                     continue
-                assert error.errno != EEXIST, f"the page at {linaddr:#x} was no hole"
                 if error.errno in (ENOENT, ESRCH, EINVAL):
                     return False  # not mapped here
                 raise
@@ -148,7 +147,7 @@ class UffdPager:
         """Drop the entries of watched pages now; a thread of this space is stopped."""
         if not self._watched:
             return
-        calls = [
+        calls: list[tuple[int, ...]] = [
             (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
             for start, end in _runs(sorted(self._watched))
         ]

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory import EnclaveMemory, Guard, NativeStore
-from softsgx.hw import WRITE, EXECUTE, EpcPage, PageFault
+from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
 
 __all__ = ["Pager", "Space"]
 
@@ -45,6 +45,9 @@ class Pager(Guard, Protocol):
 
     def touched(self, linaddr: int) -> bool:
         """A fault hit a shown page: return whether it only told of a watched page's use."""
+
+    def flush(self) -> None:
+        """The program goes on: do what was put off."""
 
     def close(self) -> None:
         """The address space is gone."""
@@ -156,6 +159,16 @@ class Space:
             page = self._page_at(entry[0])
             assert page is not None, f"{entry[0]:#x} is no EPC page"
             self._store.refresh(page)
+
+    def reshow(self, linaddr: int) -> None:
+        """Give a page that faulted without a reason the rights that it should have here."""
+        entry = self.entry(linaddr)
+        if entry is not None:
+            page = self._page_at(entry[0])
+            assert page is not None, f"{entry[0]:#x} is no EPC page"
+            self._store.refresh(page)
+            if self._store.is_shown(entry[0]):
+                self.pager.set_writable(linaddr, writable=bool(page.rwx & WRITE))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -122,9 +122,7 @@ def _install_filter(bpf: bytes) -> None:
     program = _Program(len(bpf) // 8, ctypes.addressof(buffer))
     # Without it only root may install a filter; with it set-user-ID programs gain nothing.
     libc.syscall(157, abi.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.syscall(
-        157, abi.PR_SET_SECCOMP, abi.SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0
-    )
+    libc.syscall(157, abi.PR_SET_SECCOMP, abi.SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
 
 
 def _follow_to_exec(thread: Thread) -> None:

@@ -23,7 +23,7 @@ _ALL_BUT_TRAP = (_MINUS_ONE ^ 1 << abi.SIGTRAP - 1).to_bytes(8, "little")
 _REGS_BYTES = ctypes.sizeof(UserRegs)
 
 
-class Gone(Exception):  # noqa: N818 - an event, not an error
+class Gone(Exception):
     """The thread has died; ``status`` is what wait(2) said, ``None`` when nobody knows."""
 
     def __init__(self, tid: int, status: int | None) -> None:
@@ -55,6 +55,7 @@ class Thread:
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         injected: whether a call was injected since the last stop, so that the kernel has
             forgotten the signal information of that stop.
+        at_call: whether it is at a seccomp stop whose call can still be made or skipped.
     """
 
     def __init__(self, tid: int) -> None:
@@ -65,6 +66,7 @@ class Thread:
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
         self.injected = False
+        self.at_call = False
 
     # --- registers ------------------------------------------------------------------------------
 
@@ -144,8 +146,14 @@ class Thread:
             raise Gone(self.tid, None) from None
         if not os.WIFSTOPPED(status):
             raise Gone(self.tid, status)
+        return self.stopped(status)
+
+    def stopped(self, status: int) -> Stop:
+        """Take note of a stop that wait(2) told of."""
+        stop = decode_stop(status)
         self.injected = False
-        return decode_stop(status)
+        self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
+        return stop
 
     def skip_syscall(self, result: int) -> None:
         """At a seccomp stop with registers loaded: do not make the call, ``result`` is its value.
@@ -159,6 +167,8 @@ class Thread:
     def finish_syscall(self, number: int | None = None, *arguments: int) -> int:
         """At a seccomp stop with registers loaded: make the call, or another in its place.
 
+        Where the stop's own call is used up, one is injected instead.
+
         The program finds its own values in the argument registers, as compilers rely on.
 
         Returns:
@@ -166,6 +176,9 @@ class Thread:
         """
         regs = self.regs
         kept = regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9
+        if not self.at_call:
+            made = regs.orig_rax if number is None else number
+            return self.syscall(made, *(kept if number is None else arguments))
         if number is not None:
             regs.orig_rax = number
             self._set_arguments(arguments)

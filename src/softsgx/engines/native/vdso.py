@@ -148,7 +148,9 @@ class _Image:
             ".dynamic": bytes(_DYN * 11),
             ".text": code,
         }
-        names_of_sections = b"\0" + b"".join(name.encode() + b"\0" for name in (*parts, ".shstrtab"))
+        names_of_sections = b"\0" + b"".join(
+            name.encode() + b"\0" for name in (*parts, ".shstrtab")
+        )
         parts[".shstrtab"] = names_of_sections
         at: dict[str, int] = {}
         cursor = _EHDR + 2 * _PHDR

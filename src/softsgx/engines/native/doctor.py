@@ -1,0 +1,225 @@
+"""What this machine allows: the facts that decide how the native engine can run.
+
+Each probe tries the thing itself, in a child where it could do harm.
+
+Source:
+    ptrace(2), seccomp(2), userfaultfd(2), pidfd_getfd(2), arch_prctl(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.pager_uffd import open_userfaultfd
+
+_ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
+
+__all__ = ["Finding", "can_fault_cpuid", "choose_pager", "doctor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact.
+
+    Attributes:
+        name: what was probed.
+        ok: whether it is there.
+        needed: whether the engine cannot run without it.
+        text: what it is good for, or what its absence means and what to do about it.
+    """
+
+    name: str
+    ok: bool
+    needed: bool
+    text: str
+
+
+def doctor() -> list[Finding]:
+    """Probe this machine and return the findings, those that matter most first."""
+    return [
+        _platform(),
+        _finding(
+            "ptrace",
+            can_ptrace(),
+            needed=True,
+            good="programs can be traced",
+            bad="programs cannot be traced: allow ptrace (container: --cap-add=SYS_PTRACE, "
+            "sysctl kernel.yama.ptrace_scope below 3)",
+        ),
+        _finding(
+            "seccomp",
+            can_filter(),
+            needed=True,
+            good="system calls stop only where SGX needs it",
+            bad="no seccomp filters: the kernel needs CONFIG_SECCOMP_FILTER",
+        ),
+        _finding(
+            "pidfd_getfd",
+            can_getfd(),
+            needed=True,
+            good="descriptors can be taken over",
+            bad="pidfd_getfd is missing or forbidden: Linux 5.6, and a container profile that "
+            "allows it",
+        ),
+        _finding(
+            "userfaultfd",
+            can_userfaultfd(),
+            needed=False,
+            good="pager: userfaultfd",
+            bad="not usable; pager: mprotect, about three times slower",
+        ),
+        _finding(
+            "CPUID faulting",
+            can_fault_cpuid(),
+            needed=False,
+            good="every CPUID is answered by the software machine",
+            bad="this processor has none: CPUID is replaced in code as it is loaded; code made at "
+            "run time, and enclave code, sees the processor's own",
+        ),
+        _finding(
+            "ENCLU",
+            True,
+            needed=False,
+            good=_ENCLU_TEXT[enclu_signal()],
+            bad="",
+        ),
+    ]
+
+
+def choose_pager() -> str:
+    """Return the name of the pager to use here."""
+    return "userfaultfd" if can_userfaultfd() else "mprotect"
+
+
+@cache
+def can_ptrace() -> bool:
+    """Return whether a child can be seized."""
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    try:
+        libc.ptrace(abi.PTRACE_SEIZE, pid, 0, abi.PTRACE_O_EXITKILL)
+    except OSError:
+        return False
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return True
+
+
+@cache
+def can_filter() -> bool:
+    """Return whether seccomp filters that stop for a tracer exist."""
+    action = ctypes.c_uint32(abi.SECCOMP_RET_TRACE)
+    return _works(lambda: libc.syscall(abi.SYS_SECCOMP, _ACTION_AVAIL, 0, ctypes.addressof(action)))
+
+
+@cache
+def can_getfd() -> bool:
+    """Return whether a descriptor can be duplicated out of a process."""
+
+    def probe() -> None:
+        pidfd = libc.pidfd_open(os.getpid())
+        read, write = os.pipe()
+        try:
+            os.close(libc.pidfd_getfd(pidfd, read))
+        finally:
+            for descriptor in (pidfd, read, write):
+                os.close(descriptor)
+
+    return _works(probe)
+
+
+@cache
+def can_userfaultfd() -> bool:
+    """Return whether userfaultfd offers what the pager needs."""
+
+    def probe() -> None:
+        flags = abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
+        uffd = libc.syscall(abi.SYS_USERFAULTFD, flags)
+        try:
+            open_userfaultfd(uffd)
+        finally:
+            os.close(uffd)
+
+    return _works(probe)
+
+
+@cache
+def can_fault_cpuid() -> bool:
+    """Return whether CPUID can be made to fault."""
+
+    def child() -> None:
+        libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
+
+    return _in_child(child) == 0
+
+
+@cache
+def enclu_signal() -> int:
+    """Return the signal that ENCLU of a leaf outside an enclave raises here."""
+
+    def child() -> None:
+        signal.signal(signal.SIGILL, signal.SIG_DFL)
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=7)
+        page.write(bytes.fromhex("b804000000 31db 0f01d7 c3"))
+        ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+
+    return -_in_child(child)
+
+
+_ENCLU_TEXT = {
+    0: "executes: this system runs its own enclaves",
+    -1: "did not trap: unexpected",
+    signal.SIGILL: "traps as SIGILL (no SGX in this processor)",
+    signal.SIGSEGV: "traps as SIGSEGV (SGX is on, but the system does not use it)",
+}
+
+
+def _platform() -> Finding:
+    ok = sys.platform == "linux" and platform.machine() == "x86_64"
+    return _finding(
+        "platform",
+        ok,
+        needed=True,
+        good=f"Linux {platform.release()} on x86-64",
+        bad=f"{sys.platform} on {platform.machine()}: the native engine needs Linux on x86-64",
+    )
+
+
+def _finding(name: str, ok: bool, *, needed: bool, good: str, bad: str) -> Finding:
+    return Finding(name, ok, needed, good if ok else bad)
+
+
+def _works(probe: Callable[[], object]) -> bool:
+    try:
+        probe()
+    except OSError:
+        return False
+    return True
+
+
+def _in_child(run: Callable[[], object]) -> int:
+    """Run it in a child; return its exit status, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            run()
+            status = 0
+        finally:
+            os._exit(status)
+    _pid, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)

@@ -1,0 +1,117 @@
+"""A thread of the program as everybody needs it: tracee, logical processor, the driver's task."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from softsgx.driver import Mm
+from softsgx.engines.native import abi
+from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.image import Image, ImageMemory
+from softsgx.engines.native.tracee import Stop, Thread
+from softsgx.hw import LogicalProcessor
+from softsgx.paging import Group
+
+__all__ = ["FAULT_SIGNALS", "Process", "ProgramThread"]
+
+_READ_IMPLIES_EXEC = 0x0040_0000
+
+FAULT_SIGNALS = sum(
+    1 << number - 1 for number in (abi.SIGILL, abi.SIGTRAP, abi.SIGBUS, abi.SIGFPE, abi.SIGSEGV)
+)
+"""Signals that code in an enclave raises, as a mask."""
+
+
+@dataclass(eq=False, slots=True)
+class Process:
+    """A thread group.
+
+    Attributes:
+        pid: its id.
+        pidfd: a descriptor of it.
+        group: who pays for its EPC.
+    """
+
+    pid: int
+    pidfd: int
+    group: Group
+    alive: int = 0
+
+
+@dataclass(eq=False)
+class ProgramThread(Thread):
+    """See the module.  It is the driver's :class:`~softsgx.driver.Task`.
+
+    Attributes:
+        process: its thread group.
+        image: its address space.
+        cpu: the logical processor it is.
+        running: whether it may be executing; ``False`` while stopped by us.
+        pending: a stop that came while we wanted something else of it.
+        blocked: its signal mask from before it entered an enclave, when we changed it.
+        again: the next seccomp stop only repeats a call that shall run.
+        spurious: how often the fault at (RIP, address) was repeated without a reason.
+        outgoing: the information that goes with the signal we deliver instead of its own.
+    """
+
+    tid: int
+    process: Process
+    image: Image
+    cpu: LogicalProcessor
+    running: bool = False
+    pending: list[Stop] = field(default_factory=list)
+    blocked: int | None = None
+    again: bool = False
+    user_memory: ImageMemory | None = None
+    spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
+    outgoing: SigInfo | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.tid)
+        self.inject_at = self.image.vdso_base + self.image.vdso.inject
+
+    # --- the driver's task ----------------------------------------------------------------------
+
+    @property
+    def mm(self) -> Mm:
+        """Its address space."""
+        return self.image.mm
+
+    @property
+    def memory(self) -> ImageMemory:
+        """Ordinary memory; the same object for one system call."""
+        if self.user_memory is None:
+            self.user_memory = self.image.memory
+        return self.user_memory
+
+    @property
+    def group(self) -> Group:
+        """Who pays for EPC."""
+        return self.process.group
+
+    @property
+    def personality_read_implies_exec(self) -> bool:
+        """Whether every readable mapping becomes executable."""
+        try:
+            with open(f"/proc/{self.tid}/personality") as file:
+                return bool(int(file.read(), 16) & _READ_IMPLIES_EXEC)
+        except OSError:
+            return False
+
+    def file(self, fd: int) -> object | None:
+        """Return the driver's file behind a descriptor, or any object for another open one."""
+        device = self.image.registry.of_descriptor(self.process.pid, fd)
+        if device is not None:
+            return device.file
+        return object() if os.path.lexists(f"/proc/{self.process.pid}/fd/{fd}") else None
+
+    def signal_pending(self) -> bool:
+        """Return whether a signal waits that it does not block."""
+        try:
+            with open(f"/proc/{self.tid}/status") as file:
+                fields = dict(line.split(":", 1) for line in file)
+        except OSError:
+            return True
+        waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+        return bool(waiting & ~int(fields["SigBlk"], 16))

@@ -1,0 +1,316 @@
+"""``run``: a program, a software SGX machine, and the Linux side between them.
+
+Everything runs in the calling OS thread, which is the program's tracer: the machine, the EPC core
+and the driver on an inline runtime.  Nothing is left behind: when the supervisor ends, by whatever
+means, the kernel ends the program.
+
+Deviation: while a program runs, every child of the calling process that ends is reaped here.
+
+Source:
+    ptrace(2), PTRACE_O_EXITKILL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from softsgx.driver import (
+    BadAddress,
+    Driver,
+    EnclaveFile,
+    Ioctl,
+    Mm,
+    ProvisionFile,
+    RestrictPermissions,
+)
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.bpf import build_filter
+from softsgx.engines.native.cpuid import host_cpuid, virtual_leaf
+from softsgx.engines.native.doctor import can_fault_cpuid, choose_pager
+from softsgx.engines.native.image import Image
+from softsgx.engines.native.loop import Handler, Loop, World
+from softsgx.engines.native.mappings import Mappings, rewrite_cpuid
+from softsgx.engines.native.memory import EnclaveMemory, NativeStore
+from softsgx.engines.native.names import DeviceNames
+from softsgx.engines.native.pagers import make_pager
+from softsgx.engines.native.program import Process, ProgramThread
+from softsgx.engines.native.ram import NativeRam
+from softsgx.engines.native.registry import Registry
+from softsgx.engines.native.space import Space
+from softsgx.engines.native.start import install_vdso, start_program
+from softsgx.engines.native.tracee import Thread
+from softsgx.engines.native.transitions import Transitions
+from softsgx.engines.native.vdso import Vdso
+from softsgx.hw import LogicalProcessor, Machine, interrupt
+from softsgx.paging import EpcCore
+
+__all__ = ["Supervisor"]
+
+_EINTR = 4
+_ERESTARTSYS = 512
+
+
+class Supervisor(World):
+    """Runs one program, with all its children.
+
+    Args:
+        machine: its store is a :class:`NativeStore`.
+        core: the EPC core of it.
+        driver: the driver on it.
+        pager: which pager to use; the best one by default.
+        cpus: the processors that program and supervisor may run on.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        core: EpcCore,
+        driver: Driver,
+        *,
+        pager: str | None = None,
+        cpus: set[int] | None = None,
+    ) -> None:
+        assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
+        self._machine, self._core, self._driver = machine, core, driver
+        self._store: NativeStore = machine.store
+        self._pager = pager or choose_pager()
+        self._cpus = cpus
+        self._faulting = can_fault_cpuid()
+        self._registry = Registry()
+        self._host = host_cpuid()
+        self._images: list[Image] = []
+        self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
+        machine.ram = NativeRam(self._images)
+        config = machine.config
+        transitions = Transitions(lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub))
+        self._loop = Loop(self, transitions, self._handlers())
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdio: tuple[int, int, int] | None = None,
+    ) -> int:
+        """Run ``argv`` and return its exit status: -n when signal n ended it.
+
+        Raises:
+            SoftSgxError: it cannot be started, or this machine does not allow it.
+        """
+        before = os.sched_getaffinity(0)
+        if self._cpus is not None:
+            os.sched_setaffinity(0, self._cpus)
+        try:
+            bpf = build_filter(trap_executable_mappings=not self._faulting)
+            first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
+            try:
+                process = Process(first.tid, libc.pidfd_open(first.tid), self._core.root)
+                thread = self._dress(first, process)
+                self._loop.add(thread)
+                self._loop.go(thread)
+                self._loop.run()
+            except BaseException:
+                self._loop.kill()
+                _kill(first.tid)
+                raise
+            status = self._loop.statuses.get(first.tid)
+            return -9 if status is None else os.waitstatus_to_exitcode(status)
+        finally:
+            self._registry.close()
+            os.sched_setaffinity(0, before)
+
+    # --- system calls ---------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[int, Handler]:
+        names = DeviceNames(_Opener(self._driver), self._registry)
+        mappings = Mappings(self._registry, rewrite=not self._faulting)
+        return {
+            abi.SYS_OPEN: names.open,
+            abi.SYS_OPENAT: names.openat,
+            abi.SYS_OPENAT2: names.openat2,
+            abi.SYS_STAT: names.stat,
+            abi.SYS_LSTAT: names.stat,
+            abi.SYS_FSTAT: names.fstat,
+            abi.SYS_NEWFSTATAT: names.newfstatat,
+            abi.SYS_STATX: names.statx,
+            abi.SYS_ACCESS: names.access,
+            abi.SYS_FACCESSAT: names.faccessat,
+            abi.SYS_FACCESSAT2: names.faccessat,
+            abi.SYS_READLINK: names.readlink,
+            abi.SYS_READLINKAT: names.readlinkat,
+            abi.SYS_MMAP: mappings.mmap,
+            abi.SYS_MPROTECT: mappings.mprotect,
+            abi.SYS_PKEY_MPROTECT: mappings.mprotect,
+            abi.SYS_MUNMAP: mappings.munmap,
+            abi.SYS_MREMAP: mappings.mremap,
+            abi.SYS_IOCTL: self._ioctl,
+        }
+
+    def _ioctl(self, thread: ProgramThread) -> int | None:
+        """ioctl(descriptor, command, argument) with a command of type 0xA4."""
+        regs = thread.regs
+        device = self._registry.of_descriptor(thread.process.pid, regs.rdi & 0xFFFF_FFFF)
+        if device is None:
+            return None
+        file, command = device.file, regs.rsi & 0xFFFF_FFFF
+        if not isinstance(file, EnclaveFile):
+            return -25  # ENOTTY
+        try:
+            result = file.ioctl(thread, command, regs.rdx)
+        except OSError as error:
+            code = error.errno or 5
+            result = -(_EINTR if code == _ERESTARTSYS else code)
+        if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
+            self._refresh(thread, file, regs.rdx)
+        return result
+
+    def _refresh(self, thread: ProgramThread, file: EnclaveFile, argument: int) -> None:
+        """EPCM entries of a range have changed: the program's view follows."""
+        size = RestrictPermissions.SIZE
+        try:
+            request = RestrictPermissions.unpack(thread.memory.read(argument, size))
+        except BadAddress:
+            return  # nothing was done either
+        start = file.enclave.base + request.offset
+        device = self._registry.of_file(file)
+        for linaddr in range(start, start + request.length, abi.PAGE):
+            for space in device.users:
+                space.refresh(linaddr)
+
+    # --- the loop's world -----------------------------------------------------------------------
+
+    def new_thread(self, tid: int, process: Process, image: Image) -> ProgramThread:
+        """Give a new thread a logical processor."""
+        cpu = self._free_cpus.pop() if self._free_cpus else self._another_cpu()
+        cpu.cpl, cpu.space = 3, image.space
+        thread = ProgramThread(tid, process, image, cpu)
+        image.threads[tid] = thread
+        process.alive += 1
+        return thread
+
+    def _another_cpu(self) -> LogicalProcessor:
+        cpu = LogicalProcessor(self._machine, len(self._machine.cpus))
+        self._machine.cpus.append(cpu)
+        return cpu
+
+    def new_process(self, pid: int, parent: Process) -> Process:
+        """A child pays as its parent does."""
+        return Process(pid, libc.pidfd_open(pid), parent.group)
+
+    def fork_image(self, tid: int, parent: Image) -> Image:
+        """Copy an image: same vDSO, same replaced code, its own page tables."""
+        return self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
+
+    def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
+        """Set up paging in a fork child, which has inherited mappings but not their watching."""
+        image = thread.image
+        self._wire(image, thread, thread.process, parent.mm)
+        for vma in image.mm.vmas():
+            device = self._registry.of_file(vma.file)
+            if image.space not in device.users:
+                device.users.append(image.space)
+                device.memory.guards.append(image.pager)
+            image.pager.mapped(vma.start, vma.end, vma.prot)
+
+    def exec_image(self, tid: int, process: Process) -> ProgramThread:
+        """Dress the new program."""
+        return self._dress(Thread(tid), process)
+
+    def thread_gone(self, thread: ProgramThread) -> None:
+        """Take back the processor, and the address space from the last of its threads."""
+        image, cpu, process = thread.image, thread.cpu, thread.process
+        image.threads.pop(thread.tid, None)
+        # Whatever it was doing in an enclave, an interrupt took it out, and it never resumed.
+        interrupt(cpu)
+        self._free_cpus.append(cpu)
+        process.alive -= 1
+        if not process.alive:
+            os.close(process.pidfd)
+            process.pidfd = -1
+        if not image.threads:
+            image.mm.exit()
+            self._registry.forget_space(image.space)
+            image.pager.close()
+            os.close(image.memory_fd)
+            self._registry.sweep()
+
+    # --- images ---------------------------------------------------------------------------------
+
+    def _dress(self, bare: Thread, process: Process) -> ProgramThread:
+        """Make a fresh program image ours; ``bare`` is stopped at the end of its execve."""
+        if process.pidfd < 0:
+            process.pidfd = libc.pidfd_open(process.pid)
+        memory = os.open(f"/proc/{bare.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        base, vdso = install_vdso(bare, memory)
+        os.close(memory)
+        image = self._image(bare.tid, base, vdso, set())
+        image.space = None  # type: ignore[assignment]  # wired below
+        thread = self.new_thread(bare.tid, process, image)
+        image.current = thread
+        if self._faulting:
+            thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
+        else:
+            _rewrite_image(thread)
+        self._wire(image, thread, process, None)
+        return thread
+
+    def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        image = Image(len(self._images), memory, base, vdso, sites)
+        image.hold = self._loop.hold
+        image.registry = self._registry
+        self._images.append(image)
+        return image
+
+    def _wire(
+        self, image: Image, thread: ProgramThread, process: Process, parent: Mm | None
+    ) -> None:
+        """Connect page tables, pager, driver and processor of an image."""
+        image.pager = make_pager(self._pager, image, thread, process.pidfd)
+        space = Space(image.index, self._store, self._machine.page_at, image.pager)
+        space.kick_all = partial(self._loop.kick, image)
+        image.space = thread.cpu.space = space
+        name = f"mm of {process.pid}"
+        if parent is None:
+            image.mm = Mm(self._driver.runtime, space, owner=thread, name=name)
+        else:
+            image.mm = parent.fork(space, owner=thread, name=name)
+        space.memory_at = partial(_memory_at, image)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    driver: Driver
+
+    def open_enclave(self, thread: ProgramThread) -> EnclaveFile:
+        return self.driver.open(thread)
+
+    def open_provision(self, thread: ProgramThread) -> ProvisionFile:
+        return self.driver.open_provision(thread)
+
+
+def _memory_at(image: Image, linaddr: int) -> EnclaveMemory | None:
+    device = image.device_at(linaddr)
+    return None if device is None else device.memory
+
+
+def _rewrite_image(thread: ProgramThread) -> None:
+    """Replace CPUID in what execve has mapped: the program and its loader."""
+    with open(f"/proc/{thread.tid}/maps") as maps:
+        for line in maps:
+            words = line.split(maxsplit=5)
+            if "x" in words[1] and len(words) > 5 and words[5].startswith("/"):
+                start, end = (int(part, 16) for part in words[0].split("-"))
+                rewrite_cpuid(thread, start, end - start)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, 9)
+        os.waitpid(pid, abi.WALL)
+    except (ProcessLookupError, ChildProcessError):
+        return

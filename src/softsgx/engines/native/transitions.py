@@ -1,0 +1,420 @@
+"""ENCLU, faults and signals: how threads go into enclaves and come out.
+
+A thread of the program is a logical processor of the machine.  Its registers go to the machine for
+a leaf or an asynchronous exit and come back; in between, enclave code runs on the real processor.
+
+After an asynchronous exit whose reason was dealt with, execution goes on at the AEP.  When there is
+an ENCLU there, ERESUME is done at once: one trap less, and nobody can tell.
+
+Deviation: an access from outside to an enclave page that cannot be shown (a TCS, a pending page)
+is SIGBUS, where hardware reads ones and drops stores.
+
+Source:
+    SDM vol. 3D, "Asynchronous Enclave Exit", "EENTER"; arch/x86/mm/fault.c, arch/x86/kernel/traps.c
+    for what becomes of exceptions; vdso.rst for the fix-up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Vector
+from softsgx.driver import FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.cpuid import CpuidLeaf
+from softsgx.engines.native.insn import is_write
+from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
+from softsgx.hw import (
+    EXECUTE,
+    READ,
+    WRITE,
+    Fault,
+    PageFault,
+    UndefinedOpcode,
+    aex,
+    check_access,
+    enclu,
+)
+
+__all__ = ["Transitions"]
+
+_ENCLU = b"\x0f\x01\xd7"
+_CPUID = b"\x0f\xa2"
+_GENERAL = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+    *("rip", "rflags", "fs_base", "gs_base"),
+)
+_LOW_32 = 0xFFFF_FFFF
+_NO_CALL = (1 << 64) - 1
+_PAGE_MASK = -PAGE_BYTES
+_ENCLU_BYTES = 3
+
+_ILL_ILLOPN = 2
+_FPE_INTDIV = 1
+_BUS_ADRALN = 1
+_INTERRUPT = 0xFD
+#: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
+_SPURIOUS_LIMIT = 10_000
+
+_ENTRIES = frozenset({Enclu.EENTER, Enclu.ERESUME})
+_EPCM_CHANGES = frozenset({Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY})
+
+
+class Transitions:
+    """Handlers of stops.  Each returns the signal to deliver when the thread goes on, 0 for none.
+
+    Args:
+        cpuid: what CPUID (leaf, sub-leaf) gives.
+    """
+
+    def __init__(self, cpuid: Callable[[int, int], CpuidLeaf]) -> None:
+        self._cpuid = cpuid
+
+    # --- stops ----------------------------------------------------------------------------------
+
+    def enter(self, thread: ProgramThread) -> int:
+        """Our vDSO asks for EENTER: the seccomp stop of its magic call, registers loaded."""
+        image, regs = thread.image, thread.regs
+        regs.orig_rax = _NO_CALL
+        regs.rax, regs.rcx = Enclu.EENTER, image.aep
+        regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
+        return self._enclu(thread, 0)
+
+    def signal(self, thread: ProgramThread, number: int) -> int:
+        """A signal is about to be delivered."""
+        inside = thread.cpu.inside is not None
+        info = thread.siginfo()
+        if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
+            if inside:
+                thread.load()
+                self.leave(thread, _INTERRUPT)
+            return number
+        thread.load()
+        return self._inside(thread, number, info) if inside else self._outside(thread, number, info)
+
+    def kicked(self, thread: ProgramThread) -> None:
+        """An inter-processor interrupt: the thread is stopped, and inside."""
+        thread.load()
+        self.leave(thread, _INTERRUPT)
+
+    def leave(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> None:
+        """Asynchronous exit; registers are loaded, and stored afterwards."""
+        cpu = thread.cpu
+        _to_machine(thread)
+        cpu.regs.xsave = thread.xstate()
+        aex(cpu, vector, code, address)
+        thread.set_xstate(cpu.regs.xsave)
+        _from_machine(thread)
+        self._went_out(thread)
+
+    # --- signals --------------------------------------------------------------------------------
+
+    def _outside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
+        image, regs = thread.image, thread.regs
+        if number == abi.SIGTRAP:
+            if regs.rip - 1 in image.cpuid_sites:
+                self._emulate_cpuid(thread, regs.rip + 1)
+                return 0
+            return number
+        code = image.read(regs.rip, _ENCLU_BYTES)
+        if code == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
+            return self._enclu(thread, number)
+        if number == abi.SIGSEGV and info.code == abi.SI_KERNEL and code[:2] == _CPUID:
+            self._emulate_cpuid(thread, regs.rip + 2)
+            return 0
+        if number in (abi.SIGSEGV, abi.SIGBUS) and info.code in (1, 2):
+            return self._outside_fault(thread, number, info.addr)
+        return number
+
+    def _outside_fault(self, thread: ProgramThread, number: int, address: int) -> int:
+        image, space = thread.image, thread.image.space
+        if image.mm.find(address) is None:
+            return number
+        access = self._access(thread, address)
+        entry = space.entry(address)
+        if entry is not None and not access & ~entry[1]:
+            if space.is_shown(address) and self._repeat(thread, address):
+                return 0
+            return abi.SIGBUS
+        return self._outcome(thread, number, image.mm.fault(address, access, thread), address)
+
+    def _outcome(
+        self, thread: ProgramThread, number: int, result: FaultResult, address: int
+    ) -> int:
+        """Return the signal that a fault handled by the driver ends with."""
+        match result:
+            case FaultResult.NOPAGE | FaultResult.RETRY:
+                return 0
+            case FaultResult.SEGV:
+                if number != abi.SIGSEGV:
+                    _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address)
+                return abi.SIGSEGV
+            case FaultResult.SIGBUS | FaultResult.OOM:
+                if number != abi.SIGBUS:
+                    _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address)
+                return abi.SIGBUS
+
+    def _inside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
+        regs = thread.regs
+        vector: int
+        code = self._code(thread, regs.rip)
+        if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
+            return self._enclu(thread, number)
+        match number:
+            case abi.SIGSEGV | abi.SIGBUS if info.code in (1, 2) and not (
+                number == abi.SIGBUS and info.code == _BUS_ADRALN
+            ):
+                return self._inside_fault(thread, number, info.addr, info.code)
+            case abi.SIGSEGV:
+                # With CPUID faulting CPUID raises #GP, but inside an enclave it is #UD.
+                vector = Vector.UD if code[:2] == _CPUID else Vector.GP
+            case abi.SIGBUS:
+                vector = Vector.AC
+            case abi.SIGILL:
+                vector = Vector.UD
+            case abi.SIGFPE:
+                vector = Vector.DE if info.code == _FPE_INTDIV else _float_vector(code)
+            case _:
+                vector = Vector.BP if info.code == abi.SI_KERNEL else Vector.DB
+        if vector == Vector.UD and number != abi.SIGILL:
+            _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            number = abi.SIGILL
+        return self._exception(thread, number, vector)
+
+    def _inside_fault(
+        self, thread: ProgramThread, number: int, address: int, signal_code: int
+    ) -> int:
+        """A page fault of enclave code, or of a leaf's operand."""
+        access = self._access(thread, address)
+        return self._page_fault(thread, number, address, access, signal_code)
+
+    def _page_fault(
+        self, thread: ProgramThread, number: int, address: int, access: int, signal_code: int
+    ) -> int:
+        image, inside = thread.image, thread.cpu.inside
+        assert inside is not None, "a fault of enclave code outside an enclave"
+        kind = _pfec(access)
+        entry = image.space.entry(address)
+        ordinary = entry is None or access & ~entry[1]
+        if ordinary:
+            present = entry is not None and image.space.is_shown(address)
+            if not inside.enclave.covers(address):
+                present = number == abi.SIGSEGV and signal_code == abi.SEGV_ACCERR
+            return self._ordinary_fault(thread, number, address, access, kind | present)
+        assert entry is not None, "no fault here is without an entry"
+        if inside.enclave.covers(address):
+            page = thread.cpu.hw.page_at(entry[0])
+            refused = check_access(inside.secs, page, address, access)
+            if refused is not None:
+                _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
+                return self._exception(thread, abi.SIGSEGV, Vector.PF, refused.code, address)
+        if self._repeat(thread, address):
+            return 0
+        return self._exception(thread, number, Vector.PF, kind, address)
+
+    def _ordinary_fault(
+        self, thread: ProgramThread, number: int, address: int, access: int, code: int
+    ) -> int:
+        """Paging itself refused: out of the enclave, and let the driver see to it."""
+        image = thread.image
+        known = image.mm.find(address) is not None
+        self.leave(thread, Vector.PF, code, address)
+        result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
+        if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+            return self._resume_enclave(thread)
+        if self._fix_up(thread, Enclu.ERESUME, Vector.PF, code, address & _PAGE_MASK):
+            return 0
+        if result is FaultResult.SEGV:
+            mapped = abi.SEGV_ACCERR if known or code & Pfec.P else abi.SEGV_MAPERR
+            _send(thread, abi.SIGSEGV, mapped, address & _PAGE_MASK)
+            return abi.SIGSEGV
+        _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
+        return abi.SIGBUS
+
+    def _exception(
+        self, thread: ProgramThread, number: int, vector: int, code: int = 0, address: int = 0
+    ) -> int:
+        """Enclave code raised an exception: out, and on to whoever handles it."""
+        self.leave(thread, vector, code, address)
+        fixable = vector not in (Vector.DB, Vector.BP)
+        if fixable and self._fix_up(thread, Enclu.ERESUME, vector, code, address & _PAGE_MASK):
+            return 0
+        return number
+
+    def _fix_up(
+        self, thread: ProgramThread, leaf: int, vector: int, code: int, address: int
+    ) -> bool:
+        """Report an exception through our vDSO, if that is where it is seen to have happened."""
+        image, regs = thread.image, thread.regs
+        entry = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
+        if regs.rip not in (image.aep, entry):
+            return False
+        regs.rip = image.vdso_base + image.vdso.fixup
+        regs.rax, regs.rdi, regs.rsi, regs.rdx = leaf, vector, code, address
+        thread.store()
+        return True
+
+    # --- ENCLU ----------------------------------------------------------------------------------
+
+    def _resume_enclave(self, thread: ProgramThread) -> int:
+        """At the AEP after an exit whose reason is gone: do the ENCLU there, if there is one."""
+        image, regs = thread.image, thread.regs
+        if regs.rip == image.aep or image.read(regs.rip, _ENCLU_BYTES) == _ENCLU:
+            return self._enclu(thread, 0)
+        return 0
+
+    def _enclu(self, thread: ProgramThread, number: int) -> int:
+        """Do the ENCLU at RIP; ``number`` is the signal it trapped with."""
+        cpu, regs = thread.cpu, thread.regs
+        leaf = regs.rax & _LOW_32
+        operand = regs.rcx
+        while True:
+            _to_machine(thread)
+            if leaf == Enclu.ERESUME:
+                cpu.regs.xsave = thread.xstate()
+            try:
+                enclu(cpu)
+                break
+            except PageFault as fault:
+                if cpu.inside is not None:
+                    access = WRITE if fault.code & Pfec.W else READ
+                    return self._operand_fault(thread, fault, access)
+                failed = self._entry_fault(thread, leaf, fault)
+                if failed is not None:
+                    return failed
+            except Fault as fault:
+                return self._refused(thread, leaf, fault)
+        if leaf == Enclu.ERESUME:
+            thread.set_xstate(cpu.regs.xsave)
+        _from_machine(thread)
+        if leaf in _ENTRIES:
+            self._went_in(thread)
+        elif leaf == Enclu.EEXIT:
+            self._went_out(thread)
+        elif leaf in _EPCM_CHANGES:
+            thread.image.space.refresh(operand)
+        return 0
+
+    def _operand_fault(self, thread: ProgramThread, fault: PageFault, access: int) -> int:
+        """An operand of a leaf inside the enclave is not there, or not allowed."""
+        if fault.code & Pfec.SGX:
+            _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, fault.address & _PAGE_MASK)
+            return self._exception(thread, abi.SIGSEGV, Vector.PF, fault.code, fault.address)
+        return self._ordinary_fault(thread, 0, fault.address, access, fault.code)
+
+    def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
+        """EENTER or ERESUME met a page that is not there; ``None`` to try again."""
+        mm, number = thread.image.mm, abi.SIGSEGV
+        if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
+            access = WRITE if fault.code & Pfec.W else READ
+            result = mm.fault(fault.address, access, thread)
+            if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+                return None
+            if result is not FaultResult.SEGV:
+                number = abi.SIGBUS
+        if self._fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
+            return 0
+        thread.store()
+        _send(thread, number, 2, fault.address)
+        return number
+
+    def _refused(self, thread: ProgramThread, leaf: int, fault: Fault) -> int:
+        """A leaf raised #GP, #UD or the like."""
+        if thread.cpu.inside is not None:
+            if isinstance(fault, UndefinedOpcode):
+                _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+                return self._exception(thread, abi.SIGILL, fault.vector)
+            _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+            return self._exception(thread, abi.SIGSEGV, fault.vector, fault.code)
+        if self._fix_up(thread, leaf, fault.vector, fault.code, 0):
+            return 0
+        thread.store()
+        if isinstance(fault, UndefinedOpcode):
+            _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
+            return abi.SIGILL
+        _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+        return abi.SIGSEGV
+
+    def _went_in(self, thread: ProgramThread) -> None:
+        """Fault signals must reach us: the kernel resets what it forces on a blocked one."""
+        mask = thread.sigmask()
+        if mask & FAULT_SIGNALS:
+            thread.blocked = mask
+            thread.set_sigmask(mask & ~FAULT_SIGNALS)
+
+    def _went_out(self, thread: ProgramThread) -> None:
+        if thread.blocked is not None:
+            thread.set_sigmask(thread.blocked)
+            thread.blocked = None
+
+    # --- details --------------------------------------------------------------------------------
+
+    def _repeat(self, thread: ProgramThread, address: int) -> bool:
+        """A fault found nothing wrong any more: make sure of it and repeat the instruction."""
+        image, page = thread.image, address & _PAGE_MASK
+        spot = thread.regs.rip, address
+        thread.spurious = thread.spurious[0] + 1 if thread.spurious[1] == spot else 1, spot
+        if thread.spurious[0] > _SPURIOUS_LIMIT:
+            return False
+        if not image.pager.touched(page):
+            image.space.reshow(page)
+        return True
+
+    def _access(self, thread: ProgramThread, address: int) -> int:
+        """Return what kind of access faulted at ``address``."""
+        regs = thread.regs
+        if address & _PAGE_MASK == regs.rip & _PAGE_MASK and not thread.image.space.is_shown(
+            regs.rip
+        ):
+            return EXECUTE
+        code = self._code(thread, regs.rip)
+        return WRITE if is_write(code, address, regs.rsp, regs.rdi) else READ
+
+    def _code(self, thread: ProgramThread, rip: int) -> bytes:
+        """Return the instruction's bytes; of an enclave's from the memory file."""
+        device = thread.image.device_at(rip)
+        if device is None:
+            return thread.image.read(rip, 15)
+        return os.pread(device.memory.fd, 15, rip)
+
+    def _emulate_cpuid(self, thread: ProgramThread, then: int) -> None:
+        regs = thread.regs
+        regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
+        regs.rip = then
+        thread.store()
+
+
+def _to_machine(thread: ProgramThread) -> None:
+    source, target = thread.regs, thread.cpu.regs
+    for name in _GENERAL:
+        setattr(target, name, getattr(source, name))
+
+
+def _from_machine(thread: ProgramThread) -> None:
+    source, target = thread.cpu.regs, thread.regs
+    for name in _GENERAL:
+        setattr(target, name, getattr(source, name))
+    thread.store()
+
+
+def _pfec(access: int) -> int:
+    code = int(Pfec.U)
+    if access == WRITE:
+        code |= Pfec.W
+    if access == EXECUTE:
+        code |= Pfec.I
+    return code
+
+
+def _float_vector(code: bytes) -> int:
+    """Return #MF for an x87 instruction (or WAIT), #XM for a vector one."""
+    first = code[1] if code[:1] and code[0] & 0xF0 == 0x40 else code[0] if code else 0
+    return Vector.MF if 0xD8 <= first <= 0xDF or first == 0x9B else Vector.XM
+
+
+def _send(thread: ProgramThread, number: int, code: int, address: int) -> None:
+    """Make the signal that will be delivered carry this information."""
+    thread.outgoing = SigInfo(signo=number, code=code, addr=address)
