@@ -68,6 +68,8 @@ class EpcCore:
         root: as given.
         policy: as given.
         va: the upper levels of VA pages.
+        generation: changes whenever the answer to "is there a page?" may have changed; who backs
+            off for another reason (a page is being reclaimed) gives it to ``EpcBusy``.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class EpcCore:
         # What is going on: batches and sanitizing that may free a page soon; and a number that
         # changes whenever the answer to "is there a page?" may have changed.
         self._working = AtomicCount(runtime)
-        self._generation = 0
+        self.generation = 0
         self._stuck = False
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
         # ksgxd.
@@ -251,7 +253,7 @@ class EpcCore:
     def _charge_slowly(self, group: Group, *, reclaim: bool, signal: Callable[[], bool]) -> None:
         pressure = self._pressure()
         while True:
-            seen = self._generation
+            seen = self.generation
             refused = group.try_charge()
             if refused is None:
                 return
@@ -274,7 +276,7 @@ class EpcCore:
     def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
         pressure = self._pressure()
         while True:
-            seen = self._generation
+            seen = self.generation
             page = self._take(cpu_node)
             if page is not None:
                 return page
@@ -308,7 +310,7 @@ class EpcCore:
             signal: as for :meth:`alloc`.
         """
         if not group.has_reclaimable():
-            if self._generation != seen:
+            if self.generation != seen:
                 return
             # Deviation: Linux says ENOMEM, although a batch that runs now may hold every page
             # there is; in a small EPC it often does.
@@ -398,7 +400,7 @@ class EpcCore:
 
     def _changed(self) -> None:
         """The answer to "is there a page?" may have changed."""
-        self._generation += 1
+        self.generation += 1
         self._stuck = False
         if self._waiters:
             with self._lock:
@@ -501,7 +503,7 @@ class EpcCore:
 
     def _finished(self, batch: Batch) -> None:
         """Some work that others may wait for is over."""
-        self._generation += 1
+        self.generation += 1
         if batch.freed:
             self._stuck = False
         if self._waiters:
@@ -516,7 +518,7 @@ class EpcCore:
         Without a ksgxd that runs, the caller does its work: one batch.
         """
         if self._task is None:
-            if self._generation == busy.generation:
+            if self.generation == busy.generation:
                 self.reclaim()
             self.runtime.yield_now()
             return
@@ -526,7 +528,7 @@ class EpcCore:
         with self._lock:
             self._waiters += 1
             try:
-                while self._generation == seen and not self._stopping:
+                while self.generation == seen and not self._stopping:
                     self._progress.wait()
             finally:
                 self._waiters -= 1
@@ -560,7 +562,7 @@ class EpcCore:
     def settle(self) -> None:
         """Wait until every page was sanitized (or :meth:`stop` was called)."""
         while self.dirty_pages and self._task is not None and self._working.value:
-            self._await_progress(self._generation)
+            self._await_progress(self.generation)
 
     def _ksgxd(self) -> None:
         try:

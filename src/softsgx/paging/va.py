@@ -553,13 +553,11 @@ class VaTree:
         return array.take()
 
     def retire(self, page: VaPage) -> None:
-        """Give an upper page back when it holds nothing and others have room; the lock is held."""
-        array = page.array
-        empty = page.free == (1 << VA_SLOTS) - 1 and not page.pins
-        if empty and page.usable and array.room > VA_SLOTS and page.epc is not None:
-            if not self.core.unmark_reclaimable(page.epc):
-                return  # a batch has it, and will find that it may not leave
-            array.unlink(page)
+        """Give an upper page back when it holds no version; the lock is held."""
+        if page.free != _ALL_FREE or page.pins or not page.usable or page.epc is None:
+            return
+        if self.core.unmark_reclaimable(page.epc):  # else a batch has it, which will put it back
+            page.array.unlink(page)
 
     def recount(self) -> None:
         """Compare the counts of the upper levels with a recount."""

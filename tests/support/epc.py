@@ -1,0 +1,290 @@
+"""Toy enclaves for tests of the EPC core: real leaves, no driver, no processors.
+
+A :class:`ToyEnclave` keeps the rules that the driver keeps (one lock, a reference count, PTEs as a
+flag a page) and remembers what was written to each page, so that a lost or foreign byte shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from softsgx.arch import PAGE_BYTES, PageType, SecInfo
+from softsgx.hw import Machine, PageInfoArgs
+from softsgx.hw.enclave import Enclave
+from softsgx.hw.tracking import count_in, count_out
+from softsgx.paging import (
+    BackingFile,
+    EnclaveSwap,
+    EpcBusy,
+    EpcCore,
+    EpcPage,
+    Group,
+    MemoryBacking,
+    Reservation,
+    SwapEntry,
+)
+from tests.support.hw import secs_of
+
+__all__ = ["ToyEnclave", "ToyPage", "block_of"]
+
+_RW = 3
+
+
+def block_of(number: int) -> bytes:
+    """Return 4096 bytes that differ from those of every other ``number``."""
+    return number.to_bytes(8, "little") * (PAGE_BYTES // 8)
+
+
+@dataclass(eq=False)
+class ToyPage:
+    """One page of a toy enclave: the owner that the reclaimer asks.
+
+    Attributes:
+        content: what the page must hold.
+        mapped: whether a PTE maps it.
+        accessed: the PTE's accessed bit.
+    """
+
+    encl: ToyEnclave
+    index: int
+    content: bytes
+    epc: EpcPage | None = None
+    entry: SwapEntry | None = None
+    reservation: Reservation | None = None
+    mapped: bool = False
+    accessed: bool = False
+
+    @property
+    def leaving(self) -> bool:
+        """BEING_RECLAIMED, or blocked by an eviction that failed."""
+        return self.reservation is not None or (self.epc is not None and self.epc.blocked)
+
+    def get(self) -> bool:
+        return self.encl.get()
+
+    def put(self) -> None:
+        self.encl.put()
+
+    def age(self) -> bool:
+        young, self.accessed = self.accessed, False
+        return not young
+
+    def prepare(self) -> bool:
+        with self.encl.lock:
+            if self.epc is None:
+                return False
+            self.reservation = self.encl.swap.prepare(self.index)
+            return self.reservation is not None
+
+    def block(self) -> bool:
+        self.mapped = False
+        with self.encl.lock:
+            assert self.epc is not None and self.reservation is not None
+            if self.encl.swap.block(self.epc):
+                return True
+            self.encl.swap.cancel(self.reservation)
+            self.reservation = None
+            return False
+
+    def write(self) -> bool:
+        with self.encl.lock:
+            assert self.epc is not None and self.reservation is not None
+            reservation, self.reservation = self.reservation, None
+            entry = self.encl.swap.write(self.epc, reservation)
+            if entry is None:
+                return False
+            self.epc, self.entry = None, entry
+            return True
+
+
+@dataclass(eq=False)
+class ToyEnclave:
+    """An enclave of REG pages.
+
+    Attributes:
+        kicks: how often its processors were interrupted.
+        inside: entry epochs of the "processors" that are in it.
+    """
+
+    core: EpcCore
+    machine: Machine
+    size_pages: int = 64
+    number: int = 1
+    backing: BackingFile = field(default_factory=MemoryBacking)
+    group: Group | None = None
+    pages: dict[int, ToyPage] = field(default_factory=dict)
+    refs: int = 1
+    destroyed: bool = False
+    kicks: int = 0
+    inside: list[int] = field(default_factory=list)
+    on_kick: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.base = self.number * 0x1_0000_0000
+        self.lock = self.core.runtime.lock(f"encl{self.number}")
+        self.swap = EnclaveSwap(
+            self.core,
+            self.backing,
+            pages=self.size_pages,
+            base=self.base,
+            lock=self.lock,
+            pin=self,
+            kick=self.kick,
+            group=self.group,
+        )
+        self.swap.grow()
+        epc = self.core.alloc(None, reclaim=True, kind="secs", group=self.group)
+        secs = secs_of(self.size_pages * PAGE_BYTES, self.base)
+        info = PageInfoArgs(srcpge=secs.pack(), secinfo=SecInfo.of(PageType.SECS))
+        self.machine.leaves.ecreate(info, epc.addr)
+        self.swap.set_secs(epc)
+        self.swap.secs_may_leave = True
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def get(self) -> bool:
+        if self.refs == 0:
+            return False
+        self.refs += 1
+        return True
+
+    def put(self) -> None:
+        self.refs -= 1
+        if self.refs == 0:
+            self._destroy()
+
+    close = put
+
+    def _destroy(self) -> None:
+        with self.lock:
+            for page in self.pages.values():
+                assert page.reservation is None, "destroyed while a page is being evicted"
+                if page.epc is not None:
+                    assert self.core.unmark_reclaimable(page.epc), "destroyed in a batch"
+                    self.swap.child_removed()
+                    self.core.remove(page.epc)
+                elif page.entry is not None:
+                    self.swap.drop(page.entry)
+            self.swap.destroy()
+        self.destroyed = True
+
+    # --- processors ---------------------------------------------------------------------------------
+
+    @property
+    def hardware(self) -> Enclave:
+        """The processor's view; the SECS must be resident."""
+        assert self.swap.secs is not None, "the SECS is evicted"
+        page = self.machine.page_at(self.swap.secs.addr)
+        assert page is not None
+        return page.owner
+
+    def enter(self) -> None:
+        """A processor enters and stays until it is kicked out."""
+        self.inside.append(count_in(self.hardware))
+
+    def kick(self) -> None:
+        self.kicks += 1
+        for epoch in self.inside:
+            count_out(self.hardware, epoch)
+        self.inside.clear()
+        if self.on_kick is not None:
+            self.on_kick()
+
+    # --- pages ------------------------------------------------------------------------------------
+
+    def add(self, index: int, content: bytes | None = None, **alloc: object) -> ToyPage:
+        """EADD a page; may reclaim."""
+        assert index not in self.pages, f"page {index} exists"
+        content = block_of(self.number << 32 | index) if content is None else content
+        self.swap.grow()
+        epc = self.core.alloc(None, reclaim=True, group=self.group, **alloc)  # type: ignore[arg-type]
+        while True:
+            try:
+                with self.lock:
+                    page = ToyPage(self, index, content)
+                    linaddr = self.base + index * PAGE_BYTES
+                    secs = self.swap.load_secs().addr
+                    info = PageInfoArgs(linaddr, content, SecInfo.of(PageType.REG, _RW), secs)
+                    self.machine.leaves.eadd(info, epc.addr)
+                    self.swap.child_added()
+                    self.pages[index] = page
+                    page.epc, epc.owner = epc, page
+                    self.core.mark_reclaimable(epc)
+                    return page
+            except EpcBusy as busy:
+                self.core.wait_for_page(busy)
+
+    def touch(self, index: int) -> None:
+        """Fault page ``index`` in if need be, and use it."""
+        page = self.pages[index]
+        while True:
+            try:
+                with self.lock:
+                    if page.epc is None:
+                        assert page.entry is not None
+                        epc = self.swap.load(page.entry, page, group=self.group)
+                        page.epc, page.entry = epc, None
+                        self.core.mark_reclaimable(epc)
+                    elif page.leaving:
+                        raise EpcBusy(self.core.generation)
+                    page.mapped = page.accessed = True
+                    return
+            except EpcBusy as busy:
+                self.core.wait_for_page(busy)
+
+    def read(self, index: int) -> bytes:
+        """Touch the page and return its bytes, taken while it is certainly there."""
+        while True:
+            self.touch(index)
+            with self.lock:
+                epc = self.pages[index].epc
+                if epc is not None and not self.pages[index].leaving:
+                    page = self.machine.page_at(epc.addr)
+                    assert page is not None
+                    return self.machine.store.read(page, 0, PAGE_BYTES)
+
+    def store(self, index: int, content: bytes) -> None:
+        """Touch the page and fill it with 4096 bytes."""
+        while True:
+            self.touch(index)
+            with self.lock:
+                epc = self.pages[index].epc
+                if epc is not None and not self.pages[index].leaving:
+                    page = self.machine.page_at(epc.addr)
+                    assert page is not None
+                    self.machine.store.write(page, 0, content)
+                    self.pages[index].content = content
+                    return
+
+    def remove(self, index: int) -> bool:
+        """Remove a page for good; ``False`` when a batch has it."""
+        with self.lock:
+            page = self.pages[index]
+            if page.entry is not None:
+                self.swap.drop(page.entry)
+            else:
+                assert page.epc is not None
+                if not self.core.unmark_reclaimable(page.epc):
+                    return False
+                self.swap.child_removed()
+                self.swap.shrink()
+                self.core.remove(page.epc)
+            del self.pages[index]
+            return True
+
+    def check(self) -> None:
+        """Every page holds what was written to it (loads them all)."""
+        for index, page in sorted(self.pages.items()):
+            assert self.read(index) == page.content, f"page {index} holds other bytes"
+
+    def recount(self) -> None:
+        """Compare the counts with the pages."""
+        self.swap.recount()
+        resident = [page for page in self.pages.values() if page.epc is not None]
+        assert self.swap.children == len(resident), "secs_child_cnt differs from resident pages"
+        evicted = [page for page in self.pages.values() if page.entry is not None]
+        slots = len(evicted) + (self.swap.secs_entry is not None)
+        held = sum(page.reservation is not None for page in resident)
+        held += self.swap._secs_page._reservation is not None
+        assert self.swap.va.used == slots + held, "VA slots in use differ from evicted pages"
