@@ -6,7 +6,6 @@ alone, for each kind of access.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,14 +47,17 @@ def inside(**options: Any) -> Border:
     return scene
 
 
+def access_memory(scene: Border, linaddr: int, access: str, size: int = 4) -> object:
+    """Access memory as an instruction does; return what it saw."""
+    if access == "w":
+        store(scene.cpu, linaddr, bytes(size))
+        return None
+    return (load if access == "r" else fetch)(scene.cpu, linaddr, size)
+
+
 def touch(scene: Border, linaddr: int, access: str, size: int = 4) -> object:
     """Access memory as an instruction does; return what it saw, or its fault."""
-    ways: dict[str, Callable[[], object]] = {
-        "r": lambda: load(scene.cpu, linaddr, size),
-        "w": lambda: store(scene.cpu, linaddr, bytes(size)),
-        "x": lambda: fetch(scene.cpu, linaddr, size),
-    }
-    return ended(ways[access])
+    return ended(lambda: access_memory(scene, linaddr, access, size))
 
 
 REFUSALS: dict[str, dict[str, Any]] = {
@@ -80,10 +82,8 @@ def test_the_epcm_refuses_with_the_sgx_bit_and_the_exact_address(why: str, acces
     page.rwx = 7
     for name, value in REFUSALS[why].items():
         setattr(page, name, value)
-    before = scene.snapshot()
-    assert touch(scene, scene.base + DATA + 0x123, access) == UserPf(
-        scene.base + DATA + 0x123, access
-    )
+    before, at = scene.snapshot(), scene.base + DATA + 0x123
+    assert touch(scene, at, access) == UserPf(at, access)
     assert scene.snapshot() == before
 
 
@@ -107,7 +107,7 @@ def test_paging_decides_first_and_without_the_sgx_bit(access: str) -> None:
         if mapped:
             scene.tables.map(at, scene.built.epc(DATA), 7 & ~ACCESSES[access])
         with pytest.raises(PageFault) as caught:
-            {"r": load, "x": fetch}.get(access, lambda *a: store(*a[:2], b"1"))(scene.cpu, at, 1)
+            access_memory(scene, at, access)
         code = {"r": Pfec.U, "w": Pfec.U | Pfec.W, "x": Pfec.U | Pfec.I}[access]
         assert caught.value.code == code | (Pfec.P if mapped else 0)
 

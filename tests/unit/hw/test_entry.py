@@ -458,22 +458,23 @@ def test_nobody_enters_twice(leaf: str) -> None:
 
 # --- CET ----------------------------------------------------------------------------------------
 
+_BAD_SLOTS: dict[str, dict[str, Any]] = {
+    "not valid": {"valid": False},
+    "blocked": {"blocked": True},
+    "pending": {"pending": True},
+    "modified": {"modified": True},
+    "elsewhere": {"linaddr": 0},
+    "of another type": {"pt": PageType.REG},
+    "of the first type": {"pt": PageType.SS_FIRST},
+    "read-only": {"rwx": 1},
+}
 CET = [
     check(19, "TCS active", _tcs(state=TCS_ACTIVE), GP),
     check(20, "CR4.CET clear", put(cpu__cr4_cet=False), GP),
     check(20, "OCETSSA misaligned", _tcs(ocetssa=CET_PAGE + 8), GP),
     *[
-        _row(21, f"slot {name}", _epcm("slot_page", **change), _fault("slot_page", "w"), "pf")
-        for name, change in {
-            "not valid": {"valid": False},
-            "blocked": {"blocked": True},
-            "pending": {"pending": True},
-            "modified": {"modified": True},
-            "elsewhere": {"linaddr": 0},
-            "of another type": {"pt": PageType.REG},
-            "of the first type": {"pt": PageType.SS_FIRST},
-            "read-only": {"rwx": 1},
-        }.items()
+        _row(21, f"slot {why}", _epcm("slot_page", **change), _fault("slot_page", "w"), "pf")
+        for why, change in _BAD_SLOTS.items()
     ],
 ]
 
