@@ -31,6 +31,7 @@ from softsgx.arch import (
 )
 from softsgx.hw import (
     EpcPage,
+    LogicalProcessor,
     Machine,
     MachineConfig,
     PageInfoArgs,
@@ -42,10 +43,12 @@ from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
 __all__ = [
+    "AEP",
     "DEFAULT_BASE",
     "Built",
     "PageSpec",
     "build_enclave",
+    "enter",
     "free_pages",
     "launch_hash",
     "make_machine",
@@ -59,6 +62,7 @@ __all__ = [
 ]
 
 DEFAULT_BASE = 0x7000_0000_0000
+AEP = 0x40_0000
 _RW = 3
 
 
@@ -286,3 +290,12 @@ def map_enclave(built: Built, tables: PageTables | None = None, *, rights: int =
     for linaddr, addr in built.pages.items():
         tables.map(linaddr, addr, rights)
     return tables
+
+
+def enter(built: Built, tcs_offset: int, number: int = 0) -> LogicalProcessor:
+    """Let a processor enter ``built`` through a TCS, its pages mapped where they belong."""
+    cpu = built.machine.cpus[number]
+    cpu.space, cpu.cpl = map_enclave(built), 3
+    cpu.regs.xcr0 |= built.enclave.xfrm
+    cpu.enclu.eenter(built.base + tcs_offset, AEP)
+    return cpu
