@@ -78,7 +78,7 @@ class Exit:
 GP = "#GP(0)"
 
 
-def outcome(run: Callable[[], Status | None]) -> object:
+def outcome(run: Callable[[], object]) -> object:
     """Return how a leaf ends: its status, ``None``, :data:`GP`, :class:`Pf`, :class:`Exit`."""
     try:
         return run()
