@@ -42,6 +42,7 @@ __all__ = ["NAME", "configure", "run"]
 
 NAME = "inspect"
 _SHOWN_TCS = 16
+_SHOWN_RUNS = 200
 _NARROWEST = 100  # a hash and its name fit: nobody wants half a hash
 
 
@@ -113,8 +114,11 @@ def _runs_table(runs: tuple[Run, ...]) -> Table:
     table = _table("pages, in the order of EADD")
     for name in ("offset", "pages", "type", "rights", "content", "measured", "what"):
         table.add_column(name, justify="right" if name in ("offset", "pages") else "left")
-    for run in runs:
+    for run in runs[:_SHOWN_RUNS]:
         table.add_row(*_run_row(run))
+    more = len(runs) - _SHOWN_RUNS
+    if more > 0:
+        table.add_row("…", "", "", "", "", "", f"{more} more: see --json")
     return table
 
 

@@ -37,6 +37,7 @@ from softsgx.image import (
     SdkLayout,
     SignOptions,
     attach_signature,
+    blocks_for,
     detect_format,
     embed_oe_sigstruct,
     embed_sigstruct,
@@ -86,7 +87,7 @@ _SIZES = {
     "stack_max": "stack of each thread; Open Enclave's only stack size",
     "heap_min": "heap that is always there",
     "heap_init": "heap at start; Open Enclave's only heap size",
-    "heap_max": "heap that there may be",
+    "heap_max": "heap that there may be, by run-time paging: needs --miscselect 1",
 }
 
 
@@ -170,7 +171,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
     sizes = _layout_arguments(args)
     options = SignOptions()
     if file_format == "sdk" and not sdk_is_laid_out(file):
-        file = Bytes(file.name, lay_out_sdk(file, SdkLayout(**sizes)))
+        file = Bytes(file.name, lay_out_sdk(file, _sdk_layout(args, sizes)))
     elif file_format == "oe":
         file = Bytes(file.name, oe_properties(file, **_oe_changes(args, sizes)))
         options = oe_sign_options(file)
@@ -219,6 +220,19 @@ def _layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if "stack_max" in given and "stack_min" not in given:
         given["stack_min"] = min(SdkLayout.stack_min, given["stack_max"])
     return given
+
+
+def _sdk_layout(args: argparse.Namespace, sizes: dict[str, Any]) -> SdkLayout:
+    """Return the layout, with the metadata blocks that a signer of the SDK would write."""
+    select = args.miscselect or 0
+    mask = SignOptions.misc_mask if args.misc_mask is None else args.misc_mask
+    run_time, fallback = blocks_for(select, mask)
+    return SdkLayout(
+        run_time_blocks=run_time,
+        fallback_block=fallback,
+        desired_misc_select=select & 0xFFFF_FFFF,
+        **sizes,
+    )
 
 
 def _oe_changes(args: argparse.Namespace, sizes: dict[str, Any]) -> dict[str, int | bytes]:

@@ -38,6 +38,7 @@ from softsgx.image.plan import (
 )
 from softsgx.image.sdk import (
     SdkLayout,
+    blocks_for,
     choose_block,
     embed_sigstruct,
     lay_out_sdk,
@@ -90,6 +91,7 @@ __all__ = [
     "attach_signature",
     "bare_sigstruct",
     "bcd_date",
+    "blocks_for",
     "check_signature",
     "choose_block",
     "choose_secs",

@@ -303,6 +303,7 @@ def test_inspect_tells_runs_threads_metadata_and_signature(
     path, out = tmp_path / "e.so", tmp_path / "e.signed.so"
     path.write_bytes(sdk_library().data)
     argv = ["sign", str(path), "--key", str(KEY_FILE), "-o", str(out), "--threads", "20"]
+    argv += ["--miscselect", "1", "--misc-mask", "0xfffffffe"]
     assert main([*argv, "--heap-init", "16KiB", "--heap-max", "1MiB"]) == 0
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
@@ -326,6 +327,40 @@ def test_inspect_tells_runs_threads_metadata_and_signature(
     assert status == 0
     assert document["pages"] == open_image(out).plan.page_count
     assert [row["version"] for row in document["metadata"]] == ["3.3", "1.5"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "versions"),
+    [
+        ([], ["1.5"]),
+        (["--heap-max", "32MiB"], ["1.5"]),
+        (["--miscselect", "1"], ["1.5"]),
+        (["--miscselect", "1", "--heap-max", "32MiB"], ["3.3"]),
+        (["--miscselect", "1", "--misc-mask", "0", "--heap-max", "32MiB"], ["3.3", "1.5"]),
+    ],
+)
+def test_the_blocks_written_are_those_that_some_runtime_could_load(
+    options: list[str], versions: list[str], tmp_path: Path
+) -> None:
+    path, out = tmp_path / "e.so", tmp_path / "e.signed.so"
+    path.write_bytes(sdk_library().data)
+    argv = ["sign", str(path), "--key", str(KEY_FILE), "-o", str(out), "--heap-init", "16MiB"]
+    assert main([*argv, *options]) == 0
+    assert [variant.name for variant in open_image(out).variants] == versions
+
+
+def test_a_long_list_of_pages_is_cut_short_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "e.so", tmp_path / "e.signed.so"
+    path.write_bytes(sdk_library().data)
+    argv = ["sign", str(path), "--key", str(KEY_FILE), "-o", str(out), "--threads", "500"]
+    assert main([*argv, "--stack-max", "8KiB"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "more: see --json" in text
+    assert text.count("\n") < 300
 
 
 def test_inspect_shows_a_bare_sigstruct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

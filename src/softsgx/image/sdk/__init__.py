@@ -5,6 +5,7 @@ from softsgx.image.sdk.reader import block_plan, read_sdk, sdk_blocks, sdk_is_la
 from softsgx.image.sdk.writer import (
     BlockSpec,
     SdkLayout,
+    blocks_for,
     embed_sigstruct,
     lay_out_sdk,
     write_blocks,
@@ -15,6 +16,7 @@ __all__ = [
     "BlockSpec",
     "SdkLayout",
     "block_plan",
+    "blocks_for",
     "choose_block",
     "embed_sigstruct",
     "lay_out_sdk",

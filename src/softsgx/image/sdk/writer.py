@@ -17,6 +17,7 @@ from softsgx.arch import (
     SIGSTRUCT_HEADER,
     Attributes,
     AttributesFlags,
+    MiscSelect,
     SigStruct,
     Tcs,
     Xfrm,
@@ -49,6 +50,7 @@ __all__ = [
     "TCS_TEMPLATE_BYTES",
     "BlockSpec",
     "SdkLayout",
+    "blocks_for",
     "embed_sigstruct",
     "lay_out_sdk",
     "tcs_template",
@@ -82,6 +84,7 @@ class SdkLayout:
         unbound: whether any thread may use any TCS.
         run_time_blocks: also write a block for runtimes with run-time paging.
         fallback_block: also write a block for runtimes without.
+        desired_misc_select: MISCSELECT wished for beyond the SIGSTRUCT's.
         versions: of the block for run-time paging, and of the other.
         global_data: bytes for the variable ``g_global_data``; not written when empty.
     """
@@ -97,6 +100,7 @@ class SdkLayout:
     run_time_blocks: bool = True
     fallback_block: bool = True
     versions: tuple[tuple[int, int], tuple[int, int]] = ((3, 3), (1, 5))
+    desired_misc_select: int = 0
     global_data: bytes = b""
 
     def __post_init__(self) -> None:
@@ -114,6 +118,16 @@ class SdkLayout:
         for name, ok in ordered:
             if not ok:
                 raise SoftSgxError(f"sign: {name}: sizes are positive, and minimum <= maximum")
+
+
+def blocks_for(miscselect: int, misc_mask: int) -> tuple[bool, bool]:
+    """Return whether a signer writes a block for run-time paging, and one for runtimes without.
+
+    Run-time paging needs MISCSELECT.EXINFO, to learn where an enclave faulted.  When the mask
+    leaves that open, both kinds of runtime can load the enclave.
+    """
+    exinfo, compared = miscselect & MiscSelect.EXINFO, misc_mask & MiscSelect.EXINFO
+    return bool(exinfo), not exinfo or not compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +258,7 @@ def _specs(elf: Elf, layout: SdkLayout) -> list[BlockSpec]:
         ),
         patches=_patches(elf, layout),
         tcs_policy=int(layout.unbound),
+        desired_misc_select=layout.desired_misc_select,
         ssa_frame_size=layout.ssa_frame_size,
     )
     older = replace(newer, version=layout.versions[1], layout=[_without_edmm(i) for i in table])
