@@ -35,7 +35,7 @@ class Image:
         cpuid_sites: addresses where a CPUID was replaced.
         threads: those alive, by thread id.
         current: the thread whose stop is being handled.
-        space, mm, pager: set when the image is wired up.
+        wired: whether ``space``, ``mm`` and ``pager`` are set.
         hold: stops a running thread for us; returns whether it is stopped and alive.
     """
 
@@ -46,6 +46,7 @@ class Image:
     cpuid_sites: set[int]
     threads: dict[int, ProgramThread] = field(default_factory=dict)
     current: ProgramThread | None = None
+    wired: bool = False
     space: Space = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)

@@ -186,7 +186,9 @@ class Supervisor(World):
     def new_thread(self, tid: int, process: Process, image: Image) -> ProgramThread:
         """Give a new thread a logical processor."""
         cpu = self._free_cpus.pop() if self._free_cpus else self._another_cpu()
-        cpu.cpl, cpu.space = 3, image.space
+        cpu.cpl = 3
+        if image.wired:
+            cpu.space = image.space
         thread = ProgramThread(tid, process, image, cpu)
         image.threads[tid] = thread
         process.alive += 1
@@ -248,7 +250,6 @@ class Supervisor(World):
         base, vdso = install_vdso(bare, memory)
         os.close(memory)
         image = self._image(bare.tid, base, vdso, set())
-        image.space = None  # type: ignore[assignment]  # wired below
         thread = self.new_thread(bare.tid, process, image)
         image.current = thread
         if self._faulting:
@@ -280,6 +281,7 @@ class Supervisor(World):
         else:
             image.mm = parent.fork(space, owner=thread, name=name)
         space.memory_at = partial(_memory_at, image)
+        image.wired = True
 
 
 @dataclass(frozen=True, slots=True)
