@@ -1,0 +1,95 @@
+"""``/dev/sgx_enclave`` and ``/dev/sgx_provision``: native enclaves, as Linux offers them.
+
+Knows the core (``paging``) and the processor's leaves; neither guests nor limits.
+"""
+
+from softsgx.driver.debug import peek, poke
+from softsgx.driver.defects import DEFECTS, DRIVER_DEFECTS, Defect
+from softsgx.driver.driver import Driver
+from softsgx.driver.enclave import UNPRIVILEGED, Enclave
+from softsgx.driver.events import (
+    Augmented,
+    EnclaveCreated,
+    EnclaveInitialized,
+    EnclaveKilled,
+    EnclaveReleased,
+    FaultHandled,
+    IoctlDone,
+    ProcessorsKicked,
+)
+from softsgx.driver.file import EnclaveFile, ProvisionFile
+from softsgx.driver.mm import EnclaveVma, FaultResult, Mm, Ptes
+from softsgx.driver.process import Signal, SoftProcess, SoftThread
+from softsgx.driver.ptes import SoftPtes
+from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo
+from softsgx.driver.uapi import (
+    ERESTARTSYS,
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    MAP_SHARED_VALIDATE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    AddPages,
+    AddPagesFlags,
+    Create,
+    Init,
+    Ioctl,
+    ModifyTypes,
+    Provision,
+    RemovePages,
+    RestrictPermissions,
+)
+
+__all__ = [
+    "DEFECTS",
+    "DRIVER_DEFECTS",
+    "ERESTARTSYS",
+    "MAP_FIXED",
+    "MAP_FIXED_NOREPLACE",
+    "MAP_PRIVATE",
+    "MAP_SHARED",
+    "MAP_SHARED_VALIDATE",
+    "PROT_EXEC",
+    "PROT_READ",
+    "PROT_WRITE",
+    "UNPRIVILEGED",
+    "AddPages",
+    "AddPagesFlags",
+    "Augmented",
+    "BadAddress",
+    "Create",
+    "Defect",
+    "Driver",
+    "Enclave",
+    "EnclaveCreated",
+    "EnclaveFile",
+    "EnclaveInitialized",
+    "EnclaveKilled",
+    "EnclaveReleased",
+    "EnclaveVma",
+    "FaultHandled",
+    "FaultResult",
+    "Init",
+    "Ioctl",
+    "IoctlDone",
+    "Mm",
+    "ModifyTypes",
+    "ProcessorsKicked",
+    "Provision",
+    "ProvisionFile",
+    "Ptes",
+    "RemovePages",
+    "RestrictPermissions",
+    "Signal",
+    "SoftProcess",
+    "SoftPtes",
+    "SoftThread",
+    "Task",
+    "UserMemory",
+    "VmaInfo",
+    "peek",
+    "poke",
+]

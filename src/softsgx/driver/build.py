@@ -1,0 +1,391 @@
+"""The ioctls that build an enclave: CREATE, ADD_PAGES, INIT, PROVISION.
+
+Each takes the enclave, the calling task and the address of its structure, and returns the bytes
+done.  Besides ``OSError`` they let the core's refusals and ``BadAddress`` through, which
+:mod:`.file` turns into errno values.
+
+Source:
+    arch/x86/kernel/cpu/sgx/ioctl.c.
+"""
+
+from __future__ import annotations
+
+from errno import EACCES, EBUSY, EFAULT, EINVAL, EIO, ENOMEM, EPERM
+from hashlib import sha256
+from struct import unpack
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+from softsgx.arch import (
+    CHUNK_BYTES,
+    CHUNKS_PER_PAGE,
+    PAGE_BYTES,
+    PAGE_SHIFT,
+    VENDOR_INTEL,
+    AttributesFlags,
+    EinitToken,
+    PageType,
+    SecInfo,
+    SecInfoFlags,
+    Secs,
+    SigStruct,
+    Status,
+)
+from softsgx.driver.events import EnclaveCreated, EnclaveInitialized
+from softsgx.driver.page import EnclavePage
+from softsgx.driver.task import Task
+from softsgx.driver.uapi import (
+    ERESTARTSYS,
+    PROT_READ,
+    PROT_WRITE,
+    AddPages,
+    AddPagesFlags,
+    Create,
+    Init,
+    Provision,
+    refuse,
+)
+from softsgx.hw import Fault, PageInfoArgs
+from softsgx.layout import Structure
+from softsgx.paging import BackingError, EnclaveSwap, EpcPage, Interrupted, LoadFailed
+
+if TYPE_CHECKING:
+    from softsgx.driver.enclave import Enclave
+
+__all__ = ["add_pages", "check_range", "copy_in", "copy_out", "create", "init", "provision"]
+
+EINIT_SPIN_COUNT, EINIT_SLEEP_COUNT, EINIT_SLEEP_NS = 20, 50, 20_000_000
+_U64 = 1 << 64
+_SECINFO_LEGAL = int(SecInfoFlags.RWX | SecInfoFlags.TYPE_MASK)
+
+S = TypeVar("S", bound=Structure)
+
+
+class _LaunchControl(Protocol):
+    """A machine whose launch key hash can be written: SGX_LC."""
+
+    launch_key_hash: list[int]
+
+
+def copy_in(task: Task, kind: type[S], address: int) -> S:
+    """Return a structure from the task's memory.
+
+    Raises:
+        BadAddress: it is not there.
+    """
+    return kind.unpack(task.memory.read(address, kind.SIZE))
+
+
+def copy_out(task: Task, address: int, value: Structure) -> None:
+    """Store a structure into the task's memory.
+
+    Raises:
+        BadAddress: it cannot be written there.
+    """
+    task.memory.write(address, value.pack())
+
+
+def check_range(enclave: Enclave, offset: int, length: int) -> None:
+    """Check the pages that an ioctl names.
+
+    Raises:
+        OSError: EINVAL: not page aligned, none, or not all in the enclave.
+    """
+    end = offset + length
+    if "B21" in enclave.driver.defects:
+        end %= _U64  # B21: the sum wraps round
+    if offset % PAGE_BYTES or length % PAGE_BYTES or not length or end > enclave.size:
+        refuse(EINVAL, f"{length:#x} bytes at offset {offset:#x}")
+
+
+# --- CREATE ---------------------------------------------------------------------------------------
+
+
+def create(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_CREATE."""
+    if enclave.created:
+        refuse(EINVAL, "the enclave is created already")
+    args = copy_in(task, Create, arg)
+    image = task.memory.read(args.src, Secs.SIZE)
+    secs = Secs.unpack(image)
+    if secs.size <= 0 or secs.size & (secs.size - 1):
+        refuse(EINVAL, f"enclave size {secs.size:#x} is no power of two")
+
+    driver = enclave.driver
+    group, node = driver.charge(task)
+    pages = secs.size >> PAGE_SHIFT
+    try:
+        backing = driver.backing(pages)
+    except BackingError as error:
+        refuse(ENOMEM, str(error))
+    swap = EnclaveSwap(
+        driver.core,
+        backing,
+        pages=pages,
+        base=secs.base,
+        lock=enclave.lock,
+        pin=enclave,
+        kick=enclave.kick,
+        group=group,
+    )
+    created = False
+    try:
+        swap.grow(cpu_node=node, signal_pending=task.signal_pending)
+        _ecreate(enclave, task, swap, image)
+        created = True
+    except LoadFailed as error:
+        refuse(EFAULT, f"VA page: {error}")
+    finally:
+        if not created:
+            with enclave.lock:
+                swap.destroy()
+
+    enclave.swap, enclave.group = swap, group
+    enclave.base, enclave.size = secs.base, secs.size
+    enclave.attributes = secs.attributes.flags
+    if "L13" in driver.defects:
+        enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
+    enclave.created = True
+    if driver.tracer is not None:
+        driver.tracer(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
+    return 0
+
+
+def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> None:
+    """Make the SECS; nothing is left of a failure."""
+    driver = enclave.driver
+    group, node = driver.charge(task)
+    epc = driver.core.alloc(
+        None,
+        reclaim=True,
+        group=group,
+        kind="secs",
+        cpu_node=node,
+        signal_pending=task.signal_pending,
+    )
+    try:
+        driver.core.leaves.ecreate(PageInfoArgs(0, image, SecInfo.of(PageType.SECS), 0), epc.addr)
+    except Fault as fault:
+        # B31: nobody freed the page that was to be the SECS.
+        if "B31" not in driver.defects:
+            driver.core.remove(epc)
+        refuse(EIO, f"ECREATE: {fault}")
+    with enclave.lock:
+        swap.set_secs(epc)
+
+
+# --- ADD_PAGES ------------------------------------------------------------------------------------
+
+
+def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_ADD_PAGES; returns the bytes added."""
+    if not enclave.created or enclave.initialized:
+        refuse(EINVAL, "the enclave is not being built")
+    args = copy_in(task, AddPages, arg)
+    if args.src % PAGE_BYTES:
+        refuse(EINVAL, f"source {args.src:#x}")
+    if args.length or "B35" not in enclave.driver.defects:
+        check_range(enclave, args.offset, args.length)
+    secinfo = copy_in(task, SecInfo, args.secinfo)
+    _check_secinfo(secinfo)
+
+    args.count = 0
+    try:
+        while args.count < args.length:
+            if task.signal_pending():
+                if not args.count:
+                    refuse(_interrupted(enclave))
+                break
+            _add_page(enclave, task, args, secinfo)
+            args.count += PAGE_BYTES
+    except Interrupted:
+        # Deviation: Linux gives ERESTARTSYS here whatever was done before, so that a restarted
+        # call finds its first page added already (EBUSY).
+        if not args.count:
+            refuse(_interrupted(enclave))
+    finally:
+        copy_out(task, arg, args)
+    return args.count
+
+
+def _interrupted(enclave: Enclave) -> int:
+    # B35: EINTR instead of the errno that restarts the call; for ADD_PAGES what B29 is for CREATE.
+    from errno import EINTR
+
+    return EINTR if enclave.driver.defects & {"B29", "B35"} else ERESTARTSYS
+
+
+def _check_secinfo(secinfo: SecInfo) -> None:
+    rights = secinfo.flags & SecInfoFlags.RWX
+    match secinfo.page_type:
+        case PageType.REG:
+            legal = not (rights & SecInfoFlags.W and not rights & SecInfoFlags.R)
+        case PageType.TCS:
+            legal = not rights
+        case _:
+            legal = False
+    if not legal or secinfo.flags & ~_SECINFO_LEGAL or any(secinfo.reserved):
+        refuse(EINVAL, f"SECINFO flags {secinfo.flags:#x}")
+
+
+def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) -> None:
+    """Add the page at ``args.count``; nothing is left of a failure, except in the measurement."""
+    driver, core, swap = enclave.driver, enclave.driver.core, enclave.swap
+    kind = PageType(secinfo.page_type)
+    rights = secinfo.flags & SecInfoFlags.RWX if kind is PageType.REG else PROT_READ | PROT_WRITE
+    page = EnclavePage(enclave, (args.offset + args.count) >> PAGE_SHIFT, rights, kind)
+    group, node = driver.charge(task)
+    epc = core.alloc(
+        page,
+        reclaim=True,
+        group=group,
+        kind=kind.name.lower(),
+        cpu_node=node,
+        signal_pending=task.signal_pending,
+    )
+    grown = added = False
+    try:
+        swap.grow(cpu_node=node, signal_pending=task.signal_pending)
+        grown = True
+        with task.mm.mmap_lock.reading(), enclave.lock:
+            if enclave.dead:
+                refuse(EFAULT, "the enclave was killed")
+            if page.index in enclave.pages:
+                refuse(EBUSY, f"page {page.index:#x} is added already")
+            data = _source(task, args.src + args.count)
+            _eadd(
+                enclave, page, epc, secinfo, data, measure=bool(args.flags & AddPagesFlags.MEASURE)
+            )
+            added = True
+    except LoadFailed as error:
+        refuse(EFAULT, f"VA page: {error}")
+    finally:
+        if not added:
+            with enclave.lock:
+                core.remove(epc)
+                if grown:
+                    swap.shrink()
+
+
+def _source(task: Task, address: int) -> bytes:
+    vma = task.memory.vma_info(address)
+    if vma is None:
+        refuse(EFAULT, f"nothing is mapped at {address:#x}")
+    if not vma.may_exec:
+        refuse(EACCES, f"{address:#x} is mapped from a noexec mount")
+    return task.memory.read(address, PAGE_BYTES)
+
+
+def _eadd(
+    enclave: Enclave,
+    page: EnclavePage,
+    epc: EpcPage,
+    secinfo: SecInfo,
+    data: bytes,
+    *,
+    measure: bool,
+) -> None:
+    """EADD, and EEXTEND every chunk; the lock is held."""
+    driver, swap = enclave.driver, enclave.swap
+    leaves = driver.core.leaves
+    assert swap.secs is not None, "the SECS of an enclave being built never leaves"
+    secs = swap.secs.addr
+    try:
+        leaves.eadd(PageInfoArgs(page.linaddr, data, secinfo, secs), epc.addr)
+    except Fault as fault:
+        refuse(EIO, f"EADD: {fault}")
+    swap.child_added()
+    try:
+        for chunk in range(CHUNKS_PER_PAGE if measure else 0):
+            leaves.eextend(secs, epc.addr + chunk * CHUNK_BYTES)
+    except Fault as fault:
+        # L3: the child stays counted, so that the SECS never leaves.
+        if "L3" not in driver.defects:
+            swap.child_removed()
+        refuse(EIO, f"EEXTEND: {fault}")
+    page.epc = epc
+    enclave.pages[page.index] = page
+    driver.core.mark_reclaimable(epc)
+
+
+# --- INIT -----------------------------------------------------------------------------------------
+
+
+def init(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_INIT."""
+    if not enclave.created or enclave.initialized:
+        refuse(EINVAL, "the enclave is not being built")
+    args = copy_in(task, Init, arg)
+    sigstruct = copy_in(task, SigStruct, args.sigstruct)
+    if sigstruct.vendor not in (0, VENDOR_INTEL):
+        refuse(EINVAL, f"vendor {sigstruct.vendor:#x}")
+    _check_attributes(enclave, sigstruct)
+    status = _einit(enclave, task, sigstruct)
+    if status is not Status.SUCCESS:
+        refuse(EPERM, f"EINIT: {status.manual_name}")
+    return 0
+
+
+def _check_attributes(enclave: Enclave, sigstruct: SigStruct) -> None:
+    forbidden = enclave.attributes & ~enclave.allowed
+    if forbidden:
+        refuse(EACCES, f"attributes {forbidden:#x} need a permission")
+    config = enclave.driver.core.hw.config
+    wants = (
+        (sigstruct.attributes.flags & sigstruct.attribute_mask.flags, int(config.attributes)),
+        (sigstruct.attributes.xfrm & sigstruct.attribute_mask.xfrm, config.xfrm),
+        (sigstruct.miscselect & sigstruct.misc_mask, int(config.miscselect)),
+    )
+    for wanted, there in wants:
+        if wanted & ~there:
+            refuse(EINVAL, f"SIGSTRUCT wants {wanted:#x}, the machine has {there:#x}")
+
+
+def _einit(enclave: Enclave, task: Task, sigstruct: SigStruct) -> Status:
+    driver, swap = enclave.driver, enclave.swap
+    token = EinitToken()
+    with enclave.lock:
+        if enclave.dead:
+            refuse(EFAULT, "the enclave was killed")
+        assert swap.secs is not None, "the SECS of an enclave being built never leaves"
+        for _sleep in range(EINIT_SLEEP_COUNT):
+            for _spin in range(EINIT_SPIN_COUNT):
+                status = _einit_once(enclave, sigstruct, swap.secs.addr, token)
+                if status is not Status.UNMASKED_EVENT:
+                    break
+            if status is not Status.UNMASKED_EVENT:
+                break
+            driver.runtime.sleep(EINIT_SLEEP_NS)
+            if task.signal_pending():
+                refuse(_interrupted(enclave))
+        if status is Status.SUCCESS:
+            enclave.initialized = True
+            swap.secs_may_leave = True
+            if driver.tracer is not None:
+                driver.tracer(EnclaveInitialized(enclave.number, len(enclave.pages)))
+    return status
+
+
+def _einit_once(enclave: Enclave, sigstruct: SigStruct, secs: int, token: EinitToken) -> Status:
+    """Write the launch key hash, which others may have written since, and try."""
+    driver = enclave.driver
+    with driver.launch_lock:
+        if driver.launch_control:
+            digest = sha256(sigstruct.modulus).digest()
+            machine = cast(_LaunchControl, driver.core.hw)
+            machine.launch_key_hash[:] = unpack("<4Q", digest)
+        try:
+            return driver.core.leaves.einit(sigstruct, secs, token)
+        except Fault as fault:
+            refuse(EIO, f"EINIT: {fault}")
+
+
+# --- PROVISION ------------------------------------------------------------------------------------
+
+
+def provision(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_PROVISION."""
+    args = copy_in(task, Provision, arg)
+    if not enclave.driver.is_provision(task.file(args.fd)):
+        refuse(EINVAL, f"descriptor {args.fd} is not /dev/sgx_provision")
+    enclave.allowed |= AttributesFlags.PROVISIONKEY
+    return 0

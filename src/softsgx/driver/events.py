@@ -1,0 +1,153 @@
+"""What the driver tells a listener.
+
+Enclaves are named by the number the driver gave them when their file was opened; it is never
+used again while the driver is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from softsgx.trace import Event
+
+__all__ = [
+    "Augmented",
+    "EnclaveCreated",
+    "EnclaveInitialized",
+    "EnclaveKilled",
+    "EnclaveReleased",
+    "FaultHandled",
+    "IoctlDone",
+    "ProcessorsKicked",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class IoctlDone(Event):
+    """An ioctl has ended.
+
+    Attributes:
+        enclave: whose file it was.
+        command: the name of the command, or its number.
+        errno: 0, or why it was refused.
+        count: bytes done, of commands that tell.
+    """
+
+    NAME: ClassVar[str] = "sgx:ioctl"
+
+    enclave: int
+    command: str
+    errno: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FaultHandled(Event):
+    """A page fault in an enclave's mapping was handled.
+
+    Attributes:
+        enclave: whose page it is.
+        linaddr: the page.
+        kind: ``minor`` (the page was resident), ``major`` (it was loaded), ``augment`` (it was
+            made), ``busy`` (to be repeated), ``refused``.
+        result: what the task saw: ``nopage``, ``retry``, ``sigbus``, ``oom``.
+    """
+
+    NAME: ClassVar[str] = "sgx:fault"
+
+    enclave: int
+    linaddr: int
+    kind: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Augmented(Event):
+    """A page was added to an initialized enclave: EAUG.
+
+    Attributes:
+        enclave: the enclave.
+        linaddr: the page.
+    """
+
+    NAME: ClassVar[str] = "sgx:eaug"
+
+    enclave: int
+    linaddr: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveCreated(Event):
+    """ECREATE succeeded.
+
+    Attributes:
+        enclave: its number.
+        base, size: its linear range, bytes.
+        attributes: SECS.ATTRIBUTES.FLAGS.
+    """
+
+    NAME: ClassVar[str] = "sgx:enclave_create"
+
+    enclave: int
+    base: int
+    size: int
+    attributes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveInitialized(Event):
+    """EINIT succeeded.
+
+    Attributes:
+        enclave: its number.
+        pages: pages added so far.
+    """
+
+    NAME: ClassVar[str] = "sgx:enclave_init"
+
+    enclave: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveKilled(Event):
+    """An enclave was killed for its memory: every later access is SIGBUS.
+
+    Attributes:
+        enclave: its number.
+        freed: EPC pages that came back at once.
+    """
+
+    NAME: ClassVar[str] = "sgx:enclave_kill"
+
+    enclave: int
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveReleased(Event):
+    """Nobody has the enclave any more; its pages are free.
+
+    Attributes:
+        enclave: its number.
+    """
+
+    NAME: ClassVar[str] = "sgx:enclave_release"
+
+    enclave: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorsKicked(Event):
+    """Every processor that may run the enclave was interrupted: the IPI broadcast.
+
+    Attributes:
+        enclave: its number.
+        spaces: address spaces whose processors were meant.
+    """
+
+    NAME: ClassVar[str] = "sgx:ipi"
+
+    enclave: int
+    spaces: int

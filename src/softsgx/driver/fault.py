@@ -1,0 +1,218 @@
+"""Page faults: a page comes back, or is made.
+
+Everything here runs with the address space's ``mmap_lock`` held for reading, so it never reclaims.
+What cannot be done now ends with "repeat the instruction"; by default after a wait that starts
+once no lock is held.
+
+Source:
+    sgx_vma_fault(), sgx_encl_eaug_page(), sgx_encl_load_page(), arch/x86/kernel/cpu/sgx/encl.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from softsgx.arch import PageType, SgxFeature
+from softsgx.driver.events import Augmented, FaultHandled
+from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
+from softsgx.driver.page import EnclavePage
+from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
+from softsgx.hw import Fault, PageInfoArgs
+from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
+
+if TYPE_CHECKING:
+    from softsgx.driver.enclave import Enclave
+    from softsgx.driver.task import Task
+
+__all__ = ["PageInMotion", "handle", "load", "wait_for"]
+
+Outcome: TypeAlias = tuple[FaultResult, Callable[[], None] | None]
+
+_RWX = PROT_READ | PROT_WRITE | PROT_EXEC
+
+
+class PageInMotion(Exception):
+    """The page is being evicted or changed: EBUSY.
+
+    Attributes:
+        page: the page.
+    """
+
+    def __init__(self, page: EnclavePage) -> None:
+        super().__init__(page)
+        self.page = page
+
+
+def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None) -> Outcome:
+    """Handle a fault; see :meth:`Enclave.fault`."""
+    driver = enclave.driver
+    index = enclave.index_of(linaddr)
+    try:
+        # Looked up without the lock; both ways look again under it.
+        if index not in enclave.pages and driver.features & SgxFeature.SGX2:
+            kind, result = _augment(enclave, mm, vma, linaddr, task)
+        else:
+            kind, result = _fault_in(enclave, mm, vma, linaddr, task)
+        wait = None
+    except PageInMotion as error:
+        kind, result = "busy", FaultResult.NOPAGE
+        wait = partial(wait_for, error.page)
+    except EpcBusy as error:
+        kind, result = "busy", FaultResult.NOPAGE
+        wait = partial(driver.core.wait_for_page, error)
+    if "L9" in driver.defects:
+        wait = None  # L9: the processor faults again at once, until ksgxd gets somewhere
+    if driver.tracer is not None:
+        seen = result if wait is None else FaultResult.RETRY
+        driver.tracer(FaultHandled(enclave.number, linaddr, kind, seen.value))
+    return result, wait
+
+
+def _fault_in(
+    enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
+) -> tuple[str, FaultResult]:
+    with enclave.lock:
+        page = enclave.pages.get(enclave.index_of(linaddr))
+        if page is None or enclave.dead or vma.prot & ~page.max_prot:
+            return "refused", FaultResult.SIGBUS
+        kind = "minor" if page.epc is not None else "major"
+        try:
+            epc = load(page, task)
+        except (NoEpc, LoadFailed, BackingError):
+            return "refused", FaultResult.SIGBUS
+        return kind, _map(mm, vma, linaddr, epc)
+
+
+def load(page: EnclavePage, task: Task | None) -> EpcPage:
+    """Return where a page is, loading it if it was evicted; ``lock`` of its enclave is held.
+
+    Raises:
+        PageInMotion: it is being evicted or changed.
+        EpcBusy, NoEpc: no EPC page for it now, or at all.
+        LoadFailed, BackingError: it cannot be loaded.
+    """
+    enclave = page.enclave
+    driver = enclave.driver
+    if page.in_motion:
+        raise PageInMotion(page)
+    if page.epc is not None:
+        return page.epc
+    if page.entry is None:
+        raise LoadFailed("lost")
+    group, node = driver.charge(task)
+    page.epc = enclave.swap.load(
+        page.entry, page, kind=page.kind.name.lower(), cpu_node=node, group=group
+    )
+    page.entry = None
+    driver.core.mark_reclaimable(page.epc)
+    _prefetch(page, task)
+    return page.epc
+
+
+def _prefetch(page: EnclavePage, task: Task | None) -> None:
+    """Load the pages that the policy wants beside this one, while there is free EPC."""
+    enclave = page.enclave
+    core = enclave.driver.core
+    for index in core.policy.neighbours(page.index, enclave.size >> 12):
+        other = enclave.pages.get(index)
+        if other is None or other.entry is None or other.in_motion:
+            continue
+        group, node = enclave.driver.charge(task)
+        try:
+            other.epc = enclave.swap.load(
+                other.entry, other, kind=other.kind.name.lower(), cpu_node=node, group=group
+            )
+        except (EpcBusy, NoEpc, LoadFailed, BackingError):
+            return
+        other.entry = None
+        core.mark_reclaimable(other.epc)
+
+
+def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: EpcPage) -> FaultResult:
+    """Insert the PTE, not accessed: the fault itself is no use of the page."""
+    try:
+        mm.ptes.install(linaddr, epc.addr, vma.prot)
+    except MemoryError:
+        return FaultResult.SIGBUS
+    return FaultResult.NOPAGE
+
+
+def _augment(
+    enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
+) -> tuple[str, FaultResult]:
+    """Make a page of an initialized enclave: the enclave limits its rights by EACCEPT."""
+    defects = enclave.driver.defects
+    if not enclave.initialized:
+        return "refused", FaultResult.SIGBUS
+    with enclave.lock:
+        if enclave.dead or not enclave.covers(enclave.index_of(linaddr)):
+            return "refused", FaultResult.SIGBUS
+        if enclave.index_of(linaddr) in enclave.pages and "B11" not in defects:
+            # Another thread was first: its page is there, and mapped or to be faulted in.
+            return "augment", FaultResult.NOPAGE
+        try:
+            epc = _eaug(enclave, linaddr, task)
+        except (NoEpc, LoadFailed, BackingError):
+            return "refused", FaultResult.SIGBUS
+        if epc is None:
+            return "refused", FaultResult.SIGBUS
+        if enclave.driver.tracer is not None:
+            enclave.driver.tracer(Augmented(enclave.number, linaddr))
+        return "augment", _map(mm, vma, linaddr, epc)
+
+
+def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
+    """Do EAUG; ``None`` when the leaf refused.  The lock is held, and everything undone then."""
+    driver, swap = enclave.driver, enclave.swap
+    core = driver.core
+    group, node = driver.charge(task)
+    if "B8" in driver.defects:
+        secs = swap.secs
+        assert secs is not None, "B8: NULL pointer dereference, the SECS is evicted"
+    else:
+        secs = swap.load_secs(cpu_node=node)
+    page = EnclavePage(enclave, enclave.index_of(linaddr), _RWX, PageType.REG)
+    epc = None
+    added = False
+    try:
+        epc = core.alloc(page, reclaim=False, group=group, cpu_node=node)
+        try:
+            swap.grow_locked(cpu_node=node)
+        except EpcBusy as error:
+            if "B9" in driver.defects:
+                raise NoEpc from error
+            raise
+        try:
+            if page.index in enclave.pages:
+                return None  # B11
+            core.leaves.eaug(PageInfoArgs(linaddr, 0, 0, secs.addr), epc.addr)
+            added = True
+        except Fault:
+            return None
+        finally:
+            if not added:
+                swap.shrink()
+    finally:
+        if not added:
+            if epc is not None:
+                core.remove(epc)
+            swap.secs_idle()
+    page.epc = epc
+    enclave.pages[page.index] = page
+    swap.child_added()
+    core.mark_reclaimable(epc)
+    return epc
+
+
+def wait_for(page: EnclavePage) -> None:
+    """Wait until a page is no longer in motion; no lock is held."""
+    enclave = page.enclave
+    with enclave.lock:
+        while page.reclaiming or page.busy:
+            enclave.changed.wait()
+        stuck = page.in_motion
+    if stuck:
+        # Blocked for good by an eviction that failed: only another one makes it usable.
+        enclave.driver.core.reclaim(force=True)

@@ -1,0 +1,229 @@
+"""Open files of the two devices, and the dispatch of ioctls.
+
+Source:
+    sgx_open(), sgx_release(), sgx_mmap() of driver.c; sgx_ioctl() of ioctl.c; the provision device
+    of main.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, ENOTTY
+from typing import TYPE_CHECKING
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.driver import build, sgx2
+from softsgx.driver.enclave import Enclave
+from softsgx.driver.events import IoctlDone
+from softsgx.driver.mm import EnclaveVma, Mm, put_files
+from softsgx.driver.task import BadAddress, Task
+from softsgx.driver.uapi import (
+    ERESTARTSYS,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    MAP_SHARED_VALIDATE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    Ioctl,
+    refuse,
+)
+from softsgx.paging import EpcBusy, Interrupted, NoEpc
+
+if TYPE_CHECKING:
+    from softsgx.driver.driver import Driver
+
+__all__ = ["EnclaveFile", "ProvisionFile"]
+
+_MAP_TYPE = 3
+
+
+class ProvisionFile:
+    """An open ``/dev/sgx_provision``: holding it is the permission, and nothing else."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._latch = driver.runtime.latch()
+        self._references = 1
+
+    def hold(self) -> None:
+        """Take a reference: another descriptor table has it too."""
+        with self._latch:
+            assert self._references, "a file that is gone is referenced"
+            self._references += 1
+
+    def release(self) -> None:
+        """Give a reference back."""
+        with self._latch:
+            assert self._references, "more references given back than taken"
+            self._references -= 1
+            last = not self._references
+        if last:
+            self._driver.closed(self)
+
+
+class EnclaveFile:
+    """An open ``/dev/sgx_enclave``: one enclave.
+
+    It is referenced by the descriptor table it was opened into (:meth:`release` drops that) and by
+    each mapping; the last reference gives the enclave back, which itself lives on while an address
+    space or a reclaim batch has it.
+
+    Attributes:
+        enclave: the enclave, created or not.
+    """
+
+    def __init__(self, driver: Driver, enclave: Enclave) -> None:
+        self._driver = driver
+        self.enclave = enclave
+        self._latch = driver.runtime.latch()
+        self._references = 1
+        self._in_ioctl = False
+
+    # --- references -----------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take a reference."""
+        with self._latch:
+            assert self._references, "a file that is gone is referenced"
+            self._references += 1
+
+    def put(self) -> None:
+        """Give a reference back; no lock may be held, since the last one frees the enclave."""
+        with self._latch:
+            assert self._references, "more references given back than taken"
+            self._references -= 1
+            last = not self._references
+        if last:
+            self.enclave.release_file()
+            self._driver.closed(self)
+
+    def release(self) -> None:
+        """The last descriptor of it in one table was closed; mappings keep it."""
+        self.put()
+
+    # --- system calls ---------------------------------------------------------------------------
+
+    def ioctl(self, task: Task, cmd: int, arg: int) -> int:
+        """Do an ioctl.
+
+        Args:
+            task: who calls.
+            cmd: the command's number.
+            arg: address of its structure.
+
+        Returns:
+            0; results are in the structure.
+
+        Raises:
+            OSError: refused; ``errno`` may be :data:`~softsgx.driver.ERESTARTSYS`.  Counts in the
+                structure are valid then too.
+        """
+        with self._latch:
+            busy, self._in_ioctl = self._in_ioctl, True
+        if busy:
+            refuse(EBUSY, "another ioctl runs on this file")
+        errno, count = 0, 0
+        try:
+            count = self._dispatch(task, cmd, arg)
+        except OSError as error:
+            errno = error.errno or 0
+            raise
+        finally:
+            self._in_ioctl = False
+            tracer = self._driver.tracer
+            if tracer is not None:
+                tracer(IoctlDone(self.enclave.number, _name(cmd), errno, count))
+        return 0
+
+    def _dispatch(self, task: Task, cmd: int, arg: int) -> int:
+        command = _COMMANDS.get(cmd)
+        if command is None:
+            refuse(ENOTTY, f"ioctl {cmd:#x}")
+        try:
+            return command(self.enclave, task, arg)
+        except BadAddress as error:
+            refuse(EFAULT, str(error))
+        except NoEpc:
+            refuse(ENOMEM, "no EPC page is free, and none can be reclaimed")
+        except EpcBusy:
+            refuse(EBUSY, "no EPC page is free without reclaim")
+        except Interrupted:
+            # B29: returned as it is, nothing restarts the system call.
+            errno = EINTR if "B29" in self._driver.defects else ERESTARTSYS
+            refuse(errno)
+
+    def mmap(
+        self,
+        mm: Mm,
+        addr: int,
+        length: int,
+        prot: int,
+        flags: int,
+        *,
+        task: Task | None = None,
+    ) -> int:
+        """Map the enclave into an address space.
+
+        Args:
+            mm: the address space.
+            addr: where, or a hint.
+            length: bytes; rounded up to whole pages.
+            prot: PROT_* rights.
+            flags: MAP_SHARED, with MAP_FIXED or MAP_FIXED_NOREPLACE.
+            task: whose personality counts; by default the owner of ``mm``.
+
+        Returns:
+            The address.
+
+        Raises:
+            OSError: EINVAL: not shared, or a bad address or length; EACCES: a page of the enclave
+                does not allow a right, or the range leaves an initialized enclave; ENOMEM;
+                EEXIST.
+        """
+        length = -(-length // PAGE_BYTES) * PAGE_BYTES
+        kind = flags & _MAP_TYPE
+        private_is_fine = "B32" in self._driver.defects
+        if length <= 0 or kind not in (MAP_SHARED, MAP_SHARED_VALIDATE, MAP_PRIVATE):
+            refuse(EINVAL, f"mmap of {length:#x} bytes with flags {flags:#x}")
+        if kind == MAP_PRIVATE and not private_is_fine:
+            refuse(EINVAL, "an enclave is mapped MAP_SHARED or not at all")
+        prot &= PROT_READ | PROT_WRITE | PROT_EXEC
+        with mm.mmap_lock.writing():
+            start = mm.place(addr, length, flags)
+            self.enclave.may_map(start, start + length, prot, task or mm.owner)
+            if not self.enclave.add_mm(mm):
+                refuse(ENOMEM, "the address space cannot be registered")
+            self.hold()
+            gone = mm.insert(EnclaveVma(start, start + length, prot, self, self.enclave))
+        put_files(gone)
+        return start
+
+    # --- control --------------------------------------------------------------------------------
+
+    def kill(self) -> int:
+        """Take every EPC page from the enclave; its users get SIGBUS from now on.
+
+        Returns:
+            EPC pages freed at once.  Pages in a reclaim batch follow when it ends.
+        """
+        return self.enclave.kill()
+
+
+def _name(cmd: int) -> str:
+    try:
+        return f"SGX_IOC_{Ioctl(cmd).name}"
+    except ValueError:
+        return f"{cmd:#x}"
+
+
+_COMMANDS: dict[int, Callable[[Enclave, Task, int], int]] = {
+    Ioctl.ENCLAVE_CREATE: build.create,
+    Ioctl.ENCLAVE_ADD_PAGES: build.add_pages,
+    Ioctl.ENCLAVE_INIT: build.init,
+    Ioctl.ENCLAVE_PROVISION: build.provision,
+    Ioctl.ENCLAVE_RESTRICT_PERMISSIONS: sgx2.restrict_permissions,
+    Ioctl.ENCLAVE_MODIFY_TYPES: sgx2.modify_types,
+    Ioctl.ENCLAVE_REMOVE_PAGES: sgx2.remove_pages,
+}
+"""What does each command: returns the bytes done, 0 where the command does not count."""

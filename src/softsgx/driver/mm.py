@@ -1,0 +1,412 @@
+"""An address space as the driver sees it: its mappings of enclaves, and what may be done to them.
+
+Other mappings are not ours.  Page tables are behind :class:`Ptes`: of the simulated machine
+(:class:`SoftPtes`), or of a real process.
+
+Lock order: ``mmap_lock``, then an enclave's lock, then the core's.  Faults and the reclaimer's
+walks read-lock it, so neither may allocate with reclaim while they hold it; whatever changes
+mappings write-locks it.
+
+Source:
+    arch/x86/kernel/cpu/sgx/{driver,encl}.c; mm/mmap.c, mm/mremap.c for what every mapping obeys.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from errno import EEXIST, EFAULT, EINVAL, ENOMEM
+from typing import TYPE_CHECKING, Protocol
+
+from softsgx.arch import PAGE_BYTES, page_of
+from softsgx.driver.sync import RwLock
+from softsgx.driver.uapi import (
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    refuse,
+)
+from softsgx.runtime import Runtime
+
+if TYPE_CHECKING:
+    from softsgx.driver.enclave import Enclave, EnclaveMm
+    from softsgx.driver.file import EnclaveFile
+    from softsgx.driver.task import Task
+
+__all__ = ["EnclaveVma", "FaultResult", "Mm", "Ptes", "put_files"]
+
+_PROT_ALL = PROT_READ | PROT_WRITE | PROT_EXEC
+_MMAP_TOP = 0x7FFF_0000_0000
+_TASK_SIZE = 1 << 47
+
+
+class FaultResult(Enum):
+    """How a page fault ended."""
+
+    NOPAGE = "nopage"
+    """Repeat the instruction: the page is mapped, or will be."""
+    RETRY = "retry"
+    """Repeat the instruction: the fault has waited for memory with no lock held."""
+    SIGBUS = "sigbus"
+    OOM = "oom"
+    SEGV = "segv"
+    """No mapping there, or it does not allow the access."""
+
+
+class Ptes(Protocol):
+    """The page-table entries of one address space, as far as they map enclaves."""
+
+    def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
+        """Map the page at ``linaddr`` with PROT_* rights, not accessed; replaces what was there.
+
+        Raises:
+            MemoryError: there is no memory for page tables: the fault ends with SIGBUS.
+        """
+
+    def zap(self, linaddr: int) -> None:
+        """Remove the page's entry, if there is one."""
+
+    def protect(self, start: int, end: int, prot: int) -> None:
+        """Give the entries that exist in a range other rights."""
+
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """Return whether the page was used since this was asked last, or since it was mapped."""
+
+    def kick(self) -> None:
+        """Interrupt every processor that may run this address space, and wait until each has been.
+
+        Whoever was inside an enclave has left it, so its translations are gone.
+        """
+
+
+@dataclass(eq=False, slots=True)
+class EnclaveVma:
+    """One mapping of an enclave.
+
+    Attributes:
+        start, end: its range, page aligned.
+        prot: PROT_* rights.
+        file: what it maps; it holds a reference.
+        enclave: the enclave, or ``None`` after a fork that could not register the child.
+    """
+
+    start: int
+    end: int
+    prot: int
+    file: EnclaveFile
+    enclave: Enclave | None
+
+
+class Mm:
+    """One address space.
+
+    Args:
+        runtime: of the driver.
+        ptes: its page tables.
+        owner: whose group pays for faults that name no task.
+        pick: returns where a mapping of a length goes, given a hint; by default below the lowest
+            enclave mapping.
+        name: for people and schedules.
+
+    Attributes:
+        mmap_lock: see the module.
+        notifiers: one entry for each enclave whose pages this space may map.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        ptes: Ptes,
+        *,
+        owner: Task | None = None,
+        pick: Callable[[int, int], int] | None = None,
+        name: str = "mm",
+    ) -> None:
+        self.runtime, self.ptes, self.owner, self.name = runtime, ptes, owner, name
+        self.mmap_lock = RwLock(runtime, f"{name}.mmap_lock")
+        self.notifiers: list[EnclaveMm] = []
+        self._pick = pick
+        self._latch = runtime.latch()
+        self._users = 1
+        self._starts: list[int] = []
+        self._vmas: list[EnclaveVma] = []
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    # --- lifetime -------------------------------------------------------------------------------
+
+    def pin(self) -> bool:
+        """Keep it from ending while its mappings are walked; ``False`` when it has ended."""
+        with self._latch:
+            if not self._users:
+                return False
+            self._users += 1
+            return True
+
+    def unpin(self) -> None:
+        """Undo :meth:`pin`; whoever is last does the rest of :meth:`exit`."""
+        with self._latch:
+            self._users -= 1
+            last = not self._users
+        if last:
+            self._end()
+
+    def exit(self) -> None:
+        """The process has ended, or executes another program: give everything back.
+
+        A walker that has it pinned does that later.
+        """
+        assert self._users, f"{self.name} has ended before"
+        self.unpin()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return bool(self._users)
+
+    def forget(self, entry: EnclaveMm) -> None:
+        """An enclave is no longer registered."""
+        with self._latch:
+            if entry in self.notifiers:
+                self.notifiers.remove(entry)
+
+    def _end(self) -> None:
+        # As exit_mmap(): first the notifiers, while nothing is unmapped yet.
+        for entry in list(self.notifiers):
+            entry.release()
+        with self.mmap_lock.writing():
+            gone = self._cut(0, _TASK_SIZE)
+        put_files(gone)
+
+    # --- system calls ---------------------------------------------------------------------------
+
+    def place(self, addr: int, length: int, flags: int) -> int:
+        """Return where a mapping goes; ``mmap_lock`` is held.
+
+        Raises:
+            OSError: EINVAL, ENOMEM, EEXIST as mmap(2) says.
+        """
+        if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
+            if addr % PAGE_BYTES:
+                refuse(EINVAL, f"MAP_FIXED at {addr:#x}")
+            if addr + length > _TASK_SIZE:
+                refuse(ENOMEM, f"mapping ends at {addr + length:#x}")
+            if flags & MAP_FIXED_NOREPLACE and self.vmas(addr, addr + length):
+                refuse(EEXIST, f"{addr:#x} is mapped")
+            return addr
+        hint = page_of(addr)
+        if self._pick is not None:
+            return self._pick(hint, length)
+        if hint and hint + length <= _TASK_SIZE and not self.vmas(hint, hint + length):
+            return hint
+        start = min(self._starts, default=_MMAP_TOP) - length
+        if start < PAGE_BYTES:
+            refuse(ENOMEM, f"no room for {length:#x} bytes")
+        return start
+
+    def insert(self, vma: EnclaveVma) -> list[EnclaveVma]:
+        """Add a mapping in place of what was there; ``mmap_lock`` is held for writing.
+
+        Returns:
+            Mappings that are gone; give them to :func:`put_files` after the lock.
+        """
+        gone = self._cut(vma.start, vma.end)
+        at = bisect_right(self._starts, vma.start)
+        self._starts.insert(at, vma.start)
+        self._vmas.insert(at, vma)
+        return gone
+
+    def munmap(self, addr: int, length: int) -> None:
+        """Remove mappings of enclaves in a range.
+
+        Raises:
+            OSError: EINVAL: not page aligned, or no length.
+        """
+        end = addr + _round_up(length)
+        if addr % PAGE_BYTES or length <= 0 or end > _TASK_SIZE:
+            refuse(EINVAL, f"munmap of {length:#x} bytes at {addr:#x}")
+        with self.mmap_lock.writing():
+            gone = self._cut(addr, end)
+        put_files(gone)
+
+    def mprotect(self, addr: int, length: int, prot: int, *, task: Task | None = None) -> None:
+        """Change the rights of mappings of enclaves in a range.
+
+        Raises:
+            OSError: EINVAL: not page aligned, or no such right; EACCES: an enclave's page does
+                not allow the right, the range leaves the enclave, or the personality has
+                READ_IMPLIES_EXEC.  Mappings below the refusing one keep their new rights, as in
+                Linux.
+        """
+        end = addr + _round_up(length)
+        if addr % PAGE_BYTES or prot & ~_PROT_ALL:
+            refuse(EINVAL, f"mprotect of {addr:#x} to {prot:#x}")
+        with self.mmap_lock.writing():
+            for vma in self.vmas(addr, end):
+                start, stop = max(addr, vma.start), min(end, vma.end)
+                if vma.enclave is not None:
+                    vma.enclave.may_map(start, stop, prot, task or self.owner)
+                lost = vma.prot & ~prot
+                self._split(start)
+                self._split(stop)
+                for piece in self.vmas(start, stop):
+                    piece.prot = prot
+                self.ptes.protect(start, stop, prot)
+                if lost:
+                    self.ptes.kick()
+
+    def mremap(self, old: int, old_length: int, new_length: int, new: int | None = None) -> int:
+        """Shrink or move a mapping of an enclave; growing is refused.
+
+        Args:
+            old: where it is.
+            old_length: bytes of it.
+            new_length: bytes it shall have.
+            new: where it shall go; ``None``: it stays.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            OSError: EFAULT: there is none, it is not that long, or it would grow (these mappings
+                are VM_DONTEXPAND and VM_PFNMAP); EINVAL: not aligned, no length, or overlapping.
+        """
+        old_length, new_length = _round_up(old_length), _round_up(new_length)
+        if old % PAGE_BYTES or new_length <= 0:
+            refuse(EINVAL, f"mremap of {old:#x} to {new_length:#x} bytes")
+        moves = new is not None and new != old
+        if moves:
+            assert new is not None
+            if new % PAGE_BYTES or (new < old + old_length and old < new + new_length):
+                refuse(EINVAL, f"mremap from {old:#x} to {new:#x}")
+        gone: list[EnclaveVma] = []
+        with self.mmap_lock.writing():
+            vma = self.find(old)
+            if vma is None or old + old_length > vma.end or new_length > old_length:
+                refuse(EFAULT, f"mremap of {old_length:#x} bytes at {old:#x} to {new_length:#x}")
+            if new_length < old_length:
+                gone += self._cut(old + new_length, old + old_length)
+            if moves:
+                assert new is not None
+                vma.file.hold()
+                moved = replace(vma, start=new, end=new + new_length)
+                # Deviation: Linux moves the entries too; at the new address they would only make
+                # the processor report EPCM faults instead of the fault that finds no page.
+                gone += self._cut(old, old + new_length)
+                gone += self.insert(moved)
+        put_files(gone)
+        return new if moves and new is not None else old
+
+    def fork(
+        self, ptes: Ptes, *, owner: Task | None = None, name: str = "", fail: bool = False
+    ) -> Mm:
+        """Return the address space of a child process.
+
+        Args:
+            ptes: the child's page tables, empty.
+            owner: the child's :attr:`owner`.
+            name: the child's name.
+            fail: no memory to register the child with its enclaves: each access is SIGBUS.
+        """
+        child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, name=name or f"{self.name}'")
+        with self.mmap_lock.writing():
+            for vma in self._vmas:
+                vma.file.hold()
+                copy = replace(vma)
+                # As sgx_vma_open(): registering comes before any entry that it must find.
+                # Deviation: Linux copies the entries of PFN mappings; the child faults for each.
+                if vma.enclave is not None and not (not fail and vma.enclave.add_mm(child)):
+                    copy.enclave = None
+                child.insert(copy)
+        return child
+
+    # --- faults ---------------------------------------------------------------------------------
+
+    def fault(self, addr: int, access: int, task: Task | None = None) -> FaultResult:
+        """Handle a page fault that paging raised: one without the SGX bit.
+
+        Args:
+            addr: the address.
+            access: PROT_READ, PROT_WRITE or PROT_EXEC.
+            task: who caused it; by default the owner.
+
+        Returns:
+            What the task sees; nothing is locked then.
+        """
+        busy = None
+        self.mmap_lock.acquire_read()
+        try:
+            vma = self.find(addr)
+            if vma is None or access & ~vma.prot:
+                return FaultResult.SEGV
+            if vma.enclave is None:
+                return FaultResult.SIGBUS
+            result, busy = vma.enclave.fault(self, vma, page_of(addr), task or self.owner)
+        finally:
+            self.mmap_lock.release_read()
+        if busy is not None:
+            busy()
+            return FaultResult.RETRY
+        return result
+
+    # --- mappings -------------------------------------------------------------------------------
+
+    def find(self, addr: int) -> EnclaveVma | None:
+        """Return the mapping that holds ``addr``; ``mmap_lock`` is held."""
+        index = bisect_right(self._starts, addr) - 1
+        if index < 0 or self._vmas[index].end <= addr:
+            return None
+        return self._vmas[index]
+
+    def vmas(self, start: int = 0, end: int = _TASK_SIZE) -> list[EnclaveVma]:
+        """Return the mappings that overlap a range, lowest first; ``mmap_lock`` is held."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        found = []
+        for vma in self._vmas[first:]:
+            if vma.start >= end:
+                break
+            if vma.end > start:
+                found.append(vma)
+        return found
+
+    def _split(self, addr: int) -> None:
+        """Make ``addr`` a border between mappings, if it is inside one."""
+        vma = self.find(addr)
+        if vma is None or vma.start == addr:
+            return
+        vma.file.hold()
+        above = replace(vma, start=addr)
+        vma.end = addr
+        at = bisect_right(self._starts, addr)
+        self._starts.insert(at, addr)
+        self._vmas.insert(at, above)
+
+    def _cut(self, start: int, end: int) -> list[EnclaveVma]:
+        """Take the mappings of a range out, entries included; their files still are referenced."""
+        self._split(start)
+        self._split(end)
+        gone = self.vmas(start, end)
+        for vma in gone:
+            at = self._vmas.index(vma)
+            del self._vmas[at], self._starts[at]
+            if vma.enclave is not None:
+                for linaddr in vma.enclave.addresses(vma.start, vma.end):
+                    self.ptes.zap(linaddr)
+        if gone:
+            self.ptes.kick()
+        return gone
+
+
+def put_files(gone: list[EnclaveVma]) -> None:
+    """Let go of the files of mappings that are gone; no lock may be held."""
+    for vma in gone:
+        vma.file.put()
+
+
+def _round_up(length: int) -> int:
+    return -(-length // PAGE_BYTES) * PAGE_BYTES

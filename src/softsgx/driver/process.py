@@ -1,0 +1,513 @@
+"""A process of a simulated machine: memory, descriptors, threads that enter enclaves.
+
+It is a task to the driver, and code to the processors: a thread loads, stores and executes ENCLU
+on a logical processor; faults go where a kernel sends them, and what the kernel cannot mend
+becomes a :class:`Signal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status, page_of
+from softsgx.driver.file import EnclaveFile, ProvisionFile
+from softsgx.driver.mm import FaultResult, Mm
+from softsgx.driver.ptes import SoftPtes
+from softsgx.driver.task import BadAddress, VmaInfo
+from softsgx.driver.uapi import (
+    MAP_FIXED,
+    MAP_SHARED,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    AddPages,
+    AddPagesFlags,
+    Create,
+    Init,
+    Ioctl,
+    ModifyTypes,
+    Provision,
+    RemovePages,
+    RestrictPermissions,
+)
+from softsgx.hw import (
+    EnclaveMode,
+    Fault,
+    LogicalProcessor,
+    Machine,
+    PageFault,
+    access,
+    deliver,
+    interrupt,
+)
+from softsgx.layout import Structure
+from softsgx.paging import Group
+
+if TYPE_CHECKING:
+    from softsgx.driver.driver import Driver
+
+__all__ = ["Signal", "SoftMemory", "SoftProcess", "SoftThread"]
+
+T = TypeVar("T")
+_HEAP = 0x1000_0000
+_CODE, _AEP = 0x40_0000, 0x40_1000
+_FRAMES, _FRAMES_BYTES = 1 << 51, 1 << 36  # physical memory above any EPC; 64 GiB a process
+_FAULTS_IN_A_ROW = 100_000
+_RW = PROT_READ | PROT_WRITE
+
+
+class Signal(Exception):
+    """A thread was sent a signal for a fault; it is outside any enclave then.
+
+    Attributes:
+        name: ``SIGSEGV`` or ``SIGBUS``, or ``SIGKILL`` where memory for the kernel was lacking.
+        vector: of the exception.
+        code: its error code.
+        address: where, exact.
+    """
+
+    def __init__(self, name: str, fault: Fault) -> None:
+        super().__init__(f"{name}: {fault}")
+        self.name, self.vector, self.code = name, fault.vector, fault.code
+        self.address = fault.address if isinstance(fault, PageFault) else 0
+
+
+class SoftMemory:
+    """The ordinary memory of one process: mappings onto frames of the machine's RAM.
+
+    Args:
+        machine: whose RAM it is.
+        ptes: the process' page tables.
+        frames: physical address of its first frame; it may have 64 GiB from there.
+    """
+
+    def __init__(self, machine: Machine, ptes: SoftPtes, frames: int) -> None:
+        self._machine, self._ptes, self._next_frame = machine, ptes, frames
+        self._pages: dict[int, tuple[int, int, bool]] = {}
+        self._top = _HEAP
+
+    def map(
+        self, size: int, prot: int = _RW, *, addr: int | None = None, may_exec: bool = True
+    ) -> int:
+        """Map zeroed pages and return where; page aligned."""
+        pages = -(-size // PAGE_BYTES)
+        start = self._top if addr is None else addr
+        if addr is None:
+            self._top += (pages + 1) * PAGE_BYTES  # a gap, so that running over is noticed
+        for at in range(start, start + pages * PAGE_BYTES, PAGE_BYTES):
+            self._set(at, self._next_frame, prot, may_exec=may_exec)
+            self._next_frame += PAGE_BYTES
+        return start
+
+    def put(self, data: bytes, *, may_exec: bool = True) -> int:
+        """Map pages that begin with ``data`` and return where; page aligned."""
+        start = self.map(max(len(data), 1), may_exec=may_exec)
+        self.write(start, data)
+        return start
+
+    def unmap(self, addr: int, size: int) -> None:
+        """Remove pages."""
+        for at in range(addr, addr + size, PAGE_BYTES):
+            self._pages.pop(at, None)
+            self._ptes.unmap(at)
+
+    def protect(self, addr: int, size: int, prot: int) -> None:
+        """Change what may be done with pages."""
+        for at in range(addr, addr + size, PAGE_BYTES):
+            frame, _prot, may_exec = self._pages[at]
+            self._set(at, frame, prot, may_exec=may_exec)
+
+    def _set(self, at: int, frame: int, prot: int, *, may_exec: bool) -> None:
+        self._pages[at] = frame, prot, may_exec
+        self._ptes.install(at, frame, prot)
+
+    def copy_to(self, child: SoftMemory) -> None:
+        """Give a forked child its own copy of everything."""
+        for at, (frame, prot, may_exec) in self._pages.items():
+            child.map(PAGE_BYTES, prot, addr=at, may_exec=may_exec)
+            child._store(at, self._machine.ram_read(frame, PAGE_BYTES))
+        child._top = self._top
+
+    # --- UserMemory -----------------------------------------------------------------------------
+
+    def read(self, address: int, size: int) -> bytes:
+        """As :meth:`UserMemory.read`."""
+        self._check(address, size, PROT_READ)
+        return b"".join(
+            self._machine.ram_read(self._pages[page_of(at)][0] + at % PAGE_BYTES, length)
+            for at, length in _pieces(address, size)
+        )
+
+    def write(self, address: int, data: bytes) -> None:
+        """As :meth:`UserMemory.write`."""
+        self._check(address, len(data), PROT_WRITE)
+        self._store(address, data)
+
+    def _store(self, address: int, data: bytes) -> None:
+        for at, length in _pieces(address, len(data)):
+            frame = self._pages[page_of(at)][0]
+            start = at - address
+            self._machine.ram_write(frame + at % PAGE_BYTES, data[start : start + length])
+
+    def _check(self, address: int, size: int, prot: int) -> None:
+        for at, _length in _pieces(address, size):
+            page = self._pages.get(page_of(at))
+            if page is None or not page[1] & prot:
+                raise BadAddress(f"{at:#x}")
+
+    def vma_info(self, address: int) -> VmaInfo | None:
+        """As :meth:`UserMemory.vma_info`."""
+        page = self._pages.get(page_of(address))
+        return None if page is None else VmaInfo(may_exec=page[2])
+
+
+def _pieces(address: int, size: int) -> list[tuple[int, int]]:
+    """Return (address, length) of the parts of a range, one a page."""
+    pieces = []
+    while size > 0:
+        length = min(size, PAGE_BYTES - address % PAGE_BYTES)
+        pieces.append((address, length))
+        address, size = address + length, size - length
+    return pieces
+
+
+class SoftProcess:
+    """A process: a task to the driver, with memory, descriptors and threads.
+
+    Args:
+        machine: where it runs.
+        driver: whose devices it opens; another one's after it was loaded again.
+        group: who pays for its EPC pages; the core's root when ``None``.
+        name: for people and schedules.
+
+    Attributes:
+        mm: its address space.
+        memory: its ordinary memory.
+        personality_read_implies_exec: settable.
+        signal: a signal is pending; settable, or a function to ask.
+    """
+
+    def __init__(
+        self, machine: Machine, driver: Driver, *, group: Group | None = None, name: str = ""
+    ) -> None:
+        pid = driver.next_pid()
+        self.name = name or f"process{pid}"
+        self.machine, self.driver = machine, driver
+        self.group: Group = driver.core.root if group is None else group
+        self.ptes = SoftPtes(machine)
+        self.memory = SoftMemory(machine, self.ptes, _FRAMES + pid * _FRAMES_BYTES)
+        self.mm = Mm(driver.runtime, self.ptes, owner=self, name=self.name)
+        self.personality_read_implies_exec = False
+        self.signal: bool | Callable[[], bool] = False
+        self._files: dict[int, EnclaveFile | ProvisionFile] = {}
+
+    # --- Task -----------------------------------------------------------------------------------
+
+    def file(self, fd: int) -> EnclaveFile | ProvisionFile | None:
+        """Return the open file of a descriptor."""
+        return self._files.get(fd)
+
+    def signal_pending(self) -> bool:
+        """Return whether a signal is pending."""
+        return self.signal if isinstance(self.signal, bool) else self.signal()
+
+    # --- system calls ---------------------------------------------------------------------------
+
+    def open(self) -> int:
+        """Open ``/dev/sgx_enclave``; return the descriptor."""
+        return self._descriptor(self.driver.open(self))
+
+    def open_provision(self) -> int:
+        """Open ``/dev/sgx_provision``; return the descriptor."""
+        return self._descriptor(self.driver.open_provision(self))
+
+    def _descriptor(self, file: EnclaveFile | ProvisionFile) -> int:
+        fd = next(fd for fd in range(3, 1 << 20) if fd not in self._files)
+        self._files[fd] = file
+        return fd
+
+    def enclave_file(self, fd: int) -> EnclaveFile:
+        """Return the file of a descriptor that is ``/dev/sgx_enclave``."""
+        file = self._files[fd]
+        assert isinstance(file, EnclaveFile), f"descriptor {fd} is no enclave"
+        return file
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        self._files.pop(fd).release()
+
+    def ioctl(self, fd: int, cmd: int, args: Structure) -> None:
+        """Do an ioctl with its structure in memory of its own; ``args`` gets what is there after.
+
+        Raises:
+            OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated all the same.
+        """
+        at = self.memory.put(args.pack())
+        try:
+            self.enclave_file(fd).ioctl(self, cmd, at)
+        finally:
+            after = type(args).unpack(self.memory.read(at, args.SIZE))
+            for name in args.OFFSETS:
+                setattr(args, name, getattr(after, name))
+            self.memory.unmap(at, PAGE_BYTES)
+
+    def create(self, fd: int, secs: bytes) -> None:
+        """SGX_IOC_ENCLAVE_CREATE with a SECS of 4096 bytes."""
+        self.ioctl(fd, Ioctl.ENCLAVE_CREATE, Create(src=self.memory.put(secs)))
+
+    def add_pages(
+        self, fd: int, offset: int, data: bytes, flags: int, *, measure: bool = True
+    ) -> AddPages:
+        """SGX_IOC_ENCLAVE_ADD_PAGES of whole pages with SECINFO ``flags``."""
+        args = AddPages(
+            src=self.memory.put(data),
+            offset=offset,
+            length=len(data),
+            secinfo=self.memory.put(SecInfo(flags=flags).pack()),
+            flags=int(AddPagesFlags.MEASURE) if measure else 0,
+        )
+        self.ioctl(fd, Ioctl.ENCLAVE_ADD_PAGES, args)
+        return args
+
+    def init(self, fd: int, sigstruct: bytes) -> None:
+        """SGX_IOC_ENCLAVE_INIT with a SIGSTRUCT."""
+        self.ioctl(fd, Ioctl.ENCLAVE_INIT, Init(sigstruct=self.memory.put(sigstruct)))
+
+    def provision(self, fd: int, provision_fd: int) -> None:
+        """SGX_IOC_ENCLAVE_PROVISION."""
+        self.ioctl(fd, Ioctl.ENCLAVE_PROVISION, Provision(fd=provision_fd))
+
+    def restrict(self, fd: int, offset: int, length: int, permissions: int) -> RestrictPermissions:
+        """SGX_IOC_ENCLAVE_RESTRICT_PERMISSIONS."""
+        args = RestrictPermissions(offset=offset, length=length, permissions=permissions)
+        self.ioctl(fd, Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, args)
+        return args
+
+    def modify_types(self, fd: int, offset: int, length: int, page_type: int) -> ModifyTypes:
+        """SGX_IOC_ENCLAVE_MODIFY_TYPES."""
+        args = ModifyTypes(offset=offset, length=length, page_type=page_type)
+        self.ioctl(fd, Ioctl.ENCLAVE_MODIFY_TYPES, args)
+        return args
+
+    def remove_pages(self, fd: int, offset: int, length: int) -> RemovePages:
+        """SGX_IOC_ENCLAVE_REMOVE_PAGES."""
+        args = RemovePages(offset=offset, length=length)
+        self.ioctl(fd, Ioctl.ENCLAVE_REMOVE_PAGES, args)
+        return args
+
+    def mmap(
+        self,
+        fd: int,
+        addr: int,
+        length: int,
+        prot: int = PROT_READ | PROT_WRITE | PROT_EXEC,
+        flags: int = MAP_SHARED | MAP_FIXED,
+    ) -> int:
+        """Map an enclave."""
+        return self.enclave_file(fd).mmap(self.mm, addr, length, prot, flags, task=self)
+
+    def munmap(self, addr: int, length: int) -> None:
+        """Unmap enclaves."""
+        self.mm.munmap(addr, length)
+
+    def mprotect(self, addr: int, length: int, prot: int) -> None:
+        """Change the rights of mappings of enclaves."""
+        self.mm.mprotect(addr, length, prot, task=self)
+
+    def fork(self, *, name: str = "", fail: bool = False) -> SoftProcess:
+        """Return a child process.
+
+        Args:
+            name: its name.
+            fail: there is no memory to register it with the enclaves.
+        """
+        child = SoftProcess(self.machine, self.driver, group=self.group, name=name)
+        child.mm = self.mm.fork(child.ptes, owner=child, name=child.name, fail=fail)
+        self.memory.copy_to(child.memory)
+        for fd, file in self._files.items():
+            file.hold()
+            child._files[fd] = file
+        return child
+
+    def exit(self) -> None:
+        """End it: its address space, then its descriptors."""
+        self.mm.exit()
+        for fd in list(self._files):
+            self.close(fd)
+
+    def thread(self, cpu: int = 0) -> SoftThread:
+        """Return a thread on a logical processor, which is its alone while it is used."""
+        return SoftThread(self, self.machine.cpus[cpu])
+
+
+class SoftThread:
+    """A thread of execution on one logical processor.
+
+    An instruction that faults is repeated after the kernel has mended the fault; the enclave is
+    left and resumed meanwhile, as on silicon.  So it is when another processor's interrupt has
+    made it leave.
+
+    Threads that share a processor must not run at the same time.
+
+    Attributes:
+        process: whose thread it is.
+        cpu: where it runs.
+        tcs: the TCS it has entered, 0 outside.
+        exits: asynchronous exits it has resumed from.
+    """
+
+    def __init__(self, process: SoftProcess, cpu: LogicalProcessor) -> None:
+        self.process, self.cpu = process, cpu
+        self.tcs = 0
+        self.exits = 0
+        self._mode: EnclaveMode | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is between entry and exit, be it interrupted or not."""
+        return self.tcs != 0
+
+    # --- crossing the border --------------------------------------------------------------------
+
+    def enter(self, tcs: int) -> None:
+        """EENTER.
+
+        Raises:
+            Signal: it cannot be entered.
+        """
+        assert not self.tcs, "the thread is inside already"
+        self._schedule()
+        self.cpu.regs.rip = _CODE
+        self._until_done(lambda: self.cpu.enclu.eenter(tcs, _AEP))
+        self.tcs, self._mode = tcs, self.cpu.inside
+
+    def exit(self) -> None:
+        """EEXIT.
+
+        Raises:
+            Signal: it was outside, and cannot be resumed.
+        """
+        self.run(lambda cpu: cpu.enclu.eexit(_CODE))
+        self.tcs, self._mode = 0, None
+
+    def abandon(self) -> None:
+        """Stay outside after a signal; the frame of the interrupted entry stays used."""
+        self.tcs, self._mode = 0, None
+
+    def _schedule(self) -> None:
+        """Be the processor's current thread."""
+        cpu = self.cpu
+        if cpu.space is not self.process.ptes:
+            interrupt(cpu)
+            with cpu.busy:
+                cpu.flush_tlb()
+                cpu.space, cpu.cpl = self.process.ptes, 3
+
+    def _resume(self) -> EnclaveMode:
+        """Be inside; ERESUME if an event has made it leave."""
+        cpu = self.cpu
+        while True:
+            self._schedule()
+            mode = cpu.inside
+            if mode is not None and mode is self._mode:
+                return mode
+            self.exits += 1
+            cpu.regs.rip = _AEP
+            self._until_done(lambda: cpu.enclu.eresume(self.tcs, _AEP))
+            self._mode = cpu.inside
+
+    # --- instructions ---------------------------------------------------------------------------
+
+    def load(self, addr: int, size: int = 8) -> bytes:
+        """Load bytes; inside an enclave or not."""
+        return self.run(lambda cpu: access.load(cpu, addr, size), again=True)
+
+    def store(self, addr: int, data: bytes) -> None:
+        """Store bytes; inside an enclave or not."""
+        self.run(lambda cpu: access.store(cpu, addr, data), again=True)
+
+    def fetch(self, addr: int, size: int = 1) -> bytes:
+        """Fetch code."""
+        return self.run(lambda cpu: access.fetch(cpu, addr, size), again=True)
+
+    def eaccept(self, page: int, flags: int, scratch: int) -> Status:
+        """EACCEPT of a page with SECINFO ``flags``, which is put at ``scratch`` in the enclave."""
+        self.store(scratch, SecInfo(flags=flags).pack())
+        return self.run(lambda cpu: cpu.enclu.eaccept(scratch, page))
+
+    def eacceptcopy(self, page: int, source: int, rights: int, scratch: int) -> Status:
+        """EACCEPTCOPY of a page from another one of the enclave."""
+        self.store(scratch, SecInfo.of(PageType.REG, rights).pack())
+        return self.run(lambda cpu: cpu.enclu.eacceptcopy(scratch, page, source))
+
+    def emodpe(self, page: int, rights: int, scratch: int) -> None:
+        """EMODPE: extend a page's rights."""
+        self.store(scratch, SecInfo.of(PageType.REG, rights).pack())
+        self.run(lambda cpu: cpu.enclu.emodpe(scratch, page))
+
+    def run(self, instruction: Callable[[LogicalProcessor], T], *, again: bool = False) -> T:
+        """Execute an instruction to its end.
+
+        Args:
+            instruction: what it does on the processor.
+            again: whether it may be repeated although it was done.
+
+        Raises:
+            Signal: a fault that the kernel cannot mend.
+        """
+        cpu = self.cpu
+        in_a_row = 0
+        while True:
+            self._schedule()
+            mode = self._resume() if self.tcs else None
+            try:
+                result = instruction(cpu)
+            except Fault as fault:
+                # An interrupt in between has made it run outside, where its outcome means nothing.
+                if cpu.inside is mode:
+                    self._fault(fault)
+            else:
+                # A leaf that works inside only cannot have succeeded outside.
+                if cpu.inside is mode or not again:
+                    return result
+            in_a_row = self._patience(in_a_row)
+
+    def _until_done(self, leaf: Callable[[], None]) -> None:
+        """Execute an instruction that needs no enclave mode."""
+        in_a_row = 0
+        while True:
+            try:
+                leaf()
+            except Fault as fault:
+                self._fault(fault)
+            else:
+                return
+            in_a_row = self._patience(in_a_row)
+
+    def _patience(self, in_a_row: int) -> int:
+        assert in_a_row < _FAULTS_IN_A_ROW, "one instruction faults for ever"
+        if in_a_row:
+            # The timer would give others the processor sooner or later.
+            self.process.driver.runtime.yield_now()
+        return in_a_row + 1
+
+    def _fault(self, fault: Fault) -> None:
+        """What the processor and then the kernel do about a fault."""
+        deliver(self.cpu, fault)
+        if not isinstance(fault, PageFault) or fault.code & Pfec.SGX:
+            raise Signal("SIGSEGV", fault)
+        kind = PROT_READ
+        if fault.code & Pfec.W:
+            kind = PROT_WRITE
+        elif fault.code & Pfec.I:
+            kind = PROT_EXEC
+        match self.process.mm.fault(fault.address, kind, self.process):
+            case FaultResult.NOPAGE | FaultResult.RETRY:
+                return
+            case FaultResult.SIGBUS:
+                raise Signal("SIGBUS", fault)
+            case FaultResult.OOM:
+                raise Signal("SIGKILL", fault)
+            case FaultResult.SEGV:
+                raise Signal("SIGSEGV", fault)

@@ -1,0 +1,66 @@
+"""Page tables of a simulated machine: what ``hw`` walks, with accessed bits."""
+
+from __future__ import annotations
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.driver.uapi import PROT_READ
+from softsgx.hw import Machine, PageTables, interrupt
+
+__all__ = ["SoftPtes"]
+
+
+class SoftPtes(PageTables):
+    """The page tables of one simulated process; give it to a processor as its ``space``.
+
+    It holds the process' other pages too (:meth:`map`).
+
+    Deviation: Linux flushes a page's translations when it removes its entry, which makes every
+    thread leave the enclave then.  Here removing an entry interrupts nobody, so what keeps stale
+    translations harmless is the tracking of the hardware alone.
+
+    Args:
+        machine: whose processors may run it.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+        self._accessed: set[int] = set()
+
+    def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
+        """As :meth:`Ptes.install`."""
+        # No x86 entry can be written or executed, but not read.
+        self.map(linaddr, epc_addr, prot | PROT_READ if prot else 0)
+        self._accessed.discard(linaddr)
+
+    def zap(self, linaddr: int) -> None:
+        """As :meth:`Ptes.zap`."""
+        self.unmap(linaddr)
+        self._accessed.discard(linaddr)
+
+    def protect(self, start: int, end: int, prot: int) -> None:
+        """As :meth:`Ptes.protect`."""
+        rights = prot | PROT_READ if prot else 0
+        for linaddr in [at for at in list(self._entries) if start <= at < end]:
+            entry = self.entry(linaddr)
+            if entry is not None:
+                self.map(linaddr, entry[0], rights)
+
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """As :meth:`Ptes.test_and_clear_accessed`; a hot TLB entry hides accesses, as always."""
+        young = linaddr in self._accessed
+        self._accessed.discard(linaddr)
+        return young
+
+    def kick(self) -> None:
+        """As :meth:`Ptes.kick`."""
+        for cpu in self._machine.cpus:
+            if cpu.space is self and not interrupt(cpu):
+                with cpu.busy:
+                    cpu.flush_tlb()
+
+    def translate(self, linaddr: int, access: int, *, user: bool) -> int:
+        """As :meth:`AddressSpace.translate`; sets the accessed bit."""
+        physical = super().translate(linaddr, access, user=user)
+        self._accessed.add(linaddr & -PAGE_BYTES)
+        return physical

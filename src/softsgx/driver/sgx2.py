@@ -1,0 +1,245 @@
+"""The ioctls that change an enclave while it runs: permissions, types, removal.
+
+Each page is its own step, with a round of tracking and interrupts of its own; the first refusal
+ends the ioctl, and ``count`` says how far it came.
+
+Source:
+    sgx_ioc_enclave_{restrict_permissions,modify_types,remove_pages}(), ioctl.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENODEV, EPERM
+from typing import TYPE_CHECKING
+
+from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, SecInfo, SecInfoFlags, SgxFeature, Status
+from softsgx.driver.build import check_range, copy_in, copy_out
+from softsgx.driver.fault import PageInMotion, load
+from softsgx.driver.task import Task
+from softsgx.driver.uapi import (
+    PROT_READ,
+    PROT_WRITE,
+    ModifyTypes,
+    RemovePages,
+    RestrictPermissions,
+    refuse,
+)
+from softsgx.hw import Fault, PageFault
+from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
+
+if TYPE_CHECKING:
+    from softsgx.driver.enclave import Enclave
+    from softsgx.driver.page import EnclavePage
+
+__all__ = ["modify_types", "remove_pages", "restrict_permissions"]
+
+_RWX = int(SecInfoFlags.RWX)
+_RW = PROT_READ | PROT_WRITE
+_PAGE_TYPES = 0xFF
+Step = Callable[["EnclavePage", EpcPage], None]
+Args = RestrictPermissions | ModifyTypes | RemovePages
+
+
+class _LeafRefused(Exception):
+    """A leaf gave a code, which the caller is to see: EFAULT."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def restrict_permissions(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_RESTRICT_PERMISSIONS; returns the bytes changed."""
+    _check_ready(enclave)
+    args = copy_in(task, RestrictPermissions, arg)
+    check_range(enclave, args.offset, args.length)
+    rights = args.permissions
+    if rights & ~_RWX or (rights & SecInfoFlags.W and not rights & SecInfoFlags.R):
+        refuse(EINVAL, f"permissions {rights:#x}")
+    if args.result or args.count:
+        refuse(EINVAL, "result and count must be 0")
+    secinfo = SecInfo(flags=rights)
+
+    def restrict(page: EnclavePage, epc: EpcPage) -> None:
+        if page.kind is not PageType.REG:
+            refuse(EINVAL, f"page {page.linaddr:#x} is {page.kind.name}")
+        _code(lambda: enclave.driver.core.leaves.emodpr(secinfo, epc.addr))
+        _track(enclave)
+
+    return _each(enclave, task, arg, args, restrict)
+
+
+def modify_types(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_MODIFY_TYPES; returns the bytes changed."""
+    _check_ready(enclave)
+    args = copy_in(task, ModifyTypes, arg)
+    check_range(enclave, args.offset, args.length)
+    if args.page_type & ~_PAGE_TYPES or args.result or args.count:
+        refuse(EINVAL, f"type {args.page_type:#x}; result and count must be 0")
+    if args.page_type not in (PageType.TCS, PageType.TRIM):
+        refuse(EINVAL, f"type {args.page_type:#x} is neither TCS nor TRIM")
+    target = PageType(args.page_type)
+    secinfo = SecInfo.of(target)
+
+    def modify(page: EnclavePage, epc: EpcPage) -> None:
+        if page.kind is not PageType.REG and (page.kind, target) != (PageType.TCS, PageType.TRIM):
+            refuse(EINVAL, f"page {page.linaddr:#x} is {page.kind.name}")
+        before = page.max_prot
+        try:
+            if target is PageType.TCS:
+                _make_room_for_tcs(page, epc)
+            _code(lambda: enclave.driver.core.leaves.emodt(secinfo, epc.addr))
+        except (_LeafRefused, OSError):
+            page.max_prot = before
+            raise
+        _track(enclave)
+        page.kind = target
+
+    return _each(enclave, task, arg, args, modify)
+
+
+def _make_room_for_tcs(page: EnclavePage, epc: EpcPage) -> None:
+    """A TCS is mapped RW at most: take every mapping of the page away.  The lock is held."""
+    enclave, core = page.enclave, page.enclave.driver.core
+    if ~page.max_prot & _RW:
+        refuse(EPERM, f"page {page.linaddr:#x} is not readable and writable")
+    page.max_prot = _RW
+    if not core.unmark_reclaimable(epc):
+        refuse(EAGAIN, f"page {page.linaddr:#x} is being reclaimed")
+    with _Unlocked(page):
+        enclave.zap(page)
+    if page.epc is not epc:
+        refuse(EFAULT, "the enclave was killed meanwhile")
+    core.mark_reclaimable(epc)
+
+
+class _Unlocked:
+    """Let go of the enclave's lock, since PTEs are removed without it, with the page marked."""
+
+    def __init__(self, page: EnclavePage) -> None:
+        self._page = page
+
+    def __enter__(self) -> None:
+        # B10: without the mark, a fault put a PTE back that nobody removed any more.
+        self._page.busy = "B10" not in self._page.enclave.driver.defects
+        self._page.enclave.lock.release()
+
+    def __exit__(self, *_error: object) -> None:
+        self._page.enclave.lock.acquire()
+        self._page.busy = False
+        self._page.enclave.changed.notify_all()
+
+
+def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
+    """SGX_IOC_ENCLAVE_REMOVE_PAGES; returns the bytes removed."""
+    _check_ready(enclave)
+    args = copy_in(task, RemovePages, arg)
+    check_range(enclave, args.offset, args.length)
+    if args.count:
+        refuse(EINVAL, "count must be 0")
+
+    def remove(page: EnclavePage, epc: EpcPage) -> None:
+        if page.kind is not PageType.TRIM:
+            refuse(EPERM, f"page {page.linaddr:#x} is {page.kind.name}, not TRIM")
+        if not _accepted(enclave, epc):
+            refuse(EPERM, f"page {page.linaddr:#x}: the enclave has not accepted that it goes")
+        if not enclave.driver.core.unmark_reclaimable(epc):
+            refuse(EBUSY, f"page {page.linaddr:#x} is being reclaimed")
+        with _Unlocked(page):
+            enclave.zap(page)
+        if page.epc is not epc:
+            refuse(EFAULT, "the enclave was killed meanwhile")
+        enclave.remove(epc)
+        page.epc = None
+        del enclave.pages[page.index]
+        enclave.swap.shrink()
+
+    return _each(enclave, task, arg, args, remove)
+
+
+def _accepted(enclave: Enclave, epc: EpcPage) -> bool:
+    """Probe: of a trimmed page, EMODPR says #PF once EACCEPT was done, and a code before."""
+    try:
+        enclave.driver.core.leaves.emodpr(SecInfo(flags=_RWX), epc.addr)
+    except PageFault:
+        return True
+    except Fault:
+        pass
+    return False
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _check_ready(enclave: Enclave) -> None:
+    if not enclave.driver.features & SgxFeature.SGX2:
+        refuse(ENODEV, "the processor has no SGX2")
+    if not enclave.initialized:
+        refuse(EINVAL, "the enclave is not initialized")
+
+
+def _each(enclave: Enclave, task: Task, arg: int, args: Args, step: Step) -> int:
+    """Do ``step`` for every page of the range, under the enclave's lock."""
+    core = enclave.driver.core
+    group, _node = enclave.driver.charge(task)
+    try:
+        while args.count < args.length:
+            core.reclaim_direct(group)
+            with enclave.lock:
+                page = enclave.pages.get((args.offset + args.count) >> PAGE_SHIFT)
+                if page is None or enclave.dead:
+                    refuse(EFAULT, f"no page at offset {args.offset + args.count:#x}")
+                try:
+                    epc = load(page, task)
+                except (PageInMotion, EpcBusy):
+                    refuse(EAGAIN, f"page {page.linaddr:#x} cannot be loaded just now")
+                except (NoEpc, LoadFailed, BackingError) as error:
+                    refuse(EFAULT, f"page {page.linaddr:#x}: {error}")
+                step(page, epc)
+            args.count += PAGE_BYTES
+    except _LeafRefused as error:
+        assert not isinstance(args, RemovePages), "removing has no result"
+        args.result = int(error.status)
+        refuse(EFAULT, error.status.manual_name)
+    finally:
+        copy_out(task, arg, args)
+    return int(args.count)
+
+
+def _code(leaf: Callable[[], Status]) -> None:
+    """Run a leaf that gives a code.
+
+    Raises:
+        _LeafRefused: it gave one.
+        OSError: EFAULT: it faulted.
+    """
+    try:
+        status = leaf()
+    except Fault as fault:
+        refuse(EFAULT, str(fault))
+    if status is not Status.SUCCESS:
+        raise _LeafRefused(status)
+
+
+def _track(enclave: Enclave) -> None:
+    """ETRACK, once more after a round of interrupts; then always a round of interrupts.
+
+    So whoever was inside before has left when this returns, and EACCEPT finds the page tracked.
+
+    Raises:
+        OSError: EFAULT: no cycle could be begun.
+    """
+    for last in (False, True):
+        secs = enclave.swap.secs
+        assert secs is not None, "a resident page has a resident SECS"
+        try:
+            if enclave.driver.core.leaves.etrack(secs.addr) is Status.SUCCESS:
+                break
+            why = Status.PREV_TRK_INCMPL.manual_name
+        except Fault as fault:
+            why = str(fault)
+        if last:
+            refuse(EFAULT, f"ETRACK: {why}")
+        enclave.kick()
+    enclave.kick()

@@ -1,0 +1,107 @@
+"""Two locks of the kernel that a runtime does not have: reader-writer locks and SRCU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from softsgx.runtime import Runtime
+
+__all__ = ["RwLock", "Srcu"]
+
+
+class RwLock:
+    """A sleeping reader-writer lock; readers may nest: they never wait for a waiting writer."""
+
+    def __init__(self, runtime: Runtime, name: str) -> None:
+        self._lock = runtime.lock(name)
+        self._changed = runtime.condition(self._lock)
+        self._readers = 0
+        self._writing = False
+
+    def acquire_read(self) -> None:
+        """Wait until nobody writes, then hold it with other readers."""
+        with self._lock:
+            while self._writing:
+                self._changed.wait()
+            self._readers += 1
+
+    def release_read(self) -> None:
+        """Give a reader's hold back."""
+        with self._lock:
+            assert self._readers, f"{self._lock.name} has no reader"
+            self._readers -= 1
+            if not self._readers:
+                self._changed.notify_all()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Hold it with other readers."""
+        self.acquire_read()
+        try:
+            yield
+        finally:
+            self.release_read()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold it alone."""
+        with self._lock:
+            while self._writing or self._readers:
+                self._changed.wait()
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writing = False
+                self._changed.notify_all()
+
+    def held(self) -> bool:
+        """Return whether anyone holds it: for assertions only."""
+        return self._writing or bool(self._readers)
+
+
+class Srcu:
+    """Sleepable read-copy-update: a writer that has unlinked something waits for old readers.
+
+    Two counters, one of which new readers use; :meth:`synchronize` turns them over and waits for
+    the other one to drain.
+    """
+
+    def __init__(self, runtime: Runtime, name: str) -> None:
+        self._lock = runtime.lock(name)
+        self._drained = runtime.condition(self._lock)
+        self._turn = runtime.lock(f"{name} grace period")
+        self._readers = [0, 0]
+        self._index = 0
+        self._gone = False
+
+    def enter(self) -> int:
+        """Begin to read; give the result to :meth:`leave`."""
+        with self._lock:
+            assert not self._gone, "SRCU read side after cleanup"
+            self._readers[self._index] += 1
+            return self._index
+
+    def leave(self, index: int) -> None:
+        """End reading."""
+        with self._lock:
+            self._readers[index] -= 1
+            if not self._readers[index]:
+                self._drained.notify_all()
+
+    def synchronize(self) -> None:
+        """Wait for every reader that entered before this call."""
+        with self._turn, self._lock:
+            assert not self._gone, "SRCU used after cleanup"
+            old, self._index = self._index, 1 - self._index
+            while self._readers[old]:
+                self._drained.wait()
+            assert not self._gone, "SRCU cleaned up during a grace period"
+
+    def cleanup(self) -> None:
+        """The owner is destroyed: nobody may use it any more, or still do."""
+        assert not any(self._readers), "SRCU cleaned up with readers"
+        assert not self._turn.held(), "SRCU cleaned up during a grace period"
+        self._gone = True
