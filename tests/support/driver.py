@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from errno import errorcode
 from functools import cache
+from typing import Any
+
+from tests.support.hw import make_machine, signed
 
 from softsgx.arch import (
     PAGE_BYTES,
@@ -35,8 +38,6 @@ from softsgx.paging import BackingFile, EpcCore, Group, MemoryBacking, Policy
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
 
-from tests.support.hw import make_machine, signed
-
 BASE = 0x7000_0000_0000
 RW = int(SecInfoFlags.R | SecInfoFlags.W)
 RWX = int(SecInfoFlags.RWX)
@@ -51,8 +52,8 @@ def errno_of(call: Callable[[], object]) -> str:
     try:
         call()
     except OSError as error:
-        assert error.errno is not None
-        return "ERESTARTSYS" if error.errno == ERESTARTSYS else errorcode[error.errno]
+        number = error.errno or 0
+        return "ERESTARTSYS" if number == ERESTARTSYS else errorcode[number]
     return "ok"
 
 
@@ -74,7 +75,7 @@ class System:
     backing: Callable[[int], BackingFile] = lambda _pages: MemoryBacking()
     ksgxd: bool = False
     listen: bool = False
-    config: dict[str, object] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -154,7 +155,7 @@ def _sigstruct(plan: Plan, flags: int) -> bytes:
     return signed(measure(plan), secs).pack()
 
 
-def sigstruct_for(plan: Plan, flags: int = AttributesFlags.MODE64BIT, **fields: object) -> bytes:
+def sigstruct_for(plan: Plan, flags: int = AttributesFlags.MODE64BIT, **fields: Any) -> bytes:
     """A SIGSTRUCT for a plan, signed with the session's key; made once."""
     if not fields:
         return _sigstruct(plan, int(flags))

@@ -92,13 +92,24 @@ class EnclavePage:
     def prepare(self) -> bool:
         """Reserve backing and mark the page, in one critical section."""
         enclave = self.enclave
+        at_once = "B2" not in enclave.driver.defects
         with enclave.lock:
             if not enclave.dead:
-                self.reservation = enclave.swap.prepare(self.index)
+                self.reservation = enclave.swap.prepare(self.index, announced=at_once)
                 if self.reservation is None:
                     return False
-            self.reclaiming = True
+            self.reclaiming = at_once
+        if not at_once:
+            self._mark_late()
         return True
+
+    def _mark_late(self) -> None:
+        """B2: what was reserved may have been given back before the page was marked."""
+        enclave = self.enclave
+        with enclave.lock:
+            if self.reservation is not None:
+                enclave.swap.announce(self.reservation)
+            self.reclaiming = True
 
     def block(self) -> bool:
         """Remove every PTE, then EBLOCK."""

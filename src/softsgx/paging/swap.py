@@ -259,8 +259,13 @@ class EnclaveSwap:
 
     # --- out --------------------------------------------------------------------------------------
 
-    def prepare(self, index: int) -> Reservation | None:
+    def prepare(self, index: int, *, announced: bool = True) -> Reservation | None:
         """Reserve backing and a VA slot for page ``index``: :meth:`Reclaimable.prepare`.
+
+        Args:
+            index: the page's index.
+            announced: ``False`` (defect B2) leaves saying so to a later :meth:`announce`, and
+                until then the backing may be given back.
 
         Returns:
             ``None`` when there is no backing; nothing has changed.
@@ -268,10 +273,15 @@ class EnclaveSwap:
         pinned = None
         if not self._late_backing:
             try:
-                pinned = self._file.reserve(index)
+                pinned = self._file.reserve(index, announced=announced)
             except BackingError:
                 return None
         return Reservation(index, self.va.take(), pinned)
+
+    def announce(self, reservation: Reservation) -> None:
+        """Say that an eviction prepared without saying so is going on."""
+        if reservation.pinned is not None:
+            self._file.announce(reservation.pinned)
 
     def cancel(self, reservation: Reservation) -> None:
         """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""

@@ -105,8 +105,12 @@ class SwapFile:
 
     # --- out ------------------------------------------------------------------------------------
 
-    def reserve(self, index: int) -> Pinned:
+    def reserve(self, index: int, *, announced: bool = True) -> Pinned:
         """Pin both pages for an eviction; end it with :meth:`written` or :meth:`cancel`.
+
+        Args:
+            index: the page's index.
+            announced: whether the PCMD page must stay from now on; if not, :meth:`announce` it.
 
         Raises:
             BackingError: there is no room; nothing has changed.
@@ -119,11 +123,18 @@ class SwapFile:
             content.unpin()
             self.backing.truncate(content_at)
             raise
-        self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
+        pinned = Pinned(index, content, pcmd)
+        if announced:
+            self.announce(pinned)
         if self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
-        return Pinned(index, content, pcmd)
+        return pinned
+
+    def announce(self, pinned: Pinned) -> None:
+        """The PCMD page must stay until this eviction has ended."""
+        _content_at, pcmd_at = self._layout(pinned.index)
+        self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
 
     def written(self, pinned: Pinned) -> None:
         """EWB has written both."""
