@@ -24,7 +24,7 @@ from tests.support.hw import (
 from tests.support.paging import Blob, outcome, pattern
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, SecInfo, Status
-from softsgx.hw import EpcPage, LogicalProcessor, Machine, PageInfoArgs, PageTables
+from softsgx.hw import EpcPage, Leaves, LogicalProcessor, Machine, PageInfoArgs, PageTables
 from softsgx.hw.access import load, store
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.leaves.aex import interrupt
@@ -56,6 +56,7 @@ class Inhabited:
 
     Attributes:
         threads: TCSs of the enclave and logical processors of the machine.
+        readable: use the readable leaves, which have points, even where there are fast ones.
         blobs: evicted pages by offset.
     """
 
@@ -65,6 +66,7 @@ class Inhabited:
     tracer: Tracer | None = None
     debug: bool = False
     base: int = DEFAULT_BASE
+    readable: bool = False
     blobs: dict[int, Blob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Inhabited:
     @property
     def leaves(self) -> Any:
         """The operating system's leaves."""
-        return self.hw.leaves
+        return Leaves(self.hw.kernel) if self.readable else self.hw.leaves
 
     @property
     def enclave(self) -> Enclave:
