@@ -51,7 +51,9 @@ _PAIR = struct.Struct("<QQ")
 _DWORD = struct.Struct("<I")
 
 
-def aex(cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0) -> None:
+def aex(
+    cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0, *, vm_exit: bool = False
+) -> None:
     """Leave the enclave for an event; afterwards ``cpu.regs`` holds the synthetic state.
 
     The event itself is then delivered by the caller as if it had hit the AEP; for #PF,
@@ -62,13 +64,17 @@ def aex(cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0) -> 
         vector: of the exception, NMI (2) or interrupt (from 32).
         code: its error code; for #PF :class:`~softsgx.arch.Pfec` bits.
         address: for #PF, the linear address, exact.
+        vm_exit: the event goes to a hypervisor instead of the guest; CR2 stays as it is.
 
     Source:
         SDM vol. 3D, "Asynchronous Enclave Exit", Operation.
     """
     with cpu.busy:
         assert cpu.inside is not None, "an asynchronous exit outside an enclave"
+        cr2 = cpu.cr2
         _leave(cpu, cpu.inside, vector, code, address)
+        if vm_exit:
+            cpu.cr2 = cr2
 
 
 def deliver(cpu: LogicalProcessor, fault: Fault) -> bool:
@@ -136,7 +142,7 @@ def _leave(
     if vector == Vector.PF:
         cpu.cr2 = address & -PAGE_BYTES
     if hw.tracer is not None:
-        number = vector if vector < _FIRST_INTERRUPT else -1
+        number = int(vector) if vector < _FIRST_INTERRUPT else -1
         hw.tracer(AsynchronousExit(cpu.number, inside.enclave.eid, inside.tcs_linaddr, number))
 
 
