@@ -284,7 +284,11 @@ def metadata_area(elf: Elf) -> Bytes:
         raise file.bad(start + _NOTE_HEADER_BYTES, f"note name {name!r}", "want 'sgx_metadata'")
     used = _NOTE_HEADER_BYTES + namesz + descsz
     if header.sh_size != -(-used // align) * align:
-        raise file.bad(start, f"section of {header.sh_size} bytes holds a note of {used}")
+        raise file.bad(
+            start,
+            f"section of {header.sh_size} bytes holds a note of {used}",
+            f"the SDK's loader wants it padded to its alignment of {align}, and no further",
+        )
     # No padding behind the name, unlike what ELF says of notes.
     return file.part(start + _NOTE_HEADER_BYTES + namesz, descsz, "metadata")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from softsgx.arch import PAGE_BYTES, SecInfoFlags
+from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes
 from softsgx.image.elf import (
     DT_REL,
@@ -55,15 +56,20 @@ def require_loadable(elf: Elf) -> None:
         if not load.p_flags & (PF_R | PF_W | PF_X):
             raise file.bad(elf.header.e_phoff, f"{where} has no rights", "give it some of R, W, X")
     if DT_REL in elf.dynamic:
-        raise file.bad(0, "DT_REL relocations", "x86-64 uses DT_RELA")
+        raise SoftSgxError(f"{file.name}: DT_REL relocations; x86-64 uses DT_RELA")
     if elf.section(".ctors") is not None:
-        raise file.bad(0, "a section .ctors", "use .init_array")
+        raise SoftSgxError(f"{file.name}: has a section .ctors; use .init_array")
     for symbol in elf.dynamic_symbols:
         if not symbol.is_defined and not symbol.is_weak:
-            raise file.bad(0, f"undefined symbol {symbol.name!r}", "an enclave links with nothing")
+            raise SoftSgxError(
+                f"{file.name}: undefined symbol {symbol.name!r}; an enclave is linked with nothing"
+            )
     for offset, info, _ in elf.relocations():
         if info & 0xFFFF_FFFF not in _RELOCATIONS:
-            raise file.bad(0, f"relocation type {info & 0xFFFF_FFFF} at address {offset:#x}")
+            raise SoftSgxError(
+                f"{file.name}: relocation type {info & 0xFFFF_FFFF} at address {offset:#x}; "
+                f"the SDK's loader knows {', '.join(map(str, sorted(_RELOCATIONS)))}"
+            )
 
 
 def writable_text_pages(elf: Elf) -> tuple[int, ...]:
