@@ -1,0 +1,21 @@
+"""Limits on EPC for groups of processes: charging, ``misc.*`` files, the last resort.
+
+Implements what the core calls a :class:`~softsgx.paging.Group`; knows no driver and no guest.
+"""
+
+from softsgx.cgroup.events import ChargeRefused, VictimKilled
+from softsgx.cgroup.files import KEY, file_names, read_file, write_file
+from softsgx.cgroup.group import CGROUP_DEFECTS, EpcCgroup, Hierarchy, Victim
+
+__all__ = [
+    "CGROUP_DEFECTS",
+    "KEY",
+    "ChargeRefused",
+    "EpcCgroup",
+    "Hierarchy",
+    "Victim",
+    "VictimKilled",
+    "file_names",
+    "read_file",
+    "write_file",
+]
