@@ -20,6 +20,7 @@ from softsgx.hw.leaves.eld import eldu
 from softsgx.hw.leaves.ewb import ewb
 from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["fast_leaves"]
 
@@ -156,7 +157,7 @@ def _eldu(
                 page.pt, page.rwx, page.secs, page.linaddr = _TYPES[pt], flags & 7, secs, linaddr
                 page.pending, page.modified = bool(flags & 8), bool(flags & 16)
                 page.pr, page.blocked = bool(flags & 32), False
-                page.bepoch = enclave.epoch
+                page.bepoch = enclave.epoch - TRACKED_AGE
                 page.enclave = page.slots = None
                 hw.store.fill(page, plain)
                 slots[slot] = 0

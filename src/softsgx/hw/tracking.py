@@ -17,7 +17,10 @@ from __future__ import annotations
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 
-__all__ = ["count_in", "count_out", "is_tracked", "start_cycle"]
+__all__ = ["TRACKED_AGE", "count_in", "count_out", "is_tracked", "start_cycle"]
+
+TRACKED_AGE = 2
+"""Epochs after which a page is tracked whoever is inside."""
 
 
 def count_in(enclave: Enclave) -> int:
@@ -51,4 +54,4 @@ def is_tracked(page: EpcPage, enclave: Enclave) -> bool:
     An ETRACK that came before the block does not count, even if everybody has left since.
     """
     cycles = enclave.epoch - page.bepoch
-    return cycles >= 2 or (cycles == 1 and enclave.prev_count == 0)
+    return cycles >= TRACKED_AGE or (cycles == 1 and enclave.prev_count == 0)

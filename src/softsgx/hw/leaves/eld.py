@@ -20,6 +20,7 @@ from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["eldb", "eldbc", "eldu", "elduc"]
 
@@ -170,8 +171,10 @@ def _unseal(
             raise
         if leaf is Encls.ELDB or leaf is Encls.ELDBC:
             page.blocked = True
-        # Modelled: a page that comes back blocked, restricted or retyped needs a cycle of its own.
-        page.bepoch = secs.owner.epoch
+        # Modelled: a page that comes back blocked needs a cycle of its own.  One that comes back
+        # restricted or retyped does not: it left when nobody could hold a translation of it, and
+        # Linux tracks such a page before its eviction only.
+        page.bepoch = secs.owner.epoch - (0 if page.blocked else TRACKED_AGE)
         hw.locks.count_child(secs.owner, 1)
     elif pt is PageType.SECS:
         page.enclave = Enclave.from_image(plain, cpu.space.paging_address(page.addr))
