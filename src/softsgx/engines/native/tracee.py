@@ -67,12 +67,14 @@ class Thread:
         self.inject_at = 0
         self.injected = False
         self.at_call = False
+        self._loaded = False
 
     # --- registers ------------------------------------------------------------------------------
 
     def load(self) -> UserRegs:
         """Fetch the registers."""
         self._request(abi.PTRACE_GETREGS, 0, self._regs_at)
+        self._loaded = True
         return self.regs
 
     def store(self) -> None:
@@ -151,7 +153,7 @@ class Thread:
     def stopped(self, status: int) -> Stop:
         """Take note of a stop that wait(2) told of."""
         stop = decode_stop(status)
-        self.injected = False
+        self.injected = self._loaded = False
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
         return stop
 
@@ -197,7 +199,7 @@ class Thread:
         return result
 
     def syscall(self, number: int, *arguments: int) -> int:
-        """Make a system call in the thread's name; its registers are as before afterwards.
+        """Make a system call in the thread's name; afterwards it has the registers of ``regs``.
 
         Works in any stop outside the kernel's innards: signal stops, ends of system calls, seccomp
         stops whose call has been skipped, and a new thread's first stop.
@@ -210,7 +212,8 @@ class Thread:
         """
         assert self.inject_at, f"thread {self.tid} has no place to inject calls into yet"
         saved = UserRegs()
-        self.load()
+        if not self._loaded:
+            self.load()
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
         mask = self.sigmask()
         # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.

@@ -24,7 +24,7 @@ from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.cpuid import CpuidLeaf
-from softsgx.engines.native.insn import is_write
+from softsgx.engines.native.insn import decode, is_write
 from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
 from softsgx.hw import (
     EXECUTE,
@@ -51,6 +51,7 @@ _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
+_LONGEST = 15
 
 _ILL_ILLOPN = 2
 _FPE_INTDIV = 1
@@ -366,11 +367,13 @@ class Transitions:
     def _access(self, thread: ProgramThread, address: int) -> int:
         """Return what kind of access faulted at ``address``."""
         regs = thread.regs
-        if address & _PAGE_MASK == regs.rip & _PAGE_MASK and not thread.image.space.is_shown(
-            regs.rip
-        ):
-            return EXECUTE
         code = self._code(thread, regs.rip)
+        # A fetch faults at RIP, or at the start of the page that the instruction runs into.
+        ahead = address - regs.rip
+        if ahead == 0 or (0 < ahead < _LONGEST and address % PAGE_BYTES == 0):
+            insn = decode(code)
+            if ahead == 0 or insn is None or insn.length > ahead:
+                return EXECUTE
         return WRITE if is_write(code, address, regs.rsp, regs.rdi) else READ
 
     def _code(self, thread: ProgramThread, rip: int) -> bytes:
