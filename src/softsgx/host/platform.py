@@ -1,0 +1,214 @@
+"""A platform: machine, EPC core, groups and driver, put together; the one place that knows all.
+
+::
+
+    with Platform(epc="16MiB") as platform:
+        process = platform.process(group="jobs/a")
+
+Nothing runs before ``with`` (or :meth:`Platform.start`), and everything has ended after it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
+from softsgx.driver import Driver, EnclaveFile, SoftProcess
+from softsgx.errors import SoftSgxError
+from softsgx.host.config import PlatformConfig
+from softsgx.hw import Machine, PageStore
+from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
+from softsgx.runtime import InlineRuntime, Runtime
+from softsgx.trace import Event, Tracer
+
+__all__ = ["Platform"]
+
+
+class Platform:
+    """A machine with its operating-system half.
+
+    Args:
+        config: what it is made of; or give its fields as keywords.
+        runtime: where it runs; an :class:`~softsgx.runtime.InlineRuntime` with the configured
+            seed when ``None``.
+        store: where the bytes of resident pages live; memory when ``None``.
+        backing: makes an enclave's backing file of so many pages, instead of the configured kind.
+        tracer: receives every event of every layer.
+
+    Attributes:
+        machine, core, cgroups: the parts.
+        driver: the loaded driver, ``None`` while it is unloaded.
+
+    Raises:
+        SoftSgxError: the configuration is impossible.
+    """
+
+    def __init__(
+        self,
+        config: PlatformConfig | None = None,
+        *,
+        runtime: Runtime | None = None,
+        store: PageStore | None = None,
+        backing: Callable[[int], BackingFile] | None = None,
+        tracer: Tracer | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.config = config.but(**keywords) if config else PlatformConfig.of(**keywords)
+        self.runtime: Runtime = InlineRuntime(self.config.seed) if runtime is None else runtime
+        self._listeners: list[Tracer] = [] if tracer is None else [tracer]
+        self._tracer = self._tell if self._listeners else None
+        self._backing = backing or self._make_backing
+        self.machine = Machine(
+            self.config.machine(), self.runtime, store=store, tracer=self._tracer
+        )
+        self.cgroups = Hierarchy(
+            sum(section.pages for section in self.machine.config.sections),
+            self.runtime,
+            tracer=self._tracer,
+            request_reclaim=self._request_reclaim,
+            victims=self._victims,
+            kill=self.config.kill,
+            defects=self.config.defects,
+        )
+        for path in self.config.groups:
+            self.cgroups.make(path).max_pages = self.config.group_max_pages(path)
+        self.core = EpcCore(
+            self.machine,
+            self.runtime,
+            policy=self.config.paging_policy(),
+            tracer=self._tracer,
+            root=self.cgroups.root,
+            dirty=None if self.config.sanitize else (),
+            defects=self.config.defects,
+        )
+        self.driver: Driver | None = None
+        self._started = False
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start ksgxd and load the driver."""
+        assert not self._started, "the platform is started twice"
+        self.core.start()
+        self.core.settle()
+        self._started = True
+        self.load("driver")
+
+    def stop(self) -> None:
+        """Stop ksgxd; enclaves that are still open are left as they are."""
+        if self._started:
+            self.core.stop()
+            self._started = False
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def load(self, module: str) -> None:
+        """Load a module; only ``"driver"`` can come and go.
+
+        Raises:
+            OSError: EEXIST, it is loaded; ENODEV, the machine does not have what it needs.
+        """
+        self._require_driver(module)
+        if self.driver is not None:
+            raise OSError(errno.EEXIST, "the driver is loaded")
+        self.driver = Driver(
+            self.core,
+            self.runtime,
+            node_of=lambda task: self.machine.config.cpu_nodes[0],
+            tracer=self._tracer,
+            defects=self.config.defects,
+            backing=self._backing,
+        )
+
+    def unload(self, module: str) -> None:
+        """Unload a module; the core goes on.
+
+        Raises:
+            OSError: EBUSY, an enclave is open; ENOENT, it is not loaded.
+        """
+        self._require_driver(module)
+        if self.driver is None:
+            raise OSError(errno.ENOENT, "the driver is not loaded")
+        self.driver.unload()
+        self.driver = None
+
+    @staticmethod
+    def _require_driver(module: str) -> None:
+        if module != "driver":
+            raise SoftSgxError(f"module {module!r}: only driver can be loaded and unloaded")
+
+    def power_loss(self) -> None:
+        """Suspend and resume, or reset: everything in the EPC is gone, evicted pages are dead."""
+        self.machine.power_transition()
+
+    # --- who uses it ----------------------------------------------------------------------------
+
+    def process(self, name: str = "", *, group: str = "/") -> SoftProcess:
+        """Return a new simulated process, charged to the group at a path (made if need be)."""
+        if self.driver is None:
+            raise OSError(errno.ENODEV, "the driver is not loaded")
+        pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
+        return SoftProcess(self.machine, self.driver, group=pays, name=name)
+
+    def check(self) -> None:
+        """Recount everything and compare; call while nothing runs.
+
+        Raises:
+            AssertionError: a count is wrong, or a page is not in exactly one place.
+        """
+        self.machine.recount()
+        self.core.recount()
+        self.cgroups.recount()
+        if self.driver is not None:
+            self.driver.recount()
+
+    # --- what the parts ask of each other -------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+    def _make_backing(self, pages: int) -> BackingFile:
+        limit = self.config.backing_limit_pages()
+        if self.config.backing == "file":
+            return FileBacking(limit, directory=self.config.backing_directory)
+        return MemoryBacking(limit)
+
+    def _request_reclaim(self, group: Group) -> None:
+        self.core.request_reclaim(group)
+
+    def _victims(self) -> Iterator[Victim]:
+        if self.driver is not None:
+            for file in self.driver.victims():
+                yield _EnclaveVictim(file)
+
+
+class _EnclaveVictim:
+    """An enclave as the accountant sees it."""
+
+    def __init__(self, file: EnclaveFile) -> None:
+        self._file = file
+        self.name = repr(file.enclave)
+
+    def pages_in(self, group: EpcCgroup) -> int:
+        """Return its resident pages if its creator is charged below ``group``, else 0."""
+        payer = self._file.enclave.group
+        below = isinstance(payer, EpcCgroup) and group in payer.ancestry()
+        return self._file.enclave.resident_pages if below else 0
+
+    def kill(self) -> None:
+        """Take its EPC away."""
+        self._file.kill()
