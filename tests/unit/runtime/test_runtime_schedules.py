@@ -149,6 +149,55 @@ def test_replaying_another_program_is_refused() -> None:
         again.run(sound(again))
 
 
+def test_a_schedule_whose_next_task_cannot_run_is_refused() -> None:
+    runtime = SeededRuntime(0)
+    runtime.run(sound(runtime))
+    first, *_ = runtime.schedule
+    again = SeededRuntime.replay(Schedule(0, (first, ("ghost", "end"))))
+    with pytest.raises(ReplayDiverged, match="task 'ghost' cannot run after 'spawn add'"):
+        again.run(sound(again))
+
+
+def test_everything_a_task_does_about_other_tasks_is_a_place() -> None:
+    runtime = SeededRuntime(0, policy=Uninterrupted())
+    lock = runtime.lock("epc")
+    condition = runtime.condition(lock)
+
+    def reclaim() -> None:
+        with lock:
+            condition.notify_all()
+        runtime.point("EWB")
+
+    def main() -> None:
+        task = runtime.spawn(reclaim, "reclaim")
+        with lock:
+            condition.wait()
+        assert lock.try_acquire()
+        lock.release()
+        runtime.sleep(1)
+        task.join()
+        runtime.yield_now()
+
+    runtime.run(main)
+    assert runtime.schedule.steps == (
+        ("main", "spawn reclaim"),
+        ("main", "acquire epc"),
+        ("main", "wait epc"),
+        ("reclaim", "acquire epc"),
+        ("reclaim", "notify epc"),
+        ("reclaim", "release epc"),
+        ("reclaim", "EWB"),
+        ("reclaim", "end"),
+        ("main", "release epc"),
+        ("main", "try_acquire epc"),
+        ("main", "release epc"),
+        ("main", "sleep"),
+        ("main", "join reclaim"),
+        ("main", "yield"),
+    )
+    assert runtime.schedule.switches() == [("main", "wait epc"), ("reclaim", "end")]
+
+
 def test_a_schedule_cut_short_is_replayed_as_far_as_it_goes() -> None:
     runtime = SeededRuntime(1)
     runtime.run(sound(runtime))

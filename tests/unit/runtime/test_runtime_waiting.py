@@ -92,6 +92,12 @@ def test_only_the_holder_releases(runtime: Runtime) -> None:
     runtime.run(main)
 
 
+def test_leaving_a_section_whose_lock_was_released_inside_is_asserted(runtime: Runtime) -> None:
+    lock = runtime.lock("epc")
+    with pytest.raises(AssertionError, match="'epc' is held by None, not by task 'main'"), lock:
+        lock.release()
+
+
 def test_try_acquire_holds_what_is_free_and_never_waits(runtime: Runtime) -> None:
     lock = runtime.lock("epc")
     seen: list[bool] = []
@@ -240,6 +246,45 @@ def test_tasks_that_take_two_locks_in_opposite_order_are_reported(runtime: Runti
         assert len(failed) == 1
         assert "reclaim waits for lock 'enclave', held by fault" in failed[0]
         assert "fault waits for lock 'pages', held by reclaim" in failed[0]
+
+    runtime.run(main)
+
+
+def test_a_wait_whose_lock_is_held_by_a_task_that_waits_for_it_is_refused(
+    runtime: Runtime,
+) -> None:
+    outer, inner = runtime.lock("outer"), runtime.lock("inner")
+    changed = runtime.condition(outer)
+    state = {"waits": False, "blocks": False}
+
+    def waiter() -> None:
+        with outer, inner:
+            state["waits"] = True
+            while not state["blocks"]:
+                changed.wait(A_MOMENT_NS)
+
+    def blocker() -> None:
+        with outer:
+            state["blocks"] = True
+            with inner:
+                pass
+
+    def main() -> None:
+        first = runtime.spawn(waiter, "waiter")
+        while not state["waits"]:
+            runtime.yield_now()
+        failed = []
+        for task in [first, runtime.spawn(blocker, "blocker")]:
+            try:
+                task.join()
+            except Deadlock as error:
+                failed.append(str(error))
+        # Whoever closes the cycle: the timeout, or on threads perhaps the blocker.
+        assert len(failed) == 1
+        assert "waiter waits for lock 'outer', held by blocker" in failed[0]
+        assert "blocker waits for lock 'inner', held by waiter" in failed[0]
+        assert not outer.held()
+        assert not inner.held()
 
     runtime.run(main)
 
