@@ -264,7 +264,7 @@ class LogicalProcessor:
 
         Raises:
             GeneralProtection: not canonical.
-        PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
+            PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
         """
         # The kernel's own mapping needs no walk; it is the hot path of all OS code.
         physical = linaddr & -PAGE_BYTES
