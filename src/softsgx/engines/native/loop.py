@@ -131,6 +131,8 @@ class Loop:
             if not self.hold(thread) or thread.cpu.inside is None:
                 continue
             self._transitions.kicked(thread)
+            if thread is image.current:
+                continue
             thread.pending = [stop for stop in thread.pending if not _comes_again(thread, stop)]
             if not thread.pending:
                 thread.pending.append(Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False))

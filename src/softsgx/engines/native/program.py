@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import cast
 
 from softsgx.driver import Mm
 from softsgx.engines.native import abi
-from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.image import Image, ImageMemory
 from softsgx.engines.native.tracee import Stop, Thread
-from softsgx.hw import LogicalProcessor
+from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
 
 __all__ = ["FAULT_SIGNALS", "Process", "ProgramThread"]
@@ -37,6 +38,20 @@ class Process:
     pidfd: int
     group: Group
     alive: int = 0
+
+
+class NativeRegisters(UserRegs):
+    """The machine's view of a thread's registers.
+
+    Attributes:
+        xcr0: what the enclave may use; the real register stays as the system set it.
+        xsave: the thread's XSAVE area, valid while a leaf or an exit works on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.xcr0 = 0
+        self.xsave = b""
 
 
 @dataclass(eq=False)
@@ -68,7 +83,11 @@ class ProgramThread(Thread):
     outgoing: SigInfo | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(self.tid)
+        regs = NativeRegisters()
+        super().__init__(self.tid, regs)
+        # Thread and processor have one set of registers: nothing is copied at a transition.
+        regs.xcr0 = self.cpu.hw.config.xcr0
+        self.cpu.regs = cast(Registers, regs)
         self.inject_at = self.image.vdso_base + self.image.vdso.inject
 
     # --- the driver's task ----------------------------------------------------------------------

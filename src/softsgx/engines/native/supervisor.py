@@ -248,6 +248,7 @@ class Supervisor(World):
             process.pidfd = libc.pidfd_open(process.pid)
         memory = os.open(f"/proc/{bare.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         base, vdso = install_vdso(bare, memory)
+        bare.settle()
         os.close(memory)
         image = self._image(bare.tid, base, vdso, set())
         thread = self.new_thread(bare.tid, process, image)

@@ -58,38 +58,59 @@ class Thread:
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
     """
 
-    def __init__(self, tid: int) -> None:
+    def __init__(self, tid: int, regs: UserRegs | None = None) -> None:
         self.tid = tid
-        self.regs = UserRegs()
+        self.regs = UserRegs() if regs is None else regs
         self._regs_at = ctypes.addressof(self.regs)
         self._info = SigInfo()
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
         self.injected = False
         self.at_call = False
-        self._loaded = False
+        self._loaded = self._changed = False
+        self._new_xstate: bytes | None = None
 
     # --- registers ------------------------------------------------------------------------------
 
     def load(self) -> UserRegs:
-        """Fetch the registers."""
+        """Fetch the registers; changes that are not in the thread yet are kept."""
+        if self._loaded:
+            return self.regs
         self._request(abi.PTRACE_GETREGS, 0, self._regs_at)
         self._loaded = True
         return self.regs
 
     def store(self) -> None:
-        """Put ``regs`` into the thread."""
-        self._request(abi.PTRACE_SETREGS, 0, self._regs_at)
+        """Put ``regs`` into the thread, at the latest when it goes on."""
+        self._changed = True
+
+    def settle(self) -> None:
+        """Put everything that changed into the thread now."""
+        if self._changed:
+            self._changed = False
+            self._request(abi.PTRACE_SETREGS, 0, self._regs_at)
+        if self._new_xstate is not None:
+            area, self._new_xstate = self._new_xstate, None
+            self._write_xstate(area)
 
     def xstate(self) -> bytes:
         """Return the XSAVE area, non-compacted form, as large as this machine makes it."""
+        if self._new_xstate is not None:
+            return self._new_xstate
         buffer = _XSTATE
         vector = abi.IoVec(ctypes.addressof(buffer), len(buffer))
         self._request(abi.PTRACE_GETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
         return buffer.raw[: vector.length]
 
     def set_xstate(self, area: bytes) -> None:
-        """Replace the XSAVE area; its size is what :meth:`xstate` gave."""
+        """Replace the XSAVE area, at the latest when it goes on.
+
+        Args:
+            area: as large as what :meth:`xstate` gave.
+        """
+        self._new_xstate = area
+
+    def _write_xstate(self, area: bytes) -> None:
         buffer = ctypes.create_string_buffer(area, len(area))
         vector = abi.IoVec(ctypes.addressof(buffer), len(area))
         self._request(abi.PTRACE_SETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
@@ -126,10 +147,12 @@ class Thread:
 
     def resume(self, signal: int = 0) -> None:
         """Let it run until something concerns us; deliver ``signal`` first."""
+        self.settle()
         self._request(abi.PTRACE_CONT, 0, signal)
 
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
+        self.settle()
         self._request(abi.PTRACE_LISTEN, 0, 0)
 
     def interrupt(self) -> None:
@@ -185,6 +208,7 @@ class Thread:
             regs.orig_rax = number
             self._set_arguments(arguments)
             self.store()
+        self.settle()
         self._request(abi.PTRACE_SYSCALL, 0, 0)
         stop = self.wait()
         while not stop.syscall:

@@ -3,8 +3,10 @@
 A thread of the program is a logical processor of the machine.  Its registers go to the machine for
 a leaf or an asynchronous exit and come back; in between, enclave code runs on the real processor.
 
-After an asynchronous exit whose reason was dealt with, execution goes on at the AEP.  When there is
-an ENCLU there, ERESUME is done at once: one trap less, and nobody can tell.
+Deviation: a page fault that the driver resolves does not leave the enclave.  The thread is stopped
+in any case; when its pages or an epoch need it to be out, it is kicked, which is a real exit.  Else
+exit and ERESUME would only copy state out and back, and listeners are told of both.  After a kick
+execution goes on at the AEP; when there is an ENCLU there, ERESUME is done at once.
 
 Deviation: an access from outside to an enclave page that cannot be shown (a TCS, a pending page)
 is SIGBUS, where hardware reads ones and drops stores.
@@ -30,7 +32,9 @@ from softsgx.hw import (
     EXECUTE,
     READ,
     WRITE,
+    AsynchronousExit,
     Fault,
+    LeafDone,
     PageFault,
     UndefinedOpcode,
     aex,
@@ -42,11 +46,6 @@ __all__ = ["Transitions"]
 
 _ENCLU = b"\x0f\x01\xd7"
 _CPUID = b"\x0f\xa2"
-_GENERAL = (
-    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
-    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
-    *("rip", "rflags", "fs_base", "gs_base"),
-)
 _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
@@ -104,11 +103,10 @@ class Transitions:
     def leave(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> None:
         """Asynchronous exit; registers are loaded, and stored afterwards."""
         cpu = thread.cpu
-        _to_machine(thread)
         cpu.regs.xsave = thread.xstate()
         aex(cpu, vector, code, address)
         thread.set_xstate(cpu.regs.xsave)
-        _from_machine(thread)
+        thread.store()
         self._went_out(thread)
 
     # --- signals --------------------------------------------------------------------------------
@@ -222,10 +220,14 @@ class Transitions:
         """Paging itself refused: out of the enclave, and let the driver see to it."""
         image = thread.image
         known = image.mm.find(address) is not None
-        self.leave(thread, Vector.PF, code, address)
         result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
         if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+            if thread.cpu.inside is not None:
+                self._tell_exit(thread)
+                return 0
             return self._resume_enclave(thread)
+        if thread.cpu.inside is not None:
+            self.leave(thread, Vector.PF, code, address)
         if self._fix_up(thread, Enclu.ERESUME, Vector.PF, code, address & _PAGE_MASK):
             return 0
         if result is FaultResult.SEGV:
@@ -234,6 +236,15 @@ class Transitions:
             return abi.SIGSEGV
         _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
         return abi.SIGBUS
+
+    def _tell_exit(self, thread: ProgramThread) -> None:
+        """Report the exit and the resumption that were not worth doing."""
+        cpu = thread.cpu
+        tracer, inside = cpu.hw.tracer, cpu.inside
+        if tracer is not None and inside is not None:
+            eid, tcs = inside.enclave.eid, inside.tcs_linaddr
+            tracer(AsynchronousExit(cpu.number, eid, tcs, Vector.PF))
+            tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
 
     def _exception(
         self, thread: ProgramThread, number: int, vector: int, code: int = 0, address: int = 0
@@ -273,7 +284,6 @@ class Transitions:
         leaf = regs.rax & _LOW_32
         operand = regs.rcx
         while True:
-            _to_machine(thread)
             if leaf == Enclu.ERESUME:
                 cpu.regs.xsave = thread.xstate()
             try:
@@ -290,7 +300,7 @@ class Transitions:
                 return self._refused(thread, leaf, fault)
         if leaf == Enclu.ERESUME:
             thread.set_xstate(cpu.regs.xsave)
-        _from_machine(thread)
+        thread.store()
         if leaf in _ENTRIES:
             self._went_in(thread)
         elif leaf == Enclu.EEXIT:
@@ -388,19 +398,6 @@ class Transitions:
         regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
         regs.rip = then
         thread.store()
-
-
-def _to_machine(thread: ProgramThread) -> None:
-    source, target = thread.regs, thread.cpu.regs
-    for name in _GENERAL:
-        setattr(target, name, getattr(source, name))
-
-
-def _from_machine(thread: ProgramThread) -> None:
-    source, target = thread.cpu.regs, thread.regs
-    for name in _GENERAL:
-        setattr(target, name, getattr(source, name))
-    thread.store()
 
 
 def _pfec(access: int) -> int:
