@@ -24,7 +24,7 @@ from softsgx.arch import (
     eextend_block,
 )
 from softsgx.errors import SoftSgxError
-from softsgx.image.plan import Data, Fill, Plan, Run
+from softsgx.image.plan import Data, Plan, Run
 
 __all__ = ["MEASURE_LIMIT_BYTES", "hashed_bytes", "measure"]
 
@@ -83,7 +83,7 @@ class _Template:
     def __init__(self, run: Run, pages: int) -> None:
         self._run, self._pages = run, pages
         self.chunks = [i for i in range(CHUNKS_PER_PAGE) if run.mask >> i & 1]
-        data = run.source.page(0) if isinstance(run.source, Fill) else b""
+        data = b"" if isinstance(run.source, Data) else run.source.page(0)
         page, self._at = eadd_block(0, run.flags), [0]
         for i in self.chunks:
             self._at.append(len(page))
@@ -104,6 +104,9 @@ class _Template:
 
 def _batches(run: Run) -> Iterator[array[int] | bytes]:
     """Yield what the digest covers of ``run``, a batch of pages at a time."""
+    if run.pages == 1:  # a template would cost more than the page
+        yield _one_page(run)
+        return
     batch = _BATCH_PAGES if run.mask else _BARE_BATCH_PAGES
     done = 0
     while done < run.pages:
@@ -114,6 +117,15 @@ def _batches(run: Run) -> Iterator[array[int] | bytes]:
         else:
             yield from _patched(run, range(done, end, pages))
         done = end
+
+
+def _one_page(run: Run) -> bytes:
+    pieces: list[bytes | memoryview] = [eadd_block(run.offset, run.flags)]
+    data = run.source.page(0) if run.mask else b""
+    for at in range(0, len(data), CHUNK_BYTES):
+        if run.mask >> at // CHUNK_BYTES & 1:
+            pieces += [eextend_block(run.offset + at), data[at : at + CHUNK_BYTES]]
+    return b"".join(pieces)
 
 
 def _patched(run: Run, starts: range) -> Iterator[array[int]]:

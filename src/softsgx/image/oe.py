@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from softsgx.arch import PAGE_BYTES, AttributesFlags, SigStruct
+from softsgx.arch import PAGE_BYTES, AttributesFlags, SigStruct, Tcs
 from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes
 from softsgx.image.blob import enclave_size, tcs_page
@@ -29,8 +29,8 @@ from softsgx.image.plan import (
     SECINFO_RW,
     SECINFO_TCS,
     ZERO,
-    Data,
     Fill,
+    Padded,
     Plan,
     Run,
     lay,
@@ -52,8 +52,9 @@ OE_SECTION = ".oeinfo"
 _END_MARKER = 0xECECECECECECECEC
 _SIGNED_START = bytes.fromhex("06000000e100000000000100")
 _CAPTURE_FAULTS, _ZERO_BASE = 1, 2
-_MOST_TCS = 1 << 16
+_MOST_TCS = 1 << 12
 _GUARDS_TCS_SSA_TD = 7
+_TCS_FIELDS_BYTES = Tcs.OFFSETS["reserved"]
 _STACK_WORD = 0xCCCC_CCCC
 _R_X86_64_TPOFF64 = 18
 _RELA = struct.Struct("<QQq")
@@ -298,7 +299,7 @@ def _thread(at_page: int, stack_pages: int, tls_pages: int, oentry: int) -> Iter
     content = tcs_page(
         ossa=tcs + PAGE_BYTES, oentry=oentry, ofs_base=thread_data, ogs_base=thread_data
     )
-    yield Run(tcs, 1, SECINFO_TCS, Data(memoryview(content)), label="TCS")
+    yield Run(tcs, 1, SECINFO_TCS, Padded(memoryview(content[:_TCS_FIELDS_BYTES])), label="TCS")
     yield Run(tcs + PAGE_BYTES, 2, SECINFO_RW, ZERO, label="SSA")
     yield Run(tcs + 4 * PAGE_BYTES, tls_pages + 1, SECINFO_RW, ZERO, label="TLS, thread data")
 

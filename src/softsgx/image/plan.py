@@ -35,6 +35,7 @@ __all__ = [
     "Buffer",
     "Data",
     "Fill",
+    "Padded",
     "Page",
     "Plan",
     "Run",
@@ -93,8 +94,28 @@ class Fill:
 
 
 _ZERO_PAGE = bytes(PAGE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """One page of which only some bytes are there, the rest zero.
+
+    Attributes:
+        view: at most a page of bytes.
+        lead: zeros before them.
+    """
+
+    view: memoryview
+    lead: int = 0
+
+    def page(self, index: int) -> bytes:
+        """Return its 4096 bytes, made now: many such pages must not cost a page each."""
+        assert index == 0, f"page {index} of one"
+        return (bytes(self.lead) + self.view).ljust(PAGE_BYTES, b"\0")
+
+
 ZERO = Fill(0)
-Source = Data | Fill
+Source = Data | Fill | Padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +255,9 @@ def _check_run(run: Run, size: int) -> None:
     if isinstance(run.source, Data):
         have = run.source.view.nbytes
         assert have == run.pages * PAGE_BYTES, f"{have} bytes for {run.pages} pages"
+    elif isinstance(run.source, Padded):
+        have = run.source.lead + run.source.view.nbytes
+        assert run.pages == 1 and have <= PAGE_BYTES, f"{have} bytes for {run.pages} pages"
     elif not 0 <= run.source.word < 1 << 32:
         raise SoftSgxError(f"{where}: fill word {run.source.word:#x} has more than 32 bits")
     if not 0 <= run.mask <= MASK_ALL:
@@ -273,17 +297,14 @@ def lay(
     view = memoryview(data).cast("B").toreadonly()
     runs: list[Run] = []
 
-    def add(at: int, content: memoryview) -> None:
-        runs.append(Run(at, content.nbytes // PAGE_BYTES, flags, Data(content), mask, label))
-
     lead = offset % PAGE_BYTES
     if lead and view.nbytes:
         head, view = view[: PAGE_BYTES - lead], view[PAGE_BYTES - lead :]
-        add(offset - lead, memoryview((bytes(lead) + bytes(head)).ljust(PAGE_BYTES, b"\0")))
+        runs.append(Run(offset - lead, 1, flags, Padded(head, lead), mask, label))
         offset += PAGE_BYTES - lead
     whole = view.nbytes // PAGE_BYTES * PAGE_BYTES
     if whole:
-        add(offset, view[:whole])
+        runs.append(Run(offset, whole // PAGE_BYTES, flags, Data(view[:whole]), mask, label))
     if view.nbytes > whole:
-        add(offset + whole, memoryview(bytes(view[whole:]).ljust(PAGE_BYTES, b"\0")))
+        runs.append(Run(offset + whole, 1, flags, Padded(view[whole:]), mask, label))
     return runs

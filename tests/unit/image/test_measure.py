@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.enclave_files import PAGE, code, slow_measure
 
 from softsgx.errors import SoftSgxError
-from softsgx.image import MASK_NONE, Data, Fill, Plan, Run, Source, hashed_bytes, measure
+from softsgx.image import MASK_NONE, Data, Fill, Padded, Plan, Run, Source, hashed_bytes, measure
 
 RW = Run(0, 1, 0x203)
 
@@ -41,10 +41,13 @@ def plans(draw: st.DrawFn) -> Plan:
     for seed in range(draw(st.integers(0, 4))):
         at += draw(st.integers(0, 3)) * PAGE
         pages = draw(st.sampled_from([1, 2, 63, 64, 65, 130]))
-        kind = draw(st.sampled_from(["data", "zero", "fill"]))
+        kind = draw(st.sampled_from(["data", "zero", "fill", "padded"]))
         source: Source = Fill(0 if kind == "zero" else draw(st.integers(0, 0xFFFFFFFF)))
         if kind == "data":
             source = Data(memoryview(code(pages * PAGE - seed) + bytes(seed)))
+        elif kind == "padded":
+            pages, lead = 1, draw(st.integers(0, PAGE))
+            source = Padded(memoryview(code(draw(st.integers(0, PAGE - lead)))), lead)
         mask = draw(st.one_of(st.sampled_from([0, 0xFFFF]), st.integers(0, 0xFFFF)))
         runs.append(Run(at, pages, draw(st.sampled_from([0x203, 0x205, 0x100])), source, mask))
         at = runs[-1].end

@@ -73,6 +73,15 @@ def test_whole_pages_are_not_copied() -> None:
     assert size < 1 << 16
 
 
+def test_many_partial_pages_do_not_cost_a_page_each() -> None:
+    tracemalloc.start()
+    runs = [run for i in range(10_000) for run in lay(i * PAGE + 1, b"x", 0x203)]
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 10_000 * PAGE // 4
+    assert bytes(runs[9].page(0).data) == b"\0x" + bytes(PAGE - 2)
+
+
 def test_a_terabyte_of_zeros_costs_no_memory() -> None:
     tracemalloc.start()
     plan = Plan(1 << 41, (Run(0, 1 << 28, 0x203, mask=MASK_NONE),))

@@ -20,8 +20,8 @@ from softsgx.image.plan import (
     MASK_NONE,
     SECINFO_TCS,
     ZERO,
-    Data,
     Fill,
+    Padded,
     Run,
     lay,
 )
@@ -46,10 +46,11 @@ EADD, EEXTEND, EREMOVE, POST_ADD, POST_REMOVE, DYN_THREAD, GROW_DOWN = (1 << n f
 ATTRIBUTE_NAMES = (
     "EADD", "EEXTEND", "EREMOVE", "POST_ADD", "POST_REMOVE", "DYN_THREAD", "GROW_DOWN",
 )  # fmt: skip
-MAX_EXPANDED = 1 << 18
+MAX_EXPANDED = 1 << 16
 """How many items a table may expand to; load_times alone could say 2**32."""
 
 _U64 = (1 << 64) - 1
+_TCS_FIELDS_BYTES = Tcs.OFFSETS["reserved"]
 _NEW_NAMES = {
     1: "HEAP_MIN", 2: "HEAP_INIT", 3: "HEAP_MAX", 4: "TCS", 5: "TD", 6: "SSA", 7: "STACK_MAX",
     8: "STACK_MIN", 10: "GUARD", 11: "HEAP_DYN_MIN", 12: "HEAP_DYN_INIT", 13: "HEAP_DYN_MAX",
@@ -175,9 +176,9 @@ def _tcs_run(block: Block, entry: LayoutEntry, rva: int, mask: int, name: str) -
         raise block.bytes.bad(
             entry.content_offset, f"{name}: {template.nbytes} bytes for {entry.page_count} pages"
         )
-    page = bytearray(bytes(template).ljust(PAGE_BYTES, b"\0"))
+    page = bytearray(bytes(template).ljust(_TCS_FIELDS_BYTES, b"\0"))
     for field in ("ossa", "ofs_base", "ogs_base"):
         at = Tcs.OFFSETS[field]
         moved = struct.unpack_from("<Q", page, at)[0] + rva & _U64
         struct.pack_into("<Q", page, at, moved)
-    return Run(rva, 1, entry.si_flags, Data(memoryview(bytes(page))), mask, name)
+    return Run(rva, 1, entry.si_flags, Padded(memoryview(bytes(page))), mask, name)

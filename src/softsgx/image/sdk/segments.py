@@ -128,7 +128,6 @@ def _segment(
 
 def _split_marked(run: Run, marked: tuple[int, ...], shift: int) -> list[Run]:
     """Return ``run`` in parts, so that pages with text relocations may be written."""
-    assert isinstance(run.source, Data), "pages of a file have data"
     first, behind = (bisect_left(marked, at - shift) for at in (run.offset, run.end))
     parts: list[Run] = []
     start = 0
@@ -136,11 +135,11 @@ def _split_marked(run: Run, marked: tuple[int, ...], shift: int) -> list[Run]:
     def cut(to: int, extra: int) -> None:
         nonlocal start
         if to > start:
-            assert isinstance(run.source, Data)
-            view = run.source.view[start * PAGE_BYTES : to * PAGE_BYTES]
+            source = run.source
+            if isinstance(source, Data):
+                source = Data(source.view[start * PAGE_BYTES : to * PAGE_BYTES])
             at = run.offset + start * PAGE_BYTES
-            rights = run.flags | extra
-            parts.append(Run(at, to - start, rights, Data(view), run.mask, run.label))
+            parts.append(Run(at, to - start, run.flags | extra, source, run.mask, run.label))
         start = to
 
     for page in marked[first:behind]:

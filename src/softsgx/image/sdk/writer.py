@@ -60,6 +60,7 @@ __all__ = [
 TCS_TEMPLATE_BYTES = 72
 _STACK_WORD = 0xCCCC_CCCC
 _GUARD_PAGES = 16
+_MOST_THREADS = 1 << 12
 _ENTRY_SYMBOL = "enclave_entry"
 _TAIL_PAGE_VERSION = (1, 3)
 _E_SHOFF, _E_SHNUM = 40, 60
@@ -112,7 +113,7 @@ class SdkLayout:
         ordered = (
             ("stack", 0 < self.stack_min <= self.stack_max),
             ("heap", 0 < self.heap_min <= self.heap_init <= self.heap_max),
-            ("threads", 0 < self.threads <= 1 << 16),
+            ("threads", 0 < self.threads <= _MOST_THREADS),
             ("SSA frame size", 0 < self.ssa_frame_size <= 4),
         )
         for name, ok in ordered:
