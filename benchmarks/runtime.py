@@ -2,7 +2,7 @@
 
 Prints one JSON object: nanoseconds for ``with lock``, ``with latch``, ``point`` and a task switch
 on each runtime, beside ``threading.Lock`` and an empty Python context manager in the same run.  The
-cost of an empty loop is subtracted; each figure is the lowest of several repetitions.
+cost of an empty loop is subtracted; both are the lowest of several repetitions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softsgx.runtime import (
 )
 
 ROUNDS = 20_000
-REPETITIONS = 9
+REPETITIONS = 15
 
 MakeRuntime = Callable[[], Runtime]
 
@@ -49,16 +49,17 @@ class _Empty:
 
 def lowest_ns(run: Callable[[int], None]) -> float:
     """Return the nanoseconds a round of ``run`` takes; ``run`` does as many as it is told."""
-    best = float("inf")
+    busy_ns: list[int] = []
+    empty_ns: list[int] = []
     for _ in range(REPETITIONS):
-        before_ns = time.perf_counter_ns()
+        start_ns = time.perf_counter_ns()
         run(ROUNDS)
         middle_ns = time.perf_counter_ns()
         for _ in range(ROUNDS):
             pass
-        empty_ns = time.perf_counter_ns() - middle_ns
-        best = min(best, (middle_ns - before_ns - empty_ns) / ROUNDS)
-    return round(best, 1)
+        busy_ns.append(middle_ns - start_ns)
+        empty_ns.append(time.perf_counter_ns() - middle_ns)
+    return round((min(busy_ns) - min(empty_ns)) / ROUNDS, 1)
 
 
 def enter(lock: AbstractContextManager[object], rounds: int) -> None:

@@ -92,7 +92,8 @@ def test_an_error_of_main_takes_the_errors_of_tasks_along(runtime: Runtime) -> N
 
 
 @pytest.mark.parametrize(
-    "make", [InlineRuntime, partial(SeededRuntime, 0), partial(ThreadsRuntime, grace_ns=200_000_000)]
+    "make",
+    [InlineRuntime, partial(SeededRuntime, 0), partial(ThreadsRuntime, grace_ns=200_000_000)],
 )
 def test_a_task_left_waiting_is_an_error_that_names_it_and_what_it_waits_for(
     make: Callable[[], Runtime],
