@@ -97,6 +97,10 @@ def test_a_debugger_reads_whatever_rights_and_blocking_say(rwx: int, blocked: bo
     assert call.page().lock == 1
 
 
+def test_every_byte_of_a_reg_page_can_be_read() -> None:
+    assert scene("edbgrd", 0xFF8).run() == (Status.SUCCESS, 0)
+
+
 def test_a_debugger_writes_8_bytes_and_no_more() -> None:
     call = scene("edbgwr")
     of_page(rwx=0, blocked=True)(call)

@@ -57,10 +57,18 @@ def initialize(call: InfoScene) -> None:
     call.enclave.flags |= F.INIT
 
 
+def another_page(call: InfoScene) -> None:
+    page = call.machine.page_at(next(free_pages(call.machine)) + 8 * PAGE_BYTES)
+    assert page is not None
+    page.fill(PageType.VA)
+    call.secs = page.addr + call.secs % PAGE_BYTES
+
+
 def secs_gone(call: InfoScene) -> None:
     call.secs_page.valid = False
 
 
+NO_SECS = {"SECS outside the EPC", "SECS held exclusively"}
 CHECKS = [
     check(1, "PAGEINFO misaligned", memory("info", 0x1_0010), GP),
     check(1, "RCX misaligned", operand("rcx", lambda rcx: rcx + 8), GP),
@@ -79,6 +87,7 @@ CHECKS = [
     check(8, "RCX in use", put(target__valid=True), "rcx", hides={"RCX outside the EPC"}),
     check(9, "SECS held exclusively", put(secs_page__lock=-1), GP, hides={"SECS outside the EPC"}),
     check(10, "no SECS there", secs_gone, "secs", hides={"SECS outside the EPC"}),
+    check(10, "a VA page as SECS", another_page, "secs", hides=NO_SECS),
     check(12, "W without R", put(secinfo__flags=0x202), GP),
     check(13, "LINADDR below the enclave", put(linaddr=DEFAULT_BASE - PAGE_BYTES), GP),
     check(13, "LINADDR above the enclave", put(linaddr=DEFAULT_BASE + SIZE), GP),

@@ -203,6 +203,12 @@ def test_cet_fields_agree_with_the_attribute(fields: dict[str, object], taken: b
     assert (call.run() is None) is taken
 
 
+def test_init_is_no_legal_attribute_whatever_the_machine_says() -> None:
+    both = F.MODE64BIT | F.INIT
+    call = scene(secs_of(SIZE, BASE, flags=both), attributes=both)
+    assert call.run() == GP
+
+
 def test_a_new_enclave_has_the_manuals_initial_values() -> None:
     call = scene(secs_of(SIZE, BASE, isv_svn=7, isv_prod_id=8, mrsigner=b"\1" * 32))
     assert call.run() is None

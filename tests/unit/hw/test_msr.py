@@ -104,6 +104,14 @@ def test_svn_status_is_read_only() -> None:
     assert refused(cpu, Msr.IA32_SGX_SVN_STATUS, 0)
 
 
+def test_without_sgx_only_feature_control_exists() -> None:
+    cpu = cpu_with(0, features=SgxFeature(0))
+    assert all(refused(cpu, msr) for msr in (*HASHES, Msr.IA32_SGX_SVN_STATUS))
+    assert all(refused(cpu, msr, 0) for msr in OWNER)
+    assert refused(cpu, Msr.IA32_FEATURE_CONTROL, LAUNCH)
+    wrmsr(cpu, Msr.IA32_FEATURE_CONTROL, LOCK)
+
+
 def test_user_code_and_unknown_registers_fault() -> None:
     cpu = cpu_with()
     assert refused(cpu, 0x1234) and refused(cpu, 0x1234, 0)

@@ -53,12 +53,27 @@ def augmenting(secinfo: SecInfo | None = None, **config: Any) -> InfoScene:
     )
 
 
+def another_page(call: InfoScene) -> None:
+    page = call.machine.page_at(next(free_pages(call.machine)) + 8 * PAGE_BYTES)
+    assert page is not None
+    page.fill(PageType.VA)
+    call.secs = page.addr + call.secs % PAGE_BYTES
+
+
 def secs_gone(call: InfoScene) -> None:
     call.secs_page.valid = False
 
 
 def source_given(call: InfoScene) -> None:
     call.source = bytes(PAGE_BYTES)
+
+
+def source_at(addr: int) -> Callable[[InfoScene], None]:
+    def violate(call: InfoScene) -> None:
+        call.source = bytes(PAGE_BYTES)
+        call.at["srcpge"] = addr
+
+    return violate
 
 
 def secinfo_at(addr: int) -> Callable[[InfoScene], None]:
@@ -76,6 +91,7 @@ EAUG = [
     check(4, "LINADDR misaligned", operand("linaddr", lambda at: at + 0x10), GP),
     check(4, "SECS misaligned", operand("secs", lambda at: at + 0x10), GP),
     check(5, "SRCPGE given", source_given, GP),
+    check(5, "SRCPGE given by address", source_at(0x2_0000), GP),
     check(6, "SECS outside the EPC", operand("secs", lambda at: OUTSIDE + at % 4096), "secs"),
     check(7, "RCX held", put(target__lock=1), GP, hides=NO_EPC),
     check(8, "RCX in use", put(target__valid=True), "rcx", hides=NO_EPC),
@@ -83,6 +99,13 @@ EAUG = [
     check(9, "SECINFO of a REG page", put(secinfo=SecInfo.of(PageType.REG, 3)), GP),
     check(11, "SECS held exclusively", put(secs_page__lock=-1), GP),
     check(12, "no SECS there", secs_gone, "secs", hides={"SECS outside the EPC"}),
+    check(
+        12,
+        "a VA page as SECS",
+        another_page,
+        "secs",
+        hides={"SECS outside the EPC", "SECS held exclusively"},
+    ),
     check(13, "not initialised", uninitialised, GP),
     check(14, "LINADDR outside the enclave", operand("linaddr", lambda at: at + SIZE), GP),
 ]
@@ -131,6 +154,7 @@ def test_an_augmented_shadow_stack_begins_with_its_token() -> None:
 @pytest.mark.parametrize(
     "violate",
     [
+        put(secinfo__flags=0x203),
         put(secinfo__flags=0x607),
         put(secinfo__flags=0x601),
         put(secinfo__flags=0x603 | 8),
@@ -146,6 +170,19 @@ def test_an_illegal_shadow_stack_page_is_refused(violate: Callable[[InfoScene], 
     before = call.snapshot()
     assert call.run() == GP
     assert call.snapshot() == before
+
+
+def test_secinfo_in_memory_is_read() -> None:
+    call = augmenting(SecInfo.of(PageType.SS_REST, 3), **CET)
+    call.at["secinfo"] = 0x3_0040
+    assert call.run() is None
+    assert call.target.pt is PageType.SS_REST
+
+
+def test_cr4_alone_makes_no_shadow_stacks() -> None:
+    call = augmenting(SecInfo.of(PageType.SS_REST, 3))
+    call.cpu.cr4_cet = True
+    assert call.run() == GP
 
 
 # --- EMODPR and EMODT ----------------------------------------------------------------------------

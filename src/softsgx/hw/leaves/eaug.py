@@ -42,7 +42,7 @@ def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         raise GeneralProtection
     if info.secs % PAGE_BYTES or info.linaddr % PAGE_BYTES:
         raise GeneralProtection
-    if type(info.srcpge) is not int or info.srcpge:
+    if info.srcpge != 0:
         raise GeneralProtection
     secs = cpu.resolve(info.secs)
 
@@ -84,7 +84,7 @@ def _page_type(cpu: LogicalProcessor, info: PageInfoArgs) -> PageType:
     Raises:
         GeneralProtection: EAUG makes no such page, or not while CR4.CET is 0.
     """
-    if type(info.secinfo) is int and info.secinfo == 0:
+    if info.secinfo == 0:
         return PageType.REG
     secinfo = cpu.sec_info(info.secinfo)
     pt = _SHADOW_STACK.get(secinfo.page_type)
