@@ -80,9 +80,11 @@ def epc_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage:
         PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
     """
     physical = cpu.translate(linaddr, access, user=True)
-    page = cpu.hw.page_at(physical)
+    page = cpu.hw.pages.get(physical & -PAGE_BYTES)  # every entry comes here several times
     if page is None:
-        raise epc_refusal(linaddr, access)
+        page = cpu.hw.page_at(physical)
+        if page is None:
+            raise epc_refusal(linaddr, access)
     return page
 
 
