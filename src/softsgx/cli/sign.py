@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from softsgx.arch import PAGE_BYTES, SigStruct
+from softsgx.arch import PAGE_BYTES, SigStruct, Xfrm
 from softsgx.cli._common import number, print_json, read_file, size_bytes, write_file
 from softsgx.errors import SoftSgxError
 from softsgx.image import (
@@ -55,6 +56,7 @@ from softsgx.image import (
     sdk_is_laid_out,
     sign,
     split_signed,
+    ssa_frame_pages,
     unsigned_sigstruct,
 )
 
@@ -181,7 +183,21 @@ def _prepare(args: argparse.Namespace) -> _Job:
         )
     image = read_image(file, file_format=file_format)
     options = replace(options, **_options(args))
+    _warn_of_small_frames(image.plan.ssa_frame_size, options)
     return _Job(file, file_format, unsigned_sigstruct(measure(image.plan), options))
+
+
+def _warn_of_small_frames(pages: int, options: SignOptions) -> None:
+    """Say so when a machine may choose states that do not fit the enclave's SSA frames."""
+    xfrm, mask = options.states()
+    largest = xfrm | ~mask & sum(Xfrm)
+    needed = ssa_frame_pages(largest, options.miscselect & options.misc_mask | ~options.misc_mask)
+    if needed > pages:
+        print(
+            f"softsgx: note: SSA frames of {pages} pages, but the signed XFRM allows states that "
+            f"need {needed}; ECREATE refuses them on machines that have them all",
+            file=sys.stderr,
+        )
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

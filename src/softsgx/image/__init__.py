@@ -9,7 +9,7 @@ from softsgx.image.blob import Blob, enclave_size, tcs_page
 from softsgx.image.detect import FORMATS, detect_format, open_image, read_image
 from softsgx.image.enclave import EnclaveImage, Variant
 from softsgx.image.flat import read_raw, read_selftest
-from softsgx.image.load import SecsLimits, choose_secs
+from softsgx.image.load import SecsLimits, choose_secs, ssa_frame_pages
 from softsgx.image.measure import MEASURE_LIMIT_BYTES, hashed_bytes, measure
 from softsgx.image.oe import (
     OeProperties,
@@ -128,6 +128,7 @@ __all__ = [
     "sign_oe",
     "sign_plan",
     "split_signed",
+    "ssa_frame_pages",
     "tcs_page",
     "unsigned_sigstruct",
     "verify",

@@ -11,15 +11,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from softsgx.arch import Attributes, AttributesFlags, Secs, Xfrm
+from softsgx.arch import (
+    EXINFO_BYTES,
+    GPRSGX_BYTES,
+    PAGE_BYTES,
+    XSAVE_LEGACY_BYTES,
+    Attributes,
+    AttributesFlags,
+    MiscSelect,
+    Secs,
+    Xfrm,
+)
 from softsgx.errors import SoftSgxError
 from softsgx.image.enclave import EnclaveImage
 from softsgx.image.verify import check_against
 
-__all__ = ["SecsLimits", "choose_secs"]
+__all__ = ["SecsLimits", "choose_secs", "ssa_frame_pages"]
 
 _LEGACY_STATES = Xfrm.X87 | Xfrm.SSE
 _AMX_STATES = Xfrm.TILECFG | Xfrm.TILEDATA
+
+
+_XSAVE_ENDS = (  # where the standard layout's components end, in bytes
+    (Xfrm.AVX, 832),
+    (Xfrm.BNDREGS | Xfrm.BNDCSR, 1088),
+    (Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM, 2688),
+    (Xfrm.PKRU, 2752),
+    (_AMX_STATES, 11008),
+)
+
+
+def ssa_frame_pages(xfrm: int, miscselect: int = 0) -> int:
+    """Return the least SSAFRAMESIZE for these XFRM and MISCSELECT bits.
+
+    Source:
+        SDM vol. 3D, "State Save Area (SSA) Frame"; component sizes as CPUID.0DH reports them.
+    """
+    xsave = max((end for bits, end in _XSAVE_ENDS if xfrm & bits), default=XSAVE_LEGACY_BYTES)
+    misc = EXINFO_BYTES if miscselect & MiscSelect.EXINFO else 0
+    return -(-(xsave + misc + GPRSGX_BYTES) // PAGE_BYTES)
 
 
 @dataclass(frozen=True)

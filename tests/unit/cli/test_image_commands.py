@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import runpy
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,14 @@ def test_switches_reach_attributes_and_mask(
     assert (sig.attributes.flags, sig.attribute_mask.flags) == (flags, mask)
 
 
+@pytest.mark.parametrize(("options", "noted"), [([], False), (["--amx", "any"], True)])
+def test_frames_too_small_for_what_may_be_saved_are_noted(
+    options: list[str], noted: bool, stream: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sign", str(stream), "--key", str(KEY_FILE), *options]) == 0
+    assert ("need 3" in capsys.readouterr().err) == noted
+
+
 def test_the_default_date_is_today(stream: Path) -> None:
     before = datetime.datetime.now(datetime.UTC).date()
     assert main(["sign", str(stream), "--key", str(KEY_FILE)]) == 0
@@ -410,6 +420,16 @@ def test_help_says_that_it_is_an_emulation_and_teaches_by_example(
             main([command.NAME, "--help"])
         assert exit_info.value.code == 0
         assert f"softsgx {command.NAME}" in capsys.readouterr().out
+
+
+def test_the_package_can_be_run(
+    stream: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["softsgx", "measure", str(stream)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("softsgx", run_name="__main__")
+    assert exit_info.value.code == 0
+    assert measure(blob_plan()).hex() in capsys.readouterr().out
 
 
 def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from softsgx.image import (
     read_bytes,
     read_sdk,
     sign_plan,
+    ssa_frame_pages,
 )
 from softsgx.image.elf import Elf
 from softsgx.image.sign import SignOptions
@@ -190,6 +191,16 @@ def test_secs_is_what_file_caller_and_machine_allow(
     secs = choose_secs(image, base=0x7F0000000000, debug=debug, limits=limits)  # type: ignore[arg-type]
     assert (secs.attributes.flags, secs.attributes.xfrm, secs.miscselect) == expected
     assert secs.base == 0x7F0000000000
+
+
+@pytest.mark.parametrize(
+    ("xfrm", "miscselect", "pages"),
+    [(3, 0, 1), (7, 1, 1), (0xE7, 1, 1), (0x2E7, 1, 1), (0x602E7, 0, 3), (0x60003, 1, 3)],
+)
+def test_an_ssa_frame_holds_the_states_the_registers_and_the_fault(
+    xfrm: int, miscselect: int, pages: int
+) -> None:
+    assert ssa_frame_pages(xfrm, miscselect) == pages
 
 
 def test_a_base_that_is_not_aligned_to_the_size_is_refused() -> None:

@@ -100,7 +100,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str) -> None:
     @given(damaged(name))
     @settings(
         max_examples=250,
-        deadline=2000,
+        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         database=None,
     )
@@ -120,7 +120,7 @@ def test_a_nasty_number_at_any_hot_place_does_no_harm(name: str) -> None:
 
 
 @given(st.binary(max_size=4096))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_any_bytes_at_all_are_read_or_refused(data: bytes) -> None:
     for name in FILES:
         read_and_measure(name, data)

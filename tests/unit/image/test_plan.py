@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.enclave_files import PAGE, blob_plan, tcs_of
 
@@ -41,6 +41,7 @@ def test_a_size_that_ecreate_would_refuse_is_in_no_plan(size: int) -> None:
         Plan(size)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(1, 8)), min_size=2, max_size=5))
 def test_no_page_is_added_twice(spans: list[tuple[int, int]]) -> None:
     pages = [page for start, count in spans for page in range(start, start + count)]
@@ -52,6 +53,7 @@ def test_no_page_is_added_twice(spans: list[tuple[int, int]]) -> None:
             Plan(1 << 20, runs)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 3 * PAGE), st.binary(max_size=3 * PAGE))
 def test_laid_bytes_lie_where_they_were_put_and_zeros_around_them(offset: int, data: bytes) -> None:
     memory = bytearray(8 * PAGE)
