@@ -70,6 +70,9 @@ class Ptes(Protocol):
     def zap(self, linaddr: int) -> None:
         """Remove the page's entry, if there is one."""
 
+    def entry(self, linaddr: int) -> tuple[int, int] | None:
+        """Return (EPC address, rights) of the page's entry, if there is one."""
+
     def protect(self, start: int, end: int, prot: int) -> None:
         """Give the entries that exist in a range other rights."""
 
@@ -303,7 +306,13 @@ class Mm:
         return new if moves and new is not None else old
 
     def fork(
-        self, ptes: Ptes, *, owner: Task | None = None, name: str = "", fail: bool = False
+        self,
+        ptes: Ptes,
+        *,
+        owner: Task | None = None,
+        name: str = "",
+        copy_entries: bool = False,
+        fail: bool = False,
     ) -> Mm:
         """Return the address space of a child process.
 
@@ -311,6 +320,8 @@ class Mm:
             ptes: the child's page tables, empty.
             owner: the child's :attr:`owner`.
             name: the child's name.
+            copy_entries: whether the child begins with the parent's entries, as Linux does it for
+                PFN mappings; otherwise it faults for each.
             fail: no memory to register the child with its enclaves: each access is SIGBUS.
         """
         child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, name=name or f"{self.name}'")
@@ -318,12 +329,22 @@ class Mm:
             for vma in self._vmas:
                 vma.file.hold()
                 copy = replace(vma)
-                # As sgx_vma_open(): registering comes before any entry that it must find.
-                # Deviation: Linux copies the entries of PFN mappings; the child faults for each.
-                if vma.enclave is not None and not (not fail and vma.enclave.add_mm(child)):
-                    copy.enclave = None
                 child.insert(copy)
+                if vma.enclave is None or fail:
+                    copy.enclave = None
+                    continue
+                if copy_entries:
+                    self._copy_entries(vma, ptes)
+                # A walk that began before this sees that the list has changed and begins again.
+                vma.enclave.add_mm(child)
         return child
+
+    def _copy_entries(self, vma: EnclaveVma, ptes: Ptes) -> None:
+        assert vma.enclave is not None, "entries of a mapping without an enclave"
+        for linaddr in vma.enclave.addresses(vma.start, vma.end):
+            entry = self.ptes.entry(linaddr)
+            if entry is not None:
+                ptes.install(linaddr, *entry)
 
     # --- faults ---------------------------------------------------------------------------------
 

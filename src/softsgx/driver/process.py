@@ -323,7 +323,9 @@ class SoftProcess:
             fail: there is no memory to register it with the enclaves.
         """
         child = SoftProcess(self.machine, self.driver, group=self.group, name=name)
-        child.mm = self.mm.fork(child.ptes, owner=child, name=child.name, fail=fail)
+        child.mm = self.mm.fork(
+            child.ptes, owner=child, name=child.name, copy_entries=True, fail=fail
+        )
         self.memory.copy_to(child.memory)
         for fd, file in self._files.items():
             file.hold()
