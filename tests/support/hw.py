@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 
 from cryptography.hazmat.primitives import hashes
@@ -72,12 +72,17 @@ def session_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(public_exponent=3, key_size=8 * RSA_BYTES)
 
 
+@lru_cache(maxsize=256)
+def _signature(key: rsa.RSAPrivateKey, message: bytes) -> bytes:
+    """PKCS #1 v1.5 has no randomness, and many tests build the same enclave again."""
+    return key.sign(message, padding.PKCS1v15(), hashes.SHA256())
+
+
 def sign_sigstruct(sig: SigStruct, key: rsa.RSAPrivateKey | None = None) -> SigStruct:
     """``sig`` with modulus, signature, Q1 and Q2 of ``key``."""
     key = session_key() if key is None else key
     n = key.public_key().public_numbers().n
-    raw = key.sign(sig.signed_bytes(), padding.PKCS1v15(), hashes.SHA256())
-    s = int.from_bytes(raw, "big")
+    s = int.from_bytes(_signature(key, sig.signed_bytes()), "big")
     q1, rest = divmod(s * s, n)
     return sig.replace(
         modulus=n.to_bytes(RSA_BYTES, "little"),
