@@ -7,6 +7,18 @@ x86-64 only; no root needed.
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor
 from softsgx.engines.native.memory import NativeStore
 from softsgx.engines.native.pagers import PAGERS
+from softsgx.engines.native.run import NativePlatformConfig, RunResult, native_platform, run
 from softsgx.engines.native.supervisor import Supervisor
 
-__all__ = ["PAGERS", "Finding", "NativeStore", "Supervisor", "choose_pager", "doctor"]
+__all__ = [
+    "PAGERS",
+    "Finding",
+    "NativePlatformConfig",
+    "NativeStore",
+    "RunResult",
+    "Supervisor",
+    "choose_pager",
+    "doctor",
+    "native_platform",
+    "run",
+]

@@ -39,7 +39,7 @@ class Mappings:
     # --- mmap -----------------------------------------------------------------------------------
 
     def mmap(self, thread: ProgramThread) -> int | None:
-        """Handle mmap(address, length, prot, flags, descriptor, offset)."""
+        """Do ``mmap`` (address, length, prot, flags, descriptor, offset)."""
         regs = thread.regs
         prot, flags = regs.rdx, regs.r10
         if not flags & abi.MAP_ANONYMOUS:
@@ -109,7 +109,7 @@ class Mappings:
     # --- the others -----------------------------------------------------------------------------
 
     def munmap(self, thread: ProgramThread) -> int | None:
-        """Handle munmap(address, length)."""
+        """Do ``munmap`` (address, length)."""
         regs, image = thread.regs, thread.image
         address, length = regs.rdi, regs.rsi
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
@@ -123,7 +123,7 @@ class Mappings:
         return result
 
     def mprotect(self, thread: ProgramThread) -> int | None:
-        """Handle mprotect(address, length, prot), and pkey_mprotect without looking at the key."""
+        """Do ``mprotect`` (address, length, prot), and pkey_mprotect without looking at the key."""
         regs, image = thread.regs, thread.image
         address, length, prot = regs.rdi, regs.rsi, regs.rdx
         length = -(-length // abi.PAGE) * abi.PAGE
@@ -152,7 +152,7 @@ class Mappings:
         return result
 
     def mremap(self, thread: ProgramThread) -> int | None:
-        """Handle mremap(old, old length, new length, flags, new)."""
+        """Do ``mremap`` (old, old length, new length, flags, new)."""
         regs, image = thread.regs, thread.image
         old, old_length, new_length, flags, new = (
             *(regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8),

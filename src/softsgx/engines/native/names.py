@@ -58,15 +58,15 @@ class DeviceNames:
     # --- opening --------------------------------------------------------------------------------
 
     def open(self, thread: ProgramThread) -> int | None:
-        """Handle open(path, flags, mode)."""
+        """Do ``open`` (path, flags, mode)."""
         return self._open(thread, thread.regs.rdi, thread.regs.rsi)
 
     def openat(self, thread: ProgramThread) -> int | None:
-        """Handle openat(directory, path, flags, mode); a device's path is absolute."""
+        """Do ``openat`` (directory, path, flags, mode); a device's path is absolute."""
         return self._open(thread, thread.regs.rsi, thread.regs.rdx)
 
     def openat2(self, thread: ProgramThread) -> int | None:
-        """Handle openat2(directory, path, how, size)."""
+        """Do ``openat2`` (directory, path, how, size)."""
         how = thread.image.read(thread.regs.rdx, 8)
         return self._open(thread, thread.regs.rsi, int.from_bytes(how, "little"))
 
@@ -103,42 +103,42 @@ class DeviceNames:
     # --- inspecting -----------------------------------------------------------------------------
 
     def stat(self, thread: ProgramThread) -> int | None:
-        """Handle stat(path, buffer) and lstat."""
+        """Do ``stat`` (path, buffer) and lstat."""
         node = _node(thread, thread.regs.rdi)
         return None if node is None else _give(thread, thread.regs.rsi, _stat(node))
 
     def fstat(self, thread: ProgramThread) -> int | None:
-        """Handle fstat(descriptor, buffer)."""
+        """Do ``fstat`` (descriptor, buffer)."""
         node = self._descriptor_node(thread, thread.regs.rdi)
         return None if node is None else _give(thread, thread.regs.rsi, _stat(node))
 
     def newfstatat(self, thread: ProgramThread) -> int | None:
-        """Handle newfstatat(directory, path, buffer, flags)."""
+        """Do ``newfstatat`` (directory, path, buffer, flags)."""
         regs = thread.regs
         node = self._node_at(thread, regs.rdi, regs.rsi, regs.r10)
         return None if node is None else _give(thread, regs.rdx, _stat(node))
 
     def statx(self, thread: ProgramThread) -> int | None:
-        """Handle statx(directory, path, flags, mask, buffer)."""
+        """Do ``statx`` (directory, path, flags, mask, buffer)."""
         regs = thread.regs
         node = self._node_at(thread, regs.rdi, regs.rsi, regs.rdx)
         return None if node is None else _give(thread, regs.r8, _statx(node))
 
     def access(self, thread: ProgramThread) -> int | None:
-        """Handle access(path, mode)."""
+        """Do ``access`` (path, mode)."""
         return _access(thread, thread.regs.rdi, thread.regs.rsi)
 
     def faccessat(self, thread: ProgramThread) -> int | None:
-        """Handle faccessat(directory, path, mode) and faccessat2."""
+        """Do ``faccessat`` (directory, path, mode) and faccessat2."""
         return _access(thread, thread.regs.rsi, thread.regs.rdx)
 
     def readlink(self, thread: ProgramThread) -> int | None:
-        """Handle readlink(path, buffer, size)."""
+        """Do ``readlink`` (path, buffer, size)."""
         regs = thread.regs
         return self._readlink(thread, regs.rdi, regs.rsi, regs.rdx)
 
     def readlinkat(self, thread: ProgramThread) -> int | None:
-        """Handle readlinkat(directory, path, buffer, size)."""
+        """Do ``readlinkat`` (directory, path, buffer, size)."""
         regs = thread.regs
         return self._readlink(thread, regs.rsi, regs.rdx, regs.r10)
 

@@ -21,6 +21,7 @@ TRAP = b"\xcc\x90"
 _BACK = 96
 _AHEAD = 6
 _IN_STEP = 0.7
+_RECENT = 16
 
 
 def cpuid_sites(code: bytes) -> list[int]:
@@ -35,29 +36,22 @@ def cpuid_sites(code: bytes) -> list[int]:
 
 
 def _is_instruction(code: bytes, at: int) -> bool:
-    starts = range(max(0, at - _BACK), at)
-    arrived = loaded = 0
-    for start in starts:
-        lengths = _walk(code, start, at)
-        if lengths is None:
-            continue
-        arrived += 1
-        loaded += any(_loads_eax(code[where:at]) for where in lengths[-16:])
-    if starts and arrived < _IN_STEP * len(starts):
+    """Return whether decoding from most places before ``at`` arrives there, with EAX loaded."""
+    first = max(0, at - _BACK)
+    # For each start that arrives: instructions on the way, and whether a late one loads EAX.
+    ways: dict[int, tuple[int, bool]] = {at: (0, False)}
+    for start in range(at - 1, first - 1, -1):
+        piece = code[start : min(start + 15, at)]
+        insn = decode(piece)
+        way = None if insn is None else ways.get(start + insn.length)
+        if way is not None:
+            steps, loaded = way
+            ways[start] = steps + 1, loaded or (steps < _RECENT and _loads_eax(piece))
+    arrived = len(ways) - 1
+    loaded_ones = sum(loaded for _steps, loaded in ways.values())
+    if at > first and arrived < _IN_STEP * (at - first):
         return False
-    return (not starts or loaded > arrived // 2) and _goes_on(code, at + 2)
-
-
-def _walk(code: bytes, start: int, end: int) -> list[int] | None:
-    """Return where the instructions from ``start`` to exactly ``end`` begin."""
-    places = []
-    while start < end:
-        insn = decode(code[start : start + 15])
-        if insn is None:
-            return None
-        places.append(start)
-        start += insn.length
-    return places if start == end else None
+    return loaded_ones * 2 > arrived and _goes_on(code, at + 2)
 
 
 def _goes_on(code: bytes, at: int) -> bool:

@@ -45,7 +45,7 @@ from softsgx.engines.native.tracee import Thread
 from softsgx.engines.native.transitions import Transitions
 from softsgx.engines.native.vdso import Vdso
 from softsgx.hw import LogicalProcessor, Machine, interrupt
-from softsgx.paging import EpcCore
+from softsgx.paging import Group
 
 __all__ = ["Supervisor"]
 
@@ -58,26 +58,29 @@ class Supervisor(World):
 
     Args:
         machine: its store is a :class:`NativeStore`.
-        core: the EPC core of it.
         driver: the driver on it.
+        group: who pays for the EPC of the program.
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on.
+
+    Attributes:
+        pager: the name of the pager in use.
     """
 
     def __init__(
         self,
         machine: Machine,
-        core: EpcCore,
         driver: Driver,
         *,
+        group: Group,
         pager: str | None = None,
         cpus: set[int] | None = None,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
-        self._machine, self._core, self._driver = machine, core, driver
+        self._machine, self._driver = machine, driver
         self._store: NativeStore = machine.store
-        self._pager = pager or choose_pager()
-        self._cpus = cpus
+        self.pager = pager or choose_pager()
+        self._group, self._cpus = group, cpus
         self._faulting = can_fault_cpuid()
         self._registry = Registry()
         self._host = host_cpuid()
@@ -108,7 +111,7 @@ class Supervisor(World):
             bpf = build_filter(trap_executable_mappings=not self._faulting)
             first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
             try:
-                process = Process(first.tid, libc.pidfd_open(first.tid), self._core.root)
+                process = Process(first.tid, libc.pidfd_open(first.tid), self._group)
                 thread = self._dress(first, process)
                 self._loop.add(thread)
                 self._loop.go(thread)
@@ -272,7 +275,7 @@ class Supervisor(World):
         self, image: Image, thread: ProgramThread, process: Process, parent: Mm | None
     ) -> None:
         """Connect page tables, pager, driver and processor of an image."""
-        image.pager = make_pager(self._pager, image, thread, process.pidfd)
+        image.pager = make_pager(self.pager, image, thread, process.pidfd)
         space = Space(image.index, self._store, self._machine.page_at, image.pager)
         space.kick_all = partial(self._loop.kick, image)
         image.space = thread.cpu.space = space

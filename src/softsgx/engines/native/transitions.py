@@ -35,6 +35,7 @@ from softsgx.hw import (
     AsynchronousExit,
     Fault,
     LeafDone,
+    LogicalProcessor,
     PageFault,
     UndefinedOpcode,
     aex,
@@ -51,6 +52,7 @@ _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
 _LONGEST = 15
+_READ_WRITE = READ | WRITE
 
 _ILL_ILLOPN = 2
 _FPE_INTDIV = 1
@@ -59,8 +61,9 @@ _INTERRUPT = 0xFD
 #: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
 _SPURIOUS_LIMIT = 10_000
 
-_ENTRIES = frozenset({Enclu.EENTER, Enclu.ERESUME})
-_EPCM_CHANGES = frozenset({Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY})
+_EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
+_ENTRIES = frozenset({_EENTER, _ERESUME})
+_EPCM_CHANGES = frozenset(int(leaf) for leaf in (Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY))
 
 
 class Transitions:
@@ -79,13 +82,18 @@ class Transitions:
         """Our vDSO asks for EENTER: the seccomp stop of its magic call, registers loaded."""
         image, regs = thread.image, thread.regs
         regs.orig_rax = _NO_CALL
-        regs.rax, regs.rcx = Enclu.EENTER, image.aep
+        regs.rax, regs.rcx = _EENTER, image.aep
         regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
         return self._enclu(thread, 0)
 
     def signal(self, thread: ProgramThread, number: int) -> int:
         """A signal is about to be delivered."""
         inside = thread.cpu.inside is not None
+        if number == abi.SIGILL:
+            # By far the most frequent stop; the bytes tell more than the signal's information.
+            regs = thread.load()
+            if self._code(thread, regs.rip)[:_ENCLU_BYTES] == _ENCLU:
+                return self._enclu(thread, number)
         info = thread.siginfo()
         if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
             if inside:
@@ -186,7 +194,15 @@ class Transitions:
     def _inside_fault(
         self, thread: ProgramThread, number: int, address: int, signal_code: int
     ) -> int:
-        """A page fault of enclave code, or of a leaf's operand."""
+        """A page fault of enclave code."""
+        image = thread.image
+        if image.space.entry(address) is None and not 0 <= address - thread.regs.rip < _LONGEST:
+            prot = image.prot_at(address)
+            if prot is not None and prot & _READ_WRITE == _READ_WRITE:
+                # Load or store, the mapping allows it: no need to decode the instruction.
+                result = image.mm.fault(address, READ, thread)
+                if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+                    return self._fault_is_mended(thread)
         access = self._access(thread, address)
         return self._page_fault(thread, number, address, access, signal_code)
 
@@ -222,13 +238,10 @@ class Transitions:
         known = image.mm.find(address) is not None
         result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
         if result in (FaultResult.NOPAGE, FaultResult.RETRY):
-            if thread.cpu.inside is not None:
-                self._tell_exit(thread)
-                return 0
-            return self._resume_enclave(thread)
+            return self._fault_is_mended(thread)
         if thread.cpu.inside is not None:
             self.leave(thread, Vector.PF, code, address)
-        if self._fix_up(thread, Enclu.ERESUME, Vector.PF, code, address & _PAGE_MASK):
+        if self._fix_up(thread, _ERESUME, Vector.PF, code, address & _PAGE_MASK):
             return 0
         if result is FaultResult.SEGV:
             mapped = abi.SEGV_ACCERR if known or code & Pfec.P else abi.SEGV_MAPERR
@@ -236,6 +249,13 @@ class Transitions:
             return abi.SIGSEGV
         _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
         return abi.SIGBUS
+
+    def _fault_is_mended(self, thread: ProgramThread) -> int:
+        """The driver has resolved a fault of enclave code: repeat the instruction."""
+        if thread.cpu.inside is None:  # kicked meanwhile
+            return self._resume_enclave(thread)
+        self._tell_exit(thread)
+        return 0
 
     def _tell_exit(self, thread: ProgramThread) -> None:
         """Report the exit and the resumption that were not worth doing."""
@@ -252,7 +272,7 @@ class Transitions:
         """Enclave code raised an exception: out, and on to whoever handles it."""
         self.leave(thread, vector, code, address)
         fixable = vector not in (Vector.DB, Vector.BP)
-        if fixable and self._fix_up(thread, Enclu.ERESUME, vector, code, address & _PAGE_MASK):
+        if fixable and self._fix_up(thread, _ERESUME, vector, code, address & _PAGE_MASK):
             return 0
         return number
 
@@ -284,10 +304,10 @@ class Transitions:
         leaf = regs.rax & _LOW_32
         operand = regs.rcx
         while True:
-            if leaf == Enclu.ERESUME:
+            if leaf == _ERESUME:
                 cpu.regs.xsave = thread.xstate()
             try:
-                enclu(cpu)
+                _execute(cpu, leaf)
                 break
             except PageFault as fault:
                 if cpu.inside is not None:
@@ -298,12 +318,12 @@ class Transitions:
                     return failed
             except Fault as fault:
                 return self._refused(thread, leaf, fault)
-        if leaf == Enclu.ERESUME:
+        if leaf == _ERESUME:
             thread.set_xstate(cpu.regs.xsave)
         thread.store()
         if leaf in _ENTRIES:
             self._went_in(thread)
-        elif leaf == Enclu.EEXIT:
+        elif leaf == _EEXIT:
             self._went_out(thread)
         elif leaf in _EPCM_CHANGES:
             thread.image.space.refresh(operand)
@@ -398,6 +418,19 @@ class Transitions:
         regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
         regs.rip = then
         thread.store()
+
+
+def _execute(cpu: LogicalProcessor, leaf: int) -> None:
+    """ENCLU; the checks before any leaf cannot fail for the leaves that are done directly."""
+    regs = cpu.regs
+    if cpu.hw.tracer is None:
+        if leaf == _EEXIT and cpu.inside is not None:
+            cpu.enclu.eexit(regs.rbx)
+            return
+        if leaf == _EENTER and cpu.inside is None:
+            cpu.enclu.eenter(regs.rbx, regs.rcx)
+            return
+    enclu(cpu)
 
 
 def _pfec(access: int) -> int:

@@ -1,0 +1,110 @@
+"""``run``: a program on a platform of its own, from one call.
+
+::
+
+    result = run(["./app"], epc="64MiB")
+    print(result.exit_code, result.counters["eldu"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from softsgx.engines.native.cpuid import host_cpuid, xsave_components
+from softsgx.engines.native.doctor import doctor
+from softsgx.engines.native.memory import NativeStore
+from softsgx.engines.native.pagers import PAGERS
+from softsgx.engines.native.supervisor import Supervisor
+from softsgx.errors import SoftSgxError
+from softsgx.host import Platform, PlatformConfig
+from softsgx.hw import MachineConfig
+from softsgx.trace import Tracer
+
+__all__ = ["NativePlatformConfig", "RunResult", "native_platform", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        exit_code: the program's exit status, or -n when signal n ended it.
+        pager: the mechanism that was used.
+        epc_pages: pages of the EPC.
+        counters: how often things happened, by name (:class:`softsgx.paging.Counters`).
+    """
+
+    exit_code: int
+    pager: str
+    epc_pages: int
+    counters: dict[str, object]
+
+
+@dataclass(frozen=True)
+class NativePlatformConfig(PlatformConfig):
+    """A platform whose processors are this machine's, as far as their registers go."""
+
+    def machine(self) -> MachineConfig:
+        """Return the machine described, with the XSAVE state that threads here really have."""
+        described = super().machine()
+        xcr0, components = xsave_components(host_cpuid())
+        return replace(described, xsave=components, xfrm=described.xfrm & xcr0)
+
+
+def native_platform(config: PlatformConfig, tracer: Tracer | None = None) -> Platform:
+    """Return a platform for a :class:`Supervisor`: made of ``config``, pages in memory files."""
+    own = NativePlatformConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
+    return Platform(own, store=NativeStore(), tracer=tracer)
+
+
+def run(
+    argv: Sequence[str],
+    config: PlatformConfig | None = None,
+    *,
+    group: str = "/",
+    pager: str | None = None,
+    cpus: set[int] | None = None,
+    tracer: Tracer | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    stdio: tuple[int, int, int] | None = None,
+    **keywords: Any,
+) -> RunResult:
+    """Run a program, with all its children, and return when the last of them has ended.
+
+    Args:
+        argv: program, looked up in PATH, and its arguments.
+        config: the platform; or give its fields as keywords (``epc="64MiB"``).
+        group: path of the group that pays for its EPC.
+        pager: one of :data:`PAGERS`; the best this machine allows by default.
+        cpus: processors that program and supervisor may run on; one is the fastest for one
+            thread.
+        tracer: receives every event of every layer.
+        env: the program's environment; ours by default.
+        cwd: the program's working directory; ours by default.
+        stdio: descriptors to be its standard input, output and error.
+        keywords: fields of :class:`~softsgx.host.PlatformConfig`.
+
+    Raises:
+        SoftSgxError: the program cannot be started, the configuration is impossible, or this
+            machine lacks something the engine needs.
+    """
+    if pager is not None and pager not in PAGERS:
+        raise SoftSgxError(f"pager = {pager!r}: not known; give one of {', '.join(PAGERS)}")
+    for finding in doctor():
+        if finding.needed and not finding.ok:
+            raise SoftSgxError(f"{finding.name}: {finding.text}")
+    described = config.but(**keywords) if config else PlatformConfig.of(**keywords)
+    with native_platform(described, tracer) as platform:
+        assert platform.driver is not None, "a platform that runs has its driver"
+        pays = platform.cgroups.make(group) if group.strip("/") else platform.cgroups.root
+        supervisor = Supervisor(
+            platform.machine, platform.driver, group=pays, pager=pager, cpus=cpus
+        )
+        exit_code = supervisor.run(argv, env=env, cwd=cwd, stdio=stdio)
+        platform.check()
+        return RunResult(
+            exit_code, supervisor.pager, platform.core.epc_pages, platform.core.counters.as_dict()
+        )
