@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.support.hw import secs_of
+
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo
 from softsgx.hw import Machine, PageInfoArgs
 from softsgx.hw.enclave import Enclave
@@ -24,7 +26,6 @@ from softsgx.paging import (
     Reservation,
     SwapEntry,
 )
-from tests.support.hw import secs_of
 
 __all__ = ["ToyEnclave", "ToyPage", "block_of"]
 
@@ -169,7 +170,7 @@ class ToyEnclave:
             self.swap.destroy()
         self.destroyed = True
 
-    # --- processors ---------------------------------------------------------------------------------
+    # --- processors -------------------------------------------------------------------------------
 
     @property
     def hardware(self) -> Enclave:

@@ -515,14 +515,19 @@ class EpcCore:
     def wait_for_page(self, busy: EpcBusy) -> None:
         """Wait until an allocation that was refused is worth another try; hold no lock.
 
-        Without a ksgxd that runs, the caller does its work: one batch.
+        Without a ksgxd that runs, the caller does its work.
         """
-        if self._task is None:
-            if self.generation == busy.generation:
-                self.reclaim()
-            self.runtime.yield_now()
+        if self._task is not None:
+            self._await_progress(busy.generation)
             return
-        self._await_progress(busy.generation)
+        pressure = Pressure(self.policy.patience_passes)
+        while self.generation == busy.generation or not self._free.value:
+            for group in self._take_requests() or [self.root]:
+                pressure.note(self.reclaim(group, force=pressure.force))
+            self.runtime.yield_now()
+            if pressure.hopeless(self._in_use()) or not self.root.has_reclaimable():
+                self._stuck = True
+                return
 
     def _await_progress(self, seen: int) -> None:
         with self._lock:
@@ -596,8 +601,12 @@ class EpcCore:
             self._asleep = False
             if self._stopping:
                 return None
+        return self._take_requests() or [self.root]
+
+    def _take_requests(self) -> list[Group]:
+        with self._lock:
             groups, self._requests = list(self._requests), {}
-        return groups or [self.root]
+        return groups
 
     def _should_reclaim(self) -> bool:
         return self._free.value < self._high and not self._stuck and self.root.has_reclaimable()

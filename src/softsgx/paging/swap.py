@@ -18,6 +18,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,6 +159,12 @@ class EnclaveSwap:
             ``sgx_encl_grow()``, ioctl.c, which tests the number of pages against a multiple of
             512, not the room there is (L4).
         """
+        tree = self._core.va
+        if tree.needs_stock():
+            with suppress(NoEpc):
+                tree.stock(
+                    self._core.alloc(None, reclaim=True, kind="va", signal_pending=signal_pending)
+                )
         with self.lock:
             if self._promised():
                 return
@@ -240,6 +247,8 @@ class EnclaveSwap:
 
     def child_added(self) -> None:
         """EADD or EAUG has given the enclave a resident page."""
+        if not self.children and self.secs is not None:
+            self._core.unmark_reclaimable(self.secs)  # a batch that has it finds the child
         self.children += 1
 
     def child_removed(self) -> None:

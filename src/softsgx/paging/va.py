@@ -351,7 +351,7 @@ class VaArray:
         self._pages[page] = None
         self._pages.move_to_end(page, last=False)
         self.room += page.free_slots
-        self.tree.count_resident(self.level, 1)
+        self.tree.count(self.level, 1)
 
     def may_leave(self, page: VaPage) -> bool:
         """Return whether the array can do without ``page``, just now."""
@@ -389,7 +389,6 @@ class VaArray:
             self.room -= page.free_slots
         page.epc = None
         self._pages.move_to_end(page)
-        self.tree.count_resident(self.level, -1)
 
     def bring_in(self, page: VaPage) -> None:
         """Make ``page`` resident, after the pages above it; the array's lock is held.
@@ -431,7 +430,6 @@ class VaArray:
         tree.file.loaded(pinned)
         slot.page.array.emptied(slot)
         page.parent, page.epc = None, epc
-        tree.count_resident(self.level, 1)
         core.counters.va_in += 1
         tree.retire(slot.page)
 
@@ -446,7 +444,7 @@ class VaArray:
             assert unmarked, "a VA page is removed while a batch has it"
             core.remove(page.epc)
             page.epc = None
-            self.tree.count_resident(self.level, -1)
+        self.tree.count(self.level, -1)
         with self.tree_lock():
             if page.parent is not None:
                 self.tree.file.discard(page.index)
@@ -454,6 +452,7 @@ class VaArray:
                 self.tree.retire(page.parent.page)
                 page.parent = None
             self.tree.old_index(page.index)
+            self.tree.trim(self.level + 1)
 
     def recount(self) -> None:
         """Compare the counts with a recount; call with the lock held or while no task runs."""
@@ -494,7 +493,7 @@ class VaTree:
         self._levels: dict[int, VaArray] = {}
         self._latch = core.runtime.latch()
         self._indices = 0
-        self._resident: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
         self._spare: list[int] = []
 
     def array(self, lock: Lock, *, pin: Pin, group: Group | None) -> VaArray:
@@ -510,10 +509,14 @@ class VaTree:
         if self.core.tracer is not None:
             self.core.tracer(event)
 
-    def count_resident(self, level: int, change: int) -> None:
-        """Count the resident VA pages of each level."""
+    def count(self, level: int, change: int) -> None:
+        """Count the VA pages of each level, resident or evicted."""
         with self._latch:
-            self._resident[level] = self._resident.get(level, 0) + change
+            self._counts[level] = self._counts.get(level, 0) + change
+
+    def _worth_a_page(self, level: int) -> bool:
+        """Return whether there are pages of ``level`` enough to spend a page on evicting them."""
+        return self._counts.get(level, 0) > 1
 
     def new_index(self) -> int:
         """Return an index in the file that no VA page has."""
@@ -528,23 +531,47 @@ class VaTree:
         with self._latch:
             self._spare.append(index)
 
-    def slot_above(self, level: int) -> VaSlot | None:
-        """Take a slot for a page of ``level``; the lock is held.  Makes a page if it must.
+    def needs_stock(self) -> bool:
+        """Return whether a slot for level-1 pages should be made while there is EPC for it.
 
-        Returns:
-            ``None`` when there is none and no EPC page is free to make one of.
+        When nothing but VA pages is left in a small EPC, it would be too late.
         """
+        if not self.core.policy.evict_va or not self._worth_a_page(1):
+            return False
+        above = self._levels.get(2)
+        return above is None or not above.room
+
+    def stock(self, epc: EpcPage) -> None:
+        """Make an upper page of ``epc``, or give it back if others were faster; takes the lock."""
+        with self.lock:
+            if self.needs_stock():
+                array = self._above(1)
+                array.link(array.make(epc))
+                return
+        self.core.free(epc)
+
+    def _above(self, level: int) -> VaArray:
         array = self._levels.get(level + 1)
         if array is None:
             array = VaArray(self, level + 1, self.lock, pin=_NeverDies(), group=None)
             self._levels[level + 1] = array
+        return array
+
+    def slot_above(self, level: int) -> VaSlot | None:
+        """Take a slot for a page of ``level``; the lock is held.  Makes a page if it must.
+
+        Returns:
+            ``None`` when there is none and no EPC page is free to make one of, or when that would
+            be a page spent to free a page.
+        """
+        array = self._above(level)
         if not array.room:
             try:
                 evicted = array.evicted_with_room()
                 if evicted is not None:
                     array.bring_in(evicted)
-                elif self._resident.get(level, 0) < 2:
-                    return None  # a page to free a page
+                elif not self._worth_a_page(level):
+                    return None
                 else:
                     epc = self.core.alloc(None, reclaim=False, kind="va")
                     array.link(array.make(epc))
@@ -552,12 +579,22 @@ class VaTree:
                 return None
         return array.take()
 
+    def trim(self, level: int) -> None:
+        """Give back an upper page that is not needed any more; the lock is held."""
+        array = self._levels.get(level)
+        if array is not None and not array.used:
+            for page in array.pages():
+                self.retire(page)
+
     def retire(self, page: VaPage) -> None:
-        """Give an upper page back when it holds no version; the lock is held."""
+        """Give an upper page back when it holds no version and none is to come; lock held."""
+        array = page.array
         if page.free != _ALL_FREE or page.pins or not page.usable or page.epc is None:
             return
+        if array.room <= VA_SLOTS and self._worth_a_page(array.level - 1):
+            return  # the only one there is
         if self.core.unmark_reclaimable(page.epc):  # else a batch has it, which will put it back
-            page.array.unlink(page)
+            array.unlink(page)
 
     def recount(self) -> None:
         """Compare the counts of the upper levels with a recount."""
