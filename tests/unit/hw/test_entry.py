@@ -275,6 +275,7 @@ FLAT32 = [
     check(1, "SS base", put(cpu__ss=Segment(base=PAGE_BYTES)), GP),
     check(1, "SS is 16-bit", put(cpu__ss=Segment(big=False)), GP),
     _row(6, "TCS is blocked", _epcm("rbx", blocked=True), _fault("rbx", "r"), "pf"),
+    check(16, "GPRSGX beyond DS", put(cpu__ds=Segment(limit=0x1000_0000 + SSA + 0xF48 + 182)), GP),
     check(17, "entry point beyond CS", put(cpu__cs=Segment(limit=0x1000)), GP),
     check(18, "FS beyond DS", _tcs(fs_limit=0xFFFF_FFFF - 0x1000_2000 - 0x1000), GP),
 ]
