@@ -53,8 +53,6 @@ class Thread:
         tid: its id.
         regs: its general registers, valid between :meth:`load` and the next resume.
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
-        injected: whether a call was injected since the last stop, so that the kernel has
-            forgotten the signal information of that stop.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
     """
 
@@ -65,8 +63,9 @@ class Thread:
         self._info = SigInfo()
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
-        self.injected = False
         self.at_call = False
+        self._at_signal = False
+        self._kept: SigInfo | None = None
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
 
@@ -119,6 +118,8 @@ class Thread:
 
     def siginfo(self) -> SigInfo:
         """Return the signal information of this signal stop; reused by the next call."""
+        if self._kept is not None:
+            return self._kept
         self._request(abi.PTRACE_GETSIGINFO, 0, self._info_at)
         return self._info
 
@@ -148,6 +149,8 @@ class Thread:
     def resume(self, signal: int = 0) -> None:
         """Let it run until something concerns us; deliver ``signal`` first."""
         self.settle()
+        if signal and self._kept is not None and self._kept.signo == signal:
+            self.set_siginfo(self._kept)
         self._request(abi.PTRACE_CONT, 0, signal)
 
     def listen(self) -> None:
@@ -176,7 +179,9 @@ class Thread:
     def stopped(self, status: int) -> Stop:
         """Take note of a stop that wait(2) told of."""
         stop = decode_stop(status)
-        self.injected = self._loaded = False
+        self._loaded = False
+        self._at_signal = stop.event == 0 and not stop.syscall
+        self._kept = None
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
         return stop
 
@@ -239,6 +244,11 @@ class Thread:
         if not self._loaded:
             self.load()
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
+        # The kernel forgets why it stopped; whoever handles the stop, or its handler, still asks.
+        kept, at_signal = self._kept, self._at_signal
+        if at_signal and kept is None:
+            kept = SigInfo.from_buffer_copy(self.siginfo())
+        self._kept = None
         mask = self.sigmask()
         # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.
         self.set_sigmask(int.from_bytes(_ALL_BUT_TRAP, "little"))
@@ -249,9 +259,10 @@ class Thread:
         stops_again = self._run_to_trap()
         result = _signed(regs.rax)
         ctypes.memmove(self._regs_at, ctypes.addressof(saved), _REGS_BYTES)
+        self._loaded = True
         self.store()
         self.set_sigmask(mask)
-        self.injected = True
+        self._kept, self._at_signal = kept, at_signal
         if stops_again:
             os.kill(self.tid, abi.SIGSTOP)
         return result
