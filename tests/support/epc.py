@@ -104,6 +104,7 @@ class ToyEnclave:
     """An enclave of REG pages.
 
     Attributes:
+        initialised: whether its SECS may leave.
         kicks: how often its processors were interrupted.
         inside: entry epochs of the "processors" that are in it.
     """
@@ -114,6 +115,7 @@ class ToyEnclave:
     number: int = 1
     backing: BackingFile = field(default_factory=MemoryBacking)
     group: Group | None = None
+    initialised: bool = True
     pages: dict[int, ToyPage] = field(default_factory=dict)
     refs: int = 1
     destroyed: bool = False
@@ -140,7 +142,7 @@ class ToyEnclave:
         info = PageInfoArgs(srcpge=secs.pack(), secinfo=SecInfo.of(PageType.SECS))
         self.machine.leaves.ecreate(info, epc.addr)
         self.swap.set_secs(epc)
-        self.swap.secs_may_leave = True
+        self.swap.secs_may_leave = self.initialised
 
     # --- life -----------------------------------------------------------------------------------
 
