@@ -198,15 +198,22 @@ KINDS = {
     "eremove": [*TYPES],
     "erdinfo": [*TYPES],
 }
+PAIR_KINDS = KINDS | {
+    "eblock": ["REG"],
+    "etrackc": ["REG", "SECS"],
+    "eremove": ["REG", "SECS", "VA"],
+    "erdinfo": ["REG", "SECS"],
+}
+MODES = {leaf: ["plain", "fast"] if leaf == "eblock" else ["plain"] for leaf in CHECKS}
 ROWS = [
     pytest.param(leaf, *param.values, id=f"{leaf}-{param.id}")
     for leaf, checks in CHECKS.items()
-    for param in row_params(checks, KINDS[leaf], ["plain", "fast"])
+    for param in row_params(checks, KINDS[leaf], MODES[leaf])
 ]
 PAIRS = [
     pytest.param(leaf, *param.values, id=f"{leaf}-{param.id}")
     for leaf, checks in CHECKS.items()
-    for param in pair_params(checks, KINDS[leaf], ["plain", "fast"])
+    for param in pair_params(checks, PAIR_KINDS[leaf], MODES[leaf])
 ]
 
 
