@@ -152,20 +152,27 @@ class Mm:
             return True
 
     def unpin(self) -> None:
-        """Undo :meth:`pin`; whoever is last does the rest of :meth:`exit`."""
-        with self._latch:
-            self._users -= 1
-            last = not self._users
-        if last:
-            self._end()
+        """Undo :meth:`pin`; when the space has ended meanwhile, a task of its own does the rest.
+
+        A walker holds locks that the rest takes, and is itself what the rest waits for: hence
+        mmput_async().
+        """
+        if self._drop():
+            self.runtime.spawn(self._end, f"{self.name}.mmput")
 
     def exit(self) -> None:
         """The process has ended, or executes another program: give everything back.
 
-        A walker that has it pinned does that later.
+        That is put off while somebody has it pinned.
         """
         assert self._users, f"{self.name} has ended before"
-        self.unpin()
+        if self._drop():
+            self._end()
+
+    def _drop(self) -> bool:
+        with self._latch:
+            self._users -= 1
+            return not self._users
 
     @property
     def alive(self) -> bool:

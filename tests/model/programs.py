@@ -1,0 +1,306 @@
+"""Actors that use enclaves at random, and a dictionary that says what their memory must hold.
+
+An actor is a process with a thread on a processor of its own.  It keeps to its own share of the
+pages of an enclave, so whatever others do, each of its pages holds what it stored last, or the
+step fails in a way the step allows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from errno import EAGAIN, EBUSY, ENOMEM
+
+from tests.support.driver import BASE, RW, Launched, System, launch, pattern
+
+from softsgx.arch import PAGE_BYTES, PageType, Status
+from softsgx.driver import Signal, SoftProcess
+
+REG, TRIM = PageType.REG << 8, PageType.TRIM << 8
+PENDING, MODIFIED, PR = 8, 16, 32
+R = 1
+HOLES = 6
+TRIES = 400
+BASES = (BASE, 0x6000_0000_0000, 0x5000_0000_0000)
+
+
+@dataclass
+class Share:
+    """One actor's pages of one enclave: the model.
+
+    Attributes:
+        made: the enclave.
+        scratch: a page for SECINFO, whose content does not matter.
+        pages: what each page must hold, by number.
+        lost: killed or without power.
+    """
+
+    made: Launched
+    scratch: int
+    pages: dict[int, bytearray] = field(default_factory=dict)
+    lost: bool = False
+
+
+@dataclass
+class Actor:
+    """Somebody who uses enclaves.
+
+    Args:
+        system: where.
+        process: as whom.
+        cpu: the processor that is its own.
+        tolerant: whether a step may fail for want of memory; it is tried again and then skipped.
+    """
+
+    system: System
+    process: SoftProcess
+    cpu: int
+    tolerant: bool = False
+    shares: list[Share] = field(default_factory=list)
+    skipped: int = 0
+
+    # --- enclaves -------------------------------------------------------------------------------
+
+    def launch(self, pages: int, *, threads: int = 1, actors: int = 1) -> Share | None:
+        """Build an enclave whose data pages belong to ``actors``; this one is the first."""
+        taken = {share.made.base for share in self.shares}
+        base = next((base for base in BASES if base not in taken), None)
+        if base is None:
+            return None
+        size = max(32, 1 << (3 * threads + actors * (pages + HOLES)).bit_length()) * PAGE_BYTES
+        try:
+            made = launch(self.process, actors * pages, threads=threads, size=size, base=base)
+        except OSError as error:
+            if not self.tolerant or error.errno != ENOMEM:
+                raise
+            for fd in [fd for fd in list(self.process._files) if fd not in self._open()]:
+                self.process.close(fd)
+            self.skipped += 1
+            return None
+        return self.join(made, 0, actors)
+
+    def _open(self) -> set[int]:
+        return {share.made.fd for share in self.shares}
+
+    def join(self, made: Launched, number: int, actors: int) -> Share:
+        """Take a share of an enclave."""
+        mine = [page for page in range(made.data_pages) if page % actors == number]
+        scratch, *rest = mine
+        share = Share(made, scratch, {page: bytearray(pattern(page)) for page in rest})
+        self.shares.append(share)
+        return share
+
+    def drop(self, share: Share) -> None:
+        """Unmap and close an enclave."""
+        self.process.munmap(share.made.base, share.made.size)
+        self.process.close(share.made.fd)
+        self.shares.remove(share)
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def inside(self, share: Share, step: Callable[[], None]) -> None:
+        """Enter, do a step, leave; again where memory was short."""
+        for _try in range(TRIES):
+            try:
+                self._enter(share)
+                try:
+                    step()
+                finally:
+                    self._leave()
+                return
+            except Signal as signal:
+                if share.lost:
+                    return
+                if not self.tolerant or signal.name != "SIGBUS":
+                    raise
+                self.system.runtime.yield_now()
+        self.skipped += 1
+
+    def _enter(self, share: Share) -> None:
+        self.thread = self.process.thread(self.cpu)
+        # Actors of one enclave use the TCS of their processor's number.
+        tcs = share.made.tcs(self.cpu if share.made.threads > 1 else 0)
+        self.thread.enter(tcs)
+
+    def _leave(self) -> None:
+        try:
+            if self.thread.inside:
+                self.thread.exit()
+        except Signal:
+            self.thread.abandon()
+            raise
+
+    def store(self, share: Share, page: int, slot: int, value: int) -> None:
+        """Store 8 bytes."""
+        data, at = value.to_bytes(8, "little"), slot * 8
+
+        def step() -> None:
+            self.thread.store(share.made.data(page) + at, data)
+            share.pages[page][at : at + 8] = data
+
+        self.inside(share, step)
+
+    def load(self, share: Share, page: int, slot: int) -> None:
+        """Load 8 bytes and compare."""
+        at = slot * 8
+
+        def step() -> None:
+            seen = self.thread.load(share.made.data(page) + at)
+            wanted = bytes(share.pages[page][at : at + 8])
+            assert seen == wanted, f"page {page} of {share.made.enclave}: {seen!r}, not {wanted!r}"
+
+        self.inside(share, step)
+
+    def read_all(self, share: Share) -> None:
+        """Load every page whole and compare."""
+        for page, wanted in share.pages.items():
+
+            def step(page: int = page, wanted: bytearray = wanted) -> None:
+                seen = self.thread.load(share.made.data(page), PAGE_BYTES)
+                assert seen == wanted, f"page {page} of {share.made.enclave} differs"
+
+            self.inside(share, step)
+
+    def augment(self, share: Share, page: int, *, copy: int | None = None) -> None:
+        """Make a page by accepting it, or by copying another one into it."""
+        made = share.made
+        addr, scratch = made.data(page), made.data(share.scratch)
+
+        def step() -> None:
+            if copy is None:
+                status = self.thread.eaccept(addr, REG | RW | PENDING, scratch)
+                content = bytearray(PAGE_BYTES)
+            else:
+                status = self.thread.eacceptcopy(addr, made.data(copy), RW, scratch)
+                content = bytearray(share.pages[copy])
+            # Tried again after it was done: the page is there and no longer pending.
+            again = status is Status.PAGE_ATTRIBUTES_MISMATCH and self.tolerant
+            assert status is Status.SUCCESS or again, f"accepting page {page}: {status!r}"
+            share.pages[page] = content
+
+        self.inside(share, step)
+
+    def remove(self, share: Share, page: int) -> None:
+        """Trim, accept, remove."""
+        made = share.made
+        if not self.change(share, page, lambda offset: self._modify(made, offset)):
+            return
+        self.accept(share, page, TRIM | MODIFIED)
+        if self.change(share, page, lambda offset: self._remove(made, offset)):
+            del share.pages[page]
+
+    def _modify(self, made: Launched, offset: int) -> None:
+        self.process.modify_types(made.fd, offset, PAGE_BYTES, PageType.TRIM)
+
+    def _remove(self, made: Launched, offset: int) -> None:
+        self.process.remove_pages(made.fd, offset, PAGE_BYTES)
+
+    def restrict(self, share: Share, page: int) -> None:
+        """Take W away, accept, take it back."""
+        made, scratch = share.made, share.made.data(share.scratch)
+
+        def ioctl(offset: int) -> None:
+            self.process.restrict(made.fd, offset, PAGE_BYTES, R)
+
+        if not self.change(share, page, ioctl):
+            return
+        self.accept(share, page, REG | R | PR)
+        self.inside(share, lambda: self.thread.emodpe(made.data(page), RW, scratch))
+
+    def change(self, share: Share, page: int, ioctl: Callable[[int], None]) -> bool:
+        """Do an ioctl on a page until it is neither busy nor to be tried again."""
+        for _try in range(TRIES):
+            try:
+                ioctl(share.made.offset(page))
+            except OSError as error:
+                if share.lost:
+                    return False
+                if error.errno not in (EAGAIN, EBUSY) and not self.tolerant:
+                    raise
+                self.system.runtime.yield_now()
+                self.system.core.reclaim()
+            else:
+                return True
+        assert self.tolerant, f"page {page} stays busy"
+        self.skipped += 1
+        return False
+
+    def accept(self, share: Share, page: int, flags: int) -> None:
+        """EACCEPT; the page is as ``flags`` say."""
+        made = share.made
+
+        def step() -> None:
+            status = self.thread.eaccept(made.data(page), flags, made.data(share.scratch))
+            assert status is Status.SUCCESS, f"accepting page {page}: {status!r}"
+
+        self.inside(share, step)
+
+    def remap(self, share: Share) -> None:
+        """Unmap the data pages and map them again."""
+        made = share.made
+        start = made.data(0)
+        self.process.munmap(start, made.base + made.size - start)
+        self.process.mmap(made.fd, start, made.base + made.size - start, RW)
+
+    def fork(self, share: Share, page: int) -> None:
+        """Let a child look at a page and go."""
+        child = self.process.fork()
+        mine, self.process = self.process, child
+        try:
+            self.load(share, page, 1)
+        finally:
+            self.process = mine
+            child.exit()
+
+    # --- a random one ---------------------------------------------------------------------------
+
+    def step(self, kind: str, number: int, value: int) -> None:
+        """Do one step, the rest of whose choices come from two numbers."""
+        if not self.shares:
+            return
+        share = self.shares[number % len(self.shares)]
+        data = [page for page in share.pages if page < share.made.data_pages]
+        grown = [page for page in share.pages if page >= share.made.data_pages]
+        number //= len(self.shares)
+        match kind:
+            case "store" | "load" | "fork" | "restrict" | "copy" if not share.pages:
+                return
+            case "store":
+                self.store(share, list(share.pages)[number % len(share.pages)], value % 512, value)
+            case "load":
+                self.load(share, list(share.pages)[number % len(share.pages)], value % 512)
+            case "augment" | "copy":
+                page = self._hole(share, number)
+                source = data[value % len(data)] if kind == "copy" and data else None
+                if page is not None:
+                    self.augment(share, page, copy=source)
+            case "remove" if grown:
+                self.remove(share, grown[number % len(grown)])
+            case "restrict":
+                self.restrict(share, list(share.pages)[number % len(share.pages)])
+            case "fork":
+                self.fork(share, list(share.pages)[number % len(share.pages)])
+            case "remap" if share.made.threads == 1:
+                self.remap(share)
+
+    def _hole(self, share: Share, number: int) -> int | None:
+        """Return a hole of this actor's: each has its own range behind the data pages."""
+        first = share.made.data_pages + share.scratch * HOLES
+        holes = [page for page in range(first, first + HOLES) if page not in share.pages]
+        inside = [page for page in holes if share.made.offset(page) < share.made.size]
+        return inside[number % len(inside)] if inside else None
+
+
+STEPS = ("store", "store", "load", "load", "augment", "copy", "remove", "restrict", "fork", "remap")
+"""Kinds of steps, the common ones twice."""
+
+
+def run_steps(actor: Actor, seed: int, count: int, kinds: Sequence[str] = STEPS) -> None:
+    """Let an actor do ``count`` random steps, then read everything back."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        actor.step(rng.choice(kinds), rng.getrandbits(24), rng.getrandbits(40))
+    for share in list(actor.shares):
+        if not share.lost:
+            actor.read_all(share)
