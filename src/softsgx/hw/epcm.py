@@ -85,15 +85,16 @@ class EpcPage:
         secs: EpcPage | None = None,
         linaddr: int = 0,
         pending: bool = False,
+        valid: bool = True,
     ) -> None:
-        """Write a fresh entry; VALID last."""
+        """Write a fresh entry; VALID last, or not at all where the caller has more to write."""
         self.pt, self.rwx, self.secs, self.linaddr = pt, rwx, secs, linaddr
         self.blocked = self.modified = self.pr = False
         self.pending = pending
         self.bepoch = 0
         self.enclave = None
         self.slots = [0] * VA_SLOTS if pt is PageType.VA else None
-        self.valid = True
+        self.valid = valid
 
     @property
     def owner(self) -> Enclave:

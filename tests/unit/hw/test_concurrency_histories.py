@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
-from tests.support.paging import Bench, Blob
+from tests.support.paging import Bench, Blob, outcome
 
 from softsgx.arch import PAGE_BYTES, RdInfo, Status
-from softsgx.hw import GeneralProtection, Leaves, PageFault, PageInfoArgs
+from softsgx.hw import DictStore, EpcPage, GeneralProtection, Leaves, PageFault, PageInfoArgs
 from softsgx.runtime import Runtime, SeededRuntime, ThreadsRuntime
 from softsgx.trace import Event
 
@@ -217,3 +220,96 @@ def test_the_same_seed_gives_the_same_events(seed: int) -> None:
 
 def test_different_seeds_give_different_histories() -> None:
     assert run_seeded(1, 12)[1] != run_seeded(2, 12)[1]
+
+
+# --- two leaves that share a VA page, at the same instant --------------------------------------
+
+
+class Slots(list[int]):
+    """VA slots that let two threads read a slot before either writes it, if they can."""
+
+    def meet(self) -> Slots:
+        """Make the first two readers wait for each other, but not for long."""
+        self.barrier = threading.Barrier(2)
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        value = super().__getitem__(index)
+        with suppress(threading.BrokenBarrierError):
+            self.barrier.wait(0.05)
+        return value
+
+
+def both(runtime: ThreadsRuntime, *runs: Callable[[], object]) -> list[object]:
+    """Run on a thread each; return how they end."""
+    ended: list[object] = []
+    tasks = [
+        runtime.spawn(lambda run=run: ended.append(outcome(run)), "leaf")  # type: ignore[misc]
+        for run in runs
+    ]
+    for task in tasks:
+        task.join()
+    return ended
+
+
+def meet_at(bench: Bench, slot: int) -> None:
+    page = bench.page(slot)
+    assert page.slots is not None
+    page.slots = Slots(page.slots).meet()
+
+
+def test_of_two_loads_of_one_page_at_the_same_instant_one_gets_it() -> None:
+    with ThreadsRuntime() as runtime:
+        bench = Bench(runtime=runtime)
+        secs = bench.secs()
+        blob = bench.evict(bench.child(secs))
+        there = [bench.free(), bench.free()]
+        meet_at(bench, blob.slot)
+        loads = [
+            partial(Leaves(cpu).eldu, blob.args(), addr, blob.slot)
+            for cpu, addr in zip(bench.machine.cpus, there, strict=False)
+        ]
+        ended = both(runtime, *loads)
+        assert sorted(ended, key=str) == [Status.SUCCESS, Status.MAC_COMPARE_FAIL]
+        assert sum(bench.page(addr).valid for addr in there) == 1
+        assert len(bench.store) == 1
+        bench.machine.recount()
+
+
+def test_of_two_evictions_to_one_slot_at_the_same_instant_one_is_told() -> None:
+    with ThreadsRuntime() as runtime:
+        bench = Bench(runtime=runtime)
+        victims = [bench.child(bench.secs()) for _ in range(2)]
+        slot = bench.slot()
+        for addr in victims:
+            bench.make_evictable(addr)
+        meet_at(bench, slot)
+        runs = []
+        for cpu, addr in zip(bench.machine.cpus, victims, strict=False):
+            info = PageInfoArgs(0, bytearray(PAGE_BYTES), bytearray(128))
+            runs.append(partial(Leaves(cpu).ewb, info, addr, slot))
+        ended = both(runtime, *runs)
+        assert sorted(ended, key=str) == [Status.SUCCESS, Status.VA_SLOT_OCCUPIED]
+
+
+class Watched(DictStore):
+    """A store that notes whether a page could be used before its bytes were there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early: list[EpcPage] = []
+
+    def fill(self, page: EpcPage, data: bytes) -> None:
+        """Look, then keep."""
+        if page.valid:
+            self.early.append(page)
+        super().fill(page, data)
+
+
+def test_a_loaded_page_becomes_valid_only_when_everything_else_is_in_place() -> None:
+    bench = Bench()
+    secs = bench.secs()
+    blob = bench.evict(bench.child(secs))
+    watched = bench.machine.store = Watched()
+    assert Leaves(bench.cpu).eldb(blob.args(), bench.free(), blob.slot) == Status.SUCCESS
+    assert watched.early == []

@@ -143,14 +143,15 @@ def _unseal(
     rdx: int,
     secs: EpcPage | None,
 ) -> Status:
-    """Authenticate, then fill the page, empty the slot and write the EPCM entry; locks are held."""
+    """Authenticate, then empty the slot, fill the page and write the EPCM entry; locks are held."""
     hw = cpu.hw
     assert va_page.slots is not None, f"{va_page!r} has no slots"
     slot = (rdx - page_of(rdx)) // VA_SLOT_BYTES
+    version = va_page.slots[slot]
     ciphertext: Buffer = cpu.read(info.srcpge, PAGE_BYTES)
     plain = hw.secrets.paging.unseal(
         b"".join((ciphertext, pcmd[112:])),
-        va_page.slots[slot],
+        version,
         0 if secs is None else secs.owner.eid,
         info.linaddr,
         pcmd[:64],
@@ -158,16 +159,25 @@ def _unseal(
     )
     if plain is None:
         return Status.MAC_COMPARE_FAIL
+    # The VA page is shared: of two loads that have read this version, one comes too late.
+    with hw.latch:
+        if va_page.slots[slot] != version:
+            return Status.MAC_COMPARE_FAIL
+        va_page.slots[slot] = 0
 
     # The MAC covered it all: these flags are what EWB saw in the EPCM.
     (flags,) = _FLAGS.unpack_from(pcmd)
-    page.fill(pt, rwx=flags & 7, secs=secs, linaddr=info.linaddr, pending=bool(flags & 8))
+    page.fill(
+        pt, rwx=flags & 7, secs=secs, linaddr=info.linaddr, pending=bool(flags & 8), valid=False
+    )
     page.modified, page.pr = bool(flags & 16), bool(flags & 32)
     if secs is not None:
         try:
             hw.store.fill(page, plain)
         except Exception:
             page.clear()  # the store has no room: the leaf never happened
+            with hw.latch:
+                va_page.slots[slot] = va_page.slots[slot] or version
             raise
         if leaf is Encls.ELDB or leaf is Encls.ELDBC:
             page.blocked = True
@@ -180,5 +190,5 @@ def _unseal(
         page.enclave = Enclave.from_image(plain, cpu.space.paging_address(page.addr))
     else:
         page.slots = list(_SLOTS.unpack(plain))
-    va_page.slots[slot] = 0
+    page.valid = True
     return Status.SUCCESS

@@ -141,8 +141,9 @@ def _write_back(
 
     assert va_page.slots is not None, f"{va_page!r} has no slots"
     slot = (rdx - page_of(rdx)) // VA_SLOT_BYTES
-    occupied = va_page.slots[slot] != 0
-    va_page.slots[slot] = version
+    with hw.latch:  # the VA page is shared
+        occupied = va_page.slots[slot] != 0
+        va_page.slots[slot] = version
 
     if page.secs is not None:
         hw.locks.count_child(page.owner, -1)
