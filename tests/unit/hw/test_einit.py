@@ -125,6 +125,10 @@ def initialize(call: Scene) -> None:
     call.enclave.flags |= int(F.INIT)
 
 
+def gone(call: Scene) -> None:
+    call.page().valid = False
+
+
 def held(call: Scene) -> None:
     call.page().lock = -1
 
@@ -164,6 +168,7 @@ COMMON = [
     check(5, "signature", put(bad_signature=True), S.INVALID_SIGNATURE),
     check(6, "RCX held exclusively", held, GP, hides=NO_EPC),
     check(7, "RCX holds a REG page", secs_type, "rcx", hides=NO_EPC | {"RCX held exclusively"}),
+    check(7, "SECS not in use", gone, "rcx", hides=NO_EPC),
     check(8, "ISVFAMILYID without KSS", sig(isv_family_id=b"\1" * 16), FORM),
     check(9, "measurement held", of_secs(lock_b=True), GP),
     check(9, "initialised", initialize, GP),
@@ -241,6 +246,12 @@ def test_success_writes_the_identity_and_nothing_else(with_token: bool) -> None:
     assert call.machine.measurements == {}
     assert call.page().lock == 0 and not secs.lock_b
     assert call.run() == GP, "EINIT is once in a life"
+
+
+def test_a_debug_launcher_may_launch_a_debug_enclave() -> None:
+    call = Scene(with_token=True, flags=FLAGS | F.DEBUG)
+    token(masked_attributes_le=DEBUG_LE)(call)
+    assert call.run() is S.SUCCESS
 
 
 def test_operands_in_memory_are_the_same() -> None:

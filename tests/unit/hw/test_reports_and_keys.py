@@ -49,7 +49,7 @@ from softsgx.layout import Structure
 F, K, S = AttributesFlags, KeyName, Status
 FLAGS = F.MODE64BIT | F.PROVISIONKEY | F.EINITTOKENKEY | F.KSS
 SIZE = 0x10000
-SCRATCH, TCS_AT, IN, OUT = 0x0, 0x1000, 0x3000, 0x4000
+TCS_AT, IN, OUT, DATA = 0x1000, 0x3000, 0x4000, 0x6000
 NEWER = b"\2" + bytes(15)
 BASES = (0x7000_0000_0000, 0x7100_0000_0000)
 CONFIG_ID = bytes(range(64))
@@ -119,7 +119,7 @@ class Scene:
         ends = self.call(
             "ereport",
             rbx=self.put(IN, target),
-            rcx=self.put(IN + 512, data),
+            rcx=self.put(DATA, data),
             rdx=self.base + OUT,
         )
         assert ends is None, f"EREPORT ended as {ends!r}"
@@ -257,7 +257,7 @@ def ereport(target: TargetInfo | None = None) -> Scene:
     scene.leaf = "ereport"
     scene.operands = {
         "rbx": scene.put(IN, TargetInfo() if target is None else target),
-        "rcx": scene.put(IN + 512, b"\1" * 64),
+        "rcx": scene.put(DATA, b"\1" * 64),
         "rdx": scene.base + OUT,
     }
     return scene
@@ -367,6 +367,20 @@ def test_reserved_bits_of_targetinfo_fault(fields: dict[str, object]) -> None:
     before = state_of(scene.machine)
     assert scene.run() == GP
     assert state_of(scene.machine) == before
+
+
+def test_with_cet_its_attributes_are_no_reserved_bits() -> None:
+    machine = make_machine(attributes=FLAGS | F.CET)
+    scene = Scene(machine)
+    plain = scene.report(TargetInfo())
+    assert scene.report(TargetInfo(cet_attributes=1)).mac != plain.mac
+    request = KeyRequest(key_name=K.SEAL, cet_attributes_mask=0xFF)
+    assert scene.key(request) != scene.key(request.replace(cet_attributes_mask=0))
+
+
+def test_a_later_configsvn_matters_to_seal_keys_only() -> None:
+    for name in (K.PROVISION, K.PROVISION_SEAL, K.REPORT):
+        assert egetkey(KeyRequest(key_name=name, config_svn=6)).run() is S.SUCCESS
 
 
 # --- operands: one after the other, each aligned, inside, and a page that may be used -----------
