@@ -84,6 +84,7 @@ class SoftMemory:
 
     def __init__(self, machine: Machine, ptes: SoftPtes, frames: int) -> None:
         self._machine, self._ptes, self._next_frame = machine, ptes, frames
+        self._latch = machine.runtime.latch()
         self._pages: dict[int, tuple[int, int, bool]] = {}
         self._top = _HEAP
 
@@ -92,12 +93,15 @@ class SoftMemory:
     ) -> int:
         """Map zeroed pages and return where; page aligned."""
         pages = -(-size // PAGE_BYTES)
-        start = self._top if addr is None else addr
-        if addr is None:
-            self._top += (pages + 1) * PAGE_BYTES  # a gap, so that running over is noticed
-        for at in range(start, start + pages * PAGE_BYTES, PAGE_BYTES):
-            self._set(at, self._next_frame, prot, may_exec=may_exec)
-            self._next_frame += PAGE_BYTES
+        with self._latch:
+            start = self._top if addr is None else addr
+            if addr is None:
+                self._top += (pages + 1) * PAGE_BYTES  # a gap, so that running over is noticed
+            frame = self._next_frame
+            self._next_frame += pages * PAGE_BYTES
+        for number in range(pages):
+            at = number * PAGE_BYTES
+            self._set(start + at, frame + at, prot, may_exec=may_exec)
         return start
 
     def put(self, data: bytes, *, may_exec: bool = True) -> int:
@@ -124,7 +128,7 @@ class SoftMemory:
 
     def copy_to(self, child: SoftMemory) -> None:
         """Give a forked child its own copy of everything."""
-        for at, (frame, prot, may_exec) in self._pages.items():
+        for at, (frame, prot, may_exec) in list(self._pages.items()):
             child.map(PAGE_BYTES, prot, addr=at, may_exec=may_exec)
             child._store(at, self._machine.ram_read(frame, PAGE_BYTES))
         child._top = self._top
@@ -201,6 +205,7 @@ class SoftProcess:
         self.personality_read_implies_exec = False
         self.signal: bool | Callable[[], bool] = False
         self._files: dict[int, EnclaveFile | ProvisionFile] = {}
+        self._latch = driver.runtime.latch()
 
     # --- Task -----------------------------------------------------------------------------------
 
@@ -223,8 +228,9 @@ class SoftProcess:
         return self._descriptor(self.driver.open_provision(self))
 
     def _descriptor(self, file: EnclaveFile | ProvisionFile) -> int:
-        fd = next(fd for fd in range(3, 1 << 20) if fd not in self._files)
-        self._files[fd] = file
+        with self._latch:
+            fd = next(fd for fd in range(3, 1 << 20) if fd not in self._files)
+            self._files[fd] = file
         return fd
 
     def enclave_file(self, fd: int) -> EnclaveFile:

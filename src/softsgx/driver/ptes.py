@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.driver.uapi import PROT_READ
-from softsgx.hw import Machine, PageTables, interrupt
+from softsgx.hw import LogicalProcessor, Machine, PageTables, interrupt
 
 __all__ = ["SoftPtes"]
 
@@ -15,8 +15,8 @@ class SoftPtes(PageTables):
     It holds the process' other pages too (:meth:`map`).
 
     Deviation: Linux flushes a page's translations when it removes its entry, which makes every
-    thread leave the enclave then.  Here removing an entry interrupts nobody, so what keeps stale
-    translations harmless is the tracking of the hardware alone.
+    thread leave the enclave then.  Here removing an entry only waits for instructions that have
+    begun, so what keeps stale translations harmless is the tracking of the hardware alone.
 
     Args:
         machine: whose processors may run it.
@@ -34,9 +34,17 @@ class SoftPtes(PageTables):
         self._accessed.discard(linaddr)
 
     def zap(self, linaddr: int) -> None:
-        """As :meth:`Ptes.zap`."""
+        """As :meth:`Ptes.zap`; an instruction that has read the entry completes first."""
+        if self.entry(linaddr) is None:
+            return
         self.unmap(linaddr)
         self._accessed.discard(linaddr)
+        if self._machine.runtime.interleaves:
+            # What is left of the shoot-down: a leaf that walked before must not find the EPC page
+            # blocked, which would be a fault that nobody mends.
+            for cpu in self._running():
+                with cpu.busy:
+                    pass
 
     def protect(self, start: int, end: int, prot: int) -> None:
         """As :meth:`Ptes.protect`."""
@@ -54,10 +62,13 @@ class SoftPtes(PageTables):
 
     def kick(self) -> None:
         """As :meth:`Ptes.kick`."""
-        for cpu in self._machine.cpus:
-            if cpu.space is self and not interrupt(cpu):
+        for cpu in self._running():
+            if not interrupt(cpu):
                 with cpu.busy:
                     cpu.flush_tlb()
+
+    def _running(self) -> list[LogicalProcessor]:
+        return [cpu for cpu in self._machine.cpus if cpu.space is self]
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """As :meth:`AddressSpace.translate`; sets the accessed bit."""
