@@ -14,7 +14,6 @@ from softsgx.engines.native import abi
 
 _LD_ABS = 0x20
 _JEQ = 0x15
-_JSET = 0x45
 _AND = 0x54
 _RET = 0x06
 
@@ -43,13 +42,8 @@ _ALWAYS = (
 )
 
 
-def build_filter(*, trap_executable_mappings: bool) -> bytes:
-    """Return the filter as an array of ``struct sock_filter``.
-
-    Args:
-        trap_executable_mappings: stop for each new executable file mapping too: CPUID must be
-            rewritten in it, because this machine cannot make CPUID fault.
-    """
+def build_filter() -> bytes:
+    """Return the filter as an array of ``struct sock_filter``."""
     code: list[tuple[int, int, int, int]] = []
 
     def load(offset: int) -> None:
@@ -74,22 +68,11 @@ def build_filter(*, trap_executable_mappings: bool) -> bytes:
     done(abi.SECCOMP_RET_TRACE)
     done(abi.SECCOMP_RET_ALLOW)
 
-    # mmap: shared file mappings (the device's), and whatever may replace an existing mapping.
-    tail: list[tuple[int, int, int, int]] = [
-        (_LD_ABS, 0, 0, _ARGUMENTS + 24),
-        (_JSET, 0, 1, abi.MAP_FIXED),
-        (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
-        (_AND, 0, 0, abi.MAP_SHARED | abi.MAP_ANONYMOUS),
-        (_JEQ, 0, 1, abi.MAP_SHARED),
-        (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
-    ]
-    if trap_executable_mappings:
-        tail += [
-            (_LD_ABS, 0, 0, _ARGUMENTS + 16),
-            (_JSET, 0, 1, abi.PROT_EXEC),
-            (_RET, 0, 0, abi.SECCOMP_RET_TRACE),
-        ]
-    code.append((_JEQ, 0, len(tail), abi.SYS_MMAP))
-    code += tail
+    # mmap: files, since one may be a device, and whatever may replace an existing mapping.
+    code.append((_JEQ, 0, 4, abi.SYS_MMAP))
+    load(_ARGUMENTS + 24)
+    code.append((_AND, 0, 0, abi.MAP_FIXED | abi.MAP_ANONYMOUS))
+    code.append((_JEQ, 1, 0, abi.MAP_ANONYMOUS))
+    done(abi.SECCOMP_RET_TRACE)
     done(abi.SECCOMP_RET_ALLOW)
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)

@@ -108,7 +108,7 @@ class Supervisor(World):
         if self._cpus is not None:
             os.sched_setaffinity(0, self._cpus)
         try:
-            bpf = build_filter(trap_executable_mappings=not self._faulting)
+            bpf = build_filter()
             first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
             try:
                 process = Process(first.tid, libc.pidfd_open(first.tid), self._group)

@@ -1,0 +1,100 @@
+"""A tiny enclave and the program that uses it, for tests of the native engine.
+
+RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI and store at R8
+outside, 3 UD2, 4 divide by zero, 5 count RDI down; then it exits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+from tests.support.driver import sigstruct_for
+
+from softsgx.arch import Tcs
+from softsgx.engines.native.asm import Assembler
+from softsgx.image import MASK_ALL, MASK_NONE, SECINFO_RW, SECINFO_RX, SECINFO_TCS, Data, Plan, Run
+
+PAGE = 4096
+THREADS = 2
+SSA_OFFSET, CODE_OFFSET, DATA_OFFSET = 2 * PAGE, 6 * PAGE, 8 * PAGE
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+SOURCE = Path(__file__).parent / "programs" / "host.c"
+
+
+def enclave_code() -> bytes:
+    """The enclave's only code page."""
+    asm = Assembler()
+    asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
+    for number, label in ((1, "put"), (2, "get"), (3, "ud2"), (4, "div"), (5, "spin")):
+        asm.emit(f"83 fa {number:02x}")  # cmp edx, number
+        asm.near("0f 84", label)
+    asm.label("exit")
+    asm.emit("4c 89 d3")  # mov rbx, r10
+    asm.emit("31 d2 31 c9")  # scrub RDX, RCX
+    asm.word("b8", 4)  # EEXIT
+    asm.emit("0f 01 d7")
+    asm.label("put")
+    asm.emit("48 89 37")  # mov [rdi], rsi
+    asm.near("e9", "exit")
+    asm.label("get")
+    asm.emit("48 8b 07")  # mov rax, [rdi]
+    asm.emit("49 89 00")  # mov [r8], rax
+    asm.near("e9", "exit")
+    asm.label("ud2")
+    asm.emit("0f 0b")
+    asm.label("div")
+    asm.emit("31 d2 31 c9 f7 f1")  # div ecx
+    asm.label("spin")
+    asm.emit("48 ff cf")  # dec rdi
+    asm.short("75", "spin")
+    asm.near("e9", "exit")
+    return asm.finish().ljust(PAGE, b"\xcc")
+
+
+def enclave_plan(data_pages: int) -> Plan:
+    """Two threads with two SSA frames each, code, and zeroed data pages."""
+    tcs = b"".join(
+        Tcs(
+            ossa=SSA_OFFSET + thread * 2 * PAGE,
+            nssa=2,
+            oentry=CODE_OFFSET,
+            fs_limit=0xFFF,
+            gs_limit=0xFFF,
+        ).pack()
+        for thread in range(THREADS)
+    )
+    runs = (
+        Run(0, THREADS, SECINFO_TCS, Data(memoryview(tcs)), MASK_ALL),
+        Run(SSA_OFFSET, 2 * THREADS, SECINFO_RW, mask=MASK_NONE),
+        Run(CODE_OFFSET, 1, SECINFO_RX, Data(memoryview(enclave_code())), MASK_ALL),
+        Run(DATA_OFFSET, data_pages, SECINFO_RW, mask=MASK_NONE),
+    )
+    end = DATA_OFFSET + data_pages * PAGE
+    return Plan(1 << (end - 1).bit_length(), runs)
+
+
+def write_enclave(path: Path, data_pages: int) -> Path:
+    """Write the file that ``host.c`` reads."""
+    plan = enclave_plan(data_pages)
+    with path.open("wb") as file:
+        file.write(struct.pack("<QQ", plan.size, len(plan.runs)))
+        file.write(sigstruct_for(plan))
+        for run in plan.runs:
+            measured = int(run.mask == MASK_ALL)
+            file.write(struct.pack("<QQQQ", run.offset, run.pages, run.flags, measured))
+            for page in range(run.pages):
+                data = b"" if not isinstance(run.source, Data) else bytes(run.source.view)
+                file.write(data[page * PAGE : (page + 1) * PAGE].ljust(PAGE, b"\0"))
+    return path
+
+
+def compile_host(directory: Path) -> Path:
+    """Compile the program."""
+    assert COMPILER is not None, "no C compiler"
+    out = directory / "host"
+    command = [COMPILER, "-O1", "-g", "-o", str(out), str(SOURCE), "-lpthread"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out

@@ -1,0 +1,133 @@
+"""Unmodified programs see an SGX system, whatever they try and however small the EPC is.
+
+Goal: the native engine with the real machine, core and driver.  Method: ``programs/host.c`` checks
+from inside what hardware and Linux promise; each scenario runs with an EPC that is smaller than its
+enclave, so that code, stacks, SSA frames and TCS come and go under it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+
+from softsgx.engines.native import PAGERS, RunResult, doctor, run
+from softsgx.errors import SoftSgxError
+from softsgx.trace import Event
+
+DATA_PAGES = 20
+EPC_PAGES = 20
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    pytest.mark.skipif(
+        any(finding.needed and not finding.ok for finding in doctor()),
+        reason="this machine does not let programs be traced",
+    ),
+]
+
+
+class Program:
+    """The compiled program, its enclave file, and a way to run a scenario."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host = compile_host(directory)
+        self.enclave = write_enclave(directory / "enclave", DATA_PAGES)
+        self.events: list[Event] = []
+
+    def argv(self, scenario: str) -> list[str]:
+        return [str(self.host), str(self.enclave), scenario]
+
+    def run(self, scenario: str, pages: int = EPC_PAGES, **options: object) -> RunResult:
+        return run(self.argv(scenario), epc=pages * 4096, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program(tmp_path_factory.mktemp("native"))
+
+
+def usable_pagers() -> tuple[str, ...]:
+    works = {finding.name: finding.ok for finding in doctor()}
+    return PAGERS if works["userfaultfd"] else ("mprotect",)
+
+
+@pytest.mark.parametrize("pager", usable_pagers())
+@pytest.mark.parametrize("scenario", ["paging", "threads", "forks"])
+def test_every_byte_comes_back_from_an_epc_that_is_too_small(
+    program: Program, scenario: str, pager: str
+) -> None:
+    result = program.run(scenario, pager=pager)
+    assert result.exit_code == 0
+    assert result.pager == pager
+    assert result.counters["reclaimed"] and result.counters["eldu"], "nothing was paged"
+
+
+@pytest.mark.parametrize(
+    "scenario", ["handlers", "exceptions", "signals", "raw", "blocked", "execs", "names", "reopen"]
+)
+def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scenario: str) -> None:
+    assert program.run(scenario).exit_code == 0
+
+
+def test_nothing_of_an_enclave_stays_when_its_program_has_ended(program: Program) -> None:
+    held = program.run("reopen").counters["held"]
+    assert isinstance(held, dict)
+    assert set(held.values()) == {0}
+
+
+def test_closing_and_unmapping_releases_an_enclave_at_once(program: Program) -> None:
+    events: list[str] = []
+    assert program.run("reopen", tracer=lambda event: events.append(event.NAME)).exit_code == 0
+    order = [name for name in events if name in ("sgx:enclave_create", "sgx:enclave_release")]
+    assert order == ["sgx:enclave_create", "sgx:enclave_release"] * 8
+
+
+def test_cpuid_tells_the_size_of_the_software_epc(program: Program, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w+b") as out:
+        number = out.fileno()
+        assert program.run("cpuid", pages=96, stdio=(0, number, number)).exit_code == 0
+        out.seek(0)
+        assert out.read() == b"%d\n" % (96 * 4096)
+
+
+def test_the_limit_of_a_group_makes_its_programs_page(program: Program) -> None:
+    groups = {"jobs": {"max": EPC_PAGES * 4096}}
+    free = program.run("paging", pages=256, groups=groups)
+    held = program.run("paging", pages=256, groups=groups, group="jobs")
+    assert (free.exit_code, held.exit_code) == (0, 0)
+    assert not free.counters["eldu"]
+    assert held.counters["eldu"]
+
+
+def test_exit_codes_and_signals_are_the_programs_own() -> None:
+    assert run(["/bin/sh", "-c", "exit 3"]).exit_code == 3
+    assert run(["/bin/sh", "-c", "kill -TERM $$"]).exit_code == -signal.SIGTERM
+
+
+def test_a_program_that_is_not_there_is_named() -> None:
+    with pytest.raises(SoftSgxError, match="/no/such/program: No such file or directory"):
+        run(["/no/such/program"])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_program_ends_with_its_supervisor(program: Program, how: signal.Signals) -> None:
+    code = "import sys; from softsgx.engines.native import run; run(sys.argv[1:], epc=4 << 20)"
+    command = [sys.executable, "-c", code, *program.argv("endless")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout is not None
+        pid = int(supervisor.stdout.readline())
+        watched = os.pidfd_open(pid)
+        supervisor.send_signal(how)
+        # The pipe ends when the last process that has it is gone: the program among them.
+        assert supervisor.stdout.read() == b""
+        supervisor.wait()
+    # Readable: it has ended, whether its new parent has noticed or not.
+    assert select.select([watched], [], [], 60)[0]
+    os.close(watched)
