@@ -387,5 +387,5 @@ def provision(enclave: Enclave, task: Task, arg: int) -> int:
     args = copy_in(task, Provision, arg)
     if not enclave.driver.is_provision(task.file(args.fd)):
         refuse(EINVAL, f"descriptor {args.fd} is not /dev/sgx_provision")
-    enclave.allowed |= AttributesFlags.PROVISIONKEY
+    enclave.allowed |= AttributesFlags.PROVISIONKEY.value
     return 0

@@ -90,8 +90,13 @@ def virtual_leaf(host: HostCpuid, config: MachineConfig, leaf: int, sub: int) ->
     if leaf == _FEATURES_LEAF and sub == 0:
         ours = cpuid(config, leaf, sub)
         # FSGSBASE is this machine's: no software makes its instructions work.
-        ebx = found[1] & ~Cpuid7Ebx.SGX | ours.ebx & Cpuid7Ebx.SGX
-        return found[0], int(ebx), found[2] & ~Cpuid7Ecx.SGX_LC | ours.ecx, found[3] | ours.edx
+        ebx = found[1] & ~Cpuid7Ebx.SGX.value | ours.ebx & Cpuid7Ebx.SGX
+        return (
+            found[0],
+            int(ebx),
+            found[2] & ~Cpuid7Ecx.SGX_LC.value | ours.ecx,
+            found[3] | ours.edx,
+        )
     return found
 
 
