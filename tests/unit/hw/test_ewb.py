@@ -100,6 +100,10 @@ def put(what: str, name: str, value: Any) -> Any:
     return violate
 
 
+def block_later(scene: EwbScene) -> None:
+    scene.page.bepoch = scene.enclave.epoch + 1
+
+
 def never_tracked(scene: EwbScene) -> None:
     scene.page.bepoch = scene.enclave.epoch
 
@@ -169,6 +173,7 @@ CHECKS = [
             }
         ),
     ),
+    row(12, "blocked in an epoch to come", block_later, gp, kinds=CHILDREN),
     row(12, "tracking facility held", put("enclave", "lock_t", True), gp, kinds=CHILDREN),
     row(
         14,
@@ -177,7 +182,14 @@ CHECKS = [
         code(Status.PAGE_NOT_BLOCKED),
         kinds=CHILDREN,
     ),
-    row(15, "not tracked", never_tracked, code(Status.NOT_TRACKED), kinds=CHILDREN),
+    row(
+        15,
+        "not tracked",
+        never_tracked,
+        code(Status.NOT_TRACKED),
+        kinds=CHILDREN,
+        hides=frozenset({"blocked in an epoch to come"}),
+    ),
     row(16, "child resident", adopt, code(Status.CHILD_PRESENT), kinds=SECS),
     row(
         17,
@@ -302,6 +314,17 @@ def test_in_a_guest_a_held_va_page_is_still_gp() -> None:
     in_guest(scene.bench.cpu)
     scene.va_page.lock = -1
     assert scene.run() == GP
+
+
+def test_a_slot_in_the_page_itself_is_found_before_anything_is_read_or_locked() -> None:
+    scene = EwbScene("VA", "memory")
+    in_guest(scene.bench.cpu)
+    scene.page.lock = 1
+    scene.call.rdx = scene.target + 8
+    assert scene.run() == GP, "a held page would be a VM exit"
+    scene.bench.cpu.space = space = PageTables()
+    space.map(scene.target, scene.target, READ | WRITE)
+    assert scene.run() == GP, "PAGEINFO is not mapped"
 
 
 def test_outside_a_guest_virtual_children_do_not_keep_a_secs() -> None:
