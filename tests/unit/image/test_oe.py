@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from tests.support.elfmaker import PT_TLS, RW, RX, Made, Sec, Seg, make_elf
+from tests.support.elfmaker import PT_TLS, RW, RX, Made, Sec, Seg, Sym, make_elf
 from tests.support.enclave_files import (
     PAGE,
     ExpectedPage,
@@ -94,6 +94,21 @@ def test_a_library_measures_as_written_down_by_hand() -> None:
     plan = read_oe(Bytes("oe.so", made.data)).plan
     assert plan.size == 0x20000  # 32 pages, exactly
     assert measure(plan) == mrenclave(0x20000, expected_pages(made))
+
+
+@pytest.mark.parametrize("address", [0x2FF8, 0x3000, 0x4008, 0x5FF8, 0x3FFC])
+def test_writing_into_zeros_neither_adds_nor_drops_a_page(address: int) -> None:
+    info = OeProperties(num_tcs=1, heap_pages=1).pack()
+    made = make_elf(
+        [Seg(0, code(0x1100), RX), Seg(0x2000, code(0x1000, 2), RW, memsz=0x4000)],
+        [Sec(".oeinfo", info, addr=INFO, in_segment=True)],
+        symbols=[Sym("_enclave_rva", address)],
+    )
+    plan = read_oe(Bytes("oe.so", made.data)).plan
+    image = [page for page in plan.pages() if page.offset < 0x6000]
+    assert [page.offset for page in image] == [i * PAGE for i in range(6)]
+    memory = b"".join(bytes(page.data) for page in image)
+    assert memory[address : address + 8] == struct.pack("<Q", address)
 
 
 def test_the_signature_in_the_file_is_measured_as_zeros() -> None:

@@ -24,6 +24,7 @@ from softsgx.image.sdk import BlockSpec, block_plan, read_sdk, sdk_blocks, write
 from softsgx.image.sdk.layout import MAX_EXPANDED, entry_name, has_old_ids
 from softsgx.image.sdk.metadata import (
     DATA_AT_4_DIRS,
+    Block,
     BlockHeader,
     Elrange,
     LayoutEntry,
@@ -273,6 +274,25 @@ def test_an_extend_directory_is_only_read_where_the_version_has_one(
             Bytes("lib", write_blocks(Bytes("lib", sdk_library().data), [extended]))
         )
         assert [(e.extend_id, e.size) for e in parsed.extends()] == [(0x1001, 772)]
+
+
+@pytest.mark.parametrize(
+    ("version", "has_one"),
+    [
+        ((1, 3), False), ((1, 4), False), ((1, 5), True), ((2, 1), False), ((2, 4), False),
+        ((3, 0), False), ((3, 1), False), ((3, 2), True), ((3, 3), True), ((11, 4), False),
+        ((11, 5), True), ((12, 4), False), ((13, 1), False), ((13, 2), True),
+    ],
+)  # fmt: skip
+def test_bytes_1896_are_a_directory_from_1_5_and_3_2_on(
+    version: tuple[int, int], has_one: bool
+) -> None:
+    major, minor = version
+    header = BlockHeader(version=major << 32 | minor).pack()
+    extend = struct.pack("<II", 1904, 16) + struct.pack("<IIII", 0x1001, 772, 1920, 0)
+    file = Bytes("lib", header + bytes(8) + extend)
+    block = Block(file, BlockHeader.unpack(header))
+    assert [entry.size for entry in block.extends()] == ([772] if has_one else [])
 
 
 def test_a_second_module_follows_the_first_at_its_address() -> None:

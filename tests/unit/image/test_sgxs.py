@@ -86,6 +86,8 @@ def test_equal_pages_in_a_row_are_one_run() -> None:
         ([ecreate(), eadd(), chunk(0x80)], "0x88", "256-byte aligned"),
         ([ecreate(), eadd(), chunk(0x100), chunk(0x100)], "0x1c8", "comes twice"),
         ([ecreate(), eadd(), chunk(0), unmeasured(0, b"")], "0x1c8", "comes twice"),
+        ([ecreate(), eadd(), unmeasured(0, b""), chunk(0)], "0x1c8", "comes twice"),
+        ([ecreate(), eadd(), unmeasured(0, b""), unmeasured(0, b"")], "0x1c8", "comes twice"),
         ([ecreate(), eadd(), chunk(0x100), chunk(0)], "0x1c8", "ascending order"),
         ([ecreate(), eadd()[:-1] + b"\1"], "0x58", "hashed as zero"),
         ([ecreate()[:-1] + b"\1"], "0x14", "hashed as zero"),
