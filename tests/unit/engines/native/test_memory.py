@@ -1,0 +1,137 @@
+"""A page's bytes are in exactly one place, and no store is lost while they move.
+
+Method: a memory file that this process maps itself stands for the program's; histories of what
+machine and page tables do, against a dictionary.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softsgx.arch import EpcAddr, PageType
+from softsgx.engines.native.memory import EnclaveMemory, NativeStore
+from softsgx.hw import EpcPage
+
+BASE = 0x7000_0000_0000
+PAGES = 4
+
+
+def make_memory() -> tuple[EnclaveMemory, int]:
+    theirs = os.memfd_create("sgx_enclave")
+    return EnclaveMemory(os.dup(theirs)), theirs
+
+
+def make_page(index: int, rwx: int = 3) -> EpcPage:
+    page = EpcPage(EpcAddr(0x5000_0000 + index * 4096))
+    page.fill(PageType.REG, rwx=rwx, linaddr=BASE + index * 4096)
+    return page
+
+
+def test_a_device_is_released_when_its_last_descriptor_is_closed() -> None:
+    memory, theirs = make_memory()
+    other = os.dup(theirs)
+    assert not memory.released()
+    os.close(theirs)
+    assert not memory.released()
+    os.close(other)
+    assert memory.released()
+    memory.close()
+
+
+def test_a_mapping_keeps_a_device_that_is_closed() -> None:
+    memory, theirs = make_memory()
+    mapping = mmap.mmap(theirs, 4096)  # holds a duplicate of the descriptor, like a mapping does
+    os.close(theirs)
+    assert not memory.released()
+    mapping.close()
+    assert memory.released()
+    memory.close()
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["map", "unmap", "write", "pending", "accept", "evict", "load"]),
+        st.integers(0, PAGES - 1),
+        st.integers(0, 255),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps)
+def test_bytes_are_what_was_written_last_wherever_they_are(
+    history: list[tuple[str, int, int]],
+) -> None:
+    memory, theirs = make_memory()
+    store, pages = NativeStore(), [make_page(index) for index in range(PAGES)]
+    expected = [bytes([index]) * 4096 for index in range(PAGES)]
+    mapped, outside = [0] * PAGES, dict[int, bytes]()
+    for page, data in zip(pages, expected, strict=True):
+        store.fill(page, data)
+    try:
+        for what, index, value in history:
+            page = pages[index]
+            if index in outside and what != "load":
+                continue
+            match what:
+                case "map":
+                    store.mapped(page, memory, page.linaddr)
+                    mapped[index] += 1
+                case "unmap" if mapped[index]:
+                    store.unmapped(page.addr)
+                    mapped[index] -= 1
+                case "write":
+                    store.write(page, value, bytes([value]))
+                    old = expected[index]
+                    expected[index] = old[:value] + bytes([value]) + old[value + 1 :]
+                case "pending" | "accept":
+                    page.pending = what == "pending"
+                    store.refresh(page)
+                case "evict" if not mapped[index]:
+                    outside[index] = bytes(store.freeze(page))
+                    store.drop(page)
+                case "load" if index in outside:
+                    store.fill(page, outside.pop(index))
+            for number, seen in enumerate(pages):
+                if number in outside:
+                    assert outside[number] == expected[number]
+                    continue
+                shown = store.is_shown(seen.addr)
+                assert shown == bool(mapped[number] and not seen.pending)
+                assert store.read(seen, 0, 4096) == expected[number]
+                in_file = os.pread(theirs, 4096, seen.linaddr)
+                assert in_file == (expected[number] if shown else bytes(4096))
+    finally:
+        os.close(theirs)
+        memory.close()
+
+
+def test_a_frozen_page_that_stays_is_shown_again() -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0)
+    store.fill(page, b"x" * 4096)
+    store.mapped(page, memory, page.linaddr)
+    assert store.freeze(page) == b"x" * 4096
+    assert not store.is_shown(page.addr)
+    store.thaw(page)
+    assert store.is_shown(page.addr)
+    os.close(theirs)
+    memory.close()
+
+
+@pytest.mark.parametrize("pt", [PageType.TCS, PageType.TRIM])
+def test_a_page_that_enclave_code_may_not_touch_is_never_shown(pt: PageType) -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0)
+    page.pt = pt
+    store.fill(page, b"secret".ljust(4096))
+    store.mapped(page, memory, page.linaddr)
+    assert os.pread(theirs, 4096, page.linaddr) == bytes(4096)
+    os.close(theirs)
+    memory.close()

@@ -1,0 +1,129 @@
+"""A traced program is itself again after whatever was done in its name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.bpf import build_filter
+from softsgx.engines.native.doctor import doctor
+from softsgx.engines.native.start import install_vdso, start_program
+from softsgx.engines.native.tracee import Gone, Thread
+
+pytestmark = pytest.mark.skipif(
+    any(finding.needed and not finding.ok for finding in doctor()),
+    reason="this machine does not let programs be traced",
+)
+
+
+@pytest.fixture
+def thread() -> Iterator[Thread]:
+    started = start_program(["/bin/sh", "-c", "exit 7"], build_filter())
+    memory = os.open(f"/proc/{started.tid}/mem", os.O_RDWR)
+    install_vdso(started, memory)
+    os.close(memory)
+    yield started
+    try:
+        os.kill(started.tid, signal.SIGKILL)
+        os.waitpid(started.tid, abi.WALL)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def finish(thread: Thread) -> int:
+    """Let it run to its end; return its exit status."""
+    thread.resume()
+    while True:
+        try:
+            stop = thread.wait()
+        except Gone as gone:
+            return os.waitstatus_to_exitcode(gone.status or 0)
+        thread.resume(0 if stop.event or stop.syscall else stop.signal)
+
+
+def test_an_injected_call_is_made_in_the_programs_name(thread: Thread) -> None:
+    assert thread.syscall(abi.SYS_GETPID) == thread.tid
+    assert thread.syscall(abi.SYS_CLOSE, 12345) == -9  # EBADF
+    assert finish(thread) == 7
+
+
+def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> None:
+    thread.load()
+    before, mask = bytes(thread.regs), thread.sigmask()
+    xstate = thread.xstate()
+    for number in range(20):
+        thread.syscall(abi.SYS_MADVISE, number, number)
+    thread.settle()
+    fresh = Thread(thread.tid)
+    assert bytes(fresh.load()) == before
+    assert fresh.sigmask() == mask
+    assert fresh.xstate() == xstate
+
+
+def test_changes_of_registers_are_kept_across_injected_calls(thread: Thread) -> None:
+    thread.load()
+    thread.regs.r15 = 0x1234
+    thread.store()
+    thread.syscall(abi.SYS_GETPID)
+    assert thread.regs.r15 == 0x1234
+    thread.settle()
+    assert Thread(thread.tid).load().r15 == 0x1234
+
+
+def test_a_signal_that_comes_during_an_injected_call_is_delivered_afterwards(
+    thread: Thread,
+) -> None:
+    os.kill(thread.tid, signal.SIGTERM)
+    assert thread.syscall(abi.SYS_GETPID) == thread.tid
+    assert finish(thread) == -signal.SIGTERM
+
+
+def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: Thread) -> None:
+    os.kill(thread.tid, signal.SIGTERM)
+    thread.resume()
+    assert thread.wait().signal == signal.SIGTERM
+    thread.syscall(abi.SYS_GETPID)
+    assert (thread.siginfo().signo, thread.siginfo().code) == (signal.SIGTERM, 0)
+    thread.resume(signal.SIGTERM)
+    with pytest.raises(Gone) as gone:
+        thread.wait()
+    assert gone.value.status == signal.SIGTERM
+
+
+def test_a_call_can_be_skipped_or_made_in_place_of_another(thread: Thread) -> None:
+    seen = []
+    thread.resume()
+    while len(seen) < 2:
+        stop = thread.wait()
+        if stop.event != abi.PTRACE_EVENT_SECCOMP:
+            thread.resume()
+            continue
+        regs = thread.load()
+        arguments = regs.rdi, regs.rsi, regs.rdx
+        if not seen:
+            thread.skip_syscall(-38)
+            seen.append(-38)
+        else:
+            seen.append(thread.finish_syscall(abi.SYS_GETPID, 1, 2, 3))
+            assert (regs.rdi, regs.rsi, regs.rdx) == arguments
+        thread.resume()
+    assert seen == [-38, thread.tid]
+
+
+def test_a_thread_that_is_killed_is_gone(thread: Thread) -> None:
+    os.kill(thread.tid, signal.SIGKILL)
+    with pytest.raises(Gone):
+        thread.wait()
+
+
+def test_memory_beyond_a_process_is_a_bad_address() -> None:
+    page = ctypes.create_string_buffer(b"abc")
+    assert libc.read_memory(os.getpid(), ctypes.addressof(page), 3) == b"abc"
+    with pytest.raises(OSError, match="cannot read") as error:
+        libc.read_memory(os.getpid(), 8, 16)
+    assert error.value.errno == 14
