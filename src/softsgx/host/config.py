@@ -27,7 +27,7 @@ from softsgx.cgroup import CGROUP_DEFECTS
 from softsgx.driver import DEFECTS
 from softsgx.errors import SoftSgxError
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
-from softsgx.paging import Clock, Fifo, LinuxPolicy, Policy, Prefetching
+from softsgx.paging import Clock, Fifo, LeastRecentlyUsed, LinuxPolicy, Policy, Prefetching
 
 __all__ = ["MIN_EPC_PAGES", "PROFILES", "PlatformConfig", "parse_size"]
 
@@ -59,6 +59,7 @@ _POLICIES: dict[str, type[Policy]] = {
     "fifo": Fifo,
     "clock": Clock,
     "prefetching": Prefetching,
+    "lru": LeastRecentlyUsed,
 }
 
 
@@ -90,7 +91,7 @@ class PlatformConfig:
         backing: "memory", or "file" for unnamed temporary files.
         backing_limit: bytes that all evicted pages of one enclave may take; ``None`` for any.
         backing_directory: where files go.
-        policy: "linux", "fifo", "clock" or "prefetching".
+        policy: "linux", "fifo", "clock", "prefetching", or "lru" where every access is seen.
         groups: path to ``{"max": SIZE}``; made before anything runs.
         kill: whether killing the largest enclave is the last resort of a group over its limit.
         sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as a kernel must that does

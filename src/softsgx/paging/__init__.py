@@ -20,7 +20,14 @@ from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, BackingPage, Group, Hardware, Reclaimable
 from softsgx.paging.lru import Lru
 from softsgx.paging.page import EpcPage
-from softsgx.paging.policy import Clock, Fifo, LinuxPolicy, Policy, Prefetching
+from softsgx.paging.policy import (
+    Clock,
+    Fifo,
+    LeastRecentlyUsed,
+    LinuxPolicy,
+    Policy,
+    Prefetching,
+)
 from softsgx.paging.reclaim import Batch
 from softsgx.paging.swap import EnclaveSwap, Pin, Reservation, SwapEntry
 
@@ -42,6 +49,7 @@ __all__ = [
     "Group",
     "Hardware",
     "Interrupted",
+    "LeastRecentlyUsed",
     "LinuxPolicy",
     "LoadFailed",
     "Lru",

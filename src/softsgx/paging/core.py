@@ -420,6 +420,11 @@ class EpcCore:
         page.group.lru.add(page)
         self._stuck = False
 
+    def note_use(self, page: EpcPage) -> None:
+        """Make ``page`` the youngest of its list: for engines that see every access."""
+        if page.lru is not None:
+            page.lru.touch(page)
+
     def unmark_reclaimable(self, page: EpcPage) -> bool:
         """Take ``page`` off its list.
 

@@ -46,6 +46,12 @@ class Lru:
             page.tracked, page.lru = True, self
             self._pages[page] = None
 
+    def touch(self, page: EpcPage) -> None:
+        """Make ``page`` the youngest if it is on the list."""
+        with self._latch:
+            if page in self._pages:
+                self._pages.move_to_end(page)
+
     def remove(self, page: EpcPage) -> bool:
         """Stop tracking ``page``.
 

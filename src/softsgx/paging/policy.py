@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from softsgx.paging.interfaces import Reclaimable
 
-__all__ = ["Clock", "Fifo", "LinuxPolicy", "Policy", "Prefetching"]
+__all__ = ["Clock", "Fifo", "LeastRecentlyUsed", "LinuxPolicy", "Policy", "Prefetching"]
 
 _SCALE = 16  # a batch is at most this part of the EPC
 
@@ -80,6 +80,24 @@ class Fifo(Policy):
     def old(self, owner: Reclaimable) -> bool:
         """Return ``True``."""
         return True
+
+
+@dataclass(frozen=True)
+class LeastRecentlyUsed(Fifo):
+    """The page that was not used for the longest time leaves, one at a time.
+
+    Exact where an engine sees every access and calls :meth:`EpcCore.note_use`, as a replayed trace
+    does; one page of the EPC stays free for the next fault.
+    """
+
+    batch_pages: int = 1
+    low_pages: int = 1
+    high_pages: int = 1
+    evict_va: bool = False
+
+    def high(self, epc_pages: int) -> int:
+        """Return 1."""
+        return self.high_pages
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""Paging under plain LRU against an independent cache simulator, on a recorded memory trace.
+
+Method: every access of the trace is made to a real enclave, whose pages leave and return with
+crypto and all checks; libcachesim counts the misses of an LRU cache with as many objects.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from softsgx.engines.replay import PageTrace, Replay, read_trace
+from softsgx.host import Platform
+
+libcachesim = pytest.importorskip("libcachesim")
+
+TRACE = read_trace(Path(__file__).parents[1] / "data" / "sort.trace.gz")
+
+
+def simulated_misses(trace: PageTrace, pages: int) -> int:
+    cache = libcachesim.LRU(cache_size=pages)
+    return sum(not cache.get(libcachesim.Request(obj_id=page, obj_size=1)) for page, _ in trace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epc_pages", [16, 24, 48, 96])
+def test_misses_equal_the_simulators_and_the_data_is_what_was_written(epc_pages: int) -> None:
+    trace = TRACE if epc_pages >= 48 else TRACE[:20000]
+    with Platform(epc=epc_pages * 4096, policy="lru") as platform:
+        replay = Replay(platform, TRACE.pages)
+        result = replay.run(trace)
+        assert result.misses == simulated_misses(trace, result.resident_pages)
+        assert result.evictions == result.misses - result.resident_pages
+        replay.verify()
+        platform.check()
+        replay.close()
+        assert platform.core.free_pages == epc_pages
