@@ -7,6 +7,7 @@ from softsgx.hw import access
 from softsgx.hw.access import check as check_access
 from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
+from softsgx.hw.cpuid import CpuidResult, cpuid
 from softsgx.hw.dispatch import encls, enclu, enclv
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
@@ -24,6 +25,7 @@ from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.aex import aex, deliver, interrupt
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.machine import Machine
+from softsgx.hw.msr import rdmsr, wrmsr
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
@@ -38,6 +40,7 @@ __all__ = [
     "AsynchronousExit",
     "Buffer",
     "ControlProtection",
+    "CpuidResult",
     "DeviceNotAvailable",
     "DictStore",
     "DirectMap",
@@ -68,10 +71,13 @@ __all__ = [
     "access",
     "aex",
     "check_access",
+    "cpuid",
     "deliver",
     "enclave_operand",
     "encls",
     "enclu",
     "enclv",
     "interrupt",
+    "rdmsr",
+    "wrmsr",
 ]
