@@ -451,9 +451,20 @@ def test_eexit_refuses_a_target_that_cannot_be_fetched(mode64: bool, target: int
 def test_nobody_enters_twice(leaf: str) -> None:
     scene = Border()
     scene.enter()
+    scene.poke(state=TCS_INACTIVE, cssa=1)  # as if it were another thread's
     before = scene.snapshot()
     with pytest.raises(GeneralProtection):
         getattr(scene.cpu.enclu, leaf)(scene.rbx, AEP)
+    assert scene.snapshot() == before
+
+
+@pytest.mark.parametrize("leaf", ["eexit", "eaccept", "emodpe", "eacceptcopy", "edeccssa"])
+def test_leaves_of_the_inside_are_refused_outside(leaf: str) -> None:
+    scene = Border()
+    operands = {"eexit": 1, "edeccssa": 0, "eacceptcopy": 3}.get(leaf, 2)
+    before = scene.snapshot()
+    with pytest.raises(GeneralProtection):
+        getattr(scene.cpu.enclu, leaf)(*[scene.base] * operands)
     assert scene.snapshot() == before
 
 
@@ -518,3 +529,17 @@ def test_cet_state_is_the_enclaves_inside_and_the_outsides_again_after() -> None
     assert (cpu.ssp, cpu.u_cet) == (0x1000, 1)
     assert scene.peek("prevssp") == 0x8FF0
     assert scene.page(TCS).valid
+
+
+def test_an_enclave_without_cet_runs_without_it_and_the_outside_has_its_own_back() -> None:
+    scene = Border()
+    cpu = scene.cpu
+    cpu.cr4_cet, cpu.u_cet, cpu.ssp = True, 0x5, 0x1000
+    scene.enter()
+    assert cpu.u_cet == 0
+    aex(cpu, 0xFD)
+    assert (cpu.u_cet, cpu.ssp) == (0x5, 0x1000), "an interrupted jump has had its ENDBRANCH"
+    cpu.enclu.eresume(scene.rbx, AEP)
+    assert cpu.u_cet == 0
+    cpu.enclu.eexit(AEP)
+    assert (cpu.u_cet, cpu.ssp) == (0x5 | 1 << 11, 0x1000), "EEXIT is an indirect jump"
