@@ -32,7 +32,7 @@ def verdict(number: int, *arguments: int, arch: int = abi.AUDIT_ARCH_X86_64) -> 
             case 0x15:
                 at += true if accumulator == k else false
             case 0x06:
-                return k
+                return int(k)
             case _:
                 pytest.fail(f"instruction {code:#x}")
 

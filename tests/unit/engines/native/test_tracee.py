@@ -96,7 +96,7 @@ def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: T
 
 
 def test_a_call_can_be_skipped_or_made_in_place_of_another(thread: Thread) -> None:
-    seen = []
+    seen: list[int] = []
     thread.resume()
     while len(seen) < 2:
         stop = thread.wait()
