@@ -14,6 +14,9 @@ _ptrace = _libc.ptrace
 _ptrace.restype = ctypes.c_long
 _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
+#: ptrace as C has it: -1 and errno.  For the few requests that every transition makes.
+raw_ptrace = _ptrace
+
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 

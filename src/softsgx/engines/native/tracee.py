@@ -75,7 +75,8 @@ class Thread:
         """Fetch the registers; changes that are not in the thread yet are kept."""
         if self._loaded:
             return self.regs
-        self._request(abi.PTRACE_GETREGS, 0, self._regs_at)
+        if _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) == -1:
+            raise Gone(self.tid, None)
         self._loaded = True
         return self.regs
 
@@ -87,7 +88,8 @@ class Thread:
         """Put everything that changed into the thread now."""
         if self._changed:
             self._changed = False
-            self._request(abi.PTRACE_SETREGS, 0, self._regs_at)
+            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, self._regs_at) == -1:
+                raise Gone(self.tid, None)
         if self._new_xstate is not None:
             area, self._new_xstate = self._new_xstate, None
             self._write_xstate(area)
@@ -129,9 +131,9 @@ class Thread:
 
     def sigmask(self) -> int:
         """Return the blocked signals; bit n-1 is signal n."""
-        buffer = ctypes.c_uint64()
-        self._request(abi.PTRACE_GETSIGMASK, 8, ctypes.addressof(buffer))
-        return buffer.value
+        if _ptrace(abi.PTRACE_GETSIGMASK, self.tid, 8, _WORD_AT) == -1:
+            raise Gone(self.tid, None)
+        return _WORD.value
 
     def set_sigmask(self, mask: int) -> None:
         """Replace the blocked signals."""
@@ -151,7 +153,8 @@ class Thread:
         self.settle()
         if signal and self._kept is not None and self._kept.signo == signal:
             self.set_siginfo(self._kept)
-        self._request(abi.PTRACE_CONT, 0, signal)
+        if _ptrace(abi.PTRACE_CONT, self.tid, 0, signal) == -1:
+            raise Gone(self.tid, None)
 
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
@@ -296,4 +299,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+_ptrace = libc.raw_ptrace
+_WORD = ctypes.c_uint64()
+_WORD_AT = ctypes.addressof(_WORD)
 _XSTATE = ctypes.create_string_buffer(16384)

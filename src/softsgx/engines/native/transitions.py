@@ -92,7 +92,7 @@ class Transitions:
         if number == abi.SIGILL:
             # By far the most frequent stop; the bytes tell more than the signal's information.
             regs = thread.load()
-            if self._code(thread, regs.rip)[:_ENCLU_BYTES] == _ENCLU:
+            if thread.image.read(regs.rip, _ENCLU_BYTES) == _ENCLU:
                 return self._enclu(thread, number)
         info = thread.siginfo()
         if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
