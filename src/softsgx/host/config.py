@@ -91,7 +91,8 @@ class PlatformConfig:
         backing: "memory", or "file" for unnamed temporary files.
         backing_limit: bytes that all evicted pages of one enclave may take; ``None`` for any.
         backing_directory: where files go.
-        policy: "linux", "fifo", "clock", "prefetching", or "lru" where every access is seen.
+        policy: "linux", "fifo", "clock", "prefetching", or "lru" where every access is seen;
+            in Python also a policy object.
         groups: path to ``{"max": SIZE}``; made before anything runs.
         kill: whether killing the largest enclave is the last resort of a group over its limit.
         sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as a kernel must that does
@@ -106,7 +107,7 @@ class PlatformConfig:
     backing: str = "memory"
     backing_limit: int | str | None = None
     backing_directory: str | None = None
-    policy: str = "linux"
+    policy: str | Policy = "linux"
     groups: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
     kill: bool = False
     sanitize: bool = False
@@ -115,7 +116,7 @@ class PlatformConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "defects", frozenset(self.defects))
         for name, wanted in (("profile", PROFILES), ("policy", _POLICIES)):
-            if getattr(self, name) not in wanted:
+            if isinstance(getattr(self, name), str) and getattr(self, name) not in wanted:
                 raise SoftSgxError(
                     f"{name} = {getattr(self, name)!r}: not known; give one of {', '.join(wanted)}"
                 )
@@ -207,7 +208,7 @@ class PlatformConfig:
 
     def paging_policy(self) -> Policy:
         """Return the policy object."""
-        return _POLICIES[self.policy]()
+        return self.policy if isinstance(self.policy, Policy) else _POLICIES[self.policy]()
 
     def backing_limit_pages(self) -> int | None:
         """Return ``backing_limit`` in pages."""
@@ -224,7 +225,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "backing": (str,),
     "backing_limit": (int, str, type(None)),
     "backing_directory": (str, type(None)),
-    "policy": (str,),
+    "policy": (str, Policy),
     "groups": (dict,),
     "kill": (bool,),
     "sanitize": (bool,),

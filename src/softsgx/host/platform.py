@@ -35,7 +35,7 @@ class Platform:
         runtime: where it runs; an :class:`~softsgx.runtime.InlineRuntime` with the configured
             seed when ``None``.
         store: where the bytes of resident pages live; memory when ``None``.
-        backing: makes an enclave's backing file of so many pages, instead of the configured kind.
+        make_backing: makes an enclave's backing file of so many pages, instead of the configured kind.
         tracer: receives every event of every layer.
 
     Attributes:
@@ -52,7 +52,7 @@ class Platform:
         *,
         runtime: Runtime | None = None,
         store: PageStore | None = None,
-        backing: Callable[[int], BackingFile] | None = None,
+        make_backing: Callable[[int], BackingFile] | None = None,
         tracer: Tracer | None = None,
         **keywords: Any,
     ) -> None:
@@ -60,7 +60,7 @@ class Platform:
         self.runtime: Runtime = InlineRuntime(self.config.seed) if runtime is None else runtime
         self._listeners: list[Tracer] = [] if tracer is None else [tracer]
         self._tracer = self._tell if self._listeners else None
-        self._backing = backing or self._make_backing
+        self._backing = make_backing or self._configured_backing
         self.machine = Machine(
             self.config.machine(), self.runtime, store=store, tracer=self._tracer
         )
@@ -181,7 +181,7 @@ class Platform:
         for listener in self._listeners:
             listener(event)
 
-    def _make_backing(self, pages: int) -> BackingFile:
+    def _configured_backing(self, pages: int) -> BackingFile:
         limit = self.config.backing_limit_pages()
         if self.config.backing == "file":
             return FileBacking(limit, directory=self.config.backing_directory)

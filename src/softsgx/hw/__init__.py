@@ -14,6 +14,7 @@ from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
 from softsgx.hw.faults import (
     ControlProtection,
     DeviceNotAvailable,
+    EnclaveLeft,
     Fault,
     GeneralProtection,
     PageFault,
@@ -45,6 +46,7 @@ __all__ = [
     "DictStore",
     "DirectMap",
     "EnclaveMode",
+    "EnclaveLeft",
     "EncluLeaves",
     "EpcPage",
     "EpcSection",

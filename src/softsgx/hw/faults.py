@@ -11,6 +11,7 @@ from softsgx.arch import ConflictCode, Pfec, Vector, VmExitReason
 __all__ = [
     "ControlProtection",
     "DeviceNotAvailable",
+    "EnclaveLeft",
     "Fault",
     "GeneralProtection",
     "PageFault",
@@ -86,6 +87,17 @@ class ControlProtection(Fault):
         return "#CP"
 
 
+class EnclaveLeft(Fault):
+    """A VM exit has made the processor leave the enclave; the instruction has not completed.
+
+    No exception of the guest's: to it, an interrupt came before the instruction.  The processor
+    stands at the AEP, outside.
+    """
+
+    def __str__(self) -> str:
+        return "VM exit"
+
+
 class TsxAbort(Exception):
     """The leaf ran inside a transaction, which aborts."""
 
@@ -95,7 +107,8 @@ class VmExit(Exception):
 
     Attributes:
         reason: basic exit reason.
-        code: SGX_CONFLICT code, or the leaf number for ENCLS and ENCLV exits.
+        code: SGX_CONFLICT code, the leaf number for ENCLS and ENCLV exits, or the kind of access
+            for EPT violations.
         error: qualification bits 31:16; 7 with EPC_PAGE_CONFLICT_ERROR.
         guest_physical: where the conflict is, as the guest's paging sees it.
         guest_linear: the operand's linear address, 0 for tracking conflicts.

@@ -136,6 +136,17 @@ class Machine:
             page = self.pages.setdefault(addr, EpcPage(addr))
         return page
 
+    def place(self, page: EpcPage, data: bytes) -> None:
+        """Store the 4096 bytes of a page whose entry is written but for VALID.
+
+        Where the store has no room its error passes, and the page is free again.
+        """
+        try:
+            self.store.fill(page, data)
+        except Exception:
+            page.clear()
+            raise
+
     def ram_read(self, physical: int, size: int) -> bytes:
         """Return bytes as software sees physical memory: ones where it is EPC."""
         if self.section_of(physical) is not None:

@@ -36,7 +36,7 @@ def rdmsr(cpu: LogicalProcessor, msr: int) -> int:
     if not hw.config.features & SgxFeature.SGX1:
         raise GeneralProtection
     if msr in _HASH and hw.config.launch_control:
-        return hw.launch_key_hash[msr - _HASH.start]
+        return cpu.launch_key_hash[msr - _HASH.start]
     if msr == Msr.IA32_SGX_SVN_STATUS:
         # No authenticated code module was launched: not locked, SINIT SVN 0.
         return 0
@@ -76,7 +76,7 @@ def wrmsr(cpu: LogicalProcessor, msr: int, value: int) -> None:
             raise GeneralProtection
         hw.feature_control = value
     elif msr in _HASH and sgx and hw.feature_control & _HASH_WRITABLE == _HASH_WRITABLE:
-        hw.launch_key_hash[msr - _HASH.start] = value
+        cpu.launch_key_hash[msr - _HASH.start] = value
     elif msr in _OWNER and sgx:
         if hw.feature_control & FEATURE_CONTROL_READY != FEATURE_CONTROL_READY:
             at = (msr - _OWNER.start) * _OWNER_BYTES

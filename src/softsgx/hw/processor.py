@@ -7,6 +7,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 S = TypeVar("S", bound=Structure)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -244,6 +246,23 @@ class LogicalProcessor:
 
     def __post_init__(self) -> None:
         self.busy = self.hw.runtime.lock(f"cpu{self.number}")
+
+    @property
+    def launch_key_hash(self) -> list[int]:
+        """IA32_SGXLEPUBKEYHASH0–3 as this processor has them."""
+        return self.hw.launch_key_hash
+
+    def hosted(self, exit: VmExit, again: Callable[[], T]) -> T:
+        """An ENCLU or an access ended with a VM exit: let the hypervisor go on.
+
+        Args:
+            exit: what happened; nothing architectural has changed, and the processor is not busy.
+            again: executes the instruction once more.
+
+        Raises:
+            VmExit: there is no hypervisor here; whoever executes instructions is its own.
+        """
+        raise exit
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """Return the physical address behind ``linaddr``: segmentation, then paging.

@@ -133,9 +133,10 @@ def _commit(
     linaddr: int,
     data: bytes,
 ) -> None:
-    """Measure, then fill the page and write the EPCM entry; locks are held."""
+    """Fill the page, measure, and write the EPCM entry, VALID last; locks are held."""
     hw, enclave = cpu.hw, secs.owner
+    page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr, valid=False)
+    hw.place(page, data)
     hw.measurements[enclave.eid].update(eadd_block(linaddr - enclave.base, pt << 8 | rwx))
-    page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr)
-    hw.store.fill(page, data)
     hw.locks.count_child(enclave, 1)
+    page.valid = True

@@ -68,10 +68,11 @@ def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
                     raise GeneralProtection
                 if pt is PageType.SS_FIRST:
                     data = _ZEROES[:-8] + shadow_stack_token(enclave, info.linaddr)
-            # Pending until it is accepted, so the bytes may follow the entry.
-            page.fill(pt, rwx=int(_RW), secs=secs, linaddr=info.linaddr, pending=True)
-            hw.store.fill(page, data)
+            rwx, linaddr = int(_RW), info.linaddr
+            page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr, pending=True, valid=False)
+            hw.place(page, data)
             hw.locks.count_child(enclave, 1)
+            page.valid = True
         finally:
             hw.locks.release(secs)
     finally:

@@ -105,7 +105,7 @@ def _decide(cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: Eini
     hw = cpu.hw
     mrenclave = hw.measurements[enclave.eid].copy().digest()
     mrsigner = mrsigner_of(sig)
-    launcher = _HASH_MSRS.pack(*hw.launch_key_hash)
+    launcher = _HASH_MSRS.pack(*cpu.launch_key_hash)
 
     if sig.enclave_hash != mrenclave:
         return Status.INVALID_MEASUREMENT

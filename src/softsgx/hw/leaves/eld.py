@@ -173,9 +173,8 @@ def _unseal(
     page.modified, page.pr = bool(flags & 16), bool(flags & 32)
     if secs is not None:
         try:
-            hw.store.fill(page, plain)
+            hw.place(page, plain)
         except Exception:
-            page.clear()  # the store has no room: the leaf never happened
             with hw.latch:
                 va_page.slots[slot] = va_page.slots[slot] or version
             raise

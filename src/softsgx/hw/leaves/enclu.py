@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from softsgx.arch import Enclu, Status
 from softsgx.hw.events import LeafDone
-from softsgx.hw.faults import Fault
+from softsgx.hw.faults import Fault, VmExit
 from softsgx.hw.leaves.eaccept import eaccept
 from softsgx.hw.leaves.eacceptcopy import eacceptcopy
 from softsgx.hw.leaves.edeccssa import edeccssa
@@ -73,6 +74,13 @@ def _instruction(cpu: LogicalProcessor, leaf: Callable[..., Any]) -> Callable[..
     busy = cpu.busy
 
     def run(*operands: int) -> Any:
+        try:
+            with busy:
+                return leaf(cpu, *operands)
+        except VmExit as exit:
+            return cpu.hosted(exit, partial(once, *operands))
+
+    def once(*operands: int) -> Any:
         with busy:
             return leaf(cpu, *operands)
 
