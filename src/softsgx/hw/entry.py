@@ -223,9 +223,10 @@ def check_thread_segments(
         GeneralProtection: in 64-bit mode, not canonical; in 32-bit mode, beyond CS or DS.
     """
     if cpu.mode64:
-        if not (is_canonical(target) and is_canonical(fs_base) and is_canonical(gs_base)):
-            raise GeneralProtection
-        return
+        lower_half = not (target | fs_base | gs_base) >> 47  # all three, in one look
+        if lower_half or all(map(is_canonical, (target, fs_base, gs_base))):
+            return
+        raise GeneralProtection
     if target > cpu.cs.limit:
         raise GeneralProtection
     for base, limit in ((fs_base, tcs.fs_limit), (gs_base, tcs.gs_limit)):

@@ -272,7 +272,7 @@ class LogicalProcessor:
             PageFault: ordinary, from paging.
         """
         if self.mode64:
-            if not is_canonical(linaddr):
+            if linaddr >> 47 and not is_canonical(linaddr):
                 raise GeneralProtection
         elif linaddr > (self.cs if access == EXECUTE else self.ds).limit:
             raise GeneralProtection
