@@ -15,7 +15,7 @@ from errno import EAGAIN, EBUSY, ENOMEM
 from tests.support.driver import BASE, RW, Launched, System, launch, pattern
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
-from softsgx.driver import Signal, SoftProcess
+from softsgx.driver import FaultResult, Signal, SoftProcess
 
 REG, TRIM = PageType.REG << 8, PageType.TRIM << 8
 PENDING, MODIFIED, PR = 8, 16, 32
@@ -304,3 +304,26 @@ def run_steps(actor: Actor, seed: int, count: int, kinds: Sequence[str] = STEPS)
     for share in list(actor.shares):
         if not share.lost:
             actor.read_all(share)
+
+
+def storm(system: System, seed: int, rounds: int) -> None:
+    """Evict whatever there is, in bursts."""
+    rng = random.Random(f"storm {seed}")
+    for _ in range(rounds):
+        for _burst in range(rng.randrange(12)):
+            system.core.reclaim(force=True)
+        for _pause in range(rng.randrange(30)):
+            system.runtime.yield_now()
+
+
+def touch(actor: Actor, process: SoftProcess, seed: int, count: int) -> None:
+    """Fault at random places of the actor's enclaves, which must never harm anybody."""
+    rng = random.Random(f"touch {seed}")
+    for _ in range(count):
+        for share in list(actor.shares):
+            made = share.made
+            pages = made.data_pages + HOLES
+            addr = made.data(rng.randrange(-2, pages))
+            result = process.mm.fault(addr, R, process)
+            assert result in (FaultResult.NOPAGE, FaultResult.RETRY), f"touching gave {result}"
+        actor.system.runtime.yield_now()

@@ -12,13 +12,14 @@ The long profile: ``SOFTSGX_PROGRAMS=20 pytest tests/model/test_random_programs.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.model.programs import STEPS, Actor, Share, run_steps
+from tests.model.programs import STEPS, Actor, Share, run_steps, storm, touch
 from tests.support.driver import System
 
 from softsgx.arch import PAGE_BYTES
@@ -203,10 +204,15 @@ def _together(system: System, seed: int, *, actors: int, steps: int, shared: boo
     else:
         for actor in crew:
             actor.launch(4)
-    tasks = [
-        runtime.spawn(partial(run_steps, actor, seed * 100 + cpu, steps, kinds), f"actor{cpu}")
-        for cpu, actor in enumerate(crew)
+    programs: list[tuple[str, Callable[[], None]]] = [
+        ("storm", partial(storm, system, seed, 3 * steps)),
     ]
+    for cpu, actor in enumerate(crew):
+        programs += [
+            (f"actor{cpu}", partial(run_steps, actor, seed * 100 + cpu, steps, kinds)),
+            (f"touch{cpu}", partial(touch, actor, actor.process, seed + cpu, 4 * steps)),
+        ]
+    tasks = [runtime.spawn(program, name) for name, program in programs]
     for task in tasks:
         task.join()
     system.core.stop()  # in the middle of a batch, pages are marked
@@ -228,8 +234,8 @@ def test_actors_do_not_disturb_each_other_under_any_schedule(policy: str, shared
         runtime = SeededRuntime(seed, policy=chosen, step_limit=5_000_000)
 
         def main(runtime: SeededRuntime = runtime, seed: int = seed) -> None:
-            system = System(epc_pages=32, runtime=runtime, processors=3, ksgxd=True)
-            _together(system, seed, actors=3, steps=8, shared=shared)
+            system = System(epc_pages=40, runtime=runtime, processors=3, ksgxd=True)
+            _together(system, seed, actors=3, steps=10, shared=shared)
 
         runtime.run(main)
 
