@@ -100,6 +100,7 @@ class Pfec(IntFlag):
 class VmExitReason(IntEnum):
     """Basic exit reasons."""
 
+    EPT_VIOLATION = 48
     ENCLS = 60
     ENCLV = 70
     SGX_CONFLICT = 71

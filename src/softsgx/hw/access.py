@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from softsgx.arch import CHILD_TYPES, PAGE_BYTES, PageType, Pfec, page_of
 from softsgx.hw.epcm import EpcPage
-from softsgx.hw.faults import GeneralProtection, PageFault
+from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
 from softsgx.hw.processor import LogicalProcessor, Translation, split_pages
 from softsgx.hw.space import EXECUTE, READ, WRITE
 
@@ -127,6 +127,13 @@ def load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
         GeneralProtection: an address is not canonical.
         PageFault: the first byte's address that cannot be read.
     """
+    try:
+        return _load(cpu, linaddr, size)
+    except VmExit as exit:
+        return cpu.hosted(exit, lambda: _load(cpu, linaddr, size))
+
+
+def _load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
     with cpu.busy:
         pieces = [
             (_translate(cpu, at, READ), at % PAGE_BYTES, length)
@@ -142,6 +149,13 @@ def store(cpu: LogicalProcessor, linaddr: int, data: bytes) -> None:
         GeneralProtection: an address is not canonical.
         PageFault: the first byte's address that cannot be written.
     """
+    try:
+        _store(cpu, linaddr, data)
+    except VmExit as exit:
+        cpu.hosted(exit, lambda: _store(cpu, linaddr, data))
+
+
+def _store(cpu: LogicalProcessor, linaddr: int, data: bytes) -> None:
     with cpu.busy:
         pieces = [
             (_translate(cpu, at, WRITE), at % PAGE_BYTES, length)
@@ -165,6 +179,13 @@ def fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
             ELRANGE and paging had no objection.
         PageFault: the first byte's address that cannot be fetched.
     """
+    try:
+        return _fetch(cpu, linaddr, size)
+    except VmExit as exit:
+        return cpu.hosted(exit, lambda: _fetch(cpu, linaddr, size))
+
+
+def _fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
     with cpu.busy:
         pieces = split_pages(linaddr, size)
         inside = cpu.inside

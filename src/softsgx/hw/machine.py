@@ -63,6 +63,8 @@ class Machine:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
         point: ``runtime.point``; every leaf calls it once, while it holds its page locks.
         latch: makes a commit atomic on real threads; never held across a point.
+        virtual_cpus: processors of guests, each the state that its VMCS keeps; they are not in
+            ``cpus``, but enter enclaves on them.
         kernel: the processor that ``leaves`` run on: CPL 0, direct map, never inside an enclave.
         xsave: where XSAVE components are, by XFRM.
         measurements: SHA-256 of enclaves between ECREATE and EINIT, by EID.
@@ -104,6 +106,7 @@ class Machine:
         self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
         for cpu in self.cpus:
             cpu.enclu = EncluLeaves(cpu)
+        self.virtual_cpus: list[LogicalProcessor] = []
         self.tracer: Tracer | None = None
         self.kernel = LogicalProcessor(self, 0)
         hot = fast_leaves(self.kernel) if fast and not runtime.interleaves else None
@@ -181,7 +184,7 @@ class Machine:
         self.secrets.power_up()
         self.launch_key_hash[:] = self.config.launch_key_hash
         self._eids = count(1)
-        for cpu in self.cpus:
+        for cpu in (*self.cpus, *self.virtual_cpus):
             cpu.inside = None
             cpu.flush_tlb()
         if self.tracer is not None:
@@ -211,7 +214,8 @@ class Machine:
         for secs, enclave in self.enclaves():
             counted = children.pop(secs.addr, 0)
             assert enclave.children == counted, f"CHLDCNT {enclave.children}, counted {counted}"
-            inside = [cpu for cpu in self.cpus if cpu.inside and cpu.inside.secs is secs]
+            everyone = (*self.cpus, *self.virtual_cpus)
+            inside = [cpu for cpu in everyone if cpu.inside and cpu.inside.secs is secs]
             current = sum(c.inside.entry_epoch == enclave.epoch for c in inside if c.inside)
             assert enclave.cur_count == current, "CUR_CNT differs from the processors inside"
             assert enclave.prev_count == len(inside) - current, "PREV_CNT differs"

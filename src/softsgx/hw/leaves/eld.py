@@ -110,7 +110,7 @@ def _load(
                 if info.secs or pt is None:
                     raise GeneralProtection
                 hw.point(leaf.name)
-                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rdx, None)
+                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rcx, rdx, None)
 
             if info.secs % PAGE_BYTES:
                 raise GeneralProtection
@@ -123,7 +123,7 @@ def _load(
                 if not secs.valid or secs.pt is not PageType.SECS:
                     raise PageFault(info.secs)
                 hw.point(leaf.name)
-                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rdx, secs)
+                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rcx, rdx, secs)
             finally:
                 hw.locks.release(secs)
         finally:
@@ -140,6 +140,7 @@ def _unseal(
     pt: PageType,
     page: EpcPage,
     va_page: EpcPage,
+    rcx: int,
     rdx: int,
     secs: EpcPage | None,
 ) -> Status:
@@ -186,7 +187,7 @@ def _unseal(
         page.bepoch = secs.owner.epoch - (0 if page.blocked else TRACKED_AGE)
         hw.locks.count_child(secs.owner, 1)
     elif pt is PageType.SECS:
-        page.enclave = Enclave.from_image(plain, cpu.space.paging_address(page.addr))
+        page.enclave = Enclave.from_image(plain, cpu.space.paging_address(rcx))
     else:
         page.slots = list(_SLOTS.unpack(plain))
     page.valid = True
