@@ -9,6 +9,10 @@ it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimm
 Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
 
 Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones.
+
+Deviation: in shown pages of code, an ENCLU that was executed before starts with HLT, which traps
+faster.  Whatever leaves or is read through the machine has its own byte; only the enclave itself,
+reading its code, could tell.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from softsgx.hw import EpcPage
 __all__ = ["EnclaveMemory", "Guard", "NativeStore"]
 
 MEMORY_FILE_BYTES = 1 << 47
+_HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
 _WRITE = 2
 
 
@@ -61,11 +66,13 @@ class EnclaveMemory:
         fd: our descriptor.
         key: (device, inode), which every descriptor of the file shows.
         guards: the address spaces that map it.
+        marked: addresses of ENCLU instructions that start with HLT now.
     """
 
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
         self.guards: list[Guard] = []
+        self.marked: set[int] = set()
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +103,42 @@ class EnclaveMemory:
         libc.punch_hole(self.fd, linaddr, PAGE_BYTES)
         for guard in self.guards:
             guard.after_hide(linaddr)
+        data = self._own_bytes(linaddr, data)
+        self.marked.difference_update(range(linaddr, linaddr + PAGE_BYTES))
         return data
+
+    def mark(self, address: int) -> None:
+        """Make the ENCLU at ``address``, in a shown page, trap faster.
+
+        One byte is written, so a thread that executes it meanwhile sees the one or the other.
+        """
+        os.pwrite(self.fd, _HLT, address)
+        self.marked.add(address)
+
+    def unmark(self, linaddr: int) -> None:
+        """Give the marked instructions of a page their own bytes back."""
+        for address in [at for at in self.marked if at & -PAGE_BYTES == linaddr]:
+            os.pwrite(self.fd, _ENCLU_BYTE, address)
+            self.marked.discard(address)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return the enclave's own bytes of a shown page."""
+        return self._own_bytes(address, os.pread(self.fd, size, address))
+
+    def write(self, address: int, data: bytes) -> None:
+        """Replace bytes of a shown page."""
+        if self.marked:
+            self.unmark(address & -PAGE_BYTES)
+        os.pwrite(self.fd, data, address)
+
+    def _own_bytes(self, address: int, data: bytes) -> bytes:
+        within = [at - address for at in self.marked if 0 <= at - address < len(data)]
+        if not within:
+            return data
+        own = bytearray(data)
+        for offset in within:
+            own[offset : offset + 1] = _ENCLU_BYTE
+        return bytes(own)
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
         """Put the page into the file; nobody sees it half filled."""
@@ -151,14 +193,14 @@ class NativeStore:
         if data is not None:
             return bytes(data[offset : offset + size])
         memory, linaddr, _writable = self._shown[page.addr]
-        return os.pread(memory.fd, size, linaddr + offset)
+        return memory.read(linaddr + offset, size)
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
         """Replace bytes of a page, wherever they are."""
         kept = self._hidden.get(page.addr)
         if kept is None:
             memory, linaddr, _writable = self._shown[page.addr]
-            os.pwrite(memory.fd, data, linaddr + offset)
+            memory.write(linaddr + offset, data)
             return
         if not isinstance(kept, bytearray):
             kept = self._hidden[page.addr] = bytearray(kept)
@@ -211,6 +253,7 @@ class NativeStore:
             self._shown[addr] = memory, linaddr, writable
             memory.show(linaddr, data, writable=writable)
         elif shown[2] != writable:
+            memory.unmark(linaddr)  # code that may be written is left alone
             self._shown[addr] = memory, linaddr, writable
             memory.set_writable(linaddr, writable=writable)
 

@@ -6,6 +6,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softsgx.arch import Pfec
@@ -26,7 +27,7 @@ class NativeRam(Ram):
         images: address spaces by index; it may grow.
     """
 
-    def __init__(self, images: list[Image]) -> None:
+    def __init__(self, images: Mapping[int, Image]) -> None:
         super().__init__()
         self._images = images
 

@@ -20,6 +20,7 @@ from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
 __all__ = ["Pager", "Space"]
 
 _PAGE_MASK = -PAGE_BYTES
+_ENCLU_BYTES = 3
 
 
 class Pager(Guard, Protocol):
@@ -151,6 +152,20 @@ class Space:
         """Return whether the page that holds ``linaddr`` can be used without a fault."""
         entry = self.entry(linaddr)
         return entry is not None and self._store.is_shown(entry[0])
+
+    def mark(self, address: int) -> None:
+        """Let the ENCLU at ``address`` trap faster from now on, if it is in read-only code."""
+        entry, memory = self.entry(address), self.memory_at(address)
+        if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - _ENCLU_BYTES:
+            return
+        page = self._page_at(entry[0])
+        if page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0]):
+            memory.mark(address)
+
+    def is_marked(self, address: int) -> bool:
+        """Return whether :meth:`mark` has changed the instruction at ``address``."""
+        memory = self.memory_at(address)
+        return memory is not None and address in memory.marked
 
     def refresh(self, linaddr: int) -> None:
         """The EPCM entry of the page at ``linaddr`` may have changed."""

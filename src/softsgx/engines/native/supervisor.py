@@ -13,9 +13,12 @@ Source:
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 from softsgx.driver import (
     BadAddress,
@@ -84,7 +87,8 @@ class Supervisor(World):
         self._faulting = can_fault_cpuid()
         self._registry = Registry()
         self._host = host_cpuid()
-        self._images: list[Image] = []
+        self._images: dict[int, Image] = {}
+        self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         machine.ram = NativeRam(self._images)
         config = machine.config
@@ -105,6 +109,9 @@ class Supervisor(World):
             SoftSgxError: it cannot be started, or this machine does not allow it.
         """
         before = os.sched_getaffinity(0)
+        # The terminal's interrupt goes to the program as well; what it means is for it to say.
+        main = threading.current_thread() is threading.main_thread()
+        interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         if self._cpus is not None:
             os.sched_setaffinity(0, self._cpus)
         try:
@@ -125,6 +132,8 @@ class Supervisor(World):
         finally:
             self._registry.close()
             os.sched_setaffinity(0, before)
+            if interrupt_handler is not None:
+                signal.signal(signal.SIGINT, interrupt_handler)
 
     # --- system calls ---------------------------------------------------------------------------
 
@@ -241,6 +250,7 @@ class Supervisor(World):
             self._registry.forget_space(image.space)
             image.pager.close()
             os.close(image.memory_fd)
+            del self._images[image.index]
             self._registry.sweep()
 
     # --- images ---------------------------------------------------------------------------------
@@ -265,10 +275,10 @@ class Supervisor(World):
 
     def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:
         memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        image = Image(len(self._images), memory, base, vdso, sites)
+        image = Image(next(self._numbers), memory, base, vdso, sites)
         image.hold = self._loop.hold
         image.registry = self._registry
-        self._images.append(image)
+        self._images[image.index] = image
         return image
 
     def _wire(

@@ -18,7 +18,6 @@ Source:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Vector
@@ -93,6 +92,12 @@ class Transitions:
             # By far the most frequent stop; the bytes tell more than the signal's information.
             regs = thread.load()
             if thread.image.read(regs.rip, _ENCLU_BYTES) == _ENCLU:
+                if inside:
+                    thread.image.space.mark(regs.rip)
+                return self._enclu(thread, number)
+        elif number == abi.SIGSEGV and inside:
+            regs = thread.load()
+            if thread.image.space.is_marked(regs.rip):
                 return self._enclu(thread, number)
         info = thread.siginfo()
         if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
@@ -410,8 +415,8 @@ class Transitions:
         """Return the instruction's bytes; of an enclave's from the memory file."""
         device = thread.image.device_at(rip)
         if device is None:
-            return thread.image.read(rip, 15)
-        return os.pread(device.memory.fd, 15, rip)
+            return thread.image.read(rip, _LONGEST)
+        return device.memory.read(rip, _LONGEST)
 
     def _emulate_cpuid(self, thread: ProgramThread, then: int) -> None:
         regs = thread.regs

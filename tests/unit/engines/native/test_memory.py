@@ -135,3 +135,32 @@ def test_a_page_that_enclave_code_may_not_touch_is_never_shown(pt: PageType) -> 
     assert os.pread(theirs, 4096, page.linaddr) == bytes(4096)
     os.close(theirs)
     memory.close()
+
+
+def test_a_marked_instruction_is_the_enclaves_own_wherever_it_is_read_or_goes() -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0, rwx=5)
+    code = b"\x90" * 100 + b"\x0f\x01\xd7" + b"\x90" * 3993
+    store.fill(page, code)
+    store.mapped(page, memory, page.linaddr)
+    memory.mark(page.linaddr + 100)
+    assert os.pread(theirs, 3, page.linaddr + 100) == b"\xf4\x01\xd7"
+    assert store.read(page, 0, 4096) == code
+    assert store.read(page, 99, 3) == code[99:102]
+    assert store.freeze(page) == code
+    assert not memory.marked
+    os.close(theirs)
+    memory.close()
+
+
+def test_a_store_to_a_marked_page_takes_its_marks_away() -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0, rwx=5)
+    store.fill(page, b"\x0f\x01\xd7".ljust(4096, b"\x90"))
+    store.mapped(page, memory, page.linaddr)
+    memory.mark(page.linaddr)
+    store.write(page, 0, b"\xf4")
+    assert os.pread(theirs, 3, page.linaddr) == b"\xf4\x01\xd7"
+    assert bytes(store.freeze(page))[:3] == b"\xf4\x01\xd7"
+    os.close(theirs)
+    memory.close()
