@@ -20,7 +20,7 @@ from softsgx.driver.events import (
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import EnclaveVma, FaultResult, Mm, Ptes
 from softsgx.driver.process import Signal, SoftProcess, SoftThread
-from softsgx.driver.ptes import SoftPtes
+from softsgx.driver.ptes import Computer, SoftPtes
 from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo
 from softsgx.driver.uapi import (
     ERESTARTSYS,
@@ -60,6 +60,7 @@ __all__ = [
     "AddPagesFlags",
     "Augmented",
     "BadAddress",
+    "Computer",
     "Create",
     "Defect",
     "Driver",

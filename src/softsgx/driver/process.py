@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status, page_of
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import FaultResult, Mm
-from softsgx.driver.ptes import SoftPtes
+from softsgx.driver.ptes import Computer, SoftPtes
 from softsgx.driver.task import BadAddress, VmaInfo
 from softsgx.driver.uapi import (
     MAP_FIXED,
@@ -35,7 +35,6 @@ from softsgx.hw import (
     EnclaveMode,
     Fault,
     LogicalProcessor,
-    Machine,
     PageFault,
     access,
     deliver,
@@ -82,7 +81,7 @@ class SoftMemory:
         frames: physical address of its first frame; it may have 64 GiB from there.
     """
 
-    def __init__(self, machine: Machine, ptes: SoftPtes, frames: int) -> None:
+    def __init__(self, machine: Computer, ptes: SoftPtes, frames: int) -> None:
         self._machine, self._ptes, self._next_frame = machine, ptes, frames
         self._latch = machine.runtime.latch()
         self._pages: dict[int, tuple[int, int, bool]] = {}
@@ -193,7 +192,7 @@ class SoftProcess:
     """
 
     def __init__(
-        self, machine: Machine, driver: Driver, *, group: Group | None = None, name: str = ""
+        self, machine: Computer, driver: Driver, *, group: Group | None = None, name: str = ""
     ) -> None:
         pid = driver.next_pid()
         self.name = name or f"process{pid}"

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from softsgx.arch import PAGE_BYTES
 from softsgx.driver.uapi import PROT_READ
-from softsgx.hw import LogicalProcessor, Machine, PageTables, interrupt
+from softsgx.hw import LogicalProcessor, PageTables, interrupt
+from softsgx.runtime import Runtime
 
-__all__ = ["SoftPtes"]
+__all__ = ["Computer", "SoftPtes"]
+
+
+class Computer(Protocol):
+    """What simulated processes run on: a :class:`softsgx.hw.Machine`, or a guest."""
+
+    @property
+    def cpus(self) -> Sequence[LogicalProcessor]:
+        """Its processors."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where it runs."""
+
+    def ram_read(self, physical: int, size: int) -> bytes:
+        """Return bytes of its memory: ones where it is EPC."""
+
+    def ram_write(self, physical: int, data: bytes) -> None:
+        """Store to its memory; dropped where it is EPC."""
 
 
 class SoftPtes(PageTables):
@@ -22,7 +44,7 @@ class SoftPtes(PageTables):
         machine: whose processors may run it.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Computer) -> None:
         super().__init__()
         self._machine = machine
         self._accessed: set[int] = set()
