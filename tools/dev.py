@@ -21,8 +21,8 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,23 @@ RUN_EXTRAS = ("native", "report")
 
 def main() -> int:
     """Parse the command line, set up, run; return the exit status."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is who tells those who have an older one
+        print("softsgx needs Python 3.11 or newer", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments for the task")
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
-        print("softsgx needs Python 3.11 or newer", file=sys.stderr)
-        return 2
     set_up(dev=args.task not in ("tour", "demo"))
     return TASKS[args.task](args.rest)
 
 
 def set_up(*, dev: bool) -> None:
     """Make ``.venv`` hold the package, and with ``dev`` everything that tests and docs need."""
+    import tomllib  # not before the version was checked
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = hashlib.sha256(
         (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes()
@@ -66,7 +68,14 @@ def set_up(*, dev: bool) -> None:
     if dev:
         packages += group(project, "dev")
     print("installing what it needs …", file=sys.stderr)
-    pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        BIN / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     subprocess.run([*pip, "--constraint", CONSTRAINTS, *packages], check=True, cwd=ROOT)
     STAMP.write_text(f"{wanted} {'dev' if dev else 'run'}\n")
 
@@ -112,7 +121,7 @@ def checks(rest: list[str], *, full: bool) -> int:
 
 DOCS = ["sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"]
 
-TASKS = {
+TASKS: dict[str, Callable[[list[str]], int]] = {
     "tour": lambda rest: run("softsgx", "tour", *rest),
     "demo": lambda rest: run("python", "examples/demo.py", *rest),
     "test": lambda rest: checks(rest, full=True),
