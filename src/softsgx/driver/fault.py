@@ -51,7 +51,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
     index = enclave.index_of(linaddr)
     try:
         # Looked up without the lock; both ways look again under it.
-        if index not in enclave.pages and driver.features & SgxFeature.SGX2:
+        if index not in enclave.pages and _can_augment(enclave):
             kind, result = _augment(enclave, mm, vma, linaddr, task)
         else:
             kind, result = _fault_in(enclave, mm, vma, linaddr, task)
@@ -70,11 +70,19 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
     return result, wait
 
 
+def _can_augment(enclave: Enclave) -> bool:
+    return bool(enclave.initialized and enclave.driver.features & SgxFeature.SGX2)
+
+
 def _fault_in(
     enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
 ) -> tuple[str, FaultResult]:
     with enclave.lock:
         page = enclave.pages.get(enclave.index_of(linaddr))
+        if page is None and _can_augment(enclave) and not enclave.dead:
+            # Deviation: Linux gives SIGBUS. The page was removed since the lookup without the
+            # lock, so it is a hole again; the next fault fills it.
+            return "busy", FaultResult.NOPAGE
         if page is None or enclave.dead or vma.prot & ~page.max_prot:
             return "refused", FaultResult.SIGBUS
         kind = "minor" if page.epc is not None else "major"
@@ -144,8 +152,6 @@ def _augment(
 ) -> tuple[str, FaultResult]:
     """Make a page of an initialized enclave: the enclave limits its rights by EACCEPT."""
     defects = enclave.driver.defects
-    if not enclave.initialized:
-        return "refused", FaultResult.SIGBUS
     with enclave.lock:
         if enclave.dead or not enclave.covers(enclave.index_of(linaddr)):
             return "refused", FaultResult.SIGBUS
