@@ -66,13 +66,13 @@ class EnclaveMemory:
         fd: our descriptor.
         key: (device, inode), which every descriptor of the file shows.
         guards: the address spaces that map it.
-        marked: addresses of ENCLU instructions that start with HLT now.
+        marked: by page, the offsets of ENCLU instructions that start with HLT now.
     """
 
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
         self.guards: list[Guard] = []
-        self.marked: set[int] = set()
+        self.marked: dict[int, set[int]] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,9 +103,8 @@ class EnclaveMemory:
         libc.punch_hole(self.fd, linaddr, PAGE_BYTES)
         for guard in self.guards:
             guard.after_hide(linaddr)
-        data = self._own_bytes(linaddr, data)
-        self.marked.difference_update(range(linaddr, linaddr + PAGE_BYTES))
-        return data
+        offsets = self.marked.pop(linaddr, None)
+        return data if offsets is None else _own_bytes(data, 0, offsets)
 
     def mark(self, address: int) -> None:
         """Make the ENCLU at ``address``, in a shown page, trap faster.
@@ -113,32 +112,28 @@ class EnclaveMemory:
         One byte is written, so a thread that executes it meanwhile sees the one or the other.
         """
         os.pwrite(self.fd, _HLT, address)
-        self.marked.add(address)
+        self.marked.setdefault(address & -PAGE_BYTES, set()).add(address % PAGE_BYTES)
+
+    def is_marked(self, address: int) -> bool:
+        """Return whether the instruction at ``address`` is marked."""
+        return address % PAGE_BYTES in self.marked.get(address & -PAGE_BYTES, ())
 
     def unmark(self, linaddr: int) -> None:
         """Give the marked instructions of a page their own bytes back."""
-        for address in [at for at in self.marked if at & -PAGE_BYTES == linaddr]:
-            os.pwrite(self.fd, _ENCLU_BYTE, address)
-            self.marked.discard(address)
+        for offset in self.marked.pop(linaddr, ()):
+            os.pwrite(self.fd, _ENCLU_BYTE, linaddr + offset)
 
     def read(self, address: int, size: int) -> bytes:
-        """Return the enclave's own bytes of a shown page."""
-        return self._own_bytes(address, os.pread(self.fd, size, address))
+        """Return the enclave's own bytes of a shown page; only of one."""
+        data = os.pread(self.fd, size, address)
+        offsets = self.marked.get(address & -PAGE_BYTES)
+        return data if offsets is None else _own_bytes(data, address % PAGE_BYTES, offsets)
 
     def write(self, address: int, data: bytes) -> None:
         """Replace bytes of a shown page."""
         if self.marked:
             self.unmark(address & -PAGE_BYTES)
         os.pwrite(self.fd, data, address)
-
-    def _own_bytes(self, address: int, data: bytes) -> bytes:
-        within = [at - address for at in self.marked if 0 <= at - address < len(data)]
-        if not within:
-            return data
-        own = bytearray(data)
-        for offset in within:
-            own[offset : offset + 1] = _ENCLU_BYTE
-        return bytes(own)
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
         """Put the page into the file; nobody sees it half filled."""
@@ -157,6 +152,15 @@ class EnclaveMemory:
         """Allow or forbid stores to a shown page."""
         for guard in self.guards:
             guard.set_writable(linaddr, writable=writable)
+
+
+def _own_bytes(data: bytes, start: int, offsets: set[int]) -> bytes:
+    """Return ``data``, the bytes of a page from ``start`` on, without marks."""
+    own = bytearray(data)
+    for offset in offsets:
+        if start <= offset < start + len(own):
+            own[offset - start : offset - start + 1] = _ENCLU_BYTE
+    return bytes(own)
 
 
 class NativeStore:

@@ -165,7 +165,7 @@ class Space:
     def is_marked(self, address: int) -> bool:
         """Return whether :meth:`mark` has changed the instruction at ``address``."""
         memory = self.memory_at(address)
-        return memory is not None and address in memory.marked
+        return memory is not None and memory.is_marked(address)
 
     def refresh(self, linaddr: int) -> None:
         """The EPCM entry of the page at ``linaddr`` may have changed."""

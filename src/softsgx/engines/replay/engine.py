@@ -13,7 +13,7 @@ from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import peek, poke
 from softsgx.engines.replay.trace import PageTrace
 from softsgx.host import Platform
-from softsgx.image import SECINFO_RW, Blob, SignOptions, new_key, sign_plan
+from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
 
 __all__ = ["Replay", "ReplayResult"]
 
@@ -62,7 +62,7 @@ class Replay:
         options = SignOptions(
             attributes=AttributesFlags.MODE64BIT.value | AttributesFlags.DEBUG.value
         )
-        self._process.init(self._fd, sign_plan(plan, new_key(), options).pack())
+        self._process.init(self._fd, sign_plan(plan, throwaway_key(), options).pack())
         self._process.mmap(self._fd, _BASE, plan.size, 3)
         self._pages = self._process.enclave_file(self._fd).enclave.pages
         self._expected = [0] * pages
