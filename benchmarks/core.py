@@ -28,13 +28,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import FaultResult, SoftProcess
 from softsgx.host import Platform, parse_size
-from softsgx.image import SECINFO_RW, Blob, SignOptions, new_key, sign_plan
+from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
 from softsgx.paging import Fifo
 
 BASE = 0x7000_0000_0000
 READ = 1
 FLAGS = AttributesFlags.MODE64BIT.value | AttributesFlags.DEBUG.value
-KEY = new_key()
+KEY = throwaway_key()
 
 
 class Heap:

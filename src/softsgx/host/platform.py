@@ -35,7 +35,8 @@ class Platform:
         runtime: where it runs; an :class:`~softsgx.runtime.InlineRuntime` with the configured
             seed when ``None``.
         store: where the bytes of resident pages live; memory when ``None``.
-        make_backing: makes an enclave's backing file of so many pages, instead of the configured kind.
+        make_backing: makes an enclave's backing file of so many pages, instead of the configured
+            kind.
         tracer: receives every event of every layer.
 
     Attributes:

@@ -59,6 +59,7 @@ from softsgx.image.sign import (
     sign,
     sign_plan,
     split_signed,
+    throwaway_key,
     unsigned_sigstruct,
 )
 from softsgx.image.verify import Check, check_signature, verify
@@ -130,6 +131,7 @@ __all__ = [
     "split_signed",
     "ssa_frame_pages",
     "tcs_page",
+    "throwaway_key",
     "unsigned_sigstruct",
     "verify",
     "write_sgxs",

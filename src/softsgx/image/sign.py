@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -251,6 +252,12 @@ def attach_signature(
 def new_key() -> rsa.RSAPrivateKey:
     """Generate an RSA-3072 key with exponent 3."""
     return rsa.generate_private_key(public_exponent=_EXPONENT, key_size=_RSA_BITS)
+
+
+@cache
+def throwaway_key() -> rsa.RSAPrivateKey:
+    """Return a key of this process, made once: for enclaves that nobody else will load."""
+    return new_key()
 
 
 def key_pem(key: rsa.RSAPrivateKey) -> bytes:

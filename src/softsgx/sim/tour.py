@@ -32,9 +32,18 @@ from softsgx.hw import (
 )
 from softsgx.hw.access import load, store
 from softsgx.hw.leaves.aex import interrupt
-from softsgx.image import SECINFO_RW, SECINFO_RX, Blob, Plan, SignOptions, mrsigner, sign
+from softsgx.image import (
+    SECINFO_RW,
+    SECINFO_RX,
+    Blob,
+    Plan,
+    SignOptions,
+    mrsigner,
+    sign,
+    throwaway_key,
+    unsigned_sigstruct,
+)
 from softsgx.image import measure as measure_plan
-from softsgx.image.sign import new_key, unsigned_sigstruct
 from softsgx.runtime import InlineRuntime
 from softsgx.trace import Event
 
@@ -122,7 +131,7 @@ class _Tour:
                 if page.mask >> chunk & 1:
                     leaves.eextend(self.secs, epc + 256 * chunk)
             self.tables.map(_BASE + page.offset, epc, READ | WRITE | EXECUTE)
-        sigstruct = sign(unsigned_sigstruct(measure_plan(plan), SignOptions()), new_key())
+        sigstruct = sign(unsigned_sigstruct(measure_plan(plan), SignOptions()), throwaway_key())
         digest = mrsigner(sigstruct)
         self.hw.launch_key_hash[:] = [
             int.from_bytes(digest[at : at + 8], "little") for at in range(0, 32, 8)
