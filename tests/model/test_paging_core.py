@@ -80,6 +80,7 @@ class EpcCoreHistories(RuleBasedStateMachine):
     @rule(encl=enclaves, index=INDICES)
     def remove(self, encl: ToyEnclave, index: int) -> None:
         if index in encl.pages:
+            self.leave(encl)  # EREMOVE wants nobody inside
             assert encl.remove(index)
 
     @rule(force=st.booleans())

@@ -229,12 +229,16 @@ class ToyEnclave:
                         epc = self.swap.load(page.entry, page, group=self.group)
                         page.epc, page.entry = epc, None
                         self.core.mark_reclaimable(epc)
-                    elif page.leaving:
-                        raise EpcBusy(self.core.generation)
-                    page.mapped = page.accessed = True
-                    return
+                    if not page.leaving:
+                        page.mapped = page.accessed = True
+                        return
+                    blocked = page.reservation is None
             except EpcBusy as busy:
                 self.core.wait_for_page(busy)
+                continue
+            if blocked:  # by an eviction that failed: another one has to take it out
+                self.core.reclaim(self.group, force=True)
+            self.core.runtime.yield_now()
 
     def read(self, index: int) -> bytes:
         """Touch the page and return its bytes, taken while it is certainly there."""

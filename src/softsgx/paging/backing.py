@@ -91,7 +91,7 @@ class MemoryBacking(_CachingFile):
         self._written_out: dict[int, bytes] = {}
 
     def _stored(self, index: int) -> bytearray | None:
-        data = self._written_out.get(index)
+        data = self._written_out.get(index) if self._written_out else None
         return None if data is None else bytearray(data)
 
     def _unpinned(self, page: _CachedPage) -> None:
@@ -100,7 +100,8 @@ class MemoryBacking(_CachingFile):
     def truncate(self, index: int) -> None:
         """As :meth:`BackingFile.truncate`."""
         self._cached.pop(index, None)
-        self._written_out.pop(index, None)
+        if self._written_out:
+            self._written_out.pop(index, None)
 
     def pages(self) -> int:
         """As :meth:`BackingFile.pages`."""

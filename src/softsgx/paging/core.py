@@ -68,8 +68,6 @@ class EpcCore:
         root: as given.
         policy: as given.
         va: the upper levels of VA pages.
-        generation: changes whenever the answer to "is there a page?" may have changed; who backs
-            off for another reason (a page is being reclaimed) gives it to ``EpcBusy``.
     """
 
     def __init__(
@@ -114,10 +112,15 @@ class EpcCore:
         self._sanitizer = self._make_sanitizer(dirty)
         if "B16" in defects:
             self._free.add(self.epc_pages)
-        # What is going on: batches and sanitizing that may free a page soon; and a number that
-        # changes whenever the answer to "is there a page?" may have changed.
+        # Batches and sanitizing that run now and may free a page soon.
         self._working = AtomicCount(runtime)
-        self.generation = 0
+        # Changes when a page was freed and when a batch has ended: another look is worth it.
+        self._generation = 0
+        # Changes when somebody who may not reclaim should try again: a page was freed, or ksgxd
+        # has tried everything in vain. Then each of those who waited for it holds a ticket, for
+        # which the next allocation says that there is no memory.
+        self._outcomes = 0
+        self._tickets = 0
         self._stuck = False
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
         # ksgxd.
@@ -126,7 +129,7 @@ class EpcCore:
         self._progress = runtime.condition(self._lock)
         self._requests: dict[Group, None] = {}
         self._asleep = False
-        self._waiters = 0
+        self._waiters = self._fault_waiters = 0
         self._stopping = False
         self._task: Task | None = None
 
@@ -253,7 +256,7 @@ class EpcCore:
     def _charge_slowly(self, group: Group, *, reclaim: bool, signal: Callable[[], bool]) -> None:
         pressure = self._pressure()
         while True:
-            seen = self.generation
+            seen = self._generation, self._outcomes
             refused = group.try_charge()
             if refused is None:
                 return
@@ -276,7 +279,7 @@ class EpcCore:
     def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
         pressure = self._pressure()
         while True:
-            seen = self.generation
+            seen = self._generation, self._outcomes
             page = self._take(cpu_node)
             if page is not None:
                 return page
@@ -294,7 +297,7 @@ class EpcCore:
     def _relieve(
         self,
         group: Group,
-        seen: int,
+        seen: tuple[int, int],
         pressure: Pressure,
         *,
         reclaim: bool,
@@ -304,28 +307,30 @@ class EpcCore:
 
         Args:
             group: in whose subtree a page has to leave.
-            seen: the generation before the caller found that there was none.
+            seen: generation and outcomes before the caller found that there was none.
             pressure: how hard the caller has tried.
             reclaim: as for :meth:`alloc`.
             signal: as for :meth:`alloc`.
         """
+        generation, outcomes = seen
         if not group.has_reclaimable():
-            if self.generation != seen:
+            if self._generation != generation:
                 return
             # Deviation: Linux says ENOMEM, although a batch that runs now may hold every page
             # there is; in a small EPC it often does.
             if not self._working.value:
                 raise NoEpc
-            if not reclaim:
-                raise EpcBusy(seen)
-            if signal():
-                raise Interrupted
-            self._await_progress(seen)
-            return
+            if reclaim:
+                if signal():
+                    raise Interrupted
+                self._await_generation(generation)
+                return
         if not reclaim:
-            stuck = self._stuck
+            if self._tickets:
+                self._tickets -= 1
+                raise NoEpc
             self._wake_ksgxd(group)
-            raise NoEpc if stuck else EpcBusy(seen)
+            raise EpcBusy(outcomes)
         if signal():
             raise Interrupted
         self.counters.direct += 1
@@ -407,9 +412,15 @@ class EpcCore:
         return False
 
     def _changed(self) -> None:
-        """The answer to "is there a page?" may have changed."""
-        self.generation += 1
+        """A page was freed."""
         self._stuck = False
+        self._tickets = 0
+        self._outcomes += 1
+        self._finished()
+
+    def _finished(self) -> None:
+        """A page was freed, or a batch has ended: whoever waits should look again."""
+        self._generation += 1
         if self._waiters:
             with self._lock:
                 self._progress.notify_all()
@@ -427,6 +438,7 @@ class EpcCore:
             return
         page.group.lru.add(page)
         self._stuck = False
+        self._tickets = 0
 
     def note_use(self, page: EpcPage) -> None:
         """Make ``page`` the youngest of its list: for engines that see every access."""
@@ -501,7 +513,7 @@ class EpcCore:
                     break
         finally:
             self._working.add(-1)
-            self._finished(batch)
+            self._finished()
         return batch
 
     def reclaim_direct(self, group: Group | None = None) -> None:
@@ -514,39 +526,63 @@ class EpcCore:
             self.counters.direct += 1
             self.reclaim(group)
 
-    def _finished(self, batch: Batch) -> None:
-        """Some work that others may wait for is over."""
-        self.generation += 1
-        if batch.freed:
-            self._stuck = False
-        if self._waiters:
-            with self._lock:
-                self._progress.notify_all()
+    def _reclaim_for(self, group: Group) -> None:
+        """Run batches in the subtree of ``group`` until a page was freed or nothing will be."""
+        pressure = Pressure(self.policy.patience_passes)
+        while not self._stopping:
+            batch = self.reclaim(group, force=pressure.force)
+            if batch.freed:
+                return
+            pressure.note(batch)
+            if pressure.hopeless(self._in_use()):
+                self._give_up()
+                return
+            if not group.has_reclaimable():  # all gone, or in a batch of somebody else
+                self._outcomes += 1
+                self._finished()
+                return
+            self.runtime.yield_now()
+
+    def _give_up(self) -> None:
+        """Everything was tried: until a page changes hands, there is no memory."""
+        self._stuck = True
+        self._tickets = self._fault_waiters
+        self._outcomes += 1
+        self._finished()
 
     # --- waiting --------------------------------------------------------------------------------
 
     def wait_for_page(self, busy: EpcBusy) -> None:
         """Wait until an allocation that was refused is worth another try; hold no lock.
 
-        Without a ksgxd that runs, the caller does its work.
+        Without a ksgxd that runs, the caller does its work.  When everything was tried in vain,
+        the next allocation raises :class:`NoEpc`.
         """
-        if self._task is not None:
-            self._await_progress(busy.generation)
-            return
-        pressure = Pressure(self.policy.patience_passes)
-        while self.generation == busy.generation or not self._free.value:
-            for group in self._take_requests() or [self.root]:
-                pressure.note(self.reclaim(group, force=pressure.force))
-            self.runtime.yield_now()
-            if pressure.hopeless(self._in_use()) or not self.root.has_reclaimable():
-                self._stuck = True
-                return
+        self._fault_waiters += 1
+        try:
+            if self._task is not None:
+                self._await_outcome(busy.outcomes)
+            elif self._outcomes == busy.outcomes:
+                for group in self._take_requests() or [self.root]:
+                    self._reclaim_for(group)
+                self.runtime.yield_now()
+        finally:
+            self._fault_waiters -= 1
 
-    def _await_progress(self, seen: int) -> None:
+    def _await_generation(self, seen: int) -> None:
         with self._lock:
             self._waiters += 1
             try:
-                while self.generation == seen and not self._stopping:
+                while self._generation == seen and not self._stopping:
+                    self._progress.wait()
+            finally:
+                self._waiters -= 1
+
+    def _await_outcome(self, seen: int) -> None:
+        with self._lock:
+            self._waiters += 1
+            try:
+                while self._outcomes == seen and not self._stopping:
                     self._progress.wait()
             finally:
                 self._waiters -= 1
@@ -560,7 +596,7 @@ class EpcCore:
             ``sgx_init()``, ``ksgxd()``, main.c.
         """
         assert self._task is None, "ksgxd is started twice"
-        self._stopping = self._sanitizer.stopping = False
+        self._sanitizer.stopping = False
         self._working.add(1)  # sanitizing
         self._task = self.runtime.spawn(self._ksgxd, "ksgxd", daemon=True)
 
@@ -573,14 +609,16 @@ class EpcCore:
         with self._lock:
             self._stopping = True
             self._wake.notify_all()
-            self._progress.notify_all()
+        self._outcomes += 1  # who waits for it has to help himself from now on
+        self._finished()
         task.join()
         self._task = None
+        self._stopping = False
 
     def settle(self) -> None:
         """Wait until every page was sanitized (or :meth:`stop` was called)."""
         while self.dirty_pages and self._task is not None and self._working.value:
-            self._await_progress(self.generation)
+            self._await_generation(self._generation)
 
     def _ksgxd(self) -> None:
         try:
@@ -590,15 +628,11 @@ class EpcCore:
                 self.tracer(events.Sanitized(left))
         finally:
             self._working.add(-1)
-            self._finished(Batch(0, 0))
-        pressure = Pressure(self.policy.patience_passes)
+            self._outcomes += 1
+            self._finished()
         while (groups := self._next_work()) is not None:
             for group in groups:
-                pressure.note(self.reclaim(group, force=pressure.force))
-            if pressure.hopeless(self._in_use()):
-                # Until somebody asks again, or a page changes hands.
-                self._stuck = True
-                pressure = Pressure(self.policy.patience_passes)
+                self._reclaim_for(group)
             self.runtime.yield_now()
 
     def _next_work(self) -> list[Group] | None:

@@ -29,12 +29,12 @@ class EpcBusy(PagingError):
     """There is no EPC page now, but reclaim may make one; try again: EBUSY.
 
     Attributes:
-        generation: what the core had seen by then; for :meth:`EpcCore.wait_for_page`.
+        outcomes: how often there had been news by then; for :meth:`EpcCore.wait_for_page`.
     """
 
-    def __init__(self, generation: int = -1) -> None:
+    def __init__(self, outcomes: int = -1) -> None:
         super().__init__("no EPC page is free now")
-        self.generation = generation
+        self.outcomes = outcomes
 
 
 class Interrupted(PagingError):

@@ -3,7 +3,11 @@
 A page that was never handed out is part of a range and costs nothing; it gets a record when it is
 first taken.  So a terabyte of EPC is a handful of ranges until somebody uses it.
 
-Invariants: a list is first in, first out; a poisoned page is never taken.  ``free`` and
+Deviation: Linux keeps one list, first in, first out, so that a freed page comes last.  Here freed
+pages come first, among themselves in that order: the memory we take, and the time, follow the pages
+in use and not the size of the EPC.
+
+Invariants: a poisoned page is never taken.  ``free`` and
 ``poisoned`` of a record are written under its node's latch.
 
 Source:
@@ -53,7 +57,7 @@ class TornCount(AtomicCount):
 
 
 class _Range:
-    """Pages of a list that were never handed out, ``next`` up to ``end``."""
+    """Pages that were never handed out, ``next`` up to ``end``."""
 
     __slots__ = ("end", "next")
 
@@ -80,30 +84,33 @@ class Node:
         self.quarantine: list[EpcPage] = []
         self._latch = runtime.latch()
         self._pages = pages
-        self._list: deque[EpcPage | _Range] = deque()
+        self._freed: deque[EpcPage] = deque()
+        self._fresh: deque[_Range] = deque()
 
     def take(self) -> EpcPage | None:
-        """Return the page that has been free longest, ``None`` when there is none."""
-        pages, free = self._pages, self._list
+        """Return the page that was freed first, or one never used; ``None`` when there is none."""
         with self._latch:
-            while free:
-                head = free[0]
-                if type(head) is EpcPage:
-                    free.popleft()
-                    page: EpcPage | None = head
-                else:
-                    assert isinstance(head, _Range), f"{head!r} on a free list"
-                    addr = head.next
-                    head.next += PAGE_BYTES
-                    if head.next == head.end:
-                        free.popleft()
-                    page = pages.get(addr)
-                    if page is None:
-                        page = pages[addr] = EpcPage(EpcAddr(addr), self.number)
+            freed = self._freed
+            while freed:
+                page = freed.popleft()
                 # A poisoned page left the list when it was poisoned, except for its place here.
-                if page is not None and not page.poisoned:
+                if not page.poisoned:
                     page.free = False
                     return page
+            return self._take_fresh()
+
+    def _take_fresh(self) -> EpcPage | None:
+        pages = self._pages
+        while self._fresh:
+            head = self._fresh[0]
+            addr = head.next
+            head.next += PAGE_BYTES
+            if head.next == head.end:
+                self._fresh.popleft()
+            if addr not in pages:
+                page = pages[addr] = EpcPage(EpcAddr(addr), self.number)
+                return page
+            assert pages[addr].poisoned, f"{pages[addr]!r} has a record, but was never used"
         return None
 
     def give(self, page: EpcPage) -> bool:
@@ -118,7 +125,7 @@ class Node:
             if page.poisoned:
                 self.quarantine.append(page)
                 return False
-            self._list.append(page)
+            self._freed.append(page)
             return True
 
     def give_clean(self, addr: EpcAddr) -> bool:
@@ -139,11 +146,11 @@ class Node:
             self._append_range(start, end)
 
     def _append_range(self, start: int, end: int) -> None:
-        tail = self._list[-1] if self._list else None
-        if isinstance(tail, _Range) and tail.end == start:
+        tail = self._fresh[-1] if self._fresh else None
+        if tail is not None and tail.end == start:
             tail.end = end
         else:
-            self._list.append(_Range(start, end))
+            self._fresh.append(_Range(start, end))
 
     def poison(self, addr: EpcAddr, *, dirty: bool) -> tuple[EpcPage, bool] | None:
         """Mark a page poisoned; a free one goes into quarantine.
@@ -169,20 +176,19 @@ class Node:
 
     def listed(self) -> Iterable[tuple[int, int]]:
         """Yield (start, end) of everything on the list that can be taken; for checkers."""
-        for item in list(self._list):
-            if isinstance(item, _Range):
-                start = item.next
-                poisoned = (
-                    page.addr for page in self.quarantine if item.next <= page.addr < item.end
-                )
-                for addr in sorted(poisoned):
+        for page in list(self._freed):
+            if not page.poisoned:
+                yield page.addr, page.addr + PAGE_BYTES
+        poisoned = sorted(page.addr for page in self.quarantine)
+        for item in list(self._fresh):
+            start = item.next
+            for addr in poisoned:
+                if start <= addr < item.end:
                     if start < addr:
                         yield start, addr
                     start = addr + PAGE_BYTES
-                if start < item.end:
-                    yield start, item.end
-            elif not item.poisoned:
-                yield item.addr, item.addr + PAGE_BYTES
+            if start < item.end:
+                yield start, item.end
 
 
 Walk = Callable[[Sequence[Node], int], Iterable[Node]]

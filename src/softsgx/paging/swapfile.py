@@ -60,12 +60,16 @@ class Pinned:
         content: 4096 bytes of ciphertext.
         pcmd: the page that holds its PCMD among others.
         pcmd_bytes: the 128 bytes of it.
+        content_at, pcmd_at: where the two are in the file.
     """
 
-    __slots__ = ("content", "index", "pcmd", "pcmd_bytes")
+    __slots__ = ("content", "content_at", "index", "pcmd", "pcmd_at", "pcmd_bytes")
 
-    def __init__(self, index: int, content: BackingPage, pcmd: BackingPage) -> None:
+    def __init__(
+        self, index: int, content_at: int, content: BackingPage, pcmd_at: int, pcmd: BackingPage
+    ) -> None:
         self.index, self.content, self.pcmd = index, content, pcmd
+        self.content_at, self.pcmd_at = content_at, pcmd_at
         start = index % PCMDS_PER_PAGE * Pcmd.SIZE
         self.pcmd_bytes = memoryview(pcmd.data)[start : start + Pcmd.SIZE]
 
@@ -123,7 +127,7 @@ class SwapFile:
             content.unpin()
             self.backing.truncate(content_at)
             raise
-        pinned = Pinned(index, content, pcmd)
+        pinned = Pinned(index, content_at, content, pcmd_at, pcmd)
         if announced:
             self.announce(pinned)
         if self._dirties_early:
@@ -133,7 +137,7 @@ class SwapFile:
 
     def announce(self, pinned: Pinned) -> None:
         """The PCMD page must stay until this eviction has ended."""
-        _content_at, pcmd_at = self._layout(pinned.index)
+        pcmd_at = pinned.pcmd_at
         self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
 
     def written(self, pinned: Pinned) -> None:
@@ -148,12 +152,11 @@ class SwapFile:
         """EWB was not done, or wrote nothing: give back what was only reserved."""
         self._end_writing(pinned)
         pinned.unpin()
-        content_at, pcmd_at = self._layout(pinned.index)
-        self.backing.truncate(content_at)
-        self._truncate_pcmd(pcmd_at, pinned.pcmd)
+        self.backing.truncate(pinned.content_at)
+        self._truncate_pcmd(pinned.pcmd_at, pinned.pcmd)
 
     def _end_writing(self, pinned: Pinned) -> None:
-        _content_at, pcmd_at = self._layout(pinned.index)
+        pcmd_at = pinned.pcmd_at
         writers = self._writers[pcmd_at] - 1
         if writers:
             self._writers[pcmd_at] = writers
@@ -175,7 +178,7 @@ class SwapFile:
         except BackingError:
             content.unpin()
             raise
-        return Pinned(index, content, pcmd)
+        return Pinned(index, content_at, content, pcmd_at, pcmd)
 
     def close(self, pinned: Pinned) -> None:
         """The page was not loaded: everything stays for the next try."""
@@ -186,11 +189,10 @@ class SwapFile:
         pinned.pcmd_bytes[:] = _NO_PCMD
         if not self._forgets_cleared:
             pinned.pcmd.mark_dirty()
-        content_at, pcmd_at = self._layout(pinned.index)
         if not self._keeps_loaded:
             self._counters.truncated += 1
-            self.backing.truncate(content_at)
-            self._truncate_pcmd(pcmd_at, pinned.pcmd)
+            self.backing.truncate(pinned.content_at)
+            self._truncate_pcmd(pinned.pcmd_at, pinned.pcmd)
         pinned.unpin()
 
     def _truncate_pcmd(self, pcmd_at: int, page: BackingPage) -> None:

@@ -551,12 +551,12 @@ def test_a_group_with_nothing_to_give_gets_no_memory() -> None:
 def test_a_last_resort_is_asked_before_no_memory() -> None:
     core = make_core()
     group = limited(core, 1)
-    victim = core.alloc(None, reclaim=True, group=group)
+    victims = [core.alloc(None, reclaim=True, group=group)]
 
     def kill() -> bool:
-        if victim.group is None:
+        if not victims:
             return False
-        core.free(victim)
+        core.free(victims.pop())
         return True
 
     group.on_failure = kill

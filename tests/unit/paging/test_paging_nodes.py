@@ -28,13 +28,13 @@ def drain(made: Node) -> list[int]:
     return taken
 
 
-def test_fresh_pages_come_by_address_and_freed_ones_after_them() -> None:
+def test_freed_pages_come_in_the_order_they_were_freed_then_fresh_ones_by_address() -> None:
     made = node(4)
     first, second = made.take(), made.take()
     assert first is not None and second is not None
     made.give(second)
     made.give(first)
-    assert drain(made) == [2, 3, 1, 0]
+    assert drain(made) == [1, 0, 2, 3]
 
 
 def test_a_page_keeps_its_record() -> None:
