@@ -108,7 +108,11 @@ class Image:
                 continue
 
     def _candidates(self) -> list[ProgramThread]:
-        others = [thread for thread in self.threads.values() if thread is not self.current]
+        others = [
+            thread
+            for thread in self.threads.values()
+            if thread is not self.current and not thread.vforked
+        ]
         others.sort(key=lambda thread: thread.running)  # those that are stopped anyway come first
         return others if self.current is None else [self.current, *others]
 

@@ -98,6 +98,7 @@ class Loop:
 
     def go(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
+        thread.image.current = thread
         thread.image.pager.flush()
         if number:
             info, thread.outgoing = thread.outgoing, None
@@ -149,7 +150,7 @@ class Loop:
         if not os.WIFSTOPPED(status):
             self._gone(thread, status)
             return
-        thread.running = False
+        thread.running = thread.vforked = False
         self._guard(thread, thread.stopped(status))
 
     def _guard(self, thread: ProgramThread, stop: Stop) -> None:
@@ -174,6 +175,8 @@ class Loop:
                 self.go(thread)
         elif stop.event in (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE):
             self._born(thread, stop.event)
+            thread.image.current = thread
+            thread.vforked = stop.event == abi.PTRACE_EVENT_VFORK
             self.go(thread)
         elif stop.event == abi.PTRACE_EVENT_EXEC:
             self._exec(thread)

@@ -65,6 +65,7 @@ class ProgramThread(Thread):
         running: whether it may be executing; ``False`` while stopped by us.
         pending: a stop that came while we wanted something else of it.
         blocked: its signal mask from before it entered an enclave, when we changed it.
+        vforked: it waits for its child to execute a program, and cannot be stopped until then.
         again: the next seccomp stop only repeats a call that shall run.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
         outgoing: the information that goes with the signal we deliver instead of its own.
@@ -77,6 +78,7 @@ class ProgramThread(Thread):
     running: bool = False
     pending: list[Stop] = field(default_factory=list)
     blocked: int | None = None
+    vforked: bool = False
     again: bool = False
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
@@ -127,10 +129,8 @@ class ProgramThread(Thread):
 
     def signal_pending(self) -> bool:
         """Return whether a signal waits that it does not block."""
-        try:
-            with open(f"/proc/{self.tid}/status") as file:
-                fields = dict(line.split(":", 1) for line in file)
-        except OSError:
-            return True
-        waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
-        return bool(waiting & ~int(fields["SigBlk"], 16))
+        waiting = self.waiting_signals()
+        if not waiting:
+            return False
+        blocked = self.sigmask()
+        return any(not blocked >> number - 1 & 1 for number in waiting)

@@ -140,6 +140,17 @@ class Thread:
         buffer = ctypes.c_uint64(mask)
         self._request(abi.PTRACE_SETSIGMASK, 8, ctypes.addressof(buffer))
 
+    def waiting_signals(self) -> list[int]:
+        """Return the numbers of signals that wait to be delivered to it, some of many."""
+        found = []
+        for shared in (0, 1):
+            _PEEK[0], _PEEK[1] = 0, shared | _PEEKED << 32
+            count = _ptrace(
+                abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
+            )
+            found += [_INFOS[index].signo for index in range(count)]
+        return found
+
     def event_message(self) -> int:
         """Return what PTRACE_GETEVENTMSG tells: a new thread's id, an exit status."""
         buffer = ctypes.c_uint64()
@@ -300,6 +311,9 @@ def _signed(value: int) -> int:
 
 
 _ptrace = libc.raw_ptrace
+_PEEKED = 16
+_PEEK = (ctypes.c_uint64 * 2)()
+_INFOS = (SigInfo * _PEEKED)()
 _WORD = ctypes.c_uint64()
 _WORD_AT = ctypes.addressof(_WORD)
 _XSTATE = ctypes.create_string_buffer(16384)

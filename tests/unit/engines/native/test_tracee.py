@@ -15,6 +15,8 @@ from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.start import install_vdso, start_program
 from softsgx.engines.native.tracee import Gone, Thread
 
+_TGKILL = 234
+
 pytestmark = pytest.mark.skipif(
     any(finding.needed and not finding.ok for finding in doctor()),
     reason="this machine does not let programs be traced",
@@ -81,6 +83,13 @@ def test_a_signal_that_comes_during_an_injected_call_is_delivered_afterwards(
     os.kill(thread.tid, signal.SIGTERM)
     assert thread.syscall(abi.SYS_GETPID) == thread.tid
     assert finish(thread) == -signal.SIGTERM
+
+
+def test_a_signal_that_waits_is_seen(thread: Thread) -> None:
+    assert thread.waiting_signals() == []
+    os.kill(thread.tid, signal.SIGUSR1)
+    libc.syscall(_TGKILL, thread.tid, thread.tid, signal.SIGTERM)
+    assert sorted(thread.waiting_signals()) == [signal.SIGUSR1, signal.SIGTERM]
 
 
 def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: Thread) -> None:
