@@ -35,6 +35,7 @@ BASE = 0x7000_0000_0000
 READ = 1
 FLAGS = AttributesFlags.MODE64BIT.value | AttributesFlags.DEBUG.value
 KEY = throwaway_key()
+_CROWD_PAGES = 16
 
 
 class Heap:
@@ -165,17 +166,18 @@ def scaling_enclaves(rounds: int, count: int) -> dict[str, float]:
     rng = random.Random(1)
     alone = Platform(epc="8MiB", policy="fifo")
     # SECS and VA pages of all enclaves stay, so that both sides do the same work for a fault.
+    # Each enclave's pages are used together, so that one tracking cycle serves as many evictions.
     crowd = Platform(epc=(2 * count + 600) * PAGE_BYTES, policy=Fifo(evict_va=False))
     alone.start()
     crowd.start()
     one = sweep(Heap(alone, 4096), 256)
     one()
-    heaps = [Heap(crowd, 2, init=False) for _ in range(count)]
+    heaps = [Heap(crowd, _CROWD_PAGES, init=False) for _ in range(count)]
 
     def many() -> None:
-        for heap in rng.sample(heaps, 128):
-            heap.fault(0)
-            heap.fault(1)
+        for heap in rng.sample(heaps, 256 // _CROWD_PAGES):
+            for index in range(_CROWD_PAGES):
+                heap.fault(index)
 
     many()
     loaded = crowd.core.counters.eldu
