@@ -31,7 +31,7 @@ from softsgx.arch import (
     Status,
 )
 from softsgx.driver.events import EnclaveCreated, EnclaveInitialized
-from softsgx.driver.page import EnclavePage
+from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import (
     ERESTARTSYS,
@@ -238,7 +238,7 @@ def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) ->
         page,
         reclaim=True,
         group=group,
-        kind=kind.name.lower(),
+        kind=LABELS[kind],
         cpu_node=node,
         signal_pending=task.signal_pending,
     )

@@ -76,7 +76,7 @@ class Driver:
             refuse(ENODEV, "the machine's launch key hash cannot be written (no SGX_LC)")
         self.core, self.runtime, self.tracer = core, runtime, tracer
         self.defects = defects & DRIVER_DEFECTS.keys()
-        self.features = config.features
+        self.sgx2 = bool(config.features & SgxFeature.SGX2)
         self.launch_control, self.launch_lock = launch_control, runtime.lock("launch key hash")
         self.backing, self.unprivileged = backing, unprivileged
         self._group_of, self._node_of = group_of, node_of

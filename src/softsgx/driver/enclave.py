@@ -297,17 +297,19 @@ class Enclave:
         """Walk over the address spaces that have not ended, each pinned while it is looked at."""
         reading = self.srcu.enter()
         try:
-            yield self._pinned()
+            yield self.spaces()
         finally:
             self.srcu.leave(reading)
 
-    def _pinned(self) -> Iterator[Mm]:
+    def spaces(self) -> Iterator[Mm]:
+        """Yield the address spaces of :meth:`walk`; only inside a reading section of ``srcu``."""
         for entry in self._mms:
-            if entry.mm.pin():
+            mm = entry.mm
+            if mm.pin():
                 try:
-                    yield entry.mm
+                    yield mm
                 finally:
-                    entry.mm.unpin()
+                    mm.unpin()
 
     def maps(self, mm: Mm, linaddr: int) -> bool:
         """Return whether ``mm`` maps this enclave at an address; its ``mmap_lock`` is held."""
@@ -319,11 +321,14 @@ class Enclave:
         linaddr = page.linaddr
         while True:
             version = self._mm_version
-            with self.walk() as mms:
-                for mm in mms:
+            reading = self.srcu.enter()
+            try:
+                for mm in self.spaces():
                     with mm.mmap_lock.reading():
                         if self.maps(mm, linaddr):
                             mm.ptes.zap(linaddr)
+            finally:
+                self.srcu.leave(reading)
             # B24: whoever was added meanwhile keeps its PTE.
             if version == self._mm_version or "B24" in self.driver.defects:
                 return

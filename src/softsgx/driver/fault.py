@@ -14,10 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from softsgx.arch import PageType, SgxFeature
+from softsgx.arch import PAGE_SHIFT, PageType
 from softsgx.driver.events import Augmented, FaultHandled
 from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
-from softsgx.driver.page import EnclavePage
+from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
 from softsgx.hw import Fault, PageInfoArgs
 from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
@@ -71,7 +71,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
 
 
 def _can_augment(enclave: Enclave) -> bool:
-    return bool(enclave.initialized and enclave.driver.features & SgxFeature.SGX2)
+    return enclave.initialized and enclave.driver.sgx2
 
 
 def _fault_in(
@@ -111,7 +111,7 @@ def load(page: EnclavePage, task: Task | None) -> EpcPage:
         raise LoadFailed("lost")
     group, node = driver.charge(task)
     page.epc = enclave.swap.load(
-        page.entry, page, kind=page.kind.name.lower(), cpu_node=node, group=group
+        page.entry, page, kind=LABELS[page.kind], cpu_node=node, group=group
     )
     page.entry = None
     driver.core.mark_reclaimable(page.epc)
@@ -123,14 +123,14 @@ def _prefetch(page: EnclavePage, task: Task | None) -> None:
     """Load the pages that the policy wants beside this one, while there is free EPC."""
     enclave = page.enclave
     core = enclave.driver.core
-    for index in core.policy.neighbours(page.index, enclave.size >> 12):
+    for index in core.policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
         other = enclave.pages.get(index)
         if other is None or other.entry is None or other.in_motion:
             continue
         group, node = enclave.driver.charge(task)
         try:
             other.epc = enclave.swap.load(
-                other.entry, other, kind=other.kind.name.lower(), cpu_node=node, group=group
+                other.entry, other, kind=LABELS[other.kind], cpu_node=node, group=group
             )
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
             return

@@ -14,7 +14,10 @@ from softsgx.paging import EpcPage, Reservation, SwapEntry
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
 
-__all__ = ["EnclavePage"]
+__all__ = ["LABELS", "EnclavePage"]
+
+LABELS = {kind: kind.name.lower() for kind in PageType}
+"""What the core's counters call an EPC page of each type."""
 
 
 class EnclavePage:
@@ -80,13 +83,16 @@ class EnclavePage:
         if enclave.dead:
             return True
         young = False
-        with enclave.walk() as mms:
-            for mm in mms:
+        reading = enclave.srcu.enter()
+        try:
+            for mm in enclave.spaces():
                 if young and "L10" in enclave.driver.defects:
                     break  # L10: the others keep their bits, and the page some more rounds
                 with mm.mmap_lock.reading():
                     if enclave.maps(mm, linaddr) and mm.ptes.test_and_clear_accessed(linaddr):
                         young = True
+        finally:
+            enclave.srcu.leave(reading)
         return not young
 
     def prepare(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENODEV, EPERM
 from typing import TYPE_CHECKING
 
-from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, SecInfo, SecInfoFlags, SgxFeature, Status
+from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, SecInfo, SecInfoFlags, Status
 from softsgx.driver.build import check_range, copy_in, copy_out
 from softsgx.driver.fault import PageInMotion, load
 from softsgx.driver.task import Task
@@ -173,7 +173,7 @@ def _accepted(enclave: Enclave, epc: EpcPage) -> bool:
 
 
 def _check_ready(enclave: Enclave) -> None:
-    if not enclave.driver.features & SgxFeature.SGX2:
+    if not enclave.driver.sgx2:
         refuse(ENODEV, "the processor has no SGX2")
     if not enclave.initialized:
         refuse(EINVAL, "the enclave is not initialized")
