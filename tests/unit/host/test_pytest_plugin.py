@@ -20,4 +20,4 @@ def test_the_marker_configures_it(sgx_platform: softsgx.Platform) -> None:
 
 def test_the_package_names_only_what_it_has() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Platfrom'"):
-        softsgx.Platfrom  # type: ignore[attr-defined]  # noqa: B018
+        softsgx.Platfrom  # noqa: B018
