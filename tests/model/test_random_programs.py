@@ -24,6 +24,7 @@ from tests.support.driver import System
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
+from softsgx.driver import Signal
 from softsgx.paging import BackingFile, EpcCore, FailingBacking, MemoryBacking
 from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime, Uniform
 
@@ -246,3 +247,30 @@ def test_actors_do_not_disturb_each_other_on_threads(shared: bool) -> None:
     runtime = ThreadsRuntime()
     system = System(epc_pages=48, runtime=runtime, processors=3, ksgxd=True)
     runtime.run(lambda: _together(system, 1, actors=3, steps=40 * SCALE, shared=shared))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", ["B1", "B11", "B24"])
+def test_random_programs_find_a_race_that_is_switched_on(defect: str) -> None:
+    """What the test above is worth: each of these shows within a few seeds."""
+
+    def found(seed: int) -> bool:
+        runtime = SeededRuntime(seed, step_limit=5_000_000)
+
+        def main() -> None:
+            system = System(
+                epc_pages=40,
+                runtime=runtime,
+                processors=3,
+                ksgxd=True,
+                defects=frozenset((defect,)),
+            )
+            _together(system, seed, actors=3, steps=12, shared=seed % 2 == 0)
+
+        try:
+            runtime.run(main)
+        except (AssertionError, Signal):
+            return True
+        return False
+
+    assert any(found(seed) for seed in range(100))

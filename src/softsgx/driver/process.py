@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status, page_of
+from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import FaultResult, Mm
 from softsgx.driver.ptes import Computer, SoftPtes
-from softsgx.driver.task import BadAddress, VmaInfo
+from softsgx.driver.softmem import SoftMemory
 from softsgx.driver.uapi import (
     MAP_FIXED,
     MAP_SHARED,
@@ -46,14 +46,12 @@ from softsgx.paging import Group
 if TYPE_CHECKING:
     from softsgx.driver.driver import Driver
 
-__all__ = ["Signal", "SoftMemory", "SoftProcess", "SoftThread"]
+__all__ = ["Signal", "SoftProcess", "SoftThread"]
 
 T = TypeVar("T")
-_HEAP = 0x1000_0000
 _CODE, _AEP = 0x40_0000, 0x40_1000
 _FRAMES, _FRAMES_BYTES = 1 << 51, 1 << 36  # physical memory above any EPC; 64 GiB a process
 _FAULTS_IN_A_ROW = 100_000
-_RW = PROT_READ | PROT_WRITE
 
 
 class Signal(Exception):
@@ -70,109 +68,6 @@ class Signal(Exception):
         super().__init__(f"{name}: {fault}")
         self.name, self.vector, self.code = name, fault.vector, fault.code
         self.address = fault.address if isinstance(fault, PageFault) else 0
-
-
-class SoftMemory:
-    """The ordinary memory of one process: mappings onto frames of the machine's RAM.
-
-    Args:
-        machine: whose RAM it is.
-        ptes: the process' page tables.
-        frames: physical address of its first frame; it may have 64 GiB from there.
-    """
-
-    def __init__(self, machine: Computer, ptes: SoftPtes, frames: int) -> None:
-        self._machine, self._ptes, self._next_frame = machine, ptes, frames
-        self._latch = machine.runtime.latch()
-        self._pages: dict[int, tuple[int, int, bool]] = {}
-        self._top = _HEAP
-
-    def map(
-        self, size: int, prot: int = _RW, *, addr: int | None = None, may_exec: bool = True
-    ) -> int:
-        """Map zeroed pages and return where; page aligned."""
-        pages = -(-size // PAGE_BYTES)
-        with self._latch:
-            start = self._top if addr is None else addr
-            if addr is None:
-                self._top += (pages + 1) * PAGE_BYTES  # a gap, so that running over is noticed
-            frame = self._next_frame
-            self._next_frame += pages * PAGE_BYTES
-        for number in range(pages):
-            at = number * PAGE_BYTES
-            self._set(start + at, frame + at, prot, may_exec=may_exec)
-        return start
-
-    def put(self, data: bytes, *, may_exec: bool = True) -> int:
-        """Map pages that begin with ``data`` and return where; page aligned."""
-        start = self.map(max(len(data), 1), may_exec=may_exec)
-        self.write(start, data)
-        return start
-
-    def unmap(self, addr: int, size: int) -> None:
-        """Remove pages."""
-        for at in range(addr, addr + size, PAGE_BYTES):
-            self._pages.pop(at, None)
-            self._ptes.unmap(at)
-
-    def protect(self, addr: int, size: int, prot: int) -> None:
-        """Change what may be done with pages."""
-        for at in range(addr, addr + size, PAGE_BYTES):
-            frame, _prot, may_exec = self._pages[at]
-            self._set(at, frame, prot, may_exec=may_exec)
-
-    def _set(self, at: int, frame: int, prot: int, *, may_exec: bool) -> None:
-        self._pages[at] = frame, prot, may_exec
-        self._ptes.install(at, frame, prot)
-
-    def copy_to(self, child: SoftMemory) -> None:
-        """Give a forked child its own copy of everything."""
-        for at, (frame, prot, may_exec) in list(self._pages.items()):
-            child.map(PAGE_BYTES, prot, addr=at, may_exec=may_exec)
-            child._store(at, self._machine.ram_read(frame, PAGE_BYTES))
-        child._top = self._top
-
-    # --- UserMemory -----------------------------------------------------------------------------
-
-    def read(self, address: int, size: int) -> bytes:
-        """As :meth:`UserMemory.read`."""
-        self._check(address, size, PROT_READ)
-        return b"".join(
-            self._machine.ram_read(self._pages[page_of(at)][0] + at % PAGE_BYTES, length)
-            for at, length in _pieces(address, size)
-        )
-
-    def write(self, address: int, data: bytes) -> None:
-        """As :meth:`UserMemory.write`."""
-        self._check(address, len(data), PROT_WRITE)
-        self._store(address, data)
-
-    def _store(self, address: int, data: bytes) -> None:
-        for at, length in _pieces(address, len(data)):
-            frame = self._pages[page_of(at)][0]
-            start = at - address
-            self._machine.ram_write(frame + at % PAGE_BYTES, data[start : start + length])
-
-    def _check(self, address: int, size: int, prot: int) -> None:
-        for at, _length in _pieces(address, size):
-            page = self._pages.get(page_of(at))
-            if page is None or not page[1] & prot:
-                raise BadAddress(f"{at:#x}")
-
-    def vma_info(self, address: int) -> VmaInfo | None:
-        """As :meth:`UserMemory.vma_info`."""
-        page = self._pages.get(page_of(address))
-        return None if page is None else VmaInfo(may_exec=page[2])
-
-
-def _pieces(address: int, size: int) -> list[tuple[int, int]]:
-    """Return (address, length) of the parts of a range, one a page."""
-    pieces = []
-    while size > 0:
-        length = min(size, PAGE_BYTES - address % PAGE_BYTES)
-        pieces.append((address, length))
-        address, size = address + length, size - length
-    return pieces
 
 
 class SoftProcess:

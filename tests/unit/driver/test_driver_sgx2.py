@@ -19,7 +19,7 @@ from softsgx.driver import (
     RestrictPermissions,
     Signal,
 )
-from softsgx.hw import GeneralProtection
+from softsgx.hw import GeneralProtection, Machine
 
 R = 1
 REG, TCS, TRIM = PageType.REG << 8, PageType.TCS << 8, PageType.TRIM << 8
@@ -133,7 +133,9 @@ def test_a_leaf_that_refuses_gives_its_code_in_result(
     made.process.mm.fault(made.data(4), R)
     epc = made.enclave.pages[made.enclave.index_of(made.data(4))].epc
     assert epc is not None
-    system_page = made.process.machine.pages[epc.addr]
+    machine = made.process.machine
+    assert isinstance(machine, Machine)
+    system_page = machine.pages[epc.addr]
     if row == "locked":
         system_page.lock_a = True
     args = RestrictPermissions(offset=made.offset(4), length=PAGE_BYTES, permissions=R)
