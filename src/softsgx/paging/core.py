@@ -32,6 +32,7 @@ from softsgx.paging.counters import Counters
 from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
 from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
+from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
@@ -39,7 +40,7 @@ from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
 from softsgx.paging.recount import recount
 from softsgx.paging.sanitize import Sanitizer
 from softsgx.paging.va import VaTree
-from softsgx.runtime import Runtime, Task
+from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
 __all__ = ["EpcCore"]
@@ -112,26 +113,18 @@ class EpcCore:
         self._sanitizer = self._make_sanitizer(dirty)
         if "B16" in defects:
             self._free.add(self.epc_pages)
-        # Batches and sanitizing that run now and may free a page soon.
-        self._working = AtomicCount(runtime)
-        # Changes when a page was freed and when a batch has ended: another look is worth it.
-        self._generation = 0
-        # Changes when somebody who may not reclaim should try again: a page was freed, or ksgxd
-        # has tried everything in vain. Then each of those who waited for it holds a ticket, for
-        # which the next allocation says that there is no memory.
-        self._outcomes = 0
-        self._tickets = 0
-        self._stuck = False
+        self._ksgxd = Ksgxd(
+            runtime,
+            self.root,
+            self._sanitizer,
+            reclaim=lambda group, force: self.reclaim(group, force=force),
+            scarce=lambda: self._free.value < self._high,
+            in_use=self._in_use,
+            patience_passes=self.policy.patience_passes,
+            counters=self.counters,
+            tracer=tracer,
+        )
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
-        # ksgxd.
-        self._lock = runtime.lock("ksgxd")
-        self._wake = runtime.condition(self._lock)
-        self._progress = runtime.condition(self._lock)
-        self._requests: dict[Group, None] = {}
-        self._asleep = False
-        self._waiters = self._fault_waiters = 0
-        self._stopping = False
-        self._task: Task | None = None
 
     def _make_nodes(self, sections: Iterable[EpcSection]) -> dict[int, Node]:
         nodes: dict[int, Node] = {}
@@ -244,8 +237,8 @@ class EpcCore:
             raise
         page.owner, page.group, page.kind = owner, group, kind
         self._count_held(kind, 1)
-        if self._free.value < self._low and self._asleep and self.root.has_reclaimable():
-            self._wake_ksgxd()
+        if self._free.value < self._low and self._ksgxd.asleep and self.root.has_reclaimable():
+            self._ksgxd.request()
         if self.tracer is not None:
             self.tracer(events.Allocated(page.addr, kind, page.node))
         return page
@@ -256,7 +249,7 @@ class EpcCore:
     def _charge_slowly(self, group: Group, *, reclaim: bool, signal: Callable[[], bool]) -> None:
         pressure = self._pressure()
         while True:
-            seen = self._generation, self._outcomes
+            seen = self._ksgxd.generation, self._ksgxd.outcomes
             refused = group.try_charge()
             if refused is None:
                 return
@@ -279,7 +272,7 @@ class EpcCore:
     def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
         pressure = self._pressure()
         while True:
-            seen = self._generation, self._outcomes
+            seen = self._ksgxd.generation, self._ksgxd.outcomes
             page = self._take(cpu_node)
             if page is not None:
                 return page
@@ -314,23 +307,22 @@ class EpcCore:
         """
         generation, outcomes = seen
         if not group.has_reclaimable():
-            if self._generation != generation:
+            if self._ksgxd.generation != generation:
                 return
             # Deviation: Linux says ENOMEM, although a batch that runs now may hold every page
             # there is; in a small EPC it often does.
-            if not self._working.value:
+            if not self._ksgxd.working.value:
                 raise NoEpc
             if reclaim:
                 if signal():
                     raise Interrupted
-                self._await_generation(generation)
+                self._ksgxd.wait_for_batch(generation)
                 return
         if not reclaim:
-            if self._tickets:
-                self._tickets -= 1
+            if self._ksgxd.take_ticket(group):
                 raise NoEpc
-            self._wake_ksgxd(group)
-            raise EpcBusy(outcomes)
+            self._ksgxd.request(group)
+            raise EpcBusy(outcomes, group)
         if signal():
             raise Interrupted
         self.counters.direct += 1
@@ -381,7 +373,7 @@ class EpcCore:
         usable = self._nodes[page.node].give(page)
         if usable or "L5" in self.defects:
             self._free.add(1)
-        self._changed()
+        self._ksgxd.page_freed()
         if self.tracer is not None:
             self.tracer(events.Freed(page.addr, page.poisoned))
 
@@ -411,20 +403,6 @@ class EpcCore:
             self.tracer(events.Leaked(page.addr, page.kind, result))
         return False
 
-    def _changed(self) -> None:
-        """A page was freed."""
-        self._stuck = False
-        self._tickets = 0
-        self._outcomes += 1
-        self._finished()
-
-    def _finished(self) -> None:
-        """A page was freed, or a batch has ended: whoever waits should look again."""
-        self._generation += 1
-        if self._waiters:
-            with self._lock:
-                self._progress.notify_all()
-
     # --- tracking -------------------------------------------------------------------------------
 
     def mark_reclaimable(self, page: EpcPage) -> None:
@@ -437,8 +415,7 @@ class EpcCore:
         if page.poisoned and "B12" not in self.defects:
             return
         page.group.lru.add(page)
-        self._stuck = False
-        self._tickets = 0
+        self._ksgxd.candidate_added()
 
     def note_use(self, page: EpcPage) -> None:
         """Make ``page`` the youngest of its list: for engines that see every access."""
@@ -505,15 +482,15 @@ class EpcCore:
         """
         group = self.root if group is None else group
         batch = Batch(0, 0)
-        self._working.add(1)
+        self._ksgxd.working.add(1)
         try:
             for member in group.walk():
                 batch = self._reclaimer.batch(member.lru, force=force)
                 if batch.scanned or not group.has_reclaimable():
                     break
         finally:
-            self._working.add(-1)
-            self._finished()
+            self._ksgxd.working.add(-1)
+            self._ksgxd.batch_ended()
         return batch
 
     def reclaim_direct(self, group: Group | None = None) -> None:
@@ -526,31 +503,7 @@ class EpcCore:
             self.counters.direct += 1
             self.reclaim(group)
 
-    def _reclaim_for(self, group: Group) -> None:
-        """Run batches in the subtree of ``group`` until a page was freed or nothing will be."""
-        pressure = Pressure(self.policy.patience_passes)
-        while not self._stopping:
-            batch = self.reclaim(group, force=pressure.force)
-            if batch.freed:
-                return
-            pressure.note(batch)
-            if pressure.hopeless(self._in_use()):
-                self._give_up()
-                return
-            if not group.has_reclaimable():  # all gone, or in a batch of somebody else
-                self._outcomes += 1
-                self._finished()
-                return
-            self.runtime.yield_now()
-
-    def _give_up(self) -> None:
-        """Everything was tried: until a page changes hands, there is no memory."""
-        self._stuck = True
-        self._tickets = self._fault_waiters
-        self._outcomes += 1
-        self._finished()
-
-    # --- waiting --------------------------------------------------------------------------------
+    # --- ksgxd ----------------------------------------------------------------------------------
 
     def wait_for_page(self, busy: EpcBusy) -> None:
         """Wait until an allocation that was refused is worth another try; hold no lock.
@@ -558,36 +511,11 @@ class EpcCore:
         Without a ksgxd that runs, the caller does its work.  When everything was tried in vain,
         the next allocation raises :class:`NoEpc`.
         """
-        self._fault_waiters += 1
-        try:
-            if self._task is not None:
-                self._await_outcome(busy.outcomes)
-            elif self._outcomes == busy.outcomes:
-                for group in self._take_requests() or [self.root]:
-                    self._reclaim_for(group)
-                self.runtime.yield_now()
-        finally:
-            self._fault_waiters -= 1
+        self._ksgxd.wait_for_page(busy)
 
-    def _await_generation(self, seen: int) -> None:
-        with self._lock:
-            self._waiters += 1
-            try:
-                while self._generation == seen and not self._stopping:
-                    self._progress.wait()
-            finally:
-                self._waiters -= 1
-
-    def _await_outcome(self, seen: int) -> None:
-        with self._lock:
-            self._waiters += 1
-            try:
-                while self._outcomes == seen and not self._stopping:
-                    self._progress.wait()
-            finally:
-                self._waiters -= 1
-
-    # --- ksgxd ----------------------------------------------------------------------------------
+    def request_reclaim(self, group: Group) -> None:
+        """Ask ksgxd for a batch in the subtree of ``group``; does not wait."""
+        self._ksgxd.request(group)
 
     def start(self) -> None:
         """Start ksgxd, which sanitizes the EPC first.
@@ -595,80 +523,15 @@ class EpcCore:
         Source:
             ``sgx_init()``, ``ksgxd()``, main.c.
         """
-        assert self._task is None, "ksgxd is started twice"
-        self._sanitizer.stopping = False
-        self._working.add(1)  # sanitizing
-        self._task = self.runtime.spawn(self._ksgxd, "ksgxd", daemon=True)
+        self._ksgxd.start()
 
     def stop(self) -> None:
         """Stop ksgxd and wait until it has ended; it can be started again."""
-        task = self._task
-        if task is None:
-            return
-        self._sanitizer.stopping = True
-        with self._lock:
-            self._stopping = True
-            self._wake.notify_all()
-        self._outcomes += 1  # who waits for it has to help himself from now on
-        self._finished()
-        task.join()
-        self._task = None
-        self._stopping = False
+        self._ksgxd.stop()
 
     def settle(self) -> None:
         """Wait until every page was sanitized (or :meth:`stop` was called)."""
-        while self.dirty_pages and self._task is not None and self._working.value:
-            self._await_generation(self._generation)
-
-    def _ksgxd(self) -> None:
-        try:
-            left = self._sanitizer.run()
-            self.counters.unsanitized = left
-            if self.tracer is not None:
-                self.tracer(events.Sanitized(left))
-        finally:
-            self._working.add(-1)
-            self._outcomes += 1
-            self._finished()
-        while (groups := self._next_work()) is not None:
-            for group in groups:
-                self._reclaim_for(group)
-            self.runtime.yield_now()
-
-    def _next_work(self) -> list[Group] | None:
-        """Sleep until there is something to do; return the groups to reclaim in, ``None`` to end.
-
-        Deviation: groups at their limit have a work queue of their own in the cgroup series; here
-        ksgxd serves them, in the order in which they asked.
-        """
-        with self._lock:
-            self._asleep = True
-            while not self._stopping and not self._requests and not self._should_reclaim():
-                self._wake.wait()
-            self._asleep = False
-            if self._stopping:
-                return None
-        return self._take_requests() or [self.root]
-
-    def _take_requests(self) -> list[Group]:
-        with self._lock:
-            groups, self._requests = list(self._requests), {}
-        return groups
-
-    def _should_reclaim(self) -> bool:
-        return self._free.value < self._high and not self._stuck and self.root.has_reclaimable()
-
-    def request_reclaim(self, group: Group) -> None:
-        """Ask ksgxd for a batch in the subtree of ``group``; does not wait."""
-        self._wake_ksgxd(group)
-
-    def _wake_ksgxd(self, group: Group | None = None) -> None:
-        with self._lock:
-            if group is not None:
-                self._requests[group] = None
-            if self._asleep:
-                self.counters.wakeups += 1
-                self._wake.notify_all()
+        self._ksgxd.settle()
 
     def _give_sanitized(self, addr: EpcAddr) -> None:
         """EREMOVE has said that ``addr`` is free, or it is poisoned and goes into quarantine."""
@@ -676,7 +539,7 @@ class EpcCore:
         assert section is not None, f"sanitized {addr:#x} is no EPC page"
         if self._nodes[section.node].give_clean(addr):
             self._free.add(1)
-        self._changed()
+        self._ksgxd.page_freed()
 
     # --- checking -------------------------------------------------------------------------------
 
@@ -693,6 +556,6 @@ class EpcCore:
             epc_pages=self.epc_pages,
             free_pages=self._free.value,
             counters=self.counters,
-            idle=not self._working.value,
+            idle=not self._ksgxd.working.value,
         )
         self.va.recount()

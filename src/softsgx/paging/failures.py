@@ -6,6 +6,11 @@ to say.  The usual one stands beside each.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softsgx.paging.interfaces import Group
+
 __all__ = [
     "BackingError",
     "EpcBusy",
@@ -30,11 +35,12 @@ class EpcBusy(PagingError):
 
     Attributes:
         outcomes: how often there had been news by then; for :meth:`EpcCore.wait_for_page`.
+        group: in whose subtree a page has to leave first; ``None`` is the root.
     """
 
-    def __init__(self, outcomes: int = -1) -> None:
+    def __init__(self, outcomes: int = -1, group: Group | None = None) -> None:
         super().__init__("no EPC page is free now")
-        self.outcomes = outcomes
+        self.outcomes, self.group = outcomes, group
 
 
 class Interrupted(PagingError):

@@ -161,7 +161,7 @@ class EnclaveSwap:
         """
         tree = self._core.va
         if tree.needs_stock():
-            with suppress(NoEpc):
+            with suppress(NoEpc, LoadFailed):
                 tree.stock(
                     self._core.alloc(None, reclaim=True, kind="va", signal_pending=signal_pending)
                 )

@@ -28,22 +28,21 @@ from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
-from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS, PageType, Status
+from softsgx.arch import VA_SLOTS, PageType, Status
 from softsgx.hw import Fault
 from softsgx.paging.events import Evicted, Loaded
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
-from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
+from softsgx.paging.leafio import eldu, name_of
 from softsgx.paging.page import EpcPage
-from softsgx.paging.swapfile import Pinned, SwapFile, va_layout
+from softsgx.paging.swapfile import SwapFile, va_layout
+from softsgx.paging.va_page import ALL_FREE, VaPage, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
     from softsgx.paging.core import EpcCore
 
 __all__ = ["Pin", "VaArray", "VaPage", "VaSlot", "VaTree"]
-
-_ALL_FREE = (1 << VA_SLOTS) - 1
 
 
 class Pin(Protocol):
@@ -62,167 +61,6 @@ class _NeverDies:
 
     def put(self) -> None:
         pass
-
-
-class VaSlot:
-    """One slot, taken.
-
-    Attributes:
-        page: the VA page it is in.
-        number: 0 to 511.
-    """
-
-    __slots__ = ("number", "page")
-
-    def __init__(self, page: VaPage, number: int) -> None:
-        self.page, self.number = page, number
-
-    @property
-    def addr(self) -> int:
-        """Its EPC address; the VA page must be resident."""
-        epc = self.page.epc
-        assert epc is not None, f"slot {self.number} of a VA page that is evicted"
-        return epc.addr + self.number * VA_SLOT_BYTES
-
-    def accepted(self, ending: Ending) -> bool:
-        """Return whether EWB has evicted a page with its version here."""
-        if ending is Status.VA_SLOT_OCCUPIED:
-            # The page is gone all the same; what the slot held before must be nobody's.
-            assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
-            return True
-        return ending is Status.SUCCESS
-
-
-class VaPage:
-    """One VA page; to the reclaimer, a page like any other.
-
-    Attributes:
-        array: what it belongs to.
-        index: its index in the tree's swap file.
-        epc: the EPC page, ``None`` while it is evicted.
-        free: bitmap of free slots.
-        stale: bitmap of free slots that still hold the version of a page that was dropped; EWB
-            into one says VA_SLOT_OCCUPIED, and no harm is done.
-        pins: evictions that have reserved a slot here: it must stay.
-        accessed: whether a slot was used since the last look.
-        parent: the slot that holds its own version while it is evicted.
-        lost: it was in the EPC when that lost power.
-    """
-
-    __slots__ = (
-        "_leaving",
-        "accessed",
-        "array",
-        "epc",
-        "free",
-        "index",
-        "lost",
-        "parent",
-        "pins",
-        "stale",
-    )
-
-    def __init__(self, array: VaArray, index: int) -> None:
-        self.array, self.index = array, index
-        self.epc: EpcPage | None = None
-        self.free = _ALL_FREE
-        self.stale = 0
-        self.pins = 0
-        self.accessed = False
-        self.parent: VaSlot | None = None
-        self.lost = False
-        self._leaving: tuple[Pinned, VaSlot] | None = None
-
-    @property
-    def free_slots(self) -> int:
-        """How many slots are free."""
-        return self.free.bit_count()
-
-    @property
-    def usable(self) -> bool:
-        """Whether its free slots can be taken: it is resident and not about to leave."""
-        return self.epc is not None and self._leaving is None
-
-    # --- Reclaimable ------------------------------------------------------------------------------
-
-    def get(self) -> bool:
-        """Pin the enclave; ``False`` also when it cannot leave now: it is listed again later."""
-        return self.array.may_leave(self) and self.array.pin.get()
-
-    def put(self) -> None:
-        """Unpin the enclave."""
-        self.array.pin.put()
-
-    def age(self) -> bool:
-        """Return whether no slot was used since the last call."""
-        young, self.accessed = self.accessed, False
-        return not young
-
-    def prepare(self) -> bool:
-        """Reserve backing and a slot one level up."""
-        array, tree = self.array, self.array.tree
-        with array.lock:
-            if self.epc is None or self._leaving is not None or not array.may_leave(self):
-                return False
-            with array.tree_lock():
-                try:
-                    pinned = tree.file.reserve(self.index)
-                except BackingError:
-                    return False
-                slot = tree.slot_above(array.level)
-                if slot is None:
-                    tree.file.cancel(pinned)
-                    return False
-            self._leaving = pinned, slot
-            array.leaves(self)
-            return True
-
-    def block(self) -> bool:
-        """Return ``True``: EBLOCK is not for VA pages."""
-        return True
-
-    def write(self) -> bool:
-        """EWB, unless somebody has needed the page meanwhile."""
-        array, tree = self.array, self.array.tree
-        with array.lock:
-            if self._leaving is None:
-                return False
-            pinned, slot = self._leaving
-            epc = self.epc
-            assert epc is not None, "a VA page on its way out is not there"
-            if epc.poisoned:
-                self.stay()
-                return False
-            ending = ewb(tree.core.leaves, epc.addr, slot.addr, pinned)
-            tree.tell(Evicted(epc.addr, "va", self.index, 1, name_of(ending)))
-            if vanished(ending, epc.addr):
-                self.stay()
-                self.lost = True
-                tree.core.counters.lost += 1
-                array.gone(self)
-                return True
-            if not slot.accepted(ending):
-                self.stay()
-                tree.core.counters.ewb_failed += 1
-                return False
-            with array.tree_lock():
-                tree.file.written(pinned)
-                slot.page.array.keep(slot)
-            self._leaving, self.parent = None, slot
-            array.gone(self)
-            tree.core.counters.va_out += 1
-            return True
-
-    def stay(self) -> None:
-        """Give up leaving; the array's lock is held."""
-        assert self._leaving is not None, "a VA page that is not leaving cannot stay"
-        pinned, slot = self._leaving
-        tree = self.array.tree
-        with self.array.tree_lock():
-            tree.file.cancel(pinned)
-            slot.page.array.give_back(slot)
-        self._leaving = None
-        self.array.stays(self)
 
 
 class VaArray:
@@ -589,7 +427,7 @@ class VaTree:
     def retire(self, page: VaPage) -> None:
         """Give an upper page back when it holds no version and none is to come; lock held."""
         array = page.array
-        if page.free != _ALL_FREE or page.pins or not page.usable or page.epc is None:
+        if page.free != ALL_FREE or page.pins or not page.usable or page.epc is None:
             return
         if array.room <= VA_SLOTS and self._worth_a_page(array.level - 1):
             return  # the only one there is

@@ -580,6 +580,40 @@ def test_a_group_at_its_limit_is_reclaimed_by_ksgxd_for_those_who_may_not() -> N
     assert group.usage <= 2 and core.counters.reclaimed >= 2
 
 
+def test_a_group_in_which_nothing_can_leave_does_not_refuse_others() -> None:
+    """One waits for its group, in vain; the other for EPC, which there will be."""
+    for seed in range(20):
+        runtime = SeededRuntime(seed)
+        core = make_core(runtime, pages=32)
+        group = limited(core, 2)
+        ended: list[str] = []
+
+        def in_group(core: EpcCore = core, group: Group = group, said: list[str] = ended) -> None:
+            with pytest.raises(NoEpc):
+                alloc_like_a_fault(core, group)
+            said.append("none")
+
+        def outside(core: EpcCore = core, said: list[str] = ended) -> None:
+            for _ in range(4):
+                alloc_like_a_fault(core)
+            said.append("got")
+
+        def main(
+            core: EpcCore = core, runtime: SeededRuntime = runtime, group: Group = group
+        ) -> None:
+            core.start()
+            for _ in range(2):
+                page = core.alloc(FakeOwner("", prepares=False), reclaim=False, group=group)
+                core.mark_reclaimable(page)
+            fill(core, young=3)
+            for task in [runtime.spawn(in_group, "group"), runtime.spawn(outside, "outside")]:
+                task.join()
+            core.stop()
+
+        runtime.run(main)
+        assert sorted(ended) == ["got", "none"]
+
+
 def test_a_failed_allocation_is_not_charged() -> None:
     core = make_core()
     group = limited(core, 10**9)
