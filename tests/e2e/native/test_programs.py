@@ -76,6 +76,12 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
     assert program.run(scenario).exit_code == 0
 
 
+def test_a_program_may_have_more_threads_than_the_machine_has_processors(
+    program: Program,
+) -> None:
+    assert program.run("threads", processors=1).exit_code == 0
+
+
 def test_nothing_of_an_enclave_stays_when_its_program_has_ended(program: Program) -> None:
     held = program.run("reopen").counters["held"]
     assert isinstance(held, dict)

@@ -18,6 +18,7 @@ reading its code, could tell.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from typing import Protocol
 
@@ -28,6 +29,8 @@ from softsgx.hw import EpcPage
 __all__ = ["EnclaveMemory", "Guard", "NativeStore"]
 
 MEMORY_FILE_BYTES = 1 << 47
+_WINDOW_SHIFT = 21
+_WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
 _WRITE = 2
 
@@ -73,6 +76,7 @@ class EnclaveMemory:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
         self.guards: list[Guard] = []
         self.marked: dict[int, set[int]] = {}
+        self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +97,9 @@ class EnclaveMemory:
 
     def close(self) -> None:
         """Give the memory back."""
+        for window in self._windows.values():
+            window.close()
+        self._windows.clear()
         os.close(self.fd)
 
     def hide(self, linaddr: int) -> bytes:
@@ -125,7 +132,8 @@ class EnclaveMemory:
 
     def read(self, address: int, size: int) -> bytes:
         """Return the enclave's own bytes of a shown page; only of one."""
-        data = os.pread(self.fd, size, address)
+        start = address & _WINDOW_MASK
+        data = self._window(address)[start : start + size]
         offsets = self.marked.get(address & -PAGE_BYTES)
         return data if offsets is None else _own_bytes(data, address % PAGE_BYTES, offsets)
 
@@ -133,7 +141,24 @@ class EnclaveMemory:
         """Replace bytes of a shown page."""
         if self.marked:
             self.unmark(address & -PAGE_BYTES)
-        os.pwrite(self.fd, data, address)
+        start = address & _WINDOW_MASK
+        self._window(address)[start : start + len(data)] = data
+
+    def code(self, address: int, size: int) -> bytes:
+        """Return bytes at ``address`` as the program sees them; zeros where no page is shown."""
+        return os.pread(self.fd, size, address)
+
+    def _window(self, address: int) -> mmap.mmap:
+        """Return our own mapping around ``address``, for bytes that are shown.
+
+        A hole must never be touched through it: that would fill the hole with zeros.
+        """
+        number = address >> _WINDOW_SHIFT
+        window = self._windows.get(number)
+        if window is None:
+            start = number << _WINDOW_SHIFT
+            window = self._windows[number] = mmap.mmap(self.fd, 1 << _WINDOW_SHIFT, offset=start)
+        return window
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
         """Put the page into the file; nobody sees it half filled."""

@@ -47,7 +47,7 @@ from softsgx.engines.native.start import install_vdso, start_program
 from softsgx.engines.native.tracee import Thread
 from softsgx.engines.native.transitions import Transitions
 from softsgx.engines.native.vdso import Vdso
-from softsgx.hw import LogicalProcessor, Machine, interrupt
+from softsgx.hw import EncluLeaves, LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 
 __all__ = ["Supervisor"]
@@ -207,7 +207,10 @@ class Supervisor(World):
         return thread
 
     def _another_cpu(self) -> LogicalProcessor:
+        """A thread is a processor, however few the configuration names: nobody waits for one."""
         cpu = LogicalProcessor(self._machine, len(self._machine.cpus))
+        cpu.enclu = EncluLeaves(cpu)
+        cpu.enclu.listen(self._machine.tracer)
         self._machine.cpus.append(cpu)
         return cpu
 

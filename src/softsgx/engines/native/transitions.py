@@ -95,6 +95,9 @@ class Transitions:
                 if inside:
                     thread.image.space.mark(regs.rip)
                 return self._enclu(thread, number)
+            if inside and thread.image.space.is_marked(regs.rip):
+                # Another thread trapped there too, and was served first.
+                return self._enclu(thread, number)
         elif number == abi.SIGSEGV and inside:
             regs = thread.load()
             if thread.image.space.is_marked(regs.rip):
@@ -416,7 +419,7 @@ class Transitions:
         device = thread.image.device_at(rip)
         if device is None:
             return thread.image.read(rip, _LONGEST)
-        return device.memory.read(rip, _LONGEST)
+        return device.memory.code(rip, _LONGEST)
 
     def _emulate_cpuid(self, thread: ProgramThread, then: int) -> None:
         regs = thread.regs

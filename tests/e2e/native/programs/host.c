@@ -117,7 +117,9 @@ static int call(int thread, uint64_t op, uint64_t rdi, uint64_t rsi, uint64_t r8
 static void put(int thread, uint64_t at, uint64_t value)
 {
 	struct run run;
-	CHECK(!call(thread, PUT, at, value, 0, &run) && run.function == 4);
+	int ret = call(thread, PUT, at, value, 0, &run);
+	if (ret || run.function != 4) fprintf(stderr, "thread %d: result %d function %u vector %u code %x address %lx\n", thread, ret, run.function, run.vector, run.code, run.address);
+	CHECK(!ret && run.function == 4);
 }
 
 static uint64_t get(int thread, uint64_t at)
