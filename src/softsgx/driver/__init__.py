@@ -5,6 +5,7 @@ Knows the core (``paging``) and the processor's leaves; neither guests nor limit
 
 from softsgx.driver.debug import peek, poke
 from softsgx.driver.defects import DEFECTS, DRIVER_DEFECTS, Defect
+from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.driver import Driver
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.events import (
@@ -65,6 +66,7 @@ __all__ = [
     "Defect",
     "Driver",
     "Enclave",
+    "EnclaveCounts",
     "EnclaveCreated",
     "EnclaveFile",
     "EnclaveInitialized",

@@ -10,7 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from errno import EACCES, EBUSY, EFAULT, EINVAL, EIO, ENOMEM, EPERM
+from errno import EACCES, EBUSY, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EPERM
 from hashlib import sha256
 from struct import unpack
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -145,8 +145,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
     if "L13" in driver.defects:
         enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
     enclave.created = True
-    if driver.tracer is not None:
-        driver.tracer(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
+    driver.announce(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
     return 0
 
 
@@ -208,9 +207,7 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 def _interrupted(enclave: Enclave) -> int:
-    # B35: EINTR instead of the errno that restarts the call; for ADD_PAGES what B29 is for CREATE.
-    from errno import EINTR
-
+    # B35 is for ADD_PAGES what B29 is for CREATE: an errno that does not restart the call.
     return EINTR if enclave.driver.defects & {"B29", "B35"} else ERESTARTSYS
 
 
@@ -360,8 +357,7 @@ def _einit(enclave: Enclave, task: Task, sigstruct: SigStruct) -> Status:
         if status is Status.SUCCESS:
             enclave.initialized = True
             swap.secs_may_leave = True
-            if driver.tracer is not None:
-                driver.tracer(EnclaveInitialized(enclave.number, len(enclave.pages)))
+            driver.announce(EnclaveInitialized(enclave.number, len(enclave.pages)))
     return status
 
 

@@ -20,7 +20,7 @@ from softsgx.driver.task import Task
 from softsgx.driver.uapi import refuse
 from softsgx.paging import BackingFile, EpcCore, Group, MemoryBacking
 from softsgx.runtime import Runtime
-from softsgx.trace import Tracer
+from softsgx.trace import Event, Tracer
 
 __all__ = ["Driver"]
 
@@ -52,6 +52,10 @@ class Driver:
         backing: makes the backing file of an enclave of so many pages; ``BackingError`` is ENOMEM.
         unprivileged: attributes that need no permission.
 
+    Attributes:
+        lives: receives only what is told of the lives of enclaves (made, initialized, killed,
+            released): few enough to listen always.
+
     Raises:
         OSError: ENODEV: the machine has no SGX, or a launch key hash that cannot be written.
     """
@@ -79,6 +83,7 @@ class Driver:
         self.sgx2 = bool(config.features & SgxFeature.SGX2)
         self.launch_control, self.launch_lock = launch_control, runtime.lock("launch key hash")
         self.backing, self.unprivileged = backing, unprivileged
+        self.lives: Tracer | None = None
         self._group_of, self._node_of = group_of, node_of
         self._numbers, self._pids = count(1), count(1)
         self._latch = runtime.latch()
@@ -126,6 +131,13 @@ class Driver:
         """A file has lost its last reference."""
         with self._latch:
             del self._files[file]
+
+    def announce(self, event: Event) -> None:
+        """Tell of an enclave's life."""
+        if self.tracer is not None:
+            self.tracer(event)
+        if self.lives is not None:
+            self.lives(event)
 
     def destroyed(self, enclave: Enclave) -> None:
         """An enclave is gone."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, AttributesFlags, Status
 from softsgx.driver import fault
+from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
 from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
 from softsgx.driver.page import EnclavePage
@@ -87,6 +88,7 @@ class Enclave:
         pages: its pages by index.
         srcu: guards walks over its address spaces.
         group: who pays for SECS and VA pages: whoever created it.
+        counts: how often things happened to it.
     """
 
     def __init__(self, driver: Driver, number: int) -> None:
@@ -100,6 +102,7 @@ class Enclave:
         self.created = self.initialized = self.dead = False
         self.pages: dict[int, EnclavePage] = {}
         self.group: Group | None = None
+        self.counts = EnclaveCounts()
         self._swap: EnclaveSwap | None = None
         self._latch = runtime.latch()
         self._references = 1
@@ -188,8 +191,7 @@ class Enclave:
                 swap.destroy()
         self.srcu.cleanup()
         self.driver.destroyed(self)
-        if self.driver.tracer is not None:
-            self.driver.tracer(EnclaveReleased(self.number))
+        self.driver.announce(EnclaveReleased(self.number))
 
     def _free(self, page: EnclavePage) -> bool:
         """Give back what a page has, resident or not; ``False`` when a batch has it."""
@@ -258,8 +260,7 @@ class Enclave:
                 self.changed.notify_all()
         finally:
             self.put()
-        if self.driver.tracer is not None:
-            self.driver.tracer(EnclaveKilled(self.number, freed))
+        self.driver.announce(EnclaveKilled(self.number, freed))
         return freed
 
     # --- address spaces -------------------------------------------------------------------------
@@ -338,6 +339,7 @@ class Enclave:
 
         Asked for after ETRACK, so that whoever enters later is in the new epoch.
         """
+        self.counts.kicks += 1
         spaces = 0
         with self.walk() as mms:
             for mm in mms:

@@ -62,6 +62,8 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
     except EpcBusy as error:
         kind, result = "busy", FaultResult.NOPAGE
         wait = partial(driver.core.wait_for_page, error)
+    faults = enclave.counts.faults
+    faults[kind] = faults.get(kind, 0) + 1
     if "L9" in driver.defects:
         wait = None  # L9: the processor faults again at once, until ksgxd gets somewhere
     if driver.tracer is not None:
@@ -114,6 +116,7 @@ def load(page: EnclavePage, task: Task | None) -> EpcPage:
         page.entry, page, kind=LABELS[page.kind], cpu_node=node, group=group
     )
     page.entry = None
+    enclave.counts.reloads += 1
     driver.core.mark_reclaimable(page.epc)
     _prefetch(page, task)
     return page.epc
@@ -135,6 +138,7 @@ def _prefetch(page: EnclavePage, task: Task | None) -> None:
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
             return
         other.entry = None
+        enclave.counts.reloads += 1
         core.mark_reclaimable(other.epc)
 
 

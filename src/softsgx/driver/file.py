@@ -191,6 +191,8 @@ class EnclaveFile:
         prot &= PROT_READ | PROT_WRITE | PROT_EXEC
         with mm.mmap_lock.writing():
             start = mm.place(addr, length, flags)
+            # Deviation: Linux has removed what was mapped there before it asks; here a refused
+            # mapping leaves it alone.
             self.enclave.may_map(start, start + length, prot, task or mm.owner)
             if not self.enclave.add_mm(mm):
                 refuse(ENOMEM, "the address space cannot be registered")

@@ -373,20 +373,23 @@ class Mm:
         Returns:
             What the task sees; nothing is locked then.
         """
-        busy = None
+        busy = enclave = None
+        began = self.runtime.now_ns()
         self.mmap_lock.acquire_read()
         try:
             vma = self.find(addr)
             if vma is None or access & ~vma.prot:
                 return FaultResult.SEGV
-            if vma.enclave is None:
+            enclave = vma.enclave
+            if enclave is None:
                 return FaultResult.SIGBUS
-            result, busy = vma.enclave.fault(self, vma, page_of(addr), task or self.owner)
+            result, busy = enclave.fault(self, vma, page_of(addr), task or self.owner)
         finally:
             self.mmap_lock.release_read()
         if busy is not None:
             busy()
-            return FaultResult.RETRY
+            result = FaultResult.RETRY
+        enclave.counts.fault_ns += self.runtime.now_ns() - began
         return result
 
     # --- mappings -------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ class EnclavePage:
                 assert reservation is not None, f"{self!r} has no reservation"
                 self.entry = enclave.swap.write(epc, reservation)
                 written = self.entry is not None
+                enclave.counts.evictions += written
             if written:
                 self.epc = None
             self.reclaiming = False
