@@ -1,7 +1,8 @@
 """A tiny enclave and the program that uses it, for tests of the native engine.
 
 RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI and store at R8
-outside, 3 UD2, 4 divide by zero, 5 count RDI down; then it exits.
+outside, 3 UD2, 4 divide by zero, 5 count RDI down, 6 EACCEPT and 7 EMODPE the page at RDI with the
+SECINFO at RSI, the result going to R8; then it exits.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 SOURCE = Path(__file__).parent / "programs" / "host.c"
 
 
+_OPERATIONS = ("put", "get", "ud2", "div", "spin", "accept", "extend")
+
+
 def enclave_code() -> bytes:
     """The enclave's only code page."""
     asm = Assembler()
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
-    for number, label in ((1, "put"), (2, "get"), (3, "ud2"), (4, "div"), (5, "spin")):
+    for number, label in enumerate(_OPERATIONS, start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
         asm.near("0f 84", label)
     asm.label("exit")
@@ -51,6 +55,13 @@ def enclave_code() -> bytes:
     asm.emit("48 ff cf")  # dec rdi
     asm.short("75", "spin")
     asm.near("e9", "exit")
+    for label, leaf in (("accept", 5), ("extend", 6)):
+        asm.label(label)
+        asm.emit("48 89 f3 48 89 f9")  # mov rbx, rsi; mov rcx, rdi
+        asm.word("b8", leaf)
+        asm.emit("0f 01 d7")
+        asm.emit("49 89 00")  # mov [r8], rax
+        asm.near("e9", "exit")
     return asm.finish().ljust(PAGE, b"\xcc")
 
 

@@ -70,7 +70,11 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
 
 
 @pytest.mark.parametrize(
-    "scenario", ["handlers", "exceptions", "signals", "raw", "blocked", "execs", "names", "reopen"]
+    "scenario",
+    [
+        *("handlers", "exceptions", "signals", "raw", "nested", "blocked"),
+        *("dynamic", "execs", "names", "reopen"),
+    ],
 )
 def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scenario: str) -> None:
     assert program.run(scenario).exit_code == 0

@@ -34,7 +34,7 @@ struct run {
 typedef int enter_t(uint64_t rdi, uint64_t rsi, uint64_t rdx, uint32_t fn, uint64_t r8,
 		    uint64_t r9, struct run *run);
 /* What the enclave does; see enclave.py. */
-enum { NOP, PUT, GET, UD2, DIV, SPIN, EXIT_TWICE };
+enum { NOP, PUT, GET, UD2, DIV, SPIN, ACCEPT, EXTEND };
 
 static enter_t *enter;
 static const char *self, *file;
@@ -107,12 +107,15 @@ static void build(void)
 	fclose(f);
 }
 
-static int call(int thread, uint64_t op, uint64_t rdi, uint64_t rsi, uint64_t r8, struct run *run)
+/* Not inlined: an enclave that is resumed exits with the stack it was entered with. */
+__attribute__((noinline)) static int go(int thread, int function, uint64_t op, uint64_t rdi,
+					uint64_t rsi, uint64_t r8, struct run *run)
 {
 	memset(run, 0, sizeof *run);
 	run->tcs = base + thread * PAGE;
-	return enter(rdi, rsi, op, 2, r8, 0, run);
+	return enter(rdi, rsi, op, function, r8, 0, run);
 }
+#define call(thread, op, rdi, rsi, r8, run) go(thread, 2, op, rdi, rsi, r8, run)
 
 static void put(int thread, uint64_t at, uint64_t value)
 {
@@ -364,6 +367,72 @@ static void reopen(void)
 	}
 }
 
+/* A fault of enclave code is handled by entering again from within the signal handler. */
+static void mend(int number, siginfo_t *info, void *context)
+{
+	uint64_t value = 0;
+	tick(number, info, context);
+	CHECK(seen_rip == (uint64_t)raw_aep && seen_rax == 3 && seen_rbx == base);
+	CHECK((uint64_t)info->si_addr == data && number == SIGSEGV);
+	raw_enter(base, data + 8, 0, GET, (uint64_t)&value);
+	CHECK(value == 5);
+	CHECK(!mprotect((void *)data, PAGE, PROT_READ | PROT_WRITE));
+}
+static void nested(void)
+{
+	struct sigaction action = {.sa_sigaction = mend, .sa_flags = SA_SIGINFO | SA_NODEFER};
+	build();
+	raw_enter(base, data + 8, 5, PUT, 0);
+	CHECK(!sigaction(SIGSEGV, &action, NULL));
+	CHECK(!mprotect((void *)data, PAGE, PROT_READ));
+	raw_enter(base, data, 6, PUT, 0);
+	CHECK(ticks == 1 && get(0, data) == 6);
+}
+
+/* A SECINFO at the start of the last data page, then the leaf with it. */
+static int leaf(int op, uint64_t page, uint64_t flags, struct run *run, uint64_t *result)
+{
+	uint64_t info = data + (data_pages - 1) * PAGE;
+	put(1, info, flags);
+	*result = 99;
+	return call(1, op, page, info, (uint64_t)result, run);
+}
+
+static void dynamic(void)
+{
+	struct run run;
+	uint64_t result, page, value;
+	build();
+	page = data + data_pages * PAGE;
+	CHECK(page + PAGE <= base + size);
+	CHECK(mmap((void *)page, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, device, 0) != MAP_FAILED);
+	/* the first touch makes a pending page, which must be accepted before it is used */
+	CHECK(!call(0, PUT, page, 1, 0, &run) && run.function == 3 && run.vector == 14 && run.code == 0x8007 && run.address == page);
+	CHECK(!leaf(ACCEPT, page, 0x20b, &run, &result) && run.function == 4 && result == 0);
+	CHECK(!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4);
+	CHECK(get(0, page) == 1);
+	/* without a right it cannot be used; the enclave may give the right back */
+	uint64_t restrict_to[5] = {page - base, PAGE, 1, 0, 0};
+	CHECK(!ioctl(device, 0xc028a405, restrict_to) && restrict_to[4] == PAGE);
+	CHECK(!leaf(ACCEPT, page, 0x221, &run, &result) && result == 0);
+	CHECK(!call(0, PUT, page, 2, 0, &run) && run.function == 3 && run.code == 0x8007);
+	CHECK(!leaf(EXTEND, page, 0x203, &run, &result) && run.function == 4);
+	CHECK(!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4);
+	CHECK(get(0, page) == 2);
+	/* trimmed, accepted, removed; then a new page can be there */
+	uint64_t trim[5] = {page - base, PAGE, 4, 0, 0}, gone[3] = {page - base, PAGE, 0};
+	CHECK(!ioctl(device, 0xc028a406, trim) && trim[4] == PAGE);
+	CHECK(ioctl(device, 0xc018a407, gone) == -1 && errno == EPERM);
+	CHECK(!leaf(ACCEPT, page, 0x410, &run, &result) && result == 0);
+	CHECK(!call(1, GET, page, 0, (uint64_t)&value, &run) && run.function == 3 && run.code == 0x8005);
+	gone[2] = 0;
+	CHECK(!ioctl(device, 0xc018a407, gone) && gone[2] == PAGE);
+	CHECK(!call(0, ACCEPT, page, data + (data_pages - 1) * PAGE, (uint64_t)&result, &run));
+	put(0, data + (data_pages - 1) * PAGE, 0x20b);
+	CHECK(!call(0, ACCEPT, page, data + (data_pages - 1) * PAGE, (uint64_t)&result, &run) && result == 0);
+	CHECK(get(0, page) == 0);
+}
+
 static void endless(void)
 {
 	struct run run;
@@ -378,7 +447,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"endless", endless},
+		{"blocked", blocked}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();
