@@ -1,0 +1,150 @@
+"""Finding a C compiler and calling it: for the inside of an enclave, and for its host program.
+
+The compiler's own messages go to standard error as they come; a refusal is told in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from softsgx.errors import SoftSgxError
+
+__all__ = ["INCLUDE", "RUNTIME", "Compiler", "find_compiler"]
+
+RUNTIME: Final = Path(__file__).parent / "runtime"
+INCLUDE: Final = RUNTIME / "include"
+"""Where ``softsgx.h`` and ``softsgx_host.h`` are."""
+
+_ENCLAVE_FLAGS = (
+    "-std=gnu11",
+    "-O2",
+    "-ffreestanding",
+    "-fPIE",
+    "-fvisibility=hidden",
+    # XFRM is 3: an AVX instruction would be #UD.
+    "-march=x86-64",
+    "-mtune=generic",
+    # There is neither a canary in FS, nor an unwinder, nor CET.
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-unwind-tables",
+    "-fcf-protection=none",
+    "-fno-common",
+    "-g0",
+    "-Wall",
+)
+_LINK_FLAGS = (
+    "--no-dynamic-linker",
+    "--build-id=none",
+    "-z",
+    "text",
+    "-z",
+    "noexecstack",
+    "-z",
+    "norelro",
+    "-z",
+    "max-page-size=4096",
+    "--hash-style=sysv",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C compiler.
+
+    Attributes:
+        command: how it is called, without arguments of ours.
+        linker: how a linker is called directly, where the compiler cannot be trusted to pass
+            everything on; otherwise empty and the compiler links.
+    """
+
+    command: tuple[str, ...]
+    linker: tuple[str, ...] = ()
+
+    def enclave(self, sources: Sequence[Path], output: Path) -> None:
+        """Compile and link what goes inside, with our runtime, to a position-independent ELF file.
+
+        Raises:
+            SoftSgxError: the compiler or the linker refused.
+        """
+        with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
+            objects = []
+            own = (RUNTIME / "entry.S", RUNTIME / "runtime.c", RUNTIME / "memory.c")
+            for number, source in enumerate((*own, *sources)):
+                objects.append(str(Path(scratch) / f"{number}.o"))
+                # __FILE__ must not tell where the source lay, or two checkouts would differ.
+                where = f"-ffile-prefix-map={source.parent}=."
+                flags = [*_ENCLAVE_FLAGS, where, f"-I{INCLUDE}", "-c", str(source)]
+                self._call([*self.command, *flags, "-o", objects[-1]], str(source))
+            self._link(objects, output, ", ".join(map(str, sources)))
+
+    def host(self, sources: Sequence[Path], output: Path) -> None:
+        """Compile and link a host program.
+
+        Raises:
+            SoftSgxError: the compiler refused.
+        """
+        names = list(map(str, sources))
+        flags = ["-std=gnu11", "-O2", "-Wall", f"-I{INCLUDE}", *names, "-o", str(output)]
+        self._call([*self.command, *flags, "-pthread"], ", ".join(names))
+
+    def _link(self, objects: list[str], output: Path, what: str) -> None:
+        script = str(RUNTIME / "enclave.lds")
+        if self.linker:
+            command = [*self.linker, "-static", "-pie", *_LINK_FLAGS, "-T", script]
+        else:
+            passed = [f"-Wl,{flag}" for flag in _LINK_FLAGS]
+            command = [*self.command, "-nostdlib", "-static-pie", *passed, f"-Wl,-T,{script}"]
+            objects = [*objects, "-lgcc"]
+        self._call([*command, "-o", str(output), *objects], what)
+
+    def _call(self, command: Sequence[str], what: str) -> None:
+        try:
+            status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        except OSError as error:
+            raise SoftSgxError(
+                f"{command[0]}: {error.strerror or error}; name a C compiler with --cc"
+            ) from error
+        if status:
+            raise SoftSgxError(
+                f"{what}: {self} ended with status {status}; its messages say what to change"
+            )
+
+    def __str__(self) -> str:
+        return shlex.join(self.command)
+
+
+def find_compiler(named: str | None = None) -> Compiler:
+    """Return the compiler to use: the one that is named, else ``cc``, else ziglang's.
+
+    Args:
+        named: a command line, such as ``"clang -O3 -DN=4"``.
+
+    Raises:
+        SoftSgxError: there is none; the message says how to get one.
+    """
+    if named is not None:
+        words = tuple(shlex.split(named))
+        if not words or shutil.which(words[0]) is None:
+            raise SoftSgxError(f"--cc {named!r}: no such program; give one that PATH or a path has")
+        return Compiler(words)
+    if shutil.which("cc") is not None:
+        return Compiler(("cc",))
+    if find_spec("ziglang") is not None:
+        zig = (sys.executable, "-m", "ziglang")
+        target = ("-target", "x86_64-linux-musl", "-fno-sanitize=all")
+        return Compiler((*zig, "cc", *target), (*zig, "ld.lld"))
+    raise SoftSgxError(
+        "no C compiler: install one (Debian: apt-get install gcc libc6-dev), or ziglang by "
+        f"{os.path.basename(sys.executable)} -m pip install 'softsgx[cc]'"
+    )
