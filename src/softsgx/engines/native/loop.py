@@ -165,7 +165,9 @@ class Loop:
             thread.image.current = None
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
-        if stop.event == abi.PTRACE_EVENT_SECCOMP:
+        if not stop.event and not stop.syscall:
+            self.go(thread, self._transitions.signal(thread, stop.signal))
+        elif stop.event == abi.PTRACE_EVENT_SECCOMP:
             self._call(thread)
         elif stop.event == abi.PTRACE_EVENT_STOP:
             if stop.signal in _GROUP_STOPS:
@@ -180,10 +182,8 @@ class Loop:
             self.go(thread)
         elif stop.event == abi.PTRACE_EVENT_EXEC:
             self._exec(thread)
-        elif stop.event or stop.syscall:
-            self.go(thread)
         else:
-            self.go(thread, self._transitions.signal(thread, stop.signal))
+            self.go(thread)
 
     def _call(self, thread: ProgramThread) -> None:
         if thread.again:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from functools import cache
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.abi import SigInfo, UserRegs
@@ -40,6 +41,7 @@ class Stop:
     syscall: bool
 
 
+@cache
 def decode_stop(status: int) -> Stop:
     """Return what the stop ``status`` of wait(2) means."""
     signal = status >> 8 & 0xFF
