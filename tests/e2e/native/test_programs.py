@@ -141,3 +141,19 @@ def test_the_program_ends_with_its_supervisor(program: Program, how: signal.Sign
     # Readable: it has ended, whether its new parent has noticed or not.
     assert select.select([watched], [], [], 60)[0]
     os.close(watched)
+
+
+def test_a_failure_of_ours_ends_the_program_and_is_told(program: Program) -> None:
+    class Mistake(Exception):
+        pass
+
+    def listen(event: Event) -> None:
+        if event.NAME == "sgx:enclave_init":
+            raise Mistake
+
+    read, write = os.pipe()
+    with pytest.raises(Mistake):
+        program.run("endless", tracer=listen, stdio=(0, write, 2))
+    os.close(write)
+    with os.fdopen(read, "rb") as out:
+        assert out.read() == b"", "the program went on, or still runs"
