@@ -1,0 +1,457 @@
+"""A guest: a machine of its own, whose EPC the host may take away page by page.
+
+It offers what a :class:`~softsgx.hw.Machine` does to an operating system (``config``, ``leaves``,
+``cpus``, memory), so that ``paging`` and ``driver`` run in it as they are, with a reclaimer of
+their own that knows nothing of the host's.
+
+What an instruction of the guest that meets the host does is decided here: a page that is gone is
+brought back and the instruction executed again; a leaf in whose way the host was is executed again;
+what the guest's own leaves do to each other is reflected to it.
+
+Source:
+    arch/x86/kvm/vmx/sgx.c; SDM vol. 3D, "VMX Operation and SGX".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from softsgx.arch import (
+    PAGE_BYTES,
+    AttributesFlags,
+    ConflictCode,
+    SgxFeature,
+    Status,
+    VmExitReason,
+)
+from softsgx.errors import SoftSgxError
+from softsgx.hw import (
+    DEFAULT_EPC_BASE,
+    EnclaveLeft,
+    EpcSection,
+    GeneralProtection,
+    LogicalProcessor,
+    Machine,
+    MachineConfig,
+    VmExit,
+    interrupt,
+)
+from softsgx.kvm.events import ConflictResolved, VirtualPowerLost
+from softsgx.kvm.leaves import GuestLeaves, exiting_bitmap
+from softsgx.kvm.monitor import Monitor
+from softsgx.kvm.page import VepcPage
+from softsgx.kvm.processor import GuestProcessor
+from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcDevice, VepcMapping
+from softsgx.paging import Group
+from softsgx.trace import Tracer
+
+__all__ = ["Guest", "GuestStoppedError"]
+
+T = TypeVar("T")
+_GAP = 1 << 30
+_RAM_BITS = 52
+_HIDDEN = SgxFeature.ENCLV | SgxFeature.OVERSUB_ENCLS | SgxFeature.EUPDATESVN
+_PATIENCE = 100_000
+_SHORTAGES = 32
+_BUSY = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
+
+
+class GuestStoppedError(Exception):
+    """The guest cannot go on, and neither can whoever executes it.
+
+    Attributes:
+        guest: its name.
+        reason: why.
+    """
+
+    def __init__(self, guest: str, reason: str) -> None:
+        super().__init__(f"guest {guest} was stopped: {reason}")
+        self.guest, self.reason = guest, reason
+
+
+class Guest(Monitor):
+    """One virtual machine.
+
+    Args:
+        machine: where it runs.
+        device: where its EPC comes from.
+        name: for people and schedules.
+        epc_pages: pages of each of its EPC sections; each is a virtual EPC of its own.
+        processors: how many it has.
+        group: who is charged for its EPC pages; the root when ``None``.
+        ballast_pages: EPC pages that are never taken from it once it has them.
+        provisioning: whether its enclaves may have the provisioning key.
+        config: changes to what its CPUID tells, by field of :class:`~softsgx.hw.MachineConfig`.
+        tracer: receives the host's events about it; its own layers take others.
+
+    Attributes:
+        config, leaves, cpus, launch_key_hash: as of a machine.
+        kernel: the processor that ``leaves`` run on.
+        mappings: its EPC sections, in order.
+        ram_base: where its memory is in the machine's.
+
+    Raises:
+        SoftSgxError: it cannot be made so.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        device: VepcDevice,
+        name: str,
+        *,
+        epc_pages: int | Sequence[int],
+        processors: int = 1,
+        group: Group | None = None,
+        ballast_pages: int = 0,
+        provisioning: bool = False,
+        config: dict[str, Any] | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        sizes = [epc_pages] if isinstance(epc_pages, int) else list(epc_pages)
+        if not machine.config.features & SgxFeature.SGX1:
+            raise SoftSgxError(f"guest {name}: the machine has no SGX")
+        if sum(sizes) < ballast_pages:
+            raise SoftSgxError(
+                f"guest {name}: a ballast of {ballast_pages} pages in an EPC of {sum(sizes)};"
+                " give it at most that"
+            )
+        super().__init__(device.core, name, group=group, ballast_pages=ballast_pages, tracer=tracer)
+        self.machine, self.device, self.defects = machine, device, device.defects
+        self.config = _guest_config(
+            machine.config, sizes, processors, provisioning=provisioning, changes=config or {}
+        )
+        self.launch_key_hash = list(self.config.launch_key_hash)
+        # Above everything that the machine has, and apart from other guests'.
+        self.ram_base = device.next_number() << _RAM_BITS
+        self.mappings: list[VepcMapping] = []
+        for section in self.config.sections:
+            vepc = device.open(self, base=section.base)
+            self.mappings.append(vepc.mmap(section.pages))
+            vepc.close()  # the mapping keeps it
+        bitmap = exiting_bitmap(machine.config, self.config)
+        self.cpus = [GuestProcessor(self, number, bitmap) for number in range(processors)]
+        self.kernel = GuestProcessor(self, 0, bitmap)
+        machine.virtual_cpus += self.cpus
+        self.leaves = GuestLeaves(self, self.kernel)
+
+    # --- a machine ------------------------------------------------------------------------------
+
+    def mapping_of(self, gpa: int) -> VepcMapping | None:
+        """Return the EPC section that holds a guest-physical address, ``None`` for memory."""
+        for mapping in self.mappings:
+            at = gpa - mapping.vepc.base
+            if 0 <= at < mapping.pages * PAGE_BYTES:
+                return mapping
+        return None
+
+    def ram_read(self, physical: int, size: int) -> bytes:
+        """Return bytes of its memory: ones where it is EPC."""
+        if self.mapping_of(physical) is not None:
+            return b"\xff" * size
+        return self.machine.ram_read(physical + self.ram_base, size)
+
+    def ram_write(self, physical: int, data: bytes) -> None:
+        """Store to its memory; dropped where it is EPC."""
+        if self.mapping_of(physical) is None:
+            self.machine.ram_write(physical + self.ram_base, data)
+
+    def listen(self, tracer: Tracer | None) -> None:
+        """Hand events of the guest's ENCLS leaves to ``tracer``, as the guest sees them."""
+        self.leaves.listen(tracer)
+
+    # --- instructions ---------------------------------------------------------------------------
+
+    def execute(self, cpu: LogicalProcessor, leaf: Callable[..., T], *operands: Any) -> T:
+        """Execute an ENCLS leaf to its end, whatever the host does meanwhile.
+
+        Raises:
+            Fault: the guest's own.
+            GuestStoppedError: the guest cannot go on.
+        """
+        pins: list[VepcPage] = []
+        name = getattr(leaf, "__name__", "ecreate or einit")
+        try:
+            for _try in range(_PATIENCE):
+                before = self.host_work
+                try:
+                    self._must_run()
+                    with self.gate.passing():
+                        result = leaf(cpu, *operands)
+                except GeneralProtection:
+                    if self._again(name, "#GP(0)", before):
+                        continue
+                    raise
+                except VmExit as exit:
+                    if exit.reason is VmExitReason.EPT_VIOLATION:
+                        self._violation(exit, pins)
+                        continue
+                    reflected = self._conflict(name, exit, before)
+                    if reflected is None:
+                        continue
+                    return reflected  # type: ignore[return-value]
+                if result in _BUSY and self._again(name, _name(result), before):
+                    continue
+                return result
+            raise self._hopeless(f"{name} is executed again and again")
+        finally:
+            self._unpin(pins)
+
+    def resume(self, cpu: LogicalProcessor, exit: VmExit, again: Callable[[], T]) -> T:
+        """Handle a VM exit of ENCLU or of an access, and go on.
+
+        Raises:
+            EnclaveLeft: the exit has made the processor leave the enclave it was in; whoever
+                executes code finds itself at the AEP, as after any interrupt.
+            GuestStoppedError: the guest cannot go on.
+        """
+        if exit.reason is not VmExitReason.EPT_VIOLATION:
+            raise exit
+        pins: list[VepcPage] = []
+        try:
+            if cpu.inside is not None:
+                interrupt(cpu)
+                self._violation(exit, pins)
+                raise EnclaveLeft
+            for _try in range(_PATIENCE):
+                self._violation(exit, pins)
+                try:
+                    return again()
+                except VmExit as next_exit:
+                    exit = next_exit
+            raise self._hopeless(f"page {exit.guest_physical:#x} faults for ever")
+        finally:
+            self._unpin(pins)
+
+    def _must_run(self) -> None:
+        """Wait while the guest is paused.
+
+        Raises:
+            GuestStoppedError: it cannot go on.
+        """
+        if self.paused:
+            with self.lock:
+                while self.paused:
+                    self.changed.wait()
+        if self.stopped is not None:
+            raise GuestStoppedError(self.name, self.stopped)
+
+    def _violation(self, exit: VmExit, pins: list[VepcPage]) -> None:
+        """EPT violation: let the guest reach the page."""
+        self._must_run()
+        gpa = exit.guest_physical
+        mapping = self.mapping_of(gpa)
+        if mapping is None:
+            return  # memory is always there: it was paused
+        self.counters.violations += 1
+        index = (gpa - mapping.vepc.base) // PAGE_BYTES
+        shortages = 0
+        while True:
+            match mapping.fault(index, pins=pins):
+                case FaultResult.NOPAGE:
+                    return
+                case FaultResult.RETRY:
+                    pass
+                case FaultResult.SIGBUS:
+                    self._must_run()
+                    # What this processor keeps may be what others wait for.
+                    self._unpin(pins)
+                    shortages += 1
+                    if shortages > _SHORTAGES:
+                        raise self._hopeless(
+                            f"no EPC page can be reclaimed for page {gpa:#x}: all are in use"
+                        )
+                    self.runtime.yield_now()
+
+    def _hopeless(self, reason: str) -> GuestStoppedError:
+        self.stop(reason)
+        return GuestStoppedError(self.name, reason)
+
+    def _unpin(self, pins: list[VepcPage]) -> None:
+        if not pins:
+            return
+        with self.lock:
+            for page in pins:
+                page.vepc.unpin(page)
+        pins.clear()
+
+    # --- conflicts ------------------------------------------------------------------------------
+
+    def _again(self, leaf: str, what: str, before: int) -> bool:
+        """Return whether a leaf that met another one is to be executed again.
+
+        It is if that may have been the host's, and not before the host has finished.
+        """
+        again = self.host_may_be_in_the_way(before)
+        if again:
+            self.counters.again += 1
+            with self.lock:
+                pass
+        if self.tracer is not None:
+            self.tracer(ConflictResolved(self.name, leaf, what, "again" if again else "reflect"))
+        return again
+
+    def _conflict(self, leaf: str, exit: VmExit, before: int) -> Status | None:
+        """Handle SGX_CONFLICT.
+
+        Returns:
+            ``None``: execute the leaf again; otherwise the code that the guest is to see.
+
+        Raises:
+            GeneralProtection: what the guest is to see.
+            VmExit: it is none; somebody executes what is not for guests.
+        """
+        if exit.reason is not VmExitReason.SGX_CONFLICT:
+            raise exit
+        code = ConflictCode(exit.code)
+        if code is ConflictCode.TRACKING_REFERENCE_CONFLICT and self._complete(exit):
+            return None
+        if self._again(leaf, code.name, before):
+            return None
+        self.counters.reflected += 1
+        match code:
+            case ConflictCode.TRACKING_REFERENCE_CONFLICT:
+                return Status.PREV_TRK_INCMPL
+            case ConflictCode.EPC_PAGE_CONFLICT_ERROR:
+                return Status(exit.error)
+            case ConflictCode.TRACKING_RESOURCE_CONFLICT | ConflictCode.EPC_PAGE_CONFLICT_EXCEPTION:
+                raise GeneralProtection
+
+    def _complete(self, exit: VmExit) -> bool:
+        """Complete a tracking cycle that the host has begun; ``False``: it was the guest's."""
+        with self.lock:
+            secs = self.page_at(exit.guest_physical)
+            if secs is None or not secs.host_tracked:
+                return False
+            self.kick()
+            secs.host_tracked = False
+            self.counters.again += 1
+            return True
+
+    # --- pause and power ------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop executing: every processor exits, and nothing is lost."""
+        with self.lock:
+            self.paused = True
+            for vepc in self.vepcs:
+                vepc.unmap_all()
+        self.kick()
+        self.quiesce()
+
+    def unpause(self) -> None:
+        """Go on."""
+        with self.lock:
+            self.paused = False
+            self.changed.notify_all()
+
+    def power_transition(self) -> None:
+        """S3, S4, S5 or reset of this guest alone: its EPC is empty afterwards.
+
+        Its processors are outside, its launch key hash is as after reset.  What it has evicted
+        itself can never be loaded again, since the versions were in its EPC.
+
+        Deviation: the paging key is the machine's and stays; so do identifiers and versions, which
+        are never used twice.
+
+        Source:
+            SDM vol. 3D, "Intel SGX Interactions with S-States".
+        """
+        was_paused = self.paused
+        self.pause()
+        left = 1
+        for _round in range(2):
+            left = sum(vepc.ioctl(SGX_IOC_VEPC_REMOVE_ALL) for vepc in list(self.vepcs))
+        assert not left, f"{left} SECS pages survive the loss of power of {self.name}"
+        self.launch_key_hash[:] = self.config.launch_key_hash
+        if self.tracer is not None:
+            self.tracer(VirtualPowerLost(self.name))
+        if not was_paused:
+            self.unpause()
+
+    def destroy(self) -> None:
+        """The VMM has ended: unmap its virtual EPCs."""
+        if self.stopped is None:
+            self.stop("its VMM has ended")
+        for mapping in self.mappings:
+            mapping.unmap()
+        self.mappings = []
+        gone = {id(cpu) for cpu in self.cpus}
+        cpus = self.machine.virtual_cpus
+        cpus[:] = [cpu for cpu in cpus if id(cpu) not in gone]
+
+    # --- what there is --------------------------------------------------------------------------
+
+    def unreclaimable(self) -> dict[str, int]:
+        """Return how many of its resident pages could not leave now, by reason."""
+        reasons: dict[str, int] = {}
+        with self.lock:
+            for vepc in self.vepcs:
+                for page in list(vepc.pages.values()):
+                    if page.epc is not None and (reason := vepc.why_not(page)):
+                        reasons[reason] = reasons.get(reason, 0) + 1
+        return reasons
+
+    def evicted_pages(self) -> int:
+        """Return how many of its pages are evicted."""
+        return sum(
+            page.evicted is not None for vepc in self.vepcs for page in list(vepc.pages.values())
+        )
+
+    def recount(self) -> None:
+        """Compare every count with a recount; call while nothing of it runs."""
+        pages = [page for vepc in self.vepcs for page in vepc.pages.values()]
+        resident = sum(page.epc is not None for page in pages)
+        assert resident == self.resident, f"{self.resident} resident, recounted {resident}"
+        assert not self.leaving, f"{self.leaving} pages leave, but nobody takes them"
+        children: dict[int, int] = {}
+        for page in pages:
+            if page.evicted is not None and page.evicted.secs is not None:
+                secs = id(page.evicted.secs)
+                children[secs] = children.get(secs, 0) + 1
+        for page in pages:
+            counted = children.get(id(page), 0)
+            assert counted == page.evicted_children, (
+                f"{page!r}: {page.evicted_children} evicted children, recounted {counted}"
+            )
+        for vepc in self.vepcs:
+            vepc.recount()
+
+
+def _guest_config(
+    host: MachineConfig,
+    sizes: list[int],
+    processors: int,
+    *,
+    provisioning: bool,
+    changes: dict[str, Any],
+) -> MachineConfig:
+    sections, base = [], DEFAULT_EPC_BASE
+    for pages in sizes:
+        size = pages * PAGE_BYTES
+        sections.append(EpcSection(base, size))
+        base += (size + _GAP - 1) // _GAP * _GAP
+    attributes = host.attributes
+    if not provisioning:
+        attributes &= ~AttributesFlags.PROVISIONKEY
+    values: dict[str, Any] = {
+        "sections": tuple(sections),
+        "processors": processors,
+        "features": host.features & ~_HIDDEN,
+        "miscselect": host.miscselect,
+        "attributes": attributes,
+        "xfrm": host.xfrm,
+        "max_size_32": host.max_size_32,
+        "max_size_64": host.max_size_64,
+        "xsave": host.xsave,
+        "cpusvn": host.cpusvn,
+        "microcode_svn": host.microcode_svn,
+        "launch_key_hash": host.launch_key_hash,
+        "launch_control": host.launch_control,
+    }
+    return MachineConfig(**(values | changes))
+
+
+def _name(result: object) -> str:
+    return result.manual_name if isinstance(result, Status) else str(result)

@@ -1,0 +1,216 @@
+"""ENCLS as a guest's kernel executes it: the same leaves, with VM exits in between.
+
+A leaf that ends with a VM exit has changed nothing, so the host does what the exit asks for and the
+guest executes the leaf again; what it finally sees is a leaf that took long.  ECREATE and EINIT are
+trapped, where the host has something to say about them, and executed on the guest's behalf.
+
+Source:
+    arch/x86/kvm/vmx/sgx.c; SDM vol. 3D, "VMX Operation and SGX", SGX_CONFLICT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from softsgx.arch import (
+    PAGE_BYTES,
+    AttributesFlags,
+    Encls,
+    SecInfo,
+    Secs,
+    SgxFeature,
+    Status,
+)
+from softsgx.hw import (
+    Fault,
+    GeneralProtection,
+    LeafDone,
+    Leaves,
+    LogicalProcessor,
+    MachineConfig,
+    PageInfoArgs,
+    UndefinedOpcode,
+)
+from softsgx.trace import Tracer
+
+if TYPE_CHECKING:
+    from softsgx.kvm.guest import Guest
+
+__all__ = ["GuestLeaves", "exiting_bitmap"]
+
+_SGX1 = range(Encls.ECREATE, Encls.EWB + 2)  # up to ETRACK, 0CH
+_SGX2 = (Encls.EAUG, Encls.EMODPR, Encls.EMODT)
+_ALL = (1 << 64) - 1
+_ENCLV = frozenset({"edecvirtchild", "eincvirtchild", "esetcontext"})
+
+
+def exiting_bitmap(config: MachineConfig, guest: MachineConfig) -> int:
+    """Return the ENCLS-exiting bitmap: which leaves the host wants to see.
+
+    All but those that the guest's CPUID names; of these ECREATE unless the guest may have whatever
+    the machine has, and EINIT where the launch key hash can be written.
+
+    Source:
+        vmx_write_encls_bitmap(), sgx_intercept_encls_ecreate(), vmx/sgx.c.
+    """
+    bitmap = _ALL
+    if guest.features & SgxFeature.SGX1:
+        for leaf in _SGX1:
+            bitmap &= ~(1 << leaf)
+        same = (config.features & _SHOWN, config.miscselect, config.attributes, config.xfrm) == (
+            guest.features & _SHOWN,
+            guest.miscselect,
+            guest.attributes,
+            guest.xfrm,
+        )
+        if not same or config.max_size_64 != guest.max_size_64:
+            bitmap |= 1 << Encls.ECREATE
+        if config.launch_control:
+            bitmap |= 1 << Encls.EINIT
+    if guest.features & SgxFeature.SGX2:
+        for leaf in _SGX2:
+            bitmap &= ~(1 << leaf)
+    return bitmap
+
+
+_SHOWN = SgxFeature.SGX1 | SgxFeature.SGX2
+
+
+class GuestLeaves(Leaves):
+    """Leaves bound to the guest's kernel, as :class:`~softsgx.hw.Leaves` are to a machine's.
+
+    ERDINFO, ETRACKC, ELDBC, ELDUC and EUPDATESVN do not exist here (#GP), ENCLV neither (#UD).
+    """
+
+    def __init__(self, guest: Guest, kernel: LogicalProcessor) -> None:
+        self._guest = guest
+        super().__init__(kernel)
+
+    def listen(self, tracer: Tracer | None) -> None:
+        """Bind every leaf; events are of the guest's leaves, not of their repetitions."""
+        bitmap = self._cpu.encls_exiting
+        for leaf in self.FUNCTIONS:
+            name = leaf.__name__
+            function = leaf
+            if name in _ENCLV:
+                function = _undefined(leaf)
+            elif bitmap >> Encls[name.upper()] & 1:
+                function = self._trapped(leaf)
+            bound: Callable[..., Any] = partial(self._guest.execute, self._cpu, function)
+            if tracer is not None:
+                bound = _traced(bound, leaf, self._cpu.number, tracer)
+            setattr(self, name, bound)
+
+    def _trapped(self, leaf: Callable[..., Any]) -> Callable[..., Any]:
+        match leaf.__name__:
+            case "ecreate":
+                return partial(_ecreate, self._guest, leaf)
+            case "einit":
+                return partial(_einit, self._guest, leaf)
+            case _:
+                return _not_enabled(leaf)
+
+
+# --- trapped leaves -------------------------------------------------------------------------------
+
+
+def _ecreate(
+    guest: Guest,
+    leaf: Callable[..., None],
+    cpu: LogicalProcessor,
+    rbx: Any,
+    rcx: int,
+) -> None:
+    """Check what the guest wants to create, and create exactly that.
+
+    Raises:
+        GeneralProtection: the guest may not have such an enclave; or what the leaf raises.
+
+    Source:
+        handle_encls_ecreate(), vmx/sgx.c.
+    """
+    guest.counters.trapped += 1
+    info = cpu.page_info(rbx)
+    # Copied before anything is looked at: the guest's other processors may write to it meanwhile.
+    secs = _copy_of_secs(cpu, info)
+    secinfo = SecInfo.unpack(cpu.sec_info(info.secinfo).pack())
+    config = guest.config
+    flags, xfrm = secs.attributes.flags, secs.attributes.xfrm
+    mode64 = flags & AttributesFlags.MODE64BIT
+    if (
+        secs.miscselect & ~int(config.miscselect)
+        or flags & ~int(config.attributes)
+        or xfrm & ~config.xfrm
+        or secs.size > 1 << (config.max_size_64 if mode64 else config.max_size_32)
+    ):
+        raise GeneralProtection
+    if "B27" in guest.defects:
+        guest.runtime.point("ECREATE trapped")
+        leaf(cpu, rbx, rcx)
+        return
+    leaf(cpu, PageInfoArgs(info.linaddr, secs.pack(), secinfo, info.secs), rcx)
+
+
+def _copy_of_secs(cpu: LogicalProcessor, info: PageInfoArgs) -> Secs:
+    if type(info.srcpge) is int and info.srcpge % PAGE_BYTES:
+        raise GeneralProtection
+    return Secs.unpack(bytes(cpu.read(info.srcpge, Secs.SIZE)))
+
+
+def _einit(
+    guest: Guest,
+    leaf: Callable[..., Status],
+    cpu: LogicalProcessor,
+    rbx: Any,
+    rcx: int,
+    rdx: Any,
+) -> Status:
+    """Execute EINIT with the guest's launch key hash in the processor's registers.
+
+    Source:
+        handle_encls_einit(), vmx/sgx.c; sgx_virt_einit(), virt.c.
+    """
+    guest.counters.trapped += 1
+    return leaf(cpu, rbx, rcx, rdx)
+
+
+def _undefined(leaf: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(leaf)
+    def run(cpu: LogicalProcessor, *operands: Any) -> Any:
+        raise UndefinedOpcode
+
+    return run
+
+
+def _not_enabled(leaf: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(leaf)
+    def run(cpu: LogicalProcessor, *operands: Any) -> Any:
+        raise GeneralProtection
+
+    return run
+
+
+def _traced(
+    bound: Callable[..., Any], leaf: Callable[..., Any], number: int, tracer: Tracer
+) -> Callable[..., Any]:
+    """Return ``bound`` with an event at its end; the enclave's identifier is nobody's business."""
+    registers = list(signature(leaf).parameters)[1:]
+    place = registers.index("rcx") if "rcx" in registers else 0
+
+    def run(*operands: Any) -> Any:
+        target = operands[place] if place < len(operands) else 0
+        page = target if isinstance(target, int) else 0
+        try:
+            result = bound(*operands)
+        except Fault as fault:
+            tracer(LeafDone(leaf.__name__, number, page, 0, str(fault)))
+            raise
+        status = result[0] if isinstance(result, tuple) else result
+        text = status.manual_name if isinstance(status, Status) else Status.SUCCESS.manual_name
+        tracer(LeafDone(leaf.__name__, number, page, 0, text))
+        return result
+
+    return run

@@ -1,0 +1,475 @@
+"""``/dev/sgx_vepc``: EPC for guests, page by page as it is touched.
+
+A file is one virtual EPC; a mapping of it is what a guest gets as an EPC section.  Until a page is
+touched there is none; from then on the core may take it and a fault brings it back.
+
+Deviation: one table of a mapping stands for the VMM's page tables and the guest's second-level
+tables, which follow them.  A fork of the VMM is not modelled: its child would not get the mapping.
+
+Source:
+    arch/x86/kernel/cpu/sgx/virt.c; its oversubscription branch in intel/kvm-sgx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from errno import EBUSY, EINVAL, ENOTTY
+from itertools import count
+from typing import TYPE_CHECKING, NoReturn
+
+from softsgx.arch import PAGE_BYTES, RdInfo, RdInfoStatus, Status
+from softsgx.hw import Fault
+from softsgx.kvm import motion
+from softsgx.kvm.defects import KVM_DEFECTS
+from softsgx.kvm.fate import Fate
+from softsgx.kvm.page import VepcPage
+from softsgx.kvm.swap import VepcSwap
+from softsgx.paging import BackingFile, EpcBusy, EpcCore, LoadFailed, MemoryBacking, NoEpc
+
+if TYPE_CHECKING:
+    from softsgx.kvm.monitor import Monitor
+
+__all__ = [
+    "MAP_PRIVATE",
+    "MAP_SHARED",
+    "SGX_IOC_VEPC_REMOVE_ALL",
+    "FaultResult",
+    "Vepc",
+    "VepcDevice",
+    "VepcMapping",
+]
+
+SGX_IOC_VEPC_REMOVE_ALL = 0xA404
+"""_IO(SGX_MAGIC, 0x04)."""
+MAP_SHARED, MAP_PRIVATE = 1, 2
+_ENDLESS = 1 << 36  # a virtual EPC has no size of its own
+
+
+def _refuse(errno: int, why: str) -> NoReturn:
+    raise OSError(errno, why)
+
+
+def _memory(pages: int) -> BackingFile:
+    return MemoryBacking()
+
+
+class FaultResult(Enum):
+    """How a fault of a mapping ended."""
+
+    NOPAGE = "nopage"
+    """Repeat the access."""
+    RETRY = "retry"
+    """Repeat the access: the fault has waited for an EPC page with no lock held."""
+    SIGBUS = "sigbus"
+    """There is no EPC page, or the guest has stopped."""
+
+
+class VepcDevice:
+    """The device of one machine.
+
+    Args:
+        core: the EPC core.
+        backing: makes the backing file of a virtual EPC.
+        defects: names from :data:`~softsgx.kvm.KVM_DEFECTS`; other names are ignored.
+
+    Attributes:
+        zombies: pages of files that are closed, which EREMOVE refused: SECS pages whose children
+            are in files that are not closed.
+    """
+
+    def __init__(
+        self,
+        core: EpcCore,
+        *,
+        backing: Callable[[int], BackingFile] = _memory,
+        defects: frozenset[str] = frozenset(),
+    ) -> None:
+        self.core, self.backing = core, backing
+        self.defects = defects & KVM_DEFECTS.keys()
+        self.zombies: list[VepcPage] = []
+        self._numbers = count(1)
+
+    def next_number(self) -> int:
+        """Return a number for a guest, from 1."""
+        return next(self._numbers)
+
+    def open(self, monitor: Monitor, *, base: int = 0) -> Vepc:
+        """Open it: one new, empty virtual EPC.
+
+        Args:
+            monitor: whose VMM opens it.
+            base: guest-physical address at which the guest will see it.
+        """
+        return Vepc(self, monitor, base)
+
+    def retry_zombies(self) -> None:
+        """See which zombies have lost their last child."""
+        for page in list(self.zombies):
+            monitor = page.vepc.monitor
+            with monitor.lock:
+                gone = page in self.zombies and page.vepc.remove(page)
+                if gone:
+                    self.zombies.remove(page)
+                    page.vepc.end()
+
+
+class VepcMapping:
+    """A shared mapping of a virtual EPC; holds a reference to the file.
+
+    Attributes:
+        vepc: the file.
+        offset: index of the first page.
+        pages: how many.
+        entries: EPC address by index, of the pages that a processor can reach.
+        accessed: indices that were reached since this was last looked at.
+    """
+
+    def __init__(self, vepc: Vepc, offset: int, pages: int) -> None:
+        self.vepc, self.offset, self.pages = vepc, offset, pages
+        self.entries: dict[int, int] = {}
+        self.accessed: set[int] = set()
+
+    def fault(
+        self, index: int, *, retry: bool = True, pins: list[VepcPage] | None = None
+    ) -> FaultResult:
+        """Handle a fault on page ``index`` of the file; see :meth:`Vepc.fault`."""
+        assert self.offset <= index < self.offset + self.pages, f"page {index} is not mapped"
+        return self.vepc.fault(self, index, retry=retry, pins=pins)
+
+    def unmap(self) -> None:
+        """munmap(2)."""
+        vepc = self.vepc
+        with vepc.monitor.lock:
+            self.entries.clear()
+            vepc.mappings.remove(self)
+        vepc.monitor.quiesce()
+        vepc.put()
+
+
+class Vepc:
+    """One open file; ``Monitor.lock`` protects it.
+
+    Attributes:
+        base: guest-physical address of its first page.
+        pages: pages that were ever touched, by index.
+        mappings: where it is mapped.
+        swap: backing and VA slots; ``None`` once everything is gone.
+    """
+
+    def __init__(self, device: VepcDevice, monitor: Monitor, base: int) -> None:
+        self.device, self.monitor, self.base = device, monitor, base
+        self.pages: dict[int, VepcPage] = {}
+        self.mappings: list[VepcMapping] = []
+        self._latch = device.core.runtime.latch()
+        self._references = 1
+        self._closed = False
+        self.swap = VepcSwap(
+            device.core,
+            device.backing(_ENDLESS),
+            pages=_ENDLESS,
+            base=0,
+            lock=monitor.lock,
+            pin=_Pin(self),
+            kick=monitor.kick,
+            group=monitor.group,
+        )
+        monitor.vepcs.append(self)
+
+    # --- references -----------------------------------------------------------------------------
+
+    def hold(self) -> bool:
+        """Take a reference; ``False`` when the last one is gone.  Never waits."""
+        with self._latch:
+            if not self._references:
+                return False
+            self._references += 1
+            return True
+
+    def put(self) -> None:
+        """Give a reference back; the last one frees everything.  No lock may be held."""
+        with self._latch:
+            assert self._references, "more references given back than taken"
+            self._references -= 1
+            last = not self._references
+        if last:
+            self._destroy()
+
+    def close(self) -> None:
+        """Close it; mappings keep it."""
+        assert not self._closed, "a virtual EPC is closed twice"
+        self._closed = True
+        self.put()
+
+    # --- system calls ---------------------------------------------------------------------------
+
+    def mmap(self, pages: int, *, offset: int = 0, flags: int = MAP_SHARED) -> VepcMapping:
+        """Map ``pages`` pages from page ``offset``.
+
+        Raises:
+            OSError: EINVAL: not MAP_SHARED, or nothing to map.
+        """
+        if not flags & MAP_SHARED or pages <= 0:
+            _refuse(EINVAL, f"mmap of {pages} pages with flags {flags:#x}")
+        mapping = VepcMapping(self, offset, pages)
+        with self.monitor.lock:
+            self.mappings.append(mapping)
+        assert self.hold(), "a file that is gone is mapped"
+        return mapping
+
+    def ioctl(self, cmd: int, arg: int = 0) -> int:
+        """SGX_IOC_VEPC_REMOVE_ALL: make every page unused, without giving any back.
+
+        The guest's processors must not run in its enclaves.
+
+        Returns:
+            SECS pages that are left because they have children; a second round on all files that
+            share enclaves must give 0.
+
+        Raises:
+            OSError: ENOTTY: no such command; EINVAL: an argument; EBUSY: a processor is inside an
+                enclave, or pages are being removed by somebody else.
+        """
+        if cmd != SGX_IOC_VEPC_REMOVE_ALL:
+            _refuse(ENOTTY, f"ioctl {cmd:#x}")
+        if arg:
+            _refuse(EINVAL, f"argument {arg:#x}")
+        left = 0
+        with self.monitor.lock:
+            for index in list(self.pages):
+                page = self.pages[index]
+                while page.reclaiming:
+                    self.monitor.changed.wait()
+                ending = self._eremove(page)
+                if ending is Status.CHILD_PRESENT:
+                    left += 1
+                elif ending is not Status.SUCCESS:
+                    _refuse(EBUSY, f"EREMOVE of page {index}: {motion.name_of(ending)}")
+        self.monitor.reap()
+        return left
+
+    # --- faults ---------------------------------------------------------------------------------
+
+    def fault(
+        self,
+        mapping: VepcMapping,
+        index: int,
+        *,
+        retry: bool = True,
+        pins: list[VepcPage] | None = None,
+    ) -> FaultResult:
+        """Let ``mapping`` reach page ``index``, loading or making it.
+
+        Args:
+            mapping: through which it was touched.
+            index: of the page.
+            retry: whether to wait for an EPC page, with no lock held, and ask for another try.
+            pins: keep the page until :meth:`unpin`, and note it here.
+
+        Returns:
+            What whoever touched it sees; nothing is locked then.
+
+        Source:
+            sgx_vepc_fault(), __sgx_vepc_fault(), virt.c.
+        """
+        core, monitor = self.device.core, self.monitor
+        page = self._page(index)
+        if page is None:
+            return FaultResult.SIGBUS
+        busy: EpcBusy | None = None
+        stuck = False
+        with monitor.lock:
+            while page.reclaiming and retry and monitor.stopped is None:
+                monitor.changed.wait()
+            if monitor.stopped is not None or page.reclaiming:
+                return FaultResult.SIGBUS
+            try:
+                if page.stuck:
+                    stuck = not motion.unstick(page)
+                if stuck:
+                    pass
+                elif page.epc is None:
+                    motion.fill(page)
+                elif "L12" in self.device.defects:
+                    return FaultResult.NOPAGE
+                if not stuck:
+                    assert page.epc is not None, f"{page!r} was filled"
+                    # Last: the guest must never see the page half loaded.
+                    mapping.entries[index] = page.epc.addr
+                    if pins is not None:
+                        page.pins += 1
+                        pins.append(page)
+                    return FaultResult.NOPAGE
+            except EpcBusy as error:
+                busy = error
+            except NoEpc:
+                return FaultResult.SIGBUS
+            except LoadFailed as error:
+                monitor.stop(f"page {page.gpa:#x} cannot be loaded: {error.result}")
+        monitor.reap()
+        if not monitor.alive or not retry:
+            return FaultResult.SIGBUS
+        if busy is None:  # a batch of reclaim is about to look at it
+            monitor.runtime.yield_now()
+        else:
+            core.wait_for_page(busy)
+        return FaultResult.RETRY
+
+    def _page(self, index: int) -> VepcPage | None:
+        """Return the page, with room for its version; ``None`` when there is no EPC for that."""
+        page = self.pages.get(index)
+        if page is not None and page.promised:
+            return page
+        try:
+            self.swap.grow()
+        except (NoEpc, LoadFailed):
+            return None
+        with self.monitor.lock:
+            page = self.pages.setdefault(index, VepcPage(self, index))
+            if page.promised:
+                self.swap.shrink()
+            page.promised = True
+        return page
+
+    def unpin(self, page: VepcPage) -> None:
+        """Undo one ``pins`` of :meth:`fault`; the lock is held."""
+        assert page.pins, f"{page!r} is not pinned"
+        page.pins -= 1
+
+    # --- what the reclaimer asks; the lock is held where it says so -----------------------------
+
+    def test_and_clear_accessed(self, index: int) -> bool:
+        """Return whether a processor has reached page ``index`` since the last call."""
+        young = False
+        for mapping in list(self.mappings):
+            young |= index in mapping.accessed
+            mapping.accessed.discard(index)
+        return young
+
+    def unmap(self, page: VepcPage) -> None:
+        """Remove every entry of ``page``; the lock is held."""
+        for mapping in self.mappings:
+            mapping.entries.pop(page.index, None)
+            mapping.accessed.discard(page.index)
+
+    def unmap_all(self) -> None:
+        """Remove every entry; the lock is held."""
+        for mapping in self.mappings:
+            mapping.entries.clear()
+
+    def page_at(self, gpa: int) -> VepcPage | None:
+        """Return the page at a guest-physical address."""
+        return self.pages.get((gpa - self.base) // PAGE_BYTES) if gpa % PAGE_BYTES == 0 else None
+
+    # --- removal; the lock is held --------------------------------------------------------------
+
+    def _eremove(self, page: VepcPage) -> Status | Fault:
+        """Make ``page`` unused wherever it is; a SECS with children of either kind stays."""
+        monitor = self.monitor
+        leaves = monitor.host.leaves
+        if page.evicted_children:
+            return Status.CHILD_PRESENT
+        if page.epc is None:
+            if page.evicted is not None:
+                motion.drop(page)
+            return Status.SUCCESS
+        at = page.epc.addr
+        ending = monitor.leaf(lambda: leaves.eremove(at))
+        if ending is Status.SUCCESS:
+            # Unused, whoever had blocked it.
+            page.epc.blocked = False
+        return ending
+
+    def remove(self, page: VepcPage) -> bool:
+        """Make ``page`` unused and give its EPC page back; the lock is held.
+
+        Returns:
+            Whether it is gone.
+        """
+        monitor = self.monitor
+        epc = page.epc
+        if epc is not None and not monitor.host.unmark_reclaimable(epc):
+            return False  # a batch has it
+        ending = self._eremove(page)
+        if ending is not Status.SUCCESS:
+            if epc is not None:
+                monitor.host.mark_reclaimable(epc)
+            return False
+        if epc is not None:
+            monitor.host.free(epc)
+            page.epc = None
+            monitor.resident -= 1
+        return True
+
+    def free_all(self) -> None:
+        """Give back what can be given back: a pass of :meth:`Monitor.reap`; the lock is held."""
+        for page in self.pages.values():
+            if not page.reclaiming:
+                self.remove(page)
+
+    def _destroy(self) -> None:
+        """The last reference is gone.
+
+        Source:
+            sgx_vepc_release(), virt.c.
+        """
+        monitor, zombies = self.monitor, self.device.zombies
+        with monitor.lock:
+            monitor.kick()
+            pages = list(self.pages.values())
+            pages = [page for page in pages if not self.remove(page)]
+            zombies += [page for page in pages if not self.remove(page)]
+            self.end()
+        self.device.retry_zombies()
+
+    def end(self) -> None:
+        """Forget the file once nothing is left of it; the lock is held."""
+        left = any(page.vepc is self for page in self.device.zombies)
+        if self in self.monitor.vepcs and not left:
+            self.monitor.vepcs.remove(self)
+            self.swap.destroy()
+
+    # --- what there is --------------------------------------------------------------------------
+
+    def why_not(self, page: VepcPage) -> str | None:
+        """Return why ``page``, which is resident, could not leave now; the lock is held."""
+        if page.pins:
+            return "pinned"
+        if page.epc is None or page.reclaiming:
+            return None
+        info, at = RdInfo(), page.epc.addr
+        ending = self.monitor.leaf(lambda: self.monitor.host.leaves.erdinfo(info, at))
+        if ending is Status.SUCCESS and info.status & RdInfoStatus.CHILDPRESENT:
+            return "secs with children"
+        return "ballast" if not self.monitor.may_shrink() else None
+
+    def recount(self) -> None:
+        """Compare counts with a recount; call while no task runs here."""
+        self.swap.recount()
+        for page in self.pages.values():
+            assert page.epc is None or page.evicted is None, f"{page!r} is in two places"
+            assert not page.reclaiming and not page.pins, f"{page!r} is left reclaiming or pinned"
+            for mapping in self.mappings:
+                entry = mapping.entries.get(page.index)
+                assert entry is None or (page.epc is not None and entry == page.epc.addr), (
+                    f"{page!r} is mapped to {entry:#x}"
+                )
+            evicted = page.evicted
+            if evicted is not None:
+                assert (evicted.secs is not None) == (evicted.fate is Fate.CHILD), f"{page!r}"
+            assert page.evicted_children >= 0, f"{page!r} has less than no children"
+
+
+class _Pin:
+    """Keeps a file while the reclaimer works on its VA pages."""
+
+    def __init__(self, vepc: Vepc) -> None:
+        self._vepc = vepc
+
+    def get(self) -> bool:
+        """Take a reference."""
+        return self._vepc.hold()
+
+    def put(self) -> None:
+        """Give it back."""
+        self._vepc.put()
