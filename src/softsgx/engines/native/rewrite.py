@@ -11,12 +11,16 @@ machine's own CPUID.
 
 from __future__ import annotations
 
+import hashlib
+
 from softsgx.engines.native.insn import decode
 
 __all__ = ["CPUID", "TRAP", "cpuid_sites"]
 
 CPUID = b"\x0f\xa2"
 TRAP = b"\xcc\x90"
+
+_known: dict[bytes, list[int]] = {}
 
 _BACK = 96
 _AHEAD = 6
@@ -25,7 +29,20 @@ _RECENT = 16
 
 
 def cpuid_sites(code: bytes) -> list[int]:
-    """Return the offsets of the CPUID instructions in ``code``."""
+    """Return the offsets of the CPUID instructions in ``code``.
+
+    The same libraries are loaded again and again: what was found in them is remembered.
+    """
+    if code.find(CPUID) < 0:
+        return []
+    key = hashlib.blake2b(code, digest_size=16).digest()
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = _find_sites(code)
+    return known
+
+
+def _find_sites(code: bytes) -> list[int]:
     sites = []
     at = code.find(CPUID)
     while at >= 0:

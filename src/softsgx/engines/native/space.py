@@ -100,11 +100,7 @@ class Space:
     def protect(self, start: int, end: int, prot: int) -> None:
         """Give the entries that exist in a range other rights."""
         entries = self._entries
-        if (end - start) // PAGE_BYTES < len(entries):
-            inside = [at for at in range(start, end, PAGE_BYTES) if at in entries]
-        else:
-            inside = [at for at in entries if start <= at < end]
-        for linaddr in inside:
+        for linaddr in self._inside(start, end):
             entries[linaddr] = entries[linaddr][0], prot
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
@@ -174,6 +170,18 @@ class Space:
             page = self._page_at(entry[0])
             assert page is not None, f"{entry[0]:#x} is no EPC page"
             self._store.refresh(page)
+
+    def refresh_range(self, start: int, end: int) -> None:
+        """EPCM entries of the pages in a range may have changed; it may be huge and sparse."""
+        for linaddr in self._inside(start, end):
+            self.refresh(linaddr)
+
+    def _inside(self, start: int, end: int) -> list[int]:
+        """Return the pages of a range that have entries."""
+        entries = self._entries
+        if (end - start) // PAGE_BYTES < len(entries):
+            return [at for at in range(start, end, PAGE_BYTES) if at in entries]
+        return [at for at in entries if start <= at < end]
 
     def reshow(self, linaddr: int) -> None:
         """Give a page that faulted without a reason the rights that it should have here."""

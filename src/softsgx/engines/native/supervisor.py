@@ -189,9 +189,8 @@ class Supervisor(World):
             return  # nothing was done either
         start = file.enclave.base + request.offset
         device = self._registry.of_file(file)
-        for linaddr in range(start, start + request.length, abi.PAGE):
-            for space in device.users:
-                space.refresh(linaddr)
+        for space in device.users:
+            space.refresh_range(start, start + request.length)
 
     # --- the loop's world -----------------------------------------------------------------------
 
