@@ -3,9 +3,9 @@
 Knows the core (``paging``) and the processor's leaves; neither guests nor limits.
 """
 
+from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.debug import peek, poke
 from softsgx.driver.defects import DEFECTS, DRIVER_DEFECTS, Defect
-from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.driver import Driver
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.events import (

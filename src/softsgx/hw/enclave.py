@@ -12,10 +12,12 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.layout import U8, U16, U32, U64, Nested, Raw, Structure, at
 
-__all__ = ["Enclave", "SecsImage"]
+__all__ = ["Crossings", "Enclave", "SecsImage"]
 
 # Plain integers: arithmetic on enums is ten times slower, and every entry asks.
 _INIT, _MODE64BIT = int(AttributesFlags.INIT), int(AttributesFlags.MODE64BIT)
@@ -53,6 +55,22 @@ class SecsImage(Structure, size=4096, align=4096):
     unused: bytes = at(672, Raw(3424))
 
 
+class Crossings:
+    """How often processors have entered and left an enclave, for whoever reports.
+
+    One object for each EID, which outlives evictions of the SECS.
+
+    Attributes:
+        eenter, eresume, eexit: leaves that succeeded.
+        aex: asynchronous exits.
+    """
+
+    __slots__ = ("aex", "eenter", "eexit", "eresume")
+
+    def __init__(self) -> None:
+        self.eenter = self.eresume = self.eexit = self.aex = 0
+
+
 class Enclave:
     """The live state of one SECS.
 
@@ -64,6 +82,7 @@ class Enclave:
         children: CHLDCNT, valid EPC-resident pages whose ENCLAVESECS this is; EWB needs 0.
         virt_children: VIRTCHILDCNT, children that a guest believes to be resident.
         epoch, cur_count, prev_count: tracking; see ``tracking.py``.
+        crossings: how often it was entered and left.
         lock_b: one of EADD, EEXTEND, EINIT is updating or closing the measurement.
         lock_t: one of ETRACK, ETRACKC, EWB holds the tracking facility.
         tracking: ETRACK itself is executing (EBLOCK answers ENTRYEPOCH_LOCKED).
@@ -77,6 +96,7 @@ class Enclave:
         "config_id",
         "config_svn",
         "context",
+        "crossings",
         "cur_count",
         "eid",
         "epoch",
@@ -99,8 +119,11 @@ class Enclave:
         "xfrm",
     )
 
-    def __init__(self, secs: Secs | SecsImage, eid: int, context: int) -> None:
+    def __init__(
+        self, secs: Secs | SecsImage, eid: int, context: int, crossings: Crossings | None = None
+    ) -> None:
         self.eid, self.context = eid, context
+        self.crossings = Crossings() if crossings is None else crossings
         self.size, self.base = secs.size, secs.base
         self.ssa_frame_size, self.miscselect = secs.ssa_frame_size, secs.miscselect
         self.cet_leg_bitmap_offset = secs.cet_leg_bitmap_offset
@@ -159,10 +182,12 @@ class Enclave:
         ).pack()
 
     @classmethod
-    def from_image(cls, data: bytes, context: int) -> Enclave:
+    def from_image(
+        cls, data: bytes, context: int, crossings: Mapping[int, Crossings] | None = None
+    ) -> Enclave:
         """Return the enclave of an authenticated page image, loaded where ``context`` says."""
         image = SecsImage.unpack(data)
-        self = cls(image, image.eid, context)
+        self = cls(image, image.eid, context, (crossings or {}).get(image.eid))
         self.virt_children = image.virt_children
         self.isv_ext_prod_id, self.isv_family_id = image.isv_ext_prod_id, image.isv_family_id
         self.padding = image.padding

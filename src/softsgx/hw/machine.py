@@ -30,7 +30,7 @@ from softsgx.arch import (
     page_of,
 )
 from softsgx.hw.config import EpcSection, MachineConfig
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.enclave import Crossings, Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
 from softsgx.hw.fast import fast_leaves
@@ -68,6 +68,7 @@ class Machine:
         kernel: the processor that ``leaves`` run on: CPL 0, direct map, never inside an enclave.
         xsave: where XSAVE components are, by XFRM.
         measurements: SHA-256 of enclaves between ECREATE and EINIT, by EID.
+        crossings: how often each enclave was entered and left, by EID.
         launch_key_hash: IA32_SGXLEPUBKEYHASH0–3.
         feature_control: IA32_FEATURE_CONTROL.
         cpusvn: CR_CPUSVN.
@@ -99,6 +100,7 @@ class Machine:
         self.entropy_failures = 0
         self.pages: dict[int, EpcPage] = {}
         self.measurements: dict[int, hashlib._Hash] = {}
+        self.crossings: dict[int, Crossings] = {}
         self._sections = sorted(config.sections, key=lambda section: section.base)
         self._bases = [section.base for section in self._sections]
         self._eids = count(1)
@@ -181,6 +183,7 @@ class Machine:
             page.clear()
         self.store.clear()
         self.measurements.clear()
+        self.crossings.clear()
         self.secrets.power_up()
         self.launch_key_hash[:] = self.config.launch_key_hash
         self._eids = count(1)

@@ -93,7 +93,8 @@ class EnclaveSwap:
     Attributes:
         secs: the EPC page of the SECS, ``None`` before :meth:`set_secs` and while it is evicted.
         secs_entry: where the SECS is while it is evicted.
-        children: resident pages of the enclave (secs_child_cnt).
+        children: resident pages of the enclave (secs_child_cnt); ``peak_children`` at most so far.
+        ewbs, etracks: leaves that were tried, SECS included.
         va: the enclave's VA pages.
         pin: as given.
         lock: as given.
@@ -113,7 +114,8 @@ class EnclaveSwap:
     ) -> None:
         self.secs: EpcPage | None = None
         self.secs_entry: SwapEntry | None = None
-        self.children = 0
+        self.children = self.peak_children = 0
+        self.ewbs = self.etracks = 0
         self._secs_may_leave = False
         self.lock, self.pin = lock, pin
         self.va: VaArray = core.va.array(lock, pin=pin, group=group)
@@ -250,6 +252,8 @@ class EnclaveSwap:
         if not self.children and self.secs is not None:
             self._core.unmark_reclaimable(self.secs)  # a batch that has it finds the child
         self.children += 1
+        if self.children > self.peak_children:
+            self.peak_children = self.children
 
     def child_removed(self) -> None:
         """EREMOVE has taken a resident page from the enclave; the SECS stays for a while."""
@@ -347,6 +351,7 @@ class EnclaveSwap:
             except BackingError:
                 return self._lose(page, reservation)
         ending, tries = self._ewb(page, slot, pinned)
+        self.ewbs += tries
         counters = self._counters
         if self._core.tracer is not None:
             self._core.tracer(Evicted(page.addr, kind, index, tries, name_of(ending)))
@@ -409,6 +414,7 @@ class EnclaveSwap:
         secs = self.secs
         assert secs is not None, "the enclave has resident pages but no SECS"
         self._counters.etrack += 1
+        self.etracks += 1
         ending: Ending
         try:
             ending = self._leaves.etrack(secs.addr)

@@ -139,6 +139,7 @@ def _leave(
     # 3. Out: the frame is used up, and resuming takes the one before the TCS's CSSA.
     entry.write_cssa(cpu, inside.tcs, tcs.cssa + 1)
     entry.go_outside(cpu)
+    inside.enclave.crossings.aex += 1
     if vector == Vector.PF:
         cpu.cr2 = address & -PAGE_BYTES
     if hw.tracer is not None:

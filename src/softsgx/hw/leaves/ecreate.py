@@ -18,7 +18,7 @@ from softsgx.arch import (
     is_canonical,
 )
 from softsgx.hw.checks import secinfo_ok, xfrm_legal
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.enclave import Crossings, Enclave
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
@@ -72,7 +72,8 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
             raise GeneralProtection
 
         context = cpu.space.paging_address(rcx)
-        enclave = Enclave(secs, hw.next_eid(), context)
+        eid = hw.next_eid()
+        enclave = Enclave(secs, eid, context, hw.crossings.setdefault(eid, Crossings()))
         enclave.mrenclave = bytes(32)
         enclave.isv_prod_id = enclave.isv_svn = 0
         # Without CET the offset is zero, which is what the block then has in its place.

@@ -79,3 +79,4 @@ def _enter(
         raise
     entry.go_inside(cpu, page, mode, tcs, frame, slot, rcx, fs_base, gs_base)
     entry.start_afresh(cpu, enclave, tcs, frame, target)
+    enclave.crossings.eenter += 1

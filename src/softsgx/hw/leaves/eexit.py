@@ -36,4 +36,5 @@ def eexit(cpu: LogicalProcessor, rbx: int) -> None:
     cet.keep_ssp(cpu, inside.enclave, inside.tcs)
     regs.rip, regs.rcx = rbx, entry.read_aep(cpu, inside.tcs)
     entry.go_outside(cpu)
+    inside.enclave.crossings.eexit += 1
     cet.expect_endbranch(cpu)

@@ -187,7 +187,7 @@ def _unseal(
         page.bepoch = secs.owner.epoch - (0 if page.blocked else TRACKED_AGE)
         hw.locks.count_child(secs.owner, 1)
     elif pt is PageType.SECS:
-        page.enclave = Enclave.from_image(plain, cpu.space.paging_address(rcx))
+        page.enclave = Enclave.from_image(plain, cpu.space.paging_address(rcx), cpu.hw.crossings)
     else:
         page.slots = list(_SLOTS.unpack(plain))
     page.valid = True

@@ -59,6 +59,7 @@ def eresume(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
         mode = entry.admit(cpu, page, rbx)
         try:
             _resume(cpu, page, rbx, rcx, mode)
+            mode[1].crossings.eresume += 1
         except BaseException:
             entry.retract(cpu, mode[1], mode[2])
             raise
