@@ -173,6 +173,11 @@ class Monitor:
     def __repr__(self) -> str:
         return f"<guest {self.name}: {self.resident} EPC pages>"
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can go on."""
+        return self.stopped is None
+
     # --- stopping processors --------------------------------------------------------------------
 
     def quiesce(self) -> None:

@@ -1,0 +1,128 @@
+"""Guests under a host that takes their EPC away, against a dictionary of what memory must hold.
+
+Goal: three guests, each with a virtual EPC as large as the host's whole EPC and enclaves larger
+than that, beside native enclaves under a limit: host and guests swap at the same time, and nothing
+is lost, stale or foreign; in the end every page of every EPC is free.
+
+Method: the actors of ``programs.py`` run in the guests and on the host, interleaved by seeded
+schedules, by threads, or one after the other; both ksgxds run, and a storm reclaims on the host
+whenever it can.  Counts are recounted, VIRTCHILDCNT against the host's own among them.
+The long profile: ``SOFTSGX_GUESTS=100 pytest tests/model/test_guests.py`` (thousands of schedules).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import partial
+
+import pytest
+from tests.model.programs import STEPS, Actor, run_steps
+from tests.support.guests import GuestHost, GuestSystem
+
+from softsgx.runtime import Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
+
+SCALE = int(os.environ.get("SOFTSGX_GUESTS", "1"))
+KINDS = [kind for kind in STEPS if kind != "remap"]
+
+
+def _storm(host: GuestHost, seed: int, count: int) -> None:
+    """Reclaim on the host, gently and by force, as others allocate."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        host.core.reclaim(force=rng.random() < 0.5)
+        host.runtime.yield_now()
+
+
+def _guest_storm(guest: GuestSystem, seed: int, count: int) -> None:
+    """Reclaim in the guest."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        guest.core.reclaim(force=rng.random() < 0.5)
+        guest.runtime.yield_now()
+
+
+def swarm(
+    runtime: Runtime,
+    seed: int,
+    *,
+    guests: int = 3,
+    epc_pages: int = 40,
+    guest_pages: int = 40,
+    steps: int = 4,
+    pages: int = 6,
+    shared: bool = False,
+) -> GuestHost:
+    """Let actors in guests and on the host run at the same time; everything must be free then."""
+    host = GuestHost(epc_pages=epc_pages, runtime=runtime, processors=3, ksgxd=True)
+    limited = host.tree.make("native")
+    limited.max_pages = 14
+    native = Actor(host.system, host.system.process(group=limited), cpu=0, tolerant=True)
+    native.launch(4)
+    crew: list[tuple[GuestSystem, list[Actor]]] = []
+    for _ in range(guests):
+        guest = host.guest(guest_pages, ksgxd=True)
+        first = Actor(guest, guest.process(), cpu=0)  # type: ignore[arg-type]
+        threads = 2 if shared else 1
+        share = first.launch(pages, threads=threads, actors=threads)
+        assert share is not None
+        actors = [first]
+        if shared:
+            second = Actor(guest, first.process, cpu=1)  # type: ignore[arg-type]
+            second.join(share.made, 1, 2)
+            actors.append(second)
+        crew.append((guest, actors))
+    tasks = [
+        runtime.spawn(partial(run_steps, native, seed, steps, KINDS), "native"),
+        runtime.spawn(partial(_storm, host, seed, 4 * steps), "storm"),
+    ]
+    for number, (guest, actors) in enumerate(crew):
+        name = guest.guest.name
+        tasks.append(runtime.spawn(partial(_guest_storm, guest, seed, steps), f"{name}.storm"))
+        for actor in actors:
+            program = partial(run_steps, actor, seed * 100 + 10 * number + actor.cpu, steps, KINDS)
+            tasks.append(runtime.spawn(program, f"{name}.{actor.cpu}"))
+    for task in tasks:
+        task.join()
+    for guest, _actors in crew:
+        guest.core.stop()
+    host.core.stop()
+    host.recount()
+    _end(host, native, crew)
+    return host
+
+
+def _end(
+    host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Actor]]]
+) -> None:
+    native.process.exit()
+    for guest, actors in crew:
+        actors[0].process.exit()
+        while guest.driver.enclaves:
+            host.runtime.yield_now()
+        assert guest.free_pages == guest.epc_pages, f"{guest.guest.name} has lost pages"
+        guest.recount()
+    host.recount()
+    for guest in host.guests:
+        guest.guest.destroy()
+    host.guests = []
+    host.recount()
+    assert not host.device.zombies
+    assert host.core.free_pages == host.epc_pages, "the host has lost pages"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["uniform", "pct"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_guests_keep_what_they_stored_under_any_schedule(policy: str, shared: bool) -> None:
+    for seed in range(3 * SCALE):
+        chosen = Uniform() if policy == "uniform" else Pct(depth=4, steps=20_000)
+        runtime = SeededRuntime(seed, policy=chosen, step_limit=5_000_000)
+        runtime.run(partial(swarm, runtime, seed, shared=shared))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_guests_keep_what_they_stored_on_threads(shared: bool) -> None:
+    runtime = ThreadsRuntime()
+    runtime.run(partial(swarm, runtime, 1, steps=10 * SCALE, shared=shared))
