@@ -7,7 +7,13 @@ x86-64 only; no root needed.
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor
 from softsgx.engines.native.memory import NativeStore
 from softsgx.engines.native.pagers import PAGERS
-from softsgx.engines.native.run import NativePlatformConfig, RunResult, native_platform, run
+from softsgx.engines.native.run import (
+    NativePlatformConfig,
+    Observer,
+    RunResult,
+    native_platform,
+    run,
+)
 from softsgx.engines.native.supervisor import Supervisor
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "Finding",
     "NativePlatformConfig",
     "NativeStore",
+    "Observer",
     "RunResult",
     "Supervisor",
     "choose_pager",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from softsgx.engines.native.cpuid import host_cpuid, xsave_components
 from softsgx.engines.native.doctor import doctor
@@ -22,7 +22,7 @@ from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
 from softsgx.trace import Tracer
 
-__all__ = ["NativePlatformConfig", "RunResult", "native_platform", "run"]
+__all__ = ["NativePlatformConfig", "Observer", "RunResult", "native_platform", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,16 @@ class RunResult:
     pager: str
     epc_pages: int
     counters: dict[str, object]
+
+
+class Observer(Protocol):
+    """Whoever watches a run: for reports, and to pass signals on."""
+
+    def attached(self, platform: Platform, pager: str) -> None:
+        """The platform is ready and the program is about to start."""
+
+    def started(self, pid: int) -> None:
+        """The program is about to take its first step."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ def run(
     pager: str | None = None,
     cpus: set[int] | None = None,
     tracer: Tracer | None = None,
+    observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stdio: tuple[int, int, int] | None = None,
@@ -82,6 +93,7 @@ def run(
         cpus: processors that program and supervisor may run on; one is the fastest for one
             thread.
         tracer: receives every event of every layer.
+        observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.
         cwd: the program's working directory; ours by default.
         stdio: descriptors to be its standard input, output and error.
@@ -103,7 +115,10 @@ def run(
         supervisor = Supervisor(
             platform.machine, platform.driver, group=pays, pager=pager, cpus=cpus
         )
-        exit_code = supervisor.run(argv, env=env, cwd=cwd, stdio=stdio)
+        if observer is not None:
+            observer.attached(platform, supervisor.pager)
+        started = None if observer is None else observer.started
+        exit_code = supervisor.run(argv, env=env, cwd=cwd, stdio=stdio, started=started)
         platform.check()
         return RunResult(
             exit_code, supervisor.pager, platform.core.epc_pages, platform.core.counters.as_dict()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -102,8 +102,11 @@ class Supervisor(World):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         stdio: tuple[int, int, int] | None = None,
+        started: Callable[[int], None] | None = None,
     ) -> int:
         """Run ``argv`` and return its exit status: -n when signal n ended it.
+
+        ``started`` is called with its id before its first step.
 
         Raises:
             SoftSgxError: it cannot be started, or this machine does not allow it.
@@ -121,6 +124,8 @@ class Supervisor(World):
                 process = Process(first.tid, libc.pidfd_open(first.tid), self._group)
                 thread = self._dress(first, process)
                 self._loop.add(thread)
+                if started is not None:
+                    started(first.tid)
                 self._loop.go(thread)
                 self._loop.run()
             except BaseException:

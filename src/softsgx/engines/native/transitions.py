@@ -266,10 +266,14 @@ class Transitions:
         return 0
 
     def _tell_exit(self, thread: ProgramThread) -> None:
-        """Report the exit and the resumption that were not worth doing."""
+        """Count and report the exit and the resumption that were not worth doing."""
         cpu = thread.cpu
         tracer, inside = cpu.hw.tracer, cpu.inside
-        if tracer is not None and inside is not None:
+        assert inside is not None, "a mended fault of enclave code outside an enclave"
+        crossings = inside.enclave.crossings
+        crossings.aex += 1
+        crossings.eresume += 1
+        if tracer is not None:
             eid, tcs = inside.enclave.eid, inside.tcs_linaddr
             tracer(AsynchronousExit(cpu.number, eid, tcs, Vector.PF))
             tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
