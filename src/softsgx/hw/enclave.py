@@ -15,44 +15,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
-from softsgx.layout import U8, U16, U32, U64, Nested, Raw, Structure, at
+from softsgx.layout import U64, Raw, Structure, at
 
-__all__ = ["Crossings", "Enclave", "SecsImage"]
+__all__ = ["Crossings", "Enclave", "HiddenSecs"]
 
 # Plain integers: arithmetic on enums is ten times slower, and every entry asks.
 _INIT, _MODE64BIT = int(AttributesFlags.INIT), int(AttributesFlags.MODE64BIT)
 
 
-class SecsImage(Structure, size=4096, align=4096):
-    """A SECS with its hidden fields, as it stands in an evicted page.
+class HiddenSecs(Structure, size=400):
+    """What a SECS holds beyond the fields that the manual names.
 
-    Deviation: the place of hidden fields is implementation-specific; this one is ours.
+    Deviation: the place of hidden fields is implementation-specific; ours begin at
+    ``_HIDDEN_AT`` of the page, in what ECREATE takes as reserved.
     """
 
-    size: int = at(0, U64)
-    base: int = at(8, U64)
-    ssa_frame_size: int = at(16, U32)
-    miscselect: int = at(20, U32)
-    cet_leg_bitmap_offset: int = at(24, U64)
-    cet_attributes: int = at(32, U8)
-    reserved1: bytes = at(33, Raw(15))
-    attributes: Attributes = at(48, Nested(Attributes))
-    mrenclave: bytes = at(64, Raw(32))
-    reserved2: bytes = at(96, Raw(32))
-    mrsigner: bytes = at(128, Raw(32))
-    reserved3: bytes = at(160, Raw(32))
-    config_id: bytes = at(192, Raw(64))
-    isv_prod_id: int = at(256, U16)
-    isv_svn: int = at(258, U16)
-    config_svn: int = at(260, U16)
-    reserved4: bytes = at(262, Raw(2))
-    eid: int = at(264, U64)
-    context: int = at(272, U64)
-    virt_children: int = at(280, U64)
-    isv_ext_prod_id: bytes = at(288, Raw(16))
-    isv_family_id: bytes = at(304, Raw(16))
-    padding: bytes = at(320, Raw(PADDING_BYTES))
-    unused: bytes = at(672, Raw(3424))
+    eid: int = at(0, U64)
+    virt_children: int = at(8, U64)
+    isv_ext_prod_id: bytes = at(16, Raw(16))
+    isv_family_id: bytes = at(32, Raw(16))
+    padding: bytes = at(48, Raw(PADDING_BYTES))
+
+
+_HIDDEN_AT = 264
+assert _HIDDEN_AT >= Secs.OFFSETS["reserved4"], "hidden fields lie on named ones"
 
 
 class Crossings:
@@ -120,7 +106,7 @@ class Enclave:
     )
 
     def __init__(
-        self, secs: Secs | SecsImage, eid: int, context: int, crossings: Crossings | None = None
+        self, secs: Secs, eid: int, context: int, crossings: Crossings | None = None
     ) -> None:
         self.eid, self.context = eid, context
         self.crossings = Crossings() if crossings is None else crossings
@@ -159,36 +145,40 @@ class Enclave:
 
     def to_image(self) -> bytes:
         """Return the 4096 bytes that leave with the page."""
-        return SecsImage(
-            size=self.size,
-            base=self.base,
-            ssa_frame_size=self.ssa_frame_size,
-            miscselect=self.miscselect,
-            cet_leg_bitmap_offset=self.cet_leg_bitmap_offset,
-            cet_attributes=self.cet_attributes,
-            attributes=Attributes(flags=self.flags, xfrm=self.xfrm),
-            mrenclave=self.mrenclave,
-            mrsigner=self.mrsigner,
-            config_id=self.config_id,
-            isv_prod_id=self.isv_prod_id,
-            isv_svn=self.isv_svn,
-            config_svn=self.config_svn,
+        image = bytearray(
+            Secs(
+                size=self.size,
+                base=self.base,
+                ssa_frame_size=self.ssa_frame_size,
+                miscselect=self.miscselect,
+                cet_leg_bitmap_offset=self.cet_leg_bitmap_offset,
+                cet_attributes=self.cet_attributes,
+                attributes=Attributes(flags=self.flags, xfrm=self.xfrm),
+                mrenclave=self.mrenclave,
+                mrsigner=self.mrsigner,
+                config_id=self.config_id,
+                isv_prod_id=self.isv_prod_id,
+                isv_svn=self.isv_svn,
+                config_svn=self.config_svn,
+            ).pack()
+        )
+        image[_HIDDEN_AT : _HIDDEN_AT + HiddenSecs.SIZE] = HiddenSecs(
             eid=self.eid,
-            context=self.context,
             virt_children=self.virt_children,
             isv_ext_prod_id=self.isv_ext_prod_id,
             isv_family_id=self.isv_family_id,
             padding=self.padding,
         ).pack()
+        return bytes(image)
 
     @classmethod
     def from_image(
         cls, data: bytes, context: int, crossings: Mapping[int, Crossings] | None = None
     ) -> Enclave:
         """Return the enclave of an authenticated page image, loaded where ``context`` says."""
-        image = SecsImage.unpack(data)
-        self = cls(image, image.eid, context, (crossings or {}).get(image.eid))
-        self.virt_children = image.virt_children
-        self.isv_ext_prod_id, self.isv_family_id = image.isv_ext_prod_id, image.isv_family_id
-        self.padding = image.padding
+        hidden = HiddenSecs.unpack(data, _HIDDEN_AT)
+        self = cls(Secs.unpack(data), hidden.eid, context, (crossings or {}).get(hidden.eid))
+        self.virt_children = hidden.virt_children
+        self.isv_ext_prod_id, self.isv_family_id = hidden.isv_ext_prod_id, hidden.isv_family_id
+        self.padding = hidden.padding
         return self
