@@ -92,9 +92,7 @@ def swarm(
     return host
 
 
-def _end(
-    host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Actor]]]
-) -> None:
+def _end(host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Actor]]]) -> None:
     native.process.exit()
     for guest, actors in crew:
         actors[0].process.exit()

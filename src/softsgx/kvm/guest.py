@@ -305,8 +305,6 @@ class Guest(Monitor):
         if exit.reason is not VmExitReason.SGX_CONFLICT:
             raise exit
         code = ConflictCode(exit.code)
-        if code is ConflictCode.TRACKING_REFERENCE_CONFLICT and self._complete(exit):
-            return None
         if self._again(leaf, code.name, before):
             return None
         self.counters.reflected += 1
@@ -317,17 +315,6 @@ class Guest(Monitor):
                 return Status(exit.error)
             case ConflictCode.TRACKING_RESOURCE_CONFLICT | ConflictCode.EPC_PAGE_CONFLICT_EXCEPTION:
                 raise GeneralProtection
-
-    def _complete(self, exit: VmExit) -> bool:
-        """Complete a tracking cycle that the host has begun; ``False``: it was the guest's."""
-        with self.lock:
-            secs = self.page_at(exit.guest_physical)
-            if secs is None or not secs.host_tracked:
-                return False
-            self.kick()
-            secs.host_tracked = False
-            self.counters.again += 1
-            return True
 
     # --- pause and power ------------------------------------------------------------------------
 
@@ -386,7 +373,7 @@ class Guest(Monitor):
     def unreclaimable(self) -> dict[str, int]:
         """Return how many of its resident pages could not leave now, by reason."""
         reasons: dict[str, int] = {}
-        with self.lock:
+        with self.lock, self.working():
             for vepc in self.vepcs:
                 for page in list(vepc.pages.values()):
                     if page.epc is not None and (reason := vepc.why_not(page)):

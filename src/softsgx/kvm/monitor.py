@@ -7,8 +7,9 @@ Lock order: ``lock``, then what the core takes, then ``cpu.busy`` and the gate's
 innermost.  An instruction of the guest holds its ``busy``, or stands inside the gate, for no longer
 than it executes: a VM exit ends it, and only then does anybody take ``lock``.
 
-Invariants: while ``host_work`` is odd a leaf of the host works on this machine's EPC; ``resident``
-is the number of its virtual EPC pages that are in the EPC.
+Invariants: while ``host_work`` is odd the host moves a page of this machine's EPC, and whatever it
+does to an enclave's tracking is complete when it is even again; ``resident`` is the number of its
+virtual EPC pages that are in the EPC.
 """
 
 from __future__ import annotations
@@ -199,8 +200,18 @@ class Monitor:
 
     # --- leaves of the host ---------------------------------------------------------------------
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Move a page; ``lock`` is held all the time."""
+        assert not self.host_work % 2, f"{self.name}: two work on its EPC at once"
+        self.host_work += 1
+        try:
+            yield
+        finally:
+            self.host_work += 1
+
     def leaf(self, call: Callable[[], Status]) -> Status | Fault:
-        """Execute a leaf of the host on this machine's EPC; ``lock`` is held.
+        """Execute a leaf of the host on this machine's EPC, :meth:`working`.
 
         A leaf of the guest that is in its way is waited for: only a SECS page and its tracking can
         be in the use of both, since all else is out of the guest's reach by then.
@@ -208,15 +219,13 @@ class Monitor:
         Returns:
             Its code, or the fault.
         """
+        assert self.host_work % 2, f"{self.name}: a leaf of the host that nobody may know of"
         for _try in range(_PATIENCE):
-            self.host_work += 1
             ending: Status | Fault
             try:
                 ending = call()
             except Fault as fault:
                 ending = fault
-            finally:
-                self.host_work += 1
             if ending not in _BUSY and not isinstance(ending, GeneralProtection):
                 return ending
             self.counters.host_waits += 1
@@ -226,7 +235,7 @@ class Monitor:
         return ending
 
     def host_may_be_in_the_way(self, before: int) -> bool:
-        """Return whether a leaf of the host was under way since ``host_work`` was ``before``."""
+        """Return whether the host has worked since ``host_work`` was ``before``."""
         return before % 2 == 1 or self.host_work != before
 
     # --- pages ----------------------------------------------------------------------------------
@@ -267,8 +276,9 @@ class Monitor:
             for vepc in self.vepcs:
                 vepc.unmap_all()
             self.kick()
-            for _pass in range(2):  # a SECS may have children in another one
-                for vepc in self.vepcs:
-                    vepc.free_all()
+            with self.working():
+                for _pass in range(2):  # a SECS may have children in another one
+                    for vepc in self.vepcs:
+                        vepc.free_all()
         finally:
             self.lock.release()

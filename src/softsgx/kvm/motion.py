@@ -27,7 +27,7 @@ from softsgx.paging import EpcPage, LoadFailed
 if TYPE_CHECKING:
     from softsgx.kvm.page import VepcPage
 
-__all__ = ["block", "drop", "fill", "name_of", "unstick", "write_out"]
+__all__ = ["block", "drop", "name_of", "settle", "write_out"]
 
 _KICKS = 3
 _CONTEXT_BYTES = 8
@@ -128,7 +128,7 @@ def _ewb(page: VepcPage, epc: EpcPage, secs: VepcPage | None) -> tuple[Status | 
     ending, linaddr = _try(page, epc)
     tries = 1
     if ending is Status.NOT_TRACKED:
-        if _track(page, epc, secs):
+        if _track(page, epc):
             ending, linaddr = _try(page, epc)
             tries = 2
         if ending is Status.NOT_TRACKED:
@@ -136,7 +136,8 @@ def _ewb(page: VepcPage, epc: EpcPage, secs: VepcPage | None) -> tuple[Status | 
             page.vepc.monitor.kick()
             ending, linaddr = _try(page, epc)
             tries = 3
-        secs.host_tracked = False
+        elif ending is not Status.SUCCESS:
+            page.vepc.monitor.kick()  # the cycle must not be left to the guest
     if ending is not Status.SUCCESS and not _vanished(ending, epc):
         _uncount_child(page, epc, secs)
     return ending, linaddr, tries
@@ -148,14 +149,13 @@ def _try(page: VepcPage, epc: EpcPage) -> tuple[Status | Fault, int]:
     return ending, linaddr
 
 
-def _track(page: VepcPage, epc: EpcPage, secs: VepcPage) -> bool:
+def _track(page: VepcPage, epc: EpcPage) -> bool:
     """ETRACKC for the enclave of ``page``; its previous cycle is completed first if need be."""
     monitor = page.vepc.monitor
     for _try in range(_KICKS):
         ending = monitor.leaf(lambda: monitor.host.leaves.etrackc(epc.addr))
         if ending is Status.SUCCESS:
             monitor.counters.etrackc += 1
-            secs.host_tracked = True
             return True
         if ending is not Status.PREV_TRK_INCMPL:
             return False
@@ -198,6 +198,20 @@ def _kept(page: VepcPage, reason: str) -> bool:
 
 
 # --- in -------------------------------------------------------------------------------------------
+
+
+def settle(page: VepcPage) -> EpcPage | None:
+    """Return the EPC page of ``page``, made resident and usable if need be.
+
+    Returns:
+        ``None``: a batch of reclaim is about to look at it; ask again.
+
+    Raises:
+        EpcBusy, NoEpc, LoadFailed: as for :func:`fill`.
+    """
+    if page.stuck and not unstick(page):
+        return None
+    return page.epc or fill(page)
 
 
 def fill(page: VepcPage) -> EpcPage:
@@ -249,7 +263,7 @@ def fill(page: VepcPage) -> EpcPage:
     kind = "fresh"
     if evicted is not None:
         page.evicted, kind = None, evicted.fate.value
-        _settle(page, epc, evicted)
+        _hide(page, epc, evicted)
         monitor.counters.loaded += 1
     else:
         monitor.counters.fresh += 1
@@ -259,7 +273,7 @@ def fill(page: VepcPage) -> EpcPage:
     return epc
 
 
-def _settle(page: VepcPage, epc: EpcPage, evicted: Evicted) -> None:
+def _hide(page: VepcPage, epc: EpcPage, evicted: Evicted) -> None:
     """A page was loaded: put right what the guest could notice."""
     monitor, secs = page.vepc.monitor, evicted.secs
     if evicted.fate is Fate.SECS:
@@ -272,12 +286,10 @@ def _settle(page: VepcPage, epc: EpcPage, evicted: Evicted) -> None:
     elif secs is not None:
         _uncount_child(page, epc, secs)
         secs.evicted_children -= 1
-        if evicted.blocked:
-            # The guest may have tracked it before it left, or while it was away.  Nobody has a
-            # translation of it, so saying that it is tracked is true.
-            if _track(page, epc, secs):
-                monitor.kick()
-            secs.host_tracked = False
+        # The guest may have tracked a page that it has blocked before that left, or while it was
+        # away.  Nobody has a translation of it, so that it is tracked is true either way.
+        if evicted.blocked and _track(page, epc):
+            monitor.kick()
 
 
 def _lose(page: VepcPage) -> None:

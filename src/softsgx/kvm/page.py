@@ -37,7 +37,6 @@ class VepcPage:
         evicted_children: if it holds a SECS, pages of that enclave that the host has evicted;
             VIRTCHILDCNT of the SECS is the same number, but for ``owed``.
         owed: how much of VIRTCHILDCNT is to be subtracted when the SECS is loaded.
-        host_tracked: the host has begun a tracking cycle that nobody has completed yet.
     """
 
     __slots__ = (
@@ -46,7 +45,6 @@ class VepcPage:
         "evicted_children",
         "fate",
         "guest_blocked",
-        "host_tracked",
         "index",
         "owed",
         "pins",
@@ -61,7 +59,7 @@ class VepcPage:
         self.vepc, self.index = vepc, index
         self.epc: EpcPage | None = None
         self.evicted: Evicted | None = None
-        self.promised = self.reclaiming = self.host_tracked = False
+        self.promised = self.reclaiming = False
         self.pins = self.evicted_children = self.owed = 0
         # Of the eviction that is going on.
         self.reservation: Reservation | None = None
@@ -126,7 +124,7 @@ class VepcPage:
             # Before ERDINFO, so that the guest cannot change what that says.
             self.vepc.unmap(self)
         monitor.quiesce()
-        with monitor.lock:
+        with monitor.lock, monitor.working():
             if monitor.stopped is None and motion.block(self):
                 return True
             self.stay()
@@ -135,7 +133,7 @@ class VepcPage:
     def write(self) -> bool:
         """EWB, or nothing where the guest has no use for the page."""
         monitor = self.vepc.monitor
-        with monitor.lock:
+        with monitor.lock, monitor.working():
             left = monitor.stopped is None and motion.write_out(self)
             if left:
                 self.moved()

@@ -107,7 +107,7 @@ class VepcDevice:
         """See which zombies have lost their last child."""
         for page in list(self.zombies):
             monitor = page.vepc.monitor
-            with monitor.lock:
+            with monitor.lock, monitor.working():
                 gone = page in self.zombies and page.vepc.remove(page)
                 if gone:
                     self.zombies.remove(page)
@@ -234,18 +234,19 @@ class Vepc:
             _refuse(ENOTTY, f"ioctl {cmd:#x}")
         if arg:
             _refuse(EINVAL, f"argument {arg:#x}")
-        left = 0
-        with self.monitor.lock:
+        left, monitor = 0, self.monitor
+        with monitor.lock:
             for index in list(self.pages):
                 page = self.pages[index]
                 while page.reclaiming:
-                    self.monitor.changed.wait()
-                ending = self._eremove(page)
+                    monitor.changed.wait()
+                with monitor.working():
+                    ending = self._eremove(page)
                 if ending is Status.CHILD_PRESENT:
                     left += 1
                 elif ending is not Status.SUCCESS:
                     _refuse(EBUSY, f"EREMOVE of page {index}: {motion.name_of(ending)}")
-        self.monitor.reap()
+        monitor.reap()
         return left
 
     # --- faults ---------------------------------------------------------------------------------
@@ -277,25 +278,19 @@ class Vepc:
         if page is None:
             return FaultResult.SIGBUS
         busy: EpcBusy | None = None
-        stuck = False
         with monitor.lock:
             while page.reclaiming and retry and monitor.stopped is None:
                 monitor.changed.wait()
             if monitor.stopped is not None or page.reclaiming:
                 return FaultResult.SIGBUS
+            if page.epc is not None and not page.stuck and "L12" in self.device.defects:
+                return FaultResult.NOPAGE
             try:
-                if page.stuck:
-                    stuck = not motion.unstick(page)
-                if stuck:
-                    pass
-                elif page.epc is None:
-                    motion.fill(page)
-                elif "L12" in self.device.defects:
-                    return FaultResult.NOPAGE
-                if not stuck:
-                    assert page.epc is not None, f"{page!r} was filled"
+                with monitor.working():
+                    usable = motion.settle(page)
+                if usable is not None:
                     # Last: the guest must never see the page half loaded.
-                    mapping.entries[index] = page.epc.addr
+                    mapping.entries[index] = usable.addr
                     if pins is not None:
                         page.pins += 1
                         pins.append(page)
@@ -414,7 +409,7 @@ class Vepc:
             sgx_vepc_release(), virt.c.
         """
         monitor, zombies = self.monitor, self.device.zombies
-        with monitor.lock:
+        with monitor.lock, monitor.working():
             monitor.kick()
             pages = list(self.pages.values())
             pages = [page for page in pages if not self.remove(page)]
