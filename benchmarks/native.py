@@ -1,0 +1,261 @@
+"""What real programs pay under the native engine, beside what it cannot get below.
+
+One run of everything, in turn, several times over:
+
+``compute``  the same C code inside an enclave and outside, over a second each
+``ecall``    a call into an enclave that does nothing
+``fault``    an EPC fault, with the eviction and the two AES-GCM calls that go with it: an enclave
+             larger than its EPC touches its pages in order, so that each touch is a fault
+``trap``     floor of both: a breakpoint that bare Python handles as tracer, registers in and out
+``c_fault``  rival of the fault: a C program whose thread fills pages by userfaultfd; no eviction,
+             no crypto
+``aesgcm_pair``  the crypto of a fault
+
+Best and median of all rounds, in microseconds.  Programs are compiled when it starts.
+
+    python benchmarks/native.py [--json] [--rounds N] [--pager NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from ctypes import addressof
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import PAGERS, abi, doctor, libc, run
+from softsgx.errors import SoftSgxError
+from softsgx.image import sign_plan, throwaway_key, write_sgxs
+from softsgx.image.csource import BuildOptions, build_enclave, find_compiler
+
+SOURCES = Path(__file__).parent / "native"
+EPC_BYTES = 4 << 20
+PAGES = 2048  # twice what the EPC has
+ECALLS = 4000
+TRAPS = 4000
+PASSES = 12_000
+SLICES = 4
+
+# Inside and outside get the same instructions at the same places.
+_SAME = "-fcf-protection=none -march=x86-64 -fPIE"
+
+
+@dataclass
+class Times:
+    """Measured microseconds by name."""
+
+    all: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, values: list[float]) -> None:
+        """Add measurements."""
+        self.all.setdefault(name, []).extend(values)
+
+    def best(self, name: str) -> float:
+        """Return the least."""
+        return min(self.all[name])
+
+    def median(self, name: str) -> float:
+        """Return the median."""
+        return statistics.median(self.all[name])
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What was compiled, and how to run it."""
+
+    directory: Path
+    pager: str | None
+
+    @classmethod
+    def build(cls, directory: Path, pager: str | None) -> Programs:
+        """Compile everything into ``directory``.
+
+        Raises:
+            SoftSgxError: there is no compiler.
+        """
+        found = find_compiler()
+        named = type(found)((*found.command, *_SAME.split()), found.linker, found.baseline)
+        options = BuildOptions(heap_bytes=(PAGES + 16) * PAGE_BYTES)
+        plan = build_enclave([SOURCES / "inside.c"], named, options)
+        with (directory / "inside.sgxs").open("wb") as file:
+            file.writelines(write_sgxs(plan))
+        (directory / "inside.sig").write_bytes(sign_plan(plan, throwaway_key()).pack())
+        named.host([SOURCES / "host.c"], directory / "host")
+        named.host([SOURCES / "rival.c"], directory / "rival")
+        return cls(directory, pager)
+
+    def engine(self, *arguments: object, epc_bytes: int) -> tuple[list[list[float]], int]:
+        """Run the host program under the engine; return the numbers it printed, and reloads."""
+        reading, writing = os.pipe()
+        try:
+            argv = [str(self.directory / "host"), str(self.directory / "inside.sgxs")]
+            argv += map(str, arguments)
+            result = run(argv, epc=epc_bytes, pager=self.pager, stdio=(0, writing, 2))
+        finally:
+            os.close(writing)
+        with os.fdopen(reading) as out:
+            numbers = [[float(word) for word in line.split()] for line in out]
+        if result.exit_code:
+            raise SoftSgxError(f"{argv[0]}: ended with status {result.exit_code}")
+        reloads = result.counters["eldu"]
+        assert isinstance(reloads, int)
+        return numbers, reloads
+
+    def rival(self) -> list[float]:
+        """Return the seconds of each slice of faults handled in C; none without userfaultfd."""
+        argv = [str(self.directory / "rival"), "fault", str(PAGES), str(SLICES)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"c_fault: {done.stderr.strip()}", file=sys.stderr)
+            return []
+        return [float(line) for line in done.stdout.split()]
+
+    def trap(self) -> float:
+        """Return the seconds of one trap handled by a bare tracer in Python."""
+        pid = os.fork()
+        if pid == 0:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.execv(self.directory / "rival", ["rival", "trap", str(TRAPS)])
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        try:
+            os.waitpid(pid, os.WUNTRACED)
+            libc.ptrace(abi.PTRACE_SEIZE, pid, 0, abi.PTRACE_O_EXITKILL)
+            os.kill(pid, signal.SIGCONT)
+            return _handle_traps(pid)
+        finally:
+            os.sched_setaffinity(0, allowed)
+
+
+def _handle_traps(pid: int) -> float:
+    registers = abi.UserRegs()
+    at, ptrace, waitpid = addressof(registers), libc.raw_ptrace, os.waitpid
+    get, put, go = abi.PTRACE_GETREGS, abi.PTRACE_SETREGS, abi.PTRACE_CONT
+    handled, start, end = 0, 0, 0
+    while True:
+        _pid, status = waitpid(pid, 0)
+        if not os.WIFSTOPPED(status):
+            break
+        if status >> 8 != signal.SIGTRAP:
+            ptrace(go, pid, 0, 0)
+            continue
+        ptrace(get, pid, 0, at)
+        ptrace(put, pid, 0, at)
+        ptrace(go, pid, 0, 0)
+        handled += 1
+        end = time.perf_counter_ns()
+        start = start or end
+    assert handled >= TRAPS, f"{handled} traps of {TRAPS}"
+    return (end - start) / (handled - 1) * 1e-9
+
+
+def _crypto(count: int = 1000) -> float:
+    """Return the seconds of one encryption and one decryption of a page."""
+    aead, nonce, header = AESGCM(os.urandom(16)), bytes(12), bytes(128)
+    plain = os.urandom(PAGE_BYTES)
+    sealed = aead.encrypt(nonce, plain, header)
+    start = time.perf_counter()
+    for _ in range(count):
+        aead.encrypt(nonce, plain, header)
+        aead.decrypt(nonce, sealed, header)
+    return (time.perf_counter() - start) / count
+
+
+def _faults(programs: Programs, times: Times) -> None:
+    rounds = 2
+    slices, reloads = programs.engine("touch", PAGES, rounds, SLICES, epc_bytes=EPC_BYTES)
+    touches = PAGES * (rounds + 1)  # the last pass puts the pages back
+    if reloads < 0.95 * touches * SLICES:
+        raise SoftSgxError(f"touch: {reloads} reloads for {touches * SLICES} touches")
+    times.add("fault", [numbers[0] / touches * 1e6 for numbers in slices])
+
+
+def _computing(programs: Programs, times: Times) -> None:
+    slices, _reloads = programs.engine("compute", SLICES, PASSES, epc_bytes=4 * EPC_BYTES)
+    times.add("inside", [numbers[0] * 1e6 for numbers in slices])
+    times.add("outside", [numbers[1] * 1e6 for numbers in slices])
+
+
+def _ecalls(programs: Programs, times: Times) -> None:
+    slices, _reloads = programs.engine("ecall", ECALLS, SLICES, epc_bytes=4 * EPC_BYTES)
+    times.add("ecall", [numbers[0] / ECALLS * 1e6 for numbers in slices])
+
+
+def measure(programs: Programs, rounds: int) -> Times:
+    """Run everything in turn."""
+    times = Times()
+    steps: list[Callable[[], None]] = [
+        lambda: times.add("trap", [programs.trap() * 1e6]),
+        lambda: _ecalls(programs, times),
+        lambda: times.add("aesgcm_pair", [_crypto() * 1e6]),
+        lambda: times.add("c_fault", [t / PAGES * 1e6 for t in programs.rival()]),
+        lambda: _faults(programs, times),
+        lambda: _computing(programs, times),
+    ]
+    for _round in range(rounds):
+        for step in steps:
+            step()
+    return times
+
+
+def report(times: Times) -> dict[str, object]:
+    """Return what is printed."""
+    result: dict[str, object] = {}
+    for name in ("ecall", "trap", "fault", "c_fault", "aesgcm_pair"):
+        if times.all.get(name):
+            result[f"{name}_us"] = round(times.best(name), 2)
+            result[f"{name}_median_us"] = round(times.median(name), 2)
+    result["compute_ratio"] = round(times.best("inside") / times.best("outside"), 4)
+    pairs = zip(times.all["inside"], times.all["outside"], strict=True)
+    result["compute_ratio_median"] = round(statistics.median(i / o for i, o in pairs), 4)
+    result["compute_inside_s"] = round(sum(times.all["inside"]) / 1e6, 2)
+    result["compute_outside_s"] = round(sum(times.all["outside"]) / 1e6, 2)
+    result["ecall_per_two_traps"] = round(times.best("ecall") / (2 * times.best("trap")), 2)
+    if times.all.get("c_fault"):
+        floor = times.best("c_fault") + times.best("aesgcm_pair")
+        result["fault_per_rival"] = round(times.best("fault") / floor, 2)
+    return result
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything (default 5)")
+    parser.add_argument("--pager", choices=PAGERS, help="default: the best this machine allows")
+    args = parser.parse_args()
+    for finding in doctor():
+        if not finding.ok and (finding.needed or finding.name == "userfaultfd"):
+            print(f"{finding.name}: {finding.text}", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
+            programs = Programs.build(Path(scratch), args.pager)
+            result = report(measure(programs, args.rounds))
+    except SoftSgxError as error:
+        print(f"native.py: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    for name, value in result.items():
+        print(f"{name:24} {value:>12}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+/* host ENCLAVE compute SLICES PASSES: seconds of each slice of work, inside and outside in turn
+ * host ENCLAVE ecall COUNT SLICES: seconds of COUNT calls that do nothing, for each slice
+ * host ENCLAVE touch PAGES ROUNDS SLICES: seconds of touching so many pages so often, for each */
+
+#include <softsgx_host.h>
+#include <time.h>
+
+#include "work.h"
+
+static struct sgx_enclave enclave;
+static uint64_t words[WORDS] __attribute__((aligned(4096)));
+
+static double now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+static long call(unsigned long function, uint64_t one, uint64_t two)
+{
+    uint64_t numbers[2] = {one, two};
+    long result;
+
+    if (sgx_call(&enclave, 0, function, numbers, sizeof(numbers), &result)) {
+        fprintf(stderr, "%s\n", enclave.problem);
+        exit(1);
+    }
+    if (result < 0) {
+        fprintf(stderr, "function %lu: a page does not hold what was stored there\n", function);
+        exit(1);
+    }
+    return result;
+}
+
+static void compute(uint64_t slices, uint64_t passes)
+{
+    for (uint64_t i = 0; i < slices; i++) {
+        double start = now();
+        long inside = call(COMPUTE, passes, 0);
+        double middle = now();
+        long outside = (long)(work(words, passes) >> 1);
+        double end = now();
+
+        if (inside != outside) {
+            fprintf(stderr, "inside and outside differ\n");
+            exit(1);
+        }
+        printf("%.9f %.9f\n", middle - start, end - middle);
+    }
+}
+
+static void ecalls(uint64_t count, uint64_t slices)
+{
+    for (uint64_t i = 0; i < slices; i++) {
+        double start = now();
+
+        for (uint64_t n = 0; n < count; n++)
+            call(NOTHING, 0, 0);
+        printf("%.9f\n", now() - start);
+    }
+}
+
+static void touch(uint64_t pages, uint64_t rounds, uint64_t slices)
+{
+    call(PREPARE, pages, 0);
+    call(TOUCH, pages, 1);
+    for (uint64_t i = 0; i < slices; i++) {
+        double start = now();
+
+        call(TOUCH, pages, rounds);
+        printf("%.9f\n", now() - start);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t numbers[3] = {0, 0, 0};
+
+    if (argc < 4)
+        return 2;
+    for (int i = 3; i < argc && i < 6; i++)
+        numbers[i - 3] = strtoull(argv[i], NULL, 10);
+    if (sgx_load(&enclave, argv[1])) {
+        fprintf(stderr, "%s\n", enclave.problem);
+        return 1;
+    }
+    if (!strcmp(argv[2], "compute"))
+        compute(numbers[0], numbers[1]);
+    else if (!strcmp(argv[2], "ecall"))
+        ecalls(numbers[0], numbers[1]);
+    else
+        touch(numbers[0], numbers[1], numbers[2]);
+    sgx_unload(&enclave);
+    return 0;
+}
