@@ -38,7 +38,7 @@ class HiddenSecs(Structure, size=400):
 
 
 _HIDDEN_AT = 264
-assert _HIDDEN_AT >= Secs.OFFSETS["reserved4"], "hidden fields lie on named ones"
+assert Secs.OFFSETS["reserved4"] <= _HIDDEN_AT, "hidden fields lie on named ones"
 
 
 class Crossings:
