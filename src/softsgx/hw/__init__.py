@@ -9,6 +9,7 @@ from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.hw.cpuid import CpuidResult, cpuid
 from softsgx.hw.dispatch import encls, enclu, enclv
+from softsgx.hw.enclave import Crossings
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
 from softsgx.hw.faults import (
@@ -42,6 +43,7 @@ __all__ = [
     "Buffer",
     "ControlProtection",
     "CpuidResult",
+    "Crossings",
     "DeviceNotAvailable",
     "DictStore",
     "DirectMap",

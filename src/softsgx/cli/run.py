@@ -1,0 +1,211 @@
+"""Run a program that uses SGX, unmodified, on a machine without SGX.
+
+The program finds /dev/sgx_enclave and a finite EPC, and runs at native speed.  Its exit status,
+output and signals are its own: 128 + n when signal n ended it.  What paging it did, and what that
+would have cost on silicon, is told on stderr when it has ended.
+
+Examples:
+  softsgx run -- ./app --its-own options
+  softsgx run --epc 16MiB --json run.json -- ./app
+  softsgx run --limit jobs/a=8MiB -- ./app        the program runs in that group
+  softsgx run --quiet --report run.html -- ./app  a page that opens offline
+
+exit status: the program's; 2 when it could not be run.
+This is an emulation: it protects nothing from the owner of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from softsgx.cli._common import size_bytes, write_file
+from softsgx.engines.native import PAGERS, doctor
+from softsgx.engines.native import run as run_natively
+from softsgx.errors import SoftSgxError
+from softsgx.host import PROFILES, Platform, PlatformConfig
+from softsgx.report import COST_PROFILES, Collector, CpuTimes, document, print_summary
+
+__all__ = ["NAME", "configure", "run"]
+
+NAME = "run"
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument(
+        "--epc", type=size_bytes, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
+    )
+    machine.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        type=_limit,
+        metavar="GROUP=SIZE",
+        help="misc.max of a group; repeatable; the program runs in the last one given",
+    )
+    machine.add_argument("--group", metavar="PATH", help="the group that the program runs in")
+    machine.add_argument("--profile", choices=list(PROFILES), help="features of the machine")
+    machine.add_argument("--config", metavar="FILE", help="a platform described in TOML")
+    machine.add_argument(
+        "--cpus",
+        type=_cpus,
+        metavar="N",
+        help="let it use N processors; 1 is the fastest for one thread",
+    )
+    machine.add_argument("--pager", choices=PAGERS, help="default: the best that doctor finds")
+    machine.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to run where doctor finds anything that differs from hardware",
+    )
+    told = parser.add_argument_group("what is told")
+    told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
+    told.add_argument(
+        "--costs", choices=list(COST_PROFILES), help="prices (default: the profile's)"
+    )
+    told.add_argument("--quiet", action="store_true", help="say nothing at the end")
+    told.add_argument("--force", action="store_true", help="overwrite files")
+    parser.add_argument(
+        "argv", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARG", help="what to run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it; return its exit status."""
+    argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not argv:
+        raise SoftSgxError("run: no program; write softsgx run [options] -- PROGRAM ARG…")
+    _check_machine(strict=args.strict)
+    _check_files(args.json, force=args.force)
+    config = _config(args)
+    watch = _Watch(Collector(time.monotonic_ns, _cpu_times, args.costs))
+    with _handlers_kept():
+        result = run_natively(
+            argv,
+            config,
+            group=_group(args),
+            pager=args.pager,
+            cpus=args.cpus,
+            observer=watch,
+        )
+    summary = watch.collector.summary(argv, result.exit_code)
+    if args.json:
+        text = json.dumps(document(summary), indent=2) + "\n"
+        write_file(args.json, text.encode(), force=args.force)
+    if not args.quiet:
+        print_summary(summary, Console(stderr=True, highlight=False, markup=False))
+    return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+
+
+class _Watch:
+    """Follows the run for the reports, and passes signals on to the program."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+        self._pid = 0
+
+    def attached(self, platform: Platform, pager: str) -> None:
+        self.collector.attached(platform, pager)
+
+    def started(self, pid: int) -> None:
+        """From here on signals mean the program; before, they end us."""
+        self._pid = pid
+        # The terminal sends its own to the program as well.
+        for number in _FROM_TERMINAL:
+            signal.signal(number, signal.SIG_IGN)
+        for number in _PASSED_ON:
+            signal.signal(number, self._pass_on)
+        self.collector.started(pid)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        try:
+            os.kill(self._pid, number)
+        except ProcessLookupError:
+            return
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (*_PASSED_ON, *_FROM_TERMINAL)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_machine(*, strict: bool) -> None:
+    for finding in doctor():
+        if not finding.ok and (finding.needed or strict):
+            why = "" if finding.needed else " (--strict)"
+            raise SoftSgxError(f"{finding.name}{why}: {finding.text}; softsgx doctor says more")
+
+
+def _check_files(*paths: str | None, force: bool) -> None:
+    """Refuse before the program runs what could not be written after it."""
+    for path in paths:
+        if path is None:
+            continue
+        file = Path(path)
+        if file.exists() and not force:
+            raise SoftSgxError(f"{path}: exists; add --force to overwrite it")
+        if not os.access(file.parent, os.W_OK):
+            raise SoftSgxError(f"{path}: cannot be written; choose another directory")
+
+
+def _config(args: argparse.Namespace) -> PlatformConfig:
+    changes: dict[str, Any] = {}
+    if args.epc is not None:
+        changes["epc"] = args.epc
+    if args.profile is not None:
+        changes["profile"] = args.profile
+    if args.cpus is not None:
+        changes["processors"] = len(args.cpus)
+    if not args.config:
+        return PlatformConfig.of(**changes, groups=_limits(args, {}))
+    config = PlatformConfig.load(args.config, **changes)
+    return config.but(groups=_limits(args, dict(config.groups)))
+
+
+def _limits(args: argparse.Namespace, groups: dict[str, Any]) -> dict[str, Any]:
+    return {**groups, **{path: {"max": size} for path, size in args.limit}}
+
+
+def _group(args: argparse.Namespace) -> str:
+    if args.group is not None:
+        return str(args.group)
+    return str(args.limit[-1][0]) if args.limit else "/"
+
+
+def _limit(text: str) -> tuple[str, int]:
+    path, separator, size = text.rpartition("=")
+    if not separator or not path.strip("/"):
+        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, as jobs/a=16MiB")
+    return path.strip("/"), size_bytes(size)
+
+
+def _cpus(text: str) -> set[int]:
+    usable = sorted(os.sched_getaffinity(0))
+    if not text.isdecimal() or not 1 <= int(text) <= len(usable):
+        raise argparse.ArgumentTypeError(f"processors {text!r}; give a number up to {len(usable)}")
+    return set(usable[: int(text)])
+
+
+def _cpu_times() -> CpuTimes:
+    times = os.times()
+    return CpuTimes(times.user + times.system, times.children_user + times.children_system)

@@ -1,0 +1,192 @@
+"""A run as text for a terminal: what ``softsgx run`` says at the end.
+
+Few enclaves get a paragraph each, many a row; either way it fits into 80 columns.
+"""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from softsgx.report.costs import Estimate
+from softsgx.report.summary import EnclaveSummary, RunSummary
+
+__all__ = ["cycles_text", "print_summary", "size_text", "status_line"]
+
+_PARAGRAPHS = 3
+_ROWS = 20
+_LARGE = 1_000_000
+_NAME_WIDTH = 12
+_NAMES = {
+    "major": "reloaded",
+    "minor": "was resident",
+    "augment": "new page",
+    "busy": "had to wait",
+    "refused": "refused",
+}
+
+
+def print_summary(run: RunSummary, console: Console) -> None:
+    """Print the whole run."""
+    width = console.width
+    _print_head(run, console)
+    for enclave in run.enclaves[:_PARAGRAPHS] if len(run.enclaves) <= _PARAGRAPHS else ():
+        console.print(_paragraph(enclave, width))
+    if len(run.enclaves) > _PARAGRAPHS:
+        console.print(_rows(run))
+    if not run.enclaves:
+        console.print("no enclave was created")
+    elif len(run.enclaves) > 1:
+        console.print(_line("on silicon", _estimate_text(run.estimate), width, indent=0))
+    if run.estimate.unpriced:
+        unpriced = ", ".join(run.estimate.unpriced)
+        console.print(Text(f"not priced, since nobody has published a figure: {unpriced}", "dim"))
+
+
+def status_line(run: RunSummary) -> str:
+    """Return a run that goes on in one short line."""
+    resident = sum(enclave.resident_bytes for enclave in run.enclaves)
+    faults = sum(enclave.fault_count for enclave in run.enclaves)
+    evictions = sum(enclave.evictions for enclave in run.enclaves)
+    living = sum(enclave.released_s is None for enclave in run.enclaves)
+    return (
+        f"softsgx: {run.wall_s:.0f} s, {_times(living, 'enclave')}, {size_text(resident)} of "
+        f"{size_text(run.platform.epc_bytes)} EPC, {faults:,} faults, {evictions:,} evictions"
+    )
+
+
+def size_text(size: int) -> str:
+    """Return ``93.5 MiB`` for bytes."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            value = f"{size / (1 << shift):.1f}"
+            return f"{value.removesuffix('.0')} {unit}"
+    return f"{size} bytes"
+
+
+def cycles_text(cycles: int) -> str:
+    """Return ``1.25 G`` for cycles."""
+    for unit, scale in ((" G", 10**9), (" M", 10**6), (" k", 10**3)):
+        if cycles >= scale:
+            return f"{cycles / scale:.3g}{unit}" if cycles < 1000 * scale else f"{cycles:,}"
+    return str(cycles)
+
+
+def _print_head(run: RunSummary, console: Console) -> None:
+    platform = run.platform
+    ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
+    head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
+    head.append(f": {ended}", "not bold")
+    console.print(head)
+    console.print(
+        f"{_seconds(run.wall_s)}; processor time: program {_seconds(run.program_s)}, "
+        f"softsgx {_seconds(run.supervisor_s)}"
+    )
+    console.print(
+        f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
+        f"{platform.profile}, pager {platform.pager}"
+    )
+    for group in run.groups:
+        if group.max_bytes is not None:
+            refused = f", {_times(group.refused, 'charge')} refused" if group.refused else ""
+            console.print(
+                f"group {group.path}: limit {size_text(group.max_bytes)}, "
+                f"peak {size_text(group.peak_bytes)}{refused}"
+            )
+
+
+def _paragraph(enclave: EnclaveSummary, width: int) -> RenderableType:
+    title = Text(f"enclave {enclave.number}", "bold")
+    title.append(
+        f": {size_text(enclave.size_bytes)}, {enclave.pages_added:,} pages added, "
+        f"peak resident {size_text(enclave.peak_resident_bytes)}",
+        "not bold",
+    )
+    if enclave.state != "initialized":
+        title.append(f", {enclave.state}", "yellow not bold")
+    kinds = [f"{count:,} {_NAMES[kind]}" for kind, count in enclave.faults.items() if count]
+    faults = f"{enclave.fault_count:,}"
+    if kinds:
+        each = enclave.fault_s / enclave.fault_count
+        faults += f" ({', '.join(kinds)}); {_seconds(enclave.fault_s)}, {_seconds(each)} each"
+    return Group(
+        title,
+        _line("faults", faults, width),
+        _line(
+            "paging",
+            f"{enclave.evictions:,} evictions, {enclave.reloads:,} reloads; EWB {enclave.ewb:,}, "
+            f"ELDU {enclave.reloads:,}, ETRACK {enclave.etrack:,}, IPI {enclave.ipi:,}",
+            width,
+        ),
+        _line(
+            "crossings",
+            f"EENTER {enclave.eenter:,}, EEXIT {enclave.eexit:,}, AEX {enclave.aex:,}, "
+            f"ERESUME {enclave.eresume:,}",
+            width,
+        ),
+        _line("on silicon", _estimate_text(enclave.estimate), width),
+    )
+
+
+def _rows(run: RunSummary) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="cyan")
+    columns = ("enclave", "size", "peak", "faults", "evicted", "reloaded", "enter", "AEX", "cycles")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    ranked = sorted(run.enclaves, key=lambda enclave: enclave.fault_count, reverse=True)
+    for enclave in sorted(ranked[:_ROWS], key=lambda enclave: enclave.number):
+        mark = {"initialized": "", "killed": " killed", "building": " new"}[enclave.state]
+        table.add_row(
+            f"{enclave.number}{mark}",
+            size_text(enclave.size_bytes),
+            size_text(enclave.peak_resident_bytes),
+            _count(enclave.fault_count),
+            _count(enclave.evictions),
+            _count(enclave.reloads),
+            _count(enclave.eenter),
+            _count(enclave.aex),
+            cycles_text(enclave.estimate.typical),
+        )
+    more = len(run.enclaves) - _ROWS
+    if more <= 0:
+        return table
+    return Group(table, Text(f"and {more} more with fewer faults; --json has them all", "dim"))
+
+
+def _line(name: str, text: str, width: int, indent: int = 2) -> RenderableType:
+    """A name and what belongs to it, which stays in its column where it goes on."""
+    start = indent + _NAME_WIDTH
+    wrapped = textwrap.wrap(text, max(width - start, 20), break_on_hyphens=False)
+    line = Text(" " * indent)
+    line.append(name.ljust(_NAME_WIDTH), "cyan")
+    line.append(("\n" + " " * start).join(wrapped).replace("\N{NO-BREAK SPACE}", " "))
+    return line
+
+
+def _estimate_text(estimate: Estimate) -> str:
+    profile = estimate.profile
+    return (
+        f"about {cycles_text(estimate.typical)} cycles ({cycles_text(estimate.low)} to "
+        f"{cycles_text(estimate.high)}), {_seconds(estimate.seconds)} at {profile.hertz / 1e9:g}"
+        f"\N{NO-BREAK SPACE}GHz; prices of {profile.name}"
+    )
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count < _LARGE else cycles_text(count)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
