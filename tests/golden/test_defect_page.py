@@ -13,10 +13,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "defects.md"
 HEAD = """\
 # Known defects of Linux's SGX code
 
-By default softsgx has the fixed behaviour. `Platform(defects={"B1"})` brings one back, for tests that
-must find it and for people who study it. B1–B36 were fixed at some time, or never merged; L1–L13
-were found by reading and are unconfirmed upstream. `tests/model/test_defects.py` shows each with its
-name and its absence without.
+By default softsgx has the fixed behaviour. `Platform(defects={"B1"})` brings one back, for tests
+that must find it and for people who study it. B1–B36 were fixed at some time, or never merged;
+L1–L13 were found by reading and are unconfirmed upstream. `tests/model/test_defects.py` shows each
+with its name and its absence without.
 
 | name | what goes wrong | switched on in | what the broken form does |
 |---|---|---|---|
