@@ -77,6 +77,8 @@ class Hierarchy:
         self.capacity_pages, self.runtime, self.tracer = capacity_pages, runtime, tracer
         self.request_reclaim, self.victims, self.kill = request_reclaim, victims, kill
         self.defects = defects
+        self.reclaims_ahead = request_reclaim is not None and "L11" not in defects
+        self.raises_refused = "L8" in defects
         self.latch = runtime.latch()
         self.root = EpcCgroup(self, "", None)
 
@@ -128,6 +130,8 @@ class EpcCgroup:
     def __init__(self, hierarchy: Hierarchy, name: str, parent: EpcCgroup | None) -> None:
         self.hierarchy, self.name, self.parent = hierarchy, name, parent
         self.path: str = "/" if parent is None else f"{parent.path.rstrip('/')}/{name}"
+        # From here to the root, which never changes: every charge goes along it.
+        self._ancestry: tuple[EpcCgroup, ...] = (self, *(parent._ancestry if parent else ()))
         self.lru = Lru(hierarchy.runtime)
         self.children: dict[str, EpcCgroup] = {}
         self.max_pages: int | None = None
@@ -185,16 +189,13 @@ class EpcCgroup:
         for child in self.all_children():
             yield from child.subtree()
 
-    def ancestry(self) -> Iterator[EpcCgroup]:
-        """Yield this group, its parent, … the root."""
-        group: EpcCgroup | None = self
-        while group is not None:
-            yield group
-            group = group.parent
+    def ancestry(self) -> tuple[EpcCgroup, ...]:
+        """Return this group, its parent, … the root."""
+        return self._ancestry
 
     def _tree_changed(self) -> None:
         """Let every walk that covers this group see its new members from the next step on."""
-        for group in self.ancestry():
+        for group in self._ancestry:
             group._order = []
 
     # --- charging -------------------------------------------------------------------------------
@@ -206,39 +207,46 @@ class EpcCgroup:
             ``None`` when charged, else the lowest group whose limit refused.
         """
         tree = self.hierarchy
+        limited = False
         with tree.latch:
-            refused = self._refusing_level()
-            if refused is None:
+            for group in self._ancestry:
+                wanted, limit = group.usage_pages + 1, group.max_pages
+                if limit is None:
+                    limit = tree.capacity_pages
+                else:
+                    limited = True
+                if wanted > limit or wanted > tree.capacity_pages:
+                    refused = group
+                    break
+                if tree.raises_refused and wanted > group.peak_pages:
+                    group.peak_pages = wanted
+            else:
+                refused = None
                 self.own_pages += 1
-                for group in self.ancestry():
-                    group.usage_pages += 1
-                    group.peak_pages = max(group.peak_pages, group.usage_pages)
+                for group in self._ancestry:
+                    usage = group.usage_pages = group.usage_pages + 1
+                    if usage > group.peak_pages:
+                        group.peak_pages = usage
         if refused is not None:
             self._note_refusal(refused)
-        elif tree.request_reclaim is not None and "L11" not in tree.defects:
-            for group in self.ancestry():
-                if group.max_pages is not None and group.should_reclaim():
-                    tree.request_reclaim(group)
+        elif limited and tree.reclaims_ahead:
+            self._reclaim_ahead()
         return refused
 
-    def _refusing_level(self) -> EpcCgroup | None:
-        tree = self.hierarchy
-        for group in self.ancestry():
-            wanted = group.usage_pages + 1
-            if wanted > tree.capacity_pages or (
-                group.max_pages is not None and wanted > group.max_pages
-            ):
-                return group
-            if "L8" in tree.defects:
-                group.peak_pages = max(group.peak_pages, wanted)
-        return None
+    def _reclaim_ahead(self) -> None:
+        """Ask for a batch wherever usage is near a limit."""
+        request = self.hierarchy.request_reclaim
+        assert request is not None, "nobody to ask for reclaim"
+        for group in self._ancestry:
+            if group.max_pages is not None and group.should_reclaim():
+                request(group)
 
     def _note_refusal(self, refused: EpcCgroup) -> None:
         """Count it: locally where it happened, hierarchically up to but not at the root."""
         tree = self.hierarchy
         with tree.latch:
             refused.events_local += 1
-            for group in refused.ancestry():
+            for group in refused._ancestry:
                 if group.parent is not None:
                     group.events += 1
         if tree.tracer is not None:
@@ -250,7 +258,7 @@ class EpcCgroup:
         with self.hierarchy.latch:
             assert self.own_pages > 0, f"{self.path}: more pages uncharged than charged"
             self.own_pages -= 1
-            for group in self.ancestry():
+            for group in self._ancestry:
                 group.usage_pages -= 1
             gone = self.removed and not self.usage_pages and self.parent is not None
         if gone:
@@ -279,8 +287,12 @@ class EpcCgroup:
 
     def limit_pages(self) -> int:
         """Return the smallest limit from here to the root, in pages."""
-        limits = [group.max_pages for group in self.ancestry() if group.max_pages is not None]
-        return min([self.hierarchy.capacity_pages, *limits])
+        lowest = self.hierarchy.capacity_pages
+        for group in self._ancestry:
+            limit = group.max_pages
+            if limit is not None and limit < lowest:
+                lowest = limit
+        return lowest
 
     def should_reclaim(self) -> bool:
         """Return whether usage is so near the limit that pages should leave ahead of need."""
