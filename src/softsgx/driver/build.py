@@ -228,7 +228,9 @@ def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) ->
     """Add the page at ``args.count``; nothing is left of a failure, except in the measurement."""
     driver, core, swap = enclave.driver, enclave.driver.core, enclave.swap
     kind = PageType(secinfo.page_type)
-    rights = secinfo.flags & SecInfoFlags.RWX if kind is PageType.REG else PROT_READ | PROT_WRITE
+    rights = PROT_READ | PROT_WRITE
+    if kind is PageType.REG:
+        rights = secinfo.flags & int(SecInfoFlags.RWX)
     page = EnclavePage(enclave, (args.offset + args.count) >> PAGE_SHIFT, rights, kind)
     group, node = driver.charge(task)
     epc = core.alloc(

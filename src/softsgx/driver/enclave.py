@@ -324,10 +324,14 @@ class Enclave:
             version = self._mm_version
             reading = self.srcu.enter()
             try:
-                for mm in self.spaces():
-                    with mm.mmap_lock.reading():
-                        if self.maps(mm, linaddr):
-                            mm.ptes.zap(linaddr)
+                # A walk as any other, without generators: each page that leaves goes through here.
+                for entry in self._mms:
+                    mm = entry.mm
+                    if mm.pin():
+                        try:
+                            mm.zap(self, linaddr)
+                        finally:
+                            mm.unpin()
             finally:
                 self.srcu.leave(reading)
             # B24: whoever was added meanwhile keeps its PTE.

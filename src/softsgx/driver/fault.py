@@ -20,7 +20,7 @@ from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
 from softsgx.hw import Fault, PageInfoArgs
-from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
+from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc, SwapEntry
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -54,7 +54,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         if index not in enclave.pages and _can_augment(enclave):
             kind, result = _augment(enclave, mm, vma, linaddr, task)
         else:
-            kind, result = _fault_in(enclave, mm, vma, linaddr, task)
+            kind, result = _fault_in(enclave, mm, vma, linaddr, index, task)
         wait = None
     except PageInMotion as error:
         kind, result = "busy", FaultResult.NOPAGE
@@ -64,7 +64,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         wait = partial(driver.core.wait_for_page, error)
     faults = enclave.counts.faults
     faults[kind] = faults.get(kind, 0) + 1
-    if "L9" in driver.defects:
+    if wait is not None and "L9" in driver.defects:
         wait = None  # L9: the processor faults again at once, until ksgxd gets somewhere
     if driver.tracer is not None:
         seen = result if wait is None else FaultResult.RETRY
@@ -77,10 +77,10 @@ def _can_augment(enclave: Enclave) -> bool:
 
 
 def _fault_in(
-    enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
+    enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, index: int, task: Task | None
 ) -> tuple[str, FaultResult]:
     with enclave.lock:
-        page = enclave.pages.get(enclave.index_of(linaddr))
+        page = enclave.pages.get(index)
         if page is None and _can_augment(enclave) and not enclave.dead:
             # Deviation: Linux gives SIGBUS. The page was removed since the lookup without the
             # lock, so it is a hole again; the next fault fills it.
@@ -103,43 +103,37 @@ def load(page: EnclavePage, task: Task | None) -> EpcPage:
         EpcBusy, NoEpc: no EPC page for it now, or at all.
         LoadFailed, BackingError: it cannot be loaded.
     """
-    enclave = page.enclave
-    driver = enclave.driver
-    if page.in_motion:
+    epc = page.epc
+    if page.reclaiming or page.busy or (epc is not None and epc.blocked):
         raise PageInMotion(page)
-    if page.epc is not None:
-        return page.epc
+    if epc is not None:
+        return epc
     if page.entry is None:
         raise LoadFailed("lost")
-    group, node = driver.charge(task)
-    page.epc = enclave.swap.load(
-        page.entry, page, kind=LABELS[page.kind], cpu_node=node, group=group
-    )
-    page.entry = None
-    enclave.counts.reloads += 1
-    driver.core.mark_reclaimable(page.epc)
-    _prefetch(page, task)
-    return page.epc
-
-
-def _prefetch(page: EnclavePage, task: Task | None) -> None:
-    """Load the pages that the policy wants beside this one, while there is free EPC."""
+    epc = _reload(page, page.entry, task)
     enclave = page.enclave
-    core = enclave.driver.core
-    for index in core.policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
+    # What the policy wants beside this page is loaded while there is free EPC.
+    policy = enclave.driver.core.policy
+    for index in policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
         other = enclave.pages.get(index)
         if other is None or other.entry is None or other.in_motion:
             continue
-        group, node = enclave.driver.charge(task)
         try:
-            other.epc = enclave.swap.load(
-                other.entry, other, kind=LABELS[other.kind], cpu_node=node, group=group
-            )
+            _reload(other, other.entry, task)
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
-            return
-        other.entry = None
-        enclave.counts.reloads += 1
-        core.mark_reclaimable(other.epc)
+            break
+    return epc
+
+
+def _reload(page: EnclavePage, entry: SwapEntry, task: Task | None) -> EpcPage:
+    enclave = page.enclave
+    driver = enclave.driver
+    group, node = driver.charge(task)
+    epc = enclave.swap.load(entry, page, kind=LABELS[page.kind], cpu_node=node, group=group)
+    page.epc, page.entry = epc, None
+    enclave.counts.reloads += 1
+    driver.core.mark_reclaimable(epc)
+    return epc
 
 
 def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: EpcPage) -> FaultResult:

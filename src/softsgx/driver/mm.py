@@ -146,9 +146,9 @@ class Mm:
 
     def pin(self) -> bool:
         """Keep it from ending while its mappings are walked; ``False`` when it has ended."""
-        if self._quiet:
-            self._users += self._users > 0
-            return self._users > 0
+        if self._quiet and self._users:
+            self._users += 1
+            return True
         with self._latch:
             if not self._users:
                 return False
@@ -161,7 +161,9 @@ class Mm:
         A walker holds locks that the rest takes, and is itself what the rest waits for: hence
         mmput_async().
         """
-        if self._drop():
+        if self._quiet and self._users > 1:
+            self._users -= 1
+        elif self._drop():
             self.runtime.spawn(self._end, f"{self.name}.mmput")
 
     def exit(self) -> None:
@@ -174,9 +176,6 @@ class Mm:
             self._end()
 
     def _drop(self) -> bool:
-        if self._quiet:
-            self._users -= 1
-            return not self._users
         with self._latch:
             self._users -= 1
             return not self._users
@@ -383,7 +382,7 @@ class Mm:
             enclave = vma.enclave
             if enclave is None:
                 return FaultResult.SIGBUS
-            result, busy = enclave.fault(self, vma, page_of(addr), task or self.owner)
+            result, busy = enclave.fault(self, vma, addr & -PAGE_BYTES, task or self.owner)
         finally:
             self.mmap_lock.release_read()
         if busy is not None:
@@ -392,14 +391,26 @@ class Mm:
         enclave.counts.fault_ns += self.runtime.now_ns() - began
         return result
 
+    def zap(self, enclave: Enclave, linaddr: int) -> None:
+        """Remove the entry of a page if it is mapped here as part of ``enclave``."""
+        self.mmap_lock.acquire_read()
+        try:
+            vma = self.find(linaddr)
+            if vma is not None and vma.enclave is enclave:
+                self.ptes.zap(linaddr)
+        finally:
+            self.mmap_lock.release_read()
+
     # --- mappings -------------------------------------------------------------------------------
 
     def find(self, addr: int) -> EnclaveVma | None:
         """Return the mapping that holds ``addr``; ``mmap_lock`` is held."""
-        index = bisect_right(self._starts, addr) - 1
-        if index < 0 or self._vmas[index].end <= addr:
-            return None
-        return self._vmas[index]
+        after = bisect_right(self._starts, addr)
+        if after:
+            vma = self._vmas[after - 1]
+            if addr < vma.end:
+                return vma
+        return None
 
     def vmas(self, start: int = 0, end: int = _TASK_SIZE) -> list[EnclaveVma]:
         """Return the mappings that overlap a range, lowest first; ``mmap_lock`` is held."""

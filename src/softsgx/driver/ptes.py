@@ -47,6 +47,7 @@ class SoftPtes(PageTables):
     def __init__(self, machine: Computer) -> None:
         super().__init__()
         self._machine = machine
+        self._interleaves = machine.runtime.interleaves
         self._accessed: set[int] = set()
 
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
@@ -57,11 +58,10 @@ class SoftPtes(PageTables):
 
     def zap(self, linaddr: int) -> None:
         """As :meth:`Ptes.zap`; an instruction that has read the entry completes first."""
-        if self.entry(linaddr) is None:
+        if self._entries.pop(linaddr, None) is None:
             return
-        self.unmap(linaddr)
         self._accessed.discard(linaddr)
-        if self._machine.runtime.interleaves:
+        if self._interleaves:
             # What is left of the shoot-down: a leaf that walked before must not find the EPC page
             # blocked, which would be a fault that nobody mends.
             for cpu in self._running():

@@ -104,7 +104,7 @@ class Srcu:
         self._quiet = not runtime.interleaves
         self._readers = [0, 0]
         self._index = 0
-        self._gone = False
+        self._turning = self._gone = False
 
     def enter(self) -> int:
         """Begin to read; give the result to :meth:`leave`."""
@@ -118,7 +118,7 @@ class Srcu:
 
     def leave(self, index: int) -> None:
         """End reading."""
-        if self._quiet and not self._turn.held():
+        if self._quiet and not self._turning:
             self._readers[index] -= 1
             return
         with self._lock:
@@ -131,8 +131,10 @@ class Srcu:
         with self._turn, self._lock:
             assert not self._gone, "SRCU used after cleanup"
             old, self._index = self._index, 1 - self._index
+            self._turning = True
             while self._readers[old]:
                 self._drained.wait()
+            self._turning = False
             assert not self._gone, "SRCU cleaned up during a grace period"
 
     def cleanup(self) -> None:
