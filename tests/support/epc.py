@@ -293,5 +293,5 @@ class ToyEnclave:
         evicted = [page for page in self.pages.values() if page.entry is not None]
         slots = len(evicted) + (self.swap.secs_entry is not None)
         held = sum(page.reservation is not None for page in resident)
-        held += self.swap._secs_page._reservation is not None
+        held += self.swap._secs_page.reservation is not None
         assert self.swap.va.used == slots + held, "VA slots in use differ from evicted pages"

@@ -22,12 +22,14 @@ __all__ = ["FailingBacking", "FileBacking", "MemoryBacking"]
 
 
 class _CachedPage:
-    """A page in memory; ``_file`` hears of its pins."""
+    """A page in memory; ``unpinned`` hears when its last pin is gone."""
 
-    __slots__ = ("_file", "data", "dirty", "index", "pins")
+    __slots__ = ("_unpinned", "data", "dirty", "index", "pins")
 
-    def __init__(self, file: _CachingFile, index: int, data: bytearray) -> None:
-        self._file, self.index, self.data = file, index, data
+    def __init__(
+        self, index: int, data: bytearray, unpinned: Callable[[_CachedPage], None] | None
+    ) -> None:
+        self.index, self.data, self._unpinned = index, data, unpinned
         self.pins = 1
         self.dirty = False
 
@@ -39,15 +41,22 @@ class _CachedPage:
         """Give one pin back."""
         assert self.pins > 0, f"backing page {self.index} unpinned too often"
         self.pins -= 1
-        if not self.pins:
-            self._file._unpinned(self)
+        if self._unpinned is not None and not self.pins:
+            self._unpinned(self)
 
 
 class _CachingFile:
-    """What the kinds of backing share: pages in memory, and a limit on how many there are."""
+    """What the kinds of backing share: pages in memory, and a limit on how many there are.
 
-    def __init__(self, limit_pages: int | None) -> None:
-        self._limit_pages = limit_pages
+    Args:
+        limit_pages: the limit; ``None`` for none.
+        unpinned: told when the last pin of a page is gone; ``None``: it stays where it is.
+    """
+
+    def __init__(
+        self, limit_pages: int | None, unpinned: Callable[[_CachedPage], None] | None = None
+    ) -> None:
+        self._limit_pages, self._unpinned = limit_pages, unpinned
         self._cached: dict[int, _CachedPage] = {}
 
     def pin(self, index: int, *, create: bool) -> BackingPage:
@@ -63,15 +72,11 @@ class _CachingFile:
             if self._limit_pages is not None and self.pages() >= self._limit_pages:
                 raise BackingError(f"backing file is full: {self._limit_pages} pages")
             stored = bytearray(PAGE_BYTES)
-        page = self._cached[index] = _CachedPage(self, index, stored)
+        page = self._cached[index] = _CachedPage(index, stored, self._unpinned)
         return page
 
     def _stored(self, index: int) -> bytearray | None:
         """Return a copy of a page that is not in memory, ``None`` when there is none."""
-        raise NotImplementedError
-
-    def _unpinned(self, page: _CachedPage) -> None:
-        """The last pin of ``page`` is gone."""
         raise NotImplementedError
 
     def pages(self) -> int:
@@ -81,6 +86,8 @@ class _CachingFile:
 
 class MemoryBacking(_CachingFile):
     """A backing file in this process' memory.
+
+    Pages stay there when nobody pins them: there is no pressure until :meth:`drop_clean` says so.
 
     Args:
         limit_pages: how many pages it may hold; ``None`` for any number.
@@ -93,9 +100,6 @@ class MemoryBacking(_CachingFile):
     def _stored(self, index: int) -> bytearray | None:
         data = self._written_out.get(index) if self._written_out else None
         return None if data is None else bytearray(data)
-
-    def _unpinned(self, page: _CachedPage) -> None:
-        """Keep it: there is no pressure until :meth:`drop_clean` says so."""
 
     def truncate(self, index: int) -> None:
         """As :meth:`BackingFile.truncate`."""
@@ -144,7 +148,7 @@ class FileBacking(_CachingFile):
     """
 
     def __init__(self, limit_pages: int | None = None, *, directory: str | None = None) -> None:
-        super().__init__(limit_pages)
+        super().__init__(limit_pages, self._write_back)
         self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self._places: dict[int, int] = {}  # page index to place in the file
         self._holes: list[int] = []
@@ -157,7 +161,7 @@ class FileBacking(_CachingFile):
         data = bytearray(self._file.read(PAGE_BYTES))
         return data + bytes(PAGE_BYTES - len(data))
 
-    def _unpinned(self, page: _CachedPage) -> None:
+    def _write_back(self, page: _CachedPage) -> None:
         if self._cached.get(page.index) is not page:
             return  # truncated while it was pinned
         del self._cached[page.index]

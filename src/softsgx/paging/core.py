@@ -262,7 +262,7 @@ class EpcCore:
                     raise
 
     def _take(self, cpu_node: int) -> EpcPage | None:
-        for node in self._order(cpu_node):
+        for node in self._orders.get(cpu_node) or self._order(cpu_node):
             page = node.take()
             if page is not None:
                 self._free.add(-1)
@@ -279,12 +279,10 @@ class EpcCore:
             self._relieve(self.root, seen, pressure, reclaim=reclaim, signal=signal)
 
     def _order(self, cpu_node: int) -> Iterable[Node]:
-        order = self._orders.get(cpu_node)
-        if order is None:
-            nodes = list(self._nodes.values())
-            if "B17" in self.defects:
-                return self._walk(nodes, cpu_node)
-            order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
+        nodes = list(self._nodes.values())
+        if "B17" in self.defects:
+            return self._walk(nodes, cpu_node)
+        order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
         return order
 
     def _relieve(

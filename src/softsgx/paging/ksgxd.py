@@ -74,7 +74,7 @@ class Ksgxd:
         self._wake = runtime.condition(self._lock)
         self._progress = runtime.condition(self._lock)
         self._requests: dict[Group, None] = {}
-        self._waiters = 0
+        self._waiters = 0  # not counting those that were woken and have not run yet
         self._faults: Counter[Group] = Counter()  # those in wait_for_page, by whom they wait for
         # When everything was tried in vain, each of those who waited for it gets a ticket, for
         # which the next allocation says that there is no memory. Others start anew.
@@ -96,6 +96,7 @@ class Ksgxd:
         self.generation += 1
         if self._waiters:
             with self._lock:
+                self._waiters = 0
                 self._progress.notify_all()
 
     def candidate_added(self) -> None:
@@ -142,12 +143,11 @@ class Ksgxd:
 
     def _wait_while(self, nothing_new: Callable[[], bool]) -> None:
         with self._lock:
-            self._waiters += 1
-            try:
-                while nothing_new() and not self._stopping:
-                    self._progress.wait()
-            finally:
-                self._waiters -= 1
+            self._waiters += 1  # before the look: whoever comes after it will wake us
+            while nothing_new() and not self._stopping:
+                self._progress.wait()
+                self._waiters += 1
+            self._waiters -= 1
 
     # --- the task ---------------------------------------------------------------------------------
 

@@ -145,7 +145,8 @@ class Reclaimer:
         return scanned, victims
 
     def _prepare(self, lru: Lru, page: EpcPage, *, force: bool) -> bool:
-        owner = _owner(page)
+        owner = page.owner
+        assert owner is not None, f"{page!r} in a batch has no owner"
         if page.poisoned and not self._ignore_poison:
             self._skip(lru, page, owner, "poisoned")
             return False
@@ -163,7 +164,8 @@ class Reclaimer:
         return True
 
     def _block(self, lru: Lru, page: EpcPage) -> bool:
-        owner = _owner(page)
+        owner = page.owner
+        assert owner is not None, f"{page!r} in a batch has no owner"
         if owner.block():
             return True
         self._counters.not_blocked += 1
@@ -171,7 +173,8 @@ class Reclaimer:
         return False
 
     def _write(self, lru: Lru, page: EpcPage) -> bool:
-        owner = _owner(page)
+        owner = page.owner
+        assert owner is not None, f"{page!r} in a batch has no owner"
         if owner.write():
             lru.forget(page)
             self._free(page)
@@ -190,8 +193,3 @@ class Reclaimer:
 def _requeue(lru: Lru, page: EpcPage, owner: Reclaimable) -> None:
     lru.put_back(page)
     owner.put()  # last: it may destroy the owner, which takes its pages off their lists
-
-
-def _owner(page: EpcPage) -> Reclaimable:
-    assert page.owner is not None, f"{page!r} in a batch has no owner"
-    return page.owner

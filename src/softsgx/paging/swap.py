@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EnclaveSwap", "Pin", "Reservation", "SwapEntry"]
 
+_SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
+
 
 def _never() -> bool:
     return False
@@ -316,7 +318,7 @@ class EnclaveSwap:
             return False
         # Blocked before, by a try that did not get further; or gone with the power, and EWB will
         # find that out.
-        if status in (Status.SUCCESS, Status.BLKSTATE, Status.PG_INVLD):
+        if status is _SUCCESS or status in (Status.BLKSTATE, Status.PG_INVLD):
             page.blocked = True
             return True
         return False
@@ -350,7 +352,9 @@ class EnclaveSwap:
                 pinned = self._file.reserve(index)
             except BackingError:
                 return self._lose(page, reservation)
-        ending, tries = self._ewb(page, slot, pinned)
+        ending, tries = ewb(self._leaves, page.addr, slot.addr, pinned), 1
+        if ending is _NOT_TRACKED:
+            ending, tries = self._track(page, slot, pinned)
         self.ewbs += tries
         counters = self._counters
         if self._core.tracer is not None:
@@ -384,15 +388,12 @@ class EnclaveSwap:
         self._counters.lost += 1
         return SwapEntry(reservation.index, None)
 
-    def _ewb(self, page: EpcPage, slot: VaSlot, pinned: Pinned) -> tuple[Ending, int]:
-        """EWB in at most three tries; return how the last one ended, and how many it took."""
+    def _track(self, page: EpcPage, slot: VaSlot, pinned: Pinned) -> tuple[Ending, int]:
+        """EWB once or twice more; return how the last one ended, and how many it took in all."""
         leaves, slot_addr = self._leaves, slot.addr
-        ending = ewb(leaves, page.addr, slot_addr, pinned)
-        if ending is not Status.NOT_TRACKED:
-            return ending, 1
         self._start_epoch()
         ending = ewb(leaves, page.addr, slot_addr, pinned)
-        if ending is not Status.NOT_TRACKED:
+        if ending is not _NOT_TRACKED:
             return ending, 2
         # Only after ETRACK: whoever enters in between is already in the new epoch.
         self._kick_cpus()
@@ -471,9 +472,11 @@ class EnclaveSwap:
             NoEpc: no EPC page at all.
             LoadFailed: ELDU refused; ``entry`` stays valid and a later try may succeed.
         """
-        if entry.lost:
+        if entry.slot is None:
             raise LoadFailed("lost")
-        secs = self.load_secs(cpu_node=cpu_node)
+        secs = self.secs
+        if secs is None or self._secs_page.reservation is not None:
+            secs = self.load_secs(cpu_node=cpu_node)
         linaddr = self._base + entry.index * PAGE_BYTES
         page = self._eldu(entry, owner, kind, cpu_node, group, linaddr=linaddr, secs=secs.addr)
         self.child_added()
@@ -504,7 +507,7 @@ class EnclaveSwap:
         ending = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr=linaddr, secs=secs)
         if core.tracer is not None:
             core.tracer(Loaded(page.addr, kind, entry.index, name_of(ending)))
-        if ending is Status.SUCCESS:
+        if ending is _SUCCESS:
             self._file.loaded(pinned)
             self.va.emptied(slot)
             counters.eldu += 1
@@ -562,7 +565,7 @@ class _IdleSecs:
 
     def __init__(self, swap: EnclaveSwap) -> None:
         self._swap = swap
-        self._reservation: Reservation | None = None
+        self.reservation: Reservation | None = None
 
     def get(self) -> bool:
         """Pin the enclave; ``False`` also when the SECS is needed: it is listed again later."""
@@ -579,8 +582,8 @@ class _IdleSecs:
         with swap.lock:
             if swap.children or swap.secs is None:
                 return False
-            self._reservation = swap.prepare(swap._pages)
-            return self._reservation is not None
+            self.reservation = swap.prepare(swap._pages)
+            return self.reservation is not None
 
     def block(self) -> bool:
         return True
@@ -588,7 +591,7 @@ class _IdleSecs:
     def write(self) -> bool:
         swap = self._swap
         with swap.lock:
-            reservation, self._reservation = self._reservation, None
+            reservation, self.reservation = self.reservation, None
             if reservation is None or swap.secs is None:
                 return False
             entry = swap._evict(swap.secs, reservation, "secs")
@@ -599,6 +602,6 @@ class _IdleSecs:
 
     def stay(self) -> None:
         """Somebody needs the SECS: give up evicting it; the enclave's lock is held."""
-        if self._reservation is not None:
-            self._swap.cancel(self._reservation)
-            self._reservation = None
+        if self.reservation is not None:
+            self._swap.cancel(self.reservation)
+            self.reservation = None

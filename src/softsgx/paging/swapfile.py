@@ -25,7 +25,8 @@ from softsgx.trace import Tracer
 __all__ = ["Pinned", "SwapFile", "enclave_layout", "va_layout"]
 
 PCMDS_PER_PAGE = PAGE_BYTES // Pcmd.SIZE
-_NO_PCMD = bytes(Pcmd.SIZE)
+_PCMD_BYTES = Pcmd.SIZE
+_NO_PCMD = bytes(_PCMD_BYTES)
 _EMPTY_PAGE = bytes(PAGE_BYTES)
 
 Layout = Callable[[int], tuple[int, int]]
@@ -70,8 +71,8 @@ class Pinned:
     ) -> None:
         self.index, self.content, self.pcmd = index, content, pcmd
         self.content_at, self.pcmd_at = content_at, pcmd_at
-        start = index % PCMDS_PER_PAGE * Pcmd.SIZE
-        self.pcmd_bytes = memoryview(pcmd.data)[start : start + Pcmd.SIZE]
+        start = index % PCMDS_PER_PAGE * _PCMD_BYTES
+        self.pcmd_bytes = memoryview(pcmd.data)[start : start + _PCMD_BYTES]
 
     def unpin(self) -> None:
         """Give both pins back."""
@@ -120,16 +121,17 @@ class SwapFile:
             BackingError: there is no room; nothing has changed.
         """
         content_at, pcmd_at = self._layout(index)
-        content = self.backing.pin(content_at, create=True)
+        pin = self.backing.pin
+        content = pin(content_at, create=True)
         try:
-            pcmd = self.backing.pin(pcmd_at, create=True)
+            pcmd = pin(pcmd_at, create=True)
         except BackingError:
             content.unpin()
             self.backing.truncate(content_at)
             raise
         pinned = Pinned(index, content_at, content, pcmd_at, pcmd)
         if announced:
-            self.announce(pinned)
+            self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
         if self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
@@ -172,9 +174,10 @@ class SwapFile:
             BackingError: they are not there.
         """
         content_at, pcmd_at = self._layout(index)
-        content = self.backing.pin(content_at, create=False)
+        pin = self.backing.pin
+        content = pin(content_at, create=False)
         try:
-            pcmd = self.backing.pin(pcmd_at, create=False)
+            pcmd = pin(pcmd_at, create=False)
         except BackingError:
             content.unpin()
             raise

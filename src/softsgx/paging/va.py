@@ -103,7 +103,7 @@ class VaArray:
     def take(self) -> VaSlot:
         """Take the lowest free slot of the first page and pin that page."""
         page = next(iter(self._pages), None)
-        assert page is not None and page.usable and page.free, (
+        assert page is not None and page.free and page.epc is not None and page.leaving is None, (
             f"no free VA slot: {self.promised} promised, {self.used} used, {self.room} left;"
             " every page needs grow() before it is added"
         )
@@ -121,7 +121,8 @@ class VaArray:
         """EWB has filled ``slot``: its page need not stay for it any more."""
         page = slot.page
         page.pins -= 1
-        page.stale &= ~(1 << slot.number)
+        if page.stale:
+            page.stale &= ~(1 << slot.number)
         if not page.free or self.promised == self.used:
             self.list_page(page)
 
@@ -144,7 +145,7 @@ class VaArray:
         page = slot.page
         page.free |= 1 << slot.number
         self.used -= 1
-        if page.usable:
+        if page.epc is not None and page.leaving is None:
             self.room += 1
             self._pages.move_to_end(page, last=False)
 
@@ -202,7 +203,7 @@ class VaArray:
     def list_page(self, page: VaPage) -> None:
         """Let the reclaimer have ``page`` if the array can do without it."""
         epc = page.epc
-        if epc is not None and not epc.tracked and page.usable and self.may_leave(page):
+        if epc is not None and not epc.tracked and page.leaving is None and self.may_leave(page):
             self.tree.core.mark_reclaimable(epc)
 
     def list_all(self) -> None:
@@ -236,10 +237,9 @@ class VaArray:
             LoadFailed: ELDU refused.
         """
         page.accessed = True
-        if page.usable:
-            return
         if page.epc is not None:
-            page.stay()
+            if page.leaving is not None:
+                page.stay()
             return
         with self.tree_lock():
             self._load(page)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL_FREE", "VaPage", "VaSlot"]
 
+_SUCCESS = Status.SUCCESS
 ALL_FREE = (1 << VA_SLOTS) - 1
 
 
@@ -47,11 +48,13 @@ class VaSlot:
 
     def accepted(self, ending: Ending) -> bool:
         """Return whether EWB has evicted a page with its version here."""
+        if ending is _SUCCESS:
+            return True
         if ending is Status.VA_SLOT_OCCUPIED:
             # The page is gone all the same; what the slot held before must be nobody's.
             assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
             return True
-        return ending is Status.SUCCESS
+        return False
 
 
 class VaPage:
@@ -67,16 +70,17 @@ class VaPage:
         pins: evictions that have reserved a slot here: it must stay.
         accessed: whether a slot was used since the last look.
         parent: the slot that holds its own version while it is evicted.
+        leaving: while it is about to leave: its backing, and the slot for its version.
         lost: it was in the EPC when that lost power.
     """
 
     __slots__ = (
-        "_leaving",
         "accessed",
         "array",
         "epc",
         "free",
         "index",
+        "leaving",
         "lost",
         "parent",
         "pins",
@@ -92,7 +96,7 @@ class VaPage:
         self.accessed = False
         self.parent: VaSlot | None = None
         self.lost = False
-        self._leaving: tuple[Pinned, VaSlot] | None = None
+        self.leaving: tuple[Pinned, VaSlot] | None = None
 
     @property
     def free_slots(self) -> int:
@@ -102,7 +106,7 @@ class VaPage:
     @property
     def usable(self) -> bool:
         """Whether its free slots can be taken: it is resident and not about to leave."""
-        return self.epc is not None and self._leaving is None
+        return self.epc is not None and self.leaving is None
 
     # --- Reclaimable ------------------------------------------------------------------------------
 
@@ -123,7 +127,7 @@ class VaPage:
         """Reserve backing and a slot one level up."""
         array, tree = self.array, self.array.tree
         with array.lock:
-            if self.epc is None or self._leaving is not None or not array.may_leave(self):
+            if self.epc is None or self.leaving is not None or not array.may_leave(self):
                 return False
             with array.tree_lock():
                 try:
@@ -134,7 +138,7 @@ class VaPage:
                 if slot is None:
                     tree.file.cancel(pinned)
                     return False
-            self._leaving = pinned, slot
+            self.leaving = pinned, slot
             array.leaves(self)
             return True
 
@@ -146,9 +150,9 @@ class VaPage:
         """EWB, unless somebody has needed the page meanwhile."""
         array, tree = self.array, self.array.tree
         with array.lock:
-            if self._leaving is None:
+            if self.leaving is None:
                 return False
-            pinned, slot = self._leaving
+            pinned, slot = self.leaving
             epc = self.epc
             assert epc is not None, "a VA page on its way out is not there"
             if epc.poisoned:
@@ -169,18 +173,18 @@ class VaPage:
             with array.tree_lock():
                 tree.file.written(pinned)
                 slot.page.array.keep(slot)
-            self._leaving, self.parent = None, slot
+            self.leaving, self.parent = None, slot
             array.gone(self)
             tree.core.counters.va_out += 1
             return True
 
     def stay(self) -> None:
         """Give up leaving; the array's lock is held."""
-        assert self._leaving is not None, "a VA page that is not leaving cannot stay"
-        pinned, slot = self._leaving
+        assert self.leaving is not None, "a VA page that is not leaving cannot stay"
+        pinned, slot = self.leaving
         tree = self.array.tree
         with self.array.tree_lock():
             tree.file.cancel(pinned)
             slot.page.array.give_back(slot)
-        self._leaving = None
+        self.leaving = None
         self.array.stays(self)
