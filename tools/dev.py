@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,8 @@ def set_up(*, dev: bool) -> None:
         print("making .venv …", file=sys.stderr)
         venv.create(VENV, with_pip=True)
     extras = [name for name in RUN_EXTRAS if name in project["project"]["optional-dependencies"]]
+    if shutil.which("cc") is None:
+        extras.append("cc")  # examples are C: PyPI has a compiler, too
     packages = ["-e", f"{ROOT}[{','.join(extras)}]"]
     if dev:
         packages += group(project, "dev")

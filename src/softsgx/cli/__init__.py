@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import softsgx
-from softsgx.cli import doctor, inspect, measure, run, sign, tour
+from softsgx.cli import build, doctor, inspect, measure, run, sign, tour
 from softsgx.errors import SoftSgxError
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -27,6 +27,7 @@ give an enclave that runs here a secret that the machine's owner may not know.""
 
 _EPILOG = """\
 examples:
+  softsgx build enclave.c --host host.c   an enclave from C, and the program that uses it
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
@@ -50,7 +51,7 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
-COMMANDS: tuple[Command, ...] = (tour, run, doctor, inspect, measure, sign)
+COMMANDS: tuple[Command, ...] = (tour, build, run, doctor, inspect, measure, sign)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

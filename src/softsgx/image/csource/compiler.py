@@ -31,9 +31,6 @@ _ENCLAVE_FLAGS = (
     "-ffreestanding",
     "-fPIE",
     "-fvisibility=hidden",
-    # XFRM is 3: an AVX instruction would be #UD.
-    "-march=x86-64",
-    "-mtune=generic",
     # There is neither a canary in FS, nor an unwinder, nor CET.
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
@@ -66,10 +63,12 @@ class Compiler:
         command: how it is called, without arguments of ours.
         linker: how a linker is called directly, where the compiler cannot be trusted to pass
             everything on; otherwise empty and the compiler links.
+        baseline: asks for no more than SSE2: XFRM is 3, so an AVX instruction would be #UD.
     """
 
     command: tuple[str, ...]
     linker: tuple[str, ...] = ()
+    baseline: tuple[str, ...] = ("-march=x86-64",)
 
     def enclave(self, sources: Sequence[Path], output: Path) -> None:
         """Compile and link what goes inside, with our runtime, to a position-independent ELF file.
@@ -84,7 +83,7 @@ class Compiler:
                 objects.append(str(Path(scratch) / f"{number}.o"))
                 # __FILE__ must not tell where the source lay, or two checkouts would differ.
                 where = f"-ffile-prefix-map={source.parent}=."
-                flags = [*_ENCLAVE_FLAGS, where, f"-I{INCLUDE}", "-c", str(source)]
+                flags = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}", "-c", str(source)]
                 self._call([*self.command, *flags, "-o", objects[-1]], str(source))
             self._link(objects, output, ", ".join(map(str, sources)))
 
@@ -104,7 +103,7 @@ class Compiler:
             command = [*self.linker, "-static", "-pie", *_LINK_FLAGS, "-T", script]
         else:
             passed = [f"-Wl,{flag}" for flag in _LINK_FLAGS]
-            command = [*self.command, "-nostdlib", "-static-pie", *passed, f"-Wl,-T,{script}"]
+            command = [*self.command, "-nostdlib", "-static-pie", *passed, "-T", script]
             objects = [*objects, "-lgcc"]
         self._call([*command, "-o", str(output), *objects], what)
 
@@ -143,7 +142,7 @@ def find_compiler(named: str | None = None) -> Compiler:
     if find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")
         target = ("-target", "x86_64-linux-musl", "-fno-sanitize=all")
-        return Compiler((*zig, "cc", *target), (*zig, "ld.lld"))
+        return Compiler((*zig, "cc", *target), (*zig, "ld.lld"), ("-mcpu=x86_64",))
     raise SoftSgxError(
         "no C compiler: install one (Debian: apt-get install gcc libc6-dev), or ziglang by "
         f"{os.path.basename(sys.executable)} -m pip install 'softsgx[cc]'"

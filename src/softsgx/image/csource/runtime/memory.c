@@ -1,8 +1,12 @@
-/* Copying, and a heap: a list of free blocks by address, the first that fits, neighbours joined. */
+/* Copying, and a heap: blocks are handed out one behind the other, and again when they were freed,
+ * to whoever asks for about the same size.  They are neither joined nor split, and long lists are
+ * not searched: in an enclave a walk through memory is a walk through paging. */
 
 #include <softsgx.h>
 
 #define ALIGNMENT 16
+#define CLASSES 256 /* four to each doubling of size */
+#define LOOKED_AT 8
 #define USED ((struct block *)0x5553454455534544) /* in `next` of a block that is handed out */
 
 struct block {
@@ -10,7 +14,8 @@ struct block {
     struct block *next;
 };
 
-static struct block *free_blocks;
+static struct block *freed[CLASSES];
+static unsigned char *top, *end; /* what was never handed out */
 static char lock;
 
 void sgx__heap_init(unsigned char *start, size_t size);
@@ -80,45 +85,60 @@ static void release_lock(void)
 
 void sgx__heap_init(unsigned char *start, size_t size)
 {
-    if (size < sizeof(struct block))
-        return;
-    free_blocks = (struct block *)start;
-    free_blocks->size = size;
-    free_blocks->next = NULL;
+    top = start;
+    end = start + size;
 }
 
-/* Return the first `need` bytes of `block`, or all of it, and leave the rest in the list. */
-static struct block *carve(struct block *block, struct block **link, size_t need)
+/* The class of a size: every block of a higher class is larger. */
+static unsigned class_of(size_t size)
 {
-    if (block->size - need <= sizeof(struct block)) {
-        *link = block->next;
-        return block;
-    }
-    struct block *rest = (struct block *)((unsigned char *)block + need);
-    rest->size = block->size - need;
-    rest->next = block->next;
-    *link = rest;
+    unsigned doubling = 63 - (unsigned)__builtin_clzl(size);
+
+    return doubling * 4 + (size >> (doubling - 2) & 3);
+}
+
+/* Take a block of at least `need` bytes from the lists.  Only a few are looked at: each may lie on
+ * a page that has to be loaded first. */
+static struct block *reuse(size_t need)
+{
+    unsigned class = class_of(need);
+    struct block **link = &freed[class], *found;
+
+    for (int i = 0; *link && (*link)->size < need; i++, link = &(*link)->next)
+        if (i == LOOKED_AT)
+            return NULL;
+    for (unsigned larger = class + 1; !*link && larger <= class + 4; larger++)
+        link = &freed[larger];
+    found = *link;
+    if (found)
+        *link = found->next;
+    return found;
+}
+
+static struct block *extend(size_t need)
+{
+    struct block *block = (struct block *)top;
+
+    if ((size_t)(end - top) < need)
+        return NULL;
+    top += need;
     block->size = need;
     return block;
 }
 
 void *malloc(size_t size)
 {
-    struct block *found = NULL;
-
     if (size > PTRDIFF_MAX)
         return NULL;
     size_t need = (size + sizeof(struct block) + ALIGNMENT - 1) & -(size_t)ALIGNMENT;
     take_lock();
-    for (struct block **link = &free_blocks; *link; link = &(*link)->next) {
-        if ((*link)->size >= need) {
-            found = carve(*link, link, need);
-            found->next = USED;
-            break;
-        }
-    }
+    struct block *block = reuse(need);
+    if (!block)
+        block = extend(need);
+    if (block)
+        block->next = USED;
     release_lock();
-    return found ? found + 1 : NULL;
+    return block ? block + 1 : NULL;
 }
 
 void free(void *memory)
@@ -126,28 +146,17 @@ void free(void *memory)
     if (!memory)
         return;
     struct block *block = (struct block *)memory - 1;
-    struct block *before = NULL;
 
     take_lock();
     if (block->next != USED)
         sgx_abort(); /* freed twice, or never handed out */
-    struct block *after = free_blocks;
-    while (after && after < block) {
-        before = after;
-        after = after->next;
-    }
-    block->next = after;
-    if (after && (unsigned char *)block + block->size == (unsigned char *)after) {
-        block->size += after->size;
-        block->next = after->next;
-    }
-    if (!before) {
-        free_blocks = block;
-    } else if ((unsigned char *)before + before->size == (unsigned char *)block) {
-        before->size += block->size;
-        before->next = block->next;
+    if ((unsigned char *)block + block->size == top) {
+        block->next = NULL;
+        top = (unsigned char *)block;
     } else {
-        before->next = block;
+        struct block **list = &freed[class_of(block->size)];
+        block->next = *list;
+        *list = block;
     }
     release_lock();
 }
