@@ -19,11 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from types import FrameType
 from typing import Any
 
@@ -34,7 +36,19 @@ from softsgx.engines.native import PAGERS, doctor
 from softsgx.engines.native import run as run_natively
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
-from softsgx.report import COST_PROFILES, Collector, CpuTimes, document, print_summary
+from softsgx.report import (
+    COST_PROFILES,
+    Collector,
+    CpuTimes,
+    PerfettoWriter,
+    Sampler,
+    Ticker,
+    document,
+    html_page,
+    print_summary,
+    require_plotly,
+    status_line,
+)
 
 __all__ = ["NAME", "configure", "run"]
 
@@ -42,6 +56,8 @@ NAME = "run"
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_STATUS_AFTER_S = 2.0
+_STATUS_EVERY_S = 0.5
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +92,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     told = parser.add_argument_group("what is told")
     told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
     told.add_argument(
+        "--trace", metavar="FILE", help="write every event as a Perfetto trace; paging gets slower"
+    )
+    told.add_argument(
+        "--report", metavar="FILE", help="write a page with charts that opens offline"
+    )
+    told.add_argument(
+        "--status",
+        action="store_true",
+        help="show a status line even if the program writes to the same terminal",
+    )
+    told.add_argument(
         "--costs", choices=list(COST_PROFILES), help="prices (default: the profile's)"
     )
     told.add_argument("--quiet", action="store_true", help="say nothing at the end")
@@ -91,19 +118,33 @@ def run(args: argparse.Namespace) -> int:
     if not argv:
         raise SoftSgxError("run: no program; write softsgx run [options] -- PROGRAM ARG…")
     _check_machine(strict=args.strict)
-    _check_files(args.json, force=args.force)
+    _check_files(args.json, args.trace, args.report, force=args.force)
+    if args.report:
+        require_plotly()
     config = _config(args)
-    watch = _Watch(Collector(time.monotonic_ns, _cpu_times, args.costs))
-    with _handlers_kept():
+    collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
+    sampler = Sampler(collector) if args.report else None
+    watch = _Watch(collector, sampler, status=_status_wanted(args))
+    with ExitStack() as stack:
+        tracer = None
+        if args.trace:
+            writer = PerfettoWriter(args.trace, time.monotonic_ns, collector.resident)
+            tracer = stack.enter_context(writer)
+        stack.callback(watch.stop)
+        stack.enter_context(_handlers_kept())
         result = run_natively(
             argv,
             config,
             group=_group(args),
             pager=args.pager,
             cpus=args.cpus,
+            tracer=tracer,
             observer=watch,
         )
-    summary = watch.collector.summary(argv, result.exit_code)
+    summary = collector.summary(argv, result.exit_code)
+    if sampler is not None:
+        sampler.take()
+        write_file(args.report, html_page(summary, sampler.samples).encode(), force=args.force)
     if args.json:
         text = json.dumps(document(summary), indent=2) + "\n"
         write_file(args.json, text.encode(), force=args.force)
@@ -113,14 +154,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Watch:
-    """Follows the run for the reports, and passes signals on to the program."""
+    """Follows the run for the reports, and passes signals on to the program.
 
-    def __init__(self, collector: Collector) -> None:
-        self.collector = collector
+    Args:
+        collector: of what happens.
+        sampler: takes samples while the program runs.
+        status: whether to show a status line once it takes long.
+    """
+
+    def __init__(self, collector: Collector, sampler: Sampler | None, *, status: bool) -> None:
+        self._collector, self._sampler, self._status = collector, sampler, status
+        self._tickers: list[Ticker] = []
+        self._shown = False
         self._pid = 0
 
     def attached(self, platform: Platform, pager: str) -> None:
-        self.collector.attached(platform, pager)
+        self._collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
         """From here on signals mean the program; before, they end us."""
@@ -130,13 +179,45 @@ class _Watch:
             signal.signal(number, signal.SIG_IGN)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
-        self.collector.started(pid)
+        self._collector.started(pid)
+        # No thread before this: a fork would copy half of it.
+        if self._sampler is not None:
+            self._sampler.take()
+            self._tickers.append(Ticker(self._sampler.tick, self._sampler.interval_s))
+        if self._status:
+            self._tickers.append(Ticker(self._show_status, _STATUS_AFTER_S))
+
+    def stop(self) -> None:
+        """End threads, and take the status line away."""
+        for ticker in self._tickers:
+            ticker.stop()
+        self._tickers.clear()
+        if self._shown:
+            self._write("")
+
+    def _show_status(self) -> float:
+        self._shown = True
+        width = shutil.get_terminal_size().columns
+        self._write(status_line(self._collector)[: width - 1])
+        return _STATUS_EVERY_S
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"\r{text}\x1b[K".encode())
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         try:
             os.kill(self._pid, number)
         except ProcessLookupError:
             return
+
+
+def _status_wanted(args: argparse.Namespace) -> bool:
+    """Return whether a status line disturbs nobody, or is wanted all the same."""
+    if args.status:
+        return True
+    return not args.quiet and os.isatty(2) and not os.isatty(1)
 
 
 @contextmanager
@@ -207,5 +288,5 @@ def _cpus(text: str) -> set[int]:
 
 
 def _cpu_times() -> CpuTimes:
-    times = os.times()
-    return CpuTimes(times.user + times.system, times.children_user + times.children_system)
+    own, children = (getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
+    return CpuTimes(own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime)

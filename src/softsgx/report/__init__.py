@@ -2,6 +2,9 @@
 
 from softsgx.report.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.report.document import FORMAT, document
+from softsgx.report.html import html_page, require_plotly
+from softsgx.report.perfetto import PerfettoWriter
+from softsgx.report.sampler import Sample, Sampler, Ticker
 from softsgx.report.summary import (
     Collector,
     CpuTimes,
@@ -9,6 +12,7 @@ from softsgx.report.summary import (
     GroupSummary,
     PlatformSummary,
     RunSummary,
+    Totals,
 )
 from softsgx.report.tables import cycles_text, print_summary, size_text, status_line
 
@@ -22,13 +26,20 @@ __all__ = [
     "EnclaveSummary",
     "Estimate",
     "GroupSummary",
+    "PerfettoWriter",
     "PlatformSummary",
     "Price",
     "RunSummary",
+    "Sample",
+    "Sampler",
+    "Ticker",
+    "Totals",
     "cycles_text",
     "document",
     "estimate",
+    "html_page",
     "print_summary",
+    "require_plotly",
     "size_text",
     "status_line",
 ]

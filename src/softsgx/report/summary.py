@@ -30,6 +30,7 @@ __all__ = [
     "GroupSummary",
     "PlatformSummary",
     "RunSummary",
+    "Totals",
 ]
 
 _FAULTS = ("minor", "major", "augment", "busy", "refused")
@@ -173,6 +174,31 @@ class RunSummary:
         return None if self.exit_code >= 0 else signal_name(-self.exit_code)
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over enclaves: faults, evictions and reloads of pages, seconds spent in faults."""
+
+    faults: int = 0
+    evictions: int = 0
+    reloads: int = 0
+    fault_s: float = 0.0
+
+    @classmethod
+    def of(cls, enclave: Enclave) -> Totals:
+        """Return what one enclave has so far."""
+        counts = enclave.counts
+        faults = sum(list(counts.faults.values()))
+        return cls(faults, counts.evictions, counts.reloads, counts.fault_ns / 1e9)
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.faults + other.faults,
+            self.evictions + other.evictions,
+            self.reloads + other.reloads,
+            self.fault_s + other.fault_s,
+        )
+
+
 @dataclass(slots=True)
 class _Record:
     """An enclave that the collector follows; ``final`` once it is gone."""
@@ -205,6 +231,7 @@ class Collector:
     platform: Platform | None = None
     pager: str = ""
     _records: dict[int, _Record] = field(default_factory=dict)
+    _gone: Totals = Totals()
     _began_ns: int = 0
     _began_cpu: CpuTimes = CpuTimes(0.0, 0.0)
 
@@ -238,6 +265,8 @@ class Collector:
             case Released() if event.enclave in self._records:  # else it was never created
                 record = self._records[event.enclave]
                 record.final = self._summary_of(record, released_ns=self.clock_ns())
+                assert record.enclave is not None, "an enclave is released twice"
+                self._gone = self._gone + Totals.of(record.enclave)
                 record.enclave = record.crossings = None
             case _:
                 pass
@@ -262,7 +291,18 @@ class Collector:
     def living(self) -> list[Enclave]:
         """Return the enclaves that exist now; may be called from another thread."""
         records = list(self._records.values())
-        return [record.enclave for record in records if record.enclave is not None]
+        return [enclave for record in records if (enclave := record.enclave) is not None]
+
+    def resident(self) -> dict[int, int]:
+        """Return the resident pages of each enclave that exists now, by its number."""
+        return {enclave.number: enclave.swap.children for enclave in self.living()}
+
+    def totals(self) -> Totals:
+        """Return sums over all enclaves, living or not; may be called from another thread."""
+        total = self._gone
+        for enclave in self.living():
+            total = total + Totals.of(enclave)
+        return total
 
     def enclaves(self) -> tuple[EnclaveSummary, ...]:
         """Return all enclaves as they are now."""

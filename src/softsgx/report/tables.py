@@ -12,8 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.report.costs import Estimate
-from softsgx.report.summary import EnclaveSummary, RunSummary
+from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
 
 __all__ = ["cycles_text", "print_summary", "size_text", "status_line"]
 
@@ -47,15 +48,15 @@ def print_summary(run: RunSummary, console: Console) -> None:
         console.print(Text(f"not priced, since nobody has published a figure: {unpriced}", "dim"))
 
 
-def status_line(run: RunSummary) -> str:
-    """Return a run that goes on in one short line."""
-    resident = sum(enclave.resident_bytes for enclave in run.enclaves)
-    faults = sum(enclave.fault_count for enclave in run.enclaves)
-    evictions = sum(enclave.evictions for enclave in run.enclaves)
-    living = sum(enclave.released_s is None for enclave in run.enclaves)
+def status_line(collector: Collector) -> str:
+    """Return how a run stands in one short line; may be called from another thread."""
+    assert collector.platform is not None, "a status before the collector was attached"
+    epc_bytes = collector.platform.core.epc_pages * PAGE_BYTES
+    resident, totals = collector.resident(), collector.totals()
     return (
-        f"softsgx: {run.wall_s:.0f} s, {_times(living, 'enclave')}, {size_text(resident)} of "
-        f"{size_text(run.platform.epc_bytes)} EPC, {faults:,} faults, {evictions:,} evictions"
+        f"softsgx: {collector.elapsed_s:.0f} s, {_times(len(resident), 'enclave')}, "
+        f"{size_text(sum(resident.values()) * PAGE_BYTES)} of {size_text(epc_bytes)} EPC, "
+        f"{totals.faults:,} faults, {totals.evictions:,} evictions"
     )
 
 
