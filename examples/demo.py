@@ -47,8 +47,9 @@ def main() -> int:
         epc = args.epc or f"{pages // SHARE * 4}KiB"
         share = "" if args.epc else f", a quarter of the enclave's {pages * 4}KiB"
         say(3, f"Run it with an EPC of {epc}{share}. It checks its own result.")
-        program = [str(built["host"]), str(built["output"]), *([args.size] if args.size else [])]
-        status = softsgx("run", "--epc", epc, "--cpus", "1", "--", *program)
+        names = [Path(str(built[part])).name for part in ("host", "output")]
+        program = [f"./{names[0]}", names[1], *([args.size] if args.size else [])]
+        status = softsgx("run", "--epc", epc, "--cpus", "1", "--", *program, cwd=scratch)
     if status:
         print(f"\nThe example ended with status {status}.", file=sys.stderr)
         return 1
@@ -85,10 +86,10 @@ def tour_instead() -> int:
     return 1
 
 
-def softsgx(*arguments: str) -> int:
+def softsgx(*arguments: str, cwd: str | None = None) -> int:
     """Print a softsgx command, run it, and return its exit status."""
     print(f"   $ softsgx {shlex.join(arguments)}", flush=True)
-    return subprocess.run(command(*arguments), check=False).returncode
+    return subprocess.run(command(*arguments), check=False, cwd=cwd).returncode
 
 
 def command(*arguments: str) -> list[str]:
