@@ -14,7 +14,13 @@ from softsgx.report.summary import (
     RunSummary,
     Totals,
 )
-from softsgx.report.tables import cycles_text, print_summary, size_text, status_line
+from softsgx.report.tables import (
+    cycles_text,
+    print_summary,
+    seconds_text,
+    size_text,
+    status_line,
+)
 
 __all__ = [
     "COST_PROFILES",
@@ -40,6 +46,7 @@ __all__ = [
     "html_page",
     "print_summary",
     "require_plotly",
+    "seconds_text",
     "size_text",
     "status_line",
 ]

@@ -10,7 +10,8 @@ and one EWB, so that runs in which these do not come in pairs have a price as we
 
 Source:
     Named with each price.  ``checked`` says whether the figure was compared with its source when it
-    was written down here; the others are quoted from memory of the publication.
+    was written down here; the others are quoted from memory of the publication, but for the 40,000
+    of a swapped page, which the abstract of VAULT has.
 """
 
 from __future__ import annotations

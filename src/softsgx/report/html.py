@@ -7,9 +7,11 @@ Source:
 from __future__ import annotations
 
 import shlex
+from bisect import bisect_left
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from softsgx.arch import PAGE_BYTES
@@ -17,12 +19,13 @@ from softsgx.errors import SoftSgxError
 from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import RunSummary
-from softsgx.report.tables import cycles_text, size_text
+from softsgx.report.tables import cycles_text, seconds_text, size_text
 
 __all__ = ["html_page", "require_plotly"]
 
 _MIB = 1 << 20
 _SHOWN = 12
+_MOST_BINS = 120
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3566a8", "#d98324", "#4c956c", "#b5403b", "#a3aab3"
 _COLOURS = (
     *(_BLUE, _ORANGE, _GREEN, _RED, "#7b5ea7", "#8c6d46"),
@@ -38,7 +41,7 @@ h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 16px; margin: 0 0 2px; }
 p { margin: 2px 0; color: var(--dim); }
 code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(126px, 1fr)); gap: 12px;
   margin: 20px 0; }
 .tile, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: 12px 14px; }
@@ -90,7 +93,7 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
         if figure is None:
             continue
         chart = io.to_html(
-            figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False}
+            figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False}
         )
         parts.append(_section(heading, note, chart))
     parts += [_section("Enclaves", "", _enclaves(run)), _prices(run.estimate)]
@@ -104,7 +107,7 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
 
 
 _RESIDENT_NOTE = "Pages of each enclave, and all that is in use: SECS and VA pages too."
-_RATE_NOTE = "Per second, between two looks at the run."
+_RATE_NOTE = "Pages of enclaves, per second."
 _TIME_NOTE = (
     "Page faults are handled by softsgx while the program waits; the rest of softsgx is tracing, "
     "crossings and ioctls."
@@ -115,7 +118,7 @@ def _subtitle(run: RunSummary) -> str:
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
     platform = run.platform
     return (
-        f"{ended} after {run.wall_s:.3g} s on softsgx: {platform.profile}, "
+        f"{ended} after {seconds_text(run.wall_s)} on softsgx: {platform.profile}, "
         f"{size_text(platform.epc_bytes)} of EPC, engine {platform.engine}, pager {platform.pager}"
     )
 
@@ -123,8 +126,8 @@ def _subtitle(run: RunSummary) -> str:
 def _tiles(run: RunSummary) -> str:
     enclaves = run.enclaves
     tiles = [
-        (f"{len(enclaves):,}", "enclaves"),
-        (size_text(run.platform.peak_epc_bytes), "EPC used at most"),
+        (f"{len(enclaves):,}", "enclave" if len(enclaves) == 1 else "enclaves"),
+        (size_text(run.platform.peak_epc_bytes), "EPC at most"),
         (f"{sum(enclave.fault_count for enclave in enclaves):,}", "page faults"),
         (f"{sum(enclave.evictions for enclave in enclaves):,}", "evictions"),
         (f"{sum(enclave.reloads for enclave in enclaves):,}", "reloads"),
@@ -175,25 +178,39 @@ def _residency(go: Any, run: RunSummary, samples: Sequence[Sample]) -> Any:
             annotation_position="top left",
         )
     figure.update_yaxes(title_text="MiB", rangemode="tozero")
+    figure.update_xaxes(range=[0, times[-1]])
     return _dressed(figure, "seconds since the program's start")
 
 
 def _rates(go: Any, samples: Sequence[Sample]) -> Any:
-    if len(samples) < 2:
+    if len(samples) < 2 or samples[-1].time_s <= 0:
         return None
-    # Coarser than the samples: single faults would only be noise.
-    step = max(1, len(samples) // 200)
-    looks = [*samples[:-1:step], samples[-1]]
-    pairs = [(a, b) for a, b in pairwise(looks) if b.time_s > a.time_s]
-    times = [(a.time_s + b.time_s) / 2 for a, b in pairs]
+    # Coarser than the samples, and even: single faults would only be noise.
+    end = samples[-1].time_s
+    bins = max(1, min(_MOST_BINS, len(samples) // 2))
+    times = [(number + 0.5) * end / bins for number in range(bins)]
     figure = go.Figure()
     for name, colour in (("faults", _BLUE), ("evictions", _ORANGE), ("reloads", _GREEN)):
-        rates = [(getattr(b, name) - getattr(a, name)) / (b.time_s - a.time_s) for a, b in pairs]
+        known = [(sample.time_s, getattr(sample, name)) for sample in samples]
+        borders = [_interpolated(known, number * end / bins) for number in range(bins + 1)]
+        rates = [(after - before) * bins / end for before, after in pairwise(borders)]
         figure.add_scatter(
             x=times, y=rates, name=name, mode="lines", line={"color": colour, "width": 1.8}
         )
     figure.update_yaxes(title_text="per second", rangemode="tozero")
+    figure.update_xaxes(range=[0, samples[-1].time_s])
     return _dressed(figure, "seconds since the program's start")
+
+
+def _interpolated(known: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the value at a time, on the straight line between the known ones around it."""
+    index = bisect_left(known, at, key=itemgetter(0))
+    if index == 0 or index == len(known):
+        return known[min(index, len(known) - 1)][1]
+    (before_s, before), (after_s, after) = known[index - 1], known[index]
+    if after_s == before_s:
+        return after
+    return before + (after - before) * (at - before_s) / (after_s - before_s)
 
 
 def _times(go: Any, run: RunSummary) -> Any:
@@ -212,16 +229,13 @@ def _times(go: Any, run: RunSummary) -> Any:
         figure.add_bar(
             x=[seconds],
             y=[""],
-            name=name,
+            name=f"{name} {seconds_text(seconds)}",
             orientation="h",
             marker_color=colour,
-            text=[f"{name} {seconds:.3g} s"],
-            textposition="inside",
-            insidetextanchor="middle",
         )
-    figure.update_layout(barmode="stack", bargap=0.35)
+    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     figure.update_yaxes(showticklabels=False)
-    return _dressed(figure, "seconds", height=170)
+    return _dressed(figure, "seconds of processor time", height=170)
 
 
 def _silicon(go: Any, estimate: Estimate) -> Any:
@@ -245,16 +259,16 @@ def _silicon(go: Any, estimate: Estimate) -> Any:
         },
         showlegend=False,
     )
-    figure.update_yaxes(automargin=True)
+    figure.update_yaxes(automargin=True, ticksuffix="  ")
     return _dressed(
-        figure, "cycles; the line is the band of what is published", 90 + 34 * len(items)
+        figure, "cycles; the line is the band of what is published", 90 + 34 * len(items), top=8
     )
 
 
 def _silicon_note(estimate: Estimate) -> str:
     note = (
         f"About {cycles_text(estimate.typical)} cycles, {cycles_text(estimate.low)} to "
-        f"{cycles_text(estimate.high)}: {estimate.seconds:.3g} s at "
+        f"{cycles_text(estimate.high)}: {seconds_text(estimate.seconds)} at "
         f"{estimate.profile.hertz / 1e9:g} GHz, beside what the code itself computes."
     )
     if estimate.unpriced:
@@ -262,11 +276,11 @@ def _silicon_note(estimate: Estimate) -> str:
     return note
 
 
-def _dressed(figure: Any, below: str, height: int = 300) -> Any:
+def _dressed(figure: Any, below: str, height: int = 300, top: int = 40) -> Any:
     figure.update_layout(
         template="plotly_white",
         height=height,
-        margin={"l": 60, "r": 16, "t": 12, "b": 44},
+        margin={"l": 60, "r": 16, "t": top, "b": 44},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         font={"size": 13, "color": "#1d2733"},
         hovermode="x unified" if height == 300 else "closest",
@@ -299,7 +313,7 @@ def _enclaves(run: RunSummary) -> str:
                 *(f"{count:,}" for count in (enclave.evictions, enclave.reloads, enclave.ewb)),
                 *(f"{count:,}" for count in (enclave.etrack, enclave.ipi, enclave.eenter)),
                 *(f"{count:,}" for count in (enclave.eexit, enclave.aex)),
-                f"{enclave.fault_s:.3g} s",
+                seconds_text(enclave.fault_s),
                 cycles_text(enclave.estimate.typical),
             )
         )
@@ -311,7 +325,7 @@ def _prices(estimate: Estimate) -> str:
     for item in estimate.items:
         price = item.price
         band = "none" if price.typical is None else f"{price.typical:,}"
-        ends = "" if price.typical is None else f"{price.low:,} to {price.high:,}"
+        ends = "" if price.low == price.high else f"{price.low:,} to {price.high:,}"
         sure = "" if price.checked or price.typical is None else " (quoted from memory)"
         rows.append((price.what, f"{item.count:,}", band, ends, price.source + sure))
     heads = ("event", "count", "cycles each", "band", "source")

@@ -7,6 +7,7 @@ the interval doubles.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Sampler:
 
     Args:
         collector: attached before the first sample is taken.
+        work_ns: processor time of the thread that takes samples.
         limit: samples that are kept, at least 2.
 
     Attributes:
@@ -54,21 +56,27 @@ class Sampler:
         interval_s: seconds until the next one should be taken.
     """
 
-    def __init__(self, collector: Collector, *, limit: int = _LIMIT) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        *,
+        work_ns: Callable[[], int] = time.thread_time_ns,
+        limit: int = _LIMIT,
+    ) -> None:
         assert limit > 1, "samples of a run are at least its start and its end"
-        self._collector, self._limit = collector, limit
+        self._collector, self._work_ns, self._limit = collector, work_ns, limit
         self.samples: list[Sample] = []
         self.interval_s = _FIRST_INTERVAL_S
 
     def take(self) -> None:
         """Take a sample."""
-        began = self._collector.elapsed_s
-        self.samples.append(self._look(began))
+        began_ns = self._work_ns()
+        self.samples.append(self._look(self._collector.elapsed_s))
         if len(self.samples) > self._limit:
             del self.samples[1::2]
             self.interval_s *= 2
-        cost = self._collector.elapsed_s - began
-        self.interval_s = max(self.interval_s, cost / _SHARE)
+        cost_s = (self._work_ns() - began_ns) / 1e9
+        self.interval_s = max(self.interval_s, cost_s / _SHARE)
 
     def tick(self) -> float:
         """Take a sample; return the seconds until the next: for a :class:`Ticker`."""

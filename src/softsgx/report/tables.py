@@ -16,7 +16,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.report.costs import Estimate
 from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
 
-__all__ = ["cycles_text", "print_summary", "size_text", "status_line"]
+__all__ = ["cycles_text", "print_summary", "seconds_text", "size_text", "status_line"]
 
 _PARAGRAPHS = 3
 _ROWS = 20
@@ -69,6 +69,15 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
+def seconds_text(seconds: float) -> str:
+    """Return ``81.5 ms`` for seconds."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} µs" if seconds else "0 s"
+
+
 def cycles_text(cycles: int) -> str:
     """Return ``1.25 G`` for cycles."""
     for unit, scale in ((" G", 10**9), (" M", 10**6), (" k", 10**3)):
@@ -84,8 +93,8 @@ def _print_head(run: RunSummary, console: Console) -> None:
     head.append(f": {ended}", "not bold")
     console.print(head)
     console.print(
-        f"{_seconds(run.wall_s)}; processor time: program {_seconds(run.program_s)}, "
-        f"softsgx {_seconds(run.supervisor_s)}"
+        f"{seconds_text(run.wall_s)}; processor time: program {seconds_text(run.program_s)}, "
+        f"softsgx {seconds_text(run.supervisor_s)}"
     )
     console.print(
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
@@ -113,7 +122,9 @@ def _paragraph(enclave: EnclaveSummary, width: int) -> RenderableType:
     faults = f"{enclave.fault_count:,}"
     if kinds:
         each = enclave.fault_s / enclave.fault_count
-        faults += f" ({', '.join(kinds)}); {_seconds(enclave.fault_s)}, {_seconds(each)} each"
+        faults += (
+            f" ({', '.join(kinds)}); {seconds_text(enclave.fault_s)}, {seconds_text(each)} each"
+        )
     return Group(
         title,
         _line("faults", faults, width),
@@ -170,23 +181,15 @@ def _line(name: str, text: str, width: int, indent: int = 2) -> RenderableType:
 
 def _estimate_text(estimate: Estimate) -> str:
     profile = estimate.profile
-    return (
-        f"about {cycles_text(estimate.typical)} cycles ({cycles_text(estimate.low)} to "
-        f"{cycles_text(estimate.high)}), {_seconds(estimate.seconds)} at {profile.hertz / 1e9:g}"
-        f"\N{NO-BREAK SPACE}GHz; prices of {profile.name}"
-    )
+    cycles = f"about {cycles_text(estimate.typical)} cycles"
+    band = f"{cycles_text(estimate.low)} to {cycles_text(estimate.high)}"
+    clock = f"{profile.hertz / 1e9:g}\N{NO-BREAK SPACE}GHz"
+    time = f"{seconds_text(estimate.seconds)} at {clock}"
+    return f"{cycles} ({band}), {time}; prices of {profile.name}"
 
 
 def _count(count: int) -> str:
     return f"{count:,}" if count < _LARGE else cycles_text(count)
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    if seconds >= 1e-3:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds * 1e6:.3g} µs"
 
 
 def _times(count: int, what: str) -> str:
