@@ -53,7 +53,7 @@ _GAP = 1 << 30
 _RAM_BITS = 52
 _HIDDEN = SgxFeature.ENCLV | SgxFeature.OVERSUB_ENCLS | SgxFeature.EUPDATESVN
 _PATIENCE = 100_000
-_SHORTAGES = 32
+_SHORTAGES, _RETRIES = 32, 1000
 _BUSY = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
 
 
@@ -247,7 +247,7 @@ class Guest(Monitor):
         self.counters.violations += 1
         index = (gpa - mapping.vepc.base) // PAGE_BYTES
         shortages = 0
-        while True:
+        for _try in range(_RETRIES):
             match mapping.fault(index, pins=pins):
                 case FaultResult.NOPAGE:
                     return
@@ -259,10 +259,9 @@ class Guest(Monitor):
                     self._unpin(pins)
                     shortages += 1
                     if shortages > _SHORTAGES:
-                        raise self._hopeless(
-                            f"no EPC page can be reclaimed for page {gpa:#x}: all are in use"
-                        )
+                        break
                     self.runtime.yield_now()
+        raise self._hopeless(f"there are too few EPC pages to bring page {gpa:#x} in")
 
     def _hopeless(self, reason: str) -> GuestStoppedError:
         self.stop(reason)

@@ -22,7 +22,7 @@ from softsgx.arch import PageType, RdInfo, RdInfoFlags, RdInfoStatus, Status
 from softsgx.hw import Fault, PageFault
 from softsgx.kvm.events import VepcEvicted, VepcLoaded
 from softsgx.kvm.fate import Evicted, Fate
-from softsgx.paging import EpcPage, LoadFailed
+from softsgx.paging import EpcPage, LoadFailed, PagingError
 
 if TYPE_CHECKING:
     from softsgx.kvm.page import VepcPage
@@ -233,7 +233,8 @@ def fill(page: VepcPage) -> EpcPage:
         try:
             vepc.swap.fetch_va(evicted.entry)
         except LoadFailed as error:
-            if error.result == Status.MAC_COMPARE_FAIL.manual_name:
+            # What went with the power is not there; anything else would be a loss of our own.
+            if error.result != "lost" and not error.result.startswith("#PF"):
                 raise
             _lose(page)
             evicted = None
@@ -255,7 +256,7 @@ def fill(page: VepcPage) -> EpcPage:
                 evicted = None
             elif ending is not Status.SUCCESS:
                 raise LoadFailed(result)
-        except LoadFailed:
+        except PagingError:
             monitor.host.remove(epc)
             raise
     page.epc = epc
@@ -293,17 +294,23 @@ def _hide(page: VepcPage, epc: EpcPage, evicted: Evicted) -> None:
 
 
 def _lose(page: VepcPage) -> None:
-    """The machine lost power: the page is empty, as it would be had it been in the EPC."""
+    """The machine lost power: the page is empty, as it would be had it been in the EPC.
+
+    Raises:
+        EpcBusy, NoEpc: there is no VA page for its next eviction.
+    """
     page.vepc.monitor.counters.lost += 1
     drop(page)
+    page.vepc.swap.grow_locked()
+    page.promised = True
 
 
 def drop(page: VepcPage) -> None:
     """Forget an evicted page, as EREMOVE would."""
     evicted = page.evicted
     assert evicted is not None, f"{page!r} is dropped"
-    page.evicted = None
-    page.vepc.swap.discard(evicted.entry)
+    page.evicted, page.promised = None, False
+    page.vepc.swap.drop(evicted.entry)
     secs = evicted.secs
     if secs is None:
         page.owed = 0

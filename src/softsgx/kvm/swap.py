@@ -24,7 +24,7 @@ Run = Callable[[Callable[[], Status]], Status | Fault]
 
 
 class VepcSwap(EnclaveSwap):
-    """One virtual EPC's half of paging; ``grow``, ``prepare`` and ``cancel`` as they are."""
+    """One virtual EPC's half of paging; what is not here is as for enclaves."""
 
     def write_out(
         self, run: Run, addr: int, reservation: Reservation
@@ -95,9 +95,3 @@ class VepcSwap(EnclaveSwap):
         if entry.slot is None:
             raise LoadFailed("lost")
         self.va.bring_in(entry.slot.page)
-
-    def discard(self, entry: SwapEntry) -> None:
-        """Forget an evicted page for good; its room stays promised."""
-        if entry.slot is not None:
-            self._file.discard(entry.index)
-            self.va.dropped(entry.slot)

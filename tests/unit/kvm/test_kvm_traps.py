@@ -1,0 +1,181 @@
+"""Trapped leaves: what a guest may create and launch is for its host to say.
+
+Method: ECREATE and EINIT as the guest's kernel executes them, beside the same leaves on the host.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from struct import unpack
+
+import pytest
+from tests.support.driver import BASE, build, launch, plan_for, secs_bytes, sigstruct_for
+from tests.support.guests import GuestHost, GuestSystem
+
+from softsgx.arch import (
+    PAGE_BYTES,
+    AttributesFlags,
+    EinitToken,
+    Encls,
+    MiscSelect,
+    Msr,
+    SecInfo,
+    Secs,
+    SgxFeature,
+    SigStruct,
+    Status,
+)
+from softsgx.hw import Fault, PageInfoArgs, rdmsr, wrmsr
+from softsgx.kvm.leaves import exiting_bitmap
+from softsgx.runtime import Script, SeededRuntime
+
+MODE64, PROVISION = int(AttributesFlags.MODE64BIT), int(AttributesFlags.PROVISIONKEY)
+
+
+def ecreate(guest: GuestSystem, secs: bytes | bytearray) -> str:
+    """ECREATE on a free page of the guest."""
+    page = guest.core.alloc(None, reclaim=False)
+    try:
+        guest.guest.leaves.ecreate(PageInfoArgs(0, secs, SecInfo(), 0), page.addr)
+    except Fault as fault:
+        guest.core.free(page)
+        return str(fault)
+    guest.core.remove(page)
+    return "created"
+
+
+@pytest.mark.parametrize("provisioning", [False, True])
+def test_the_provisioning_key_is_for_guests_that_were_given_it(provisioning: bool) -> None:
+    host = GuestHost()
+    guest = host.guest(provisioning=provisioning)
+    secs = secs_bytes(2 * PAGE_BYTES, flags=MODE64 | PROVISION)
+    assert ecreate(guest, secs) == ("created" if provisioning else "#GP(0)")
+    assert ecreate(guest, secs_bytes(2 * PAGE_BYTES)) == "created"
+    assert bool(guest.guest.config.attributes & PROVISION) == provisioning
+
+
+@pytest.mark.parametrize(
+    ("changes", "secs"),
+    [
+        ({"miscselect": MiscSelect(0)}, {"miscselect": 1, "ssa_frame_size": 1}),
+        ({"xfrm": 3}, {"xfrm": 7}),
+        ({"attributes": AttributesFlags.MODE64BIT}, {"flags": MODE64 | 2}),
+        ({"max_size_64": 20}, {"size": 1 << 21}),
+    ],
+)
+def test_a_guest_gets_what_its_cpuid_says_and_no_more(
+    changes: dict[str, object], secs: dict[str, int]
+) -> None:
+    host = GuestHost()
+    guest, other = host.guest(config=changes), host.guest(name="other", provisioning=True)
+    wanted = Secs.unpack(
+        secs_bytes(secs.get("size", 2 * PAGE_BYTES), flags=secs.get("flags", MODE64))
+    )
+    wanted.miscselect = secs.get("miscselect", 0)
+    wanted.attributes.xfrm = secs.get("xfrm", 3)
+    assert ecreate(guest, wanted.pack()) == "#GP(0)"
+    assert ecreate(other, wanted.pack()) == "created"
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_the_secs_that_was_checked_is_the_one_that_is_used(defect: bool) -> None:
+    """B27: another processor of the guest asks for the provisioning key after the check."""
+    script = Script(
+        ("create", "ECREATE trapped" if defect else "ECREATE"), ("change", "end"), strict=False
+    )
+    runtime = SeededRuntime(0, policy=script)
+
+    def main() -> int:
+        host = GuestHost(runtime=runtime, defects=frozenset({"B27"} if defect else ()))
+        guest = host.guest()
+        secs = bytearray(secs_bytes(2 * PAGE_BYTES))
+        bad = secs_bytes(2 * PAGE_BYTES, flags=MODE64 | PROVISION)
+        page = guest.core.alloc(None, reclaim=False)
+        guest.guest.leaves.eremove(page.addr)  # so that it is there, and ECREATE runs in one go
+
+        def create() -> None:
+            guest.guest.leaves.ecreate(PageInfoArgs(0, secs, SecInfo(), 0), page.addr)
+
+        def change() -> None:
+            secs[:] = bad
+
+        tasks = [runtime.spawn(create, "create"), runtime.spawn(change, "change")]
+        for task in tasks:
+            task.join()
+        flags = host.epcm(guest.page(page.addr)).owner.flags
+        guest.core.remove(page)
+        return flags
+
+    assert runtime.run(main) & PROVISION == (PROVISION if defect else 0)
+
+
+def test_each_guest_has_a_launch_key_hash_of_its_own() -> None:
+    host = GuestHost(epc_pages=80)
+    mine, other = host.guest(), host.guest(name="other")
+    kernel, others = mine.guest.kernel, other.guest.kernel
+    plan = plan_for(1)
+    sigstruct = sigstruct_for(plan)
+    digest = unpack("<4Q", sha256(SigStruct.unpack(sigstruct).modulus).digest())
+    before = list(host.system.machine.launch_key_hash)
+    for number, part in enumerate(digest):
+        wrmsr(kernel, Msr.IA32_SGXLEPUBKEYHASH0 + number, part)
+    assert rdmsr(kernel, Msr.IA32_SGXLEPUBKEYHASH0) == digest[0]
+    assert rdmsr(others, Msr.IA32_SGXLEPUBKEYHASH0) == before[0]
+    assert host.system.machine.launch_key_hash == before
+    outcomes = []
+    for guest in (mine, other):
+        process = guest.process()
+        fd = build(process, plan, init=False)
+        enclave = process.enclave_file(fd).enclave
+        assert enclave.swap.secs is not None
+        outcomes.append(
+            guest.guest.leaves.einit(
+                SigStruct.unpack(sigstruct), enclave.swap.secs.addr, EinitToken()
+            )
+        )
+    assert outcomes == [Status.SUCCESS, Status.INVALID_EINITTOKEN]
+
+
+def test_launches_on_the_host_and_in_guests_do_not_disturb_each_other() -> None:
+    """The host stands in EINIT with its signer's hash while the guest launches with its own."""
+    runtime = SeededRuntime(0, policy=Script(("host", "EINIT"), ("guest", "end"), strict=False))
+
+    def main() -> None:
+        host = GuestHost(epc_pages=80, runtime=runtime)
+        guest = host.guest()
+        guest.guest.launch_key_hash[:] = [1, 2, 3, 4]
+        built: list[object] = []
+        tasks = [
+            runtime.spawn(lambda: built.append(launch(host.system.process(), 1)), "host"),
+            runtime.spawn(lambda: built.append(launch(guest.process(), 1)), "guest"),
+        ]
+        for task in tasks:
+            task.join()
+        assert len(built) == 2
+
+    runtime.run(main)
+
+
+def test_leaves_that_the_guest_was_not_told_of_are_refused() -> None:
+    host = GuestHost()
+    guest = host.guest(config={"features": SgxFeature.SGX1})
+    page = guest.core.alloc(None, reclaim=False)
+    with pytest.raises(Fault, match="GP"):
+        guest.guest.leaves.eaug(PageInfoArgs(BASE, 0, 0, page.addr), page.addr)
+    guest.core.free(page)
+
+
+def test_the_bitmap_has_what_the_host_must_see() -> None:
+    host = GuestHost()
+    like_host = host.guest(provisioning=True).guest
+    restricted = host.guest(name="restricted").guest
+    bitmaps = [
+        exiting_bitmap(host.system.machine.config, guest.config)
+        for guest in (like_host, restricted)
+    ]
+    assert [bitmap >> Encls.ECREATE & 1 for bitmap in bitmaps] == [0, 1]
+    assert [bitmap >> Encls.EINIT & 1 for bitmap in bitmaps] == [1, 1]
+    for leaf in (Encls.EWB, Encls.ETRACK, Encls.EAUG, Encls.EMODT):
+        assert not bitmaps[1] >> leaf & 1, leaf
+    for number in (0x10, 0x11, 0x12, 0x13, 0x18, 63):
+        assert bitmaps[1] >> number & 1, number
