@@ -45,8 +45,8 @@ def main() -> int:
             return 1
         pages = int(str(built["pages"]))
         epc = args.epc or f"{pages // SHARE * 4}KiB"
-        share = "" if args.epc else f", a quarter of the enclave's {pages * 4}KiB"
-        say(3, f"Run it with an EPC of {epc}{share}. It checks its own result.")
+        share = "" if args.epc else f", a quarter of its {pages * 4}KiB"
+        say(3, f"Run it with an EPC of {epc}{share}; it checks its result.")
         names = [Path(str(built[part])).name for part in ("host", "output")]
         program = [f"./{names[0]}", names[1], *([args.size] if args.size else [])]
         status = softsgx("run", "--epc", epc, "--cpus", "1", "--", *program, cwd=scratch)
