@@ -116,6 +116,10 @@ class Image:
         others.sort(key=lambda thread: thread.running)  # those that are stopped anyway come first
         return others if self.current is None else [self.current, *others]
 
+    def is_running(self) -> bool:
+        """Return whether any of its threads may be executing."""
+        return any(thread.running for thread in self.threads.values())
+
     def any_pid(self) -> int:
         """Return the id of some thread that has this address space.
 

@@ -28,6 +28,9 @@ _ioctl = _libc.ioctl
 _ioctl.restype = ctypes.c_int
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
+#: ioctl as C has it, for the one that every fault makes.
+raw_ioctl = _ioctl
+
 _readv = _libc.process_vm_readv
 _writev = _libc.process_vm_writev
 for _function in (_readv, _writev):

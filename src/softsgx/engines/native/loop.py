@@ -53,6 +53,10 @@ class World:
         """A program was executed; ``tid`` is stopped at the end of its execve."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """The program is about to go on: what was put off that it could notice is done now."""
+        raise NotImplementedError
+
     def thread_gone(self, thread: ProgramThread) -> None:
         """A thread has died, or its image was replaced."""
         raise NotImplementedError
@@ -99,6 +103,7 @@ class Loop:
     def go(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         thread.image.current = thread
+        self._world.settle()
         thread.image.pager.flush()
         if number:
             info, thread.outgoing = thread.outgoing, None

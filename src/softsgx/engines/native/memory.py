@@ -8,6 +8,11 @@ it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimm
 
 Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
 
+A page that no page table maps any more may stay shown until its bytes are needed, or until the
+program goes on: pages leave in batches, and hiding sixteen neighbours costs little more than hiding
+one.  To threads that run meanwhile it is as if their TLB still had the translation, which hardware
+allows until ETRACK and an exit.
+
 Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones.
 
 Deviation: in shown pages of code, an ENCLU that was executed before starts with HLT, which traps
@@ -26,7 +31,7 @@ from softsgx.arch import PAGE_BYTES, PageType
 from softsgx.engines.native import libc
 from softsgx.hw import EpcPage
 
-__all__ = ["EnclaveMemory", "Guard", "NativeStore"]
+__all__ = ["EnclaveMemory", "Guard", "NativeStore", "runs"]
 
 MEMORY_FILE_BYTES = 1 << 47
 _WINDOW_SHIFT = 21
@@ -38,11 +43,11 @@ _WRITE = 2
 class Guard(Protocol):
     """One address space that maps a memory file: what must happen there around a change."""
 
-    def before_hide(self, linaddr: int) -> None:
-        """Make stores to the page impossible; loads may go on."""
+    def before_hide(self, start: int, end: int) -> None:
+        """Make stores to the pages of a range impossible; loads may go on."""
 
-    def after_hide(self, linaddr: int) -> None:
-        """The page is a hole in the file now: every access must fault."""
+    def after_hide(self, start: int, end: int) -> None:
+        """The pages are holes in the file now: every access must fault."""
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
         """Fill the hole and make the page usable here, in one step.
@@ -102,16 +107,30 @@ class EnclaveMemory:
         self._windows.clear()
         os.close(self.fd)
 
-    def hide(self, linaddr: int) -> bytes:
-        """Take the page out of the file and return its bytes; no store is lost in between."""
-        for guard in self.guards:
-            guard.before_hide(linaddr)
-        data = os.pread(self.fd, PAGE_BYTES, linaddr)
-        libc.punch_hole(self.fd, linaddr, PAGE_BYTES)
-        for guard in self.guards:
-            guard.after_hide(linaddr)
-        offsets = self.marked.pop(linaddr, None)
-        return data if offsets is None else _own_bytes(data, 0, offsets)
+    def hide(self, pages: list[int]) -> list[bytes]:
+        """Take pages out of the file and return their bytes; no store is lost in between.
+
+        Args:
+            pages: their linear addresses, rising.
+        """
+        contents: list[bytes] = []
+        for start, end in runs(pages):
+            for guard in self.guards:
+                guard.before_hide(start, end)
+            data = os.pread(self.fd, end - start, start)
+            libc.punch_hole(self.fd, start, end - start)
+            for guard in self.guards:
+                guard.after_hide(start, end)
+            if end - start == PAGE_BYTES:
+                contents.append(data)
+            else:
+                contents += [data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)]
+        if self.marked:
+            for index, linaddr in enumerate(pages):
+                offsets = self.marked.pop(linaddr, None)
+                if offsets is not None:
+                    contents[index] = _own_bytes(contents[index], 0, offsets)
+        return contents
 
     def mark(self, address: int) -> None:
         """Make the ENCLU at ``address``, in a shown page, trap faster.
@@ -179,6 +198,17 @@ class EnclaveMemory:
             guard.set_writable(linaddr, writable=writable)
 
 
+def runs(pages: list[int]) -> list[tuple[int, int]]:
+    """Return (start, end) of each run of adjacent pages; ``pages`` rise."""
+    found: list[tuple[int, int]] = []
+    for page in pages:
+        if found and found[-1][1] == page:
+            found[-1] = found[-1][0], page + PAGE_BYTES
+        else:
+            found.append((page, page + PAGE_BYTES))
+    return found
+
+
 def _own_bytes(data: bytes, start: int, offsets: set[int]) -> bytes:
     """Return ``data``, the bytes of a page from ``start`` on, without marks."""
     own = bytearray(data)
@@ -195,6 +225,7 @@ class NativeStore:
         self._hidden: dict[int, bytes | bytearray] = {}
         self._shown: dict[int, tuple[EnclaveMemory, int, bool]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
+        self._leaving: set[int] = set()
 
     # --- the machine's side ---------------------------------------------------------------------
 
@@ -204,8 +235,12 @@ class NativeStore:
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Hide the page, so that nobody can store to it, and return its bytes."""
-        self._hide(page.addr)
-        return self._hidden[page.addr]
+        addr = page.addr
+        if addr in self._leaving:
+            self.settle()
+        elif addr in self._shown:
+            self._hide(addr)
+        return self._hidden[addr]
 
     def thaw(self, page: EpcPage) -> None:
         """The page stays after all: show it again if it was."""
@@ -248,6 +283,7 @@ class NativeStore:
         known = self._maps.get(page.addr)
         count = 0 if known is None else known[2]
         self._maps[page.addr] = memory, linaddr, count + 1
+        self._leaving.discard(page.addr)
         self.refresh(page)
 
     def unmapped(self, addr: int) -> None:
@@ -257,11 +293,31 @@ class NativeStore:
             self._maps[addr] = memory, linaddr, count - 1
         else:
             del self._maps[addr]
-            self._hide(addr)
+            if addr in self._shown:
+                self._leaving.add(addr)
+
+    def settle(self) -> None:
+        """Hide the pages that no page table maps any more.
+
+        Call before the program goes on, and when it must be certain that they cannot be used.
+        """
+        leaving = self._leaving
+        if not leaving:
+            return
+        by_file: dict[EnclaveMemory, list[tuple[int, int]]] = {}
+        for addr in leaving:
+            memory, linaddr, _writable = self._shown.pop(addr)
+            by_file.setdefault(memory, []).append((linaddr, addr))
+        leaving.clear()
+        for memory, pages in by_file.items():
+            pages.sort()
+            contents = memory.hide([linaddr for linaddr, _addr in pages])
+            for (_linaddr, addr), data in zip(pages, contents, strict=True):
+                self._hidden[addr] = data
 
     def is_shown(self, addr: int) -> bool:
-        """Return whether the page's bytes are in a memory file."""
-        return addr in self._shown
+        """Return whether page tables map the page and its bytes are in a memory file."""
+        return addr in self._shown and addr not in self._leaving
 
     def refresh(self, page: EpcPage) -> None:
         """Make what the program can do with ``page`` agree with its EPCM entry.
@@ -289,5 +345,6 @@ class NativeStore:
     def _hide(self, addr: int) -> None:
         shown = self._shown.pop(addr, None)
         if shown is not None:
+            self._leaving.discard(addr)
             memory, linaddr, _writable = shown
-            self._hidden[addr] = memory.hide(linaddr)
+            (self._hidden[addr],) = memory.hide([linaddr])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
+from softsgx.engines.native.memory import runs
 
 __all__ = ["MprotectPager"]
 
@@ -49,13 +50,20 @@ class MprotectPager:
         for linaddr in [page for page in self._shown if start <= page < end]:
             self._apply(linaddr)
 
-    def before_hide(self, linaddr: int) -> None:
+    def before_hide(self, start: int, end: int) -> None:
         """Take every right away."""
-        self._shown.pop(linaddr, None)
-        self._watched.discard(linaddr)
-        self._set(linaddr, abi.PROT_NONE)
+        pages = range(start, end, PAGE_BYTES)
+        for linaddr in pages:
+            self._shown.pop(linaddr, None)
+        self._watched.difference_update(pages)
+        mapped = [linaddr for linaddr in pages if self._prot_at(linaddr) is not None]
+        calls: list[tuple[int, ...]] = [
+            (abi.SYS_MPROTECT, low, high - low, abi.PROT_NONE) for low, high in runs(mapped)
+        ]
+        if calls:
+            self._inject(calls)
 
-    def after_hide(self, linaddr: int) -> None:
+    def after_hide(self, start: int, end: int) -> None:
         """Done before."""
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:

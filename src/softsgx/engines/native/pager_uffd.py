@@ -21,6 +21,7 @@ from errno import EAGAIN, EINVAL, ENOENT, ESRCH
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory import runs
 from softsgx.errors import SoftSgxError
 
 __all__ = ["UffdPager", "open_userfaultfd"]
@@ -30,7 +31,8 @@ _COPY_MODE_WP = 2
 _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 )
-_PRESENT = 1 << 63
+_PRESENT = 0x80  # bit 63, seen in the word's last byte
+_PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_SHIFT = 12, 64, 18
 _PACK_RANGE = struct.Struct("<QQQ")
 
 
@@ -51,19 +53,26 @@ class UffdPager:
         pagemap: a descriptor of ``/proc/PID/pagemap``.
         inject: makes system calls in the program's name, each (number, arguments…); called at the
             latest before the program goes on.
+        running: returns whether any thread of the address space may be executing.
     """
 
     name = "userfaultfd"
 
     def __init__(
-        self, uffd: int, pagemap: int, inject: Callable[[list[tuple[int, ...]]], None]
+        self,
+        uffd: int,
+        pagemap: int,
+        inject: Callable[[list[tuple[int, ...]]], None],
+        running: Callable[[], bool],
     ) -> None:
-        self._uffd, self._pagemap, self._inject = uffd, pagemap, inject
+        self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._source = ctypes.create_string_buffer(PAGE_BYTES)
         self._copy = (ctypes.c_uint64 * 5)()
-        self._copy[1] = ctypes.addressof(self._source)
+        self._copy_at = ctypes.addressof(self._copy)
+        self._copy[1] = self._source_at = ctypes.addressof(self._source)
         self._copy[2] = PAGE_BYTES
         self._watched: set[int] = set()
+        self._present: dict[int, bytes] = {}
 
     def map_prot(self, prot: int) -> int:
         """The mapping gets what the program asked for."""
@@ -83,29 +92,33 @@ class UffdPager:
 
     # --- hiding and showing ---------------------------------------------------------------------
 
-    def before_hide(self, linaddr: int) -> None:
-        """Write-protect the page."""
-        self._protect(linaddr, abi.UFFDIO_WRITEPROTECT_MODE_WP)
+    def before_hide(self, start: int, end: int) -> None:
+        """Write-protect the pages, unless nobody is there to store to them."""
+        if not self._running():
+            return
+        if self._protect(start, end, abi.UFFDIO_WRITEPROTECT_MODE_WP) or end - start == PAGE_BYTES:
+            return
+        for linaddr in range(start, end, PAGE_BYTES):  # some of them are not mapped here
+            self._protect(linaddr, linaddr + PAGE_BYTES, abi.UFFDIO_WRITEPROTECT_MODE_WP)
 
-    def after_hide(self, linaddr: int) -> None:
-        """The hole is enough; a use that was not asked for is forgotten."""
-        self._watched.discard(linaddr)
+    def after_hide(self, start: int, end: int) -> None:
+        """The holes are enough; a use that was not asked for is forgotten."""
+        if self._watched:
+            self._watched.difference_update(range(start, end, PAGE_BYTES))
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
         """UFFDIO_COPY: page and entry appear together."""
-        ctypes.memmove(self._source, bytes(data), PAGE_BYTES)
+        ctypes.memmove(self._source_at, data if type(data) is bytes else bytes(data), PAGE_BYTES)
         request = self._copy
         request[0], request[3], request[4] = linaddr, 0 if writable else _COPY_MODE_WP, 0
-        while True:
-            try:
-                libc.ioctl(self._uffd, _COPY, request)
-            except OSError as error:
-                if error.errno == EAGAIN:  # the mappings are changing this moment
-                    continue
-                if error.errno in (ENOENT, ESRCH, EINVAL):
-                    return False  # not mapped here
-                raise
-            return True
+        while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
+            code = ctypes.get_errno()
+            if code == EAGAIN:  # the mappings are changing this moment
+                continue
+            if code in (ENOENT, ESRCH, EINVAL):
+                return False  # not mapped here
+            raise OSError(code, f"UFFDIO_COPY: {os.strerror(code)}")
+        return True
 
     def shown(self, linaddr: int, *, writable: bool) -> None:
         """Replace the write protection that hiding left behind."""
@@ -113,10 +126,12 @@ class UffdPager:
 
     def set_writable(self, linaddr: int, *, writable: bool) -> None:
         """Write-protect the page, or not."""
-        self._protect(linaddr, 0 if writable else abi.UFFDIO_WRITEPROTECT_MODE_WP)
+        mode = 0 if writable else abi.UFFDIO_WRITEPROTECT_MODE_WP
+        self._protect(linaddr, linaddr + PAGE_BYTES, mode)
 
-    def _protect(self, linaddr: int, mode: int) -> None:
-        request = _PACK_RANGE.pack(linaddr, PAGE_BYTES, mode)
+    def _protect(self, start: int, end: int, mode: int) -> bool:
+        """Set or clear write protection; ``False`` when not all of the range is mapped here."""
+        request = _PACK_RANGE.pack(start, end - start, mode)
         while True:
             try:
                 fcntl.ioctl(self._uffd, abi.UFFDIO_WRITEPROTECT, request)
@@ -125,7 +140,8 @@ class UffdPager:
                     continue
                 if error.errno not in (ENOENT, ESRCH, EINVAL):  # not mapped here, or gone
                     raise
-            return
+                return False
+            return True
 
     # --- accessed bits --------------------------------------------------------------------------
 
@@ -133,11 +149,17 @@ class UffdPager:
         """Return whether the page has an entry again."""
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
-        try:
-            word = os.pread(self._pagemap, 8, linaddr // PAGE_BYTES * 8)
-        except OSError:
-            return False
-        return len(word) == 8 and bool(int.from_bytes(word, "little") & _PRESENT)
+        # Neighbours are asked about next: one reading serves them until the program goes on.
+        block, at = linaddr >> _BLOCK_SHIFT, (linaddr >> _PAGE_SHIFT) % _BLOCK_PAGES
+        words = self._present.get(block)
+        if words is None:
+            try:
+                words = os.pread(self._pagemap, 8 * _BLOCK_PAGES, block * 8 * _BLOCK_PAGES)
+            except OSError:
+                words = b""
+            self._present[block] = words
+        last = words[8 * at + 7 : 8 * at + 8]
+        return bool(last) and last[0] >= _PRESENT
 
     def clear_accessed(self, linaddr: int) -> None:
         """Drop the entry before the program goes on; the file keeps the page."""
@@ -145,11 +167,12 @@ class UffdPager:
 
     def flush(self) -> None:
         """Drop the entries of watched pages now; a thread of this space is stopped."""
+        self._present.clear()
         if not self._watched:
             return
         calls: list[tuple[int, ...]] = [
             (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
-            for start, end in _runs(sorted(self._watched))
+            for start, end in runs(sorted(self._watched))
         ]
         self._watched.clear()
         self._inject(calls)
@@ -162,14 +185,3 @@ class UffdPager:
         """Close our descriptors."""
         os.close(self._uffd)
         os.close(self._pagemap)
-
-
-def _runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Return (start, end) of each run of adjacent pages."""
-    runs: list[tuple[int, int]] = []
-    for page in pages:
-        if runs and runs[-1][1] == page:
-            runs[-1] = runs[-1][0], page + PAGE_BYTES
-        else:
-            runs.append((page, page + PAGE_BYTES))
-    return runs

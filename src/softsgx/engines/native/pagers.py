@@ -58,4 +58,4 @@ def make_pager(name: str, image: Image, thread: Thread, pidfd: int) -> Pager:
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    return UffdPager(ours, pagemap, image.inject)
+    return UffdPager(ours, pagemap, image.inject, image.is_running)

@@ -115,6 +115,7 @@ class Space:
 
     def kick(self) -> None:
         """Interrupt every thread that is inside an enclave here, and wait until each has left."""
+        self._store.settle()  # what was taken from the page tables faults from now on
         self.kick_all()
 
     # --- for the processor ----------------------------------------------------------------------

@@ -241,6 +241,10 @@ class Supervisor(World):
         """Dress the new program."""
         return self._dress(Thread(tid), process)
 
+    def settle(self) -> None:
+        """Hide the pages that page tables have lost."""
+        self._store.settle()
+
     def thread_gone(self, thread: ProgramThread) -> None:
         """Take back the processor, and the address space from the last of its threads."""
         image, cpu, process = thread.image, thread.cpu, thread.process

@@ -51,11 +51,10 @@ _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
 _LONGEST = 15
-_READ_WRITE = READ | WRITE
+_READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
 _ILL_ILLOPN = 2
 _FPE_INTDIV = 1
-_BUS_ADRALN = 1
 _INTERRUPT = 0xFD
 #: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
 _SPURIOUS_LIMIT = 10_000
@@ -103,6 +102,8 @@ class Transitions:
             if thread.image.space.is_marked(regs.rip):
                 return self._enclu(thread, number)
         info = thread.siginfo()
+        if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
+            return self._inside_fault(thread, number, info.addr, info.code)
         if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
             if inside:
                 thread.load()
@@ -179,9 +180,7 @@ class Transitions:
         if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self._enclu(thread, number)
         match number:
-            case abi.SIGSEGV | abi.SIGBUS if info.code in (1, 2) and not (
-                number == abi.SIGBUS and info.code == _BUS_ADRALN
-            ):
+            case abi.SIGSEGV if info.code in (1, 2):
                 return self._inside_fault(thread, number, info.addr, info.code)
             case abi.SIGSEGV:
                 # With CPUID faulting CPUID raises #GP, but inside an enclave it is #UD.
@@ -202,15 +201,18 @@ class Transitions:
     def _inside_fault(
         self, thread: ProgramThread, number: int, address: int, signal_code: int
     ) -> int:
-        """A page fault of enclave code."""
+        """A page fault of enclave code; registers need not be loaded."""
         image = thread.image
-        if image.space.entry(address) is None and not 0 <= address - thread.regs.rip < _LONGEST:
+        if image.space.entry(address) is None:
             prot = image.prot_at(address)
-            if prot is not None and prot & _READ_WRITE == _READ_WRITE:
+            if prot == _READ_WRITE or (
+                prot == _ALL and not 0 <= address - thread.load().rip < _LONGEST
+            ):
                 # Load or store, the mapping allows it: no need to decode the instruction.
                 result = image.mm.fault(address, READ, thread)
-                if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+                if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
                     return self._fault_is_mended(thread)
+        thread.load()
         access = self._access(thread, address)
         return self._page_fault(thread, number, address, access, signal_code)
 

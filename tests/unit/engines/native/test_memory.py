@@ -55,7 +55,7 @@ def test_a_mapping_keeps_a_device_that_is_closed() -> None:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["map", "unmap", "write", "pending", "accept", "evict", "load"]),
+        st.sampled_from(["map", "unmap", "write", "pending", "accept", "evict", "load", "go on"]),
         st.integers(0, PAGES - 1),
         st.integers(0, 255),
     ),
@@ -77,7 +77,7 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
     try:
         for what, index, value in history:
             page = pages[index]
-            if index in outside and what != "load":
+            if index in outside and what not in ("load", "go on"):
                 continue
             match what:
                 case "map":
@@ -98,6 +98,8 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
                     store.drop(page)
                 case "load" if index in outside:
                     store.fill(page, outside.pop(index))
+                case "go on":
+                    store.settle()
             for number, seen in enumerate(pages):
                 if number in outside:
                     assert outside[number] == expected[number]
@@ -106,10 +108,59 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
                 assert shown == bool(mapped[number] and not seen.pending)
                 assert store.read(seen, 0, 4096) == expected[number]
                 in_file = os.pread(theirs, 4096, seen.linaddr)
-                assert in_file == (expected[number] if shown else bytes(4096))
+                if shown or what == "go on":
+                    assert in_file == (expected[number] if shown else bytes(4096))
+                else:
+                    assert in_file in (expected[number], bytes(4096))
     finally:
         os.close(theirs)
         memory.close()
+
+
+class Watching:
+    """A guard that notes what is hidden, and what the file holds then."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.log = fd, list[tuple[str, int, bytes]]()
+
+    def _note(self, what: str, start: int, end: int) -> None:
+        self.log.append((what, (end - start) // 4096, os.pread(self.fd, 1, start)))
+
+    def before_hide(self, start: int, end: int) -> None:
+        self._note("before", start, end)
+
+    def after_hide(self, start: int, end: int) -> None:
+        self._note("after", start, end)
+
+    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+        return False
+
+    def shown(self, linaddr: int, *, writable: bool) -> None:
+        pass
+
+    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+        pass
+
+
+def test_pages_that_leave_together_are_hidden_at_once_when_the_first_is_needed() -> None:
+    memory, theirs = make_memory()
+    guard = Watching(theirs)
+    memory.guards.append(guard)
+    store, pages = NativeStore(), [make_page(index) for index in range(PAGES)]
+    for page in pages:
+        store.fill(page, bytes([1 + page.linaddr // 4096 % 4096]) * 4096)
+        store.mapped(page, memory, page.linaddr)
+    for page in (pages[2], pages[0], pages[3]):
+        store.unmapped(page.addr)
+    assert not guard.log
+    assert store.freeze(pages[3]) == b"\x04" * 4096
+    assert guard.log == [
+        *(("before", 1, b"\x01"), ("after", 1, b"\0")),
+        *(("before", 2, b"\x03"), ("after", 2, b"\0")),
+    ]
+    assert [store.read(page, 0, 1) for page in pages] == [b"\x01", b"\x02", b"\x03", b"\x04"]
+    os.close(theirs)
+    memory.close()
 
 
 def test_a_frozen_page_that_stays_is_shown_again() -> None:
