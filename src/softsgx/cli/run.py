@@ -81,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--cpus",
         type=_cpus,
         metavar="N",
-        help="let it use N processors; 1 is the fastest for one thread",
+        help="let it use N processors; default: 1 while it has one thread, then all",
     )
     machine.add_argument("--pager", choices=PAGERS, help="default: the best that doctor finds")
     machine.add_argument(

@@ -38,6 +38,8 @@ _ALWAYS = (
     abi.SYS_PKEY_MPROTECT,
     abi.SYS_MUNMAP,
     abi.SYS_MREMAP,
+    abi.SYS_SCHED_SETAFFINITY,
+    abi.SYS_SCHED_GETAFFINITY,
     abi.SYS_SOFTSGX_EENTER,
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from softsgx.driver import BadAddress, Mm, VmaInfo
+from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.registry import Device, Registry
 from softsgx.engines.native.space import Pager, Space
@@ -37,6 +37,8 @@ class Image:
         current: the thread whose stop is being handled.
         wired: whether ``space``, ``mm`` and ``pager`` are set.
         hold: stops a running thread for us; returns whether it is stopped and alive.
+        strict: whether mappings of enclaves are covered for those who are not inside.
+        view: the device whose mappings are uncovered now, if ``strict``.
     """
 
     index: int
@@ -47,6 +49,8 @@ class Image:
     threads: dict[int, ProgramThread] = field(default_factory=dict)
     current: ProgramThread | None = None
     wired: bool = False
+    strict: bool = False
+    view: EnclaveFile | None = None
     space: Space = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)
@@ -92,6 +96,43 @@ class Image:
         """Return the rights the program asked for where an enclave is mapped."""
         vma = self.mm.find(linaddr)
         return None if vma is None else vma.prot
+
+    # --- strict mode ----------------------------------------------------------------------------
+
+    def is_covered(self, linaddr: int) -> bool:
+        """Return whether an enclave is mapped there that nobody here may see now."""
+        if not self.strict:
+            return False
+        vma = self.mm.find(linaddr)
+        return vma is not None and vma.file is not self.view
+
+    def usable_prot_at(self, linaddr: int) -> int | None:
+        """Return the rights that the mapping of an enclave may have now."""
+        return abi.PROT_NONE if self.is_covered(linaddr) else self.prot_at(linaddr)
+
+    def uncover(self, view: EnclaveFile | None) -> None:
+        """Make the mappings of one device usable instead of those that are; nobody may run."""
+        former, self.view = self.view, view
+        for start, end in _adjacent(
+            [(vma.start, vma.end) for vma in self.mm.vmas() if vma.file is former]
+        ):
+            self.pager.reveal(start, end, abi.PROT_NONE)
+        for vma in self.mm.vmas():
+            if vma.file is view:
+                self.pager.reveal(vma.start, vma.end, vma.prot)
+
+    def lift(self, page: int) -> None:
+        """Uncover one page, until :meth:`lower`."""
+        vma = self.mm.find(page)
+        if vma is not None and self.is_covered(page):
+            self.pager.reveal(page, page + abi.PAGE, vma.prot)
+
+    def lower(self, page: int) -> None:
+        """Cover a page again, if it has to be."""
+        if self.is_covered(page):
+            self.pager.reveal(page, page + abi.PAGE, abi.PROT_NONE)
+
+    # --- calls in the program's name ------------------------------------------------------------
 
     def inject(self, calls: list[tuple[int, ...]]) -> None:
         """Make system calls in the program's name; results are not looked at.
@@ -168,6 +209,17 @@ class ImageMemory:
             if start <= address < end:
                 return VmaInfo(may_exec=may_exec)
         return None
+
+
+def _adjacent(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges, given lowest first, that touch."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _read_maps(pid: int) -> list[tuple[int, int, bool]]:

@@ -102,6 +102,11 @@ def write_memory(pid: int, address: int, data: bytes) -> None:
         raise OSError(14, f"cannot write {len(data)} bytes at {address:#x} of process {pid}")
 
 
+def current_cpu() -> int:
+    """Return the number of the processor that this thread runs on."""
+    return int(_libc.sched_getcpu())
+
+
 def pidfd_open(pid: int) -> int:
     """Return a descriptor of process ``pid``."""
     return syscall(abi.SYS_PIDFD_OPEN, pid, 0)

@@ -38,6 +38,7 @@ _WINDOW_SHIFT = 21
 _WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
 _WRITE = 2
+_ONES = b"\xff" * PAGE_BYTES
 
 
 class Guard(Protocol):
@@ -314,6 +315,16 @@ class NativeStore:
             contents = memory.hide([linaddr for linaddr, _addr in pages])
             for (_linaddr, addr), data in zip(pages, contents, strict=True):
                 self._hidden[addr] = data
+
+    def lend(self, addr: int, memory: EnclaveMemory, linaddr: int) -> None:
+        """Put a page of ones where the page is, or would be; its own bytes are kept, hidden."""
+        self.settle()
+        self._hide(addr)
+        memory.show(linaddr, _ONES, writable=True)
+
+    def take_back(self, memory: EnclaveMemory, linaddr: int) -> None:
+        """Remove the page of ones, with whatever was stored in it; then :meth:`refresh`."""
+        memory.hide([linaddr])
 
     def is_shown(self, addr: int) -> bool:
         """Return whether page tables map the page and its bytes are in a memory file."""

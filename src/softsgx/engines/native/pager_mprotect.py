@@ -50,6 +50,22 @@ class MprotectPager:
         for linaddr in [page for page in self._shown if start <= page < end]:
             self._apply(linaddr)
 
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Only pages that are shown, and not watched, get rights."""
+        calls: list[tuple[int, ...]] = []
+        if prot == abi.PROT_NONE:
+            calls.append((abi.SYS_MPROTECT, start, end - start, prot))
+        else:
+            shown = sorted(
+                page for page in self._shown if start <= page < end and page not in self._watched
+            )
+            for writable in (False, True):
+                rights = prot if writable else prot & ~abi.PROT_WRITE
+                pages = [page for page in shown if self._shown[page] is writable]
+                calls += [(abi.SYS_MPROTECT, low, high - low, rights) for low, high in runs(pages)]
+        if calls:
+            self._inject(calls)
+
     def before_hide(self, start: int, end: int) -> None:
         """Take every right away."""
         pages = range(start, end, PAGE_BYTES)

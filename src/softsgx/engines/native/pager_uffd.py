@@ -90,6 +90,10 @@ class UffdPager:
                 "choose the mprotect pager"
             ) from None
 
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Rights of the mapping say it; what is write-protected or a hole stays so."""
+        self._inject([(abi.SYS_MPROTECT, start, end - start, prot)])
+
     # --- hiding and showing ---------------------------------------------------------------------
 
     def before_hide(self, start: int, end: int) -> None:

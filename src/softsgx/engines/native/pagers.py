@@ -35,7 +35,7 @@ def make_pager(name: str, image: Image, thread: Thread, pidfd: int) -> Pager:
         SoftSgxError: this machine forbids it.
     """
     if name == "mprotect":
-        return MprotectPager(image.inject, image.prot_at)
+        return MprotectPager(image.inject, image.usable_prot_at)
     assert name == "userfaultfd", f"no pager is called {name!r}"
     theirs = thread.syscall(
         abi.SYS_USERFAULTFD, abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY

@@ -90,8 +90,8 @@ def run(
         config: the platform; or give its fields as keywords (``epc="64MiB"``).
         group: path of the group that pays for its EPC.
         pager: one of :data:`PAGERS`; the best this machine allows by default.
-        cpus: processors that program and supervisor may run on; one is the fastest for one
-            thread.
+        cpus: processors that program and supervisor may run on; by default one while the program
+            has one thread, which is the fastest for it, and otherwise all that we may use.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.

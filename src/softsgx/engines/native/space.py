@@ -38,6 +38,12 @@ class Pager(Guard, Protocol):
     def mapped(self, start: int, end: int, prot: int) -> None:
         """The program has a new mapping of an enclave, or other rights on one."""
 
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Let a range be used as far as ``prot`` and its pages allow; nothing for PROT_NONE.
+
+        The program's threads in this space are stopped, or in system calls.
+        """
+
     def accessed(self, linaddr: int) -> bool:
         """Return whether the shown page was used since :meth:`clear_accessed` or since shown."""
 

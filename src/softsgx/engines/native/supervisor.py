@@ -30,6 +30,7 @@ from softsgx.driver import (
     RestrictPermissions,
 )
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.affinity import Affinity
 from softsgx.engines.native.bpf import build_filter
 from softsgx.engines.native.cpuid import host_cpuid, virtual_leaf
 from softsgx.engines.native.doctor import can_fault_cpuid, choose_pager
@@ -64,7 +65,8 @@ class Supervisor(World):
         driver: the driver on it.
         group: who pays for the EPC of the program.
         pager: which pager to use; the best one by default.
-        cpus: the processors that program and supervisor may run on.
+        cpus: the processors that program and supervisor may run on; by default one while the
+            program has one thread, and ours otherwise.
 
     Attributes:
         pager: the name of the pager in use.
@@ -84,6 +86,7 @@ class Supervisor(World):
         self._store: NativeStore = machine.store
         self.pager = pager or choose_pager()
         self._group, self._cpus = group, cpus
+        self._affinity: Affinity | None = None
         self._faulting = can_fault_cpuid()
         self._registry = Registry()
         self._host = host_cpuid()
@@ -111,12 +114,10 @@ class Supervisor(World):
         Raises:
             SoftSgxError: it cannot be started, or this machine does not allow it.
         """
-        before = os.sched_getaffinity(0)
+        self._affinity = Affinity(self._cpus)
         # The terminal's interrupt goes to the program as well; what it means is for it to say.
         main = threading.current_thread() is threading.main_thread()
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-        if self._cpus is not None:
-            os.sched_setaffinity(0, self._cpus)
         try:
             bpf = build_filter()
             first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
@@ -136,7 +137,7 @@ class Supervisor(World):
             return -9 if status is None else os.waitstatus_to_exitcode(status)
         finally:
             self._registry.close()
-            os.sched_setaffinity(0, before)
+            self._affinity.close()
             if interrupt_handler is not None:
                 signal.signal(signal.SIGINT, interrupt_handler)
 
@@ -165,7 +166,17 @@ class Supervisor(World):
             abi.SYS_MUNMAP: mappings.munmap,
             abi.SYS_MREMAP: mappings.mremap,
             abi.SYS_IOCTL: self._ioctl,
+            abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
+            abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
         }
+
+    def _getaffinity(self, thread: ProgramThread) -> int | None:
+        assert self._affinity is not None, "a program runs without its processors being seen to"
+        return self._affinity.getaffinity(thread)
+
+    def _setaffinity(self, thread: ProgramThread) -> int | None:
+        assert self._affinity is not None, "a program runs without its processors being seen to"
+        return self._affinity.setaffinity(thread)
 
     def _ioctl(self, thread: ProgramThread) -> int | None:
         """ioctl(descriptor, command, argument) with a command of type 0xA4."""
@@ -208,6 +219,8 @@ class Supervisor(World):
         thread = ProgramThread(tid, process, image, cpu)
         image.threads[tid] = thread
         process.alive += 1
+        if self._affinity is not None:
+            self._affinity.born(tid)
         return thread
 
     def _another_cpu(self) -> LogicalProcessor:
@@ -249,6 +262,8 @@ class Supervisor(World):
         """Take back the processor, and the address space from the last of its threads."""
         image, cpu, process = thread.image, thread.cpu, thread.process
         image.threads.pop(thread.tid, None)
+        if self._affinity is not None:
+            self._affinity.gone(thread.tid)
         # Whatever it was doing in an enclave, an interrupt took it out, and it never resumed.
         interrupt(cpu)
         self._free_cpus.append(cpu)

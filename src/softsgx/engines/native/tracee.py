@@ -56,6 +56,7 @@ class Thread:
         regs: its general registers, valid between :meth:`load` and the next resume.
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
+        in_call: whether it goes on into a system call whose end shall stop it.
     """
 
     def __init__(self, tid: int, regs: UserRegs | None = None) -> None:
@@ -65,7 +66,7 @@ class Thread:
         self._info = SigInfo()
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
-        self.at_call = False
+        self.at_call = self.in_call = False
         self._at_signal = False
         self._kept: SigInfo | None = None
         self._loaded = self._changed = False
@@ -166,8 +167,19 @@ class Thread:
         self.settle()
         if signal and self._kept is not None and self._kept.signo == signal:
             self.set_siginfo(self._kept)
-        if _ptrace(abi.PTRACE_CONT, self.tid, 0, signal) == -1:
+        request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
+        if _ptrace(request, self.tid, 0, signal) == -1:
             raise Gone(self.tid, None)
+
+    def step(self) -> Stop:
+        """Let it execute one instruction, or take a signal, and wait for that.
+
+        Raises:
+            Gone: it died instead.
+        """
+        self.settle()
+        self._request(abi.PTRACE_SINGLESTEP, 0, 0)
+        return self.wait()
 
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
@@ -199,6 +211,8 @@ class Thread:
         self._at_signal = stop.event == 0 and not stop.syscall
         self._kept = None
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
+        if stop.event in (0, abi.PTRACE_EVENT_STOP):
+            self.in_call = False  # ends of calls, signals and interrupts are behind the call
         return stop
 
     def skip_syscall(self, result: int) -> None:
@@ -264,7 +278,7 @@ class Thread:
         kept, at_signal = self._kept, self._at_signal
         if at_signal and kept is None:
             kept = SigInfo.from_buffer_copy(self.siginfo())
-        self._kept = None
+        self._kept, self.in_call = None, False
         mask = self.sigmask()
         # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.
         self.set_sigmask(int.from_bytes(_ALL_BUT_TRAP, "little"))

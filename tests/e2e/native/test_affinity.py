@@ -1,0 +1,78 @@
+"""A program of one thread shares the supervisor's processor, and does not see it.
+
+Method: a Python program under the engine compares what the kernel answers with ``/proc``, which
+tells the truth.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from softsgx.engines.native import doctor, run
+
+pytestmark = [
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors"),
+    pytest.mark.skipif(
+        any(finding.needed and not finding.ok for finding in doctor()),
+        reason="this machine does not let programs be traced",
+    ),
+]
+
+PROGRAM = """
+import os, sys, threading
+
+def count():
+    status = open("/proc/thread-self/status").read()
+    mask = int(status.split("Cpus_allowed:")[1].split()[0].replace(",", ""), 16)
+    return mask.bit_count()
+
+out = open(sys.argv[1], "w")
+asked, alone = len(os.sched_getaffinity(0)), count()
+print("alone", asked, alone, file=out)
+go, seen = threading.Event(), []
+thread = threading.Thread(target=lambda: (go.wait(), seen.append(count())))
+thread.start()
+print("two", len(os.sched_getaffinity(0)), count(), file=out)
+go.set()
+thread.join()
+print("second", seen[0], seen[0], file=out)
+pid = os.fork()
+if not pid:
+    os._exit(count())
+print("child", asked, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=out)
+chosen = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {chosen})
+print("chosen", len(os.sched_getaffinity(0)), count(), file=out)
+os.sched_setaffinity(0, range(os.cpu_count()))
+print("own", len(os.sched_getaffinity(0)), count(), file=out)
+"""
+
+
+def told(path: Path, **options: object) -> dict[str, tuple[int, int]]:
+    """Run the program; return how many processors it was told of, and really had."""
+    result = run([sys.executable, "-c", PROGRAM, str(path)], epc="1MiB", **options)  # type: ignore[arg-type]
+    assert result.exit_code == 0
+    rows = [line.split() for line in path.read_text().splitlines()]
+    return {name: (int(asked), int(had)) for name, asked, had in rows}
+
+
+def test_one_thread_has_one_processor_and_two_have_all_of_them(tmp_path: Path) -> None:
+    ours = os.sched_getaffinity(0)
+    told_of = told(tmp_path / "out")
+    every = len(ours)
+    assert told_of["alone"] == (every, 1)
+    assert told_of["two"] == told_of["second"] == told_of["child"] == (every, every)
+    assert told_of["chosen"] == (1, 1)
+    assert told_of["own"] == (every, every), "the program has chosen itself, and alone still"
+    assert os.sched_getaffinity(0) == ours
+
+
+def test_processors_that_were_asked_for_are_left_alone(tmp_path: Path) -> None:
+    ours = os.sched_getaffinity(0)
+    told_of = told(tmp_path / "out", cpus=ours)
+    assert told_of["alone"] == told_of["two"] == (len(ours), len(ours))
+    assert os.sched_getaffinity(0) == ours
