@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 
 from softsgx.errors import SoftSgxError
@@ -13,15 +14,15 @@ from softsgx.errors import SoftSgxError
 __all__ = ["number", "print_json", "read_file", "size_bytes", "write_file"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE = re.compile(r"(\d+)\s*([A-Za-z]*)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def size_bytes(text: str) -> int:
-    """Return the bytes that ``64MiB`` or ``4096`` says; an argparse type."""
+    """Return the bytes that ``93.5MiB`` or ``4096`` says; an argparse type."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"size {text!r}; write 4096, 64KiB, 64MiB or 1GiB")
-    return int(match[1]) * _UNITS[match[2]]
+        raise argparse.ArgumentTypeError(f"size {text!r}; write 4096, 64KiB, 93.5MiB or 1GiB")
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def number(text: str) -> int:

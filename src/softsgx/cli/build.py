@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -53,7 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=number, metavar="N", default=1, help="TCS pages (1)")
     parser.add_argument("--key", metavar="PEM", help="RSA-3072 with exponent 3; softsgx sign makes")
-    parser.add_argument("--cc", metavar="COMMAND", help='a compiler, such as "clang -O3 -DN=4"')
+    parser.add_argument("--cc", metavar="COMMAND", help="a compiler, such as clang or 'ccache gcc'")
+    parser.add_argument(
+        "--cflags",
+        metavar="FLAGS",
+        default="",
+        help="for SOURCE.c, after ours: --cflags='-O3 -DN=4'",
+    )
     parser.add_argument(
         "--host",
         metavar="HOST.c",
@@ -86,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     options = BuildOptions(heap_bytes=args.heap, stack_bytes=args.stack, threads=args.threads)
 
     compiler = find_compiler(args.cc)
-    plan = build_enclave(sources, compiler, options)
+    plan = build_enclave(sources, compiler, options, shlex.split(args.cflags))
     if host is not None:
         _build_host(compiler, Path(args.host).absolute(), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()

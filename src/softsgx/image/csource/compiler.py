@@ -70,8 +70,13 @@ class Compiler:
     linker: tuple[str, ...] = ()
     baseline: tuple[str, ...] = ("-march=x86-64",)
 
-    def enclave(self, sources: Sequence[Path], output: Path) -> None:
+    def enclave(self, sources: Sequence[Path], output: Path, flags: Sequence[str] = ()) -> None:
         """Compile and link what goes inside, with our runtime, to a position-independent ELF file.
+
+        Args:
+            sources: C files.
+            output: the ELF file.
+            flags: after our own, for ``sources`` alone.
 
         Raises:
             SoftSgxError: the compiler or the linker refused.
@@ -83,8 +88,10 @@ class Compiler:
                 objects.append(str(Path(scratch) / f"{number}.o"))
                 # __FILE__ must not tell where the source lay, or two checkouts would differ.
                 where = f"-ffile-prefix-map={source.parent}=."
-                flags = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}", "-c", str(source)]
-                self._call([*self.command, *flags, "-o", objects[-1]], str(source))
+                ours = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}"]
+                theirs = flags if number >= len(own) else ()
+                what = ["-c", str(source), "-o", objects[-1]]
+                self._call([*self.command, *ours, *theirs, *what], str(source))
             self._link(objects, output, ", ".join(map(str, sources)))
 
     def host(self, sources: Sequence[Path], output: Path) -> None:
@@ -127,7 +134,7 @@ def find_compiler(named: str | None = None) -> Compiler:
     """Return the compiler to use: the one that is named, else ``cc``, else ziglang's.
 
     Args:
-        named: a command line, such as ``"clang -O3 -DN=4"``.
+        named: a command, such as ``"ccache gcc"``.
 
     Raises:
         SoftSgxError: there is none; the message says how to get one.

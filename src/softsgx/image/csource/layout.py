@@ -77,11 +77,20 @@ class BuildOptions:
 
 
 def build_enclave(
-    sources: Sequence[Path], compiler: Compiler, options: BuildOptions | None = None
+    sources: Sequence[Path],
+    compiler: Compiler,
+    options: BuildOptions | None = None,
+    flags: Sequence[str] = (),
 ) -> Plan:
     """Compile ``sources`` with the runtime and return the enclave's plan.
 
-    The same sources, options and compiler give the same plan, wherever the sources lie.
+    The same sources, options, flags and compiler give the same plan, wherever the sources lie.
+
+    Args:
+        sources: C files; one of them has ``ecall``.
+        compiler: what compiles them.
+        options: the sizes.
+        flags: for the compiler, after our own.
 
     Raises:
         SoftSgxError: a source does not compile or link, or asks for what an enclave has not.
@@ -91,7 +100,7 @@ def build_enclave(
             raise SoftSgxError(f"{source}: no such file; give a C source")
     with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
         image = Path(scratch) / "image.elf"
-        compiler.enclave(sources, image)
+        compiler.enclave(sources, image, flags)
         linked = read_bytes(image)
     return lay_out(Bytes(str(sources[0]), linked.view), options or BuildOptions())
 
