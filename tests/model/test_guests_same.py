@@ -111,6 +111,8 @@ class Run:
                 for page in range(8):
                     thread.load(self.native.data(page))
                 thread.exit()
+            case _:
+                raise AssertionError(kind)
 
 
 @pytest.mark.slow

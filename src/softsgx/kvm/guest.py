@@ -319,10 +319,7 @@ class Guest(Monitor):
 
     def pause(self) -> None:
         """Stop executing: every processor exits, and nothing is lost."""
-        with self.lock:
-            self.paused = True
-            for vepc in self.vepcs:
-                vepc.unmap_all()
+        self.paused = True  # whatever is translated from now on exits, and waits
         self.kick()
         self.quiesce()
 

@@ -66,6 +66,8 @@ class Scene:
 def play(
     script: tuple[Step, ...],
     prepare: Callable[[Scene], None],
+    *,
+    readable: bool = True,
     **tasks: Callable[[Scene], object],
 ) -> Scene:
     """Prepare, then run the tasks as the script says; their results are in ``ends``."""
@@ -85,7 +87,8 @@ def play(
         for task in spawned:
             task.join()
         thread = scene.thread or scene.made.thread()
-        assert thread.load(scene.made.data(0), 8) == pattern(0)[:8]
+        if readable:
+            assert thread.load(scene.made.data(0), 8) == pattern(0)[:8]
         host.recount()
         return scene
 
@@ -179,6 +182,19 @@ def test_a_leaf_that_has_translated_is_waited_for_before_its_page_is_blocked() -
     )
     assert scene.ends["guest"] is Status.SUCCESS
     assert scene.resolved == []
+
+
+def test_a_leaf_that_has_translated_does_not_see_what_the_host_does_then() -> None:
+    """Without the wait, the guest's EBLOCK would find the page blocked by the host."""
+    scene = play(
+        (("guest", "EBLOCK"), ("host", "acquire guest0.gate")),
+        nothing,
+        host=Scene.evict,
+        guest=lambda scene: scene.leaf("eblock", scene.page(0).gpa),
+        readable=False,  # the guest has blocked it
+    )
+    assert scene.ends["guest"] is Status.SUCCESS
+    assert scene.guest.guest.counters.guest_blocked == 1
 
 
 def test_a_page_on_its_way_out_is_waited_for() -> None:

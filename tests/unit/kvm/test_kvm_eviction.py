@@ -213,6 +213,30 @@ def test_a_batch_of_one_enclave_costs_one_tracking_cycle_and_one_round_of_interr
     assert (guest.guest.counters.etrackc, guest.guest.counters.kicks) == (1, 1)
 
 
+def test_a_cycle_that_the_guest_has_left_incomplete_is_completed() -> None:
+    host, guest, made = system()
+    thread = made.thread()
+    thread.load(made.data(0))
+    assert guest.guest.leaves.etrack(guest.secs(made.enclave).gpa) is Status.SUCCESS
+    host.evict(guest.data(made.enclave, index(made, 0)))
+    assert guest.guest.counters.prev_incomplete == 1
+    assert thread.load(made.data(0), 8) == pattern(0)[:8]
+
+
+def test_a_page_is_young_while_the_guest_uses_it() -> None:
+    host, guest, made = system()
+    thread = made.thread()
+    used, other = (guest.data(made.enclave, index(made, number)) for number in (1, 2))
+    for page in (used, other):
+        page.age()
+    thread.load(made.data(1))
+    assert not used.age() and other.age()
+    assert used.age(), "looking makes it old"
+    thread.load(made.data(1))
+    assert used.age(), "a translation that a processor holds hides its use"
+    host.recount()
+
+
 def test_the_guest_evicts_a_page_that_the_host_has_evicted() -> None:
     host, guest, made = system()
     page = guest.data(made.enclave, index(made, 3))

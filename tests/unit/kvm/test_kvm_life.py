@@ -33,6 +33,15 @@ def test_the_ballast_is_never_taken() -> None:
     host.recount()
 
 
+def test_a_batch_does_not_take_more_than_the_ballast_leaves() -> None:
+    host = GuestHost(epc_pages=512)
+    guest = host.guest(24, ballast_pages=12)
+    launch(guest.process(), 12)
+    assert guest.guest.resident > 16
+    host.core.reclaim(force=True)  # a batch of 16
+    assert 12 <= guest.guest.resident < 16
+
+
 def test_a_ballast_larger_than_the_guests_epc_is_refused() -> None:
     with pytest.raises(SoftSgxError, match="ballast of 30 pages in an EPC of 24"):
         GuestHost().guest(24, ballast_pages=30)

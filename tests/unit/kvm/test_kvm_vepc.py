@@ -15,6 +15,7 @@ import pytest
 from tests.support.driver import Launched, launch, pattern
 from tests.support.guests import GuestHost, GuestSystem
 
+from softsgx.arch import Status
 from softsgx.kvm import (
     MAP_PRIVATE,
     SGX_IOC_VEPC_REMOVE_ALL,
@@ -167,6 +168,19 @@ def test_two_rounds_over_all_files_empty_enclaves_that_they_share(evicted: str) 
     assert valid == []
     guest.guest.recount()
     host.system.recount()
+
+
+def test_children_that_are_removed_while_their_secs_is_away_are_not_counted_any_more() -> None:
+    host, guest, made = apart()
+    _first, second = guest.guest.vepcs
+    secs = guest.secs(made.enclave)
+    host.evict(*_children(guest, made))
+    host.evict(secs)
+    assert second.ioctl(SGX_IOC_VEPC_REMOVE_ALL) == 0
+    assert secs.owed == len(made.enclave.pages)
+    assert guest.guest.leaves.eremove(secs.gpa) is Status.SUCCESS
+    assert secs.owed == 0
+    guest.guest.recount()
 
 
 def test_remove_all_is_refused_while_a_processor_is_inside() -> None:
