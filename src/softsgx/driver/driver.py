@@ -134,10 +134,10 @@ class Driver:
 
     def announce(self, event: Event) -> None:
         """Tell of an enclave's life."""
-        if self.tracer is not None:
-            self.tracer(event)
         if self.lives is not None:
             self.lives(event)
+        if self.tracer is not None:
+            self.tracer(event)
 
     def destroyed(self, enclave: Enclave) -> None:
         """An enclave is gone."""
@@ -188,7 +188,8 @@ class Driver:
         """Return who pays for what ``task`` needs, and the NUMA node it runs on."""
         if task is None:
             return None, 0
-        return self._group_of(task), self._node_of(task)
+        group_of, node_of = self._group_of, self._node_of
+        return group_of(task), node_of(task)
 
     def next_pid(self) -> int:
         """Return a number for a simulated process."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from softsgx.driver import FaultHandled, IoctlDone
+from softsgx.driver import FaultHandled
 from softsgx.errors import SoftSgxError
 from softsgx.hw import AsynchronousExit, LeafDone
 from softsgx.paging import events
@@ -96,8 +96,9 @@ class PerfettoWriter:
                 self._batch_done(now, event)
                 self._count(now)
             case _:
-                self._instant(now, _layer(event), event.NAME.removeprefix("sgx:"), event)
-                if isinstance(event, IoctlDone):
+                layer = _layer(event)
+                self._instant(now, layer, event.NAME.removeprefix("sgx:"), event)
+                if layer == "driver":
                     self._count(now)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Few enclaves get a paragraph each, many a row; either way it fits into 80 column
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 
@@ -21,11 +22,13 @@ __all__ = ["cycles_text", "print_summary", "seconds_text", "size_text", "status_
 _PARAGRAPHS = 3
 _ROWS = 20
 _LARGE = 1_000_000
+_ALMOST = 0.9995  # what three digits round up to 1
 _NAME_WIDTH = 12
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|µs|GHz)\b)")
 _NAMES = {
     "major": "reloaded",
-    "minor": "was resident",
-    "augment": "new page",
+    "minor": "already resident",
+    "augment": "new",
     "busy": "had to wait",
     "refused": "refused",
 }
@@ -71,18 +74,18 @@ def size_text(size: int) -> str:
 
 def seconds_text(seconds: float) -> str:
     """Return ``81.5 ms`` for seconds."""
-    if seconds >= 1:
+    if seconds >= _ALMOST:
         return f"{seconds:.2f} s"
-    if seconds >= 1e-3:
+    if seconds >= _ALMOST * 1e-3:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds * 1e6:.3g} µs" if seconds else "0 s"
 
 
 def cycles_text(cycles: int) -> str:
     """Return ``1.25 G`` for cycles."""
-    for unit, scale in ((" G", 10**9), (" M", 10**6), (" k", 10**3)):
-        if cycles >= scale:
-            return f"{cycles / scale:.3g}{unit}" if cycles < 1000 * scale else f"{cycles:,}"
+    for unit, scale in ((" T", 10**12), (" G", 10**9), (" M", 10**6), (" k", 10**3)):
+        if cycles >= _ALMOST * scale:
+            return f"{cycles / scale:.3g}{unit}"
     return str(cycles)
 
 
@@ -92,14 +95,16 @@ def _print_head(run: RunSummary, console: Console) -> None:
     head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
     head.append(f": {ended}", "not bold")
     console.print(head)
-    console.print(
+    times = (
         f"{seconds_text(run.wall_s)}; processor time: program {seconds_text(run.program_s)}, "
         f"softsgx {seconds_text(run.supervisor_s)}"
     )
-    console.print(
+    epc = (
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
         f"{platform.profile}, pager {platform.pager}"
     )
+    console.print(textwrap.fill(times, console.width))
+    console.print(textwrap.fill(epc, console.width))
     for group in run.groups:
         if group.max_bytes is not None:
             refused = f", {_times(group.refused, 'charge')} refused" if group.refused else ""
@@ -172,7 +177,8 @@ def _rows(run: RunSummary) -> RenderableType:
 def _line(name: str, text: str, width: int, indent: int = 2) -> RenderableType:
     """A name and what belongs to it, which stays in its column where it goes on."""
     start = indent + _NAME_WIDTH
-    wrapped = textwrap.wrap(text, max(width - start, 20), break_on_hyphens=False)
+    glued = _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
+    wrapped = textwrap.wrap(glued, max(width - start, 20), break_on_hyphens=False)
     line = Text(" " * indent)
     line.append(name.ljust(_NAME_WIDTH), "cyan")
     line.append(("\n" + " " * start).join(wrapped).replace("\N{NO-BREAK SPACE}", " "))
@@ -183,8 +189,7 @@ def _estimate_text(estimate: Estimate) -> str:
     profile = estimate.profile
     cycles = f"about {cycles_text(estimate.typical)} cycles"
     band = f"{cycles_text(estimate.low)} to {cycles_text(estimate.high)}"
-    clock = f"{profile.hertz / 1e9:g}\N{NO-BREAK SPACE}GHz"
-    time = f"{seconds_text(estimate.seconds)} at {clock}"
+    time = f"{seconds_text(estimate.seconds)} at {profile.hertz / 1e9:g} GHz"
     return f"{cycles} ({band}), {time}; prices of {profile.name}"
 
 
