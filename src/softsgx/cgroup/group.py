@@ -77,7 +77,7 @@ class Hierarchy:
         self.capacity_pages, self.runtime, self.tracer = capacity_pages, runtime, tracer
         self.request_reclaim, self.victims, self.kill = request_reclaim, victims, kill
         self.defects = defects
-        self.reclaims_ahead = request_reclaim is not None and "L11" not in defects
+        self.reclaim_ahead = None if "L11" in defects else request_reclaim
         self.raises_refused = "L8" in defects
         self.latch = runtime.latch()
         self.root = EpcCgroup(self, "", None)
@@ -120,7 +120,6 @@ class EpcCgroup:
     Attributes:
         path: from the root, ``/jobs/a``; the root is ``/``.
         lru: reclaimable pages charged to exactly this group.
-        max_pages: ``misc.max``; ``None`` is "max".
         usage_pages, peak_pages: of the subtree.
         own_pages: charged to exactly this group.
         events, events_local: charges that a limit refused, in the subtree and here.
@@ -134,7 +133,8 @@ class EpcCgroup:
         self._ancestry: tuple[EpcCgroup, ...] = (self, *(parent._ancestry if parent else ()))
         self.lru = Lru(hierarchy.runtime)
         self.children: dict[str, EpcCgroup] = {}
-        self.max_pages: int | None = None
+        self._max_pages: int | None = None
+        self._ceiling_pages = hierarchy.capacity_pages  # the lower of it and the limit
         self.usage_pages = self.peak_pages = self.own_pages = 0
         self.events = self.events_local = 0
         self.removed = False
@@ -145,6 +145,17 @@ class EpcCgroup:
     def __repr__(self) -> str:
         limit = "max" if self.max_pages is None else self.max_pages
         return f"<cgroup {self.path} {self.usage_pages}/{limit} pages>"
+
+    @property
+    def max_pages(self) -> int | None:
+        """``misc.max``; ``None`` is "max"."""
+        return self._max_pages
+
+    @max_pages.setter
+    def max_pages(self, limit: int | None) -> None:
+        capacity = self.hierarchy.capacity_pages
+        self._max_pages = limit
+        self._ceiling_pages = capacity if limit is None else min(limit, capacity)
 
     # --- the tree -------------------------------------------------------------------------------
 
@@ -207,21 +218,15 @@ class EpcCgroup:
             ``None`` when charged, else the lowest group whose limit refused.
         """
         tree = self.hierarchy
-        limited = False
+        refused = None
         with tree.latch:
             for group in self._ancestry:
-                wanted, limit = group.usage_pages + 1, group.max_pages
-                if limit is None:
-                    limit = tree.capacity_pages
-                else:
-                    limited = True
-                if wanted > limit or wanted > tree.capacity_pages:
+                if group.usage_pages >= group._ceiling_pages:
                     refused = group
                     break
-                if tree.raises_refused and wanted > group.peak_pages:
-                    group.peak_pages = wanted
-            else:
-                refused = None
+                if tree.raises_refused:
+                    group.peak_pages = max(group.peak_pages, group.usage_pages + 1)
+            if refused is None:
                 self.own_pages += 1
                 for group in self._ancestry:
                     usage = group.usage_pages = group.usage_pages + 1
@@ -229,17 +234,11 @@ class EpcCgroup:
                         group.peak_pages = usage
         if refused is not None:
             self._note_refusal(refused)
-        elif limited and tree.reclaims_ahead:
-            self._reclaim_ahead()
+        elif tree.reclaim_ahead is not None:
+            for group in self._ancestry:
+                if group._max_pages is not None and group.should_reclaim():
+                    tree.reclaim_ahead(group)
         return refused
-
-    def _reclaim_ahead(self) -> None:
-        """Ask for a batch wherever usage is near a limit."""
-        request = self.hierarchy.request_reclaim
-        assert request is not None, "nobody to ask for reclaim"
-        for group in self._ancestry:
-            if group.max_pages is not None and group.should_reclaim():
-                request(group)
 
     def _note_refusal(self, refused: EpcCgroup) -> None:
         """Count it: locally where it happened, hierarchically up to but not at the root."""
@@ -289,9 +288,8 @@ class EpcCgroup:
         """Return the smallest limit from here to the root, in pages."""
         lowest = self.hierarchy.capacity_pages
         for group in self._ancestry:
-            limit = group.max_pages
-            if limit is not None and limit < lowest:
-                lowest = limit
+            if group._ceiling_pages < lowest:
+                lowest = group._ceiling_pages
         return lowest
 
     def should_reclaim(self) -> bool:
