@@ -29,6 +29,7 @@ _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _SUCCESS = Status.SUCCESS
 _TYPES = tuple(PageType)
 _SECS, _VA, _LAST = int(PageType.SECS), int(PageType.VA), int(PageType.SS_REST)
+_STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
 _NO_RESERVED = bytes(40)
 _NO_SECINFO_RESERVED = bytes(56)
 _SLOT_MASK = PAGE_BYTES - 8
@@ -155,8 +156,10 @@ def _eldu(
             )
             if plain is not None:
                 page.pt, page.rwx, page.secs, page.linaddr = _TYPES[pt], flags & 7, secs, linaddr
-                page.pending, page.modified = bool(flags & 8), bool(flags & 16)
-                page.pr, page.blocked = bool(flags & 32), False
+                page.blocked = page.pending = page.modified = page.pr = False
+                if flags & _STATES:
+                    page.pending, page.modified = bool(flags & 8), bool(flags & 16)
+                    page.pr = bool(flags & 32)
                 page.bepoch = enclave.epoch - TRACKED_AGE
                 page.enclave = page.slots = None
                 hw.store.fill(page, plain)

@@ -86,15 +86,16 @@ class PagingKey:
             reserved: PCMD.RESERVED, all 40 bytes.
         """
         header = b"".join((struct.pack("<QQ", eid, linaddr), secinfo, reserved, bytes(8)))
-        return self._open(sealed, version, header)
+        try:
+            return self._aead.decrypt(_IV.pack(version), sealed, header)
+        except InvalidTag:
+            return None
 
     def unseal_plain(
         self, sealed: Buffer, version: int, eid: int, linaddr: int, flags: int
     ) -> bytes | None:
         """As :meth:`unseal` for a PCMD whose reserved bytes are all zero."""
-        return self._open(sealed, version, _HEADER.pack(eid, linaddr, flags, b""))
-
-    def _open(self, sealed: Buffer, version: int, header: bytes) -> bytes | None:
+        header = _HEADER.pack(eid, linaddr, flags, b"")
         try:
             return self._aead.decrypt(_IV.pack(version), sealed, header)
         except InvalidTag:
