@@ -17,16 +17,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EACCES
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, AttributesFlags, Status
-from softsgx.driver import fault
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
-from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
+from softsgx.driver.fault import handle as handle_fault
+from softsgx.driver.mm import Mm
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import Srcu
 from softsgx.driver.uapi import refuse
@@ -79,10 +79,11 @@ class Enclave:
 
     Attributes:
         lock: guards pages, ``swap``, attributes and flags.
-        changed: a page is no longer in motion.
+        changed: a page is no longer in motion; ``waiting`` tasks wait for that.
         base, size: its linear range, 0 before CREATE.
         attributes: SECS.ATTRIBUTES.FLAGS.
         allowed: attributes INIT accepts.
+        swap: its half of paging; only after CREATE.
         created, initialized: how far its building is.
         dead: it was killed.
         pages: its pages by index.
@@ -91,11 +92,14 @@ class Enclave:
         counts: how often things happened to it.
     """
 
+    swap: EnclaveSwap
+
     def __init__(self, driver: Driver, number: int) -> None:
         self.driver, self.number = driver, number
         runtime = driver.runtime
         self.lock = runtime.lock(f"encl{number}")
         self.changed = runtime.condition(self.lock)
+        self.waiting = 0
         self.srcu = Srcu(runtime, f"encl{number}.srcu")
         self.base = self.size = self.attributes = 0
         self.allowed = UNPRIVILEGED
@@ -103,7 +107,6 @@ class Enclave:
         self.pages: dict[int, EnclavePage] = {}
         self.group: Group | None = None
         self.counts = EnclaveCounts()
-        self._swap: EnclaveSwap | None = None
         self._latch = runtime.latch()
         self._references = 1
         self._mms: tuple[EnclaveMm, ...] = ()
@@ -112,16 +115,6 @@ class Enclave:
 
     def __repr__(self) -> str:
         return f"<enclave {self.number}>"
-
-    @property
-    def swap(self) -> EnclaveSwap:
-        """Its half of paging; only after CREATE."""
-        assert self._swap is not None, f"{self!r} was not created"
-        return self._swap
-
-    @swap.setter
-    def swap(self, swap: EnclaveSwap | None) -> None:
-        self._swap = swap
 
     @property
     def debug(self) -> bool:
@@ -177,8 +170,7 @@ class Enclave:
     def _destroy(self) -> None:
         """Free everything; nobody else knows the enclave any more."""
         assert not self._mms, f"{self!r} destroyed with address spaces registered"
-        swap = self._swap
-        if swap is not None:
+        if self.created:
             for done, page in enumerate(list(self.pages.values()), 1):
                 with self.lock:
                     freed = self._free(page)
@@ -188,7 +180,7 @@ class Enclave:
                     self.driver.runtime.yield_now()
             self.pages.clear()
             with self.lock:
-                swap.destroy()
+                self.swap.destroy()
         self.srcu.cleanup()
         self.driver.destroyed(self)
         self.driver.announce(EnclaveReleased(self.number))
@@ -319,7 +311,7 @@ class Enclave:
 
     def zap(self, page: EnclavePage) -> None:
         """Remove every PTE of a page that is marked; ``lock`` must not be held."""
-        linaddr = page.linaddr
+        linaddr = self.base + (page.index << PAGE_SHIFT)
         while True:
             version = self._mm_version
             reading = self.srcu.enter()
@@ -393,7 +385,7 @@ class Enclave:
 
     def recount(self) -> None:
         """Compare its counts with a recount from its pages; call while nothing runs."""
-        if self._swap is None or self.dead:
+        if not self.created or self.dead:
             return
         with self.lock:
             resident = self.resident_pages
@@ -408,13 +400,4 @@ class Enclave:
 
     # --- faults ---------------------------------------------------------------------------------
 
-    def fault(
-        self, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
-    ) -> tuple[FaultResult, Callable[[], None] | None]:
-        """Handle a fault on a page of it; the ``mmap_lock`` of ``mm`` is held for reading.
-
-        Returns:
-            What the task sees; and when it should repeat the instruction only after waiting, how
-            to wait, with no lock held.
-        """
-        return fault.handle(self, mm, vma, linaddr, task)
+    fault = handle_fault

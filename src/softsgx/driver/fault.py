@@ -46,9 +46,14 @@ class PageInMotion(Exception):
 
 
 def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None) -> Outcome:
-    """Handle a fault; see :meth:`Enclave.fault`."""
+    """Handle a fault on a page of an enclave; ``mmap_lock`` of ``mm`` is held for reading.
+
+    Returns:
+        What the task sees; and when it should repeat the instruction only after waiting, how to
+        wait, with no lock held.
+    """
     driver = enclave.driver
-    index = enclave.index_of(linaddr)
+    index = linaddr - enclave.base >> PAGE_SHIFT
     try:
         # Looked up without the lock; both ways look again under it.
         if index not in enclave.pages and _can_augment(enclave):
@@ -215,7 +220,11 @@ def wait_for(page: EnclavePage) -> None:
     enclave = page.enclave
     with enclave.lock:
         while page.reclaiming or page.busy:
-            enclave.changed.wait()
+            enclave.waiting += 1
+            try:
+                enclave.changed.wait()
+            finally:
+                enclave.waiting -= 1
         stuck = page.in_motion
     if stuck:
         # Blocked for good by an eviction that failed: only another one makes it usable.

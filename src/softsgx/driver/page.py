@@ -130,7 +130,8 @@ class EnclavePage:
             enclave.swap.cancel(self.reservation)
             self.reservation = None
             self.reclaiming = False
-            enclave.changed.notify_all()
+            if enclave.waiting:
+                enclave.changed.notify_all()
         return False
 
     def write(self) -> bool:
@@ -146,11 +147,13 @@ class EnclavePage:
                 written = enclave.discard(epc)
             else:
                 assert reservation is not None, f"{self!r} has no reservation"
-                self.entry = enclave.swap.write(epc, reservation)
-                written = self.entry is not None
-                enclave.counts.evictions += written
+                entry = self.entry = enclave.swap.write(epc, reservation)
+                written = entry is not None
+                if written:
+                    enclave.counts.evictions += 1
             if written:
                 self.epc = None
             self.reclaiming = False
-            enclave.changed.notify_all()
+            if enclave.waiting:
+                enclave.changed.notify_all()
         return written

@@ -53,7 +53,7 @@ class SoftPtes(PageTables):
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
         """As :meth:`Ptes.install`."""
         # No x86 entry can be written or executed, but not read.
-        self.map(linaddr, epc_addr, prot | PROT_READ if prot else 0)
+        self._entries[linaddr] = epc_addr, prot | PROT_READ if prot else 0
         self._accessed.discard(linaddr)
 
     def zap(self, linaddr: int) -> None:

@@ -88,7 +88,7 @@ class EpcCore:
         self.policy: Policy = LinuxPolicy() if policy is None else policy
         self.root: Group = Ungrouped(runtime) if root is None else root
         self.counters = Counters()
-        self._held_latch = runtime.latch() if runtime.concurrent else None
+        self._held_latch = runtime.latch()
         self.tracer = tracer
         self.epc_pages = sum(section.pages for section in hw.config.sections)
         self._low = self.policy.low(self.epc_pages)
@@ -236,7 +236,9 @@ class EpcCore:
             self._refused(kind, error)
             raise
         page.owner, page.group, page.kind = owner, group, kind
-        self._count_held(kind, 1)
+        held = self.counters.held
+        with self._held_latch:
+            held[kind] = held.get(kind, 0) + 1
         if self._free.value < self._low and self._ksgxd.asleep and self.root.has_reclaimable():
             self._ksgxd.request()
         if self.tracer is not None:
@@ -329,14 +331,6 @@ class EpcCore:
             raise NoEpc
         self.runtime.yield_now()
 
-    def _count_held(self, kind: str, change: int) -> None:
-        held = self.counters.held
-        if self._held_latch is None:
-            held[kind] = held.get(kind, 0) + change
-        else:
-            with self._held_latch:
-                held[kind] = held.get(kind, 0) + change
-
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value
 
@@ -367,7 +361,8 @@ class EpcCore:
         page.group.uncharge()
         page.owner = page.group = None
         page.blocked = False
-        self._count_held(page.kind, -1)
+        with self._held_latch:
+            self.counters.held[page.kind] -= 1
         usable = self._nodes[page.node].give(page)
         if usable or "L5" in self.defects:
             self._free.add(1)
@@ -395,7 +390,8 @@ class EpcCore:
             return True
         assert not page.tracked, f"{page!r} is removed while it is tracked"
         page.leaked, page.owner = True, None
-        self._count_held(page.kind, -1)
+        with self._held_latch:
+            self.counters.held[page.kind] -= 1
         self.counters.leaked += 1
         if self.tracer is not None:
             self.tracer(events.Leaked(page.addr, page.kind, result))

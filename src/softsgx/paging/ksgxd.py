@@ -87,7 +87,9 @@ class Ksgxd:
 
     def page_freed(self) -> None:
         """A page was freed."""
-        self.candidate_added()
+        self._gave_up = False
+        if self._tickets:
+            self._tickets.clear()
         self.outcomes += 1
         self.batch_ended()
 

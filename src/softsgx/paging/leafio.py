@@ -19,20 +19,20 @@ Ending = Status | Fault
 
 def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> Ending:
     """Evict the page at ``addr``, its version going to ``slot_addr``."""
+    leaf = leaves.ewb
     try:
-        return leaves.ewb(
-            PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0), addr, slot_addr
-        )
+        return leaf(PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0), addr, slot_addr)
     except Fault as fault:
         return fault
 
 
 def eldu(
-    leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned, *, linaddr: int, secs: int
+    leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned, linaddr: int, secs: int
 ) -> Ending:
     """Load a page into the free EPC page at ``addr``."""
+    leaf = leaves.eldu
     try:
-        return leaves.eldu(
+        return leaf(
             PageInfoArgs(linaddr, pinned.content.data, pinned.pcmd_bytes, secs), addr, slot_addr
         )
     except Fault as fault:

@@ -114,11 +114,9 @@ class Reclaimer:
         scanned, victims = self._choose(lru, force=force)
         self._point("reclaim: block")
         # Whole passes: one round of kicking CPUs then serves every victim.
-        victims = [page for page in victims if self._block(lru, page)]
+        victims = self._block(lru, victims)
         self._point("reclaim: write")
-        freed = 0
-        for page in victims:
-            freed += self._write(lru, page)
+        freed = self._write(lru, victims)
         counters = self._counters
         counters.batches += 1
         counters.scanned += scanned
@@ -139,50 +137,59 @@ class Reclaimer:
             self._counters.dying += dying
             scanned += len(isolated) + dying
             self._point("reclaim: age")
-            victims += [page for page in isolated if self._prepare(lru, page, force=force)]
+            victims += self._prepare(lru, isolated, force=force)
             if not isolated and not dying:
                 break
         return scanned, victims
 
-    def _prepare(self, lru: Lru, page: EpcPage, *, force: bool) -> bool:
-        owner = page.owner
-        assert owner is not None, f"{page!r} in a batch has no owner"
-        if page.poisoned and not self._ignore_poison:
-            self._skip(lru, page, owner, "poisoned")
-            return False
-        old = force or self._policy.old(owner)
-        if self.tracer is not None:
-            self.tracer(Aged(page.addr, not old))
-        if not old:
-            self._counters.young += 1
-            _requeue(lru, page, owner)
-            return False
-        if not owner.prepare():
-            self._counters.not_prepared += 1
-            self._skip(lru, page, owner, "prepare")
-            return False
-        return True
+    def _prepare(self, lru: Lru, pages: list[EpcPage], *, force: bool) -> list[EpcPage]:
+        """Age and prepare each; return those that leave."""
+        victims: list[EpcPage] = []
+        counters, old = self._counters, self._policy.old
+        for page in pages:
+            owner = _owner(page)
+            if page.poisoned and not self._ignore_poison:
+                self._skip(lru, page, owner, "poisoned")
+                continue
+            leaves = force or old(owner)
+            if self.tracer is not None:
+                self.tracer(Aged(page.addr, not leaves))
+            if not leaves:
+                counters.young += 1
+                _requeue(lru, page, owner)
+            elif owner.prepare():
+                victims.append(page)
+            else:
+                counters.not_prepared += 1
+                self._skip(lru, page, owner, "prepare")
+        return victims
 
-    def _block(self, lru: Lru, page: EpcPage) -> bool:
-        owner = page.owner
-        assert owner is not None, f"{page!r} in a batch has no owner"
-        if owner.block():
-            return True
-        self._counters.not_blocked += 1
-        self._skip(lru, page, owner, "block")
-        return False
+    def _block(self, lru: Lru, pages: list[EpcPage]) -> list[EpcPage]:
+        """Phase C; return those that nobody can use any more."""
+        blocked: list[EpcPage] = []
+        for page in pages:
+            owner = _owner(page)
+            if owner.block():
+                blocked.append(page)
+            else:
+                self._counters.not_blocked += 1
+                self._skip(lru, page, owner, "block")
+        return blocked
 
-    def _write(self, lru: Lru, page: EpcPage) -> bool:
-        owner = page.owner
-        assert owner is not None, f"{page!r} in a batch has no owner"
-        if owner.write():
-            lru.forget(page)
-            self._free(page)
-            owner.put()
-            return True
-        self._counters.not_written += 1
-        self._skip(lru, page, owner, "write")
-        return False
+    def _write(self, lru: Lru, pages: list[EpcPage]) -> int:
+        """Phase D; return how many are out."""
+        freed, free = 0, self._free
+        for page in pages:
+            owner = _owner(page)
+            if owner.write():
+                lru.forget(page)
+                free(page)
+                owner.put()
+                freed += 1
+            else:
+                self._counters.not_written += 1
+                self._skip(lru, page, owner, "write")
+        return freed
 
     def _skip(self, lru: Lru, page: EpcPage, owner: Reclaimable, stage: str) -> None:
         if self.tracer is not None:
@@ -193,3 +200,8 @@ class Reclaimer:
 def _requeue(lru: Lru, page: EpcPage, owner: Reclaimable) -> None:
     lru.put_back(page)
     owner.put()  # last: it may destroy the owner, which takes its pages off their lists
+
+
+def _owner(page: EpcPage) -> Reclaimable:
+    assert page.owner is not None, f"{page!r} in a batch has no owner"
+    return page.owner

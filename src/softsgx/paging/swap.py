@@ -243,7 +243,7 @@ class EnclaveSwap:
             return self.secs
         entry = self.secs_entry
         assert entry is not None, "the SECS is neither in the EPC nor evicted"
-        page = self._eldu(entry, self._secs_page, "secs", cpu_node, self._group, linaddr=0, secs=0)
+        page = self._eldu(entry, 0, 0, self._secs_page, "secs", cpu_node, self._group)
         self.secs, self.secs_entry = page, None
         self._counters.secs_in += 1
         self.secs_idle()  # unless a child follows
@@ -310,8 +310,9 @@ class EnclaveSwap:
         Returns:
             ``False``: it is not blocked, the reservation still stands.
         """
+        eblock = self._leaves.eblock
         try:
-            status = self._leaves.eblock(page.addr)
+            status = eblock(page.addr)
         except PageFault:
             status = Status.PG_INVLD
         except Fault:
@@ -478,20 +479,19 @@ class EnclaveSwap:
         if secs is None or self._secs_page.reservation is not None:
             secs = self.load_secs(cpu_node=cpu_node)
         linaddr = self._base + entry.index * PAGE_BYTES
-        page = self._eldu(entry, owner, kind, cpu_node, group, linaddr=linaddr, secs=secs.addr)
+        page = self._eldu(entry, linaddr, secs.addr, owner, kind, cpu_node, group)
         self.child_added()
         return page
 
     def _eldu(
         self,
         entry: SwapEntry,
+        linaddr: int,
+        secs: int,
         owner: Reclaimable | None,
         kind: str,
         cpu_node: int,
         group: Group | None,
-        *,
-        linaddr: int,
-        secs: int,
     ) -> EpcPage:
         slot, core, counters = entry.slot, self._core, self._counters
         if slot is None:
@@ -504,7 +504,7 @@ class EnclaveSwap:
             core.free(page)
             counters.eldu_failed += 1
             raise LoadFailed(str(error)) from error
-        ending = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr=linaddr, secs=secs)
+        ending = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr, secs)
         if core.tracer is not None:
             core.tracer(Loaded(page.addr, kind, entry.index, name_of(ending)))
         if ending is _SUCCESS:

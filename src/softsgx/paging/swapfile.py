@@ -120,8 +120,8 @@ class SwapFile:
         Raises:
             BackingError: there is no room; nothing has changed.
         """
-        content_at, pcmd_at = self._layout(index)
-        pin = self.backing.pin
+        layout, pin = self._layout, self.backing.pin
+        content_at, pcmd_at = layout(index)
         content = pin(content_at, create=True)
         try:
             pcmd = pin(pcmd_at, create=True)
@@ -144,11 +144,13 @@ class SwapFile:
 
     def written(self, pinned: Pinned) -> None:
         """EWB has written both."""
+        content, pcmd = pinned.content, pinned.pcmd
         if not self._dirties_early:
-            pinned.content.mark_dirty()
-            pinned.pcmd.mark_dirty()
+            content.mark_dirty()
+            pcmd.mark_dirty()
         self._end_writing(pinned)
-        pinned.unpin()
+        content.unpin()
+        pcmd.unpin()
 
     def cancel(self, pinned: Pinned) -> None:
         """EWB was not done, or wrote nothing: give back what was only reserved."""
@@ -173,8 +175,8 @@ class SwapFile:
         Raises:
             BackingError: they are not there.
         """
-        content_at, pcmd_at = self._layout(index)
-        pin = self.backing.pin
+        layout, pin = self._layout, self.backing.pin
+        content_at, pcmd_at = layout(index)
         content = pin(content_at, create=False)
         try:
             pcmd = pin(pcmd_at, create=False)
@@ -189,14 +191,16 @@ class SwapFile:
 
     def loaded(self, pinned: Pinned) -> None:
         """The page is in the EPC again, and its version spent: nobody can use these bytes."""
+        content, pcmd = pinned.content, pinned.pcmd
         pinned.pcmd_bytes[:] = _NO_PCMD
         if not self._forgets_cleared:
-            pinned.pcmd.mark_dirty()
+            pcmd.mark_dirty()
         if not self._keeps_loaded:
             self._counters.truncated += 1
             self.backing.truncate(pinned.content_at)
-            self._truncate_pcmd(pinned.pcmd_at, pinned.pcmd)
-        pinned.unpin()
+            self._truncate_pcmd(pinned.pcmd_at, pcmd)
+        content.unpin()
+        pcmd.unpin()
 
     def _truncate_pcmd(self, pcmd_at: int, page: BackingPage) -> None:
         """Give a PCMD page back if it is empty and nobody is about to write into it."""

@@ -258,7 +258,7 @@ class VaArray:
         except BackingError as error:
             core.free(epc)
             raise LoadFailed(str(error)) from error
-        ending = eldu(core.leaves, epc.addr, slot.addr, pinned, linaddr=0, secs=0)
+        ending = eldu(core.leaves, epc.addr, slot.addr, pinned, 0, 0)
         tree.tell(Loaded(epc.addr, "va", page.index, name_of(ending)))
         if ending is not Status.SUCCESS:
             tree.file.close(pinned)
