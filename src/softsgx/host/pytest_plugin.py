@@ -1,6 +1,9 @@
 """The pytest plugin: a fixture with a running platform, checked when the test ends.
 
-::
+Not found by itself, since pytest would then rewrite the assertions of all of softsgx::
+
+    # conftest.py
+    pytest_plugins = ["softsgx.host.pytest_plugin"]
 
     def test_my_library(sgx_platform):
         process = sgx_platform.process()
@@ -32,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def sgx_platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
     """A started platform; at the end every count of it is compared with a recount."""
-    # Imported here: the plugin is loaded in every pytest run of an environment that has softsgx.
+    # Imported here: a test run that uses no platform need not load one.
     from softsgx.host.platform import Platform
 
     marker = request.node.get_closest_marker("sgx_platform")

@@ -13,6 +13,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.layout import U64, Raw, Structure, at
@@ -41,6 +42,7 @@ _HIDDEN_AT = 264
 assert Secs.OFFSETS["reserved4"] <= _HIDDEN_AT, "hidden fields lie on named ones"
 
 
+@dataclass(slots=True)
 class Crossings:
     """How often processors have entered and left an enclave, for whoever reports.
 
@@ -51,10 +53,10 @@ class Crossings:
         aex: asynchronous exits.
     """
 
-    __slots__ = ("aex", "eenter", "eexit", "eresume")
-
-    def __init__(self) -> None:
-        self.eenter = self.eresume = self.eexit = self.aex = 0
+    eenter: int = 0
+    eresume: int = 0
+    eexit: int = 0
+    aex: int = 0
 
 
 class Enclave:
