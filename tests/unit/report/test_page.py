@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from dataclasses import replace
 from html import escape
 
@@ -97,8 +98,6 @@ def test_sums_in_samples_only_grow() -> None:
 
 
 def test_a_ticker_calls_until_it_is_stopped_and_not_after() -> None:
-    import threading
-
     enough, calls = threading.Event(), []
 
     def tick() -> float:

@@ -1,0 +1,120 @@
+"""``softsgx run`` on the real engine: what it says fits what the program did.
+
+Goal: the command from its arguments to its files.  Method: a compiled program that pages inside an
+enclave, started as a user starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+
+from softsgx.engines.native import doctor
+
+DATA_PAGES = 100
+EPC = "256KiB"
+COMMAND = [sys.executable, "-m", "softsgx", "run"]
+
+_LACKING = [finding.text for finding in doctor() if finding.needed and not finding.ok]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    pytest.mark.skipif(bool(_LACKING), reason=f"this machine cannot: {'; '.join(_LACKING)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("command")
+    enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    return [str(compile_host(directory)), str(enclave)]
+
+
+def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_a_program_that_pages_is_told_of(program: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    done = run("--epc", EPC, "--json", str(path), "--", *program, "paging")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "enclave 1: " in done.stderr
+    document = json.loads(path.read_text())
+    (enclave,) = document["enclaves"]
+    # Three rounds, each of which writes and reads every page that does not fit.
+    assert enclave["eenter"] == enclave["eexit"] == 3 * 2 * DATA_PAGES
+    assert enclave["reloads"] >= 3 * 2 * (DATA_PAGES - 64)
+    assert enclave["evictions"] >= enclave["reloads"]
+    assert enclave["ewb"] >= enclave["evictions"]
+    assert enclave["aex"] == enclave["eresume"] >= enclave["reloads"]
+    assert enclave["peak_resident_bytes"] < 256 << 10 == document["platform"]["epc_bytes"]
+    assert enclave["state"] == "initialized"
+    assert 0 < enclave["fault_seconds"] < document["wall_seconds"]
+    counters = document["platform"]["counters"]
+    assert counters["eldu"] - counters["secs_in"] - counters["va_in"] == enclave["reloads"]
+    assert counters["etrack"] == enclave["etrack"]
+
+
+def test_counts_with_a_trace_are_those_without(program: list[str], tmp_path: Path) -> None:
+    found = []
+    for name, options in (("plain", []), ("traced", ["--trace", str(tmp_path / "trace")])):
+        path = tmp_path / name
+        run("--epc", EPC, "--quiet", "--json", str(path), *options, "--", *program, "paging")
+        found.append(json.loads(path.read_text())["enclaves"][0])
+    plain, traced = found
+    assert plain["eenter"] == traced["eenter"]
+    assert abs(plain["reloads"] - traced["reloads"]) < 0.2 * plain["reloads"]
+    assert (tmp_path / "trace").stat().st_size > 100_000
+
+
+def test_a_report_shows_the_run(program: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "run.html"
+    run("--epc", EPC, "--quiet", "--report", str(page), "--", *program, "paging")
+    assert "Resident in the EPC" in page.read_text()
+
+
+def test_output_input_and_status_are_the_programs() -> None:
+    script = "read x; echo got $x; echo bad >&2; exit 7"
+    done = run("--quiet", "--", "sh", "-c", script, input="word\n")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "got word\n", "bad\n")
+
+
+def test_a_signal_sent_to_the_command_reaches_the_program() -> None:
+    script = 'trap "exit 9" TERM; echo ready; while :; do read x; done'
+    command = [*COMMAND, "--quiet", "--", "sh", "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "ready\n"
+        started.send_signal(signal.SIGTERM)
+        assert started.wait() == 9
+
+
+def test_interrupt_on_a_terminal_is_for_the_program() -> None:
+    script = 'trap "exit 9" INT; echo ready; while :; do read x; done'
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", "sh", "-c", script])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 100)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 9
+
+
+def test_a_program_that_dies_by_a_signal_gives_the_shells_status() -> None:
+    assert run("--quiet", "--", "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL

@@ -1,0 +1,312 @@
+"""``softsgx run`` and ``softsgx doctor``: what is the program's own stays its own.
+
+Goal: exit status, signals, files, refusals.  Method: a stand-in for the engine that lets enclaves
+page on a real platform; the real engine is in ``tests/e2e``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.driver import BASE, launch
+
+from softsgx.cli import doctor as doctor_command
+from softsgx.cli import main
+from softsgx.cli import run as run_command
+from softsgx.engines.native import Finding, RunResult
+from softsgx.engines.native.run import Observer
+from softsgx.errors import SoftSgxError
+from softsgx.host import Platform, PlatformConfig
+
+FINE = [Finding("ptrace", True, True, "programs can be traced")]
+WORSE = [*FINE, Finding("userfaultfd", False, False, "not usable; pager: mprotect")]
+MISSING = [Finding("ptrace", False, True, "programs cannot be traced: allow ptrace"), *WORSE[1:]]
+
+
+@dataclass
+class Engine:
+    """Stands in for the native engine; remembers how it was called."""
+
+    exit_code: int = 0
+    pid: int = 1
+    during: Callable[[], object] = lambda: None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self, argv: list[str], config: PlatformConfig, *, observer: Observer, **options: Any
+    ) -> RunResult:
+        self.calls.append({"argv": argv, "config": config, **options})
+        with Platform(config, tracer=options["tracer"]) as platform:
+            observer.attached(platform, "userfaultfd")
+            observer.started(self.pid)
+            process = platform.process(group=options["group"])
+            made = launch(process, 30, base=BASE)
+            thread = made.thread()
+            for page in range(30):
+                thread.store(made.data(page), b"x")
+            thread.exit()
+            self.during()
+            process.exit()
+            return RunResult(self.exit_code, "userfaultfd", platform.core.epc_pages, {})
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made = Engine()
+    monkeypatch.setattr(run_command, "run_natively", made)
+    monkeypatch.setattr(run_command, "doctor", lambda: FINE)
+    return made
+
+
+def run(*words: str) -> int:
+    return main(["run", "--epc", "96KiB", *words])
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (255, 255), (-15, 143), (-9, 137)])
+def test_the_exit_status_is_the_programs(engine: Engine, code: int, status: int) -> None:
+    engine.exit_code = code
+    assert run("--quiet", "--", "app") == status
+
+
+def test_everything_after_the_dashes_is_the_programs(engine: Engine) -> None:
+    run("--quiet", "--", "app", "--epc", "1", "--", "--json")
+    assert engine.calls[0]["argv"] == ["app", "--epc", "1", "--", "--json"]
+
+
+def test_options_of_the_program_need_no_dashes(engine: Engine) -> None:
+    run("--quiet", "app", "--json", "x")
+    assert engine.calls[0]["argv"] == ["app", "--json", "x"]
+
+
+def test_the_summary_goes_to_stderr_alone(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--", "app")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "enclave 1: " in printed.err
+    assert "reloads; EWB" in printed.err
+
+
+def test_quiet_says_nothing(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--quiet", "--", "app")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_holds_one_object(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert run("--quiet", "--json", str(path), "--", "app", "x") == 0
+    document = json.loads(path.read_text())
+    assert document["format"] == "softsgx-run/1"
+    assert document["command"] == ["app", "x"]
+    assert document["platform"]["epc_bytes"] == 96 << 10
+    (enclave,) = document["enclaves"]
+    assert enclave["evictions"] > 0
+    assert enclave["peak_resident_bytes"] <= 96 << 10
+
+
+@pytest.mark.parametrize("option", ["--json", "--trace", "--report"])
+def test_a_file_that_is_there_is_refused_before_the_program_runs(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    path = tmp_path / "there"
+    path.write_text("precious")
+    assert run(option, str(path), "--", "app") == 2
+    assert not engine.calls
+    assert path.read_text() == "precious"
+    assert f"{path}: exists; add --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--trace", "--report"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_program_runs(
+    engine: Engine, tmp_path: Path, option: str
+) -> None:
+    assert run(option, str(tmp_path / "nowhere" / "file"), "--", "app") == 2
+    assert not engine.calls
+
+
+def test_force_overwrites(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    path.write_text("old")
+    assert run("--quiet", "--json", str(path), "--force", "--", "app") == 0
+    assert json.loads(path.read_text())["exit_status"] == 0
+
+
+def test_a_report_and_a_trace_are_written(engine: Engine, tmp_path: Path) -> None:
+    page, trace = tmp_path / "run.html", tmp_path / "run.pftrace"
+    assert run("--quiet", "--report", str(page), "--trace", str(trace), "--", "app") == 0
+    assert "Resident in the EPC" in page.read_text()
+    assert trace.stat().st_size > 10_000
+
+
+def test_without_a_trace_nobody_listens(engine: Engine) -> None:
+    run("--quiet", "--", "app")
+    assert engine.calls[0]["tracer"] is None
+
+
+def test_the_program_runs_in_the_last_group_limited(engine: Engine) -> None:
+    run("--quiet", "--limit", "jobs=90KiB", "--limit", "jobs/a=64KiB", "--", "app")
+    (call,) = engine.calls
+    assert call["group"] == "jobs/a"
+    assert call["config"].group_max_pages("jobs") == 22
+    assert call["config"].group_max_pages("jobs/a") == 16
+
+
+def test_a_group_can_be_named(engine: Engine) -> None:
+    run("--quiet", "--limit", "jobs=90KiB", "--group", "other", "--", "app")
+    assert engine.calls[0]["group"] == "other"
+
+
+def test_options_win_over_the_file(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "platform.toml"
+    path.write_text('epc = "1GiB"\nseed = 9\n[groups.a]\nmax = "1MiB"\n')
+    run("--quiet", "--config", str(path), "--limit", "b=64KiB", "--", "app")
+    config = engine.calls[0]["config"]
+    assert (config.section_bytes(), config.seed) == ([96 << 10], 9)
+    assert (config.group_max_pages("a"), config.group_max_pages("b")) == (256, 16)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--limit", "jobs", "--", "app"],
+        ["--limit", "=1MiB", "--", "app"],
+        ["--epc", "many", "--", "app"],
+        ["--cpus", "0", "--", "app"],
+        ["--cpus", "100000", "--", "app"],
+        ["--pager", "magic", "--", "app"],
+    ],
+)
+def test_impossible_options_are_refused(engine: Engine, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["run", *words])
+    assert refused.value.code == 2
+    assert not engine.calls
+
+
+def test_a_program_is_needed(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert capsys.readouterr().err.startswith("softsgx: run: no program")
+
+
+def test_a_program_that_cannot_start_is_told_in_one_line(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_args: object, **_options: object) -> RunResult:
+        raise SoftSgxError("/no/app: No such file or directory")
+
+    monkeypatch.setattr(run_command, "run_natively", refuse)
+    assert run("--", "/no/app") == 2
+    assert capsys.readouterr().err == "softsgx: /no/app: No such file or directory\n"
+
+
+def test_a_machine_that_cannot_is_sent_to_the_doctor(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_command, "doctor", lambda: MISSING)
+    assert run("--", "app") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("softsgx: ptrace: programs cannot be traced")
+    assert "softsgx doctor" in line
+    assert not engine.calls
+
+
+def test_only_strict_refuses_a_machine_that_is_worse(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_command, "doctor", lambda: WORSE)
+    assert run("--quiet", "--", "app") == 0
+    assert run("--strict", "--", "app") == 2
+    assert "userfaultfd (--strict)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_are_passed_on(engine: Engine, number: signal.Signals) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as program:
+        engine.pid = program.pid
+
+        def during() -> None:
+            os.kill(os.getpid(), number)
+            program.wait()
+
+        engine.during = during
+        assert run("--quiet", "--", "app") == 0
+        assert program.returncode == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
+def test_what_a_terminal_sends_is_left_to_the_program(
+    engine: Engine, number: signal.Signals
+) -> None:
+    engine.during = lambda: os.kill(os.getpid(), number)
+    assert run("--quiet", "--", "app") == 0
+
+
+def test_handlers_are_as_before_afterwards(engine: Engine) -> None:
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    run("--quiet", "--", "app")
+    assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def test_a_status_line_is_taken_away_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = threading.Event()
+    write = run_command._Watch._write
+
+    def note(text: str) -> None:
+        write(text)
+        shown.set()
+
+    monkeypatch.setattr(run_command, "_STATUS_AFTER_S", 0.0)
+    monkeypatch.setattr(run_command._Watch, "_write", staticmethod(note))
+    engine.during = lambda: shown.wait(30)
+    assert run("--quiet", "--status", "--", "app") == 0
+    printed = capfd.readouterr().err
+    assert printed.startswith("\rsoftsgx: ")
+    assert printed.endswith("\r\x1b[K")
+
+
+def test_no_status_line_without_a_terminal(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_command, "_STATUS_AFTER_S", 0.0)
+    run("--quiet", "--", "app")
+    assert capfd.readouterr().err == ""
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("findings", "status", "engine_name"),
+    [(FINE, 0, "native"), (WORSE, 0, "native"), (MISSING, 1, None)],
+)
+def test_doctor_says_whether_programs_can_be_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    findings: list[Finding],
+    status: int,
+    engine_name: str | None,
+) -> None:
+    monkeypatch.setattr(doctor_command, "doctor", lambda: findings)
+    monkeypatch.setattr(doctor_command, "choose_pager", lambda: "mprotect")
+    assert main(["doctor", "--json"]) == status
+    document = json.loads(capsys.readouterr().out)
+    assert document["engine"] == engine_name
+    assert document["pager"] == (engine_name and "mprotect")
+    assert [finding["name"] for finding in document["findings"]] == [f.name for f in findings]
+    assert main(["doctor"]) == status
+    printed = capsys.readouterr().out
+    assert all(finding.text.split(":")[0] in printed for finding in findings)
+    last = "engine native, pager mprotect" if engine_name else "not on this machine, for want of"
+    assert last in printed.splitlines()[-1]
