@@ -1,4 +1,4 @@
-"""A platform: machine, EPC core, groups and driver, put together; the one place that knows all.
+"""A platform: machine, EPC core, groups, driver and guests; the one place that knows all.
 
 ::
 
@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
 from softsgx.driver import Driver, EnclaveFile, SoftProcess
 from softsgx.errors import SoftSgxError
-from softsgx.host.config import PlatformConfig
+from softsgx.host.config import MIN_EPC_PAGES, PlatformConfig, parse_size
+from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore
+from softsgx.kvm import Guest, VepcDevice
 from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
@@ -40,7 +43,8 @@ class Platform:
         tracer: receives every event of every layer.
 
     Attributes:
-        machine, core, cgroups: the parts.
+        machine, core, cgroups, vepc: the parts.
+        guests: guests that were not removed, oldest first.
         driver: the loaded driver, ``None`` while it is unloaded.
 
     Raises:
@@ -85,7 +89,9 @@ class Platform:
             dirty=None if self.config.sanitize else (),
             defects=self.config.defects,
         )
+        self.vepc = VepcDevice(self.core, backing=self._backing, defects=self.config.defects)
         self.driver: Driver | None = None
+        self.guests: list[GuestPlatform] = []
         self._started = False
 
     # --- life -----------------------------------------------------------------------------------
@@ -99,7 +105,9 @@ class Platform:
         self.load("driver")
 
     def stop(self) -> None:
-        """Stop ksgxd; enclaves that are still open are left as they are."""
+        """Stop ksgxd, in guests as well; enclaves that are still open are left as they are."""
+        for guest in self.guests:
+            guest.stop()
         if self._started:
             self.core.stop()
             self._started = False
@@ -164,6 +172,69 @@ class Platform:
         pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
         return SoftProcess(self.machine, self.driver, group=pays, name=name)
 
+    def guest(
+        self,
+        name: str,
+        *,
+        epc: int | str | tuple[int | str, ...],
+        processors: int = 1,
+        ballast: int | str = 0,
+        group: str = "/",
+        provisioning: bool = False,
+        tracer: Tracer | None = None,
+    ) -> GuestPlatform:
+        """Return a new guest with an operating system in it; its pages are charged to a group.
+
+        Args:
+            name: for people.
+            epc: size of its virtual EPC, whatever the machine has; a sequence gives one section
+                each.
+            processors: how many it has.
+            ballast: EPC that is never taken from it once it has it.
+            group: path of the group that pays, made if need be.
+            provisioning: whether its enclaves may have the provisioning key.
+            tracer: receives what happens in the guest; what the host does about it goes to the
+                platform's.
+
+        Raises:
+            SoftSgxError: it cannot be made so.
+        """
+        sizes = epc if isinstance(epc, tuple) else (epc,)
+        pages = [parse_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
+        if sum(pages) < MIN_EPC_PAGES or min(pages) < 1 or processors < 1:
+            raise SoftSgxError(
+                f"guest {name}: epc = {epc!r}, processors = {processors}: give at least"
+                f" {MIN_EPC_PAGES} pages and one processor"
+            )
+        pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
+        guests = [made.guest for made in self.guests]
+        made = GuestPlatform(
+            Guest(
+                self.machine,
+                self.vepc,
+                name,
+                epc_pages=pages,
+                processors=processors,
+                group=pays,
+                ballast_pages=check_ballast(name, ballast, pays, guests, self.core.epc_pages),
+                provisioning=provisioning,
+                tracer=self._tracer,
+            ),
+            policy=self.config.paging_policy(),
+            backing=self._backing,
+            tracer=tracer,
+        )
+        self.guests.append(made)
+        if self._started:
+            made.start()
+        return made
+
+    def remove_guest(self, guest: GuestPlatform) -> None:
+        """End a guest: its virtual EPCs are closed and all its EPC is free."""
+        guest.stop()
+        guest.guest.destroy()
+        self.guests.remove(guest)
+
     def check(self) -> None:
         """Recount everything and compare; call while nothing runs.
 
@@ -175,6 +246,8 @@ class Platform:
         self.cgroups.recount()
         if self.driver is not None:
             self.driver.recount()
+        for guest in self.guests:
+            guest.check()
 
     # --- what the parts ask of each other -------------------------------------------------------
 
@@ -195,6 +268,8 @@ class Platform:
         if self.driver is not None:
             for file in self.driver.victims():
                 yield _EnclaveVictim(file)
+        for guest in self.guests:
+            yield GuestVictim(guest.guest)
 
 
 class _EnclaveVictim:

@@ -1,0 +1,126 @@
+"""A guest of a platform: a virtual machine with a core and a driver of its own in it.
+
+::
+
+    with Platform(epc="16MiB") as platform:
+        guest = platform.guest("a", epc="16MiB", ballast="1MiB", group="guests/a")
+        process = guest.process()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.cgroup import EpcCgroup
+from softsgx.driver import Driver, SoftProcess
+from softsgx.errors import SoftSgxError
+from softsgx.host.config import MIN_EPC_PAGES, parse_size
+from softsgx.kvm import Guest
+from softsgx.paging import BackingFile, EpcCore, Policy
+from softsgx.trace import Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["GuestPlatform", "GuestVictim", "check_ballast"]
+
+
+class GuestPlatform:
+    """What runs in a guest.
+
+    Args:
+        guest: the virtual machine.
+        policy: its core's.
+        backing: makes the backing files of its enclaves, which are in its own memory.
+        tracer: receives the events of its leaves, core and driver: what the guest sees.
+
+    Attributes:
+        guest, core, driver: the parts.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        *,
+        policy: Policy,
+        backing: Callable[[int], BackingFile],
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.guest = guest
+        guest.listen(tracer)
+        self.core = EpcCore(guest, guest.runtime, policy=policy, dirty=(), tracer=tracer)
+        self.driver = Driver(self.core, guest.runtime, backing=backing, tracer=tracer)
+        self._started = False
+
+    def start(self) -> None:
+        """Start its ksgxd."""
+        self.core.start()
+        self.core.settle()
+        self._started = True
+
+    def stop(self) -> None:
+        """Stop its ksgxd; its enclaves are left as they are."""
+        if self._started:
+            self.core.stop()
+            self._started = False
+
+    def process(self, name: str = "") -> SoftProcess:
+        """Return a new simulated process in it."""
+        return SoftProcess(self.guest, self.driver, name=name)
+
+    def power_loss(self) -> None:
+        """Suspend and resume, or reset, of this guest alone."""
+        self.guest.power_transition()
+
+    def check(self) -> None:
+        """Recount everything in it; call while nothing runs.
+
+        Raises:
+            AssertionError: a count is wrong, or a page is not in exactly one place.
+        """
+        self.guest.recount()
+        self.core.recount()
+        self.driver.recount()
+
+
+class GuestVictim:
+    """A guest as the accountant sees it."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self.name = repr(guest)
+
+    def pages_in(self, group: EpcCgroup) -> int:
+        """Return its EPC pages if it is charged below ``group``, else 0."""
+        payer = self._guest.group
+        below = isinstance(payer, EpcCgroup) and group in payer.ancestry()
+        return self._guest.resident if below and self._guest.alive else 0
+
+    def kill(self) -> None:
+        """Take all its EPC away."""
+        self._guest.stop("killed for its EPC")
+
+
+def check_ballast(
+    name: str, ballast: int | str, group: EpcCgroup, guests: Iterable[Guest], epc_pages: int
+) -> int:
+    """Return a ballast in pages.
+
+    Raises:
+        SoftSgxError: with it the machine, or the guest's group, would have no page to give away.
+    """
+    pages = parse_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
+    others = sum(guest.ballast_pages for guest in guests)
+    if pages and pages + others + MIN_EPC_PAGES > epc_pages:
+        raise SoftSgxError(
+            f"guest {name}: ballast = {ballast!r}: with {others} pages of other guests' it leaves"
+            f" less than {MIN_EPC_PAGES} of {epc_pages} EPC pages; give less"
+        )
+    if pages and pages >= group.limit_pages():
+        raise SoftSgxError(
+            f"guest {name}: ballast = {ballast!r}: {group.path} may have {group.limit_pages()}"
+            " pages; give less"
+        )
+    return pages
