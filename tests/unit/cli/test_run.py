@@ -220,13 +220,15 @@ def test_a_machine_that_cannot_is_sent_to_the_doctor(
     assert not engine.calls
 
 
-def test_only_strict_refuses_a_machine_that_is_worse(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_machine_that_is_worse_will_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_command, "doctor", lambda: WORSE)
     assert run("--quiet", "--", "app") == 0
-    assert run("--strict", "--", "app") == 2
-    assert "userfaultfd (--strict)" in capsys.readouterr().err
+
+
+def test_strict_is_for_the_engine(engine: Engine) -> None:
+    run("--quiet", "--", "app")
+    run("--quiet", "--strict", "--", "app")
+    assert [call.get("strict", False) for call in engine.calls] == [False, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
