@@ -17,7 +17,7 @@ _JEQ = 0x15
 _AND = 0x54
 _RET = 0x06
 
-_NR, _ARCH, _ARGUMENTS = 0, 4, 16
+_NR, _ARCH, _POINTER, _ARGUMENTS = 0, 4, 8, 16
 
 #: Stop always: their arguments say by a string, a descriptor or a range whether they concern us.
 _ALWAYS = (
@@ -43,9 +43,36 @@ _ALWAYS = (
     abi.SYS_SOFTSGX_EENTER,
 )
 
+#: Never stop, whatever is asked for: they have no end that could be waited for.
+_NEVER = (abi.SYS_RT_SIGRETURN, abi.SYS_EXIT, abi.SYS_EXIT_GROUP)
 
-def build_filter() -> bytes:
-    """Return the filter as an array of ``struct sock_filter``."""
+
+def build_guard(base: int, size: int) -> bytes:
+    """Return a filter that stops every call made by code in ``[base, base + size)``.
+
+    It says nothing of other calls: the most severe verdict of all filters counts.
+
+    Args:
+        base: a multiple of ``size``.
+        size: a power of two, of a page at least.
+    """
+    mask = -size & (1 << 64) - 1
+    code: list[tuple[int, int, int, int]] = []
+    for offset, shift, to_allow in ((_POINTER + 4, 32, 4), (_POINTER, 0, 1)):
+        code.append((_LD_ABS, 0, 0, offset))
+        code.append((_AND, 0, 0, mask >> shift & 0xFFFF_FFFF))
+        code.append((_JEQ, 0, to_allow, base >> shift & 0xFFFF_FFFF))
+    code.append((_RET, 0, 0, abi.SECCOMP_RET_TRACE))
+    code.append((_RET, 0, 0, abi.SECCOMP_RET_ALLOW))
+    return _pack(code)
+
+
+def build_filter(*, everything: bool = False) -> bytes:
+    """Return the filter as an array of ``struct sock_filter``.
+
+    Args:
+        everything: stop every call that can return, for those who must know when it is made.
+    """
     code: list[tuple[int, int, int, int]] = []
 
     def load(offset: int) -> None:
@@ -58,6 +85,12 @@ def build_filter() -> bytes:
     code.append((_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64))
     done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not ours
     load(_NR)
+    if everything:
+        for number in _NEVER:
+            code.append((_JEQ, 0, 1, number))
+            done(abi.SECCOMP_RET_ALLOW)
+        done(abi.SECCOMP_RET_TRACE)
+        return _pack(code)
     for number in _ALWAYS:
         code.append((_JEQ, 0, 1, number))
         done(abi.SECCOMP_RET_TRACE)
@@ -77,4 +110,8 @@ def build_filter() -> bytes:
     code.append((_JEQ, 1, 0, abi.MAP_ANONYMOUS))
     done(abi.SECCOMP_RET_TRACE)
     done(abi.SECCOMP_RET_ALLOW)
+    return _pack(code)
+
+
+def _pack(code: list[tuple[int, int, int, int]]) -> bytes:
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)

@@ -83,7 +83,7 @@ def doctor() -> list[Finding]:
             needed=False,
             good="every CPUID is answered by the software machine",
             bad="this processor has none: CPUID is replaced in code as it is loaded; code made at "
-            "run time, and enclave code, sees the processor's own",
+            "run time sees the processor's own",
         ),
         _finding(
             "ENCLU",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Insn", "decode", "is_write"]
+__all__ = ["Insn", "decode", "is_illegal_inside", "is_write"]
 
 _PREFIXES = frozenset(b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 _ALU = tuple(base for base in range(0, 0x40, 8))
@@ -73,6 +73,13 @@ _STORE38_EVEX = frozenset({0x63, 0x8A, 0x8B, 0xA0, 0xA1, 0xA2, 0xA3})
 _STORE38_DOWN = frozenset({*range(0x10, 0x16), *range(0x20, 0x26), *range(0x30, 0x36)})
 _STORE3A = frozenset({0x14, 0x15, 0x16, 0x17, 0x19, 0x1B, 0x1D, 0x39, 0x3B})
 
+# INS, OUTS, MOV to segment registers, far RET, INT n, IRET, IN, OUT.
+_ILLEGAL1 = frozenset(
+    {*range(0x6C, 0x70), 0x8E, 0xCA, 0xCB, 0xCD, 0xCF, *range(0xE4, 0xE8), *range(0xEC, 0xF0)}
+)
+# SYSCALL, RDPMC, SYSENTER, GETSEC, POP to and loads of segment registers, CPUID.
+_ILLEGAL2 = frozenset({0x05, 0x33, 0x34, 0x37, 0xA1, 0xA2, 0xA9, 0xB2, 0xB4, 0xB5})
+
 
 @dataclass(frozen=True, slots=True)
 class Insn:
@@ -117,6 +124,29 @@ def is_write(code: bytes, fault_address: int, rsp: int, rdi: int) -> bool:
     if insn.destination:
         return _near(fault_address, rdi)
     return insn.store or (insn.stack and _near(fault_address, rsp - 8))
+
+
+def is_illegal_inside(code: bytes) -> bool:
+    """Return whether the instruction at the start of ``code`` is #UD in every enclave.
+
+    Source:
+        SDM vol. 3D, "Illegal Instructions": what may change the privilege level, does input or
+        output, or is for a hypervisor to answer.
+    """
+    at = 0
+    while at < len(code) and (code[at] in _PREFIXES or code[at] & 0xF0 == 0x40):
+        at += 1
+    first, second, third = code[at : at + 3].ljust(3, b"\0")
+    if first != 0x0F:
+        return first in _ILLEGAL1 or (
+            first == 0xFF and second >> 6 != 3 and second >> 3 & 7 in (3, 5)
+        )
+    if second == 0x00:
+        return third >> 3 & 7 in (0, 1)  # SLDT, STR
+    if second == 0x01:
+        memory = third >> 6 != 3
+        return third in (0xC1, 0xD4) or third >> 3 & 7 == 4 or (memory and third >> 3 & 7 in (0, 1))
+    return second in _ILLEGAL2
 
 
 def _near(fault_address: int, operand: int) -> bool:

@@ -95,10 +95,15 @@ class Loop:
                     self._guard(thread, thread.pending.pop(0))
                 continue
             try:
-                tid, status = os.waitpid(-1, abi.WALL)
+                event = self._wait()
             except ChildProcessError:
                 break
-            self._event(tid, status)
+            if event is not None:
+                self._event(*event)
+
+    def _wait(self) -> tuple[int, int] | None:
+        """Wait for an event, a thread's id and its status; ``None``: look again at what is due."""
+        return os.waitpid(-1, abi.WALL)
 
     def go(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
@@ -137,7 +142,7 @@ class Loop:
             if not self.hold(thread) or thread.cpu.inside is None:
                 continue
             self._transitions.kicked(thread)
-            if thread is image.current:
+            if thread is image.current or thread.parked:
                 continue
             thread.pending = [stop for stop in thread.pending if not _comes_again(thread, stop)]
             if not thread.pending:
@@ -201,7 +206,11 @@ class Loop:
             self._transitions.enter(thread)
             self.go(thread)
             return
-        result = self._calls[number](thread)
+        if thread.cpu.inside is not None:
+            self.go(thread, self._transitions.call_inside(thread))
+            return
+        handler = self._calls.get(number)
+        result = None if handler is None else handler(thread)
         if result is not None:
             thread.skip_syscall(result)
         elif not thread.at_call:

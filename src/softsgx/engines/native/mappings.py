@@ -88,7 +88,7 @@ class Mappings:
             abi.SYS_MMAP,
             address,
             length,
-            image.pager.map_prot(prot),
+            abi.PROT_NONE if image.is_covered(address) else image.pager.map_prot(prot),
             abi.MAP_SHARED | abi.MAP_FIXED,
             descriptor,
             address,
@@ -133,7 +133,10 @@ class Mappings:
             image.mm.mprotect(address, length, prot, task=thread)
         except OSError as error:
             return -(error.errno or EINVAL)
-        if image.pager.map_prot(prot) == prot:
+        covered = any(
+            image.is_covered(vma.start) for vma in image.mm.vmas(address, address + length)
+        )
+        if image.pager.map_prot(prot) == prot and not covered:
             return thread.finish_syscall()
         return self._mprotect_around(thread, address, address + length, prot)
 
@@ -146,6 +149,8 @@ class Mappings:
             if at < low:
                 result = result or thread.syscall(abi.SYS_MPROTECT, at, low - at, prot)
             image.pager.mapped(low, high, prot)
+            if not image.is_covered(low):
+                image.pager.reveal(low, high, prot)
             at = high
         if at < end:
             result = result or thread.syscall(abi.SYS_MPROTECT, at, end - at, prot)

@@ -13,11 +13,13 @@ program goes on: pages leave in batches, and hiding sixteen neighbours costs lit
 one.  To threads that run meanwhile it is as if their TLB still had the translation, which hardware
 allows until ETRACK and an exit.
 
-Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones.
+Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones, unless
+the run is strict.
 
-Deviation: in shown pages of code, an ENCLU that was executed before starts with HLT, which traps
-faster.  Whatever leaves or is read through the machine has its own byte; only the enclave itself,
-reading its code, could tell.
+Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
+with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Whatever
+leaves or is read through the machine has its own bytes; only the enclave itself, reading its code,
+could tell.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, PageType
@@ -37,7 +40,8 @@ MEMORY_FILE_BYTES = 1 << 47
 _WINDOW_SHIFT = 21
 _WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
-_WRITE = 2
+_UD2_END, _CPUID_END = b"\x0b", b"\xa2"
+_WRITE, _EXECUTE = 2, 4
 _ONES = b"\xff" * PAGE_BYTES
 
 
@@ -75,13 +79,14 @@ class EnclaveMemory:
         fd: our descriptor.
         key: (device, inode), which every descriptor of the file shows.
         guards: the address spaces that map it.
-        marked: by page, the offsets of ENCLU instructions that start with HLT now.
+        marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
+            ENCLU instructions that start with HLT, and CPUID instructions that end as UD2.
     """
 
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
         self.guards: list[Guard] = []
-        self.marked: dict[int, set[int]] = {}
+        self.marked: dict[int, dict[int, bytes]] = {}
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
@@ -139,7 +144,15 @@ class EnclaveMemory:
         One byte is written, so a thread that executes it meanwhile sees the one or the other.
         """
         os.pwrite(self.fd, _HLT, address)
-        self.marked.setdefault(address & -PAGE_BYTES, set()).add(address % PAGE_BYTES)
+        marks = self.marked.setdefault(address & -PAGE_BYTES, {})
+        marks[address % PAGE_BYTES] = _ENCLU_BYTE
+
+    def forbid(self, linaddr: int, sites: list[int]) -> None:
+        """Make the CPUID instructions at these offsets of a shown page UD2, which is as long."""
+        marks = self.marked.setdefault(linaddr, {})
+        for site in sites:
+            os.pwrite(self.fd, _UD2_END, linaddr + site + 1)
+            marks[site + 1] = _CPUID_END
 
     def is_marked(self, address: int) -> bool:
         """Return whether the instruction at ``address`` is marked."""
@@ -147,8 +160,8 @@ class EnclaveMemory:
 
     def unmark(self, linaddr: int) -> None:
         """Give the marked instructions of a page their own bytes back."""
-        for offset in self.marked.pop(linaddr, ()):
-            os.pwrite(self.fd, _ENCLU_BYTE, linaddr + offset)
+        for offset, byte in self.marked.pop(linaddr, {}).items():
+            os.pwrite(self.fd, byte, linaddr + offset)
 
     def read(self, address: int, size: int) -> bytes:
         """Return the enclave's own bytes of a shown page; only of one."""
@@ -210,19 +223,25 @@ def runs(pages: list[int]) -> list[tuple[int, int]]:
     return found
 
 
-def _own_bytes(data: bytes, start: int, offsets: set[int]) -> bytes:
+def _own_bytes(data: bytes, start: int, marks: dict[int, bytes]) -> bytes:
     """Return ``data``, the bytes of a page from ``start`` on, without marks."""
     own = bytearray(data)
-    for offset in offsets:
+    for offset, byte in marks.items():
         if start <= offset < start + len(own):
-            own[offset - start : offset - start + 1] = _ENCLU_BYTE
+            own[offset - start : offset - start + 1] = byte
     return bytes(own)
 
 
 class NativeStore:
-    """Where the bytes of resident pages live; see the module.  The machine's page store."""
+    """Where the bytes of resident pages live; see the module.  The machine's page store.
+
+    Attributes:
+        cpuid_sites: returns the offsets of CPUID in a page of code, where the machine itself
+            cannot make it fault; ``None`` where it can.
+    """
 
     def __init__(self) -> None:
+        self.cpuid_sites: Callable[[bytes], list[int]] | None = None
         self._hidden: dict[int, bytes | bytearray] = {}
         self._shown: dict[int, tuple[EnclaveMemory, int, bool]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
@@ -348,10 +367,20 @@ class NativeStore:
             data = self._hidden.pop(addr)
             self._shown[addr] = memory, linaddr, writable
             memory.show(linaddr, data, writable=writable)
+            if self.cpuid_sites is not None and not writable and page.rwx & _EXECUTE:
+                self._forbid_cpuid(memory, linaddr, bytes(data))
         elif shown[2] != writable:
             memory.unmark(linaddr)  # code that may be written is left alone
             self._shown[addr] = memory, linaddr, writable
             memory.set_writable(linaddr, writable=writable)
+            if self.cpuid_sites is not None and not writable and page.rwx & _EXECUTE:
+                self._forbid_cpuid(memory, linaddr, memory.read(linaddr, PAGE_BYTES))
+
+    def _forbid_cpuid(self, memory: EnclaveMemory, linaddr: int, data: bytes) -> None:
+        assert self.cpuid_sites is not None, "nobody to ask where CPUID is"
+        sites = self.cpuid_sites(data)
+        if sites:
+            memory.forbid(linaddr, sites)
 
     def _hide(self, addr: int) -> None:
         shown = self._shown.pop(addr, None)

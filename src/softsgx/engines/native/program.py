@@ -32,12 +32,15 @@ class Process:
         pid: its id.
         pidfd: a descriptor of it.
         group: who pays for its EPC.
+        alive: how many threads it has.
+        guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
     """
 
     pid: int
     pidfd: int
     group: Group
     alive: int = 0
+    guarded: set[tuple[int, int]] = field(default_factory=set)
 
 
 class NativeRegisters(UserRegs):
@@ -68,6 +71,8 @@ class ProgramThread(Thread):
         vforked: it waits for its child to execute a program, and cannot be stopped until then.
         again: the next seccomp stop only repeats a call that shall run.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
+        illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
+        parked: whether it waits until it may run, with threads outside or in one enclave only.
         outgoing: the information that goes with the signal we deliver instead of its own.
     """
 
@@ -80,6 +85,8 @@ class ProgramThread(Thread):
     blocked: int | None = None
     vforked: bool = False
     again: bool = False
+    illegal_at: int = 0
+    parked: bool = False
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: SigInfo | None = None

@@ -5,7 +5,7 @@ pairs 0F A2 are instructions is found by decoding towards them from many earlier
 falls into step within a few instructions, data does not, and a real CPUID has its leaf loaded into
 EAX just before.
 
-Deviation: code that is made at run time, and code inside enclaves, is not rewritten: it sees this
+Deviation: code that is made at run time, or in writable pages, is not rewritten: it sees this
 machine's own CPUID.
 """
 

@@ -76,6 +76,7 @@ def run(
     group: str = "/",
     pager: str | None = None,
     cpus: set[int] | None = None,
+    strict: bool = False,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -92,6 +93,8 @@ def run(
         pager: one of :data:`PAGERS`; the best this machine allows by default.
         cpus: processors that program and supervisor may run on; by default one while the program
             has one thread, which is the fastest for it, and otherwise all that we may use.
+        strict: whoever touches an enclave's memory from outside reads ones and stores nothing, as
+            on hardware; by default the bytes are there, and everything is faster.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.
@@ -113,7 +116,7 @@ def run(
         assert platform.driver is not None, "a platform that runs has its driver"
         pays = platform.cgroups.make(group) if group.strip("/") else platform.cgroups.root
         supervisor = Supervisor(
-            platform.machine, platform.driver, group=pays, pager=pager, cpus=cpus
+            platform.machine, platform.driver, group=pays, pager=pager, cpus=cpus, strict=strict
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)

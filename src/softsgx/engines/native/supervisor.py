@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +32,9 @@ from softsgx.driver import (
     RestrictPermissions,
 )
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.abort import AbortPage
 from softsgx.engines.native.affinity import Affinity
-from softsgx.engines.native.bpf import build_filter
+from softsgx.engines.native.bpf import build_filter, build_guard
 from softsgx.engines.native.cpuid import host_cpuid, virtual_leaf
 from softsgx.engines.native.doctor import can_fault_cpuid, choose_pager
 from softsgx.engines.native.image import Image
@@ -42,9 +45,11 @@ from softsgx.engines.native.names import DeviceNames
 from softsgx.engines.native.pagers import make_pager
 from softsgx.engines.native.program import Process, ProgramThread
 from softsgx.engines.native.ram import NativeRam
-from softsgx.engines.native.registry import Registry
+from softsgx.engines.native.registry import Device, Registry
+from softsgx.engines.native.rewrite import cpuid_sites
 from softsgx.engines.native.space import Space
 from softsgx.engines.native.start import install_vdso, start_program
+from softsgx.engines.native.strict import StrictLoop
 from softsgx.engines.native.tracee import Thread
 from softsgx.engines.native.transitions import Transitions
 from softsgx.engines.native.vdso import Vdso
@@ -55,6 +60,8 @@ __all__ = ["Supervisor"]
 
 _EINTR = 4
 _ERESTARTSYS = 512
+#: Every filter makes every system call a little slower; who makes more enclaves goes without.
+_MOST_GUARDED = 64
 
 
 class Supervisor(World):
@@ -67,6 +74,7 @@ class Supervisor(World):
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
+        strict: give the abort page to whoever touches an enclave from outside.
 
     Attributes:
         pager: the name of the pager in use.
@@ -80,14 +88,16 @@ class Supervisor(World):
         group: Group,
         pager: str | None = None,
         cpus: set[int] | None = None,
+        strict: bool = False,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
         self._machine, self._driver = machine, driver
         self._store: NativeStore = machine.store
         self.pager = pager or choose_pager()
-        self._group, self._cpus = group, cpus
+        self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
         self._faulting = can_fault_cpuid()
+        self._store.cpuid_sites = None if self._faulting else cpuid_sites
         self._registry = Registry()
         self._host = host_cpuid()
         self._images: dict[int, Image] = {}
@@ -95,8 +105,15 @@ class Supervisor(World):
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         machine.ram = NativeRam(self._images)
         config = machine.config
-        transitions = Transitions(lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub))
-        self._loop = Loop(self, transitions, self._handlers())
+        transitions = Transitions(
+            lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub),
+            AbortPage(self._store, self._quieten),
+        )
+        self._loop = (
+            StrictLoop(self, transitions, self._handlers(), time.monotonic_ns)
+            if strict
+            else Loop(self, transitions, self._handlers())
+        )
 
     def run(
         self,
@@ -119,7 +136,7 @@ class Supervisor(World):
         main = threading.current_thread() is threading.main_thread()
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
-            bpf = build_filter()
+            bpf = build_filter(everything=self._strict)
             first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
             try:
                 process = Process(first.tid, libc.pidfd_open(first.tid), self._group)
@@ -192,9 +209,37 @@ class Supervisor(World):
         except OSError as error:
             code = error.errno or 5
             result = -(_EINTR if code == _ERESTARTSYS else code)
+        if command == Ioctl.ENCLAVE_INIT and result == 0:
+            self._guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
             self._refresh(thread, file, regs.rdx)
         return result
+
+    def _guard(self, thread: ProgramThread, file: EnclaveFile) -> None:
+        """System calls of the enclave's code shall stop, so that they can be #UD."""
+        enclave, guarded, image = file.enclave, thread.process.guarded, thread.image
+        place = enclave.base, enclave.size
+        if place in guarded or len(guarded) >= _MOST_GUARDED:
+            return
+        guarded.add(place)
+        scratch = image.vdso_base + image.vdso.scratch
+        bpf = build_guard(*place)
+        program = struct.pack("<HxxxxxxQ", len(bpf) // 8, scratch + 16)
+        os.pwrite(image.memory_fd, program + bpf, scratch)
+        # For every thread; and if some have filters of their own, for this one at least.
+        for flags in (abi.SECCOMP_FILTER_FLAG_TSYNC, 0):
+            if not thread.syscall(abi.SYS_SECCOMP, abi.SECCOMP_SET_MODE_FILTER, flags, scratch):
+                return
+
+    def _quieten(self, thread: ProgramThread, device: Device) -> None:
+        """Stop the other threads that could use the memory of ``device`` now."""
+        for image in list(self._images.values()):
+            if not image.wired or image.space not in device.users:
+                continue
+            for other in list(image.threads.values()):
+                able = other.cpu.inside is not None or self._strict
+                if other is not thread and able and not other.in_call and not other.vforked:
+                    self._loop.hold(other)
 
     def _refresh(self, thread: ProgramThread, file: EnclaveFile, argument: int) -> None:
         """EPCM entries of a range have changed: the program's view follows."""
@@ -233,7 +278,7 @@ class Supervisor(World):
 
     def new_process(self, pid: int, parent: Process) -> Process:
         """A child pays as its parent does."""
-        return Process(pid, libc.pidfd_open(pid), parent.group)
+        return Process(pid, libc.pidfd_open(pid), parent.group, guarded=set(parent.guarded))
 
     def fork_image(self, tid: int, parent: Image) -> Image:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
@@ -249,6 +294,9 @@ class Supervisor(World):
                 device.users.append(image.space)
                 device.memory.guards.append(image.pager)
             image.pager.mapped(vma.start, vma.end, vma.prot)
+            if image.is_covered(vma.start):
+                # It has the parent's rights of when it was made, whatever they were.
+                image.pager.reveal(vma.start, vma.end, abi.PROT_NONE)
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
         """Dress the new program."""
@@ -304,6 +352,7 @@ class Supervisor(World):
         image = Image(next(self._numbers), memory, base, vdso, sites)
         image.hold = self._loop.hold
         image.registry = self._registry
+        image.strict = self._strict
         self._images[image.index] = image
         return image
 

@@ -56,7 +56,7 @@ class Thread:
         regs: its general registers, valid between :meth:`load` and the next resume.
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
-        in_call: whether it goes on into a system call whose end shall stop it.
+        in_call: whether it is in the kernel and stops before it runs code of the program again.
     """
 
     def __init__(self, tid: int, regs: UserRegs | None = None) -> None:
@@ -184,6 +184,8 @@ class Thread:
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
         self.settle()
+        self.in_call = True
+        self.in_call = True
         self._request(abi.PTRACE_LISTEN, 0, 0)
 
     def interrupt(self) -> None:

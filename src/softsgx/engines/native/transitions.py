@@ -8,8 +8,11 @@ in any case; when its pages or an epoch need it to be out, it is kicked, which i
 exit and ERESUME would only copy state out and back, and listeners are told of both.  After a kick
 execution goes on at the AEP; when there is an ENCLU there, ERESUME is done at once.
 
-Deviation: an access from outside to an enclave page that cannot be shown (a TCS, a pending page)
-is SIGBUS, where hardware reads ones and drops stores.
+Deviation: a SYSCALL inside an enclave is found out after it has overwritten RCX and R11, so the
+frame in the SSA has those.
+
+Deviation: enclave code that jumps out of its ELRANGE executes what is there, where hardware raises
+#GP.
 
 Source:
     SDM vol. 3D, "Asynchronous Enclave Exit", "EENTER"; arch/x86/mm/fault.c, arch/x86/kernel/traps.c
@@ -24,8 +27,9 @@ from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.abort import AbortPage
 from softsgx.engines.native.cpuid import CpuidLeaf
-from softsgx.engines.native.insn import decode, is_write
+from softsgx.engines.native.insn import decode, is_illegal_inside, is_write
 from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
 from softsgx.hw import (
     EXECUTE,
@@ -50,6 +54,7 @@ _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
+_SYSCALL_BYTES = 2
 _LONGEST = 15
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
@@ -69,10 +74,11 @@ class Transitions:
 
     Args:
         cpuid: what CPUID (leaf, sub-leaf) gives.
+        abort_page: executes what may not have a page it touches.
     """
 
-    def __init__(self, cpuid: Callable[[int, int], CpuidLeaf]) -> None:
-        self._cpuid = cpuid
+    def __init__(self, cpuid: Callable[[int, int], CpuidLeaf], abort_page: AbortPage) -> None:
+        self._cpuid, self._abort_page = cpuid, abort_page
 
     # --- stops ----------------------------------------------------------------------------------
 
@@ -83,6 +89,18 @@ class Transitions:
         regs.rax, regs.rcx = _EENTER, image.aep
         regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
         return self._enclu(thread, 0)
+
+    def call_inside(self, thread: ProgramThread) -> int:
+        """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
+        image, regs = thread.image, thread.regs
+        regs.rax, regs.orig_rax = regs.orig_rax, _NO_CALL
+        regs.rip -= _SYSCALL_BYTES  # as long as INT 80H, too
+        number = self._exception(thread, abi.SIGILL, Vector.UD)
+        if number:
+            # Signals can be delivered at signal stops only: make the next one.
+            thread.illegal_at, regs.rip = regs.rip, image.vdso_base + image.vdso.illegal
+            thread.store()
+        return 0
 
     def signal(self, thread: ProgramThread, number: int) -> int:
         """A signal is about to be delivered."""
@@ -135,6 +153,11 @@ class Transitions:
                 self._emulate_cpuid(thread, regs.rip + 1)
                 return 0
             return number
+        if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
+            regs.rip = thread.illegal_at
+            thread.store()
+            _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            return number
         code = image.read(regs.rip, _ENCLU_BYTES)
         if code == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
             return self._enclu(thread, number)
@@ -152,10 +175,17 @@ class Transitions:
         access = self._access(thread, address)
         entry = space.entry(address)
         if entry is not None and not access & ~entry[1]:
-            if space.is_shown(address) and self._repeat(thread, address):
-                return 0
-            return abi.SIGBUS
+            if image.is_covered(address) or not space.is_shown(address):
+                return self._aborted(thread, address, access)
+            return 0 if self._repeat(thread, address) else abi.SIGBUS
         return self._outcome(thread, number, image.mm.fault(address, access, thread), address)
+
+    def _aborted(self, thread: ProgramThread, address: int, access: int) -> int:
+        """Code that is not of the enclave at ``address`` has touched it."""
+        if access == EXECUTE:  # ones are no instruction
+            _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
+            return abi.SIGILL
+        return self._abort_page.execute(thread, address)
 
     def _outcome(
         self, thread: ProgramThread, number: int, result: FaultResult, address: int
@@ -183,8 +213,8 @@ class Transitions:
             case abi.SIGSEGV if info.code in (1, 2):
                 return self._inside_fault(thread, number, info.addr, info.code)
             case abi.SIGSEGV:
-                # With CPUID faulting CPUID raises #GP, but inside an enclave it is #UD.
-                vector = Vector.UD if code[:2] == _CPUID else Vector.GP
+                # What needs privileges that no enclave can have is #UD inside.
+                vector = Vector.UD if is_illegal_inside(code) else Vector.GP
             case abi.SIGBUS:
                 vector = Vector.AC
             case abi.SIGILL:
@@ -236,9 +266,19 @@ class Transitions:
             if refused is not None:
                 _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
                 return self._exception(thread, abi.SIGSEGV, Vector.PF, refused.code, address)
+        elif image.is_covered(address) or not image.space.is_shown(address):
+            return self._aborted_inside(thread, address, access)
         if self._repeat(thread, address):
             return 0
         return self._exception(thread, number, Vector.PF, kind, address)
+
+    def _aborted_inside(self, thread: ProgramThread, address: int, access: int) -> int:
+        """Enclave code has touched a page of another enclave."""
+        if access == EXECUTE:
+            _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+            return self._exception(thread, abi.SIGSEGV, Vector.GP)
+        number = self._abort_page.execute(thread, address)
+        return self._inside(thread, number, thread.siginfo()) if number else 0
 
     def _ordinary_fault(
         self, thread: ProgramThread, number: int, address: int, access: int, code: int

@@ -54,6 +54,8 @@ class Vdso:
         aep: the asynchronous exit pointer of our enclave entry.
         fixup: where an exception of our enclave entry goes on.
         device_name: the string :data:`DEVICE_NAME`.
+        illegal: an illegal instruction.
+        scratch: bytes that only the supervisor writes, for calls that take pointers.
         symbols: exported functions.
     """
 
@@ -64,6 +66,8 @@ class Vdso:
     aep: int
     fixup: int
     device_name: int
+    illegal: int
+    scratch: int
     symbols: dict[str, int]
 
 
@@ -120,6 +124,8 @@ def build_vdso(original: dict[str, int]) -> Vdso:
         aep=base + asm.labels["aep"],
         fixup=base + asm.labels["fixup"],
         device_name=base + asm.labels["device_name"],
+        illegal=base + asm.labels["illegal"],
+        scratch=base + asm.labels["scratch"],
         symbols={name: base + asm.labels[name] for name in names},
     )
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 from softsgx.engines.native import abi
 from softsgx.engines.native.asm import Assembler
 
-__all__ = ["emit_enter_enclave", "emit_forward", "emit_injection"]
+__all__ = ["SCRATCH_BYTES", "emit_enter_enclave", "emit_forward", "emit_injection"]
 
 _EINVAL = -22
+SCRATCH_BYTES = 128
 
 # struct sgx_enclave_run
 _FUNCTION, _VECTOR, _ERROR_CODE, _ADDRESS, _HANDLER = 8, 12, 14, 16, 24
@@ -24,11 +25,19 @@ _RESERVED, _SIZE = 40, 256
 
 
 def emit_injection(asm: Assembler) -> None:
-    """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3)."""
+    """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
+
+    ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at.
+    """
     asm.label("inject")
     asm.emit("0f05")  # syscall
     asm.emit("cc")  # int3
     asm.label("injected")
+    asm.label("illegal")
+    asm.emit("0f0b")  # ud2
+    asm.align(16)
+    asm.label("scratch")
+    asm.emit("cc" * SCRATCH_BYTES)
 
 
 def emit_forward(asm: Assembler, name: str, target: int) -> None:
