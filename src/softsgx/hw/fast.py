@@ -24,6 +24,7 @@ from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["fast_leaves"]
 
+_CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _SUCCESS = Status.SUCCESS
@@ -100,8 +101,9 @@ def _ewb(
             version = key.next_version()
             linaddr = page.linaddr
             sealed = key.seal(hw.store.freeze(page), version, enclave.eid, linaddr, flags)
-            srcpge[:] = memoryview(sealed)[:PAGE_BYTES]
-            pcmd[:] = _PCMD.pack(flags, enclave.eid, sealed[PAGE_BYTES:])
+            # In place: assigning to a slice would make a copy first.
+            _CONTENT.pack_into(srcpge, 0, sealed)
+            _PCMD.pack_into(pcmd, 0, flags, enclave.eid, sealed[PAGE_BYTES:])
             rbx.linaddr = linaddr
             slots[slot] = version
             enclave.children -= 1
