@@ -81,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--cpus",
         type=_cpus,
         metavar="N",
-        help="let it use N processors; default: 1 while it has one thread, then all",
+        help="processors it may use (default: one while it has one thread, then all)",
     )
     machine.add_argument("--pager", choices=PAGERS, help="default: the best that doctor finds")
     machine.add_argument(
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
             cpus=args.cpus,
             tracer=tracer,
             observer=watch,
-            **({"strict": True} if args.strict else {}),
+            strict=args.strict,
         )
     summary = collector.summary(argv, result.exit_code)
     if sampler is not None:

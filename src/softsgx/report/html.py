@@ -235,7 +235,7 @@ def _times(go: Any, run: RunSummary) -> Any:
         )
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     figure.update_yaxes(showticklabels=False)
-    return _dressed(figure, "seconds of processor time", height=170)
+    return _dressed(figure, "seconds", height=170)
 
 
 def _silicon(go: Any, estimate: Estimate) -> Any:
