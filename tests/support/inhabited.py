@@ -128,6 +128,10 @@ class Inhabited:
     def cpu(self, number: int) -> LogicalProcessor:
         """Return a processor, in this enclave's process unless it is inside another."""
         cpu = self.hw.cpus[number]
+        if self.readable and self.hw.fast:
+            self.hw.fast = False
+            for each in self.hw.cpus:
+                each.enclu.listen(self.hw.tracer)
         if cpu.inside is None:
             cpu.space, cpu.cpl = self.tables, 3
         return cpu

@@ -105,13 +105,14 @@ class Machine:
         self._bases = [section.base for section in self._sections]
         self._eids = count(1)
         self.xsave = XsaveLayout(config)
+        self.fast = fast and not runtime.interleaves
         self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
         for cpu in self.cpus:
             cpu.enclu = EncluLeaves(cpu)
         self.virtual_cpus: list[LogicalProcessor] = []
         self.tracer: Tracer | None = None
         self.kernel = LogicalProcessor(self, 0)
-        hot = fast_leaves(self.kernel) if fast and not runtime.interleaves else None
+        hot = fast_leaves(self.kernel) if self.fast else None
         self.leaves = Leaves(self.kernel, hot)
         self.listen(tracer)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from softsgx.arch import Enclu, Status
 from softsgx.hw.events import LeafDone
+from softsgx.hw.fast_entry import fast_entry
 from softsgx.hw.faults import Fault, VmExit
 from softsgx.hw.leaves.eaccept import eaccept
 from softsgx.hw.leaves.eacceptcopy import eacceptcopy
@@ -68,6 +69,10 @@ class EncluLeaves:
         for leaf in ENCLU_LEAVES.values():
             made = leaf if tracer is None else traced_enclu(leaf, tracer)
             setattr(self, leaf.__name__, _instruction(self._cpu, made))
+        cpu = self._cpu
+        if tracer is None and type(cpu) is LogicalProcessor and cpu.hw.fast:
+            for name, fast in fast_entry(cpu, self.eenter, self.eexit).items():
+                setattr(self, name, fast)
 
 
 def _instruction(cpu: LogicalProcessor, leaf: Callable[..., Any]) -> Callable[..., Any]:
