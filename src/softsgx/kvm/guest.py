@@ -37,6 +37,7 @@ from softsgx.hw import (
     VmExit,
     interrupt,
 )
+from softsgx.kvm import registers
 from softsgx.kvm.events import ConflictResolved, VirtualPowerLost
 from softsgx.kvm.leaves import GuestLeaves, exiting_bitmap
 from softsgx.kvm.monitor import Monitor
@@ -197,6 +198,14 @@ class Guest(Monitor):
             raise self._hopeless(f"{name} is executed again and again")
         finally:
             self._unpin(pins)
+
+    def encls(self, cpu: LogicalProcessor | None = None) -> None:
+        """Execute ENCLS by registers; see :func:`softsgx.kvm.registers.encls`.
+
+        Args:
+            cpu: a processor of the guest at CPL 0; :attr:`kernel` when ``None``.
+        """
+        registers.encls(self, self.kernel if cpu is None else cpu)
 
     def resume(self, cpu: LogicalProcessor, exit: VmExit, again: Callable[[], T]) -> T:
         """Handle a VM exit of ENCLU or of an access, and go on.

@@ -19,6 +19,7 @@ from softsgx.arch import (
     PAGE_BYTES,
     AttributesFlags,
     Encls,
+    PageInfo,
     SecInfo,
     Secs,
     SgxFeature,
@@ -98,13 +99,14 @@ class GuestLeaves(Leaves):
             if name in _ENCLV:
                 function = _undefined(leaf)
             elif bitmap >> Encls[name.upper()] & 1:
-                function = self._trapped(leaf)
+                function = self.trapped(leaf)
             bound: Callable[..., Any] = partial(self._guest.execute, self._cpu, function)
             if tracer is not None:
                 bound = _traced(bound, leaf, self._cpu.number, tracer)
             setattr(self, name, bound)
 
-    def _trapped(self, leaf: Callable[..., Any]) -> Callable[..., Any]:
+    def trapped(self, leaf: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what the host executes when the guest's ``leaf`` exits."""
         match leaf.__name__:
             case "ecreate":
                 return partial(_ecreate, self._guest, leaf)
@@ -133,9 +135,14 @@ def _ecreate(
         handle_encls_ecreate(), vmx/sgx.c.
     """
     guest.counters.trapped += 1
+    if type(rbx) is int and rbx % PageInfo.ALIGN:
+        raise GeneralProtection
     info = cpu.page_info(rbx)
+    for ref, align in ((info.srcpge, PAGE_BYTES), (info.secinfo, SecInfo.ALIGN)):
+        if type(ref) is int and ref % align:
+            raise GeneralProtection
     # Copied before anything is looked at: the guest's other processors may write to it meanwhile.
-    secs = _copy_of_secs(cpu, info)
+    secs = Secs.unpack(bytes(cpu.read(info.srcpge, Secs.SIZE)))
     secinfo = SecInfo.unpack(cpu.sec_info(info.secinfo).pack())
     config = guest.config
     flags, xfrm = secs.attributes.flags, secs.attributes.xfrm
@@ -152,12 +159,6 @@ def _ecreate(
         leaf(cpu, rbx, rcx)
         return
     leaf(cpu, PageInfoArgs(info.linaddr, secs.pack(), secinfo, info.secs), rcx)
-
-
-def _copy_of_secs(cpu: LogicalProcessor, info: PageInfoArgs) -> Secs:
-    if type(info.srcpge) is int and info.srcpge % PAGE_BYTES:
-        raise GeneralProtection
-    return Secs.unpack(bytes(cpu.read(info.srcpge, Secs.SIZE)))
 
 
 def _einit(

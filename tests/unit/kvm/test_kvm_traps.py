@@ -19,6 +19,7 @@ from softsgx.arch import (
     Encls,
     MiscSelect,
     Msr,
+    PageInfo,
     SecInfo,
     Secs,
     SgxFeature,
@@ -26,6 +27,8 @@ from softsgx.arch import (
     Status,
 )
 from softsgx.hw import Fault, PageInfoArgs, rdmsr, wrmsr
+from softsgx.image import Plan
+from softsgx.kvm import Guest
 from softsgx.kvm.leaves import exiting_bitmap
 from softsgx.runtime import Script, SeededRuntime
 
@@ -179,3 +182,94 @@ def test_the_bitmap_has_what_the_host_must_see() -> None:
         assert not bitmaps[1] >> leaf & 1, leaf
     for number in (0x10, 0x11, 0x12, 0x13, 0x18, 63):
         assert bitmaps[1] >> number & 1, number
+
+
+# --- by registers ---------------------------------------------------------------------------------
+
+PAGEINFO, SECS, SECINFO, SIGSTRUCT, TOKEN, OUT, PCMD = range(0x1_0000, 0x1_7000, 0x1000)
+
+
+def by_registers(guest: GuestSystem, leaf: int, rbx: int = 0, rcx: int = 0, rdx: int = 0) -> int:
+    """Execute ENCLS; return RAX."""
+    regs = guest.guest.kernel.regs
+    regs.rax, regs.rbx, regs.rcx, regs.rdx = leaf, rbx, rcx, rdx
+    regs.rip, regs.rflags = 0x5000, 0x8D7
+    guest.guest.encls()
+    assert regs.rip == 0x5003
+    return regs.rax
+
+
+def test_trapped_leaves_end_as_instructions_do() -> None:
+    host = GuestHost(epc_pages=60)
+    guest = host.guest()
+    write, regs = guest.guest.ram_write, guest.guest.kernel.regs
+    secs = guest.core.alloc(None, reclaim=False).addr
+    write(SECS, secs_bytes(2 * PAGE_BYTES))
+    write(SECINFO, SecInfo().pack())
+    write(PAGEINFO, PageInfo(srcpge=SECS, secinfo=SECINFO).pack())
+    assert by_registers(guest, Encls.ECREATE, PAGEINFO, secs) == Encls.ECREATE
+    assert regs.rflags & 0x8D5 == 0x8D5, "ECREATE reports nothing"
+    assert host.epcm(guest.page(secs)).owner.context == secs
+
+    sigstruct = sigstruct_for(Plan(2 * PAGE_BYTES, ()))
+    write(SIGSTRUCT, sigstruct)
+    assert by_registers(guest, Encls.EINIT, SIGSTRUCT, secs, TOKEN) == Status.INVALID_EINITTOKEN
+    assert regs.rflags & 0x8D5 == 0x40, "ZF, and no other"
+    digest = unpack("<4Q", sha256(SigStruct.unpack(sigstruct).modulus).digest())
+    guest.guest.launch_key_hash[:] = digest
+    assert by_registers(guest, Encls.EINIT, SIGSTRUCT, secs, TOKEN) == Status.SUCCESS
+    assert regs.rflags & 0x8D5 == 0
+    assert by_registers(guest, Encls.EREMOVE, rcx=secs) == Status.SUCCESS
+    assert guest.guest.counters.trapped >= 3
+
+
+def test_leaves_by_registers_meet_the_host_as_typed_ones_do() -> None:
+    host = GuestHost(epc_pages=60)
+    guest = host.guest()
+    made = launch(guest.process(), 2)
+    page = guest.data(made.enclave, 3)
+    host.evict(page)
+    assert by_registers(guest, Encls.EBLOCK, rcx=page.gpa) == Status.SUCCESS
+    assert by_registers(guest, Encls.EBLOCK, rcx=page.gpa) == Status.BLKSTATE
+    assert guest.guest.kernel.regs.rflags & 0x8D5 == 1, "in CF"
+    secs = guest.secs(made.enclave).gpa
+    made.thread().load(made.data(1))
+    assert by_registers(guest, Encls.ETRACK, rcx=secs) == Status.SUCCESS
+    assert by_registers(guest, Encls.ETRACK, rcx=secs) == Status.PREV_TRK_INCMPL
+    assert guest.guest.kernel.regs.rflags & 0x8D5 == 0x40
+
+
+@pytest.mark.parametrize(
+    ("changes", "leaf", "fault"),
+    [
+        ({}, Encls.ERDINFO, "#GP(0)"),
+        ({}, Encls.ELDUC, "#GP(0)"),
+        ({}, 0x40, "#GP(0)"),
+        ({"features": SgxFeature.SGX1}, Encls.EAUG, "#GP(0)"),
+        ({"features": SgxFeature(0)}, Encls.EREMOVE, "#UD"),
+        ({"features": SgxFeature(0)}, Encls.ECREATE, "#UD"),
+    ],
+)
+def test_what_the_guest_was_not_told_of_does_not_exist(
+    changes: dict[str, object], leaf: int, fault: str
+) -> None:
+    guest = GuestHost()
+    made = Guest(guest.system.machine, guest.device, "g", epc_pages=16, config=changes)
+    regs = made.kernel.regs
+    regs.rax, regs.rcx = leaf, made.config.sections[0].base
+    with pytest.raises(Fault) as seen:
+        made.encls()
+    assert str(seen.value) == fault
+    assert regs.rax == leaf and regs.rip == 0
+
+
+def test_misaligned_operands_of_a_trapped_leaf_are_refused() -> None:
+    guest = GuestHost(epc_pages=60).guest()
+    secs = guest.core.alloc(None, reclaim=False).addr
+    guest.guest.ram_write(SECS, secs_bytes(2 * PAGE_BYTES))
+    for info in (PageInfo(srcpge=SECS + 8, secinfo=SECINFO), PageInfo(srcpge=SECS, secinfo=8)):
+        guest.guest.ram_write(PAGEINFO, info.pack())
+        with pytest.raises(Fault, match="GP"):
+            by_registers(guest, Encls.ECREATE, PAGEINFO, secs)
+    with pytest.raises(Fault, match="GP"):
+        by_registers(guest, Encls.ECREATE, PAGEINFO + 8, secs)
