@@ -29,7 +29,9 @@ from softsgx.paging.policy import (
     Prefetching,
 )
 from softsgx.paging.reclaim import Batch
-from softsgx.paging.swap import EnclaveSwap, Pin, Reservation, SwapEntry
+from softsgx.paging.swap import EnclaveSwap
+from softsgx.paging.swapspace import Reservation, SwapEntry
+from softsgx.paging.va import Pin
 
 __all__ = [
     "CORE_DEFECTS",

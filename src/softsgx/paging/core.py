@@ -22,18 +22,17 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from softsgx.arch import PAGE_BYTES, EpcAddr, Status
-from softsgx.hw import EpcSection, Fault
+from softsgx.hw import Fault
 from softsgx.paging import events
 from softsgx.paging.backing import MemoryBacking
 from softsgx.paging.counters import Counters
 from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
+from softsgx.paging.free_pages import FreePages
 from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
 from softsgx.paging.ksgxd import Ksgxd
-from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
 from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
@@ -93,14 +92,8 @@ class EpcCore:
         self.epc_pages = sum(section.pages for section in hw.config.sections)
         self._low = self.policy.low(self.epc_pages)
         self._high = self.policy.high(self.epc_pages)
-        self._records: dict[int, EpcPage] = {}
-        self._nodes = self._make_nodes(hw.config.sections)
-        walk: Walk = walk_once
-        if "B17" in defects:
-            walk = partial(walk_until_back, point=runtime.point)
-        self._walk = walk
-        self._orders: dict[int, tuple[Node, ...]] = {}
-        self._free = TornCount(runtime) if "B15" in defects else AtomicCount(runtime)
+        self._pool = FreePages(hw.config.sections, runtime, defects=defects)
+        self._free = self._pool.count
         self._reclaimer = Reclaimer(
             self.policy,
             self.epc_pages,
@@ -126,40 +119,23 @@ class EpcCore:
         )
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
 
-    def _make_nodes(self, sections: Iterable[EpcSection]) -> dict[int, Node]:
-        nodes: dict[int, Node] = {}
-        for section in sections:
-            if section.node not in nodes:
-                nodes[section.node] = Node(section.node, self.runtime, self._records)
-            nodes[section.node].epc_pages += section.pages
-        return dict(sorted(nodes.items()))
-
     def _make_sanitizer(self, dirty: Iterable[int] | None) -> Sanitizer:
         """Sort the pages into those free at once and those to be sanitized."""
-        sections = self.hw.config.sections
         if dirty is None:
-            ranges = [(section.base, section.base + section.size) for section in sections]
+            ranges = [
+                (section.base, section.base + section.size) for section in self.hw.config.sections
+            ]
         else:
             ranges = [(addr, addr + PAGE_BYTES) for addr in sorted(set(dirty))]
-            for section in sections:
-                self._give_clean_gaps(section, [start for start, _end in ranges])
+            self._pool.give_all_but([start for start, _end in ranges])
         return Sanitizer(
             ranges,
             eremove=self.leaves.eremove,
             clean=self._give_sanitized,
-            poisoned=self._is_poisoned,
+            poisoned=self._pool.is_poisoned,
             runtime=self.runtime,
             report_stopped="B18" in self.defects,
         )
-
-    def _give_clean_gaps(self, section: EpcSection, dirty: list[int]) -> None:
-        node = self._nodes[section.node]
-        start, end = section.base, section.base + section.size
-        for addr in [*(addr for addr in dirty if start <= addr < end), end]:
-            if start < addr:
-                node.give_fresh(start, addr)
-                self._free.add((addr - start) // PAGE_BYTES)
-            start = addr + PAGE_BYTES
 
     # --- what there is --------------------------------------------------------------------------
 
@@ -171,7 +147,7 @@ class EpcCore:
     @property
     def poisoned_pages(self) -> int:
         """Poisoned pages, in use or in quarantine; counted from the records."""
-        return sum(page.poisoned for page in list(self._records.values()))
+        return self._pool.poisoned_pages()
 
     @property
     def dirty_pages(self) -> int:
@@ -180,15 +156,11 @@ class EpcCore:
 
     def node_bytes(self) -> dict[int, int]:
         """Return the EPC bytes of each node (``sgx_total_bytes``)."""
-        return {number: node.epc_pages * PAGE_BYTES for number, node in self._nodes.items()}
+        return {number: pages * PAGE_BYTES for number, pages in self._pool.node_pages().items()}
 
     def is_epc(self, physical: int) -> bool:
         """Return whether a physical address is in the EPC (``arch_is_platform_page``)."""
-        return self._section_of(physical) is not None
-
-    def _section_of(self, physical: int) -> EpcSection | None:
-        sections = self.hw.config.sections
-        return next((s for s in sections if s.base <= physical < s.base + s.size), None)
+        return self._pool.section_of(physical) is not None
 
     # --- allocation -----------------------------------------------------------------------------
 
@@ -226,7 +198,7 @@ class EpcCore:
             if group.try_charge() is not None:
                 self._charge_slowly(group, reclaim=reclaim, signal=signal_pending)
             try:
-                page = self._take(cpu_node)
+                page = self._pool.take(cpu_node)
                 if page is None:
                     page = self._take_slowly(cpu_node, reclaim=reclaim, signal=signal_pending)
             except BaseException:
@@ -263,29 +235,14 @@ class EpcCore:
                 if not refused.reclaim_failed():
                     raise
 
-    def _take(self, cpu_node: int) -> EpcPage | None:
-        for node in self._orders.get(cpu_node) or self._order(cpu_node):
-            page = node.take()
-            if page is not None:
-                self._free.add(-1)
-                return page
-        return None
-
     def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
         pressure = self._pressure()
         while True:
             seen = self._ksgxd.generation, self._ksgxd.outcomes
-            page = self._take(cpu_node)
+            page = self._pool.take(cpu_node)
             if page is not None:
                 return page
             self._relieve(self.root, seen, pressure, reclaim=reclaim, signal=signal)
-
-    def _order(self, cpu_node: int) -> Iterable[Node]:
-        nodes = list(self._nodes.values())
-        if "B17" in self.defects:
-            return self._walk(nodes, cpu_node)
-        order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
-        return order
 
     def _relieve(
         self,
@@ -363,9 +320,7 @@ class EpcCore:
         page.blocked = False
         with self._held_latch:
             self.counters.held[page.kind] -= 1
-        usable = self._nodes[page.node].give(page)
-        if usable or "L5" in self.defects:
-            self._free.add(1)
+        self._pool.give(page)
         self._ksgxd.page_freed()
         if self.tracer is not None:
             self.tracer(events.Freed(page.addr, page.poisoned))
@@ -442,26 +397,20 @@ class EpcCore:
         Source:
             ``arch_memory_failure()``, main.c; since ed16618c380c a tracked page leaves its list.
         """
-        section = self._section_of(physical)
+        section = self._pool.section_of(physical)
         if section is None:
             return False
         addr = EpcAddr(physical - physical % PAGE_BYTES)
-        found = self._nodes[section.node].poison(addr, dirty=addr in self._sanitizer)
+        found = self._pool.poison(addr, section.node, dirty=addr in self._sanitizer)
         if found is None:
             return True
         page, was_free = found
-        if was_free and "L5" not in self.defects:
-            self._free.add(-1)
         lru = page.lru
         if lru is not None and "B12" not in self.defects:
             lru.remove(page)  # in a batch: the batch will see that it is poisoned
         if self.tracer is not None:
             self.tracer(events.Poisoned(addr, was_free))
         return True
-
-    def _is_poisoned(self, addr: EpcAddr) -> bool:
-        page = self._records.get(addr)
-        return page is not None and page.poisoned
 
     # --- reclaim --------------------------------------------------------------------------------
 
@@ -529,10 +478,7 @@ class EpcCore:
 
     def _give_sanitized(self, addr: EpcAddr) -> None:
         """EREMOVE has said that ``addr`` is free, or it is poisoned and goes into quarantine."""
-        section = self._section_of(addr)
-        assert section is not None, f"sanitized {addr:#x} is no EPC page"
-        if self._nodes[section.node].give_clean(addr):
-            self._free.add(1)
+        self._pool.give_clean(addr)
         self._ksgxd.page_freed()
 
     # --- checking -------------------------------------------------------------------------------
@@ -544,11 +490,8 @@ class EpcCore:
             AssertionError: says which count or page is wrong.
         """
         recount(
-            records=self._records,
-            nodes=self._nodes.values(),
+            pool=self._pool,
             dirty=self._sanitizer,
-            epc_pages=self.epc_pages,
-            free_pages=self._free.value,
             counters=self.counters,
             idle=not self._ksgxd.working.value,
         )

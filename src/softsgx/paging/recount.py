@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.paging.counters import Counters
+from softsgx.paging.free_pages import FreePages
 from softsgx.paging.lru import Lru
 from softsgx.paging.nodes import Node
 from softsgx.paging.page import EpcPage
@@ -17,31 +18,26 @@ __all__ = ["recount"]
 
 def recount(
     *,
-    records: Mapping[int, EpcPage],
-    nodes: Iterable[Node],
+    pool: FreePages,
     dirty: Sanitizer,
-    epc_pages: int,
-    free_pages: int,
     counters: Counters,
     idle: bool,
 ) -> None:
     """Count again from raw state.
 
     Args:
-        records: every page that has a record.
-        nodes: the free lists.
+        pool: every page that has a record, the free lists, and their count to be checked.
         dirty: the pages not sanitized yet.
-        epc_pages: all there are.
-        free_pages: the count to be checked.
         counters: the counts of held and leaked pages to be checked.
         idle: whether no batch runs, so that every tracked page must be on a list.
 
     Raises:
         AssertionError: says which count or page is wrong.
     """
-    nodes = list(nodes)
-    free = _count_free(nodes)
-    assert free == free_pages, f"free count is {free_pages}, the lists have {free}"
+    records, nodes = pool.records, pool.nodes.values()
+    epc_pages = sum(pool.node_pages().values())
+    free, counted_free = _count_free(nodes), pool.count.value
+    assert free == counted_free, f"free count is {counted_free}, the lists have {free}"
     quarantined = [page for node in nodes for page in node.quarantine]
     for page in quarantined:
         assert page.poisoned and page.free, f"{page!r} is in quarantine"

@@ -18,68 +18,31 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES, Status
 from softsgx.hw import Fault, PageFault
 from softsgx.paging.events import Evicted, Loaded, TrackingRound
-from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, MachineCheck, NoEpc
+from softsgx.paging.failures import BackingError, LoadFailed, MachineCheck
+from softsgx.paging.idle_secs import IdleSecs
 from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
 from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
 from softsgx.paging.page import EpcPage
-from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
-from softsgx.paging.va import Pin, VaArray, VaSlot
+from softsgx.paging.swapfile import Pinned
+from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
+from softsgx.paging.va import Pin, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
     from softsgx.paging.core import EpcCore
 
-__all__ = ["EnclaveSwap", "Pin", "Reservation", "SwapEntry"]
+__all__ = ["EnclaveSwap"]
 
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 
 
-def _never() -> bool:
-    return False
-
-
-@dataclass(slots=True)
-class Reservation:
-    """Everything an eviction needs, held since :meth:`EnclaveSwap.prepare`.
-
-    Attributes:
-        index: page index in the enclave.
-        slot: the VA slot its version will go to.
-        pinned: its backing; ``None`` only with defect B25, before it is fetched too late.
-    """
-
-    index: int
-    slot: VaSlot
-    pinned: Pinned | None
-
-
-@dataclass(slots=True)
-class SwapEntry:
-    """Where an evicted page is.
-
-    Attributes:
-        index: page index in the enclave; the enclave's size in pages stands for the SECS.
-        slot: the VA slot with its version; ``None`` when the page is lost for good.
-    """
-
-    index: int
-    slot: VaSlot | None
-
-    @property
-    def lost(self) -> bool:
-        """Whether its content no longer exists: every load fails."""
-        return self.slot is None
-
-
-class EnclaveSwap:
-    """One enclave's half of paging; see the module for locks.
+class EnclaveSwap(SwapSpace):
+    """One enclave's half of paging; see the module for locks, :class:`SwapSpace` for the rest.
 
     Args:
         core: the EPC core.
@@ -97,9 +60,6 @@ class EnclaveSwap:
         secs_entry: where the SECS is while it is evicted.
         children: resident pages of the enclave (secs_child_cnt); ``peak_children`` at most so far.
         ewbs, etracks: leaves that were tried, SECS included.
-        va: the enclave's VA pages.
-        pin: as given.
-        lock: as given.
     """
 
     def __init__(
@@ -114,25 +74,14 @@ class EnclaveSwap:
         kick: Callable[[], None],
         group: Group | None = None,
     ) -> None:
+        super().__init__(core, backing, pages=pages, lock=lock, pin=pin, group=group)
         self.secs: EpcPage | None = None
         self.secs_entry: SwapEntry | None = None
         self.children = self.peak_children = 0
         self.ewbs = self.etracks = 0
         self._secs_may_leave = False
-        self.lock, self.pin = lock, pin
-        self.va: VaArray = core.va.array(lock, pin=pin, group=group)
-        self._core, self._leaves, self._counters = core, core.leaves, core.counters
-        self._backing, self._kick, self._group = backing, kick, group
-        self._pages, self._base = pages, base
-        self._file = SwapFile(
-            backing,
-            enclave_layout(pages),
-            counters=core.counters,
-            tracer=core.tracer,
-            defects=core.defects,
-        )
-        self._secs_page = _IdleSecs(self)
-        self._late_backing = "B25" in core.defects
+        self._base, self._kick = base, kick
+        self._secs_page = IdleSecs(self)
         self._frees_failed = "L1" in core.defects
         self._leaks_slots = "B26" in core.defects
         self._spends_failed = "L2" in core.defects
@@ -147,79 +96,6 @@ class EnclaveSwap:
     def secs_may_leave(self, may: bool) -> None:
         self._secs_may_leave = may
         self.secs_idle()  # its pages may all have left before
-
-    # --- room: a VA slot for every page the enclave has -----------------------------------------
-
-    def grow(self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = _never) -> None:
-        """Promise a VA slot for one more page (the SECS counts), making a VA page if need be.
-
-        Called WITHOUT the enclave's lock; may reclaim.
-
-        Raises:
-            NoEpc, Interrupted: there is no EPC page for it.
-            LoadFailed: EPA refused.
-
-        Source:
-            ``sgx_encl_grow()``, ioctl.c, which tests the number of pages against a multiple of
-            512, not the room there is (L4).
-        """
-        tree = self._core.va
-        if tree.needs_stock():
-            with suppress(NoEpc, LoadFailed):
-                tree.stock(
-                    self._core.alloc(None, reclaim=True, kind="va", signal_pending=signal_pending)
-                )
-        with self.lock:
-            if self._promised():
-                return
-        epc = self._core.alloc(
-            None,
-            reclaim=True,
-            group=self._group,
-            kind="va",
-            cpu_node=cpu_node,
-            signal_pending=signal_pending,
-        )
-        with self.lock:
-            self._link(epc)
-
-    def grow_locked(self, *, cpu_node: int = 0) -> None:
-        """As :meth:`grow`, with the lock held and without reclaim.
-
-        Raises:
-            EpcBusy: there is no EPC page now.
-            NoEpc, LoadFailed: as for :meth:`grow`.
-        """
-        if not self._promised():
-            self._link(
-                self._core.alloc(
-                    None, reclaim=False, group=self._group, kind="va", cpu_node=cpu_node
-                )
-            )
-
-    def _promised(self) -> bool:
-        """Promise a slot of the VA pages there are, if one of them has it."""
-        va = self.va
-        evicted = va.evicted_with_room() if va.needs_page() else None
-        if evicted is not None:
-            try:
-                va.bring_in(evicted)
-            except (EpcBusy, NoEpc, LoadFailed):
-                return False
-        if va.needs_page():
-            return False
-        va.promised += 1
-        return True
-
-    def _link(self, epc: EpcPage) -> None:
-        """Make a VA page of ``epc`` and promise one of its slots."""
-        self.va.link(self.va.make(epc))
-        self.va.promised += 1
-
-    def shrink(self) -> None:
-        """Take one promise back: a page was removed, or not added after all.  VA pages stay."""
-        assert self.va.promised > 0, "more pages removed than there were"
-        self.va.promised -= 1
 
     # --- the SECS and the count of its children ---------------------------------------------------
 
@@ -273,36 +149,6 @@ class EnclaveSwap:
             self._core.mark_reclaimable(secs)
 
     # --- out --------------------------------------------------------------------------------------
-
-    def prepare(self, index: int, *, announced: bool = True) -> Reservation | None:
-        """Reserve backing and a VA slot for page ``index``: :meth:`Reclaimable.prepare`.
-
-        Args:
-            index: the page's index.
-            announced: ``False`` (defect B2) leaves saying so to a later :meth:`announce`, and
-                until then the backing may be given back.
-
-        Returns:
-            ``None`` when there is no backing; nothing has changed.
-        """
-        pinned = None
-        if not self._late_backing:
-            try:
-                pinned = self._file.reserve(index, announced=announced)
-            except BackingError:
-                return None
-        return Reservation(index, self.va.take(), pinned)
-
-    def announce(self, reservation: Reservation) -> None:
-        """Say that an eviction prepared without saying so is going on."""
-        if reservation.pinned is not None:
-            self._file.announce(reservation.pinned)
-
-    def cancel(self, reservation: Reservation) -> None:
-        """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""
-        if reservation.pinned is not None:
-            self._file.cancel(reservation.pinned)
-        self.va.give_back(reservation.slot)
 
     def block(self, page: EpcPage) -> bool:
         """EBLOCK ``page``; every mapping of it is gone.  Sets ``page.blocked``.
@@ -439,18 +285,30 @@ class EnclaveSwap:
         assert secs is not None, "the enclave had resident pages but no SECS"
         if not self._core.unmark_reclaimable(secs):
             return  # a batch has it, and either evicts it or puts it back on its list
-        reservation = self.prepare(self._pages)
-        entry = None if reservation is None else self._evict(secs, reservation, "secs")
-        if entry is None:
-            self.secs_idle()
-        else:
-            self._secs_gone(entry)
+        reservation = self.reserve_secs()
+        if reservation is not None and self.write_secs(reservation):
             self._core.remove(secs)
+        else:
+            self.secs_idle()
 
-    def _secs_gone(self, entry: SwapEntry) -> None:
+    def reserve_secs(self) -> Reservation | None:
+        """As :meth:`prepare`, for the SECS."""
+        return self.prepare(self._pages)
+
+    def write_secs(self, reservation: Reservation) -> bool:
+        """EWB the SECS, which no resident page needs; ends the reservation.
+
+        Returns:
+            Whether it is out; then the caller gives its EPC page back.
+        """
+        assert self.secs is not None, "the SECS to be evicted is not there"
+        entry = self._evict(self.secs, reservation, "secs")
+        if entry is None:
+            return False
         self.secs, self.secs_entry = None, entry
         self._counters.secs_out += 1
         self.va.list_all()
+        return True
 
     # --- in ---------------------------------------------------------------------------------------
 
@@ -520,13 +378,6 @@ class EnclaveSwap:
         core.remove(page)
         raise LoadFailed(name_of(ending))
 
-    def drop(self, entry: SwapEntry) -> None:
-        """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
-        if entry.slot is not None:
-            self._file.discard(entry.index)
-            self.va.dropped(entry.slot)
-        self.shrink()
-
     # --- the end ----------------------------------------------------------------------------------
 
     def destroy(self) -> None:
@@ -554,54 +405,3 @@ class EnclaveSwap:
         assert self.secs is not None or not self.children, (
             f"{self.children} resident pages, but the SECS is evicted"
         )
-
-
-class _IdleSecs:
-    """A SECS without resident children, to the reclaimer a page like any other.
-
-    Linux never has one: it evicts a SECS with its last child.  Here it happens when that failed,
-    or when a SECS was loaded for a page that then was not.
-    """
-
-    def __init__(self, swap: EnclaveSwap) -> None:
-        self._swap = swap
-        self.reservation: Reservation | None = None
-
-    def get(self) -> bool:
-        """Pin the enclave; ``False`` also when the SECS is needed: it is listed again later."""
-        return not self._swap.children and self._swap.pin.get()
-
-    def put(self) -> None:
-        self._swap.pin.put()
-
-    def age(self) -> bool:
-        return True
-
-    def prepare(self) -> bool:
-        swap = self._swap
-        with swap.lock:
-            if swap.children or swap.secs is None:
-                return False
-            self.reservation = swap.prepare(swap._pages)
-            return self.reservation is not None
-
-    def block(self) -> bool:
-        return True
-
-    def write(self) -> bool:
-        swap = self._swap
-        with swap.lock:
-            reservation, self.reservation = self.reservation, None
-            if reservation is None or swap.secs is None:
-                return False
-            entry = swap._evict(swap.secs, reservation, "secs")
-            if entry is None:
-                return False
-            swap._secs_gone(entry)
-            return True
-
-    def stay(self) -> None:
-        """Somebody needs the SECS: give up evicting it; the enclave's lock is held."""
-        if self.reservation is not None:
-            self._swap.cancel(self.reservation)
-            self.reservation = None

@@ -1,0 +1,127 @@
+"""The EPC pages nobody has: on which node each is, how many there are, which are broken.
+
+Invariant: ``count`` is what the nodes can hand out, except with the defects that say otherwise.
+
+Source:
+    ``__sgx_alloc_epc_page()``, ``sgx_free_epc_page()``, ``sgx_page_cache_init()``, main.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.hw import EpcSection
+from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
+from softsgx.paging.page import EpcPage
+from softsgx.runtime import Runtime
+
+__all__ = ["FreePages"]
+
+
+class FreePages:
+    """The free pages of all nodes; at first none, until they are given.
+
+    Args:
+        sections: where EPC is.
+        runtime: for latches.
+        defects: B15, B17, L5.
+
+    Attributes:
+        records: every page that was ever handed out, or is poisoned, by address.
+        nodes: by number.
+        count: pages that can be taken.
+    """
+
+    def __init__(
+        self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[str]
+    ) -> None:
+        self._sections = sections
+        self.records: dict[int, EpcPage] = {}
+        nodes: dict[int, Node] = {}
+        for section in sections:
+            if section.node not in nodes:
+                nodes[section.node] = Node(section.node, runtime, self.records)
+            nodes[section.node].epc_pages += section.pages
+        self.nodes = dict(sorted(nodes.items()))
+        self.count = TornCount(runtime) if "B15" in defects else AtomicCount(runtime)
+        self._walks_for_ever = "B17" in defects
+        self._counts_poisoned = "L5" in defects
+        walk: Walk = walk_once
+        if self._walks_for_ever:
+            walk = partial(walk_until_back, point=runtime.point)
+        self._walk = walk
+        self._orders: dict[int, tuple[Node, ...]] = {}
+
+    # --- out ------------------------------------------------------------------------------------
+
+    def take(self, cpu_node: int) -> EpcPage | None:
+        """Return a page, of the nearest node that has one; ``None`` when there is none."""
+        for node in self._orders.get(cpu_node) or self._order(cpu_node):
+            page = node.take()
+            if page is not None:
+                self.count.add(-1)
+                return page
+        return None
+
+    def _order(self, cpu_node: int) -> Iterable[Node]:
+        nodes = list(self.nodes.values())
+        if self._walks_for_ever:
+            return self._walk(nodes, cpu_node)
+        order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
+        return order
+
+    # --- back -----------------------------------------------------------------------------------
+
+    def give(self, page: EpcPage) -> None:
+        """Take a page back; a poisoned one goes into quarantine."""
+        if self.nodes[page.node].give(page) or self._counts_poisoned:
+            self.count.add(1)
+
+    def give_clean(self, addr: EpcAddr) -> None:
+        """A page was sanitized: it is free, or poisoned and goes into quarantine."""
+        section = self.section_of(addr)
+        assert section is not None, f"sanitized {addr:#x} is no EPC page"
+        if self.nodes[section.node].give_clean(addr):
+            self.count.add(1)
+
+    def give_all_but(self, dirty: Sequence[int]) -> None:
+        """Every page is free, except those at the addresses ``dirty``, which are sorted."""
+        for section in self._sections:
+            node = self.nodes[section.node]
+            start, end = section.base, section.base + section.size
+            for addr in [*(addr for addr in dirty if start <= addr < end), end]:
+                if start < addr:
+                    node.give_fresh(start, addr)
+                    self.count.add((addr - start) // PAGE_BYTES)
+                start = addr + PAGE_BYTES
+
+    # --- broken ---------------------------------------------------------------------------------
+
+    def poison(self, addr: EpcAddr, node: int, *, dirty: bool) -> tuple[EpcPage, bool] | None:
+        """As :meth:`Node.poison`; a free page is not counted any more."""
+        found = self.nodes[node].poison(addr, dirty=dirty)
+        if found is not None and found[1] and not self._counts_poisoned:
+            self.count.add(-1)
+        return found
+
+    def is_poisoned(self, addr: EpcAddr) -> bool:
+        """Return whether the page at ``addr`` is poisoned."""
+        page = self.records.get(addr)
+        return page is not None and page.poisoned
+
+    def poisoned_pages(self) -> int:
+        """Return how many pages are poisoned, counted from the records."""
+        return sum(page.poisoned for page in list(self.records.values()))
+
+    # --- where ----------------------------------------------------------------------------------
+
+    def node_pages(self) -> dict[int, int]:
+        """Return how many pages each node has, free or not."""
+        return {number: node.epc_pages for number, node in self.nodes.items()}
+
+    def section_of(self, physical: int) -> EpcSection | None:
+        """Return the section that a physical address is in."""
+        sections = self._sections
+        return next((s for s in sections if s.base <= physical < s.base + s.size), None)

@@ -1,0 +1,222 @@
+"""Room for what is evicted: VA slots promised to pages; backing and a slot for each eviction.
+
+For an enclave's pages and for a guest's alike; whose enclave they belong to is not asked here.
+Every method is called with the owner's lock held, unless it says otherwise.
+
+Lock order: the owner's lock, then the VA tree's lock, then what the core takes.
+
+Invariants: every page there is has been promised a VA slot; a reservation holds a slot and two
+pinned backing pages until it is ended; every evicted page has a slot, its content and its PCMD.
+
+Source:
+    ``sgx_encl_grow()``, ioctl.c; ``sgx_encl_get_backing()``, ``sgx_alloc_va_slot()``, encl.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
+from softsgx.paging.interfaces import BackingFile, Group
+from softsgx.paging.page import EpcPage
+from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
+from softsgx.paging.va import Pin, VaArray, VaSlot
+from softsgx.runtime import Lock
+
+if TYPE_CHECKING:
+    from softsgx.paging.core import EpcCore
+
+__all__ = ["Reservation", "SwapEntry", "SwapSpace"]
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Everything an eviction needs, held since :meth:`SwapSpace.prepare`.
+
+    Attributes:
+        index: page index in the enclave.
+        slot: the VA slot its version will go to.
+        pinned: its backing; ``None`` only with defect B25, before it is fetched too late.
+    """
+
+    index: int
+    slot: VaSlot
+    pinned: Pinned | None
+
+
+@dataclass(slots=True)
+class SwapEntry:
+    """Where an evicted page is.
+
+    Attributes:
+        index: page index in the enclave; the enclave's size in pages stands for the SECS.
+        slot: the VA slot with its version; ``None`` when the page is lost for good.
+    """
+
+    index: int
+    slot: VaSlot | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its content no longer exists: every load fails."""
+        return self.slot is None
+
+
+class SwapSpace:
+    """Backing and VA slots of one owner.
+
+    Args:
+        core: the EPC core.
+        backing: where evicted pages go.
+        pages: how many pages the owner may have (a power of two); index ``pages`` is a SECS.
+        lock: the owner's lock.
+        pin: keeps the owner alive while the reclaimer works on its VA pages.
+        group: who is charged for VA pages; ``None`` is the root.
+
+    Attributes:
+        va: the VA pages.
+        pin: as given.
+        lock: as given.
+    """
+
+    def __init__(
+        self,
+        core: EpcCore,
+        backing: BackingFile,
+        *,
+        pages: int,
+        lock: Lock,
+        pin: Pin,
+        group: Group | None,
+    ) -> None:
+        self.lock, self.pin = lock, pin
+        self.va: VaArray = core.va.array(lock, pin=pin, group=group)
+        self._core, self._leaves, self._counters = core, core.leaves, core.counters
+        self._backing, self._pages, self._group = backing, pages, group
+        self._file = SwapFile(
+            backing,
+            enclave_layout(pages),
+            counters=core.counters,
+            tracer=core.tracer,
+            defects=core.defects,
+        )
+        self._late_backing = "B25" in core.defects
+
+    # --- room: a VA slot for every page the enclave has -----------------------------------------
+
+    def grow(self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = _never) -> None:
+        """Promise a VA slot for one more page (the SECS counts), making a VA page if need be.
+
+        Called WITHOUT the enclave's lock; may reclaim.
+
+        Raises:
+            NoEpc, Interrupted: there is no EPC page for it.
+            LoadFailed: EPA refused.
+
+        Source:
+            ``sgx_encl_grow()``, ioctl.c, which tests the number of pages against a multiple of
+            512, not the room there is (L4).
+        """
+        tree = self._core.va
+        if tree.needs_stock():
+            with suppress(NoEpc, LoadFailed):
+                tree.stock(
+                    self._core.alloc(None, reclaim=True, kind="va", signal_pending=signal_pending)
+                )
+        with self.lock:
+            if self._promised():
+                return
+        epc = self._core.alloc(
+            None,
+            reclaim=True,
+            group=self._group,
+            kind="va",
+            cpu_node=cpu_node,
+            signal_pending=signal_pending,
+        )
+        with self.lock:
+            self._link(epc)
+
+    def grow_locked(self, *, cpu_node: int = 0) -> None:
+        """As :meth:`grow`, with the lock held and without reclaim.
+
+        Raises:
+            EpcBusy: there is no EPC page now.
+            NoEpc, LoadFailed: as for :meth:`grow`.
+        """
+        if not self._promised():
+            self._link(
+                self._core.alloc(
+                    None, reclaim=False, group=self._group, kind="va", cpu_node=cpu_node
+                )
+            )
+
+    def _promised(self) -> bool:
+        """Promise a slot of the VA pages there are, if one of them has it."""
+        va = self.va
+        evicted = va.evicted_with_room() if va.needs_page() else None
+        if evicted is not None:
+            try:
+                va.bring_in(evicted)
+            except (EpcBusy, NoEpc, LoadFailed):
+                return False
+        if va.needs_page():
+            return False
+        va.promised += 1
+        return True
+
+    def _link(self, epc: EpcPage) -> None:
+        """Make a VA page of ``epc`` and promise one of its slots."""
+        self.va.link(self.va.make(epc))
+        self.va.promised += 1
+
+    def shrink(self) -> None:
+        """Take one promise back: a page was removed, or not added after all.  VA pages stay."""
+        assert self.va.promised > 0, "more pages removed than there were"
+        self.va.promised -= 1
+
+    # --- reservations -----------------------------------------------------------------------------
+
+    def prepare(self, index: int, *, announced: bool = True) -> Reservation | None:
+        """Reserve backing and a VA slot for page ``index``: :meth:`Reclaimable.prepare`.
+
+        Args:
+            index: the page's index.
+            announced: ``False`` (defect B2) leaves saying so to a later :meth:`announce`, and
+                until then the backing may be given back.
+
+        Returns:
+            ``None`` when there is no backing; nothing has changed.
+        """
+        pinned = None
+        if not self._late_backing:
+            try:
+                pinned = self._file.reserve(index, announced=announced)
+            except BackingError:
+                return None
+        return Reservation(index, self.va.take(), pinned)
+
+    def announce(self, reservation: Reservation) -> None:
+        """Say that an eviction prepared without saying so is going on."""
+        if reservation.pinned is not None:
+            self._file.announce(reservation.pinned)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""
+        if reservation.pinned is not None:
+            self._file.cancel(reservation.pinned)
+        self.va.give_back(reservation.slot)
+
+    def drop(self, entry: SwapEntry) -> None:
+        """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
+        if entry.slot is not None:
+            self._file.discard(entry.index)
+            self.va.dropped(entry.slot)
+        self.shrink()
