@@ -263,6 +263,7 @@ class Guest(Monitor):
                 case FaultResult.RETRY:
                     pass
                 case FaultResult.SIGBUS:
+                    self.reap()
                     self._must_run()
                     # What this processor keeps may be what others wait for.
                     self._unpin(pins)
@@ -270,7 +271,8 @@ class Guest(Monitor):
                     if shortages > _SHORTAGES:
                         break
                     self.runtime.yield_now()
-        raise self._hopeless(f"there are too few EPC pages to bring page {gpa:#x} in")
+        why = mapping.vepc.refusal or "there are too few EPC pages"
+        raise self._hopeless(f"page {gpa:#x} cannot be loaded: {why}")
 
     def _hopeless(self, reason: str) -> GuestStoppedError:
         self.stop(reason)

@@ -154,13 +154,15 @@ class Vepc:
         base: guest-physical address of its first page.
         pages: pages that were ever touched, by index.
         mappings: where it is mapped.
-        swap: backing and VA slots; ``None`` once everything is gone.
+        swap: backing and VA slots.
+        refusal: why the last page that could not be loaded could not.
     """
 
     def __init__(self, device: VepcDevice, monitor: Monitor, base: int) -> None:
         self.device, self.monitor, self.base = device, monitor, base
         self.pages: dict[int, VepcPage] = {}
         self.mappings: list[VepcMapping] = []
+        self.refusal = ""
         self._latch = device.core.runtime.latch()
         self._references = 1
         self._closed = False
@@ -268,7 +270,8 @@ class Vepc:
             pins: keep the page until :meth:`unpin`, and note it here.
 
         Returns:
-            What whoever touched it sees; nothing is locked then.
+            What whoever touched it sees; nothing is locked then.  A page that does not
+            authenticate has stopped the guest; any other failure may pass.
 
         Source:
             sgx_vepc_fault(), __sgx_vepc_fault(), virt.c.
@@ -300,7 +303,10 @@ class Vepc:
             except NoEpc:
                 return FaultResult.SIGBUS
             except LoadFailed as error:
-                monitor.stop(f"page {page.gpa:#x} cannot be loaded: {error.result}")
+                self.refusal = error.result
+                if error.result == Status.MAC_COMPARE_FAIL.manual_name:
+                    monitor.stop(f"page {page.gpa:#x} cannot be loaded: {error.result}")
+                return FaultResult.SIGBUS
         monitor.reap()
         if not monitor.alive or not retry:
             return FaultResult.SIGBUS

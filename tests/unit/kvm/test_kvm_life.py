@@ -69,7 +69,7 @@ def test_a_guest_without_a_page_to_run_with_is_stopped_and_the_others_go_on() ->
     other = host.guest(24)
     made = launch(other.process(), 4)
     tiny = host.guest(24, group=group, name="tiny")
-    with pytest.raises(GuestStoppedError, match="too few EPC pages to bring page") as stopped:
+    with pytest.raises(GuestStoppedError, match="cannot be loaded: there are too few EPC pages") as stopped:
         _fill(tiny)
     assert stopped.value.guest == "tiny"
     assert tiny.guest.resident == 0
