@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     for file in (output, sigstruct_file, host):
         if file is not None and file.exists() and not args.force:
             raise SoftSgxError(f"{file}: exists; add --force to overwrite it")
-    key = load_key(read_file(args.key), args.key) if args.key else new_key()
+    key = load_key(read_file(args.key), args.key) if args.key else None
     options = BuildOptions(heap_bytes=args.heap, stack_bytes=args.stack, threads=args.threads)
 
     compiler = find_compiler(args.cc)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         _build_host(compiler, Path(args.host).absolute(), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()
     # XFRM as compiled for: SSE2 and no more, whatever the machine has.
-    sigstruct = sign_plan(plan, key, SignOptions(date=today, xfrm_mask=(1 << 64) - 1))
+    sigstruct = sign_plan(plan, key or new_key(), SignOptions(date=today, xfrm_mask=(1 << 64) - 1))
     write_file(str(output), b"".join(write_sgxs(plan)), force=args.force)
     write_file(str(sigstruct_file), sigstruct.pack(), force=args.force)
 

@@ -6,6 +6,7 @@ The compiler's own messages go to standard error as they come; a refusal is told
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -148,7 +149,10 @@ def find_compiler(named: str | None = None) -> Compiler:
         return Compiler(("cc",))
     if find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")
-        target = ("-target", "x86_64-linux-musl", "-fno-sanitize=all")
+        # Zig makes the C library that a host program is linked with, at its first use: musl takes
+        # it a minute, the few stubs of glibc some seconds.
+        libc = "gnu" if platform.libc_ver()[0] == "glibc" else "musl"
+        target = ("-target", f"x86_64-linux-{libc}", "-fno-sanitize=all")
         return Compiler((*zig, "cc", *target), (*zig, "ld.lld"), ("-mcpu=x86_64",))
     raise SoftSgxError(
         "no C compiler: install one (Debian: apt-get install gcc libc6-dev), or ziglang by "
