@@ -2,7 +2,8 @@
 
 RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI and store at R8
 outside, 3 UD2, 4 divide by zero, 5 count RDI down, 6 EACCEPT and 7 EMODPE the page at RDI with the
-SECINFO at RSI, the result going to R8; then it exits.
+SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store it at R8, from 9 on
+the instructions of ``ILLEGAL``; then it exits.
 """
 
 from __future__ import annotations
@@ -22,17 +23,29 @@ PAGE = 4096
 THREADS = 2
 SSA_OFFSET, CODE_OFFSET, DATA_OFFSET = 2 * PAGE, 6 * PAGE, 8 * PAGE
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-SOURCE = Path(__file__).parent / "programs" / "host.c"
+PROGRAMS = Path(__file__).parent / "programs"
 
 
-_OPERATIONS = ("put", "get", "ud2", "div", "spin", "accept", "extend")
+_OPERATIONS = ("put", "get", "ud2", "div", "spin", "accept", "extend", "vector")
+
+#: Instructions that are #UD in every enclave, with RSI in EAX, by name.
+ILLEGAL = {
+    "cpuid": "0f a2",
+    "syscall": "0f 05",
+    "int80": "cd 80",
+    "int21": "cd 21",
+    "in": "ec",
+    "out": "ee",
+    "insb": "6c",
+    "rdpmc": "0f 33",
+}
 
 
 def enclave_code() -> bytes:
     """The enclave's only code page."""
     asm = Assembler()
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
-    for number, label in enumerate(_OPERATIONS, start=1):
+    for number, label in enumerate((*_OPERATIONS, *ILLEGAL), start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
         asm.near("0f 84", label)
     asm.label("exit")
@@ -62,6 +75,16 @@ def enclave_code() -> bytes:
         asm.emit("0f 01 d7")
         asm.emit("49 89 00")  # mov [r8], rax
         asm.near("e9", "exit")
+    asm.label("vector")
+    asm.emit("66 48 0f 6e c6")  # movq xmm0, rsi
+    asm.emit("0f 0b")
+    asm.emit("66 49 0f 7e 00")  # movq [r8], xmm0
+    asm.near("e9", "exit")
+    for label, code in ILLEGAL.items():
+        asm.label(label)
+        asm.emit("89 f0")  # mov eax, esi
+        asm.emit(code)
+        asm.near("e9", "exit")
     return asm.finish().ljust(PAGE, b"\xcc")
 
 
@@ -88,7 +111,7 @@ def enclave_plan(data_pages: int) -> Plan:
 
 
 def write_enclave(path: Path, data_pages: int) -> Path:
-    """Write the file that ``host.c`` reads."""
+    """Write the file that the programs read."""
     plan = enclave_plan(data_pages)
     with path.open("wb") as file:
         file.write(struct.pack("<QQ", plan.size, len(plan.runs)))
@@ -102,10 +125,11 @@ def write_enclave(path: Path, data_pages: int) -> Path:
     return path
 
 
-def compile_host(directory: Path) -> Path:
-    """Compile the program."""
+def compile_host(directory: Path, name: str = "host") -> Path:
+    """Compile a program."""
     assert COMPILER is not None, "no C compiler"
-    out = directory / "host"
-    command = [COMPILER, "-O1", "-g", "-o", str(out), str(SOURCE), "-lpthread"]
+    out = directory / name
+    source = str(PROGRAMS / f"{name}.c")
+    command = [COMPILER, "-O1", "-g", "-o", str(out), source, "-lpthread"]
     subprocess.run(command, check=True, capture_output=True)
     return out

@@ -80,6 +80,14 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
     assert program.run(scenario).exit_code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scenario", ["paging", "threads", "forks", "signals", "raw", "nested", "dynamic", "execs"]
+)
+def test_a_program_finds_the_same_in_strict_runs(program: Program, scenario: str) -> None:
+    assert program.run(scenario, strict=True).exit_code == 0
+
+
 def test_a_program_may_have_more_threads_than_the_machine_has_processors(
     program: Program,
 ) -> None:

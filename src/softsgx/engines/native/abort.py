@@ -27,6 +27,7 @@ __all__ = ["AbortPage"]
 _ALL_SIGNALS = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _TRACE_CODES = (1, 2)  # TRAP_BRKPT, TRAP_TRACE: how a single step is told
+_MENDED = (FaultResult.NOPAGE, FaultResult.RETRY)
 _MOST_STEPS = 4096
 _MOST_PAGES = 64
 
@@ -96,11 +97,10 @@ class AbortPage:
         if device is None:
             return False
         entry = image.space.entry(page)
-        if entry is None:
-            if image.mm.fault(page, PROT_READ, thread) is not FaultResult.NOPAGE:
+        while entry is None:
+            if image.mm.fault(page, PROT_READ, thread) not in _MENDED:
                 return False
             entry = image.space.entry(page)
-            assert entry is not None, f"no entry for {page:#x}, which was faulted in"
         self._quieten(thread, device)
         self._store.lend(entry[0], device.memory, page)
         lent[page] = device.memory

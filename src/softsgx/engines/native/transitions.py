@@ -185,7 +185,10 @@ class Transitions:
         if access == EXECUTE:  # ones are no instruction
             _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
             return abi.SIGILL
-        return self._abort_page.execute(thread, address)
+        number = self._abort_page.execute(thread, address)
+        if number in (abi.SIGSEGV, abi.SIGBUS) and thread.siginfo().code in (1, 2):
+            return self._outside_fault(thread, number, thread.siginfo().addr)
+        return number
 
     def _outcome(
         self, thread: ProgramThread, number: int, result: FaultResult, address: int

@@ -64,7 +64,12 @@ def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> Non
     fresh = Thread(thread.tid)
     assert bytes(fresh.load()) == before
     assert fresh.sigmask() == mask
-    assert fresh.xstate() == xstate
+    # But for XSTATE_BV: whether a component that is all zeros counts as unused is for the processor.
+    assert _without_bitmap(fresh.xstate()) == _without_bitmap(xstate)
+
+
+def _without_bitmap(area: bytes) -> bytes:
+    return area[:512] + area[520:]
 
 
 def test_changes_of_registers_are_kept_across_injected_calls(thread: Thread) -> None:

@@ -1,0 +1,292 @@
+/*
+ * A program that does with an enclave what it must not, from outside and from inside.
+ * usage: limits ENCLAVE SCENARIO [NUMBER]; exit status 0 says that hardware would have done the same.
+ */
+#include "sgx.h"
+#include <sys/uio.h>
+
+#define ONES (~0ul)
+#define SSA_FRAME(thread) (base + (2 + 2 * (thread)) * PAGE)
+#define CODE (base + 6 * PAGE)
+#define GPR(frame) ((frame) + PAGE - 184)
+#define RIP 136
+#define EXITINFO 160
+
+static int number;
+static sigjmp_buf jump;
+static siginfo_t told;
+static uint64_t seen_rip, seen_rax, seen_xmm0;
+
+static void leave(int signo, siginfo_t *info, void *context)
+{
+	ucontext_t *uc = context;
+	told = *info;
+	seen_rip = uc->uc_mcontext.gregs[REG_RIP];
+	seen_rax = uc->uc_mcontext.gregs[REG_RAX];
+	memcpy(&seen_xmm0, &uc->uc_mcontext.fpregs->_xmm[0], 8);
+	siglongjmp(jump, signo);
+}
+
+static void catch(void)
+{
+	struct sigaction action = {.sa_sigaction = leave, .sa_flags = SA_SIGINFO | SA_NODEFER};
+	int all[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
+	for (unsigned i = 0; i < sizeof all / sizeof *all; i++) CHECK(!sigaction(all[i], &action, NULL));
+}
+/* The signal that a statement ends with, 0 for none. */
+#define SIGNAL(statement) ({ int signo_ = sigsetjmp(jump, 1); if (!signo_) { statement; } signo_; })
+
+static uint64_t load(uint64_t at) { return *(volatile uint64_t *)at; }
+
+static void fill(void)
+{
+	for (uint64_t i = 0; i < data_pages; i++) put(0, data + i * PAGE, i + 1);
+}
+
+static void check_untouched(void)
+{
+	for (uint64_t i = 0; i < data_pages; i++) CHECK(get(0, data + i * PAGE) == i + 1);
+}
+
+/* Every page reads as ones and swallows what is stored, whatever the instruction. */
+static void ones(void)
+{
+	char bytes[300];
+	uint64_t a, b, flags;
+	build();
+	fill();
+	for (uint64_t at = base; at < data + data_pages * PAGE; at += PAGE) {
+		if (at == CODE + PAGE) continue; /* nothing is there */
+		CHECK(load(at) == ONES);
+		if (at != CODE) *(volatile uint64_t *)at = 5;
+		CHECK(load(at) == ONES);
+	}
+	CHECK(*(volatile uint8_t *)(data + 1) == 0xff && *(volatile int16_t *)(data + 2) == -1);
+	CHECK(load(data + PAGE - 4) == ONES); /* two pages */
+	memset(bytes, 0, sizeof bytes);
+	__asm__ volatile("rep movsb" : "=D"(a), "=S"(b), "=c"(flags) : "0"(bytes), "1"(data + PAGE - 100), "2"(sizeof bytes) : "memory");
+	for (unsigned i = 0; i < sizeof bytes; i++) CHECK(bytes[i] == (char)0xff);
+	__asm__ volatile("rep stosb" : "=D"(a), "=c"(b) : "0"(data), "1"(200), "a"(7) : "memory");
+	CHECK(a == data + 200 && b == 0);
+	__asm__ volatile("movups (%1), %%xmm3\n movups %%xmm3, (%2)\n movups %%xmm3, (%0)" :: "r"(bytes), "r"(data + 64), "r"(data + PAGE - 8) : "xmm3", "memory");
+	CHECK(!memcmp(bytes, "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", 16));
+	a = 9;
+	__asm__ volatile("xchg %0, (%1)" : "+r"(a) : "r"(data) : "memory");
+	CHECK(a == ONES);
+	a = 3;
+	__asm__ volatile("lock xadd %0, (%1)" : "+r"(a) : "r"(data) : "memory");
+	CHECK(a == ONES);
+	__asm__ volatile("incq (%1)\n pushfq\n pop %0" : "=r"(flags) : "r"(data) : "memory", "cc");
+	CHECK(flags & 0x40); /* ones plus one is zero */
+	__asm__ volatile("mov %%rsp, %0\n mov %1, %%rsp\n push $77\n mov %0, %%rsp" : "=&r"(a) : "r"(data + PAGE) : "memory");
+	check_untouched();
+	/* what page tables say comes first */
+	catch();
+	CHECK(!mprotect((void *)data, PAGE, PROT_READ) && load(data) == ONES);
+	CHECK(SIGNAL(*(volatile uint64_t *)data = 1) == SIGSEGV && told.si_code == SEGV_ACCERR && (uint64_t)told.si_addr == data);
+	CHECK(!mprotect((void *)data, PAGE, PROT_NONE));
+	CHECK(SIGNAL(load(data)) == SIGSEGV && (uint64_t)told.si_addr == data);
+	CHECK(!mprotect((void *)data, PAGE, PROT_READ | PROT_WRITE) && load(data) == ONES);
+	CHECK(SIGNAL(((void (*)(void))CODE)()) == SIGILL && seen_rip == CODE);
+	check_untouched();
+	/* the kernel, copying in our name */
+	int pipes[2];
+	CHECK(!pipe(pipes));
+	CHECK(write(pipes[1], (void *)data, 8) == -1 && errno == EFAULT);
+	CHECK(write(pipes[1], "12345678", 8) == 8);
+	CHECK(read(pipes[0], (void *)data, 8) == -1 && errno == EFAULT);
+	check_untouched();
+}
+
+/* Without strict mode the bytes are there; what enclave code cannot use itself is still ones. */
+static void fast(void)
+{
+	build();
+	fill();
+	CHECK(load(data) == 1);
+	CHECK(load(base) == ONES);
+	*(volatile uint64_t *)base = 5;
+	CHECK(load(base + 8) == ONES);
+	check_untouched();
+}
+
+static volatile int finished;
+static volatile uint64_t looks;
+static void *spy(void *unused)
+{
+	(void)unused;
+	while (!finished || looks < 20) {
+		for (uint64_t i = 0; i < data_pages; i += 3) CHECK(load(data + i * PAGE) == ONES);
+		*(volatile uint64_t *)data = 1234567;
+		looks++;
+	}
+	return NULL;
+}
+
+static void *inhabit(void *arg)
+{
+	uint64_t thread = (uint64_t)arg;
+	struct run run;
+	for (int round = 0; round < 4; round++) {
+		for (uint64_t i = 0; i < data_pages; i++) put(thread, data + i * PAGE + 8 * thread, i + round * 1000 + thread);
+		CHECK(!call(thread, SPIN, 3000000, 0, 0, &run) && run.function == 4);
+		for (uint64_t i = 0; i < data_pages; i++) CHECK(get(thread, data + i * PAGE + 8 * thread) == i + round * 1000 + thread);
+	}
+	return NULL;
+}
+
+static void *sleeper(void *arg)
+{
+	char byte;
+	CHECK(read(*(int *)arg, &byte, 1) == 1);
+	return NULL;
+}
+
+/* One looks from outside, another sleeps in the kernel, while two are inside. */
+static void spies(void)
+{
+	pthread_t one, two, three;
+	int pipes[2];
+	build();
+	CHECK(!pipe(pipes));
+	CHECK(!pthread_create(&three, NULL, sleeper, &pipes[0]));
+	CHECK(!pthread_create(&one, NULL, spy, NULL) && !pthread_create(&two, NULL, inhabit, (void *)1));
+	inhabit(0);
+	pthread_join(two, NULL);
+	finished = 1;
+	pthread_join(one, NULL);
+	CHECK(looks >= 20 && write(pipes[1], "", 1) == 1);
+	pthread_join(three, NULL);
+	CHECK(get(0, data) == 3000);
+}
+
+/* Enclave code that reaches into another enclave is outside of that one. */
+static void neighbours(void)
+{
+	uint64_t theirs;
+	build();
+	fill();
+	theirs = data;
+	uint64_t first = base;
+	build();
+	put(0, data, 4711);
+	CHECK(get(0, theirs) == ONES);
+	put(0, theirs + PAGE, 99);
+	CHECK(get(0, first) == ONES);
+	CHECK(get(0, data) == 4711);
+	base = first;
+	data = theirs;
+	check_untouched();
+}
+
+static void children(void)
+{
+	int status;
+	build();
+	fill();
+	pid_t child = fork();
+	if (!child) {
+		CHECK(load(data) == ONES && load(data + 5 * PAGE) == ONES);
+		*(volatile uint64_t *)data = 5;
+		CHECK(get(1, data) == 1);
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	CHECK(load(data) == ONES);
+	check_untouched();
+}
+
+/* An instruction that no enclave may execute, its number and length given: #UD, then behind it. */
+static void illegal(void)
+{
+	struct run run;
+	int op = FIRST_ILLEGAL + number / 100, length = number % 100;
+	build();
+	CHECK(!call(0, op, 0, 39, 0, &run) && run.function == 3 && run.vector == 6 && run.code == 0);
+	uint64_t frame = SSA_FRAME(0), rip = get(0, GPR(frame) + RIP);
+	CHECK((get(0, GPR(frame) + EXITINFO) & 0xffffffff) == (6 | 3 << 8 | 1u << 31));
+	put(0, GPR(frame) + RIP, rip + length);
+	CHECK(!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4);
+	catch();
+	CHECK(SIGNAL(raw_enter(base, 0, 39, op, 0)) == SIGILL && seen_rip == (uint64_t)raw_aep && seen_rax == 3);
+	/* outside, and in other enclaves, nothing has changed */
+	CHECK(syscall(SYS_getpid) == getpid());
+	build();
+	put(0, data, 6);
+	CHECK(get(0, data) == 6);
+}
+
+/* Vector registers go into the frame, are gone outside, and come back. */
+static void vector(void)
+{
+	const uint64_t secret = 0x1122334455667788;
+	struct run run;
+	uint64_t back = 0, frame;
+	build();
+	frame = SSA_FRAME(0);
+	CHECK(!call(0, VECTOR, 0, secret, (uint64_t)&back, &run) && run.function == 3 && run.vector == 6);
+	CHECK(get(0, frame + 160) == secret && (get(0, frame + 512) & 2));
+	put(0, GPR(frame) + RIP, get(0, GPR(frame) + RIP) + 2);
+	put(0, frame + 160, secret + 1);
+	CHECK(!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4);
+	CHECK(back == secret + 1);
+	catch();
+	CHECK(SIGNAL(raw_enter(base, 0, secret, VECTOR, (uint64_t)&back)) == SIGILL);
+	CHECK(seen_xmm0 == 0 && seen_rip == (uint64_t)raw_aep);
+}
+
+/* More pages than fit anywhere: EPC small, backing store limited. */
+static void drown(void)
+{
+	struct run run;
+	int lost = 0;
+	build();
+	catch();
+	for (uint64_t i = 0; i < data_pages && !lost; i++)
+		lost = SIGNAL(raw_enter(base, data + i * PAGE, i, PUT, 0));
+	if (lost) { printf("signal %d code %d\n", lost, told.si_code); return; }
+	(void)run;
+	printf("fits\n");
+}
+
+/* Says it is ready, then waits to be ended in whatever way. */
+static void sit(void)
+{
+	struct run run;
+	build();
+	fill();
+	printf("ready %d\n", getpid());
+	fflush(stdout);
+	for (;;) {
+		CHECK(!call(0, SPIN, 1000000, 0, 0, &run));
+		check_untouched();
+	}
+}
+
+/* A recognisable secret on every page; pages come and go. */
+static void secrets(void)
+{
+	for (int round = 0; round < 2; round++) {
+		if (!round) build();
+		for (uint64_t i = 0; i < data_pages; i++) {
+			put(0, data + i * PAGE + 8 * i, 0x5345435245545f5f);
+			put(0, data + i * PAGE + 8 * i + 8, 0x5f5f444554544e4c);
+		}
+	}
+	for (uint64_t i = 0; i < data_pages; i++) CHECK(get(0, data + i * PAGE + 8 * i) == 0x5345435245545f5f);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct { const char *name; void (*go)(void); } all[] = {
+		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
+		{"illegal", illegal}, {"vector", vector}, {"drown", drown}, {"sit", sit}, {"secrets", secrets},
+	};
+	CHECK(argc >= 3);
+	file = argv[1]; enter = find_enter();
+	number = argc > 3 ? atoi(argv[3]) : 0;
+	CHECK(enter);
+	for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
+		if (!strcmp(argv[2], all[i].name)) { all[i].go(); return 0; }
+	return 2;
+}

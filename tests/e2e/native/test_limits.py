@@ -1,0 +1,69 @@
+"""What an enclave must not do, and what must not be done to it, ends as hardware ends it.
+
+Goal: abort-page semantics of strict runs, and illegal instructions, seen by the program itself.
+Method: ``programs/limits.c`` tries each thing with an EPC smaller than its enclave.
+"""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, ILLEGAL, compile_host, write_enclave
+
+from softsgx.engines.native import PAGERS, doctor, run
+
+DATA_PAGES = 20
+EPC_PAGES = 20
+FOUND = {finding.name: finding.ok for finding in doctor()}
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    pytest.mark.skipif(
+        any(finding.needed and not finding.ok for finding in doctor()),
+        reason="this machine does not let programs be traced",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("limits")
+    enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    return [str(compile_host(directory, "limits")), str(enclave)]
+
+
+def exit_code(program: list[str], *arguments: str, strict: bool, pager: str | None = None) -> int:
+    argv = [*program, *arguments]
+    return run(argv, epc=EPC_PAGES * 4096, strict=strict, pager=pager).exit_code
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("scenario", ["ones", "neighbours", "children"])
+def test_in_strict_runs_whoever_is_outside_reads_ones_and_stores_nothing(
+    program: list[str], scenario: str, pager: str
+) -> None:
+    assert exit_code(program, scenario, strict=True, pager=pager) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+def test_in_strict_runs_a_thread_outside_sees_nothing_of_those_inside(
+    program: list[str], pager: str
+) -> None:
+    assert exit_code(program, "spies", strict=True, pager=pager) == 0
+
+
+def test_by_default_only_pages_that_enclave_code_cannot_use_read_as_ones(
+    program: list[str],
+) -> None:
+    assert exit_code(program, "fast", strict=False) == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_an_illegal_instruction_is_ud_inside(program: list[str], name: str, strict: bool) -> None:
+    number, length = list(ILLEGAL).index(name), len(bytes.fromhex(ILLEGAL[name]))
+    assert exit_code(program, "illegal", str(100 * number + length), strict=strict) == 0
+
+
+def test_vector_registers_go_to_the_ssa_and_come_back(program: list[str]) -> None:
+    assert exit_code(program, "vector", strict=False) == 0
