@@ -31,7 +31,7 @@ from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import Srcu
 from softsgx.driver.uapi import refuse
 from softsgx.hw import Fault
-from softsgx.paging import EnclaveSwap, EpcPage, Group
+from softsgx.paging import Counted, EnclaveSwap, EpcPage, Group
 
 if TYPE_CHECKING:
     from softsgx.driver.driver import Driver
@@ -70,7 +70,7 @@ class EnclaveMm:
             enclave._put_mm()
 
 
-class Enclave:
+class Enclave(Counted):
     """An enclave, from the opening of its file: ``struct sgx_encl``.
 
     Args:
@@ -97,6 +97,7 @@ class Enclave:
     def __init__(self, driver: Driver, number: int) -> None:
         self.driver, self.number = driver, number
         runtime = driver.runtime
+        super().__init__(runtime)
         self.lock = runtime.lock(f"encl{number}")
         self.changed = runtime.condition(self.lock)
         self.waiting = 0
@@ -107,11 +108,8 @@ class Enclave:
         self.pages: dict[int, EnclavePage] = {}
         self.group: Group | None = None
         self.counts = EnclaveCounts()
-        self._latch = runtime.latch()
-        self._references = 1
         self._mms: tuple[EnclaveMm, ...] = ()
         self._mm_version = 0
-        self._destroyed = False
 
     def __repr__(self) -> str:
         return f"<enclave {self.number}>"
@@ -130,23 +128,6 @@ class Enclave:
         return 0 <= index < self.size >> PAGE_SHIFT
 
     # --- life -----------------------------------------------------------------------------------
-
-    def get(self) -> bool:
-        """Reference it, unless it is dying: ``kref_get_unless_zero``."""
-        with self._latch:
-            if not self._references:
-                return False
-            self._references += 1
-            return True
-
-    def put(self) -> None:
-        """Give a reference back; the last one destroys it.  No lock may be held."""
-        with self._latch:
-            assert self._references > 0, f"{self!r}: more references given back than taken"
-            self._references -= 1
-            last = not self._references
-        if last:
-            self._destroy()
 
     def release_file(self) -> None:
         """The file is gone: unregister from every address space, then drop its reference."""
@@ -167,7 +148,7 @@ class Enclave:
         if "B13" not in self.driver.defects:
             self.put()
 
-    def _destroy(self) -> None:
+    def _end(self) -> None:
         """Free everything; nobody else knows the enclave any more."""
         assert not self._mms, f"{self!r} destroyed with address spaces registered"
         if self.created:

@@ -28,7 +28,7 @@ from softsgx.driver.uapi import (
     Ioctl,
     refuse,
 )
-from softsgx.paging import EpcBusy, Interrupted, NoEpc
+from softsgx.paging import Counted, EpcBusy, Interrupted, NoEpc
 
 if TYPE_CHECKING:
     from softsgx.driver.driver import Driver
@@ -38,31 +38,31 @@ __all__ = ["EnclaveFile", "ProvisionFile"]
 _MAP_TYPE = 3
 
 
-class ProvisionFile:
-    """An open ``/dev/sgx_provision``: holding it is the permission, and nothing else."""
+class _File(Counted):
+    """An open file: descriptors reference it, and what it was asked to stay for."""
 
     def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.runtime)
         self._driver = driver
-        self._latch = driver.runtime.latch()
-        self._references = 1
 
     def hold(self) -> None:
-        """Take a reference: another descriptor table has it too."""
-        with self._latch:
-            assert self._references, "a file that is gone is referenced"
-            self._references += 1
+        """Take a reference; there is one already."""
+        alive = self.get()
+        assert alive, "a file that is gone is referenced"
+
+
+class ProvisionFile(_File):
+    """An open ``/dev/sgx_provision``: holding it is the permission, and nothing else."""
 
     def release(self) -> None:
-        """Give a reference back."""
-        with self._latch:
-            assert self._references, "more references given back than taken"
-            self._references -= 1
-            last = not self._references
-        if last:
-            self._driver.closed(self)
+        """The last descriptor of it in one table was closed."""
+        self.put()
+
+    def _end(self) -> None:
+        self._driver.closed(self)
 
 
-class EnclaveFile:
+class EnclaveFile(_File):
     """An open ``/dev/sgx_enclave``: one enclave.
 
     It is referenced by the descriptor table it was opened into (:meth:`release` drops that) and by
@@ -74,29 +74,15 @@ class EnclaveFile:
     """
 
     def __init__(self, driver: Driver, enclave: Enclave) -> None:
-        self._driver = driver
+        super().__init__(driver)
         self.enclave = enclave
-        self._latch = driver.runtime.latch()
-        self._references = 1
         self._in_ioctl = False
 
     # --- references -----------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """Take a reference."""
-        with self._latch:
-            assert self._references, "a file that is gone is referenced"
-            self._references += 1
-
-    def put(self) -> None:
-        """Give a reference back; no lock may be held, since the last one frees the enclave."""
-        with self._latch:
-            assert self._references, "more references given back than taken"
-            self._references -= 1
-            last = not self._references
-        if last:
-            self.enclave.release_file()
-            self._driver.closed(self)
+    def _end(self) -> None:
+        self.enclave.release_file()
+        self._driver.closed(self)
 
     def release(self) -> None:
         """The last descriptor of it in one table was closed; mappings keep it."""

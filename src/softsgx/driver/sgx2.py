@@ -101,17 +101,25 @@ def modify_types(enclave: Enclave, task: Task, arg: int) -> int:
 
 def _make_room_for_tcs(page: EnclavePage, epc: EpcPage) -> None:
     """A TCS is mapped RW at most: take every mapping of the page away.  The lock is held."""
-    enclave, core = page.enclave, page.enclave.driver.core
     if ~page.max_prot & _RW:
         refuse(EPERM, f"page {page.linaddr:#x} is not readable and writable")
     page.max_prot = _RW
-    if not core.unmark_reclaimable(epc):
-        refuse(EAGAIN, f"page {page.linaddr:#x} is being reclaimed")
+    _unmap(page, epc, EAGAIN)
+    page.enclave.driver.core.mark_reclaimable(epc)
+
+
+def _unmap(page: EnclavePage, epc: EpcPage, being_reclaimed: int) -> None:
+    """Take a page off its list and out of every address space.  The lock is held.
+
+    Raises:
+        OSError: ``being_reclaimed``: a batch has it; EFAULT: its enclave is gone.
+    """
+    if not page.enclave.driver.core.unmark_reclaimable(epc):
+        refuse(being_reclaimed, f"page {page.linaddr:#x} is being reclaimed")
     with _Unlocked(page):
-        enclave.zap(page)
+        page.enclave.zap(page)
     if page.epc is not epc:
         refuse(EFAULT, "the enclave was killed meanwhile")
-    core.mark_reclaimable(epc)
 
 
 class _Unlocked:
@@ -144,12 +152,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
             refuse(EPERM, f"page {page.linaddr:#x} is {page.kind.name}, not TRIM")
         if not _accepted(enclave, epc):
             refuse(EPERM, f"page {page.linaddr:#x}: the enclave has not accepted that it goes")
-        if not enclave.driver.core.unmark_reclaimable(epc):
-            refuse(EBUSY, f"page {page.linaddr:#x} is being reclaimed")
-        with _Unlocked(page):
-            enclave.zap(page)
-        if page.epc is not epc:
-            refuse(EFAULT, "the enclave was killed meanwhile")
+        _unmap(page, epc, EBUSY)
         enclave.remove(epc)
         page.epc = None
         del enclave.pages[page.index]

@@ -20,6 +20,7 @@ from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, BackingPage, Group, Hardware, Reclaimable
 from softsgx.paging.lru import Lru
 from softsgx.paging.page import EpcPage
+from softsgx.paging.pins import Counted, Pin
 from softsgx.paging.policy import (
     Clock,
     Fifo,
@@ -31,7 +32,6 @@ from softsgx.paging.policy import (
 from softsgx.paging.reclaim import Batch
 from softsgx.paging.swap import EnclaveSwap
 from softsgx.paging.swapspace import Reservation, SwapEntry
-from softsgx.paging.va import Pin
 
 __all__ = [
     "CORE_DEFECTS",
@@ -40,6 +40,7 @@ __all__ = [
     "BackingPage",
     "Batch",
     "Clock",
+    "Counted",
     "Counters",
     "EnclaveSwap",
     "EpcBusy",

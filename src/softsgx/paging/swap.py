@@ -28,9 +28,10 @@ from softsgx.paging.idle_secs import IdleSecs
 from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
 from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
 from softsgx.paging.page import EpcPage
+from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import Pinned
 from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
-from softsgx.paging.va import Pin, VaSlot
+from softsgx.paging.va import VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:

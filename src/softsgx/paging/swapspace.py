@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
 from softsgx.paging.page import EpcPage
+from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
-from softsgx.paging.va import Pin, VaArray, VaSlot
+from softsgx.paging.va import VaArray, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOTS, PageType, Status
 from softsgx.hw import Fault
@@ -35,6 +35,7 @@ from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
 from softsgx.paging.leafio import eldu, name_of
 from softsgx.paging.page import EpcPage
+from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import SwapFile, va_layout
 from softsgx.paging.va_page import ALL_FREE, VaPage, VaSlot
 from softsgx.runtime import Lock
@@ -42,17 +43,7 @@ from softsgx.runtime import Lock
 if TYPE_CHECKING:
     from softsgx.paging.core import EpcCore
 
-__all__ = ["Pin", "VaArray", "VaPage", "VaSlot", "VaTree"]
-
-
-class Pin(Protocol):
-    """The enclave's life: ``kref_get_unless_zero`` and ``kref_put``."""
-
-    def get(self) -> bool:
-        """Keep the enclave from being destroyed; ``False`` when it is dying.  Never waits."""
-
-    def put(self) -> None:
-        """Give the pin back; may destroy the enclave.  Called without any lock."""
+__all__ = ["VaArray", "VaPage", "VaSlot", "VaTree"]
 
 
 class _NeverDies:

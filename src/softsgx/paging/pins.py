@@ -1,0 +1,59 @@
+"""What keeps an owner of pages alive: references, the last of which destroys it.
+
+Lock order: the latch of the count is innermost, and not held when the last reference goes.
+
+Source:
+    ``struct kref``, include/linux/kref.h.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from softsgx.runtime import Runtime
+
+__all__ = ["Counted", "Pin"]
+
+
+class Pin(Protocol):
+    """The enclave's life: ``kref_get_unless_zero`` and ``kref_put``."""
+
+    def get(self) -> bool:
+        """Keep the enclave from being destroyed; ``False`` when it is dying.  Never waits."""
+
+    def put(self) -> None:
+        """Give the pin back; may destroy the enclave.  Called without any lock."""
+
+
+class Counted(ABC):
+    """A :class:`Pin` by counting; whoever makes it has the first reference.
+
+    Args:
+        runtime: for the latch.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._latch = runtime.latch()
+        self._references = 1
+
+    def get(self) -> bool:
+        """Take a reference; ``False`` when the last one is gone.  Never waits."""
+        with self._latch:
+            if not self._references:
+                return False
+            self._references += 1
+            return True
+
+    def put(self) -> None:
+        """Give a reference back; the last one ends it.  No lock may be held."""
+        with self._latch:
+            assert self._references > 0, f"{self!r}: more references given back than taken"
+            self._references -= 1
+            last = not self._references
+        if last:
+            self._end()
+
+    @abstractmethod
+    def _end(self) -> None:
+        """The last reference is gone."""
