@@ -79,6 +79,7 @@ class Loop:
         self._world, self._transitions, self._calls = world, transitions, calls
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
+        self._settle = world.settle
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
 
@@ -107,16 +108,16 @@ class Loop:
 
     def go(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
-        thread.image.current = thread
-        self._world.settle()
-        thread.image.pager.flush()
-        if number:
+        image = thread.image
+        image.current = thread
+        self._settle()
+        image.pager.flush()
+        if thread.outgoing is not None:
             info, thread.outgoing = thread.outgoing, None
-            if info is not None:
+            if number:
                 thread.set_siginfo(info)
-        thread.outgoing = None
         thread.running = True
-        thread.image.current = None
+        image.current = None
         thread.resume(number)
 
     def hold(self, thread: ProgramThread) -> bool:

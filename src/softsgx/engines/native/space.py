@@ -80,6 +80,7 @@ class Space:
         self.index, self.pager = index, pager
         self._store, self._page_at = store, pages
         self._entries: dict[int, tuple[int, int]] = {}
+        self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
         self.memory_at: Callable[[int], EnclaveMemory | None] = lambda _linaddr: None
         self.kick_all: Callable[[], None] = lambda: None
 
@@ -92,6 +93,7 @@ class Space:
         if old is not None:
             if old[0] == epc_addr:
                 return
+            self._marked.pop(linaddr, None)
             self._store.unmapped(old[0])
         page, memory = self._page_at(epc_addr), self.memory_at(linaddr)
         assert page is not None and memory is not None, f"an entry for {linaddr:#x} of no enclave"
@@ -101,6 +103,7 @@ class Space:
         """Remove the page's entry, if there is one."""
         entry = self._entries.pop(linaddr, None)
         if entry is not None:
+            self._marked.pop(linaddr, None)
             self._store.unmapped(entry[0])
 
     def protect(self, start: int, end: int, prot: int) -> None:
@@ -164,10 +167,11 @@ class Space:
         page = self._page_at(entry[0])
         if page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0]):
             memory.mark(address)
+            self._marked[address & _PAGE_MASK] = memory
 
     def is_marked(self, address: int) -> bool:
         """Return whether :meth:`mark` has changed the instruction at ``address``."""
-        memory = self.memory_at(address)
+        memory = self._marked.get(address & _PAGE_MASK) or self.memory_at(address)
         return memory is not None and memory.is_marked(address)
 
     def refresh(self, linaddr: int) -> None:

@@ -71,6 +71,7 @@ class Thread:
         self._kept: SigInfo | None = None
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
+        self._real_xstate: bytes | None = None
 
     # --- registers ------------------------------------------------------------------------------
 
@@ -94,17 +95,20 @@ class Thread:
             if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, self._regs_at) == -1:
                 raise Gone(self.tid, None)
         if self._new_xstate is not None:
-            area, self._new_xstate = self._new_xstate, None
+            area, self._new_xstate, self._real_xstate = self._new_xstate, None, None
             self._write_xstate(area)
 
     def xstate(self) -> bytes:
         """Return the XSAVE area, non-compacted form, as large as this machine makes it."""
         if self._new_xstate is not None:
             return self._new_xstate
+        if self._real_xstate is not None:
+            return self._real_xstate
         buffer = _XSTATE
         vector = abi.IoVec(ctypes.addressof(buffer), len(buffer))
         self._request(abi.PTRACE_GETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
-        return buffer.raw[: vector.length]
+        self._real_xstate = buffer.raw[: vector.length]
+        return self._real_xstate
 
     def set_xstate(self, area: bytes) -> None:
         """Replace the XSAVE area, at the latest when it goes on.
@@ -112,7 +116,7 @@ class Thread:
         Args:
             area: as large as what :meth:`xstate` gave.
         """
-        self._new_xstate = area
+        self._new_xstate = None if area == self._real_xstate else area
 
     def _write_xstate(self, area: bytes) -> None:
         buffer = ctypes.create_string_buffer(area, len(area))
@@ -209,7 +213,7 @@ class Thread:
     def stopped(self, status: int) -> Stop:
         """Take note of a stop that wait(2) told of."""
         stop = decode_stop(status)
-        self._loaded = False
+        self._loaded, self._real_xstate = False, None
         self._at_signal = stop.event == 0 and not stop.syscall
         self._kept = None
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
