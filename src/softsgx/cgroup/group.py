@@ -282,7 +282,9 @@ class EpcCgroup:
 
     def has_reclaimable(self) -> bool:
         """Return whether any list in the subtree has a page."""
-        return any(len(group.lru) for group in self.subtree())
+        if self.lru:
+            return True
+        return any(child.has_reclaimable() for child in self.all_children())
 
     def limit_pages(self) -> int:
         """Return the smallest limit from here to the root, in pages."""

@@ -1,10 +1,10 @@
 """EBLOCK, EWB and ELDU once more, for the hot path of a page that comes and goes.
 
 A second implementation of three leaves for one thread, object operands and child pages.  Each
-looks whether this is a case that succeeds; if it is, the leaf is done here in one piece, and in
-every other case, and whenever anything at all is unusual, the readable leaf runs instead, which
-finds the same state since nothing has changed.  ``tests/differential/test_fast_leaves.py`` runs
-both on the same histories.
+looks whether this is a case that succeeds, or an EWB before its ETRACK, with which every batch
+begins.  If it is, the leaf is done here in one piece; in every other case, and whenever anything at
+all is unusual, the readable leaf runs instead, which finds the same state since nothing has
+changed.  ``tests/differential/test_fast_leaves.py`` runs both on the same histories.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["fast_leaves"]
 _CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
-_SUCCESS = Status.SUCCESS
+_SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 _TYPES = tuple(PageType)
 _SECS, _VA, _LAST = int(PageType.SECS), int(PageType.VA), int(PageType.SS_REST)
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
@@ -85,14 +85,11 @@ def _ewb(
         cycles = enclave.epoch - page.bepoch
         srcpge: Any = rbx.srcpge
         pcmd: Any = rbx.secinfo
-        if (
-            (cycles > 1 or (cycles == 1 and not enclave.prev_count))
-            and not enclave.lock_t
-            and not slots[slot]
-            and type(srcpge) is not int
-            and type(pcmd) is not int
-            and len(srcpge) == PAGE_BYTES
-        ):
+        if cycles < 0 or enclave.lock_t or type(srcpge) is int or type(pcmd) is int:
+            pass
+        elif cycles < TRACKED_AGE and (not cycles or enclave.prev_count):
+            return _NOT_TRACKED
+        elif not slots[slot] and len(srcpge) == PAGE_BYTES:
             hw = cpu.hw
             key = hw.secrets.paging
             flags = page.pt << 8 | page.rwx

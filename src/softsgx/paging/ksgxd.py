@@ -120,7 +120,7 @@ class Ksgxd:
 
     def take_ticket(self, group: Group) -> bool:
         """Return whether the caller, who may not reclaim, has waited in vain for ``group``."""
-        if not self._tickets[group]:
+        if group not in self._tickets or not self._tickets[group]:
             return False
         self._tickets[group] -= 1
         return True
