@@ -30,6 +30,7 @@ __all__ = ["PageInMotion", "handle", "load", "wait_for"]
 
 Outcome: TypeAlias = tuple[FaultResult, Callable[[], None] | None]
 
+_NOPAGE = FaultResult.NOPAGE  # an enumeration takes its time to find a member
 _RWX = PROT_READ | PROT_WRITE | PROT_EXEC
 
 
@@ -147,7 +148,7 @@ def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: EpcPage) -> FaultResult:
         mm.ptes.install(linaddr, epc.addr, vma.prot)
     except MemoryError:
         return FaultResult.SIGBUS
-    return FaultResult.NOPAGE
+    return _NOPAGE
 
 
 def _augment(

@@ -226,7 +226,8 @@ class InlineRuntime(Cooperative):
 
     def now_ns(self) -> int:
         """Return the clock's nanoseconds."""
-        return self._clock_ns()
+        clock_ns = self._clock_ns
+        return clock_ns()
 
     def _join(self, task: CoTask) -> None:
         assert task is not self._current, f"task {task.name!r} joins itself"
