@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.inhabited import AEP, Inhabited
+from tests.support.inhabited import AEP, DATA, Inhabited
 
-from softsgx.hw import Fault, LogicalProcessor, Machine, MachineConfig
+from softsgx.arch import Status
+from softsgx.hw import Fault, LogicalProcessor, Machine, MachineConfig, recount
 from softsgx.hw.processor import Registers
 from softsgx.runtime import InlineRuntime
 
@@ -67,6 +68,8 @@ class Half:
                     enclave.track()
                 case "enclave":
                     enclave.enclave.flags ^= FLAG_CHANGES[step.value]
+                case _:
+                    raise AssertionError(step)
         except Fault as fault:
             return str(fault)
         return "done"
@@ -195,3 +198,57 @@ def test_the_fast_entries_are_those_that_run() -> None:
     for half, name in ((fast, "fast_entry"), (readable, "_instruction")):
         leaf = half.hw.cpus[0].enclu.eenter
         assert leaf.__qualname__.startswith(name), leaf
+
+
+def recounted(half: Half) -> list[object]:
+    """State without crossings and SSA frames, which a passing interrupt leaves alone."""
+    enclave, cpu = half.enclave.enclave, half.hw.cpus[0]
+    inside = cpu.inside
+    assert inside is not None
+    regs = [getattr(cpu.regs, item.name) for item in fields(Registers)]
+    seen = [enclave.epoch, enclave.cur_count, enclave.prev_count, inside.entry_epoch, *regs]
+    seen += [inside.tcs.addr, inside.frame.gpr.addr, inside.outside, dict(cpu.tlb)]
+    return [*seen, half.hw.store.read(inside.tcs, 0, PAGE)]
+
+
+BETWEEN = [
+    Step("track", 0, 0, 0, 0),
+    *(step for step in DISTURBANCES if step.what not in ("mode", "registers")),
+]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=str)
+@pytest.mark.parametrize("tracked", [False, True])
+def test_an_interrupt_passes_only_where_exit_and_resumption_would_leave_the_same(
+    between: Step, tracked: bool
+) -> None:
+    passing, resuming = Half(fast=True), Half(fast=False)
+    for half in (passing, resuming):
+        for what in ("enter", "interrupt", "resume"):
+            half.run(Step(what, 0, 0, 1, 0))
+        half.run(between)
+        if tracked:
+            half.run(Step("track", 0, 0, 0, 0))
+    before = passing.state()
+    cpu = passing.hw.cpus[0]
+    assert cpu.inside is not None
+    cpu.tlb[0] = cpu.tlb.get(0)  # type: ignore[assignment]
+    if recount(cpu):
+        resuming.run(Step("interrupt", 0, 0, 0, 0))
+        assert resuming.run(Step("resume", 0, 0, 0, 0)) == "done"
+        assert recounted(passing) == recounted(resuming)
+    else:
+        cpu.tlb.clear()
+        assert passing.state() == before
+
+
+def test_a_thread_that_an_interrupt_passes_does_not_hold_up_eviction() -> None:
+    half = Half(fast=True)
+    half.run(ROUND_TRIP[0])
+    enclave = half.enclave
+    enclave.block(DATA[0])
+    enclave.track()
+    assert enclave.ewb(DATA[0]) is Status.NOT_TRACKED
+    assert recount(half.hw.cpus[0])
+    assert enclave.ewb(DATA[0]) is Status.SUCCESS
+    assert half.run(ROUND_TRIP[1]) == "done"

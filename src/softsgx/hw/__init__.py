@@ -12,6 +12,7 @@ from softsgx.hw.dispatch import encls, enclu, enclv
 from softsgx.hw.enclave import Crossings
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
+from softsgx.hw.fast_entry import recount
 from softsgx.hw.faults import (
     ControlProtection,
     DeviceNotAvailable,
@@ -83,5 +84,6 @@ __all__ = [
     "enclv",
     "interrupt",
     "rdmsr",
+    "recount",
     "wrmsr",
 ]

@@ -27,9 +27,9 @@ from softsgx.hw.entry import GPR_OFFSET
 from softsgx.hw.faults import Fault, VmExit
 from softsgx.hw.processor import EnclaveMode, Frame, LogicalProcessor, Outside, Segment
 from softsgx.hw.space import READ, WRITE
-from softsgx.hw.tracking import count_out
+from softsgx.hw.tracking import count_in, count_out
 
-__all__ = ["fast_entry"]
+__all__ = ["fast_entry", "recount"]
 
 _HEAD = struct.Struct("<QQQIIQQQQ")  # STATE up to OGSBASE
 _CHANGED = struct.Struct("<QQQIIQQ")  # STATE up to AEP
@@ -183,4 +183,52 @@ def _eexit(cpu: LogicalProcessor, rbx: int) -> bool:
     cpu.inside = None
     count_out(inside.enclave, inside.entry_epoch)
     inside.enclave.crossings.eexit += 1
+    return True
+
+
+def recount(cpu: LogicalProcessor) -> bool:
+    """Do an interrupt's exit and the ERESUME right behind it, as far as anybody else can tell.
+
+    Afterwards the processor is inside as of the present epoch, without older translations.
+
+    Deviation: the SSA frame is neither written nor read; software that looks into it for exits that
+    were resumed does not see this one.
+
+    Args:
+        cpu: a processor inside an enclave, whose AEP holds an ENCLU.
+
+    Returns:
+        ``False``, nothing has changed, when ERESUME could fault or would go elsewhere.
+
+    Source:
+        SDM vol. 3D, "Asynchronous Enclave Exit", "ERESUME", Operation.
+    """
+    inside = cpu.inside
+    assert inside is not None, "an exit from nowhere"
+    enclave, translate = inside.enclave, cpu.space.translate
+    if not cpu.mode64 or enclave.flags & _LOOKED_AT != _MUST or inside.outside.tf is None:
+        return False
+    tcs, frame = inside.tcs, inside.frame
+    gone = not tcs.valid or tcs.blocked or tcs.pending or tcs.modified or tcs.lock < 0
+    if gone or tcs.linaddr != inside.tcs_linaddr:
+        return False
+    head = _HEAD.unpack(cpu.hw.store.read(tcs, 0, _HEAD.size))
+    _state, flags, ossa, cssa, nssa, _oentry, _aep, ofs_base, ogs_base = head
+    at = enclave.base + ossa + PAGE_BYTES * enclave.ssa_frame_size * cssa
+    if flags or cssa >= nssa or (ofs_base | ogs_base) & ~_PAGE_MASK or at != frame.xsave[0].linaddr:
+        return False
+    try:
+        if translate(tcs.linaddr, READ, user=True) != tcs.addr:
+            return False
+        for page in {frame.gpr, *frame.xsave}:
+            gone = not page.valid or page.blocked or page.pending or page.modified
+            if gone or page.pt is not _REG or page.rwx & _RIGHTS != _RIGHTS:
+                return False
+            if translate(page.linaddr, WRITE, user=True) != page.addr:
+                return False
+    except (Fault, VmExit):
+        return False
+    count_out(enclave, inside.entry_epoch)
+    inside.entry_epoch = count_in(enclave)
+    cpu.tlb.clear()
     return True

@@ -138,7 +138,7 @@ class Loop:
     def kick(self, image: Image) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
         for thread in list(image.threads.values()):
-            if thread.cpu.inside is None:
+            if thread.cpu.inside is None or self._transitions.passes(thread):
                 continue
             if not self.hold(thread) or thread.cpu.inside is None:
                 continue

@@ -5,8 +5,9 @@ a leaf or an asynchronous exit and come back; in between, enclave code runs on t
 
 Deviation: a page fault that the driver resolves does not leave the enclave.  The thread is stopped
 in any case; when its pages or an epoch need it to be out, it is kicked, which is a real exit.  Else
-exit and ERESUME would only copy state out and back, and listeners are told of both.  After a kick
-execution goes on at the AEP; when there is an ENCLU there, ERESUME is done at once.
+exit and ERESUME would only copy state out and back, and listeners are told of both.  The same goes
+for an interrupt whose thread would resume at once; when it could not, because a page that ERESUME
+needs is on its way out, the exit is a real one, and execution goes on at the AEP.
 
 Deviation: a SYSCALL inside an enclave is found out after it has overwritten RCX and R11, so the
 frame in the SSA has those.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Vector
+from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Tcs, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
@@ -44,6 +45,7 @@ from softsgx.hw import (
     aex,
     check_access,
     enclu,
+    recount,
 )
 
 __all__ = ["Transitions"]
@@ -54,6 +56,8 @@ _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
+_AEP = Tcs.OFFSETS["aep"]
+_NO_VECTOR = -1  # how events show an interrupt
 _SYSCALL_BYTES = 2
 _LONGEST = 15
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
@@ -75,10 +79,16 @@ class Transitions:
     Args:
         cpuid: what CPUID (leaf, sub-leaf) gives.
         abort_page: executes what may not have a page it touches.
+        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
     """
 
-    def __init__(self, cpuid: Callable[[int, int], CpuidLeaf], abort_page: AbortPage) -> None:
-        self._cpuid, self._abort_page = cpuid, abort_page
+    def __init__(
+        self,
+        cpuid: Callable[[int, int], CpuidLeaf],
+        abort_page: AbortPage,
+        refused: Callable[[ProgramThread, int], None],
+    ) -> None:
+        self._cpuid, self._abort_page, self._tell_refused = cpuid, abort_page, refused
 
     # --- stops ----------------------------------------------------------------------------------
 
@@ -134,6 +144,23 @@ class Transitions:
         """An inter-processor interrupt: the thread is stopped, and inside."""
         thread.load()
         self.leave(thread, _INTERRUPT)
+
+    def passes(self, thread: ProgramThread) -> bool:
+        """Take an interrupt of a thread inside that resumes at once: no more moves than counts.
+
+        The thread may be running.  ``False``: it must be stopped and leave; nothing has changed.
+        """
+        cpu, image = thread.cpu, thread.image
+        inside = cpu.inside
+        assert inside is not None, "an interrupt that makes nobody leave"
+        aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
+        if aep != image.aep and image.read(aep, _ENCLU_BYTES) != _ENCLU:
+            return False
+        if not recount(cpu):
+            return False
+        if thread is not image.current:  # else the fault at hand is its exit
+            self._tell_exit(thread, _NO_VECTOR)
+        return True
 
     def leave(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> None:
         """Asynchronous exit; registers are loaded, and stored afterwards."""
@@ -202,6 +229,7 @@ class Transitions:
                     _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address)
                 return abi.SIGSEGV
             case FaultResult.SIGBUS | FaultResult.OOM:
+                self._tell_refused(thread, address)
                 if number != abi.SIGBUS:
                     _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address)
                 return abi.SIGBUS
@@ -292,6 +320,8 @@ class Transitions:
         result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
         if result in (FaultResult.NOPAGE, FaultResult.RETRY):
             return self._fault_is_mended(thread)
+        if result is not FaultResult.SEGV:
+            self._tell_refused(thread, address)
         if thread.cpu.inside is not None:
             self.leave(thread, Vector.PF, code, address)
         if self._fix_up(thread, _ERESUME, Vector.PF, code, address & _PAGE_MASK):
@@ -307,10 +337,10 @@ class Transitions:
         """The driver has resolved a fault of enclave code: repeat the instruction."""
         if thread.cpu.inside is None:  # kicked meanwhile
             return self._resume_enclave(thread)
-        self._tell_exit(thread)
+        self._tell_exit(thread, Vector.PF)
         return 0
 
-    def _tell_exit(self, thread: ProgramThread) -> None:
+    def _tell_exit(self, thread: ProgramThread, vector: int) -> None:
         """Count and report the exit and the resumption that were not worth doing."""
         cpu = thread.cpu
         tracer, inside = cpu.hw.tracer, cpu.inside
@@ -320,7 +350,7 @@ class Transitions:
         crossings.eresume += 1
         if tracer is not None:
             eid, tcs = inside.enclave.eid, inside.tcs_linaddr
-            tracer(AsynchronousExit(cpu.number, eid, tcs, Vector.PF))
+            tracer(AsynchronousExit(cpu.number, eid, tcs, vector))
             tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
 
     def _exception(
@@ -402,6 +432,7 @@ class Transitions:
             if result in (FaultResult.NOPAGE, FaultResult.RETRY):
                 return None
             if result is not FaultResult.SEGV:
+                self._tell_refused(thread, fault.address)
                 number = abi.SIGBUS
         if self._fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
             return 0
