@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from typing import BinaryIO
@@ -71,6 +72,7 @@ class _CachingFile:
                 raise BackingError(f"no backing page {index}")
             if self._limit_pages is not None and self.pages() >= self._limit_pages:
                 raise BackingError(f"backing file is full: {self._limit_pages} pages")
+            self._reserve(index)
             stored = bytearray(PAGE_BYTES)
         page = self._cached[index] = _CachedPage(index, stored, self._unpinned)
         return page
@@ -78,6 +80,9 @@ class _CachingFile:
     def _stored(self, index: int) -> bytearray | None:
         """Return a copy of a page that is not in memory, ``None`` when there is none."""
         raise NotImplementedError
+
+    def _reserve(self, index: int) -> None:
+        """Make sure of room for a new page; ``BackingError``: there is none."""
 
     def pages(self) -> int:
         """As :meth:`BackingFile.pages`."""
@@ -161,12 +166,21 @@ class FileBacking(_CachingFile):
         data = bytearray(self._file.read(PAGE_BYTES))
         return data + bytes(PAGE_BYTES - len(data))
 
+    def _reserve(self, index: int) -> None:
+        # Blocks of the disk are taken now: when the page is written it is too late to fail.
+        place = self._holes[-1] if self._holes else len(self._places)
+        try:
+            os.posix_fallocate(self._file.fileno(), place * PAGE_BYTES, PAGE_BYTES)
+        except OSError as error:
+            raise BackingError(f"backing file cannot grow: {error.strerror}") from error
+        if self._holes:
+            self._holes.pop()
+        self._places[index] = place
+
     def _write_back(self, page: _CachedPage) -> None:
         if self._cached.get(page.index) is not page:
             return  # truncated while it was pinned
         del self._cached[page.index]
-        if page.index not in self._places:
-            self._places[page.index] = self._holes.pop() if self._holes else len(self._places)
         if page.dirty:
             self._file.seek(self._places[page.index] * PAGE_BYTES)
             self._file.write(page.data)

@@ -6,6 +6,8 @@ Method: ``programs/limits.c`` tries each thing with an EPC smaller than its encl
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tests.e2e.native.enclave import COMPILER, ILLEGAL, compile_host, write_enclave
 
@@ -67,3 +69,20 @@ def test_an_illegal_instruction_is_ud_inside(program: list[str], name: str, stri
 
 def test_vector_registers_go_to_the_ssa_and_come_back(program: list[str]) -> None:
     assert exit_code(program, "vector", strict=False) == 0
+
+
+@pytest.mark.parametrize("backing", ["memory", "file"])
+def test_without_room_for_its_pages_an_enclave_gets_sigbus_and_others_go_on(
+    program: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, backing: str
+) -> None:
+    enclave = write_enclave(tmp_path / "enclave", 60)
+    result = run(
+        [program[0], str(enclave), "drowns"],
+        epc=32 * 4096,
+        backing=backing,
+        backing_limit=72 * 4096,
+    )
+    assert result.exit_code == 0
+    (message,) = caplog.messages
+    assert "SIGBUS at 0x" in message and "backing" in message
+    assert set(result.counters["held"].values()) == {0}  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ Source:
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import struct
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from errno import ENOMEM
 from functools import partial
 from itertools import count
 
@@ -58,6 +60,8 @@ from softsgx.paging import Group
 
 __all__ = ["Supervisor"]
 
+_LOG = logging.getLogger(__name__)
+
 _EINTR = 4
 _ERESTARTSYS = 512
 #: Every filter makes every system call a little slower; who makes more enclaves goes without.
@@ -96,6 +100,7 @@ class Supervisor(World):
         self.pager = pager or choose_pager()
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
+        self._refusals, self._told = 0, set[int]()
         self._faulting = can_fault_cpuid()
         self._store.cpuid_sites = None if self._faulting else cpuid_sites
         self._registry = Registry()
@@ -108,6 +113,7 @@ class Supervisor(World):
         transitions = Transitions(
             lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub),
             AbortPage(self._store, self._quieten),
+            self._tell_refused,
         )
         self._loop = (
             StrictLoop(self, transitions, self._handlers(), time.monotonic_ns)
@@ -209,11 +215,27 @@ class Supervisor(World):
         except OSError as error:
             code = error.errno or 5
             result = -(_EINTR if code == _ERESTARTSYS else code)
+        if result == -ENOMEM:
+            self._tell_refused(thread, None)
         if command == Ioctl.ENCLAVE_INIT and result == 0:
             self._guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
             self._refresh(thread, file, regs.rdx)
         return result
+
+    def _tell_refused(self, thread: ProgramThread, address: int | None) -> None:
+        """Say why, if a page or a call was refused for want of memory; once for each process."""
+        core = self._driver.core
+        wants, self._refusals = core.counters.alloc_none - self._refusals, core.counters.alloc_none
+        if not wants or thread.process.pid in self._told:
+            return
+        self._told.add(thread.process.pid)
+        what = "an ioctl fails with ENOMEM" if address is None else f"SIGBUS at {address:#x}"
+        _LOG.warning(
+            "process %d: %s: none of %d EPC pages is free and none can leave, because the backing "
+            "store or the group's limit is full; allow more EPC, backing store or a higher limit",
+            *(thread.process.pid, what, core.epc_pages),
+        )
 
     def _guard(self, thread: ProgramThread, file: EnclaveFile) -> None:
         """System calls of the enclave's code shall stop, so that they can be #UD."""
