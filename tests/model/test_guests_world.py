@@ -95,6 +95,7 @@ class World:
                 self._lost()
             case "machine power" if value % 4 == 0:
                 host.system.machine.power_transition()
+                host.device.power_lost()
                 self._lost()
             case "stop" if value % 4 == 0:
                 guest.guest.stop("on command")

@@ -162,6 +162,7 @@ class Platform:
     def power_loss(self) -> None:
         """Suspend and resume, or reset: everything in the EPC is gone, evicted pages are dead."""
         self.machine.power_transition()
+        self.vepc.power_lost()
 
     # --- who uses it ----------------------------------------------------------------------------
 

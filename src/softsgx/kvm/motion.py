@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PageType, RdInfo, RdInfoFlags, RdInfoStatus, Status
-from softsgx.hw import Fault, PageFault
+from softsgx.hw import Fault
 from softsgx.kvm.events import VepcEvicted, VepcLoaded
 from softsgx.kvm.fate import Evicted, Fate
-from softsgx.paging import EpcPage, LoadFailed, PagingError
+from softsgx.paging import EpcPage, LoadFailed
 
 if TYPE_CHECKING:
     from softsgx.kvm.page import VepcPage
@@ -93,10 +93,7 @@ def write_out(page: VepcPage) -> bool:
     ending: Status | Fault = Status.SUCCESS
     if fate is not Fate.UNUSED:
         ending, linaddr, tries = _ewb(page, epc, secs)
-    if _vanished(ending, epc):
-        counters.lost += 1  # power was lost: the page is not in use any more
-        fate = Fate.UNUSED
-    elif ending is not Status.SUCCESS:
+    if ending is not Status.SUCCESS:
         return _kept(page, f"EWB: {name_of(ending)}")
     if fate is Fate.UNUSED:
         vepc.swap.cancel(page.reservation)
@@ -138,8 +135,8 @@ def _ewb(page: VepcPage, epc: EpcPage, secs: VepcPage | None) -> tuple[Status | 
             tries = 3
         elif ending is not Status.SUCCESS:
             page.vepc.monitor.kick()  # the cycle must not be left to the guest
-    if ending is not Status.SUCCESS and not _vanished(ending, epc):
-        _uncount_child(page, epc, secs)
+    if ending is not Status.SUCCESS:
+        _subtract(page, epc, secs)
     return ending, linaddr, tries
 
 
@@ -230,14 +227,7 @@ def fill(page: VepcPage) -> EpcPage:
         if evicted.secs is not None:
             secs = evicted.secs
             secs_addr = (secs.epc or fill(secs)).addr
-        try:
-            vepc.swap.fetch_va(evicted.entry)
-        except LoadFailed as error:
-            # What went with the power is not there; anything else would be a loss of our own.
-            if error.result != "lost" and not error.result.startswith("#PF"):
-                raise
-            _lose(page)
-            evicted = None
+        vepc.swap.fetch_va(evicted.entry)
     epc = monitor.host.alloc(page, reclaim=False, group=monitor.group, kind="vepc")
     result = Status.SUCCESS.manual_name
     if evicted is not None:
@@ -251,12 +241,9 @@ def fill(page: VepcPage) -> EpcPage:
                 blocked=evicted.blocked,
             )
             result = name_of(ending)
-            if isinstance(ending, PageFault):
-                _lose(page)  # its VA page or its SECS went with the power
-                evicted = None
-            elif ending is not Status.SUCCESS:
+            if ending is not Status.SUCCESS:
                 raise LoadFailed(result)
-        except PagingError:
+        except LoadFailed:
             monitor.host.remove(epc)
             raise
     page.epc = epc
@@ -285,24 +272,12 @@ def _hide(page: VepcPage, epc: EpcPage, evicted: Evicted) -> None:
             page.owed -= 1
             _subtract(page, epc, page)
     elif secs is not None:
-        _uncount_child(page, epc, secs)
+        _subtract(page, epc, secs)
         secs.evicted_children -= 1
         # The guest may have tracked a page that it has blocked before that left, or while it was
         # away.  Nobody has a translation of it, so that it is tracked is true either way.
         if evicted.blocked and _track(page, epc):
             monitor.kick()
-
-
-def _lose(page: VepcPage) -> None:
-    """The machine lost power: the page is empty, as it would be had it been in the EPC.
-
-    Raises:
-        EpcBusy, NoEpc: there is no VA page for its next eviction.
-    """
-    page.vepc.monitor.counters.lost += 1
-    drop(page)
-    page.vepc.swap.grow_locked()
-    page.promised = True
 
 
 def drop(page: VepcPage) -> None:
@@ -330,12 +305,7 @@ def _count_child(page: VepcPage, epc: EpcPage, secs: VepcPage) -> bool:
     assert secs.epc is not None, f"{page!r} is resident, its SECS is not"
     at = secs.epc.addr
     ending = monitor.leaf(lambda: monitor.host.leaves.eincvirtchild(epc.addr, at))
-    # #PF: the page vanished with the power, which EWB will find, too.
-    return ending is Status.SUCCESS or isinstance(ending, PageFault)
-
-
-def _uncount_child(page: VepcPage, epc: EpcPage, secs: VepcPage) -> None:
-    _subtract(page, epc, secs)
+    return ending is Status.SUCCESS
 
 
 def _subtract(page: VepcPage, epc: EpcPage, secs: VepcPage) -> None:
@@ -344,15 +314,9 @@ def _subtract(page: VepcPage, epc: EpcPage, secs: VepcPage) -> None:
     assert secs.epc is not None, f"{secs!r} is counted in, but evicted"
     at = secs.epc.addr
     ending = monitor.leaf(lambda: monitor.host.leaves.edecvirtchild(epc.addr, at))
-    assert ending is Status.SUCCESS or isinstance(ending, PageFault), (
-        f"EDECVIRTCHILD for {page!r}: {name_of(ending)}"
-    )
+    assert ending is Status.SUCCESS, f"EDECVIRTCHILD for {page!r}: {name_of(ending)}"
 
 
 def name_of(ending: Status | Fault) -> str:
     """Return the code's name in the manual, or the fault."""
     return ending.manual_name if isinstance(ending, Status) else str(ending)
-
-
-def _vanished(ending: Status | Fault, epc: EpcPage) -> bool:
-    return isinstance(ending, PageFault) and ending.address == epc.addr

@@ -76,6 +76,7 @@ class VepcDevice:
     Attributes:
         zombies: pages of files that are closed, which EREMOVE refused: SECS pages whose children
             are in files that are not closed.
+        vepcs: every file of which something is left.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class VepcDevice:
         self.core, self.backing = core, backing
         self.defects = defects & KVM_DEFECTS.keys()
         self.zombies: list[VepcPage] = []
+        self.vepcs: list[Vepc] = []
         self._numbers = count(1)
 
     def next_number(self) -> int:
@@ -102,6 +104,20 @@ class VepcDevice:
             base: guest-physical address at which the guest will see it.
         """
         return Vepc(self, monitor, base)
+
+    def power_lost(self) -> None:
+        """The machine has lost power and is back: every virtual EPC is empty.
+
+        Called while no task runs, as a kernel's resume callback is.  Guests see what their own
+        loss of power would show them; they go on.
+        """
+        for vepc in list(self.vepcs):
+            with vepc.monitor.lock:
+                vepc.power_lost()
+        gone, self.zombies = self.zombies, []
+        for page in gone:
+            with page.vepc.monitor.lock:
+                page.vepc.end()
 
     def retry_zombies(self) -> None:
         """See which zombies have lost their last child."""
@@ -166,17 +182,21 @@ class Vepc:
         self._latch = device.core.runtime.latch()
         self._references = 1
         self._closed = False
-        self.swap = VepcSwap(
-            device.core,
-            device.backing(_ENDLESS),
+        self.swap = self._make_swap()
+        monitor.vepcs.append(self)
+        device.vepcs.append(self)
+
+    def _make_swap(self) -> VepcSwap:
+        return VepcSwap(
+            self.device.core,
+            self.device.backing(_ENDLESS),
             pages=_ENDLESS,
             base=0,
-            lock=monitor.lock,
+            lock=self.monitor.lock,
             pin=_Pin(self),
-            kick=monitor.kick,
-            group=monitor.group,
+            kick=self.monitor.kick,
+            group=self.monitor.group,
         )
-        monitor.vepcs.append(self)
 
     # --- references -----------------------------------------------------------------------------
 
@@ -408,6 +428,25 @@ class Vepc:
             if not page.reclaiming:
                 self.remove(page)
 
+    def power_lost(self) -> None:
+        """Everything in the EPC is gone, and what was evicted is dead; the lock is held."""
+        monitor = self.monitor
+        self.unmap_all()
+        for page in self.pages.values():
+            assert not page.reclaiming, f"{page!r} is being reclaimed while power goes"
+            if page.epc is not None:
+                unmarked = monitor.host.unmark_reclaimable(page.epc)
+                assert unmarked, f"{page!r} is being reclaimed while power goes"
+                monitor.host.free(page.epc)
+                monitor.resident -= 1
+            monitor.counters.lost += page.epc is not None or page.evicted is not None
+            page.epc = page.evicted = None
+            page.promised = False
+            page.evicted_children = page.owed = 0
+        # Its VA pages are no VA pages any more.
+        self.swap.destroy()
+        self.swap = self._make_swap()
+
     def _destroy(self) -> None:
         """The last reference is gone.
 
@@ -428,6 +467,7 @@ class Vepc:
         left = any(page.vepc is self for page in self.device.zombies)
         if self in self.monitor.vepcs and not left:
             self.monitor.vepcs.remove(self)
+            self.device.vepcs.remove(self)
             self.swap.destroy()
 
     # --- what there is --------------------------------------------------------------------------
