@@ -117,6 +117,14 @@ def test_a_group_without_room_for_one_enclave_refuses_it_with_enomem() -> None:
         assert platform.cgroups.root.usage_pages == 0
 
 
+def test_a_page_that_never_fits_is_refused_once_before_and_once_after_reclaim() -> None:
+    with Platform(epc="2MiB", groups={"tiny": {"max": "4KiB"}}) as platform:
+        with pytest.raises(OSError, match=r"."):
+            launch(platform.process(group="tiny"), 4)
+        tiny = platform.cgroups.find("tiny")
+        assert (tiny.events_local, tiny.events) == (2, 2)
+
+
 def test_a_group_far_smaller_than_its_enclave_is_enough_since_secs_and_va_can_leave() -> None:
     with Platform(epc="2MiB", groups={"tight": {"max": "48KiB"}}) as platform:
         enclave = launch(platform.process(group="tight"), 200)

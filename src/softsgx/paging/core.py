@@ -195,8 +195,10 @@ class EpcCore:
         """
         group = self.root if group is None else group
         try:
-            if group.try_charge() is not None:
-                self._charge_slowly(group, reclaim=reclaim, signal=signal_pending)
+            seen = self._ksgxd.generation, self._ksgxd.outcomes
+            refused = group.try_charge()
+            if refused is not None:
+                self._charge_slowly(group, refused, seen, reclaim=reclaim, signal=signal_pending)
             try:
                 page = self._pool.take(cpu_node)
                 if page is None:
@@ -220,13 +222,18 @@ class EpcCore:
     def _pressure(self) -> Pressure:
         return Pressure(None if "L7" in self.defects else self.policy.patience_passes)
 
-    def _charge_slowly(self, group: Group, *, reclaim: bool, signal: Callable[[], bool]) -> None:
+    def _charge_slowly(
+        self,
+        group: Group,
+        refused: Group | None,
+        seen: tuple[int, int],
+        *,
+        reclaim: bool,
+        signal: Callable[[], bool],
+    ) -> None:
+        """Relieve the group that refused and charge again, until that succeeds or is hopeless."""
         pressure = self._pressure()
-        while True:
-            seen = self._ksgxd.generation, self._ksgxd.outcomes
-            refused = group.try_charge()
-            if refused is None:
-                return
+        while refused is not None:
             if self.tracer is not None:
                 self.tracer(events.ChargeRefused("reclaim" if reclaim else "busy"))
             try:
@@ -234,6 +241,8 @@ class EpcCore:
             except NoEpc:
                 if not refused.reclaim_failed():
                     raise
+            seen = self._ksgxd.generation, self._ksgxd.outcomes
+            refused = group.try_charge()
 
     def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
         pressure = self._pressure()
