@@ -274,6 +274,135 @@ static void drowns(void)
 	check_untouched();
 }
 
+#define CREATE 0x4008a400
+#define ADD 0xc030a401
+#define INIT 0x4008a402
+#define PROVISION 0x4008a403
+#define RESTRICT 0xc028a405
+#define MODIFY 0xc028a406
+#define REMOVE 0xc018a407
+#define REFUSED(command, argument, wanted) ({ errno = 0; int ret_ = ioctl(fd, command, argument); \
+	if (ret_ != -1 || errno != (wanted)) { fprintf(stderr, "%d: %s: %d, errno %d, not %d\n", __LINE__, #command, ret_, errno, wanted); exit(1); } })
+#define REFUSED_ADD(wanted, ...) ({ uint64_t add_[6] = {__VA_ARGS__}; REFUSED(ADD, add_, wanted); })
+
+/* What a driver is asked that it must refuse, and with which errno. */
+static void refusals(void)
+{
+	static uint8_t secs[PAGE] __attribute__((aligned(4096))), sig[PAGE] __attribute__((aligned(4096)));
+	static uint8_t info[64] __attribute__((aligned(64))), page[2 * PAGE] __attribute__((aligned(4096)));
+	uint64_t unmapped, kernel = 0xffff800000000000, odd = 0x123, s = 2 * PAGE * 8;
+	int fd = open("/dev/sgx_enclave", O_RDWR);
+	unmapped = (uint64_t)mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint64_t at = (uint64_t)mmap(NULL, 2 * s, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = (at + s - 1) & -s;
+	*(uint64_t *)info = 0x203;
+
+	/* nothing is created yet */
+	REFUSED_ADD(EINVAL, (uint64_t)page, 0, PAGE, (uint64_t)info, 0, 0);
+	uint64_t sigstruct = (uint64_t)sig;
+	REFUSED(INIT, &sigstruct, EINVAL);
+	/* pointers to nowhere, to where nothing may be read, to the kernel */
+	REFUSED(CREATE, (void *)0, EFAULT);
+	REFUSED(CREATE, (void *)unmapped, EFAULT);
+	REFUSED(CREATE, (void *)kernel, EFAULT);
+	REFUSED(CREATE, &unmapped, EFAULT);
+	REFUSED(CREATE, &kernel, EFAULT);
+	REFUSED(CREATE, &odd, EFAULT);
+	uint64_t src = (uint64_t)secs;
+	*(uint64_t *)secs = s + PAGE; *(uint64_t *)(secs + 8) = at; *(uint32_t *)(secs + 16) = 1;
+	*(uint64_t *)(secs + 48) = 4; *(uint64_t *)(secs + 56) = 3;
+	REFUSED(CREATE, &src, EINVAL); /* no power of two */
+	*(uint64_t *)secs = s; *(uint64_t *)(secs + 8) = at + PAGE;
+	REFUSED(CREATE, &src, EIO); /* ECREATE faults: not aligned */
+	*(uint64_t *)(secs + 8) = at;
+	CHECK(!ioctl(fd, CREATE, &src));
+	REFUSED(CREATE, &src, EINVAL);
+
+	REFUSED(ADD, (void *)0, EFAULT);
+	REFUSED_ADD(EINVAL, (uint64_t)page + 1, 0, PAGE, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EINVAL, (uint64_t)page, 1, PAGE, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EINVAL, (uint64_t)page, 0, 0, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EINVAL, (uint64_t)page, 0, PAGE + 1, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EINVAL, (uint64_t)page, s, PAGE, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EINVAL, (uint64_t)page, -PAGE, 2 * PAGE, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EFAULT, (uint64_t)page, 0, PAGE, unmapped, 0, 0);
+	REFUSED_ADD(EFAULT, (uint64_t)page, 0, PAGE, kernel, 0, 0);
+	REFUSED_ADD(EFAULT, unmapped, 0, PAGE, (uint64_t)info, 0, 0);
+	REFUSED_ADD(EFAULT, PAGE, 0, PAGE, (uint64_t)info, 0, 0);
+	static const uint64_t bad[] = {0x003, 0x303, 0x403, 0x202, 0x103, 0x20b, 0x213};
+	for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++) {
+		*(uint64_t *)info = bad[i];
+		REFUSED_ADD(EINVAL, (uint64_t)page, 0, PAGE, (uint64_t)info, 0, 0);
+	}
+	*(uint64_t *)info = 0x203; info[63] = 1;
+	REFUSED_ADD(EINVAL, (uint64_t)page, 0, PAGE, (uint64_t)info, 0, 0);
+	info[63] = 0;
+	/* the second page's source is not there: one page is done, and told */
+	char *half = mmap(NULL, 2 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(!munmap(half + PAGE, PAGE));
+	uint64_t partly[6] = {(uint64_t)half, 0, 2 * PAGE, (uint64_t)info, 0, 0};
+	REFUSED(ADD, partly, EFAULT);
+	CHECK(partly[5] == PAGE);
+	REFUSED_ADD(EBUSY, (uint64_t)page, 0, PAGE, (uint64_t)info, 0, 0);
+	/* the request itself cannot be written back */
+	uint64_t *readonly = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	memcpy(readonly, (uint64_t[]){(uint64_t)page, PAGE, PAGE, (uint64_t)info, 0, 0}, 48);
+	CHECK(!mprotect(readonly, PAGE, PROT_READ));
+	REFUSED(ADD, readonly, EFAULT);
+	*(uint64_t *)info = 0x101; /* TCS with a right */
+	REFUSED_ADD(EINVAL, (uint64_t)page, 2 * PAGE, PAGE, (uint64_t)info, 0, 0);
+	*(uint64_t *)info = 0x100;
+	page[PAGE - 1] = 1; /* a TCS with reserved bytes: EADD faults */
+	REFUSED_ADD(EIO, (uint64_t)page, 2 * PAGE, PAGE, (uint64_t)info, 0, 0);
+
+	/* SIGSTRUCT: not there, of nobody, of garbage, altered, of another enclave */
+	REFUSED(INIT, (void *)0, EFAULT);
+	REFUSED(INIT, &unmapped, EFAULT);
+	*(uint32_t *)(sig + 16) = 0x1234;
+	REFUSED(INIT, &sigstruct, EINVAL);
+	memset(sig, 0, sizeof sig);
+	REFUSED(INIT, &sigstruct, EPERM);
+	FILE *f = fopen(file, "rb");
+	CHECK(f && !fseek(f, 16, SEEK_SET) && fread(sig, 1808, 1, f) == 1);
+	fclose(f);
+	REFUSED(INIT, &sigstruct, EPERM);
+	sig[600] ^= 1;
+	REFUSED(INIT, &sigstruct, EPERM);
+
+	uint64_t nowhere = 1000;
+	REFUSED(PROVISION, &nowhere, EINVAL);
+	uint64_t itself = fd;
+	REFUSED(PROVISION, &itself, EINVAL);
+	/* SGX2 requests before INIT */
+	uint64_t request[5] = {0, PAGE, 1, 0, 0};
+	REFUSED(RESTRICT, request, EINVAL);
+	REFUSED(MODIFY, request, EINVAL);
+	REFUSED(REMOVE, request, EINVAL);
+	REFUSED(0xa404, request, ENOTTY);
+	REFUSED(0x4008a4ff, request, ENOTTY);
+
+	build();
+	fd = device;
+	REFUSED_ADD(EINVAL, (uint64_t)page, 0, PAGE, (uint64_t)info, 0, 0);
+	REFUSED(INIT, &sigstruct, EINVAL);
+	memcpy(request, (uint64_t[]){data - base, PAGE, 8, 0, 0}, sizeof request);
+	REFUSED(RESTRICT, request, EINVAL);
+	memcpy(request, (uint64_t[]){data - base, PAGE, 2, 0, 0}, sizeof request);
+	REFUSED(RESTRICT, request, EINVAL); /* W without R */
+	memcpy(request, (uint64_t[]){size, PAGE, 1, 0, 0}, sizeof request);
+	REFUSED(RESTRICT, request, EINVAL);
+	memcpy(request, (uint64_t[]){data - base, PAGE, 2, 0, 0}, sizeof request);
+	REFUSED(MODIFY, request, EINVAL); /* to REG */
+	memcpy(request, (uint64_t[]){data - base, PAGE, 0}, 24);
+	REFUSED(REMOVE, request, EPERM); /* not trimmed */
+	REFUSED(RESTRICT, (void *)kernel, EFAULT);
+	CHECK(mmap((void *)base, PAGE, 7, MAP_SHARED | MAP_FIXED, device, 0) == MAP_FAILED && errno == EACCES);
+	CHECK(mmap((void *)(base + size), PAGE, 1, MAP_SHARED | MAP_FIXED, device, 0) == MAP_FAILED && errno == EACCES);
+	CHECK(mprotect((void *)CODE, PAGE, 7) == -1 && errno == EACCES);
+	put(0, data, 5);
+	CHECK(get(0, data) == 5);
+}
+
 /* Says it is ready, then waits to be ended in whatever way. */
 static void sit(void)
 {
@@ -305,7 +434,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
-		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"sit", sit}, {"secrets", secrets},
+		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"refusals", refusals}, {"sit", sit}, {"secrets", secrets},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();
