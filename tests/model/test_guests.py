@@ -7,19 +7,22 @@ is lost, stale or foreign; in the end every page of every EPC is free.
 Method: the actors of ``programs.py`` run in the guests and on the host, interleaved by seeded
 schedules, by threads, or one after the other; both ksgxds run, and a storm reclaims on the host
 whenever it can.  Counts are recounted, VIRTCHILDCNT against the host's own among them.
-The long profile: ``SOFTSGX_GUESTS=100 pytest tests/model/test_guests.py`` (thousands of schedules).
+The long profile, thousands of schedules: ``SOFTSGX_GUESTS=250 pytest tests/model/test_guests.py``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
 from tests.model.programs import STEPS, Actor, run_steps
 from tests.support.guests import GuestHost, GuestSystem
 
+from softsgx.kvm import GuestStoppedError
 from softsgx.runtime import Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
 
 SCALE = int(os.environ.get("SOFTSGX_GUESTS", "1"))
@@ -42,6 +45,29 @@ def _guest_storm(guest: GuestSystem, seed: int, count: int) -> None:
         guest.runtime.yield_now()
 
 
+def _warden(guest: GuestSystem, seed: int, count: int) -> None:
+    """Pause and go on."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        for _yield in range(rng.randrange(20)):
+            guest.runtime.yield_now()
+        guest.guest.pause()
+        guest.runtime.yield_now()
+        guest.guest.unpause()
+
+
+def _executioner(guest: GuestSystem, seed: int) -> None:
+    """Stop a guest in the middle of things."""
+    for _yield in range(random.Random(seed).randrange(60)):
+        guest.runtime.yield_now()
+    guest.guest.stop("on command")
+
+
+def _until_stopped(program: Callable[[], None]) -> None:
+    with suppress(GuestStoppedError):
+        program()
+
+
 def swarm(
     runtime: Runtime,
     seed: int,
@@ -52,6 +78,7 @@ def swarm(
     steps: int = 4,
     pages: int = 6,
     shared: bool = False,
+    doomed: bool = False,
 ) -> GuestHost:
     """Let actors in guests and on the host run at the same time; everything must be free then."""
     host = GuestHost(epc_pages=epc_pages, runtime=runtime, processors=3, ksgxd=True)
@@ -78,12 +105,28 @@ def swarm(
     ]
     for number, (guest, actors) in enumerate(crew):
         name = guest.guest.name
-        tasks.append(runtime.spawn(partial(_guest_storm, guest, seed, steps), f"{name}.storm"))
+        programs = {f"{name}.storm": partial(_guest_storm, guest, seed, steps)}
         for actor in actors:
-            program = partial(run_steps, actor, seed * 100 + 10 * number + actor.cpu, steps, KINDS)
-            tasks.append(runtime.spawn(program, f"{name}.{actor.cpu}"))
+            own = seed * 100 + 10 * number + actor.cpu
+            programs[f"{name}.{actor.cpu}"] = partial(run_steps, actor, own, steps, KINDS)
+        if doomed and not number:
+            # A task of a machine that is no more may wait in it for ever.
+            for at, program in programs.items():
+                runtime.spawn(partial(_until_stopped, program), at, daemon=True)
+            programs = {"executioner": partial(_executioner, guest, seed)}
+        elif number == 1:
+            programs["warden"] = partial(_warden, guest, seed, steps)
+        tasks += [runtime.spawn(program, at) for at, program in programs.items()]
     for task in tasks:
         task.join()
+    if doomed:
+        stopped, _actors = crew.pop(0)
+        assert stopped.guest.stopped == "on command"
+        assert stopped.guest.resident == 0
+        with suppress(GuestStoppedError):
+            stopped.core.stop()
+        stopped.guest.destroy()
+        host.guests.remove(stopped)
     for guest, _actors in crew:
         guest.core.stop()
     host.core.stop()
@@ -110,6 +153,7 @@ def _end(host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Acto
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("policy", ["uniform", "pct"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_guests_keep_what_they_stored_under_any_schedule(policy: str, shared: bool) -> None:
@@ -120,7 +164,17 @@ def test_guests_keep_what_they_stored_under_any_schedule(policy: str, shared: bo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_guest_that_is_stopped_takes_nothing_of_the_others_with_it() -> None:
+    for seed in range(6 * SCALE):
+        runtime = SeededRuntime(seed, step_limit=5_000_000)
+        runtime.run(partial(swarm, runtime, seed, shared=seed % 2 == 0, guests=2, doomed=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("shared", [False, True])
 def test_guests_keep_what_they_stored_on_threads(shared: bool) -> None:
     runtime = ThreadsRuntime()
-    runtime.run(partial(swarm, runtime, 1, steps=10 * SCALE, shared=shared))
+    steps = 10 * min(SCALE, 20)
+    runtime.run(partial(swarm, runtime, 1, steps=steps, shared=shared))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
@@ -17,7 +18,7 @@ from softsgx.cgroup import EpcCgroup
 from softsgx.driver import Driver, SoftProcess
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import MIN_EPC_PAGES, parse_size
-from softsgx.kvm import Guest
+from softsgx.kvm import Guest, GuestStoppedError
 from softsgx.paging import BackingFile, EpcCore, Policy
 from softsgx.trace import Tracer
 
@@ -63,8 +64,9 @@ class GuestPlatform:
     def stop(self) -> None:
         """Stop its ksgxd; its enclaves are left as they are."""
         if self._started:
-            self.core.stop()
             self._started = False
+            with suppress(GuestStoppedError):  # which has ended it already
+                self.core.stop()
 
     def process(self, name: str = "") -> SoftProcess:
         """Return a new simulated process in it."""
