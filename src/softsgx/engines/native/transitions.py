@@ -67,6 +67,8 @@ _FPE_INTDIV = 1
 _INTERRUPT = 0xFD
 #: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
 _SPURIOUS_LIMIT = 10_000
+#: Signals of faults for which the instruction must be looked at, but for page faults.
+_BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
 _EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
 _ENTRIES = frozenset({_EENTER, _ERESUME})
@@ -240,8 +242,11 @@ class Transitions:
         code = self._code(thread, regs.rip)
         if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self._enclu(thread, number)
+        page_fault = number == abi.SIGSEGV and info.code in (1, 2)
+        if number in _BY_CODE and not page_fault and self._code_has_left(thread):
+            return 0
         match number:
-            case abi.SIGSEGV if info.code in (1, 2):
+            case abi.SIGSEGV if page_fault:
                 return self._inside_fault(thread, number, info.addr, info.code)
             case abi.SIGSEGV:
                 # What needs privileges that no enclave can have is #UD inside.
@@ -258,6 +263,15 @@ class Transitions:
             _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
             number = abi.SIGILL
         return self._exception(thread, number, vector)
+
+    def _code_has_left(self, thread: ProgramThread) -> bool:
+        """Return whether the code that stopped a thread inside was hidden since: execute it again.
+
+        What its bytes were, and whether it was an ENCLU that we had marked, cannot be told now.
+        """
+        inside, rip = thread.cpu.inside, thread.regs.rip
+        assert inside is not None, "code of an enclave outside an enclave"
+        return inside.enclave.covers(rip) and not thread.image.space.is_shown(rip)
 
     def _inside_fault(
         self, thread: ProgramThread, number: int, address: int, signal_code: int
