@@ -64,7 +64,7 @@ def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> Non
     fresh = Thread(thread.tid)
     assert bytes(fresh.load()) == before
     assert fresh.sigmask() == mask
-    # But for XSTATE_BV: whether a component that is all zeros counts as unused is for the processor.
+    # But for XSTATE_BV: whether an all-zero component counts as unused is for the processor to say.
     assert _without_bitmap(fresh.xstate()) == _without_bitmap(xstate)
 
 
