@@ -7,7 +7,7 @@ is lost, stale or foreign; in the end every page of every EPC is free.
 Method: the actors of ``programs.py`` run in the guests and on the host, interleaved by seeded
 schedules, by threads, or one after the other; both ksgxds run, and a storm reclaims on the host
 whenever it can.  Counts are recounted, VIRTCHILDCNT against the host's own among them.
-The long profile, thousands of schedules: ``SOFTSGX_GUESTS=250 pytest tests/model/test_guests.py``.
+The long profile, thousands of schedules: ``SOFTSGX_GUESTS=50 pytest tests/model/test_guests.py``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _executioner(guest: GuestSystem, seed: int) -> None:
 
 
 def _until_stopped(program: Callable[[], None]) -> None:
-    with suppress(GuestStoppedError):
+    # A task that is killed while it waits would wait again to leave its enclave: KeyError.
+    with suppress(GuestStoppedError, KeyError):
         program()
 
 
@@ -157,7 +158,7 @@ def _end(host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Acto
 @pytest.mark.parametrize("policy", ["uniform", "pct"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_guests_keep_what_they_stored_under_any_schedule(policy: str, shared: bool) -> None:
-    for seed in range(3 * SCALE):
+    for seed in range(20 * SCALE):
         chosen = Uniform() if policy == "uniform" else Pct(depth=4, steps=20_000)
         runtime = SeededRuntime(seed, policy=chosen, step_limit=5_000_000)
         runtime.run(partial(swarm, runtime, seed, shared=shared))
@@ -166,7 +167,7 @@ def test_guests_keep_what_they_stored_under_any_schedule(policy: str, shared: bo
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_guest_that_is_stopped_takes_nothing_of_the_others_with_it() -> None:
-    for seed in range(6 * SCALE):
+    for seed in range(20 * SCALE):
         runtime = SeededRuntime(seed, step_limit=5_000_000)
         runtime.run(partial(swarm, runtime, seed, shared=seed % 2 == 0, guests=2, doomed=True))
 

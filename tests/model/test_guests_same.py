@@ -41,7 +41,7 @@ programs = st.lists(
     max_size=40,
 )
 ordinary = settings(
-    max_examples=25 * SCALE,
+    max_examples=40 * SCALE,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     derandomize=SCALE == 1,

@@ -35,7 +35,9 @@ WORLD = (
     "stop",
 )
 SMALL = st.integers(0, (1 << 24) - 1)
-programs = st.lists(st.tuples(st.sampled_from(STEPS + WORLD), SMALL, SMALL), max_size=40)
+programs = st.lists(
+    st.tuples(st.sampled_from(STEPS + WORLD), SMALL, SMALL), min_size=5, max_size=40
+)
 
 
 class World:
@@ -163,7 +165,7 @@ class World:
     program=programs,
 )
 @settings(
-    max_examples=60 * SCALE,
+    max_examples=100 * SCALE,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     derandomize=SCALE == 1,

@@ -5,6 +5,7 @@ inside a guest or beside it.
 """
 
 from softsgx.kvm.defects import KVM_DEFECTS
+from softsgx.kvm.device import VepcDevice
 from softsgx.kvm.events import (
     ConflictResolved,
     GuestStopped,
@@ -25,7 +26,6 @@ from softsgx.kvm.vepc import (
     SGX_IOC_VEPC_REMOVE_ALL,
     FaultResult,
     Vepc,
-    VepcDevice,
     VepcMapping,
 )
 

@@ -38,12 +38,13 @@ from softsgx.hw import (
     interrupt,
 )
 from softsgx.kvm import registers
+from softsgx.kvm.device import VepcDevice
 from softsgx.kvm.events import ConflictResolved, VirtualPowerLost
 from softsgx.kvm.leaves import GuestLeaves, exiting_bitmap
 from softsgx.kvm.monitor import Monitor
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.processor import GuestProcessor
-from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcDevice, VepcMapping
+from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcMapping
 from softsgx.paging import Group
 from softsgx.trace import Tracer
 

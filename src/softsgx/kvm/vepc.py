@@ -1,4 +1,4 @@
-"""``/dev/sgx_vepc``: EPC for guests, page by page as it is touched.
+"""An open ``/dev/sgx_vepc``: EPC for a guest, page by page as it is touched.
 
 A file is one virtual EPC; a mapping of it is what a guest gets as an EPC section.  Until a page is
 touched there is none; from then on the core may take it and a fault brings it back.
@@ -12,22 +12,20 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from errno import EBUSY, EINVAL, ENOTTY
-from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 from softsgx.arch import PAGE_BYTES, RdInfo, RdInfoStatus, Status
 from softsgx.hw import Fault
 from softsgx.kvm import motion
-from softsgx.kvm.defects import KVM_DEFECTS
 from softsgx.kvm.fate import Fate
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.swap import VepcSwap
-from softsgx.paging import BackingFile, EpcBusy, EpcCore, LoadFailed, MemoryBacking, NoEpc
+from softsgx.paging import EpcBusy, LoadFailed, NoEpc
 
 if TYPE_CHECKING:
+    from softsgx.kvm.device import VepcDevice
     from softsgx.kvm.monitor import Monitor
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "SGX_IOC_VEPC_REMOVE_ALL",
     "FaultResult",
     "Vepc",
-    "VepcDevice",
     "VepcMapping",
 ]
 
@@ -50,10 +47,6 @@ def _refuse(errno: int, why: str) -> NoReturn:
     raise OSError(errno, why)
 
 
-def _memory(pages: int) -> BackingFile:
-    return MemoryBacking()
-
-
 class FaultResult(Enum):
     """How a fault of a mapping ended."""
 
@@ -63,71 +56,6 @@ class FaultResult(Enum):
     """Repeat the access: the fault has waited for an EPC page with no lock held."""
     SIGBUS = "sigbus"
     """There is no EPC page, or the guest has stopped."""
-
-
-class VepcDevice:
-    """The device of one machine.
-
-    Args:
-        core: the EPC core.
-        backing: makes the backing file of a virtual EPC.
-        defects: names from :data:`~softsgx.kvm.KVM_DEFECTS`; other names are ignored.
-
-    Attributes:
-        zombies: pages of files that are closed, which EREMOVE refused: SECS pages whose children
-            are in files that are not closed.
-        vepcs: every file of which something is left.
-    """
-
-    def __init__(
-        self,
-        core: EpcCore,
-        *,
-        backing: Callable[[int], BackingFile] = _memory,
-        defects: frozenset[str] = frozenset(),
-    ) -> None:
-        self.core, self.backing = core, backing
-        self.defects = defects & KVM_DEFECTS.keys()
-        self.zombies: list[VepcPage] = []
-        self.vepcs: list[Vepc] = []
-        self._numbers = count(1)
-
-    def next_number(self) -> int:
-        """Return a number for a guest, from 1."""
-        return next(self._numbers)
-
-    def open(self, monitor: Monitor, *, base: int = 0) -> Vepc:
-        """Open it: one new, empty virtual EPC.
-
-        Args:
-            monitor: whose VMM opens it.
-            base: guest-physical address at which the guest will see it.
-        """
-        return Vepc(self, monitor, base)
-
-    def power_lost(self) -> None:
-        """The machine has lost power and is back: every virtual EPC is empty.
-
-        Called while no task runs, as a kernel's resume callback is.  Guests see what their own
-        loss of power would show them; they go on.
-        """
-        for vepc in list(self.vepcs):
-            with vepc.monitor.lock:
-                vepc.power_lost()
-        gone, self.zombies = self.zombies, []
-        for page in gone:
-            with page.vepc.monitor.lock:
-                page.vepc.end()
-
-    def retry_zombies(self) -> None:
-        """See which zombies have lost their last child."""
-        for page in list(self.zombies):
-            monitor = page.vepc.monitor
-            with monitor.lock, monitor.working():
-                gone = page in self.zombies and page.vepc.remove(page)
-                if gone:
-                    self.zombies.remove(page)
-                    page.vepc.end()
 
 
 class VepcMapping:
