@@ -86,3 +86,10 @@ def test_without_room_for_its_pages_an_enclave_gets_sigbus_and_others_go_on(
     (message,) = caplog.messages
     assert "SIGBUS at 0x" in message and "backing" in message
     assert set(result.counters["held"].values()) == {0}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_system_call_is_made_once_whatever_happens_meanwhile(
+    program: list[str], strict: bool
+) -> None:
+    assert exit_code(program, "calls", strict=strict) == 0

@@ -199,10 +199,9 @@ class Loop:
     def _call(self, thread: ProgramThread) -> None:
         if thread.again:
             thread.again = False
-            self.go(thread)
+            self._make_call(thread)
             return
-        regs = thread.load()
-        number = regs.orig_rax
+        number = thread.load().orig_rax
         if number == abi.SYS_SOFTSGX_EENTER:
             self._transitions.enter(thread)
             self.go(thread)
@@ -212,14 +211,23 @@ class Loop:
             return
         handler = self._calls.get(number)
         result = None if handler is None else handler(thread)
-        if result is not None:
-            thread.skip_syscall(result)
-        elif not thread.at_call:
-            # The stop was used up by calls of ours: make the program's once more.
-            regs.rip, regs.rax, regs.orig_rax = regs.rip - 2, number, _NO_CALL
+        thread.user_memory = None
+        if result is None:
+            self._make_call(thread)
+            return
+        thread.skip_syscall(result)
+        self.go(thread)
+
+    def _make_call(self, thread: ProgramThread) -> None:
+        """Let the call of this stop be made, by the program itself."""
+        # What was put off may make calls of ours, and use the stop up.
+        self._world.settle()
+        thread.image.pager.flush()
+        if not thread.at_call:
+            regs = thread.load()
+            regs.rip, regs.rax, regs.orig_rax = regs.rip - 2, regs.orig_rax, _NO_CALL
             thread.store()
             thread.again = True
-        thread.user_memory = None
         self.go(thread)
 
     # --- births and deaths ----------------------------------------------------------------------

@@ -403,6 +403,30 @@ static void refusals(void)
 	CHECK(get(0, data) == 5);
 }
 
+/* Calls of one process while another's faults take pages from it: each is made once. */
+static void calls(void)
+{
+	struct stat st;
+	int status, pipes[2];
+	char byte;
+	build();
+	fill();
+	CHECK(!pipe(pipes));
+	pid_t child = fork();
+	if (!child) {
+		close(pipes[1]);
+		fcntl(pipes[0], F_SETFL, O_NONBLOCK);
+		while (read(pipes[0], &byte, 1) < 0) {
+			CHECK(!stat("/", &st));
+			CHECK(get(1, data + PAGE) == 2);
+		}
+		_exit(0);
+	}
+	for (int i = 0; i < 30; i++) check_untouched();
+	close(pipes[1]);
+	CHECK(waitpid(child, &status, 0) == child && !status);
+}
+
 /* Says it is ready, then waits to be ended in whatever way. */
 static void sit(void)
 {
@@ -434,7 +458,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
-		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"refusals", refusals}, {"sit", sit}, {"secrets", secrets},
+		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();
