@@ -136,7 +136,7 @@ def is_illegal_inside(code: bytes) -> bool:
     at = 0
     while at < len(code) and (code[at] in _PREFIXES or code[at] & 0xF0 == 0x40):
         at += 1
-    first, second, third = code[at : at + 3].ljust(3, b"\0")
+    first, second, third = code[at : at + 3].ljust(3, b"\xff")
     if first != 0x0F:
         return first in _ILLEGAL1 or (
             first == 0xFF and second >> 6 != 3 and second >> 3 & 7 in (3, 5)

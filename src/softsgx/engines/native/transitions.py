@@ -215,9 +215,16 @@ class Transitions:
             _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
             return abi.SIGILL
         number = self._abort_page.execute(thread, address)
-        if number in (abi.SIGSEGV, abi.SIGBUS) and thread.siginfo().code in (1, 2):
-            return self._outside_fault(thread, number, thread.siginfo().addr)
-        return number
+        if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):
+            return number
+        # It also touches something that it may not, or that is not there yet.
+        image, other = thread.image, thread.siginfo().addr
+        if image.mm.find(other) is None:
+            return number
+        access, entry = self._access(thread, other), image.space.entry(other)
+        if entry is not None and not access & ~entry[1]:
+            return 0 if self._repeat(thread, other) else number
+        return self._outcome(thread, number, image.mm.fault(other, access, thread), other)
 
     def _outcome(
         self, thread: ProgramThread, number: int, result: FaultResult, address: int

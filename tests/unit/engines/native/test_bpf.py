@@ -10,16 +10,26 @@ import struct
 import pytest
 
 from softsgx.engines.native import abi
-from softsgx.engines.native.bpf import build_filter
+from softsgx.engines.native.bpf import build_filter, build_guard
 
 TRACE, ALLOW = abi.SECCOMP_RET_TRACE, abi.SECCOMP_RET_ALLOW
 I386 = 0x4000_0003
 
 
 def verdict(number: int, *arguments: int, arch: int = abi.AUDIT_ARCH_X86_64) -> int:
+    return interpret(build_filter(), number, *arguments, arch=arch)
+
+
+def interpret(
+    bpf: bytes,
+    number: int,
+    *arguments: int,
+    arch: int = abi.AUDIT_ARCH_X86_64,
+    pointer: int = 0x1234,
+) -> int:
     six = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
-    data = struct.pack("<IIQ6Q", number, arch, 0x1234, *six)
-    program = list(struct.iter_unpack("<HBBI", build_filter()))
+    data = struct.pack("<IIQ6Q", number, arch, pointer, *six)
+    program = list(struct.iter_unpack("<HBBI", bpf))
     at = accumulator = 0
     while True:
         code, true, false, k = program[at]
@@ -75,3 +85,34 @@ def test_anonymous_memory_that_replaces_nothing_is_not_looked_at(flags: int, exp
 
 def test_programs_of_another_architecture_are_let_be() -> None:
     assert verdict(abi.SYS_OPENAT, arch=I386) == ALLOW
+
+
+BASE, SIZE = 0x7FFF_F7E0_0000, 0x20_0000
+
+
+@pytest.mark.parametrize(
+    ("pointer", "expected"),
+    [
+        (BASE, TRACE),
+        (BASE + SIZE - 1, TRACE),
+        (BASE - 1, ALLOW),
+        (BASE + SIZE, ALLOW),
+        (BASE + (1 << 32), ALLOW),
+        (BASE & 0xFFFF_FFFF, ALLOW),
+    ],
+)
+@pytest.mark.parametrize("arch", [abi.AUDIT_ARCH_X86_64, I386])
+def test_every_call_of_code_in_a_guarded_range_stops(
+    pointer: int, arch: int, expected: int
+) -> None:
+    assert interpret(build_guard(BASE, SIZE), 39, pointer=pointer, arch=arch) == expected
+
+
+@pytest.mark.parametrize("number", [0, 39, 56, 257, 1000, abi.SYS_SOFTSGX_EENTER])
+def test_everything_means_every_call_that_returns(number: int) -> None:
+    assert interpret(build_filter(everything=True), number) == TRACE
+
+
+@pytest.mark.parametrize("number", [15, 60, 231])
+def test_a_call_without_an_end_never_stops(number: int) -> None:
+    assert interpret(build_filter(everything=True), number) == ALLOW

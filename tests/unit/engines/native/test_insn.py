@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from softsgx.engines.native.insn import decode, is_write
+from softsgx.engines.native.insn import decode, is_illegal_inside, is_write
 
 STORES = {
     "4889 37": (True, "mov [rdi], rsi"),
@@ -97,3 +97,37 @@ def test_whatever_the_bytes_are_a_length_is_one_to_fifteen_or_unknown() -> None:
     for _ in range(20_000):
         insn = decode(source.randbytes(15))
         assert insn is None or 1 <= insn.length <= 15
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("0fa2", "0f05", "0f34", "cd80", "cd21", "ec", "ee", "e460", "6c", "f36e", "0f33", "0f37"),
+        *("cf", "48cf", "cb", "ca0800", "ff28", "ff18", "48ff2c24", "8ed8", "0fa1", "0fb200"),
+        *("0f00c0", "0f00c8", "0f0100", "0f0108", "0f01e0", "0f0120", "0f01c1", "0f01d4"),
+    ],
+)
+def test_what_the_manual_lists_is_illegal_inside_an_enclave(code: str) -> None:
+    assert is_illegal_inside(bytes.fromhex(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "0f01d7",
+        "0f01d0",
+        "cc",
+        "f4",
+        "c3",
+        "ff10",
+        "ff20",
+        "fa",
+        "0f31",
+        "0fae00",
+        "8cd8",
+        "",
+        "0f",
+    ],
+)
+def test_other_instructions_are_what_they_are_outside(code: str) -> None:
+    assert not is_illegal_inside(bytes.fromhex(code))

@@ -217,3 +217,43 @@ def test_a_store_to_a_marked_page_takes_its_marks_away() -> None:
     assert bytes(store.freeze(page))[:3] == b"\xf4\x01\xd7"
     os.close(theirs)
     memory.close()
+
+
+def test_cpuid_is_ud2_for_the_program_and_itself_for_everybody_else() -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0, rwx=5)
+    store.cpuid_sites = lambda data: [at for at in range(4095) if data[at : at + 2] == b"\x0f\xa2"]
+    code = (b"\x90" * 8 + b"\x0f\xa2").ljust(4096, b"\x90")
+    store.fill(page, code)
+    store.mapped(page, memory, page.linaddr)
+    assert os.pread(theirs, 10, page.linaddr) == b"\x90" * 8 + b"\x0f\x0b"
+    assert store.read(page, 0, 4096) == code
+    page.rwx = 7  # the enclave may write here now: its bytes are left alone
+    store.refresh(page)
+    assert os.pread(theirs, 4096, page.linaddr) == code
+    page.rwx = 5
+    store.refresh(page)
+    assert os.pread(theirs, 10, page.linaddr)[-2:] == b"\x0f\x0b"
+    assert bytes(store.freeze(page)) == code
+    memory.close()
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_page_that_was_lent_as_ones_has_its_own_bytes_again(pending: bool) -> None:
+    memory, theirs = make_memory()
+    store, page = NativeStore(), make_page(0)
+    store.fill(page, b"own!" * 1024)
+    page.pending = pending
+    store.mapped(page, memory, page.linaddr)
+    store.lend(page.addr, memory, page.linaddr)
+    assert os.pread(theirs, 4096, page.linaddr) == b"\xff" * 4096
+    assert store.read(page, 0, 4) == b"own!"
+    os.pwrite(theirs, b"lost", page.linaddr)
+    store.take_back(memory, page.linaddr)
+    store.refresh(page)
+    assert store.is_shown(page.addr) is not pending
+    assert os.pread(theirs, 4, page.linaddr) == (bytes(4) if pending else b"own!")
+    assert store.read(page, 0, 4096) == b"own!" * 1024
+    memory.close()
+    os.close(theirs)
