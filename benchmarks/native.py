@@ -49,7 +49,7 @@ PASSES = 12_000
 SLICES = 4
 
 # Inside and outside get the same instructions at the same places.
-_SAME = "-fcf-protection=none -march=x86-64 -fPIE"
+_SAME = ("-fcf-protection=none", "-fPIE")
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Programs:
             SoftSgxError: there is no compiler.
         """
         found = find_compiler()
-        named = type(found)((*found.command, *_SAME.split()), found.linker, found.baseline)
+        named = type(found)((*found.command, *found.baseline, *_SAME), found.linker, found.baseline)
         options = BuildOptions(heap_bytes=(PAGES + 16) * PAGE_BYTES)
         plan = build_enclave([SOURCES / "inside.c"], named, options)
         with (directory / "inside.sgxs").open("wb") as file:
