@@ -255,9 +255,9 @@ class Monitor:
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self, reason: str) -> None:
-        """It cannot go on, and all its EPC is free again; others are not concerned.
+        """It cannot go on, and all its EPC is given back; others are not concerned.
 
-        May be called with ``lock`` held: then call :meth:`reap` once it is not.
+        May be called whatever the caller holds: if ``lock`` is not free, a task waits for it.
         """
         if self.stopped is not None:
             return
@@ -267,18 +267,28 @@ class Monitor:
         self.reap()
 
     def reap(self) -> None:
-        """Free what a stopped machine has; whoever holds ``lock`` does it when he lets go."""
-        if self.stopped is None or not self.lock.try_acquire():
+        """Free what a stopped machine has; never waits: if ``lock`` is not free, a task does."""
+        if self.stopped is None:
+            return
+        if not self.lock.try_acquire():
+            self.runtime.spawn(self._reap_later, f"{self.name}.reap", daemon=True)
             return
         try:
-            self.paused = False
-            self.changed.notify_all()
-            for vepc in self.vepcs:
-                vepc.unmap_all()
-            self.kick()
-            with self.working():
-                for _pass in range(2):  # a SECS may have children in another one
-                    for vepc in self.vepcs:
-                        vepc.free_all()
+            self._free_all()
         finally:
             self.lock.release()
+
+    def _reap_later(self) -> None:
+        with self.lock:
+            self._free_all()
+
+    def _free_all(self) -> None:
+        self.paused = False
+        self.changed.notify_all()
+        for vepc in self.vepcs:
+            vepc.unmap_all()
+        self.kick()
+        with self.working():
+            for _pass in range(2):  # a SECS may have children in another one
+                for vepc in self.vepcs:
+                    vepc.free_all()

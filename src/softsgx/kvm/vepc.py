@@ -229,6 +229,7 @@ class Vepc:
         if page is None:
             return FaultResult.SIGBUS
         busy: EpcBusy | None = None
+        refusal = ""
         with monitor.lock:
             while page.reclaiming and retry and monitor.stopped is None:
                 monitor.changed.wait()
@@ -251,10 +252,11 @@ class Vepc:
             except NoEpc:
                 return FaultResult.SIGBUS
             except LoadFailed as error:
-                self.refusal = error.result
-                if error.result == Status.MAC_COMPARE_FAIL.manual_name:
-                    monitor.stop(f"page {page.gpa:#x} cannot be loaded: {error.result}")
-                return FaultResult.SIGBUS
+                self.refusal = refusal = error.result
+        if refusal == Status.MAC_COMPARE_FAIL.manual_name:
+            monitor.stop(f"page {page.gpa:#x} cannot be loaded: {refusal}")
+        elif refusal:
+            return FaultResult.SIGBUS
         monitor.reap()
         if not monitor.alive or not retry:
             return FaultResult.SIGBUS
