@@ -23,7 +23,7 @@ from softsgx.engines.native.pager_uffd import open_userfaultfd
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
 
-__all__ = ["Finding", "can_fault_cpuid", "choose_pager", "doctor"]
+__all__ = ["Finding", "can_fault_cpuid", "can_write_fsbase", "choose_pager", "doctor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,14 @@ def doctor() -> list[Finding]:
             good="every CPUID is answered by the software machine",
             bad="this processor has none: CPUID is replaced in code as it is loaded; code made at "
             "run time sees the processor's own",
+        ),
+        _finding(
+            "FSGSBASE",
+            can_write_fsbase(),
+            needed=False,
+            good="a program of one thread enters an enclave again without a stop",
+            bad="this kernel (5.9 at least) or processor keeps WRFSBASE from programs: each entry "
+            "of an enclave stops the thread, which makes calls slower",
         ),
         _finding(
             "ENCLU",
@@ -164,6 +172,11 @@ def can_fault_cpuid() -> bool:
         libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
 
     return _in_child(child) == 0
+
+
+def can_write_fsbase() -> bool:
+    """Return whether programs may execute WRFSBASE and WRGSBASE."""
+    return bool(libc.hardware_capabilities() & abi.HWCAP2_FSGSBASE)
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.permits import PermitPage
 from softsgx.engines.native.registry import Device, Registry
 from softsgx.engines.native.space import Pager, Space
 from softsgx.engines.native.tracee import Gone
@@ -39,6 +40,7 @@ class Image:
         hold: stops a running thread for us; returns whether it is stopped and alive.
         strict: whether mappings of enclaves are covered for those who are not inside.
         view: the device whose mappings are uncovered now, if ``strict``.
+        permit: the page of permits, ``None`` where each entry has to stop.
     """
 
     index: int
@@ -51,6 +53,7 @@ class Image:
     wired: bool = False
     strict: bool = False
     view: EnclaveFile | None = None
+    permit: PermitPage | None = None
     space: Space = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)

@@ -107,6 +107,11 @@ def current_cpu() -> int:
     return int(_libc.sched_getcpu())
 
 
+def hardware_capabilities() -> int:
+    """Return AT_HWCAP2 of this process."""
+    return int(_libc.getauxval(ctypes.c_ulong(abi.AT_HWCAP2)))
+
+
 def pidfd_open(pid: int) -> int:
     """Return a descriptor of process ``pid``."""
     return syscall(abi.SYS_PIDFD_OPEN, pid, 0)

@@ -80,6 +80,7 @@ class Loop:
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
         self._settle = world.settle
+        self._permits = transitions.permits
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
 
@@ -127,6 +128,7 @@ class Loop:
         try:
             thread.interrupt()
             stop = thread.wait()
+            self._permits.stopped(thread)
         except Gone as gone:
             self._gone(thread, gone.status)
             return False
@@ -167,6 +169,7 @@ class Loop:
     def _guard(self, thread: ProgramThread, stop: Stop) -> None:
         thread.image.current = thread
         try:
+            self._permits.stopped(thread)
             self._handle(thread, stop)
         except Gone as gone:
             if gone.tid == thread.tid and gone.status is not None:
@@ -282,6 +285,7 @@ class Loop:
         if self.threads.get(thread.tid) is not thread:
             return
         del self.threads[thread.tid]
+        self._permits.ended(thread)
         if status is not None and thread.tid == thread.process.pid:
             self.statuses[thread.tid] = status
         self._world.thread_gone(thread)

@@ -8,8 +8,9 @@ from typing import cast
 
 from softsgx.driver import Mm
 from softsgx.engines.native import abi
-from softsgx.engines.native.abi import SigInfo, UserRegs
+from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.image import Image, ImageMemory
+from softsgx.engines.native.registers import NativeRegisters
 from softsgx.engines.native.tracee import Stop, Thread
 from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
@@ -41,20 +42,6 @@ class Process:
     group: Group
     alive: int = 0
     guarded: set[tuple[int, int]] = field(default_factory=set)
-
-
-class NativeRegisters(UserRegs):
-    """The machine's view of a thread's registers.
-
-    Attributes:
-        xcr0: what the enclave may use; the real register stays as the system set it.
-        xsave: the thread's XSAVE area, valid while a leaf or an exit works on it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.xcr0 = 0
-        self.xsave = b""
 
 
 @dataclass(eq=False)

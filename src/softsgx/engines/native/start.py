@@ -17,11 +17,12 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.permits import PermitPage
 from softsgx.engines.native.tracee import Gone, Thread
 from softsgx.engines.native.vdso import Vdso, build_vdso, read_symbols
 from softsgx.errors import SoftSgxError
 
-__all__ = ["TRACE_OPTIONS", "install_vdso", "start_program"]
+__all__ = ["TRACE_OPTIONS", "install_permits", "install_vdso", "start_program"]
 
 TRACE_OPTIONS = (
     abi.PTRACE_O_TRACESYSGOOD
@@ -35,6 +36,8 @@ TRACE_OPTIONS = (
 
 #: Exit status of a child that could not become the program, as shells have it.
 _CANNOT_EXECUTE = 127
+#: The page of permits in ``/proc/PID/maps``.
+_PERMIT_NAME = b"softsgx\0"
 
 
 def start_program(
@@ -184,6 +187,32 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     if slot:
         os.pwrite(memory, struct.pack("<Q", base), slot)
     return base, vdso
+
+
+def install_permits(
+    thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso
+) -> PermitPage | None:
+    """Share a page for permits with a fresh image; ``None`` when it has no room for one.
+
+    Args:
+        thread: a stopped thread of the image, its vDSO installed.
+        pidfd: a descriptor of its process.
+        memory: a descriptor of its ``/proc/PID/mem``.
+        base: where the vDSO is.
+        vdso: what it is.
+    """
+    os.pwrite(memory, _PERMIT_NAME, base + vdso.scratch)
+    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
+    if theirs < 0:
+        return None
+    page = PermitPage(libc.pidfd_getfd(pidfd, theirs))
+    rights = abi.PROT_READ | abi.PROT_WRITE
+    at = thread.syscall(abi.SYS_MMAP, 0, abi.PAGE, rights, abi.MAP_SHARED, theirs, 0)
+    thread.syscall(abi.SYS_CLOSE, theirs)
+    if at < 0:
+        return None
+    os.pwrite(memory, struct.pack("<Q", at), base + vdso.permit_at)
+    return page
 
 
 def _find_vdso(memory: int, stack: int) -> tuple[int, int]:

@@ -38,19 +38,20 @@ from softsgx.engines.native.abort import AbortPage
 from softsgx.engines.native.affinity import Affinity
 from softsgx.engines.native.bpf import build_filter, build_guard
 from softsgx.engines.native.cpuid import host_cpuid, virtual_leaf
-from softsgx.engines.native.doctor import can_fault_cpuid, choose_pager
+from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.image import Image
 from softsgx.engines.native.loop import Handler, Loop, World
 from softsgx.engines.native.mappings import Mappings, rewrite_cpuid
 from softsgx.engines.native.memory import EnclaveMemory, NativeStore
 from softsgx.engines.native.names import DeviceNames
 from softsgx.engines.native.pagers import make_pager
+from softsgx.engines.native.permits import Permits
 from softsgx.engines.native.program import Process, ProgramThread
 from softsgx.engines.native.ram import NativeRam
 from softsgx.engines.native.registry import Device, Registry
 from softsgx.engines.native.rewrite import cpuid_sites
 from softsgx.engines.native.space import Space
-from softsgx.engines.native.start import install_vdso, start_program
+from softsgx.engines.native.start import install_permits, install_vdso, start_program
 from softsgx.engines.native.strict import StrictLoop
 from softsgx.engines.native.tracee import Thread
 from softsgx.engines.native.transitions import Transitions
@@ -102,6 +103,8 @@ class Supervisor(World):
         self._affinity: Affinity | None = None
         self._refusals, self._told = 0, set[int]()
         self._faulting = can_fault_cpuid()
+        # In a strict run each entry changes what others may see.
+        self._permitting = not strict and can_write_fsbase()
         self._store.cpuid_sites = None if self._faulting else cpuid_sites
         self._registry = Registry()
         self._host = host_cpuid()
@@ -114,6 +117,7 @@ class Supervisor(World):
             lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub),
             AbortPage(self._store, self._quieten),
             self._tell_refused,
+            Permits(lambda: len(self._loop.threads) == 1),
         )
         self._loop = (
             StrictLoop(self, transitions, self._handlers(), time.monotonic_ns)
@@ -304,7 +308,9 @@ class Supervisor(World):
 
     def fork_image(self, tid: int, parent: Image) -> Image:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
-        return self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
+        image = self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
+        image.permit = parent.permit
+        return image
 
     def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
         """Set up paging in a fork child, which has inherited mappings but not their watching."""
@@ -347,6 +353,9 @@ class Supervisor(World):
             image.pager.close()
             os.close(image.memory_fd)
             del self._images[image.index]
+            page = image.permit
+            if page and all(other.permit is not page for other in self._images.values()):
+                page.close()
             self._registry.sweep()
 
     # --- images ---------------------------------------------------------------------------------
@@ -367,6 +376,8 @@ class Supervisor(World):
         else:
             _rewrite_image(thread)
         self._wire(image, thread, process, None)
+        if self._permitting:
+            image.permit = install_permits(thread, process.pidfd, image.memory_fd, base, vdso)
         return thread
 
     def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:

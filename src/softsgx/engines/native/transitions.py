@@ -31,6 +31,7 @@ from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.abort import AbortPage
 from softsgx.engines.native.cpuid import CpuidLeaf
 from softsgx.engines.native.insn import decode, is_illegal_inside, is_write
+from softsgx.engines.native.permits import Permits
 from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
 from softsgx.hw import (
     EXECUTE,
@@ -82,6 +83,7 @@ class Transitions:
         cpuid: what CPUID (leaf, sub-leaf) gives.
         abort_page: executes what may not have a page it touches.
         refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        permits: entries that do not stop.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Transitions:
         cpuid: Callable[[int, int], CpuidLeaf],
         abort_page: AbortPage,
         refused: Callable[[ProgramThread, int], None],
+        permits: Permits,
     ) -> None:
         self._cpuid, self._abort_page, self._tell_refused = cpuid, abort_page, refused
+        self.permits = permits
 
     # --- stops ----------------------------------------------------------------------------------
 
@@ -100,7 +104,11 @@ class Transitions:
         regs.orig_rax = _NO_CALL
         regs.rax, regs.rcx = _EENTER, image.aep
         regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
-        return self._enclu(thread, 0)
+        tcs, outside = regs.rbx, thread.cpu.inside is None
+        number = self._enclu(thread, 0)
+        if outside and thread.cpu.inside is not None:
+            self.permits.entered(thread, tcs)
+        return number
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
@@ -433,6 +441,7 @@ class Transitions:
             self._went_in(thread)
         elif leaf == _EEXIT:
             self._went_out(thread)
+            self.permits.left(thread)
         elif leaf in _EPCM_CHANGES:
             thread.image.space.refresh(operand)
         return 0

@@ -56,6 +56,8 @@ class Vdso:
         device_name: the string :data:`DEVICE_NAME`.
         illegal: an illegal instruction.
         scratch: bytes that only the supervisor writes, for calls that take pointers.
+        permit_at: where the address of the page of permits belongs.
+        permit, permitted, permit_end: as ``vdso_code.py`` has them.
         symbols: exported functions.
     """
 
@@ -68,6 +70,10 @@ class Vdso:
     device_name: int
     illegal: int
     scratch: int
+    permit_at: int
+    permit: int
+    permitted: int
+    permit_end: int
     symbols: dict[str, int]
 
 
@@ -118,19 +124,16 @@ def build_vdso(original: dict[str, int]) -> Vdso:
     base = layout.text
     return Vdso(
         image=layout.image,
-        inject=base + asm.labels["inject"],
-        injected=base + asm.labels["injected"],
-        eenter_after=base + asm.labels["eenter_after"],
-        aep=base + asm.labels["aep"],
-        fixup=base + asm.labels["fixup"],
-        device_name=base + asm.labels["device_name"],
-        illegal=base + asm.labels["illegal"],
-        scratch=base + asm.labels["scratch"],
+        **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
     )
 
 
 _GNU_BUCKETS = 4
+_PLACES = (
+    *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
+    *("permit_at", "permit", "permitted", "permit_end"),
+)
 
 
 class _Image:

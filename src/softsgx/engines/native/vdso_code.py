@@ -2,7 +2,8 @@
 
 ``__vdso_sgx_enter_enclave`` has the kernel's contract (``vdso.rst``, ``uapi/asm/sgx.h``), with one
 difference nobody outside can see: EENTER is a system call number that stops for the supervisor,
-which is cheaper than a trapping instruction.  ERESUME and the asynchronous exit pointer are a real
+which is cheaper than a trapping instruction, or a few instructions when ``permits.py`` has allowed
+it beforehand.  ERESUME and the asynchronous exit pointer are a real
 ENCLU, so a signal handler that looks at the interrupted context finds what hardware would show.
 
 Source:
@@ -14,10 +15,26 @@ from __future__ import annotations
 from softsgx.engines.native import abi
 from softsgx.engines.native.asm import Assembler
 
-__all__ = ["SCRATCH_BYTES", "emit_enter_enclave", "emit_forward", "emit_injection"]
+__all__ = ["PERMIT", "SCRATCH_BYTES", "emit_enter_enclave", "emit_forward", "emit_injection"]
 
 _EINVAL = -22
 SCRATCH_BYTES = 128
+
+PERMIT = {
+    name: 8 * number
+    for number, name in enumerate(
+        (
+            *("tcs", "entry", "cssa", "fs", "gs"),
+            *("used", "rsp", "rbp", "outside_fs", "outside_gs"),
+        )
+    )
+}
+"""Offsets of the quadwords of the page of permits; the second line is what the program writes."""
+
+#: Those that a fault inside an enclave raises; they must reach us, whoever blocks them.
+_FAULTS = sum(
+    1 << number - 1 for number in (abi.SIGILL, abi.SIGTRAP, abi.SIGBUS, abi.SIGFPE, abi.SIGSEGV)
+)
 
 # struct sgx_enclave_run
 _FUNCTION, _VECTOR, _ERROR_CODE, _ADDRESS, _HANDLER = 8, 12, 14, 16, 24
@@ -27,7 +44,8 @@ _RESERVED, _SIZE = 40, 256
 def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
-    ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at.
+    ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at, and
+    at ``permit_at`` the address of the page of permits, or zero.
     """
     asm.label("inject")
     asm.emit("0f05")  # syscall
@@ -38,6 +56,9 @@ def emit_injection(asm: Assembler) -> None:
     asm.align(16)
     asm.label("scratch")
     asm.emit("cc" * SCRATCH_BYTES)
+    asm.align(8)
+    asm.label("permit_at")
+    asm.quad(0)
 
 
 def emit_forward(asm: Assembler, name: str, target: int) -> None:
@@ -80,7 +101,9 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.short("75", "reserved")  # jnz
     asm.emit("48 8b 1b")  # mov rbx, [rbx]: tcs
     asm.emit("83 f8 03")  # cmp eax, 3
-    asm.short("74", "resume")  # je
+    asm.near("0f 84", "resume")  # je
+    _emit_permitted_entry(asm)
+    asm.label("ask")
     asm.word("b8", abi.SYS_SOFTSGX_EENTER)  # mov eax, number
     asm.emit("0f 05")  # syscall: EENTER of RBX with AEP ``aep``
     asm.label("eenter_after")
@@ -127,3 +150,47 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.word("b8", _EINVAL)  # mov eax, -EINVAL
     asm.short("eb", "done")
     asm.label("enter_enclave_end")
+
+
+def _emit_permitted_entry(asm: Assembler) -> None:
+    """EENTER of RBX if there is a permit for it, else go on at ``ask``.
+
+    From ``permit`` on the permit counts, as long as nothing stops the thread; at ``permitted`` it
+    has been used, and what is left to do until ``permit_end`` is loading registers.
+    """
+    at = PERMIT
+    asm.near("4c 8b 15", "permit_at")  # mov r10, [rip+permit_at]
+    asm.emit("4d 85 d2")  # test r10, r10
+    asm.near("0f 84", "ask")  # jz
+    asm.emit("49 39 1a")  # cmp [r10], rbx: tcs
+    asm.near("0f 85", "ask")  # jne
+
+    # rt_sigprocmask(SIG_BLOCK, NULL, rsp, 8): is a signal of faults blocked?
+    asm.emit("57 56 52 50")  # push rdi, rsi, rdx, rax
+    asm.emit("31 ff 31 f6")  # xor edi, edi; xor esi, esi
+    asm.emit("48 89 e2")  # mov rdx, rsp
+    asm.word("41 ba", 8)  # mov r10d, 8
+    asm.word("b8", abi.SYS_RT_SIGPROCMASK)  # mov eax, number
+    asm.emit("0f 05")  # syscall
+    asm.emit("58 5a 5e 5f")  # pop rax, rdx, rsi, rdi
+    asm.word("a9", _FAULTS)  # test eax, faults
+    asm.near("0f 85", "ask")  # jnz
+
+    asm.label("permit")
+    asm.near("4c 8b 15", "permit_at")  # mov r10, [rip+permit_at]
+    asm.emit("49 39 1a")  # cmp [r10], rbx
+    asm.near("0f 85", "ask")  # jne
+    asm.emit(f"49 89 62 {at['rsp']:02x}")  # mov [r10+rsp], rsp
+    asm.emit(f"49 89 6a {at['rbp']:02x}")  # mov [r10+rbp], rbp
+    asm.emit("f3 48 0f ae c0")  # rdfsbase rax
+    asm.emit(f"49 89 42 {at['outside_fs']:02x}")  # mov [r10+outside_fs], rax
+    asm.emit("f3 48 0f ae c8")  # rdgsbase rax
+    asm.emit(f"49 89 42 {at['outside_gs']:02x}")  # mov [r10+outside_gs], rax
+    asm.word(f"49 c7 42 {at['used']:02x}", 1)  # mov qword [r10+used], 1
+    asm.label("permitted")
+    asm.emit(f"49 8b 42 {at['fs']:02x} f3 48 0f ae d0")  # mov rax, [r10+fs]; wrfsbase rax
+    asm.emit(f"49 8b 42 {at['gs']:02x} f3 48 0f ae d8")  # mov rax, [r10+gs]; wrgsbase rax
+    asm.near("48 8d 0d", "eenter_after")  # lea rcx, [rip+eenter_after]
+    asm.emit(f"49 8b 42 {at['cssa']:02x}")  # mov rax, [r10+cssa]
+    asm.emit(f"41 ff 62 {at['entry']:02x}")  # jmp [r10+entry]
+    asm.label("permit_end")
