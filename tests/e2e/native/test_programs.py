@@ -12,13 +12,17 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 
 from softsgx.engines.native import PAGERS, RunResult, doctor, run
+from softsgx.engines.native.permits import Permits
 from softsgx.errors import SoftSgxError
+from softsgx.report import Collector
 from softsgx.trace import Event
 
 DATA_PAGES = 20
@@ -72,12 +76,32 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
 @pytest.mark.parametrize(
     "scenario",
     [
-        *("handlers", "exceptions", "signals", "raw", "nested", "blocked"),
+        *("handlers", "exceptions", "signals", "raw", "nested", "blocked", "often"),
         *("dynamic", "execs", "names", "reopen"),
     ],
 )
 def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scenario: str) -> None:
     assert program.run(scenario).exit_code == 0
+
+
+def test_calls_of_one_thread_stop_once_and_are_counted_all_the_same(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_permit = []
+    take = Permits._take
+
+    def counted(permits: Permits, entry: Any) -> bool:
+        used = take(permits, entry)
+        by_permit.append(used)
+        return used
+
+    monkeypatch.setattr(Permits, "_take", counted)
+    collector = Collector(time.monotonic_ns)
+    assert program.run("often", pages=256, observer=collector).exit_code == 0
+    (enclave,) = collector.enclaves()
+    assert enclave.eenter == enclave.eexit
+    assert enclave.eenter > 6700, "the program makes that many calls, handlers not counted"
+    assert sum(by_permit) > enclave.eenter / 2
 
 
 @pytest.mark.slow

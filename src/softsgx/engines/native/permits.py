@@ -94,6 +94,7 @@ class Permits:
         self._fresh = False  # there was no stop since the entry, or since the permit
         self._given = False
         self._scratch = NativeRegisters()
+        self._then = cast(Registers, self._scratch)  # what the machine sees of them
 
     def entered(self, thread: ProgramThread, tcs: int) -> None:
         """EENTER of ``tcs`` from our vDSO has succeeded; the thread has its new registers."""
@@ -167,7 +168,7 @@ class Permits:
         regs.fs_base, regs.gs_base = words[_OUT_FS], words[_OUT_GS]
         real = cpu.regs
         regs.xcr0 = real.xcr0
-        cpu.regs = cast(Registers, regs)
+        cpu.regs = self._then
         try:
             cpu.enclu.eenter(entry.tcs, image.aep)
         finally:

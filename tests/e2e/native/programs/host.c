@@ -180,6 +180,53 @@ static void blocked(void)
 	CHECK(action.sa_sigaction == tick && !ticks);
 }
 
+/* Short calls, interrupted wherever a timer does it, by a handler that makes calls of its own. */
+static __thread uint64_t mine;
+static uint64_t rings;
+static void ring(int number, siginfo_t *info, void *context)
+{
+	put(1, data + 8, ++rings);
+	CHECK(get(1, data + 8) == rings);
+	mine++;
+}
+static void often(void)
+{
+	struct sigaction action = {.sa_sigaction = ring, .sa_flags = SA_SIGINFO};
+	struct itimerval timer = {{0, 700}, {0, 700}}, stop = {{0}};
+	sigset_t set;
+	build();
+	on(SIGSEGV); on(SIGBUS); on(SIGILL);
+	CHECK(!sigaction(SIGALRM, &action, NULL));
+	setitimer(ITIMER_REAL, &timer, NULL);
+	for (uint64_t i = 0; i < 6000; i++) {
+		put(0, data, i);
+		if (i % 8 == 0) CHECK(get(0, data) == i);
+	}
+	setitimer(ITIMER_REAL, &stop, NULL);
+	CHECK(rings && mine == rings && get(0, data + 8) == rings);
+	/* Between two calls the signals of faults are blocked, and the next call has one. */
+	sigemptyset(&set);
+	sigaddset(&set, SIGSEGV); sigaddset(&set, SIGBUS); sigaddset(&set, SIGILL);
+	for (uint64_t i = 0; i < 3 * data_pages; i++) {
+		uint64_t at = data + (i * 7 % data_pages) * PAGE;
+		put(0, data, i); put(0, data, i);
+		sigprocmask(SIG_BLOCK, &set, NULL);
+		put(0, at + 16, i);
+		sigprocmask(SIG_UNBLOCK, &set, NULL);
+		CHECK(get(0, at + 16) == i);
+		CHECK(!sigaction(SIGBUS, NULL, &action) && action.sa_sigaction == tick);
+	}
+	CHECK(!sigaction(SIGSEGV, NULL, &action) && action.sa_sigaction == tick && !ticks);
+	/* A copy of the program has the page that says what may be entered, too. */
+	pid_t child = fork();
+	for (uint64_t i = 0; i < 200; i++) put(!child, data + 24 + 8 * !child, i);
+	if (!child) _exit(get(1, data + 32) != 199);
+	int status;
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	for (uint64_t i = 0; i < 200; i++) put(0, data + 24, i);
+	CHECK(get(0, data + 24) == 199);
+}
+
 static void names(void)
 {
 	struct stat st;
@@ -312,7 +359,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"often", often}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();
