@@ -271,12 +271,11 @@ class Enclave(Counted):
         """Walk over the address spaces that have not ended, each pinned while it is looked at."""
         reading = self.srcu.enter()
         try:
-            yield self.spaces()
+            yield self._spaces()
         finally:
             self.srcu.leave(reading)
 
-    def spaces(self) -> Iterator[Mm]:
-        """Yield the address spaces of :meth:`walk`; only inside a reading section of ``srcu``."""
+    def _spaces(self) -> Iterator[Mm]:
         for entry in self._mms:
             mm = entry.mm
             if mm.pin():
@@ -285,10 +284,28 @@ class Enclave(Counted):
                 finally:
                     mm.unpin()
 
-    def maps(self, mm: Mm, linaddr: int) -> bool:
-        """Return whether ``mm`` maps this enclave at an address; its ``mmap_lock`` is held."""
-        vma = mm.find(linaddr)
-        return vma is not None and vma.enclave is self
+    # Two walks as any other, without generators: each page that is to leave goes through them.
+
+    def test_and_clear_accessed(self, page: EnclavePage) -> bool:
+        """Return whether any address space has used a page; each one's accessed bit is cleared."""
+        linaddr = self.base + (page.index << PAGE_SHIFT)
+        stops_early = "L10" in self.driver.defects
+        young = False
+        reading = self.srcu.enter()
+        try:
+            for entry in self._mms:
+                if young and stops_early:
+                    break  # L10: the others keep their bits, and the page some more rounds
+                mm = entry.mm
+                if mm.pin():
+                    try:
+                        if mm.test_and_clear_accessed(self, linaddr):
+                            young = True
+                    finally:
+                        mm.unpin()
+        finally:
+            self.srcu.leave(reading)
+        return young
 
     def zap(self, page: EnclavePage) -> None:
         """Remove every PTE of a page that is marked; ``lock`` must not be held."""
@@ -297,7 +314,6 @@ class Enclave(Counted):
             version = self._mm_version
             reading = self.srcu.enter()
             try:
-                # A walk as any other, without generators: each page that leaves goes through here.
                 for entry in self._mms:
                     mm = entry.mm
                     if mm.pin():

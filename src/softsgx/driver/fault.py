@@ -85,20 +85,23 @@ def _can_augment(enclave: Enclave) -> bool:
 def _fault_in(
     enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, index: int, task: Task | None
 ) -> tuple[str, FaultResult]:
-    with enclave.lock:
+    lock = enclave.lock
+    lock.acquire()
+    try:
         page = enclave.pages.get(index)
         if page is None and _can_augment(enclave) and not enclave.dead:
             # Deviation: Linux gives SIGBUS. The page was removed since the lookup without the
             # lock, so it is a hole again; the next fault fills it.
-            return "busy", FaultResult.NOPAGE
+            return "busy", _NOPAGE
         if page is None or enclave.dead or vma.prot & ~page.max_prot:
             return "refused", FaultResult.SIGBUS
         kind = "minor" if page.epc is not None else "major"
-        try:
-            epc = load(page, task)
-        except (NoEpc, LoadFailed, BackingError):
-            return "refused", FaultResult.SIGBUS
+        epc = load(page, task)
         return kind, _map(mm, vma, linaddr, epc)
+    except (NoEpc, LoadFailed, BackingError):
+        return "refused", FaultResult.SIGBUS
+    finally:
+        lock.release()
 
 
 def load(page: EnclavePage, task: Task | None) -> EpcPage:

@@ -401,6 +401,17 @@ class Mm:
         finally:
             self.mmap_lock.release_read()
 
+    def test_and_clear_accessed(self, enclave: Enclave, linaddr: int) -> bool:
+        """As :meth:`Ptes.test_and_clear_accessed`, if it is mapped here as part of ``enclave``."""
+        self.mmap_lock.acquire_read()
+        try:
+            vma = self.find(linaddr)
+            if vma is None or vma.enclave is not enclave:
+                return False
+            return self.ptes.test_and_clear_accessed(linaddr)
+        finally:
+            self.mmap_lock.release_read()
+
     # --- mappings -------------------------------------------------------------------------------
 
     def find(self, addr: int) -> EnclaveVma | None:

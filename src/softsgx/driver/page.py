@@ -79,32 +79,22 @@ class EnclavePage:
 
     def age(self) -> bool:
         """Test and clear the accessed bits in every address space."""
-        enclave, linaddr = self.enclave, self.linaddr
-        if enclave.dead:
-            return True
-        young = False
-        reading = enclave.srcu.enter()
-        try:
-            for mm in enclave.spaces():
-                if young and "L10" in enclave.driver.defects:
-                    break  # L10: the others keep their bits, and the page some more rounds
-                with mm.mmap_lock.reading():
-                    if enclave.maps(mm, linaddr) and mm.ptes.test_and_clear_accessed(linaddr):
-                        young = True
-        finally:
-            enclave.srcu.leave(reading)
-        return not young
+        enclave = self.enclave
+        return enclave.dead or not enclave.test_and_clear_accessed(self)
 
     def prepare(self) -> bool:
         """Reserve backing and mark the page, in one critical section."""
         enclave = self.enclave
         at_once = "B2" not in enclave.driver.defects
-        with enclave.lock:
+        enclave.lock.acquire()
+        try:
             if not enclave.dead:
                 self.reservation = enclave.swap.prepare(self.index, announced=at_once)
                 if self.reservation is None:
                     return False
             self.reclaiming = at_once
+        finally:
+            enclave.lock.release()
         if not at_once:
             self._mark_late()
         return True
@@ -121,7 +111,8 @@ class EnclavePage:
         """Remove every PTE, then EBLOCK."""
         enclave = self.enclave
         enclave.zap(self)
-        with enclave.lock:
+        enclave.lock.acquire()
+        try:
             if enclave.dead:
                 return True
             assert self.epc is not None and self.reservation is not None, f"{self!r} not prepared"
@@ -132,12 +123,15 @@ class EnclavePage:
             self.reclaiming = False
             if enclave.waiting:
                 enclave.changed.notify_all()
-        return False
+            return False
+        finally:
+            enclave.lock.release()
 
     def write(self) -> bool:
         """EWB; or EREMOVE, when the enclave was killed meanwhile."""
         enclave = self.enclave
-        with enclave.lock:
+        enclave.lock.acquire()
+        try:
             epc, reservation = self.epc, self.reservation
             assert epc is not None, f"{self!r} in a batch is not resident"
             self.reservation = None
@@ -156,4 +150,6 @@ class EnclavePage:
             self.reclaiming = False
             if enclave.waiting:
                 enclave.changed.notify_all()
-        return written
+            return written
+        finally:
+            enclave.lock.release()

@@ -31,7 +31,8 @@ class _InlineLock:
         self.name = name
         self._holder: CoTask | None = None
 
-    # ``with`` is the hot path: the same as acquire and release, without a further call.
+    # The same as acquire and release, without a further call.  Where it counts, these are called:
+    # Python calls them in half the time that a ``with`` takes.
 
     def __enter__(self) -> None:
         if self._holder is None:
@@ -53,6 +54,9 @@ class _InlineLock:
     def acquire(self) -> None:
         runtime = self._runtime
         me = runtime._current
+        if self._holder is None:
+            self._holder = me
+            return
         assert self._holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
         while self._holder is not None:
             runtime._refuse_cycle(self)

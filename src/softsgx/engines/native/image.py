@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.permits import PermitPage
 from softsgx.engines.native.registry import Device, Registry
+from softsgx.engines.native.shared_page import SharedPage
 from softsgx.engines.native.space import Pager, Space
 from softsgx.engines.native.tracee import Gone
 from softsgx.engines.native.vdso import Vdso
@@ -40,7 +40,7 @@ class Image:
         hold: stops a running thread for us; returns whether it is stopped and alive.
         strict: whether mappings of enclaves are covered for those who are not inside.
         view: the device whose mappings are uncovered now, if ``strict``.
-        permit: the page of permits, ``None`` where each entry has to stop.
+        page: what we share with the program; ``None`` when it has no room for a page.
     """
 
     index: int
@@ -53,7 +53,7 @@ class Image:
     wired: bool = False
     strict: bool = False
     view: EnclaveFile | None = None
-    permit: PermitPage | None = None
+    page: SharedPage | None = None
     space: Space = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)
@@ -145,11 +145,22 @@ class Image:
         for thread in self._candidates():
             try:
                 if thread is self.current or self.hold(thread):
-                    for number, *arguments in calls:
-                        thread.syscall(number, *arguments)
+                    self._make(thread, calls)
                     return
             except Gone:
                 continue
+
+    def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
+        page = self.page
+        if page is None or len(calls) == 1:
+            for number, *arguments in calls:
+                thread.syscall(number, *arguments)
+            return
+        start, end = self.vdso_base + self.vdso.calls, self.vdso_base + self.vdso.called
+        for first in range(0, len(calls), page.MOST_CALLS):
+            some = calls[first : first + page.MOST_CALLS]
+            page.put_calls(some)
+            thread.borrow(start, end, rbx=page.calls_at, rbp=len(some))
 
     def _candidates(self) -> list[ProgramThread]:
         others = [

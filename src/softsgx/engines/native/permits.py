@@ -16,21 +16,19 @@ Source:
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from softsgx.engines.native import abi
 from softsgx.engines.native.registers import NativeRegisters
+from softsgx.engines.native.shared_page import SharedPage
 from softsgx.engines.native.vdso_code import PERMIT
 from softsgx.hw import Registers
 
 if TYPE_CHECKING:
     from softsgx.engines.native.program import ProgramThread
 
-__all__ = ["PermitPage", "Permits"]
+__all__ = ["Permits"]
 
 _WORD_BYTES = 8
 _TCS, _ENTRY, _CSSA, _FS, _GS, _USED, _RSP, _RBP, _OUT_FS, _OUT_GS = (
@@ -44,36 +42,12 @@ _ENCLU_BYTES = 3
 _RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
 
 
-class PermitPage:
-    """The page as we see it; an address space and those forked from it have the same one.
-
-    Args:
-        fd: a memory file of one page; it is closed.
-
-    Attributes:
-        words: its quadwords.
-    """
-
-    def __init__(self, fd: int) -> None:
-        try:
-            os.ftruncate(fd, abi.PAGE)
-            self._memory = mmap.mmap(fd, abi.PAGE)
-        finally:
-            os.close(fd)
-        self.words = memoryview(self._memory).cast("Q")
-
-    def close(self) -> None:
-        """The last address space that has it is gone."""
-        self.words.release()
-        self._memory.close()
-
-
 @dataclass(slots=True)
 class _Entry:
     """An EENTER that succeeded: who, what, and the outcome."""
 
     thread: ProgramThread
-    page: PermitPage
+    page: SharedPage
     tcs: int
     rip: int
     cssa: int
@@ -85,11 +59,11 @@ class Permits:
     """See the module.
 
     Args:
-        alone: returns whether the program has one thread.
+        allowed: returns whether the program has one thread, and the vDSO can do it on this machine.
     """
 
-    def __init__(self, alone: Callable[[], bool]) -> None:
-        self._alone = alone
+    def __init__(self, allowed: Callable[[], bool]) -> None:
+        self._allowed = allowed
         self._entry: _Entry | None = None  # the last, if it would succeed again once it has ended
         self._fresh = False  # there was no stop since the entry, or since the permit
         self._given = False
@@ -98,9 +72,9 @@ class Permits:
 
     def entered(self, thread: ProgramThread, tcs: int) -> None:
         """EENTER of ``tcs`` from our vDSO has succeeded; the thread has its new registers."""
-        page = thread.image.permit
+        page = thread.image.page
         # Whoever listens wants to hear of an entry when it happens.
-        if page is None or thread.cpu.hw.tracer is not None or not self._alone():
+        if page is None or thread.cpu.hw.tracer is not None or not self._allowed():
             return
         regs = thread.regs
         self._entry = _Entry(thread, page, tcs, regs.rip, regs.rax, regs.fs_base, regs.gs_base)

@@ -17,12 +17,12 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.permits import PermitPage
+from softsgx.engines.native.shared_page import SharedPage
 from softsgx.engines.native.tracee import Gone, Thread
 from softsgx.engines.native.vdso import Vdso, build_vdso, read_symbols
 from softsgx.errors import SoftSgxError
 
-__all__ = ["TRACE_OPTIONS", "install_permits", "install_vdso", "start_program"]
+__all__ = ["TRACE_OPTIONS", "install_vdso", "share_page", "start_program"]
 
 TRACE_OPTIONS = (
     abi.PTRACE_O_TRACESYSGOOD
@@ -36,8 +36,8 @@ TRACE_OPTIONS = (
 
 #: Exit status of a child that could not become the program, as shells have it.
 _CANNOT_EXECUTE = 127
-#: The page of permits in ``/proc/PID/maps``.
-_PERMIT_NAME = b"softsgx\0"
+#: The shared page in ``/proc/PID/maps``.
+_SHARED_NAME = b"softsgx\0"
 
 
 def start_program(
@@ -98,7 +98,7 @@ def _become(
 ) -> None:
     """In the child: wait for the tracer, then filter and execute; never returns."""
     try:
-        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGXFSZ):
+        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         for target, descriptor in enumerate(stdio or ()):
@@ -189,10 +189,8 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     return base, vdso
 
 
-def install_permits(
-    thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso
-) -> PermitPage | None:
-    """Share a page for permits with a fresh image; ``None`` when it has no room for one.
+def share_page(thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
+    """Share a page with a fresh image; ``None`` when it has no room for one.
 
     Args:
         thread: a stopped thread of the image, its vDSO installed.
@@ -201,17 +199,19 @@ def install_permits(
         base: where the vDSO is.
         vdso: what it is.
     """
-    os.pwrite(memory, _PERMIT_NAME, base + vdso.scratch)
+    os.pwrite(memory, _SHARED_NAME, base + vdso.scratch)
     theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
     if theirs < 0:
         return None
-    page = PermitPage(libc.pidfd_getfd(pidfd, theirs))
+    page = SharedPage(libc.pidfd_getfd(pidfd, theirs))
     rights = abi.PROT_READ | abi.PROT_WRITE
     at = thread.syscall(abi.SYS_MMAP, 0, abi.PAGE, rights, abi.MAP_SHARED, theirs, 0)
     thread.syscall(abi.SYS_CLOSE, theirs)
     if at < 0:
+        page.close()
         return None
-    os.pwrite(memory, struct.pack("<Q", at), base + vdso.permit_at)
+    page.address = at
+    os.pwrite(memory, struct.pack("<Q", at), base + vdso.shared_at)
     return page
 
 

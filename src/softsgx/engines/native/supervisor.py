@@ -51,7 +51,7 @@ from softsgx.engines.native.ram import NativeRam
 from softsgx.engines.native.registry import Device, Registry
 from softsgx.engines.native.rewrite import cpuid_sites
 from softsgx.engines.native.space import Space
-from softsgx.engines.native.start import install_permits, install_vdso, start_program
+from softsgx.engines.native.start import install_vdso, share_page, start_program
 from softsgx.engines.native.strict import StrictLoop
 from softsgx.engines.native.tracee import Thread
 from softsgx.engines.native.transitions import Transitions
@@ -117,7 +117,7 @@ class Supervisor(World):
             lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub),
             AbortPage(self._store, self._quieten),
             self._tell_refused,
-            Permits(lambda: len(self._loop.threads) == 1),
+            Permits(lambda: self._permitting and len(self._loop.threads) == 1),
         )
         self._loop = (
             StrictLoop(self, transitions, self._handlers(), time.monotonic_ns)
@@ -309,7 +309,7 @@ class Supervisor(World):
     def fork_image(self, tid: int, parent: Image) -> Image:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
         image = self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
-        image.permit = parent.permit
+        image.page = parent.page
         return image
 
     def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
@@ -353,8 +353,8 @@ class Supervisor(World):
             image.pager.close()
             os.close(image.memory_fd)
             del self._images[image.index]
-            page = image.permit
-            if page and all(other.permit is not page for other in self._images.values()):
+            page = image.page
+            if page and all(other.page is not page for other in self._images.values()):
                 page.close()
             self._registry.sweep()
 
@@ -376,8 +376,7 @@ class Supervisor(World):
         else:
             _rewrite_image(thread)
         self._wire(image, thread, process, None)
-        if self._permitting:
-            image.permit = install_permits(thread, process.pidfd, image.memory_fd, base, vdso)
+        image.page = share_page(thread, process.pidfd, image.memory_fd, base, vdso)
         return thread
 
     def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:

@@ -20,6 +20,7 @@ from softsgx.engines.native.abi import SigInfo, UserRegs
 __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
 
 _MINUS_ONE = (1 << 64) - 1
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _ALL_BUT_TRAP = (_MINUS_ONE ^ 1 << abi.SIGTRAP - 1).to_bytes(8, "little")
 _REGS_BYTES = ctypes.sizeof(UserRegs)
 
@@ -129,7 +130,8 @@ class Thread:
         """Return the signal information of this signal stop; reused by the next call."""
         if self._kept is not None:
             return self._kept
-        self._request(abi.PTRACE_GETSIGINFO, 0, self._info_at)
+        if _ptrace(abi.PTRACE_GETSIGINFO, self.tid, 0, self._info_at) == -1:
+            raise Gone(self.tid, None)
         return self._info
 
     def set_siginfo(self, info: SigInfo) -> None:
@@ -188,7 +190,6 @@ class Thread:
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
         self.settle()
-        self.in_call = True
         self.in_call = True
         self._request(abi.PTRACE_LISTEN, 0, 0)
 
@@ -276,6 +277,21 @@ class Thread:
             Gone: the thread died of it.
         """
         assert self.inject_at, f"thread {self.tid} has no place to inject calls into yet"
+        six = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+        values = dict(zip(_ARGUMENTS, six, strict=True))
+        return self.borrow(self.inject_at, self.inject_at + 3, rax=number, **values)
+
+    def borrow(self, start: int, end: int, **registers: int) -> int:
+        """Run code of ours in the thread; as :meth:`syscall` otherwise.
+
+        Args:
+            start: where it begins.
+            end: behind the int3 that ends it.
+            registers: what it begins with.
+
+        Returns:
+            RAX at its end, signed.
+        """
         saved = UserRegs()
         if not self._loaded:
             self.load()
@@ -289,10 +305,11 @@ class Thread:
         # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.
         self.set_sigmask(int.from_bytes(_ALL_BUT_TRAP, "little"))
         regs = self.regs
-        regs.rip, regs.rax, regs.orig_rax = self.inject_at, number, _MINUS_ONE
-        self._set_arguments(arguments)
+        regs.rip, regs.orig_rax = start, _MINUS_ONE
+        for name, value in registers.items():
+            setattr(regs, name, value & _MINUS_ONE)
         self.store()
-        stops_again = self._run_to_trap()
+        stops_again = self._run_to(end)
         result = _signed(regs.rax)
         ctypes.memmove(self._regs_at, ctypes.addressof(saved), _REGS_BYTES)
         self._loaded = True
@@ -303,15 +320,15 @@ class Thread:
             os.kill(self.tid, abi.SIGSTOP)
         return result
 
-    def _run_to_trap(self) -> bool:
-        """Run the injected call; return whether a SIGSTOP came meanwhile and must be sent again."""
+    def _run_to(self, end: int) -> bool:
+        """Run borrowed code; return whether a SIGSTOP came meanwhile and must be sent again."""
         stopped_by_signal = False
         self.resume()
         while True:
             stop = self.wait()
             if stop.event == 0 and stop.signal == abi.SIGTRAP:
                 self.load()
-                if self.regs.rip == self.inject_at + 3:
+                if self.regs.rip == end:
                     return stopped_by_signal
             stopped_by_signal |= stop.event == 0 and stop.signal == abi.SIGSTOP
             self.resume()

@@ -56,7 +56,8 @@ class Vdso:
         device_name: the string :data:`DEVICE_NAME`.
         illegal: an illegal instruction.
         scratch: bytes that only the supervisor writes, for calls that take pointers.
-        permit_at: where the address of the page of permits belongs.
+        calls: makes a table of calls; called: RIP after its int3.
+        shared_at: where the address of the shared page belongs.
         permit, permitted, permit_end: as ``vdso_code.py`` has them.
         symbols: exported functions.
     """
@@ -70,7 +71,9 @@ class Vdso:
     device_name: int
     illegal: int
     scratch: int
-    permit_at: int
+    calls: int
+    called: int
+    shared_at: int
     permit: int
     permitted: int
     permit_end: int
@@ -132,7 +135,7 @@ def build_vdso(original: dict[str, int]) -> Vdso:
 _GNU_BUCKETS = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
-    *("permit_at", "permit", "permitted", "permit_end"),
+    *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
 )
 
 

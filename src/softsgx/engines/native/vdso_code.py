@@ -15,7 +15,15 @@ from __future__ import annotations
 from softsgx.engines.native import abi
 from softsgx.engines.native.asm import Assembler
 
-__all__ = ["PERMIT", "SCRATCH_BYTES", "emit_enter_enclave", "emit_forward", "emit_injection"]
+__all__ = [
+    "CALLS_AT",
+    "CALL_WORDS",
+    "PERMIT",
+    "SCRATCH_BYTES",
+    "emit_enter_enclave",
+    "emit_forward",
+    "emit_injection",
+]
 
 _EINVAL = -22
 SCRATCH_BYTES = 128
@@ -29,11 +37,20 @@ PERMIT = {
         )
     )
 }
-"""Offsets of the quadwords of the page of permits; the second line is what the program writes."""
+"""Offsets of the quadwords of a permit in the shared page; the second line the program writes."""
+
+CALLS_AT, CALL_WORDS = 128, 7
+"""Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
 
 #: Those that a fault inside an enclave raises; they must reach us, whoever blocks them.
 _FAULTS = sum(
     1 << number - 1 for number in (abi.SIGILL, abi.SIGTRAP, abi.SIGBUS, abi.SIGFPE, abi.SIGSEGV)
+)
+
+#: mov rax, rdi, rsi, rdx, r10, r8, r9 from RBX and a byte.
+_CALL_REGISTERS = (
+    *("48 8b 43", "48 8b 7b", "48 8b 73", "48 8b 53"),
+    *("4c 8b 53", "4c 8b 43", "4c 8b 4b"),
 )
 
 # struct sgx_enclave_run
@@ -45,7 +62,10 @@ def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
     ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at, and
-    at ``permit_at`` the address of the page of permits, or zero.
+    at ``shared_at`` the address of the shared page, or zero.
+
+    From ``calls`` to ``called`` the RBP calls of the table at RBX are made, each result stored in
+    place of its number.
     """
     asm.label("inject")
     asm.emit("0f05")  # syscall
@@ -53,11 +73,21 @@ def emit_injection(asm: Assembler) -> None:
     asm.label("injected")
     asm.label("illegal")
     asm.emit("0f0b")  # ud2
+    asm.label("calls")
+    for register, place in zip(_CALL_REGISTERS, range(CALL_WORDS), strict=True):
+        asm.emit(f"{register} {8 * place:02x}")  # mov register, [rbx+8*place]
+    asm.emit("0f 05")  # syscall
+    asm.emit("48 89 03")  # mov [rbx], rax
+    asm.emit(f"48 83 c3 {8 * CALL_WORDS:02x}")  # add rbx, bytes of an entry
+    asm.emit("ff cd")  # dec ebp
+    asm.short("75", "calls")  # jnz
+    asm.emit("cc")  # int3
+    asm.label("called")
     asm.align(16)
     asm.label("scratch")
     asm.emit("cc" * SCRATCH_BYTES)
     asm.align(8)
-    asm.label("permit_at")
+    asm.label("shared_at")
     asm.quad(0)
 
 
@@ -159,7 +189,7 @@ def _emit_permitted_entry(asm: Assembler) -> None:
     has been used, and what is left to do until ``permit_end`` is loading registers.
     """
     at = PERMIT
-    asm.near("4c 8b 15", "permit_at")  # mov r10, [rip+permit_at]
+    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
     asm.emit("4d 85 d2")  # test r10, r10
     asm.near("0f 84", "ask")  # jz
     asm.emit("49 39 1a")  # cmp [r10], rbx: tcs
@@ -177,7 +207,7 @@ def _emit_permitted_entry(asm: Assembler) -> None:
     asm.near("0f 85", "ask")  # jnz
 
     asm.label("permit")
-    asm.near("4c 8b 15", "permit_at")  # mov r10, [rip+permit_at]
+    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
     asm.emit("49 39 1a")  # cmp [r10], rbx
     asm.near("0f 85", "ask")  # jne
     asm.emit(f"49 89 62 {at['rsp']:02x}")  # mov [r10+rsp], rsp

@@ -15,8 +15,9 @@ from typing import Any, cast
 import pytest
 from tests.support.inhabited import Inhabited
 
-from softsgx.engines.native.permits import PermitPage, Permits
+from softsgx.engines.native.permits import Permits
 from softsgx.engines.native.registers import NativeRegisters
+from softsgx.engines.native.shared_page import SharedPage
 from softsgx.engines.native.vdso import build_vdso
 from softsgx.engines.native.vdso_code import PERMIT
 from softsgx.hw import Machine, MachineConfig
@@ -49,12 +50,12 @@ class Scene:
     def __init__(self) -> None:
         config = MachineConfig.with_epc(64 * 4096, processors=1)
         self.inhabited = Inhabited(1, Machine(config, InlineRuntime(seed=3), fast=True))
-        self.page = PermitPage(os.memfd_create("permits"))
+        self.page = SharedPage(os.memfd_create("permits"))
         self.alone = True
         self.permits = Permits(lambda: self.alone)
         cpu = self.inhabited.cpu(0)
         aep = BASE + VDSO.aep
-        image = SimpleNamespace(permit=self.page, vdso=VDSO, vdso_base=BASE, aep=aep)
+        image = SimpleNamespace(page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep)
         self.fake = Thread(image, cpu)
         self.fake.regs.xcr0 = cpu.regs.xcr0
         cpu.regs = cast(Any, self.fake.regs)
@@ -194,7 +195,7 @@ def test_some_entries_always_stop(why: str) -> None:
     if why == "a listener":
         scene.inhabited.hw.tracer = lambda event: None
     if why == "no page":
-        scene.fake.image.permit = None
+        scene.fake.image.page = None
     scene.enter_with_a_stop()
     scene.exit()
     assert scene.word("tcs") == 0
@@ -211,5 +212,5 @@ def test_a_thread_that_dies_inside_had_entered() -> None:
 
 def test_a_closed_page_leaves_no_descriptor() -> None:
     before = os.listdir("/proc/self/fd")
-    PermitPage(os.memfd_create("permits")).close()
+    SharedPage(os.memfd_create("permits")).close()
     assert len(os.listdir("/proc/self/fd")) == len(before)
