@@ -167,5 +167,5 @@ def test_fast_and_readable_leaves_do_the_same(history: list[list[Step]]) -> None
 
 def test_the_fast_leaves_are_those_that_run() -> None:
     fast, readable = Half(fast=True), Half(fast=False)
-    assert fast.hw.leaves.ewb.func.__name__ == "_ewb"  # type: ignore[attr-defined]
-    assert readable.hw.leaves.ewb.func.__name__ == "ewb"  # type: ignore[attr-defined]
+    assert fast.hw.leaves.ewb.__func__.__name__ == "_ewb"  # type: ignore[attr-defined]
+    assert readable.hw.leaves.ewb.__func__.__name__ == "ewb"  # type: ignore[attr-defined]

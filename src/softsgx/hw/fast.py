@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
@@ -39,15 +39,12 @@ _PAGE_MASK = -PAGE_BYTES
 
 def fast_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
     """Return the fast leaves by name, bound to ``cpu``, whose space must be the direct map."""
-    return {
-        "eblock": partial(_eblock, cpu, cpu.hw.pages),
-        "ewb": partial(_ewb, cpu, cpu.hw.pages),
-        "eldu": partial(_eldu, cpu, cpu.hw.pages),
-    }
+    leaves: dict[str, Callable[..., Any]] = {"eblock": _eblock, "ewb": _ewb, "eldu": _eldu}
+    return {name: MethodType(leaf, cpu) for name, leaf in leaves.items()}
 
 
-def _eblock(cpu: LogicalProcessor, pages: dict[int, Any], rcx: int) -> Status:
-    page = pages.get(rcx)
+def _eblock(cpu: LogicalProcessor, rcx: int) -> Status:
+    page: Any = cpu.hw.pages.get(rcx)
     if page is not None and page.valid and not page.blocked and not page.lock:
         secs = page.secs
         if secs is not None and not secs.enclave.tracking:
@@ -57,13 +54,8 @@ def _eblock(cpu: LogicalProcessor, pages: dict[int, Any], rcx: int) -> Status:
     return eblock(cpu, rcx)
 
 
-def _ewb(
-    cpu: LogicalProcessor,
-    pages: dict[int, Any],
-    rbx: Ref | PageInfoArgs,
-    rcx: int,
-    rdx: int,
-) -> Status:
+def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+    pages: dict[int, Any] = cpu.hw.pages
     page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
     if (
         type(rbx) is PageInfoArgs
@@ -110,13 +102,8 @@ def _ewb(
     return ewb(cpu, rbx, rcx, rdx)
 
 
-def _eldu(
-    cpu: LogicalProcessor,
-    pages: dict[int, Any],
-    rbx: Ref | PageInfoArgs,
-    rcx: int,
-    rdx: int,
-) -> Status:
+def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+    pages: dict[int, Any] = cpu.hw.pages
     page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
     if (
         type(rbx) is PageInfoArgs

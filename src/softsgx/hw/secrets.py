@@ -25,7 +25,7 @@ __all__ = ["MAC_BYTES", "PagingKey", "Secrets", "cmac"]
 MAC_BYTES = 16
 _VERSION_STEP = 8  # EDBGRD tests a slot with its low 3 bits masked
 _IV = struct.Struct(">4xQ")
-_HEADER = struct.Struct("<QQQ56x40s8x")
+_HEADER = struct.Struct("<QQQ104x")
 
 
 def cmac(key: bytes, message: bytes) -> bytes:
@@ -63,7 +63,7 @@ class PagingKey:
             linaddr: EPCM.ENCLAVEADDRESS.
             flags: SECINFO.FLAGS as :meth:`~softsgx.hw.epcm.EpcPage.secinfo_flags` gives them.
         """
-        header = _HEADER.pack(eid, linaddr, flags, b"")
+        header = _HEADER.pack(eid, linaddr, flags)
         return self._aead.encrypt(_IV.pack(version), page, header)
 
     def unseal(
@@ -95,7 +95,7 @@ class PagingKey:
         self, sealed: Buffer, version: int, eid: int, linaddr: int, flags: int
     ) -> bytes | None:
         """As :meth:`unseal` for a PCMD whose reserved bytes are all zero."""
-        header = _HEADER.pack(eid, linaddr, flags, b"")
+        header = _HEADER.pack(eid, linaddr, flags)
         try:
             return self._aead.decrypt(_IV.pack(version), sealed, header)
         except InvalidTag:

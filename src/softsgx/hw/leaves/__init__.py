@@ -7,8 +7,9 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
+from types import MethodType
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
@@ -117,7 +118,7 @@ class Leaves:
         """Bind every leaf, with an event at its end when somebody listens, bare otherwise."""
         for leaf in self.FUNCTIONS:
             bound = leaf if tracer is None else traced(leaf, tracer)
-            setattr(self, leaf.__name__, partial(bound, self._cpu))
+            setattr(self, leaf.__name__, MethodType(bound, self._cpu))
         if tracer is None:
             for name, fast in self._fast.items():
                 setattr(self, name, fast)
