@@ -31,7 +31,13 @@ Handler = Callable[[ProgramThread], "int | None"]
 
 
 class World:
-    """What the loop asks for when the program's shape changes; the supervisor implements it."""
+    """What the loop asks for when the program's shape changes; the supervisor implements it.
+
+    Attributes:
+        background: lets background tasks run until each of them waits.
+    """
+
+    background: Callable[[], None]
 
     def new_thread(self, tid: int, process: Process, image: Image) -> ProgramThread:
         """A thread was made in a known process and address space."""
@@ -79,7 +85,7 @@ class Loop:
         self._world, self._transitions, self._calls = world, transitions, calls
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
-        self._settle = world.settle
+        self._settle, self._background = world.settle, world.background
         self._permits = transitions.permits
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
@@ -111,6 +117,12 @@ class Loop:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
         image.current = thread
+        # Now, while it is stopped anyway: whoever it will wait for works ahead.
+        self._background()
+        if thread.kicked:
+            thread.kicked = False
+            if not number and not image.strict:  # where it would have to wait for its turn
+                number = self._transitions.resumed(thread)
         self._settle()
         image.pager.flush()
         if thread.outgoing is not None:

@@ -195,16 +195,19 @@ class EnclaveMemory:
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
         """Put the page into the file; nobody sees it half filled."""
-        filler = next(
-            (guard for guard in self.guards if guard.show(linaddr, data, writable=writable)), None
-        )
-        if filler is None:
+        filler = None
+        for guard in self.guards:
+            if guard.show(linaddr, data, writable=writable):
+                filler = guard
+                break
+        else:
             # A whole page written through the descriptor appears at once: the kernel holds it
             # locked, and faults wait, until it is full.
             os.pwrite(self.fd, data, linaddr)
-        for guard in self.guards:
-            if guard is not filler:
-                guard.shown(linaddr, writable=writable)
+        if len(self.guards) > 1 or filler is None:
+            for guard in self.guards:
+                if guard is not filler:
+                    guard.shown(linaddr, writable=writable)
 
     def set_writable(self, linaddr: int, *, writable: bool) -> None:
         """Allow or forbid stores to a shown page."""

@@ -59,6 +59,7 @@ class ProgramThread(Thread):
         again: the next seccomp stop only repeats a call that shall run.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
         illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
+        kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         parked: whether it waits until it may run, with threads outside or in one enclave only.
         outgoing: the information that goes with the signal we deliver instead of its own.
     """
@@ -73,6 +74,7 @@ class ProgramThread(Thread):
     vforked: bool = False
     again: bool = False
     illegal_at: int = 0
+    kicked: bool = False
     parked: bool = False
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))

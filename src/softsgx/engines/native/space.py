@@ -80,6 +80,7 @@ class Space:
         self.index, self.pager = index, pager
         self._store, self._page_at = store, pages
         self._entries: dict[int, tuple[int, int]] = {}
+        self._used: set[int] = set()  # pages that a leaf has used since they were asked about
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
         self.memory_at: Callable[[int], EnclaveMemory | None] = lambda _linaddr: None
         self.kick_all: Callable[[], None] = lambda: None
@@ -103,6 +104,7 @@ class Space:
         """Remove the page's entry, if there is one."""
         entry = self._entries.pop(linaddr, None)
         if entry is not None:
+            self._used.discard(linaddr)
             self._marked.pop(linaddr, None)
             self._store.unmapped(entry[0])
 
@@ -115,12 +117,16 @@ class Space:
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """Return whether the page was used since this was asked last, or since it was mapped."""
         entry = self._entries.get(linaddr)
-        if entry is None or not self._store.is_shown(entry[0]):
+        if entry is None:
             return False
-        if not self.pager.accessed(linaddr):
-            return False
-        self.pager.clear_accessed(linaddr)
-        return True
+        # Leaves use pages too, and those of threads and their frames nobody else does.
+        used = linaddr in self._used
+        if used:
+            self._used.discard(linaddr)
+        if self._store.is_shown(entry[0]) and self.pager.accessed(linaddr):
+            self.pager.clear_accessed(linaddr)
+            used = True
+        return used
 
     def kick(self) -> None:
         """Interrupt every thread that is inside an enclave here, and wait until each has left."""
@@ -135,10 +141,12 @@ class Space:
         Raises:
             PageFault: ordinary: no entry, or it does not allow the access.
         """
-        entry = self._entries.get(linaddr & _PAGE_MASK)
+        page = linaddr & _PAGE_MASK
+        entry = self._entries.get(page)
         if entry is not None:
             if access & ~entry[1]:
                 raise PageFault(linaddr, _code(access, user=user) | Pfec.P)
+            self._used.add(page)
             return entry[0] | linaddr & ~_PAGE_MASK
         if self.memory_at(linaddr) is not None:
             raise PageFault(linaddr, _code(access, user=user))

@@ -154,6 +154,15 @@ class Transitions:
         """An inter-processor interrupt: the thread is stopped, and inside."""
         thread.load()
         self.leave(thread, _INTERRUPT)
+        thread.kicked = True
+
+    def resumed(self, thread: ProgramThread) -> int:
+        """A thread that was kicked goes on at its AEP: do the ENCLU there before it can trap.
+
+        Its signals are blocked again, and the kernel resets what a trap forces on a blocked one.
+        """
+        thread.load()
+        return self._resume_enclave(thread)
 
     def passes(self, thread: ProgramThread) -> bool:
         """Take an interrupt of a thread inside that resumes at once: no more moves than counts.
