@@ -217,25 +217,26 @@ class EpcCgroup:
         Returns:
             ``None`` when charged, else the lowest group whose limit refused.
         """
-        tree = self.hierarchy
-        refused = None
-        with tree.latch:
-            for group in self._ancestry:
+        tree, ancestry = self.hierarchy, self._ancestry
+        tree.latch.acquire()
+        try:
+            for group in ancestry:
                 if group.usage_pages >= group._ceiling_pages:
                     refused = group
                     break
-                if tree.raises_refused:
-                    group.peak_pages = max(group.peak_pages, group.usage_pages + 1)
-            if refused is None:
+            else:
+                refused = None
                 self.own_pages += 1
-                for group in self._ancestry:
+                for group in ancestry:
                     usage = group.usage_pages = group.usage_pages + 1
                     if usage > group.peak_pages:
                         group.peak_pages = usage
+        finally:
+            tree.latch.release()
         if refused is not None:
             self._note_refusal(refused)
         elif tree.reclaim_ahead is not None:
-            for group in self._ancestry:
+            for group in ancestry:
                 if group._max_pages is not None and group.should_reclaim():
                     tree.reclaim_ahead(group)
         return refused
@@ -244,6 +245,9 @@ class EpcCgroup:
         """Count it: locally where it happened, hierarchically up to but not at the root."""
         tree = self.hierarchy
         with tree.latch:
+            if tree.raises_refused:  # L8
+                for group in self._ancestry[: self._ancestry.index(refused)]:
+                    group.peak_pages = max(group.peak_pages, group.usage_pages + 1)
             refused.events_local += 1
             for group in refused._ancestry:
                 if group.parent is not None:
@@ -254,12 +258,16 @@ class EpcCgroup:
 
     def uncharge(self) -> None:
         """Take one page off this group and its ancestors."""
-        with self.hierarchy.latch:
+        latch = self.hierarchy.latch
+        latch.acquire()
+        try:
             assert self.own_pages > 0, f"{self.path}: more pages uncharged than charged"
             self.own_pages -= 1
             for group in self._ancestry:
                 group.usage_pages -= 1
-            gone = self.removed and not self.usage_pages and self.parent is not None
+            gone = self.removed and not self.usage_pages
+        finally:
+            latch.release()
         if gone:
             assert self.parent is not None, "the root cannot be removed"
             self.parent._leaving.remove(self)

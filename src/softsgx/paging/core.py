@@ -210,14 +210,18 @@ class EpcCore:
             self._refused(kind, error)
             raise
         page.owner, page.group, page.kind = owner, group, kind
-        held = self.counters.held
-        with self._held_latch:
-            held[kind] = held.get(kind, 0) + 1
+        self._count_held(kind, 1)
         if self._free.value < self._low and self._ksgxd.asleep and self.root.has_reclaimable():
             self._ksgxd.request()
         if self.tracer is not None:
             self.tracer(events.Allocated(page.addr, kind, page.node))
         return page
+
+    def _count_held(self, kind: str, change: int) -> None:
+        held = self.counters.held
+        self._held_latch.acquire()
+        held[kind] = held.get(kind, 0) + change
+        self._held_latch.release()
 
     def _pressure(self) -> Pressure:
         return Pressure(None if "L7" in self.defects else self.policy.patience_passes)
@@ -322,13 +326,13 @@ class EpcCore:
         Source:
             ``sgx_free_epc_page()``, main.c.
         """
+        group = page.group
         assert not page.tracked, f"{page!r} is freed while it is tracked"
-        assert page.group is not None and not page.leaked, f"{page!r} is freed but nobody had it"
-        page.group.uncharge()
+        assert group is not None and not page.leaked, f"{page!r} is freed but nobody had it"
+        group.uncharge()
         page.owner = page.group = None
         page.blocked = False
-        with self._held_latch:
-            self.counters.held[page.kind] -= 1
+        self._count_held(page.kind, -1)
         self._pool.give(page)
         self._ksgxd.page_freed()
         if self.tracer is not None:
@@ -354,8 +358,7 @@ class EpcCore:
             return True
         assert not page.tracked, f"{page!r} is removed while it is tracked"
         page.leaked, page.owner = True, None
-        with self._held_latch:
-            self.counters.held[page.kind] -= 1
+        self._count_held(page.kind, -1)
         self.counters.leaked += 1
         if self.tracer is not None:
             self.tracer(events.Leaked(page.addr, page.kind, result))

@@ -91,15 +91,20 @@ class Ksgxd:
         if self._tickets:
             self._tickets.clear()
         self.outcomes += 1
-        self.batch_ended()
-
-    def batch_ended(self) -> None:
-        """A batch has ended, or a page was freed: whoever waits should look again."""
         self.generation += 1
         if self._waiters:
-            with self._lock:
-                self._waiters = 0
-                self._progress.notify_all()
+            self._wake_waiters()
+
+    def batch_ended(self) -> None:
+        """A batch has ended: whoever waits should look again."""
+        self.generation += 1
+        if self._waiters:
+            self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        with self._lock:
+            self._waiters = 0
+            self._progress.notify_all()
 
     def candidate_added(self) -> None:
         """A page has become reclaimable: that everything was tried is not true any more."""

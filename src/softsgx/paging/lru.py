@@ -41,10 +41,13 @@ class Lru:
 
     def add(self, page: EpcPage) -> None:
         """Track ``page`` as the youngest; it must not be tracked yet."""
-        with self._latch:
+        self._latch.acquire()
+        try:
             assert not page.tracked, f"{page!r} is tracked already"
             page.tracked, page.lru = True, self
             self._pages[page] = None
+        finally:
+            self._latch.release()
 
     def touch(self, page: EpcPage) -> None:
         """Make ``page`` the youngest if it is on the list."""
@@ -104,6 +107,9 @@ class Lru:
 
     def forget(self, page: EpcPage) -> None:
         """An isolated page was evicted, or must not be looked at again."""
-        with self._latch:
+        self._latch.acquire()
+        try:
             assert page.tracked and page not in self._pages, f"{page!r} was not isolated"
             page.tracked, page.lru = False, None
+        finally:
+            self._latch.release()

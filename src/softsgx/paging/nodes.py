@@ -89,8 +89,9 @@ class Node:
 
     def take(self) -> EpcPage | None:
         """Return the page that was freed first, or one never used; ``None`` when there is none."""
-        with self._latch:
-            freed = self._freed
+        freed = self._freed
+        self._latch.acquire()
+        try:
             while freed:
                 page = freed.popleft()
                 # A poisoned page left the list when it was poisoned, except for its place here.
@@ -98,6 +99,8 @@ class Node:
                     page.free = False
                     return page
             return self._take_fresh()
+        finally:
+            self._latch.release()
 
     def _take_fresh(self) -> EpcPage | None:
         pages = self._pages
@@ -119,7 +122,8 @@ class Node:
         Returns:
             Whether it can be taken.
         """
-        with self._latch:
+        self._latch.acquire()
+        try:
             assert not page.free, f"{page!r} is freed twice"
             page.free = True
             if page.poisoned:
@@ -127,6 +131,8 @@ class Node:
                 return False
             self._freed.append(page)
             return True
+        finally:
+            self._latch.release()
 
     def give_clean(self, addr: EpcAddr) -> bool:
         """Put a sanitized page at the tail, as :meth:`give`."""

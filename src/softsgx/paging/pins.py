@@ -35,10 +35,14 @@ class Counted(ABC):
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
+        self._quiet = not runtime.interleaves  # then nobody can come between two statements
         self._references = 1
 
     def get(self) -> bool:
         """Take a reference; ``False`` when the last one is gone.  Never waits."""
+        if self._quiet and self._references:
+            self._references += 1
+            return True
         with self._latch:
             if not self._references:
                 return False
@@ -47,6 +51,9 @@ class Counted(ABC):
 
     def put(self) -> None:
         """Give a reference back; the last one ends it.  No lock may be held."""
+        if self._quiet and self._references > 1:
+            self._references -= 1
+            return
         with self._latch:
             assert self._references > 0, f"{self!r}: more references given back than taken"
             self._references -= 1

@@ -87,8 +87,10 @@ class Runtime(Protocol):
     def latch(self) -> Lock:
         """Return a new mutex for a few instructions: never held across a wait or a point.
 
-        Where tasks are cooperative it costs nothing, and it is not a scheduling point.  Its
-        ``held`` is for asserting that it is held, not that it is free.
+        Where tasks are cooperative it costs nothing, and it is not a scheduling point; there
+        ``acquire`` and ``release`` take a third of the time of a ``with``, which counts where
+        every page that comes or goes passes.  Its ``held`` is for asserting that it is held, not
+        that it is free.
         """
 
     def point(self, where: str) -> None:

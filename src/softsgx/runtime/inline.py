@@ -53,10 +53,10 @@ class _InlineLock:
 
     def acquire(self) -> None:
         runtime = self._runtime
-        me = runtime._current
         if self._holder is None:
-            self._holder = me
+            self._holder = runtime._current
             return
+        me = runtime._current
         assert self._holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
         while self._holder is not None:
             runtime._refuse_cycle(self)
