@@ -30,7 +30,17 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.abort import AbortPage
 from softsgx.engines.native.cpuid import CpuidLeaf
-from softsgx.engines.native.insn import decode, is_illegal_inside, is_write
+from softsgx.engines.native.culprit import (
+    LONGEST,
+    access_at,
+    code_at,
+    float_vector,
+    pfec,
+    repeat,
+    send,
+)
+from softsgx.engines.native.insn import is_illegal_inside
+from softsgx.engines.native.outside import Outsiders
 from softsgx.engines.native.permits import Permits
 from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
 from softsgx.hw import (
@@ -60,14 +70,11 @@ _ENCLU_BYTES = 3
 _AEP = Tcs.OFFSETS["aep"]
 _NO_VECTOR = -1  # how events show an interrupt
 _SYSCALL_BYTES = 2
-_LONGEST = 15
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
 _ILL_ILLOPN = 2
 _FPE_INTDIV = 1
 _INTERRUPT = 0xFD
-#: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
-_SPURIOUS_LIMIT = 10_000
 #: Signals of faults for which the instruction must be looked at, but for page faults.
 _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
@@ -94,6 +101,7 @@ class Transitions:
         permits: Permits,
     ) -> None:
         self._cpuid, self._abort_page, self._tell_refused = cpuid, abort_page, refused
+        self._outsiders = Outsiders(abort_page, refused)
         self.permits = permits
 
     # --- stops ----------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ class Transitions:
         if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
             regs.rip = thread.illegal_at
             thread.store()
-            _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
             return number
         code = image.read(regs.rip, _ENCLU_BYTES)
         if code == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
@@ -211,59 +219,13 @@ class Transitions:
             self._emulate_cpuid(thread, regs.rip + 2)
             return 0
         if number in (abi.SIGSEGV, abi.SIGBUS) and info.code in (1, 2):
-            return self._outside_fault(thread, number, info.addr)
+            return self._outsiders.fault(thread, number, info.addr)
         return number
-
-    def _outside_fault(self, thread: ProgramThread, number: int, address: int) -> int:
-        image, space = thread.image, thread.image.space
-        if image.mm.find(address) is None:
-            return number
-        access = self._access(thread, address)
-        entry = space.entry(address)
-        if entry is not None and not access & ~entry[1]:
-            if image.is_covered(address) or not space.is_shown(address):
-                return self._aborted(thread, address, access)
-            return 0 if self._repeat(thread, address) else abi.SIGBUS
-        return self._outcome(thread, number, image.mm.fault(address, access, thread), address)
-
-    def _aborted(self, thread: ProgramThread, address: int, access: int) -> int:
-        """Code that is not of the enclave at ``address`` has touched it."""
-        if access == EXECUTE:  # ones are no instruction
-            _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
-            return abi.SIGILL
-        number = self._abort_page.execute(thread, address)
-        if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):
-            return number
-        # It also touches something that it may not, or that is not there yet.
-        image, other = thread.image, thread.siginfo().addr
-        if image.mm.find(other) is None:
-            return number
-        access, entry = self._access(thread, other), image.space.entry(other)
-        if entry is not None and not access & ~entry[1]:
-            return 0 if self._repeat(thread, other) else number
-        return self._outcome(thread, number, image.mm.fault(other, access, thread), other)
-
-    def _outcome(
-        self, thread: ProgramThread, number: int, result: FaultResult, address: int
-    ) -> int:
-        """Return the signal that a fault handled by the driver ends with."""
-        match result:
-            case FaultResult.NOPAGE | FaultResult.RETRY:
-                return 0
-            case FaultResult.SEGV:
-                if number != abi.SIGSEGV:
-                    _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address)
-                return abi.SIGSEGV
-            case FaultResult.SIGBUS | FaultResult.OOM:
-                self._tell_refused(thread, address)
-                if number != abi.SIGBUS:
-                    _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address)
-                return abi.SIGBUS
 
     def _inside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
         regs = thread.regs
         vector: int
-        code = self._code(thread, regs.rip)
+        code = code_at(thread, regs.rip)
         if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self._enclu(thread, number)
         page_fault = number == abi.SIGSEGV and info.code in (1, 2)
@@ -280,11 +242,11 @@ class Transitions:
             case abi.SIGILL:
                 vector = Vector.UD
             case abi.SIGFPE:
-                vector = Vector.DE if info.code == _FPE_INTDIV else _float_vector(code)
+                vector = Vector.DE if info.code == _FPE_INTDIV else float_vector(code)
             case _:
                 vector = Vector.BP if info.code == abi.SI_KERNEL else Vector.DB
         if vector == Vector.UD and number != abi.SIGILL:
-            _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
             number = abi.SIGILL
         return self._exception(thread, number, vector)
 
@@ -305,14 +267,14 @@ class Transitions:
         if image.space.entry(address) is None:
             prot = image.prot_at(address)
             if prot == _READ_WRITE or (
-                prot == _ALL and not 0 <= address - thread.load().rip < _LONGEST
+                prot == _ALL and not 0 <= address - thread.load().rip < LONGEST
             ):
                 # Load or store, the mapping allows it: no need to decode the instruction.
                 result = image.mm.fault(address, READ, thread)
                 if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
                     return self._fault_is_mended(thread)
         thread.load()
-        access = self._access(thread, address)
+        access = access_at(thread, address)
         return self._page_fault(thread, number, address, access, signal_code)
 
     def _page_fault(
@@ -320,7 +282,7 @@ class Transitions:
     ) -> int:
         image, inside = thread.image, thread.cpu.inside
         assert inside is not None, "a fault of enclave code outside an enclave"
-        kind = _pfec(access)
+        kind = pfec(access)
         entry = image.space.entry(address)
         ordinary = entry is None or access & ~entry[1]
         if ordinary:
@@ -333,18 +295,18 @@ class Transitions:
             page = thread.cpu.hw.page_at(entry[0])
             refused = check_access(inside.secs, page, address, access)
             if refused is not None:
-                _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
+                send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
                 return self._exception(thread, abi.SIGSEGV, Vector.PF, refused.code, address)
         elif image.is_covered(address) or not image.space.is_shown(address):
             return self._aborted_inside(thread, address, access)
-        if self._repeat(thread, address):
+        if repeat(thread, address):
             return 0
         return self._exception(thread, number, Vector.PF, kind, address)
 
     def _aborted_inside(self, thread: ProgramThread, address: int, access: int) -> int:
         """Enclave code has touched a page of another enclave."""
         if access == EXECUTE:
-            _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+            send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
             return self._exception(thread, abi.SIGSEGV, Vector.GP)
         number = self._abort_page.execute(thread, address)
         return self._inside(thread, number, thread.siginfo()) if number else 0
@@ -366,9 +328,9 @@ class Transitions:
             return 0
         if result is FaultResult.SEGV:
             mapped = abi.SEGV_ACCERR if known or code & Pfec.P else abi.SEGV_MAPERR
-            _send(thread, abi.SIGSEGV, mapped, address & _PAGE_MASK)
+            send(thread, abi.SIGSEGV, mapped, address & _PAGE_MASK)
             return abi.SIGSEGV
-        _send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
+        send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
         return abi.SIGBUS
 
     def _fault_is_mended(self, thread: ProgramThread) -> int:
@@ -458,7 +420,7 @@ class Transitions:
     def _operand_fault(self, thread: ProgramThread, fault: PageFault, access: int) -> int:
         """An operand of a leaf inside the enclave is not there, or not allowed."""
         if fault.code & Pfec.SGX:
-            _send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, fault.address & _PAGE_MASK)
+            send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, fault.address & _PAGE_MASK)
             return self._exception(thread, abi.SIGSEGV, Vector.PF, fault.code, fault.address)
         return self._ordinary_fault(thread, 0, fault.address, access, fault.code)
 
@@ -476,24 +438,24 @@ class Transitions:
         if self._fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
             return 0
         thread.store()
-        _send(thread, number, 2, fault.address)
+        send(thread, number, 2, fault.address)
         return number
 
     def _refused(self, thread: ProgramThread, leaf: int, fault: Fault) -> int:
         """A leaf raised #GP, #UD or the like."""
         if thread.cpu.inside is not None:
             if isinstance(fault, UndefinedOpcode):
-                _send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+                send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
                 return self._exception(thread, abi.SIGILL, fault.vector)
-            _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+            send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
             return self._exception(thread, abi.SIGSEGV, fault.vector, fault.code)
         if self._fix_up(thread, leaf, fault.vector, fault.code, 0):
             return 0
         thread.store()
         if isinstance(fault, UndefinedOpcode):
-            _send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
+            send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
             return abi.SIGILL
-        _send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
+        send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
         return abi.SIGSEGV
 
     def _went_in(self, thread: ProgramThread) -> None:
@@ -509,36 +471,6 @@ class Transitions:
             thread.blocked = None
 
     # --- details --------------------------------------------------------------------------------
-
-    def _repeat(self, thread: ProgramThread, address: int) -> bool:
-        """A fault found nothing wrong any more: make sure of it and repeat the instruction."""
-        image, page = thread.image, address & _PAGE_MASK
-        spot = thread.regs.rip, address
-        thread.spurious = thread.spurious[0] + 1 if thread.spurious[1] == spot else 1, spot
-        if thread.spurious[0] > _SPURIOUS_LIMIT:
-            return False
-        if not image.pager.touched(page):
-            image.space.reshow(page)
-        return True
-
-    def _access(self, thread: ProgramThread, address: int) -> int:
-        """Return what kind of access faulted at ``address``."""
-        regs = thread.regs
-        code = self._code(thread, regs.rip)
-        # A fetch faults at RIP, or at the start of the page that the instruction runs into.
-        ahead = address - regs.rip
-        if ahead == 0 or (0 < ahead < _LONGEST and address % PAGE_BYTES == 0):
-            insn = decode(code)
-            if ahead == 0 or insn is None or insn.length > ahead:
-                return EXECUTE
-        return WRITE if is_write(code, address, regs.rsp, regs.rdi) else READ
-
-    def _code(self, thread: ProgramThread, rip: int) -> bytes:
-        """Return the instruction's bytes; of an enclave's from the memory file."""
-        device = thread.image.device_at(rip)
-        if device is None:
-            return thread.image.read(rip, _LONGEST)
-        return device.memory.code(rip, _LONGEST)
 
     def _emulate_cpuid(self, thread: ProgramThread, then: int) -> None:
         regs = thread.regs
@@ -558,23 +490,3 @@ def _execute(cpu: LogicalProcessor, leaf: int) -> None:
             cpu.enclu.eenter(regs.rbx, regs.rcx)
             return
     enclu(cpu)
-
-
-def _pfec(access: int) -> int:
-    code = int(Pfec.U)
-    if access == WRITE:
-        code |= Pfec.W
-    if access == EXECUTE:
-        code |= Pfec.I
-    return code
-
-
-def _float_vector(code: bytes) -> int:
-    """Return #MF for an x87 instruction (or WAIT), #XM for a vector one."""
-    first = code[1] if code[:1] and code[0] & 0xF0 == 0x40 else code[0] if code else 0
-    return Vector.MF if 0xD8 <= first <= 0xDF or first == 0x9B else Vector.XM
-
-
-def _send(thread: ProgramThread, number: int, code: int, address: int) -> None:
-    """Make the signal that will be delivered carry this information."""
-    thread.outgoing = SigInfo(signo=number, code=code, addr=address)
