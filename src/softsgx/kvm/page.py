@@ -85,7 +85,7 @@ class VepcPage:
 
     def get(self) -> bool:
         """Keep the virtual EPC; ``False`` when it is closed or its guest has stopped."""
-        return self.vepc.monitor.stopped is None and self.vepc.hold()
+        return self.vepc.monitor.stopped is None and self.vepc.get()
 
     def put(self) -> None:
         """Give it back."""

@@ -22,7 +22,7 @@ from softsgx.kvm import motion
 from softsgx.kvm.fate import Fate
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.swap import VepcSwap
-from softsgx.paging import EpcBusy, LoadFailed, NoEpc
+from softsgx.paging import Counted, EpcBusy, LoadFailed, NoEpc
 
 if TYPE_CHECKING:
     from softsgx.kvm.device import VepcDevice
@@ -91,7 +91,7 @@ class VepcMapping:
         vepc.put()
 
 
-class Vepc:
+class Vepc(Counted):
     """One open file; ``Monitor.lock`` protects it.
 
     Attributes:
@@ -103,12 +103,11 @@ class Vepc:
     """
 
     def __init__(self, device: VepcDevice, monitor: Monitor, base: int) -> None:
+        super().__init__(device.core.runtime)
         self.device, self.monitor, self.base = device, monitor, base
         self.pages: dict[int, VepcPage] = {}
         self.mappings: list[VepcMapping] = []
         self.refusal = ""
-        self._latch = device.core.runtime.latch()
-        self._references = 1
         self._closed = False
         self.swap = self._make_swap()
         monitor.vepcs.append(self)
@@ -121,29 +120,10 @@ class Vepc:
             pages=_ENDLESS,
             base=0,
             lock=self.monitor.lock,
-            pin=_Pin(self),
+            pin=self,
             kick=self.monitor.kick,
             group=self.monitor.group,
         )
-
-    # --- references -----------------------------------------------------------------------------
-
-    def hold(self) -> bool:
-        """Take a reference; ``False`` when the last one is gone.  Never waits."""
-        with self._latch:
-            if not self._references:
-                return False
-            self._references += 1
-            return True
-
-    def put(self) -> None:
-        """Give a reference back; the last one frees everything.  No lock may be held."""
-        with self._latch:
-            assert self._references, "more references given back than taken"
-            self._references -= 1
-            last = not self._references
-        if last:
-            self._destroy()
 
     def close(self) -> None:
         """Close it; mappings keep it."""
@@ -164,7 +144,7 @@ class Vepc:
         mapping = VepcMapping(self, offset, pages)
         with self.monitor.lock:
             self.mappings.append(mapping)
-        assert self.hold(), "a file that is gone is mapped"
+        assert self.get(), "a file that is gone is mapped"
         return mapping
 
     def ioctl(self, cmd: int, arg: int = 0) -> int:
@@ -377,7 +357,7 @@ class Vepc:
         self.swap.destroy()
         self.swap = self._make_swap()
 
-    def _destroy(self) -> None:
+    def _end(self) -> None:
         """The last reference is gone.
 
         Source:
@@ -429,18 +409,3 @@ class Vepc:
             if evicted is not None:
                 assert (evicted.secs is not None) == (evicted.fate is Fate.CHILD), f"{page!r}"
             assert page.evicted_children >= 0, f"{page!r} has less than no children"
-
-
-class _Pin:
-    """Keeps a file while the reclaimer works on its VA pages."""
-
-    def __init__(self, vepc: Vepc) -> None:
-        self._vepc = vepc
-
-    def get(self) -> bool:
-        """Take a reference."""
-        return self._vepc.hold()
-
-    def put(self) -> None:
-        """Give it back."""
-        self._vepc.put()
