@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from softsgx.arch import PAGE_BYTES, PageType, Status
+from softsgx.arch import CHILD_TYPES, PAGE_BYTES, Status
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
 from softsgx.hw.leaves.ewb import ewb
@@ -28,8 +28,7 @@ _CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
-_TYPES = tuple(PageType)
-_SECS, _VA, _LAST = int(PageType.SECS), int(PageType.VA), int(PageType.SS_REST)
+_CHILD_TYPES = {int(pt): pt for pt in CHILD_TYPES}
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
 _NO_RESERVED = bytes(40)
 _NO_SECINFO_RESERVED = bytes(56)
@@ -120,16 +119,15 @@ def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) ->
     ):
         secs = pages.get(rbx.secs)
         flags, secinfo_reserved, _handle, reserved, mac = _READ_PCMD.unpack(rbx.secinfo)  # type: ignore[arg-type]
-        pt = flags >> 8
+        pt = _CHILD_TYPES.get(flags >> 8)
         if (
             secs is not None
             and secs.valid
             and secs.enclave is not None
             and secs.lock >= 0
+            and pt is not None
             and secinfo_reserved == _NO_SECINFO_RESERVED
             and reserved == _NO_RESERVED
-            and _SECS < pt <= _LAST
-            and pt != _VA
         ):
             hw, enclave, linaddr = cpu.hw, secs.enclave, rbx.linaddr
             slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
@@ -141,7 +139,8 @@ def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) ->
                 flags,
             )
             if plain is not None:
-                page.pt, page.rwx, page.secs, page.linaddr = _TYPES[pt], flags & 7, secs, linaddr
+                page.pt, page.rwx = pt, flags & 7
+                page.secs, page.linaddr = secs, linaddr
                 page.blocked = page.pending = page.modified = page.pr = False
                 if flags & _STATES:
                     page.pending, page.modified = bool(flags & 8), bool(flags & 16)

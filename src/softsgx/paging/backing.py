@@ -40,9 +40,9 @@ class _CachedPage:
 
     def unpin(self) -> None:
         """Give one pin back."""
-        assert self.pins > 0, f"backing page {self.index} unpinned too often"
-        self.pins -= 1
-        if self._unpinned is not None and not self.pins:
+        pins = self.pins = self.pins - 1
+        assert pins >= 0, f"backing page {self.index} unpinned too often"
+        if not pins and self._unpinned is not None:
             self._unpinned(self)
 
 

@@ -115,9 +115,11 @@ class BackingPage(Protocol):
     """One pinned 4096-byte page of a backing file.
 
     Attributes:
+        index: its index in the file.
         data: its bytes, writable while pinned.
     """
 
+    index: int
     data: bytearray
 
     def mark_dirty(self) -> None:

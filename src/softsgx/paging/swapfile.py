@@ -57,20 +57,15 @@ class Pinned:
     """The two backing pages of one page, pinned.
 
     Attributes:
-        index: the page's index.
         content: 4096 bytes of ciphertext.
         pcmd: the page that holds its PCMD among others.
         pcmd_bytes: the 128 bytes of it.
-        content_at, pcmd_at: where the two are in the file.
     """
 
-    __slots__ = ("content", "content_at", "index", "pcmd", "pcmd_at", "pcmd_bytes")
+    __slots__ = ("content", "pcmd", "pcmd_bytes")
 
-    def __init__(
-        self, index: int, content_at: int, content: BackingPage, pcmd_at: int, pcmd: BackingPage
-    ) -> None:
-        self.index, self.content, self.pcmd = index, content, pcmd
-        self.content_at, self.pcmd_at = content_at, pcmd_at
+    def __init__(self, index: int, content: BackingPage, pcmd: BackingPage) -> None:
+        self.content, self.pcmd = content, pcmd
         start = index % PCMDS_PER_PAGE * _PCMD_BYTES
         self.pcmd_bytes = memoryview(pcmd.data)[start : start + _PCMD_BYTES]
 
@@ -120,7 +115,7 @@ class SwapFile:
         Raises:
             BackingError: there is no room; nothing has changed.
         """
-        layout, pin = self._layout, self.backing.pin
+        layout, pin, writers = self._layout, self.backing.pin, self._writers
         content_at, pcmd_at = layout(index)
         content = pin(content_at, create=True)
         try:
@@ -129,17 +124,16 @@ class SwapFile:
             content.unpin()
             self.backing.truncate(content_at)
             raise
-        pinned = Pinned(index, content_at, content, pcmd_at, pcmd)
         if announced:
-            self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
+            writers[pcmd_at] = writers.get(pcmd_at, 0) + 1
         if self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
-        return pinned
+        return Pinned(index, content, pcmd)
 
     def announce(self, pinned: Pinned) -> None:
         """The PCMD page must stay until this eviction has ended."""
-        pcmd_at = pinned.pcmd_at
+        pcmd_at = pinned.pcmd.index
         self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
 
     def written(self, pinned: Pinned) -> None:
@@ -148,24 +142,23 @@ class SwapFile:
         if not self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
-        self._end_writing(pinned)
+        self._end_writing(pcmd)
         content.unpin()
         pcmd.unpin()
 
     def cancel(self, pinned: Pinned) -> None:
         """EWB was not done, or wrote nothing: give back what was only reserved."""
-        self._end_writing(pinned)
+        self._end_writing(pinned.pcmd)
         pinned.unpin()
-        self.backing.truncate(pinned.content_at)
-        self._truncate_pcmd(pinned.pcmd_at, pinned.pcmd)
+        self.backing.truncate(pinned.content.index)
+        self._truncate_pcmd(pinned.pcmd)
 
-    def _end_writing(self, pinned: Pinned) -> None:
-        pcmd_at = pinned.pcmd_at
-        writers = self._writers[pcmd_at] - 1
-        if writers:
-            self._writers[pcmd_at] = writers
+    def _end_writing(self, pcmd: BackingPage) -> None:
+        writers, pcmd_at = self._writers, pcmd.index
+        if writers[pcmd_at] > 1:
+            writers[pcmd_at] -= 1
         else:
-            del self._writers[pcmd_at]
+            del writers[pcmd_at]
 
     # --- in -------------------------------------------------------------------------------------
 
@@ -183,7 +176,7 @@ class SwapFile:
         except BackingError:
             content.unpin()
             raise
-        return Pinned(index, content_at, content, pcmd_at, pcmd)
+        return Pinned(index, content, pcmd)
 
     def close(self, pinned: Pinned) -> None:
         """The page was not loaded: everything stays for the next try."""
@@ -197,14 +190,17 @@ class SwapFile:
             pcmd.mark_dirty()
         if not self._keeps_loaded:
             self._counters.truncated += 1
-            self.backing.truncate(pinned.content_at)
-            self._truncate_pcmd(pinned.pcmd_at, pcmd)
+            self.backing.truncate(content.index)
+            self._truncate_pcmd(pcmd)
         content.unpin()
         pcmd.unpin()
 
-    def _truncate_pcmd(self, pcmd_at: int, page: BackingPage) -> None:
+    def _truncate_pcmd(self, pcmd: BackingPage) -> None:
         """Give a PCMD page back if it is empty and nobody is about to write into it."""
-        if page.data != _EMPTY_PAGE or (pcmd_at in self._writers and not self._truncates_shared):
+        if pcmd.data != _EMPTY_PAGE:
+            return
+        pcmd_at = pcmd.index
+        if pcmd_at in self._writers and not self._truncates_shared:
             return
         self._counters.pcmd_truncated += 1
         if self._tracer is not None:

@@ -98,13 +98,14 @@ class VaArray:
             f"no free VA slot: {self.promised} promised, {self.used} used, {self.room} left;"
             " every page needs grow() before it is added"
         )
-        bit = page.free & -page.free
-        page.free ^= bit
+        free = page.free
+        rest = page.free = free & (free - 1)
+        bit = free ^ rest  # the lowest
         page.pins += 1
         page.accessed = True
         self.used += 1
         self.room -= 1
-        if not page.free:
+        if not rest:
             self._pages.move_to_end(page)
         return VaSlot(page, bit.bit_length() - 1)
 
