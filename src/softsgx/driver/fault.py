@@ -67,7 +67,8 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         wait = partial(wait_for, error.page)
     except EpcBusy as error:
         kind, result = "busy", FaultResult.NOPAGE
-        wait = partial(driver.core.wait_for_page, error)
+        # Its traceback names this frame, which would make a cycle of the two for gc to find.
+        wait = partial(driver.core.wait_for_page, error.with_traceback(None))
     faults = enclave.counts.faults
     faults[kind] = faults.get(kind, 0) + 1
     if wait is not None and "L9" in driver.defects:
