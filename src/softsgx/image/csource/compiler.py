@@ -24,8 +24,9 @@ __all__ = ["INCLUDE", "RUNTIME", "Compiler", "find_compiler"]
 
 RUNTIME: Final = Path(__file__).parent / "runtime"
 INCLUDE: Final = RUNTIME / "include"
-"""Where ``softsgx.h`` and ``softsgx_host.h`` are."""
+"""Where ``softsgx.h``, ``softsgx_keys.h`` and ``softsgx_host.h`` are."""
 
+_OWN_SOURCES = ("entry.S", "runtime.c", "memory.c", "keys.c")
 _ENCLAVE_FLAGS = (
     "-std=gnu11",
     "-O2",
@@ -84,7 +85,7 @@ class Compiler:
         """
         with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
             objects = []
-            own = (RUNTIME / "entry.S", RUNTIME / "runtime.c", RUNTIME / "memory.c")
+            own = tuple(RUNTIME / name for name in _OWN_SOURCES)
             for number, source in enumerate((*own, *sources)):
                 objects.append(str(Path(scratch) / f"{number}.o"))
                 # __FILE__ must not tell where the source lay, or two checkouts would differ.

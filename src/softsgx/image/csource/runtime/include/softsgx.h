@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <softsgx_keys.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -45,6 +47,16 @@ void *memmove(void *to, const void *from, size_t size);
 void *memset(void *to, int byte, size_t size);
 int memcmp(const void *one, const void *other, size_t size);
 size_t strlen(const char *text);
+
+/* EREPORT: what this enclave is and the 64 bytes of `data` (NULL for zeros), MACed for `target`
+ * alone.  Operands lie anywhere; reserved bytes that are not zero end the call with #GP. */
+void sgx_ereport(const struct sgx_targetinfo *target, const void *data, struct sgx_report *report);
+
+/* What others name in EREPORT to have their report verified here. */
+void sgx_own_target(struct sgx_targetinfo *self);
+
+/* EGETKEY: SGX_SUCCESS and the key, or another status of softsgx_keys.h and `key` as it was. */
+int sgx_egetkey(const struct sgx_keyrequest *request, uint8_t key[SGX_KEY_BYTES]);
 
 /* What the entry code tells the host in RSI. */
 enum { SGX__DONE = 0, SGX__BUSY = 1, SGX__POINTER = 2 };
