@@ -138,6 +138,7 @@ class Mm:
         self._users = 1
         self._starts: list[int] = []
         self._vmas: list[EnclaveVma] = []
+        self._found: EnclaveVma | None = None  # what :meth:`find` found last; cutting forgets it
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -416,10 +417,14 @@ class Mm:
 
     def find(self, addr: int) -> EnclaveVma | None:
         """Return the mapping that holds ``addr``; ``mmap_lock`` is held."""
+        vma = self._found
+        if vma is not None and vma.start <= addr < vma.end:
+            return vma
         after = bisect_right(self._starts, addr)
         if after:
             vma = self._vmas[after - 1]
             if addr < vma.end:
+                self._found = vma
                 return vma
         return None
 
@@ -451,6 +456,7 @@ class Mm:
         self._split(start)
         self._split(end)
         gone = self.vmas(start, end)
+        self._found = None
         for vma in gone:
             at = self._vmas.index(vma)
             del self._vmas[at], self._starts[at]

@@ -25,7 +25,7 @@ __all__ = ["FailingBacking", "FileBacking", "MemoryBacking"]
 class _CachedPage:
     """A page in memory; ``unpinned`` hears when its last pin is gone."""
 
-    __slots__ = ("_unpinned", "data", "dirty", "index", "pins")
+    __slots__ = ("_unpinned", "_view", "data", "dirty", "index", "pins")
 
     def __init__(
         self, index: int, data: bytearray, unpinned: Callable[[_CachedPage], None] | None
@@ -33,6 +33,14 @@ class _CachedPage:
         self.index, self.data, self._unpinned = index, data, unpinned
         self.pins = 1
         self.dirty = False
+        self._view: memoryview | None = None
+
+    def part(self, start: int, size: int) -> memoryview:
+        """As :meth:`BackingPage.part`."""
+        view = self._view
+        if view is None:
+            view = self._view = memoryview(self.data)
+        return view[start : start + size]
 
     def mark_dirty(self) -> None:
         """Keep what was written."""

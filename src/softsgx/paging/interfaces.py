@@ -122,6 +122,9 @@ class BackingPage(Protocol):
     index: int
     data: bytearray
 
+    def part(self, start: int, size: int) -> memoryview:
+        """Return ``size`` bytes of ``data`` from ``start``, writable while pinned."""
+
     def mark_dirty(self) -> None:
         """Say that ``data`` was written; call after writing, or the bytes may be dropped."""
 

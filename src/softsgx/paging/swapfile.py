@@ -66,8 +66,7 @@ class Pinned:
 
     def __init__(self, index: int, content: BackingPage, pcmd: BackingPage) -> None:
         self.content, self.pcmd = content, pcmd
-        start = index % PCMDS_PER_PAGE * _PCMD_BYTES
-        self.pcmd_bytes = memoryview(pcmd.data)[start : start + _PCMD_BYTES]
+        self.pcmd_bytes = pcmd.part(index % PCMDS_PER_PAGE * _PCMD_BYTES, _PCMD_BYTES)
 
     def unpin(self) -> None:
         """Give both pins back."""
