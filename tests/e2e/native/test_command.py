@@ -60,7 +60,7 @@ def test_a_program_that_pages_is_told_of(program: list[str], tmp_path: Path) -> 
     # What EENTER itself needs comes back without an exit.
     assert enclave["aex"] == enclave["eresume"] >= 3 * 2 * (DATA_PAGES - 64)
     assert enclave["peak_resident_bytes"] < 256 << 10 == document["platform"]["epc_bytes"]
-    assert enclave["faults"]["busy"] == 0, "ksgxd works ahead while the thread is stopped"
+    assert enclave["faults_by_kind"]["busy"] == 0, "ksgxd works ahead while the thread is stopped"
     assert enclave["state"] == "initialized"
     assert 0 < enclave["fault_seconds"] < document["wall_seconds"]
     counters = document["platform"]["counters"]
