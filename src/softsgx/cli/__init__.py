@@ -1,4 +1,4 @@
-"""The command ``softsgx``: one module for each verb, found in ``COMMANDS``.
+"""The command ``softsgx``: one module for each verb, named in ``VERBS``.
 
 A verb's module has a docstring, which is its help, ``NAME``, ``configure(parser)`` and
 ``run(args) -> int``.  Exit status 0: fine; 1: found something; 2: bad input.
@@ -10,13 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 import softsgx
-from softsgx.cli import build, doctor, inspect, measure, run, sign, tour
 from softsgx.errors import SoftSgxError
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["VERBS", "Command", "command_of", "main"]
 
 _DESCRIPTION = """\
 SGX without the hardware: read, measure, sign and run enclaves on a software machine with a finite,
@@ -51,12 +51,18 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
-COMMANDS: tuple[Command, ...] = (tour, build, run, doctor, inspect, measure, sign)
+VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign")
+
+
+def command_of(verb: str) -> Command:
+    """Return the module of a verb."""
+    return cast(Command, import_module(f"softsgx.cli.{verb}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit status."""
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(_wanted(argv))
     args = parser.parse_args(argv)
     if not hasattr(args, "command"):
         parser.print_help()
@@ -75,7 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _wanted(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return the verbs to know; importing those nobody asks for takes half a second."""
+    first = argv[0] if argv else ""
+    if first == "--version":
+        return ()
+    return (first,) if first in VERBS else VERBS
+
+
+def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softsgx",
         description=_DESCRIPTION,
@@ -84,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softsgx {softsgx.__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
-    for command in COMMANDS:
+    for command in map(command_of, names):
         summary, _, rest = (command.__doc__ or "").partition("\n")
         verb = verbs.add_parser(
             command.NAME,

@@ -24,7 +24,7 @@ from tests.support.enclave_files import (
 )
 
 from softsgx.arch import SigStruct
-from softsgx.cli import COMMANDS, main
+from softsgx.cli import VERBS, command_of, main
 from softsgx.image import (
     load_key,
     measure,
@@ -415,7 +415,7 @@ def test_help_says_that_it_is_an_emulation_and_teaches_by_example(
         main(["--help"])
     text = capsys.readouterr().out
     assert "protects nothing" in text
-    for command in COMMANDS:
+    for command in map(command_of, VERBS):
         with pytest.raises(SystemExit) as exit_info:
             main([command.NAME, "--help"])
         assert exit_info.value.code == 0
