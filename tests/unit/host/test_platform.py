@@ -52,6 +52,17 @@ def test_the_same_seed_gives_the_same_secrets_and_another_one_others() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_what_a_machine_has_sealed_can_be_unsealed_on_it_by_every_version() -> None:
+    secrets = Platform().machine.secrets
+    kept = (secrets.device_key.hex(), secrets.seal_fuses.hex(), secrets.owner_epoch.hex())
+    assert kept == (
+        "cd072cd8be6f9f62ac4c09c28206e7e3",
+        "5594aa6b342f5d0a3a5e4842fab428f7",
+        "0" * 32,
+    )
+    assert secrets.derive(b"facts").hex() == "ac74b1a0d9b6ee412fd237a7e3a2a055"
+
+
 def test_every_layer_tells_the_one_listener() -> None:
     heard: list[Event] = []
     with Platform(epc="1MiB", tracer=heard.append, sanitize=True):

@@ -138,6 +138,10 @@ class Space:
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """Return the EPC address of an enclave's page, or a stand-in for ordinary memory.
 
+        Deviation: the rights of ordinary memory are not known here, so that an operand of ENCLU in
+        memory that is no enclave's is refused for being no EPC (#PF with P and SGX), where
+        hardware meets an absent page first if it is unmapped or PROT_NONE.
+
         Raises:
             PageFault: ordinary: no entry, or it does not allow the access.
         """
