@@ -7,11 +7,12 @@
 static long six(void) { return 6; }
 static long seven(void) { return 7; }
 
-/* Addresses in initialised data: only relocation makes them right. */
-static long (*const table[])(void) = {six, seven};
-static const char *const texts[] = {"relocated", "data"};
+/* Addresses in initialised data: only relocation makes them right.  Volatile, or a compiler knows
+ * them, and what a constructor does, without either happening. */
+static long (*const volatile table[])(void) = {six, seven};
+static const char *const volatile texts[] = {"relocated", "data"};
 
-static int constructed;
+static volatile int constructed;
 static long entered;
 
 __attribute__((constructor)) static void construct(void) { constructed++; }
@@ -143,8 +144,8 @@ static long recurse(uint64_t depth)
 {
     volatile char room[1024];
 
-    room[0] = (char)depth;
-    return depth ? again(depth - 1) + room[0] : 0;
+    room[depth % sizeof(room)] = (char)depth; /* any of it, or a compiler makes it smaller */
+    return depth ? again(depth - 1) + room[depth % sizeof(room)] : 0;
 }
 
 long ecall(unsigned long function, void *argument, size_t size)

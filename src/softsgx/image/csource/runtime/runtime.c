@@ -24,9 +24,12 @@ struct answer {
     long result, status; /* RAX and RDX, by the ABI */
 };
 
+/* Hidden, so that no compiler looks for them in a table that has to be relocated first. */
+#pragma GCC visibility push(hidden)
 extern const struct rela __sgx_rela_start[], __sgx_rela_end[];
 extern void (*const __sgx_init_start[])(void);
 extern void (*const __sgx_init_end[])(void);
+#pragma GCC visibility pop
 
 void sgx__heap_init(unsigned char *start, size_t size);
 struct answer sgx__dispatch(unsigned long function, void *argument, size_t size,
