@@ -417,7 +417,6 @@ def test_an_operand_where_the_enclave_has_no_page_is_a_page_fault(
     assert done.code & (Pfec.U | Pfec.W) == Pfec.U | write
 
 
-@pytest.mark.xfail(reason="the engine takes ordinary memory as present whatever its rights are")
 def test_where_paging_refuses_an_operand_the_fault_is_not_one_of_sgx(load: Loader) -> None:
     alice = load("alice")
     nowhere = alice.base + alice.size - PAGE_BYTES  # reserved by the host, PROT_NONE

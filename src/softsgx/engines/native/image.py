@@ -204,6 +204,14 @@ class ImageMemory:
         except OSError as error:
             raise BadAddress(str(error)) from None
 
+    def can_read(self, address: int) -> bool:
+        """Return whether the byte at ``address`` is readable."""
+        try:
+            self.read(address, 1)
+        except BadAddress:
+            return False
+        return True
+
     def write(self, address: int, data: bytes) -> None:
         """Store ``data``.
 

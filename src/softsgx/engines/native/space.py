@@ -67,6 +67,7 @@ class Space:
         pager: the mechanism below.
         index: number of the address space; part of "physical" addresses of ordinary memory.
         memory_at: returns the memory file mapped at an address, ``None`` where none is.
+        is_readable: returns whether ordinary memory can be read at an address.
         kick_all: interrupts every thread of this space that is inside an enclave.
     """
 
@@ -83,6 +84,7 @@ class Space:
         self._used: set[int] = set()  # pages that a leaf has used since they were asked about
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
         self.memory_at: Callable[[int], EnclaveMemory | None] = lambda _linaddr: None
+        self.is_readable: Callable[[int], bool] = lambda _linaddr: True
         self.kick_all: Callable[[], None] = lambda: None
 
     # --- for the driver -------------------------------------------------------------------------
@@ -138,9 +140,8 @@ class Space:
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """Return the EPC address of an enclave's page, or a stand-in for ordinary memory.
 
-        Deviation: the rights of ordinary memory are not known here, so that an operand of ENCLU in
-        memory that is no enclave's is refused for being no EPC (#PF with P and SGX), where
-        hardware meets an absent page first if it is unmapped or PROT_NONE.
+        Deviation: of ordinary memory that can be read every access is allowed here; what is stored
+        there is refused later.
 
         Raises:
             PageFault: ordinary: no entry, or it does not allow the access.
@@ -152,7 +153,7 @@ class Space:
                 raise PageFault(linaddr, _code(access, user=user) | Pfec.P)
             self._used.add(page)
             return entry[0] | linaddr & ~_PAGE_MASK
-        if self.memory_at(linaddr) is not None:
+        if self.memory_at(linaddr) is not None or not self.is_readable(linaddr):
             raise PageFault(linaddr, _code(access, user=user))
         return ordinary(self.index, linaddr)
 

@@ -12,15 +12,13 @@ Source:
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from errno import ENOMEM
 from functools import partial
@@ -70,7 +68,6 @@ _EINTR = 4
 _ERESTARTSYS = 512
 #: Every filter makes every system call a little slower; who makes more enclaves goes without.
 _MOST_GUARDED = 64
-_COLLECT_AFTER = 50_000
 
 
 class Supervisor(World):
@@ -160,9 +157,8 @@ class Supervisor(World):
                 self._loop.add(thread)
                 if started is not None:
                     started(first.tid)
-                with _collecting_seldom():
-                    self._loop.go(thread)
-                    self._loop.run()
+                self._loop.go(thread)
+                self._loop.run()
             except BaseException:
                 self._loop.kill()
                 _kill(first.tid)
@@ -409,6 +405,7 @@ class Supervisor(World):
         else:
             image.mm = parent.fork(space, owner=thread, name=name)
         space.memory_at = partial(_memory_at, image)
+        space.is_readable = image.memory.can_read
         image.wired = True
 
 
@@ -421,17 +418,6 @@ class _Opener:
 
     def open_provision(self, thread: ProgramThread) -> ProvisionFile:
         return self.driver.open_provision(thread)
-
-
-@contextmanager
-def _collecting_seldom() -> Iterator[None]:
-    """Records of pages live long and are in no cycles: looking for some is 3 % of a fault."""
-    before = gc.get_threshold()
-    gc.set_threshold(_COLLECT_AFTER, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _memory_at(image: Image, linaddr: int) -> EnclaveMemory | None:
