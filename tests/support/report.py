@@ -156,6 +156,7 @@ def made_up(*enclaves: EnclaveSummary, exit_code: int = 0) -> RunSummary:
             profile="sgx2-server",
             engine="native",
             pager="userfaultfd",
+            reclaim_s=0.5,
             counters={"held": {"reg": 0}, "batches": 12},
         ),
         estimate=estimate(total, COST_PROFILES["sgx2-server"]),

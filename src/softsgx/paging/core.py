@@ -65,6 +65,7 @@ class EpcCore:
 
     Attributes:
         counters: how often things happened.
+        reclaim_ns: how long batches of reclaim took, whoever waited for them.
         root: as given.
         policy: as given.
         va: the upper levels of VA pages.
@@ -87,6 +88,7 @@ class EpcCore:
         self.policy: Policy = LinuxPolicy() if policy is None else policy
         self.root: Group = Ungrouped(runtime) if root is None else root
         self.counters = Counters()
+        self.reclaim_ns = 0
         self._held_latch = runtime.latch()
         self.tracer = tracer
         self.epc_pages = sum(section.pages for section in hw.config.sections)
@@ -436,7 +438,7 @@ class EpcCore:
             force: evict pages that are in use too.
         """
         group = self.root if group is None else group
-        batch = Batch(0, 0)
+        batch, began_ns = Batch(0, 0), self.runtime.now_ns()
         self._ksgxd.working.add(1)
         try:
             for member in group.walk():
@@ -444,6 +446,7 @@ class EpcCore:
                 if batch.scanned or not group.has_reclaimable():
                     break
         finally:
+            self.reclaim_ns += self.runtime.now_ns() - began_ns
             self._ksgxd.working.add(-1)
             self._ksgxd.batch_ended()
         return batch

@@ -33,6 +33,7 @@ def document(run: RunSummary) -> dict[str, Any]:
             "profile": run.platform.profile,
             "engine": run.platform.engine,
             "pager": run.platform.pager,
+            "reclaim_seconds": round(run.platform.reclaim_s, 6),
             "counters": run.platform.counters,
         },
         "groups": [

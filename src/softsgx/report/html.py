@@ -215,12 +215,13 @@ def _interpolated(known: Sequence[tuple[float, float]], at: float) -> float:
 
 def _times(go: Any, run: RunSummary) -> Any:
     faults = sum(enclave.fault_s for enclave in run.enclaves)
-    faults = min(faults, run.wall_s)
-    ours = max(run.supervisor_s - faults, 0.0)
-    idle = max(run.wall_s - run.program_s - faults - ours, 0.0)
+    faults, reclaim = min(faults, run.wall_s), min(run.platform.reclaim_s, run.wall_s)
+    ours = max(run.supervisor_s - faults - reclaim, 0.0)
+    idle = max(run.wall_s - run.program_s - faults - reclaim - ours, 0.0)
     parts = (
         ("program", run.program_s, _GREEN),
         ("page faults", faults, _ORANGE),
+        ("reclaim", reclaim, _RED),
         ("rest of softsgx", ours, _BLUE),
         ("waiting", idle, _GREY),
     )

@@ -127,6 +127,8 @@ class PlatformSummary:
         processors: logical processors that the machine began with.
         profile: features it has.
         engine, pager: what ran the program.
+        reclaim_s: time spent in batches of reclaim; what a fault had to wait for is also in its
+            own time.
         counters: every counter of the core by name.
     """
 
@@ -136,6 +138,7 @@ class PlatformSummary:
     profile: str
     engine: str
     pager: str
+    reclaim_s: float
     counters: dict[str, object]
 
 
@@ -335,6 +338,7 @@ class Collector:
                 profile=platform.config.profile,
                 engine="native",
                 pager=self.pager,
+                reclaim_s=core.reclaim_ns / 1e9,
                 counters=core.counters.as_dict(),
             ),
             estimate=self._estimate(_total(enclaves)),

@@ -95,9 +95,10 @@ def _print_head(run: RunSummary, console: Console) -> None:
     head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
     head.append(f": {ended}", "not bold")
     console.print(head)
+    reclaim = seconds_text(platform.reclaim_s)
     times = (
         f"{seconds_text(run.wall_s)}; processor time: program {seconds_text(run.program_s)}, "
-        f"softsgx {seconds_text(run.supervisor_s)}"
+        f"softsgx {seconds_text(run.supervisor_s)}, of which reclaim {reclaim}"
     )
     epc = (
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
