@@ -109,7 +109,7 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
 _RESIDENT_NOTE = "Pages of each enclave, and all that is in use: SECS and VA pages too."
 _RATE_NOTE = "Pages of enclaves, per second."
 _TIME_NOTE = (
-    "Page faults are handled by softsgx while the program waits; the rest of softsgx is tracing, "
+    "Page faults and reclaim are softsgx at work while the program waits; the rest of softsgx is tracing, "
     "crossings and ioctls."
 )
 
