@@ -109,8 +109,8 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
 _RESIDENT_NOTE = "Pages of each enclave, and all that is in use: SECS and VA pages too."
 _RATE_NOTE = "Pages of enclaves, per second."
 _TIME_NOTE = (
-    "Page faults and reclaim are softsgx at work while the program waits; the rest of softsgx is tracing, "
-    "crossings and ioctls."
+    "Page faults and reclaim are softsgx at work while the program waits; the rest of softsgx is "
+    "tracing, crossings and ioctls."
 )
 
 
