@@ -76,7 +76,7 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
 @pytest.mark.parametrize(
     "scenario",
     [
-        *("handlers", "exceptions", "signals", "raw", "nested", "blocked", "often"),
+        *("handlers", "exceptions", "signals", "raw", "nested", "blocked", "often", "alternating"),
         *("dynamic", "execs", "names", "reopen"),
     ],
 )

@@ -227,6 +227,29 @@ static void often(void)
 	CHECK(get(0, data + 24) == 199);
 }
 
+/* Now one thread, now two, and calls by all of them. */
+static void *second(void *unused)
+{
+	for (uint64_t i = 0; i < 30; i++) {
+		put(1, data + PAGE + 8 * (i % 16), i);
+		CHECK(get(1, data + PAGE + 8 * (i % 16)) == i);
+	}
+	return unused;
+}
+static void alternating(void)
+{
+	build();
+	for (uint64_t round = 0; round < 12; round++) {
+		pthread_t thread;
+		for (uint64_t i = 0; i < 20; i++) put(0, data + 8 * i, round + i);
+		CHECK(!pthread_create(&thread, NULL, second, NULL));
+		for (uint64_t i = 0; i < 20; i++) CHECK(get(0, data + 8 * i) == round + i);
+		CHECK(!pthread_join(thread, NULL));
+		for (uint64_t page = 2; page < data_pages; page++) put(0, data + page * PAGE, round * page);
+		for (uint64_t page = 2; page < data_pages; page++) CHECK(get(0, data + page * PAGE) == round * page);
+	}
+}
+
 static void names(void)
 {
 	struct stat st;
@@ -359,7 +382,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"often", often}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"often", often}, {"alternating", alternating}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();
