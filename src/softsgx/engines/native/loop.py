@@ -117,8 +117,9 @@ class Loop:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
         image.current = thread
-        # Now, while it is stopped anyway: whoever it will wait for works ahead.
-        self._background()
+        if thread.borrowable:
+            # Now, while it is stopped anyway: whoever it will wait for works ahead.
+            self._background()
         if thread.kicked:
             thread.kicked = False
             if not number and not image.strict:  # where it would have to wait for its turn

@@ -166,6 +166,14 @@ class Thread:
         self._request(abi.PTRACE_GETEVENTMSG, 0, ctypes.addressof(buffer))
         return buffer.value
 
+    @property
+    def borrowable(self) -> bool:
+        """Whether :meth:`borrow` changes nothing: nothing of the kernel's is half done.
+
+        At other stops a system call is about to be made, or about to return.
+        """
+        return self._at_signal or (self.at_call and self.load().orig_rax == _MINUS_ONE)
+
     # --- going on -------------------------------------------------------------------------------
 
     def resume(self, signal: int = 0) -> None:

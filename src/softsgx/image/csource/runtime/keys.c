@@ -70,6 +70,7 @@ int sgx_egetkey(const struct sgx_keyrequest *request, uint8_t key[SGX_KEY_BYTES]
     if (status == SGX_SUCCESS) {
         memcpy(key, got, sizeof(got));
         memset(got, 0, sizeof(got)); /* the stack keeps what is left on it */
+        __asm__ volatile("" : : "r"(got) : "memory"); /* nor may this seem to be of no use */
     }
     return status;
 }
