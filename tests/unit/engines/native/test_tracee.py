@@ -12,8 +12,10 @@ import pytest
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.bpf import build_filter
 from softsgx.engines.native.doctor import doctor
-from softsgx.engines.native.start import install_vdso, start_program
+from softsgx.engines.native.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracee import Gone, Thread
+from softsgx.engines.native.vdso import build_vdso
+from softsgx.engines.native.vdso_code import CALL_WORDS, CALLS_AT
 
 _TGKILL = 234
 
@@ -127,6 +129,40 @@ def test_a_call_can_be_skipped_or_made_in_place_of_another(thread: Thread) -> No
             assert (regs.rdi, regs.rsi, regs.rdx) == arguments
         thread.resume()
     assert seen == [-38, thread.tid]
+
+
+def test_a_thread_is_not_borrowed_while_its_own_call_is_to_be_made(thread: Thread) -> None:
+    while True:
+        thread.resume()
+        if thread.wait().event == abi.PTRACE_EVENT_SECCOMP:
+            break
+    assert not thread.borrowable
+    thread.skip_syscall(-2)
+    assert thread.borrowable
+    os.kill(thread.tid, signal.SIGTERM)
+    thread.resume()
+    assert thread.wait().signal == signal.SIGTERM
+    assert thread.borrowable
+
+
+def test_a_table_of_calls_is_made_in_one_stop(thread: Thread) -> None:
+    memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR)
+    base, vdso = thread.inject_at, build_vdso({})
+    base -= vdso.inject  # where the fixture has put it
+    pidfd = libc.pidfd_open(thread.tid)
+    page = share_page(thread, pidfd, memory, base, vdso)
+    os.close(pidfd)
+    os.close(memory)
+    assert page is not None
+    before = bytes(thread.load())
+    page.put_calls([(abi.SYS_GETPID,), (abi.SYS_CLOSE, 12345), (abi.SYS_GETPID,)])
+    thread.borrow(base + vdso.calls, base + vdso.called, rbx=page.calls_at, rbp=3)
+    first, step = CALLS_AT // 8, CALL_WORDS
+    results = [page.words[first + number * step] for number in range(3)]
+    assert results == [thread.tid, (1 << 64) - 9, thread.tid]
+    assert bytes(thread.regs) == before
+    page.close()
+    assert finish(thread) == 7
 
 
 def test_a_thread_that_is_killed_is_gone(thread: Thread) -> None:
