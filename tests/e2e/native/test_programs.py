@@ -76,7 +76,17 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
 @pytest.mark.parametrize(
     "scenario",
     [
-        *("handlers", "exceptions", "signals", "raw", "nested", "blocked", "often", "alternating"),
+        *(
+            "handlers",
+            "exceptions",
+            "signals",
+            "raw",
+            "nested",
+            "blocked",
+            "shielded",
+            "often",
+            "alternating",
+        ),
         *("dynamic", "execs", "names", "reopen"),
     ],
 )

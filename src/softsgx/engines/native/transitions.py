@@ -9,6 +9,9 @@ exit and ERESUME would only copy state out and back, and listeners are told of b
 for an interrupt whose thread would resume at once; when it could not, because a page that ERESUME
 needs is on its way out, the exit is a real one, and execution goes on at the AEP.
 
+Deviation: signals of faults that a thread blocks are unblocked from EENTER to EEXIT, also in the
+handler of another signal that interrupts it, since the ENCLU that leads back in traps.
+
 Deviation: a SYSCALL inside an enclave is found out after it has overwritten RCX and R11, so the
 frame in the SSA has those.
 
@@ -196,7 +199,8 @@ class Transitions:
         aex(cpu, vector, code, address)
         thread.set_xstate(cpu.regs.xsave)
         thread.store()
-        self._went_out(thread)
+        if vector != _INTERRUPT:  # else the way leads back in, through an ENCLU that may trap
+            self._went_out(thread)
 
     # --- signals --------------------------------------------------------------------------------
 

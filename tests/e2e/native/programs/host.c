@@ -180,6 +180,31 @@ static void blocked(void)
 	CHECK(action.sa_sigaction == tick && !ticks);
 }
 
+/* The signals of faults are blocked, and another one is handled in the middle of the enclave. */
+static void shielded(void)
+{
+	int faults[] = {SIGSEGV, SIGBUS, SIGILL};
+	struct itimerval timer = {{0, 2000}, {0, 2000}}, stop = {{0}};
+	struct sigaction action;
+	struct run run;
+	sigset_t set, now;
+	build();
+	on(SIGALRM);
+	sigemptyset(&set);
+	for (int i = 0; i < 3; i++) { on(faults[i]); sigaddset(&set, faults[i]); }
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	setitimer(ITIMER_REAL, &timer, NULL);
+	CHECK(!call(0, SPIN, 60000000, 0, 0, &run) && run.function == 4);
+	setitimer(ITIMER_REAL, &stop, NULL);
+	CHECK(ticks > 0);
+	churn(0);
+	sigprocmask(SIG_BLOCK, NULL, &now);
+	for (int i = 0; i < 3; i++) {
+		CHECK(sigismember(&now, faults[i]));
+		CHECK(!sigaction(faults[i], NULL, &action) && action.sa_sigaction == tick);
+	}
+}
+
 /* Short calls, interrupted wherever a timer does it, by a handler that makes calls of its own. */
 static __thread uint64_t mine;
 static uint64_t rings;
@@ -382,7 +407,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"often", often}, {"alternating", alternating}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();
