@@ -108,7 +108,7 @@ def checks(rest: list[str], *, full: bool) -> int:
     ]
     if full:
         steps.append(("docs", DOCS))
-    tests = ["pytest", "-q", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
+    tests = ["pytest", "-q", "-rs", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     steps.append(("tests", [*tests, *([] if full else ["-m", "not slow"]), *rest]))
     failed = []
     for name, command in steps:
