@@ -30,6 +30,7 @@ from softsgx.paging import (
 __all__ = ["ToyEnclave", "ToyPage", "block_of"]
 
 _RW = 3
+_MOST_ATTEMPTS = 10_000
 
 
 def block_of(number: int) -> bytes:
@@ -221,7 +222,7 @@ class ToyEnclave:
     def touch(self, index: int) -> None:
         """Fault page ``index`` in if need be, and use it."""
         page = self.pages[index]
-        while True:
+        for _attempt in range(_MOST_ATTEMPTS):
             try:
                 with self.lock:
                     if page.epc is None:
@@ -239,6 +240,7 @@ class ToyEnclave:
             if blocked:  # by an eviction that failed: another one has to take it out
                 self.core.reclaim(self.group, force=True)
             self.core.runtime.yield_now()
+        raise AssertionError(f"page {index} does not come, nor is it said that there is no memory")
 
     def read(self, index: int) -> bytes:
         """Touch the page and return its bytes, taken while it is certainly there."""

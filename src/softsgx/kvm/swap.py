@@ -80,6 +80,7 @@ class VepcSwap(EnclaveSwap):
             self._file.loaded(pinned)
             self.va.emptied(slot)
             self._counters.eldu += 1
+            self._core.note_load()
         else:
             self._file.close(pinned)
             self._counters.eldu_failed += 1

@@ -44,6 +44,9 @@ from softsgx.trace import Tracer
 
 __all__ = ["EpcCore"]
 
+#: Pages that were loaded in vain, with no load getting to its end in between.
+_FUTILE_PATIENCE = 64
+
 
 def _never() -> bool:
     return False
@@ -89,6 +92,7 @@ class EpcCore:
         self.root: Group = Ungrouped(runtime) if root is None else root
         self.counters = Counters()
         self.reclaim_ns = 0
+        self._futile = 0
         self._held_latch = runtime.latch()
         self.tracer = tracer
         self.epc_pages = sum(section.pages for section in hw.config.sections)
@@ -291,7 +295,8 @@ class EpcCore:
                 self._ksgxd.wait_for_batch(generation)
                 return
         if not reclaim:
-            if self._ksgxd.take_ticket(group):
+            if self._ksgxd.take_ticket(group) or self._futile > _FUTILE_PATIENCE:
+                self._futile = 0
                 raise NoEpc
             self._ksgxd.request(group)
             raise EpcBusy(outcomes, group)
@@ -302,6 +307,18 @@ class EpcCore:
         if pressure.hopeless(self._in_use()):
             raise NoEpc
         self.runtime.yield_now()
+
+    def note_load(self) -> None:
+        """A page that somebody wanted has come."""
+        self._futile = 0
+
+    def note_futile(self) -> None:
+        """A page that was loaded for another one has left again before that one came.
+
+        When that goes on, what a load has fetched first is all that can leave, and no load will
+        ever get to its end: there is no memory.
+        """
+        self._futile += 1
 
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value

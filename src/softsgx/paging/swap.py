@@ -80,7 +80,7 @@ class EnclaveSwap(SwapSpace):
         self.secs_entry: SwapEntry | None = None
         self.children = self.peak_children = 0
         self.ewbs = self.etracks = 0
-        self._secs_may_leave = False
+        self._secs_may_leave = self._secs_unused = False
         self._base, self._kick = base, kick
         self._secs_page = IdleSecs(self)
         self._frees_failed = "L1" in core.defects
@@ -121,7 +121,7 @@ class EnclaveSwap(SwapSpace):
         entry = self.secs_entry
         assert entry is not None, "the SECS is neither in the EPC nor evicted"
         page = self._eldu(entry, 0, 0, self._secs_page, "secs", cpu_node, self._group)
-        self.secs, self.secs_entry = page, None
+        self.secs, self.secs_entry, self._secs_unused = page, None, True
         self._counters.secs_in += 1
         self.secs_idle()  # unless a child follows
         return page
@@ -133,6 +133,8 @@ class EnclaveSwap(SwapSpace):
         self.children += 1
         if self.children > self.peak_children:
             self.peak_children = self.children
+        self._secs_unused = False
+        self._core.note_load()
 
     def child_removed(self) -> None:
         """EREMOVE has taken a resident page from the enclave; the SECS stays for a while."""
@@ -308,6 +310,8 @@ class EnclaveSwap(SwapSpace):
             return False
         self.secs, self.secs_entry = None, entry
         self._counters.secs_out += 1
+        if self._secs_unused:
+            self._core.note_futile()
         self.va.list_all()
         return True
 

@@ -102,7 +102,7 @@ class VaArray:
         rest = page.free = free & (free - 1)
         bit = free ^ rest  # the lowest
         page.pins += 1
-        page.accessed = True
+        page.accessed, page.unused = True, False
         self.used += 1
         self.room -= 1
         if not rest:
@@ -125,7 +125,7 @@ class VaArray:
 
     def emptied(self, slot: VaSlot) -> None:
         """ELDU has emptied ``slot``."""
-        slot.page.accessed = True
+        slot.page.accessed, slot.page.unused = True, False
         self._free(slot)
 
     def dropped(self, slot: VaSlot) -> None:
@@ -259,7 +259,7 @@ class VaArray:
             raise LoadFailed(name_of(ending))
         tree.file.loaded(pinned)
         slot.page.array.emptied(slot)
-        page.parent, page.epc = None, epc
+        page.parent, page.epc, page.unused = None, epc, True
         core.counters.va_in += 1
         tree.retire(slot.page)
 

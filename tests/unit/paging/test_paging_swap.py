@@ -28,7 +28,7 @@ from softsgx.paging import (
     SwapEntry,
 )
 from softsgx.paging.events import Evicted, TrackingRound
-from softsgx.runtime import InlineRuntime, Runtime
+from softsgx.runtime import InlineRuntime, Runtime, SeededRuntime
 from softsgx.trace import Event
 
 EPC_PAGES = 512
@@ -567,3 +567,34 @@ def test_a_backing_file_of_its_own_kind_serves_as_well() -> None:
     bench.evict()
     encl.check()
     encl.close()
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_a_load_that_needs_more_pages_than_can_leave_ends_in_no_memory(left: int) -> None:
+    """VA page, SECS and the page itself: what comes in first is all that can leave again."""
+    runtime = SeededRuntime(0, step_limit=50_000)
+
+    def main() -> None:
+        machine = make_machine(epc_pages=16, runtime=runtime)
+        core = EpcCore(machine, runtime, dirty=())
+        enclaves = [ToyEnclave(core, machine, number=number) for number in (1, 2)]
+        for encl in enclaves:
+            for index in range(3):
+                encl.add(index)
+        while core.reclaim(force=True).freed:
+            pass
+        held = []
+        while core.free_pages > left:
+            held.append(core.alloc(None, reclaim=False))
+        if left < 3:
+            with pytest.raises(NoEpc):
+                enclaves[0].touch(0)
+        core.recount()
+        for page in held:
+            core.free(page)
+        for encl in enclaves:
+            encl.check()
+            encl.close()
+        core.recount()
+
+    runtime.run(main)
