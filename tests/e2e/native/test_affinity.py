@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.native import needs_tracing
 
-from softsgx.engines.native import doctor, run
+from softsgx.engines.native import run
 
 pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors"),
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 PROGRAM = """

@@ -33,6 +33,7 @@ from tests.e2e.native.attestation import (
     reloads,
     session,
 )
+from tests.support.native import needs_tracing
 
 from softsgx.arch import (
     PAGE_BYTES,
@@ -50,7 +51,6 @@ from softsgx.arch import (
     Vector,
 )
 from softsgx.cli import main
-from softsgx.engines.native import doctor
 from softsgx.errors import SoftSgxError
 from softsgx.image.csource import Compiler, build_enclave, find_compiler
 
@@ -70,10 +70,7 @@ def compiler() -> Compiler | None:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(compiler() is None, reason="needs a C compiler"),
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
 
-from softsgx.engines.native import abi, doctor, run
+from softsgx.engines.native import abi, run
 from softsgx.host import Platform
 from softsgx.paging import FileBacking
 from softsgx.trace import Event
@@ -34,10 +35,7 @@ sys.exit(run(sys.argv[1:], epc=1 << 17).exit_code)
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 

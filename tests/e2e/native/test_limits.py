@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, ILLEGAL, compile_host, write_enclave
+from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, doctor, run
 
@@ -19,10 +20,7 @@ FOUND = {finding.name: finding.ok for finding in doctor()}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, RunResult, doctor, run
 from softsgx.engines.native.permits import Permits
@@ -30,10 +31,7 @@ EPC_PAGES = 20
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.selftest import CannotHave, built_selftest
+from tests.support.native import needs_tracing
 
 from softsgx.engines.native import doctor, run
 
@@ -20,10 +21,7 @@ TESTS = 16
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        any(finding.needed and not finding.ok for finding in doctor()),
-        reason="this machine does not let programs be traced",
-    ),
+    needs_tracing,
 ]
 
 

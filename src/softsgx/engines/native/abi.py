@@ -120,8 +120,12 @@ SIGSTOP: Final = 19
 SIGTSTP: Final = 20
 SIGTTIN: Final = 21
 SIGTTOU: Final = 22
+FAULT_SIGNALS: Final = sum(1 << number - 1 for number in (SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV))
+"""Signals that code in an enclave raises, as a mask."""
+
 SEGV_MAPERR: Final = 1
 SEGV_ACCERR: Final = 2
+ILL_ILLOPN: Final = 2
 BUS_ADRERR: Final = 2
 SI_KERNEL: Final = 0x80
 

@@ -19,7 +19,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.driver import PROT_READ, FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory import EnclaveMemory, NativeStore
-from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
+from softsgx.engines.native.program import ProgramThread
 from softsgx.engines.native.registry import Device
 
 __all__ = ["AbortPage"]
@@ -58,7 +58,7 @@ class AbortPage:
         thread.settle()
         mask = thread.sigmask()
         # A fault that must be forced on a thread that blocks it would end the program.
-        thread.set_sigmask(_ALL_SIGNALS & ~FAULT_SIGNALS)
+        thread.set_sigmask(_ALL_SIGNALS & ~abi.FAULT_SIGNALS)
         lent: dict[int, EnclaveMemory] = {}
         try:
             self._lend(thread, address & _PAGE_MASK, lent)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Image", "ImageMemory"]
 
+_ENCLU_BYTES = 3
+
 
 @dataclass(eq=False)
 class Image:
@@ -64,6 +66,11 @@ class Image:
     def aep(self) -> int:
         """The asynchronous exit pointer of our vDSO."""
         return self.vdso_base + self.vdso.aep
+
+    @property
+    def eenter(self) -> int:
+        """Where our vDSO is seen to do EENTER: what follows is what the enclave finds in RCX."""
+        return self.vdso_base + self.vdso.eenter_after - _ENCLU_BYTES
 
     @property
     def memory(self) -> ImageMemory:

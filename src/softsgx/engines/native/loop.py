@@ -326,17 +326,7 @@ def _comes_again(thread: ProgramThread, stop: Stop) -> bool:
     """Return whether a stop is a fault of the instruction that ERESUME will repeat."""
     if stop.event or stop.syscall:
         return stop.event == abi.PTRACE_EVENT_STOP
-    return (
-        stop.signal
-        in (
-            abi.SIGILL,
-            abi.SIGTRAP,
-            abi.SIGBUS,
-            abi.SIGFPE,
-            abi.SIGSEGV,
-        )
-        and thread.siginfo().code > 0
-    )
+    return bool(abi.FAULT_SIGNALS >> stop.signal - 1 & 1) and thread.siginfo().code > 0
 
 
 def _clone_flags(parent: ProgramThread) -> int:

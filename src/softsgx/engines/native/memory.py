@@ -204,10 +204,9 @@ class EnclaveMemory:
             # A whole page written through the descriptor appears at once: the kernel holds it
             # locked, and faults wait, until it is full.
             os.pwrite(self.fd, data, linaddr)
-        if len(self.guards) > 1 or filler is None:
-            for guard in self.guards:
-                if guard is not filler:
-                    guard.shown(linaddr, writable=writable)
+        for guard in self.guards:
+            if guard is not filler:
+                guard.shown(linaddr, writable=writable)
 
     def set_writable(self, linaddr: int, *, writable: bool) -> None:
         """Allow or forbid stores to a shown page."""

@@ -17,8 +17,6 @@ from softsgx.hw import EXECUTE
 
 __all__ = ["Outsiders"]
 
-_ILL_ILLOPN = 2
-
 
 class Outsiders:
     """Each method returns the signal to deliver when the thread goes on, 0 for none.
@@ -48,7 +46,7 @@ class Outsiders:
     def aborted(self, thread: ProgramThread, address: int, access: int) -> int:
         """Code that is not of the enclave at ``address`` has touched it."""
         if access == EXECUTE:  # ones are no instruction
-            send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
+            send(thread, abi.SIGILL, abi.ILL_ILLOPN, thread.regs.rip)
             return abi.SIGILL
         number = self._abort_page.execute(thread, address)
         if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):

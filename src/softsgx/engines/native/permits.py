@@ -38,7 +38,6 @@ _TCS, _ENTRY, _CSSA, _FS, _GS, _USED, _RSP, _RBP, _OUT_FS, _OUT_GS = (
         *("rsp", "rbp", "outside_fs", "outside_gs"),
     )
 )
-_ENCLU_BYTES = 3
 _RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
 
 
@@ -137,7 +136,7 @@ class Permits:
             return False
         thread, regs = entry.thread, self._scratch
         image, cpu = thread.image, thread.cpu
-        regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
+        regs.rip = image.eenter
         regs.rsp, regs.rbp, regs.rflags = words[_RSP], words[_RBP], _RFLAGS
         regs.fs_base, regs.gs_base = words[_OUT_FS], words[_OUT_GS]
         real = cpu.regs

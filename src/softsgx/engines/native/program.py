@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from softsgx.driver import Mm
-from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.image import Image, ImageMemory
 from softsgx.engines.native.registers import NativeRegisters
@@ -15,14 +14,9 @@ from softsgx.engines.native.tracee import Stop, Thread
 from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
 
-__all__ = ["FAULT_SIGNALS", "Process", "ProgramThread"]
+__all__ = ["Process", "ProgramThread"]
 
 _READ_IMPLIES_EXEC = 0x0040_0000
-
-FAULT_SIGNALS = sum(
-    1 << number - 1 for number in (abi.SIGILL, abi.SIGTRAP, abi.SIGBUS, abi.SIGFPE, abi.SIGSEGV)
-)
-"""Signals that code in an enclave raises, as a mask."""
 
 
 @dataclass(eq=False, slots=True)

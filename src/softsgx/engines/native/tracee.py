@@ -21,7 +21,7 @@ __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
 
 _MINUS_ONE = (1 << 64) - 1
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-_ALL_BUT_TRAP = (_MINUS_ONE ^ 1 << abi.SIGTRAP - 1).to_bytes(8, "little")
+_ALL_BUT_TRAP = _MINUS_ONE ^ 1 << abi.SIGTRAP - 1
 _REGS_BYTES = ctypes.sizeof(UserRegs)
 
 
@@ -311,7 +311,7 @@ class Thread:
         self._kept, self.in_call = None, False
         mask = self.sigmask()
         # Not SIGTRAP: the kernel resets the handler of a blocked signal that it must force.
-        self.set_sigmask(int.from_bytes(_ALL_BUT_TRAP, "little"))
+        self.set_sigmask(_ALL_BUT_TRAP)
         regs = self.regs
         regs.rip, regs.orig_rax = start, _MINUS_ONE
         for name, value in registers.items():

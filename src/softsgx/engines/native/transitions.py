@@ -45,7 +45,7 @@ from softsgx.engines.native.culprit import (
 from softsgx.engines.native.insn import is_illegal_inside
 from softsgx.engines.native.outside import Outsiders
 from softsgx.engines.native.permits import Permits
-from softsgx.engines.native.program import FAULT_SIGNALS, ProgramThread
+from softsgx.engines.native.program import ProgramThread
 from softsgx.hw import (
     EXECUTE,
     READ,
@@ -75,7 +75,6 @@ _NO_VECTOR = -1  # how events show an interrupt
 _SYSCALL_BYTES = 2
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
-_ILL_ILLOPN = 2
 _FPE_INTDIV = 1
 _INTERRUPT = 0xFD
 #: Signals of faults for which the instruction must be looked at, but for page faults.
@@ -114,7 +113,7 @@ class Transitions:
         image, regs = thread.image, thread.regs
         regs.orig_rax = _NO_CALL
         regs.rax, regs.rcx = _EENTER, image.aep
-        regs.rip = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
+        regs.rip = image.eenter
         tcs, outside = regs.rbx, thread.cpu.inside is None
         number = self._enclu(thread, 0)
         if outside and thread.cpu.inside is not None:
@@ -153,7 +152,7 @@ class Transitions:
         info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
             return self._inside_fault(thread, number, info.addr, info.code)
-        if not FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
+        if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
             if inside:
                 thread.load()
                 self.leave(thread, _INTERRUPT)
@@ -214,7 +213,7 @@ class Transitions:
         if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
             regs.rip = thread.illegal_at
             thread.store()
-            send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
             return number
         code = image.read(regs.rip, _ENCLU_BYTES)
         if code == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
@@ -250,7 +249,7 @@ class Transitions:
             case _:
                 vector = Vector.BP if info.code == abi.SI_KERNEL else Vector.DB
         if vector == Vector.UD and number != abi.SIGILL:
-            send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+            send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
             number = abi.SIGILL
         return self._exception(thread, number, vector)
 
@@ -372,8 +371,7 @@ class Transitions:
     ) -> bool:
         """Report an exception through our vDSO, if that is where it is seen to have happened."""
         image, regs = thread.image, thread.regs
-        entry = image.vdso_base + image.vdso.eenter_after - _ENCLU_BYTES
-        if regs.rip not in (image.aep, entry):
+        if regs.rip not in (image.aep, image.eenter):
             return False
         regs.rip = image.vdso_base + image.vdso.fixup
         regs.rax, regs.rdi, regs.rsi, regs.rdx = leaf, vector, code, address
@@ -449,7 +447,7 @@ class Transitions:
         """A leaf raised #GP, #UD or the like."""
         if thread.cpu.inside is not None:
             if isinstance(fault, UndefinedOpcode):
-                send(thread, abi.SIGILL, _ILL_ILLOPN, 0)
+                send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
                 return self._exception(thread, abi.SIGILL, fault.vector)
             send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
             return self._exception(thread, abi.SIGSEGV, fault.vector, fault.code)
@@ -457,7 +455,7 @@ class Transitions:
             return 0
         thread.store()
         if isinstance(fault, UndefinedOpcode):
-            send(thread, abi.SIGILL, _ILL_ILLOPN, thread.regs.rip)
+            send(thread, abi.SIGILL, abi.ILL_ILLOPN, thread.regs.rip)
             return abi.SIGILL
         send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
         return abi.SIGSEGV
@@ -465,9 +463,9 @@ class Transitions:
     def _went_in(self, thread: ProgramThread) -> None:
         """Fault signals must reach us: the kernel resets what it forces on a blocked one."""
         mask = thread.sigmask()
-        if mask & FAULT_SIGNALS:
+        if mask & abi.FAULT_SIGNALS:
             thread.blocked = mask
-            thread.set_sigmask(mask & ~FAULT_SIGNALS)
+            thread.set_sigmask(mask & ~abi.FAULT_SIGNALS)
 
     def _went_out(self, thread: ProgramThread) -> None:
         if thread.blocked is not None:

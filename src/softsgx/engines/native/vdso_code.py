@@ -42,11 +42,6 @@ PERMIT = {
 CALLS_AT, CALL_WORDS = 128, 7
 """Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
 
-#: Those that a fault inside an enclave raises; they must reach us, whoever blocks them.
-_FAULTS = sum(
-    1 << number - 1 for number in (abi.SIGILL, abi.SIGTRAP, abi.SIGBUS, abi.SIGFPE, abi.SIGSEGV)
-)
-
 #: mov rax, rdi, rsi, rdx, r10, r8, r9 from RBX and a byte.
 _CALL_REGISTERS = (
     *("48 8b 43", "48 8b 7b", "48 8b 73", "48 8b 53"),
@@ -203,7 +198,7 @@ def _emit_permitted_entry(asm: Assembler) -> None:
     asm.word("b8", abi.SYS_RT_SIGPROCMASK)  # mov eax, number
     asm.emit("0f 05")  # syscall
     asm.emit("58 5a 5e 5f")  # pop rax, rdx, rsi, rdi
-    asm.word("a9", _FAULTS)  # test eax, faults
+    asm.word("a9", abi.FAULT_SIGNALS)  # test eax, faults
     asm.near("0f 85", "ask")  # jnz
 
     asm.label("permit")

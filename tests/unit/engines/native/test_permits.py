@@ -26,6 +26,7 @@ from softsgx.runtime import InlineRuntime
 BASE = 0x7F00_0000_0000
 EENTER_STACK, EENTER_FRAME, OUT_FS, OUT_GS = 0x7000, 0x8000, 0x1000, 0x2000
 VDSO = build_vdso({})
+EENTER = BASE + VDSO.eenter_after - 3
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Scene:
         self.permits = Permits(lambda: self.alone)
         cpu = self.inhabited.cpu(0)
         aep = BASE + VDSO.aep
-        image = SimpleNamespace(page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep)
+        image = SimpleNamespace(page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep, eenter=EENTER)
         self.fake = Thread(image, cpu)
         self.fake.regs.xcr0 = cpu.regs.xcr0
         cpu.regs = cast(Any, self.fake.regs)
@@ -74,7 +75,7 @@ class Scene:
         regs = self.regs
         regs.rsp, regs.rbp, regs.rflags = EENTER_STACK, EENTER_FRAME, 0x246
         regs.fs_base, regs.gs_base = OUT_FS, OUT_GS
-        regs.rip = BASE + VDSO.eenter_after - 3
+        regs.rip = EENTER
 
     def enter_with_a_stop(self) -> None:
         self.permits.stopped(self.thread)

@@ -8,10 +8,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from tests.support.native import needs_tracing
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.bpf import build_filter
-from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracee import Gone, Thread
 from softsgx.engines.native.vdso import build_vdso
@@ -19,10 +19,7 @@ from softsgx.engines.native.vdso_code import CALL_WORDS, CALLS_AT
 
 _TGKILL = 234
 
-pytestmark = pytest.mark.skipif(
-    any(finding.needed and not finding.ok for finding in doctor()),
-    reason="this machine does not let programs be traced",
-)
+pytestmark = needs_tracing
 
 
 @pytest.fixture
