@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.support.driver import sigstruct_for
 
 from softsgx.arch import Tcs
-from softsgx.engines.native.asm import Assembler
+from softsgx.engines.native.x86.asm import Assembler
 from softsgx.image import MASK_ALL, MASK_NONE, SECINFO_RW, SECINFO_RX, SECINFO_TCS, Data, Plan, Run
 
 PAGE = 4096

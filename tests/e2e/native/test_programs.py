@@ -21,7 +21,7 @@ from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, RunResult, doctor, run
-from softsgx.engines.native.permits import Permits
+from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
 from softsgx.report import Collector
 from softsgx.trace import Event

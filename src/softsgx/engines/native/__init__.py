@@ -5,8 +5,8 @@ x86-64 only; no root needed.
 """
 
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor
-from softsgx.engines.native.memory import NativeStore
-from softsgx.engines.native.pagers import PAGERS
+from softsgx.engines.native.memory.pagers import PAGERS
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.run import (
     NativePlatformConfig,
     Observer,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.pager_uffd import open_userfaultfd
+from softsgx.engines.native.memory.uffd import open_userfaultfd
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
 

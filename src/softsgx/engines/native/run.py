@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
-from softsgx.engines.native.cpuid import host_cpuid, xsave_components
 from softsgx.engines.native.doctor import doctor
-from softsgx.engines.native.memory import NativeStore
-from softsgx.engines.native.pagers import PAGERS
+from softsgx.engines.native.memory.pagers import PAGERS
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
+from softsgx.engines.native.x86.cpuid import host_cpuid, xsave_components
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig

@@ -34,28 +34,28 @@ from softsgx.driver import (
     RestrictPermissions,
 )
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.abort import AbortPage
-from softsgx.engines.native.affinity import Affinity
-from softsgx.engines.native.bpf import build_filter, build_guard
-from softsgx.engines.native.cpuid import host_cpuid, virtual_leaf
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
-from softsgx.engines.native.image import Image
-from softsgx.engines.native.loop import Handler, Loop, World
-from softsgx.engines.native.mappings import Mappings, rewrite_cpuid
-from softsgx.engines.native.memory import EnclaveMemory, NativeStore
-from softsgx.engines.native.names import DeviceNames
-from softsgx.engines.native.pagers import make_pager
-from softsgx.engines.native.permits import Permits
-from softsgx.engines.native.program import Process, ProgramThread
-from softsgx.engines.native.ram import NativeRam
-from softsgx.engines.native.registry import Device, Registry
-from softsgx.engines.native.rewrite import cpuid_sites
-from softsgx.engines.native.space import Space
-from softsgx.engines.native.start import install_vdso, share_page, start_program
-from softsgx.engines.native.strict import StrictLoop
-from softsgx.engines.native.tracee import Thread
-from softsgx.engines.native.transitions import Transitions
-from softsgx.engines.native.vdso import Vdso
+from softsgx.engines.native.faults.abort import AbortPage
+from softsgx.engines.native.faults.strict import StrictLoop
+from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.memory.pagers import make_pager
+from softsgx.engines.native.memory.ram import NativeRam
+from softsgx.engines.native.memory.space import Space
+from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
+from softsgx.engines.native.syscalls.nodes import DeviceNames
+from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.syscalls.sched import Affinity
+from softsgx.engines.native.tracing.bpf import build_filter, build_guard
+from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.loop import Handler, Loop, World
+from softsgx.engines.native.tracing.program import Process, ProgramThread
+from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
+from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.vdso.elf import Vdso
+from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.x86.cpuid import host_cpuid, virtual_leaf
+from softsgx.engines.native.x86.rewrite import cpuid_sites
 from softsgx.hw import EncluLeaves, LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime

@@ -1,0 +1,1 @@
+"""What becomes of ENCLU, exceptions and page faults."""

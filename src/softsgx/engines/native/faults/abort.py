@@ -1,0 +1,108 @@
+"""The abort page: what code sees at an address of the EPC that it may not use.
+
+Loads give ones, stores are dropped, and nothing faults.  One instruction at a time gets that: the
+pages it touches hold ones in the memory file while it is executed alone, by single step; then they
+get their own bytes back.  So every instruction is right, whatever it is, without emulating any.
+
+Deviation: a system call whose buffer is such a page fails with EFAULT, where the kernel on hardware
+would copy ones out, and in nothing.
+
+Source:
+    SDM vol. 3D, "Access Control Requirements": "abort page semantics"; ptrace(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.driver import PROT_READ, FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.syscalls.registry import Device
+from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["AbortPage"]
+
+_ALL_SIGNALS = (1 << 64) - 1
+_PAGE_MASK = -PAGE_BYTES
+_TRACE_CODES = (1, 2)  # TRAP_BRKPT, TRAP_TRACE: how a single step is told
+_MENDED = (FaultResult.NOPAGE, FaultResult.RETRY)
+_MOST_STEPS = 4096
+_MOST_PAGES = 64
+
+
+class AbortPage:
+    """See the module.
+
+    Args:
+        store: the pages.
+        quieten: stops every other thread that could use pages of a device meanwhile.
+    """
+
+    def __init__(
+        self, store: NativeStore, quieten: Callable[[ProgramThread, Device], None]
+    ) -> None:
+        self._store, self._quieten = store, quieten
+
+    def execute(self, thread: ProgramThread, address: int) -> int:
+        """Execute the instruction of ``thread`` that faulted at ``address``.
+
+        The page has an entry in the page tables that allows the access.  Repeated string
+        instructions may end in the middle; they fault again.
+
+        Returns:
+            The signal to deliver, 0 when it was executed.
+        """
+        image = thread.image
+        thread.settle()
+        mask = thread.sigmask()
+        # A fault that must be forced on a thread that blocks it would end the program.
+        thread.set_sigmask(_ALL_SIGNALS & ~abi.FAULT_SIGNALS)
+        lent: dict[int, EnclaveMemory] = {}
+        try:
+            self._lend(thread, address & _PAGE_MASK, lent)
+            return self._steps(thread, lent)
+        finally:
+            for page, memory in lent.items():
+                self._store.take_back(memory, page)
+                image.lower(page)
+                image.space.refresh(page)
+            thread.set_sigmask(mask)
+            thread.load()
+
+    def _steps(self, thread: ProgramThread, lent: dict[int, EnclaveMemory]) -> int:
+        start = thread.load().rip
+        for _step in range(_MOST_STEPS):
+            stop = thread.step()
+            if stop.event or stop.syscall:
+                continue
+            number, info = stop.signal, thread.siginfo()
+            if number == abi.SIGTRAP and info.code in _TRACE_CODES:
+                if thread.load().rip != start:
+                    return 0
+                continue  # one round of a repeated string instruction
+            page = info.addr & _PAGE_MASK
+            fault = number in (abi.SIGSEGV, abi.SIGBUS) and info.code in (1, 2)
+            if not fault or page in lent or len(lent) == _MOST_PAGES:
+                return number
+            if not self._lend(thread, page, lent):
+                return number
+        return 0
+
+    def _lend(self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory]) -> bool:
+        """Let ``page`` hold ones; ``False``: it is no page of an enclave that is there."""
+        image = thread.image
+        device = image.device_at(page)
+        if device is None:
+            return False
+        entry = image.space.entry(page)
+        while entry is None:
+            if image.mm.fault(page, PROT_READ, thread) not in _MENDED:
+                return False
+            entry = image.space.entry(page)
+        self._quieten(thread, device)
+        self._store.lend(entry[0], device.memory, page)
+        lent[page] = device.memory
+        image.lift(page)
+        return True

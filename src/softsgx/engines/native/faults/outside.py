@@ -1,0 +1,83 @@
+"""Faults on enclave memory of code that is not in the enclave.
+
+Source:
+    arch/x86/mm/fault.c for what becomes of a fault; SDM vol. 3D, "Access Control Requirements".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.driver import FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.faults.abort import AbortPage
+from softsgx.engines.native.faults.culprit import access_at, repeat, send
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.hw import EXECUTE
+
+__all__ = ["Outsiders"]
+
+
+class Outsiders:
+    """Each method returns the signal to deliver when the thread goes on, 0 for none.
+
+    Args:
+        abort_page: executes what may not have a page it touches.
+        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+    """
+
+    def __init__(
+        self, abort_page: AbortPage, refused: Callable[[ProgramThread, int], None]
+    ) -> None:
+        self._abort_page, self._tell_refused = abort_page, refused
+
+    def fault(self, thread: ProgramThread, number: int, address: int) -> int:
+        """Code outside any enclave has faulted at ``address`` with signal ``number``."""
+        image = thread.image
+        if image.mm.find(address) is None:
+            return number
+        access = access_at(thread, address)
+        if self._is_mapped(thread, address, access):
+            if image.is_covered(address) or not image.space.is_shown(address):
+                return self.aborted(thread, address, access)
+            return 0 if repeat(thread, address) else abi.SIGBUS
+        return self._outcome(thread, number, image.mm.fault(address, access, thread), address)
+
+    def aborted(self, thread: ProgramThread, address: int, access: int) -> int:
+        """Code that is not of the enclave at ``address`` has touched it."""
+        if access == EXECUTE:  # ones are no instruction
+            send(thread, abi.SIGILL, abi.ILL_ILLOPN, thread.regs.rip)
+            return abi.SIGILL
+        number = self._abort_page.execute(thread, address)
+        if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):
+            return number
+        # It also touches something that it may not, or that is not there yet.
+        image, other = thread.image, thread.siginfo().addr
+        if image.mm.find(other) is None:
+            return number
+        access = access_at(thread, other)
+        if self._is_mapped(thread, other, access):
+            return 0 if repeat(thread, other) else number
+        return self._outcome(thread, number, image.mm.fault(other, access, thread), other)
+
+    def _is_mapped(self, thread: ProgramThread, address: int, access: int) -> bool:
+        """Return whether page tables have the page and allow the access."""
+        entry = thread.image.space.entry(address)
+        return entry is not None and not access & ~entry[1]
+
+    def _outcome(
+        self, thread: ProgramThread, number: int, result: FaultResult, address: int
+    ) -> int:
+        """Return the signal that a fault handled by the driver ends with."""
+        match result:
+            case FaultResult.NOPAGE | FaultResult.RETRY:
+                return 0
+            case FaultResult.SEGV:
+                if number != abi.SIGSEGV:
+                    send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address)
+                return abi.SIGSEGV
+            case FaultResult.SIGBUS | FaultResult.OOM:
+                self._tell_refused(thread, address)
+                if number != abi.SIGBUS:
+                    send(thread, abi.SIGBUS, abi.BUS_ADRERR, address)
+                return abi.SIGBUS

@@ -1,0 +1,167 @@
+"""Strict mode: who is not inside an enclave gets the abort page in place of its memory.
+
+Mappings of enclaves are *covered*: every right is taken from them, so an access from outside is a
+fault, and :mod:`.abort` does what hardware does.  In each address space one enclave at most is
+uncovered at a time, and then only threads inside that enclave run; the others wait for their turn.
+A thread in a system call does not run code of the program, so it goes on, and stops when the call
+ends: that is why every system call stops here.
+
+Deviation: threads outside and inside never run at the same time; turns are short.
+
+Deviation: a system call that copies to or from an enclave's memory fails with EFAULT while the
+enclave is covered, and reaches the memory while it is not.
+
+Source:
+    SDM vol. 3D, "Access Control Requirements"; mprotect(2), ptrace(2).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+from softsgx.driver import EnclaveFile
+from softsgx.engines.native import abi
+from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.loop import Handler, Loop, World
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import Stop
+
+__all__ = ["StrictLoop"]
+
+_NO_CALL = (1 << 64) - 1
+_TURN_NS = 2_000_000
+
+
+class _Turns:
+    """Whose turn it is in one address space: the view of the image says; the others wait here."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[ProgramThread, int]] = []
+        self.until_ns: int | None = None
+
+
+class StrictLoop(Loop):
+    """See the module.
+
+    Args:
+        world: see :class:`World`.
+        transitions: signals and ENCLU.
+        calls: handlers of system calls, by number.
+        clock: returns nanoseconds, for how long a turn lasts.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        transitions: Transitions,
+        calls: dict[int, Handler],
+        clock: Callable[[], int],
+    ) -> None:
+        super().__init__(world, transitions, calls)
+        self._clock = clock
+        self._turns: dict[Image, _Turns] = {}
+
+    def run(self) -> None:
+        """As :meth:`Loop.run`."""
+        # Blocked, the signal that tells of stops can be waited for with a time limit.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        try:
+            super().run()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def go(self, thread: ProgramThread, number: int = 0) -> None:
+        """Resume a stopped thread when it is its turn."""
+        if thread.at_call and thread.load().orig_rax != _NO_CALL:
+            thread.in_call = True
+        image = thread.image
+        if thread.in_call:
+            super().go(thread, number)
+            self._turn(image)
+            return
+        turns = self._turns.get(image)
+        over = turns is not None and turns.until_ns is not None and self._clock() >= turns.until_ns
+        if _wanted(thread) is image.view and not over:
+            super().go(thread, number)
+            return
+        thread.parked = True
+        self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
+        self._turn(image)
+
+    def _turn(self, image: Image) -> None:
+        """Change the view when nobody runs in the present one any more."""
+        turns = self._turns.get(image)
+        if turns is None:
+            return
+        turns.waiting = [
+            (thread, number)
+            for thread, number in turns.waiting
+            if self.threads.get(thread.tid) is thread
+        ]
+        if not turns.waiting:
+            del self._turns[image]
+            return
+        if _running(image):
+            if turns.until_ns is None:
+                turns.until_ns = self._clock() + _TURN_NS
+            return
+        view = _wanted(turns.waiting[0][0])
+        if view is not image.view:
+            image.uncover(view)
+        ready = [entry for entry in turns.waiting if _wanted(entry[0]) is view]
+        turns.waiting = [entry for entry in turns.waiting if _wanted(entry[0]) is not view]
+        turns.until_ns = self._clock() + _TURN_NS if turns.waiting else None
+        if not turns.waiting:
+            del self._turns[image]
+        for thread, number in ready:
+            thread.parked = False
+            super().go(thread, number)
+
+    def _wait(self) -> tuple[int, int] | None:
+        until_ns = min(
+            (turns.until_ns for turns in self._turns.values() if turns.until_ns is not None),
+            default=None,
+        )
+        if until_ns is None:
+            return super()._wait()
+        while True:
+            tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
+            if tid:
+                return tid, status
+            left_ns = until_ns - self._clock()
+            if left_ns <= 0:
+                self._end_turns()
+                return None
+            signal.sigtimedwait({signal.SIGCHLD}, left_ns / 1e9)
+
+    def _end_turns(self) -> None:
+        """Stop whoever has run for long enough; they wait when they are handled."""
+        for image, turns in list(self._turns.items()):
+            if turns.until_ns is not None and self._clock() >= turns.until_ns:
+                for thread in _running(image):
+                    self.hold(thread)
+
+    def _guard(self, thread: ProgramThread, stop: Stop) -> None:
+        super()._guard(thread, stop)
+        self._turn(thread.image)
+
+    def _gone(self, thread: ProgramThread, status: int | None) -> None:
+        super()._gone(thread, status)
+        self._turn(thread.image)
+
+
+def _wanted(thread: ProgramThread) -> EnclaveFile | None:
+    """Return the device whose memory the thread may use now."""
+    inside = thread.cpu.inside
+    if inside is None:
+        return None
+    vma = thread.image.mm.find(inside.tcs_linaddr)
+    return None if vma is None else vma.file
+
+
+def _running(image: Image) -> list[ProgramThread]:
+    """Return the threads that may be executing code of the program."""
+    return [thread for thread in image.threads.values() if thread.running and not thread.in_call]

@@ -1,0 +1,129 @@
+"""Enclave memory where there is no userfaultfd: every page not shown is PROT_NONE.
+
+Each change of one page is an ``mprotect`` made in the program's name, which costs about three times
+what userfaultfd does; faults arrive as SIGSEGV.
+
+Deviation: ``/proc/PID/maps`` shows the rights that pages have at the moment, not those the program
+asked for.
+
+Source:
+    mprotect(2); sysctl ``vm.max_map_count`` limits how many shown and hidden pages may alternate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import abi
+from softsgx.engines.native.memory.store import runs
+
+__all__ = ["MprotectPager"]
+
+
+class MprotectPager:
+    """See the module.
+
+    Args:
+        inject: makes system calls in the program's name at once, each (number, arguments…).
+        prot_at: returns the rights the program has asked for at an address, ``None`` where no
+            enclave is mapped.
+    """
+
+    name = "mprotect"
+
+    def __init__(
+        self,
+        inject: Callable[[list[tuple[int, ...]]], None],
+        prot_at: Callable[[int], int | None],
+    ) -> None:
+        self._inject, self._prot_at = inject, prot_at
+        self._shown: dict[int, bool] = {}
+        self._watched: set[int] = set()
+
+    def map_prot(self, prot: int) -> int:
+        """Nothing is accessible until it is shown."""
+        return abi.PROT_NONE
+
+    def mapped(self, start: int, end: int, prot: int) -> None:
+        """Give the shown pages of the range their rights."""
+        for linaddr in [page for page in self._shown if start <= page < end]:
+            self._apply(linaddr)
+
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Only pages that are shown, and not watched, get rights."""
+        calls: list[tuple[int, ...]] = []
+        if prot == abi.PROT_NONE:
+            calls.append((abi.SYS_MPROTECT, start, end - start, prot))
+        else:
+            shown = sorted(
+                page for page in self._shown if start <= page < end and page not in self._watched
+            )
+            for writable in (False, True):
+                rights = prot if writable else prot & ~abi.PROT_WRITE
+                pages = [page for page in shown if self._shown[page] is writable]
+                calls += [(abi.SYS_MPROTECT, low, high - low, rights) for low, high in runs(pages)]
+        if calls:
+            self._inject(calls)
+
+    def before_hide(self, start: int, end: int) -> None:
+        """Take every right away."""
+        pages = range(start, end, PAGE_BYTES)
+        for linaddr in pages:
+            self._shown.pop(linaddr, None)
+        self._watched.difference_update(pages)
+        mapped = [linaddr for linaddr in pages if self._prot_at(linaddr) is not None]
+        calls: list[tuple[int, ...]] = [
+            (abi.SYS_MPROTECT, low, high - low, abi.PROT_NONE) for low, high in runs(mapped)
+        ]
+        if calls:
+            self._inject(calls)
+
+    def after_hide(self, start: int, end: int) -> None:
+        """Done before."""
+
+    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+        """The file is filled through its descriptor."""
+        return False
+
+    def shown(self, linaddr: int, *, writable: bool) -> None:
+        """Give the page the rights of its mapping."""
+        self._shown[linaddr] = writable
+        self._apply(linaddr)
+
+    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+        """Give the page the rights of its mapping, with or without W."""
+        self.shown(linaddr, writable=writable)
+
+    def accessed(self, linaddr: int) -> bool:
+        """A page that is not watched has been used: that is why it was shown."""
+        return linaddr in self._shown and linaddr not in self._watched
+
+    def clear_accessed(self, linaddr: int) -> None:
+        """Take the rights away until the page is used."""
+        self._watched.add(linaddr)
+        self._set(linaddr, abi.PROT_NONE)
+
+    def flush(self) -> None:
+        """Nothing is put off."""
+
+    def touched(self, linaddr: int) -> bool:
+        """Give a watched page its rights back."""
+        if linaddr not in self._watched:
+            return False
+        self._watched.discard(linaddr)
+        self._apply(linaddr)
+        return True
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _apply(self, linaddr: int) -> None:
+        prot = self._prot_at(linaddr)
+        if prot is None or linaddr in self._watched:
+            return
+        self._set(linaddr, prot if self._shown[linaddr] else prot & ~abi.PROT_WRITE)
+
+    def _set(self, linaddr: int, prot: int) -> None:
+        if self._prot_at(linaddr) is not None:
+            self._inject([(abi.SYS_MPROTECT, linaddr, PAGE_BYTES, prot)])

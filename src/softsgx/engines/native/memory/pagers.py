@@ -1,0 +1,61 @@
+"""Choosing how enclave memory of an address space faults, and setting it up there.
+
+Source:
+    userfaultfd(2), pidfd_getfd(2).
+"""
+
+from __future__ import annotations
+
+import os
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.mprotect import MprotectPager
+from softsgx.engines.native.memory.space import Pager
+from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
+from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.errors import SoftSgxError
+
+__all__ = ["PAGERS", "make_pager"]
+
+PAGERS = ("userfaultfd", "mprotect")
+"""Names of the pagers, the faster one first."""
+
+
+def make_pager(name: str, image: Image, thread: Thread, pidfd: int) -> Pager:
+    """Set up a pager in an address space.
+
+    Args:
+        name: one of :data:`PAGERS`.
+        image: the address space.
+        thread: a stopped thread in it.
+        pidfd: a descriptor of its process.
+
+    Raises:
+        SoftSgxError: this machine forbids it.
+    """
+    if name == "mprotect":
+        return MprotectPager(image.inject, image.usable_prot_at)
+    assert name == "userfaultfd", f"no pager is called {name!r}"
+    theirs = thread.syscall(
+        abi.SYS_USERFAULTFD, abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
+    )
+    if theirs < 0:
+        raise SoftSgxError(
+            f"userfaultfd: {os.strerror(-theirs)}; choose the mprotect pager, or allow it "
+            "(sysctl vm.unprivileged_userfaultfd, or the container's seccomp profile)"
+        )
+    try:
+        ours = libc.pidfd_getfd(pidfd, theirs)
+    finally:
+        thread.syscall(abi.SYS_CLOSE, theirs)
+    try:
+        open_userfaultfd(ours)
+    except OSError as error:
+        os.close(ours)
+        raise SoftSgxError(
+            f"userfaultfd: {error.strerror}: this kernel is too old (5.19 at least); "
+            "choose the mprotect pager"
+        ) from None
+    pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    return UffdPager(ours, pagemap, image.inject, image.is_running)

@@ -1,0 +1,56 @@
+"""Ordinary memory of the program as the machine's RAM, behind stand-in physical addresses.
+
+Source:
+    ``memory/space.py`` for what a stand-in address is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from softsgx.arch import Pfec
+from softsgx.driver import BadAddress
+from softsgx.engines.native.memory.space import split_ordinary
+from softsgx.hw import PageFault, Ram
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.image import Image
+
+__all__ = ["NativeRam"]
+
+
+class NativeRam(Ram):
+    """RAM of a machine whose processors are threads of real processes.
+
+    Args:
+        images: address spaces by index; it may grow.
+    """
+
+    def __init__(self, images: Mapping[int, Image]) -> None:
+        super().__init__()
+        self._images = images
+
+    def read(self, physical: int, size: int) -> bytes:
+        """Return bytes of the program's memory.
+
+        Raises:
+            PageFault: the program could not read them either.
+        """
+        index, linaddr = split_ordinary(physical)
+        try:
+            return self._images[index].memory.read(linaddr, size)
+        except BadAddress:
+            raise PageFault(linaddr, Pfec.U) from None
+
+    def write(self, physical: int, data: bytes) -> None:
+        """Store to the program's memory.
+
+        Raises:
+            PageFault: the program could not write there either.
+        """
+        index, linaddr = split_ordinary(physical)
+        try:
+            self._images[index].memory.write(linaddr, data)
+        except BadAddress:
+            raise PageFault(linaddr, Pfec.U | Pfec.W) from None

@@ -1,0 +1,245 @@
+"""One address space of the program: page tables of enclaves, as driver and processor see them.
+
+It is the driver's :class:`~softsgx.driver.Ptes` and the processor's
+:class:`~softsgx.hw.AddressSpace`.  Entries are ours; the real page tables follow, lazily, through
+what the memory file shows.
+
+Source:
+    Linux mm/memory.c for what an access without an entry becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from softsgx.arch import PAGE_BYTES, Pfec
+from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore
+from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
+
+__all__ = ["Pager", "Space"]
+
+_PAGE_MASK = -PAGE_BYTES
+_ENCLU_BYTES = 3
+
+
+class Pager(Guard, Protocol):
+    """How faults on enclave memory come about in one address space.
+
+    Attributes:
+        name: for people.
+    """
+
+    name: str
+
+    def map_prot(self, prot: int) -> int:
+        """Return the PROT_* that a mapping of an enclave really gets."""
+
+    def mapped(self, start: int, end: int, prot: int) -> None:
+        """The program has a new mapping of an enclave, or other rights on one."""
+
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Let a range be used as far as ``prot`` and its pages allow; nothing for PROT_NONE.
+
+        The program's threads in this space are stopped, or in system calls.
+        """
+
+    def accessed(self, linaddr: int) -> bool:
+        """Return whether the shown page was used since :meth:`clear_accessed` or since shown."""
+
+    def clear_accessed(self, linaddr: int) -> None:
+        """Begin to watch the page for use; may be done late, but before the program goes on."""
+
+    def touched(self, linaddr: int) -> bool:
+        """A fault hit a shown page: return whether it only told of a watched page's use."""
+
+    def flush(self) -> None:
+        """The program goes on: do what was put off."""
+
+    def close(self) -> None:
+        """The address space is gone."""
+
+
+class Space:
+    """See the module.
+
+    Attributes:
+        pager: the mechanism below.
+        index: number of the address space; part of "physical" addresses of ordinary memory.
+        memory_at: returns the memory file mapped at an address, ``None`` where none is.
+        is_readable: returns whether ordinary memory can be read at an address.
+        kick_all: interrupts every thread of this space that is inside an enclave.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        store: NativeStore,
+        pages: Callable[[int], EpcPage | None],
+        pager: Pager,
+    ) -> None:
+        self.index, self.pager = index, pager
+        self._store, self._page_at = store, pages
+        self._entries: dict[int, tuple[int, int]] = {}
+        self._used: set[int] = set()  # pages that a leaf has used since they were asked about
+        self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
+        self.memory_at: Callable[[int], EnclaveMemory | None] = lambda _linaddr: None
+        self.is_readable: Callable[[int], bool] = lambda _linaddr: True
+        self.kick_all: Callable[[], None] = lambda: None
+
+    # --- for the driver -------------------------------------------------------------------------
+
+    def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
+        """Map the page at ``linaddr`` with PROT_* rights; replaces what was there."""
+        old = self._entries.get(linaddr)
+        self._entries[linaddr] = epc_addr, prot
+        if old is not None:
+            if old[0] == epc_addr:
+                return
+            self._marked.pop(linaddr, None)
+            self._store.unmapped(old[0])
+        page, memory = self._page_at(epc_addr), self.memory_at(linaddr)
+        assert page is not None and memory is not None, f"an entry for {linaddr:#x} of no enclave"
+        self._store.mapped(page, memory, linaddr)
+
+    def zap(self, linaddr: int) -> None:
+        """Remove the page's entry, if there is one."""
+        entry = self._entries.pop(linaddr, None)
+        if entry is not None:
+            self._used.discard(linaddr)
+            self._marked.pop(linaddr, None)
+            self._store.unmapped(entry[0])
+
+    def protect(self, start: int, end: int, prot: int) -> None:
+        """Give the entries that exist in a range other rights."""
+        entries = self._entries
+        for linaddr in self._inside(start, end):
+            entries[linaddr] = entries[linaddr][0], prot
+
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """Return whether the page was used since this was asked last, or since it was mapped."""
+        entry = self._entries.get(linaddr)
+        if entry is None:
+            return False
+        # Leaves use pages too, and those of threads and their frames nobody else does.
+        used = linaddr in self._used
+        if used:
+            self._used.discard(linaddr)
+        if self._store.is_shown(entry[0]) and self.pager.accessed(linaddr):
+            self.pager.clear_accessed(linaddr)
+            used = True
+        return used
+
+    def kick(self) -> None:
+        """Interrupt every thread that is inside an enclave here, and wait until each has left."""
+        self._store.settle()  # what was taken from the page tables faults from now on
+        self.kick_all()
+
+    # --- for the processor ----------------------------------------------------------------------
+
+    def translate(self, linaddr: int, access: int, *, user: bool) -> int:
+        """Return the EPC address of an enclave's page, or a stand-in for ordinary memory.
+
+        Deviation: of ordinary memory that can be read every access is allowed here; what is stored
+        there is refused later.
+
+        Raises:
+            PageFault: ordinary: no entry, or it does not allow the access.
+        """
+        page = linaddr & _PAGE_MASK
+        entry = self._entries.get(page)
+        if entry is not None:
+            if access & ~entry[1]:
+                raise PageFault(linaddr, _code(access, user=user) | Pfec.P)
+            self._used.add(page)
+            return entry[0] | linaddr & ~_PAGE_MASK
+        if self.memory_at(linaddr) is not None or not self.is_readable(linaddr):
+            raise PageFault(linaddr, _code(access, user=user))
+        return ordinary(self.index, linaddr)
+
+    def paging_address(self, linaddr: int) -> int:
+        """Only guests need it."""
+        return linaddr
+
+    # --- for the engine -------------------------------------------------------------------------
+
+    def entry(self, linaddr: int) -> tuple[int, int] | None:
+        """Return (EPC address, PROT_* rights) of the page that holds ``linaddr``."""
+        return self._entries.get(linaddr & _PAGE_MASK)
+
+    def is_shown(self, linaddr: int) -> bool:
+        """Return whether the page that holds ``linaddr`` can be used without a fault."""
+        entry = self.entry(linaddr)
+        return entry is not None and self._store.is_shown(entry[0])
+
+    def mark(self, address: int) -> None:
+        """Let the ENCLU at ``address`` trap faster from now on, if it is in read-only code."""
+        entry, memory = self.entry(address), self.memory_at(address)
+        if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - _ENCLU_BYTES:
+            return
+        page = self._page_at(entry[0])
+        if page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0]):
+            memory.mark(address)
+            self._marked[address & _PAGE_MASK] = memory
+
+    def is_marked(self, address: int) -> bool:
+        """Return whether :meth:`mark` has changed the instruction at ``address``."""
+        memory = self._marked.get(address & _PAGE_MASK) or self.memory_at(address)
+        return memory is not None and memory.is_marked(address)
+
+    def refresh(self, linaddr: int) -> None:
+        """The EPCM entry of the page at ``linaddr`` may have changed."""
+        entry = self.entry(linaddr)
+        if entry is not None:
+            page = self._page_at(entry[0])
+            assert page is not None, f"{entry[0]:#x} is no EPC page"
+            self._store.refresh(page)
+
+    def refresh_range(self, start: int, end: int) -> None:
+        """EPCM entries of the pages in a range may have changed; it may be huge and sparse."""
+        for linaddr in self._inside(start, end):
+            self.refresh(linaddr)
+
+    def _inside(self, start: int, end: int) -> list[int]:
+        """Return the pages of a range that have entries."""
+        entries = self._entries
+        if (end - start) // PAGE_BYTES < len(entries):
+            return [at for at in range(start, end, PAGE_BYTES) if at in entries]
+        return [at for at in entries if start <= at < end]
+
+    def reshow(self, linaddr: int) -> None:
+        """Give a page that faulted without a reason the rights that it should have here."""
+        entry = self.entry(linaddr)
+        if entry is not None:
+            page = self._page_at(entry[0])
+            assert page is not None, f"{entry[0]:#x} is no EPC page"
+            self._store.refresh(page)
+            if self._store.is_shown(entry[0]):
+                self.pager.set_writable(linaddr, writable=bool(page.rwx & WRITE))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+_ORDINARY = 1 << 60
+_SPACE_SHIFT = 48
+_LINADDR_BITS = (1 << _SPACE_SHIFT) - 1
+
+
+def ordinary(index: int, linaddr: int) -> int:
+    """Return the stand-in physical address of ordinary memory of address space ``index``."""
+    return _ORDINARY | index << _SPACE_SHIFT | linaddr & _LINADDR_BITS
+
+
+def split_ordinary(physical: int) -> tuple[int, int]:
+    """Return (address space, linear address) of a stand-in made by :func:`ordinary`."""
+    return (physical & ~_ORDINARY) >> _SPACE_SHIFT, physical & _LINADDR_BITS
+
+
+def _code(access: int, *, user: bool) -> int:
+    code = Pfec.U if user else 0
+    if access == WRITE:
+        code |= Pfec.W
+    if access == EXECUTE:
+        code |= Pfec.I
+    return int(code)

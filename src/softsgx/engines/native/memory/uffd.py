@@ -1,0 +1,191 @@
+"""Enclave memory by userfaultfd: a hole in the memory file is a signal for the thread that hits it.
+
+The file's holes and its write protection are all the state there is; a fault arrives as SIGBUS in
+the tracer's loop, with the thread where its registers can still be changed.
+
+Which pages are used is read from page tables: their entries are dropped, and come back when the
+page is touched.
+
+Source:
+    userfaultfd(2), ioctl_userfaultfd(2), madvise(2), Documentation/admin-guide/mm/pagemap.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from errno import EAGAIN, EINVAL, ENOENT, ESRCH
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.store import runs
+from softsgx.errors import SoftSgxError
+
+__all__ = ["UffdPager", "open_userfaultfd"]
+
+_COPY = 0xC028AA03
+_COPY_MODE_WP = 2
+_FEATURES = (
+    abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+)
+_PRESENT = 0x80  # bit 63, seen in the word's last byte
+_PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_SHIFT = 12, 64, 18
+_PACK_RANGE = struct.Struct("<QQQ")
+
+
+def open_userfaultfd(ours: int) -> None:
+    """Negotiate the API on a fresh userfaultfd.
+
+    Raises:
+        OSError: EINVAL: this kernel lacks a feature we need.
+    """
+    fcntl.ioctl(ours, abi.UFFDIO_API, bytearray(struct.pack("<QQQ", abi.UFFD_API, _FEATURES, 0)))
+
+
+class UffdPager:
+    """See the module.
+
+    Args:
+        uffd: our descriptor of the program's userfaultfd, negotiated.
+        pagemap: a descriptor of ``/proc/PID/pagemap``.
+        inject: makes system calls in the program's name, each (number, arguments…); called at the
+            latest before the program goes on.
+        running: returns whether any thread of the address space may be executing.
+    """
+
+    name = "userfaultfd"
+
+    def __init__(
+        self,
+        uffd: int,
+        pagemap: int,
+        inject: Callable[[list[tuple[int, ...]]], None],
+        running: Callable[[], bool],
+    ) -> None:
+        self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
+        self._source = ctypes.create_string_buffer(PAGE_BYTES)
+        self._copy = (ctypes.c_uint64 * 5)()
+        self._copy_at = ctypes.addressof(self._copy)
+        self._copy[1] = self._source_at = ctypes.addressof(self._source)
+        self._copy[2] = PAGE_BYTES
+        self._watched: set[int] = set()
+        self._present: dict[int, bytes] = {}
+
+    def map_prot(self, prot: int) -> int:
+        """The mapping gets what the program asked for."""
+        return prot
+
+    def mapped(self, start: int, end: int, prot: int) -> None:
+        """Register the range; harmless where it is registered already."""
+        mode = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
+        request = bytearray(struct.pack("<QQQQ", start, end - start, mode, 0))
+        try:
+            fcntl.ioctl(self._uffd, abi.UFFDIO_REGISTER, request)
+        except OSError as error:
+            raise SoftSgxError(
+                f"enclave at {start:#x}: userfaultfd refuses the range ({error.strerror}); "
+                "choose the mprotect pager"
+            ) from None
+
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """Rights of the mapping say it; what is write-protected or a hole stays so."""
+        self._inject([(abi.SYS_MPROTECT, start, end - start, prot)])
+
+    # --- hiding and showing ---------------------------------------------------------------------
+
+    def before_hide(self, start: int, end: int) -> None:
+        """Write-protect the pages, unless nobody is there to store to them."""
+        if not self._running():
+            return
+        if self._protect(start, end, abi.UFFDIO_WRITEPROTECT_MODE_WP) or end - start == PAGE_BYTES:
+            return
+        for linaddr in range(start, end, PAGE_BYTES):  # some of them are not mapped here
+            self._protect(linaddr, linaddr + PAGE_BYTES, abi.UFFDIO_WRITEPROTECT_MODE_WP)
+
+    def after_hide(self, start: int, end: int) -> None:
+        """The holes are enough; a use that was not asked for is forgotten."""
+        if self._watched:
+            self._watched.difference_update(range(start, end, PAGE_BYTES))
+
+    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+        """UFFDIO_COPY: page and entry appear together."""
+        ctypes.memmove(self._source_at, data if type(data) is bytes else bytes(data), PAGE_BYTES)
+        request = self._copy
+        request[0], request[3], request[4] = linaddr, 0 if writable else _COPY_MODE_WP, 0
+        while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
+            code = ctypes.get_errno()
+            if code == EAGAIN:  # the mappings are changing this moment
+                continue
+            if code in (ENOENT, ESRCH, EINVAL):
+                return False  # not mapped here
+            raise OSError(code, f"UFFDIO_COPY: {os.strerror(code)}")
+        return True
+
+    def shown(self, linaddr: int, *, writable: bool) -> None:
+        """Replace the write protection that hiding left behind."""
+        self.set_writable(linaddr, writable=writable)
+
+    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+        """Write-protect the page, or not."""
+        mode = 0 if writable else abi.UFFDIO_WRITEPROTECT_MODE_WP
+        self._protect(linaddr, linaddr + PAGE_BYTES, mode)
+
+    def _protect(self, start: int, end: int, mode: int) -> bool:
+        """Set or clear write protection; ``False`` when not all of the range is mapped here."""
+        request = _PACK_RANGE.pack(start, end - start, mode)
+        while True:
+            try:
+                fcntl.ioctl(self._uffd, abi.UFFDIO_WRITEPROTECT, request)
+            except OSError as error:
+                if error.errno == EAGAIN:
+                    continue
+                if error.errno not in (ENOENT, ESRCH, EINVAL):  # not mapped here, or gone
+                    raise
+                return False
+            return True
+
+    # --- accessed bits --------------------------------------------------------------------------
+
+    def accessed(self, linaddr: int) -> bool:
+        """Return whether the page has an entry again."""
+        if linaddr in self._watched:
+            return False  # its entry is about to be dropped
+        # Neighbours are asked about next: one reading serves them until the program goes on.
+        block, at = linaddr >> _BLOCK_SHIFT, (linaddr >> _PAGE_SHIFT) % _BLOCK_PAGES
+        words = self._present.get(block)
+        if words is None:
+            try:
+                words = os.pread(self._pagemap, 8 * _BLOCK_PAGES, block * 8 * _BLOCK_PAGES)
+            except OSError:
+                words = b""
+            self._present[block] = words
+        last = words[8 * at + 7 : 8 * at + 8]
+        return bool(last) and last[0] >= _PRESENT
+
+    def clear_accessed(self, linaddr: int) -> None:
+        """Drop the entry before the program goes on; the file keeps the page."""
+        self._watched.add(linaddr)
+
+    def flush(self) -> None:
+        """Drop the entries of watched pages now; a thread of this space is stopped."""
+        self._present.clear()
+        if not self._watched:
+            return
+        calls: list[tuple[int, ...]] = [
+            (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
+            for start, end in runs(sorted(self._watched))
+        ]
+        self._watched.clear()
+        self._inject(calls)
+
+    def touched(self, linaddr: int) -> bool:
+        """Page tables tell of uses without a fault."""
+        return False
+
+    def close(self) -> None:
+        """Close our descriptors."""
+        os.close(self._uffd)
+        os.close(self._pagemap)

@@ -1,0 +1,195 @@
+"""mmap, mprotect, munmap, mremap: the driver decides, the kernel does, both agree afterwards.
+
+A mapping of an enclave device becomes a shared mapping of its memory file at the offset that equals
+the address.  Other mappings are let through; when they replace one of an enclave, the driver hears
+of it first.
+
+Source:
+    mmap(2), mprotect(2), munmap(2), mremap(2).
+"""
+
+from __future__ import annotations
+
+import os
+from errno import EFAULT, EINVAL, ENODEV
+
+from softsgx.driver import EnclaveFile
+from softsgx.engines.native import abi
+from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
+
+__all__ = ["Mappings", "rewrite_cpuid"]
+
+_NO_FD = (1 << 64) - 1
+_MREMAP_FIXED = 2
+
+
+class Mappings:
+    """Handlers of system calls that change mappings: a result, or ``None`` to let the call run.
+
+    Args:
+        registry: which descriptors are devices.
+        rewrite: whether CPUID must be replaced in new code.
+    """
+
+    def __init__(self, registry: Registry, *, rewrite: bool) -> None:
+        self._registry, self._rewrite = registry, rewrite
+
+    # --- mmap -----------------------------------------------------------------------------------
+
+    def mmap(self, thread: ProgramThread) -> int | None:
+        """Do ``mmap`` (address, length, prot, flags, descriptor, offset)."""
+        regs = thread.regs
+        prot, flags = regs.rdx, regs.r10
+        if not flags & abi.MAP_ANONYMOUS:
+            device = self._registry.of_descriptor(thread.process.pid, _int32(regs.r8))
+            if device is not None:
+                return self._map_device(thread, device)
+        if flags & abi.MAP_FIXED:
+            self._displace(thread, regs.rdi, regs.rsi)
+        if self._rewrite and prot & abi.PROT_EXEC and not flags & abi.MAP_ANONYMOUS:
+            length = regs.rsi
+            address = thread.finish_syscall()
+            if not -4096 < address < 0:
+                rewrite_cpuid(thread, address, length)
+            return address
+        return None
+
+    def _map_device(self, thread: ProgramThread, device: Device) -> int:
+        if not isinstance(device.file, EnclaveFile):
+            return -ENODEV  # its file operations have no mmap
+        regs = thread.regs
+        address, length, prot, flags = regs.rdi, regs.rsi, regs.rdx, regs.r10
+        descriptor = regs.r8
+        length = -(-length // abi.PAGE) * abi.PAGE
+        image, file = thread.image, device.file
+        placed = flags & (abi.MAP_FIXED | abi.MAP_FIXED_NOREPLACE)
+        if not flags & abi.MAP_FIXED and length and flags & abi.MAP_TYPE != abi.MAP_PRIVATE:
+            # The kernel chooses; what it chose is reserved until the driver has agreed.
+            anonymous = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS
+            anonymous |= flags & abi.MAP_FIXED_NOREPLACE
+            address = thread.finish_syscall(
+                abi.SYS_MMAP, address, length, abi.PROT_NONE, anonymous, _NO_FD, 0
+            )
+            if -4096 < address < 0:
+                return address
+        try:
+            kind = flags & ~(abi.MAP_FIXED | abi.MAP_FIXED_NOREPLACE) | abi.MAP_FIXED
+            file.mmap(image.mm, address, length, prot, kind, task=thread)
+        except OSError as error:
+            if not placed & abi.MAP_FIXED and length:
+                thread.syscall(abi.SYS_MUNMAP, address, length)
+            return -(error.errno or EINVAL)
+        if image.space not in device.users:
+            device.users.append(image.space)
+            device.memory.guards.append(image.pager)
+        result = thread.finish_syscall(
+            abi.SYS_MMAP,
+            address,
+            length,
+            abi.PROT_NONE if image.is_covered(address) else image.pager.map_prot(prot),
+            abi.MAP_SHARED | abi.MAP_FIXED,
+            descriptor,
+            address,
+        )
+        if -4096 < result < 0:
+            image.mm.munmap(address, length)
+            return result
+        image.pager.mapped(address, address + length, prot)
+        return address
+
+    def _displace(self, thread: ProgramThread, address: int, length: int) -> None:
+        """Something else will be where mappings of enclaves may be."""
+        image = thread.image
+        if length and address % abi.PAGE == 0 and image.mm.vmas(address, address + length):
+            image.mm.munmap(address, length)
+            self._registry.sweep()
+
+    # --- the others -----------------------------------------------------------------------------
+
+    def munmap(self, thread: ProgramThread) -> int | None:
+        """Do ``munmap`` (address, length)."""
+        regs, image = thread.regs, thread.image
+        address, length = regs.rdi, regs.rsi
+        if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
+            return None
+        try:
+            image.mm.munmap(address, length)
+        except OSError as error:
+            return -(error.errno or EINVAL)
+        result = thread.finish_syscall()
+        self._registry.sweep()
+        return result
+
+    def mprotect(self, thread: ProgramThread) -> int | None:
+        """Do ``mprotect`` (address, length, prot), and pkey_mprotect without looking at the key."""
+        regs, image = thread.regs, thread.image
+        address, length, prot = regs.rdi, regs.rsi, regs.rdx
+        length = -(-length // abi.PAGE) * abi.PAGE
+        if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
+            return None
+        try:
+            image.mm.mprotect(address, length, prot, task=thread)
+        except OSError as error:
+            return -(error.errno or EINVAL)
+        covered = any(
+            image.is_covered(vma.start) for vma in image.mm.vmas(address, address + length)
+        )
+        if image.pager.map_prot(prot) == prot and not covered:
+            return thread.finish_syscall()
+        return self._mprotect_around(thread, address, address + length, prot)
+
+    def _mprotect_around(self, thread: ProgramThread, start: int, end: int, prot: int) -> int:
+        """Protect the parts that are no enclave's natively, the others by the pager."""
+        image = thread.image
+        result, at = 0, start
+        for vma in image.mm.vmas(start, end):
+            low, high = max(vma.start, start), min(vma.end, end)
+            if at < low:
+                result = result or thread.syscall(abi.SYS_MPROTECT, at, low - at, prot)
+            image.pager.mapped(low, high, prot)
+            if not image.is_covered(low):
+                image.pager.reveal(low, high, prot)
+            at = high
+        if at < end:
+            result = result or thread.syscall(abi.SYS_MPROTECT, at, end - at, prot)
+        return result
+
+    def mremap(self, thread: ProgramThread) -> int | None:
+        """Do ``mremap`` (old, old length, new length, flags, new)."""
+        regs, image = thread.regs, thread.image
+        old, old_length, new_length, flags, new = (
+            *(regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8),
+        )
+        fixed = bool(flags & _MREMAP_FIXED)
+        if not image.mm.vmas(old, old + max(old_length, 1)):
+            if fixed:
+                self._displace(thread, new, new_length)
+            return None
+        if fixed and new != old:
+            # Deviation: pages of an enclave are usable at their own address only, so a moved
+            # mapping would be good for nothing; it is refused instead.
+            return -EFAULT
+        try:
+            image.mm.mremap(old, old_length, new_length)
+        except OSError as error:
+            return -(error.errno or EFAULT)
+        result = thread.finish_syscall()
+        self._registry.sweep()
+        return result
+
+
+def rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
+    """Replace the CPUID instructions of freshly mapped code, and remember where they were."""
+    image = thread.image
+    code = image.read(address, length)
+    for site in cpuid_sites(code):
+        if address + site not in image.cpuid_sites:
+            os.pwrite(image.memory_fd, TRAP, address + site)
+            image.cpuid_sites.add(address + site)
+
+
+def _int32(value: int) -> int:
+    value &= 0xFFFF_FFFF
+    return value - (1 << 32) if value >> 31 else value

@@ -1,0 +1,84 @@
+"""Which descriptors of the program are SGX devices.
+
+An open device is a memory file in the program; its inode says which one it is, whatever duplicated,
+inherited or received descriptor shows it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from softsgx.driver import EnclaveFile, ProvisionFile
+from softsgx.engines.native.memory.space import Space
+from softsgx.engines.native.memory.store import EnclaveMemory
+
+__all__ = ["Device", "Registry"]
+
+
+@dataclass(eq=False, slots=True)
+class Device:
+    """An open device.
+
+    Attributes:
+        file: the driver's file.
+        memory: the memory file that stands for it.
+        users: address spaces that map it, or have mapped it and may again.
+    """
+
+    file: EnclaveFile | ProvisionFile
+    memory: EnclaveMemory
+    users: list[Space] = field(default_factory=list)
+
+
+class Registry:
+    """All open devices of all processes."""
+
+    def __init__(self) -> None:
+        self._by_inode: dict[tuple[int, int], Device] = {}
+        self._by_file: dict[int, Device] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_inode)
+
+    def add(self, device: Device) -> None:
+        """Remember a device that was just opened."""
+        self._by_inode[device.memory.key] = device
+        self._by_file[id(device.file)] = device
+
+    def of_file(self, file: EnclaveFile) -> Device:
+        """Return the device of a driver's file."""
+        return self._by_file[id(file)]
+
+    def of_descriptor(self, pid: int, descriptor: int) -> Device | None:
+        """Return the device that ``descriptor`` of process ``pid`` is, ``None`` if it is none."""
+        if not self._by_inode:
+            return None
+        try:
+            info = os.stat(f"/proc/{pid}/fd/{descriptor}")
+        except OSError:
+            return None
+        return self._by_inode.get((info.st_dev, info.st_ino))
+
+    def forget_space(self, space: Space) -> None:
+        """An address space has ended: its pager is closed."""
+        for device in self._by_inode.values():
+            if space in device.users:
+                device.users.remove(space)
+                device.memory.guards.remove(space.pager)
+
+    def sweep(self) -> None:
+        """Release the files that the program has closed and unmapped everywhere."""
+        for key, device in list(self._by_inode.items()):
+            if device.memory.released():
+                del self._by_inode[key], self._by_file[id(device.file)]
+                device.file.release()
+                device.memory.close()
+
+    def close(self) -> None:
+        """Release everything: the program is gone."""
+        for device in self._by_inode.values():
+            device.file.release()
+            device.memory.close()
+        self._by_inode.clear()
+        self._by_file.clear()

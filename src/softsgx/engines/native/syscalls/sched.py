@@ -1,0 +1,86 @@
+"""Keeping a program of one thread on the supervisor's processor.
+
+Each stop of a thread hands over to the supervisor and back.  Between two processors that costs
+three times as much as on one, because the idle one must be woken each time.  So as long as the
+program has one thread, both stay on one processor; as soon as there is a second, everybody may go
+everywhere again.
+
+The program does not see it: asked for its processors, the kernel names all of them; and once
+the program has chosen processors itself, they are its own business for good.
+
+Source:
+    sched_setaffinity(2), sched(7).
+"""
+
+from __future__ import annotations
+
+import os
+
+from softsgx.engines.native import libc
+from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["Affinity"]
+
+
+class Affinity:
+    """See the module.
+
+    Args:
+        cpus: processors for program and supervisor, which then stay as they are; ``None`` for one
+            while one is enough.
+    """
+
+    def __init__(self, cpus: set[int] | None) -> None:
+        self._before = os.sched_getaffinity(0)
+        self._automatic = cpus is None and len(self._before) > 1
+        self._tids: set[int] = set()
+        self._together: set[int] | None = None
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
+
+    def born(self, tid: int) -> None:
+        """A thread was made; it has its maker's processors."""
+        self._tids.add(tid)
+        self._arrange()
+
+    def gone(self, tid: int) -> None:
+        """A thread has ended."""
+        self._tids.discard(tid)
+        self._arrange()
+
+    def close(self) -> None:
+        """Give the supervisor its own processors back."""
+        os.sched_setaffinity(0, self._before)
+
+    def getaffinity(self, thread: ProgramThread) -> int | None:
+        """Do ``sched_getaffinity``: the answer is what it would be without us."""
+        if self._together is None:
+            return None
+        together, self._together = self._together, None
+        self._apply(self._before)
+        result = thread.finish_syscall()
+        self._together = together
+        self._apply(together)
+        return result
+
+    def setaffinity(self, thread: ProgramThread) -> int | None:
+        """Do ``sched_setaffinity``: from now on the program sees to it."""
+        if self._together is not None:
+            self._together = None
+            self._apply(self._before)
+        self._automatic = False
+        return None
+
+    def _arrange(self) -> None:
+        alone = len(self._tids) == 1
+        if not self._automatic or not self._tids or alone == (self._together is not None):
+            return
+        self._together = {libc.current_cpu()} if alone else None
+        self._apply(self._together or self._before)
+
+    def _apply(self, cpus: set[int]) -> None:
+        for tid in (0, *self._tids):
+            try:
+                os.sched_setaffinity(tid, cpus)
+            except OSError:
+                continue  # it has ended, or its processors were taken away: it stays where it is

@@ -1,0 +1,1 @@
+"""Threads of the program under ptrace: stops, registers, births and deaths."""

@@ -1,0 +1,273 @@
+"""One address space of the program, with all that belongs to it: threads, vDSO, pager, driver side.
+
+Threads of one process share an image, and so does a vfork child until it executes a program.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.space import Pager, Space
+from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.native.vdso.elf import Vdso
+from softsgx.engines.native.vdso.shared_page import SharedPage
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["Image", "ImageMemory"]
+
+_ENCLU_BYTES = 3
+
+
+@dataclass(eq=False)
+class Image:
+    """See the module.
+
+    Attributes:
+        index: its number; part of stand-in physical addresses.
+        memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes whatever a debugger may.
+        vdso_base: where our vDSO is.
+        vdso: what it is.
+        cpuid_sites: addresses where a CPUID was replaced.
+        threads: those alive, by thread id.
+        current: the thread whose stop is being handled.
+        wired: whether ``space``, ``mm`` and ``pager`` are set.
+        hold: stops a running thread for us; returns whether it is stopped and alive.
+        strict: whether mappings of enclaves are covered for those who are not inside.
+        view: the device whose mappings are uncovered now, if ``strict``.
+        page: what we share with the program; ``None`` when it has no room for a page.
+    """
+
+    index: int
+    memory_fd: int
+    vdso_base: int
+    vdso: Vdso
+    cpuid_sites: set[int]
+    threads: dict[int, ProgramThread] = field(default_factory=dict)
+    current: ProgramThread | None = None
+    wired: bool = False
+    strict: bool = False
+    view: EnclaveFile | None = None
+    page: SharedPage | None = None
+    space: Space = field(init=False)
+    mm: Mm = field(init=False)
+    pager: Pager = field(init=False)
+    hold: Callable[[ProgramThread], bool] = field(init=False)
+    registry: Registry = field(init=False)
+
+    @property
+    def aep(self) -> int:
+        """The asynchronous exit pointer of our vDSO."""
+        return self.vdso_base + self.vdso.aep
+
+    @property
+    def eenter(self) -> int:
+        """Where our vDSO is seen to do EENTER: what follows is what the enclave finds in RCX."""
+        return self.vdso_base + self.vdso.eenter_after - _ENCLU_BYTES
+
+    @property
+    def memory(self) -> ImageMemory:
+        """Ordinary memory, as system calls see it."""
+        return ImageMemory(self)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return up to ``size`` bytes, fewer or none where memory ends or an enclave begins."""
+        try:
+            return os.pread(self.memory_fd, size, address)
+        except OSError:
+            return b""
+
+    def read_string(self, address: int) -> bytes:
+        """Return a path at ``address``, empty when it is not readable or too long."""
+        found = b""
+        while len(found) < abi.PAGE:
+            part = self.read(address + len(found), 256 - (address + len(found)) % 256)
+            end = part.find(0)
+            if end >= 0:
+                return found + part[:end]
+            if not part:
+                return b""
+            found += part
+        return b""
+
+    def device_at(self, linaddr: int) -> Device | None:
+        """Return the enclave device mapped at an address."""
+        vma = self.mm.find(linaddr)
+        return None if vma is None else self.registry.of_file(vma.file)
+
+    def prot_at(self, linaddr: int) -> int | None:
+        """Return the rights the program asked for where an enclave is mapped."""
+        vma = self.mm.find(linaddr)
+        return None if vma is None else vma.prot
+
+    # --- strict mode ----------------------------------------------------------------------------
+
+    def is_covered(self, linaddr: int) -> bool:
+        """Return whether an enclave is mapped there that nobody here may see now."""
+        if not self.strict:
+            return False
+        vma = self.mm.find(linaddr)
+        return vma is not None and vma.file is not self.view
+
+    def usable_prot_at(self, linaddr: int) -> int | None:
+        """Return the rights that the mapping of an enclave may have now."""
+        return abi.PROT_NONE if self.is_covered(linaddr) else self.prot_at(linaddr)
+
+    def uncover(self, view: EnclaveFile | None) -> None:
+        """Make the mappings of one device usable instead of those that are; nobody may run."""
+        former, self.view = self.view, view
+        for start, end in _adjacent(
+            [(vma.start, vma.end) for vma in self.mm.vmas() if vma.file is former]
+        ):
+            self.pager.reveal(start, end, abi.PROT_NONE)
+        for vma in self.mm.vmas():
+            if vma.file is view:
+                self.pager.reveal(vma.start, vma.end, vma.prot)
+
+    def lift(self, page: int) -> None:
+        """Uncover one page, until :meth:`lower`."""
+        vma = self.mm.find(page)
+        if vma is not None and self.is_covered(page):
+            self.pager.reveal(page, page + abi.PAGE, vma.prot)
+
+    def lower(self, page: int) -> None:
+        """Cover a page again, if it has to be."""
+        if self.is_covered(page):
+            self.pager.reveal(page, page + abi.PAGE, abi.PROT_NONE)
+
+    # --- calls in the program's name ------------------------------------------------------------
+
+    def inject(self, calls: list[tuple[int, ...]]) -> None:
+        """Make system calls in the program's name; results are not looked at.
+
+        Uses the thread at hand, or stops one.  Without a living thread nothing needs doing.
+        """
+        for thread in self._candidates():
+            try:
+                if thread is self.current or self.hold(thread):
+                    self._make(thread, calls)
+                    return
+            except Gone:
+                continue
+
+    def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
+        page = self.page
+        if page is None or len(calls) == 1:
+            for number, *arguments in calls:
+                thread.syscall(number, *arguments)
+            return
+        start, end = self.vdso_base + self.vdso.calls, self.vdso_base + self.vdso.called
+        for first in range(0, len(calls), page.MOST_CALLS):
+            some = calls[first : first + page.MOST_CALLS]
+            page.put_calls(some)
+            thread.borrow(start, end, rbx=page.calls_at, rbp=len(some))
+
+    def _candidates(self) -> list[ProgramThread]:
+        others = [
+            thread
+            for thread in self.threads.values()
+            if thread is not self.current and not thread.vforked
+        ]
+        others.sort(key=lambda thread: thread.running)  # those that are stopped anyway come first
+        return others if self.current is None else [self.current, *others]
+
+    def is_running(self) -> bool:
+        """Return whether any of its threads may be executing."""
+        return any(thread.running for thread in self.threads.values())
+
+    def any_pid(self) -> int:
+        """Return the id of some thread that has this address space.
+
+        Raises:
+            BadAddress: there is none any more.
+        """
+        for thread in self.threads.values():
+            return thread.tid
+        raise BadAddress("the process has ended")
+
+
+class ImageMemory:
+    """Ordinary memory of an image as ``copy_from_user`` sees it: the driver's ``UserMemory``."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._maps: list[tuple[int, int, bool]] | None = None
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return ``size`` bytes.
+
+        Raises:
+            BadAddress: some of it is not readable.
+        """
+        try:
+            return libc.read_memory(self._image.any_pid(), address, size)
+        except OSError as error:
+            raise BadAddress(str(error)) from None
+
+    def can_read(self, address: int) -> bool:
+        """Return whether the byte at ``address`` is readable."""
+        try:
+            self.read(address, 1)
+        except BadAddress:
+            return False
+        return True
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store ``data``.
+
+        Raises:
+            BadAddress: some of it is not writable.
+        """
+        try:
+            libc.write_memory(self._image.any_pid(), address, data)
+        except OSError as error:
+            raise BadAddress(str(error)) from None
+
+    def vma_info(self, address: int) -> VmaInfo | None:
+        """Return the mapping that holds ``address``; mappings are read once for this object."""
+        if self._maps is None:
+            self._maps = _read_maps(self._image.any_pid())
+        for start, end, may_exec in self._maps:
+            if start <= address < end:
+                return VmaInfo(may_exec=may_exec)
+        return None
+
+
+def _adjacent(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges, given lowest first, that touch."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _read_maps(pid: int) -> list[tuple[int, int, bool]]:
+    """Return (start, end, whether it may be made executable) of each mapping."""
+    noexec: dict[str, bool] = {}
+    found = []
+    with open(f"/proc/{pid}/maps") as maps:
+        for line in maps:
+            words = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(part, 16) for part in words[0].split("-"))
+            path = words[5] if len(words) > 5 else ""
+            if path.startswith("/") and path not in noexec:
+                noexec[path] = _on_noexec_mount(path)
+            found.append((start, end, not noexec.get(path, False)))
+    return found
+
+
+def _on_noexec_mount(path: str) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
+    except OSError:
+        return False  # deleted, or a memory file

@@ -1,0 +1,126 @@
+"""A thread of the program as everybody needs it: tracee, logical processor, the driver's task."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import cast
+
+from softsgx.driver import Mm
+from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.tracing.image import Image, ImageMemory
+from softsgx.engines.native.tracing.registers import NativeRegisters
+from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.hw import LogicalProcessor, Registers
+from softsgx.paging import Group
+
+__all__ = ["Process", "ProgramThread"]
+
+_READ_IMPLIES_EXEC = 0x0040_0000
+
+
+@dataclass(eq=False, slots=True)
+class Process:
+    """A thread group.
+
+    Attributes:
+        pid: its id.
+        pidfd: a descriptor of it.
+        group: who pays for its EPC.
+        alive: how many threads it has.
+        guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
+    """
+
+    pid: int
+    pidfd: int
+    group: Group
+    alive: int = 0
+    guarded: set[tuple[int, int]] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class ProgramThread(Thread):
+    """See the module.  It is the driver's :class:`~softsgx.driver.Task`.
+
+    Attributes:
+        process: its thread group.
+        image: its address space.
+        cpu: the logical processor it is.
+        running: whether it may be executing; ``False`` while stopped by us.
+        pending: a stop that came while we wanted something else of it.
+        blocked: its signal mask from before it entered an enclave, when we changed it.
+        vforked: it waits for its child to execute a program, and cannot be stopped until then.
+        again: the next seccomp stop only repeats a call that shall run.
+        spurious: how often the fault at (RIP, address) was repeated without a reason.
+        illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
+        kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
+        parked: whether it waits until it may run, with threads outside or in one enclave only.
+        outgoing: the information that goes with the signal we deliver instead of its own.
+    """
+
+    tid: int
+    process: Process
+    image: Image
+    cpu: LogicalProcessor
+    running: bool = False
+    pending: list[Stop] = field(default_factory=list)
+    blocked: int | None = None
+    vforked: bool = False
+    again: bool = False
+    illegal_at: int = 0
+    kicked: bool = False
+    parked: bool = False
+    user_memory: ImageMemory | None = None
+    spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
+    outgoing: SigInfo | None = None
+
+    def __post_init__(self) -> None:
+        regs = NativeRegisters()
+        super().__init__(self.tid, regs)
+        # Thread and processor have one set of registers: nothing is copied at a transition.
+        regs.xcr0 = self.cpu.hw.config.xcr0
+        self.cpu.regs = cast(Registers, regs)
+        self.inject_at = self.image.vdso_base + self.image.vdso.inject
+
+    # --- the driver's task ----------------------------------------------------------------------
+
+    @property
+    def mm(self) -> Mm:
+        """Its address space."""
+        return self.image.mm
+
+    @property
+    def memory(self) -> ImageMemory:
+        """Ordinary memory; the same object for one system call."""
+        if self.user_memory is None:
+            self.user_memory = self.image.memory
+        return self.user_memory
+
+    @property
+    def group(self) -> Group:
+        """Who pays for EPC."""
+        return self.process.group
+
+    @property
+    def personality_read_implies_exec(self) -> bool:
+        """Whether every readable mapping becomes executable."""
+        try:
+            with open(f"/proc/{self.tid}/personality") as file:
+                return bool(int(file.read(), 16) & _READ_IMPLIES_EXEC)
+        except OSError:
+            return False
+
+    def file(self, fd: int) -> object | None:
+        """Return the driver's file behind a descriptor, or any object for another open one."""
+        device = self.image.registry.of_descriptor(self.process.pid, fd)
+        if device is not None:
+            return device.file
+        return object() if os.path.lexists(f"/proc/{self.process.pid}/fd/{fd}") else None
+
+    def signal_pending(self) -> bool:
+        """Return whether a signal waits that it does not block."""
+        waiting = self.waiting_signals()
+        if not waiting:
+            return False
+        blocked = self.sigmask()
+        return any(not blocked >> number - 1 & 1 for number in waiting)

@@ -1,0 +1,240 @@
+"""Starting the program: a stopped child under our ptrace, its filter installed, its image dressed.
+
+Dressing an image is done at each execve: the vDSO is replaced, so that looking up
+``__vdso_sgx_enter_enclave`` finds ours, and CPUID is made to trap.
+
+Source:
+    ptrace(2), seccomp(2), getauxval(3); Linux fs/exec.c, arch/x86/kernel/process.c
+    (``arch_setup_new_exec``: execve ends CPUID faulting).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Mapping, Sequence
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.vdso.elf import Vdso, build_vdso, read_symbols
+from softsgx.engines.native.vdso.shared_page import SharedPage
+from softsgx.errors import SoftSgxError
+
+__all__ = ["TRACE_OPTIONS", "install_vdso", "share_page", "start_program"]
+
+TRACE_OPTIONS = (
+    abi.PTRACE_O_TRACESYSGOOD
+    | abi.PTRACE_O_TRACEFORK
+    | abi.PTRACE_O_TRACEVFORK
+    | abi.PTRACE_O_TRACECLONE
+    | abi.PTRACE_O_TRACEEXEC
+    | abi.PTRACE_O_TRACESECCOMP
+    | abi.PTRACE_O_EXITKILL
+)
+
+#: Exit status of a child that could not become the program, as shells have it.
+_CANNOT_EXECUTE = 127
+#: The shared page in ``/proc/PID/maps``.
+_SHARED_NAME = b"softsgx\0"
+
+
+def start_program(
+    argv: Sequence[str],
+    bpf: bytes,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    cpus: set[int] | None = None,
+    stdio: tuple[int, int, int] | None = None,
+) -> Thread:
+    """Start ``argv`` traced, and return its first thread stopped at the end of its execve.
+
+    Args:
+        argv: program, looked up in PATH, and its arguments.
+        bpf: the seccomp filter, an array of ``struct sock_filter``.
+        env: its environment; ours by default.
+        cwd: its working directory; ours by default.
+        cpus: the processors it may run on; ours by default.
+        stdio: descriptors to be its standard input, output and error.
+
+    Raises:
+        SoftSgxError: there is no such program, or this machine forbids tracing.
+    """
+    failed_read, failed_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _become(argv, bpf, failed_write, env, cwd, cpus, stdio)
+    os.close(failed_write)
+    os.waitpid(pid, os.WUNTRACED)
+    thread = Thread(pid)
+    try:
+        libc.ptrace(abi.PTRACE_SEIZE, pid, 0, TRACE_OPTIONS)
+        os.kill(pid, signal.SIGCONT)
+        _follow_to_exec(thread)
+    except Gone:
+        reason = os.read(failed_read, 4096).decode(errors="replace")
+        raise SoftSgxError(reason or f"{argv[0]}: ended before it started") from None
+    except OSError as error:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise SoftSgxError(
+            f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children"
+        ) from None
+    finally:
+        os.close(failed_read)
+    return thread
+
+
+def _become(
+    argv: Sequence[str],
+    bpf: bytes,
+    report: int,
+    env: Mapping[str, str] | None,
+    cwd: str | None,
+    cpus: set[int] | None,
+    stdio: tuple[int, int, int] | None,
+) -> None:
+    """In the child: wait for the tracer, then filter and execute; never returns."""
+    try:
+        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        for target, descriptor in enumerate(stdio or ()):
+            os.dup2(descriptor, target)
+        if cwd is not None:
+            os.chdir(cwd)
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        _install_filter(bpf)
+        os.execvpe(argv[0], list(argv), dict(os.environ if env is None else env))
+    except OSError as error:
+        os.write(report, f"{argv[0]}: {error.strerror or error}".encode())
+    finally:
+        os._exit(_CANNOT_EXECUTE)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_uint16), ("filter", ctypes.c_void_p)]
+
+
+def _install_filter(bpf: bytes) -> None:
+    buffer = ctypes.create_string_buffer(bpf, len(bpf))
+    program = _Program(len(bpf) // 8, ctypes.addressof(buffer))
+    # Without it only root may install a filter; with it set-user-ID programs gain nothing.
+    libc.syscall(157, abi.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.syscall(157, abi.PR_SET_SECCOMP, abi.SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
+
+
+def _follow_to_exec(thread: Thread) -> None:
+    """Run a seized child to the end of its execve."""
+    while True:
+        stop = thread.wait()
+        if stop.event == abi.PTRACE_EVENT_EXEC:
+            break
+        # The stop signal it began with, SIGCONT, and the calls Python makes before execve.
+        thread.resume()
+    finish_exec(thread)
+
+
+def finish_exec(thread: Thread) -> None:
+    """From the execve event go on to the end of the call, whose return would overwrite RAX."""
+    libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)
+    while not thread.wait().syscall:
+        libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)
+
+
+def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
+    """Give a fresh image our vDSO.
+
+    Args:
+        thread: stopped at the end of its execve; its ``inject_at`` is set.
+        memory: a descriptor of its ``/proc/PID/mem``, for reading and writing.
+
+    Returns:
+        Where the vDSO is mapped, and what it is.
+    """
+    regs = thread.load()
+    entry, stack = regs.rip, regs.rsp
+    slot, original = _find_vdso(memory, stack)
+    symbols: dict[str, int] = {}
+    if original:
+        size = _mapping_size(thread.tid, original)
+        image = os.pread(memory, size, original)
+        symbols = {name: original + value for name, value in read_symbols(image).items()}
+    vdso = build_vdso(symbols)
+
+    # The first calls have nowhere to run but on the program's own entry point.
+    kept = os.pread(memory, 3, entry)
+    os.pwrite(memory, b"\x0f\x05\xcc", entry)
+    thread.inject_at = entry
+    base = thread.syscall(
+        abi.SYS_MMAP,
+        0,
+        len(vdso.image),
+        abi.PROT_READ | abi.PROT_EXEC,
+        abi.MAP_PRIVATE | abi.MAP_ANONYMOUS,
+        (1 << 64) - 1,
+        0,
+    )
+    os.pwrite(memory, kept, entry)
+    if base < 0:
+        raise SoftSgxError(f"process {thread.tid}: no room for a vDSO ({os.strerror(-base)})")
+    os.pwrite(memory, vdso.image, base)  # a tracer may write what the program may not
+    thread.inject_at = base + vdso.inject
+    if slot:
+        os.pwrite(memory, struct.pack("<Q", base), slot)
+    return base, vdso
+
+
+def share_page(thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
+    """Share a page with a fresh image; ``None`` when it has no room for one.
+
+    Args:
+        thread: a stopped thread of the image, its vDSO installed.
+        pidfd: a descriptor of its process.
+        memory: a descriptor of its ``/proc/PID/mem``.
+        base: where the vDSO is.
+        vdso: what it is.
+    """
+    os.pwrite(memory, _SHARED_NAME, base + vdso.scratch)
+    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
+    if theirs < 0:
+        return None
+    page = SharedPage(libc.pidfd_getfd(pidfd, theirs))
+    rights = abi.PROT_READ | abi.PROT_WRITE
+    at = thread.syscall(abi.SYS_MMAP, 0, abi.PAGE, rights, abi.MAP_SHARED, theirs, 0)
+    thread.syscall(abi.SYS_CLOSE, theirs)
+    if at < 0:
+        page.close()
+        return None
+    page.address = at
+    os.pwrite(memory, struct.pack("<Q", at), base + vdso.shared_at)
+    return page
+
+
+def _find_vdso(memory: int, stack: int) -> tuple[int, int]:
+    """Return where AT_SYSINFO_EHDR's value is on a fresh stack, and that value; zeros for none."""
+    (argc,) = struct.unpack("<Q", os.pread(memory, 8, stack))
+    cursor = stack + 8 * (argc + 2)
+    while os.pread(memory, 8, cursor) != bytes(8):
+        cursor += 8
+    cursor += 8
+    while True:
+        kind, value = struct.unpack("<QQ", os.pread(memory, 16, cursor))
+        if kind == abi.AT_SYSINFO_EHDR:
+            return cursor + 8, value
+        if kind == abi.AT_NULL:
+            return 0, 0
+        cursor += 16
+
+
+def _mapping_size(pid: int, address: int) -> int:
+    with open(f"/proc/{pid}/maps") as maps:
+        for line in maps:
+            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
+            if start <= address < end:
+                return end - address
+    return 0

@@ -1,0 +1,221 @@
+"""The code of our vDSO: entering enclaves, forwarding to the kernel's own vDSO, injected calls.
+
+``__vdso_sgx_enter_enclave`` has the kernel's contract (``vdso.rst``, ``uapi/asm/sgx.h``), with one
+difference nobody outside can see: EENTER is a system call number that stops for the supervisor,
+which is cheaper than a trapping instruction, or a few instructions when ``vdso/permits.py`` has allowed
+it beforehand.  ERESUME and the asynchronous exit pointer are a real
+ENCLU, so a signal handler that looks at the interrupted context finds what hardware would show.
+
+Source:
+    arch/x86/include/uapi/asm/sgx.h (``struct sgx_enclave_run``, ``vdso_sgx_enter_enclave_t``).
+"""
+
+from __future__ import annotations
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.x86.asm import Assembler
+
+__all__ = [
+    "CALLS_AT",
+    "CALL_WORDS",
+    "PERMIT",
+    "SCRATCH_BYTES",
+    "emit_enter_enclave",
+    "emit_forward",
+    "emit_injection",
+]
+
+_EINVAL = -22
+SCRATCH_BYTES = 128
+
+PERMIT = {
+    name: 8 * number
+    for number, name in enumerate(
+        (
+            *("tcs", "entry", "cssa", "fs", "gs"),
+            *("used", "rsp", "rbp", "outside_fs", "outside_gs"),
+        )
+    )
+}
+"""Offsets of the quadwords of a permit in the shared page; the second line the program writes."""
+
+CALLS_AT, CALL_WORDS = 128, 7
+"""Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
+
+#: mov rax, rdi, rsi, rdx, r10, r8, r9 from RBX and a byte.
+_CALL_REGISTERS = (
+    *("48 8b 43", "48 8b 7b", "48 8b 73", "48 8b 53"),
+    *("4c 8b 53", "4c 8b 43", "4c 8b 4b"),
+)
+
+# struct sgx_enclave_run
+_FUNCTION, _VECTOR, _ERROR_CODE, _ADDRESS, _HANDLER = 8, 12, 14, 16, 24
+_RESERVED, _SIZE = 40, 256
+
+
+def emit_injection(asm: Assembler) -> None:
+    """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
+
+    ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at, and
+    at ``shared_at`` the address of the shared page, or zero.
+
+    From ``calls`` to ``called`` the RBP calls of the table at RBX are made, each result stored in
+    place of its number.
+    """
+    asm.label("inject")
+    asm.emit("0f05")  # syscall
+    asm.emit("cc")  # int3
+    asm.label("injected")
+    asm.label("illegal")
+    asm.emit("0f0b")  # ud2
+    asm.label("calls")
+    for register, place in zip(_CALL_REGISTERS, range(CALL_WORDS), strict=True):
+        asm.emit(f"{register} {8 * place:02x}")  # mov register, [rbx+8*place]
+    asm.emit("0f 05")  # syscall
+    asm.emit("48 89 03")  # mov [rbx], rax
+    asm.emit(f"48 83 c3 {8 * CALL_WORDS:02x}")  # add rbx, bytes of an entry
+    asm.emit("ff cd")  # dec ebp
+    asm.short("75", "calls")  # jnz
+    asm.emit("cc")  # int3
+    asm.label("called")
+    asm.align(16)
+    asm.label("scratch")
+    asm.emit("cc" * SCRATCH_BYTES)
+    asm.align(8)
+    asm.label("shared_at")
+    asm.quad(0)
+
+
+def emit_forward(asm: Assembler, name: str, target: int) -> None:
+    """A function ``name`` that goes on at address ``target``."""
+    asm.align(16)
+    asm.label(name)
+    asm.emit("f3 0f 1e fa")  # endbr64: reached by an indirect call
+    asm.emit("ff 25 00 00 00 00")  # jmp [rip+0]
+    asm.quad(target)
+
+
+def emit_enter_enclave(asm: Assembler) -> None:
+    """``__vdso_sgx_enter_enclave``; labels ``eenter_after``, ``aep`` and ``fixup`` mark its places.
+
+    ``eenter_after`` is what an enclave gets in RCX and exits to; ``aep`` is the ENCLU that
+    asynchronous exits return to; at ``fixup`` the supervisor resumes after an exception, with RAX
+    the leaf, DI the vector, SI the error code, RDX the address.
+    """
+    asm.align(16)
+    asm.label("__vdso_sgx_enter_enclave")
+    asm.emit("f3 0f 1e fa")  # endbr64
+    asm.emit("55")  # push rbp
+    asm.emit("48 89 e5")  # mov rbp, rsp
+    asm.emit("53")  # push rbx
+    asm.emit("89 c8")  # mov eax, ecx
+
+    # Only EENTER and ERESUME; every reserved byte must be zero.  RDI, RSI, RDX, R8 and R9 are
+    # the enclave's and the handler's: only RCX, R10 and R11 are free here.
+    asm.label("again")
+    asm.emit("83 f8 02")  # cmp eax, 2
+    asm.near("0f 82", "invalid")  # jb
+    asm.emit("83 f8 03")  # cmp eax, 3
+    asm.near("0f 87", "invalid")  # ja
+    asm.emit("48 8b 5d 10")  # mov rbx, [rbp+16]: run
+    asm.word("b9", (_SIZE - _RESERVED) // 8)  # mov ecx, 27
+    asm.label("reserved")
+    asm.emit(f"48 83 7c cb {_RESERVED - 8:02x} 00")  # cmp qword [rbx+8*rcx+32], 0
+    asm.near("0f 85", "invalid")  # jne
+    asm.emit("ff c9")  # dec ecx
+    asm.short("75", "reserved")  # jnz
+    asm.emit("48 8b 1b")  # mov rbx, [rbx]: tcs
+    asm.emit("83 f8 03")  # cmp eax, 3
+    asm.near("0f 84", "resume")  # je
+    _emit_permitted_entry(asm)
+    asm.label("ask")
+    asm.word("b8", abi.SYS_SOFTSGX_EENTER)  # mov eax, number
+    asm.emit("0f 05")  # syscall: EENTER of RBX with AEP ``aep``
+    asm.label("eenter_after")
+    asm.short("eb", "exited")  # jmp
+
+    asm.label("resume")
+    asm.near("48 8d 0d", "aep")  # lea rcx, [rip+aep]
+    asm.label("aep")
+    asm.emit("0f 01 d7")  # enclu
+
+    asm.label("exited")
+    asm.emit("48 8b 5d 10")  # mov rbx, [rbp+16]
+    asm.word(f"c7 43 {_FUNCTION:02x}", 4)  # mov dword [rbx+8], EEXIT
+    asm.short("eb", "handler")
+
+    asm.label("fixup")
+    asm.emit("48 8b 5d 10")  # mov rbx, [rbp+16]
+    asm.emit(f"89 43 {_FUNCTION:02x}")  # mov [rbx+8], eax
+    asm.emit(f"66 89 7b {_VECTOR:02x}")  # mov [rbx+12], di
+    asm.emit(f"66 89 73 {_ERROR_CODE:02x}")  # mov [rbx+14], si
+    asm.emit(f"48 89 53 {_ADDRESS:02x}")  # mov [rbx+16], rdx
+
+    asm.label("handler")
+    asm.emit(f"48 8b 43 {_HANDLER:02x}")  # mov rax, [rbx+24]
+    asm.emit("48 85 c0")  # test rax, rax
+    asm.short("74", "done")  # jz: no handler, return 0
+    asm.emit("48 89 d9")  # mov rcx, rbx: run
+    asm.emit("48 89 e3")  # mov rbx, rsp: the enclave may have left it lower than it was
+    asm.emit("48 83 e4 f0")  # and rsp, -16
+    asm.emit("50")  # push rax: keeps the alignment
+    asm.emit("51")  # push rcx: seventh argument, run
+    asm.emit("48 89 d9")  # mov rcx, rbx: fourth argument, the untrusted RSP
+    asm.emit("fc")  # cld
+    asm.emit("ff d0")  # call rax
+    asm.emit("48 89 dc")  # mov rsp, rbx
+    asm.emit("85 c0")  # test eax, eax
+    asm.near("0f 8f", "again")  # jg
+    asm.label("done")
+    asm.emit("48 8b 5d f8")  # mov rbx, [rbp-8]
+    asm.emit("c9")  # leave
+    asm.emit("c3")  # ret
+
+    asm.label("invalid")
+    asm.word("b8", _EINVAL)  # mov eax, -EINVAL
+    asm.short("eb", "done")
+    asm.label("enter_enclave_end")
+
+
+def _emit_permitted_entry(asm: Assembler) -> None:
+    """EENTER of RBX if there is a permit for it, else go on at ``ask``.
+
+    From ``permit`` on the permit counts, as long as nothing stops the thread; at ``permitted`` it
+    has been used, and what is left to do until ``permit_end`` is loading registers.
+    """
+    at = PERMIT
+    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
+    asm.emit("4d 85 d2")  # test r10, r10
+    asm.near("0f 84", "ask")  # jz
+    asm.emit("49 39 1a")  # cmp [r10], rbx: tcs
+    asm.near("0f 85", "ask")  # jne
+
+    # rt_sigprocmask(SIG_BLOCK, NULL, rsp, 8): is a signal of faults blocked?
+    asm.emit("57 56 52 50")  # push rdi, rsi, rdx, rax
+    asm.emit("31 ff 31 f6")  # xor edi, edi; xor esi, esi
+    asm.emit("48 89 e2")  # mov rdx, rsp
+    asm.word("41 ba", 8)  # mov r10d, 8
+    asm.word("b8", abi.SYS_RT_SIGPROCMASK)  # mov eax, number
+    asm.emit("0f 05")  # syscall
+    asm.emit("58 5a 5e 5f")  # pop rax, rdx, rsi, rdi
+    asm.word("a9", abi.FAULT_SIGNALS)  # test eax, faults
+    asm.near("0f 85", "ask")  # jnz
+
+    asm.label("permit")
+    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
+    asm.emit("49 39 1a")  # cmp [r10], rbx
+    asm.near("0f 85", "ask")  # jne
+    asm.emit(f"49 89 62 {at['rsp']:02x}")  # mov [r10+rsp], rsp
+    asm.emit(f"49 89 6a {at['rbp']:02x}")  # mov [r10+rbp], rbp
+    asm.emit("f3 48 0f ae c0")  # rdfsbase rax
+    asm.emit(f"49 89 42 {at['outside_fs']:02x}")  # mov [r10+outside_fs], rax
+    asm.emit("f3 48 0f ae c8")  # rdgsbase rax
+    asm.emit(f"49 89 42 {at['outside_gs']:02x}")  # mov [r10+outside_gs], rax
+    asm.word(f"49 c7 42 {at['used']:02x}", 1)  # mov qword [r10+used], 1
+    asm.label("permitted")
+    asm.emit(f"49 8b 42 {at['fs']:02x} f3 48 0f ae d0")  # mov rax, [r10+fs]; wrfsbase rax
+    asm.emit(f"49 8b 42 {at['gs']:02x} f3 48 0f ae d8")  # mov rax, [r10+gs]; wrgsbase rax
+    asm.near("48 8d 0d", "eenter_after")  # lea rcx, [rip+eenter_after]
+    asm.emit(f"49 8b 42 {at['cssa']:02x}")  # mov rax, [r10+cssa]
+    asm.emit(f"41 ff 62 {at['entry']:02x}")  # jmp [r10+entry]
+    asm.label("permit_end")

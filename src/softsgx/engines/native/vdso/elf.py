@@ -1,0 +1,311 @@
+"""Our vDSO: an ELF image that stands in for the kernel's, made for one process.
+
+It forwards every symbol of the original image and adds ``__vdso_sgx_enter_enclave``.  All ways in
+which programs look the symbol up work: DT_HASH, DT_GNU_HASH, symbol versions (ld.so), and section
+headers by name.
+
+Source:
+    System V ABI, chapters "Object Files" and "Program Loading and Dynamic Linking"; vdso(7).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.vdso.code import emit_enter_enclave, emit_forward, emit_injection
+from softsgx.engines.native.x86.asm import Assembler
+
+__all__ = ["DEVICE_NAME", "Vdso", "build_vdso", "read_symbols"]
+
+DEVICE_NAME = b"sgx_enclave\0"
+"""Name of the memory file that stands for an open enclave device: seen in ``/proc/PID/maps``."""
+
+_ENTER = "__vdso_sgx_enter_enclave"
+_SONAME = "linux-vdso.so.1"
+_VERSION = "LINUX_2.6"
+
+_EHDR, _PHDR, _SHDR, _SYM, _DYN = 64, 56, 64, 24, 16
+_STT_FUNC_GLOBAL = 0x12
+_SHT = {
+    "": 0,
+    ".hash": 5,
+    ".gnu.hash": 0x6FFFFFF6,
+    ".dynsym": 11,
+    ".dynstr": 3,
+    ".gnu.version": 0x6FFFFFFF,
+    ".gnu.version_d": 0x6FFFFFFD,
+    ".dynamic": 6,
+    ".text": 1,
+    ".shstrtab": 3,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vdso:
+    """The image and the places in it the supervisor needs, all as offsets from its base.
+
+    Attributes:
+        image: whole pages, to be mapped readable and executable.
+        inject: a ``syscall; int3``.
+        injected: RIP after that int3.
+        eenter_after: RIP after our EENTER; what the enclave finds in RCX.
+        aep: the asynchronous exit pointer of our enclave entry.
+        fixup: where an exception of our enclave entry goes on.
+        device_name: the string :data:`DEVICE_NAME`.
+        illegal: an illegal instruction.
+        scratch: bytes that only the supervisor writes, for calls that take pointers.
+        calls: makes a table of calls; called: RIP after its int3.
+        shared_at: where the address of the shared page belongs.
+        permit, permitted, permit_end: as ``vdso/code.py`` has them.
+        symbols: exported functions.
+    """
+
+    image: bytes
+    inject: int
+    injected: int
+    eenter_after: int
+    aep: int
+    fixup: int
+    device_name: int
+    illegal: int
+    scratch: int
+    calls: int
+    called: int
+    shared_at: int
+    permit: int
+    permitted: int
+    permit_end: int
+    symbols: dict[str, int]
+
+
+def read_symbols(image: bytes) -> dict[str, int]:
+    """Return name and value of each function a vDSO image exports.
+
+    Reads section headers, which the kernel's image has; an image without gives no symbols.
+    """
+    if image[:4] != b"\x7fELF" or len(image) < _EHDR:
+        return {}
+    table, count = struct.unpack_from("<Q", image, 0x28)[0], struct.unpack_from("<H", image, 60)[0]
+    sections = [
+        struct.unpack_from("<IIQQQQIIQQ", image, table + _SHDR * index)
+        for index in range(count)
+        if table + _SHDR * (index + 1) <= len(image)
+    ]
+    symbols: dict[str, int] = {}
+    for section in sections:
+        if section[1] != _SHT[".dynsym"]:
+            continue
+        strings = sections[section[6]][4]
+        for at in range(section[4], section[4] + section[5], _SYM):
+            name, info, _other, index, value, _size = struct.unpack_from("<IBBHQQ", image, at)
+            if info & 15 == 2 and index != 0:
+                end = image.index(0, strings + name)
+                symbols[image[strings + name : end].decode()] = value
+    return symbols
+
+
+def build_vdso(original: dict[str, int]) -> Vdso:
+    """Make the image.
+
+    Args:
+        original: absolute address of each function of the kernel's vDSO in this process.
+    """
+    asm = Assembler()
+    emit_injection(asm)
+    asm.align(16)
+    asm.label("device_name")
+    asm.emit(DEVICE_NAME.hex())
+    emit_enter_enclave(asm)
+    for name, target in sorted(original.items()):
+        if name != _ENTER:
+            emit_forward(asm, name, target)
+    code = asm.finish()
+    names = sorted({*original, _ENTER}, key=lambda name: _gnu_hash(name) % _GNU_BUCKETS)
+    layout = _Image(names, code, asm.labels)
+    base = layout.text
+    return Vdso(
+        image=layout.image,
+        **{name: base + asm.labels[name] for name in _PLACES},
+        symbols={name: base + asm.labels[name] for name in names},
+    )
+
+
+_GNU_BUCKETS = 4
+_PLACES = (
+    *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
+    *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
+)
+
+
+class _Image:
+    """Lays the parts out one after the other; file offset and address are the same."""
+
+    def __init__(self, names: list[str], code: bytes, labels: dict[str, int]) -> None:
+        strings = bytearray(b"\0")
+        where: dict[str, int] = {}
+        for text in (*names, _SONAME, _VERSION):
+            where[text] = len(strings)
+            strings += text.encode() + b"\0"
+
+        blank = bytes(_SYM * (len(names) + 1))
+        parts: dict[str, bytes] = {
+            ".hash": _sysv_hash_table(names),
+            ".gnu.hash": _gnu_hash_table(names),
+            ".dynsym": blank,
+            ".dynstr": bytes(strings),
+            ".gnu.version": struct.pack(f"<{len(names) + 1}H", 0, *([2] * len(names))),
+            ".gnu.version_d": _version_definitions(where),
+            ".dynamic": bytes(_DYN * 11),
+            ".text": code,
+        }
+        names_of_sections = b"\0" + b"".join(
+            name.encode() + b"\0" for name in (*parts, ".shstrtab")
+        )
+        parts[".shstrtab"] = names_of_sections
+        at: dict[str, int] = {}
+        cursor = _EHDR + 2 * _PHDR
+        for section, body in parts.items():
+            cursor += -cursor % 16
+            at[section] = cursor
+            cursor += len(body)
+        headers = cursor + -cursor % 16
+        end = headers + _SHDR * (len(parts) + 1)
+        self.text = at[".text"]
+
+        parts[".dynsym"] = bytes(_SYM) + b"".join(
+            struct.pack(
+                "<IBBHQQ",
+                where[name],
+                _STT_FUNC_GLOBAL,
+                0,
+                list(parts).index(".text") + 1,
+                self.text + labels[name],
+                16,
+            )
+            for name in names
+        )
+        parts[".dynamic"] = _dynamic(at, where, len(strings))
+        image = bytearray(end + -end % abi.PAGE)
+        for section, body in parts.items():
+            image[at[section] : at[section] + len(body)] = body
+        image[:_EHDR] = _elf_header(headers, len(parts) + 1)
+        image[_EHDR : _EHDR + 2 * _PHDR] = _program_header(1, 5, 0, end, abi.PAGE) + (
+            _program_header(2, 4, at[".dynamic"], len(parts[".dynamic"]), 8)
+        )
+        image[headers:end] = _section_headers(parts, at)
+        self.image = bytes(image)
+
+
+def _elf_header(sections: int, count: int) -> bytes:
+    ident = b"\x7fELF\2\1\1" + bytes(9)
+    return ident + struct.pack(
+        "<HHIQQQIHHHHHH", 3, 62, 1, 0, _EHDR, sections, 0, _EHDR, _PHDR, 2, _SHDR, count, count - 1
+    )
+
+
+def _program_header(kind: int, flags: int, offset: int, size: int, align: int) -> bytes:
+    return struct.pack("<IIQQQQQQ", kind, flags, offset, offset, offset, size, size, align)
+
+
+def _section_headers(parts: dict[str, bytes], at: dict[str, int]) -> bytes:
+    order = ["", *parts]
+    names = parts[".shstrtab"]
+    links = {
+        ".hash": ".dynsym",
+        ".gnu.hash": ".dynsym",
+        ".dynsym": ".dynstr",
+        ".gnu.version": ".dynsym",
+        ".gnu.version_d": ".dynstr",
+        ".dynamic": ".dynstr",
+    }
+    sizes = {".hash": 4, ".dynsym": _SYM, ".gnu.version": 2, ".dynamic": _DYN}
+    headers = [bytes(_SHDR)]
+    for name, body in parts.items():
+        allocated = 0 if name == ".shstrtab" else 6 if name == ".text" else 2
+        headers.append(
+            struct.pack(
+                "<IIQQQQIIQQ",
+                names.index(b"\0" + name.encode() + b"\0") + 1,
+                _SHT[name],
+                allocated,
+                at[name] if allocated else 0,
+                at[name],
+                len(body),
+                order.index(links[name]) if name in links else 0,
+                {".dynsym": 1, ".gnu.version_d": 2}.get(name, 0),
+                16 if name == ".text" else 8 if allocated else 1,
+                sizes.get(name, 0),
+            )
+        )
+    return b"".join(headers)
+
+
+def _dynamic(at: dict[str, int], where: dict[str, int], string_bytes: int) -> bytes:
+    entries = [
+        (14, where[_SONAME]),
+        (4, at[".hash"]),
+        (0x6FFFFEF5, at[".gnu.hash"]),
+        (5, at[".dynstr"]),
+        (6, at[".dynsym"]),
+        (10, string_bytes),
+        (11, _SYM),
+        (0x6FFFFFF0, at[".gnu.version"]),
+        (0x6FFFFFFC, at[".gnu.version_d"]),
+        (0x6FFFFFFD, 2),
+    ]
+    # DT_NULL ends the table.
+    return b"".join(struct.pack("<QQ", *entry) for entry in (*entries, (0, 0)))
+
+
+def _version_definitions(where: dict[str, int]) -> bytes:
+    rows = ((1, 1, _SONAME), (0, 2, _VERSION))
+    table = b""
+    for position, (flags, index, name) in enumerate(rows):
+        following = 0 if position == len(rows) - 1 else 28
+        table += struct.pack("<HHHHIII", 1, flags, index, 1, _elf_hash(name), 20, following)
+        table += struct.pack("<II", where[name], 0)
+    return table
+
+
+def _elf_hash(name: str) -> int:
+    value = 0
+    for byte in name.encode():
+        value = (value << 4) + byte
+        high = value & 0xF000_0000
+        value = (value ^ high >> 24) & ~high & 0xFFFF_FFFF
+    return value
+
+
+def _gnu_hash(name: str) -> int:
+    value = 5381
+    for byte in name.encode():
+        value = (value * 33 + byte) & 0xFFFF_FFFF
+    return value
+
+
+def _sysv_hash_table(names: list[str]) -> bytes:
+    count = len(names)
+    buckets, chains = [0] * count, [0] * (count + 1)
+    for index, name in enumerate(names, start=1):
+        bucket = _elf_hash(name) % count
+        chains[index], buckets[bucket] = buckets[bucket], index
+    return struct.pack(f"<II{2 * count + 1}I", count, count + 1, *buckets, *chains)
+
+
+def _gnu_hash_table(names: list[str]) -> bytes:
+    """``names`` are sorted by bucket, as the table wants its symbols."""
+    hashes = [_gnu_hash(name) for name in names]
+    bloom = 0
+    for value in hashes:
+        bloom |= 1 << value % 64 | 1 << (value >> 6) % 64
+    buckets, chain = [0] * _GNU_BUCKETS, []
+    for index, value in enumerate(hashes):
+        bucket = value % _GNU_BUCKETS
+        if not buckets[bucket]:
+            buckets[bucket] = index + 1
+        last = index + 1 == len(hashes) or hashes[index + 1] % _GNU_BUCKETS != bucket
+        chain.append(value & ~1 | last)
+    head = struct.pack("<IIIIQ", _GNU_BUCKETS, 1, 1, 6, bloom)
+    return head + struct.pack(f"<{_GNU_BUCKETS}I{len(chain)}I", *buckets, *chain)

@@ -1,0 +1,1 @@
+"""Instructions: decoding, assembling, finding and replacing CPUID."""

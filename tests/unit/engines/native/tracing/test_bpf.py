@@ -1,0 +1,118 @@
+"""The filter stops exactly the system calls that concern SGX.
+
+Method: a small interpreter of classic BPF runs the filter on made-up calls.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.tracing.bpf import build_filter, build_guard
+
+TRACE, ALLOW = abi.SECCOMP_RET_TRACE, abi.SECCOMP_RET_ALLOW
+I386 = 0x4000_0003
+
+
+def verdict(number: int, *arguments: int, arch: int = abi.AUDIT_ARCH_X86_64) -> int:
+    return interpret(build_filter(), number, *arguments, arch=arch)
+
+
+def interpret(
+    bpf: bytes,
+    number: int,
+    *arguments: int,
+    arch: int = abi.AUDIT_ARCH_X86_64,
+    pointer: int = 0x1234,
+) -> int:
+    six = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+    data = struct.pack("<IIQ6Q", number, arch, pointer, *six)
+    program = list(struct.iter_unpack("<HBBI", bpf))
+    at = accumulator = 0
+    while True:
+        code, true, false, k = program[at]
+        at += 1
+        match code:
+            case 0x20:
+                (accumulator,) = struct.unpack_from("<I", data, k)
+            case 0x54:
+                accumulator &= k
+            case 0x15:
+                at += true if accumulator == k else false
+            case 0x06:
+                return int(k)
+            case _:
+                pytest.fail(f"instruction {code:#x}")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [2, 4, 5, 6, 10, 11, 21, 25, 89, 203, 204, 257, 262, 267, 269, 329, 332, 437, 439, 0x53584702],
+)
+def test_calls_that_name_files_or_change_mappings_stop(number: int) -> None:
+    assert verdict(number) == TRACE
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 12, 13, 15, 28, 39, 56, 59, 202, 231, 318, 1000])
+def test_other_calls_run_untouched(number: int) -> None:
+    assert verdict(number) == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [(0x4008A400, TRACE), (0xC030A401, TRACE), (0x5401, ALLOW), (0xA401 << 8, ALLOW), (0, ALLOW)],
+)
+def test_only_sgx_ioctls_stop(command: int, expected: int) -> None:
+    assert verdict(abi.SYS_IOCTL, 3, command) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (abi.MAP_SHARED, TRACE),
+        (abi.MAP_PRIVATE, TRACE),
+        (abi.MAP_PRIVATE | abi.MAP_ANONYMOUS, ALLOW),
+        (abi.MAP_SHARED | abi.MAP_ANONYMOUS, ALLOW),
+        (abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED, TRACE),
+        (abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED_NOREPLACE, ALLOW),
+    ],
+)
+def test_anonymous_memory_that_replaces_nothing_is_not_looked_at(flags: int, expected: int) -> None:
+    assert verdict(abi.SYS_MMAP, 0, 4096, abi.PROT_READ, flags, 3) == expected
+
+
+def test_programs_of_another_architecture_are_let_be() -> None:
+    assert verdict(abi.SYS_OPENAT, arch=I386) == ALLOW
+
+
+BASE, SIZE = 0x7FFF_F7E0_0000, 0x20_0000
+
+
+@pytest.mark.parametrize(
+    ("pointer", "expected"),
+    [
+        (BASE, TRACE),
+        (BASE + SIZE - 1, TRACE),
+        (BASE - 1, ALLOW),
+        (BASE + SIZE, ALLOW),
+        (BASE + (1 << 32), ALLOW),
+        (BASE & 0xFFFF_FFFF, ALLOW),
+    ],
+)
+@pytest.mark.parametrize("arch", [abi.AUDIT_ARCH_X86_64, I386])
+def test_every_call_of_code_in_a_guarded_range_stops(
+    pointer: int, arch: int, expected: int
+) -> None:
+    assert interpret(build_guard(BASE, SIZE), 39, pointer=pointer, arch=arch) == expected
+
+
+@pytest.mark.parametrize("number", [0, 39, 56, 257, 1000, abi.SYS_SOFTSGX_EENTER])
+def test_everything_means_every_call_that_returns(number: int) -> None:
+    assert interpret(build_filter(everything=True), number) == TRACE
+
+
+@pytest.mark.parametrize("number", [15, 60, 231])
+def test_a_call_without_an_end_never_stops(number: int) -> None:
+    assert interpret(build_filter(everything=True), number) == ALLOW

@@ -1,0 +1,176 @@
+"""A traced program is itself again after whatever was done in its name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.tracing.bpf import build_filter
+from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
+from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.vdso.code import CALL_WORDS, CALLS_AT
+from softsgx.engines.native.vdso.elf import build_vdso
+
+_TGKILL = 234
+
+pytestmark = needs_tracing
+
+
+@pytest.fixture
+def thread() -> Iterator[Thread]:
+    started = start_program(["/bin/sh", "-c", "exit 7"], build_filter())
+    memory = os.open(f"/proc/{started.tid}/mem", os.O_RDWR)
+    install_vdso(started, memory)
+    os.close(memory)
+    yield started
+    try:
+        os.kill(started.tid, signal.SIGKILL)
+        os.waitpid(started.tid, abi.WALL)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def finish(thread: Thread) -> int:
+    """Let it run to its end; return its exit status."""
+    thread.resume()
+    while True:
+        try:
+            stop = thread.wait()
+        except Gone as gone:
+            return os.waitstatus_to_exitcode(gone.status or 0)
+        thread.resume(0 if stop.event or stop.syscall else stop.signal)
+
+
+def test_an_injected_call_is_made_in_the_programs_name(thread: Thread) -> None:
+    assert thread.syscall(abi.SYS_GETPID) == thread.tid
+    assert thread.syscall(abi.SYS_CLOSE, 12345) == -9  # EBADF
+    assert finish(thread) == 7
+
+
+def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> None:
+    thread.load()
+    before, mask = bytes(thread.regs), thread.sigmask()
+    xstate = thread.xstate()
+    for number in range(20):
+        thread.syscall(abi.SYS_MADVISE, number, number)
+    thread.settle()
+    fresh = Thread(thread.tid)
+    assert bytes(fresh.load()) == before
+    assert fresh.sigmask() == mask
+    # But for XSTATE_BV: whether an all-zero component counts as unused is for the processor to say.
+    assert _without_bitmap(fresh.xstate()) == _without_bitmap(xstate)
+
+
+def _without_bitmap(area: bytes) -> bytes:
+    return area[:512] + area[520:]
+
+
+def test_changes_of_registers_are_kept_across_injected_calls(thread: Thread) -> None:
+    thread.load()
+    thread.regs.r15 = 0x1234
+    thread.store()
+    thread.syscall(abi.SYS_GETPID)
+    assert thread.regs.r15 == 0x1234
+    thread.settle()
+    assert Thread(thread.tid).load().r15 == 0x1234
+
+
+def test_a_signal_that_comes_during_an_injected_call_is_delivered_afterwards(
+    thread: Thread,
+) -> None:
+    os.kill(thread.tid, signal.SIGTERM)
+    assert thread.syscall(abi.SYS_GETPID) == thread.tid
+    assert finish(thread) == -signal.SIGTERM
+
+
+def test_a_signal_that_waits_is_seen(thread: Thread) -> None:
+    assert thread.waiting_signals() == []
+    os.kill(thread.tid, signal.SIGUSR1)
+    libc.syscall(_TGKILL, thread.tid, thread.tid, signal.SIGTERM)
+    assert sorted(thread.waiting_signals()) == [signal.SIGUSR1, signal.SIGTERM]
+
+
+def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: Thread) -> None:
+    os.kill(thread.tid, signal.SIGTERM)
+    thread.resume()
+    assert thread.wait().signal == signal.SIGTERM
+    thread.syscall(abi.SYS_GETPID)
+    assert (thread.siginfo().signo, thread.siginfo().code) == (signal.SIGTERM, 0)
+    thread.resume(signal.SIGTERM)
+    with pytest.raises(Gone) as gone:
+        thread.wait()
+    assert gone.value.status == signal.SIGTERM
+
+
+def test_a_call_can_be_skipped_or_made_in_place_of_another(thread: Thread) -> None:
+    seen: list[int] = []
+    thread.resume()
+    while len(seen) < 2:
+        stop = thread.wait()
+        if stop.event != abi.PTRACE_EVENT_SECCOMP:
+            thread.resume()
+            continue
+        regs = thread.load()
+        arguments = regs.rdi, regs.rsi, regs.rdx
+        if not seen:
+            thread.skip_syscall(-38)
+            seen.append(-38)
+        else:
+            seen.append(thread.finish_syscall(abi.SYS_GETPID, 1, 2, 3))
+            assert (regs.rdi, regs.rsi, regs.rdx) == arguments
+        thread.resume()
+    assert seen == [-38, thread.tid]
+
+
+def test_a_thread_is_not_borrowed_while_its_own_call_is_to_be_made(thread: Thread) -> None:
+    while True:
+        thread.resume()
+        if thread.wait().event == abi.PTRACE_EVENT_SECCOMP:
+            break
+    assert not thread.borrowable
+    thread.skip_syscall(-2)
+    assert thread.borrowable
+    os.kill(thread.tid, signal.SIGTERM)
+    thread.resume()
+    assert thread.wait().signal == signal.SIGTERM
+    assert thread.borrowable
+
+
+def test_a_table_of_calls_is_made_in_one_stop(thread: Thread) -> None:
+    memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR)
+    base, vdso = thread.inject_at, build_vdso({})
+    base -= vdso.inject  # where the fixture has put it
+    pidfd = libc.pidfd_open(thread.tid)
+    page = share_page(thread, pidfd, memory, base, vdso)
+    os.close(pidfd)
+    os.close(memory)
+    assert page is not None
+    before = bytes(thread.load())
+    page.put_calls([(abi.SYS_GETPID,), (abi.SYS_CLOSE, 12345), (abi.SYS_GETPID,)])
+    thread.borrow(base + vdso.calls, base + vdso.called, rbx=page.calls_at, rbp=3)
+    first, step = CALLS_AT // 8, CALL_WORDS
+    results = [page.words[first + number * step] for number in range(3)]
+    assert results == [thread.tid, (1 << 64) - 9, thread.tid]
+    assert bytes(thread.regs) == before
+    page.close()
+    assert finish(thread) == 7
+
+
+def test_a_thread_that_is_killed_is_gone(thread: Thread) -> None:
+    os.kill(thread.tid, signal.SIGKILL)
+    with pytest.raises(Gone):
+        thread.wait()
+
+
+def test_memory_beyond_a_process_is_a_bad_address() -> None:
+    page = ctypes.create_string_buffer(b"abc")
+    assert libc.read_memory(os.getpid(), ctypes.addressof(page), 3) == b"abc"
+    with pytest.raises(OSError, match="cannot read") as error:
+        libc.read_memory(os.getpid(), 8, 16)
+    assert error.value.errno == 14
