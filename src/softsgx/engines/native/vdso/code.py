@@ -2,9 +2,9 @@
 
 ``__vdso_sgx_enter_enclave`` has the kernel's contract (``vdso.rst``, ``uapi/asm/sgx.h``), with one
 difference nobody outside can see: EENTER is a system call number that stops for the supervisor,
-which is cheaper than a trapping instruction, or a few instructions when ``vdso/permits.py`` has allowed
-it beforehand.  ERESUME and the asynchronous exit pointer are a real
-ENCLU, so a signal handler that looks at the interrupted context finds what hardware would show.
+which is cheaper than a trapping instruction, or a few instructions when ``vdso/permits.py`` has
+allowed it beforehand.  ERESUME and the asynchronous exit pointer are a real ENCLU, so a signal
+handler that looks at the interrupted context finds what hardware would show.
 
 Source:
     arch/x86/include/uapi/asm/sgx.h (``struct sgx_enclave_run``, ``vdso_sgx_enter_enclave_t``).
