@@ -279,11 +279,14 @@ def _symbol_values(
     yield "_enclave_rva", lambda address: address
     yield "_reloc_rva", const(image.size)
     yield "_reloc_size", const(len(relocations))
-    yield "_tdata_rva", const(tls.tdata_rva)
-    yield "_tdata_size", const(tls.tdata_size)
-    yield "_tdata_align", const(tls.tdata_align)
-    yield "_tbss_size", const(tls.tbss_size)
-    yield "_tbss_align", const(tls.tbss_align)
+    # The loader leaves the variables of an empty section as the file has them.
+    if tls.tdata_size:
+        yield "_tdata_rva", const(tls.tdata_rva)
+        yield "_tdata_size", const(tls.tdata_size)
+        yield "_tdata_align", const(tls.tdata_align)
+    if tls.tbss_size:
+        yield "_tbss_size", const(tls.tbss_size)
+        yield "_tbss_align", const(tls.tbss_align)
     yield "_td_from_tcs_offset", const((tls.pages + 4) * PAGE_BYTES)
 
 

@@ -132,6 +132,32 @@ def test_without_rela_dyn_there_are_no_relocation_pages() -> None:
     assert [run.offset for run in plan.runs if run.label == "heap"] == [0x6000]
 
 
+@pytest.mark.parametrize("empty", [".tdata", ".tbss"])
+def test_variables_of_an_empty_thread_local_section_keep_their_values(empty: str) -> None:
+    variables = ("_tdata_rva", "_tdata_size", "_tdata_align", "_tbss_size", "_tbss_align")
+    sizes = {".tdata": 0x40, ".tbss": 0x80} | {empty: 0}
+    data = bytearray(code(0x1000))
+    made = make_elf(
+        [Seg(0, code(0x100), RX), Seg(0x2000, bytes(data), RW)],
+        [
+            Sec(".oeinfo", OeProperties(num_tcs=1).pack(), addr=INFO, in_segment=True),
+            Sec(".tdata", addr=0x2F00, size=sizes[".tdata"], align=8, kind=8),
+            Sec(".tbss", addr=0x2F40, size=sizes[".tbss"], align=16, kind=8),
+        ],
+        symbols=[Sym(name, 0x2000 + 8 * nth) for nth, name in enumerate(variables)],
+    )
+    run = read_oe(Bytes("oe.so", made.data)).plan.find(0x2000)
+    assert run
+    written = dict(zip(variables, struct.unpack_from("<5Q", run.page(0).data), strict=True))
+    on_disk = dict(zip(variables, struct.unpack_from("<5Q", data), strict=True))
+    values = {
+        "_tdata_rva": 0x2F00, "_tdata_size": 0x40, "_tdata_align": 8,
+        "_tbss_size": 0x80, "_tbss_align": 16,
+    }  # fmt: skip
+    kept = {name for name in variables if name.startswith(empty.replace(".", "_"))}
+    assert written == values | {name: on_disk[name] for name in kept}
+
+
 def test_tls_alignment_comes_from_the_segment_that_begins_with_it() -> None:
     def thread_data(align: int, vaddr: int) -> int:
         tls = ProgramHeader(p_type=PT_TLS, p_vaddr=vaddr, p_align=align)
