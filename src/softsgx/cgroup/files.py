@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 from softsgx.cgroup.group import EpcCgroup
 
@@ -19,6 +20,10 @@ __all__ = ["KEY", "file_names", "read_file", "write_file"]
 KEY = "sgx_epc"
 _PAGE = 4096
 _U64_MAX = (1 << 64) - 1
+_MOST_DIGITS = 22  # of a number of 64 bits, in base 8
+_SPACES = " \t\n\v\f\r"
+#: As many digits as there are in the base that the prefix tells.
+_DIGITS = re.compile(r"0[xX](?P<hex>[0-9a-fA-F]+)|0[0-7]*|[1-9][0-9]*")
 
 
 def file_names(group: EpcCgroup) -> list[str]:
@@ -56,30 +61,55 @@ def read_file(group: EpcCgroup, name: str) -> str:
 def write_file(group: EpcCgroup, name: str, text: str) -> None:
     """Write ``sgx_epc BYTES`` or ``sgx_epc max`` to ``misc.max``; bytes are rounded down to pages.
 
+    White space around the line is ignored, between key and number there is one space, and the
+    number is decimal, ``0x`` hexadecimal or ``0`` octal, with ``+`` before it or not.
+
     A limit below the usage takes effect with the next charge, which has to reclaim first; a batch
     is asked for at once.
 
     Raises:
-        OSError: EINVAL (no such key, no number), ERANGE (beyond 64 bits), ENOENT, EACCES.
+        OSError: EINVAL (no such key, no number), ERANGE (beyond 64 bits), E2BIG (more than a
+            page of text), ENOENT, EACCES.
     """
     if name not in file_names(group):
         raise _error(errno.ENOENT, name)
     if name != "misc.max":
         raise _error(errno.EACCES, name)
-    key, space, value = text.strip().partition(" ")
-    if key != KEY or not space or not group.hierarchy.capacity_pages:
+    if len(text.encode(errors="surrogatepass")) > _PAGE:
+        raise _error(errno.E2BIG, name)
+    key, space, value = text.partition("\0")[0].strip(_SPACES).partition(" ")
+    if key != KEY or not space:
         raise _error(errno.EINVAL, name)
-    value = value.strip()
-    if value == "max":
-        group.max_pages = None
-        return
-    if not value.isascii() or not value.isdigit():
+    limit = None if value == "max" else _kstrtou64(value, name) // _PAGE
+    if not group.hierarchy.capacity_pages:
         raise _error(errno.EINVAL, name)
-    if int(value) > _U64_MAX:
-        raise _error(errno.ERANGE, name)
-    group.max_pages = int(value) // _PAGE
-    if group.hierarchy.request_reclaim is not None and group.should_reclaim():
+    group.max_pages = limit
+    if limit is not None and group.hierarchy.request_reclaim is not None and group.should_reclaim():
         group.hierarchy.request_reclaim(group)
+
+
+def _kstrtou64(text: str, name: str) -> int:
+    """Return the number of ``text``, its base told by its prefix.
+
+    Raises:
+        OSError: ERANGE: its digits are more than 64 bits, whatever follows them; EINVAL: it does
+            not begin with a digit, or not all of it is digits.
+
+    Source:
+        ``kstrtou64()`` with base 0, lib/kstrtox.c.
+    """
+    text = text.removeprefix("+")
+    digits = _DIGITS.match(text)
+    if digits is None:
+        raise _error(errno.EINVAL, name)
+    base = 16 if digits["hex"] else 8 if text[0] == "0" else 10
+    value = digits["hex"] or digits[0]
+    # Counted first, since Python refuses to convert thousands of decimal digits.
+    if len(value.lstrip("0")) > _MOST_DIGITS or int(value, base) > _U64_MAX:
+        raise _error(errno.ERANGE, name)
+    if text[digits.end() :] not in ("", "\n"):
+        raise _error(errno.EINVAL, name)
+    return int(value, base)
 
 
 def _error(number: int, name: str) -> OSError:

@@ -56,7 +56,23 @@ def test_a_file_is_only_where_it_belongs(tree: Hierarchy, path: str, name: str) 
 
 @pytest.mark.parametrize(
     ("text", "pages"),
-    [("sgx_epc 8192", 2), ("sgx_epc 8191\n", 1), ("sgx_epc 0", 0), ("sgx_epc max", None)],
+    [
+        ("sgx_epc 8192", 2),
+        ("sgx_epc 8191\n", 1),
+        ("sgx_epc 0", 0),
+        ("sgx_epc max", None),
+        (" \t\n\v\f\rsgx_epc max\n\n", None),
+        ("sgx_epc 0x3000", 3),
+        ("sgx_epc 0XFfFf", 15),
+        ("sgx_epc 030000", 3),
+        ("sgx_epc 00", 0),
+        ("sgx_epc +8192", 2),
+        ("sgx_epc +0x2000\n", 2),
+        ("sgx_epc 8192\0whatever", 2),
+        ("sgx_epc " + "0" * 4000 + "20000", 2),
+        ("sgx_epc 0xffffffffffffffff", (1 << 52) - 1),
+        ("sgx_epc 01777777777777777777777", (1 << 52) - 1),
+    ],
 )
 def test_limits_are_rounded_down_to_pages(tree: Hierarchy, text: str, pages: int | None) -> None:
     group = tree.find("jobs")
@@ -67,13 +83,36 @@ def test_limits_are_rounded_down_to_pages(tree: Hierarchy, text: str, pages: int
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        ("sgx_epc", errno.EINVAL),
         ("8192", errno.EINVAL),
         ("res_a 8192", errno.EINVAL),
         ("sgx_epc -1", errno.EINVAL),
         ("sgx_epc many", errno.EINVAL),
         ("sgx_epc ٣", errno.EINVAL),
         (f"sgx_epc {1 << 64}", errno.ERANGE),
+        ("sgx_epc  8192", errno.EINVAL),
+        ("sgx_epc\t8192", errno.EINVAL),
+        ("sgx_epc", errno.EINVAL),
+        ("sgx_epc ", errno.EINVAL),
+        ("", errno.EINVAL),
+        ("sgx_epc Max", errno.EINVAL),
+        ("sgx_epc +max", errno.EINVAL),
+        ("sgx_epc max max", errno.EINVAL),
+        ("sgx_epc +", errno.EINVAL),
+        ("sgx_epc ++1", errno.EINVAL),
+        ("sgx_epc +-1", errno.EINVAL),
+        ("sgx_epc 1_000", errno.EINVAL),
+        ("sgx_epc 4096 8192", errno.EINVAL),
+        ("sgx_epc 4KiB", errno.EINVAL),
+        ("sgx_epc 08", errno.EINVAL),
+        ("sgx_epc 0x", errno.EINVAL),
+        ("sgx_epc 0xg", errno.EINVAL),
+        ("sgx_epc 0b1", errno.EINVAL),
+        ("sgx_epc 1\n\n2", errno.EINVAL),
+        ("sgx_epc " + "9" * 4000, errno.ERANGE),
+        ("sgx_epc " + "9" * 4000 + "x", errno.ERANGE),
+        ("sgx_epc 0x10000000000000000", errno.ERANGE),
+        ("sgx_epc 02000000000000000000000", errno.ERANGE),
+        ("sgx_epc " + "9" * 4096, errno.E2BIG),
     ],
 )
 def test_what_is_no_limit_is_refused_and_changes_nothing(
