@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.hw import RepeatingRuntime
 from tests.support.inhabited import AEP, DATA, Inhabited
 
 from softsgx.arch import Status
 from softsgx.hw import Fault, LogicalProcessor, Machine, MachineConfig, recount
 from softsgx.hw.processor import Registers
-from softsgx.runtime import InlineRuntime
 
 THREADS = 2
 PAGE = 4096
@@ -28,7 +28,7 @@ class Half:
 
     def __init__(self, *, fast: bool) -> None:
         config = MachineConfig.with_epc(64 * PAGE, processors=THREADS)
-        self.hw = Machine(config, InlineRuntime(seed=7), fast=fast)
+        self.hw = Machine(config, RepeatingRuntime(seed=7), fast=fast)
         self.enclave = Inhabited(THREADS, self.hw)
         for cpu in self.hw.cpus:
             cpu.regs.xcr0 = 7  # more than the enclave's XFRM

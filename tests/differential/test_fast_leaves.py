@@ -11,12 +11,12 @@ from itertools import chain
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.hw import RepeatingRuntime
 
 from softsgx.arch import PageType, Secs, Status
 from softsgx.hw import EpcPage, Fault, Machine, MachineConfig, PageInfoArgs
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.tracking import count_in, count_out
-from softsgx.runtime import InlineRuntime
 
 PAGES = 3
 SECS, VA, FIRST = 0, 1, 2
@@ -27,7 +27,7 @@ class Half:
     """One machine with an enclave of a few pages, and the buffers that its pages go to."""
 
     def __init__(self, *, fast: bool) -> None:
-        self.hw = Machine(MachineConfig.with_epc(64 << 12), InlineRuntime(seed=7), fast=fast)
+        self.hw = Machine(MachineConfig.with_epc(64 << 12), RepeatingRuntime(seed=7), fast=fast)
         self.base = self.hw.config.sections[0].base
         secs = self.page(SECS)
         secs.fill(PageType.SECS)

@@ -47,6 +47,7 @@ __all__ = [
     "DEFAULT_BASE",
     "Built",
     "PageSpec",
+    "RepeatingRuntime",
     "build_enclave",
     "enter",
     "free_pages",
@@ -123,6 +124,13 @@ def launch_hash(key: rsa.RSAPrivateKey | None = None) -> list[int]:
     return [int.from_bytes(digest[at : at + 8], "little") for at in range(0, 32, 8)]
 
 
+class RepeatingRuntime(InlineRuntime):
+    """An inline runtime whose keys follow from the seed, to compare what two machines write."""
+
+    def entropy(self, size: int) -> bytes:
+        return self.random.randbytes(size)
+
+
 def make_machine(
     *,
     epc_pages: int = 64,
@@ -135,7 +143,7 @@ def make_machine(
     """A machine with one EPC section; other keywords are fields of its configuration."""
     return Machine(
         MachineConfig.with_epc(epc_pages * PAGE_BYTES, **config),
-        InlineRuntime(seed) if runtime is None else runtime,
+        RepeatingRuntime(seed) if runtime is None else runtime,
         store=store,
         tracer=tracer,
     )

@@ -87,8 +87,9 @@ class PlatformConfig:
         epc: size of the EPC; a sequence gives one section each, on NUMA nodes 0, 1, ….
         processors: logical processors, spread over the nodes in turn.
         profile: a name from ``PROFILES``.
-        seed: of everything random; the same seed gives the same events, and, in every version,
-            the same keys by EGETKEY.
+        seed: of everything that decides what happens; the same seed gives the same events, and,
+            in every version, the same keys by EGETKEY.  Keys of one power cycle (paging key,
+            report key id) come from the system's randomness, except on a seeded runtime.
         backing: "memory", or "file" for unnamed temporary files.
         backing_limit: bytes that all evicted pages of one enclave may take; ``None`` for any.
         backing_directory: where files go.

@@ -90,7 +90,7 @@ class Machine:
         self.latch = runtime.latch()
         self.point = runtime.point
         self.locks = LatchedLocks(self.latch) if runtime.concurrent else PageLocks()
-        self.secrets = Secrets(runtime.random)
+        self.secrets = Secrets(runtime.random, runtime.entropy)
         self.ram = Ram()
         self.feature_control = int(FEATURE_CONTROL_READY)
         if config.launch_control:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
 from itertools import count
 
 from cryptography.exceptions import InvalidTag
@@ -107,10 +108,16 @@ class Secrets:
 
     Permanent: ``device_key`` and ``seal_fuses``.  For one power cycle: the paging key and
     ``report_key_id``.  Set by the platform: ``owner_epoch``.
+
+    Args:
+        rng: what the permanent ones are drawn from: a seed makes the same package again, so that
+            data sealed on it can be unsealed.
+        entropy: returns so many random bytes, for what lives for one power cycle.  With a paging
+            key that came twice, the same versions would seal different pages under it.
     """
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random, entropy: Callable[[int], bytes]) -> None:
+        self._entropy = entropy
         self.device_key = rng.randbytes(16)
         self.seal_fuses = rng.randbytes(16)
         self.tee_report_key = rng.randbytes(32)
@@ -119,8 +126,8 @@ class Secrets:
 
     def power_up(self) -> None:
         """Draw everything that lives for one power cycle."""
-        self.paging = PagingKey(self._rng.randbytes(16))
-        self.report_key_id = self._rng.randbytes(32)
+        self.paging = PagingKey(self._entropy(16))
+        self.report_key_id = self._entropy(32)
 
     def derive(self, serialised: bytes) -> bytes:
         """Return the 16-byte key for a serialised set of derivation fields.

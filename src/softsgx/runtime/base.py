@@ -67,7 +67,7 @@ class Runtime(Protocol):
     """Locks, tasks, time and randomness.
 
     Attributes:
-        random: the only source of randomness of everything that runs on it.
+        random: the only source of randomness that decides what happens; a function of a seed.
         concurrent: whether tasks run at the same time on several threads, so that even a single
             read-modify-write needs the :meth:`latch`.
         interleaves: whether another task may run at a :meth:`point`; where it is False, what lies
@@ -77,6 +77,13 @@ class Runtime(Protocol):
     random: random.Random
     concurrent: bool
     interleaves: bool
+
+    def entropy(self, size: int) -> bytes:
+        """Return ``size`` random bytes for a key that nothing outside may predict.
+
+        They come from the system; on the seeded runtime from :attr:`random`, because there the
+        same seed must repeat everything, ciphertext included.
+        """
 
     def lock(self, name: str) -> Lock:
         """Return a new sleeping mutex."""

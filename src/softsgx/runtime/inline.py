@@ -8,6 +8,7 @@ the few who wait for a lock whenever it has to choose.
 from __future__ import annotations
 
 import heapq
+import os
 import random
 import time
 from collections import deque
@@ -180,6 +181,10 @@ class InlineRuntime(Cooperative):
         self._sleep_ns = sleep_ns if sleep_ns is not None else _sleep_really
         self._ready: deque[CoTask] = deque()
         self._lock_waiters: list[CoTask] = []
+
+    def entropy(self, size: int) -> bytes:
+        """Return bytes of the system's random number generator."""
+        return os.urandom(size)
 
     def lock(self, name: str) -> base.Lock:
         """Return a new sleeping mutex."""

@@ -240,6 +240,10 @@ class SeededRuntime(Cooperative):
         """What has happened so far."""
         return Schedule(self.seed, tuple(self._steps))
 
+    def entropy(self, size: int) -> bytes:
+        """Return bytes that follow from the seed."""
+        return self.random.randbytes(size)
+
     def lock(self, name: str) -> base.Lock:
         """Return a new sleeping mutex."""
         return _SeededLock(self, name)

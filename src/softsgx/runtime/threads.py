@@ -9,6 +9,7 @@ Lock order: a runtime lock, then ``_mutex``.  ``_mutex`` is held for a few instr
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -210,6 +211,10 @@ class ThreadsRuntime:
         self._parked: dict[threading.Lock, _ThreadTask] = {}
         self._killing = False
         self._closed = False
+
+    def entropy(self, size: int) -> bytes:
+        """Return bytes of the system's random number generator."""
+        return os.urandom(size)
 
     def lock(self, name: str) -> base.Lock:
         """Return a new sleeping mutex."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from itertools import count
 
 import pytest
+from tests.support.paging import Blob
 
+from softsgx.arch import PAGE_BYTES, PageType, Status
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform
+from softsgx.hw import DEFAULT_EPC_BASE, PageInfoArgs
+from softsgx.runtime import InlineRuntime, Runtime, SeededRuntime, ThreadsRuntime
 from softsgx.trace import Event
 
 
@@ -50,6 +56,44 @@ def test_groups_are_made_with_their_limits() -> None:
 def test_the_same_seed_gives_the_same_secrets_and_another_one_others() -> None:
     keys = [Platform(epc="1MiB", seed=seed).machine.secrets.device_key for seed in (1, 1, 2)]
     assert keys[0] == keys[1] != keys[2]
+
+
+def _evicted(platform: Platform) -> tuple[Blob, ...]:
+    """Return what a machine writes of a page of zeros and of the VA page with its version."""
+    leaves, free = platform.machine.leaves, count(DEFAULT_EPC_BASE, PAGE_BYTES)
+    page, slots, above = (next(free) for _ in range(3))
+    for addr in (page, slots, above):
+        leaves.epa(int(PageType.VA), addr)
+    blobs = []
+    for addr, slot in ((page, slots), (slots, above)):
+        blob = Blob(bytearray(PAGE_BYTES), bytearray(128), slot)
+        assert leaves.ewb(PageInfoArgs(0, blob.srcpge, blob.pcmd, 0), addr, slot) == Status.SUCCESS
+        blobs.append(blob)
+    return tuple(blobs)
+
+
+def test_two_runs_of_one_machine_never_seal_under_the_same_paging_key() -> None:
+    first, second = (Platform(epc="1MiB", seed=1) for _ in range(2))
+    (a, _), (b, slots) = _evicted(first), _evicted(second)
+    # The same page with the same version: with one key, two pages of one key stream.
+    assert a.srcpge != b.srcpge
+    assert first.machine.secrets.report_key_id != second.machine.secrets.report_key_id
+    # The second run's slots, with all its versions, are where they were; the page is the first's.
+    leaves = second.machine.leaves
+    leaves.eldu(slots.args(), DEFAULT_EPC_BASE + PAGE_BYTES, slots.slot)
+    assert leaves.eldu(a.args(), DEFAULT_EPC_BASE, a.slot) == Status.MAC_COMPARE_FAIL
+    assert leaves.eldu(b.args(), DEFAULT_EPC_BASE, b.slot) == Status.SUCCESS
+
+
+@pytest.mark.parametrize("runtime", [InlineRuntime, ThreadsRuntime])
+def test_keys_of_a_power_cycle_follow_from_no_seed(runtime: Callable[[int], Runtime]) -> None:
+    first, second = (Platform(epc="1MiB", runtime=runtime(1)) for _ in range(2))
+    assert _evicted(first)[0].srcpge != _evicted(second)[0].srcpge
+
+
+def test_a_schedule_repeats_what_is_written_byte_for_byte() -> None:
+    first, second = (Platform(epc="1MiB", runtime=SeededRuntime(1)) for _ in range(2))
+    assert _evicted(first) == _evicted(second)
 
 
 def test_what_a_machine_has_sealed_can_be_unsealed_on_it_by_every_version() -> None:
