@@ -2,8 +2,9 @@
 
 RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI and store at R8
 outside, 3 UD2, 4 divide by zero, 5 count RDI down, 6 EACCEPT and 7 EMODPE the page at RDI with the
-SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store it at R8, from 9 on
-the instructions of ``ILLEGAL``; then it exits.
+SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store it at R8, 9 store
+RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, from
+11 on the instructions of ``ILLEGAL``; then it exits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-_OPERATIONS = ("put", "get", "ud2", "div", "spin", "accept", "extend", "vector")
+_OPERATIONS = (
+    *("put", "get", "ud2", "div", "spin", "accept", "extend", "vector", "keep"),
+    "registers",
+)
 
 #: Instructions that are #UD in every enclave, with RSI in EAX, by name.
 ILLEGAL = {
@@ -44,6 +48,10 @@ ILLEGAL = {
 def enclave_code() -> bytes:
     """The enclave's only code page."""
     asm = Assembler()
+    # R10 is free, but for the operation that tells what EENTER has left in it.
+    asm.emit(f"83 fa {1 + _OPERATIONS.index('registers'):02x}")  # cmp edx, number
+    asm.near("0f 84", "registers")
+    asm.label("dispatch")
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
     for number, label in enumerate((*_OPERATIONS, *ILLEGAL), start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
@@ -80,6 +88,16 @@ def enclave_code() -> bytes:
     asm.emit("0f 0b")
     asm.emit("66 49 0f 7e 00")  # movq [r8], xmm0
     asm.near("e9", "exit")
+    asm.label("keep")
+    asm.emit("48 89 37")  # mov [rdi], rsi
+    asm.emit("41 80 09 01")  # or byte [r9], 1
+    asm.emit("48 8b 07 49 89 00")  # mov rax, [rdi]; mov [r8], rax
+    asm.near("e9", "exit")
+    asm.label("registers")
+    asm.emit("4d 89 10 4d 89 58 08")  # mov [r8], r10; mov [r8+8], r11
+    asm.emit("49 89 40 10 49 89 48 18")  # mov [r8+16], rax; mov [r8+24], rcx
+    asm.emit("31 d2")  # xor edx, edx: nothing more
+    asm.near("e9", "dispatch")
     for label, code in ILLEGAL.items():
         asm.label(label)
         asm.emit("89 f0")  # mov eax, esi

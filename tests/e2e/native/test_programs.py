@@ -84,6 +84,8 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
             "shielded",
             "often",
             "alternating",
+            "stacks",
+            "registers",
         ),
         *("dynamic", "execs", "names", "reopen"),
     ],

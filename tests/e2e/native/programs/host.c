@@ -275,6 +275,48 @@ static void alternating(void)
 	}
 }
 
+/* Where EENTER notes RSP for asynchronous exits: URSP of the first SSA frame of thread 0. */
+static uint64_t ursp(void) { return base + 3 * PAGE - 184 + 144; }
+__attribute__((noinline)) static uint64_t depth_of_ursp(int deeper)
+{
+	volatile char room[512];
+	room[0] = deeper;
+	if (deeper) { uint64_t found = depth_of_ursp(deeper - 1); room[1] = 1; return found; }
+	return (uint64_t)__builtin_frame_address(0) - get(0, ursp());
+}
+static void stacks(void)
+{
+	build();
+	uint64_t first = depth_of_ursp(0);
+	for (int round = 0; round < 20; round++)
+		for (int deeper = 0; deeper < 5; deeper++) CHECK(depth_of_ursp(deeper) == first);
+	/* What the enclave puts there itself stays until the next EENTER, whatever stops it. */
+	for (uint64_t i = 0; i < data_pages; i++) {
+		struct run run = {.tcs = base};
+		uint64_t seen = 0;
+		get(0, data); get(0, data);
+		CHECK(!enter(ursp(), 1000 + i, KEEP, 2, (uint64_t)&seen, data + i * PAGE, &run));
+		CHECK(run.function == 4 && seen == 1000 + i);
+	}
+}
+
+/* All registers but RAX, RBX and RCX are passed as they are. */
+int enter_with(struct run *run, enter_t *fn, uint64_t out[4], uint64_t r10, uint64_t r11);
+__asm__(".text\nenter_with:\n push %rbp\n mov %rsp,%rbp\n sub $16,%rsp\n mov %rdi,(%rsp)\n"
+	" mov %rsi,%rax\n mov %rcx,%r10\n mov %r8,%r11\n mov %rdx,%r8\n mov $10,%edx\n mov $2,%ecx\n"
+	" call *%rax\n leave\n ret\n");
+static void registers(void)
+{
+	uint64_t out[4];
+	build();
+	for (uint64_t i = 0; i < 20; i++) {
+		struct run run = {.tcs = base};
+		CHECK(!enter_with(&run, enter, out, i + 0x1010101010101010, ~i) && run.function == 4);
+		CHECK(out[0] == i + 0x1010101010101010 && out[1] == ~i && out[2] == 0);
+		CHECK(out[3] > (uint64_t)enter && out[3] < (uint64_t)enter + PAGE);
+	}
+}
+
 static void names(void)
 {
 	struct stat st;
@@ -407,7 +449,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

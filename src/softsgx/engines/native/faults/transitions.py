@@ -43,6 +43,7 @@ from softsgx.engines.native.faults.culprit import (
 )
 from softsgx.engines.native.faults.outside import Outsiders
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.cpuid import CpuidLeaf
 from softsgx.engines.native.x86.insn import is_illegal_inside
@@ -113,6 +114,7 @@ class Transitions:
         image, regs = thread.image, thread.regs
         regs.orig_rax = _NO_CALL
         regs.rax, regs.rcx = _EENTER, image.aep
+        regs.r11 = int.from_bytes(image.read(regs.rsp + KEPT_R11, 8), "little")
         regs.rip = image.eenter
         tcs, outside = regs.rbx, thread.cpu.inside is None
         number = self._enclu(thread, 0)

@@ -120,6 +120,7 @@ class Loop:
         if thread.borrowable:
             # Now, while it is stopped anyway: whoever it will wait for works ahead.
             self._background()
+            self._permits.going()
         if thread.kicked:
             thread.kicked = False
             if not number and not image.strict:  # where it would have to wait for its turn

@@ -1,7 +1,7 @@
 """The code of our vDSO: entering enclaves, forwarding to the kernel's own vDSO, injected calls.
 
 ``__vdso_sgx_enter_enclave`` has the kernel's contract (``vdso.rst``, ``uapi/asm/sgx.h``), with one
-difference nobody outside can see: EENTER is a system call number that stops for the supervisor,
+difference that programs cannot see: EENTER is a system call number that stops for the supervisor,
 which is cheaper than a trapping instruction, or a few instructions when ``vdso/permits.py`` has
 allowed it beforehand.  ERESUME and the asynchronous exit pointer are a real ENCLU, so a signal
 handler that looks at the interrupted context finds what hardware would show.
@@ -18,6 +18,7 @@ from softsgx.engines.native.x86.asm import Assembler
 __all__ = [
     "CALLS_AT",
     "CALL_WORDS",
+    "KEPT_R11",
     "PERMIT",
     "SCRATCH_BYTES",
     "emit_enter_enclave",
@@ -32,12 +33,15 @@ PERMIT = {
     name: 8 * number
     for number, name in enumerate(
         (
-            *("tcs", "entry", "cssa", "fs", "gs"),
-            *("used", "rsp", "rbp", "outside_fs", "outside_gs"),
+            *("tcs", "entry", "cssa", "fs", "gs", "ursp"),
+            *("used", "outside_fs", "outside_gs"),
         )
     )
 }
 """Offsets of the quadwords of a permit in the shared page; the second line the program writes."""
+
+KEPT_R11 = -8
+"""Where R11 is, from RSP, at the system call that asks for EENTER."""
 
 CALLS_AT, CALL_WORDS = 128, 7
 """Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
@@ -110,8 +114,8 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.emit("53")  # push rbx
     asm.emit("89 c8")  # mov eax, ecx
 
-    # Only EENTER and ERESUME; every reserved byte must be zero.  RDI, RSI, RDX, R8 and R9 are
-    # the enclave's and the handler's: only RCX, R10 and R11 are free here.
+    # Only EENTER and ERESUME; every reserved byte must be zero.  All registers but RAX, RBX and
+    # RCX go to the enclave as they are.
     asm.label("again")
     asm.emit("83 f8 02")  # cmp eax, 2
     asm.near("0f 82", "invalid")  # jb
@@ -129,6 +133,7 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.near("0f 84", "resume")  # je
     _emit_permitted_entry(asm)
     asm.label("ask")
+    asm.emit(f"4c 89 5c 24 {KEPT_R11 & 0xFF:02x}")  # mov [rsp-8], r11: the call overwrites it
     asm.word("b8", abi.SYS_SOFTSGX_EENTER)  # mov eax, number
     asm.emit("0f 05")  # syscall: EENTER of RBX with AEP ``aep``
     asm.label("eenter_after")
@@ -184,38 +189,39 @@ def _emit_permitted_entry(asm: Assembler) -> None:
     has been used, and what is left to do until ``permit_end`` is loading registers.
     """
     at = PERMIT
-    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
-    asm.emit("4d 85 d2")  # test r10, r10
+    asm.near("48 8b 0d", "shared_at")  # mov rcx, [rip+shared_at]
+    asm.emit("48 85 c9")  # test rcx, rcx
     asm.near("0f 84", "ask")  # jz
-    asm.emit("49 39 1a")  # cmp [r10], rbx: tcs
+    asm.emit("48 39 19")  # cmp [rcx], rbx: tcs
     asm.near("0f 85", "ask")  # jne
 
     # rt_sigprocmask(SIG_BLOCK, NULL, rsp, 8): is a signal of faults blocked?
-    asm.emit("57 56 52 50")  # push rdi, rsi, rdx, rax
+    asm.emit("57 56 52 41 52 41 53 50")  # push rdi, rsi, rdx, r10, r11, rax
     asm.emit("31 ff 31 f6")  # xor edi, edi; xor esi, esi
     asm.emit("48 89 e2")  # mov rdx, rsp
     asm.word("41 ba", 8)  # mov r10d, 8
     asm.word("b8", abi.SYS_RT_SIGPROCMASK)  # mov eax, number
     asm.emit("0f 05")  # syscall
-    asm.emit("58 5a 5e 5f")  # pop rax, rdx, rsi, rdi
+    asm.emit("58 41 5b 41 5a 5a 5e 5f")  # pop rax, r11, r10, rdx, rsi, rdi
     asm.word("a9", abi.FAULT_SIGNALS)  # test eax, faults
     asm.near("0f 85", "ask")  # jnz
 
     asm.label("permit")
-    asm.near("4c 8b 15", "shared_at")  # mov r10, [rip+shared_at]
-    asm.emit("49 39 1a")  # cmp [r10], rbx
+    asm.near("48 8b 0d", "shared_at")  # mov rcx, [rip+shared_at]
+    asm.emit("48 39 19")  # cmp [rcx], rbx
     asm.near("0f 85", "ask")  # jne
-    asm.emit(f"49 89 62 {at['rsp']:02x}")  # mov [r10+rsp], rsp
-    asm.emit(f"49 89 6a {at['rbp']:02x}")  # mov [r10+rbp], rbp
+    asm.emit(f"48 8b 41 {at['ursp']:02x}")  # mov rax, [rcx+ursp]
+    asm.emit("48 89 20 48 89 68 08")  # mov [rax], rsp; mov [rax+8], rbp
     asm.emit("f3 48 0f ae c0")  # rdfsbase rax
-    asm.emit(f"49 89 42 {at['outside_fs']:02x}")  # mov [r10+outside_fs], rax
+    asm.emit(f"48 89 41 {at['outside_fs']:02x}")  # mov [rcx+outside_fs], rax
     asm.emit("f3 48 0f ae c8")  # rdgsbase rax
-    asm.emit(f"49 89 42 {at['outside_gs']:02x}")  # mov [r10+outside_gs], rax
-    asm.word(f"49 c7 42 {at['used']:02x}", 1)  # mov qword [r10+used], 1
+    asm.emit(f"48 89 41 {at['outside_gs']:02x}")  # mov [rcx+outside_gs], rax
+    asm.word(f"48 c7 41 {at['used']:02x}", 1)  # mov qword [rcx+used], 1
     asm.label("permitted")
-    asm.emit(f"49 8b 42 {at['fs']:02x} f3 48 0f ae d0")  # mov rax, [r10+fs]; wrfsbase rax
-    asm.emit(f"49 8b 42 {at['gs']:02x} f3 48 0f ae d8")  # mov rax, [r10+gs]; wrgsbase rax
+    asm.emit(f"48 8b 41 {at['fs']:02x} f3 48 0f ae d0")  # mov rax, [rcx+fs]; wrfsbase rax
+    asm.emit(f"48 8b 41 {at['gs']:02x} f3 48 0f ae d8")  # mov rax, [rcx+gs]; wrgsbase rax
+    asm.emit(f"48 8b 41 {at['entry']:02x} 48 89 44 24 f8")  # mov rax, [rcx+entry]; mov [rsp-8], rax
+    asm.emit(f"48 8b 41 {at['cssa']:02x}")  # mov rax, [rcx+cssa]
     asm.near("48 8d 0d", "eenter_after")  # lea rcx, [rip+eenter_after]
-    asm.emit(f"49 8b 42 {at['cssa']:02x}")  # mov rax, [r10+cssa]
-    asm.emit(f"41 ff 62 {at['entry']:02x}")  # jmp [r10+entry]
+    asm.emit("ff 64 24 f8")  # jmp [rsp-8]
     asm.label("permit_end")

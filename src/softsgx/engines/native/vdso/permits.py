@@ -2,28 +2,35 @@
 
 When a thread has entered an enclave through our vDSO and left it with EEXIT, and nothing else has
 happened since, the same EENTER would succeed again, with the same outcome.  A permit says so to
-the vDSO, in a page that the program shares with us: whoever finds one for its TCS loads FS, GS and
-RIP as EENTER does, notes that it was used, and is inside.  At the thread's next stop, whatever the
-reason, the EENTER is done in the machine, with the registers of then, before anything else is; to
-the machine it has happened now.  That is half the stops of a call.
+the vDSO, in a page that the program shares with us: the vDSO of a thread that finds one for its TCS
+stores RSP and RBP in the SSA frame and loads FS, GS, RAX, RCX and RIP, as EENTER does, notes that
+the permit was used, and is inside.  At the thread's next stop, whatever the reason, the EENTER is
+done in the machine, with the registers of then, before anything else is; to the machine it has
+happened now.  That is half the stops of a call.
 
 A permit is given only while the program has one thread, so that nothing of ours can run between its
-use and that stop; and it ends with every stop.
+use and that stop; and it ends with every stop, and when one of the pages that EENTER needs leaves.
+
+What the frame holds as URSP and URBP at that stop is what EENTER stores there: what the vDSO has
+stored, or the enclave since, which may move the stack of its host.
 
 Source:
-    SDM vol. 3D, "EENTER", Operation, for what the vDSO must load.
+    SDM vol. 3D, "EENTER", Operation, for what the vDSO must store and load.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from softsgx.arch import GprSgx
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.vdso.code import PERMIT
 from softsgx.engines.native.vdso.shared_page import SharedPage
-from softsgx.hw import Registers
+from softsgx.hw import EpcPage, Registers
+from softsgx.hw.entry import GPR_OFFSET
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
@@ -31,22 +38,31 @@ if TYPE_CHECKING:
 __all__ = ["Permits"]
 
 _WORD_BYTES = 8
-_TCS, _ENTRY, _CSSA, _FS, _GS, _USED, _RSP, _RBP, _OUT_FS, _OUT_GS = (
+_TCS, _ENTRY, _CSSA, _FS, _GS, _URSP, _USED, _OUT_FS, _OUT_GS = (
     PERMIT[name] // _WORD_BYTES
     for name in (
-        *("tcs", "entry", "cssa", "fs", "gs", "used"),
-        *("rsp", "rbp", "outside_fs", "outside_gs"),
+        *("tcs", "entry", "cssa", "fs", "gs", "ursp"),
+        *("used", "outside_fs", "outside_gs"),
     )
 )
+_URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
+_PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
 
 
 @dataclass(slots=True)
 class _Entry:
-    """An EENTER that succeeded: who, what, and the outcome."""
+    """An EENTER that succeeded: who, what, and the outcome.
+
+    Attributes:
+        gpr: the page that has GPRSGX of the frame.
+        needs: the addresses of the pages without which it would fault.
+    """
 
     thread: ProgramThread
     page: SharedPage
+    gpr: EpcPage
+    needs: tuple[int, ...]
     tcs: int
     rip: int
     cssa: int
@@ -75,8 +91,12 @@ class Permits:
         # Whoever listens wants to hear of an entry when it happens.
         if page is None or thread.cpu.hw.tracer is not None or not self._allowed():
             return
-        regs = thread.regs
-        self._entry = _Entry(thread, page, tcs, regs.rip, regs.rax, regs.fs_base, regs.gs_base)
+        regs, inside = thread.regs, thread.cpu.inside
+        assert inside is not None, "an entry that has succeeded leads nowhere"
+        frame = inside.frame
+        needs = tcs, frame.gpr.linaddr, *(part.linaddr for part in frame.xsave)
+        outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
+        self._entry = _Entry(thread, page, frame.gpr, needs, tcs, *outcome)
         self._fresh = True
 
     def left(self, thread: ProgramThread) -> None:
@@ -87,9 +107,19 @@ class Permits:
         words = entry.page.words
         words[_ENTRY], words[_CSSA] = entry.rip, entry.cssa
         words[_FS], words[_GS] = entry.fs_base, entry.gs_base
-        words[_USED] = 0
+        words[_URSP], words[_USED] = entry.gpr.linaddr + _URSP_OFFSET, 0
         words[_TCS] = entry.tcs
         self._given = self._fresh = True
+
+    def going(self) -> None:
+        """The program is about to go on: end the permit if a page it needs has left meanwhile."""
+        entry = self._entry
+        if entry is None or not self._given:
+            return
+        space = entry.thread.image.space
+        if any(space.entry(needed) is None for needed in entry.needs):
+            entry.page.words[_TCS] = 0
+            self._given, self._entry = False, None
 
     def stopped(self, thread: ProgramThread) -> None:
         """A thread has stopped: call this before anything else is done about it.
@@ -137,7 +167,8 @@ class Permits:
         thread, regs = entry.thread, self._scratch
         image, cpu = thread.image, thread.cpu
         regs.rip = image.eenter
-        regs.rsp, regs.rbp, regs.rflags = words[_RSP], words[_RBP], _RFLAGS
+        regs.rsp, regs.rbp = _PAIR.unpack(cpu.hw.store.read(entry.gpr, _URSP_OFFSET, _PAIR.size))
+        regs.rflags = _RFLAGS
         regs.fs_base, regs.gs_base = words[_OUT_FS], words[_OUT_GS]
         real = cpu.regs
         regs.xcr0 = real.xcr0

@@ -8,6 +8,7 @@ steps.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from softsgx.engines.native.vdso.code import PERMIT
 from softsgx.engines.native.vdso.elf import build_vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.vdso.shared_page import SharedPage
-from softsgx.hw import Machine, MachineConfig
+from softsgx.hw import Machine, MachineConfig, aex
 from softsgx.runtime import InlineRuntime
 
 BASE = 0x7F00_0000_0000
@@ -56,7 +57,11 @@ class Scene:
         self.permits = Permits(lambda: self.alone)
         cpu = self.inhabited.cpu(0)
         aep = BASE + VDSO.aep
-        image = SimpleNamespace(page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep, eenter=EENTER)
+        self.gone: set[int] = set()
+        space = SimpleNamespace(entry=lambda linaddr: None if linaddr in self.gone else (0, 3))
+        image = SimpleNamespace(
+            page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep, eenter=EENTER, space=space
+        )
         self.fake = Thread(image, cpu)
         self.fake.regs.xcr0 = cpu.regs.xcr0
         cpu.regs = cast(Any, self.fake.regs)
@@ -87,12 +92,17 @@ class Scene:
         """What the vDSO does, to the instruction that commits."""
         assert self.word("tcs") == self.tcs
         self.outside()
-        self.write("rsp", EENTER_STACK)
-        self.write("rbp", EENTER_FRAME)
+        self.note_stack(EENTER_STACK, EENTER_FRAME)
         self.write("outside_fs", OUT_FS)
         self.write("outside_gs", OUT_GS)
         self.write("used", 1)
         self.regs.rip = BASE + VDSO.permitted
+
+    def note_stack(self, rsp: int, rbp: int) -> None:
+        """Store URSP and URBP where the permit says."""
+        offset = self.word("ursp") - self.inhabited.base
+        page = self.inhabited.page(offset & -4096)
+        self.inhabited.hw.store.write(page, offset % 4096, struct.pack("<QQ", rsp, rbp))
 
     def inside(self) -> None:
         """What the vDSO does then, and some steps of the enclave."""
@@ -134,6 +144,28 @@ def test_the_machine_is_as_after_an_entry_that_stops() -> None:
     assert other.state() == one.state()
     assert other.word("tcs") == 0
     assert (other.regs.rsp, other.fake.stored) == (0xE000, 0), "the enclave's registers are its own"
+
+
+def test_what_the_enclave_stores_as_urbp_and_ursp_stays() -> None:
+    scene = called_once()
+    scene.use()
+    scene.inside()
+    scene.note_stack(0x5000, 0x6000)
+    scene.permits.stopped(scene.thread)
+    aex(scene.cpu, 32)
+    assert (scene.regs.rsp, scene.regs.rbp) == (0x5000, 0x6000)
+
+
+def test_a_permit_ends_when_a_page_that_eenter_needs_leaves() -> None:
+    for needed in ("tcs", "ursp"):
+        scene = called_once()
+        scene.permits.going()
+        assert scene.word("tcs") == scene.tcs
+        scene.gone.add(scene.word(needed) & -4096)
+        scene.permits.going()
+        assert scene.word("tcs") == 0
+        scene.permits.stopped(scene.thread)
+        assert scene.cpu.inside is None
 
 
 def test_calls_by_permit_go_on_as_long_as_nothing_else_stops_the_thread() -> None:
