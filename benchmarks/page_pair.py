@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from softsgx.arch import PAGE_BYTES, Attributes, PageType, SecInfo, Secs, Status
 from softsgx.hw import Machine, MachineConfig, PageInfoArgs
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime
 
 BATCH = 16
@@ -34,7 +35,9 @@ class Batch:
     """An enclave of 16 pages in a machine, and the memory that they go to."""
 
     def __init__(self, *, fast: bool) -> None:
-        self.hw = Machine(MachineConfig.with_epc(1 << 20), InlineRuntime(), fast=fast)
+        self.hw = Machine(
+            MachineConfig.with_epc(1 << 20), InlineRuntime(), optimised=OPTIMISED if fast else None
+        )
         section = self.hw.config.sections[0]
         self.secs, va = section.page(0), section.page(1)
         self.pages = [section.page(2 + n) for n in range(BATCH)]

@@ -39,6 +39,7 @@ from softsgx.hw import (
     PageTables,
 )
 from softsgx.hw.enclave import Enclave
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
@@ -146,6 +147,7 @@ def make_machine(
         RepeatingRuntime(seed) if runtime is None else runtime,
         store=store,
         tracer=tracer,
+        optimised=OPTIMISED,
     )
 
 

@@ -128,8 +128,8 @@ class Inhabited:
     def cpu(self, number: int) -> LogicalProcessor:
         """Return a processor, in this enclave's process unless it is inside another."""
         cpu = self.hw.cpus[number]
-        if self.readable and self.hw.fast:
-            self.hw.fast = False
+        if self.readable and self.hw.optimised is not None:
+            self.hw.optimised = None
             for each in self.hw.cpus:
                 each.enclu.listen(self.hw.tracer)
         if cpu.inside is None:

@@ -38,6 +38,7 @@ from softsgx.hw import (
     VmExit,
 )
 from softsgx.hw.enclave import Enclave
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
@@ -146,6 +147,7 @@ class Bench:
             self.runtime,
             store=self.store,
             tracer=self.tracer,
+            optimised=OPTIMISED,
         )
         self.cpu = self.machine.kernel
         self.leaves = Leaves(self.cpu)

@@ -22,6 +22,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.host.config import MIN_EPC_PAGES, PlatformConfig, parse_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.kvm import Guest, VepcDevice
 from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
 from softsgx.runtime import InlineRuntime, Runtime
@@ -67,7 +68,11 @@ class Platform:
         self._tracer = self._tell if self._listeners else None
         self._backing = make_backing or self._configured_backing
         self.machine = Machine(
-            self.config.machine(), self.runtime, store=store, tracer=self._tracer
+            self.config.machine(),
+            self.runtime,
+            store=store,
+            tracer=self._tracer,
+            optimised=OPTIMISED,
         )
         self.cgroups = Hierarchy(
             sum(section.pages for section in self.machine.config.sections),

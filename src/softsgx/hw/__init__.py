@@ -12,7 +12,6 @@ from softsgx.hw.dispatch import encls, enclu, enclv
 from softsgx.hw.enclave import Crossings
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
-from softsgx.hw.fast_entry import recount
 from softsgx.hw.faults import (
     ControlProtection,
     DeviceNotAvailable,
@@ -27,6 +26,7 @@ from softsgx.hw.faults import (
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.aex import aex, deliver, interrupt
 from softsgx.hw.leaves.enclu import EncluLeaves
+from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, OptimisedLeaves, traced
 from softsgx.hw.machine import Machine
 from softsgx.hw.msr import rdmsr, wrmsr
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
@@ -36,6 +36,9 @@ from softsgx.hw.store import DictStore, PageStore
 
 __all__ = [
     "DEFAULT_EPC_BASE",
+    "ENCLS",
+    "ENCLU",
+    "ENCLV",
     "EXECUTE",
     "READ",
     "WRITE",
@@ -55,11 +58,13 @@ __all__ = [
     "EpcSection",
     "Fault",
     "GeneralProtection",
+    "Leaf",
     "LeafDone",
     "Leaves",
     "LogicalProcessor",
     "Machine",
     "MachineConfig",
+    "OptimisedLeaves",
     "PageFault",
     "PageInfoArgs",
     "PageStore",
@@ -84,6 +89,6 @@ __all__ = [
     "enclv",
     "interrupt",
     "rdmsr",
-    "recount",
+    "traced",
     "wrmsr",
 ]

@@ -10,15 +10,11 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from inspect import signature
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 from softsgx.arch import (
     FEATURE_CONTROL_READY,
-    Encls,
     Enclu,
-    Enclv,
     SgxFeature,
     Status,
     VmExitReason,
@@ -34,8 +30,7 @@ from softsgx.hw.faults import (
     UndefinedOpcode,
     VmExit,
 )
-from softsgx.hw.leaves import Leaves, traced
-from softsgx.hw.leaves.enclu import ENCLU_LEAVES, traced_enclu
+from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, eid_inside, eid_of, traced
 from softsgx.hw.processor import LogicalProcessor
 
 __all__ = ["INSTRUCTION_BYTES", "encls", "enclu", "enclv"]
@@ -43,36 +38,6 @@ __all__ = ["INSTRUCTION_BYTES", "encls", "enclu", "enclv"]
 INSTRUCTION_BYTES = 3
 """Length of each of the three: 0F 01 and CF, D7 or C0."""
 
-_Leaf: TypeAlias = Encls | Enclu | Enclv
-_Function: TypeAlias = Callable[..., Any]
-
-_KERNEL_LEAVES: Mapping[str, _Function] = {leaf.__name__: leaf for leaf in Leaves.FUNCTIONS}
-_ENCLS: Mapping[int, _Function] = {leaf: _KERNEL_LEAVES[leaf.name.lower()] for leaf in Encls}
-_ENCLV: Mapping[int, _Function] = {leaf: _KERNEL_LEAVES[leaf.name.lower()] for leaf in Enclv}
-
-# Features that a leaf needs, where it is not SGX1 alone.  A table for each instruction, since
-# members of different enumerations are equal when their numbers are.
-_ENCLS_NEEDS: Mapping[Encls, SgxFeature] = {
-    Encls.EAUG: SgxFeature.SGX2,
-    Encls.EMODPR: SgxFeature.SGX2,
-    Encls.EMODT: SgxFeature.SGX2,
-    Encls.ERDINFO: SgxFeature.OVERSUB_ENCLS,
-    Encls.ETRACKC: SgxFeature.OVERSUB_ENCLS,
-    Encls.ELDBC: SgxFeature.OVERSUB_ENCLS,
-    Encls.ELDUC: SgxFeature.OVERSUB_ENCLS,
-    Encls.EUPDATESVN: SgxFeature.EUPDATESVN,
-}
-_ENCLU_NEEDS: Mapping[Enclu, SgxFeature] = {
-    Enclu.EACCEPT: SgxFeature.SGX2,
-    Enclu.EMODPE: SgxFeature.SGX2,
-    Enclu.EACCEPTCOPY: SgxFeature.SGX2,
-    Enclu.EVERIFYREPORT2: SgxFeature.EVERIFYREPORT2,
-    Enclu.EDECCSSA: SgxFeature.EDECCSSA,
-}
-_REGISTERS: Mapping[_Function, tuple[str, ...]] = {
-    leaf: tuple(signature(leaf).parameters)[1:]
-    for leaf in (*_KERNEL_LEAVES.values(), *ENCLU_LEAVES.values())
-}
 _ENTERING = frozenset({Enclu.EENTER, Enclu.ERESUME})
 
 _CF, _ZF = 1 << 0, 1 << 6
@@ -105,15 +70,11 @@ def encls(cpu: LogicalProcessor) -> None:
     if cpu.vmx_nonroot and _exits(cpu.encls_exiting, number):
         raise VmExit(VmExitReason.ENCLS, number)
     _check_enabled(cpu)
-    leaf = Encls(number) if number in _ENCLS else None
-    if leaf is None or not cpu.hw.config.features & _ENCLS_NEEDS.get(leaf, SgxFeature.SGX1):
+    leaf = ENCLS.get(number)
+    if leaf is None or not cpu.hw.config.features & leaf.needs:
         raise GeneralProtection
     _check_memory(cpu)
-
-    function = _ENCLS[leaf]
-    if cpu.hw.tracer is not None:
-        function = traced(function, cpu.hw.tracer)
-    _finish(cpu, leaf, function(cpu, *_operands(cpu, _ENCLS[leaf])))
+    _finish(cpu, leaf, _run(cpu, leaf, eid_of))
 
 
 def enclu(cpu: LogicalProcessor) -> None:
@@ -147,22 +108,18 @@ def enclu(cpu: LogicalProcessor) -> None:
         if cpu.cpl < 3:
             raise UndefinedOpcode
         _check_enabled(cpu)
-        leaf = Enclu(number) if number in ENCLU_LEAVES else None
-        if leaf is None or not cpu.hw.config.features & _ENCLU_NEEDS.get(leaf, SgxFeature.SGX1):
+        leaf = ENCLU.get(number)
+        if leaf is None or not cpu.hw.config.features & leaf.needs:
             raise GeneralProtection
         if not cpu.paging or not cpu.cr0_ne:
             raise GeneralProtection
         if not cpu.mode64 and not cpu.cs.big:
             raise GeneralProtection
-        if (cpu.inside is None) != (leaf in _ENTERING):
+        if (cpu.inside is None) != (number in _ENTERING):
             raise GeneralProtection
 
-        function = ENCLU_LEAVES[leaf]
-        operands = _operands(cpu, function)
-        if cpu.hw.tracer is not None:
-            function = traced_enclu(function, cpu.hw.tracer)
-        result = function(cpu, *operands)
-        if leaf not in _ENTERING and leaf is not Enclu.EEXIT:  # those have set RIP
+        result = _run(cpu, leaf, eid_inside)
+        if number not in _ENTERING and number != Enclu.EEXIT:  # those have set RIP
             _finish(cpu, leaf, result)
 
 
@@ -197,14 +154,11 @@ def enclv(cpu: LogicalProcessor) -> None:
         if _exits(cpu.enclv_exiting, number):
             raise VmExit(VmExitReason.ENCLV, number)
     _check_enabled(cpu)
-    if number not in _ENCLV:
+    leaf = ENCLV.get(number)
+    if leaf is None:
         raise GeneralProtection
     _check_memory(cpu)
-
-    leaf, function = Enclv(number), _ENCLV[number]
-    if cpu.hw.tracer is not None:
-        function = traced(function, cpu.hw.tracer)
-    _finish(cpu, leaf, function(cpu, *_operands(cpu, _ENCLV[number])))
+    _finish(cpu, leaf, _run(cpu, leaf, eid_of))
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -235,22 +189,28 @@ def _exits(bitmap: int, number: int) -> bool:
 # --- registers ----------------------------------------------------------------------------------
 
 
-def _operands(cpu: LogicalProcessor, function: _Function) -> list[int]:
+def _run(cpu: LogicalProcessor, leaf: Leaf, eid: Callable[[LogicalProcessor, int], int]) -> object:
+    """Run a leaf on the operands that its registers hold."""
     mask = -1 if cpu.mode64 else _MODE32
-    return [getattr(cpu.regs, register) & mask for register in _REGISTERS[function]]
+    operands = [getattr(cpu.regs, register) & mask for register in leaf.registers]
+    function, tracer = leaf.function, cpu.hw.tracer
+    if tracer is not None:
+        function = traced(leaf, function, tracer, eid)
+    result: object = function(cpu, *operands)
+    return result
 
 
-def _finish(cpu: LogicalProcessor, leaf: _Leaf, result: object) -> None:
+def _finish(cpu: LogicalProcessor, leaf: Leaf, result: object) -> None:
     """Write what the leaf has returned, and go on behind the instruction."""
     regs = cpu.regs
     if isinstance(result, tuple):  # EDBGRD
         result, data = result
         if result is Status.SUCCESS:
             regs.rbx = data
-    if reports_code(leaf):
+    if reports_code(leaf.number):
         assert isinstance(result, Status), f"{leaf.name} returned {result!r}"
         regs.rax = int(result)
         regs.rflags &= ~_STATUS_FLAGS
         if result is not Status.SUCCESS:
-            regs.rflags |= _CF if reports_in_cf(leaf, result) else _ZF
+            regs.rflags |= _CF if reports_in_cf(leaf.number, result) else _ZF
     regs.rip = regs.rip + INSTRUCTION_BYTES & (-1 if cpu.mode64 else _MODE32)

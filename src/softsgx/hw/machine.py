@@ -33,9 +33,9 @@ from softsgx.hw.config import EpcSection, MachineConfig
 from softsgx.hw.enclave import Crossings, Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
-from softsgx.hw.fast import fast_leaves
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.enclu import EncluLeaves
+from softsgx.hw.leaves.registry import OptimisedLeaves
 from softsgx.hw.locks import LatchedLocks, PageLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
@@ -56,8 +56,8 @@ class Machine:
         runtime: where leaves may be interleaved, and the source of randomness.
         store: where the bytes of resident pages live.
         tracer: receives an event for each leaf; ``None`` costs nothing.
-        fast: whether the hot leaves may run their second implementation (``fast.py``) where the
-            runtime does not interleave and nobody listens.
+        optimised: second implementations of hot leaves (``softsgx.hw.optimised``), which run where
+            the runtime does not interleave and there is no listener; ``None``: the readable ones.
 
     Attributes:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
@@ -83,7 +83,7 @@ class Machine:
         *,
         store: PageStore | None = None,
         tracer: Tracer | None = None,
-        fast: bool = True,
+        optimised: OptimisedLeaves | None = None,
     ) -> None:
         self.config, self.runtime = config, runtime
         self.store: PageStore = DictStore() if store is None else store
@@ -105,16 +105,23 @@ class Machine:
         self._bases = [section.base for section in self._sections]
         self._eids = count(1)
         self.xsave = XsaveLayout(config)
-        self.fast = fast and not runtime.interleaves
-        self.cpus = [LogicalProcessor(self, number) for number in range(config.processors)]
-        for cpu in self.cpus:
-            cpu.enclu = EncluLeaves(cpu)
-        self.virtual_cpus: list[LogicalProcessor] = []
+        self.optimised = None if runtime.interleaves else optimised
         self.tracer: Tracer | None = None
+        self.cpus: list[LogicalProcessor] = []
+        for _number in range(config.processors):
+            self.add_processor()
+        self.virtual_cpus: list[LogicalProcessor] = []
         self.kernel = LogicalProcessor(self, 0)
-        hot = fast_leaves(self.kernel) if self.fast else None
-        self.leaves = Leaves(self.kernel, hot)
+        self.leaves = Leaves(self.kernel, self.optimised)
         self.listen(tracer)
+
+    def add_processor(self) -> LogicalProcessor:
+        """Return one more logical processor, outside of any enclave."""
+        cpu = LogicalProcessor(self, len(self.cpus))
+        cpu.enclu = EncluLeaves(cpu)
+        cpu.enclu.listen(self.tracer)
+        self.cpus.append(cpu)
+        return cpu
 
     def listen(self, tracer: Tracer | None) -> None:
         """Hand every event from now on to ``tracer``; ``None`` stops it."""

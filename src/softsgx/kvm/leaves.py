@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from inspect import signature
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from softsgx.arch import (
@@ -26,14 +26,16 @@ from softsgx.arch import (
     Status,
 )
 from softsgx.hw import (
-    Fault,
+    ENCLS,
+    ENCLV,
     GeneralProtection,
-    LeafDone,
+    Leaf,
     Leaves,
     LogicalProcessor,
     MachineConfig,
     PageInfoArgs,
     UndefinedOpcode,
+    traced,
 )
 from softsgx.trace import Tracer
 
@@ -45,7 +47,6 @@ __all__ = ["GuestLeaves", "exiting_bitmap"]
 _SGX1 = range(Encls.ECREATE, Encls.EWB + 2)  # up to ETRACK, 0CH
 _SGX2 = (Encls.EAUG, Encls.EMODPR, Encls.EMODT)
 _ALL = (1 << 64) - 1
-_ENCLV = frozenset({"edecvirtchild", "eincvirtchild", "esetcontext"})
 
 
 def exiting_bitmap(config: MachineConfig, guest: MachineConfig) -> int:
@@ -93,27 +94,35 @@ class GuestLeaves(Leaves):
     def listen(self, tracer: Tracer | None) -> None:
         """Bind every leaf; events are of the guest's leaves, not of their repetitions."""
         bitmap = self._cpu.encls_exiting
-        for leaf in self.FUNCTIONS:
-            name = leaf.__name__
-            function = leaf
-            if name in _ENCLV:
-                function = _undefined(leaf)
-            elif bitmap >> Encls[name.upper()] & 1:
-                function = self.trapped(leaf)
-            bound: Callable[..., Any] = partial(self._guest.execute, self._cpu, function)
-            if tracer is not None:
-                bound = _traced(bound, leaf, self._cpu.number, tracer)
-            setattr(self, name, bound)
+        for leaf in ENCLV.values():
+            self._bind(leaf, _undefined(leaf.function), tracer)
+        for leaf in ENCLS.values():
+            exits = bitmap >> leaf.number & 1
+            self._bind(leaf, self.trapped(leaf) if exits else leaf.function, tracer)
 
-    def trapped(self, leaf: Callable[..., Any]) -> Callable[..., Any]:
+    def _bind(self, leaf: Leaf, function: Callable[..., Any], tracer: Tracer | None) -> None:
+        guest = self._guest
+
+        def execute(cpu: LogicalProcessor, *operands: Any) -> Any:
+            return guest.execute(cpu, function, *operands)
+
+        bound = execute if tracer is None else traced(leaf, execute, tracer, _no_eid)
+        setattr(self, leaf.name, MethodType(bound, self._cpu))
+
+    def trapped(self, leaf: Leaf) -> Callable[..., Any]:
         """Return what the host executes when the guest's ``leaf`` exits."""
-        match leaf.__name__:
-            case "ecreate":
-                return partial(_ecreate, self._guest, leaf)
-            case "einit":
-                return partial(_einit, self._guest, leaf)
+        match leaf.number:
+            case Encls.ECREATE:
+                return partial(_ecreate, self._guest, leaf.function)
+            case Encls.EINIT:
+                return partial(_einit, self._guest, leaf.function)
             case _:
-                return _not_enabled(leaf)
+                return _not_enabled(leaf.function)
+
+
+def _no_eid(cpu: LogicalProcessor, page: int) -> int:
+    """A guest's events carry no enclave identifier: the host's enclaves are numbered with them."""
+    return 0
 
 
 # --- trapped leaves -------------------------------------------------------------------------------
@@ -190,28 +199,5 @@ def _not_enabled(leaf: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(leaf)
     def run(cpu: LogicalProcessor, *operands: Any) -> Any:
         raise GeneralProtection
-
-    return run
-
-
-def _traced(
-    bound: Callable[..., Any], leaf: Callable[..., Any], number: int, tracer: Tracer
-) -> Callable[..., Any]:
-    """Return ``bound`` with an event at its end; the enclave's identifier is nobody's business."""
-    registers = list(signature(leaf).parameters)[1:]
-    place = registers.index("rcx") if "rcx" in registers else 0
-
-    def run(*operands: Any) -> Any:
-        target = operands[place] if place < len(operands) else 0
-        page = target if isinstance(target, int) else 0
-        try:
-            result = bound(*operands)
-        except Fault as fault:
-            tracer(LeafDone(leaf.__name__, number, page, 0, str(fault)))
-            raise
-        status = result[0] if isinstance(result, tuple) else result
-        text = status.manual_name if isinstance(status, Status) else Status.SUCCESS.manual_name
-        tracer(LeafDone(leaf.__name__, number, page, 0, text))
-        return result
 
     return run

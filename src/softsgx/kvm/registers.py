@@ -7,11 +7,17 @@ Source:
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from inspect import signature
 from typing import TYPE_CHECKING
 
 from softsgx.arch import Encls, SgxFeature, Status, VmExitReason
-from softsgx.hw import GeneralProtection, LogicalProcessor, Registers, UndefinedOpcode, VmExit
+from softsgx.hw import (
+    ENCLS,
+    GeneralProtection,
+    LogicalProcessor,
+    Registers,
+    UndefinedOpcode,
+    VmExit,
+)
 from softsgx.hw import encls as execute_encls
 
 if TYPE_CHECKING:
@@ -61,11 +67,9 @@ def _emulate(guest: Guest, cpu: LogicalProcessor, number: int) -> None:
         raise UndefinedOpcode
     if number not in (Encls.ECREATE, Encls.EINIT):
         raise GeneralProtection
-    name = Encls(number).name.lower()
-    leaf = next(leaf for leaf in guest.leaves.FUNCTIONS if leaf.__name__ == name)
-    registers = list(signature(leaf).parameters)[1:]
+    leaf = ENCLS[number]
     mask = -1 if cpu.mode64 else _MODE32
-    operands = [getattr(cpu.regs, register) & mask for register in registers]
+    operands = [getattr(cpu.regs, register) & mask for register in leaf.registers]
     status = guest.execute(cpu, guest.leaves.trapped(leaf), *operands)
     _finish(cpu, status if isinstance(status, Status) else None)
 

@@ -56,7 +56,7 @@ from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.cpuid import host_cpuid, virtual_leaf
 from softsgx.engines.native.x86.rewrite import cpuid_sites
-from softsgx.hw import EncluLeaves, LogicalProcessor, Machine, interrupt
+from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
@@ -299,11 +299,7 @@ class Supervisor(World):
 
     def _another_cpu(self) -> LogicalProcessor:
         """A thread is a processor, however few the configuration names: nobody waits for one."""
-        cpu = LogicalProcessor(self._machine, len(self._machine.cpus))
-        cpu.enclu = EncluLeaves(cpu)
-        cpu.enclu.listen(self._machine.tracer)
-        self._machine.cpus.append(cpu)
-        return cpu
+        return self._machine.add_processor()
 
     def new_process(self, pid: int, parent: Process) -> Process:
         """A child pays as its parent does."""

@@ -6,43 +6,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
-from inspect import signature
+from collections.abc import Callable
 from types import MethodType
-from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
-from softsgx.hw.epcm import EpcPage
-from softsgx.hw.events import LeafDone
-from softsgx.hw.faults import Fault, VmExit
-from softsgx.hw.leaves.eadd import eadd
-from softsgx.hw.leaves.eaug import eaug
-from softsgx.hw.leaves.eblock import eblock
-from softsgx.hw.leaves.ecreate import ecreate
-from softsgx.hw.leaves.edbgrd import edbgrd
-from softsgx.hw.leaves.edbgwr import edbgwr
-from softsgx.hw.leaves.eextend import eextend
-from softsgx.hw.leaves.einit import einit
-from softsgx.hw.leaves.eld import eldb, eldbc, eldu, elduc
-from softsgx.hw.leaves.emodpr import emodpr
-from softsgx.hw.leaves.emodt import emodt
-from softsgx.hw.leaves.epa import epa
-from softsgx.hw.leaves.erdinfo import erdinfo
-from softsgx.hw.leaves.eremove import eremove
-from softsgx.hw.leaves.esetcontext import esetcontext
-from softsgx.hw.leaves.etrack import etrack, etrackc
-from softsgx.hw.leaves.eupdatesvn import eupdatesvn
-from softsgx.hw.leaves.ewb import ewb
-from softsgx.hw.leaves.virtchild import edecvirtchild, eincvirtchild
+from softsgx.hw.leaves.registry import ENCLS, ENCLV, OptimisedLeaves, eid_of, traced
 from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
-__all__ = ["Leaves", "traced"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["Leaves"]
 
 
 class Leaves:
@@ -52,8 +25,9 @@ class Leaves:
     ordinary memory may be given as objects.  Each attribute is the leaf's own function, whose
     docstring says what it takes, returns and raises.
 
-    Attributes:
-        FUNCTIONS: all of them; the first parameter of each is the processor.
+    Args:
+        cpu: the processor; with ``optimised``, one that has the direct map.
+        optimised: second implementations, used while there is no listener.
     """
 
     ecreate: Callable[[Ref | PageInfoArgs, int], None]
@@ -81,78 +55,18 @@ class Leaves:
     eincvirtchild: Callable[[int, int], Status]
     esetcontext: Callable[[int, Ref], Status]
 
-    FUNCTIONS: ClassVar[tuple[Callable[..., Any], ...]] = (
-        ecreate,
-        eadd,
-        eextend,
-        einit,
-        epa,
-        eblock,
-        etrack,
-        etrackc,
-        ewb,
-        eldb,
-        eldu,
-        eldbc,
-        elduc,
-        eremove,
-        erdinfo,
-        eaug,
-        emodpr,
-        emodt,
-        edbgrd,
-        edbgwr,
-        eupdatesvn,
-        edecvirtchild,
-        eincvirtchild,
-        esetcontext,
-    )
-
-    def __init__(
-        self, cpu: LogicalProcessor, fast: Mapping[str, Callable[..., Any]] | None = None
-    ) -> None:
-        self._cpu, self._fast = cpu, fast or {}
+    def __init__(self, cpu: LogicalProcessor, optimised: OptimisedLeaves | None = None) -> None:
+        self._cpu = cpu
+        self._optimised = {} if optimised is None else optimised.kernel(cpu)
         self.listen(None)
 
     def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf, with an event at its end when somebody listens, bare otherwise."""
-        for leaf in self.FUNCTIONS:
-            bound = leaf if tracer is None else traced(leaf, tracer)
-            setattr(self, leaf.__name__, MethodType(bound, self._cpu))
+        """Bind every leaf, with an event at its end for a listener, bare otherwise."""
+        for leaf in (*ENCLS.values(), *ENCLV.values()):
+            function = leaf.function
+            if tracer is not None:
+                function = traced(leaf, function, tracer, eid_of)
+            setattr(self, leaf.name, MethodType(function, self._cpu))
         if tracer is None:
-            for name, fast in self._fast.items():
-                setattr(self, name, fast)
-
-
-def traced(leaf: Callable[P, R], tracer: Tracer) -> Callable[P, R]:
-    """Return ``leaf`` with a :class:`LeafDone` at each end, fault or not."""
-    name = leaf.__name__
-    registers = list(signature(leaf).parameters)
-    register = "rcx" if "rcx" in registers else "rbx"
-    place = registers.index(register) if register in registers else len(registers)
-
-    @wraps(leaf)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        cpu = args[0]
-        assert isinstance(cpu, LogicalProcessor), f"{name} without a processor"
-        operand = args[place] if place < len(args) else kwargs.get(register)
-        target = operand if isinstance(operand, int) else 0
-        eid = _eid(cpu, target)
-        try:
-            result = leaf(*args, **kwargs)
-        except (Fault, VmExit) as fault:
-            tracer(LeafDone(name, cpu.number, target, eid, str(fault)))
-            raise
-        status = result[0] if isinstance(result, tuple) else result  # EDBGRD has data, too
-        text = status.manual_name if isinstance(status, Status) else "SGX_SUCCESS"
-        tracer(LeafDone(name, cpu.number, target, eid or _eid(cpu, target), text))
-        return result
-
-    return run
-
-
-def _eid(cpu: LogicalProcessor, target: int) -> int:
-    page: EpcPage | None = cpu.hw.pages.get(target & ~0xFFF)
-    if page is None or not page.valid or (page.secs is None and page.enclave is None):
-        return 0
-    return page.owner.eid
+            for name, function in self._optimised.items():
+                setattr(self, name, function)

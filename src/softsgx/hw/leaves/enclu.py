@@ -6,37 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from softsgx.arch import Enclu, Status
-from softsgx.hw.events import LeafDone
-from softsgx.hw.fast_entry import fast_entry
-from softsgx.hw.faults import Fault, VmExit
-from softsgx.hw.leaves.eaccept import eaccept
-from softsgx.hw.leaves.eacceptcopy import eacceptcopy
-from softsgx.hw.leaves.edeccssa import edeccssa
-from softsgx.hw.leaves.eenter import eenter
-from softsgx.hw.leaves.eexit import eexit
-from softsgx.hw.leaves.egetkey import egetkey
-from softsgx.hw.leaves.emodpe import emodpe
-from softsgx.hw.leaves.ereport import ereport
-from softsgx.hw.leaves.eresume import eresume
-from softsgx.hw.leaves.everifyreport2 import everifyreport2
+from softsgx.arch import Status
+from softsgx.hw.faults import VmExit
+from softsgx.hw.leaves.registry import ENCLU, eid_inside, traced
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
-__all__ = ["ENCLU_LEAVES", "EncluLeaves"]
-
-ENCLU_LEAVES: dict[Enclu, Callable[..., Any]] = {
-    Enclu.EREPORT: ereport,
-    Enclu.EGETKEY: egetkey,
-    Enclu.EENTER: eenter,
-    Enclu.ERESUME: eresume,
-    Enclu.EEXIT: eexit,
-    Enclu.EACCEPT: eaccept,
-    Enclu.EMODPE: emodpe,
-    Enclu.EACCEPTCOPY: eacceptcopy,
-    Enclu.EVERIFYREPORT2: everifyreport2,
-    Enclu.EDECCSSA: edeccssa,
-}
+__all__ = ["EncluLeaves"]
 
 
 class EncluLeaves:
@@ -65,14 +41,16 @@ class EncluLeaves:
         self.listen(None)
 
     def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf, with an event at its end when somebody listens, bare otherwise."""
-        for leaf in ENCLU_LEAVES.values():
-            made = leaf if tracer is None else traced_enclu(leaf, tracer)
-            setattr(self, leaf.__name__, _instruction(self._cpu, made))
+        """Bind every leaf, with an event at its end for a listener, bare otherwise."""
         cpu = self._cpu
-        if tracer is None and type(cpu) is LogicalProcessor and cpu.hw.fast:
-            for name, fast in fast_entry(cpu, self.eenter, self.eexit).items():
-                setattr(self, name, fast)
+        for leaf in ENCLU.values():
+            function = leaf.function
+            if tracer is not None:
+                function = traced(leaf, function, tracer, eid_inside)
+            setattr(self, leaf.name, _instruction(cpu, function))
+        if tracer is None and cpu.hw.optimised is not None:
+            for name, function in cpu.hw.optimised.user(cpu, self).items():
+                setattr(self, name, function)
 
 
 def _instruction(cpu: LogicalProcessor, leaf: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,29 +68,4 @@ def _instruction(cpu: LogicalProcessor, leaf: Callable[..., Any]) -> Callable[..
             return leaf(cpu, *operands)
 
     run.__name__, run.__doc__ = leaf.__name__, leaf.__doc__
-    return run
-
-
-def traced_enclu(leaf: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
-    """Return an ENCLU leaf with a :class:`LeafDone` at each end, fault or not."""
-    name = leaf.__name__
-    place = {"eenter": 0, "eresume": 0, "eaccept": 1, "emodpe": 1, "eacceptcopy": 1}.get(name, -1)
-
-    def run(cpu: LogicalProcessor, *operands: int) -> Any:
-        page = operands[place] if place >= 0 else 0
-        before = cpu.inside  # EEXIT leaves it, EENTER finds it
-        result = text = None
-        try:
-            result = leaf(cpu, *operands)
-            text = result.manual_name if isinstance(result, Status) else "SGX_SUCCESS"
-        except Fault as fault:
-            text = str(fault)
-            raise
-        finally:
-            inside = before or cpu.inside
-            eid = 0 if inside is None else inside.enclave.eid
-            tracer(LeafDone(name, cpu.number, page, eid, text or "aborted"))
-        return result
-
-    run.__name__, run.__doc__ = name, leaf.__doc__
     return run

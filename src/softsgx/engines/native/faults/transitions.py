@@ -60,8 +60,8 @@ from softsgx.hw import (
     aex,
     check_access,
     enclu,
-    recount,
 )
+from softsgx.hw.optimised import try_virtual_exit
 
 __all__ = ["Transitions"]
 
@@ -187,7 +187,7 @@ class Transitions:
         aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
         if aep != image.aep and image.read(aep, _ENCLU_BYTES) != _ENCLU:
             return False
-        if not recount(cpu):
+        if not try_virtual_exit(cpu):
             return False
         if thread is not image.current:  # else the fault at hand is its exit
             self._tell_exit(thread, _NO_VECTOR)

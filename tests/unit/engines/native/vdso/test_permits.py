@@ -22,6 +22,7 @@ from softsgx.engines.native.vdso.elf import build_vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.hw import Machine, MachineConfig, aex
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime
 
 BASE = 0x7F00_0000_0000
@@ -51,7 +52,7 @@ class Scene:
 
     def __init__(self) -> None:
         config = MachineConfig.with_epc(64 * 4096, processors=1)
-        self.inhabited = Inhabited(1, Machine(config, InlineRuntime(seed=3), fast=True))
+        self.inhabited = Inhabited(1, Machine(config, InlineRuntime(seed=3), optimised=OPTIMISED))
         self.page = SharedPage(os.memfd_create("permits"))
         self.alone = True
         self.permits = Permits(lambda: self.alone)

@@ -1,7 +1,7 @@
 """The fast leaves against the readable ones, on the same histories.
 
-Method: two machines with the same secrets, one with ``fast=True``, take the same random calls, good
-and bad ones, and must agree in result, EPCM, slots, page bytes and every byte written out.
+Method: two machines with the same secrets, one with optimised leaves, take the same random calls,
+good and bad ones, and must agree in result, EPCM, slots, page bytes and every byte written out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.support.hw import RepeatingRuntime
 from softsgx.arch import PageType, Secs, Status
 from softsgx.hw import EpcPage, Fault, Machine, MachineConfig, PageInfoArgs
 from softsgx.hw.enclave import Enclave
+from softsgx.hw.optimised import OPTIMISED
 from softsgx.hw.tracking import count_in, count_out
 
 PAGES = 3
@@ -27,7 +28,11 @@ class Half:
     """One machine with an enclave of a few pages, and the buffers that its pages go to."""
 
     def __init__(self, *, fast: bool) -> None:
-        self.hw = Machine(MachineConfig.with_epc(64 << 12), RepeatingRuntime(seed=7), fast=fast)
+        self.hw = Machine(
+            MachineConfig.with_epc(64 << 12),
+            RepeatingRuntime(seed=7),
+            optimised=OPTIMISED if fast else None,
+        )
         self.base = self.hw.config.sections[0].base
         secs = self.page(SECS)
         secs.fill(PageType.SECS)

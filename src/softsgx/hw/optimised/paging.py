@@ -1,10 +1,7 @@
-"""EBLOCK, EWB and ELDU once more, for the hot path of a page that comes and goes.
+"""EBLOCK, EWB and ELDU for the hot path of a page that leaves the EPC and comes back.
 
-A second implementation of three leaves for one thread, object operands and child pages.  Each
-looks whether this is a case that succeeds, or an EWB before its ETRACK, with which every batch
-begins.  If it is, the leaf is done here in one piece; in every other case, and whenever anything at
-all is unusual, the readable leaf runs instead, which finds the same state since nothing has
-changed.  ``tests/differential/test_fast_leaves.py`` runs both on the same histories.
+These serve one thread, operands that are objects, and child pages: the cases that succeed, and an
+EWB before its ETRACK, with which every batch begins.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.tracking import TRACKED_AGE
 
-__all__ = ["fast_leaves"]
+__all__ = ["paging_leaves"]
 
 _CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
 _PCMD = struct.Struct("<Q56xQ40x16s")
@@ -36,8 +33,8 @@ _SLOT_MASK = PAGE_BYTES - 8
 _PAGE_MASK = -PAGE_BYTES
 
 
-def fast_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
-    """Return the fast leaves by name, bound to ``cpu``, whose space must be the direct map."""
+def paging_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
+    """Return the leaves by name, bound to ``cpu``, whose space must be the direct map."""
     leaves: dict[str, Callable[..., Any]] = {"eblock": _eblock, "ewb": _ewb, "eldu": _eldu}
     return {name: MethodType(leaf, cpu) for name, leaf in leaves.items()}
 

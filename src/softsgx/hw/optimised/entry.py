@@ -1,11 +1,7 @@
-"""EENTER and EEXIT once more, for calls into an enclave that come and go by the million.
+"""EENTER and EEXIT for calls that go into an enclave and come out by the million.
 
-A second implementation of two leaves where leaves do not interleave, for processors that are no
-guest's.  Each looks whether this is the plain case that succeeds: 64-bit mode, no CET, no debugging
-and no AEX-Notify, everything present, the XSAVE area of a frame in one page.  If it is, the leaf is
-done here in one piece; in every other case the readable leaf runs instead, which finds the same
-state since nothing has changed.  ``tests/differential/test_fast_entry.py`` runs both on the same
-histories.
+These serve processors that are no guest's, in the plain case that succeeds: 64-bit mode, no CET, no
+debugging and no AEX-Notify, everything present, the XSAVE area of a frame in one page.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from softsgx.hw.processor import EnclaveMode, Frame, LogicalProcessor, Outside, 
 from softsgx.hw.space import READ, WRITE
 from softsgx.hw.tracking import count_in, count_out
 
-__all__ = ["fast_entry", "recount"]
+__all__ = ["entry_leaves", "try_virtual_exit"]
 
 _HEAD = struct.Struct("<QQQIIQQQQ")  # STATE up to OGSBASE
 _CHANGED = struct.Struct("<QQQIIQQ")  # STATE up to AEP
@@ -48,10 +44,10 @@ _PAGE_MASK = -PAGE_BYTES
 _TF = 1 << 8
 
 
-def fast_entry(
+def entry_leaves(
     cpu: LogicalProcessor, eenter: Callable[..., Any], eexit: Callable[..., Any]
 ) -> dict[str, Callable[..., Any]]:
-    """Return the fast leaves by name, bound to ``cpu``.
+    """Return the leaves by name, bound to ``cpu``.
 
     Args:
         cpu: the processor.
@@ -186,8 +182,8 @@ def _eexit(cpu: LogicalProcessor, rbx: int) -> bool:
     return True
 
 
-def recount(cpu: LogicalProcessor) -> bool:
-    """Do an interrupt's exit and the ERESUME right behind it, as far as anybody else can tell.
+def try_virtual_exit(cpu: LogicalProcessor) -> bool:
+    """Do an interrupt's exit and the ERESUME behind it, as far as other software can tell.
 
     Afterwards the processor is inside as of the present epoch, without older translations.
 
