@@ -32,7 +32,7 @@ from typing import Any
 from rich.console import Console
 
 from softsgx.cli._common import size_bytes, write_file
-from softsgx.engines.native import PAGERS, doctor
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor
 from softsgx.engines.native import run as run_natively
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
@@ -76,6 +76,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--group", metavar="PATH", help="the group that the program runs in")
     machine.add_argument("--profile", choices=list(PROFILES), help="features of the machine")
+    machine.add_argument(
+        "--cpuid",
+        choices=CPUID_SOURCES,
+        default="profile",
+        help="what CPUID describes: the profile's machine (default), or this one with SGX",
+    )
     machine.add_argument("--config", metavar="FILE", help="a platform described in TOML")
     machine.add_argument(
         "--cpus",
@@ -137,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
             config,
             group=_group(args),
             pager=args.pager,
+            cpuid=args.cpuid,
             cpus=args.cpus,
             tracer=tracer,
             observer=watch,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from softsgx.arch import PAGE_BYTES, AttributesFlags, MiscSelect, SgxFeature
+from softsgx.arch import PAGE_BYTES, SKYLAKE_CLIENT, AttributesFlags, MiscSelect, SgxFeature
 from softsgx.cgroup import CGROUP_DEFECTS
 from softsgx.driver import DEFECTS
 from softsgx.errors import SoftSgxError
@@ -49,10 +49,11 @@ PROFILES: dict[str, dict[str, Any]] = {
         | AttributesFlags.EINITTOKENKEY,
         "xfrm": 0x1F,
         "max_size_64": 36,
+        "model": SKYLAKE_CLIENT,
     },
     "sgx2-server": {},
 }
-"""Features of a Skylake client without SGX2, and of a server with everything we model."""
+"""A Skylake client without SGX2, and a Sapphire Rapids server with everything we model."""
 
 _POLICIES: dict[str, type[Policy]] = {
     "linux": LinuxPolicy,

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from softsgx.arch import (
     INTEL_LEPUBKEYHASH,
+    INTEL_XSAVE,
     PAGE_BYTES,
+    SAPPHIRE_RAPIDS,
     AttributesFlags,
     EpcAddr,
     MiscSelect,
+    ProcessorModel,
     SgxFeature,
     Xfrm,
 )
@@ -55,21 +57,6 @@ class EpcSection:
         return EpcAddr(self.base + index * PAGE_BYTES)
 
 
-# Component: (bytes, offset in the non-compacted XSAVE area); CPUID.0DH sub-leaves.
-_XSAVE_COMPONENTS: Mapping[int, tuple[int, int]] = MappingProxyType(
-    {
-        2: (256, 576),  # AVX
-        3: (64, 960),  # BNDREGS
-        4: (64, 1024),  # BNDCSR
-        5: (64, 1088),  # opmask
-        6: (512, 1152),  # ZMM_Hi256
-        7: (1024, 1664),  # Hi16_ZMM
-        9: (8, 2688),  # PKRU
-        17: (64, 2752),  # TILECFG
-        18: (8192, 2816),  # TILEDATA
-    }
-)
-
 _SGX2_SERVER = (
     SgxFeature.SGX1
     | SgxFeature.SGX2
@@ -107,6 +94,7 @@ class MachineConfig:
         launch_key_hash: reset value of IA32_SGXLEPUBKEYHASH0–3.
         launch_control: whether those MSRs are writable (CPUID SGX_LC and FEATURE_CONTROL).
         cpu_nodes: NUMA node of each processor; node 0 where it is shorter.
+        model: what CPUID says beside SGX.
     """
 
     sections: tuple[EpcSection, ...] = (EpcSection(DEFAULT_EPC_BASE, 0x05D80000),)
@@ -119,12 +107,13 @@ class MachineConfig:
     )
     max_size_32: int = 31
     max_size_64: int = 56
-    xsave: Mapping[int, tuple[int, int]] = field(default_factory=lambda: _XSAVE_COMPONENTS)
+    xsave: Mapping[int, tuple[int, int]] = field(default_factory=lambda: INTEL_XSAVE)
     cpusvn: bytes = bytes([1] * 8 + [0] * 8)
     microcode_svn: bytes = bytes([1] * 8 + [0] * 8)
     launch_key_hash: tuple[int, int, int, int] = INTEL_LEPUBKEYHASH
     launch_control: bool = True
     cpu_nodes: tuple[int, ...] = ()
+    model: ProcessorModel = SAPPHIRE_RAPIDS
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sections) <= _MAX_SECTIONS:

@@ -8,15 +8,18 @@ from softsgx.engines.native.doctor import Finding, choose_pager, doctor
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.run import (
+    CPUID_SOURCES,
     NativePlatformConfig,
     Observer,
     RunResult,
+    cpuid_of,
     native_platform,
     run,
 )
 from softsgx.engines.native.supervisor import Supervisor
 
 __all__ = [
+    "CPUID_SOURCES",
     "PAGERS",
     "Finding",
     "NativePlatformConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "RunResult",
     "Supervisor",
     "choose_pager",
+    "cpuid_of",
     "doctor",
     "native_platform",
     "run",

@@ -8,21 +8,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
-from softsgx.engines.native.x86.cpuid import host_cpuid, xsave_components
+from softsgx.engines.native.x86.cpuid import (
+    CpuidLeaf,
+    host_cpuid,
+    virtual_leaf,
+    xsave_components,
+)
+from softsgx.engines.native.x86.profile import ProfileCpuid, intel_layout
+from softsgx.engines.native.x86.tsc import tsc_khz
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
 from softsgx.trace import Tracer
 
-__all__ = ["NativePlatformConfig", "Observer", "RunResult", "native_platform", "run"]
+__all__ = [
+    "CPUID_SOURCES",
+    "NativePlatformConfig",
+    "Observer",
+    "RunResult",
+    "cpuid_of",
+    "native_platform",
+    "run",
+]
+
+CPUID_SOURCES = ("profile", "host")
+"""What CPUID describes to the program: the profile's machine, or this one, with SGX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +74,44 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class NativePlatformConfig(PlatformConfig):
-    """A platform whose processors are this machine's, as far as their registers go."""
+    """A platform whose processors are this machine's, as far as their registers go.
+
+    Attributes:
+        cpuid: one of :data:`CPUID_SOURCES`.
+    """
+
+    cpuid: str = "profile"
 
     def machine(self) -> MachineConfig:
         """Return the machine described, with the XSAVE state that threads here really have."""
-        described = super().machine()
-        xcr0, components = xsave_components(host_cpuid())
-        return replace(described, xsave=components, xfrm=described.xfrm & xcr0)
+        described, host = super().machine(), host_cpuid()
+        xcr0, real = xsave_components(host)
+        layout = intel_layout(host) if self.cpuid == "profile" else real
+        return replace(described, xsave=layout, xfrm=described.xfrm & xcr0)
 
 
-def native_platform(config: PlatformConfig, tracer: Tracer | None = None) -> Platform:
+def native_platform(
+    config: PlatformConfig, tracer: Tracer | None = None, *, cpuid: str = "profile"
+) -> Platform:
     """Return a platform for a :class:`Supervisor`: made of ``config``, pages in memory files."""
-    own = NativePlatformConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
-    return Platform(own, store=NativeStore(), tracer=tracer)
+    values = {item.name: getattr(config, item.name) for item in fields(PlatformConfig)}
+    return Platform(NativePlatformConfig(**values, cpuid=cpuid), store=NativeStore(), tracer=tracer)
+
+
+def cpuid_of(config: MachineConfig, source: str) -> Callable[[int, int], CpuidLeaf]:
+    """Return what CPUID (leaf, sub-leaf) gives the program on a machine.
+
+    Args:
+        config: the machine, of a :func:`native_platform`.
+        source: one of :data:`CPUID_SOURCES`.
+
+    Raises:
+        SoftSgxError: the time-stamp counter's frequency is not known.
+    """
+    host = host_cpuid()
+    if source == "host":
+        return partial(virtual_leaf, host, config)
+    return ProfileCpuid(host, config, tsc_khz(host), os.cpu_count() or 1)
 
 
 def run(
@@ -75,6 +120,7 @@ def run(
     *,
     group: str = "/",
     pager: str | None = None,
+    cpuid: str = "profile",
     cpus: set[int] | None = None,
     strict: bool = False,
     tracer: Tracer | None = None,
@@ -91,6 +137,8 @@ def run(
         config: the platform; or give its fields as keywords (``epc="64MiB"``).
         group: path of the group that pays for its EPC.
         pager: one of :data:`PAGERS`; the best this machine allows by default.
+        cpuid: what CPUID describes: the machine of the profile, as far as this one can keep the
+            promise, or this one, with SGX ("host").
         cpus: processors that program and supervisor may run on; by default one while the program
             has one thread, which is the fastest for it, and otherwise all that we may use.
         strict: whoever touches an enclave's memory from outside reads ones and stores nothing, as
@@ -108,15 +156,23 @@ def run(
     """
     if pager is not None and pager not in PAGERS:
         raise SoftSgxError(f"pager = {pager!r}: not known; give one of {', '.join(PAGERS)}")
+    if cpuid not in CPUID_SOURCES:
+        raise SoftSgxError(f"cpuid = {cpuid!r}: not known; give {' or '.join(CPUID_SOURCES)}")
     for finding in doctor():
         if finding.needed and not finding.ok:
             raise SoftSgxError(f"{finding.name}: {finding.text}")
     described = config.but(**keywords) if config else PlatformConfig.of(**keywords)
-    with native_platform(described, tracer) as platform:
+    with native_platform(described, tracer, cpuid=cpuid) as platform:
         assert platform.driver is not None, "a platform that runs has its driver"
         pays = platform.cgroups.make(group) if group.strip("/") else platform.cgroups.root
         supervisor = Supervisor(
-            platform.machine, platform.driver, group=pays, pager=pager, cpus=cpus, strict=strict
+            platform.machine,
+            platform.driver,
+            group=pays,
+            cpuid=cpuid_of(platform.machine.config, cpuid),
+            pager=pager,
+            cpus=cpus,
+            strict=strict,
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)

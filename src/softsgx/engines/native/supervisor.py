@@ -54,7 +54,8 @@ from softsgx.engines.native.tracing.start import install_vdso, share_page, start
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.permits import Permits
-from softsgx.engines.native.x86.cpuid import host_cpuid, virtual_leaf
+from softsgx.engines.native.x86.areas import AreaLayouts
+from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.engines.native.x86.rewrite import cpuid_sites
 from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
@@ -77,6 +78,7 @@ class Supervisor(World):
         machine: its store is a :class:`NativeStore`.
         driver: the driver on it.
         group: who pays for the EPC of the program.
+        cpuid: what CPUID (leaf, sub-leaf) gives the program.
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
@@ -92,6 +94,7 @@ class Supervisor(World):
         driver: Driver,
         *,
         group: Group,
+        cpuid: Callable[[int, int], CpuidLeaf],
         pager: str | None = None,
         cpus: set[int] | None = None,
         strict: bool = False,
@@ -110,14 +113,14 @@ class Supervisor(World):
         self._permitting = not strict and can_write_fsbase()
         self._store.cpuid_sites = None if self._faulting else cpuid_sites
         self._registry = Registry()
-        self._host = host_cpuid()
+        _xcr0, real = xsave_components(host_cpuid())
+        self._areas = AreaLayouts(real, machine.config.xsave)
         self._images: dict[int, Image] = {}
         self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         machine.ram = NativeRam(self._images)
-        config = machine.config
         transitions = Transitions(
-            lambda leaf, sub: virtual_leaf(self._host, config, leaf, sub),
+            cpuid,
             AbortPage(self._store, self._quieten),
             self._tell_refused,
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
@@ -290,7 +293,7 @@ class Supervisor(World):
         cpu.cpl = 3
         if image.wired:
             cpu.space = image.space
-        thread = ProgramThread(tid, process, image, cpu)
+        thread = ProgramThread(tid, process, image, cpu, self._areas)
         image.threads[tid] = thread
         process.alive += 1
         if self._affinity is not None:

@@ -196,9 +196,9 @@ class Transitions:
     def leave(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> None:
         """Asynchronous exit; registers are loaded, and stored afterwards."""
         cpu = thread.cpu
-        cpu.regs.xsave = thread.xstate()
+        cpu.regs.xsave = thread.machine_xstate()
         aex(cpu, vector, code, address)
-        thread.set_xstate(cpu.regs.xsave)
+        thread.set_machine_xstate(cpu.regs.xsave)
         thread.store()
         if vector != _INTERRUPT:  # else the way leads back in, through an ENCLU that may trap
             self._went_out(thread)
@@ -396,7 +396,7 @@ class Transitions:
         operand = regs.rcx
         while True:
             if leaf == _ERESUME:
-                cpu.regs.xsave = thread.xstate()
+                cpu.regs.xsave = thread.machine_xstate()
             try:
                 _execute(cpu, leaf)
                 break
@@ -410,7 +410,7 @@ class Transitions:
             except Fault as fault:
                 return self._refused(thread, leaf, fault)
         if leaf == _ERESUME:
-            thread.set_xstate(cpu.regs.xsave)
+            thread.set_machine_xstate(cpu.regs.xsave)
         thread.store()
         if leaf in _ENTRIES:
             self._went_in(thread)

@@ -11,6 +11,7 @@ from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.image import Image, ImageMemory
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
 
@@ -46,6 +47,7 @@ class ProgramThread(Thread):
         process: its thread group.
         image: its address space.
         cpu: the logical processor it is.
+        areas: where XSAVE components are on this machine, and where the program is told they are.
         running: whether it may be executing; ``False`` while stopped by us.
         pending: a stop that came while we wanted something else of it.
         blocked: its signal mask from before it entered an enclave, when we changed it.
@@ -62,6 +64,7 @@ class ProgramThread(Thread):
     process: Process
     image: Image
     cpu: LogicalProcessor
+    areas: AreaLayouts
     running: bool = False
     pending: list[Stop] = field(default_factory=list)
     blocked: int | None = None
@@ -81,6 +84,16 @@ class ProgramThread(Thread):
         regs.xcr0 = self.cpu.hw.config.xcr0
         self.cpu.regs = cast(Registers, regs)
         self.inject_at = self.image.vdso_base + self.image.vdso.inject
+
+    # --- the processor --------------------------------------------------------------------------
+
+    def machine_xstate(self) -> bytes:
+        """Return the XSAVE area in the layout that CPUID describes."""
+        return self.areas.described(self.xstate())
+
+    def set_machine_xstate(self, area: bytes) -> None:
+        """Replace the XSAVE area by one in the layout that CPUID describes."""
+        self.set_xstate(area if self.areas.same else self.areas.real(area, self.xstate()))
 
     # --- the driver's task ----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""CPUID as the program shall see it: this machine's, with SGX of the software machine.
+"""CPUID of this machine, and as a program may see it: with SGX of the software machine.
 
 Source:
     SDM vol. 2A, "CPUID"; vol. 3D, "Discovering Support for Intel SGX"; SDM vol. 3D, CPUID.12H.
@@ -24,10 +24,11 @@ CpuidLeaf: TypeAlias = tuple[int, int, int, int]
 
 _SGX_LEAF = CPUID_SGX_LEAF
 _FEATURES_LEAF = 7
-_HIGHEST_BASIC = 0x20
+_HIGHEST_BASIC = 0x24
+_HYPERVISOR, _HIGHEST_HYPERVISOR, _HYPERVISOR_BIT = 0x4000_0000, 0x4000_0010, 1 << 31
 _HIGHEST_EXTENDED = 0x8000_0028
 _SUBLEAVES = {4: 16, 7: 4, 0xB: 8, 0xD: 64, 0xF: 4, 0x10: 4, 0x14: 4, 0x17: 4, 0x18: 16}
-_SUBLEAVES |= {0x1F: 8, 0x8000_001D: 16, 0x8000_0026: 8}
+_SUBLEAVES |= {0x1D: 2, 0x1E: 2, 0x1F: 8, 0x24: 2, 0x8000_001D: 16, 0x8000_0026: 8}
 
 # push rbx; mov r9,rdx (out); mov eax,edi; mov ecx,esi; cpuid; store four words; pop rbx; ret
 _THUNK = bytes.fromhex(
@@ -45,6 +46,10 @@ class HostCpuid:
             for leaf in range(first, highest + 1):
                 for sub in range(_SUBLEAVES.get(leaf, 1)):
                     self._leaves[leaf, sub] = execute(leaf, sub)
+        if self(1, 0)[2] & _HYPERVISOR_BIT:
+            for leaf in range(_HYPERVISOR, _HIGHEST_HYPERVISOR + 1):
+                if leaf <= max(execute(_HYPERVISOR, 0)[0], _HYPERVISOR + 1):
+                    self._leaves[leaf, 0] = execute(leaf, 0)
 
     def __call__(self, leaf: int, sub: int) -> CpuidLeaf:
         """Return a leaf; zeros where there is none."""
@@ -74,7 +79,7 @@ def host_cpuid() -> HostCpuid:
 
 
 def virtual_leaf(host: HostCpuid, config: MachineConfig, leaf: int, sub: int) -> CpuidLeaf:
-    """Return what CPUID gives the program.
+    """Return what CPUID gives a program that sees this machine, with SGX.
 
     Args:
         host: this machine.

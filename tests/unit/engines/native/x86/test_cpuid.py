@@ -1,4 +1,4 @@
-"""CPUID is this machine's, but for what belongs to SGX."""
+"""CPUID as the host's view gives it is this machine's, but for what belongs to SGX."""
 
 from __future__ import annotations
 

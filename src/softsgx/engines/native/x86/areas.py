@@ -1,0 +1,56 @@
+"""XSAVE areas in two layouts: this machine's own, and the one its CPUID describes to the program.
+
+The non-compacted form has each component where CPUID.0DH says, which vendors have chosen
+differently.  What SSA frames hold must agree with what the program reads in CPUID.
+
+Source:
+    SDM vol. 1, "XSAVE-managed state", "Standard Format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["AreaLayouts"]
+
+_EXTENDED = 576
+
+
+class AreaLayouts:
+    """Converts between the two layouts.
+
+    Args:
+        real: XSAVE component: (bytes, offset) on this machine.
+        described: the same as the program sees it; the same components, as large.
+    """
+
+    def __init__(
+        self, real: Mapping[int, tuple[int, int]], described: Mapping[int, tuple[int, int]]
+    ) -> None:
+        places = [
+            (size, offset, described[number][1])
+            for number, (size, offset) in real.items()
+            if number in described
+        ]
+        self.same = all(real_at == described_at for _size, real_at, described_at in places)
+        self._places = places
+        self._size = max((at + size for size, _real, at in places), default=_EXTENDED)
+
+    def described(self, area: bytes) -> bytes:
+        """Return an area of this machine as the program shall find it."""
+        if self.same:
+            return area
+        made = bytearray(area[:_EXTENDED].ljust(self._size, b"\0"))
+        for size, real_at, at in self._places:
+            made[at : at + size] = area[real_at : real_at + size].ljust(size, b"\0")
+        return bytes(made)
+
+    def real(self, area: bytes, before: bytes) -> bytes:
+        """Return ``before``, an area of this machine, with the state of a described area."""
+        if self.same:
+            return area
+        made = bytearray(before)
+        made[:_EXTENDED] = area[:_EXTENDED]
+        for size, real_at, at in self._places:
+            made[real_at : real_at + size] = area[at : at + size].ljust(size, b"\0")
+        return bytes(made)
