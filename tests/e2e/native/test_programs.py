@@ -21,6 +21,7 @@ from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, RunResult, doctor, run
+from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
 from softsgx.report import Collector
@@ -92,6 +93,27 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
 )
 def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scenario: str) -> None:
     assert program.run(scenario).exit_code == 0
+
+
+@pytest.mark.parametrize("pager", usable_pagers())
+def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
+    program: Program, pager: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zapped: list[tuple[int, int]] = []
+    handle = Transitions._inside_fault
+
+    def handle_late(self: Transitions, thread: Any, number: int, address: int, code: int) -> int:
+        """Handle a fault after the reclaimer has taken the page of the code from page tables."""
+        rip, space = thread.load().rip, thread.image.space
+        if rip != address and zapped[-1:] != [(rip, address)]:
+            zapped.append((rip, address))
+            space.zap(rip & -4096)
+            space._store.settle()
+        return handle(self, thread, number, address, code)
+
+    monkeypatch.setattr(Transitions, "_inside_fault", handle_late)
+    assert program.run("readers", pager=pager).exit_code == 0
+    assert len(zapped) > DATA_PAGES
 
 
 def test_calls_of_one_thread_stop_once_and_are_counted_all_the_same(

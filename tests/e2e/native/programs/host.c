@@ -300,6 +300,15 @@ static void stacks(void)
 	}
 }
 
+/* Loads from pages that are mapped read-only, each of which has left the EPC meanwhile. */
+static void readers(void)
+{
+	build();
+	for (uint64_t i = 0; i < data_pages; i++) put(0, data + i * PAGE, i);
+	CHECK(!mprotect((void *)data, data_pages * PAGE, PROT_READ));
+	for (uint64_t i = 0; i < 3 * data_pages; i++) CHECK(get(i & 1, data + i * 7 % data_pages * PAGE) == i * 7 % data_pages);
+}
+
 /* All registers but RAX, RBX and RCX are passed as they are. */
 int enter_with(struct run *run, enter_t *fn, uint64_t out[4], uint64_t r10, uint64_t r11);
 __asm__(".text\nenter_with:\n push %rbp\n mov %rsp,%rbp\n sub $16,%rsp\n mov %rdi,(%rsp)\n"
@@ -449,7 +458,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"readers", readers}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

@@ -13,7 +13,7 @@ from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.insn import decode, is_write
 from softsgx.hw import EXECUTE, READ, WRITE
 
-__all__ = ["LONGEST", "access_at", "code_at", "float_vector", "pfec", "repeat", "send"]
+__all__ = ["LONGEST", "access_at", "again", "code_at", "float_vector", "pfec", "repeat", "send"]
 
 LONGEST = 15
 """Bytes of an instruction at most."""
@@ -23,25 +23,53 @@ _PAGE_MASK = -PAGE_BYTES
 _SPURIOUS_LIMIT = 10_000
 
 
-def access_at(thread: ProgramThread, address: int) -> int:
-    """Return what kind of access faulted at ``address``: READ, WRITE or EXECUTE."""
+def access_at(thread: ProgramThread, address: int) -> int | None:
+    """Return what kind of access faulted at ``address``: READ, WRITE or EXECUTE.
+
+    ``None``: the instruction has left the EPC since; see :func:`again`.
+    """
     regs = thread.regs
-    code = code_at(thread, regs.rip)
-    # A fetch faults at RIP, or at the start of the page that the instruction runs into.
     ahead = address - regs.rip
-    if ahead == 0 or (0 < ahead < LONGEST and address % PAGE_BYTES == 0):
-        insn = decode(code)
-        if ahead == 0 or insn is None or insn.length > ahead:
+    if ahead == 0:
+        return EXECUTE
+    code = code_at(thread, regs.rip)
+    if code is None:
+        return None
+    # A fetch faults at RIP, or at the start of the page that the instruction runs into.
+    if 0 < ahead < LONGEST and address % PAGE_BYTES == 0:
+        insn = decode(code[:ahead])
+        if insn is None:
             return EXECUTE
     return WRITE if is_write(code, address, regs.rsp, regs.rdi) else READ
 
 
-def code_at(thread: ProgramThread, rip: int) -> bytes:
-    """Return the instruction's bytes; of an enclave's from the memory file."""
-    device = thread.image.device_at(rip)
+def code_at(thread: ProgramThread, rip: int) -> bytes | None:
+    """Return the bytes of the instruction at ``rip``, or more; an enclave's from its memory file.
+
+    ``None``: another thread's fault has taken some of them out of the EPC since they were executed.
+    """
+    image = thread.image
+    device = image.device_at(rip)
     if device is None:
-        return thread.image.read(rip, LONGEST)
-    return device.memory.code(rip, LONGEST)
+        return image.read(rip, LONGEST)
+    if not image.space.is_shown(rip):
+        return None
+    code = device.memory.code(rip, LONGEST)
+    rest = PAGE_BYTES - rip % PAGE_BYTES
+    if rest < LONGEST and not image.space.is_shown(rip + rest):
+        code = code[:rest]
+        if decode(code) is None:
+            return None
+    return code
+
+
+def again(thread: ProgramThread) -> bool:
+    """What an instruction did cannot be told any more: whether to execute it again.
+
+    That brings its bytes back, by a fault of its own, and then the event itself.  ``False``: it has
+    been executed again so often that its bytes will never be there.
+    """
+    return repeat(thread, thread.regs.rip)
 
 
 def repeat(thread: ProgramThread, address: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.abort import AbortPage
-from softsgx.engines.native.faults.culprit import access_at, repeat, send
+from softsgx.engines.native.faults.culprit import access_at, again, repeat, send
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE
 
@@ -37,6 +37,8 @@ class Outsiders:
         if image.mm.find(address) is None:
             return number
         access = access_at(thread, address)
+        if access is None:
+            return 0 if again(thread) else number
         if self._is_mapped(thread, address, access):
             if image.is_covered(address) or not image.space.is_shown(address):
                 return self.aborted(thread, address, access)
@@ -55,10 +57,12 @@ class Outsiders:
         image, other = thread.image, thread.siginfo().addr
         if image.mm.find(other) is None:
             return number
-        access = access_at(thread, other)
-        if self._is_mapped(thread, other, access):
+        other_access = access_at(thread, other)
+        if other_access is None:
+            return 0 if again(thread) else number
+        if self._is_mapped(thread, other, other_access):
             return 0 if repeat(thread, other) else number
-        return self._outcome(thread, number, image.mm.fault(other, access, thread), other)
+        return self._outcome(thread, number, image.mm.fault(other, other_access, thread), other)
 
     def _is_mapped(self, thread: ProgramThread, address: int, access: int) -> bool:
         """Return whether page tables have the page and allow the access."""

@@ -35,6 +35,7 @@ from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.culprit import (
     LONGEST,
     access_at,
+    again,
     code_at,
     float_vector,
     pfec,
@@ -78,7 +79,7 @@ _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
 _FPE_INTDIV = 1
 _INTERRUPT = 0xFD
-#: Signals of faults for which the instruction must be looked at, but for page faults.
+#: Signals of faults whose meaning depends on the instruction; of SIGSEGV those of no page fault.
 _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
 _EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
@@ -230,12 +231,15 @@ class Transitions:
     def _inside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
         regs = thread.regs
         vector: int
+        page_fault = number == abi.SIGSEGV and info.code in (1, 2)
         code = code_at(thread, regs.rip)
+        if code is None:
+            # Not even whether it was an ENCLU that we had marked can be told now.
+            if number in _BY_CODE and not page_fault and again(thread):
+                return 0
+            code = b""
         if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self._enclu(thread, number)
-        page_fault = number == abi.SIGSEGV and info.code in (1, 2)
-        if number in _BY_CODE and not page_fault and self._code_has_left(thread):
-            return 0
         match number:
             case abi.SIGSEGV if page_fault:
                 return self._inside_fault(thread, number, info.addr, info.code)
@@ -255,15 +259,6 @@ class Transitions:
             number = abi.SIGILL
         return self._exception(thread, number, vector)
 
-    def _code_has_left(self, thread: ProgramThread) -> bool:
-        """Return whether the code that stopped a thread inside was hidden since: execute it again.
-
-        What its bytes were, and whether it was an ENCLU that we had marked, cannot be told now.
-        """
-        inside, rip = thread.cpu.inside, thread.regs.rip
-        assert inside is not None, "code of an enclave outside an enclave"
-        return inside.enclave.covers(rip) and not thread.image.space.is_shown(rip)
-
     def _inside_fault(
         self, thread: ProgramThread, number: int, address: int, signal_code: int
     ) -> int:
@@ -280,6 +275,10 @@ class Transitions:
                     return self._fault_is_mended(thread)
         thread.load()
         access = access_at(thread, address)
+        if access is None:
+            if again(thread):
+                return 0
+            access = READ
         return self._page_fault(thread, number, address, access, signal_code)
 
     def _page_fault(
