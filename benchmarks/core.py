@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterator
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
-from softsgx.driver import FaultResult, SoftProcess
+from softsgx.driver import FaultResult
 from softsgx.host import Platform, parse_size
 from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
 from softsgx.paging import Fifo
+from softsgx.userland import SoftProcess
 
 BASE = 0x7000_0000_0000
 READ = 1

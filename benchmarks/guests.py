@@ -25,7 +25,6 @@ import time
 from dataclasses import dataclass
 
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, PageType, Secs, Tcs
-from softsgx.driver import SoftProcess
 from softsgx.host import GuestPlatform, Platform
 from softsgx.image import (
     MASK_NONE,
@@ -38,6 +37,7 @@ from softsgx.image import (
     sign_plan,
     throwaway_key,
 )
+from softsgx.userland import SoftProcess
 
 BASE = 0x7000_0000_0000
 FLAGS = AttributesFlags.MODE64BIT.value

@@ -15,7 +15,8 @@ from errno import EAGAIN, EBUSY, ENOMEM
 from tests.support.driver import BASE, RW, Launched, System, launch, pattern
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
-from softsgx.driver import FaultResult, Signal, SoftProcess
+from softsgx.driver import FaultResult
+from softsgx.userland import Signal, SoftProcess
 
 REG, TRIM = PageType.REG << 8, PageType.TRIM << 8
 PENDING, MODIFIED, PR = 8, 16, 32

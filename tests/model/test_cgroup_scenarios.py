@@ -12,9 +12,9 @@ import pytest
 from tests.support.driver import Launched, launch, pattern
 
 from softsgx.cgroup import VictimKilled, read_file, write_file
-from softsgx.driver import Signal, SoftThread
 from softsgx.host import Platform
 from softsgx.trace import Event
+from softsgx.userland import Signal, SoftThread
 
 PAGE = 4096
 

@@ -29,15 +29,7 @@ from tests.support.driver import (
 )
 
 from softsgx.arch import PAGE_BYTES, VA_SLOTS, PageType, Status
-from softsgx.driver import (
-    DEFECTS,
-    DRIVER_DEFECTS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    FaultResult,
-    Signal,
-    SoftProcess,
-)
+from softsgx.driver import DEFECTS, DRIVER_DEFECTS, MAP_FIXED, MAP_PRIVATE, FaultResult
 from softsgx.driver import enclave as enclave_module
 from softsgx.driver.page import EnclavePage
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, GeneralProtection, Machine, MachineConfig
@@ -52,6 +44,7 @@ from softsgx.paging import (
     NoEpc,
 )
 from softsgx.runtime import InlineRuntime, Livelock, Script, SeededRuntime, Uninterrupted
+from softsgx.userland import Signal, SoftProcess
 
 R = 1
 REG, TRIM = PageType.REG << 8, PageType.TRIM << 8

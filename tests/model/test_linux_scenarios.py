@@ -17,11 +17,12 @@ import pytest
 from tests.support.driver import BASE, RW, Launched, System, errno_of, launch, pattern, secs_bytes
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
-from softsgx.driver import FaultResult, Ioctl, ModifyTypes, RemovePages, Signal, SoftThread
+from softsgx.driver import FaultResult, Ioctl, ModifyTypes, RemovePages
 from softsgx.driver.page import EnclavePage
 from softsgx.hw import LeafDone
 from softsgx.paging import EpcBusy, EpcPage, MemoryBacking, NoEpc
 from softsgx.runtime import SeededRuntime
+from softsgx.userland import Signal, SoftThread
 
 R = 1
 SIZE = 16 * PAGE_BYTES

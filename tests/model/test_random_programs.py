@@ -24,9 +24,9 @@ from tests.support.driver import System
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
-from softsgx.driver import Signal
 from softsgx.paging import BackingFile, EpcCore, FailingBacking, MemoryBacking
 from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime, Uniform
+from softsgx.userland import Signal
 
 SCALE = int(os.environ.get("SOFTSGX_PROGRAMS", "1"))
 WORLD = (

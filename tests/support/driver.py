@@ -24,19 +24,13 @@ from softsgx.arch import (
     SigStruct,
     Tcs,
 )
-from softsgx.driver import (
-    ERESTARTSYS,
-    Driver,
-    Enclave,
-    EnclaveFile,
-    SoftProcess,
-    SoftThread,
-)
+from softsgx.driver import ERESTARTSYS, Driver, Enclave, EnclaveFile
 from softsgx.hw import EpcPage, Machine
 from softsgx.image import MASK_NONE, Data, Plan, Run, measure
 from softsgx.paging import BackingFile, EpcCore, Group, MemoryBacking, Policy
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
+from softsgx.userland import SoftProcess, SoftThread
 
 BASE = 0x7000_0000_0000
 RW = int(SecInfoFlags.R | SecInfoFlags.W)

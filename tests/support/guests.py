@@ -9,12 +9,13 @@ from typing import Any
 from tests.support.driver import System
 
 from softsgx.cgroup import Hierarchy
-from softsgx.driver import Driver, Enclave, SoftProcess
+from softsgx.driver import Driver, Enclave
 from softsgx.hw import EpcPage
 from softsgx.kvm import Guest, VepcDevice, VepcPage
 from softsgx.paging import EpcCore, Fifo, Group, MemoryBacking, Policy
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
+from softsgx.userland import SoftProcess
 
 
 @dataclass

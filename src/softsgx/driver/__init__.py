@@ -20,8 +20,6 @@ from softsgx.driver.events import (
 )
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import EnclaveVma, FaultResult, Mm, Ptes
-from softsgx.driver.process import Signal, SoftProcess, SoftThread
-from softsgx.driver.ptes import Computer, SoftPtes
 from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo
 from softsgx.driver.uapi import (
     ERESTARTSYS,
@@ -61,7 +59,6 @@ __all__ = [
     "AddPagesFlags",
     "Augmented",
     "BadAddress",
-    "Computer",
     "Create",
     "Defect",
     "Driver",
@@ -86,10 +83,6 @@ __all__ = [
     "Ptes",
     "RemovePages",
     "RestrictPermissions",
-    "Signal",
-    "SoftProcess",
-    "SoftPtes",
-    "SoftThread",
     "Task",
     "UserMemory",
     "VmaInfo",

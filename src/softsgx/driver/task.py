@@ -1,8 +1,8 @@
 """What the driver asks of whoever made a system call or caused a fault.
 
 A task belongs to an address space, has memory that ``copy_from_user`` reads, descriptors, signals
-and a control group.  An engine implements it with a real thread, :mod:`.process` with a simulated
-one.
+and a control group.  The native engine implements it with a real thread, ``userland`` with a
+simulated one.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
-from softsgx.driver import Driver, SoftProcess
+from softsgx.driver import Driver
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import MIN_EPC_PAGES, parse_size
 from softsgx.kvm import Guest, GuestStoppedError
 from softsgx.paging import BackingFile, EpcCore, Policy
 from softsgx.trace import Tracer
+from softsgx.userland import SoftProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
-from softsgx.driver import Driver, EnclaveFile, SoftProcess
+from softsgx.driver import Driver, EnclaveFile
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import MIN_EPC_PAGES, PlatformConfig, parse_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
@@ -27,6 +27,7 @@ from softsgx.kvm import Guest, VepcDevice
 from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
+from softsgx.userland import SoftProcess
 
 __all__ = ["Platform"]
 

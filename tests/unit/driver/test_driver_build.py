@@ -30,10 +30,11 @@ from tests.support.driver import (
 )
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, SecInfo, SigStruct, Status
-from softsgx.driver import AddPages, BadAddress, Create, Init, Ioctl, SoftProcess
+from softsgx.driver import AddPages, BadAddress, Create, Init, Ioctl
 from softsgx.driver import build as build_module
 from softsgx.hw import GeneralProtection
 from softsgx.paging import BackingError
+from softsgx.userland import SoftProcess
 
 SIZE = 16 * PAGE_BYTES
 NOWHERE = 0xDEAD_0000

@@ -30,12 +30,12 @@ from softsgx.driver import (
     Ioctl,
     IoctlDone,
     RestrictPermissions,
-    Signal,
     peek,
     poke,
 )
 from softsgx.driver.sync import RwLock, Srcu
 from softsgx.runtime import SeededRuntime, Uniform
+from softsgx.userland import Signal
 
 R = 1
 OTHER_BASE = 0x6000_0000_0000

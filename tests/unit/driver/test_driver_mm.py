@@ -26,8 +26,8 @@ from softsgx.driver import (
     MAP_SHARED,
     MAP_SHARED_VALIDATE,
     FaultResult,
-    Signal,
 )
+from softsgx.userland import Signal
 
 R = 1
 FIXED = MAP_SHARED | MAP_FIXED

@@ -17,9 +17,9 @@ from softsgx.driver import (
     ProcessorsKicked,
     RemovePages,
     RestrictPermissions,
-    Signal,
 )
 from softsgx.hw import GeneralProtection, Machine
+from softsgx.userland import Signal
 
 R = 1
 REG, TCS, TRIM = PageType.REG << 8, PageType.TCS << 8, PageType.TRIM << 8

@@ -17,10 +17,10 @@ from tests.support.driver import Launched, launch, pattern
 from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, Status
-from softsgx.driver import SoftThread
 from softsgx.hw import Fault, PageInfoArgs
 from softsgx.kvm import ConflictResolved, VepcPage
 from softsgx.runtime import Script, SeededRuntime, Step
+from softsgx.userland import SoftThread
 
 
 @dataclass

@@ -7,12 +7,12 @@ from tests.support.driver import launch, pattern
 from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
-from softsgx.driver import Signal
 from softsgx.errors import SoftSgxError
 from softsgx.hw import PageFault, PageInfoArgs
 from softsgx.kvm import GuestStopped, GuestStoppedError
 from softsgx.paging import NoEpc
 from softsgx.runtime import SeededRuntime
+from softsgx.userland import Signal
 
 
 def test_the_ballast_is_never_taken() -> None:

@@ -11,11 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status
-from softsgx.driver.file import EnclaveFile, ProvisionFile
-from softsgx.driver.mm import FaultResult, Mm
-from softsgx.driver.ptes import Computer, SoftPtes
-from softsgx.driver.softmem import SoftMemory
-from softsgx.driver.uapi import (
+from softsgx.driver import (
     MAP_FIXED,
     MAP_SHARED,
     PROT_EXEC,
@@ -24,10 +20,14 @@ from softsgx.driver.uapi import (
     AddPages,
     AddPagesFlags,
     Create,
+    EnclaveFile,
+    FaultResult,
     Init,
     Ioctl,
+    Mm,
     ModifyTypes,
     Provision,
+    ProvisionFile,
     RemovePages,
     RestrictPermissions,
 )
@@ -42,9 +42,11 @@ from softsgx.hw import (
 )
 from softsgx.layout import Structure
 from softsgx.paging import Group
+from softsgx.userland.memory import SoftMemory
+from softsgx.userland.page_tables import Computer, SoftPtes
 
 if TYPE_CHECKING:
-    from softsgx.driver.driver import Driver
+    from softsgx.driver import Driver
 
 __all__ = ["Signal", "SoftProcess", "SoftThread"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.driver.uapi import PROT_READ
+from softsgx.driver import PROT_READ
 from softsgx.hw import LogicalProcessor, PageTables, interrupt
 from softsgx.runtime import Runtime
 

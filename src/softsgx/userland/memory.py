@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, page_of
-from softsgx.driver.ptes import Computer, SoftPtes
-from softsgx.driver.task import BadAddress, VmaInfo
-from softsgx.driver.uapi import PROT_READ, PROT_WRITE
+from softsgx.driver import PROT_READ, PROT_WRITE, BadAddress, VmaInfo
+from softsgx.userland.page_tables import Computer, SoftPtes
 
 __all__ = ["SoftMemory"]
 

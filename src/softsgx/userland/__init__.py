@@ -1,0 +1,6 @@
+"""Simulated processes and threads: what runs on the driver where no real program does."""
+
+from softsgx.userland.page_tables import Computer, SoftPtes
+from softsgx.userland.process import Signal, SoftProcess, SoftThread
+
+__all__ = ["Computer", "Signal", "SoftProcess", "SoftPtes", "SoftThread"]
