@@ -5,7 +5,7 @@ Implements what the core calls a :class:`~softsgx.paging.Group`; knows no driver
 
 from softsgx.cgroup.events import ChargeRefused, VictimKilled
 from softsgx.cgroup.files import KEY, file_names, read_file, write_file
-from softsgx.cgroup.group import CGROUP_DEFECTS, EpcCgroup, Hierarchy, Victim
+from softsgx.cgroup.group import CGROUP_DEFECTS, EpcCgroup, Hierarchy, Victim, group_name_ok
 
 __all__ = [
     "CGROUP_DEFECTS",
@@ -16,6 +16,7 @@ __all__ = [
     "Victim",
     "VictimKilled",
     "file_names",
+    "group_name_ok",
     "read_file",
     "write_file",
 ]

@@ -25,9 +25,10 @@ from softsgx.paging import Group, Lru
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
-__all__ = ["CGROUP_DEFECTS", "EpcCgroup", "Hierarchy", "Victim"]
+__all__ = ["CGROUP_DEFECTS", "EpcCgroup", "Hierarchy", "Victim", "group_name_ok"]
 
 _PAGE = 4096
+_NAME_MAX = 255
 _MARGIN_PAGES = 32  # start reclaim this much below the limit …
 _THRESHOLD_PAGES = 128  # … unless the limit is so small that the margin would hurt
 
@@ -36,6 +37,20 @@ CGROUP_DEFECTS = {
     "L8": "misc.peak is raised at the levels below the one that refuses",
     "L11": "nobody reclaims ahead of the limit: the check after a successful charge is lost",
 }
+
+
+def group_name_ok(name: str) -> bool:
+    """Return whether a group can have this name: what a directory of cgroup v2 can be called.
+
+    Source:
+        cgroup_mkdir(), kernel/cgroup/cgroup.c: no newlines; a path component has 255 bytes.
+    """
+    return (
+        name not in ("", ".", "..")
+        and not any(byte in name for byte in "/\n\0")
+        and len(os.fsencode(name)) <= _NAME_MAX
+        and not name.startswith("misc.")
+    )
 
 
 class Victim(Protocol):
@@ -165,7 +180,7 @@ class EpcCgroup:
         Raises:
             OSError: EEXIST, EINVAL for an impossible name, ENODEV when this group was removed.
         """
-        if not name or "/" in name or name in (".", "..") or name.startswith("misc."):
+        if not group_name_ok(name):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), name)
         if self.removed:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.path)

@@ -14,7 +14,7 @@ from softsgx.errors import SoftSgxError
 __all__ = ["number", "print_json", "read_file", "size_bytes", "write_file"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
 
 
 def size_bytes(text: str) -> int:

@@ -15,15 +15,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
 from softsgx.arch import PAGE_BYTES, SKYLAKE_CLIENT, AttributesFlags, MiscSelect, SgxFeature
-from softsgx.cgroup import CGROUP_DEFECTS
+from softsgx.cgroup import CGROUP_DEFECTS, group_name_ok
 from softsgx.driver import DEFECTS
 from softsgx.errors import SoftSgxError
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
@@ -36,8 +38,12 @@ MIN_EPC_PAGES = 12
 TCS, two SSA frames, and two pages each of code, stack and data."""
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
 _SECTION_GAP = 1 << 30
+_MOST_PROCESSORS = 8192  # the largest NR_CPUS of Linux on x86-64
+_NUMBER_BITS = 64
+_FILE_BYTES = 1 << 20
+_SHOWN_CHARACTERS = 60
 
 PROFILES: dict[str, dict[str, Any]] = {
     "sgx1-client": {
@@ -70,12 +76,30 @@ def parse_size(value: int | str, what: str) -> int:
     Raises:
         SoftSgxError: it is no size.
     """
+    size: int | None = None
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
-        raise SoftSgxError(f"{what} = {value!r}: no size; write 4096, 64KiB, 93.5MiB or 1GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+        size = value
+    elif isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is not None and match[2] in _UNITS:
+            size = int(Fraction(match[1]) * _UNITS[match[2]])
+    if size is None:
+        raise SoftSgxError(f"{what} = {_shown(value)}: no size; write 4096, 64KiB, 93.5MiB or 1GiB")
+    if not 0 <= size < 1 << _NUMBER_BITS:
+        raise SoftSgxError(f"{what} = {_shown(value)}: sizes are from 0 to 2**{_NUMBER_BITS} bytes")
+    return size
+
+
+def _shown(value: object) -> str:
+    """Return ``value`` for a message of one line, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 2 * _NUMBER_BITS:
+        return f"(a number of {value.bit_length()} bits)"
+    if isinstance(value, str):
+        short = value[:_SHOWN_CHARACTERS]
+        return repr(short) + ("…" if len(value) > len(short) else "")
+    if isinstance(value, list | tuple | dict | set | frozenset):
+        return f"(a {type(value).__name__} of {len(value)})"
+    return repr(value)
 
 
 @dataclass(frozen=True)
@@ -117,31 +141,63 @@ class PlatformConfig:
     defects: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        given: Iterable[object] = self.defects  # from a file: not necessarily hashable
+        for name in given:
+            if not isinstance(name, str) or name not in DEFECTS.keys() | CGROUP_DEFECTS.keys():
+                raise SoftSgxError(
+                    f"defects: {_shown(name)} is not known; names are {', '.join(DEFECTS)}"
+                )
         object.__setattr__(self, "defects", frozenset(self.defects))
         for name, wanted in (("profile", PROFILES), ("policy", _POLICIES)):
-            if isinstance(getattr(self, name), str) and getattr(self, name) not in wanted:
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in wanted:
                 raise SoftSgxError(
-                    f"{name} = {getattr(self, name)!r}: not known; give one of {', '.join(wanted)}"
+                    f"{name} = {_shown(value)}: not known; give one of {', '.join(wanted)}"
                 )
-        if self.backing not in ("memory", "file"):
-            raise SoftSgxError(f"backing = {self.backing!r}: give memory or file")
+        if not -(1 << _NUMBER_BITS) < self.seed < 1 << _NUMBER_BITS:
+            raise SoftSgxError(f"seed = {_shown(self.seed)}: give less than 2**{_NUMBER_BITS}")
+        if self.processors > _MOST_PROCESSORS:
+            raise SoftSgxError(
+                f"processors = {_shown(self.processors)}: give at most {_MOST_PROCESSORS}"
+            )
         pages = sum(size // PAGE_BYTES for size in self.section_bytes())
         if pages < MIN_EPC_PAGES:
             raise SoftSgxError(
-                f"epc = {self.epc!r}: {pages} pages; an enclave needs {MIN_EPC_PAGES} to run at all"
+                f"epc = {_shown(self.epc)}: {pages} pages; "
+                f"an enclave needs {MIN_EPC_PAGES} to run at all"
             )
-        unknown = sorted(self.defects - DEFECTS.keys() - CGROUP_DEFECTS.keys())
-        if unknown:
+        self._check_backing()
+        self._check_groups()
+        self.machine()
+
+    def _check_backing(self) -> None:
+        """Refuse a store that could not be opened."""
+        if self.backing not in ("memory", "file"):
+            raise SoftSgxError(f"backing = {_shown(self.backing)}: give memory or file")
+        self.backing_limit_pages()
+        directory = self.backing_directory
+        if directory is None:
+            return
+        # A NUL byte makes is_dir() raise instead of answer.
+        usable = "\0" not in directory and Path(directory).is_dir()
+        if not usable or not os.access(directory, os.W_OK | os.X_OK):
             raise SoftSgxError(
-                f"defects: {unknown[0]!r} is not known; names are {', '.join(DEFECTS)}"
+                f"backing_directory = {_shown(directory)}: not a directory that can be written; "
+                "make it, or name another one"
             )
+
+    def _check_groups(self) -> None:
+        """Refuse groups that could not be made, and settings that they do not have."""
         for path, settings in self.groups.items():
+            where = f"groups.{_named(path)}"
+            if not all(group_name_ok(name) for name in path.strip("/").split("/")):
+                raise SoftSgxError(f"{where}: no path of a group; write names, as in jobs/a")
+            if not isinstance(settings, Mapping):
+                raise SoftSgxError(f'{where} = {_shown(settings)}: give a table: max = "16MiB"')
             odd = sorted(settings.keys() - {"max"})
             if odd:
-                raise SoftSgxError(f"groups.{path}: {odd[0]!r} is not known; only max is")
+                raise SoftSgxError(f"{where}: {_shown(odd[0])} is not known; only max is")
             self.group_max_pages(path)
-        self.backing_limit_pages()
-        self.machine()
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Self:
@@ -152,11 +208,18 @@ class PlatformConfig:
         """
         try:
             with open(path, "rb") as file:
-                values = tomllib.load(file)
+                text = file.read(_FILE_BYTES + 1)
         except OSError as error:
             raise SoftSgxError(f"{path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise SoftSgxError(f"{path}: {error}") from error
+        if len(text) > _FILE_BYTES:
+            raise SoftSgxError(f"{path}: more than {_FILE_BYTES} bytes; no description of ours")
+        try:
+            values = tomllib.loads(text.decode())
+        # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.
+        except ValueError as error:
+            raise SoftSgxError(f"{path}: not TOML: {_first_line(error)}") from error
+        except RecursionError as error:
+            raise SoftSgxError(f"{path}: not TOML that can be read: nested too deep") from error
         try:
             return cls.of(**{**values, **changes})
         except SoftSgxError as error:
@@ -172,11 +235,11 @@ class PlatformConfig:
         known = {item.name: item for item in fields(cls)}
         for name, value in values.items():
             if name not in known:
-                raise SoftSgxError(f"{name}: not known; keys are {', '.join(known)}")
+                raise SoftSgxError(f"{_named(name)}: not known; keys are {', '.join(known)}")
             kinds = _KINDS[name]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise SoftSgxError(f"{name} = {value!r}: give {wanted}")
+                raise SoftSgxError(f"{name} = {_shown(value)}: give {wanted}")
         if isinstance(values.get("epc"), list):
             values["epc"] = tuple(values["epc"])
         return cls(**values)
@@ -193,7 +256,9 @@ class PlatformConfig:
     def group_max_pages(self, path: str) -> int | None:
         """Return the limit of a configured group in pages, ``None`` for none."""
         limit = self.groups[path].get("max", "max")
-        return None if limit == "max" else parse_size(limit, f"groups.{path}.max") // PAGE_BYTES
+        if limit == "max":
+            return None
+        return parse_size(limit, f"groups.{_named(path)}.max") // PAGE_BYTES
 
     def machine(self) -> MachineConfig:
         """Return the machine that this describes."""
@@ -218,6 +283,16 @@ class PlatformConfig:
         if self.backing_limit is None:
             return None
         return parse_size(self.backing_limit, "backing_limit") // PAGE_BYTES
+
+
+def _named(name: str) -> str:
+    """Return a key for a message: as it is, unless it would break the line."""
+    plain = name and name.isprintable() and len(name) <= _SHOWN_CHARACTERS
+    return name if plain else _shown(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["?"])[0]
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

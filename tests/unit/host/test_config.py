@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from softsgx.errors import SoftSgxError
-from softsgx.host import MIN_EPC_PAGES, PlatformConfig, parse_size
+from softsgx.host import MIN_EPC_PAGES, Platform, PlatformConfig, parse_size
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,28 @@ def test_sizes_carry_units(text: int | str, size: int) -> None:
         ({"groups": {"a": {"max": "lots"}}}, "groups.a.max"),
         ({"defects": ["B99"]}, "'B99' is not known"),
         ({"colour": "red"}, "colour: not known; keys are epc, processors"),
+        ({"epc": "9" * 400 + "MiB"}, "epc = '9999"),
+        ({"epc": "99999999999999999999GiB"}, "sizes are from 0 to 2**64 bytes"),
+        ({"epc": "٤٠٩٦٠٠"}, "no size"),
+        ({"processors": 1 << 30}, "at most 8192"),
+        ({"seed": 1 << 20000}, "(a number of 20001 bits)"),
+        ({"groups": {"a": 5}}, "groups.a = 5: give a table"),
+        ({"groups": {"a": ["max"]}}, "groups.a = (a list of 1): give a table"),
+        ({"groups": {"a": {"max": -4096}}}, "groups.a.max = -4096"),
+        ({"groups": {"a": {"max": 1.5}}}, "groups.a.max = 1.5"),
+        ({"groups": {"a/../b": {"max": 0}}}, "no path of a group"),
+        ({"groups": {"": {"max": 0}}}, "no path of a group"),
+        ({"groups": {"/": {"max": 0}}}, "no path of a group"),
+        ({"groups": {"a//b": {"max": 0}}}, "no path of a group"),
+        ({"groups": {"misc.max": {"max": 0}}}, "no path of a group"),
+        ({"groups": {"a\nb": {"max": 0}}}, "groups.'a\\nb': no path of a group"),
+        ({"groups": {"a" * 256: {"max": 0}}}, "no path of a group"),
+        ({"backing_limit": -5}, "backing_limit = -5"),
+        ({"backing_directory": "/nowhere/at/all"}, "not a directory that can be written"),
+        ({"backing_directory": "a\0b"}, "not a directory that can be written"),
+        ({"defects": ["B1", 5, "zz"]}, "is not known"),
+        ({"defects": [["B1"]]}, "defects: (a list of 1) is not known"),
+        ({"defects": [{"a": 1}]}, "defects: (a dict of 1) is not known"),
     ],
 )
 def test_the_impossible_is_refused_in_one_line_that_names_it(
@@ -68,12 +90,31 @@ def test_a_file_says_the_same_as_keywords(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "No such file"), ("epc = ", "platform.toml: "), ("epc = 1", "platform.toml: epc = 1")],
+    [
+        (None, "No such file"),
+        (b"epc = ", "platform.toml: not TOML"),
+        (b"epc = 1", "platform.toml: epc = 1"),
+        (b'epc = "\xff"', "platform.toml: not TOML: 'utf-8' codec"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "platform.toml: not TOML"),
+        (b"seed = " + b"9" * 5000, "platform.toml: not TOML"),
+        (b"seed = 0x" + b"f" * 5000, "(a number of 20000 bits)"),
+        (b"#" * (1 << 21), "more than 1048576 bytes"),
+        (b"epc = 1979-05-27T07:32:00Z", "platform.toml: epc = "),
+    ],
+    ids=lambda value: str(value)[:24],
 )
-def test_a_bad_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+def test_a_bad_file_is_named(tmp_path: Path, text: bytes | None, words: str) -> None:
     path = tmp_path / "platform.toml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(SoftSgxError) as refused:
         PlatformConfig.load(path)
     assert words in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_every_group_that_a_configuration_takes_can_be_made(tmp_path: Path) -> None:
+    names = ["a", "jobs/a", "/jobs/b/", "ä", "a" * 255, "0", " "]
+    config = PlatformConfig(groups={name: {"max": 0} for name in names})
+    with Platform(config, backing_directory=str(tmp_path)) as platform:
+        assert all(platform.cgroups.make(name).max_pages == 0 for name in names)
