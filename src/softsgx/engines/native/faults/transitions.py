@@ -30,7 +30,7 @@ from collections.abc import Callable
 from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Tcs, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
-from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.culprit import (
     LONGEST,
@@ -44,6 +44,7 @@ from softsgx.engines.native.faults.culprit import (
 )
 from softsgx.engines.native.faults.outside import Outsiders
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.cpuid import CpuidLeaf
@@ -126,8 +127,7 @@ class Transitions:
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
         image, regs = thread.image, thread.regs
-        regs.rax, regs.orig_rax = regs.orig_rax, _NO_CALL
-        regs.rip -= _SYSCALL_BYTES  # as long as INT 80H, too
+        _take_call_back(regs)
         number = self._exception(thread, abi.SIGILL, Vector.UD)
         if number:
             # Signals can be delivered at signal stops only: make the next one.
@@ -163,11 +163,32 @@ class Transitions:
         thread.load()
         return self._inside(thread, number, info) if inside else self._outside(thread, number, info)
 
-    def kicked(self, thread: ProgramThread) -> None:
-        """An inter-processor interrupt: the thread is stopped, and inside."""
-        thread.load()
-        self.leave(thread, _INTERRUPT)
+    def kicked(self, thread: ProgramThread, stop: Stop | None) -> bool:
+        """An inter-processor interrupt: the thread is stopped, and inside.
+
+        Hardware takes an interrupt before an instruction or after it, so a fault or a system call
+        that has stopped the thread has not happened yet: ERESUME executes the instruction again.
+        A trap comes after its instruction and before the interrupt: it is the reason of the exit.
+
+        Args:
+            thread: the one that leaves its enclave.
+            stop: what has stopped it and is not handled yet.
+
+        Returns:
+            Whether ``stop`` is over with that.
+        """
+        regs, vector, over = thread.load(), _INTERRUPT, stop is not None
+        if stop is not None and stop.event == abi.PTRACE_EVENT_SECCOMP:
+            _take_call_back(regs)
+        elif stop is not None and not stop.event and not stop.syscall:
+            info = thread.siginfo()
+            raised = bool(abi.FAULT_SIGNALS >> stop.signal - 1 & 1) and info.code > 0
+            over = raised and stop.signal != abi.SIGTRAP
+            if raised and not over:
+                vector = _trap_vector(info)
+        self.leave(thread, vector)
         thread.kicked = True
+        return over
 
     def resumed(self, thread: ProgramThread) -> int:
         """A thread that was kicked goes on at its AEP: do the ENCLU there before it can trap.
@@ -253,7 +274,7 @@ class Transitions:
             case abi.SIGFPE:
                 vector = Vector.DE if info.code == _FPE_INTDIV else float_vector(code)
             case _:
-                vector = Vector.BP if info.code == abi.SI_KERNEL else Vector.DB
+                vector = _trap_vector(info)
         if vector == Vector.UD and number != abi.SIGILL:
             send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
             number = abi.SIGILL
@@ -480,6 +501,17 @@ class Transitions:
         regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
         regs.rip = then
         thread.store()
+
+
+def _take_call_back(regs: UserRegs) -> None:
+    """At the seccomp stop of a system call: be in front of the instruction that makes it."""
+    regs.rax, regs.orig_rax = regs.orig_rax, _NO_CALL
+    regs.rip -= _SYSCALL_BYTES  # as long as INT 80H, too
+
+
+def _trap_vector(info: SigInfo) -> int:
+    """Return the exception behind a SIGTRAP that the kernel has sent."""
+    return Vector.BP if info.code == abi.SI_KERNEL else Vector.DB
 
 
 def _execute(cpu: LogicalProcessor, leaf: int) -> None:

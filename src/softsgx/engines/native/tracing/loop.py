@@ -141,7 +141,7 @@ class Loop:
             return True
         try:
             thread.interrupt()
-            stop = thread.wait()
+            stop = thread.behind(thread.wait())
             self._permits.stopped(thread)
         except Gone as gone:
             self._gone(thread, gone.status)
@@ -158,12 +158,9 @@ class Loop:
                 continue
             if not self.hold(thread) or thread.cpu.inside is None:
                 continue
-            self._transitions.kicked(thread)
-            if thread is image.current or thread.parked:
-                continue
-            thread.pending = [stop for stop in thread.pending if not _comes_again(thread, stop)]
-            if not thread.pending:
-                thread.pending.append(Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False))
+            stop = thread.pending[0] if thread.pending else None
+            if self._transitions.kicked(thread, stop):
+                thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -183,6 +180,7 @@ class Loop:
     def _guard(self, thread: ProgramThread, stop: Stop) -> None:
         thread.image.current = thread
         try:
+            stop = thread.behind(stop)
             self._permits.stopped(thread)
             self._handle(thread, stop)
         except Gone as gone:
@@ -321,13 +319,6 @@ class Loop:
             except (ChildProcessError, ProcessLookupError):
                 status = None
             self._gone(thread, status)
-
-
-def _comes_again(thread: ProgramThread, stop: Stop) -> bool:
-    """Return whether a stop is a fault of the instruction that ERESUME will repeat."""
-    if stop.event or stop.syscall:
-        return stop.event == abi.PTRACE_EVENT_STOP
-    return bool(abi.FAULT_SIGNALS >> stop.signal - 1 & 1) and thread.siginfo().code > 0
 
 
 def _clone_flags(parent: ProgramThread) -> int:

@@ -160,6 +160,17 @@ class Thread:
             found += [_INFOS[index].signo for index in range(count)]
         return found
 
+    def fault_waits(self) -> bool:
+        """Return whether it has met a fault whose signal has not stopped it yet."""
+        _PEEK[0], _PEEK[1] = 0, _PEEKED << 32
+        count = _ptrace(
+            abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
+        )
+        return any(
+            info.code > 0 and abi.FAULT_SIGNALS >> info.signo - 1 & 1
+            for info in _INFOS[: max(count, 0)]
+        )
+
     def event_message(self) -> int:
         """Return what PTRACE_GETEVENTMSG tells: a new thread's id, an exit status."""
         buffer = ctypes.c_uint64()
@@ -218,6 +229,24 @@ class Thread:
         if not os.WIFSTOPPED(status):
             raise Gone(self.tid, status)
         return self.stopped(status)
+
+    def behind(self, stop: Stop) -> Stop:
+        """Return the stop of a fault that ``stop``, an interrupt, came before; else ``stop``.
+
+        The kernel reports an interrupt first, with the registers of the fault.  Who changes them
+        then would find the signal of the fault delivered to another place.
+
+        Raises:
+            Gone: it died instead.
+        """
+        grouped = False
+        while stop.event == abi.PTRACE_EVENT_STOP and self.fault_waits():
+            grouped = stop.signal != abi.SIGTRAP
+            self.resume()  # the kernel takes up the signal before the thread executes anything
+            stop = self.wait()
+        if grouped:
+            self.interrupt()  # the group stop is reported again, behind the signal
+        return stop
 
     def stopped(self, status: int) -> Stop:
         """Take note of a stop that wait(2) told of."""

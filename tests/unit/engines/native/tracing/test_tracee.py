@@ -13,11 +13,11 @@ from tests.support.native import needs_tracing
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.bpf import build_filter
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
-from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.vdso.code import CALL_WORDS, CALLS_AT
 from softsgx.engines.native.vdso.elf import build_vdso
 
-_TGKILL = 234
+_TGKILL, _RT_TGSIGQUEUEINFO = 234, 297
 
 pytestmark = needs_tracing
 
@@ -174,3 +174,38 @@ def test_memory_beyond_a_process_is_a_bad_address() -> None:
     with pytest.raises(OSError, match="cannot read") as error:
         libc.read_memory(os.getpid(), 8, 16)
     assert error.value.errno == 14
+
+
+@pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGTRAP])
+def test_the_stop_of_a_fault_is_not_hidden_by_an_interrupt(thread: Thread, number: int) -> None:
+    stop = interrupted_at_a_fault(thread, number)
+    assert stop.event == abi.PTRACE_EVENT_STOP
+    rip = thread.load().rip
+    stop = thread.behind(stop)
+    assert (stop.event, stop.signal) == (0, number)
+    assert (thread.siginfo().code, thread.load().rip) == (1, rip)
+    assert not thread.fault_waits()
+
+
+def test_a_signal_that_somebody_sends_is_no_fault(thread: Thread) -> None:
+    os.kill(thread.tid, signal.SIGSEGV)
+    thread.interrupt()
+    thread.resume()
+    stop = thread.wait()
+    assert not thread.fault_waits()
+    assert thread.behind(stop) is stop
+    assert finish(thread) == -signal.SIGSEGV
+
+
+def interrupted_at_a_fault(thread: Thread, number: int) -> Stop:
+    """Let a signal of code 1, as the kernel sends for faults, and an interrupt come at once."""
+    thread.resume()
+    while thread.wait().event != abi.PTRACE_EVENT_SECCOMP:
+        thread.resume()
+    at = thread.load().rsp - 512
+    libc.write_memory(thread.tid, at, bytes(abi.SigInfo(signo=number, code=1)))
+    # No other process may send such a signal, so it is sent in place of the program's own call.
+    assert thread.finish_syscall(_RT_TGSIGQUEUEINFO, thread.tid, thread.tid, number, at) == 0
+    thread.interrupt()
+    thread.resume()
+    return thread.wait()

@@ -1,0 +1,89 @@
+/*
+ * A program whose signal handlers enter the enclave again and mend the frame, as library OSs do.
+ * usage: handlers ENCLAVE SCENARIO INSTRUCTION TIMES; exit status 0 says that hardware would have done the same.
+ */
+#include "sgx.h"
+
+#define GPR_RIP (base + 2 * PAGE + PAGE - 184 + 136) /* of thread 0's first frame */
+#define RESTRICT 0xc028a405
+
+/* As raw_enter(), but ERESUME is not the instruction at the asynchronous exit pointer. */
+extern char late_aep[];
+uint64_t late_enter(uint64_t tcs, uint64_t rdi, uint64_t rsi, uint64_t rdx, uint64_t r8);
+__asm__(".text\nlate_enter:\n push %rbp\n mov %rsp,%rbp\n push %rbx\n push %r12\n"
+	" mov %rdi,%rbx\n mov %rsi,%rdi\n mov %rdx,%rsi\n mov %rcx,%rdx\n"
+	" lea late_aep(%rip),%rcx\n mov $2,%eax\n .byte 0x0f,0x01,0xd7\n jmp 1f\n"
+	".globl late_aep\nlate_aep:\n nop\n .byte 0x0f,0x01,0xd7\n"
+	"1: lea -16(%rbp),%rsp\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
+
+/* What the enclave does: #UD by an instruction of two bytes, then exit. */
+static const struct { const char *name; int operation; } operations[] = {
+	{"ud2", VECTOR}, {"cpuid", FIRST_ILLEGAL}, {"syscall", FIRST_ILLEGAL + 1},
+};
+static int operation;
+static uint64_t times;
+static volatile uint64_t handled, stop;
+
+static uint64_t peek(uint64_t at)
+{
+	uint64_t value = 0;
+	late_enter(base, at, 0, GET, (uint64_t)&value);
+	return value;
+}
+
+/* #UD of an instruction of two bytes: behind it. */
+static void skip(int number, siginfo_t *info, void *context)
+{
+	ucontext_t *uc = context;
+	CHECK(number == SIGILL && info->si_code > 0);
+	CHECK(uc->uc_mcontext.gregs[REG_RIP] == (uint64_t)late_aep);
+	CHECK(uc->uc_mcontext.gregs[REG_RAX] == 3 && uc->uc_mcontext.gregs[REG_RBX] == base);
+	handled++;
+	late_enter(base, GPR_RIP, peek(GPR_RIP) + 2, PUT, 0);
+}
+
+static void catch(int flags)
+{
+	struct sigaction action = {.sa_sigaction = skip, .sa_flags = SA_SIGINFO | flags};
+	CHECK(!sigaction(SIGILL, &action, NULL) && !sigaction(SIGSEGV, &action, NULL));
+}
+
+/* Each call ends with a tracking cycle: interrupts for the threads inside. */
+static void *disturb(void *unused)
+{
+	for (uint64_t i = 0; !stop; i++) {
+		uint64_t request[5] = {data + (1 + i % 2) * PAGE - base, PAGE, i % 4 < 2 ? 3 : 1, 0, 0};
+		CHECK(!ioctl(device, RESTRICT, request) && request[4] == PAGE);
+	}
+	return unused;
+}
+
+/* An exception and an interrupt at once: the exception is seen, once, and with nothing lost. */
+static void kicked(void)
+{
+	pthread_t other;
+	uint64_t back;
+	build();
+	catch(SA_NODEFER);
+	CHECK(!pthread_create(&other, NULL, disturb, NULL));
+	for (uint64_t i = 0; i < times; i++) late_enter(base, 0, SYS_getppid, operation, (uint64_t)&back);
+	stop = 1;
+	pthread_join(other, NULL);
+	CHECK(handled == times);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct { const char *name; void (*go)(void); } all[] = {
+		{"kicked", kicked},
+	};
+	CHECK(argc == 5);
+	file = argv[1]; enter = find_enter();
+	for (unsigned i = 0; i < sizeof operations / sizeof *operations; i++)
+		if (!strcmp(argv[3], operations[i].name)) operation = operations[i].operation;
+	times = atoi(argv[4]);
+	CHECK(enter && operation && times);
+	for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
+		if (!strcmp(argv[2], all[i].name)) { all[i].go(); return 0; }
+	return 2;
+}

@@ -1,0 +1,39 @@
+"""Handlers of signals that enter the enclave again find what hardware would have left for them.
+
+Goal: exceptions inside enclaves, whatever happens to the thread at the same moment, for programs
+that use ENCLU themselves.  Method: ``programs/handlers.c`` mends each exception from within the
+enclave and counts.
+"""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import PAGERS, doctor, run
+
+FOUND = {finding.name: finding.ok for finding in doctor()}
+USABLE_PAGERS = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
+DATA_PAGES = 20
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("handlers")
+    enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    return [str(compile_host(directory, "handlers")), str(enclave)]
+
+
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
+@pytest.mark.parametrize("instruction", ["ud2", "syscall"])
+def test_an_interrupt_at_the_same_moment_hides_no_exception(
+    program: list[str], instruction: str, pager: str
+) -> None:
+    argv = [*program, "kicked", instruction, "300"]
+    assert run(argv, epc="1MiB", pager=pager).exit_code == 0
