@@ -91,3 +91,10 @@ def test_a_system_call_is_made_once_whatever_happens_meanwhile(
     program: list[str], strict: bool
 ) -> None:
     assert exit_code(program, "calls", strict=strict) == 0
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_ioctl_that_a_signal_came_before_is_made_again_or_eintr_as_its_handler_says(
+    program: list[str], restart: bool
+) -> None:
+    assert exit_code(program, "interrupted", str(int(restart)), strict=False) == 0

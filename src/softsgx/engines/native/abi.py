@@ -123,6 +123,9 @@ SIGTTOU: Final = 22
 FAULT_SIGNALS: Final = sum(1 << number - 1 for number in (SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV))
 """Signals that code in an enclave raises, as a mask."""
 
+ERESTARTSYS: Final = 512
+"""A result inside the kernel: a signal decides whether the call is made again or is EINTR."""
+
 SEGV_MAPERR: Final = 1
 SEGV_ACCERR: Final = 2
 ILL_ILLOPN: Final = 2

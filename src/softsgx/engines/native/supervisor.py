@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from errno import ENOMEM
+from errno import EIO, ENOMEM
 from functools import partial
 from itertools import count
 
@@ -65,8 +65,6 @@ __all__ = ["Supervisor"]
 
 _LOG = logging.getLogger(__name__)
 
-_EINTR = 4
-_ERESTARTSYS = 512
 #: Every filter makes every system call a little slower; who makes more enclaves goes without.
 _MOST_GUARDED = 64
 
@@ -223,8 +221,7 @@ class Supervisor(World):
         try:
             result = file.ioctl(thread, command, regs.rdx)
         except OSError as error:
-            code = error.errno or 5
-            result = -(_EINTR if code == _ERESTARTSYS else code)
+            result = -(error.errno or EIO)
         if result == -ENOMEM:
             self._tell_refused(thread, None)
         if command == Ioctl.ENCLAVE_INIT and result == 0:

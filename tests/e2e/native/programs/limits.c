@@ -454,11 +454,40 @@ static void secrets(void)
 	for (uint64_t i = 0; i < data_pages; i++) CHECK(get(0, data + i * PAGE + 8 * i) == 0x5345435245545f5f);
 }
 
+static volatile sig_atomic_t alarms;
+static void count_alarm(int number) { (void)number; alarms++; }
+
+/* Signals while pages are added: with SA_RESTART (NUMBER 1) no call fails, and none is done twice. */
+static void interrupted(void)
+{
+	static uint8_t secs[PAGE] __attribute__((aligned(4096))), info[64] __attribute__((aligned(64))), page[PAGE] __attribute__((aligned(4096)));
+	struct itimerval timer = {{0, 300}, {0, 300}}, none = {{0}};
+	struct sigaction action = {.sa_handler = count_alarm, .sa_flags = number ? SA_RESTART : 0};
+	uint64_t pages = 4096, src = (uint64_t)secs, failed = 0;
+	int fd = open("/dev/sgx_enclave", O_RDWR);
+	*(uint64_t *)secs = pages * PAGE; *(uint64_t *)(secs + 8) = 1ul << 40; *(uint32_t *)(secs + 16) = 1;
+	*(uint64_t *)(secs + 48) = 4; *(uint64_t *)(secs + 56) = 3;
+	*(uint64_t *)info = 0x203;
+	CHECK(!ioctl(fd, CREATE, &src));
+	CHECK(!sigaction(SIGALRM, &action, NULL) && !setitimer(ITIMER_REAL, &timer, NULL));
+	for (uint64_t i = 0; i < pages && (alarms < 100 || (!number && !failed)); i++) {
+		uint64_t add[6] = {(uint64_t)page, i * PAGE, PAGE, (uint64_t)info, 0, 0};
+		while (ioctl(fd, ADD, add)) {
+			CHECK(errno == EINTR && !number && !add[5]);
+			failed++;
+		}
+		CHECK(add[5] == PAGE);
+	}
+	CHECK(!setitimer(ITIMER_REAL, &none, NULL));
+	CHECK(alarms && (number || failed));
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
 		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
+		{"interrupted", interrupted},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

@@ -28,6 +28,7 @@ _SYS_CLONE, _SYS_CLONE3 = 56, 435
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
+"""Does a system call: its result, -ERESTARTSYS included, or ``None``: the kernel shall do it."""
 
 
 class World:
@@ -230,7 +231,10 @@ class Loop:
         if result is None:
             self._make_call(thread)
             return
-        thread.skip_syscall(result)
+        if result == -abi.ERESTARTSYS:
+            thread.restart_syscall()
+        else:
+            thread.skip_syscall(result)
         self.go(thread)
 
     def _make_call(self, thread: ProgramThread) -> None:

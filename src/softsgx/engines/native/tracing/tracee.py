@@ -268,6 +268,21 @@ class Thread:
         self.regs.rax = result & _MINUS_ONE
         self.store()
 
+    def restart_syscall(self) -> None:
+        """At a seccomp stop with registers loaded: end the call with ERESTARTSYS.
+
+        The kernel does the rest when it lets the thread go on.  With a signal that has a handler
+        without SA_RESTART the call fails with EINTR, else it is made again.
+        """
+        number = self.regs.orig_rax
+        # A call that was skipped cannot be restarted: one that changes nothing is made instead.
+        self.finish_syscall(abi.SYS_GETPID)
+        self.regs.orig_rax, self.regs.rax = number, -abi.ERESTARTSYS & _MINUS_ONE
+        self.store()
+        # Only a thread with a signal or an interrupt takes that way, and another thread may have
+        # taken the signal.
+        self.interrupt()
+
     def finish_syscall(self, number: int | None = None, *arguments: int) -> int:
         """At a seccomp stop with registers loaded: make the call, or another in its place.
 

@@ -176,6 +176,22 @@ def test_memory_beyond_a_process_is_a_bad_address() -> None:
     assert error.value.errno == 14
 
 
+def test_a_restarted_call_is_made_again_with_or_without_a_signal(thread: Thread) -> None:
+    for sent in ((), (signal.SIGCHLD,), ()):
+        thread.resume()
+        while thread.wait().event != abi.PTRACE_EVENT_SECCOMP:
+            thread.resume()
+        before = bytes(thread.load())
+        for number in sent:
+            os.kill(thread.tid, number)
+        thread.restart_syscall()
+        thread.resume()
+        while (stop := thread.wait()).event != abi.PTRACE_EVENT_SECCOMP:
+            thread.resume(0 if stop.event or stop.syscall else stop.signal)
+        assert bytes(thread.load()) == before
+    assert finish(thread) == 7
+
+
 @pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGTRAP])
 def test_the_stop_of_a_fault_is_not_hidden_by_an_interrupt(thread: Thread, number: int) -> None:
     stop = interrupted_at_a_fault(thread, number)
