@@ -66,6 +66,17 @@ _SGX2_SERVER = (
     | SgxFeature.EUPDATESVN
     | SgxFeature.EDECCSSA
 )
+_SAPPHIRE_RAPIDS_STATES = (
+    Xfrm.X87
+    | Xfrm.SSE
+    | Xfrm.AVX
+    | Xfrm.OPMASK
+    | Xfrm.ZMM_HI256
+    | Xfrm.HI16_ZMM
+    | Xfrm.PKRU
+    | Xfrm.TILECFG
+    | Xfrm.TILEDATA
+)
 _ALL_ATTRIBUTES = (
     AttributesFlags.DEBUG
     | AttributesFlags.MODE64BIT
@@ -102,9 +113,7 @@ class MachineConfig:
     features: SgxFeature = _SGX2_SERVER
     miscselect: MiscSelect = MiscSelect.EXINFO
     attributes: AttributesFlags = _ALL_ATTRIBUTES
-    xfrm: int = int(
-        Xfrm.X87 | Xfrm.SSE | Xfrm.AVX | Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM | Xfrm.PKRU
-    )
+    xfrm: int = int(_SAPPHIRE_RAPIDS_STATES)
     max_size_32: int = 31
     max_size_64: int = 56
     xsave: Mapping[int, tuple[int, int]] = field(default_factory=lambda: INTEL_XSAVE)

@@ -2,7 +2,8 @@
 
 Family, caches, brand and address sizes are the profile's alone.  This machine bounds the rest:
 
-- Features that it lacks are not claimed: enclave code runs on the real processor.
+- Features that it lacks are not claimed: enclave code runs on the real processor.  Nor are those
+  whose state XFRM cannot have: loaders ask ECREATE for the state of every feature they find.
 - XSAVE components are those of the real XCR0, even where the profile's features need none of
   them: XGETBV and XSAVE outside enclaves are the processor's own, and areas must be large enough.
 - The time-stamp counter has its real frequency.
@@ -23,7 +24,7 @@ import struct
 from collections.abc import Callable, Mapping
 from math import gcd
 
-from softsgx.arch import CPUID_SGX_LEAF, INTEL_VENDOR, INTEL_XSAVE, Cache
+from softsgx.arch import CPUID_SGX_LEAF, INTEL_VENDOR, INTEL_XSAVE, Cache, CpuidWord, Xfrm
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, HostCpuid, xsave_components
 from softsgx.hw import MachineConfig, cpuid
 
@@ -31,6 +32,15 @@ __all__ = ["ProfileCpuid", "intel_layout"]
 
 _FEATURES, _EXTENDED_FEATURES, _XSAVE, _AMX_TILE = 1, 7, 0xD, 1 << 24
 _HTT = 1 << 28
+_AVX512_STATES = Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
+#: Features that stand for a state, as (word, bit): all others that need it need them as well.
+_STATE_OF: Mapping[tuple[CpuidWord, int], int] = {
+    ((_FEATURES, 0, 2), 28): int(Xfrm.AVX),
+    ((_EXTENDED_FEATURES, 0, 1), 14): int(Xfrm.BNDREGS | Xfrm.BNDCSR),
+    ((_EXTENDED_FEATURES, 0, 1), 16): int(_AVX512_STATES),
+    ((_EXTENDED_FEATURES, 0, 2), 3): int(Xfrm.PKRU),
+    ((_EXTENDED_FEATURES, 0, 3), 24): int(Xfrm.TILECFG | Xfrm.TILEDATA),
+}
 _HIGHEST_EXTENDED = 0x8000_0008
 _EXTENDED = 0x8000_0000
 _NO_LEAF: CpuidLeaf = (0, 0, 0, 0)
@@ -54,6 +64,7 @@ class ProfileCpuid:
         self, host: HostCpuid, config: MachineConfig, tsc_khz: int, processors: int
     ) -> None:
         self._host, self._config, self._model = host, config, config.model
+        self._features_told = _features_told(config)
         self._tsc_khz = tsc_khz
         self._id_bits = max(processors - 1, 0).bit_length()
         self._processors = processors
@@ -91,7 +102,7 @@ class ProfileCpuid:
 
     def _words(self, leaf: int, sub: int) -> CpuidLeaf:
         """Return the feature words of a leaf that this machine has, too."""
-        wanted, real = self._model.features, self._host(leaf, sub)
+        wanted, real = self._features_told, self._host(leaf, sub)
         a, b, c, d = (wanted.get((leaf, sub, word), 0) & real[word] for word in range(4))
         return a, b, c, d
 
@@ -187,6 +198,15 @@ class ProfileCpuid:
     def _tile_multiplier(self, sub: int) -> CpuidLeaf:
         has_tiles = self._features(0)[3] & _AMX_TILE and sub == 0
         return (0, 16 | 64 << 8, 0, 0) if has_tiles else _NO_LEAF
+
+
+def _features_told(config: MachineConfig) -> dict[CpuidWord, int]:
+    """Return the feature words of the model, without what has a state that no enclave can have."""
+    told, states = dict(config.model.features), config.xfrm & config.xcr0
+    for (word, bit), needed in _STATE_OF.items():
+        if needed & ~states:
+            told[word] = told.get(word, 0) & ~(1 << bit)
+    return told
 
 
 def intel_layout(host: HostCpuid) -> dict[int, tuple[int, int]]:

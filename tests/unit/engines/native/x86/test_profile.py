@@ -81,6 +81,29 @@ def test_no_feature_is_claimed_that_the_profile_lacks() -> None:
     assert view("sgx2-server")(7, 0)[1] & AVX512F
 
 
+FEATURE_STATES = [  # leaf, word, bit, XFRM
+    (1, 2, 28, 4),
+    (7, 1, 14, 0x18),
+    (7, 1, 16, 0xE0),
+    (7, 2, 3, 0x200),
+    (7, 3, 24, 0x60000),
+]
+
+
+@pytest.mark.parametrize("layout", [COMPACT, INTEL_XSAVE, {}], ids=["compact", "all", "none"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_enclaves_can_have_the_state_of_every_feature_that_is_claimed(
+    profile: str, layout: dict[int, tuple[int, int]]
+) -> None:
+    config = MachineConfig(**PROFILES[profile], xsave=layout)
+    cpuid = ProfileCpuid(compact_host(), config, TSC_KHZ, 6)
+    allowed, claimed = cpuid(0x12, 1)[2] & config.xcr0, 0
+    for leaf, word, bit, states in FEATURE_STATES:
+        if cpuid(leaf, 0)[word] >> bit & 1:
+            claimed |= states
+    assert claimed == allowed & ~3
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_hypervisor_is_not_seen(profile: str) -> None:
     cpuid = view(profile)
