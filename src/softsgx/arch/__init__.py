@@ -81,6 +81,8 @@ from softsgx.arch.tcs import (
     Tcs,
     TcsFlags,
     Vector,
+    tcs_as_added,
+    tcs_ok,
 )
 from softsgx.arch.units import PAGE_BYTES, PAGE_SHIFT, EpcAddr, LinAddr, is_canonical, page_of
 
@@ -168,4 +170,6 @@ __all__ = [
     "page_of",
     "reports_code",
     "reports_in_cf",
+    "tcs_as_added",
+    "tcs_ok",
 ]

@@ -24,6 +24,8 @@ __all__ = [
     "Tcs",
     "TcsFlags",
     "Vector",
+    "tcs_as_added",
+    "tcs_ok",
 ]
 
 TCS_INACTIVE, TCS_ACTIVE = 0, 1
@@ -71,6 +73,36 @@ class Tcs(Structure, size=4096, align=4096):
     ocetssa: int = at(72, U64)
     prevssp: int = at(80, U64)
     reserved: bytes = at(88, Raw(4008))
+
+
+_LIMIT_BITS = 0xFFF
+
+
+def tcs_ok(tcs: Tcs, *, mode64: bool, cet: bool) -> bool:
+    """Return whether a page may become a TCS: reserved zero, PREVSSP zero, 32-bit limits whole.
+
+    Args:
+        tcs: what the page holds.
+        mode64: whether the enclave is a 64-bit one.
+        cet: whether the machine has CET; without it the two CET fields are reserved.
+
+    Source:
+        SDM vol. 3D, "EADD" and "EACCEPT", Operation.
+    """
+    if any(tcs.reserved) or tcs.prevssp or (tcs.ocetssa and not cet):
+        return False
+    limits = (tcs.fs_limit, tcs.gs_limit)
+    return mode64 or all(limit & _LIMIT_BITS == _LIMIT_BITS for limit in limits)
+
+
+def tcs_as_added(tcs: Tcs) -> Tcs:
+    """Return what EADD stores: DBGOPTIN, STATE, CSSA and AEP are cleared.
+
+    Source:
+        SDM vol. 3D, "EADD", Operation.
+    """
+    flags = tcs.flags & ~int(TcsFlags.DBGOPTIN)
+    return tcs.replace(flags=flags, state=TCS_INACTIVE, cssa=0, aep=0)
 
 
 class Vector(IntEnum):

@@ -1,4 +1,4 @@
-"""What several leaves check in the same words: SECINFO, TCS, XFRM, SVNs.
+"""What several leaves check in the same words: SECINFO, XFRM, SVNs.
 
 Pure: nothing here raises a fault or changes anything; the leaf that asks decides what follows.
 
@@ -8,22 +8,19 @@ Source:
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_BYTES, SecInfo, SecInfoFlags, Tcs, Xfrm
+from softsgx.arch import PAGE_BYTES, SecInfo, SecInfoFlags, Xfrm
 from softsgx.hw.enclave import Enclave
 
 __all__ = [
-    "limit_ok",
     "secinfo_ok",
     "shadow_stack_token",
     "svn_beyond",
-    "tcs_ok",
     "touches_range_end",
     "xfrm_legal",
 ]
 
 _SECINFO_BITS = int(SecInfoFlags.RWX | SecInfoFlags.TYPE_MASK)
 _SECINFO_RESERVED = bytes(56)
-_LIMIT_BITS = 0xFFF
 _AVX512 = Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
 
 
@@ -38,21 +35,6 @@ def secinfo_ok(secinfo: SecInfo, more: int = 0) -> bool:
     return (
         secinfo.flags & ~(_SECINFO_BITS | int(more)) == 0 and secinfo.reserved == _SECINFO_RESERVED
     )
-
-
-def limit_ok(limit: int) -> bool:
-    """Return whether a segment limit of a 32-bit enclave ends at a page's end."""
-    return limit & _LIMIT_BITS == _LIMIT_BITS
-
-
-def tcs_ok(tcs: Tcs, *, mode64: bool, cet: bool) -> bool:
-    """Return whether a TCS may become one: reserved zero, PREVSSP zero, 32-bit limits whole.
-
-    Without CET the two CET fields are reserved.
-    """
-    if any(tcs.reserved) or tcs.prevssp or (tcs.ocetssa and not cet):
-        return False
-    return mode64 or (limit_ok(tcs.fs_limit) and limit_ok(tcs.gs_limit))
 
 
 def xfrm_legal(xfrm: int, supported: int, *, xsave_enabled: bool) -> bool:

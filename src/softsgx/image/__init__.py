@@ -22,6 +22,7 @@ from softsgx.image.oe import (
 from softsgx.image.plan import (
     MASK_ALL,
     MASK_NONE,
+    MOST_TCS,
     SECINFO_R,
     SECINFO_RW,
     SECINFO_RWX,
@@ -69,6 +70,7 @@ __all__ = [
     "MASK_ALL",
     "MASK_NONE",
     "MEASURE_LIMIT_BYTES",
+    "MOST_TCS",
     "SECINFO_R",
     "SECINFO_RW",
     "SECINFO_RWX",

@@ -6,8 +6,11 @@ hash.  Pages of zeros and of a repeated word are never made before someone asks 
 with a terabyte of heap costs as much as one with a page.
 
 A plan that exists is one EADD would accept: aligned, inside the enclave, without overlap, with
-a page type and rights the instruction takes.  What a *file format* allows beyond that is the
-readers' business.
+a page type, rights and contents the instruction takes; the bytes of a TCS are those that EADD
+stores, whatever the file had.  What a *file format* allows beyond that is the readers' business.
+
+Deviation: a plan does not know on which machine it will be built.  It takes what a processor with
+CET takes, and its enclaves are 64-bit.
 
 Source:
     SDM vol. 3D, "EADD", "EEXTEND", Operation.
@@ -17,15 +20,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from softsgx.arch import CHUNKS_PER_PAGE, PAGE_BYTES, PageType, SecInfoFlags
+from softsgx.arch import (
+    CHUNKS_PER_PAGE,
+    PAGE_BYTES,
+    PageType,
+    SecInfoFlags,
+    Tcs,
+    tcs_as_added,
+    tcs_ok,
+)
 from softsgx.errors import SoftSgxError
 
 __all__ = [
     "MASK_ALL",
     "MASK_NONE",
+    "MOST_TCS",
     "SECINFO_R",
     "SECINFO_RW",
     "SECINFO_RWX",
@@ -59,6 +71,10 @@ _ADDABLE = {PageType.TCS, PageType.REG, PageType.SS_FIRST, PageType.SS_REST}
 _SETTABLE = SecInfoFlags.RWX.value | SecInfoFlags.TYPE_MASK.value
 _SMALLEST_SECS_SIZE = 8192
 _LARGEST_SECS_SIZE = 1 << 56  # no processor has more linear addresses: SECS.SIZE cannot pass it
+_SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
+_TOKEN_BYTES = 8
+MOST_TCS = 1 << 16
+"""How many threads a plan may have: a run of TCS pages without content costs a file nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +232,10 @@ class Plan:
         for run in self.runs:
             _check_run(run, self.size)
         _check_overlap(self.runs)
+        threads = sum(run.pages for run in self.runs if run.is_tcs)
+        if threads > MOST_TCS:
+            raise SoftSgxError(f"plan: {threads} TCS pages; at most {MOST_TCS} are taken")
+        object.__setattr__(self, "runs", tuple(_as_added(run, self.size) for run in self.runs))
 
     @property
     def page_count(self) -> int:
@@ -269,6 +289,41 @@ def _check_run(run: Run, size: int) -> None:
         raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a TCS has no R, W or X")
     if rights & SecInfoFlags.W and not rights & SecInfoFlags.R:
         raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: W needs R")
+
+
+def _as_added(run: Run, size: int) -> Run:
+    """Return the pages as EADD stores them, or refuse contents that it refuses."""
+    where = f"plan: pages at {run.offset:#x}" + (f" ({run.label})" if run.label else "")
+    if run.page_type in _SHADOW_STACK:
+        _check_shadow_stack(run, size, where)
+    if not run.is_tcs:
+        return run
+    changed, contents = False, []
+    for index in range(1 if isinstance(run.source, Fill) else run.pages):
+        tcs = Tcs.unpack(run.source.page(index))
+        if not tcs_ok(tcs, mode64=True, cet=True):
+            raise SoftSgxError(
+                f"{where}: EADD refuses a TCS with PREVSSP or bytes from 88 on set; "
+                "is it a TCS at all?"
+            )
+        added = tcs_as_added(tcs)
+        changed |= added != tcs
+        contents.append(added.pack())
+    return replace(run, source=Data(memoryview(b"".join(contents)))) if changed else run
+
+
+def _check_shadow_stack(run: Run, size: int, where: str) -> None:
+    """Refuse shadow-stack pages that EADD refuses; the token follows from BASEADDR."""
+    if run.flags & SecInfoFlags.RWX != SecInfoFlags.R | SecInfoFlags.W:
+        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a shadow stack has R and W")
+    if run.offset == 0 or run.end == size:
+        raise SoftSgxError(f"{where}: a shadow stack at an end of the enclave's range")
+    if run.source == ZERO and run.page_type == PageType.SS_REST:
+        return
+    zeros = PAGE_BYTES - (_TOKEN_BYTES if run.page_type == PageType.SS_FIRST else 0)
+    pages = 1 if isinstance(run.source, Fill) else run.pages
+    if any(any(run.source.page(index)[:zeros]) for index in range(pages)):
+        raise SoftSgxError(f"{where}: a shadow stack with more in it than its token")
 
 
 def _check_overlap(runs: tuple[Run, ...]) -> None:

@@ -105,8 +105,8 @@ ILLEGAL: dict[str, dict[str, object]] = {
     "no SSA frame": {"ssa_frame_size": 0},
     "base not canonical": {"base": 1 << 47},
     "32-bit base too high": {"base": 1 << 32} | attributes(0),
-    "size of the 64-bit limit": {"size": 1 << 36, "base": 0},
-    "size of the 32-bit limit": {"size": 1 << 31, "base": 0} | attributes(0),
+    "size above the 64-bit limit": {"size": 1 << 37, "base": 0},
+    "size above the 32-bit limit": {"size": 1 << 32, "base": 0} | attributes(0),
     "one page": {"size": PAGE_BYTES},
     "no page": {"size": 0},
     "size no power of two": {"size": 3 * PAGE_BYTES, "base": 0},
@@ -135,8 +135,8 @@ def test_an_illegal_secs_is_refused_and_takes_no_eid(fields: dict[str, object]) 
 
 LEGAL: dict[str, dict[str, object]] = {
     "32-bit": {"base": 0x1000_0000} | attributes(0),
-    "largest 64-bit": {"size": 1 << 35, "base": 0},
-    "largest 32-bit": {"size": 1 << 30, "base": 0} | attributes(F.DEBUG),
+    "largest 64-bit": {"size": 1 << 36, "base": 0},
+    "largest 32-bit": {"size": 1 << 31, "base": 0} | attributes(F.DEBUG),
     "AVX": attributes(F.MODE64BIT, 7),
     "AVX-512": attributes(F.MODE64BIT, 7 | 7 << 5),
     "EXINFO": {"miscselect": 1},

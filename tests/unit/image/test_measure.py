@@ -41,15 +41,18 @@ def plans(draw: st.DrawFn) -> Plan:
     for seed in range(draw(st.integers(0, 4))):
         at += draw(st.integers(0, 3)) * PAGE
         pages = draw(st.sampled_from([1, 2, 63, 64, 65, 130]))
-        kind = draw(st.sampled_from(["data", "zero", "fill", "padded"]))
+        kind = draw(st.sampled_from(["data", "zero", "fill", "padded", "tcs"]))
         source: Source = Fill(0 if kind == "zero" else draw(st.integers(0, 0xFFFFFFFF)))
         if kind == "data":
             source = Data(memoryview(code(pages * PAGE - seed) + bytes(seed)))
         elif kind == "padded":
             pages, lead = 1, draw(st.integers(0, PAGE))
             source = Padded(memoryview(code(draw(st.integers(0, PAGE - lead)))), lead)
+        elif kind == "tcs":
+            source = Data(memoryview(code(72, seed).ljust(PAGE, b"\0") * pages))
         mask = draw(st.one_of(st.sampled_from([0, 0xFFFF]), st.integers(0, 0xFFFF)))
-        runs.append(Run(at, pages, draw(st.sampled_from([0x203, 0x205, 0x100])), source, mask))
+        flags = 0x100 if kind == "tcs" else draw(st.sampled_from([0x203, 0x205]))
+        runs.append(Run(at, pages, flags, source, mask))
         at = runs[-1].end
     order = draw(st.permutations(runs))
     return Plan(1 << 22, tuple(order), draw(st.integers(1, 4)))

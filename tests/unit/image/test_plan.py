@@ -9,8 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.enclave_files import PAGE, blob_plan, tcs_of
 
+from softsgx.arch import Tcs
 from softsgx.errors import SoftSgxError
-from softsgx.image import MASK_NONE, Blob, Data, Fill, Plan, Run, enclave_size, lay, measure
+from softsgx.image import (
+    MASK_NONE,
+    MOST_TCS,
+    Blob,
+    Data,
+    Fill,
+    Plan,
+    Run,
+    enclave_size,
+    lay,
+    measure,
+    tcs_page,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +46,58 @@ from softsgx.image import MASK_NONE, Blob, Data, Fill, Plan, Run, enclave_size, 
 def test_a_page_that_eadd_would_refuse_is_in_no_plan(run: Run, why: str) -> None:
     with pytest.raises(SoftSgxError, match=why):
         Plan(0x10000, (run,))
+
+
+def tcs_run(*fields: tuple[str, int]) -> Run:
+    page = bytearray(tcs_page(ossa=0x1000, oentry=0x2000))
+    for field, value in fields:
+        page[Tcs.OFFSETS[field]] |= value
+    return Run(0x1000, 1, 0x100, Data(memoryview(bytes(page))))
+
+
+@pytest.mark.parametrize("field", ["state", "cssa", "aep", "flags"])
+def test_bytes_of_a_tcs_that_eadd_clears_are_not_measured(field: str) -> None:
+    added = Plan(0x10000, (tcs_run((field, 1)),))
+    assert measure(added) == measure(Plan(0x10000, (tcs_run(),)))
+    assert getattr(tcs_of(next(added.pages()).data), field) == 0
+
+
+def test_the_tcs_flag_that_eadd_keeps_is_measured() -> None:
+    added = Plan(0x10000, (tcs_run(("flags", 3)),))
+    assert tcs_of(next(added.pages()).data).flags == 2
+    assert measure(added) != measure(Plan(0x10000, (tcs_run(),)))
+
+
+@pytest.mark.parametrize("field", ["reserved", "prevssp"])
+def test_a_tcs_that_eadd_would_refuse_is_in_no_plan(field: str) -> None:
+    with pytest.raises(SoftSgxError, match="EADD refuses a TCS"):
+        Plan(0x10000, (tcs_run((field, 1)),))
+
+
+def test_a_run_without_content_has_no_more_threads_than_a_plan_takes() -> None:
+    assert len(Plan(1 << 40, (Run(0, MOST_TCS, 0x100),)).tcs) == MOST_TCS
+    with pytest.raises(SoftSgxError, match="65537 TCS pages"):
+        Plan(1 << 40, (Run(0, MOST_TCS + 1, 0x100),))
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (Run(0, 1, 0x503), "at an end"),
+        (Run(0xF000, 1, 0x603), "at an end"),
+        (Run(0x1000, 1, 0x601), "has R and W"),
+        (Run(0x1000, 2, 0x603, Fill(1)), "more in it than its token"),
+        (Run(0x1000, 1, 0x603, Data(memoryview(bytes(4088) + b"\1" * 8))), "more in it"),
+    ],
+)
+def test_a_shadow_stack_that_eadd_would_refuse_is_in_no_plan(run: Run, why: str) -> None:
+    with pytest.raises(SoftSgxError, match=why):
+        Plan(0x10000, (run,))
+
+
+def test_a_shadow_stack_is_taken_with_its_token() -> None:
+    token = Data(memoryview(bytes(4088) + b"\1" * 8))
+    Plan(0x10000, (Run(0x1000, 1, 0x503, token), Run(0x2000, 1 << 2, 0x603)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 0x3000, 0x10001, 1 << 57])

@@ -12,9 +12,10 @@ from softsgx.arch import (
     Status,
     Tcs,
     TcsFlags,
+    tcs_ok,
 )
 from softsgx.hw.access import enclave_operand, epc_operand, epc_refusal
-from softsgx.hw.checks import secinfo_ok, tcs_ok
+from softsgx.hw.checks import secinfo_ok
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from softsgx.arch import (
     PAGE_BYTES,
-    TCS_INACTIVE,
     PageType,
     SecInfo,
     SecInfoFlags,
     Tcs,
-    TcsFlags,
     eadd_block,
+    tcs_as_added,
+    tcs_ok,
 )
-from softsgx.hw.checks import secinfo_ok, shadow_stack_token, tcs_ok, touches_range_end
+from softsgx.hw.checks import secinfo_ok, shadow_stack_token, touches_range_end
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection, PageFault
@@ -113,9 +113,7 @@ def _checked(
         if not tcs_ok(tcs, mode64=enclave.mode64, cet=cpu.hw.config.cet):
             raise GeneralProtection
         # Software reaches a TCS through leaves only, whatever rights SECINFO had.
-        tcs.flags &= ~int(TcsFlags.DBGOPTIN)
-        tcs.state, tcs.cssa, tcs.aep = TCS_INACTIVE, 0, 0
-        return tcs.pack(), 0
+        return tcs_as_added(tcs).pack(), 0
     token = shadow_stack_token(enclave, info.linaddr) if pt is PageType.SS_FIRST else bytes(8)
     if touches_range_end(enclave, info.linaddr) or data != bytes(PAGE_BYTES - 8) + token:
         raise GeneralProtection

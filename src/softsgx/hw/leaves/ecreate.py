@@ -104,7 +104,7 @@ def _legal(cpu: LogicalProcessor, secs: Secs) -> bool:
         return False
     if not _address_legal(secs.base, mode64=mode64):
         return False
-    if secs.size >= 1 << (config.max_size_64 if mode64 else config.max_size_32):
+    if secs.size > 1 << (config.max_size_64 if mode64 else config.max_size_32):
         return False
     if secs.size < _SMALLEST_ENCLAVE or secs.size & (secs.size - 1):
         return False
