@@ -18,6 +18,7 @@ __all__ = [
     "INTEL_XSAVE",
     "SAPPHIRE_RAPIDS",
     "SKYLAKE_CLIENT",
+    "XSAVE_ALIGNED",
     "Cache",
     "CpuidWord",
     "ProcessorModel",
@@ -42,6 +43,9 @@ INTEL_XSAVE: Mapping[int, tuple[int, int]] = MappingProxyType(
     }
 )
 """XSAVE component: (bytes, offset in the non-compacted area), on every Intel processor."""
+
+XSAVE_ALIGNED = frozenset({17, 18})
+"""Components that start at a multiple of 64 in the compacted form."""
 
 
 @dataclass(frozen=True, slots=True)

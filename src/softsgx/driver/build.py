@@ -141,7 +141,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
 
     enclave.swap, enclave.group = swap, group
     enclave.base, enclave.size = secs.base, secs.size
-    enclave.attributes = secs.attributes.flags
+    enclave.attributes, enclave.xfrm = secs.attributes.flags, secs.attributes.xfrm
     if "L13" in driver.defects:
         enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
     enclave.created = True

@@ -81,7 +81,7 @@ class Enclave(Counted):
         lock: guards pages, ``swap``, attributes and flags.
         changed: a page is no longer in motion; ``waiting`` tasks wait for that.
         base, size: its linear range, 0 before CREATE.
-        attributes: SECS.ATTRIBUTES.FLAGS.
+        attributes, xfrm: SECS.ATTRIBUTES.
         allowed: attributes INIT accepts.
         swap: its half of paging; only after CREATE.
         created, initialized: how far its building is.
@@ -102,7 +102,7 @@ class Enclave(Counted):
         self.changed = runtime.condition(self.lock)
         self.waiting = 0
         self.srcu = Srcu(runtime, f"encl{number}.srcu")
-        self.base = self.size = self.attributes = 0
+        self.base = self.size = self.attributes = self.xfrm = 0
         self.allowed = UNPRIVILEGED
         self.created = self.initialized = self.dead = False
         self.pages: dict[int, EnclavePage] = {}

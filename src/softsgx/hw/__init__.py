@@ -3,7 +3,7 @@
 The only package that can read or write the bytes of an EPC page; it knows no operating system.
 """
 
-from softsgx.hw import access
+from softsgx.hw import access, extended_state
 from softsgx.hw.access import check as check_access
 from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
@@ -87,6 +87,7 @@ __all__ = [
     "encls",
     "enclu",
     "enclv",
+    "extended_state",
     "interrupt",
     "rdmsr",
     "traced",

@@ -4,7 +4,8 @@ RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI a
 outside, 3 UD2, 4 divide by zero, 5 count RDI down, 6 EACCEPT and 7 EMODPE the page at RDI with the
 SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store it at R8, 9 store
 RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, from
-11 on the instructions of ``ILLEGAL``; then it exits.
+11 on the instructions of ``ILLEGAL`` and ``TIME``, and three on extended state: store XGETBV(0) at
+R8, XSAVE64 with every bit at RDI, XRSTOR64 with every bit from RDI and XMM0 to R8; then it exits.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ ILLEGAL = {
     "rdpmc": "0f 33",
 }
 
+#: Instructions that are #UD in enclaves of machines without SGX2.
+TIME = {"rdtsc": "0f 31", "rdtscp": "0f 01 f9"}
+_STATE = ("getbv", "save", "restore")
+
 
 def enclave_code() -> bytes:
     """The enclave's only code page."""
@@ -53,7 +58,7 @@ def enclave_code() -> bytes:
     asm.near("0f 84", "registers")
     asm.label("dispatch")
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
-    for number, label in enumerate((*_OPERATIONS, *ILLEGAL), start=1):
+    for number, label in enumerate((*_OPERATIONS, *ILLEGAL, *TIME, *_STATE), start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
         asm.near("0f 84", label)
     asm.label("exit")
@@ -98,7 +103,16 @@ def enclave_code() -> bytes:
     asm.emit("49 89 40 10 49 89 48 18")  # mov [r8+16], rax; mov [r8+24], rcx
     asm.emit("31 d2")  # xor edx, edx: nothing more
     asm.near("e9", "dispatch")
-    for label, code in ILLEGAL.items():
+    asm.label("getbv")
+    asm.emit("31 c9 0f 01 d0 49 89 00")  # xor ecx, ecx; xgetbv; mov [r8], rax
+    asm.near("e9", "exit")
+    for label, code in (("save", "48 0f ae 27"), ("restore", "48 0f ae 2f")):
+        asm.label(label)
+        asm.emit("83 c8 ff 83 ca ff")  # or eax, -1; or edx, -1
+        asm.emit(code)
+        asm.emit("66 49 0f 7e 00")  # movq [r8], xmm0
+        asm.near("e9", "exit")
+    for label, code in (ILLEGAL | TIME).items():
         asm.label(label)
         asm.emit("89 f0")  # mov eax, esi
         asm.emit(code)

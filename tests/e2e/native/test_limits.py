@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, ILLEGAL, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, doctor, run
@@ -63,6 +63,21 @@ def test_by_default_only_pages_that_enclave_code_cannot_use_read_as_ones(
 def test_an_illegal_instruction_is_ud_inside(program: list[str], name: str, strict: bool) -> None:
     number, length = list(ILLEGAL).index(name), len(bytes.fromhex(ILLEGAL[name]))
     assert exit_code(program, "illegal", str(100 * number + length), strict=strict) == 0
+
+
+@pytest.mark.parametrize("name", TIME)
+def test_the_time_stamp_counter_is_read_inside_with_sgx2_only(
+    program: list[str], name: str
+) -> None:
+    number, length = list(TIME).index(name), len(bytes.fromhex(TIME[name]))
+    illegal = [*program, "illegal", str(100 * (len(ILLEGAL) + number) + length)]
+    assert run(illegal, epc=EPC_PAGES * 4096, profile="sgx1-client").exit_code == 0
+    assert exit_code(program, "ticks", str(number), strict=False) == 0
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+def test_xcr0_is_xfrm_inside(program: list[str], pager: str) -> None:
+    assert exit_code(program, "state", strict=False, pager=pager) == 0
 
 
 def test_vector_registers_go_to_the_ssa_and_come_back(program: list[str]) -> None:

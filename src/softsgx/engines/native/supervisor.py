@@ -24,6 +24,7 @@ from errno import EIO, ENOMEM
 from functools import partial
 from itertools import count
 
+from softsgx.arch import SgxFeature
 from softsgx.driver import (
     BadAddress,
     Driver,
@@ -56,7 +57,7 @@ from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
-from softsgx.engines.native.x86.rewrite import cpuid_sites
+from softsgx.engines.native.x86.forbidden import ForbiddenCode
 from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
@@ -109,9 +110,8 @@ class Supervisor(World):
         self._faulting = can_fault_cpuid()
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
-        self._store.cpuid_sites = None if self._faulting else cpuid_sites
         self._registry = Registry()
-        _xcr0, real = xsave_components(host_cpuid())
+        self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._images: dict[int, Image] = {}
         self._numbers = count(1)
@@ -224,6 +224,8 @@ class Supervisor(World):
             result = -(error.errno or EIO)
         if result == -ENOMEM:
             self._tell_refused(thread, None)
+        if command == Ioctl.ENCLAVE_CREATE and result == 0:
+            self._forbid(device, file)
         if command == Ioctl.ENCLAVE_INIT and result == 0:
             self._guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
@@ -243,6 +245,16 @@ class Supervisor(World):
             "store or the group's limit is full; allow more EPC, backing store or a higher limit",
             *(thread.process.pid, what, core.epc_pages),
         )
+
+    def _forbid(self, device: Device, file: EnclaveFile) -> None:
+        """Name the instructions that code of a new enclave may not execute as this machine does."""
+        config = self._machine.config
+        forbidden = ForbiddenCode(
+            cpuid=not self._faulting,
+            time=not config.features & SgxFeature.SGX2,
+            state=file.enclave.xfrm != self._xcr0 or not self._areas.same,
+        )
+        device.memory.forbidden = forbidden or None
 
     def _guard(self, thread: ProgramThread, file: EnclaveFile) -> None:
         """System calls of the enclave's code shall stop, so that they can be #UD."""

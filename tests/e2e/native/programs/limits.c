@@ -216,6 +216,36 @@ static void illegal(void)
 	CHECK(get(0, data) == 6);
 }
 
+/* XFRM is 3: XCR0 is 3 inside, and XSAVE with every bit writes x87, SSE and the header only. */
+static void state(void)
+{
+	struct run run;
+	uint64_t bits = 0, area = data, xmm = 0;
+	build();
+	area = data + PAGE - 512; /* the header is in the next page */
+	CHECK(!call(0, GETBV, 0, 0, (uint64_t)&bits, &run) && run.function == 4 && bits == 3);
+	for (uint64_t at = 512; at < 576; at += 8) put(0, area + at, 0);
+	for (uint64_t at = 576; at < 4000; at += 8) put(0, area + at, 0x5a5a5a5a);
+	CHECK(!call(0, SAVE, area, 0, (uint64_t)&xmm, &run) && run.function == 4);
+	CHECK(!(get(0, area + 512) & ~3ul) && !get(0, area + 520));
+	for (uint64_t at = 576; at < 4000; at += 8) CHECK(get(0, area + at) == 0x5a5a5a5a);
+	put(0, area + 512, 3);
+	put(0, area + 160, 0x1234);
+	CHECK(!call(0, RESTORE, area, 0, (uint64_t)&xmm, &run) && run.function == 4 && xmm == 0x1234);
+	/* state that XFRM does not have, and a misaligned area: #GP; a page that is not there: #PF */
+	put(0, area + 512, 4);
+	CHECK(!call(0, RESTORE, area, 0, (uint64_t)&xmm, &run) && run.function == 3 && run.vector == 13);
+	CHECK(!call(1, SAVE, area + 8, 0, (uint64_t)&xmm, &run) && run.function == 3 && run.vector == 13);
+}
+
+/* RDTSC or RDTSCP, by number: executed on machines with SGX2. */
+static void ticks(void)
+{
+	struct run run;
+	build();
+	CHECK(!call(0, RDTSC + number, 0, 0, 0, &run) && run.function == 4);
+}
+
 /* Vector registers go into the frame, are gone outside, and come back. */
 static void vector(void)
 {
@@ -486,7 +516,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
-		{"illegal", illegal}, {"vector", vector}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
+		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
 		{"interrupted", interrupted},
 	};
 	CHECK(argc >= 3);

@@ -31,6 +31,7 @@ from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Tcs, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo, UserRegs
+from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.culprit import (
     LONGEST,
@@ -49,6 +50,7 @@ from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.cpuid import CpuidLeaf
 from softsgx.engines.native.x86.insn import is_illegal_inside
+from softsgx.engines.native.x86.state import StateInsn
 from softsgx.hw import (
     EXECUTE,
     READ,
@@ -261,6 +263,9 @@ class Transitions:
             code = b""
         if code[:3] == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self._enclu(thread, number)
+        state = extended.replaced(thread) if number == abi.SIGILL else None
+        if state is not None:
+            return self._extended_state(thread, state)
         match number:
             case abi.SIGSEGV if page_fault:
                 return self._inside_fault(thread, number, info.addr, info.code)
@@ -279,6 +284,16 @@ class Transitions:
             send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
             number = abi.SIGILL
         return self._exception(thread, number, vector)
+
+    def _extended_state(self, thread: ProgramThread, insn: StateInsn) -> int:
+        """Enclave code executes an instruction that depends on XCR0, which is its XFRM."""
+        try:
+            extended.execute(thread, insn)
+        except PageFault as fault:
+            return self._operand_fault(thread, fault, WRITE if fault.code & Pfec.W else READ)
+        except Fault as fault:
+            return self._refused(thread, 0, fault)
+        return 0
 
     def _inside_fault(
         self, thread: ProgramThread, number: int, address: int, signal_code: int

@@ -40,7 +40,7 @@ MEMORY_FILE_BYTES = 1 << 47
 _WINDOW_SHIFT = 21
 _WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
-_UD2_END, _CPUID_END = b"\x0b", b"\xa2"
+_UD2_END = b"\x0b"
 _WRITE, _EXECUTE = 2, 4
 _ONES = b"\xff" * PAGE_BYTES
 
@@ -80,13 +80,16 @@ class EnclaveMemory:
         key: (device, inode), which every descriptor of the file shows.
         guards: the address spaces that map it.
         marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
-            ENCLU instructions that start with HLT, and CPUID instructions that end as UD2.
+            ENCLU instructions that start with HLT, and forbidden ones that are UD2.
+        forbidden: returns the offsets of the second opcode byte of each instruction in a page of
+            code that the enclave may not execute as this machine would; ``None``: there are none.
     """
 
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
         self.guards: list[Guard] = []
         self.marked: dict[int, dict[int, bytes]] = {}
+        self.forbidden: Callable[[bytes], list[int]] | None = None
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
@@ -147,12 +150,24 @@ class EnclaveMemory:
         marks = self.marked.setdefault(address & -PAGE_BYTES, {})
         marks[address % PAGE_BYTES] = _ENCLU_BYTE
 
-    def forbid(self, linaddr: int, sites: list[int]) -> None:
-        """Make the CPUID instructions at these offsets of a shown page UD2, which is as long."""
+    def forbid(self, linaddr: int, data: bytes) -> bytes:
+        """Return a page of code as it is to be shown: forbidden instructions (0F xx) are UD2."""
+        sites = () if self.forbidden is None else self.forbidden(data)
+        if not sites:
+            return data
         marks = self.marked.setdefault(linaddr, {})
+        shown = bytearray(data)
         for site in sites:
-            os.pwrite(self.fd, _UD2_END, linaddr + site + 1)
-            marks[site + 1] = _CPUID_END
+            shown[site : site + 1] = _UD2_END
+            marks[site] = data[site : site + 1]
+        return bytes(shown)
+
+    def forbid_shown(self, linaddr: int) -> None:
+        """Make forbidden instructions of a shown page UD2, a byte at a time."""
+        data = self.read(linaddr, PAGE_BYTES)
+        shown = self.forbid(linaddr, data)
+        for site in self.marked.get(linaddr, ()):
+            os.pwrite(self.fd, shown[site : site + 1], linaddr + site)
 
     def is_marked(self, address: int) -> bool:
         """Return whether the instruction at ``address`` is marked."""
@@ -235,15 +250,9 @@ def _own_bytes(data: bytes, start: int, marks: dict[int, bytes]) -> bytes:
 
 
 class NativeStore:
-    """Where the bytes of resident pages live; see the module.  The machine's page store.
-
-    Attributes:
-        cpuid_sites: returns the offsets of CPUID in a page of code, where the machine itself
-            cannot make it fault; ``None`` where it can.
-    """
+    """Where the bytes of resident pages live; see the module.  The machine's page store."""
 
     def __init__(self) -> None:
-        self.cpuid_sites: Callable[[bytes], list[int]] | None = None
         self._hidden: dict[int, bytes | bytearray] = {}
         self._shown: dict[int, tuple[EnclaveMemory, int, bool]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
@@ -368,21 +377,15 @@ class NativeStore:
         if shown is None:
             data = self._hidden.pop(addr)
             self._shown[addr] = memory, linaddr, writable
+            if not writable and page.rwx & _EXECUTE:
+                data = memory.forbid(linaddr, bytes(data))
             memory.show(linaddr, data, writable=writable)
-            if self.cpuid_sites is not None and not writable and page.rwx & _EXECUTE:
-                self._forbid_cpuid(memory, linaddr, bytes(data))
         elif shown[2] != writable:
             memory.unmark(linaddr)  # code that may be written is left alone
             self._shown[addr] = memory, linaddr, writable
             memory.set_writable(linaddr, writable=writable)
-            if self.cpuid_sites is not None and not writable and page.rwx & _EXECUTE:
-                self._forbid_cpuid(memory, linaddr, memory.read(linaddr, PAGE_BYTES))
-
-    def _forbid_cpuid(self, memory: EnclaveMemory, linaddr: int, data: bytes) -> None:
-        assert self.cpuid_sites is not None, "nobody to ask where CPUID is"
-        sites = self.cpuid_sites(data)
-        if sites:
-            memory.forbid(linaddr, sites)
+            if not writable and page.rwx & _EXECUTE:
+                memory.forbid_shown(linaddr)
 
     def _hide(self, addr: int) -> None:
         shown = self._shown.pop(addr, None)

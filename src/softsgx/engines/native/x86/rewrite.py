@@ -15,7 +15,7 @@ import hashlib
 
 from softsgx.engines.native.x86.insn import decode
 
-__all__ = ["CPUID", "TRAP", "cpuid_sites"]
+__all__ = ["CPUID", "TRAP", "cpuid_sites", "in_step"]
 
 CPUID = b"\x0f\xa2"
 TRAP = b"\xcc\x90"
@@ -26,6 +26,7 @@ _BACK = 96
 _AHEAD = 6
 _IN_STEP = 0.7
 _RECENT = 16
+_TOO_FEW = 12
 
 
 def cpuid_sites(code: bytes) -> list[int]:
@@ -54,6 +55,23 @@ def _find_sites(code: bytes) -> list[int]:
 
 def _is_instruction(code: bytes, at: int) -> bool:
     """Return whether decoding from most places before ``at`` arrives there, with EAX loaded."""
+    arrived, loaded_ones, starts = _arrivals(code, at)
+    if starts and arrived < _IN_STEP * starts:
+        return False
+    return loaded_ones * 2 > arrived and _goes_on(code, at + 2)
+
+
+def in_step(code: bytes, at: int) -> bool:
+    """Return whether an instruction starts at ``at``: decoding from most places before arrives.
+
+    Close to the start of ``code`` there are too few of them to tell: what goes on counts there.
+    """
+    arrived, _loaded, starts = _arrivals(code, at)
+    return (starts < _TOO_FEW or arrived >= _IN_STEP * starts) and _goes_on(code, at)
+
+
+def _arrivals(code: bytes, at: int) -> tuple[int, int, int]:
+    """Return from how many places before ``at`` decoding arrives, with EAX loaded, of how many."""
     first = max(0, at - _BACK)
     # For each start that arrives: instructions on the way, and whether a late one loads EAX.
     ways: dict[int, tuple[int, bool]] = {at: (0, False)}
@@ -64,11 +82,7 @@ def _is_instruction(code: bytes, at: int) -> bool:
         if way is not None:
             steps, loaded = way
             ways[start] = steps + 1, loaded or (steps < _RECENT and _loads_eax(piece))
-    arrived = len(ways) - 1
-    loaded_ones = sum(loaded for _steps, loaded in ways.values())
-    if at > first and arrived < _IN_STEP * (at - first):
-        return False
-    return loaded_ones * 2 > arrived and _goes_on(code, at + 2)
+    return len(ways) - 1, sum(loaded for _steps, loaded in ways.values()), at - first
 
 
 def _goes_on(code: bytes, at: int) -> bool:

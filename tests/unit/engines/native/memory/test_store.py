@@ -219,10 +219,12 @@ def test_a_store_to_a_marked_page_takes_its_marks_away() -> None:
     memory.close()
 
 
-def test_cpuid_is_ud2_for_the_program_and_itself_for_everybody_else() -> None:
+def test_a_forbidden_instruction_is_ud2_for_the_program_and_itself_for_everybody_else() -> None:
     memory, theirs = make_memory()
     store, page = NativeStore(), make_page(0, rwx=5)
-    store.cpuid_sites = lambda data: [at for at in range(4095) if data[at : at + 2] == b"\x0f\xa2"]
+    memory.forbidden = lambda data: [
+        at + 1 for at in range(4095) if data[at : at + 2] == b"\x0f\xa2"
+    ]
     code = (b"\x90" * 8 + b"\x0f\xa2").ljust(4096, b"\x90")
     store.fill(page, code)
     store.mapped(page, memory, page.linaddr)
