@@ -1,7 +1,7 @@
 """As much ELF as enclave files need, read with every bound checked.
 
 64-bit, little-endian, x86-64.  Nothing is loaded or resolved; names are cut after 256 bytes; work
-and memory are linear in the file.
+and memory are linear in the file, and what its segments hold together is at most twice the file.
 
 Source:
     System V ABI, "Object Files", "Program Loading and Dynamic Linking"; its AMD64 supplement.
@@ -47,6 +47,7 @@ _DT_NULL, DT_PLTRELSZ, DT_RELA, DT_RELASZ, DT_REL, DT_TEXTREL, DT_JMPREL = 0, 2,
 _SHN_UNDEF = 0
 _STB_WEAK = 2
 _NAME_LIMIT = 256
+_SHARED_BYTES = 2  # segments may share bytes of the file, but not all share all of them
 _SYMBOL = struct.Struct("<IBBHQQ")
 _RELA = struct.Struct("<QQq")
 _DYN = struct.Struct("<QQ")
@@ -171,6 +172,13 @@ class Elf:
                     f"PT_LOAD {index} has {load.p_filesz:#x} bytes in the file and "
                     f"{load.p_memsz:#x} in memory",
                 )
+        total = sum(load.p_filesz for load in loads)
+        if total > _SHARED_BYTES * len(self.file):
+            raise self.file.bad(
+                self.header.e_phoff,
+                f"{len(loads)} segments of {total} bytes in a file of {len(self.file)}",
+                "they repeat the same bytes of the file",
+            )
         return loads
 
     @cached_property

@@ -96,13 +96,10 @@ def read_selftest(file: Bytes, *, heap_pages: int = 1) -> EnclaveImage:
 
 
 def _raw_pages(file: Bytes, load: ProgramHeader) -> memoryview:
-    """Return R(p_filesz) bytes from T(p_offset), zeros behind the end of the file, as mmap does."""
+    """Return R(p_filesz) bytes from T(p_offset), fewer at the end of the file: mmap adds zeros."""
     start = load.p_offset & -PAGE_BYTES
     size = -(-load.p_filesz // PAGE_BYTES) * PAGE_BYTES
-    missing = start + size - len(file)
-    if missing <= 0:
-        return file.view[start : start + size]
-    return memoryview(bytes(file.view[start:]) + bytes(missing))
+    return file.view[start : start + size]
 
 
 def read_raw(file: Bytes) -> EnclaveImage:

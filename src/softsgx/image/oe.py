@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -225,13 +224,18 @@ def _properties(elf: Elf) -> tuple[OeProperties, int, int]:
             f"properties of {properties.size} bytes, end marker {properties.end_marker:#x}",
             f"want {OeProperties.SIZE} and {_END_MARKER:#x}",
         )
-    if not 0 < properties.num_tcs <= _MOST_TCS:
-        raise file.bad(offset + 24, f"{properties.num_tcs} threads", f"1 to {_MOST_TCS} are taken")
     return properties, offset, header.sh_addr
 
 
 def _plan(elf: Elf) -> Plan:
-    properties, _, oeinfo_rva = _properties(elf)
+    properties, offset, oeinfo_rva = _properties(elf)
+    # Not a fault of the section's: a library to be signed has 65535 here until it is configured.
+    if not 0 < properties.num_tcs <= _MOST_TCS:
+        raise elf.file.bad(
+            offset + OeProperties.OFFSETS["num_tcs"],
+            f"{properties.num_tcs} threads",
+            f"1 to {_MOST_TCS} are taken; sign the library with their number",
+        )
     image = _Image(elf)
     relocations = _relocations(elf)
     tls = _Tls(elf)
@@ -261,8 +265,9 @@ def _plan(elf: Elf) -> Plan:
         heap = Run(at_page, properties.heap_pages, SECINFO_RW, ZERO, MASK_NONE, "heap")
         runs.append(heap)
         at_page = heap.end
+    oentry = elf.header.e_entry + start & MASK_64
     for _ in range(properties.num_tcs):
-        runs += _thread(at_page, properties.stack_pages, tls.pages, elf.header.e_entry + start)
+        runs += _thread(at_page, properties.stack_pages, tls.pages, oentry)
         at_page += pages_per_thread * PAGE_BYTES
     base = 0 if properties.flags & _ZERO_BASE else None
     return plan_of(elf.file.name, size, runs, base=base)
@@ -351,26 +356,8 @@ def _up(value: int, align: int) -> int:
     return -(-value // max(1, align)) * max(1, align)
 
 
-@dataclass
-class _SegmentPages:
-    """One segment: its file bytes on whole pages, then zeros of which few get written."""
-
-    load: ProgramHeader
-    label: str
-    data: bytearray
-    written: dict[int, bytearray] = field(default_factory=dict)
-
-    @property
-    def start(self) -> int:
-        return self.load.p_vaddr & -PAGE_BYTES
-
-    @property
-    def end(self) -> int:
-        return _up(self.load.p_vaddr + self.load.p_memsz, PAGE_BYTES)
-
-
 class _Image:
-    """The library's segments in memory, without a byte for what is zero.
+    """The library's segments in memory: views of the file, and the few pages that get written.
 
     Attributes:
         size: bytes from address 0 to the end of the last segment, whole pages.
@@ -382,56 +369,72 @@ class _Image:
             raise file.bad(16, f"ELF type {elf.header.e_type}", "an enclave is a shared object")
         if not elf.loads or elf.loads[0].p_vaddr:
             raise file.bad(where, "no segment at address 0", "the first begins there")
-        self._name = file.name
-        self._segments: list[_SegmentPages] = []
         end = 0
-        for index, load in enumerate(elf.loads):
+        for load in elf.loads:
             if load.p_vaddr & -PAGE_BYTES < end:
                 raise file.bad(where, f"segment at {load.p_vaddr:#x} begins before {end:#x}")
-            lead = load.p_vaddr % PAGE_BYTES
-            data = bytearray(lead) + file.take(load.p_offset, load.p_filesz, f"PT_LOAD {index}")
-            if load.p_filesz:
-                data += bytes(-len(data) % PAGE_BYTES)
-            else:
-                data.clear()
-            self._segments.append(_SegmentPages(load, f"PT_LOAD {index}", data))
             end = load.p_vaddr + load.p_memsz
         self.size = _up(end, PAGE_BYTES)
+        self._file, self._loads = file, elf.loads
+        self._written: dict[int, bytearray] = {}  # by address
 
     def write(self, address: int, data: bytes, what: str) -> None:
         """Write over the image; ``what`` names it when it lies outside."""
-        for segment in self._segments:
-            if segment.start <= address and address + len(data) <= segment.end:
-                break
-        else:
+        load = self._at(address, len(data))
+        if load is None:
             raise SoftSgxError(
-                f"{self._name}: {what}: no segment has {len(data)} bytes at {address:#x}; "
+                f"{self._file.name}: {what}: no segment has {len(data)} bytes at {address:#x}; "
                 "the file is damaged"
             )
         for nth, byte in enumerate(data):
-            at_byte = address + nth - segment.start
-            if at_byte < len(segment.data):
-                segment.data[at_byte] = byte
-            else:
-                page = at_byte // PAGE_BYTES
-                segment.written.setdefault(page, bytearray(PAGE_BYTES))[at_byte % PAGE_BYTES] = byte
+            page = address + nth & -PAGE_BYTES
+            if page not in self._written:
+                self._written[page] = self._page(load, page)
+            self._written[page][address + nth - page] = byte
+
+    def _at(self, address: int, size: int) -> ProgramHeader | None:
+        for load in self._loads:
+            start, end = _span(load)
+            if start <= address and address + size <= end:
+                return load
+        return None
+
+    def _page(self, load: ProgramHeader, page: int) -> bytearray:
+        """Return a page as the file has it, zeros where the file has nothing."""
+        first = max(page, load.p_vaddr)
+        last = max(first, min(page + PAGE_BYTES, load.p_vaddr + load.p_filesz))
+        at = load.p_offset + first - load.p_vaddr
+        data = self._file.take(at, last - first, "PT_LOAD") if last > first else b""
+        return bytearray(bytes(first - page) + data).ljust(PAGE_BYTES, b"\0")
 
     def runs(self, start: int) -> Iterator[Run]:
         """Yield the segments' pages, moved by ``start``."""
-        for segment in self._segments:
-            flags = page_flags(segment.load.p_flags)
-            origin = segment.start + start
-            yield from lay(origin, segment.data, flags, label=segment.label)
-            done = len(segment.data) // PAGE_BYTES
-            last = (segment.end - segment.start) // PAGE_BYTES
-            label = f"{segment.label} bss"
-            for page in sorted(segment.written):
-                if page > done:
-                    at_zero = origin + done * PAGE_BYTES
-                    yield Run(at_zero, page - done, flags, ZERO, label=label)
-                yield from lay(
-                    origin + page * PAGE_BYTES, segment.written[page], flags, label=label
-                )
-                done = page + 1
-            if last > done:
-                yield Run(origin + done * PAGE_BYTES, last - done, flags, ZERO, label=label)
+        for index, load in enumerate(self._loads):
+            flags = page_flags(load.p_flags)
+            at, end = _span(load)
+            for page in sorted(page for page in self._written if at <= page < end):
+                yield from self._unwritten(load, index, (at, page), start)
+                label = f"PT_LOAD {index}"
+                yield from lay(page + start, self._written[page], flags, label=label)
+                at = page + PAGE_BYTES
+            yield from self._unwritten(load, index, (at, end), start)
+
+    def _unwritten(
+        self, load: ProgramHeader, index: int, span: tuple[int, int], start: int
+    ) -> Iterator[Run]:
+        """Yield pages from one address to another: file bytes, then zeros."""
+        (at, end), flags, label = span, page_flags(load.p_flags), f"PT_LOAD {index}"
+        first = max(at, load.p_vaddr)
+        last = min(end, load.p_vaddr + load.p_filesz)
+        if last > first:
+            data = self._file.take(load.p_offset + first - load.p_vaddr, last - first, label)
+            yield from lay(first + start, data, flags, label=label)
+            at = _up(last, PAGE_BYTES)
+        if end > at:
+            pages = (end - at) // PAGE_BYTES
+            yield Run(at + start, pages, flags, ZERO, label=f"{label} bss")
+
+
+def _span(load: ProgramHeader) -> tuple[int, int]:
+    """Return the addresses of a segment's first page and behind its last."""
+    return load.p_vaddr & -PAGE_BYTES, _up(load.p_vaddr + load.p_memsz, PAGE_BYTES)

@@ -24,6 +24,7 @@ from softsgx.image.sdk import (
 )
 from softsgx.image.sdk.metadata import (
     DATA_AT_2_DIRS,
+    MAX_BLOCKS,
     METADATA_MAGIC,
     Block,
     BlockHeader,
@@ -131,9 +132,9 @@ def test_an_impossible_block_size_is_refused(size: int, why: str) -> None:
 
 def test_more_blocks_than_a_signer_writes_are_refused() -> None:
     block = BlockHeader(size=1888).pack()
-    assert len(read_blocks(Bytes("lib", block * 16))) == 16
+    assert len(read_blocks(Bytes("lib", block * MAX_BLOCKS))) == MAX_BLOCKS
     with pytest.raises(SoftSgxError, match="more blocks"):
-        read_blocks(Bytes("lib", block * 17))
+        read_blocks(Bytes("lib", block * (MAX_BLOCKS + 1)))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -15,9 +15,11 @@ from softsgx.image.enclave import EnclaveImage, Variant, plan_of
 from softsgx.image.plan import Plan, Run
 from softsgx.image.sdk.layout import ATTRIBUTE_NAMES, entry_name, has_old_ids, layout_runs
 from softsgx.image.sdk.metadata import (
+    DATA_AT_2_DIRS,
     EXTEND_MODULE,
     EXTEND_SIGNATURE,
     Block,
+    Directory,
     LayoutEntry,
     ModuleExtension,
     choose_block,
@@ -149,11 +151,15 @@ def _patched(file: Bytes, block: Block) -> Bytes:
 
 
 def _modules(block: Block) -> list[ModuleExtension]:
-    """Return the appended shared objects of the EXTEND table."""
+    """Return the appended shared object of the EXTEND table, if there is one."""
+    entries = [entry for entry in block.extends() if entry.extend_id == EXTEND_MODULE]
+    if len(entries) > 1:
+        raise block.bytes.bad(
+            DATA_AT_2_DIRS + Directory.SIZE, f"{len(entries)} second modules", "one is taken"
+        )
     return [
         ModuleExtension.unpack(block.content(entry.offset, ModuleExtension.SIZE, "EXTEND entry"))
-        for entry in block.extends()
-        if entry.extend_id == EXTEND_MODULE
+        for entry in entries
     ]
 
 
