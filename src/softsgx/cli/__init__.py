@@ -31,6 +31,7 @@ examples:
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
+  softsgx load enclave.signed.so          would the driver and EINIT take it?
   softsgx sign --new-key key.pem enclave.sgxs
                                           make a key, sign with it, write enclave.sig
 
@@ -51,7 +52,7 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
-VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign")
+VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign", "load")
 
 
 def command_of(verb: str) -> Command:

@@ -41,6 +41,7 @@ from softsgx.driver.uapi import (
     AddPagesFlags,
     Create,
     Init,
+    LeafRefused,
     Provision,
     refuse,
 )
@@ -167,7 +168,7 @@ def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> N
         # B31: nobody freed the page that was to be the SECS.
         if "B31" not in driver.defects:
             driver.core.remove(epc)
-        refuse(EIO, f"ECREATE: {fault}")
+        raise LeafRefused(EIO, "ECREATE", fault) from None
     with enclave.lock:
         swap.set_secs(epc)
 
@@ -291,7 +292,7 @@ def _eadd(
     try:
         leaves.eadd(PageInfoArgs(page.linaddr, data, secinfo, secs), epc.addr)
     except Fault as fault:
-        refuse(EIO, f"EADD: {fault}")
+        raise LeafRefused(EIO, "EADD", fault) from None
     swap.child_added()
     try:
         for chunk in range(CHUNKS_PER_PAGE if measure else 0):
@@ -300,7 +301,7 @@ def _eadd(
         # L3: the child stays counted, so that the SECS never leaves.
         if "L3" not in driver.defects:
             swap.child_removed()
-        refuse(EIO, f"EEXTEND: {fault}")
+        raise LeafRefused(EIO, "EEXTEND", fault) from None
     page.epc = epc
     enclave.pages[page.index] = page
     driver.core.mark_reclaimable(epc)
@@ -320,7 +321,7 @@ def init(enclave: Enclave, task: Task, arg: int) -> int:
     _check_attributes(enclave, sigstruct)
     status = _einit(enclave, task, sigstruct)
     if status is not Status.SUCCESS:
-        refuse(EPERM, f"EINIT: {status.manual_name}")
+        raise LeafRefused(EPERM, "EINIT", status)
     return 0
 
 
@@ -341,7 +342,7 @@ def _check_attributes(enclave: Enclave, sigstruct: SigStruct) -> None:
 
 def _einit(enclave: Enclave, task: Task, sigstruct: SigStruct) -> Status:
     driver, swap = enclave.driver, enclave.swap
-    token = EinitToken()
+    token = driver.tokens.get(sigstruct.enclave_hash, EinitToken())
     with enclave.lock:
         if enclave.dead:
             refuse(EFAULT, "the enclave was killed")
@@ -374,7 +375,7 @@ def _einit_once(enclave: Enclave, sigstruct: SigStruct, secs: int, token: EinitT
         try:
             return driver.core.leaves.einit(sigstruct, secs, token)
         except Fault as fault:
-            refuse(EIO, f"EINIT: {fault}")
+            raise LeafRefused(EIO, "EINIT", fault) from None
 
 
 # --- PROVISION ------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from errno import EBUSY, ENODEV
 from itertools import count
+from types import MappingProxyType
 
-from softsgx.arch import SgxFeature
+from softsgx.arch import EinitToken, SgxFeature
 from softsgx.driver.defects import DRIVER_DEFECTS
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
@@ -51,6 +52,8 @@ class Driver:
             Linux does; without, EINIT takes what the hash of the machine allows.
         backing: makes the backing file of an enclave of so many pages; ``BackingError`` is ENOMEM.
         unprivileged: attributes that need no permission.
+        tokens: by MRENCLAVE, the EINITTOKEN that INIT gives to EINIT.  Linux's driver gives an
+            empty one; Intel's earlier driver took it from its caller.
 
     Attributes:
         lives: receives only what is told of the lives of enclaves (made, initialized, killed,
@@ -72,6 +75,7 @@ class Driver:
         launch_control: bool = True,
         backing: Callable[[int], BackingFile] = _memory,
         unprivileged: int = UNPRIVILEGED,
+        tokens: Mapping[bytes, EinitToken] = MappingProxyType({}),
     ) -> None:
         config = core.hw.config
         if not config.features & SgxFeature.SGX1:
@@ -82,7 +86,7 @@ class Driver:
         self.defects = defects & DRIVER_DEFECTS.keys()
         self.sgx2 = bool(config.features & SgxFeature.SGX2)
         self.launch_control, self.launch_lock = launch_control, runtime.lock("launch key hash")
-        self.backing, self.unprivileged = backing, unprivileged
+        self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens
         self.lives: Tracer | None = None
         self._group_of, self._node_of = group_of, node_of
         self._numbers, self._pids = count(1), count(1)

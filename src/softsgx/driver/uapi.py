@@ -10,6 +10,8 @@ import os
 from enum import IntEnum, IntFlag
 from typing import NoReturn
 
+from softsgx.arch import Status
+from softsgx.hw import Fault
 from softsgx.layout import U64, Structure, at
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Create",
     "Init",
     "Ioctl",
+    "LeafRefused",
     "ModifyTypes",
     "Provision",
     "RemovePages",
@@ -53,6 +56,20 @@ def refuse(errno: int, why: str = "") -> NoReturn:
     """
     text = "interrupted by a signal" if errno == ERESTARTSYS else os.strerror(errno)
     raise OSError(errno, f"{text}: {why}" if why else text)
+
+
+class LeafRefused(OSError):
+    """A system call fails because a leaf of its did.
+
+    Attributes:
+        leaf: the leaf's name: ``EINIT``.
+        status: the name of its return code, empty when it has faulted.
+    """
+
+    def __init__(self, errno: int, leaf: str, outcome: Status | Fault) -> None:
+        self.leaf = leaf
+        self.status = outcome.manual_name if isinstance(outcome, Status) else ""
+        super().__init__(errno, f"{os.strerror(errno)}: {leaf}: {self.status or outcome}")
 
 
 class Create(Structure, size=8):

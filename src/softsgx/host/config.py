@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
-from softsgx.arch import PAGE_BYTES, SKYLAKE_CLIENT, AttributesFlags, MiscSelect, SgxFeature
+from softsgx.arch import (
+    PAGE_BYTES,
+    SKYLAKE_CLIENT,
+    AttributesFlags,
+    EinitToken,
+    MiscSelect,
+    SgxFeature,
+)
 from softsgx.cgroup import CGROUP_DEFECTS, group_name_ok
 from softsgx.driver import DEFECTS
 from softsgx.errors import SoftSgxError
@@ -90,6 +98,17 @@ def parse_size(value: int | str, what: str) -> int:
     return size
 
 
+def _hexadecimal(text: str, size: int, what: str) -> bytes:
+    """Return ``size`` bytes of hexadecimal text."""
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != size:
+        raise SoftSgxError(f"{what} = {_shown(text)}: give {2 * size} hexadecimal digits")
+    return data
+
+
 def _shown(value: object) -> str:
     """Return ``value`` for a message of one line, whatever it is."""
     if isinstance(value, int) and value.bit_length() > 2 * _NUMBER_BITS:
@@ -121,6 +140,13 @@ class PlatformConfig:
         policy: "linux", "fifo", "clock", "prefetching", or "lru" where every access is seen;
             in Python also a policy object.
         groups: path to ``{"max": SIZE}``; made before anything runs.
+        launch_control: whether the launch key hash can be written, so that every signer may launch;
+            without, the driver behaves as Intel's did before Linux had one: an enclave needs the
+            signer of ``launch_key_hash``, or a token.
+        launch_key_hash: reset value of IA32_SGXLEPUBKEYHASH as 64 hexadecimal digits, MRSIGNER of
+            the launch enclave; Intel's by default.
+        cpusvn: CPUSVN as 32 hexadecimal digits.
+        tokens: files with one EINITTOKEN of 304 bytes each, which INIT gives to EINIT.
         kill: whether killing the largest enclave is the last resort of a group over its limit.
         sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as a kernel must that does
             not know what ran before; a machine that was just made has an empty EPC.
@@ -136,6 +162,10 @@ class PlatformConfig:
     backing_directory: str | None = None
     policy: str | Policy = "linux"
     groups: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
+    launch_control: bool = True
+    launch_key_hash: str | None = None
+    cpusvn: str | None = None
+    tokens: tuple[str, ...] = ()
     kill: bool = False
     sanitize: bool = False
     defects: frozenset[str] = frozenset()
@@ -240,8 +270,9 @@ class PlatformConfig:
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise SoftSgxError(f"{name} = {_shown(value)}: give {wanted}")
-        if isinstance(values.get("epc"), list):
-            values["epc"] = tuple(values["epc"])
+        for name in ("epc", "tokens"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
 
     def but(self, **changes: Any) -> Self:
@@ -271,8 +302,38 @@ class PlatformConfig:
             sections=tuple(sections),
             processors=self.processors,
             cpu_nodes=nodes,
+            **self._launch(),
             **PROFILES[self.profile],
         )
+
+    def _launch(self) -> dict[str, Any]:
+        changes: dict[str, Any] = {"launch_control": self.launch_control}
+        if self.launch_key_hash is not None:
+            digest = _hexadecimal(self.launch_key_hash, 32, "launch_key_hash")
+            changes["launch_key_hash"] = struct.unpack("<4Q", digest)
+        if self.cpusvn is not None:
+            changes["cpusvn"] = changes["microcode_svn"] = _hexadecimal(self.cpusvn, 16, "cpusvn")
+        return changes
+
+    def read_tokens(self) -> dict[bytes, EinitToken]:
+        """Return the tokens by MRENCLAVE.
+
+        Raises:
+            SoftSgxError: a file cannot be read, or has another size.
+        """
+        tokens = {}
+        for path in self.tokens:
+            try:
+                data = Path(path).read_bytes()
+            except (OSError, ValueError) as error:
+                raise SoftSgxError(f"{path}: {error}; give a file with an EINITTOKEN") from None
+            if len(data) != EinitToken.SIZE:
+                raise SoftSgxError(
+                    f"{path}: {len(data)} bytes; an EINITTOKEN has {EinitToken.SIZE}"
+                )
+            token = EinitToken.unpack(data)
+            tokens[token.mrenclave] = token
+        return tokens
 
     def paging_policy(self) -> Policy:
         """Return the policy object."""
@@ -305,6 +366,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "backing_directory": (str, type(None)),
     "policy": (str, Policy),
     "groups": (dict,),
+    "launch_control": (bool,),
+    "launch_key_hash": (str, type(None)),
+    "cpusvn": (str, type(None)),
+    "tokens": (list, tuple),
     "kill": (bool,),
     "sanitize": (bool,),
     "defects": (frozenset, set, list, tuple),

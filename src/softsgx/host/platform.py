@@ -146,6 +146,8 @@ class Platform:
             tracer=self._tracer,
             defects=self.config.defects,
             backing=self._backing,
+            launch_control=self.config.launch_control,
+            tokens=self.config.read_tokens(),
         )
 
     def unload(self, module: str) -> None:
@@ -172,12 +174,22 @@ class Platform:
 
     # --- who uses it ----------------------------------------------------------------------------
 
-    def process(self, name: str = "", *, group: str = "/") -> SoftProcess:
-        """Return a new simulated process, charged to the group at a path (made if need be)."""
+    def process(
+        self, name: str = "", *, group: str = "/", may_provision: bool = True
+    ) -> SoftProcess:
+        """Return a new simulated process.
+
+        Args:
+            name: for people.
+            group: path of the group that pays for its EPC, made if need be.
+            may_provision: whether it may open ``/dev/sgx_provision``.
+        """
         if self.driver is None:
             raise OSError(errno.ENODEV, "the driver is not loaded")
         pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
-        return SoftProcess(self.machine, self.driver, group=pays, name=name)
+        return SoftProcess(
+            self.machine, self.driver, group=pays, name=name, may_provision=may_provision
+        )
 
     def guest(
         self,

@@ -171,6 +171,10 @@ class Machine:
         if self.section_of(physical) is None:
             self.ram.write(physical, data)
 
+    def ram_discard(self, physical: int) -> None:
+        """Give the memory of one ordinary page back; it reads as zero then."""
+        self.ram.discard(physical)
+
     def next_eid(self) -> int:
         """Return an enclave identifier that was never used in this power cycle."""
         return next(self._eids)

@@ -106,3 +106,7 @@ class Ram:
             page = self._pages.setdefault(physical + done - start, bytearray(PAGE_BYTES))
             page[start : start + length] = data[done : done + length]
             done += length
+
+    def discard(self, physical: int) -> None:
+        """Give the memory of one page back; it reads as zero then."""
+        self._pages.pop(page_of(physical), None)

@@ -77,7 +77,7 @@ def choose_secs(
     image: EnclaveImage,
     *,
     base: int | None = None,
-    debug: bool = False,
+    debug: bool | None = None,
     limits: SecsLimits | None = None,
 ) -> Secs:
     """Return the SECS to build ``image`` with.
@@ -85,7 +85,7 @@ def choose_secs(
     Args:
         image: what to build.
         base: where, a multiple of the size; the plan's own base when it has one.
-        debug: whether to set ATTRIBUTES.DEBUG.
+        debug: whether to set ATTRIBUTES.DEBUG; by default as the SIGSTRUCT has it.
         limits: what the machine has.
 
     Raises:
@@ -101,9 +101,9 @@ def choose_secs(
         miscselect = sigstruct.miscselect & limits.miscselect
     else:
         flags, xfrm, miscselect = AttributesFlags.MODE64BIT.value, _LEGACY_STATES.value, 0
-    flags &= ~AttributesFlags.DEBUG.value
-    if debug:
-        flags |= AttributesFlags.DEBUG.value
+    if debug is not None:
+        flags &= ~AttributesFlags.DEBUG.value
+        flags |= AttributesFlags.DEBUG.value if debug else 0
     xfrm &= limits.xfrm
     if xfrm & _AMX_STATES not in (0, _AMX_STATES):
         xfrm &= ~_AMX_STATES.value
@@ -124,6 +124,12 @@ def choose_secs(
             if not check.ok:
                 raise SoftSgxError(
                     f"{image.name}: {check.name} does not fit its SIGSTRUCT: {check.detail}; "
-                    f"{'build it without debug, or ' if debug else ''}sign it for this machine"
+                    f"{_remedy(check.name, debug)}"
                 )
     return secs
+
+
+def _remedy(name: str, debug: bool | None) -> str:
+    if name == "ATTRIBUTES" and debug is not None:
+        return f"load it with{'out' if debug else ''} debug, or sign it for both"
+    return "choose a machine (profile) that has what it wants, or sign it for this one"

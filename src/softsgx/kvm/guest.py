@@ -159,6 +159,10 @@ class Guest(Monitor):
         if self.mapping_of(physical) is None:
             self.machine.ram_write(physical + self.ram_base, data)
 
+    def ram_discard(self, physical: int) -> None:
+        """Give the memory of one page of its ordinary memory back."""
+        self.machine.ram_discard(physical + self.ram_base)
+
     def listen(self, tracer: Tracer | None) -> None:
         """Hand events of the guest's ENCLS leaves to ``tracer``, as the guest sees them."""
         self.leaves.listen(tracer)

@@ -468,6 +468,22 @@ class EpcCore:
             self._ksgxd.batch_ended()
         return batch
 
+    def evict(self, page: EpcPage) -> bool:
+        """Evict one page, even if it is in use; no owner's lock may be held.
+
+        Returns:
+            ``False`` when it stays: it is not reclaimable, a batch has it, or it cannot be written.
+        """
+        lru = page.lru
+        if lru is None:
+            return False
+        self._ksgxd.working.add(1)
+        try:
+            return self._reclaimer.evict(lru, page)
+        finally:
+            self._ksgxd.working.add(-1)
+            self._ksgxd.batch_ended()
+
     def reclaim_direct(self, group: Group | None = None) -> None:
         """Run one batch if free pages are below the low watermark.
 

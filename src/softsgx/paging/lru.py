@@ -91,6 +91,18 @@ class Lru:
                     dying += 1
         return isolated, dying
 
+    def isolate_page(self, page: EpcPage) -> bool:
+        """Take one page off the list and pin its owner.
+
+        Returns:
+            ``False``, nothing has changed, when it is not on the list or its owner is dying.
+        """
+        with self._latch:
+            if page not in self._pages or page.owner is None or not page.owner.get():
+                return False
+            del self._pages[page]
+            return True
+
     def put_back(self, page: EpcPage) -> bool:
         """Return an isolated page as the youngest; a poisoned one is forgotten instead.
 

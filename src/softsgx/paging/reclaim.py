@@ -112,6 +112,16 @@ class Reclaimer:
             force: evict pages that are in use too.
         """
         scanned, victims = self._choose(lru, force=force)
+        return self._evict(lru, scanned, victims)
+
+    def evict(self, lru: Lru, page: EpcPage) -> bool:
+        """Evict one page of ``lru``, even if it is in use; ``False`` when it stays."""
+        if not lru.isolate_page(page):
+            return False
+        return bool(self._evict(lru, 1, self._prepare(lru, [page], force=True)).freed)
+
+    def _evict(self, lru: Lru, scanned: int, victims: list[EpcPage]) -> Batch:
+        """Phases C and D for pages that are prepared."""
         self._point("reclaim: block")
         # Whole passes: one round of kicking CPUs then serves every victim.
         victims = self._block(lru, victims)

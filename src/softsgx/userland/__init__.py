@@ -1,6 +1,17 @@
 """Simulated processes and threads: what runs on the driver where no real program does."""
 
+from softsgx.userland.enclave import EnclaveLoadError, LoadedEnclave, PageState, Residency
 from softsgx.userland.page_tables import Computer, SoftPtes
 from softsgx.userland.process import Signal, SoftProcess, SoftThread
 
-__all__ = ["Computer", "Signal", "SoftProcess", "SoftPtes", "SoftThread"]
+__all__ = [
+    "Computer",
+    "EnclaveLoadError",
+    "LoadedEnclave",
+    "PageState",
+    "Residency",
+    "Signal",
+    "SoftProcess",
+    "SoftPtes",
+    "SoftThread",
+]

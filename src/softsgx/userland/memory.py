@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from softsgx.arch import PAGE_BYTES, page_of
 from softsgx.driver import PROT_READ, PROT_WRITE, BadAddress, VmaInfo
 from softsgx.userland.page_tables import Computer, SoftPtes
@@ -50,10 +53,21 @@ class SoftMemory:
         return start
 
     def unmap(self, addr: int, size: int) -> None:
-        """Remove pages."""
+        """Remove pages and give their memory back."""
         for at in range(addr, addr + size, PAGE_BYTES):
-            self._pages.pop(at, None)
-            self._ptes.unmap(at)
+            page = self._pages.pop(at, None)
+            if page is not None:
+                self._ptes.unmap(at)
+                self._machine.ram_discard(page[0])
+
+    @contextmanager
+    def lend(self, data: bytes) -> Iterator[int]:
+        """Map pages that begin with ``data`` for the duration of a call; give where they are."""
+        at = self.put(data)
+        try:
+            yield at
+        finally:
+            self.unmap(at, max(len(data), 1))
 
     def protect(self, addr: int, size: int, prot: int) -> None:
         """Change what may be done with pages."""

@@ -30,6 +30,9 @@ class Computer(Protocol):
     def ram_write(self, physical: int, data: bytes) -> None:
         """Store to its memory; dropped where it is EPC."""
 
+    def ram_discard(self, physical: int) -> None:
+        """Give the memory of one ordinary page back; it reads as zero then."""
+
 
 class SoftPtes(PageTables):
     """The page tables of one simulated process; give it to a processor as its ``space``.

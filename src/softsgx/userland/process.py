@@ -7,10 +7,12 @@ becomes a :class:`Signal`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from errno import EACCES
 from typing import TYPE_CHECKING, TypeVar
 
-from softsgx.arch import PAGE_BYTES, PageType, Pfec, SecInfo, Status
+from softsgx.arch import PageType, Pfec, SecInfo, Status
 from softsgx.driver import (
     MAP_FIXED,
     MAP_SHARED,
@@ -40,8 +42,10 @@ from softsgx.hw import (
     deliver,
     interrupt,
 )
+from softsgx.image import EnclaveImage
 from softsgx.layout import Structure
 from softsgx.paging import Group
+from softsgx.userland.enclave import LoadedEnclave, load_enclave
 from softsgx.userland.memory import SoftMemory
 from softsgx.userland.page_tables import Computer, SoftPtes
 
@@ -54,6 +58,7 @@ T = TypeVar("T")
 _CODE, _AEP = 0x40_0000, 0x40_1000
 _FRAMES, _FRAMES_BYTES = 1 << 51, 1 << 36  # physical memory above any EPC; 64 GiB a process
 _FAULTS_IN_A_ROW = 100_000
+_PLACES = 0x10_0000_0000  # above the heap and its frames' addresses
 
 
 class Signal(Exception):
@@ -80,6 +85,8 @@ class SoftProcess:
         driver: whose devices it opens; another one's after it was loaded again.
         group: who pays for its EPC pages; the core's root when ``None``.
         name: for people and schedules.
+        may_provision: whether it may open ``/dev/sgx_provision``, which is a right of the file
+            system on Linux.
 
     Attributes:
         mm: its address space.
@@ -89,7 +96,13 @@ class SoftProcess:
     """
 
     def __init__(
-        self, machine: Computer, driver: Driver, *, group: Group | None = None, name: str = ""
+        self,
+        machine: Computer,
+        driver: Driver,
+        *,
+        group: Group | None = None,
+        name: str = "",
+        may_provision: bool = True,
     ) -> None:
         pid = driver.next_pid()
         self.name = name or f"process{pid}"
@@ -98,7 +111,9 @@ class SoftProcess:
         self.ptes = SoftPtes(machine)
         self.memory = SoftMemory(machine, self.ptes, _FRAMES + pid * _FRAMES_BYTES)
         self.mm = Mm(driver.runtime, self.ptes, owner=self, name=self.name)
+        self.may_provision = may_provision
         self.personality_read_implies_exec = False
+        self._next_place = _PLACES
         self.signal: bool | Callable[[], bool] = False
         self._files: dict[int, EnclaveFile | ProvisionFile] = {}
         self._latch = driver.runtime.latch()
@@ -120,7 +135,13 @@ class SoftProcess:
         return self._descriptor(self.driver.open(self))
 
     def open_provision(self) -> int:
-        """Open ``/dev/sgx_provision``; return the descriptor."""
+        """Open ``/dev/sgx_provision``; return the descriptor.
+
+        Raises:
+            OSError: EACCES: the process may not.
+        """
+        if not self.may_provision:
+            raise OSError(EACCES, "/dev/sgx_provision: the process may not open it")
         return self._descriptor(self.driver.open_provision(self))
 
     def _descriptor(self, file: EnclaveFile | ProvisionFile) -> int:
@@ -145,36 +166,39 @@ class SoftProcess:
         Raises:
             OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated all the same.
         """
-        at = self.memory.put(args.pack())
-        try:
-            self.enclave_file(fd).ioctl(self, cmd, at)
-        finally:
-            after = type(args).unpack(self.memory.read(at, args.SIZE))
-            for name in args.OFFSETS:
-                setattr(args, name, getattr(after, name))
-            self.memory.unmap(at, PAGE_BYTES)
+        with self.memory.lend(args.pack()) as at:
+            try:
+                self.enclave_file(fd).ioctl(self, cmd, at)
+            finally:
+                after = type(args).unpack(self.memory.read(at, args.SIZE))
+                for name in args.OFFSETS:
+                    setattr(args, name, getattr(after, name))
 
     def create(self, fd: int, secs: bytes) -> None:
         """SGX_IOC_ENCLAVE_CREATE with a SECS of 4096 bytes."""
-        self.ioctl(fd, Ioctl.ENCLAVE_CREATE, Create(src=self.memory.put(secs)))
+        with self.memory.lend(secs) as src:
+            self.ioctl(fd, Ioctl.ENCLAVE_CREATE, Create(src=src))
 
     def add_pages(
         self, fd: int, offset: int, data: bytes, flags: int, *, measure: bool = True
     ) -> AddPages:
         """SGX_IOC_ENCLAVE_ADD_PAGES of whole pages with SECINFO ``flags``."""
-        args = AddPages(
-            src=self.memory.put(data),
-            offset=offset,
-            length=len(data),
-            secinfo=self.memory.put(SecInfo(flags=flags).pack()),
-            flags=int(AddPagesFlags.MEASURE) if measure else 0,
-        )
-        self.ioctl(fd, Ioctl.ENCLAVE_ADD_PAGES, args)
+        lend = self.memory.lend
+        with lend(data) as src, lend(SecInfo(flags=flags).pack()) as secinfo:
+            args = AddPages(
+                src=src,
+                offset=offset,
+                length=len(data),
+                secinfo=secinfo,
+                flags=int(AddPagesFlags.MEASURE) if measure else 0,
+            )
+            self.ioctl(fd, Ioctl.ENCLAVE_ADD_PAGES, args)
         return args
 
     def init(self, fd: int, sigstruct: bytes) -> None:
         """SGX_IOC_ENCLAVE_INIT with a SIGSTRUCT."""
-        self.ioctl(fd, Ioctl.ENCLAVE_INIT, Init(sigstruct=self.memory.put(sigstruct)))
+        with self.memory.lend(sigstruct) as at:
+            self.ioctl(fd, Ioctl.ENCLAVE_INIT, Init(sigstruct=at))
 
     def provision(self, fd: int, provision_fd: int) -> None:
         """SGX_IOC_ENCLAVE_PROVISION."""
@@ -217,6 +241,23 @@ class SoftProcess:
         """Change the rights of mappings of enclaves."""
         self.mm.mprotect(addr, length, prot, task=self)
 
+    def place(self, size: int) -> int:
+        """Return the base of a free range of addresses, aligned to its size, a power of two."""
+        base = -(-self._next_place // size) * size
+        self._next_place = base + size
+        return base
+
+    def load(
+        self,
+        file: str | os.PathLike[str] | EnclaveImage,
+        *,
+        sigstruct: str | os.PathLike[str] | None = None,
+        base: int | None = None,
+        debug: bool | None = None,
+    ) -> LoadedEnclave:
+        """Create and initialise the enclave of a file; see :func:`.enclave.load_enclave`."""
+        return load_enclave(self, file, sigstruct=sigstruct, base=base, debug=debug)
+
     def fork(self, *, name: str = "", fail: bool = False) -> SoftProcess:
         """Return a child process.
 
@@ -224,7 +265,14 @@ class SoftProcess:
             name: its name.
             fail: there is no memory to register it with the enclaves.
         """
-        child = SoftProcess(self.machine, self.driver, group=self.group, name=name)
+        child = SoftProcess(
+            self.machine,
+            self.driver,
+            group=self.group,
+            name=name,
+            may_provision=self.may_provision,
+        )
+        child._next_place = self._next_place
         child.mm = self.mm.fork(
             child.ptes, owner=child, name=child.name, copy_entries=True, fail=fail
         )
@@ -307,6 +355,8 @@ class SoftThread:
             with cpu.busy:
                 cpu.flush_tlb()
                 cpu.space, cpu.cpl = self.process.ptes, 3
+                # A kernel enables every component that the processor has.
+                cpu.regs.xcr0 = self.process.driver.core.hw.config.xcr0
 
     def _resume(self) -> EnclaveMode:
         """Be inside; ERESUME if an event has made it leave."""
