@@ -113,6 +113,7 @@ class Mm:
         owner: whose group pays for faults that name no task.
         pick: returns where a mapping of a length goes, given a hint; by default below the lowest
             enclave mapping.
+        ended: called when it has given everything back.
         name: for people and schedules.
 
     Attributes:
@@ -127,12 +128,13 @@ class Mm:
         *,
         owner: Task | None = None,
         pick: Callable[[int, int], int] | None = None,
+        ended: Callable[[], None] | None = None,
         name: str = "mm",
     ) -> None:
         self.runtime, self.ptes, self.owner, self.name = runtime, ptes, owner, name
         self.mmap_lock = RwLock(runtime, f"{name}.mmap_lock")
         self.notifiers: list[EnclaveMm] = []
-        self._pick = pick
+        self._pick, self._ended = pick, ended
         self._latch = runtime.latch()
         self._quiet = not runtime.interleaves  # then nobody can come between two statements
         self._users = 1
@@ -199,6 +201,8 @@ class Mm:
         with self.mmap_lock.writing():
             gone = self._cut(0, _TASK_SIZE)
         put_files(gone)
+        if self._ended is not None:
+            self._ended()
 
     # --- system calls ---------------------------------------------------------------------------
 
@@ -324,6 +328,7 @@ class Mm:
         ptes: Ptes,
         *,
         owner: Task | None = None,
+        ended: Callable[[], None] | None = None,
         name: str = "",
         copy_entries: bool = False,
         fail: bool = False,
@@ -333,12 +338,14 @@ class Mm:
         Args:
             ptes: the child's page tables, empty.
             owner: the child's :attr:`owner`.
+            ended: called when the child has given everything back.
             name: the child's name.
             copy_entries: whether the child begins with the parent's entries, as Linux does it for
                 PFN mappings; otherwise it faults for each.
             fail: no memory to register the child with its enclaves: each access is SIGBUS.
         """
-        child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, name=name or f"{self.name}'")
+        name = name or f"{self.name}'"
+        child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name)
         with self.mmap_lock.writing():
             for vma in self._vmas:
                 vma.file.hold()

@@ -38,6 +38,11 @@ class Counted(ABC):
         self._quiet = not runtime.interleaves  # then nobody can come between two statements
         self._references = 1
 
+    @property
+    def referenced(self) -> bool:
+        """Whether there is a reference."""
+        return bool(self._references)
+
     def get(self) -> bool:
         """Take a reference; ``False`` when the last one is gone.  Never waits."""
         if self._quiet and self._references:

@@ -138,13 +138,12 @@ def can_getfd() -> bool:
     """Return whether a descriptor can be duplicated out of a process."""
 
     def probe() -> None:
-        pidfd = libc.pidfd_open(os.getpid())
         read, write = os.pipe()
         try:
-            os.close(libc.pidfd_getfd(pidfd, read))
+            os.close(libc.take_descriptor(os.getpid(), read))
         finally:
-            for descriptor in (pidfd, read, write):
-                os.close(descriptor)
+            os.close(read)
+            os.close(write)
 
     return _works(probe)
 

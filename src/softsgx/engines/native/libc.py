@@ -112,11 +112,10 @@ def hardware_capabilities() -> int:
     return int(_libc.getauxval(ctypes.c_ulong(abi.AT_HWCAP2)))
 
 
-def pidfd_open(pid: int) -> int:
-    """Return a descriptor of process ``pid``."""
-    return syscall(abi.SYS_PIDFD_OPEN, pid, 0)
-
-
-def pidfd_getfd(pidfd: int, descriptor: int) -> int:
-    """Return our own descriptor of what ``descriptor`` is in that process."""
-    return syscall(abi.SYS_PIDFD_GETFD, pidfd, descriptor, 0)
+def take_descriptor(pid: int, descriptor: int) -> int:
+    """Return our own descriptor of what ``descriptor`` is in process ``pid``."""
+    pidfd = syscall(abi.SYS_PIDFD_OPEN, pid, 0)
+    try:
+        return syscall(abi.SYS_PIDFD_GETFD, pidfd, descriptor, 0)
+    finally:
+        os.close(pidfd)

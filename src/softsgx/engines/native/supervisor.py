@@ -34,7 +34,7 @@ from softsgx.driver import (
     ProvisionFile,
     RestrictPermissions,
 )
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.strict import StrictLoop
@@ -53,6 +53,7 @@ from softsgx.engines.native.tracing.loop import Handler, Loop, World
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
@@ -110,7 +111,8 @@ class Supervisor(World):
         self._faulting = can_fault_cpuid()
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
-        self._registry = Registry()
+        self._registry = Registry(self._store)
+        self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._images: dict[int, Image] = {}
@@ -124,9 +126,9 @@ class Supervisor(World):
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
         )
         self._loop = (
-            StrictLoop(self, transitions, self._handlers(), time.monotonic_ns)
+            StrictLoop(self, self._waits, transitions, self._handlers(), time.monotonic_ns)
             if strict
-            else Loop(self, transitions, self._handlers())
+            else Loop(self, self._waits, transitions, self._handlers())
         )
 
     def run(
@@ -151,11 +153,11 @@ class Supervisor(World):
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
             bpf = build_filter(everything=self._strict)
-            first = start_program(argv, bpf, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio)
+            first = start_program(
+                argv, bpf, self._waits, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio
+            )
             try:
-                process = Process(first.tid, libc.pidfd_open(first.tid), self._group)
-                thread = self._dress(first, process)
-                self._loop.add(thread)
+                thread = self._dress(first, Process(first.tid, self._group))
                 if started is not None:
                     started(first.tid)
                 self._loop.go(thread)
@@ -164,6 +166,8 @@ class Supervisor(World):
                 self._loop.kill()
                 _kill(first.tid)
                 raise
+            if self._loop.failures:
+                raise self._loop.failures[0]
             status = self._loop.statuses.get(first.tid)
             return -9 if status is None else os.waitstatus_to_exitcode(status)
         finally:
@@ -279,7 +283,7 @@ class Supervisor(World):
                 continue
             for other in list(image.threads.values()):
                 able = other.cpu.inside is not None or self._strict
-                if other is not thread and able and not other.in_call and not other.vforked:
+                if other is not thread and able and not other.in_call and not other.unstoppable:
                     self._loop.hold(other)
 
     def _refresh(self, thread: ProgramThread, file: EnclaveFile, argument: int) -> None:
@@ -302,8 +306,9 @@ class Supervisor(World):
         cpu.cpl = 3
         if image.wired:
             cpu.space = image.space
-        thread = ProgramThread(tid, process, image, cpu, self._areas)
+        thread = ProgramThread(tid, self._waits, process, image, cpu, self._areas)
         image.threads[tid] = thread
+        image.members += 1
         process.alive += 1
         if self._affinity is not None:
             self._affinity.born(tid)
@@ -315,7 +320,7 @@ class Supervisor(World):
 
     def new_process(self, pid: int, parent: Process) -> Process:
         """A child pays as its parent does."""
-        return Process(pid, libc.pidfd_open(pid), parent.group, guarded=set(parent.guarded))
+        return Process(pid, parent.group, guarded=set(parent.guarded))
 
     def fork_image(self, tid: int, parent: Image) -> Image:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
@@ -339,55 +344,67 @@ class Supervisor(World):
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
         """Dress the new program."""
-        return self._dress(Thread(tid), process)
+        return self._dress(Thread(tid, self._waits), process)
 
     def settle(self) -> None:
         """Hide the pages that page tables have lost."""
         self._store.settle()
 
-    def thread_gone(self, thread: ProgramThread) -> None:
-        """Take back the processor, and the address space from the last of its threads."""
-        image, cpu, process = thread.image, thread.cpu, thread.process
-        image.threads.pop(thread.tid, None)
+    def thread_died(self, thread: ProgramThread) -> None:
+        """An interrupt takes its processor out of any enclave, and it never resumes."""
+        del thread.image.threads[thread.tid]
         if self._affinity is not None:
             self._affinity.gone(thread.tid)
-        # Whatever it was doing in an enclave, an interrupt took it out, and it never resumed.
-        interrupt(cpu)
-        self._free_cpus.append(cpu)
+        interrupt(thread.cpu)
+
+    def thread_gone(self, thread: ProgramThread) -> None:
+        """Take back the processor, and the address space from the last of its threads."""
+        image, process = thread.image, thread.process
+        self._free_cpus.append(thread.cpu)
+        image.members -= 1
+        if not image.members:
+            if image.wired:
+                image.mm.exit()
+            else:
+                self._discard(image)
         process.alive -= 1
-        if not process.alive:
-            os.close(process.pidfd)
-            process.pidfd = -1
-        if not image.threads:
-            image.mm.exit()
-            self._registry.forget_space(image.space)
-            image.pager.close()
-            os.close(image.memory_fd)
-            del self._images[image.index]
-            page = image.page
-            if page and all(other.page is not page for other in self._images.values()):
-                page.close()
+        if not process.alive:  # its descriptors are closed
             self._registry.sweep()
+
+    def _space_ended(self, image: Image) -> None:
+        """The driver has let go of an address space."""
+        self._registry.forget_space(image.space)
+        image.pager.close()
+        self._discard(image)
+        self._registry.sweep()
+
+    def _discard(self, image: Image) -> None:
+        os.close(image.memory_fd)
+        del self._images[image.index]
+        page = image.page
+        if page and all(other.page is not page for other in self._images.values()):
+            page.close()
 
     # --- images ---------------------------------------------------------------------------------
 
     def _dress(self, bare: Thread, process: Process) -> ProgramThread:
         """Make a fresh program image ours; ``bare`` is stopped at the end of its execve."""
-        if process.pidfd < 0:
-            process.pidfd = libc.pidfd_open(process.pid)
         memory = os.open(f"/proc/{bare.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        base, vdso = install_vdso(bare, memory)
-        bare.settle()
-        os.close(memory)
+        try:
+            base, vdso = install_vdso(bare, memory)
+            bare.settle()
+        finally:
+            os.close(memory)
         image = self._image(bare.tid, base, vdso, set())
         thread = self.new_thread(bare.tid, process, image)
+        self._loop.add(thread)
         image.current = thread
         if self._faulting:
             thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
         else:
             _rewrite_image(thread)
         self._wire(image, thread, process, None)
-        image.page = share_page(thread, process.pidfd, image.memory_fd, base, vdso)
+        image.page = share_page(thread, image.memory_fd, base, vdso)
         return thread
 
     def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:
@@ -403,15 +420,16 @@ class Supervisor(World):
         self, image: Image, thread: ProgramThread, process: Process, parent: Mm | None
     ) -> None:
         """Connect page tables, pager, driver and processor of an image."""
-        image.pager = make_pager(self.pager, image, thread, process.pidfd)
+        image.pager = make_pager(self.pager, image, thread)
         space = Space(image.index, self._store, self._machine.page_at, image.pager)
         space.kick_all = partial(self._loop.kick, image)
         image.space = thread.cpu.space = space
         name = f"mm of {process.pid}"
+        ended = partial(self._space_ended, image)
         if parent is None:
-            image.mm = Mm(self._driver.runtime, space, owner=thread, name=name)
+            image.mm = Mm(self._driver.runtime, space, owner=thread, ended=ended, name=name)
         else:
-            image.mm = parent.fork(space, owner=thread, name=name)
+            image.mm = parent.fork(space, owner=thread, ended=ended, name=name)
         space.memory_at = partial(_memory_at, image)
         space.is_readable = image.memory.can_read
         image.wired = True

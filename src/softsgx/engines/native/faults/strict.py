@@ -17,17 +17,16 @@ Source:
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 
 from softsgx.driver import EnclaveFile
-from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.loop import Handler, Loop, World
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.tracee import Stop
+from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.native.tracing.waits import Waits
 
 __all__ = ["StrictLoop"]
 
@@ -48,6 +47,7 @@ class StrictLoop(Loop):
 
     Args:
         world: see :class:`World`.
+        waits: where stops and ends are told.
         transitions: signals and ENCLU.
         calls: handlers of system calls, by number.
         clock: returns nanoseconds, for how long a turn lasts.
@@ -56,11 +56,12 @@ class StrictLoop(Loop):
     def __init__(
         self,
         world: World,
+        waits: Waits,
         transitions: Transitions,
         calls: dict[int, Handler],
         clock: Callable[[], int],
     ) -> None:
-        super().__init__(world, transitions, calls)
+        super().__init__(world, waits, transitions, calls)
         self._clock = clock
         self._turns: dict[Image, _Turns] = {}
 
@@ -78,9 +79,8 @@ class StrictLoop(Loop):
         if thread.at_call and thread.load().orig_rax != _NO_CALL:
             thread.in_call = True
         image = thread.image
-        if thread.in_call:
+        if thread.in_call or thread.mid_call:
             super().go(thread, number)
-            self._turn(image)
             return
         turns = self._turns.get(image)
         over = turns is not None and turns.until_ns is not None and self._clock() >= turns.until_ns
@@ -89,7 +89,10 @@ class StrictLoop(Loop):
             return
         thread.parked = True
         self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
-        self._turn(image)
+
+    def _between(self) -> None:
+        for image in list(self._turns):
+            self._turn(image)
 
     def _turn(self, image: Image) -> None:
         """Change the view when nobody runs in the present one any more."""
@@ -118,7 +121,10 @@ class StrictLoop(Loop):
             del self._turns[image]
         for thread, number in ready:
             thread.parked = False
-            super().go(thread, number)
+            try:
+                super().go(thread, number)
+            except Gone as gone:
+                self._note(gone)
 
     def _wait(self) -> tuple[int, int] | None:
         until_ns = min(
@@ -128,9 +134,9 @@ class StrictLoop(Loop):
         if until_ns is None:
             return super()._wait()
         while True:
-            tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
-            if tid:
-                return tid, status
+            event = self._waits.next_now()
+            if event is not None:
+                return event
             left_ns = until_ns - self._clock()
             if left_ns <= 0:
                 self._end_turns()
@@ -143,14 +149,6 @@ class StrictLoop(Loop):
             if turns.until_ns is not None and self._clock() >= turns.until_ns:
                 for thread in _running(image):
                     self.hold(thread)
-
-    def _guard(self, thread: ProgramThread, stop: Stop) -> None:
-        super()._guard(thread, stop)
-        self._turn(thread.image)
-
-    def _gone(self, thread: ProgramThread, status: int | None) -> None:
-        super()._gone(thread, status)
-        self._turn(thread.image)
 
 
 def _wanted(thread: ProgramThread) -> EnclaveFile | None:

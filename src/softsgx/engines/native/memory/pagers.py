@@ -22,14 +22,13 @@ PAGERS = ("userfaultfd", "mprotect")
 """Names of the pagers, the faster one first."""
 
 
-def make_pager(name: str, image: Image, thread: Thread, pidfd: int) -> Pager:
+def make_pager(name: str, image: Image, thread: Thread) -> Pager:
     """Set up a pager in an address space.
 
     Args:
         name: one of :data:`PAGERS`.
         image: the address space.
         thread: a stopped thread in it.
-        pidfd: a descriptor of its process.
 
     Raises:
         SoftSgxError: this machine forbids it.
@@ -46,7 +45,7 @@ def make_pager(name: str, image: Image, thread: Thread, pidfd: int) -> Pager:
             "(sysctl vm.unprivileged_userfaultfd, or the container's seccomp profile)"
         )
     try:
-        ours = libc.pidfd_getfd(pidfd, theirs)
+        ours = libc.take_descriptor(thread.tid, theirs)
     finally:
         thread.syscall(abi.SYS_CLOSE, theirs)
     try:

@@ -88,7 +88,7 @@ class DeviceNames:
         if descriptor < 0:
             return descriptor
         try:
-            memory = EnclaveMemory(libc.pidfd_getfd(thread.process.pidfd, descriptor))
+            memory = EnclaveMemory(libc.take_descriptor(thread.tid, descriptor))
             file: EnclaveFile | ProvisionFile
             if node == _ENCLAVE:
                 file = self._opener.open_enclave(thread)

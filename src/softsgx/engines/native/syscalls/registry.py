@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native.memory.space import Space
-from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 
 __all__ = ["Device", "Registry"]
 
@@ -24,17 +24,28 @@ class Device:
         file: the driver's file.
         memory: the memory file that stands for it.
         users: address spaces that map it, or have mapped it and may again.
+        closed: whether the kernel has released it: no process has a descriptor or a mapping.
     """
 
     file: EnclaveFile | ProvisionFile
     memory: EnclaveMemory
     users: list[Space] = field(default_factory=list)
+    closed: bool = False
 
 
 class Registry:
-    """All open devices of all processes."""
+    """All open devices of all processes.
 
-    def __init__(self) -> None:
+    A device, with its memory file, stays for as long as the driver references its file.  The kernel
+    may release it earlier: a process that has ended takes its mappings with it, but its address
+    space is still known to the driver until the loop hears of the end.
+
+    Args:
+        store: of the pages that the memory files hold.
+    """
+
+    def __init__(self, store: NativeStore) -> None:
+        self._store = store
         self._by_inode: dict[tuple[int, int], Device] = {}
         self._by_file: dict[int, Device] = {}
 
@@ -69,16 +80,24 @@ class Registry:
 
     def sweep(self) -> None:
         """Release the files that the program has closed and unmapped everywhere."""
-        for key, device in list(self._by_inode.items()):
-            if device.memory.released():
-                del self._by_inode[key], self._by_file[id(device.file)]
-                device.file.release()
-                device.memory.close()
+        for device in list(self._by_inode.values()):
+            if not device.closed and device.memory.released():
+                self._release(device)
+            if device.closed and not device.file.referenced:
+                self._remove(device)
 
     def close(self) -> None:
         """Release everything: the program is gone."""
-        for device in self._by_inode.values():
-            device.file.release()
-            device.memory.close()
-        self._by_inode.clear()
-        self._by_file.clear()
+        for device in list(self._by_inode.values()):
+            if not device.closed:
+                self._release(device)
+            self._remove(device)
+
+    def _release(self, device: Device) -> None:
+        device.closed = True
+        device.file.release()
+
+    def _remove(self, device: Device) -> None:
+        self._store.settle()  # pages that no page table maps any more may still be in the file
+        del self._by_inode[device.memory.key], self._by_file[id(device.file)]
+        device.memory.close()

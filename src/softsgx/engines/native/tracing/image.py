@@ -36,7 +36,8 @@ class Image:
         vdso_base: where our vDSO is.
         vdso: what it is.
         cpuid_sites: addresses where a CPUID was replaced.
-        threads: those alive, by thread id.
+        threads: those that may run code of it again, by thread id.
+        members: how many threads it has that were not reaped yet.
         current: the thread whose stop is being handled.
         wired: whether ``space``, ``mm`` and ``pager`` are set.
         hold: stops a running thread for us; returns whether it is stopped and alive.
@@ -51,6 +52,7 @@ class Image:
     vdso: Vdso
     cpuid_sites: set[int]
     threads: dict[int, ProgramThread] = field(default_factory=dict)
+    members: int = 0
     current: ProgramThread | None = None
     wired: bool = False
     strict: bool = False
@@ -61,6 +63,7 @@ class Image:
     pager: Pager = field(init=False)
     hold: Callable[[ProgramThread], bool] = field(init=False)
     registry: Registry = field(init=False)
+    _owed: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def aep(self) -> int:
@@ -147,15 +150,28 @@ class Image:
     def inject(self, calls: list[tuple[int, ...]]) -> None:
         """Make system calls in the program's name; results are not looked at.
 
-        Uses the thread at hand, or stops one.  Without a living thread nothing needs doing.
+        Uses the thread at hand, or stops one.  When all are in system calls that cannot be
+        interrupted, the calls are made before any of them runs code of the program again.  Without
+        a living thread nothing needs doing.
         """
+        calls, self._owed = self._owed + calls, []
         for thread in self._candidates():
             try:
-                if thread is self.current or self.hold(thread):
+                if thread is not self.current and not self.hold(thread):
+                    continue
+                if not thread.mid_call:
                     self._make(thread, calls)
                     return
             except Gone:
                 continue
+        if self.threads:
+            self._owed = calls
+
+    def flush(self) -> None:
+        """The thread at hand goes on to code of the program: make the calls that were put off."""
+        self.pager.flush()
+        if self._owed:
+            self.inject([])
 
     def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
         page = self.page
@@ -173,7 +189,7 @@ class Image:
         others = [
             thread
             for thread in self.threads.values()
-            if thread is not self.current and not thread.vforked
+            if thread is not self.current and not thread.unstoppable
         ]
         others.sort(key=lambda thread: thread.running)  # those that are stopped anyway come first
         return others if self.current is None else [self.current, *others]

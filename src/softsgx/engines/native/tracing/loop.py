@@ -3,28 +3,42 @@
 Everything happens in one OS thread.  A thread of the program that is stopped stays so until the
 loop, or whoever holds it, resumes it; what stopped it meanwhile waits in its ``pending``.
 
+A thread ends in two steps.  It *dies* when it runs no code of the program any more: at the event of
+its exit, or when a ptrace request or wait(2) says so, possibly while another thread is served; then
+it leaves its enclave and is no longer asked for anything, and nothing else happens.  It is *gone*
+when wait(2) has reaped it: the kernel has released all that it held, and the loop, serving nobody,
+gives back what we hold for it.
+
+What goes wrong in serving a thread ends its process, and no other.
+
 Source:
     ptrace(2).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import finish_exec
-from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
+from softsgx.engines.native.tracing.tracee import Gone, Stop
+from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
+from softsgx.errors import SoftSgxError
 
 __all__ = ["Loop", "World"]
+
+_LOG = logging.getLogger(__name__)
 
 _NO_CALL = (1 << 64) - 1
 _CLONE_VM, _CLONE_THREAD = 0x100, 0x10000
 _SYS_CLONE, _SYS_CLONE3 = 56, 435
+_EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
@@ -57,15 +71,22 @@ class World:
         raise NotImplementedError
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
-        """A program was executed; ``tid`` is stopped at the end of its execve."""
+        """A program was executed; ``tid`` is stopped at the end of its execve.
+
+        The thread is known to the loop when this returns, and when it raises :class:`Gone`.
+        """
         raise NotImplementedError
 
     def settle(self) -> None:
         """The program is about to go on: what was put off that it could notice is done now."""
         raise NotImplementedError
 
+    def thread_died(self, thread: ProgramThread) -> None:
+        """A thread runs no code of its program any more; anything may be going on."""
+        raise NotImplementedError
+
     def thread_gone(self, thread: ProgramThread) -> None:
-        """A thread has died, or its image was replaced."""
+        """A thread that died was reaped, or its image was replaced; nothing else is going on."""
         raise NotImplementedError
 
 
@@ -74,22 +95,30 @@ class Loop:
 
     Args:
         world: see :class:`World`.
+        waits: where stops and ends are told.
         transitions: signals and ENCLU.
         calls: handlers of system calls that stop, by number.
 
     Attributes:
         threads: living threads by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
+        failures: what went wrong in serving threads by a mistake of ours.
     """
 
-    def __init__(self, world: World, transitions: Transitions, calls: dict[int, Handler]) -> None:
-        self._world, self._transitions, self._calls = world, transitions, calls
+    def __init__(
+        self, world: World, waits: Waits, transitions: Transitions, calls: dict[int, Handler]
+    ) -> None:
+        self._world, self._waits = world, waits
+        self._transitions, self._calls = transitions, calls
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
+        self.failures: list[Exception] = []
         self._settle, self._background = world.settle, world.background
         self._permits = transitions.permits
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
+        self._dying: dict[int, ProgramThread] = {}
+        self._reaped: list[tuple[int, int]] = []  # while a thread was being served
 
     def add(self, thread: ProgramThread) -> None:
         """Know a thread that is stopped."""
@@ -97,7 +126,11 @@ class Loop:
 
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
-        while self.threads:
+        while self.threads or self._dying:
+            self._between()
+            if self._reaped:
+                self._event(*self._reaped.pop())
+                continue
             if self._later:
                 thread = self._later.pop()
                 if thread.pending and self.threads.get(thread.tid) is thread:
@@ -110,13 +143,21 @@ class Loop:
             if event is not None:
                 self._event(*event)
 
+    def _between(self) -> None:
+        """No thread is being served: do what waits for that."""
+
     def _wait(self) -> tuple[int, int] | None:
         """Wait for an event, a thread's id and its status; ``None``: look again at what is due."""
-        return os.waitpid(-1, abi.WALL)
+        return self._waits.next()
 
     def go(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
+        if thread.mid_call:  # it stops again at the end of the call
+            image.current = None
+            thread.running = thread.in_call = True
+            thread.resume(number)
+            return
         image.current = thread
         if thread.borrowable:
             # Now, while it is stopped anyway: whoever it will wait for works ahead.
@@ -127,7 +168,7 @@ class Loop:
             if not number and not image.strict:  # where it would have to wait for its turn
                 number = self._transitions.resumed(thread)
         self._settle()
-        image.pager.flush()
+        image.flush()
         if thread.outgoing is not None:
             info, thread.outgoing = thread.outgoing, None
             if number:
@@ -137,7 +178,7 @@ class Loop:
         thread.resume(number)
 
     def hold(self, thread: ProgramThread) -> bool:
-        """Stop a running thread; what stopped it is handled later.  ``False``: it is dead."""
+        """Stop a running thread; what stopped it is handled later.  ``False``: it has died."""
         if not thread.running:
             return True
         try:
@@ -145,7 +186,7 @@ class Loop:
             stop = thread.behind(thread.wait())
             self._permits.stopped(thread)
         except Gone as gone:
-            self._gone(thread, gone.status)
+            self._note(gone)
             return False
         thread.running = False
         thread.pending.append(stop)
@@ -166,30 +207,51 @@ class Loop:
     # --- events ---------------------------------------------------------------------------------
 
     def _event(self, tid: int, status: int) -> None:
-        thread = self.threads.get(tid)
+        thread = self.threads.get(tid) or self._dying.get(tid)
         if thread is None:
-            # A child that stops before its parent's event tells of it.
-            if os.WIFSTOPPED(status):
-                self._early[tid] = status
-            return
-        if not os.WIFSTOPPED(status):
+            self._stranger(tid, status)
+        elif not os.WIFSTOPPED(status):
             self._gone(thread, status)
-            return
-        thread.running = thread.vforked = False
-        self._guard(thread, thread.stopped(status))
+        else:
+            thread.running = thread.unstoppable = False
+            self._guard(thread, thread.stopped(status))
+
+    def _stranger(self, tid: int, status: int) -> None:
+        """A child that stops, or ends, before its parent's event tells of it; or none of ours."""
+        if stops_at_exit(status):
+            let_end(tid)
+        elif os.WIFSTOPPED(status) or tid in self._early:
+            self._early[tid] = status
 
     def _guard(self, thread: ProgramThread, stop: Stop) -> None:
-        thread.image.current = thread
+        image = thread.image
+        image.current = thread
         try:
+            if stop.event == abi.PTRACE_EVENT_EXIT:
+                self._die(thread)
+                let_end(thread.tid)
+                return
             stop = thread.behind(stop)
             self._permits.stopped(thread)
             self._handle(thread, stop)
-        except Gone as gone:
-            if gone.tid == thread.tid and gone.status is not None:
-                self._gone(thread, gone.status)
-            # Otherwise its end is still to be waited for.
+        except Exception as error:
+            self._failed(thread.process.pid, thread.tid, error)
         finally:
-            thread.image.current = None
+            image.current = None
+
+    def _failed(self, pid: int, tid: int, error: Exception) -> None:
+        """Serving thread ``tid`` has failed: if it was not its end that disturbed us, end it."""
+        if isinstance(error, Gone):
+            self._note(error)
+        elif self._waits.has_moved(tid):
+            self._note(Gone(tid, None))
+        elif isinstance(error, SoftSgxError):
+            _LOG.error("process %d is ended: %s", pid, error)
+            _kill(pid)
+        else:
+            _LOG.error("process %d is ended: %r in serving it", pid, error, exc_info=error)
+            self.failures.append(error)
+            _kill(pid)
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if not stop.event and not stop.syscall:
@@ -203,10 +265,11 @@ class Loop:
             else:
                 self.go(thread)
         elif stop.event in (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE):
-            self._born(thread, stop.event)
-            thread.image.current = thread
-            thread.vforked = stop.event == abi.PTRACE_EVENT_VFORK
-            self.go(thread)
+            try:
+                self._born(thread, stop.event)
+            finally:
+                thread.unstoppable = stop.event == abi.PTRACE_EVENT_VFORK
+                self.go(thread)
         elif stop.event == abi.PTRACE_EVENT_EXEC:
             self._exec(thread)
         else:
@@ -241,12 +304,14 @@ class Loop:
         """Let the call of this stop be made, by the program itself."""
         # What was put off may make calls of ours, and use the stop up.
         self._world.settle()
-        thread.image.pager.flush()
+        thread.image.flush()
         if not thread.at_call:
             regs = thread.load()
             regs.rip, regs.rax, regs.orig_rax = regs.rip - 2, regs.orig_rax, _NO_CALL
             thread.store()
             thread.again = True
+        elif thread.load().orig_rax in _EXECVES:
+            thread.in_call = thread.unstoppable = True
         self.go(thread)
 
     # --- births and deaths ----------------------------------------------------------------------
@@ -254,75 +319,108 @@ class Loop:
     def _born(self, parent: ProgramThread, event: int) -> None:
         tid = parent.event_message()
         flags = _clone_flags(parent)
-        if tid not in self._early:
-            try:
-                _pid, status = os.waitpid(tid, abi.WALL)
-            except ChildProcessError:
-                return
-        else:
-            status = self._early.pop(tid)
+        try:
+            status = self._early.pop(tid, None) or self._waits.of(tid)
+        except ChildProcessError:
+            return
         if not os.WIFSTOPPED(status):
             return
-        world = self._world
-        if flags & _CLONE_THREAD:
-            thread = world.new_thread(tid, parent.process, parent.image)
-        else:
-            process = world.new_process(tid, parent.process)
-            shares = flags & _CLONE_VM or event == abi.PTRACE_EVENT_VFORK
-            image = parent.image if shares else world.fork_image(tid, parent.image)
-            thread = world.new_thread(tid, process, image)
-            if not shares:
-                image.current = thread
-                world.adopt_fork(thread, parent.image)
-        self.threads[tid] = thread
-        stop = decode_stop(status)
+        if stops_at_exit(status):
+            let_end(tid)
+            return
+        try:
+            thread = self._child(tid, parent, event, flags)
+        except Exception as error:
+            self._failed(parent.process.pid if flags & _CLONE_THREAD else tid, tid, error)
+            return
+        stop = thread.stopped(status)
         if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
             self.go(thread)
         else:
             thread.pending.append(stop)
             self._later.append(thread)
 
+    def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
+        """Know the thread that ``parent`` has made; it is stopped before its first step."""
+        world = self._world
+        if flags & _CLONE_THREAD:
+            process, shares = parent.process, True
+        else:
+            process = world.new_process(tid, parent.process)
+            shares = bool(flags & _CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
+        image = parent.image if shares else world.fork_image(tid, parent.image)
+        thread = self.threads[tid] = world.new_thread(tid, process, image)
+        if not shares:
+            image.current = thread
+            world.adopt_fork(thread, parent.image)
+        return thread
+
     def _exec(self, thread: ProgramThread) -> None:
-        """The other threads are gone; the one that remains has the leader's id."""
-        former = thread.event_message()
+        """The other threads have come to an end; the one that remains has the leader's id."""
         process = thread.process
-        for other in [t for t in self.threads.values() if t.process is process]:
-            del self.threads[other.tid]
-            self._world.thread_gone(other)
-        if former != thread.tid and former in self.threads:
-            gone = self.threads.pop(former)
-            self._world.thread_gone(gone)
+        known = [*self.threads.values(), *self._dying.values()]
+        former = [other for other in known if other.process is process and other is not thread]
+        for other in former:
+            self._die(other)
+            self._forget(other)
+        self._die(thread)
         finish_exec(thread)
+        self._forget(thread)
         fresh = self._world.exec_image(thread.tid, process)
-        self.threads[fresh.tid] = fresh
         self.go(fresh)
 
-    def _gone(self, thread: ProgramThread, status: int | None) -> None:
+    def _note(self, gone: Gone) -> None:
+        """A thread has ended while something was wanted of it."""
+        thread = self.threads.get(gone.tid)
+        if thread is not None:
+            self._die(thread)
+        if gone.status is not None:
+            self._reaped.append((gone.tid, gone.status))
+
+    def _die(self, thread: ProgramThread) -> None:
+        """The first step of a thread's end: it runs no code of the program any more."""
         if self.threads.get(thread.tid) is not thread:
             return
         del self.threads[thread.tid]
+        self._dying[thread.tid] = thread
         self._permits.ended(thread)
-        if status is not None and thread.tid == thread.process.pid:
+        self._world.thread_died(thread)
+
+    def _gone(self, thread: ProgramThread, status: int) -> None:
+        """The second step: it was reaped with this status."""
+        self._die(thread)
+        if thread.tid == thread.process.pid:
             self.statuses[thread.tid] = status
-        self._world.thread_gone(thread)
+        self._forget(thread)
+
+    def _forget(self, thread: ProgramThread) -> None:
+        if self._dying.get(thread.tid) is thread:
+            del self._dying[thread.tid]
+            self._world.thread_gone(thread)
 
     def kill(self) -> None:
         """End every process, and wait until it is gone."""
-        for thread in list(self.threads.values()):
+        for pid in {thread.process.pid for thread in self.threads.values()} | set(self._early):
+            _kill(pid)
+        while self.threads or self._dying:
             try:
-                os.kill(thread.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for thread in list(self.threads.values()):
-            try:
-                while True:
-                    _pid, status = os.waitpid(thread.tid, abi.WALL)
-                    if not os.WIFSTOPPED(status):
-                        break
-                    libc.ptrace(abi.PTRACE_CONT, thread.tid, 0, 0)
-            except (ChildProcessError, ProcessLookupError):
-                status = None
-            self._gone(thread, status)
+                tid, status = self._waits.next()
+            except ChildProcessError:
+                return
+            thread = self.threads.get(tid) or self._dying.get(tid)
+            if not os.WIFSTOPPED(status):
+                if thread is not None:
+                    self._gone(thread, status)
+            else:
+                _kill(tid)  # it may be a child that was not told of yet
+                let_end(tid)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _clone_flags(parent: ProgramThread) -> int:

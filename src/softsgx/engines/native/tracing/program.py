@@ -11,6 +11,7 @@ from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.image import Image, ImageMemory
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
@@ -26,14 +27,12 @@ class Process:
 
     Attributes:
         pid: its id.
-        pidfd: a descriptor of it.
         group: who pays for its EPC.
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
     """
 
     pid: int
-    pidfd: int
     group: Group
     alive: int = 0
     guarded: set[tuple[int, int]] = field(default_factory=set)
@@ -51,7 +50,8 @@ class ProgramThread(Thread):
         running: whether it may be executing; ``False`` while stopped by us.
         pending: a stop that came while we wanted something else of it.
         blocked: its signal mask from before it entered an enclave, when we changed it.
-        vforked: it waits for its child to execute a program, and cannot be stopped until then.
+        unstoppable: it is in vfork or execve and stops only when its child, or the other threads
+            of its process, have come to an end; an interrupt would be answered no earlier.
         again: the next seccomp stop only repeats a call that shall run.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
         illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
@@ -61,6 +61,7 @@ class ProgramThread(Thread):
     """
 
     tid: int
+    waits: Waits
     process: Process
     image: Image
     cpu: LogicalProcessor
@@ -68,7 +69,7 @@ class ProgramThread(Thread):
     running: bool = False
     pending: list[Stop] = field(default_factory=list)
     blocked: int | None = None
-    vforked: bool = False
+    unstoppable: bool = False
     again: bool = False
     illegal_at: int = 0
     kicked: bool = False
@@ -79,7 +80,7 @@ class ProgramThread(Thread):
 
     def __post_init__(self) -> None:
         regs = NativeRegisters()
-        super().__init__(self.tid, regs)
+        super().__init__(self.tid, self.waits, regs)
         # Thread and processor have one set of registers: nothing is copied at a transition.
         regs.xcr0 = self.cpu.hw.config.xcr0
         self.cpu.regs = cast(Registers, regs)

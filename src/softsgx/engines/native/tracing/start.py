@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso.elf import Vdso, build_vdso, read_symbols
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.errors import SoftSgxError
@@ -30,6 +31,7 @@ TRACE_OPTIONS = (
     | abi.PTRACE_O_TRACEVFORK
     | abi.PTRACE_O_TRACECLONE
     | abi.PTRACE_O_TRACEEXEC
+    | abi.PTRACE_O_TRACEEXIT
     | abi.PTRACE_O_TRACESECCOMP
     | abi.PTRACE_O_EXITKILL
 )
@@ -43,6 +45,7 @@ _SHARED_NAME = b"softsgx\0"
 def start_program(
     argv: Sequence[str],
     bpf: bytes,
+    waits: Waits,
     *,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
@@ -54,6 +57,7 @@ def start_program(
     Args:
         argv: program, looked up in PATH, and its arguments.
         bpf: the seccomp filter, an array of ``struct sock_filter``.
+        waits: where its stops are told.
         env: its environment; ours by default.
         cwd: its working directory; ours by default.
         cpus: the processors it may run on; ours by default.
@@ -68,23 +72,33 @@ def start_program(
         _become(argv, bpf, failed_write, env, cwd, cpus, stdio)
     os.close(failed_write)
     os.waitpid(pid, os.WUNTRACED)
-    thread = Thread(pid)
+    thread = Thread(pid, waits)
     try:
         libc.ptrace(abi.PTRACE_SEIZE, pid, 0, TRACE_OPTIONS)
         os.kill(pid, signal.SIGCONT)
         _follow_to_exec(thread)
     except Gone:
         reason = os.read(failed_read, 4096).decode(errors="replace")
+        _reap(pid)
         raise SoftSgxError(reason or f"{argv[0]}: ended before it started") from None
     except OSError as error:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        _reap(pid)
         raise SoftSgxError(
             f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children"
         ) from None
     finally:
         os.close(failed_read)
     return thread
+
+
+def _reap(pid: int) -> None:
+    """Wait for the end of a child that ends."""
+    try:
+        while os.WIFSTOPPED(os.waitpid(pid, abi.WALL)[1]):
+            let_end(pid)
+    except ChildProcessError:
+        return
 
 
 def _become(
@@ -189,12 +203,11 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     return base, vdso
 
 
-def share_page(thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
+def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
     """Share a page with a fresh image; ``None`` when it has no room for one.
 
     Args:
         thread: a stopped thread of the image, its vDSO installed.
-        pidfd: a descriptor of its process.
         memory: a descriptor of its ``/proc/PID/mem``.
         base: where the vDSO is.
         vdso: what it is.
@@ -203,7 +216,7 @@ def share_page(thread: Thread, pidfd: int, memory: int, base: int, vdso: Vdso) -
     theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
     if theirs < 0:
         return None
-    page = SharedPage(libc.pidfd_getfd(pidfd, theirs))
+    page = SharedPage(libc.take_descriptor(thread.tid, theirs))
     rights = abi.PROT_READ | abi.PROT_WRITE
     at = thread.syscall(abi.SYS_MMAP, 0, abi.PAGE, rights, abi.MAP_SHARED, theirs, 0)
     thread.syscall(abi.SYS_CLOSE, theirs)

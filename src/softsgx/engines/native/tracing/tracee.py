@@ -16,6 +16,7 @@ from functools import cache
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.abi import SigInfo, UserRegs
+from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 
 __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
 
@@ -23,10 +24,24 @@ _MINUS_ONE = (1 << 64) - 1
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _ALL_BUT_TRAP = _MINUS_ONE ^ 1 << abi.SIGTRAP - 1
 _REGS_BYTES = ctypes.sizeof(UserRegs)
+_MID_CALL = frozenset(
+    {
+        abi.PTRACE_EVENT_FORK,
+        abi.PTRACE_EVENT_VFORK,
+        abi.PTRACE_EVENT_CLONE,
+        abi.PTRACE_EVENT_EXEC,
+        abi.PTRACE_EVENT_EXIT,
+    }
+)
 
 
 class Gone(Exception):
-    """The thread has died; ``status`` is what wait(2) said, ``None`` when nobody knows."""
+    """The thread runs no code of the program any more.
+
+    Attributes:
+        tid: its id.
+        status: what wait(2) said when it was reaped; ``None`` when that is still to come.
+    """
 
     def __init__(self, tid: int, status: int | None) -> None:
         super().__init__(f"thread {tid} is gone")
@@ -52,22 +67,29 @@ def decode_stop(status: int) -> Stop:
 class Thread:
     """One thread of the program.
 
+    Args:
+        tid: its id.
+        waits: where its stops are told.
+        regs: where its registers are kept; in an object of its own by default.
+
     Attributes:
         tid: its id.
         regs: its general registers, valid between :meth:`load` and the next resume.
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
         in_call: whether it is in the kernel and stops before it runs code of the program again.
+        mid_call: whether it is stopped in the middle of a system call that goes on when it is
+            resumed, as at the events of fork and execve: no call can be made in its name.
     """
 
-    def __init__(self, tid: int, regs: UserRegs | None = None) -> None:
-        self.tid = tid
+    def __init__(self, tid: int, waits: Waits, regs: UserRegs | None = None) -> None:
+        self.tid, self.waits = tid, waits
         self.regs = UserRegs() if regs is None else regs
         self._regs_at = ctypes.addressof(self.regs)
         self._info = SigInfo()
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
-        self.at_call = self.in_call = False
+        self.at_call = self.in_call = self.mid_call = False
         self._at_signal = False
         self._kept: SigInfo | None = None
         self._loaded = self._changed = False
@@ -220,14 +242,17 @@ class Thread:
         """Block until this thread stops.
 
         Raises:
-            Gone: it died instead.
+            Gone: it ends instead.
         """
         try:
-            _pid, status = os.waitpid(self.tid, abi.WALL)
+            status = self.waits.of(self.tid)
         except ChildProcessError:
             raise Gone(self.tid, None) from None
         if not os.WIFSTOPPED(status):
             raise Gone(self.tid, status)
+        if stops_at_exit(status):
+            let_end(self.tid)
+            raise Gone(self.tid, None)
         return self.stopped(status)
 
     def behind(self, stop: Stop) -> Stop:
@@ -255,6 +280,7 @@ class Thread:
         self._at_signal = stop.event == 0 and not stop.syscall
         self._kept = None
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
+        self.mid_call = stop.event in _MID_CALL
         if stop.event in (0, abi.PTRACE_EVENT_STOP):
             self.in_call = False  # ends of calls, signals and interrupts are behind the call
         return stop
@@ -344,6 +370,7 @@ class Thread:
         Returns:
             RAX at its end, signed.
         """
+        assert not self.mid_call, f"thread {self.tid} is borrowed in the middle of a system call"
         saved = UserRegs()
         if not self._loaded:
             self.load()

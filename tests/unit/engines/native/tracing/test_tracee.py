@@ -14,6 +14,7 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.bpf import build_filter
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
+from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.code import CALL_WORDS, CALLS_AT
 from softsgx.engines.native.vdso.elf import build_vdso
 
@@ -24,7 +25,7 @@ pytestmark = needs_tracing
 
 @pytest.fixture
 def thread() -> Iterator[Thread]:
-    started = start_program(["/bin/sh", "-c", "exit 7"], build_filter())
+    started = start_program(["/bin/sh", "-c", "exit 7"], build_filter(), Waits())
     memory = os.open(f"/proc/{started.tid}/mem", os.O_RDWR)
     install_vdso(started, memory)
     os.close(memory)
@@ -43,7 +44,8 @@ def finish(thread: Thread) -> int:
         try:
             stop = thread.wait()
         except Gone as gone:
-            return os.waitstatus_to_exitcode(gone.status or 0)
+            status = gone.status or thread.waits.of(thread.tid)
+            return os.waitstatus_to_exitcode(status)
         thread.resume(0 if stop.event or stop.syscall else stop.signal)
 
 
@@ -60,7 +62,7 @@ def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> Non
     for number in range(20):
         thread.syscall(abi.SYS_MADVISE, number, number)
     thread.settle()
-    fresh = Thread(thread.tid)
+    fresh = Thread(thread.tid, thread.waits)
     assert bytes(fresh.load()) == before
     assert fresh.sigmask() == mask
     # But for XSTATE_BV: whether an all-zero component counts as unused is for the processor to say.
@@ -78,7 +80,7 @@ def test_changes_of_registers_are_kept_across_injected_calls(thread: Thread) -> 
     thread.syscall(abi.SYS_GETPID)
     assert thread.regs.r15 == 0x1234
     thread.settle()
-    assert Thread(thread.tid).load().r15 == 0x1234
+    assert Thread(thread.tid, thread.waits).load().r15 == 0x1234
 
 
 def test_a_signal_that_comes_during_an_injected_call_is_delivered_afterwards(
@@ -103,9 +105,9 @@ def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: T
     thread.syscall(abi.SYS_GETPID)
     assert (thread.siginfo().signo, thread.siginfo().code) == (signal.SIGTERM, 0)
     thread.resume(signal.SIGTERM)
-    with pytest.raises(Gone) as gone:
+    with pytest.raises(Gone):
         thread.wait()
-    assert gone.value.status == signal.SIGTERM
+    assert thread.waits.of(thread.tid) == signal.SIGTERM
 
 
 def test_a_call_can_be_skipped_or_made_in_place_of_another(thread: Thread) -> None:
@@ -146,9 +148,7 @@ def test_a_table_of_calls_is_made_in_one_stop(thread: Thread) -> None:
     memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR)
     base, vdso = thread.inject_at, build_vdso({})
     base -= vdso.inject  # where the fixture has put it
-    pidfd = libc.pidfd_open(thread.tid)
-    page = share_page(thread, pidfd, memory, base, vdso)
-    os.close(pidfd)
+    page = share_page(thread, memory, base, vdso)
     os.close(memory)
     assert page is not None
     before = bytes(thread.load())
