@@ -22,8 +22,7 @@ from softsgx.engines.native.x86.asm import Assembler
 from softsgx.image import MASK_ALL, MASK_NONE, SECINFO_RW, SECINFO_RX, SECINFO_TCS, Data, Plan, Run
 
 PAGE = 4096
-THREADS = 2
-SSA_OFFSET, CODE_OFFSET, DATA_OFFSET = 2 * PAGE, 6 * PAGE, 8 * PAGE
+THREADS, FRAMES = 2, 2
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -120,31 +119,34 @@ def enclave_code() -> bytes:
     return asm.finish().ljust(PAGE, b"\xcc")
 
 
-def enclave_plan(data_pages: int) -> Plan:
-    """Two threads with two SSA frames each, code, and zeroed data pages."""
+def enclave_plan(data_pages: int, threads: int = THREADS) -> Plan:
+    """Threads with two SSA frames each, code, and zeroed data pages; a gap before the latter."""
+    ssa_offset = threads * PAGE
+    code_offset = ssa_offset + FRAMES * threads * PAGE
+    data_offset = code_offset + 2 * PAGE
     tcs = b"".join(
         Tcs(
-            ossa=SSA_OFFSET + thread * 2 * PAGE,
-            nssa=2,
-            oentry=CODE_OFFSET,
+            ossa=ssa_offset + thread * FRAMES * PAGE,
+            nssa=FRAMES,
+            oentry=code_offset,
             fs_limit=0xFFF,
             gs_limit=0xFFF,
         ).pack()
-        for thread in range(THREADS)
+        for thread in range(threads)
     )
     runs = (
-        Run(0, THREADS, SECINFO_TCS, Data(memoryview(tcs)), MASK_ALL),
-        Run(SSA_OFFSET, 2 * THREADS, SECINFO_RW, mask=MASK_NONE),
-        Run(CODE_OFFSET, 1, SECINFO_RX, Data(memoryview(enclave_code())), MASK_ALL),
-        Run(DATA_OFFSET, data_pages, SECINFO_RW, mask=MASK_NONE),
+        Run(0, threads, SECINFO_TCS, Data(memoryview(tcs)), MASK_ALL),
+        Run(ssa_offset, FRAMES * threads, SECINFO_RW, mask=MASK_NONE),
+        Run(code_offset, 1, SECINFO_RX, Data(memoryview(enclave_code())), MASK_ALL),
+        Run(data_offset, data_pages, SECINFO_RW, mask=MASK_NONE),
     )
-    end = DATA_OFFSET + data_pages * PAGE
+    end = data_offset + data_pages * PAGE
     return Plan(1 << (end - 1).bit_length(), runs)
 
 
-def write_enclave(path: Path, data_pages: int) -> Path:
+def write_enclave(path: Path, data_pages: int, threads: int = THREADS) -> Path:
     """Write the file that the programs read."""
-    plan = enclave_plan(data_pages)
+    plan = enclave_plan(data_pages, threads)
     with path.open("wb") as file:
         file.write(struct.pack("<QQ", plan.size, len(plan.runs)))
         file.write(sigstruct_for(plan))

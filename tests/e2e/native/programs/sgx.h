@@ -97,7 +97,10 @@ static inline void build(void)
 		memset(info, 0, 64);
 		*(uint64_t *)info = s->flags;
 		uint64_t add[6] = {(uint64_t)bytes, s->offset, s->pages * PAGE, (uint64_t)info, s->measured, 0};
-		CHECK(!ioctl(device, 0xc030a401, add) && add[5] == s->pages * PAGE);
+		while (add[2]) { /* a signal may end it early */
+			CHECK(!ioctl(device, 0xc030a401, add) || errno == EINTR);
+			add[0] += add[5]; add[1] += add[5]; add[2] -= add[5]; add[5] = 0;
+		}
 		munmap(bytes, s->pages * PAGE);
 		int prot = (s->flags >> 8 & 0xff) == tcs_type ? 3 : s->flags & 7;
 		CHECK(mmap((void *)(base + s->offset), s->pages * PAGE, prot, MAP_SHARED | MAP_FIXED, device, 0) != MAP_FAILED);
