@@ -166,6 +166,7 @@ class Supervisor(World):
                 self._loop.kill()
                 _kill(first.tid)
                 raise
+            self.background()  # what had begun ends
             if self._loop.failures:
                 raise self._loop.failures[0]
             status = self._loop.statuses.get(first.tid)
@@ -279,7 +280,7 @@ class Supervisor(World):
     def _quieten(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
         for image in list(self._images.values()):
-            if not image.wired or image.space not in device.users:
+            if not image.wired or image.space not in device.memory.users:
                 continue
             for other in list(image.threads.values()):
                 able = other.cpu.inside is not None or self._strict
@@ -295,7 +296,7 @@ class Supervisor(World):
             return  # nothing was done either
         start = file.enclave.base + request.offset
         device = self._registry.of_file(file)
-        for space in device.users:
+        for space in device.memory.users:
             space.refresh_range(start, start + request.length)
 
     # --- the loop's world -----------------------------------------------------------------------
@@ -334,9 +335,8 @@ class Supervisor(World):
         self._wire(image, thread, thread.process, parent.mm)
         for vma in image.mm.vmas():
             device = self._registry.of_file(vma.file)
-            if image.space not in device.users:
-                device.users.append(image.space)
-                device.memory.guards.append(image.pager)
+            if image.space not in device.memory.users:
+                device.memory.users.append(image.space)
             image.pager.mapped(vma.start, vma.end, vma.prot)
             if image.is_covered(vma.start):
                 # It has the parent's rights of when it was made, whatever they were.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, Pfec
-from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore
+from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore, runs
 from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
 
 __all__ = ["Pager", "Space"]
@@ -160,6 +160,20 @@ class Space:
     def paging_address(self, linaddr: int) -> int:
         """Only guests need it."""
         return linaddr
+
+    # --- for memory files -----------------------------------------------------------------------
+
+    def maps(self, memory: EnclaveMemory, linaddr: int) -> bool:
+        """Return whether ``memory`` is mapped at ``linaddr``."""
+        return self.memory_at(linaddr) is memory
+
+    def parts(self, memory: EnclaveMemory, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the ranges of ``[start, end)`` where no other memory file is mapped.
+
+        Where the driver knows of no mapping any more, the kernel may still have it.
+        """
+        others = (None, memory)
+        return runs([at for at in range(start, end, PAGE_BYTES) if self.memory_at(at) in others])
 
     # --- for the engine -------------------------------------------------------------------------
 

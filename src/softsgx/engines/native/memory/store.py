@@ -46,7 +46,7 @@ _ONES = b"\xff" * PAGE_BYTES
 
 
 class Guard(Protocol):
-    """One address space that maps a memory file: what must happen there around a change."""
+    """What must happen in an address space around a change of a memory file that it maps."""
 
     def before_hide(self, start: int, end: int) -> None:
         """Make stores to the pages of a range impossible; loads may go on."""
@@ -68,6 +68,23 @@ class Guard(Protocol):
         """Allow or forbid stores to a shown page, as the EPCM has changed its mind."""
 
 
+class User(Protocol):
+    """One address space that maps a memory file, or has mapped it."""
+
+    @property
+    def pager(self) -> Guard:
+        """Its guard."""
+
+    def maps(self, memory: EnclaveMemory, linaddr: int) -> bool:
+        """Return whether ``memory`` is mapped at ``linaddr``."""
+
+    def parts(self, memory: EnclaveMemory, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the ranges of ``[start, end)`` where no other memory file is mapped."""
+
+    def refresh_range(self, start: int, end: int) -> None:
+        """EPCM entries of the pages in a range may have changed."""
+
+
 class EnclaveMemory:
     """The memory file behind one open ``/dev/sgx_enclave``.
 
@@ -78,7 +95,7 @@ class EnclaveMemory:
     Attributes:
         fd: our descriptor.
         key: (device, inode), which every descriptor of the file shows.
-        guards: the address spaces that map it.
+        users: the address spaces that map it, or have mapped it and may again.
         marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
             ENCLU instructions that start with HLT, and forbidden ones that are UD2.
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
@@ -87,7 +104,7 @@ class EnclaveMemory:
 
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
-        self.guards: list[Guard] = []
+        self.users: list[User] = []
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self._windows: dict[int, mmap.mmap] = {}
@@ -124,12 +141,15 @@ class EnclaveMemory:
         """
         contents: list[bytes] = []
         for start, end in runs(pages):
-            for guard in self.guards:
-                guard.before_hide(start, end)
+            guarded = [
+                (user.pager, *part) for user in self.users for part in user.parts(self, start, end)
+            ]
+            for guard, low, high in guarded:
+                guard.before_hide(low, high)
             data = os.pread(self.fd, end - start, start)
             libc.punch_hole(self.fd, start, end - start)
-            for guard in self.guards:
-                guard.after_hide(start, end)
+            for guard, low, high in guarded:
+                guard.after_hide(low, high)
             if end - start == PAGE_BYTES:
                 contents.append(data)
             else:
@@ -210,8 +230,8 @@ class EnclaveMemory:
 
     def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
         """Put the page into the file; nobody sees it half filled."""
-        filler = None
-        for guard in self.guards:
+        filler, guards = None, self._guards_at(linaddr)
+        for guard in guards:
             if guard.show(linaddr, data, writable=writable):
                 filler = guard
                 break
@@ -219,14 +239,18 @@ class EnclaveMemory:
             # A whole page written through the descriptor appears at once: the kernel holds it
             # locked, and faults wait, until it is full.
             os.pwrite(self.fd, data, linaddr)
-        for guard in self.guards:
+        for guard in guards:
             if guard is not filler:
                 guard.shown(linaddr, writable=writable)
 
     def set_writable(self, linaddr: int, *, writable: bool) -> None:
         """Allow or forbid stores to a shown page."""
-        for guard in self.guards:
+        for guard in self._guards_at(linaddr):
             guard.set_writable(linaddr, writable=writable)
+
+    def _guards_at(self, linaddr: int) -> list[Guard]:
+        """Return the guards of the spaces that map the file there, and not another one."""
+        return [user.pager for user in self.users if user.maps(self, linaddr)]
 
 
 def runs(pages: list[int]) -> list[tuple[int, int]]:

@@ -81,9 +81,8 @@ class Mappings:
             if not placed & abi.MAP_FIXED and length:
                 thread.syscall(abi.SYS_MUNMAP, address, length)
             return -(error.errno or EINVAL)
-        if image.space not in device.users:
-            device.users.append(image.space)
-            device.memory.guards.append(image.pager)
+        if image.space not in device.memory.users:
+            device.memory.users.append(image.space)
         result = thread.finish_syscall(
             abi.SYS_MMAP,
             address,

@@ -7,7 +7,7 @@ inherited or received descriptor shows it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native.memory.space import Space
@@ -23,13 +23,11 @@ class Device:
     Attributes:
         file: the driver's file.
         memory: the memory file that stands for it.
-        users: address spaces that map it, or have mapped it and may again.
         closed: whether the kernel has released it: no process has a descriptor or a mapping.
     """
 
     file: EnclaveFile | ProvisionFile
     memory: EnclaveMemory
-    users: list[Space] = field(default_factory=list)
     closed: bool = False
 
 
@@ -74,9 +72,8 @@ class Registry:
     def forget_space(self, space: Space) -> None:
         """An address space has ended: its pager is closed."""
         for device in self._by_inode.values():
-            if space in device.users:
-                device.users.remove(space)
-                device.memory.guards.remove(space.pager)
+            if space in device.memory.users:
+                device.memory.users.remove(space)
 
     def sweep(self) -> None:
         """Release the files that the program has closed and unmapped everywhere."""

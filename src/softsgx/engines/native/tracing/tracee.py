@@ -90,7 +90,7 @@ class Thread:
         self._info_at = ctypes.addressof(self._info)
         self.inject_at = 0
         self.at_call = self.in_call = self.mid_call = False
-        self._at_signal = False
+        self._at_signal = self._borrowed = False
         self._kept: SigInfo | None = None
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
@@ -232,7 +232,11 @@ class Thread:
         """Leave it in its group stop, but hear when it ends."""
         self.settle()
         self.in_call = True
-        self._request(abi.PTRACE_LISTEN, 0, 0)
+        if self._borrowed:  # it has left the stop: it is stopped again before it executes anything
+            self.interrupt()
+            self.resume()
+        else:
+            self._request(abi.PTRACE_LISTEN, 0, 0)
 
     def interrupt(self) -> None:
         """Ask a running thread to stop."""
@@ -278,6 +282,7 @@ class Thread:
         stop = decode_stop(status)
         self._loaded, self._real_xstate = False, None
         self._at_signal = stop.event == 0 and not stop.syscall
+        self._borrowed = False
         self._kept = None
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
         self.mid_call = stop.event in _MID_CALL
@@ -394,7 +399,7 @@ class Thread:
         self._loaded = True
         self.store()
         self.set_sigmask(mask)
-        self._kept, self._at_signal = kept, at_signal
+        self._kept, self._at_signal, self._borrowed = kept, at_signal, True
         if stops_again:
             os.kill(self.tid, abi.SIGSTOP)
         return result

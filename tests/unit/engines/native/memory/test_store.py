@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softsgx.arch import EpcAddr, PageType
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore
 from softsgx.hw import EpcPage
 
 BASE = 0x7000_0000_0000
@@ -144,10 +144,26 @@ class Watching:
         pass
 
 
+class Everywhere:
+    """A space that maps the file wherever it is asked."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.pager = guard
+
+    def maps(self, memory: EnclaveMemory, linaddr: int) -> bool:
+        return True
+
+    def parts(self, memory: EnclaveMemory, start: int, end: int) -> list[tuple[int, int]]:
+        return [(start, end)]
+
+    def refresh_range(self, start: int, end: int) -> None:
+        pass
+
+
 def test_pages_that_leave_together_are_hidden_at_once_when_the_first_is_needed() -> None:
     memory, theirs = make_memory()
     guard = Watching(theirs)
-    memory.guards.append(guard)
+    memory.users.append(Everywhere(guard))
     store, pages = NativeStore(), [make_page(index) for index in range(PAGES)]
     for page in pages:
         store.fill(page, bytes([1 + page.linaddr // 4096 % 4096]) * 4096)
