@@ -109,7 +109,7 @@ static void end(void)
 	case 10: if (!vfork()) { execl("/bin/true", "true", NULL); _exit(92); } _exit(0);
 	case 11: pthread_exit(NULL); /* the leader; the others go on until the parent kills */
 	case 12: ending = 1; call(own, UD2, 0, 0, 0, &run); __builtin_trap();
-	case 13: ending = 1; raw_enter(base + own * PAGE, 0, 0, UD2, 0); _exit(0); /* SIGILL */
+	case 13: if (shared) _exit(0); ending = 1; raw_enter(base + own * PAGE, 0, 0, UD2, 0); _exit(0); /* SIGILL */
 	case 14: kill(getpid(), SIGSTOP); nap(); _exit(0);
 	default: for (;;) work(own, 1000); /* until the parent kills */
 	}
