@@ -13,6 +13,8 @@ from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, writ
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, doctor, run
+from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.program import ProgramThread
 
 DATA_PAGES = 20
 EPC_PAGES = 20
@@ -42,6 +44,26 @@ def test_in_strict_runs_whoever_is_outside_reads_ones_and_stores_nothing(
     program: list[str], scenario: str, pager: str
 ) -> None:
     assert exit_code(program, scenario, strict=True, pager=pager) == 0
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+def test_an_entry_of_a_strict_run_changes_the_rights_of_few_mappings_however_many_there_are(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pager: str
+) -> None:
+    made = []
+    inject = Image._make
+
+    def counted(image: Image, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
+        made.extend(calls)
+        inject(image, thread, calls)
+
+    monkeypatch.setattr(Image, "_make", counted)
+    pages, calls = 60, 100
+    enclave = write_enclave(tmp_path / "enclave", pages)
+    argv = [program[0], str(enclave), "patchwork", str(calls)]
+    assert run(argv, epc="1MiB", strict=True, pager=pager).exit_code == 0
+    crossings = 3 * calls + 7 * pages  # at least: put, get and load, and the sweeps over all pages
+    assert len(made) < pages // 2 * crossings
 
 
 @pytest.mark.slow

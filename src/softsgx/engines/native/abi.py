@@ -54,6 +54,9 @@ SYS_FACCESSAT2: Final = 439
 #: Not a system call of Linux: "enter the enclave", made by our own vDSO only.
 SYS_SOFTSGX_EENTER: Final = 0x5358_4702
 
+#: Sixth argument of calls that are made in the program's name and have none: they do not stop.
+OUR_CALL: Final = 0x5358_4702_CA11_0001
+
 PROT_NONE: Final = 0
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2

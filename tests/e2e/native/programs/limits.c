@@ -512,12 +512,33 @@ static void interrupted(void)
 	CHECK(alarms && (number || failed));
 }
 
+/* Every other page is a mapping of its own; then NUMBER calls use two of them. */
+static void patchwork(void)
+{
+	struct run run;
+	build();
+	fill();
+	for (uint64_t i = 0; i < data_pages; i += 2) CHECK(!mprotect((void *)(data + i * PAGE), PAGE, PROT_READ));
+	check_untouched();
+	for (int i = 0; i < number; i++) {
+		put(0, data + PAGE, i);
+		CHECK(get(0, data + PAGE) == (uint64_t)i);
+		CHECK(load(data + PAGE) == ONES);
+	}
+	put(0, data + PAGE, 2);
+	CHECK(!call(0, PUT, data, 1, 0, &run) && run.function == 3 && run.vector == 14 && run.code == 7);
+	check_untouched();
+	CHECK(!mprotect((void *)data, data_pages * PAGE, PROT_READ | PROT_WRITE));
+	fill();
+	check_untouched();
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
 		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
-		{"interrupted", interrupted},
+		{"interrupted", interrupted}, {"patchwork", patchwork},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

@@ -3,6 +3,7 @@
 Mappings of enclaves are *covered*: every right is taken from them, so an access from outside is a
 fault, and :mod:`.abort` does what hardware does.  In each address space one enclave at most is
 uncovered at a time, and then only threads inside that enclave run; the others wait for their turn.
+Of its mappings those are uncovered that it has used lately, and others when it uses them.
 A thread in a system call does not run code of the program, so it goes on, and stops when the call
 ends: that is why every system call stops here.
 

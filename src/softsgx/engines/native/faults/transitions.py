@@ -300,6 +300,8 @@ class Transitions:
     ) -> int:
         """A page fault of enclave code; registers need not be loaded."""
         image = thread.image
+        if image.strict and image.discover(address):
+            return 0
         if image.space.entry(address) is None:
             prot = image.prot_at(address)
             if prot == _READ_WRITE or (

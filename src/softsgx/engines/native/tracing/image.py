@@ -6,7 +6,8 @@ Threads of one process share an image, and so does a vfork child until it execut
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageMemory"]
 
 _ENCLU_BYTES = 3
+#: How many mappings of an enclave are uncovered at once at most when it is entered.
+_MOST_UNCOVERED = 16
 
 
 @dataclass(eq=False)
@@ -64,6 +67,9 @@ class Image:
     hold: Callable[[ProgramThread], bool] = field(init=False)
     registry: Registry = field(init=False)
     _owed: list[tuple[int, ...]] = field(default_factory=list)
+    _collecting: bool = field(default=False, init=False)
+    _uncovered: list[tuple[int, int]] = field(default_factory=list, init=False)
+    _used: dict[EnclaveFile, list[tuple[int, int]]] = field(default_factory=dict, init=False)
 
     @property
     def aep(self) -> int:
@@ -113,26 +119,60 @@ class Image:
     # --- strict mode ----------------------------------------------------------------------------
 
     def is_covered(self, linaddr: int) -> bool:
-        """Return whether an enclave is mapped there that nobody here may see now."""
+        """Return whether an enclave is mapped there that no thread here may use now."""
         if not self.strict:
             return False
         vma = self.mm.find(linaddr)
-        return vma is not None and vma.file is not self.view
+        return vma is not None and not (
+            vma.file is self.view and any(start <= linaddr < end for start, end in self._uncovered)
+        )
 
     def usable_prot_at(self, linaddr: int) -> int | None:
         """Return the rights that the mapping of an enclave may have now."""
         return abi.PROT_NONE if self.is_covered(linaddr) else self.prot_at(linaddr)
 
     def uncover(self, view: EnclaveFile | None) -> None:
-        """Make the mappings of one device usable instead of those that are; nobody may run."""
-        former, self.view = self.view, view
-        for start, end in _adjacent(
-            [(vma.start, vma.end) for vma in self.mm.vmas() if vma.file is former]
-        ):
-            self.pager.reveal(start, end, abi.PROT_NONE)
-        for vma in self.mm.vmas():
-            if vma.file is view:
-                self.pager.reveal(vma.start, vma.end, vma.prot)
+        """Make the mappings of one device usable instead of those that are; nobody may run.
+
+        Enclaves have many mappings and use few of them at a time, so only those are uncovered that
+        were discovered last; :meth:`discover` does others when they are used.
+        """
+        covered = self._mapped_parts(self.view, self._uncovered)
+        self.view = view
+        usable = []
+        if view is not None:
+            # A mapping may have become several since it was discovered.
+            usable = self._mapped_parts(view, self._used.get(view, []))[:_MOST_UNCOVERED]
+            self._used[view] = [(start, end) for start, end, _prot in usable]
+        self._uncovered = [(start, end) for start, end, _prot in usable]
+        with self._together():
+            for start, end, _prot in covered:
+                self.pager.reveal(start, end, abi.PROT_NONE)
+            for start, end, prot in usable:
+                self.pager.reveal(start, end, prot)
+
+    def discover(self, linaddr: int) -> bool:
+        """Uncover the mapping that a thread inside has hit, if it is its own enclave's; whether."""
+        vma = self.mm.find(linaddr)
+        if vma is None or vma.file is not self.view or not self.is_covered(linaddr):
+            return False
+        self._uncovered.append((vma.start, vma.end))
+        used = self._used.setdefault(vma.file, [])
+        used.insert(0, (vma.start, vma.end))
+        del used[_MOST_UNCOVERED:]
+        self.pager.reveal(vma.start, vma.end, vma.prot)
+        return True
+
+    def _mapped_parts(
+        self, file: EnclaveFile | None, ranges: list[tuple[int, int]]
+    ) -> list[tuple[int, int, int]]:
+        """Return (start, end, rights) of what ``file`` has mapped in ``ranges``, in their order."""
+        return [
+            (max(start, vma.start), min(end, vma.end), vma.prot)
+            for start, end in ranges
+            for vma in self.mm.vmas(start, end)
+            if vma.file is file
+        ]
 
     def lift(self, page: int) -> None:
         """Uncover one page, until :meth:`lower`."""
@@ -154,7 +194,10 @@ class Image:
         interrupted, the calls are made before any of them runs code of the program again.  Without
         a living thread nothing needs doing.
         """
-        calls, self._owed = self._owed + calls, []
+        self._owed += calls
+        if self._collecting:
+            return
+        calls, self._owed = self._owed, []
         for thread in self._candidates():
             try:
                 if thread is not self.current and not self.hold(thread):
@@ -170,6 +213,18 @@ class Image:
     def flush(self) -> None:
         """The thread at hand goes on to code of the program: make the calls that were put off."""
         self.pager.flush()
+        if self._owed:
+            self.inject([])
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Make the calls that are injected meanwhile all at once, at the end."""
+        assert not self._collecting, "calls are being collected already"
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
         if self._owed:
             self.inject([])
 
@@ -254,17 +309,6 @@ class ImageMemory:
             if start <= address < end:
                 return VmaInfo(may_exec=may_exec)
         return None
-
-
-def _adjacent(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges, given lowest first, that touch."""
-    joined: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def _read_maps(pid: int) -> list[tuple[int, int, bool]]:

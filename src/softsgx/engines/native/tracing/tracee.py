@@ -360,7 +360,7 @@ class Thread:
             Gone: the thread died of it.
         """
         assert self.inject_at, f"thread {self.tid} has no place to inject calls into yet"
-        six = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+        six = (*arguments, 0, 0, 0, 0, 0)[:5] + (arguments[5:] or (abi.OUR_CALL,))
         values = dict(zip(_ARGUMENTS, six, strict=True))
         return self.borrow(self.inject_at, self.inject_at + 3, rax=number, **values)
 

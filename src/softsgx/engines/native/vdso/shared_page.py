@@ -51,6 +51,7 @@ class SharedPage:
         """Write a table of system calls, each a number and its arguments; at most MOST_CALLS."""
         words, at = self.words, _CALLS
         for call in calls:
+            words[at + CALL_WORDS - 1] = abi.OUR_CALL  # unless the call has a sixth argument
             for place, value in enumerate(call, start=at):
                 words[place] = value & _WORD
             at += CALL_WORDS

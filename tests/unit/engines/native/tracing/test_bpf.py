@@ -141,3 +141,12 @@ def test_everything_means_every_call_that_returns(number: int) -> None:
 @pytest.mark.parametrize("number", [15, 60, 231])
 def test_a_call_without_an_end_never_stops(number: int) -> None:
     assert interpret(build_filter(everything=True), number) == ALLOW
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_calls_in_the_programs_name_do_not_stop(everything: bool) -> None:
+    bpf = build_filter(everything=everything)
+    for number in (abi.SYS_MPROTECT, abi.SYS_MUNMAP):
+        assert interpret(bpf, number, 1, 2, 3, 4, 5, abi.OUR_CALL) == ALLOW
+        for other in (abi.OUR_CALL ^ 1, abi.OUR_CALL ^ 1 << 63):
+            assert interpret(bpf, number, 1, 2, 3, 4, 5, other) == TRACE
