@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,11 +42,14 @@ from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.space import Space
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.syscalls.advice import madvise, mlock
+from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
 from softsgx.engines.native.syscalls.nodes import DeviceNames
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter, build_guard
+from softsgx.engines.native.tracing.filters import add_filter
 from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.loop import Handler, Loop, World
 from softsgx.engines.native.tracing.program import Process, ProgramThread
@@ -112,6 +114,7 @@ class Supervisor(World):
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
         self._registry = Registry(self._store)
+        self._descriptors = DeviceDescriptors(self._registry)
         self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
@@ -182,7 +185,7 @@ class Supervisor(World):
     def _handlers(self) -> dict[int, Handler]:
         names = DeviceNames(_Opener(self._driver), self._registry)
         mappings = Mappings(self._registry, rewrite=not self._faulting)
-        return {
+        return self._descriptors.handlers() | {
             abi.SYS_OPEN: names.open,
             abi.SYS_OPENAT: names.openat,
             abi.SYS_OPENAT2: names.openat2,
@@ -201,6 +204,9 @@ class Supervisor(World):
             abi.SYS_PKEY_MPROTECT: mappings.mprotect,
             abi.SYS_MUNMAP: mappings.munmap,
             abi.SYS_MREMAP: mappings.mremap,
+            abi.SYS_MADVISE: madvise,
+            abi.SYS_MLOCK: mlock,
+            abi.SYS_MLOCK2: mlock,
             abi.SYS_IOCTL: self._ioctl,
             abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
             abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
@@ -231,6 +237,7 @@ class Supervisor(World):
             self._tell_refused(thread, None)
         if command == Ioctl.ENCLAVE_CREATE and result == 0:
             self._forbid(device, file)
+            self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
         if command == Ioctl.ENCLAVE_INIT and result == 0:
             self._guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
@@ -263,19 +270,12 @@ class Supervisor(World):
 
     def _guard(self, thread: ProgramThread, file: EnclaveFile) -> None:
         """System calls of the enclave's code shall stop, so that they can be #UD."""
-        enclave, guarded, image = file.enclave, thread.process.guarded, thread.image
+        enclave, guarded = file.enclave, thread.process.guarded
         place = enclave.base, enclave.size
         if place in guarded or len(guarded) >= _MOST_GUARDED:
             return
         guarded.add(place)
-        scratch = image.vdso_base + image.vdso.scratch
-        bpf = build_guard(*place)
-        program = struct.pack("<HxxxxxxQ", len(bpf) // 8, scratch + 16)
-        os.pwrite(image.memory_fd, program + bpf, scratch)
-        # For every thread; and if some have filters of their own, for this one at least.
-        for flags in (abi.SECCOMP_FILTER_FLAG_TSYNC, 0):
-            if not thread.syscall(abi.SYS_SECCOMP, abi.SECCOMP_SET_MODE_FILTER, flags, scratch):
-                return
+        add_filter(thread, build_guard(*place))
 
     def _quieten(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
@@ -321,7 +321,12 @@ class Supervisor(World):
 
     def new_process(self, pid: int, parent: Process) -> Process:
         """A child pays as its parent does."""
-        return Process(pid, parent.group, guarded=set(parent.guarded))
+        return Process(
+            pid,
+            parent.group,
+            guarded=set(parent.guarded),
+            guarded_descriptors=set(parent.guarded_descriptors),
+        )
 
     def fork_image(self, tid: int, parent: Image) -> Image:
         """Copy an image: same vDSO, same replaced code, its own page tables."""

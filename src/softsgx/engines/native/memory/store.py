@@ -31,12 +31,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, PageType
-from softsgx.engines.native import libc
+from softsgx.engines.native import abi, libc
 from softsgx.hw import EpcPage
 
 __all__ = ["EnclaveMemory", "Guard", "NativeStore", "runs"]
 
 MEMORY_FILE_BYTES = 1 << 47
+_SEALS = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW
 _WINDOW_SHIFT = 21
 _WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
@@ -103,7 +104,10 @@ class EnclaveMemory:
     """
 
     def __init__(self, theirs: int) -> None:
-        """Take over ``theirs``, our duplicate of the program's descriptor; it is closed."""
+        """Take over ``theirs``, our duplicate of the program's descriptor; it is closed.
+
+        It allows sealing: nobody can change the file's size afterwards.
+        """
         self.users: list[User] = []
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
@@ -112,6 +116,7 @@ class EnclaveMemory:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.fd, MEMORY_FILE_BYTES)
+            fcntl.fcntl(self.fd, abi.F_ADD_SEALS, _SEALS)
             info = os.fstat(self.fd)
             self.key = info.st_dev, info.st_ino
         finally:

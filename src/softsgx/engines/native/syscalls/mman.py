@@ -11,7 +11,7 @@ Source:
 from __future__ import annotations
 
 import os
-from errno import EFAULT, EINVAL, ENODEV
+from errno import EACCES, EFAULT, EINVAL, ENODEV
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
@@ -64,6 +64,8 @@ class Mappings:
         descriptor = regs.r8
         length = -(-length // abi.PAGE) * abi.PAGE
         image, file = thread.image, device.file
+        if flags & abi.MAP_TYPE != abi.MAP_PRIVATE and not _allows(device, prot):
+            return -EACCES
         placed = flags & (abi.MAP_FIXED | abi.MAP_FIXED_NOREPLACE)
         if not flags & abi.MAP_FIXED and length and flags & abi.MAP_TYPE != abi.MAP_PRIVATE:
             # The kernel chooses; what it chose is reserved until the driver has agreed.
@@ -96,6 +98,8 @@ class Mappings:
             image.mm.munmap(address, length)
             return result
         image.pager.mapped(address, address + length, prot)
+        # A core dump has nothing of an enclave, whose mappings are VM_IO.
+        thread.syscall(abi.SYS_MADVISE, address, length, abi.MADV_DONTDUMP)
         return address
 
     def _displace(self, thread: ProgramThread, address: int, length: int) -> None:
@@ -128,6 +132,9 @@ class Mappings:
         length = -(-length // abi.PAGE) * abi.PAGE
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
+        for vma in image.mm.vmas(address, address + length):
+            if prot & abi.PROT_WRITE and not _allows(self._registry.of_file(vma.file), prot):
+                return -EACCES
         try:
             image.mm.mprotect(address, length, prot, task=thread)
         except OSError as error:
@@ -177,6 +184,11 @@ class Mappings:
         result = thread.finish_syscall()
         self._registry.sweep()
         return result
+
+
+def _allows(device: Device, prot: int) -> bool:
+    """Return whether a descriptor opened as this one was can be mapped shared with such rights."""
+    return device.mode == abi.O_RDWR or (device.mode == abi.O_RDONLY and not prot & abi.PROT_WRITE)
 
 
 def rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:

@@ -32,6 +32,7 @@ _PREFIX = b"/dev/sgx"
 _MINORS = {_ENCLAVE: 125, _PROVISION: 126}
 _MISC_MAJOR = 10
 _MODE = stat.S_IFCHR | 0o666
+_PROC = b"/proc/"
 _LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
 
 _STAT = struct.Struct("<QQQIIIIQqqqQQQQQQ24x")
@@ -71,7 +72,7 @@ class DeviceNames:
         return self._open(thread, thread.regs.rsi, int.from_bytes(how, "little"))
 
     def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
-        node = _node(thread, path)
+        node = _node(thread, path) or self._linked_node(thread, path)
         if node is None:
             return None
         if flags & abi.O_CREAT and flags & abi.O_EXCL:
@@ -83,7 +84,7 @@ class DeviceNames:
         descriptor = thread.finish_syscall(
             abi.SYS_MEMFD_CREATE,
             image.vdso_base + image.vdso.device_name,
-            abi.MFD_CLOEXEC if flags & abi.O_CLOEXEC else 0,
+            abi.MFD_ALLOW_SEALING | (abi.MFD_CLOEXEC if flags & abi.O_CLOEXEC else 0),
         )
         if descriptor < 0:
             return descriptor
@@ -97,7 +98,7 @@ class DeviceNames:
         except OSError as error:
             thread.syscall(abi.SYS_CLOSE, descriptor)
             return -(error.errno or EACCES)
-        self._registry.add(Device(file, memory))
+        self._registry.add(Device(file, memory, flags & abi.O_ACCMODE))
         return descriptor
 
     # --- inspecting -----------------------------------------------------------------------------
@@ -143,19 +144,29 @@ class DeviceNames:
         return self._readlink(thread, regs.rsi, regs.rdx, regs.r10)
 
     def _readlink(self, thread: ProgramThread, path: int, buffer: int, size: int) -> int | None:
-        name = thread.image.read_string(path)
-        if name in _NODES:
+        if _node(thread, path) is not None:
             return -EINVAL
-        link = _LINK.fullmatch(name) if len(self._registry) else None
-        if link is None:
-            return None
-        pid = int(link[1]) if link[1].isdigit() else thread.process.pid
-        device = self._registry.of_descriptor(pid, int(link[2]))
+        device = self._linked(thread, path)
         if device is None:
             return None
         text = b"/dev/sgx_" + _kind(device).encode()
         given = _give(thread, buffer, text[:size])
         return given or min(size, len(text))
+
+    def _linked(self, thread: ProgramThread, path: int) -> Device | None:
+        """Return the device whose descriptor's link in /proc is ``path``."""
+        if not len(self._registry) or thread.image.read(path, len(_PROC)) != _PROC:
+            return None
+        link = _LINK.fullmatch(thread.image.read_string(path))
+        if link is None:
+            return None
+        pid = int(link[1]) if link[1].isdigit() else thread.process.pid
+        return self._registry.of_descriptor(pid, int(link[2]))
+
+    def _linked_node(self, thread: ProgramThread, path: int) -> str | None:
+        """Opening the link of a device's descriptor opens the device again."""
+        device = self._linked(thread, path)
+        return None if device is None else _kind(device)
 
     def _node_at(self, thread: ProgramThread, directory: int, path: int, flags: int) -> str | None:
         node = _node(thread, path)

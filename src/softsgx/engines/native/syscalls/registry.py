@@ -23,11 +23,13 @@ class Device:
     Attributes:
         file: the driver's file.
         memory: the memory file that stands for it.
+        mode: O_RDONLY, O_WRONLY or O_RDWR.
         closed: whether the kernel has released it: no process has a descriptor or a mapping.
     """
 
     file: EnclaveFile | ProvisionFile
     memory: EnclaveMemory
+    mode: int
     closed: bool = False
 
 

@@ -16,6 +16,7 @@ _LD_ABS = 0x20
 _JEQ = 0x15
 _AND = 0x54
 _RET = 0x06
+_JA = 0x05
 
 _NR, _ARCH, _POINTER, _ARGUMENTS = 0, 4, 8, 16
 
@@ -40,19 +41,69 @@ _ALWAYS = (
     abi.SYS_MREMAP,
     abi.SYS_EXECVE,
     abi.SYS_EXECVEAT,
+    abi.SYS_MLOCK,
+    abi.SYS_MLOCK2,
+    abi.SYS_FTRUNCATE,
+    abi.SYS_FALLOCATE,
+    abi.SYS_FLOCK,
+    abi.SYS_DUP,
+    abi.SYS_DUP2,
+    abi.SYS_DUP3,
     abi.SYS_SCHED_SETAFFINITY,
     abi.SYS_SCHED_GETAFFINITY,
     abi.SYS_SOFTSGX_EENTER,
+)
+
+#: Stop when this argument is the descriptor of a device: they move data, or tell where it is.
+_ON_DESCRIPTOR = (
+    (0, abi.SYS_READ),
+    (0, abi.SYS_WRITE),
+    (0, abi.SYS_LSEEK),
+    (0, abi.SYS_PREAD64),
+    (0, abi.SYS_PWRITE64),
+    (0, abi.SYS_READV),
+    (0, abi.SYS_WRITEV),
+    (0, abi.SYS_SENDFILE),
+    (1, abi.SYS_SENDFILE),
+    (0, abi.SYS_FSYNC),
+    (0, abi.SYS_FDATASYNC),
+    (0, abi.SYS_READAHEAD),
+    (0, abi.SYS_SPLICE),
+    (2, abi.SYS_SPLICE),
+    (0, abi.SYS_SYNC_FILE_RANGE),
+    (0, abi.SYS_PREADV),
+    (0, abi.SYS_PWRITEV),
+    (0, abi.SYS_COPY_FILE_RANGE),
+    (2, abi.SYS_COPY_FILE_RANGE),
+    (0, abi.SYS_PREADV2),
+    (0, abi.SYS_PWRITEV2),
+)
+
+#: Advice that takes pages from a file, fills it, or is refused for devices; seldom given.
+_RARE_ADVICE = (
+    *(abi.MADV_REMOVE, abi.MADV_DOFORK, abi.MADV_DODUMP, abi.MADV_COLD, abi.MADV_PAGEOUT),
+    *(abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE, abi.MADV_COLLAPSE),
 )
 
 #: Never stop, whatever is asked for: they have no end that could be waited for.
 _NEVER = (abi.SYS_RT_SIGRETURN, abi.SYS_EXIT, abi.SYS_EXIT_GROUP)
 
 
+#: Lets calls pass that the supervisor makes in the program's name, and goes on behind for others.
+_OURS_PASS = (
+    (_LD_ABS, 0, 0, _ARGUMENTS + 8 * 5),
+    (_JEQ, 0, 3, abi.OUR_CALL & 0xFFFF_FFFF),
+    (_LD_ABS, 0, 0, _ARGUMENTS + 8 * 5 + 4),
+    (_JEQ, 0, 1, abi.OUR_CALL >> 32),
+    (_RET, 0, 0, abi.SECCOMP_RET_ALLOW),
+)
+
+
 def build_guard(base: int, size: int) -> bytes:
     """Return a filter that stops every call made by code in ``[base, base + size)``.
 
-    It says nothing of other calls: the most severe verdict of all filters counts.
+    And every ``madvise`` of an address in there.  It says nothing of other calls: the most severe
+    verdict of all filters counts.
 
     Args:
         base: a multiple of ``size``.
@@ -60,11 +111,40 @@ def build_guard(base: int, size: int) -> bytes:
     """
     mask = -size & (1 << 64) - 1
     code: list[tuple[int, int, int, int]] = []
-    for offset, shift, to_allow in ((_POINTER + 4, 32, 4), (_POINTER, 0, 1)):
-        code.append((_LD_ABS, 0, 0, offset))
-        code.append((_AND, 0, 0, mask >> shift & 0xFFFF_FFFF))
-        code.append((_JEQ, 0, to_allow, base >> shift & 0xFFFF_FFFF))
-    code.append((_RET, 0, 0, abi.SECCOMP_RET_TRACE))
+
+    def stop_inside(field: int) -> None:
+        """Stop if a 64-bit field is in the range, else go on behind."""
+        for offset, shift, past in ((field + 4, 32, 4), (field, 0, 1)):
+            code.append((_LD_ABS, 0, 0, offset))
+            code.append((_AND, 0, 0, mask >> shift & 0xFFFF_FFFF))
+            code.append((_JEQ, 0, past, base >> shift & 0xFFFF_FFFF))
+        code.append((_RET, 0, 0, abi.SECCOMP_RET_TRACE))
+
+    stop_inside(_POINTER)
+    code.append((_LD_ABS, 0, 0, _NR))
+    code.append((_JEQ, 1, 0, abi.SYS_MADVISE))
+    code.append((_RET, 0, 0, abi.SECCOMP_RET_ALLOW))
+    code += _OURS_PASS
+    stop_inside(_ARGUMENTS)
+    code.append((_RET, 0, 0, abi.SECCOMP_RET_ALLOW))
+    return _pack(code)
+
+
+def build_descriptor_guard(descriptor: int) -> bytes:
+    """Return a filter that stops calls which would read, write or seek ``descriptor``."""
+    code: list[tuple[int, int, int, int]] = [(_LD_ABS, 0, 0, _NR)]
+    by_argument: dict[int, list[int]] = {}
+    for argument, number in _ON_DESCRIPTOR:
+        by_argument.setdefault(argument, []).append(number)
+    for argument, numbers in by_argument.items():
+        # To the comparison behind the list, or past it.
+        for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):
+            code.append((_JEQ, left, 0, number))
+        code.append((_JA, 0, 0, 4))
+        code.append((_LD_ABS, 0, 0, _ARGUMENTS + 8 * argument))
+        code.append((_JEQ, 0, 1, descriptor))
+        code.append((_RET, 0, 0, abi.SECCOMP_RET_TRACE))
+        code.append((_LD_ABS, 0, 0, _NR))
     code.append((_RET, 0, 0, abi.SECCOMP_RET_ALLOW))
     return _pack(code)
 
@@ -89,11 +169,7 @@ def build_filter(*, everything: bool = False) -> bytes:
     load(_ARCH)
     code.append((_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64))
     done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not ours
-    load(_ARGUMENTS + 8 * 5)
-    code.append((_JEQ, 0, 3, abi.OUR_CALL & 0xFFFF_FFFF))
-    load(_ARGUMENTS + 8 * 5 + 4)
-    code.append((_JEQ, 0, 1, abi.OUR_CALL >> 32))
-    done(abi.SECCOMP_RET_ALLOW)
+    code += _OURS_PASS
     load(_NR)
     if everything:
         for number in _NEVER:
@@ -112,6 +188,23 @@ def build_filter(*, everything: bool = False) -> bytes:
     code.append((_JEQ, 0, 1, 0xA400))
     done(abi.SECCOMP_RET_TRACE)
     done(abi.SECCOMP_RET_ALLOW)
+
+    # fcntl: what makes another descriptor, and seals, which devices do not have.
+    code.append((_JEQ, 0, 7, abi.SYS_FCNTL))
+    load(_ARGUMENTS + 8)
+    for left, command in ((3, abi.F_DUPFD), (2, abi.F_DUPFD_CLOEXEC), (1, abi.F_ADD_SEALS)):
+        code.append((_JEQ, left, 0, command))
+    code.append((_JEQ, 0, 1, abi.F_GET_SEALS))
+    done(abi.SECCOMP_RET_TRACE)
+    done(abi.SECCOMP_RET_ALLOW)
+
+    # madvise: what takes pages from a file or fills it, wherever the range begins.
+    code.append((_JEQ, 0, 3 + len(_RARE_ADVICE), abi.SYS_MADVISE))
+    load(_ARGUMENTS + 16)
+    for left, advice in zip(range(len(_RARE_ADVICE), 0, -1), _RARE_ADVICE, strict=True):
+        code.append((_JEQ, left, 0, advice))
+    done(abi.SECCOMP_RET_ALLOW)
+    done(abi.SECCOMP_RET_TRACE)
 
     # mmap: files, since one may be a device, and whatever may replace an existing mapping.
     code.append((_JEQ, 0, 4, abi.SYS_MMAP))

@@ -30,12 +30,14 @@ class Process:
         group: who pays for its EPC.
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
+        guarded_descriptors: descriptors whose reads and writes stop.
     """
 
     pid: int
     group: Group
     alive: int = 0
     guarded: set[tuple[int, int]] = field(default_factory=set)
+    guarded_descriptors: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)

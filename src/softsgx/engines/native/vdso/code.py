@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _EINVAL = -22
-SCRATCH_BYTES = 128
+SCRATCH_BYTES = 512
 
 PERMIT = {
     name: 8 * number

@@ -22,7 +22,7 @@ PAGES = 4
 
 
 def make_memory() -> tuple[EnclaveMemory, int]:
-    theirs = os.memfd_create("sgx_enclave")
+    theirs = os.memfd_create("sgx_enclave", os.MFD_ALLOW_SEALING)
     return EnclaveMemory(os.dup(theirs)), theirs
 
 

@@ -10,7 +10,7 @@ import struct
 import pytest
 
 from softsgx.engines.native import abi
-from softsgx.engines.native.tracing.bpf import build_filter, build_guard
+from softsgx.engines.native.tracing.bpf import build_descriptor_guard, build_filter, build_guard
 
 TRACE, ALLOW = abi.SECCOMP_RET_TRACE, abi.SECCOMP_RET_ALLOW
 I386 = 0x4000_0003
@@ -37,6 +37,8 @@ def interpret(
         match code:
             case 0x20:
                 (accumulator,) = struct.unpack_from("<I", data, k)
+            case 0x05:
+                at += k
             case 0x54:
                 accumulator &= k
             case 0x15:
@@ -150,3 +152,51 @@ def test_calls_in_the_programs_name_do_not_stop(everything: bool) -> None:
         assert interpret(bpf, number, 1, 2, 3, 4, 5, abi.OUR_CALL) == ALLOW
         for other in (abi.OUR_CALL ^ 1, abi.OUR_CALL ^ 1 << 63):
             assert interpret(bpf, number, 1, 2, 3, 4, 5, other) == TRACE
+
+
+@pytest.mark.parametrize(
+    ("number", "argument"),
+    [
+        *(
+            (number, 0)
+            for number in (0, 1, 8, 17, 18, 19, 20, 74, 75, 187, 277, 295, 296, 327, 328)
+        ),
+        *[(40, 0), (40, 1), (275, 0), (275, 2), (326, 0), (326, 2)],
+    ],
+)
+def test_calls_that_move_data_of_a_guarded_descriptor_stop(number: int, argument: int) -> None:
+    bpf = build_descriptor_guard(7)
+    arguments = [9, 9, 9]
+    assert interpret(bpf, number, *arguments) == ALLOW
+    arguments[argument] = 7
+    assert interpret(bpf, number, *arguments) == TRACE
+
+
+@pytest.mark.parametrize("number", [3, 9, 16, 32, 39, 44, 202])
+def test_other_calls_on_a_guarded_descriptor_do_not(number: int) -> None:
+    assert interpret(build_descriptor_guard(7), number, 7, 7, 7) == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [(0, TRACE), (1030, TRACE), (1033, TRACE), (1034, TRACE), (1, ALLOW), (3, ALLOW), (6, ALLOW)],
+)
+def test_fcntl_stops_where_it_duplicates_or_seals(command: int, expected: int) -> None:
+    assert verdict(abi.SYS_FCNTL, 3, command) == expected
+
+
+@pytest.mark.parametrize(
+    ("advice", "expected"),
+    [(9, TRACE), (20, TRACE), (23, TRACE), (25, TRACE), (4, ALLOW), (8, ALLOW), (14, ALLOW)],
+)
+def test_advice_stops_where_it_is_rare(advice: int, expected: int) -> None:
+    assert verdict(abi.SYS_MADVISE, 0x7000_0000, 4096, advice) == expected
+
+
+def test_every_advice_about_an_enclave_stops() -> None:
+    base, size = 0x7F12_3450_0000, 0x10_0000
+    bpf = build_guard(base, size)
+    for address, expected in [(base, TRACE), (base + size - 4096, TRACE), (base + size, ALLOW)]:
+        assert interpret(bpf, abi.SYS_MADVISE, address, 4096, 4) == expected
+        assert interpret(bpf, abi.SYS_MUNMAP, address, 4096) == ALLOW
+        assert interpret(bpf, abi.SYS_MADVISE, address, 4096, 4, 0, 0, abi.OUR_CALL) == ALLOW

@@ -1,0 +1,134 @@
+"""Descriptors of devices: what Linux answers for a character device with ioctl and mmap only.
+
+The program's descriptor is a memory file, whose bytes are those of resident pages, so no call may
+read, write, cut or extend it.  Calls that are seldom made stop always.  For those that move data a
+filter on the descriptor's number is added when an enclave is created through it, and for each
+duplicate: programs without an enclave never pay for it.
+
+Deviation: a descriptor received from another process (SCM_RIGHTS, pidfd_getfd) with a number that
+is not filtered yet can be read and written.
+
+Deviation: F_GETFL tells O_RDWR, however the device was opened.
+
+Deviation: flock of a device always succeeds, and locks nothing.
+
+Source:
+    read(2), write(2), lseek(2), fsync(2), ftruncate(2), fallocate(2), splice(2); the file
+    operations of driver.c; fs/read_write.c, fs/open.c, fs/sync.c for what their absence means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from errno import EBADF, EINVAL, ENODEV, ESPIPE
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.bpf import build_descriptor_guard
+from softsgx.engines.native.tracing.filters import add_filter
+from softsgx.engines.native.tracing.loop import Handler
+from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["DeviceDescriptors"]
+
+_INT32 = 0xFFFF_FFFF
+#: Every filter makes system calls slower: descriptors beyond these are not filtered.
+_MOST_GUARDED = 32
+
+_READS = (abi.SYS_READ, abi.SYS_PREAD64, abi.SYS_READV, abi.SYS_PREADV, abi.SYS_PREADV2)
+_WRITES = (abi.SYS_WRITE, abi.SYS_PWRITE64, abi.SYS_WRITEV, abi.SYS_PWRITEV, abi.SYS_PWRITEV2)
+_REFUSED = {
+    abi.SYS_LSEEK: ESPIPE,
+    abi.SYS_SYNC_FILE_RANGE: ESPIPE,
+    abi.SYS_FSYNC: EINVAL,
+    abi.SYS_FDATASYNC: EINVAL,
+    abi.SYS_READAHEAD: EINVAL,
+}
+#: Calls with two descriptors, and which arguments they are.
+_BETWEEN = {
+    abi.SYS_SENDFILE: ("rdi", "rsi"),
+    abi.SYS_SPLICE: ("rdi", "rdx"),
+    abi.SYS_COPY_FILE_RANGE: ("rdi", "rdx"),
+}
+
+
+class DeviceDescriptors:
+    """Handlers of system calls on descriptors: a result, or ``None`` to let the call run."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def handlers(self) -> dict[int, Handler]:
+        """Return the handlers by number of the call."""
+        found: dict[int, Handler] = {
+            abi.SYS_FTRUNCATE: self._refuse_with(EINVAL),
+            abi.SYS_FALLOCATE: self._fallocate,
+            abi.SYS_FLOCK: self._refuse_with(0),
+            abi.SYS_FCNTL: self._fcntl,
+            abi.SYS_DUP: self._duplicate,
+            abi.SYS_DUP2: self._duplicate,
+            abi.SYS_DUP3: self._duplicate,
+        }
+        found |= {number: self._refuse_with(error) for number, error in _REFUSED.items()}
+        found |= {number: self._refuse_mode(abi.O_WRONLY) for number in _READS}
+        found |= {number: self._refuse_mode(abi.O_RDONLY) for number in _WRITES}
+        found |= {number: self._refuse_any(names) for number, names in _BETWEEN.items()}
+        return found
+
+    def guard(self, thread: ProgramThread, descriptor: int) -> None:
+        """Let calls that move data of a descriptor stop, from now on."""
+        guarded = thread.process.guarded_descriptors
+        if descriptor not in guarded and len(guarded) < _MOST_GUARDED:
+            guarded.add(descriptor)
+            add_filter(thread, build_descriptor_guard(descriptor))
+
+    # --- handlers -------------------------------------------------------------------------------
+
+    def _refuse_with(self, error: int) -> Handler:
+        return lambda thread: None if self._device(thread, thread.regs.rdi) is None else -error
+
+    def _refuse_mode(self, without: int) -> Handler:
+        """EBADF for a descriptor opened ``without`` the direction; the device has none of it."""
+
+        def refuse(thread: ProgramThread) -> int | None:
+            device = self._device(thread, thread.regs.rdi)
+            if device is None:
+                return None
+            return -EBADF if device.mode == without else -EINVAL
+
+        return refuse
+
+    def _refuse_any(self, names: Iterable[str]) -> Handler:
+        def refuse(thread: ProgramThread) -> int | None:
+            descriptors = [getattr(thread.regs, name) for name in names]
+            found = any(self._device(thread, descriptor) is not None for descriptor in descriptors)
+            return -EINVAL if found else None
+
+        return refuse
+
+    def _fallocate(self, thread: ProgramThread) -> int | None:
+        device = self._device(thread, thread.regs.rdi)
+        if device is None:
+            return None
+        offset, length = thread.regs.rdx, thread.regs.r10
+        if offset >> 63 or length >> 63 or not length:
+            return -EINVAL
+        return -EBADF if device.mode == abi.O_RDONLY else -ENODEV
+
+    def _fcntl(self, thread: ProgramThread) -> int | None:
+        if thread.regs.rsi & _INT32 in (abi.F_DUPFD, abi.F_DUPFD_CLOEXEC):
+            return self._duplicate(thread)
+        return self._refuse_with(EINVAL)(thread)
+
+    def _duplicate(self, thread: ProgramThread) -> int | None:
+        descriptor = thread.regs.rdi & _INT32
+        device = self._device(thread, descriptor)
+        if device is None or descriptor not in thread.process.guarded_descriptors:
+            return None
+        duplicate = thread.finish_syscall()
+        if duplicate >= 0:
+            self.guard(thread, duplicate)
+        return duplicate
+
+    def _device(self, thread: ProgramThread, descriptor: int) -> Device | None:
+        return self._registry.of_descriptor(thread.process.pid, descriptor & _INT32)

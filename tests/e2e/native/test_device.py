@@ -1,0 +1,43 @@
+"""A descriptor of the device, and memory mapped from it, answer as those of Linux's device.
+
+Goal: errors of calls that a device does not have, and no byte of the enclave lost to one of them.
+Method: ``programs/device.c`` makes the calls, with an EPC smaller than its enclave.
+"""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import PAGERS, doctor, run
+
+DATA_PAGES = 20
+EPC_PAGES = 20
+FOUND = {finding.name: finding.ok for finding in doctor()}
+USABLE = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("device")
+    enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    return [str(compile_host(directory, "device")), str(enclave)]
+
+
+@pytest.mark.parametrize("pager", USABLE)
+@pytest.mark.parametrize("scenario", ["calls", "links", "modes", "advice", "dumps"])
+def test_a_program_finds_a_device_and_no_file(
+    program: list[str], scenario: str, pager: str
+) -> None:
+    assert run([*program, scenario], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
+
+
+@pytest.mark.parametrize("scenario", ["calls", "advice"])
+def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: str) -> None:
+    assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
