@@ -72,14 +72,22 @@ def check(
 # --- operands of ENCLU leaves ------------------------------------------------------------------
 
 
-def epc_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage:
+def epc_operand(
+    cpu: LogicalProcessor, linaddr: int, access: int, *, stores: bool = False
+) -> EpcPage:
     """Return the EPC page behind an operand of an ENCLU leaf: "resolves within an EPC".
+
+    Args:
+        cpu: the processor.
+        linaddr: the operand.
+        access: what the leaf's own refusals report.
+        stores: the leaf also stores there, which paging must allow.
 
     Raises:
         GeneralProtection: ``linaddr`` is not canonical.
         PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
     """
-    physical = cpu.translate(linaddr, access, user=True)
+    physical = cpu.translate(linaddr, WRITE if stores else access, user=True)
     page = cpu.hw.pages.get(physical & -PAGE_BYTES)  # every entry comes here several times
     if page is None:
         page = cpu.hw.page_at(physical)

@@ -3,9 +3,10 @@
 RDX says what the enclave does: 0 nothing, 1 store RSI at RDI, 2 load from RDI and store at R8
 outside, 3 UD2, 4 divide by zero, 5 count RDI down, 6 EACCEPT and 7 EMODPE the page at RDI with the
 SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store it at R8, 9 store
-RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, from
-11 on the instructions of ``ILLEGAL`` and ``TIME``, and three on extended state: store XGETBV(0) at
-R8, XSAVE64 with every bit at RDI, XRSTOR64 with every bit from RDI and XMM0 to R8; then it exits.
+RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, 11
+jump to RDI with R11 where to come back to, from 12 on the instructions of ``ILLEGAL`` and ``TIME``,
+and three on extended state: store XGETBV(0) at R8, XSAVE64 with every bit at RDI, XRSTOR64 with
+every bit from RDI and XMM0 to R8; then it exits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 _OPERATIONS = (
     *("put", "get", "ud2", "div", "spin", "accept", "extend", "vector", "keep"),
-    "registers",
+    *("registers", "run"),
 )
 
 #: Instructions that are #UD in every enclave, with RSI in EAX, by name.
@@ -102,6 +103,9 @@ def enclave_code() -> bytes:
     asm.emit("49 89 40 10 49 89 48 18")  # mov [r8+16], rax; mov [r8+24], rcx
     asm.emit("31 d2")  # xor edx, edx: nothing more
     asm.near("e9", "dispatch")
+    asm.label("run")
+    asm.near("4c 8d 1d", "exit")  # lea r11, [rip+exit]
+    asm.emit("ff e7")  # jmp rdi
     asm.label("getbv")
     asm.emit("31 c9 0f 01 d0 49 89 00")  # xor ecx, ecx; xgetbv; mov [r8], rax
     asm.near("e9", "exit")

@@ -95,6 +95,15 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
     assert program.run(scenario).exit_code == 0
 
 
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pager", usable_pagers())
+@pytest.mark.parametrize("scenario", ["rights", "unreadable"])
+def test_a_page_can_be_used_as_far_as_its_epcm_entry_and_its_mapping_allow(
+    program: Program, scenario: str, pager: str, strict: bool
+) -> None:
+    assert program.run(scenario, pager=pager, strict=strict).exit_code == 0
+
+
 @pytest.mark.parametrize("pager", usable_pagers())
 def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
     program: Program, pager: str, monkeypatch: pytest.MonkeyPatch

@@ -128,11 +128,9 @@ def _faults(step: int, where: str, pt: PageType, access: str, *, ssa: bool) -> l
         made.append(
             _row(step, f"{where} cannot be read", unreadable, _fault(where, "r"), f"pf {where}")
         )
-        plain = _fault(where, access, sgx=False)
-        made.append(
-            _row(step, f"{where} is read-only to paging", _mapped(where, 0, 5), plain, "plain")
-        )
-    plain = _fault(where, access, sgx=False)
+    # Whatever the refusals above report, the leaf stores in each of these pages.
+    plain = _fault(where, "w", sgx=False)
+    made.append(_row(step, f"{where} is read-only to paging", _mapped(where, 0, 5), plain, "plain"))
     made.append(_row(step, f"{where} is not mapped", _mapped(where, None), plain, "plain"))
     return made
 
@@ -145,19 +143,21 @@ def _both(*violations: Any) -> Any:
     return lambda scene: [violate(scene) for violate in violations]
 
 
+_BY_PAGING = ("mapped", "ordinary", "paging")
+
 COMMON = [
     check(2, "TCS misaligned", lambda s: put(rbx=s.rbx + 8)(s), GP),
     *[
         row
         for row in _faults(3, "rbx", PageType.REG, "r", ssa=False)
-        if "mapped" in row.name or "ordinary" in row.name
+        if any(word in row.name for word in _BY_PAGING)
     ],
     check(4, "AEP not canonical", put(rcx=NONCANONICAL), GP),
     check(5, "another leaf holds the TCS", put(tcs__lock=-1), GP),
     *[
         row
         for row in _faults(6, "rbx", PageType.REG, "r", ssa=False)
-        if "mapped" not in row.name and "ordinary" not in row.name
+        if not any(word in row.name for word in _BY_PAGING)
     ],
     check(7, "OSSA misaligned", _tcs(ossa=SSA + 8), GP),
     check(7, "OFSBASGX misaligned", _tcs(ofs_base=8), GP),

@@ -298,6 +298,7 @@ class Supervisor(World):
         device = self._registry.of_file(file)
         for space in device.memory.users:
             space.refresh_range(start, start + request.length)
+            space.pager.flush()
 
     # --- the loop's world -----------------------------------------------------------------------
 
@@ -342,7 +343,7 @@ class Supervisor(World):
             device = self._registry.of_file(vma.file)
             if image.space not in device.memory.users:
                 device.memory.users.append(image.space)
-            image.pager.mapped(vma.start, vma.end, vma.prot)
+            image.mapped(vma.start, vma.end, vma.prot)
             if image.is_covered(vma.start):
                 # It has the parent's rights of when it was made, whatever they were.
                 image.pager.reveal(vma.start, vma.end, abi.PROT_NONE)

@@ -41,7 +41,7 @@ def eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     entry.check_segments(cpu)
     if rbx % PAGE_BYTES:
         raise GeneralProtection
-    page = epc_operand(cpu, rbx, READ)
+    page = epc_operand(cpu, rbx, READ, stores=True)
     if cpu.mode64 and not is_canonical(rcx):
         raise GeneralProtection
     if not hw.locks.shared(page):

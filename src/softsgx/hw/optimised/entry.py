@@ -82,7 +82,7 @@ def _eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> bool:
     hw, regs, translate = cpu.hw, cpu.regs, cpu.space.translate
     pages, store = hw.pages, hw.store
     try:
-        page = pages.get(translate(rbx, READ, user=True))
+        page = pages.get(translate(rbx, WRITE, user=True))
         if (
             page is None
             or not page.valid
@@ -214,7 +214,7 @@ def try_virtual_exit(cpu: LogicalProcessor) -> bool:
     if flags or cssa >= nssa or (ofs_base | ogs_base) & ~_PAGE_MASK or at != frame.xsave[0].linaddr:
         return False
     try:
-        if translate(tcs.linaddr, READ, user=True) != tcs.addr:
+        if translate(tcs.linaddr, WRITE, user=True) != tcs.addr:
             return False
         for page in {frame.gpr, *frame.xsave}:
             gone = not page.valid or page.blocked or page.pending or page.modified

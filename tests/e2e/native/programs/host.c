@@ -444,6 +444,88 @@ static void dynamic(void)
 	CHECK(get(0, page) == 0);
 }
 
+/* The EPCM takes rights away from pages whose mapping has them all; each thread has a page to spare. */
+#define BACK 0xe3ff41ul /* jmp r11 */
+#define REFUSED(op, thread, error) (!call(thread, op, page, BACK, (uint64_t)&value, &run) && run.function == 3 && run.vector == 14 && run.code == (error) && run.address == page)
+#define RESUMED (!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4)
+static void restrict_to(uint64_t page, uint64_t rwx)
+{
+	struct run run;
+	uint64_t to[5] = {page - base, PAGE, rwx, 0, 0}, result;
+	CHECK(!ioctl(device, 0xc028a405, to) && to[4] == PAGE);
+	CHECK(!leaf(ACCEPT, page, 0x220 | rwx, &run, &result) && result == 0);
+}
+static void rights(void)
+{
+	struct run run;
+	struct sigaction action = {.sa_sigaction = leave, .sa_flags = SA_SIGINFO | SA_NODEFER};
+	sigjmp_buf buffer;
+	uint64_t result, value, page;
+	int status;
+	build();
+	page = data + data_pages * PAGE;
+	CHECK(mmap((void *)page, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED | MAP_FIXED, device, 0) != MAP_FAILED);
+	CHECK(!leaf(ACCEPT, page, 0x20b, &run, &result) && result == 0);
+	put(1, page, BACK);
+	CHECK(REFUSED(RUN, 0, 0x8015));
+	CHECK(!leaf(EXTEND, page, 0x207, &run, &result) && RESUMED);
+	CHECK(!call(0, RUN, page, 0, 0, &run) && run.function == 4);
+	/* without X again, and wherever the page has been meanwhile */
+	restrict_to(page, 3);
+	for (uint64_t i = 0; i < data_pages; i++) put(1, data + i * PAGE + 64, i);
+	CHECK(!mprotect((void *)page, PAGE, PROT_READ | PROT_WRITE));
+	CHECK(!mprotect((void *)page, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC));
+	put(1, page, BACK);
+	CHECK(REFUSED(RUN, 0, 0x8015));
+	CHECK(!leaf(EXTEND, page, 0x207, &run, &result) && RESUMED);
+	/* code that cannot be written, also in a copy of the program */
+	restrict_to(page, 5);
+	CHECK(!call(0, RUN, page, 0, 0, &run) && run.function == 4);
+	CHECK(REFUSED(PUT, 0, 0x8007));
+	pid_t child = fork();
+	if (!child) {
+		CHECK(!call(1, RUN, page, 0, 0, &run) && run.function == 4);
+		CHECK(REFUSED(PUT, 1, 0x8007));
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	CHECK(!leaf(EXTEND, page, 0x207, &run, &result) && RESUMED);
+	restrict_to(page, 3);
+	put(1, page, BACK);
+	child = fork();
+	if (!child) {
+		CHECK(REFUSED(RUN, 0, 0x8015));
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	/* code outside fetches ones */
+	CHECK(!sigaction(SIGILL, &action, NULL));
+	jump = &buffer;
+	int number = sigsetjmp(buffer, 1);
+	if (!number) { ((void (*)(void))page)(); CHECK(0); }
+	CHECK(number == SIGILL && seen_rip == page);
+}
+static void unreadable(void)
+{
+	struct run run;
+	uint64_t result, value, page = 0;
+	build();
+	page = data;
+	put(0, page, BACK);
+	restrict_to(page, 0);
+	CHECK(*(volatile uint64_t *)page == ~0ul);
+	CHECK(REFUSED(GET, 0, 0x8005));
+	CHECK(!leaf(EXTEND, page, 0x203, &run, &result) && RESUMED && value == BACK);
+	restrict_to(page, 1);
+	*(volatile uint64_t *)page = 7; /* dropped: code outside finds the abort page */
+	CHECK(get(0, page) == BACK);
+	CHECK(REFUSED(PUT, 0, 0x8007));
+	CHECK(!leaf(EXTEND, page, 0x203, &run, &result) && RESUMED && get(1, page) == BACK);
+	/* EENTER stores in the TCS */
+	CHECK(!mprotect((void *)base, PAGE, PROT_READ));
+	CHECK(!call(0, NOP, 0, 0, 0, &run) && run.function == 2 && run.vector == 14 && run.code == 7 && run.address == base);
+}
+
 static void endless(void)
 {
 	struct run run;
@@ -458,7 +540,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"readers", readers}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

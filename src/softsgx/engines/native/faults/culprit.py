@@ -52,15 +52,8 @@ def code_at(thread: ProgramThread, rip: int) -> bytes | None:
     device = image.device_at(rip)
     if device is None:
         return image.read(rip, LONGEST)
-    if not image.space.is_shown(rip):
-        return None
     code = device.memory.code(rip, LONGEST)
-    rest = PAGE_BYTES - rip % PAGE_BYTES
-    if rest < LONGEST and not image.space.is_shown(rip + rest):
-        code = code[:rest]
-        if decode(code) is None:
-            return None
-    return code
+    return None if len(code) < LONGEST and decode(code) is None else code
 
 
 def again(thread: ProgramThread) -> bool:

@@ -40,7 +40,7 @@ class Outsiders:
         if access is None:
             return 0 if again(thread) else number
         if self._is_mapped(thread, address, access):
-            if image.is_covered(address) or not image.space.is_shown(address):
+            if image.is_covered(address) or access & ~image.space.rights(address):
                 return self.aborted(thread, address, access)
             return 0 if repeat(thread, address) else abi.SIGBUS
         return self._outcome(thread, number, image.mm.fault(address, access, thread), address)

@@ -339,7 +339,7 @@ class Transitions:
             if refused is not None:
                 send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
                 return self._exception(thread, abi.SIGSEGV, Vector.PF, refused.code, address)
-        elif image.is_covered(address) or not image.space.is_shown(address):
+        elif image.is_covered(address) or access & ~image.space.rights(address):
             return self._aborted_inside(thread, address, access)
         if repeat(thread, address):
             return 0

@@ -38,14 +38,14 @@ class MprotectPager:
         prot_at: Callable[[int], int | None],
     ) -> None:
         self._inject, self._prot_at = inject, prot_at
-        self._shown: dict[int, bool] = {}
+        self._shown: dict[int, int] = {}  # rights of EPCM entries
         self._watched: set[int] = set()
 
     def map_prot(self, prot: int) -> int:
         """Nothing is accessible until it is shown."""
         return abi.PROT_NONE
 
-    def mapped(self, start: int, end: int, prot: int) -> None:
+    def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
         """Give the shown pages of the range their rights."""
         for linaddr in [page for page in self._shown if start <= page < end]:
             self._apply(linaddr)
@@ -59,10 +59,11 @@ class MprotectPager:
             shown = sorted(
                 page for page in self._shown if start <= page < end and page not in self._watched
             )
-            for writable in (False, True):
-                rights = prot if writable else prot & ~abi.PROT_WRITE
-                pages = [page for page in shown if self._shown[page] is writable]
-                calls += [(abi.SYS_MPROTECT, low, high - low, rights) for low, high in runs(pages)]
+            for rights in sorted({self._shown[page] for page in shown}):
+                pages = [page for page in shown if self._shown[page] == rights]
+                calls += [
+                    (abi.SYS_MPROTECT, low, high - low, prot & rights) for low, high in runs(pages)
+                ]
         if calls:
             self._inject(calls)
 
@@ -82,18 +83,18 @@ class MprotectPager:
     def after_hide(self, start: int, end: int) -> None:
         """Done before."""
 
-    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """The file is filled through its descriptor."""
         return False
 
-    def shown(self, linaddr: int, *, writable: bool) -> None:
-        """Give the page the rights of its mapping."""
-        self._shown[linaddr] = writable
+    def shown(self, linaddr: int, rights: int) -> None:
+        """Give the page what both its mapping and its EPCM entry allow."""
+        self._shown[linaddr] = rights
         self._apply(linaddr)
 
-    def set_writable(self, linaddr: int, *, writable: bool) -> None:
-        """Give the page the rights of its mapping, with or without W."""
-        self.shown(linaddr, writable=writable)
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """As when it is shown."""
+        self.shown(linaddr, rights)
 
     def accessed(self, linaddr: int) -> bool:
         """A page that is not watched has been used: that is why it was shown."""
@@ -122,7 +123,7 @@ class MprotectPager:
         prot = self._prot_at(linaddr)
         if prot is None or linaddr in self._watched:
             return
-        self._set(linaddr, prot if self._shown[linaddr] else prot & ~abi.PROT_WRITE)
+        self._set(linaddr, prot & self._shown[linaddr])
 
     def _set(self, linaddr: int, prot: int) -> None:
         if self._prot_at(linaddr) is not None:

@@ -57,4 +57,4 @@ def make_pager(name: str, image: Image, thread: Thread) -> Pager:
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    return UffdPager(ours, pagemap, image.inject, image.is_running)
+    return UffdPager(ours, pagemap, image.inject, image.is_running, image.usable_prot_at)

@@ -35,8 +35,15 @@ class Pager(Guard, Protocol):
     def map_prot(self, prot: int) -> int:
         """Return the PROT_* that a mapping of an enclave really gets."""
 
-    def mapped(self, start: int, end: int, prot: int) -> None:
-        """The program has a new mapping of an enclave, or other rights on one."""
+    def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
+        """The program has a new mapping of an enclave, or other rights on one.
+
+        Args:
+            start: of the range.
+            end: of the range.
+            prot: PROT_* rights of it.
+            shown: rights by their EPCM entries of the pages of it that are shown.
+        """
 
     def reveal(self, start: int, end: int, prot: int) -> None:
         """Let a range be used as far as ``prot`` and its pages allow; nothing for PROT_NONE.
@@ -52,9 +59,6 @@ class Pager(Guard, Protocol):
 
     def touched(self, linaddr: int) -> bool:
         """A fault hit a shown page: return whether it only told of a watched page's use."""
-
-    def flush(self) -> None:
-        """The program goes on: do what was put off."""
 
     def close(self) -> None:
         """The address space is gone."""
@@ -186,6 +190,11 @@ class Space:
         entry = self.entry(linaddr)
         return entry is not None and self._store.is_shown(entry[0])
 
+    def rights(self, linaddr: int) -> int:
+        """Return how the page that holds ``linaddr`` can be used here if its mapping allows it."""
+        entry = self.entry(linaddr)
+        return 0 if entry is None else self._store.rights(entry[0])
+
     def mark(self, address: int) -> None:
         """Let the ENCLU at ``address`` trap faster from now on, if it is in read-only code."""
         entry, memory = self.entry(address), self.memory_at(address)
@@ -228,8 +237,9 @@ class Space:
             page = self._page_at(entry[0])
             assert page is not None, f"{entry[0]:#x} is no EPC page"
             self._store.refresh(page)
-            if self._store.is_shown(entry[0]):
-                self.pager.set_writable(linaddr, writable=bool(page.rwx & WRITE))
+            rights = self._store.rights(entry[0])
+            if rights:
+                self.pager.set_rights(linaddr & _PAGE_MASK, rights)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -4,7 +4,9 @@ A page of an enclave is either *shown* or *hidden*.  Shown: its bytes are in the
 the offset that equals its linear address, so every mapping of the file has them and code runs on
 them at native speed.  Hidden: its bytes are in this process, the file has a hole there, and each
 access of the program becomes a fault that we hear of.  A page is shown while some page table maps
-it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimmed pages never are.
+it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimmed pages never are,
+nor pages without any right.  In each address space a shown page can be used as far as both its
+mapping and its EPCM entry allow.
 
 Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
 
@@ -12,6 +14,9 @@ A page that no page table maps any more may stay shown until its bytes are neede
 program goes on: pages leave in batches, and hiding sixteen neighbours costs little more than hiding
 one.  To threads that run meanwhile it is as if their TLB still had the translation, which hardware
 allows until ETRACK and an exit.
+
+Deviation: a page that can be executed by its EPCM entry can be read, too: page tables have no entry
+that allows the one without the other.
 
 Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones, unless
 the run is strict.
@@ -42,12 +47,16 @@ _WINDOW_SHIFT = 21
 _WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
 _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
 _UD2_END = b"\x0b"
-_WRITE, _EXECUTE = 2, 4
+_READ, _WRITE, _EXECUTE = 1, 2, 4
+_ALL = _READ | _WRITE | _EXECUTE
 _ONES = b"\xff" * PAGE_BYTES
 
 
 class Guard(Protocol):
-    """What must happen in an address space around a change of a memory file that it maps."""
+    """What must happen in an address space around a change of a memory file that it maps.
+
+    Rights are those of EPCM entries: the sum of READ (1), WRITE (2) and EXECUTE (4).
+    """
 
     def before_hide(self, start: int, end: int) -> None:
         """Make stores to the pages of a range impossible; loads may go on."""
@@ -55,18 +64,21 @@ class Guard(Protocol):
     def after_hide(self, start: int, end: int) -> None:
         """The pages are holes in the file now: every access must fault."""
 
-    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """Fill the hole and make the page usable here, in one step.
 
         Returns:
             ``False`` when this space cannot fill it; nothing has happened then.
         """
 
-    def shown(self, linaddr: int, *, writable: bool) -> None:
+    def shown(self, linaddr: int, rights: int) -> None:
         """The hole was filled by another space: make the page usable here too."""
 
-    def set_writable(self, linaddr: int, *, writable: bool) -> None:
-        """Allow or forbid stores to a shown page, as the EPCM has changed its mind."""
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """The EPCM entry of a shown page has these rights now."""
+
+    def flush(self) -> None:
+        """The program goes on: do what was put off."""
 
 
 class User(Protocol):
@@ -97,6 +109,7 @@ class EnclaveMemory:
         fd: our descriptor.
         key: (device, inode), which every descriptor of the file shows.
         users: the address spaces that map it, or have mapped it and may again.
+        pages: rights of the pages whose bytes are in the file, by linear address.
         marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
             ENCLU instructions that start with HLT, and forbidden ones that are UD2.
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
@@ -109,6 +122,7 @@ class EnclaveMemory:
         It allows sealing: nobody can change the file's size afterwards.
         """
         self.users: list[User] = []
+        self.pages: dict[int, int] = {}
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self._windows: dict[int, mmap.mmap] = {}
@@ -145,6 +159,8 @@ class EnclaveMemory:
             pages: their linear addresses, rising.
         """
         contents: list[bytes] = []
+        for linaddr in pages:
+            self.pages.pop(linaddr, None)
         for start, end in runs(pages):
             guarded = [
                 (user.pager, *part) for user in self.users for part in user.parts(self, start, end)
@@ -218,7 +234,17 @@ class EnclaveMemory:
         self._window(address)[start : start + len(data)] = data
 
     def code(self, address: int, size: int) -> bytes:
-        """Return bytes at ``address`` as the program sees them; zeros where no page is shown."""
+        """Return bytes at ``address`` as the program sees them, fewer where a page is a hole.
+
+        Args:
+            address: where they begin.
+            size: a page at most.
+        """
+        rest = -address % PAGE_BYTES or PAGE_BYTES
+        if address & -PAGE_BYTES not in self.pages:
+            return b""
+        if rest < size and address + rest not in self.pages:
+            size = rest
         return os.pread(self.fd, size, address)
 
     def _window(self, address: int) -> mmap.mmap:
@@ -233,11 +259,12 @@ class EnclaveMemory:
             window = self._windows[number] = mmap.mmap(self.fd, 1 << _WINDOW_SHIFT, offset=start)
         return window
 
-    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> None:
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> None:
         """Put the page into the file; nobody sees it half filled."""
+        self.pages[linaddr] = rights
         filler, guards = None, self._guards_at(linaddr)
         for guard in guards:
-            if guard.show(linaddr, data, writable=writable):
+            if guard.show(linaddr, data, rights):
                 filler = guard
                 break
         else:
@@ -246,12 +273,20 @@ class EnclaveMemory:
             os.pwrite(self.fd, data, linaddr)
         for guard in guards:
             if guard is not filler:
-                guard.shown(linaddr, writable=writable)
+                guard.shown(linaddr, rights)
 
-    def set_writable(self, linaddr: int, *, writable: bool) -> None:
-        """Allow or forbid stores to a shown page."""
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """Let a shown page be used as far as its EPCM entry allows now."""
+        self.pages[linaddr] = rights
         for guard in self._guards_at(linaddr):
-            guard.set_writable(linaddr, writable=writable)
+            guard.set_rights(linaddr, rights)
+
+    def within(self, start: int, end: int) -> dict[int, int]:
+        """Return :attr:`pages` of a range."""
+        pages = self.pages
+        if (end - start) // PAGE_BYTES < len(pages):
+            return {at: pages[at] for at in range(start, end, PAGE_BYTES) if at in pages}
+        return {at: rights for at, rights in pages.items() if start <= at < end}
 
     def _guards_at(self, linaddr: int) -> list[Guard]:
         """Return the guards of the spaces that map the file there, and not another one."""
@@ -283,7 +318,7 @@ class NativeStore:
 
     def __init__(self) -> None:
         self._hidden: dict[int, bytes | bytearray] = {}
-        self._shown: dict[int, tuple[EnclaveMemory, int, bool]] = {}
+        self._shown: dict[int, tuple[EnclaveMemory, int, int]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
         self._leaving: set[int] = set()
 
@@ -316,14 +351,14 @@ class NativeStore:
         data = self._hidden.get(page.addr)
         if data is not None:
             return bytes(data[offset : offset + size])
-        memory, linaddr, _writable = self._shown[page.addr]
+        memory, linaddr, _rights = self._shown[page.addr]
         return memory.read(linaddr + offset, size)
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
         """Replace bytes of a page, wherever they are."""
         kept = self._hidden.get(page.addr)
         if kept is None:
-            memory, linaddr, _writable = self._shown[page.addr]
+            memory, linaddr, _rights = self._shown[page.addr]
             memory.write(linaddr + offset, data)
             return
         if not isinstance(kept, bytearray):
@@ -366,7 +401,7 @@ class NativeStore:
             return
         by_file: dict[EnclaveMemory, list[tuple[int, int]]] = {}
         for addr in leaving:
-            memory, linaddr, _writable = self._shown.pop(addr)
+            memory, linaddr, _rights = self._shown.pop(addr)
             by_file.setdefault(memory, []).append((linaddr, addr))
         leaving.clear()
         for memory, pages in by_file.items():
@@ -379,7 +414,7 @@ class NativeStore:
         """Put a page of ones where the page is, or would be; its own bytes are kept, hidden."""
         self.settle()
         self._hide(addr)
-        memory.show(linaddr, _ONES, writable=True)
+        memory.show(linaddr, _ONES, _ALL)
 
     def take_back(self, memory: EnclaveMemory, linaddr: int) -> None:
         """Remove the page of ones, with whatever was stored in it; then :meth:`refresh`."""
@@ -389,36 +424,41 @@ class NativeStore:
         """Return whether page tables map the page and its bytes are in a memory file."""
         return addr in self._shown and addr not in self._leaving
 
+    def rights(self, addr: int) -> int:
+        """Return how code can use the page at EPC address ``addr`` where its mapping allows it."""
+        return self._shown[addr][2] if self.is_shown(addr) else 0
+
     def refresh(self, page: EpcPage) -> None:
         """Make what the program can do with ``page`` agree with its EPCM entry.
 
         Call after anything that changed the entry.
         """
-        addr = page.addr
+        addr, rights = page.addr, page.rwx
+        if rights & _EXECUTE:
+            rights |= _READ
         usable = page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
         where = self._maps.get(addr)
-        if where is None or not usable:
+        if where is None or not usable or not rights:
             self._hide(addr)
             return
         memory, linaddr, _count = where
-        writable = bool(page.rwx & _WRITE)
         shown = self._shown.get(addr)
         if shown is None:
             data = self._hidden.pop(addr)
-            self._shown[addr] = memory, linaddr, writable
-            if not writable and page.rwx & _EXECUTE:
+            self._shown[addr] = memory, linaddr, rights
+            if rights & ~_READ == _EXECUTE:
                 data = memory.forbid(linaddr, bytes(data))
-            memory.show(linaddr, data, writable=writable)
-        elif shown[2] != writable:
+            memory.show(linaddr, data, rights)
+        elif shown[2] != rights:
             memory.unmark(linaddr)  # code that may be written is left alone
-            self._shown[addr] = memory, linaddr, writable
-            memory.set_writable(linaddr, writable=writable)
-            if not writable and page.rwx & _EXECUTE:
+            self._shown[addr] = memory, linaddr, rights
+            memory.set_rights(linaddr, rights)
+            if rights & ~_READ == _EXECUTE:
                 memory.forbid_shown(linaddr)
 
     def _hide(self, addr: int) -> None:
         shown = self._shown.pop(addr, None)
         if shown is not None:
             self._leaving.discard(addr)
-            memory, linaddr, _writable = shown
+            memory, linaddr, _rights = shown
             (self._hidden[addr],) = memory.hide([linaddr])

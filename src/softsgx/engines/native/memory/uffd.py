@@ -1,7 +1,8 @@
 """Enclave memory by userfaultfd: a hole in the memory file is a signal for the thread that hits it.
 
-The file's holes and its write protection are all the state there is; a fault arrives as SIGBUS in
-the tracer's loop, with the thread where its registers can still be changed.
+The file's holes and its write protection are most of the state there is; a fault arrives as SIGBUS
+in the tracer's loop, with the thread where its registers can still be changed.  Pages that must not
+be executed are :mod:`.fetches`'s.
 
 Which pages are used is read from page tables: their entries are dropped, and come back when the
 page is touched.
@@ -21,6 +22,7 @@ from errno import EAGAIN, EINVAL, ENOENT, ESRCH
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.fetches import Fetches
 from softsgx.engines.native.memory.store import runs
 from softsgx.errors import SoftSgxError
 
@@ -28,6 +30,7 @@ __all__ = ["UffdPager", "open_userfaultfd"]
 
 _COPY = 0xC028AA03
 _COPY_MODE_WP = 2
+_WRITE = 2
 _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 )
@@ -54,6 +57,7 @@ class UffdPager:
         inject: makes system calls in the program's name, each (number, arguments…); called at the
             latest before the program goes on.
         running: returns whether any thread of the address space may be executing.
+        prot_at: see :class:`~.fetches.Fetches`.
     """
 
     name = "userfaultfd"
@@ -64,6 +68,7 @@ class UffdPager:
         pagemap: int,
         inject: Callable[[list[tuple[int, ...]]], None],
         running: Callable[[], bool],
+        prot_at: Callable[[int], int | None],
     ) -> None:
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._source = ctypes.create_string_buffer(PAGE_BYTES)
@@ -71,6 +76,7 @@ class UffdPager:
         self._copy_at = ctypes.addressof(self._copy)
         self._copy[1] = self._source_at = ctypes.addressof(self._source)
         self._copy[2] = PAGE_BYTES
+        self._fetches = Fetches(prot_at)
         self._watched: set[int] = set()
         self._present: dict[int, bytes] = {}
 
@@ -78,8 +84,8 @@ class UffdPager:
         """The mapping gets what the program asked for."""
         return prot
 
-    def mapped(self, start: int, end: int, prot: int) -> None:
-        """Register the range; harmless where it is registered already."""
+    def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
+        """Register the range, as often as need be; pages shown there keep their EPCM rights."""
         mode = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
         request = bytearray(struct.pack("<QQQQ", start, end - start, mode, 0))
         try:
@@ -89,10 +95,14 @@ class UffdPager:
                 f"enclave at {start:#x}: userfaultfd refuses the range ({error.strerror}); "
                 "choose the mprotect pager"
             ) from None
+        self._fetches.mapped(start, end, shown)
+        if prot & abi.PROT_WRITE:
+            for low, high in runs([page for page in sorted(shown) if not shown[page] & _WRITE]):
+                self._protect(low, high, abi.UFFDIO_WRITEPROTECT_MODE_WP)
 
     def reveal(self, start: int, end: int, prot: int) -> None:
         """Rights of the mapping say it; what is write-protected or a hole stays so."""
-        self._inject([(abi.SYS_MPROTECT, start, end - start, prot)])
+        self._inject(self._fetches.reveal(start, end, prot))
 
     # --- hiding and showing ---------------------------------------------------------------------
 
@@ -107,14 +117,16 @@ class UffdPager:
 
     def after_hide(self, start: int, end: int) -> None:
         """The holes are enough; a use that was not asked for is forgotten."""
+        pages = range(start, end, PAGE_BYTES)
+        self._fetches.hidden(pages)
         if self._watched:
-            self._watched.difference_update(range(start, end, PAGE_BYTES))
+            self._watched.difference_update(pages)
 
-    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """UFFDIO_COPY: page and entry appear together."""
         ctypes.memmove(self._source_at, data if type(data) is bytes else bytes(data), PAGE_BYTES)
         request = self._copy
-        request[0], request[3], request[4] = linaddr, 0 if writable else _COPY_MODE_WP, 0
+        request[0], request[3], request[4] = linaddr, 0 if rights & _WRITE else _COPY_MODE_WP, 0
         while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
             code = ctypes.get_errno()
             if code == EAGAIN:  # the mappings are changing this moment
@@ -122,15 +134,21 @@ class UffdPager:
             if code in (ENOENT, ESRCH, EINVAL):
                 return False  # not mapped here
             raise OSError(code, f"UFFDIO_COPY: {os.strerror(code)}")
+        self._fetches.shown(linaddr, rights)
         return True
 
-    def shown(self, linaddr: int, *, writable: bool) -> None:
+    def shown(self, linaddr: int, rights: int) -> None:
         """Replace the write protection that hiding left behind."""
-        self.set_writable(linaddr, writable=writable)
+        self._allow_stores(linaddr, rights)
+        self._fetches.shown(linaddr, rights)
 
-    def set_writable(self, linaddr: int, *, writable: bool) -> None:
-        """Write-protect the page, or not."""
-        mode = 0 if writable else abi.UFFDIO_WRITEPROTECT_MODE_WP
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """Write-protect the page, or not; take PROT_EXEC away, or give it back."""
+        self._allow_stores(linaddr, rights)
+        self._fetches.changed(linaddr, rights)
+
+    def _allow_stores(self, linaddr: int, rights: int) -> None:
+        mode = 0 if rights & _WRITE else abi.UFFDIO_WRITEPROTECT_MODE_WP
         self._protect(linaddr, linaddr + PAGE_BYTES, mode)
 
     def _protect(self, start: int, end: int, mode: int) -> bool:
@@ -170,16 +188,17 @@ class UffdPager:
         self._watched.add(linaddr)
 
     def flush(self) -> None:
-        """Drop the entries of watched pages now; a thread of this space is stopped."""
+        """Change rights, drop entries of watched pages; a thread of this space is stopped."""
         self._present.clear()
-        if not self._watched:
-            return
-        calls: list[tuple[int, ...]] = [
-            (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
-            for start, end in runs(sorted(self._watched))
-        ]
-        self._watched.clear()
-        self._inject(calls)
+        calls = self._fetches.calls()
+        if self._watched:
+            calls += [
+                (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
+                for start, end in runs(sorted(self._watched))
+            ]
+            self._watched.clear()
+        if calls:
+            self._inject(calls)
 
     def touched(self, linaddr: int) -> bool:
         """Page tables tell of uses without a fault."""

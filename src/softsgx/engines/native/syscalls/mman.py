@@ -97,7 +97,7 @@ class Mappings:
         if -4096 < result < 0:
             image.mm.munmap(address, length)
             return result
-        image.pager.mapped(address, address + length, prot)
+        image.mapped(address, address + length, prot)
         # A core dump has nothing of an enclave, whose mappings are VM_IO.
         thread.syscall(abi.SYS_MADVISE, address, length, abi.MADV_DONTDUMP)
         return address
@@ -143,7 +143,11 @@ class Mappings:
             image.is_covered(vma.start) for vma in image.mm.vmas(address, address + length)
         )
         if image.pager.map_prot(prot) == prot and not covered:
-            return thread.finish_syscall()
+            result = thread.finish_syscall()
+            for vma in image.mm.vmas(address, address + length):
+                low, high = max(vma.start, address), min(vma.end, address + length)
+                image.mapped(low, high, prot)
+            return result
         return self._mprotect_around(thread, address, address + length, prot)
 
     def _mprotect_around(self, thread: ProgramThread, start: int, end: int, prot: int) -> int:
@@ -154,7 +158,7 @@ class Mappings:
             low, high = max(vma.start, start), min(vma.end, end)
             if at < low:
                 result = result or thread.syscall(abi.SYS_MPROTECT, at, low - at, prot)
-            image.pager.mapped(low, high, prot)
+            image.mapped(low, high, prot)
             if not image.is_covered(low):
                 image.pager.reveal(low, high, prot)
             at = high

@@ -116,6 +116,12 @@ class Image:
         vma = self.mm.find(linaddr)
         return None if vma is None else vma.prot
 
+    def mapped(self, start: int, end: int, prot: int) -> None:
+        """A part of one mapping of an enclave is new, or has other rights."""
+        device = self.device_at(start)
+        assert device is not None, f"no enclave is mapped at {start:#x}"
+        self.pager.mapped(start, end, prot, device.memory.within(start, end))
+
     # --- strict mode ----------------------------------------------------------------------------
 
     def is_covered(self, linaddr: int) -> bool:

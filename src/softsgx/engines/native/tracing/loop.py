@@ -27,7 +27,7 @@ from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import finish_exec
-from softsgx.engines.native.tracing.tracee import Gone, Stop
+from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 from softsgx.errors import SoftSgxError
 
@@ -333,7 +333,7 @@ class Loop:
         except Exception as error:
             self._failed(parent.process.pid if flags & _CLONE_THREAD else tid, tid, error)
             return
-        stop = thread.stopped(status)
+        stop = decode_stop(status)  # calls have been made in its name since
         if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
             self.go(thread)
         else:

@@ -124,6 +124,7 @@ class Watching:
 
     def __init__(self, fd: int) -> None:
         self.fd, self.log = fd, list[tuple[str, int, bytes]]()
+        self.rights: dict[int, int] = {}
 
     def _note(self, what: str, start: int, end: int) -> None:
         self.log.append((what, (end - start) // 4096, os.pread(self.fd, 1, start)))
@@ -134,13 +135,16 @@ class Watching:
     def after_hide(self, start: int, end: int) -> None:
         self._note("after", start, end)
 
-    def show(self, linaddr: int, data: bytes | bytearray, *, writable: bool) -> bool:
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         return False
 
-    def shown(self, linaddr: int, *, writable: bool) -> None:
-        pass
+    def shown(self, linaddr: int, rights: int) -> None:
+        self.rights[linaddr] = rights
 
-    def set_writable(self, linaddr: int, *, writable: bool) -> None:
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        self.rights[linaddr] = rights
+
+    def flush(self) -> None:
         pass
 
 
@@ -177,6 +181,30 @@ def test_pages_that_leave_together_are_hidden_at_once_when_the_first_is_needed()
         *(("before", 2, b"\x03"), ("after", 2, b"\0")),
     ]
     assert [store.read(page, 0, 1) for page in pages] == [b"\x01", b"\x02", b"\x03", b"\x04"]
+    os.close(theirs)
+    memory.close()
+
+
+def test_a_page_is_shown_with_the_rights_of_its_epcm_entry() -> None:
+    memory, theirs = make_memory()
+    guard = Watching(theirs)
+    memory.users.append(Everywhere(guard))
+    store, pages = NativeStore(), [make_page(index) for index in range(PAGES)]
+    for page, rwx in zip(pages, (1, 3, 4, 0), strict=True):
+        page.rwx = rwx
+        store.fill(page, bytes(4096))
+        store.mapped(page, memory, page.linaddr)
+    # X alone can be read as well: page tables do not know it.
+    expected = {page.linaddr: rights for page, rights in zip(pages, (1, 3, 5), strict=False)}
+    assert guard.rights == memory.pages == memory.within(BASE, BASE + (1 << 40)) == expected
+    assert [store.rights(page.addr) for page in pages] == [1, 3, 5, 0]
+    pages[1].rwx = 5
+    store.refresh(pages[1])
+    assert guard.rights == memory.pages == expected | {pages[1].linaddr: 5}
+    pages[1].rwx = 0
+    store.refresh(pages[1])
+    assert not store.is_shown(pages[1].addr)
+    assert memory.within(BASE, BASE + 2 * 4096) == {BASE: 1}
     os.close(theirs)
     memory.close()
 

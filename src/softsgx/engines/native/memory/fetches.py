@@ -1,0 +1,126 @@
+"""Pages that must not be executed although their mapping may be: EPCM entries without X.
+
+Write protection and holes are userfaultfd's; to keep fetches out, ``mprotect`` takes PROT_EXEC from
+the page in the program's name.  Such calls are put off until the program goes on, and neighbours
+that nothing is shown of yet lose the right in the same call, so that a heap that grows page by page
+in a mapping with all rights needs one call for each block.
+
+Source:
+    mprotect(2); SDM vol. 3D, "Access Control Requirements", "Enclave Page Cache Map".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import abi
+from softsgx.engines.native.memory.store import runs
+
+__all__ = ["Fetches"]
+
+_EXECUTE = 4
+_BLOCK_BYTES = 64 * PAGE_BYTES
+
+Call = tuple[int, ...]
+
+
+class Fetches:
+    """See the module.
+
+    Args:
+        prot_at: returns the rights that the mapping of an enclave at an address may have now,
+            ``None`` where none is.
+
+    Attributes:
+        rights: of each page that is shown, the rights of its EPCM entry.
+    """
+
+    def __init__(self, prot_at: Callable[[int], int | None]) -> None:
+        self._prot_at = prot_at
+        self.rights: dict[int, int] = {}
+        self._taken: set[int] = set()  # pages that have lost PROT_EXEC
+        self._due: set[int] = set()
+
+    def shown(self, page: int, rights: int) -> None:
+        """A page is shown."""
+        self.rights[page] = rights
+        if (page in self._taken) == bool(rights & _EXECUTE):
+            self._owe(page)
+
+    def changed(self, page: int, rights: int) -> None:
+        """A shown page has these rights now, or had the wrong ones here."""
+        self.rights[page] = rights
+        self._owe(page)
+
+    def hidden(self, pages: Iterable[int]) -> None:
+        """Pages are holes now."""
+        for page in pages:
+            self.rights.pop(page, None)
+
+    def mapped(self, start: int, end: int, shown: dict[int, int]) -> None:
+        """The range has been given the rights that the program asked for.
+
+        Args:
+            start: of the range.
+            end: of the range.
+            shown: what ``rights`` has to hold for it.
+        """
+        self._taken = {page for page in self._taken if not start <= page < end}
+        self.hidden(self.within(start, end))
+        self.rights.update(shown)
+        for page, rights in shown.items():
+            if not rights & _EXECUTE:
+                self._owe(page)
+
+    def within(self, start: int, end: int) -> list[int]:
+        """Return the shown pages of a range, lowest first."""
+        rights = self.rights
+        if (end - start) // PAGE_BYTES < len(rights):
+            return [page for page in range(start, end, PAGE_BYTES) if page in rights]
+        return sorted(page for page in rights if start <= page < end)
+
+    def calls(self) -> list[Call]:
+        """Return the calls that are due, which will be made."""
+        if not self._due:
+            return []
+        due, self._due = self._due, set()
+        lose = {page for page in due if not self.rights.get(page, 0) & _EXECUTE}
+        for block in {page & -_BLOCK_BYTES for page in lose}:
+            for page in range(block, block + _BLOCK_BYTES, PAGE_BYTES):
+                if page not in self._taken and not self.rights.get(page, 0) & _EXECUTE:
+                    lose.add(page)
+        self._taken |= lose
+        self._taken -= due - lose
+        wanted: dict[int, list[int]] = {}
+        for page in sorted(due | lose):
+            prot = self._prot_at(page)
+            if prot is not None and prot & abi.PROT_EXEC:
+                prot = prot & ~abi.PROT_EXEC if page in lose else prot
+                wanted.setdefault(prot, []).append(page)
+            else:
+                self._taken.discard(page)
+        return _protect(wanted)
+
+    def reveal(self, start: int, end: int, prot: int) -> list[Call]:
+        """Return the calls that give a range ``prot`` as far as its pages allow."""
+        calls: list[Call] = [(abi.SYS_MPROTECT, start, end - start, prot)]
+        if prot & abi.PROT_EXEC:
+            lose = [page for page in self.within(start, end) if not self.rights[page] & _EXECUTE]
+            self._taken = {page for page in self._taken if not start <= page < end}
+            self._taken.update(lose)
+            calls += _protect({prot & ~abi.PROT_EXEC: lose})
+        return calls
+
+    def _owe(self, page: int) -> None:
+        prot = self._prot_at(page)
+        if prot is not None and prot & abi.PROT_EXEC:
+            self._due.add(page)
+
+
+def _protect(wanted: dict[int, list[int]]) -> list[Call]:
+    return [
+        (abi.SYS_MPROTECT, start, end - start, prot)
+        for prot, pages in wanted.items()
+        for start, end in runs(pages)
+    ]
