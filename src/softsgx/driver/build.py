@@ -145,7 +145,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
     enclave.attributes, enclave.xfrm = secs.attributes.flags, secs.attributes.xfrm
     if "L13" in driver.defects:
         enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
-    enclave.created = True
+    enclave.created, enclave.number = True, driver.new_number()
     driver.announce(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
     return 0
 

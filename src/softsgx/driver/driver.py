@@ -89,13 +89,17 @@ class Driver:
         self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens
         self.lives: Tracer | None = None
         self._group_of, self._node_of = group_of, node_of
-        self._numbers, self._pids = count(1), count(1)
+        self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
         self._loaded = True
         self._files: dict[EnclaveFile | ProvisionFile, None] = {}
         self._enclaves: dict[Enclave, None] = {}
 
     # --- devices --------------------------------------------------------------------------------
+
+    def new_number(self) -> int:
+        """Return the number of an enclave that was just created."""
+        return next(self._numbers)
 
     def open(self, task: Task) -> EnclaveFile:
         """Open ``/dev/sgx_enclave``: one new, empty enclave.
@@ -104,7 +108,7 @@ class Driver:
             OSError: ENODEV: the driver is not loaded.
         """
         self._require_loaded()
-        enclave = Enclave(self, next(self._numbers))
+        enclave = Enclave(self, next(self._openings))
         file = EnclaveFile(self, enclave)
         with self._latch:
             self._enclaves[enclave] = None

@@ -75,9 +75,10 @@ class Enclave(Counted):
 
     Args:
         driver: the driver.
-        number: its name in events.
+        opening: which opening of the device it is from; its locks are called by it.
 
     Attributes:
+        number: its name in events, 0 before CREATE: openings that create nothing are not counted.
         lock: guards pages, ``swap``, attributes and flags.
         changed: a page is no longer in motion; ``waiting`` tasks wait for that.
         base, size: its linear range, 0 before CREATE.
@@ -94,14 +95,14 @@ class Enclave(Counted):
 
     swap: EnclaveSwap
 
-    def __init__(self, driver: Driver, number: int) -> None:
-        self.driver, self.number = driver, number
+    def __init__(self, driver: Driver, opening: int) -> None:
+        self.driver, self.number = driver, 0
         runtime = driver.runtime
         super().__init__(runtime)
-        self.lock = runtime.lock(f"encl{number}")
+        self.lock = runtime.lock(f"encl{opening}")
         self.changed = runtime.condition(self.lock)
         self.waiting = 0
-        self.srcu = Srcu(runtime, f"encl{number}.srcu")
+        self.srcu = Srcu(runtime, f"encl{opening}.srcu")
         self.base = self.size = self.attributes = self.xfrm = 0
         self.allowed = UNPRIVILEGED
         self.created = self.initialized = self.dead = False

@@ -1,6 +1,6 @@
 """What the driver tells a listener.
 
-Enclaves are named by the number the driver gave them when their file was opened; it is never
+Enclaves are named by the number the driver gave them when they were created, 0 before; it is never
 used again while the driver is loaded.
 """
 

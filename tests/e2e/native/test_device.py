@@ -10,7 +10,8 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor, run
+from softsgx.host import PROFILES
 
 DATA_PAGES = 20
 EPC_PAGES = 20
@@ -41,3 +42,19 @@ def test_a_program_finds_a_device_and_no_file(
 @pytest.mark.parametrize("scenario", ["calls", "advice"])
 def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: str) -> None:
     assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
+
+
+def test_the_nodes_are_those_of_a_file_system(program: list[str]) -> None:
+    assert run([*program, "nodes"], epc=EPC_PAGES * 4096).exit_code == 0
+
+
+def test_a_program_can_watch_its_epc(program: list[str]) -> None:
+    groups = {"jobs/a": {"max": 64 * 4096}}
+    result = run([*program, "watches"], epc=128 * 4096, groups=groups, group="jobs/a")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("cpuid", CPUID_SOURCES)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_cpuinfo_agrees_with_cpuid(program: list[str], profile: str, cpuid: str) -> None:
+    assert run([*program, "cpuinfo"], profile=profile, cpuid=cpuid).exit_code == 0

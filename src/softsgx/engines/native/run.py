@@ -12,18 +12,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
+from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
 from softsgx.engines.native.x86.cpuid import (
     CpuidLeaf,
     host_cpuid,
     virtual_leaf,
     xsave_components,
 )
+from softsgx.engines.native.x86.cpuinfo import rewrite_cpuinfo
 from softsgx.engines.native.x86.profile import ProfileCpuid, intel_layout
 from softsgx.engines.native.x86.tsc import tsc_khz
 from softsgx.errors import SoftSgxError
@@ -33,6 +36,7 @@ from softsgx.trace import Tracer
 
 __all__ = [
     "CPUID_SOURCES",
+    "GROUP_VARIABLE",
     "NativePlatformConfig",
     "Observer",
     "RunResult",
@@ -40,6 +44,9 @@ __all__ = [
     "native_platform",
     "run",
 ]
+
+GROUP_VARIABLE = "SOFTSGX_CGROUP"
+"""The environment variable that names the directory of the program's group."""
 
 CPUID_SOURCES = ("profile", "host")
 """What CPUID describes to the program: the profile's machine, or this one, with SGX."""
@@ -114,6 +121,10 @@ def cpuid_of(config: MachineConfig, source: str) -> Callable[[int, int], CpuidLe
     return ProfileCpuid(host, config, tsc_khz(host), os.cpu_count() or 1)
 
 
+def _cpuinfo(leaves: Callable[[int, int], CpuidLeaf]) -> bytes:
+    return rewrite_cpuinfo(Path("/proc/cpuinfo").read_text(), leaves).encode()
+
+
 def run(
     argv: Sequence[str],
     config: PlatformConfig | None = None,
@@ -145,7 +156,7 @@ def run(
             on hardware; by default the bytes are there, and everything is faster.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
-        env: the program's environment; ours by default.
+        env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
         cwd: the program's working directory; ours by default.
         stdio: descriptors to be its standard input, output and error.
         keywords: fields of :class:`~softsgx.host.PlatformConfig`.
@@ -165,11 +176,13 @@ def run(
     with native_platform(described, tracer, cpuid=cpuid) as platform:
         assert platform.driver is not None, "a platform that runs has its driver"
         pays = platform.cgroups.make(group) if group.strip("/") else platform.cgroups.root
+        leaves = cpuid_of(platform.machine.config, cpuid)
         supervisor = Supervisor(
             platform.machine,
             platform.driver,
             group=pays,
-            cpuid=cpuid_of(platform.machine.config, cpuid),
+            cpuid=leaves,
+            nodes=Nodes(platform.cgroups, partial(_cpuinfo, leaves)),
             pager=pager,
             cpus=cpus,
             strict=strict,
@@ -177,7 +190,9 @@ def run(
         if observer is not None:
             observer.attached(platform, supervisor.pager)
         started = None if observer is None else observer.started
-        exit_code = supervisor.run(argv, env=env, cwd=cwd, stdio=stdio, started=started)
+        told = {GROUP_VARIABLE: os.fsdecode(CGROUP) + pays.path.rstrip("/")}
+        environment = {**(os.environ if env is None else env), **told}
+        exit_code = supervisor.run(argv, env=environment, cwd=cwd, stdio=stdio, started=started)
         platform.check()
         return RunResult(
             exit_code, supervisor.pager, platform.core.epc_pages, platform.core.counters.as_dict()

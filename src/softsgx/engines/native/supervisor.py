@@ -45,7 +45,8 @@ from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
-from softsgx.engines.native.syscalls.nodes import DeviceNames
+from softsgx.engines.native.syscalls.nodes import Nodes
+from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter, build_guard
@@ -81,6 +82,7 @@ class Supervisor(World):
         driver: the driver on it.
         group: who pays for the EPC of the program.
         cpuid: what CPUID (leaf, sub-leaf) gives the program.
+        nodes: names that exist for the program only.
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
@@ -97,6 +99,7 @@ class Supervisor(World):
         *,
         group: Group,
         cpuid: Callable[[int, int], CpuidLeaf],
+        nodes: Nodes,
         pager: str | None = None,
         cpus: set[int] | None = None,
         strict: bool = False,
@@ -114,7 +117,7 @@ class Supervisor(World):
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
         self._registry = Registry(self._store)
-        self._descriptors = DeviceDescriptors(self._registry)
+        self._nodes, self._descriptors = nodes, DeviceDescriptors(self._registry)
         self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
@@ -183,34 +186,25 @@ class Supervisor(World):
     # --- system calls ---------------------------------------------------------------------------
 
     def _handlers(self) -> dict[int, Handler]:
-        names = DeviceNames(_Opener(self._driver), self._registry)
+        files = NamedFiles(_Opener(self._driver), self._registry, self._nodes)
         mappings = Mappings(self._registry, rewrite=not self._faulting)
-        return self._descriptors.handlers() | {
-            abi.SYS_OPEN: names.open,
-            abi.SYS_OPENAT: names.openat,
-            abi.SYS_OPENAT2: names.openat2,
-            abi.SYS_STAT: names.stat,
-            abi.SYS_LSTAT: names.stat,
-            abi.SYS_FSTAT: names.fstat,
-            abi.SYS_NEWFSTATAT: names.newfstatat,
-            abi.SYS_STATX: names.statx,
-            abi.SYS_ACCESS: names.access,
-            abi.SYS_FACCESSAT: names.faccessat,
-            abi.SYS_FACCESSAT2: names.faccessat,
-            abi.SYS_READLINK: names.readlink,
-            abi.SYS_READLINKAT: names.readlinkat,
-            abi.SYS_MMAP: mappings.mmap,
-            abi.SYS_MPROTECT: mappings.mprotect,
-            abi.SYS_PKEY_MPROTECT: mappings.mprotect,
-            abi.SYS_MUNMAP: mappings.munmap,
-            abi.SYS_MREMAP: mappings.mremap,
-            abi.SYS_MADVISE: madvise,
-            abi.SYS_MLOCK: mlock,
-            abi.SYS_MLOCK2: mlock,
-            abi.SYS_IOCTL: self._ioctl,
-            abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
-            abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
-        }
+        return (
+            self._descriptors.handlers()
+            | files.handlers()
+            | {
+                abi.SYS_MMAP: mappings.mmap,
+                abi.SYS_MPROTECT: mappings.mprotect,
+                abi.SYS_PKEY_MPROTECT: mappings.mprotect,
+                abi.SYS_MUNMAP: mappings.munmap,
+                abi.SYS_MREMAP: mappings.mremap,
+                abi.SYS_MADVISE: madvise,
+                abi.SYS_MLOCK: mlock,
+                abi.SYS_MLOCK2: mlock,
+                abi.SYS_IOCTL: self._ioctl,
+                abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
+                abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
+            }
+        )
 
     def _getaffinity(self, thread: ProgramThread) -> int | None:
         assert self._affinity is not None, "a program runs without its processors being seen to"

@@ -4,6 +4,9 @@
  */
 #include "sgx.h"
 #include <sys/file.h>
+#include <sys/statfs.h>
+#include <sys/xattr.h>
+#include <utime.h>
 #include <sys/sendfile.h>
 #include <sys/uio.h>
 
@@ -151,10 +154,108 @@ static void dumps(void)
 	CHECK(seen);
 }
 
+/* The nodes can be looked at and changed as those of devtmpfs. */
+static void nodes(void)
+{
+	struct stat st;
+	struct statfs fs;
+	char buffer[64];
+	const char *names[] = {"/dev/sgx_enclave", "/dev/sgx/enclave", "/dev/sgx_provision", "/dev/sgx/provision"};
+	for (int i = 0; i < 4; i++) {
+		FAILS(getxattr(names[i], "security.selinux", buffer, sizeof buffer), ENODATA);
+		FAILS(lgetxattr(names[i], "system.posix_acl_access", buffer, sizeof buffer), ENODATA);
+		CHECK(!listxattr(names[i], buffer, sizeof buffer) && !llistxattr(names[i], NULL, 0));
+		CHECK(!statfs(names[i], &fs) && fs.f_bsize);
+		CHECK(!utime(names[i], NULL));
+		FAILS(truncate(names[i], 0), EINVAL);
+		FAILS(mknod(names[i], S_IFCHR | 0600, 0), EEXIST);
+		FAILS(open(names[i], O_RDONLY | O_DIRECTORY), ENOTDIR);
+	}
+	CHECK(!stat("/dev/sgx", &st) && S_ISDIR(st.st_mode) && !access("/dev/sgx", R_OK | X_OK));
+	CHECK(!stat("/dev/sgx/", &st) && stat("/dev/sgx_enclave/", &st) && errno != EINTR);
+	if (geteuid()) {
+		FAILS(chmod("/dev/sgx_enclave", 0600), EPERM);
+	} else {
+		CHECK(!chmod("/dev/sgx_enclave", 0660) && !stat("/dev/sgx/enclave", &st) && (st.st_mode & 07777) == 0660);
+		CHECK(!chown("/dev/sgx_enclave", -1, 7) && !stat("/dev/sgx_enclave", &st) && st.st_gid == 7 && !st.st_uid);
+		CHECK(!chmod("/dev/sgx_enclave", 0666));
+	}
+	int fd = creat("/dev/sgx_enclave", 0600);
+	CHECK(fd >= 0 && !fstat(fd, &st) && S_ISCHR(st.st_mode));
+}
+
+static uint64_t usage(const char *name)
+{
+	char path[256], text[64] = {0};
+	snprintf(path, sizeof path, "%s/%s", getenv("SOFTSGX_CGROUP"), name);
+	int fd = open(path, O_RDONLY);
+	CHECK(fd >= 0 && read(fd, text, sizeof text) > 0 && !strncmp(text, "sgx_epc ", 8));
+	FAILS(write(fd, text, 1), EPERM);
+	close(fd);
+	return strtoull(text + 8, NULL, 10);
+}
+
+/* A program watches the EPC that it uses, in the files of its group. */
+static void watches(void)
+{
+	struct stat st;
+	CHECK(!strcmp(getenv("SOFTSGX_CGROUP"), "/sys/fs/cgroup/softsgx/jobs/a"));
+	CHECK(!usage("misc.current") && usage("misc.max") == 64 * PAGE);
+	build();
+	CHECK(usage("misc.current") >= 10 * PAGE && usage("misc.peak") <= 64 * PAGE);
+	CHECK(!stat("/sys/fs/cgroup/softsgx/misc.capacity", &st) && S_ISREG(st.st_mode));
+	CHECK(!stat("/sys/fs/cgroup/softsgx/jobs", &st) && S_ISDIR(st.st_mode));
+	FAILS(stat("/sys/fs/cgroup/softsgx/misc.max", &st), ENOENT); /* the root has none */
+	FAILS(open("/sys/fs/cgroup/softsgx/other/misc.current", O_RDONLY), ENOENT);
+	FAILS(open("/sys/fs/cgroup/softsgx/misc.capacity", O_RDWR), EACCES);
+}
+
+static void cpuinfo_line(const char *name, char *value, size_t room)
+{
+	char line[8192];
+	FILE *f = fopen("/proc/cpuinfo", "r");
+	CHECK(f);
+	while (fgets(line, sizeof line, f)) {
+		size_t length = strcspn(line, "\t:");
+		if (length != strlen(name) || strncmp(line, name, length)) continue;
+		snprintf(value, room, "%s ", strchr(line, ':') + 2);
+		value[strcspn(value, "\n")] = ' ';
+		fclose(f);
+		return;
+	}
+	CHECK(!"a line of that name");
+}
+
+/* /proc/cpuinfo tells what CPUID does. */
+static void cpuinfo(void)
+{
+	unsigned a, b, c, d, brand[13] = {0};
+	char value[8192], name[64];
+	struct stat st;
+	__cpuid(0, a, b, c, d);
+	cpuinfo_line("vendor_id", value, sizeof value);
+	CHECK(!memcmp(value, &b, 4) && !memcmp(value + 4, &d, 4) && !memcmp(value + 8, &c, 4));
+	cpuinfo_line("cpuid level", value, sizeof value);
+	CHECK((unsigned)atoi(value) == a);
+	for (int i = 0; i < 3; i++) __cpuid(0x80000002 + i, brand[4 * i], brand[4 * i + 1], brand[4 * i + 2], brand[4 * i + 3]);
+	snprintf(name, sizeof name, "%s ", (char *)brand);
+	cpuinfo_line("model name", value, sizeof value);
+	CHECK(!strncmp(value, name, strlen(name)));
+	__cpuid(1, a, b, c, d);
+	cpuinfo_line("stepping", value, sizeof value);
+	CHECK((unsigned)atoi(value) == (a & 15));
+	cpuinfo_line("flags", value, sizeof value);
+	CHECK(!!strstr(value, " avx ") == !!(c >> 28 & 1) && !!strstr(value, " hypervisor ") == (c >> 31));
+	__cpuid_count(7, 0, a, b, c, d);
+	CHECK(strstr(value, " sgx ") && !!strstr(value, " avx512f ") == (b >> 16 & 1));
+	CHECK(!stat("/proc/cpuinfo", &st) && !st.st_size);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps},
+		{"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

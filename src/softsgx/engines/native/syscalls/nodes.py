@@ -1,221 +1,152 @@
-"""The device nodes that are not there: opening and inspecting ``/dev/sgx_enclave`` and its kin.
+"""Names that exist for the program only: device nodes, their directory, and files of text.
 
 Source:
-    open(2), stat(2), statx(2), access(2), readlink(2); udev's rules for SGX devices.
+    stat(2), statx(2); udev's rules for SGX devices; Documentation/admin-guide/cgroup-v2.rst for the
+    files of groups.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import struct
-from errno import EACCES, EEXIST, EFAULT, EINVAL, ENOTDIR
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from softsgx.driver import EnclaveFile, ProvisionFile
-from softsgx.engines.native import abi, libc
-from softsgx.engines.native.memory.store import EnclaveMemory
-from softsgx.engines.native.syscalls.registry import Device, Registry
-from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.cgroup import Hierarchy, file_names, read_file
 
-__all__ = ["DeviceNames", "Opener"]
+__all__ = ["CGROUP", "ENCLAVE", "PROVISION", "Node", "Nodes", "devices"]
 
-_ENCLAVE, _PROVISION = "enclave", "provision"
-_NODES = {
-    b"/dev/sgx_enclave": _ENCLAVE,
-    b"/dev/sgx/enclave": _ENCLAVE,
-    b"/dev/sgx_provision": _PROVISION,
-    b"/dev/sgx/provision": _PROVISION,
-}
-_PREFIX = b"/dev/sgx"
-_MINORS = {_ENCLAVE: 125, _PROVISION: 126}
+CGROUP = b"/sys/fs/cgroup/softsgx"
+"""Where the program finds the files of groups."""
+
+ENCLAVE, PROVISION = b"/dev/sgx_enclave", b"/dev/sgx_provision"
+_DIRECTORY = b"/dev/sgx"
+_CPUINFO = b"/proc/cpuinfo"
 _MISC_MAJOR = 10
-_MODE = stat.S_IFCHR | 0o666
-_PROC = b"/proc/"
-_LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
+_MINORS = {ENCLAVE: 125, PROVISION: 126}
+_PREFIX_BYTES = 8
+_PREFIXES = frozenset(name[:_PREFIX_BYTES] for name in (_DIRECTORY, CGROUP, _CPUINFO))
 
 _STAT = struct.Struct("<QQQIIIIQqqqQQQQQQ24x")
 _STATX = struct.Struct("<IIQIIIH2xQQQQ64xIIIIQ104x")
 _STATX_BASIC = 0x7FF
 
 
-class Opener(Protocol):
-    """The driver, as far as opening goes."""
+@dataclass(eq=False, slots=True)
+class Node:
+    """One name; what chmod, chown and utime change is kept for the run.
 
-    def open_enclave(self, thread: ProgramThread) -> EnclaveFile:
-        """Open ``/dev/sgx_enclave``; ``OSError`` when it is refused."""
+    Attributes:
+        name: an absolute path, the usual one where a node has several.
+        mode: kind and permissions, as in ``st_mode``.
+        uid, gid: its owner, as the program sees ids.
+        minor: of a device.
+        text: returns what a file holds at the moment; ``None`` where opening is not reading.
+        shadows: whether the real file tells everything but its text.
+    """
 
-    def open_provision(self, thread: ProgramThread) -> ProvisionFile:
-        """Open ``/dev/sgx_provision``; ``OSError`` when it is refused."""
+    name: bytes
+    mode: int
+    minor: int = 0
+    text: Callable[[], bytes] | None = None
+    shadows: bool = False
+    uid: int = 0
+    gid: int = 0
+    mtime_s: int = field(default_factory=lambda: int(os.stat("/dev").st_mtime))
 
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a character device."""
+        return stat.S_ISCHR(self.mode)
 
-class DeviceNames:
-    """Handlers of system calls that name files: a result, or ``None`` to let the call run."""
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is a directory."""
+        return stat.S_ISDIR(self.mode)
 
-    def __init__(self, opener: Opener, registry: Registry) -> None:
-        self._opener, self._registry = opener, registry
-
-    # --- opening --------------------------------------------------------------------------------
-
-    def open(self, thread: ProgramThread) -> int | None:
-        """Do ``open`` (path, flags, mode)."""
-        return self._open(thread, thread.regs.rdi, thread.regs.rsi)
-
-    def openat(self, thread: ProgramThread) -> int | None:
-        """Do ``openat`` (directory, path, flags, mode); a device's path is absolute."""
-        return self._open(thread, thread.regs.rsi, thread.regs.rdx)
-
-    def openat2(self, thread: ProgramThread) -> int | None:
-        """Do ``openat2`` (directory, path, how, size)."""
-        how = thread.image.read(thread.regs.rdx, 8)
-        return self._open(thread, thread.regs.rsi, int.from_bytes(how, "little"))
-
-    def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
-        node = _node(thread, path) or self._linked_node(thread, path)
-        if node is None:
-            return None
-        if flags & abi.O_CREAT and flags & abi.O_EXCL:
-            return -EEXIST
-        if flags & abi.O_DIRECTORY:
-            return -ENOTDIR
-        self._registry.sweep()
-        image = thread.image
-        descriptor = thread.finish_syscall(
-            abi.SYS_MEMFD_CREATE,
-            image.vdso_base + image.vdso.device_name,
-            abi.MFD_ALLOW_SEALING | (abi.MFD_CLOEXEC if flags & abi.O_CLOEXEC else 0),
+    def stat(self) -> bytes:
+        """Return ``struct stat``."""
+        info = os.stat("/dev")
+        device = os.makedev(_MISC_MAJOR, self.minor) if self.is_device else 0
+        links = 2 if self.is_directory else 1
+        times = (self.mtime_s, 0) * 3
+        return _STAT.pack(
+            *(info.st_dev, self._inode, links, self.mode, self.uid, self.gid, 0),
+            *(device, 0, 4096, 0, *times),
         )
-        if descriptor < 0:
-            return descriptor
-        try:
-            memory = EnclaveMemory(libc.take_descriptor(thread.tid, descriptor))
-            file: EnclaveFile | ProvisionFile
-            if node == _ENCLAVE:
-                file = self._opener.open_enclave(thread)
-            else:
-                file = self._opener.open_provision(thread)
-        except OSError as error:
-            thread.syscall(abi.SYS_CLOSE, descriptor)
-            return -(error.errno or EACCES)
-        self._registry.add(Device(file, memory, flags & abi.O_ACCMODE))
-        return descriptor
 
-    # --- inspecting -----------------------------------------------------------------------------
+    def statx(self) -> bytes:
+        """Return ``struct statx``."""
+        info = os.stat("/dev")
+        major, minor = os.major(info.st_dev), os.minor(info.st_dev)
+        links = 2 if self.is_directory else 1
+        return _STATX.pack(
+            *(_STATX_BASIC, 4096, 0, links, self.uid, self.gid, self.mode, self._inode, 0, 0, 0),
+            *(_MISC_MAJOR if self.is_device else 0, self.minor, major, minor, 0),
+        )
 
-    def stat(self, thread: ProgramThread) -> int | None:
-        """Do ``stat`` (path, buffer) and lstat."""
-        node = _node(thread, thread.regs.rdi)
-        return None if node is None else _give(thread, thread.regs.rsi, _stat(node))
+    @property
+    def _inode(self) -> int:
+        return self.minor or 1 << 32 | hash(self.name) & 0xFFFF_FFFF
 
-    def fstat(self, thread: ProgramThread) -> int | None:
-        """Do ``fstat`` (descriptor, buffer)."""
-        node = self._descriptor_node(thread, thread.regs.rdi)
-        return None if node is None else _give(thread, thread.regs.rsi, _stat(node))
 
-    def newfstatat(self, thread: ProgramThread) -> int | None:
-        """Do ``newfstatat`` (directory, path, buffer, flags)."""
-        regs = thread.regs
-        node = self._node_at(thread, regs.rdi, regs.rsi, regs.r10)
-        return None if node is None else _give(thread, regs.rdx, _stat(node))
+def devices() -> dict[bytes, Node]:
+    """Return the device nodes and their directory, by each of their names."""
+    mode = stat.S_IFCHR | 0o666
+    enclave, provision = (Node(name, mode, minor) for name, minor in _MINORS.items())
+    return {
+        ENCLAVE: enclave,
+        _DIRECTORY + b"/enclave": enclave,
+        PROVISION: provision,
+        _DIRECTORY + b"/provision": provision,
+        _DIRECTORY: Node(_DIRECTORY, stat.S_IFDIR | 0o755),
+    }
 
-    def statx(self, thread: ProgramThread) -> int | None:
-        """Do ``statx`` (directory, path, flags, mask, buffer)."""
-        regs = thread.regs
-        node = self._node_at(thread, regs.rdi, regs.rsi, regs.rdx)
-        return None if node is None else _give(thread, regs.r8, _statx(node))
 
-    def access(self, thread: ProgramThread) -> int | None:
-        """Do ``access`` (path, mode)."""
-        return _access(thread, thread.regs.rdi, thread.regs.rsi)
+class Nodes:
+    """All such names.
 
-    def faccessat(self, thread: ProgramThread) -> int | None:
-        """Do ``faccessat`` (directory, path, mode) and faccessat2."""
-        return _access(thread, thread.regs.rsi, thread.regs.rdx)
+    Args:
+        groups: whose files are below :data:`CGROUP`.
+        cpuinfo: returns the text of ``/proc/cpuinfo``.
+    """
 
-    def readlink(self, thread: ProgramThread) -> int | None:
-        """Do ``readlink`` (path, buffer, size)."""
-        regs = thread.regs
-        return self._readlink(thread, regs.rdi, regs.rsi, regs.rdx)
+    def __init__(self, groups: Hierarchy, cpuinfo: Callable[[], bytes]) -> None:
+        self._groups = groups
+        self._known = devices()
+        self._known[_CPUINFO] = Node(_CPUINFO, stat.S_IFREG | 0o444, text=cpuinfo, shadows=True)
 
-    def readlinkat(self, thread: ProgramThread) -> int | None:
-        """Do ``readlinkat`` (directory, path, buffer, size)."""
-        regs = thread.regs
-        return self._readlink(thread, regs.rsi, regs.rdx, regs.r10)
+    def may_name(self, start: bytes) -> bool:
+        """Return whether a path that starts with these eight bytes may be a node."""
+        return start in _PREFIXES
 
-    def _readlink(self, thread: ProgramThread, path: int, buffer: int, size: int) -> int | None:
-        if _node(thread, path) is not None:
-            return -EINVAL
-        device = self._linked(thread, path)
-        if device is None:
+    def device(self, name: bytes) -> Node:
+        """Return a device's node by its usual name."""
+        return self._known[name]
+
+    def find(self, path: bytes) -> Node | None:
+        """Return the node at an absolute path."""
+        name = os.path.normpath(path)
+        node = self._known.get(name)
+        if node is None and name.startswith(CGROUP):
+            node = self._group_node(name)
+        if node is not None and path.endswith(b"/") and not node.is_directory:
             return None
-        text = b"/dev/sgx_" + _kind(device).encode()
-        given = _give(thread, buffer, text[:size])
-        return given or min(size, len(text))
-
-    def _linked(self, thread: ProgramThread, path: int) -> Device | None:
-        """Return the device whose descriptor's link in /proc is ``path``."""
-        if not len(self._registry) or thread.image.read(path, len(_PROC)) != _PROC:
-            return None
-        link = _LINK.fullmatch(thread.image.read_string(path))
-        if link is None:
-            return None
-        pid = int(link[1]) if link[1].isdigit() else thread.process.pid
-        return self._registry.of_descriptor(pid, int(link[2]))
-
-    def _linked_node(self, thread: ProgramThread, path: int) -> str | None:
-        """Opening the link of a device's descriptor opens the device again."""
-        device = self._linked(thread, path)
-        return None if device is None else _kind(device)
-
-    def _node_at(self, thread: ProgramThread, directory: int, path: int, flags: int) -> str | None:
-        node = _node(thread, path)
-        if node is None and flags & abi.AT_EMPTY_PATH and not thread.image.read_string(path):
-            node = self._descriptor_node(thread, directory)
         return node
 
-    def _descriptor_node(self, thread: ProgramThread, descriptor: int) -> str | None:
-        device = self._registry.of_descriptor(thread.process.pid, descriptor & 0xFFFF_FFFF)
-        return None if device is None else _kind(device)
-
-
-def _kind(device: Device) -> str:
-    return _ENCLAVE if isinstance(device.file, EnclaveFile) else _PROVISION
-
-
-def _node(thread: ProgramThread, path: int) -> str | None:
-    # Most paths are not ours: eight bytes tell.
-    if thread.image.read(path, len(_PREFIX)) != _PREFIX:
-        return None
-    return _NODES.get(thread.image.read_string(path))
-
-
-def _access(thread: ProgramThread, path: int, mode: int) -> int | None:
-    if _node(thread, path) is None:
-        return None
-    return -EACCES if mode & os.X_OK else 0
-
-
-def _give(thread: ProgramThread, buffer: int, data: bytes) -> int:
-    try:
-        libc.write_memory(thread.tid, buffer, data)
-    except OSError:
-        return -EFAULT
-    return 0
-
-
-def _stat(node: str) -> bytes:
-    device = os.makedev(_MISC_MAJOR, _MINORS[node])
-    info = os.stat("/dev")
-    inode = _MINORS[node]
-    times = (int(info.st_mtime), 0) * 3
-    return _STAT.pack(info.st_dev, inode, 1, _MODE, 0, 0, 0, device, 0, 4096, 0, *times)
-
-
-def _statx(node: str) -> bytes:
-    info = os.stat("/dev")
-    major, minor = os.major(info.st_dev), os.minor(info.st_dev)
-    return _STATX.pack(
-        *(_STATX_BASIC, 4096, 0, 1, 0, 0, _MODE, _MINORS[node], 0, 0, 0),
-        *(_MISC_MAJOR, _MINORS[node], major, minor, 0),
-    )
+    def _group_node(self, name: bytes) -> Node | None:
+        below = name.removeprefix(CGROUP).decode(errors="surrogateescape")
+        directory, _slash, last = below.rpartition("/")
+        try:
+            if last.startswith("misc."):
+                group = self._groups.find(directory)
+                if last not in file_names(group):
+                    return None
+                return Node(
+                    name, stat.S_IFREG | 0o444, text=lambda: read_file(group, last).encode()
+                )
+            self._groups.find(below)
+        except OSError:
+            return None
+        return Node(name, stat.S_IFDIR | 0o755)

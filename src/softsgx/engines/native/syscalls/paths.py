@@ -1,0 +1,334 @@
+"""System calls that name files: opening, inspecting and changing the nodes that are not there.
+
+A path is recognized when it is absolute.  A file of text is a memory file with what it holds at the
+moment it is opened, sealed against changes.
+
+Deviation: the nodes are not listed in ``/dev``, and the directories cannot be opened.
+
+Deviation: permissions that chmod sets are told, and not enforced.
+
+Source:
+    open(2), stat(2), statx(2), access(2), readlink(2), chmod(2), chown(2), utimensat(2),
+    getxattr(2), statfs(2), truncate(2), mknod(2); what tmpfs answers for a device node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from errno import EACCES, EEXIST, EFAULT, EINVAL, EISDIR, ENODATA, ENOTDIR, EPERM
+from typing import Protocol
+
+from softsgx.driver import EnclaveFile, ProvisionFile
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
+from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.loop import Handler
+from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["NamedFiles", "Opener"]
+
+_PROC = b"/proc/"
+_LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
+_SEALED = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW | abi.F_SEAL_WRITE
+_PERMISSIONS = 0o7777
+_UNCHANGED = 0xFFFF_FFFF
+
+
+class Opener(Protocol):
+    """The driver, as far as opening goes."""
+
+    def open_enclave(self, thread: ProgramThread) -> EnclaveFile:
+        """Open ``/dev/sgx_enclave``; ``OSError`` when it is refused."""
+
+    def open_provision(self, thread: ProgramThread) -> ProvisionFile:
+        """Open ``/dev/sgx_provision``; ``OSError`` when it is refused."""
+
+
+class NamedFiles:
+    """Handlers of system calls that name files: a result, or ``None`` to let the call run."""
+
+    def __init__(self, opener: Opener, registry: Registry, nodes: Nodes) -> None:
+        self._opener, self._registry, self._nodes = opener, registry, nodes
+
+    def handlers(self) -> dict[int, Handler]:
+        """Return the handlers by number of the call."""
+        found: dict[int, Handler] = {
+            abi.SYS_OPEN: lambda thread: self._open(thread, thread.regs.rdi, thread.regs.rsi),
+            abi.SYS_OPENAT: lambda thread: self._open(thread, thread.regs.rsi, thread.regs.rdx),
+            abi.SYS_OPENAT2: self._openat2,
+            abi.SYS_CREAT: lambda thread: self._open(
+                thread, thread.regs.rdi, abi.O_CREAT | abi.O_WRONLY | abi.O_TRUNC
+            ),
+            abi.SYS_STAT: self._stat,
+            abi.SYS_LSTAT: self._stat,
+            abi.SYS_FSTAT: self._fstat,
+            abi.SYS_NEWFSTATAT: self._newfstatat,
+            abi.SYS_STATX: self._statx,
+            abi.SYS_ACCESS: lambda thread: self._access(thread, thread.regs.rdi, thread.regs.rsi),
+            abi.SYS_FACCESSAT: self._faccessat,
+            abi.SYS_FACCESSAT2: self._faccessat,
+            abi.SYS_READLINK: self._readlink,
+            abi.SYS_READLINKAT: self._readlinkat,
+            abi.SYS_CHMOD: lambda thread: self._chmod(thread, thread.regs.rdi, thread.regs.rsi),
+            abi.SYS_FCHMODAT: lambda thread: self._chmod(thread, thread.regs.rsi, thread.regs.rdx),
+            abi.SYS_FCHMODAT2: lambda thread: self._chmod(thread, thread.regs.rsi, thread.regs.rdx),
+            abi.SYS_CHOWN: self._chown,
+            abi.SYS_LCHOWN: self._chown,
+            abi.SYS_FCHOWNAT: self._fchownat,
+            abi.SYS_STATFS: self._statfs,
+        }
+        found |= {number: self._touch_at("rdi") for number in (abi.SYS_UTIME, abi.SYS_UTIMES)}
+        found |= {
+            number: self._touch_at("rsi") for number in (abi.SYS_FUTIMESAT, abi.SYS_UTIMENSAT)
+        }
+        for error, numbers in _ANSWERS.items():
+            found |= {number: self._answer("rdi", -error) for number in numbers}
+        found[abi.SYS_MKNODAT] = self._answer("rsi", -EEXIST)
+        return found
+
+    # --- opening --------------------------------------------------------------------------------
+
+    def _openat2(self, thread: ProgramThread) -> int | None:
+        how = thread.image.read(thread.regs.rdx, 8)
+        return self._open(thread, thread.regs.rsi, int.from_bytes(how, "little"))
+
+    def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
+        node = self._node(thread, path) or self._linked_node(thread, path)
+        if node is None:
+            return None
+        if flags & abi.O_CREAT and flags & abi.O_EXCL:
+            return -EEXIST
+        if node.is_directory:
+            return -EISDIR if flags & (abi.O_ACCMODE | abi.O_CREAT) else None
+        if flags & abi.O_DIRECTORY:
+            return -ENOTDIR
+        if node.text is not None:
+            return self._open_text(thread, node.text(), flags)
+        return self._open_device(thread, node, flags)
+
+    def _open_text(self, thread: ProgramThread, text: bytes, flags: int) -> int:
+        if flags & abi.O_ACCMODE != abi.O_RDONLY:
+            return -EACCES
+        descriptor = _make_file(thread, flags)
+        if descriptor >= 0:
+            ours = libc.take_descriptor(thread.tid, descriptor)
+            try:
+                os.pwrite(ours, text, 0)
+                fcntl.fcntl(ours, abi.F_ADD_SEALS, _SEALED)
+            finally:
+                os.close(ours)
+        return descriptor
+
+    def _open_device(self, thread: ProgramThread, node: Node, flags: int) -> int:
+        self._registry.sweep()
+        descriptor = _make_file(thread, flags)
+        if descriptor < 0:
+            return descriptor
+        try:
+            memory = EnclaveMemory(libc.take_descriptor(thread.tid, descriptor))
+            file: EnclaveFile | ProvisionFile
+            if node.name == ENCLAVE:
+                file = self._opener.open_enclave(thread)
+            else:
+                file = self._opener.open_provision(thread)
+        except OSError as error:
+            thread.syscall(abi.SYS_CLOSE, descriptor)
+            return -(error.errno or EACCES)
+        self._registry.add(Device(file, memory, flags & abi.O_ACCMODE))
+        return descriptor
+
+    # --- inspecting -----------------------------------------------------------------------------
+
+    def _stat(self, thread: ProgramThread) -> int | None:
+        node = self._own_node(thread, thread.regs.rdi)
+        return None if node is None else _give(thread, thread.regs.rsi, node.stat())
+
+    def _fstat(self, thread: ProgramThread) -> int | None:
+        node = self._descriptor_node(thread, thread.regs.rdi)
+        return None if node is None else _give(thread, thread.regs.rsi, node.stat())
+
+    def _newfstatat(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        node = self._node_at(thread, regs.rdi, regs.rsi, regs.r10)
+        return None if node is None else _give(thread, regs.rdx, node.stat())
+
+    def _statx(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        node = self._node_at(thread, regs.rdi, regs.rsi, regs.rdx)
+        return None if node is None else _give(thread, regs.r8, node.statx())
+
+    def _faccessat(self, thread: ProgramThread) -> int | None:
+        return self._access(thread, thread.regs.rsi, thread.regs.rdx)
+
+    def _access(self, thread: ProgramThread, path: int, mode: int) -> int | None:
+        node = self._own_node(thread, path)
+        if node is None:
+            return None
+        everybody = node.mode & 7
+        return -EACCES if mode & 7 & ~everybody else 0
+
+    def _readlink(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        return self._read_link(thread, regs.rdi, regs.rsi, regs.rdx)
+
+    def _readlinkat(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        return self._read_link(thread, regs.rsi, regs.rdx, regs.r10)
+
+    def _read_link(self, thread: ProgramThread, path: int, buffer: int, size: int) -> int | None:
+        if self._own_node(thread, path) is not None:
+            return -EINVAL
+        node = self._linked_node(thread, path)
+        if node is None:
+            return None
+        given = _give(thread, buffer, node.name[:size])
+        return given or min(size, len(node.name))
+
+    def _statfs(self, thread: ProgramThread) -> int | None:
+        """Answer for the file system of ``/dev``, where the nodes would be."""
+        if self._own_node(thread, thread.regs.rdi) is None:
+            return None
+        image = thread.image
+        scratch = image.vdso_base + image.vdso.scratch
+        os.pwrite(image.memory_fd, b"/dev\0", scratch)
+        return thread.finish_syscall(abi.SYS_STATFS, scratch, thread.regs.rsi)
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def _chmod(self, thread: ProgramThread, path: int, mode: int) -> int | None:
+        node = self._own_node(thread, path)
+        if node is None:
+            return None
+        if not _owns(thread, node):
+            return -EPERM
+        node.mode = stat.S_IFMT(node.mode) | mode & _PERMISSIONS
+        return 0
+
+    def _chown(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        return self._change_owner(thread, regs.rdi, regs.rsi, regs.rdx)
+
+    def _fchownat(self, thread: ProgramThread) -> int | None:
+        regs = thread.regs
+        return self._change_owner(thread, regs.rsi, regs.rdx, regs.r10)
+
+    def _change_owner(self, thread: ProgramThread, path: int, uid: int, gid: int) -> int | None:
+        node = self._own_node(thread, path)
+        if node is None:
+            return None
+        uid, gid = uid & _UNCHANGED, gid & _UNCHANGED
+        if _effective_uid(thread) and (uid, gid) != (_UNCHANGED, _UNCHANGED):
+            return -EPERM
+        node.uid = node.uid if uid == _UNCHANGED else uid
+        node.gid = node.gid if gid == _UNCHANGED else gid
+        return 0
+
+    def _touch_at(self, register: str) -> Handler:
+        """Set a node's times, which are not kept: it exists for this run only."""
+
+        def touch(thread: ProgramThread) -> int | None:
+            node = self._own_node(thread, getattr(thread.regs, register))
+            if node is None:
+                return None
+            times = thread.regs.rdx if register == "rsi" else thread.regs.rsi
+            return 0 if not times or _owns(thread, node) else -EPERM
+
+        return touch
+
+    def _answer(self, register: str, result: int) -> Handler:
+        def answer(thread: ProgramThread) -> int | None:
+            node = self._own_node(thread, getattr(thread.regs, register))
+            return None if node is None else result
+
+        return answer
+
+    # --- which node -----------------------------------------------------------------------------
+
+    def _node(self, thread: ProgramThread, path: int) -> Node | None:
+        """Return the node that a path in the program's memory names."""
+        # Most paths are not ours: eight bytes tell.
+        if not self._nodes.may_name(thread.image.read(path, 8)):
+            return None
+        return self._nodes.find(thread.image.read_string(path))
+
+    def _own_node(self, thread: ProgramThread, path: int) -> Node | None:
+        """Return the node that a path names, if no real file answers for it."""
+        node = self._node(thread, path)
+        return None if node is None or node.shadows else node
+
+    def _node_at(self, thread: ProgramThread, directory: int, path: int, flags: int) -> Node | None:
+        node = self._own_node(thread, path)
+        if node is None and flags & abi.AT_EMPTY_PATH and not thread.image.read_string(path):
+            node = self._descriptor_node(thread, directory)
+        return node
+
+    def _descriptor_node(self, thread: ProgramThread, descriptor: int) -> Node | None:
+        device = self._registry.of_descriptor(thread.process.pid, descriptor & 0xFFFF_FFFF)
+        return None if device is None else self._node_of(device)
+
+    def _linked_node(self, thread: ProgramThread, path: int) -> Node | None:
+        """Return the device whose descriptor's link in /proc a path names.
+
+        Opening such a link opens the device again.
+        """
+        if not len(self._registry) or thread.image.read(path, len(_PROC)) != _PROC:
+            return None
+        link = _LINK.fullmatch(thread.image.read_string(path))
+        if link is None:
+            return None
+        pid = int(link[1]) if link[1].isdigit() else thread.process.pid
+        device = self._registry.of_descriptor(pid, int(link[2]))
+        return None if device is None else self._node_of(device)
+
+    def _node_of(self, device: Device) -> Node:
+        is_enclave = isinstance(device.file, EnclaveFile)
+        return self._nodes.device(ENCLAVE if is_enclave else PROVISION)
+
+
+#: Calls that set times, by the register of their path; the times come next.
+_TOUCHES = {
+    "rdi": (abi.SYS_UTIME, abi.SYS_UTIMES),
+    "rsi": (abi.SYS_FUTIMESAT, abi.SYS_UTIMENSAT),
+}
+#: Calls whose first argument is a path, by what they end with at a node.
+_ANSWERS = {
+    ENODATA: (abi.SYS_GETXATTR, abi.SYS_LGETXATTR),
+    0: (abi.SYS_LISTXATTR, abi.SYS_LLISTXATTR),
+    EPERM: (*(abi.SYS_SETXATTR, abi.SYS_LSETXATTR, abi.SYS_REMOVEXATTR, abi.SYS_LREMOVEXATTR),),
+    EINVAL: (abi.SYS_TRUNCATE,),
+    EEXIST: (abi.SYS_MKNOD,),
+}
+
+
+def _make_file(thread: ProgramThread, flags: int) -> int:
+    """Make a memory file in the program that can be sealed; return its descriptor."""
+    return thread.finish_syscall(
+        abi.SYS_MEMFD_CREATE,
+        thread.image.vdso_base + thread.image.vdso.device_name,
+        abi.MFD_ALLOW_SEALING | (abi.MFD_CLOEXEC if flags & abi.O_CLOEXEC else 0),
+    )
+
+
+def _owns(thread: ProgramThread, node: Node) -> bool:
+    return _effective_uid(thread) in (0, node.uid)
+
+
+def _effective_uid(thread: ProgramThread) -> int:
+    """Return its effective user id, as this process sees ids."""
+    with open(f"/proc/{thread.tid}/status") as status:
+        for line in status:
+            if line.startswith("Uid:"):
+                return int(line.split()[2])
+    raise AssertionError("a thread without a user")
+
+
+def _give(thread: ProgramThread, buffer: int, data: bytes) -> int:
+    try:
+        libc.write_memory(thread.tid, buffer, data)
+    except OSError:
+        return -EFAULT
+    return 0
