@@ -33,6 +33,7 @@ class Sec:
     entsize: int = 0
     in_segment: bool = False
     size: int | None = None
+    flags: int = 0
 
 
 @dataclass
@@ -150,6 +151,7 @@ def make_elf(
                 SectionHeader(
                     sh_name=name_at,
                     sh_type=sec.kind,
+                    sh_flags=sec.flags,
                     sh_addr=sec.addr,
                     sh_offset=at,
                     sh_size=len(data) if sec.size is None else sec.size,

@@ -125,7 +125,9 @@ def sdk_library(
 
 
 def sdk_laid_out(layout: SdkLayout | None = None) -> Bytes:
-    small = SdkLayout(stack_max=4, heap_init=4, heap_max=8, threads=3)
+    small = SdkLayout(
+        stack_max=4, heap_init=4, heap_max=8, threads=3, miscselect=1, misc_mask=0xFFFF_FFFE
+    )
     return Bytes("sdk", lay_out_sdk(Bytes("sdk", sdk_library().data), layout or small))
 
 

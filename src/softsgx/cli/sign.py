@@ -2,12 +2,14 @@
 
 Libraries of Intel's SDK and of Open Enclave get the SIGSTRUCT inside, in a copy (-o); an SDK
 library without metadata is laid out first.  All other formats get a bare SIGSTRUCT beside them,
-name.sig.  Every mask has a bit set where EINIT compares.  The same key, options and --date give the
-same bytes.
+name.sig.  --config reads what the signing tools of both read, Enclave.config.xml or enclave.conf;
+options win over it.  Every mask has a bit set where EINIT compares.  The same key, options and
+--date give the same bytes.
 
 Examples:
   softsgx sign --new-key key.pem enclave.sgxs
   softsgx sign --key key.pem enclave.so -o enclave.signed.so --threads 4 --heap-max 64MiB
+  softsgx sign --key key.pem enclave.so -o enclave.signed.so --config Enclave.config.xml
   softsgx sign --key key.pem enclave.signed.so -o again.signed.so --no-debug --isvsvn 3
 
 two steps, when the key is in a safe place:
@@ -23,22 +25,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from softsgx.arch import PAGE_BYTES, SigStruct, Xfrm
+from softsgx.arch import PAGE_BYTES, AttributesFlags, SigStruct, Tcs, TcsFlags, Xfrm
 from softsgx.cli._common import number, print_json, read_file, size_bytes, write_file
 from softsgx.errors import SoftSgxError
 from softsgx.image import (
     FORMATS,
     Bytes,
+    EnclaveImage,
+    SdkConfig,
     SdkLayout,
     SignOptions,
     attach_signature,
-    blocks_for,
     detect_format,
     embed_oe_sigstruct,
     embed_sigstruct,
@@ -53,7 +57,10 @@ from softsgx.image import (
     oe_sign_options,
     read_bytes,
     read_image,
+    read_oe_config,
+    read_sdk_config,
     sdk_is_laid_out,
+    sdk_runtime_is_known,
     sign,
     split_signed,
     ssa_frame_pages,
@@ -90,6 +97,20 @@ _SIZES = {
     "heap_min": "heap that is always there",
     "heap_init": "heap at start; Open Enclave's only heap size",
     "heap_max": "heap that there may be, by run-time paging: needs --miscselect 1",
+    "reserved_min": "memory for code made or loaded at run time that is always there",
+    "reserved_init": "such memory at start",
+    "reserved_max": "such memory that there may be",
+    "user_region": "memory that the enclave's own code pages: needs --miscselect 1",
+}
+_COUNTS = {
+    "threads": "TCS pages",
+    "threads_max": "threads that there may be, by run-time paging",
+    "threads_pool": "threads beside the first that are always there (1)",
+    "ssa_frame_size": "pages of an SSA frame, instead of what XFRM needs",
+}
+_IGNORED = {
+    "ignore_init_sec_error": "sign a library with a section .init, whose code never runs",
+    "ignore_rel_error": "sign a library whose code has relocations",
 }
 
 
@@ -101,17 +122,20 @@ class _Job:
         file: its bytes, laid out.
         file_format: a name of ``FORMATS``.
         sigstruct: all fields but the key's.
+        notes: what a person should know, one sentence each.
     """
 
     file: Bytes
     file_format: str
     sigstruct: SigStruct
+    notes: tuple[str, ...] = ()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("file", metavar="FILE", nargs="?", help="the enclave file")
     parser.add_argument("-o", "--output", metavar="FILE", help="where to write")
+    parser.add_argument("--config", metavar="FILE", help="Enclave.config.xml, or enclave.conf")
     parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
     parser.add_argument("--force", action="store_true", help="overwrite files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -137,8 +161,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--date", type=_date, metavar="YYYY-MM-DD", help="default: today, UTC")
 
     layout = parser.add_argument_group("layout, of SDK and Open Enclave libraries")
-    layout.add_argument("--threads", type=number, metavar="N", help="TCS pages")
-    layout.add_argument("--ssa-frame-size", type=number, metavar="PAGES", help="pages of a frame")
+    for name, text in _COUNTS.items():
+        layout.add_argument(_option(name), type=number, metavar="N", help=text)
+    for name, text in _IGNORED.items():
+        layout.add_argument(_option(name), action="store_true", help=text)
     for name, text in _SIZES.items():
         layout.add_argument(_option(name), type=size_bytes, metavar="SIZE", help=text)
 
@@ -171,33 +197,66 @@ def _prepare(args: argparse.Namespace) -> _Job:
     file = read_bytes(args.file)
     file_format = args.format or detect_format(file)
     sizes = _layout_arguments(args)
-    options = SignOptions()
-    if file_format == "sdk" and not sdk_is_laid_out(file):
-        file = Bytes(file.name, lay_out_sdk(file, _sdk_layout(args, sizes)))
-    elif file_format == "oe":
-        file = Bytes(file.name, oe_properties(file, **_oe_changes(args, sizes)))
-        options = oe_sign_options(file)
-    elif sizes:
-        raise SoftSgxError(
-            f"{file.name}: its layout is fixed; {_option(next(iter(sizes)))} changes nothing"
-        )
+    given = _options(args)
+    match file_format:
+        case "sdk" if not sdk_is_laid_out(file):
+            file, options = _laid_out_sdk(args, file, sizes, given)
+        case "oe":
+            file = Bytes(file.name, oe_properties(file, **_oe_changes(args, file, sizes)))
+            options = replace(oe_sign_options(file), **given)
+        case _:
+            fixed = "--config" if args.config else next(iter(map(_option, sizes)), None)
+            if fixed is not None:
+                raise SoftSgxError(f"{file.name}: its layout is fixed; {fixed} changes nothing")
+            options = replace(SignOptions(), **given)
     image = read_image(file, file_format=file_format)
-    options = replace(options, **_options(args))
-    _warn_of_small_frames(image.plan.ssa_frame_size, options)
-    return _Job(file, file_format, unsigned_sigstruct(measure(image.plan), options))
+    sigstruct = unsigned_sigstruct(measure(image.plan), options)
+    return _Job(file, file_format, sigstruct, tuple(_notes(file, image, options)))
 
 
-def _warn_of_small_frames(pages: int, options: SignOptions) -> None:
-    """Say so when a machine may choose states that do not fit the enclave's SSA frames."""
+def _laid_out_sdk(
+    args: argparse.Namespace, file: Bytes, sizes: dict[str, Any], given: dict[str, Any]
+) -> tuple[Bytes, SignOptions]:
+    """Return an SDK library with metadata, and what its SIGSTRUCT says."""
+    config = SdkConfig({}, {})
+    if args.config:
+        config = read_sdk_config(read_bytes(args.config))
+    options = SignOptions(**{**config.options, **given})
+    flags, _ = options.flags()
+    xfrm, mask = options.states()
+    layout = SdkLayout(
+        **_merged(config.layout, sizes),
+        xfrm=xfrm | ~mask & sum(Xfrm),
+        miscselect=options.miscselect,
+        misc_mask=options.misc_mask,
+        aex_notify=bool(flags & AttributesFlags.AEXNOTIFY),
+    )
+    laid_out = lay_out_sdk(
+        file, layout, init=args.ignore_init_sec_error, text_relocations=args.ignore_rel_error
+    )
+    return Bytes(file.name, laid_out), options
+
+
+def _notes(file: Bytes, image: EnclaveImage, options: SignOptions) -> Iterator[str]:
+    """Yield what would surprise a person who loads the enclave."""
+    if image.format == "sdk" and not sdk_runtime_is_known(file):
+        yield "no g_global_data that is known: a runtime of the SDK does not find its heap"
+    # A machine may choose states that do not fit the enclave's SSA frames.
     xfrm, mask = options.states()
     largest = xfrm | ~mask & sum(Xfrm)
     needed = ssa_frame_pages(largest, options.miscselect & options.misc_mask | ~options.misc_mask)
+    pages = image.plan.ssa_frame_size
     if needed > pages:
-        print(
-            f"softsgx: note: SSA frames of {pages} pages, but the signed XFRM allows states that "
-            f"need {needed}; ECREATE refuses them on machines that have them all",
-            file=sys.stderr,
+        yield (
+            f"SSA frames of {pages} pages, but the signed XFRM allows states that need {needed}; "
+            "ECREATE refuses them on machines that have them all"
         )
+    wanted = bool(options.flags()[0] & AttributesFlags.AEXNOTIFY)
+    flags = {Tcs.unpack(run.page(0).data).flags for run in image.plan.runs if run.is_tcs}
+    if wanted and not all(flag & TcsFlags.AEXNOTIFY for flag in flags):
+        yield "its threads have no TCS.FLAGS.AEXNOTIFY and are not notified"
+    if not wanted and any(flag & TcsFlags.AEXNOTIFY for flag in flags):
+        yield "its threads have TCS.FLAGS.AEXNOTIFY and cannot be entered without --aex-notify"
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -223,43 +282,42 @@ def _layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
             if value % PAGE_BYTES:
                 raise SoftSgxError(f"sign: {_option(name)} {value}: not whole pages of 4096 bytes")
             given[name] = value // PAGE_BYTES
-    for name in ("threads", "ssa_frame_size"):
+    for name in _COUNTS:
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
-    # A bound that is set alone moves the ones that would contradict it.
-    if "heap_max" in given:
-        given.setdefault("heap_init", given["heap_max"])
-    elif "heap_init" in given:
-        given["heap_max"] = given["heap_init"]
-    if "heap_init" in given and "heap_min" not in given:
-        given["heap_min"] = min(SdkLayout.heap_min, given["heap_init"])
-    if "stack_max" in given and "stack_min" not in given:
-        given["stack_min"] = min(SdkLayout.stack_min, given["stack_max"])
     return given
 
 
-def _sdk_layout(args: argparse.Namespace, sizes: dict[str, Any]) -> SdkLayout:
-    """Return the layout, with the metadata blocks that a signer of the SDK would write."""
-    select = args.miscselect or 0
-    mask = SignOptions.misc_mask if args.misc_mask is None else args.misc_mask
-    run_time, fallback = blocks_for(select, mask)
-    return SdkLayout(
-        run_time_blocks=run_time,
-        fallback_block=fallback,
-        desired_misc_select=select & 0xFFFF_FFFF,
-        **sizes,
-    )
+def _merged(config: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the layout; a bound that is set alone moves the ones that would contradict it."""
+    layout = {**config, **given}
+    for kind in ("heap", "reserved"):
+        start = f"{kind}_init"
+        if f"{kind}_max" in given and start not in given:
+            layout[start] = None
+        if start in given and f"{kind}_max" not in given:
+            layout[f"{kind}_max"] = given[start]
+    defaults = {name: getattr(SdkLayout, name) for name in ("heap_min", "stack_min")}
+    for least, most in (("heap_min", "heap_init"), ("stack_min", "stack_max")):
+        most = "heap_max" if most == "heap_init" and layout.get(most) is None else most
+        if most in given and least not in given:
+            layout[least] = min(layout.get(least, defaults[least]), layout[most])
+    return layout
 
 
-def _oe_changes(args: argparse.Namespace, sizes: dict[str, Any]) -> dict[str, int | bytes]:
-    """Return the same as Open Enclave properties."""
-    for ours in ("stack_min", "heap_min", "heap_max", "ssa_frame_size"):
-        if getattr(args, ours) is not None:
-            raise SoftSgxError(f"{args.file}: Open Enclave has no {_option(ours)}")
+def _oe_changes(
+    args: argparse.Namespace, file: Bytes, sizes: dict[str, Any]
+) -> dict[str, int | bytes]:
+    """Return the properties that configuration file and command line set."""
     names = {"threads": "num_tcs", "stack_max": "stack_pages", "heap_init": "heap_pages"}
-    changes: dict[str, int | bytes] = {
-        name: sizes[ours] for ours, name in names.items() if ours in sizes
-    }
+    for ours in sizes:
+        if ours not in names:
+            raise SoftSgxError(f"{args.file}: Open Enclave has no {_option(ours)}")
+    changes: dict[str, int | bytes] = {}
+    if args.config:
+        attributes = oe_sign_options(file).attributes
+        changes = read_oe_config(read_bytes(args.config), attributes)
+    changes |= {names[ours]: value for ours, value in sizes.items()}
     for ours, name in (("isv_prod_id", "product_id"), ("isv_svn", "security_version")):
         if getattr(args, ours) is not None:
             changes[name] = getattr(args, ours)
@@ -314,6 +372,8 @@ def _embedded(job: _Job, sigstruct: SigStruct) -> bytes:
 
 
 def _report(args: argparse.Namespace, job: _Job, sigstruct: SigStruct, output: str) -> None:
+    for note in job.notes:
+        print(f"softsgx: note: {job.file.name}: {note}", file=sys.stderr)
     signer = mrsigner(sigstruct).hex() if any(sigstruct.modulus) else None
     if args.json:
         print_json(

@@ -19,6 +19,7 @@ from softsgx.image.oe import (
     read_oe,
     sign_oe,
 )
+from softsgx.image.oe_config import read_oe_config
 from softsgx.image.plan import (
     MASK_ALL,
     MASK_NONE,
@@ -39,13 +40,16 @@ from softsgx.image.plan import (
     lay,
 )
 from softsgx.image.sdk import (
+    Elrange,
+    SdkConfig,
     SdkLayout,
-    blocks_for,
     choose_block,
     embed_sigstruct,
     lay_out_sdk,
     read_sdk,
+    read_sdk_config,
     sdk_is_laid_out,
+    sdk_runtime_is_known,
 )
 from softsgx.image.sgxs import read_sgxs, write_sgxs
 from softsgx.image.sigfile import bare_sigstruct, bcd_date, date_text, mrsigner, read_sigstruct
@@ -81,6 +85,7 @@ __all__ = [
     "Bytes",
     "Check",
     "Data",
+    "Elrange",
     "EnclaveImage",
     "Fill",
     "OeProperties",
@@ -88,6 +93,7 @@ __all__ = [
     "Page",
     "Plan",
     "Run",
+    "SdkConfig",
     "SdkLayout",
     "SecsLimits",
     "SignOptions",
@@ -96,7 +102,6 @@ __all__ = [
     "attach_signature",
     "bare_sigstruct",
     "bcd_date",
-    "blocks_for",
     "check_signature",
     "choose_block",
     "choose_secs",
@@ -121,12 +126,15 @@ __all__ = [
     "read_bytes",
     "read_image",
     "read_oe",
+    "read_oe_config",
     "read_raw",
     "read_sdk",
+    "read_sdk_config",
     "read_selftest",
     "read_sgxs",
     "read_sigstruct",
     "sdk_is_laid_out",
+    "sdk_runtime_is_known",
     "sign",
     "sign_oe",
     "sign_plan",

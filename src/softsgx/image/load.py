@@ -26,7 +26,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.image.enclave import EnclaveImage
 from softsgx.image.verify import check_against
 
-__all__ = ["SecsLimits", "choose_secs", "ssa_frame_pages"]
+__all__ = ["SecsLimits", "choose_secs", "ssa_frame_pages", "xsave_bytes"]
 
 _LEGACY_STATES = Xfrm.X87 | Xfrm.SSE
 _AMX_STATES = Xfrm.TILECFG | Xfrm.TILEDATA
@@ -41,15 +41,19 @@ _XSAVE_ENDS = (  # where the standard layout's components end, in bytes
 )
 
 
+def xsave_bytes(xfrm: int) -> int:
+    """Return the size of an XSAVE area of the standard layout for these XFRM bits."""
+    return max((end for bits, end in _XSAVE_ENDS if xfrm & bits), default=XSAVE_LEGACY_BYTES)
+
+
 def ssa_frame_pages(xfrm: int, miscselect: int = 0) -> int:
     """Return the least SSAFRAMESIZE for these XFRM and MISCSELECT bits.
 
     Source:
         SDM vol. 3D, "State Save Area (SSA) Frame"; component sizes as CPUID.0DH reports them.
     """
-    xsave = max((end for bits, end in _XSAVE_ENDS if xfrm & bits), default=XSAVE_LEGACY_BYTES)
     misc = EXINFO_BYTES if miscselect & MiscSelect.EXINFO else 0
-    return -(-(xsave + misc + GPRSGX_BYTES) // PAGE_BYTES)
+    return -(-(xsave_bytes(xfrm) + misc + GPRSGX_BYTES) // PAGE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from softsgx.image.sdk.metadata import (
     ModuleExtension,
     Patch,
 )
-from softsgx.image.sdk.writer import IN_DATA, tcs_template
+from softsgx.image.sdk.tables import IN_DATA
+from softsgx.image.sdk.writer import tcs_template
 
 SIZE = 0x40000
 AT = 0x8000

@@ -245,7 +245,15 @@ def test_all_blocks_of_one_file_give_the_same_measurement(
     versions: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
     file = sdk_laid_out(
-        SdkLayout(stack_max=5, heap_init=3, heap_max=9, threads=4, versions=versions)
+        SdkLayout(
+            stack_max=5,
+            heap_init=3,
+            heap_max=9,
+            threads=4,
+            miscselect=1,
+            misc_mask=0,
+            versions=versions,
+        )
     )
     elf, blocks = sdk_blocks(file)
     assert len(blocks) == 2
@@ -330,23 +338,14 @@ def test_simulation_and_encrypted_libraries_are_noted() -> None:
     assert [note.split()[0] for note in image.notes] == ["a", "encrypted"]
 
 
-def test_global_data_is_patched_into_its_variable() -> None:
-    made = sdk_library(symbols=[Sym("g_global_data", 0x3020, size=16)])
-    layout = SdkLayout(global_data=b"0123456789abcdef")
-    plan = read_sdk(Bytes("lib", lay_out_sdk(Bytes("lib", made.data), layout))).plan
-    (page,) = [page for page in plan.pages() if page.offset == 0x3000]
-    assert bytes(page.data[0x20:0x30]) == b"0123456789abcdef"
-    with pytest.raises(SoftSgxError, match="g_global_data"):
-        lay_out_sdk(Bytes("lib", made.data), SdkLayout(global_data=bytes(17)))
-
-
 @pytest.mark.parametrize(
     "sizes",
     [{"stack_min": 3, "stack_max": 2}, {"heap_init": 9, "heap_max": 8}, {"threads": 0},
-     {"ssa_frame_size": 5}, {"heap_min": 0}],
+     {"ssa_frame_size": 5}, {"heap_min": 5, "heap_init": 4}, {"threads": 3, "threads_max": 2},
+     {"reserved_min": 1}],
 )  # fmt: skip
 def test_sizes_that_contradict_each_other_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(SoftSgxError, match="minimum <= maximum"):
+    with pytest.raises(SoftSgxError, match="minimum <= start <= maximum"):
         SdkLayout(**sizes)  # type: ignore[arg-type]
 
 

@@ -23,6 +23,7 @@ from softsgx.layout import U16, U32, U64, Nested, Raw, Structure, at
 __all__ = [
     "DATA_AT_2_DIRS",
     "DATA_AT_4_DIRS",
+    "ELRANGE_MAJORS",
     "EXTEND_MODULE",
     "EXTEND_SIGNATURE",
     "MAX_BLOCKS",
@@ -57,7 +58,7 @@ EXTEND_SIGNATURE, EXTEND_MODULE = 0x1001, 0x1002
 MAX_BLOCKS = 4
 """How many blocks are taken; signers write at most three."""
 _GROUP_BIT = 1 << 12
-_ELRANGE_MAJORS = 10
+ELRANGE_MAJORS = 10
 
 
 class Directory(Structure, size=8):
@@ -202,7 +203,7 @@ class Block:
     @property
     def family(self) -> int:
         """Return the major version without the mark for an ELRANGE: 1, 2 or 3."""
-        return self.major % _ELRANGE_MAJORS
+        return self.major % ELRANGE_MAJORS
 
     @property
     def version(self) -> str:
@@ -228,7 +229,7 @@ class Block:
 
     def elrange(self) -> Elrange | None:
         """Return the ELRANGE entry of a block whose version says that it has one."""
-        if self.major <= _ELRANGE_MAJORS:
+        if self.major <= ELRANGE_MAJORS:
             return None
         directory = self.bytes.structure(Directory, DATA_AT_2_DIRS, "ELRANGE directory")
         items = self._items(directory, "ELRANGE", Elrange.SIZE)

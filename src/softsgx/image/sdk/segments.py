@@ -6,7 +6,7 @@ Source:
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 from softsgx.arch import PAGE_BYTES, SecInfoFlags
 from softsgx.errors import SoftSgxError
@@ -24,10 +24,18 @@ from softsgx.image.elf import (
 from softsgx.image.flat import page_flags
 from softsgx.image.plan import ZERO, Data, Run, lay
 
-__all__ = ["image_runs", "require_loadable", "round_up", "writable_text_pages"]
+__all__ = [
+    "image_runs",
+    "require_loadable",
+    "require_signable",
+    "round_up",
+    "writable_text_pages",
+]
 
 _RELOCATIONS = frozenset({0, 1, 6, 7, 8, 16, 17, 18})
 _RELOCATION_BYTES = 8
+_INIT_SECTION = ".init"
+_SHF_EXECINSTR = 4
 
 
 def round_up(value: int, step: int = PAGE_BYTES) -> int:
@@ -69,6 +77,39 @@ def require_loadable(elf: Elf) -> None:
             raise SoftSgxError(
                 f"{file.name}: relocation type {info & 0xFFFF_FFFF} at address {offset:#x}; "
                 f"the SDK's loader knows {', '.join(map(str, sorted(_RELOCATIONS)))}"
+            )
+
+
+def require_signable(elf: Elf, *, init: bool = False, text_relocations: bool = False) -> None:
+    """Refuse what the SDK's signing tool would, beyond what its loader does.
+
+    Args:
+        elf: the library.
+        init: take a section ``.init``, whose code nothing would run.
+        text_relocations: take relocations of code, whose pages then are writable.
+
+    Raises:
+        SoftSgxError: the library has one.
+    """
+    if not init and elf.section(_INIT_SECTION) is not None:
+        raise SoftSgxError(
+            f"{elf.file.name}: has a section {_INIT_SECTION}, whose code an enclave never runs; "
+            "link with -nostartfiles, or sign with --ignore-init-sec-error"
+        )
+    code = sorted(
+        (section.header.sh_addr, section.header.sh_addr + section.header.sh_size, section.name)
+        for section in elf.sections
+        if section.header.sh_flags & _SHF_EXECINSTR
+    )
+    if text_relocations or not code:
+        return
+    starts = [start for start, _, _ in code]
+    for offset, _, _ in elf.relocations():
+        at = bisect_right(starts, offset) - 1
+        if at >= 0 and offset < code[at][1]:
+            raise SoftSgxError(
+                f"{elf.file.name}: relocation of code, at {offset:#x} in {code[at][2]}; compile "
+                "with -fPIC, or sign with --ignore-rel-error"
             )
 
 

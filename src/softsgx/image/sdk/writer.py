@@ -1,7 +1,7 @@
 """Writing metadata: laying out an unsigned SDK library, and putting a SIGSTRUCT into every block.
 
-Deviation: the signer's patch of ``g_global_data`` needs the runtime's own thread-data template,
-which is not in the file's tables; it is written only when its bytes are given.
+Deviation: ``g_global_data`` is filled in for libraries of SDK 2.13 and later.  Others, and
+libraries without the variable, are measured and signed, but their runtime would not find its heap.
 
 Source:
     Intel SGX SDK, sdk/sign_tool/SignTool/manage_metadata.cpp.
@@ -17,20 +17,20 @@ from softsgx.arch import (
     SIGSTRUCT_HEADER,
     Attributes,
     AttributesFlags,
-    MiscSelect,
     SigStruct,
     Tcs,
+    TcsFlags,
     Xfrm,
 )
 from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes
 from softsgx.image.blob import enclave_size
 from softsgx.image.elf import Elf
-from softsgx.image.plan import SECINFO_RW, SECINFO_TCS
-from softsgx.image.sdk.layout import EADD, EEXTEND, GROW_DOWN, POST_ADD, POST_REMOVE
+from softsgx.image.sdk.global_data import GlobalData
 from softsgx.image.sdk.metadata import (
     DATA_AT_2_DIRS,
     DATA_AT_4_DIRS,
+    ELRANGE_MAJORS,
     SIGSTRUCT_AT,
     Block,
     BlockHeader,
@@ -43,92 +43,35 @@ from softsgx.image.sdk.metadata import (
     metadata_area,
     read_blocks,
 )
-from softsgx.image.sdk.segments import require_loadable, round_up
+from softsgx.image.sdk.segments import require_loadable, require_signable, round_up
+from softsgx.image.sdk.settings import SdkLayout
+from softsgx.image.sdk.tables import (
+    IN_DATA,
+    TCS,
+    TCS_TEMPLATE_BYTES,
+    TD,
+    Item,
+    guard,
+    layout_table,
+    static_table,
+    user_region_pages,
+)
 
 __all__ = [
-    "IN_DATA",
-    "TCS_TEMPLATE_BYTES",
     "BlockSpec",
-    "SdkLayout",
-    "blocks_for",
     "embed_sigstruct",
     "lay_out_sdk",
+    "sdk_runtime_is_known",
     "tcs_template",
     "write_blocks",
 ]
 
-TCS_TEMPLATE_BYTES = 72
-_STACK_WORD = 0xCCCC_CCCC
-_GUARD_PAGES = 16
-_MOST_THREADS = 1 << 12
 _ENTRY_SYMBOL = "enclave_entry"
+_NEWEST_VERSIONS = ((3, 3), (1, 5))
+_NEWEST_MINOR, _DESIRED_MISC_SINCE = 29, 22
 _TAIL_PAGE_VERSION = (1, 3)
-_E_SHOFF, _E_SHNUM = 40, 60
+_E_SHOFF, _E_SHNUM, _E_SHSTRNDX = 40, 60, 62
 _ATTRIBUTES_AT = BlockHeader.OFFSETS["attributes"]
-_GUARD, _HEAP_MIN, _HEAP_INIT, _HEAP_MAX = 10, 1, 2, 3
-_TCS, _TD, _SSA, _STACK_MAX, _STACK_MIN = 4, 5, 6, 7, 8
-_THREAD_GROUP = 4096 + 9
-
-
-@dataclass(frozen=True, kw_only=True)
-class SdkLayout:
-    """What an SDK configuration file says about memory; all sizes in pages.
-
-    Attributes:
-        threads: TCS pages.
-        stack_min: pages of each stack added at build time whatever the runtime.
-        stack_max: pages of each stack.
-        heap_min: pages that are always there.
-        heap_init: pages there at start, ``heap_min`` of them included.
-        heap_max: pages there may be; more than ``heap_init`` needs run-time paging.
-        ssa_frame_size: pages.
-        unbound: whether any thread may use any TCS.
-        run_time_blocks: also write a block for runtimes with run-time paging.
-        fallback_block: also write a block for runtimes without.
-        desired_misc_select: MISCSELECT wished for beyond the SIGSTRUCT's.
-        versions: of the block for run-time paging, and of the other.
-        global_data: bytes for the variable ``g_global_data``; not written when empty.
-    """
-
-    threads: int = 1
-    stack_min: int = 2
-    stack_max: int = 64
-    heap_min: int = 1
-    heap_init: int = 4096
-    heap_max: int = 4096
-    ssa_frame_size: int = 1
-    unbound: bool = True
-    run_time_blocks: bool = True
-    fallback_block: bool = True
-    versions: tuple[tuple[int, int], tuple[int, int]] = ((3, 3), (1, 5))
-    desired_misc_select: int = 0
-    global_data: bytes = b""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that contradict each other.
-
-        Raises:
-            SoftSgxError: naming the first that does.
-        """
-        ordered = (
-            ("stack", 0 < self.stack_min <= self.stack_max),
-            ("heap", 0 < self.heap_min <= self.heap_init <= self.heap_max),
-            ("threads", 0 < self.threads <= _MOST_THREADS),
-            ("SSA frame size", 0 < self.ssa_frame_size <= 4),
-        )
-        for name, ok in ordered:
-            if not ok:
-                raise SoftSgxError(f"sign: {name}: sizes are positive, and minimum <= maximum")
-
-
-def blocks_for(miscselect: int, misc_mask: int) -> tuple[bool, bool]:
-    """Return whether a signer writes a block for run-time paging, and one for runtimes without.
-
-    Run-time paging needs MISCSELECT.EXINFO, to learn where an enclave faulted.  When the mask
-    leaves that open, both kinds of runtime can load the enclave.
-    """
-    exinfo, compared = miscselect & MiscSelect.EXINFO, misc_mask & MiscSelect.EXINFO
-    return bool(exinfo), not exinfo or not compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +105,9 @@ class BlockSpec:
     )
 
 
-IN_DATA = 1 << 31
-"""Marks a ``content_offset`` that counts from the start of a specification's data."""
-
-
-def tcs_template(*, oentry: int, ssa_frame_size: int, thread_data: int, flags: int = 0) -> bytes:
+def tcs_template(
+    *, oentry: int, ssa_frame_size: int, thread_data: int, flags: int = 0, shift: int = 0
+) -> bytes:
     """Return the first bytes of a TCS whose three addresses count from the TCS itself.
 
     Args:
@@ -174,15 +115,16 @@ def tcs_template(*, oentry: int, ssa_frame_size: int, thread_data: int, flags: i
         ssa_frame_size: pages; two frames follow the TCS.
         thread_data: bytes from the TCS to the thread data.
         flags: TCS.FLAGS.
+        shift: from BASEADDR to the image.
     """
     assert ssa_frame_size > 0, "a frame has at least a page"
     return Tcs(
         flags=flags,
-        ossa=PAGE_BYTES,
+        ossa=PAGE_BYTES + shift,
         nssa=2,
-        oentry=oentry,
-        ofs_base=thread_data,
-        ogs_base=thread_data,
+        oentry=oentry + shift,
+        ofs_base=thread_data + shift,
+        ogs_base=thread_data + shift,
         fs_limit=0xFFFF_FFFF,
         gs_limit=0xFFFF_FFFF,
     ).pack()[:TCS_TEMPLATE_BYTES]
@@ -224,8 +166,21 @@ def embed_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
     return bytes(copy)
 
 
-def lay_out_sdk(file: Bytes, layout: SdkLayout) -> bytes:
+def sdk_runtime_is_known(file: Bytes) -> bool:
+    """Return whether the library's runtime has a ``g_global_data`` that is filled in here."""
+    return GlobalData.of(Elf(file)) is not None
+
+
+def lay_out_sdk(
+    file: Bytes, layout: SdkLayout, *, init: bool = False, text_relocations: bool = False
+) -> bytes:
     """Return an unsigned library with metadata for ``layout``, its SIGSTRUCT still blank.
+
+    Args:
+        file: the library.
+        layout: what it is laid out for.
+        init: take a library with a section ``.init``.
+        text_relocations: take a library whose code is relocated.
 
     Raises:
         SoftSgxError: it has metadata, or no room for it, or is not loadable.
@@ -234,137 +189,125 @@ def lay_out_sdk(file: Bytes, layout: SdkLayout) -> bytes:
     if read_blocks(metadata_area(elf)):
         raise SoftSgxError(f"{file.name}: has metadata already; sign it again as it is")
     require_loadable(elf)
+    require_signable(elf, init=init, text_relocations=text_relocations)
     return write_blocks(file, _specs(elf, layout))
 
 
 def _specs(elf: Elf, layout: SdkLayout) -> list[BlockSpec]:
-    """Return the blocks that a signer of the SDK would write."""
-    highest = max(elf.loads, key=lambda load: load.p_vaddr)
-    behind = round_up(highest.p_vaddr + highest.p_memsz)
-    if _TAIL_PAGE_VERSION in layout.versions:
-        behind = round_up(round_up(highest.p_memsz) + highest.p_vaddr)
-    table, end = _table(behind, layout, _tls_pages(elf))
-    size = enclave_size(end + _GUARD_PAGES * PAGE_BYTES)
-    table.append(_item(_GUARD, 0, end, (size - end) // PAGE_BYTES, 0))
-    entry = elf.symbol(_ENTRY_SYMBOL)
-    tcs_to_td = (1 + 2 * layout.ssa_frame_size + _GUARD_PAGES + _tls_pages(elf)) * PAGE_BYTES
-    newer = BlockSpec(
-        version=layout.versions[0],
+    """Return the blocks that a signer of the library's SDK would write."""
+    variable = GlobalData.of(elf)
+    newer, older = layout.versions or (variable.versions if variable else _NEWEST_VERSIONS)
+    minor = variable.minor if variable else _NEWEST_MINOR
+    run_time, static = layout.blocks()
+    if run_time and newer is None:
+        raise SoftSgxError(
+            f"{elf.file.name}: built with an SDK before 2.18, whose run-time paging is not written "
+            "here; sign it without bit 0 of MISCSELECT"
+        )
+    region, books = user_region_pages(elf, layout, minor=minor) if run_time else (0, 0)
+    table, end = layout_table(elf, layout, _behind_image(elf, older), region)
+    size = enclave_size(end)
+    if size > end:
+        table.append(guard(end, size))
+    elrange = _checked_elrange(elf, layout.elrange, end)
+    spec = BlockSpec(
+        version=newer or older,
         enclave_size=size,
         layout=table,
-        data=tcs_template(
-            oentry=entry.value if entry else elf.header.e_entry,
-            ssa_frame_size=layout.ssa_frame_size,
-            thread_data=tcs_to_td,
-        ),
-        patches=_patches(elf, layout),
+        data=_template(elf, layout, table),
+        elrange=elrange,
         tcs_policy=int(layout.unbound),
-        desired_misc_select=layout.desired_misc_select,
-        ssa_frame_size=layout.ssa_frame_size,
+        tcs_min_pool=layout.threads_pool,
+        max_save_buffer_size=layout.xsave_bytes,
+        desired_misc_select=layout.miscselect if minor >= _DESIRED_MISC_SINCE else 0,
+        ssa_frame_size=layout.frame_pages,
     )
-    older = replace(newer, version=layout.versions[1], layout=[_without_edmm(i) for i in table])
-    dynamic = layout.heap_max > layout.heap_init
-    specs = []
-    if layout.run_time_blocks and dynamic:
-        specs.append(newer)
-    if layout.fallback_block or not specs:
-        specs.append(older)
-    return specs
+    spec = replace(spec, patches=_patches(variable, elf, layout, spec, books))
+    blocks = [spec] if run_time else []
+    if static:
+        blocks.append(replace(spec, version=older, layout=static_table(table, layout.threads)))
+    return [_for_elrange(block) for block in blocks]
 
 
-def _table(
-    at: int, layout: SdkLayout, tls_pages: int
-) -> tuple[list[LayoutEntry | LayoutGroup], int]:
-    """Return heap, first thread and the group of the others, and where they end."""
-    table: list[LayoutEntry | LayoutGroup] = []
+def _behind_image(elf: Elf, version: tuple[int, int]) -> int:
+    """Return the address where the layout begins."""
+    highest = max(elf.loads, key=lambda load: load.p_vaddr)
+    if version == _TAIL_PAGE_VERSION:
+        return round_up(round_up(highest.p_memsz) + highest.p_vaddr)
+    return round_up(highest.p_vaddr + highest.p_memsz)
 
-    def add(item_id: int, attributes: int, pages: int, flags: int, word: int = 0) -> None:
-        nonlocal at
-        if pages:
-            table.append(_item(item_id, attributes, at, pages, flags, word))
-            at += pages * PAGE_BYTES
 
-    add(_HEAP_MIN, EADD, layout.heap_min, SECINFO_RW)
-    add(_HEAP_INIT, EADD | POST_REMOVE, layout.heap_init - layout.heap_min, SECINFO_RW)
-    add(_HEAP_MAX, POST_ADD, layout.heap_max - layout.heap_init, SECINFO_RW)
-    first, start = len(table), at
-    measured = EADD | EEXTEND
-    add(_GUARD, 0, _GUARD_PAGES, 0)
-    more_stack = layout.stack_max - layout.stack_min
-    add(_STACK_MAX, measured | GROW_DOWN, more_stack, SECINFO_RW, _STACK_WORD)
-    add(_STACK_MIN, measured, layout.stack_min, SECINFO_RW, _STACK_WORD)
-    add(_GUARD, 0, _GUARD_PAGES, 0)
-    table.append(
-        LayoutEntry(
-            item_id=_TCS,
-            attributes=measured,
-            page_count=1,
-            rva=at,
-            content_size=TCS_TEMPLATE_BYTES,
-            content_offset=IN_DATA,
-            si_flags=SECINFO_TCS,
+def _template(elf: Elf, layout: SdkLayout, table: Sequence[Item]) -> bytes:
+    """Return the TCS of all threads, its addresses counted from itself."""
+    first = {item.item_id: item for item in reversed(table) if isinstance(item, LayoutEntry)}
+    entry = elf.symbol(_ENTRY_SYMBOL)
+    thread_data = first[TD].rva + (first[TD].page_count - 1) * PAGE_BYTES - first[TCS].rva
+    elrange = layout.elrange
+    return tcs_template(
+        oentry=entry.value if entry else elf.header.e_entry,
+        ssa_frame_size=layout.frame_pages,
+        thread_data=thread_data,
+        flags=TcsFlags.AEXNOTIFY.value if layout.aex_notify else 0,
+        shift=elrange.enclave_image_address - elrange.elrange_start_address if elrange else 0,
+    )
+
+
+def _checked_elrange(elf: Elf, elrange: Elrange | None, image_bytes: int) -> Elrange | None:
+    """Refuse a range that could not be, or does not hold the image."""
+    if elrange is None:
+        return None
+    start, image, size = (
+        elrange.elrange_start_address,
+        elrange.enclave_image_address,
+        elrange.elrange_size,
+    )
+    if size < PAGE_BYTES or size & (size - 1) or start % size or image % PAGE_BYTES:
+        raise SoftSgxError(
+            f"{elf.file.name}: enclave range of {size:#x} bytes from {start:#x}, image at "
+            f"{image:#x}; the size is a power of two, the start a multiple of it"
         )
-    )
-    at += PAGE_BYTES
-    add(_SSA, measured, 2 * layout.ssa_frame_size, SECINFO_RW)
-    add(_GUARD, 0, _GUARD_PAGES, 0)
-    add(_TD, measured, 1 + tls_pages, SECINFO_RW)
-    if layout.threads > 1:
-        step = at - start
-        table.append(
-            LayoutGroup(
-                item_id=_THREAD_GROUP,
-                entry_count=len(table) - first,
-                load_times=layout.threads - 1,
-                load_step=step,
-            )
+    if image < start or image + image_bytes > start + size:
+        raise SoftSgxError(
+            f"{elf.file.name}: the image from {image:#x} to {image + image_bytes:#x} lies outside "
+            f"its enclave range from {start:#x} to {start + size:#x}"
         )
-        at += step * (layout.threads - 1)
-    return table, at
+    return elrange
 
 
-def _item(
-    item_id: int, attributes: int, rva: int, pages: int, flags: int, word: int = 0
-) -> LayoutEntry:
-    return LayoutEntry(
-        item_id=item_id,
-        attributes=attributes,
-        page_count=pages,
-        rva=rva,
-        content_size=word,
-        si_flags=flags,
+def _for_elrange(spec: BlockSpec) -> BlockSpec:
+    major, minor = spec.version
+    return replace(spec, version=(major + ELRANGE_MAJORS, minor)) if spec.elrange else spec
+
+
+def _patches(
+    variable: GlobalData | None, elf: Elf, layout: SdkLayout, spec: BlockSpec, books: int
+) -> list[tuple[int, bytes]]:
+    """Return zeros over the fields of the section table, and the runtime's variable if known."""
+    patches = [(_E_SHNUM, bytes(2)), (_E_SHOFF, bytes(8)), (_E_SHSTRNDX, bytes(2))]
+    if variable is None:
+        return patches
+    start = _data_start(spec)
+    filled = variable.filled(
+        elf,
+        layout,
+        enclave_size=spec.enclave_size,
+        table=[_placed(item, start) for item in spec.layout],
+        tcs=spec.data,
+        bookkeeping=books,
     )
+    return [(variable.at, filled), *patches]
 
 
-def _without_edmm(item: LayoutEntry | LayoutGroup) -> LayoutEntry | LayoutGroup:
-    """Return the item for runtimes without run-time paging: what would come later never comes."""
-    if isinstance(item, LayoutGroup) or not item.attributes & POST_ADD:
-        return item
-    return item.replace(attributes=item.attributes & ~POST_ADD, si_flags=0)
+def _has_four_directories(spec: BlockSpec) -> bool:
+    major, minor = spec.version
+    header = BlockHeader(version=major << 32 | minor)
+    return Block(Bytes("", b""), header).has_extend_directory or spec.elrange is not None
 
 
-def _tls_pages(elf: Elf) -> int:
-    tls = elf.tls
-    if tls is None:
-        return 0
-    return round_up(round_up(tls.p_memsz, max(1, tls.p_align))) // PAGE_BYTES
-
-
-def _patches(elf: Elf, layout: SdkLayout) -> list[tuple[int, bytes]]:
-    """Return zeros over the section table's fields, and ``g_global_data`` if it is given."""
-    patches = [(_E_SHOFF, bytes(8)), (_E_SHNUM, bytes(4))]
-    if layout.global_data:
-        symbol = elf.symbol("g_global_data") or elf.symbol("g_global_data_sim")
-        if symbol is None or symbol.size < len(layout.global_data):
-            raise SoftSgxError(
-                f"{elf.file.name}: no variable g_global_data of {len(layout.global_data)} bytes"
-            )
-        for load in elf.loads:
-            if load.p_vaddr <= symbol.value < load.p_vaddr + load.p_filesz:
-                at = symbol.value - load.p_vaddr + load.p_offset
-                return [(at, layout.global_data), *patches]
-        raise SoftSgxError(f"{elf.file.name}: g_global_data is not in the file's bytes")
-    return patches
+def _data_start(spec: BlockSpec) -> int:
+    """Return where the data of a block begins: behind its directories and its enclave range."""
+    start = DATA_AT_4_DIRS if _has_four_directories(spec) else DATA_AT_2_DIRS
+    return start + (Elrange.SIZE if spec.elrange else 0)
 
 
 def _block_bytes(spec: BlockSpec) -> bytes:
@@ -381,28 +324,30 @@ def _block_bytes(spec: BlockSpec) -> bytes:
         attributes=spec.attributes,
         enclave_css=SigStruct(header=SIGSTRUCT_HEADER),
     )
-    four = Block(Bytes("", b""), header).has_extend_directory or spec.elrange is not None
+    four = _has_four_directories(spec)
     start = DATA_AT_4_DIRS if four else DATA_AT_2_DIRS
-    body = bytearray(spec.data)
+    data_start = _data_start(spec)
+    elrange = Directory(offset=start, size=Elrange.SIZE) if spec.elrange else Directory()
+    body = bytearray((spec.elrange.pack() if spec.elrange else b"") + spec.data)
 
     def put(data: bytes) -> Directory:
-        body.extend(bytes(-len(body) % 8))
         at = start + len(body)
         body.extend(data)
         return Directory(offset=at, size=len(data)) if data else Directory()
 
-    patches = [
-        Patch(dst=dst, src=put(data).offset, size=len(data)) for dst, data in spec.patches if data
-    ]
+    # All patches with zeros share the same ones, as signers of the SDK write them.
+    filled = [patch for patch in spec.patches if any(patch[1])]
+    zeros = [patch for patch in spec.patches if patch[1] and not any(patch[1])]
+    patches = [Patch(dst=dst, src=put(data).offset, size=len(data)) for dst, data in filled]
+    shared = put(bytes(max((len(data) for _, data in zeros), default=0))).offset
+    patches += [Patch(dst=dst, src=shared, size=len(data)) for dst, data in zeros]
     extends = [
         Extend(extend_id=kind, size=len(data), offset=put(data).offset)
         for kind, data in spec.extends
     ]
     header.dir_patch = put(b"".join(patch.pack() for patch in patches))
-    header.dir_layout = put(b"".join(_placed(item, start).pack() for item in spec.layout))
-    elrange = put(spec.elrange.pack()) if spec.elrange else Directory()
+    header.dir_layout = put(b"".join(_placed(item, data_start).pack() for item in spec.layout))
     extend = put(b"".join(entry.pack() for entry in extends))
-    body.extend(bytes(-len(body) % 8))
     header.size = start + len(body)
     directories = elrange.pack() + extend.pack() if four else b""
     return header.pack() + directories + bytes(body)

@@ -1,0 +1,155 @@
+"""What an enclave of the SDK is laid out for: threads, stacks, heap, and what follows from them.
+
+Source:
+    Intel SGX SDK, sdk/sign_tool/SignTool/manage_metadata.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softsgx.arch import MiscSelect, Xfrm
+from softsgx.errors import SoftSgxError
+from softsgx.image.load import ssa_frame_pages, xsave_bytes
+from softsgx.image.sdk.metadata import Elrange
+
+__all__ = ["SdkLayout"]
+
+_MOST_THREADS = 1 << 12
+_MOST_PAGES = 1 << 31
+_LARGEST_SSA_FRAME = 4
+_STATES = Xfrm.X87 | Xfrm.SSE | Xfrm.AVX | Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdkLayout:
+    """What an SDK configuration file says about memory; all sizes in pages.
+
+    Attributes:
+        threads: TCS pages that are added and measured (TCSNum).
+        threads_max: threads there may be with run-time paging (TCSMaxNum); None for ``threads``.
+        threads_pool: threads beside the first that are always there (TCSMinPool); the others are
+            removed after EINIT where run-time paging allows it, and made when they are needed.
+        stack_min: pages of each stack added at build time whatever the runtime.
+        stack_max: pages of each stack.
+        heap_min: pages that are always there.
+        heap_init: pages there at start, ``heap_min`` of them included; None for ``heap_max``.
+        heap_max: pages there may be; more than ``heap_init`` needs run-time paging.
+        reserved_min: as ``heap_min``, of memory that code may be loaded into.
+        reserved_init: as ``heap_init``.
+        reserved_max: as ``heap_max``.
+        reserved_executable: whether reserved memory is added with X.
+        user_region: pages that the enclave's own code manages by run-time paging.
+        unbound: whether any thread may use any TCS.
+        xfrm: every XFRM bit that a loader may set; sizes the SSA frames.
+        ssa_frame_size: pages; None for as many as ``xfrm`` and ``miscselect`` need.
+        miscselect: MISCSELECT wished for.
+        misc_mask: which of its bits EINIT compares.
+        aex_notify: set TCS.FLAGS.AEXNOTIFY in every thread.
+        elrange: an enclave range that is larger than the image, or None.
+        versions: of the block for run-time paging, and of the other; None for those of the SDK that
+            the library was built with.
+    """
+
+    threads: int = 1
+    threads_max: int | None = None
+    threads_pool: int = 1
+    stack_min: int = 2
+    stack_max: int = 64
+    heap_min: int = 1
+    heap_init: int | None = None
+    heap_max: int = 4096
+    reserved_min: int = 0
+    reserved_init: int | None = None
+    reserved_max: int = 0
+    reserved_executable: bool = False
+    user_region: int = 0
+    unbound: bool = True
+    xfrm: int = int(_STATES)
+    ssa_frame_size: int | None = None
+    miscselect: int = 0
+    misc_mask: int = 0xFFFF_FFFF
+    aex_notify: bool = False
+    elrange: Elrange | None = None
+    versions: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that contradict each other.
+
+        Raises:
+            SoftSgxError: naming the first that does.
+        """
+        heap_init, reserved_init = self.heap_at_start, self.reserved_at_start
+        ordered = (
+            ("stack", 0 < self.stack_min <= self.stack_max < _MOST_PAGES),
+            ("heap", 0 <= self.heap_min <= heap_init <= self.heap_max < _MOST_PAGES),
+            (
+                "reserved memory",
+                0 <= self.reserved_min <= reserved_init <= self.reserved_max < _MOST_PAGES,
+            ),
+            ("user region", 0 <= self.user_region < _MOST_PAGES),
+            ("threads", 0 < self.threads <= self.most_threads <= _MOST_THREADS),
+            ("thread pool", 0 <= self.threads_pool <= _MOST_THREADS),
+            ("SSA frame size", 0 < self.frame_pages <= _LARGEST_SSA_FRAME),
+        )
+        for name, ok in ordered:
+            if not ok:
+                raise SoftSgxError(
+                    f"sign: {name}: sizes are positive, and minimum <= start <= maximum"
+                )
+        if self.user_region and not self.miscselect & self.misc_mask & MiscSelect.EXINFO:
+            raise SoftSgxError(
+                "sign: a user region needs run-time paging; set bit 0 of MISCSELECT and of its mask"
+            )
+
+    @property
+    def heap_at_start(self) -> int:
+        """Return the heap's pages at start."""
+        return self.heap_max if self.heap_init is None else self.heap_init
+
+    @property
+    def reserved_at_start(self) -> int:
+        """Return the pages of reserved memory at start."""
+        return self.reserved_max if self.reserved_init is None else self.reserved_init
+
+    @property
+    def most_threads(self) -> int:
+        """Return how many threads there may be with run-time paging."""
+        return self.threads if self.threads_max is None else self.threads_max
+
+    @property
+    def pool(self) -> int:
+        """Return how many threads beside the first are always there."""
+        return min(self.threads_pool, self.threads - 1)
+
+    @property
+    def frame_pages(self) -> int:
+        """Return the pages of an SSA frame."""
+        return self.ssa_frame_size or ssa_frame_pages(self.xfrm, self.miscselect)
+
+    @property
+    def xsave_bytes(self) -> int:
+        """Return the bytes of the largest XSAVE area."""
+        return xsave_bytes(self.xfrm)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Return whether anything comes or goes by run-time paging."""
+        return not (
+            self.heap_min == self.heap_at_start == self.heap_max
+            and self.stack_min == self.stack_max
+            and self.reserved_min == self.reserved_at_start == self.reserved_max
+            and self.most_threads == self.pool + 1
+        )
+
+    def blocks(self) -> tuple[bool, bool]:
+        """Return whether a signer writes a block for run-time paging, and one for runtimes without.
+
+        Run-time paging needs MISCSELECT.EXINFO, to learn where an enclave faulted.  When the mask
+        leaves that open, both kinds of runtime can load the enclave.
+        """
+        if self.user_region:
+            return True, False
+        if not self.is_dynamic or not self.miscselect & MiscSelect.EXINFO:
+            return False, True
+        return True, not self.misc_mask & MiscSelect.EXINFO
