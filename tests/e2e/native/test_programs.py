@@ -111,14 +111,14 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
     zapped: list[tuple[int, int]] = []
     handle = Transitions._inside_fault
 
-    def handle_late(self: Transitions, thread: Any, number: int, address: int, code: int) -> int:
+    def handle_late(self: Transitions, thread: Any, address: int, code: int) -> int:
         """Handle a fault after the reclaimer has taken the page of the code from page tables."""
         rip, space = thread.load().rip, thread.image.space
         if rip != address and zapped[-1:] != [(rip, address)]:
             zapped.append((rip, address))
             space.zap(rip & -4096)
             space._store.settle()
-        return handle(self, thread, number, address, code)
+        return handle(self, thread, address, code)
 
     monkeypatch.setattr(Transitions, "_inside_fault", handle_late)
     assert program.run("readers", pager=pager).exit_code == 0

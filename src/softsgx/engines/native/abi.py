@@ -212,8 +212,14 @@ ERESTARTSYS: Final = 512
 SEGV_MAPERR: Final = 1
 SEGV_ACCERR: Final = 2
 ILL_ILLOPN: Final = 2
+BUS_ADRALN: Final = 1
 BUS_ADRERR: Final = 2
+FPE_INTDIV: Final = 1
 SI_KERNEL: Final = 0x80
+
+# struct ucontext, the argument of a handler: err, then trapno, of its struct sigcontext; cr2.
+UCONTEXT_ERR: Final = 40 + 8 * 19
+UCONTEXT_CR2: Final = 40 + 8 * 22
 
 # seccomp and its BPF.
 PR_SET_SECCOMP: Final = 22

@@ -1,4 +1,4 @@
-"""The instruction that stopped a thread: what it did, and what is said of it.
+"""The instruction that stopped a thread, and what it did.
 
 Source:
     SDM vol. 3A, "Interrupt 14—Page-Fault Exception": error code; arch/x86/kernel/traps.c for the
@@ -8,12 +8,11 @@ Source:
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, Pfec, Vector
-from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.insn import decode, is_write
 from softsgx.hw import EXECUTE, READ, WRITE
 
-__all__ = ["LONGEST", "access_at", "again", "code_at", "float_vector", "pfec", "repeat", "send"]
+__all__ = ["LONGEST", "access_at", "again", "code_at", "float_vector", "pfec", "repeat"]
 
 LONGEST = 15
 """Bytes of an instruction at most."""
@@ -91,8 +90,3 @@ def float_vector(code: bytes) -> int:
     """Return #MF for an x87 instruction (or WAIT), #XM for a vector one."""
     first = code[1] if code[:1] and code[0] & 0xF0 == 0x40 else code[0] if code else 0
     return Vector.MF if 0xD8 <= first <= 0xDF or first == 0x9B else Vector.XM
-
-
-def send(thread: ProgramThread, number: int, code: int, address: int) -> None:
-    """Make the signal that will be delivered carry this information."""
-    thread.outgoing = SigInfo(signo=number, code=code, addr=address)

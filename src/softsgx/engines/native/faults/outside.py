@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from softsgx.arch import Pfec, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.abort import AbortPage
-from softsgx.engines.native.faults.culprit import access_at, again, repeat, send
+from softsgx.engines.native.faults.culprit import access_at, again, pfec, repeat
+from softsgx.engines.native.faults.exceptions import send, send_page_fault
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE
 
@@ -43,13 +45,12 @@ class Outsiders:
             if image.is_covered(address) or access & ~image.space.rights(address):
                 return self.aborted(thread, address, access)
             return 0 if repeat(thread, address) else abi.SIGBUS
-        return self._outcome(thread, number, image.mm.fault(address, access, thread), address)
+        return self._outcome(thread, image.mm.fault(address, access, thread), address, access)
 
     def aborted(self, thread: ProgramThread, address: int, access: int) -> int:
         """Code that is not of the enclave at ``address`` has touched it."""
         if access == EXECUTE:  # ones are no instruction
-            send(thread, abi.SIGILL, abi.ILL_ILLOPN, thread.regs.rip)
-            return abi.SIGILL
+            return send(thread, Vector.UD)
         number = self._abort_page.execute(thread, address)
         if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):
             return number
@@ -62,7 +63,8 @@ class Outsiders:
             return 0 if again(thread) else number
         if self._is_mapped(thread, other, other_access):
             return 0 if repeat(thread, other) else number
-        return self._outcome(thread, number, image.mm.fault(other, other_access, thread), other)
+        result = image.mm.fault(other, other_access, thread)
+        return self._outcome(thread, result, other, other_access)
 
     def _is_mapped(self, thread: ProgramThread, address: int, access: int) -> bool:
         """Return whether page tables have the page and allow the access."""
@@ -70,18 +72,16 @@ class Outsiders:
         return entry is not None and not access & ~entry[1]
 
     def _outcome(
-        self, thread: ProgramThread, number: int, result: FaultResult, address: int
+        self, thread: ProgramThread, result: FaultResult, address: int, access: int
     ) -> int:
         """Return the signal that a fault handled by the driver ends with."""
-        match result:
-            case FaultResult.NOPAGE | FaultResult.RETRY:
-                return 0
-            case FaultResult.SEGV:
-                if number != abi.SIGSEGV:
-                    send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address)
-                return abi.SIGSEGV
-            case FaultResult.SIGBUS | FaultResult.OOM:
-                self._tell_refused(thread, address)
-                if number != abi.SIGBUS:
-                    send(thread, abi.SIGBUS, abi.BUS_ADRERR, address)
-                return abi.SIGBUS
+        if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+            return 0
+        error = pfec(access)
+        if result is FaultResult.SEGV:
+            entry = thread.image.space.entry(address)
+            if entry is not None and entry[1]:
+                error |= Pfec.P
+            return send_page_fault(thread, error, address, code=abi.SEGV_ACCERR)
+        self._tell_refused(thread, address)
+        return send_page_fault(thread, error, address, number=abi.SIGBUS, code=abi.BUS_ADRERR)

@@ -41,8 +41,8 @@ from softsgx.engines.native.faults.culprit import (
     float_vector,
     pfec,
     repeat,
-    send,
 )
+from softsgx.engines.native.faults.exceptions import send, send_page_fault
 from softsgx.engines.native.faults.outside import Outsiders
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
@@ -60,7 +60,6 @@ from softsgx.hw import (
     LeafDone,
     LogicalProcessor,
     PageFault,
-    UndefinedOpcode,
     aex,
     check_access,
     enclu,
@@ -80,7 +79,6 @@ _NO_VECTOR = -1  # how events show an interrupt
 _SYSCALL_BYTES = 2
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 
-_FPE_INTDIV = 1
 _INTERRUPT = 0xFD
 #: Signals of faults whose meaning depends on the instruction; of SIGSEGV those of no page fault.
 _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
@@ -130,7 +128,7 @@ class Transitions:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
         image, regs = thread.image, thread.regs
         _take_call_back(regs)
-        number = self._exception(thread, abi.SIGILL, Vector.UD)
+        number = self._exception(thread, Vector.UD)
         if number:
             # Signals can be delivered at signal stops only: make the next one.
             thread.illegal_at, regs.rip = regs.rip, image.vdso_base + image.vdso.illegal
@@ -156,7 +154,7 @@ class Transitions:
                 return self._enclu(thread, number)
         info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
-            return self._inside_fault(thread, number, info.addr, info.code)
+            return self._inside_fault(thread, info.addr, info.code)
         if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
             if inside:
                 thread.load()
@@ -239,8 +237,7 @@ class Transitions:
         if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
             regs.rip = thread.illegal_at
             thread.store()
-            send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
-            return number
+            return send(thread, Vector.UD)
         code = image.read(regs.rip, _ENCLU_BYTES)
         if code == _ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
             return self._enclu(thread, number)
@@ -268,7 +265,7 @@ class Transitions:
             return self._extended_state(thread, state)
         match number:
             case abi.SIGSEGV if page_fault:
-                return self._inside_fault(thread, number, info.addr, info.code)
+                return self._inside_fault(thread, info.addr, info.code)
             case abi.SIGSEGV:
                 # What needs privileges that no enclave can have is #UD inside.
                 vector = Vector.UD if is_illegal_inside(code) else Vector.GP
@@ -277,13 +274,10 @@ class Transitions:
             case abi.SIGILL:
                 vector = Vector.UD
             case abi.SIGFPE:
-                vector = Vector.DE if info.code == _FPE_INTDIV else float_vector(code)
+                vector = Vector.DE if info.code == abi.FPE_INTDIV else float_vector(code)
             case _:
                 vector = _trap_vector(info)
-        if vector == Vector.UD and number != abi.SIGILL:
-            send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
-            number = abi.SIGILL
-        return self._exception(thread, number, vector)
+        return self._exception(thread, vector)
 
     def _extended_state(self, thread: ProgramThread, insn: StateInsn) -> int:
         """Enclave code executes an instruction that depends on XCR0, which is its XFRM."""
@@ -295,9 +289,7 @@ class Transitions:
             return self._refused(thread, 0, fault)
         return 0
 
-    def _inside_fault(
-        self, thread: ProgramThread, number: int, address: int, signal_code: int
-    ) -> int:
+    def _inside_fault(self, thread: ProgramThread, address: int, signal_code: int) -> int:
         """A page fault of enclave code; registers need not be loaded."""
         image = thread.image
         if image.strict and image.discover(address):
@@ -317,10 +309,10 @@ class Transitions:
             if again(thread):
                 return 0
             access = READ
-        return self._page_fault(thread, number, address, access, signal_code)
+        return self._page_fault(thread, address, access, signal_code)
 
     def _page_fault(
-        self, thread: ProgramThread, number: int, address: int, access: int, signal_code: int
+        self, thread: ProgramThread, address: int, access: int, signal_code: int
     ) -> int:
         image, inside = thread.image, thread.cpu.inside
         assert inside is not None, "a fault of enclave code outside an enclave"
@@ -328,34 +320,31 @@ class Transitions:
         entry = image.space.entry(address)
         ordinary = entry is None or access & ~entry[1]
         if ordinary:
-            present = entry is not None and image.space.is_shown(address)
-            if not inside.enclave.covers(address):
-                present = number == abi.SIGSEGV and signal_code == abi.SEGV_ACCERR
-            return self._ordinary_fault(thread, number, address, access, kind | present)
+            if image.mm.find(address) is None:
+                present = signal_code == abi.SEGV_ACCERR and image.is_present(address)
+            else:
+                present = entry is not None and entry[1] != abi.PROT_NONE
+            return self._ordinary_fault(thread, address, access, kind | present)
         assert entry is not None, "no fault here is without an entry"
         if inside.enclave.covers(address):
             page = thread.cpu.hw.page_at(entry[0])
             refused = check_access(inside.secs, page, address, access)
             if refused is not None:
-                send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, address & _PAGE_MASK)
-                return self._exception(thread, abi.SIGSEGV, Vector.PF, refused.code, address)
+                return self._exception(thread, Vector.PF, refused.code, address)
         elif image.is_covered(address) or access & ~image.space.rights(address):
             return self._aborted_inside(thread, address, access)
         if repeat(thread, address):
             return 0
-        return self._exception(thread, number, Vector.PF, kind, address)
+        return self._exception(thread, Vector.PF, kind | Pfec.P, address)
 
     def _aborted_inside(self, thread: ProgramThread, address: int, access: int) -> int:
         """Enclave code has touched a page of another enclave."""
         if access == EXECUTE:
-            send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
-            return self._exception(thread, abi.SIGSEGV, Vector.GP)
+            return self._exception(thread, Vector.GP)
         number = self._abort_page.execute(thread, address)
         return self._inside(thread, number, thread.siginfo()) if number else 0
 
-    def _ordinary_fault(
-        self, thread: ProgramThread, number: int, address: int, access: int, code: int
-    ) -> int:
+    def _ordinary_fault(self, thread: ProgramThread, address: int, access: int, code: int) -> int:
         """Paging itself refused: out of the enclave, and let the driver see to it."""
         image = thread.image
         known = image.mm.find(address) is not None
@@ -368,12 +357,17 @@ class Transitions:
             self.leave(thread, Vector.PF, code, address)
         if self._fix_up(thread, _ERESUME, Vector.PF, code, address & _PAGE_MASK):
             return 0
+        return self._page_fault_ends(thread, result, code, address & _PAGE_MASK)
+
+    def _page_fault_ends(
+        self, thread: ProgramThread, result: FaultResult, error: int, address: int
+    ) -> int:
+        """Return the signal for a #PF that nothing has mended."""
         if result is FaultResult.SEGV:
-            mapped = abi.SEGV_ACCERR if known or code & Pfec.P else abi.SEGV_MAPERR
-            send(thread, abi.SIGSEGV, mapped, address & _PAGE_MASK)
-            return abi.SIGSEGV
-        send(thread, abi.SIGBUS, abi.BUS_ADRERR, address & _PAGE_MASK)
-        return abi.SIGBUS
+            mapped = thread.image.is_mapped(address)
+            code = abi.SEGV_ACCERR if mapped else abi.SEGV_MAPERR
+            return send_page_fault(thread, error, address, code=code)
+        return send_page_fault(thread, error, address, number=abi.SIGBUS, code=abi.BUS_ADRERR)
 
     def _fault_is_mended(self, thread: ProgramThread) -> int:
         """The driver has resolved a fault of enclave code: repeat the instruction."""
@@ -396,14 +390,16 @@ class Transitions:
             tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
 
     def _exception(
-        self, thread: ProgramThread, number: int, vector: int, code: int = 0, address: int = 0
+        self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0
     ) -> int:
         """Enclave code raised an exception: out, and on to whoever handles it."""
         self.leave(thread, vector, code, address)
         fixable = vector not in (Vector.DB, Vector.BP)
         if fixable and self._fix_up(thread, _ERESUME, vector, code, address & _PAGE_MASK):
             return 0
-        return number
+        if vector == Vector.PF:
+            return self._page_fault_ends(thread, FaultResult.SEGV, code, address & _PAGE_MASK)
+        return send(thread, vector, code)
 
     def _fix_up(
         self, thread: ProgramThread, leaf: int, vector: int, code: int, address: int
@@ -461,13 +457,12 @@ class Transitions:
     def _operand_fault(self, thread: ProgramThread, fault: PageFault, access: int) -> int:
         """An operand of a leaf inside the enclave is not there, or not allowed."""
         if fault.code & Pfec.SGX:
-            send(thread, abi.SIGSEGV, abi.SEGV_ACCERR, fault.address & _PAGE_MASK)
-            return self._exception(thread, abi.SIGSEGV, Vector.PF, fault.code, fault.address)
-        return self._ordinary_fault(thread, 0, fault.address, access, fault.code)
+            return self._exception(thread, Vector.PF, fault.code, fault.address)
+        return self._ordinary_fault(thread, fault.address, access, fault.code)
 
     def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
         """EENTER or ERESUME met a page that is not there; ``None`` to try again."""
-        mm, number = thread.image.mm, abi.SIGSEGV
+        mm, result = thread.image.mm, FaultResult.SEGV
         if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
             access = WRITE if fault.code & Pfec.W else READ
             result = mm.fault(fault.address, access, thread)
@@ -475,29 +470,19 @@ class Transitions:
                 return None
             if result is not FaultResult.SEGV:
                 self._tell_refused(thread, fault.address)
-                number = abi.SIGBUS
         if self._fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
             return 0
         thread.store()
-        send(thread, number, 2, fault.address)
-        return number
+        return self._page_fault_ends(thread, result, fault.code, fault.address)
 
     def _refused(self, thread: ProgramThread, leaf: int, fault: Fault) -> int:
         """A leaf raised #GP, #UD or the like."""
         if thread.cpu.inside is not None:
-            if isinstance(fault, UndefinedOpcode):
-                send(thread, abi.SIGILL, abi.ILL_ILLOPN, 0)
-                return self._exception(thread, abi.SIGILL, fault.vector)
-            send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
-            return self._exception(thread, abi.SIGSEGV, fault.vector, fault.code)
+            return self._exception(thread, fault.vector, fault.code)
         if self._fix_up(thread, leaf, fault.vector, fault.code, 0):
             return 0
         thread.store()
-        if isinstance(fault, UndefinedOpcode):
-            send(thread, abi.SIGILL, abi.ILL_ILLOPN, thread.regs.rip)
-            return abi.SIGILL
-        send(thread, abi.SIGSEGV, abi.SI_KERNEL, 0)
-        return abi.SIGSEGV
+        return send(thread, fault.vector, fault.code)
 
     def _went_in(self, thread: ProgramThread) -> None:
         """Fault signals must reach us: the kernel resets what it forces on a blocked one."""

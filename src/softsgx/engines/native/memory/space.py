@@ -154,7 +154,8 @@ class Space:
         entry = self._entries.get(page)
         if entry is not None:
             if access & ~entry[1]:
-                raise PageFault(linaddr, _code(access, user=user) | Pfec.P)
+                present = Pfec.P if entry[1] else 0  # PROT_NONE makes entries that are not present
+                raise PageFault(linaddr, _code(access, user=user) | present)
             self._used.add(page)
             return entry[0] | linaddr & ~_PAGE_MASK
         if self.memory_at(linaddr) is not None or not self.is_readable(linaddr):

@@ -116,6 +116,25 @@ class Image:
         vma = self.mm.find(linaddr)
         return None if vma is None else vma.prot
 
+    def is_mapped(self, linaddr: int) -> bool:
+        """Return whether anything is mapped at an address."""
+        return self.mm.find(linaddr) is not None or self.memory.vma_info(linaddr) is not None
+
+    def is_present(self, linaddr: int) -> bool:
+        """Return whether the processor's page tables have a present entry for ordinary memory."""
+        pid = self.any_pid()
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            word = os.pread(pagemap.fileno(), 8, linaddr // abi.PAGE * 8)
+        if not int.from_bytes(word, "little") >> 63:
+            return False
+        with open(f"/proc/{pid}/maps") as maps:
+            for line in maps:
+                place, rights = line.split(maxsplit=2)[:2]
+                start, end = (int(part, 16) for part in place.split("-"))
+                if start <= linaddr < end:
+                    return rights[:3] != "---"  # the kernel calls such entries present
+        return False
+
     def mapped(self, start: int, end: int, prot: int) -> None:
         """A part of one mapping of an enclave is new, or has other rights."""
         device = self.device_at(start)

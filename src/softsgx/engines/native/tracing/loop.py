@@ -20,12 +20,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import struct
 from collections.abc import Callable
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.image import Image
-from softsgx.engines.native.tracing.program import Process, ProgramThread
+from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
@@ -36,6 +37,7 @@ __all__ = ["Loop", "World"]
 _LOG = logging.getLogger(__name__)
 
 _NO_CALL = (1 << 64) - 1
+_TWO_QWORDS = struct.Struct("<QQ")
 _CLONE_VM, _CLONE_THREAD = 0x100, 0x10000
 _SYS_CLONE, _SYS_CLONE3 = 56, 435
 _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
@@ -169,13 +171,34 @@ class Loop:
                 number = self._transitions.resumed(thread)
         self._settle()
         image.flush()
-        if thread.outgoing is not None:
-            info, thread.outgoing = thread.outgoing, None
-            if number:
-                thread.set_siginfo(info)
+        trap, thread.outgoing = thread.outgoing, None
         thread.running = True
         image.current = None
-        thread.resume(number)
+        if trap is None or not number:
+            thread.resume(number)
+            return
+        thread.set_siginfo(trap.info)
+        if thread.handles(number):
+            self._into_handler(thread, trap)
+        else:
+            thread.resume(number)
+
+    def _into_handler(self, thread: ProgramThread, trap: Trap) -> None:
+        """Deliver the signal of an exception; its frame tells of that, not of what stopped us."""
+        number = trap.info.signo
+        stop = thread.step(number)
+        entered = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
+        if not entered or thread.load().rdi != number:
+            # There is no room for the frame, or something else came first.
+            thread.running = False
+            thread.pending.append(stop)
+            self._later.append(thread)
+            return
+        memory, frame = thread.image.memory_fd, thread.regs.rdx
+        os.pwrite(memory, _TWO_QWORDS.pack(trap.error, trap.vector), frame + abi.UCONTEXT_ERR)
+        if trap.address is not None:
+            os.pwrite(memory, trap.address.to_bytes(8, "little"), frame + abi.UCONTEXT_CR2)
+        thread.resume()
 
     def hold(self, thread: ProgramThread) -> bool:
         """Stop a running thread; what stopped it is handled later.  ``False``: it has died."""

@@ -16,7 +16,7 @@ from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
 from softsgx.paging import Group
 
-__all__ = ["Process", "ProgramThread"]
+__all__ = ["Process", "ProgramThread", "Trap"]
 
 _READ_IMPLIES_EXEC = 0x0040_0000
 
@@ -40,6 +40,23 @@ class Process:
     guarded_descriptors: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """What the handler of the signal of an exception is told.
+
+    Attributes:
+        info: the signal's information.
+        vector: which exception, ``trapno`` of the signal frame.
+        error: its error code, ``err`` of the frame.
+        address: ``cr2`` of the frame; ``None`` leaves what it is.
+    """
+
+    info: SigInfo
+    vector: int
+    error: int
+    address: int | None
+
+
 @dataclass(eq=False)
 class ProgramThread(Thread):
     """See the module.  It is the driver's :class:`~softsgx.driver.Task`.
@@ -59,7 +76,7 @@ class ProgramThread(Thread):
         illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         parked: whether it waits until it may run, with threads outside or in one enclave only.
-        outgoing: the information that goes with the signal we deliver instead of its own.
+        outgoing: what goes with the signal we deliver, instead of what the kernel has for it.
     """
 
     tid: int
@@ -78,7 +95,7 @@ class ProgramThread(Thread):
     parked: bool = False
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
-    outgoing: SigInfo | None = None
+    outgoing: Trap | None = None
 
     def __post_init__(self) -> None:
         regs = NativeRegisters()
@@ -132,6 +149,14 @@ class ProgramThread(Thread):
         if device is not None:
             return device.file
         return object() if os.path.lexists(f"/proc/{self.process.pid}/fd/{fd}") else None
+
+    def handles(self, number: int) -> bool:
+        """Return whether signal ``number``, delivered now, has a handler to run."""
+        if self.sigmask() >> number - 1 & 1:
+            return False
+        with open(f"/proc/{self.tid}/status") as file:
+            caught = next(line for line in file if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> number - 1 & 1)
 
     def signal_pending(self) -> bool:
         """Return whether a signal waits that it does not block."""

@@ -218,14 +218,17 @@ class Thread:
         if _ptrace(request, self.tid, 0, signal) == -1:
             raise Gone(self.tid, None)
 
-    def step(self) -> Stop:
+    def step(self, signal: int = 0) -> Stop:
         """Let it execute one instruction, or take a signal, and wait for that.
+
+        Args:
+            signal: deliver this one first: it stops at the first instruction of its handler.
 
         Raises:
             Gone: it died instead.
         """
         self.settle()
-        self._request(abi.PTRACE_SINGLESTEP, 0, 0)
+        self._request(abi.PTRACE_SINGLESTEP, 0, signal)
         return self.wait()
 
     def listen(self) -> None:

@@ -1,0 +1,41 @@
+"""Faults of enclave code, and of ENCLU itself, look to a program as hardware and Linux have them.
+
+Goal: error codes in ``struct sgx_enclave_run``; number, information and frame of signals.  Method:
+``programs/faults.c`` makes each fault and compares; an EPC smaller than the enclave.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import PAGERS, doctor, run
+
+FOUND = {finding.name: finding.ok for finding in doctor()}
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("faults")
+    return [str(compile_host(directory, "faults")), str(write_enclave(directory / "enclave", 20))]
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("scenario", ["codes", "frames"])
+def test_a_fault_is_told_as_hardware_and_linux_tell_it(
+    program: list[str], scenario: str, pager: str, strict: bool, tmp_path: Path
+) -> None:
+    with (tmp_path / "out").open("w+b") as out:
+        stdio = (0, out.fileno(), out.fileno())
+        result = run([*program, scenario], epc=20 * 4096, pager=pager, strict=strict, stdio=stdio)
+        out.seek(0)
+        assert (result.exit_code, out.read().decode()) == (0, "")
