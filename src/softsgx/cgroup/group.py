@@ -303,6 +303,16 @@ class EpcCgroup:
                 group = self._order[self._position]
             yield group
 
+    def is_below(self, other: Group) -> bool:
+        """Return whether ``other`` is this group or an ancestor."""
+        return other in self._ancestry
+
+    def describe(self) -> str:
+        """Return which limit it is."""
+        if self._max_pages is None:
+            return f"the EPC of {self.hierarchy.capacity_pages} pages"
+        return f"group {self.path}, limited to {self._max_pages} pages,"
+
     def has_reclaimable(self) -> bool:
         """Return whether any list in the subtree has a page."""
         if self.lru:

@@ -91,6 +91,8 @@ class Enclave(Counted):
         srcu: guards walks over its address spaces.
         group: who pays for SECS and VA pages: whoever created it.
         counts: how often things happened to it.
+        refusal: why the last fault that ended with SIGBUS found no EPC page or could not load;
+            empty when the enclave itself was the reason.
     """
 
     swap: EnclaveSwap
@@ -109,6 +111,7 @@ class Enclave(Counted):
         self.pages: dict[int, EnclavePage] = {}
         self.group: Group | None = None
         self.counts = EnclaveCounts()
+        self.refusal = ""
         self._mms: tuple[EnclaveMm, ...] = ()
         self._mm_version = 0
 

@@ -20,7 +20,16 @@ from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
 from softsgx.hw import Fault, PageInfoArgs
-from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc, SwapEntry
+from softsgx.paging import (
+    BackingError,
+    Claim,
+    EpcBusy,
+    EpcPage,
+    LoadFailed,
+    NoEpc,
+    PagingError,
+    SwapEntry,
+)
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -95,14 +104,19 @@ def _fault_in(
             # lock, so it is a hole again; the next fault fills it.
             return "busy", _NOPAGE
         if page is None or enclave.dead or vma.prot & ~page.max_prot:
-            return "refused", FaultResult.SIGBUS
+            return _refused(enclave)
         kind = "minor" if page.epc is not None else "major"
         epc = load(page, task)
         return kind, _map(mm, vma, linaddr, epc)
-    except (NoEpc, LoadFailed, BackingError):
-        return "refused", FaultResult.SIGBUS
+    except (NoEpc, LoadFailed, BackingError) as error:
+        return _refused(enclave, error)
     finally:
         lock.release()
+
+
+def _refused(enclave: Enclave, error: PagingError | None = None) -> tuple[str, FaultResult]:
+    enclave.refusal = "" if error is None else str(error)
+    return "refused", FaultResult.SIGBUS
 
 
 def load(page: EnclavePage, task: Task | None) -> EpcPage:
@@ -120,7 +134,7 @@ def load(page: EnclavePage, task: Task | None) -> EpcPage:
         return epc
     if page.entry is None:
         raise LoadFailed("lost")
-    epc = _reload(page, page.entry, task)
+    epc = _reload(page, page.entry, task, claim_of(task))
     enclave = page.enclave
     # What the policy wants beside this page is loaded while there is free EPC.
     policy = enclave.driver.core.policy
@@ -129,17 +143,24 @@ def load(page: EnclavePage, task: Task | None) -> EpcPage:
         if other is None or other.entry is None or other.in_motion:
             continue
         try:
-            _reload(other, other.entry, task)
+            _reload(other, other.entry, task, None)
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
             break
     return epc
 
 
-def _reload(page: EnclavePage, entry: SwapEntry, task: Task | None) -> EpcPage:
+def claim_of(task: Task | None) -> Claim | None:
+    """Return what the thread that a page is loaded for has a claim to."""
+    return None if task is None else task.claim
+
+
+def _reload(page: EnclavePage, entry: SwapEntry, task: Task | None, claim: Claim | None) -> EpcPage:
     enclave = page.enclave
     driver = enclave.driver
     group, node = driver.charge(task)
-    epc = enclave.swap.load(entry, page, kind=LABELS[page.kind], cpu_node=node, group=group)
+    epc = enclave.swap.load(
+        entry, page, kind=LABELS[page.kind], cpu_node=node, group=group, claim=claim
+    )
     page.epc, page.entry = epc, None
     enclave.counts.reloads += 1
     driver.core.mark_reclaimable(epc)
@@ -162,16 +183,16 @@ def _augment(
     defects = enclave.driver.defects
     with enclave.lock:
         if enclave.dead or not enclave.covers(enclave.index_of(linaddr)):
-            return "refused", FaultResult.SIGBUS
+            return _refused(enclave)
         if enclave.index_of(linaddr) in enclave.pages and "B11" not in defects:
             # Another thread was first: its page is there, and mapped or to be faulted in.
             return "augment", FaultResult.NOPAGE
         try:
             epc = _eaug(enclave, linaddr, task)
-        except (NoEpc, LoadFailed, BackingError):
-            return "refused", FaultResult.SIGBUS
+        except (NoEpc, LoadFailed, BackingError) as error:
+            return _refused(enclave, error)
         if epc is None:
-            return "refused", FaultResult.SIGBUS
+            return _refused(enclave)
         if enclave.driver.tracer is not None:
             enclave.driver.tracer(Augmented(enclave.number, linaddr))
         return "augment", _map(mm, vma, linaddr, epc)
@@ -182,18 +203,19 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
     driver, swap = enclave.driver, enclave.swap
     core = driver.core
     group, node = driver.charge(task)
+    claim = claim_of(task)
     if "B8" in driver.defects:
         secs = swap.secs
         assert secs is not None, "B8: NULL pointer dereference, the SECS is evicted"
     else:
-        secs = swap.load_secs(cpu_node=node)
+        secs = swap.load_secs(cpu_node=node, claim=claim)
     page = EnclavePage(enclave, enclave.index_of(linaddr), _RWX, PageType.REG)
     epc = None
     added = False
     try:
-        epc = core.alloc(page, reclaim=False, group=group, cpu_node=node)
+        epc = core.alloc(page, reclaim=False, group=group, cpu_node=node, claim=claim)
         try:
-            swap.grow_locked(cpu_node=node)
+            swap.grow_locked(cpu_node=node, claim=claim)
         except EpcBusy as error:
             if "B9" in driver.defects:
                 raise NoEpc from error
@@ -216,6 +238,8 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
     page.epc = epc
     enclave.pages[page.index] = page
     swap.child_added()
+    if claim is not None:
+        core.claims.loaded(claim, page, epc)
     core.mark_reclaimable(epc)
     return epc
 

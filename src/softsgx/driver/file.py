@@ -130,8 +130,8 @@ class EnclaveFile(_File):
             return command(self.enclave, task, arg)
         except BadAddress as error:
             refuse(EFAULT, str(error))
-        except NoEpc:
-            refuse(ENOMEM, "no EPC page is free, and none can be reclaimed")
+        except NoEpc as error:
+            refuse(ENOMEM, str(error))
         except EpcBusy:
             refuse(EBUSY, "no EPC page is free without reclaim")
         except Interrupted:

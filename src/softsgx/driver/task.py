@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from softsgx.driver.mm import Mm
-    from softsgx.paging import Group
+    from softsgx.paging import Claim, Group
 
 __all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo"]
 
@@ -70,6 +70,10 @@ class Task(Protocol):
     @property
     def group(self) -> Group:
         """Who pays for the EPC pages that it makes the driver allocate."""
+
+    @property
+    def claim(self) -> Claim | None:
+        """What this thread needs resident at once; ``None`` for what executes no instructions."""
 
     @property
     def personality_read_implies_exec(self) -> bool:

@@ -37,13 +37,17 @@ from softsgx.cgroup import CGROUP_DEFECTS, group_name_ok
 from softsgx.driver import DEFECTS
 from softsgx.errors import SoftSgxError
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
-from softsgx.paging import Clock, Fifo, LeastRecentlyUsed, LinuxPolicy, Policy, Prefetching
+from softsgx.paging import (
+    Clock,
+    Fifo,
+    LeastRecentlyUsed,
+    LinuxPolicy,
+    Policy,
+    Prefetching,
+    needed_pages,
+)
 
-__all__ = ["MIN_EPC_PAGES", "PROFILES", "PlatformConfig", "parse_size"]
-
-MIN_EPC_PAGES = 12
-"""SECS, its VA page, an upper VA page, and what one instruction of one thread can need at once:
-TCS, two SSA frames, and two pages each of code, stack and data."""
+__all__ = ["PROFILES", "PlatformConfig", "check_pages", "parse_size"]
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
@@ -121,6 +125,20 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
+def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
+    """Check that every program makes progress with so many EPC pages.
+
+    Raises:
+        SoftSgxError: they are too few.
+    """
+    needed = needed_pages(machine)
+    if pages < needed:
+        raise SoftSgxError(
+            f"{what}: {pages} pages; give at least {needed} ({needed * PAGE_BYTES // 1024}KiB): one"
+            " thread can need as many at once to execute an instruction, SECS and VA pages included"
+        )
+
+
 @dataclass(frozen=True)
 class PlatformConfig:
     """What a :class:`~softsgx.host.Platform` is made of.
@@ -191,11 +209,7 @@ class PlatformConfig:
                 f"processors = {_shown(self.processors)}: give at most {_MOST_PROCESSORS}"
             )
         pages = sum(size // PAGE_BYTES for size in self.section_bytes())
-        if pages < MIN_EPC_PAGES:
-            raise SoftSgxError(
-                f"epc = {_shown(self.epc)}: {pages} pages; "
-                f"an enclave needs {MIN_EPC_PAGES} to run at all"
-            )
+        check_pages(f"epc = {_shown(self.epc)}", pages, self._profile())
         self._check_backing()
         self._check_groups()
         self.machine()
@@ -227,7 +241,13 @@ class PlatformConfig:
             odd = sorted(settings.keys() - {"max"})
             if odd:
                 raise SoftSgxError(f"{where}: {_shown(odd[0])} is not known; only max is")
-            self.group_max_pages(path)
+            limit = self.group_max_pages(path)
+            if limit is not None:
+                check_pages(f"{where}.max = {_shown(settings['max'])}", limit, self._profile())
+
+    def _profile(self) -> MachineConfig:
+        """Return the machine of the profile, for what does not depend on the rest."""
+        return MachineConfig(**PROFILES[self.profile])
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Self:

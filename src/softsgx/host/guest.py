@@ -17,9 +17,10 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver import Driver
 from softsgx.errors import SoftSgxError
-from softsgx.host.config import MIN_EPC_PAGES, parse_size
+from softsgx.host.config import parse_size
+from softsgx.hw import MachineConfig
 from softsgx.kvm import Guest, GuestStoppedError
-from softsgx.paging import BackingFile, EpcCore, Policy
+from softsgx.paging import BackingFile, EpcCore, Policy, needed_pages
 from softsgx.trace import Tracer
 from softsgx.userland import SoftProcess
 
@@ -107,7 +108,11 @@ class GuestVictim:
 
 
 def check_ballast(
-    name: str, ballast: int | str, group: EpcCgroup, guests: Iterable[Guest], epc_pages: int
+    name: str,
+    ballast: int | str,
+    group: EpcCgroup,
+    guests: Iterable[Guest],
+    machine: MachineConfig,
 ) -> int:
     """Return a ballast in pages.
 
@@ -116,10 +121,12 @@ def check_ballast(
     """
     pages = parse_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
     others = sum(guest.ballast_pages for guest in guests)
-    if pages and pages + others + MIN_EPC_PAGES > epc_pages:
+    epc_pages = sum(section.pages for section in machine.sections)
+    needed = needed_pages(machine)
+    if pages and pages + others + needed > epc_pages:
         raise SoftSgxError(
             f"guest {name}: ballast = {ballast!r}: with {others} pages of other guests' it leaves"
-            f" less than {MIN_EPC_PAGES} of {epc_pages} EPC pages; give less"
+            f" less than {needed} of {epc_pages} EPC pages; give less"
         )
     if pages and pages >= group.limit_pages():
         raise SoftSgxError(

@@ -19,7 +19,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
 from softsgx.driver import Driver, EnclaveFile
 from softsgx.errors import SoftSgxError
-from softsgx.host.config import MIN_EPC_PAGES, PlatformConfig, parse_size
+from softsgx.host.config import PlatformConfig, check_pages, parse_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore
 from softsgx.hw.optimised import OPTIMISED
@@ -220,11 +220,12 @@ class Platform:
         """
         sizes = epc if isinstance(epc, tuple) else (epc,)
         pages = [parse_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
-        if sum(pages) < MIN_EPC_PAGES or min(pages) < 1 or processors < 1:
+        if min(pages) < 1 or processors < 1:
             raise SoftSgxError(
-                f"guest {name}: epc = {epc!r}, processors = {processors}: give at least"
-                f" {MIN_EPC_PAGES} pages and one processor"
+                f"guest {name}: epc = {epc!r}, processors = {processors}: give at least one page a"
+                " section, and one processor"
             )
+        check_pages(f"guest {name}: epc = {epc!r}", sum(pages), self.machine.config)
         pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
         guests = [made.guest for made in self.guests]
         made = GuestPlatform(
@@ -235,7 +236,7 @@ class Platform:
                 epc_pages=pages,
                 processors=processors,
                 group=pays,
-                ballast_pages=check_ballast(name, ballast, pays, guests, self.core.epc_pages),
+                ballast_pages=check_ballast(name, ballast, pays, guests, self.machine.config),
                 provisioning=provisioning,
                 tracer=self._tracer,
             ),

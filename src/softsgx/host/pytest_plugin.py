@@ -8,7 +8,7 @@ Not found by itself, since pytest would then rewrite the assertions of all of so
     def test_my_library(sgx_platform):
         process = sgx_platform.process()
 
-    @pytest.mark.sgx_platform(epc="48KiB")
+    @pytest.mark.sgx_platform(epc="112KiB")
     def test_my_library_under_pressure(sgx_platform): ...
 """
 

@@ -45,7 +45,7 @@ from softsgx.kvm.monitor import Monitor
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.processor import GuestProcessor
 from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcMapping
-from softsgx.paging import Group
+from softsgx.paging import Claim, Group
 from softsgx.trace import Tracer
 
 __all__ = ["Guest", "GuestStoppedError"]
@@ -212,7 +212,7 @@ class Guest(Monitor):
         """
         registers.encls(self, self.kernel if cpu is None else cpu)
 
-    def resume(self, cpu: LogicalProcessor, exit: VmExit, again: Callable[[], T]) -> T:
+    def resume(self, cpu: GuestProcessor, exit: VmExit, again: Callable[[], T]) -> T:
         """Handle a VM exit of ENCLU or of an access, and go on.
 
         Raises:
@@ -226,14 +226,17 @@ class Guest(Monitor):
         try:
             if cpu.inside is not None:
                 interrupt(cpu)
-                self._violation(exit, pins)
+                self._violation(exit, pins, cpu.claim)
                 raise EnclaveLeft
             for _try in range(_PATIENCE):
-                self._violation(exit, pins)
+                self._violation(exit, pins, cpu.claim)
                 try:
-                    return again()
+                    result = again()
                 except VmExit as next_exit:
                     exit = next_exit
+                else:
+                    self.host.claims.release(cpu.claim)
+                    return result
             raise self._hopeless(f"page {exit.guest_physical:#x} faults for ever")
         finally:
             self._unpin(pins)
@@ -251,8 +254,8 @@ class Guest(Monitor):
         if self.stopped is not None:
             raise GuestStoppedError(self.name, self.stopped)
 
-    def _violation(self, exit: VmExit, pins: list[VepcPage]) -> None:
-        """EPT violation: let the guest reach the page."""
+    def _violation(self, exit: VmExit, pins: list[VepcPage], claim: Claim | None = None) -> None:
+        """EPT violation: let the guest reach the page; ``claim`` is the processor's."""
         self._must_run()
         gpa = exit.guest_physical
         mapping = self.mapping_of(gpa)
@@ -262,7 +265,7 @@ class Guest(Monitor):
         index = (gpa - mapping.vepc.base) // PAGE_BYTES
         shortages = 0
         for _try in range(_RETRIES):
-            match mapping.fault(index, pins=pins):
+            match mapping.fault(index, pins=pins, claim=claim):
                 case FaultResult.NOPAGE:
                     return
                 case FaultResult.RETRY:

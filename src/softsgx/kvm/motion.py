@@ -22,7 +22,7 @@ from softsgx.arch import PageType, RdInfo, RdInfoFlags, RdInfoStatus, Status
 from softsgx.hw import Fault
 from softsgx.kvm.events import VepcEvicted, VepcLoaded
 from softsgx.kvm.fate import Evicted, Fate
-from softsgx.paging import EpcPage, LoadFailed
+from softsgx.paging import Claim, EpcPage, LoadFailed
 
 if TYPE_CHECKING:
     from softsgx.kvm.page import VepcPage
@@ -197,8 +197,12 @@ def _kept(page: VepcPage, reason: str) -> bool:
 # --- in -------------------------------------------------------------------------------------------
 
 
-def settle(page: VepcPage) -> EpcPage | None:
+def settle(page: VepcPage, claim: Claim | None = None) -> EpcPage | None:
     """Return the EPC page of ``page``, made resident and usable if need be.
+
+    Args:
+        page: the page.
+        claim: the processor's that needs it.
 
     Returns:
         ``None``: a batch of reclaim is about to look at it; ask again.
@@ -208,13 +212,18 @@ def settle(page: VepcPage) -> EpcPage | None:
     """
     if page.stuck and not unstick(page):
         return None
-    return page.epc or fill(page)
+    return page.epc or fill(page, claim)
 
 
-def fill(page: VepcPage) -> EpcPage:
+def fill(page: VepcPage, claim: Claim | None = None, *, secs_for_another: bool = False) -> EpcPage:
     """Make ``page`` resident: what it was, or a page that is not in use.
 
     Its SECS comes first, and is resident for good as soon as it has a child.
+
+    Args:
+        page: the page.
+        claim: the processor's that needs it.
+        secs_for_another: whether it is a SECS that another page needs first.
 
     Raises:
         EpcBusy, NoEpc: no EPC page now, or at all; what was loaded on the way stays.
@@ -226,9 +235,9 @@ def fill(page: VepcPage) -> EpcPage:
     if evicted is not None:
         if evicted.secs is not None:
             secs = evicted.secs
-            secs_addr = (secs.epc or fill(secs)).addr
-        vepc.swap.fetch_va(evicted.entry)
-    epc = monitor.host.alloc(page, reclaim=False, group=monitor.group, kind="vepc")
+            secs_addr = (secs.epc or fill(secs, claim, secs_for_another=True)).addr
+        vepc.swap.fetch_va(evicted.entry, claim)
+    epc = monitor.host.alloc(page, reclaim=False, group=monitor.group, kind="vepc", claim=claim)
     result = Status.SUCCESS.manual_name
     if evicted is not None:
         try:
@@ -247,6 +256,10 @@ def fill(page: VepcPage) -> EpcPage:
             monitor.host.remove(epc)
             raise
     page.epc = epc
+    if claim is not None:
+        claims = monitor.host.claims
+        note = claims.fetched if secs_for_another else claims.loaded
+        note(claim, page, epc)
     monitor.resident += 1
     kind = "fresh"
     if evicted is not None:

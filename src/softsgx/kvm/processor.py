@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from softsgx.arch import PAGE_BYTES, VmExitReason
 from softsgx.hw import DirectMap, EncluLeaves, LogicalProcessor, VmExit
+from softsgx.paging import Claim
 
 if TYPE_CHECKING:
     from softsgx.kvm.guest import Guest
@@ -38,10 +39,14 @@ class GuestProcessor(LogicalProcessor):
         guest: whose.
         number: which one.
         encls_exiting: ENCLS-exiting bitmap.
+
+    Attributes:
+        claim: pages that its instruction needs at once.
     """
 
     def __init__(self, guest: Guest, number: int, encls_exiting: int) -> None:
         self.guest = guest
+        self.claim = Claim()
         super().__init__(
             guest.machine,
             number,

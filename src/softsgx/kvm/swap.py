@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from softsgx.arch import Status
 from softsgx.hw import Fault, PageInfoArgs
-from softsgx.paging import BackingError, EnclaveSwap, LoadFailed, Reservation, SwapEntry
+from softsgx.paging import BackingError, Claim, EnclaveSwap, LoadFailed, Reservation, SwapEntry
 
 __all__ = ["Run", "VepcSwap"]
 
@@ -80,13 +80,12 @@ class VepcSwap(EnclaveSwap):
             self._file.loaded(pinned)
             self.va.emptied(slot)
             self._counters.eldu += 1
-            self._core.note_load()
         else:
             self._file.close(pinned)
             self._counters.eldu_failed += 1
         return ending
 
-    def fetch_va(self, entry: SwapEntry) -> None:
+    def fetch_va(self, entry: SwapEntry, claim: Claim | None) -> None:
         """Make the VA page of an evicted page resident.
 
         Raises:
@@ -95,4 +94,4 @@ class VepcSwap(EnclaveSwap):
         """
         if entry.slot is None:
             raise LoadFailed("lost")
-        self.va.bring_in(entry.slot.page)
+        self.va.bring_in(entry.slot.page, claim)

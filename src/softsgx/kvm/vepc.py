@@ -22,7 +22,7 @@ from softsgx.kvm import motion
 from softsgx.kvm.fate import Fate
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.swap import VepcSwap
-from softsgx.paging import Counted, EpcBusy, LoadFailed, NoEpc
+from softsgx.paging import Claim, Counted, EpcBusy, LoadFailed, NoEpc
 
 if TYPE_CHECKING:
     from softsgx.kvm.device import VepcDevice
@@ -75,11 +75,16 @@ class VepcMapping:
         self.accessed: set[int] = set()
 
     def fault(
-        self, index: int, *, retry: bool = True, pins: list[VepcPage] | None = None
+        self,
+        index: int,
+        *,
+        retry: bool = True,
+        pins: list[VepcPage] | None = None,
+        claim: Claim | None = None,
     ) -> FaultResult:
         """Handle a fault on page ``index`` of the file; see :meth:`Vepc.fault`."""
         assert self.offset <= index < self.offset + self.pages, f"page {index} is not mapped"
-        return self.vepc.fault(self, index, retry=retry, pins=pins)
+        return self.vepc.fault(self, index, retry=retry, pins=pins, claim=claim)
 
     def unmap(self) -> None:
         """munmap(2)."""
@@ -188,6 +193,7 @@ class Vepc(Counted):
         *,
         retry: bool = True,
         pins: list[VepcPage] | None = None,
+        claim: Claim | None = None,
     ) -> FaultResult:
         """Let ``mapping`` reach page ``index``, loading or making it.
 
@@ -196,6 +202,7 @@ class Vepc(Counted):
             index: of the page.
             retry: whether to wait for an EPC page, with no lock held, and ask for another try.
             pins: keep the page until :meth:`unpin`, and note it here.
+            claim: the processor's that touched it.
 
         Returns:
             What whoever touched it sees; nothing is locked then.  A page that does not
@@ -219,7 +226,7 @@ class Vepc(Counted):
                 return FaultResult.NOPAGE
             try:
                 with monitor.working():
-                    usable = motion.settle(page)
+                    usable = motion.settle(page, claim)
                 if usable is not None:
                     # Last: the guest must never see the page half loaded.
                     mapping.entries[index] = usable.addr

@@ -4,6 +4,7 @@ Reclaim is core, and who owns a page is not the core's business.
 """
 
 from softsgx.paging.backing import FailingBacking, FileBacking, MemoryBacking
+from softsgx.paging.claims import Claim, needed_pages
 from softsgx.paging.core import EpcCore
 from softsgx.paging.counters import Counters
 from softsgx.paging.defects import CORE_DEFECTS, check_defects
@@ -39,6 +40,7 @@ __all__ = [
     "BackingFile",
     "BackingPage",
     "Batch",
+    "Claim",
     "Clock",
     "Counted",
     "Counters",
@@ -68,4 +70,5 @@ __all__ = [
     "SwapEntry",
     "Ungrouped",
     "check_defects",
+    "needed_pages",
 ]

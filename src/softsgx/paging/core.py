@@ -27,6 +27,7 @@ from softsgx.arch import PAGE_BYTES, EpcAddr, Status
 from softsgx.hw import Fault
 from softsgx.paging import events
 from softsgx.paging.backing import MemoryBacking
+from softsgx.paging.claims import Claim, Claims, pages_at_once
 from softsgx.paging.counters import Counters
 from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
 from softsgx.paging.free_pages import FreePages
@@ -35,17 +36,15 @@ from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
 from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
-from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
+from softsgx.paging.reclaim import Batch, Reclaimer
 from softsgx.paging.recount import recount
+from softsgx.paging.relief import Relief, Request
 from softsgx.paging.sanitize import Sanitizer
 from softsgx.paging.va import VaTree
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
 __all__ = ["EpcCore"]
-
-#: Pages that were loaded in vain, with no load getting to its end in between.
-_FUTILE_PATIENCE = 64
 
 
 def _never() -> bool:
@@ -71,6 +70,8 @@ class EpcCore:
         reclaim_ns: how long batches of reclaim took, whoever waited for them.
         root: as given.
         policy: as given.
+        claims: which pages are kept for a thread that needs them all at once.
+        relief: what allocations do that find no page.
         va: the upper levels of VA pages.
     """
 
@@ -92,7 +93,6 @@ class EpcCore:
         self.root: Group = Ungrouped(runtime) if root is None else root
         self.counters = Counters()
         self.reclaim_ns = 0
-        self._futile = 0
         self._held_latch = runtime.latch()
         self.tracer = tracer
         self.epc_pages = sum(section.pages for section in hw.config.sections)
@@ -122,6 +122,20 @@ class EpcCore:
             patience_passes=self.policy.patience_passes,
             counters=self.counters,
             tracer=tracer,
+        )
+        self.claims = Claims(
+            runtime,
+            pages=pages_at_once(hw.config),
+            counters=self.counters,
+            released=self._ksgxd.candidate_added,
+        )
+        self.relief = Relief(
+            self,
+            runtime,
+            self._ksgxd,
+            self.claims,
+            patience_passes=None if "L7" in defects else self.policy.patience_passes,
+            in_use=self._in_use,
         )
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
 
@@ -179,6 +193,7 @@ class EpcCore:
         kind: str = "reg",
         cpu_node: int = 0,
         signal_pending: Callable[[], bool] = _never,
+        claim: Claim | None = None,
     ) -> EpcPage:
         """Return an EPC page whose EPCM entry is invalid, charged to ``group``.
 
@@ -190,9 +205,10 @@ class EpcCore:
             kind: what for, a label for counters.
             cpu_node: NUMA node of the CPU that asks; its EPC is tried first.
             signal_pending: asked before each batch; ``True`` gives up.
+            claim: the thread's that needs the page.
 
         Raises:
-            NoEpc: there is none and nothing can be reclaimed.
+            NoEpc: there is none and nothing can be reclaimed; says why.
             EpcBusy: there is none, and ``reclaim`` is false; ksgxd was woken.
             Interrupted: a signal is pending.
 
@@ -200,18 +216,27 @@ class EpcCore:
             ``sgx_alloc_epc_page()``, main.c; charging as in the EPC cgroup series, v17.
         """
         group = self.root if group is None else group
+        claims = self.claims
+        if claims.holder is not None:
+            claims.wants(claim)
         try:
-            seen = self._ksgxd.generation, self._ksgxd.outcomes
+            if claims.short is not None:
+                self.relief.stand_aside(group, Request(reclaim, signal_pending, claim))
+            ksgxd = self._ksgxd
+            seen = ksgxd.generation, ksgxd.outcomes
             refused = group.try_charge()
             if refused is not None:
-                self._charge_slowly(group, refused, seen, reclaim=reclaim, signal=signal_pending)
+                request = Request(reclaim, signal_pending, claim)
+                self._charge_slowly(group, refused, seen, request)
             try:
                 page = self._pool.take(cpu_node)
                 if page is None:
-                    page = self._take_slowly(cpu_node, reclaim=reclaim, signal=signal_pending)
+                    page = self._take_slowly(cpu_node, Request(reclaim, signal_pending, claim))
             except BaseException:
                 group.uncharge()
                 raise
+            if claims.short is not None:
+                claims.got_page(claim)
         except (NoEpc, EpcBusy, Interrupted) as error:
             self._refused(kind, error)
             raise
@@ -229,96 +254,32 @@ class EpcCore:
         held[kind] = held.get(kind, 0) + change
         self._held_latch.release()
 
-    def _pressure(self) -> Pressure:
-        return Pressure(None if "L7" in self.defects else self.policy.patience_passes)
-
     def _charge_slowly(
-        self,
-        group: Group,
-        refused: Group | None,
-        seen: tuple[int, int],
-        *,
-        reclaim: bool,
-        signal: Callable[[], bool],
+        self, group: Group, refused: Group | None, seen: tuple[int, int], request: Request
     ) -> None:
         """Relieve the group that refused and charge again, until that succeeds or is hopeless."""
-        pressure = self._pressure()
+        relief = self.relief
+        pressure = relief.pressure()
         while refused is not None:
             if self.tracer is not None:
-                self.tracer(events.ChargeRefused("reclaim" if reclaim else "busy"))
+                self.tracer(events.ChargeRefused("reclaim" if request.reclaim else "busy"))
             try:
-                self._relieve(refused, seen, pressure, reclaim=reclaim, signal=signal)
+                relief.step(refused, seen, pressure, request)
             except NoEpc:
                 if not refused.reclaim_failed():
                     raise
-            seen = self._ksgxd.generation, self._ksgxd.outcomes
+            seen = relief.now()
             refused = group.try_charge()
 
-    def _take_slowly(self, cpu_node: int, *, reclaim: bool, signal: Callable[[], bool]) -> EpcPage:
-        pressure = self._pressure()
+    def _take_slowly(self, cpu_node: int, request: Request) -> EpcPage:
+        relief = self.relief
+        pressure = relief.pressure()
         while True:
-            seen = self._ksgxd.generation, self._ksgxd.outcomes
+            seen = relief.now()
             page = self._pool.take(cpu_node)
             if page is not None:
                 return page
-            self._relieve(self.root, seen, pressure, reclaim=reclaim, signal=signal)
-
-    def _relieve(
-        self,
-        group: Group,
-        seen: tuple[int, int],
-        pressure: Pressure,
-        *,
-        reclaim: bool,
-        signal: Callable[[], bool],
-    ) -> None:
-        """Do one step towards a page for ``group``; raise when the caller should not try again.
-
-        Args:
-            group: in whose subtree a page has to leave.
-            seen: generation and outcomes before the caller found that there was none.
-            pressure: how hard the caller has tried.
-            reclaim: as for :meth:`alloc`.
-            signal: as for :meth:`alloc`.
-        """
-        generation, outcomes = seen
-        if not group.has_reclaimable():
-            if self._ksgxd.generation != generation:
-                return
-            # Deviation: Linux says ENOMEM, although a batch that runs now may hold every page
-            # there is; in a small EPC it often does.
-            if not self._ksgxd.working.value:
-                raise NoEpc
-            if reclaim:
-                if signal():
-                    raise Interrupted
-                self._ksgxd.wait_for_batch(generation)
-                return
-        if not reclaim:
-            if self._ksgxd.take_ticket(group) or self._futile > _FUTILE_PATIENCE:
-                self._futile = 0
-                raise NoEpc
-            self._ksgxd.request(group)
-            raise EpcBusy(outcomes, group)
-        if signal():
-            raise Interrupted
-        self.counters.direct += 1
-        pressure.note(self.reclaim(group, force=pressure.force))
-        if pressure.hopeless(self._in_use()):
-            raise NoEpc
-        self.runtime.yield_now()
-
-    def note_load(self) -> None:
-        """A page that somebody wanted has come."""
-        self._futile = 0
-
-    def note_futile(self) -> None:
-        """A page that was loaded for another one has left again before that one came.
-
-        When that goes on, what a load has fetched first is all that can leave, and no load will
-        ever get to its end: there is no memory.
-        """
-        self._futile += 1
+            relief.step(self.root, seen, pressure, request)
 
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value
@@ -350,7 +311,7 @@ class EpcCore:
         assert group is not None and not page.leaked, f"{page!r} is freed but nobody had it"
         group.uncharge()
         page.owner = page.group = None
-        page.blocked = False
+        page.blocked = page.kept = False
         self._count_held(page.kind, -1)
         self._pool.give(page)
         self._ksgxd.page_freed()

@@ -18,8 +18,9 @@ class Counters:
     Attributes:
         held: pages handed out now, by kind (``secs``, ``va``, ``reg``, ``tcs``, ``vepc``).
         batches: batches of reclaim; ``scanned`` pages isolated, of which ``young`` and
-            ``not_prepared`` (no backing, no VA slot) and ``not_blocked`` and ``not_written`` went
-            back, ``dying`` were forgotten, ``reclaimed`` left.
+            ``not_prepared`` (no backing, no VA slot), ``kept`` (for a thread that holds),
+            ``not_blocked`` and ``not_written`` went back, ``dying`` were forgotten, ``reclaimed``
+            left.
         ewb_first, ewb_second, ewb_third: evictions by the try that succeeded.
         ewb_failed: evictions that did not.
         etrack, prev_trk_incmpl, kicks: tracking cycles begun, refused, rounds of interrupts.
@@ -30,6 +31,7 @@ class Counters:
         lost: pages whose content no longer exists (power loss, or a defect).
         alloc_busy, alloc_none, alloc_interrupted: refused allocations.
         direct: batches that an allocation had to wait for.
+        claims: turns of threads that were robbed of what they had loaded.
         wakeups: times that ksgxd was woken.
         leaked: pages that EREMOVE refused.
         unsanitized: pages left after sanitizing.
@@ -40,6 +42,7 @@ class Counters:
     scanned: int = 0
     young: int = 0
     not_prepared: int = 0
+    kept: int = 0
     not_blocked: int = 0
     not_written: int = 0
     dying: int = 0
@@ -65,6 +68,7 @@ class Counters:
     alloc_none: int = 0
     alloc_interrupted: int = 0
     direct: int = 0
+    claims: int = 0
     wakeups: int = 0
     leaked: int = 0
     unsanitized: int = 0

@@ -27,7 +27,7 @@ class PagingError(Exception):
 
 
 class NoEpc(PagingError):
-    """There is no EPC page and none can be reclaimed: ENOMEM."""
+    """There is no EPC page and none can be reclaimed: ENOMEM.  Its text says why."""
 
 
 class EpcBusy(PagingError):
@@ -36,11 +36,14 @@ class EpcBusy(PagingError):
     Attributes:
         outcomes: how often there had been news by then; for :meth:`EpcCore.wait_for_page`.
         group: in whose subtree a page has to leave first; ``None`` is the root.
+        pause: whether another thread has its turn, so that the way to wait is a short sleep.
     """
 
-    def __init__(self, outcomes: int = -1, group: Group | None = None) -> None:
+    def __init__(
+        self, outcomes: int = -1, group: Group | None = None, *, pause: bool = False
+    ) -> None:
         super().__init__("no EPC page is free now")
-        self.outcomes, self.group = outcomes, group
+        self.outcomes, self.group, self.pause = outcomes, group, pause
 
 
 class Interrupted(PagingError):

@@ -29,6 +29,14 @@ class Ungrouped:
         """Yield this group, for ever."""
         return repeat(self)
 
+    def is_below(self, other: Group) -> bool:
+        """Return whether ``other`` is this group."""
+        return other is self
+
+    def describe(self) -> str:
+        """Return what it is."""
+        return "the EPC"
+
     def has_reclaimable(self) -> bool:
         """Return whether the list has a page."""
         return len(self.lru) > 0

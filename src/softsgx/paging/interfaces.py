@@ -99,6 +99,12 @@ class Group(Protocol):
         The position is shared by all walkers of this group, so that siblings shrink evenly.
         """
 
+    def is_below(self, other: Group) -> bool:
+        """Return whether what is charged here is charged to ``other`` too."""
+
+    def describe(self) -> str:
+        """Return what has how many pages at most, for people."""
+
     def has_reclaimable(self) -> bool:
         """Return whether any LRU in the subtree has a page."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from softsgx.paging.claims import PAUSE_NS
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Sanitized
 from softsgx.paging.failures import EpcBusy
@@ -132,6 +133,9 @@ class Ksgxd:
 
     def wait_for_page(self, busy: EpcBusy) -> None:
         """As :meth:`EpcCore.wait_for_page`."""
+        if busy.pause:
+            self._runtime.sleep(PAUSE_NS)
+            return
         group = self._root if busy.group is None else busy.group
         self._faults[group] += 1
         try:

@@ -32,6 +32,7 @@ class EpcPage:
         lru: the list it is tracked on; written under that list's latch.
         blocked: EBLOCK was done to it and cannot be undone: no mapping of it may be made until it
             has been evicted and loaded again.
+        kept: a thread needs it for its instruction: it stays until that has completed.
         leaked: EREMOVE refused it, so it can never be used again.
     """
 
@@ -40,6 +41,7 @@ class EpcPage:
         "blocked",
         "free",
         "group",
+        "kept",
         "kind",
         "leaked",
         "lru",
@@ -55,9 +57,9 @@ class EpcPage:
         self.group: Group | None = None
         self.lru: Lru | None = None
         self.kind = ""
-        self.free = self.poisoned = self.tracked = self.blocked = self.leaked = False
+        self.free = self.poisoned = self.tracked = self.blocked = self.kept = self.leaked = False
 
     def __repr__(self) -> str:
-        flags = ("free", "poisoned", "tracked", "blocked", "leaked")
+        flags = ("free", "poisoned", "tracked", "blocked", "kept", "leaked")
         words = [self.kind, *(flag for flag in flags if getattr(self, flag))]
         return f"<EPC {self.addr:#x} {' '.join(words)}>"

@@ -161,6 +161,10 @@ class Reclaimer:
             if page.poisoned and not self._ignore_poison:
                 self._skip(lru, page, owner, "poisoned")
                 continue
+            if page.kept:
+                counters.kept += 1
+                self._skip(lru, page, owner, "kept")
+                continue
             leaves = force or old(owner)
             if self.tracer is not None:
                 self.tracer(Aged(page.addr, not leaves))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES, Status
 from softsgx.hw import Fault, PageFault
+from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded, TrackingRound
 from softsgx.paging.failures import BackingError, LoadFailed, MachineCheck
 from softsgx.paging.idle_secs import IdleSecs
@@ -80,7 +81,7 @@ class EnclaveSwap(SwapSpace):
         self.secs_entry: SwapEntry | None = None
         self.children = self.peak_children = 0
         self.ewbs = self.etracks = 0
-        self._secs_may_leave = self._secs_unused = False
+        self._secs_may_leave = False
         self._base, self._kick = base, kick
         self._secs_page = IdleSecs(self)
         self._frees_failed = "L1" in core.defects
@@ -106,7 +107,7 @@ class EnclaveSwap(SwapSpace):
         self.secs = page
         page.owner = self._secs_page
 
-    def load_secs(self, *, cpu_node: int = 0) -> EpcPage:
+    def load_secs(self, *, cpu_node: int = 0, claim: Claim | None = None) -> EpcPage:
         """Return the SECS page, loaded if it was evicted; never reclaims.
 
         Call :meth:`child_added` after a leaf that gave it a child.
@@ -120,8 +121,10 @@ class EnclaveSwap(SwapSpace):
             return self.secs
         entry = self.secs_entry
         assert entry is not None, "the SECS is neither in the EPC nor evicted"
-        page = self._eldu(entry, 0, 0, self._secs_page, "secs", cpu_node, self._group)
-        self.secs, self.secs_entry, self._secs_unused = page, None, True
+        page = self._eldu(entry, 0, 0, self._secs_page, "secs", cpu_node, self._group, claim)
+        self.secs, self.secs_entry = page, None
+        if claim is not None:
+            self._core.claims.fetched(claim, self._secs_page, page)
         self._counters.secs_in += 1
         self.secs_idle()  # unless a child follows
         return page
@@ -133,8 +136,6 @@ class EnclaveSwap(SwapSpace):
         self.children += 1
         if self.children > self.peak_children:
             self.peak_children = self.children
-        self._secs_unused = False
-        self._core.note_load()
 
     def child_removed(self) -> None:
         """EREMOVE has taken a resident page from the enclave; the SECS stays for a while."""
@@ -286,6 +287,9 @@ class EnclaveSwap(SwapSpace):
         """The last child has left: the SECS follows, and the VA pages may."""
         secs = self.secs
         assert secs is not None, "the enclave had resident pages but no SECS"
+        if secs.kept:
+            self.secs_idle()
+            return
         if not self._core.unmark_reclaimable(secs):
             return  # a batch has it, and either evicts it or puts it back on its list
         reservation = self.reserve_secs()
@@ -310,8 +314,6 @@ class EnclaveSwap(SwapSpace):
             return False
         self.secs, self.secs_entry = None, entry
         self._counters.secs_out += 1
-        if self._secs_unused:
-            self._core.note_futile()
         self.va.list_all()
         return True
 
@@ -325,11 +327,12 @@ class EnclaveSwap(SwapSpace):
         kind: str = "reg",
         cpu_node: int = 0,
         group: Group | None = None,
+        claim: Claim | None = None,
     ) -> EpcPage:
         """ELDU, after the SECS and the VA page: return the EPC page ``entry`` is now in.
 
         ``entry`` is spent.  The caller attaches the page, then marks it reclaimable.  Never
-        reclaims.
+        reclaims.  What is loaded is noted in ``claim``, the thread's that needs the page.
 
         Raises:
             EpcBusy: no EPC page now; whatever was loaded on the way stays.
@@ -340,10 +343,12 @@ class EnclaveSwap(SwapSpace):
             raise LoadFailed("lost")
         secs = self.secs
         if secs is None or self._secs_page.reservation is not None:
-            secs = self.load_secs(cpu_node=cpu_node)
+            secs = self.load_secs(cpu_node=cpu_node, claim=claim)
         linaddr = self._base + entry.index * PAGE_BYTES
-        page = self._eldu(entry, linaddr, secs.addr, owner, kind, cpu_node, group)
+        page = self._eldu(entry, linaddr, secs.addr, owner, kind, cpu_node, group, claim)
         self.child_added()
+        if claim is not None and owner is not None:
+            self._core.claims.loaded(claim, owner, page)
         return page
 
     def _eldu(
@@ -355,12 +360,15 @@ class EnclaveSwap(SwapSpace):
         kind: str,
         cpu_node: int,
         group: Group | None,
+        claim: Claim | None,
     ) -> EpcPage:
         slot, core, counters = entry.slot, self._core, self._counters
         if slot is None:
             raise LoadFailed("lost")
-        self.va.bring_in(slot.page)
-        page = core.alloc(owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node)
+        self.va.bring_in(slot.page, claim)
+        page = core.alloc(
+            owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node, claim=claim
+        )
         try:
             pinned = self._file.open(entry.index)
         except BackingError as error:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from softsgx.paging.claims import Claim
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
 from softsgx.paging.page import EpcPage
@@ -145,7 +146,7 @@ class SwapSpace:
         with self.lock:
             self._link(epc)
 
-    def grow_locked(self, *, cpu_node: int = 0) -> None:
+    def grow_locked(self, *, cpu_node: int = 0, claim: Claim | None = None) -> None:
         """As :meth:`grow`, with the lock held and without reclaim.
 
         Raises:
@@ -153,11 +154,10 @@ class SwapSpace:
             NoEpc, LoadFailed: as for :meth:`grow`.
         """
         if not self._promised():
-            self._link(
-                self._core.alloc(
-                    None, reclaim=False, group=self._group, kind="va", cpu_node=cpu_node
-                )
+            epc = self._core.alloc(
+                None, reclaim=False, group=self._group, kind="va", cpu_node=cpu_node, claim=claim
             )
+            self._link(epc)
 
     def _promised(self) -> bool:
         """Promise a slot of the VA pages there are, if one of them has it."""
@@ -200,8 +200,10 @@ class SwapSpace:
         if not self._late_backing:
             try:
                 pinned = self._file.reserve(index, announced=announced)
-            except BackingError:
+            except BackingError as error:
+                self._core.relief.backing_error = str(error)
                 return None
+            self._core.relief.backing_error = ""
         return Reservation(index, self.va.take(), pinned)
 
     def announce(self, reservation: Reservation) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOTS, PageType, Status
 from softsgx.hw import Fault
+from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
@@ -102,7 +103,7 @@ class VaArray:
         rest = page.free = free & (free - 1)
         bit = free ^ rest  # the lowest
         page.pins += 1
-        page.accessed, page.unused = True, False
+        page.accessed = True
         self.used += 1
         self.room -= 1
         if not rest:
@@ -125,7 +126,7 @@ class VaArray:
 
     def emptied(self, slot: VaSlot) -> None:
         """ELDU has emptied ``slot``."""
-        slot.page.accessed, slot.page.unused = True, False
+        slot.page.accessed = True
         self._free(slot)
 
     def dropped(self, slot: VaSlot) -> None:
@@ -221,7 +222,7 @@ class VaArray:
         page.epc = None
         self._pages.move_to_end(page)
 
-    def bring_in(self, page: VaPage) -> None:
+    def bring_in(self, page: VaPage, claim: Claim | None = None) -> None:
         """Make ``page`` resident, after the pages above it; the array's lock is held.
 
         Raises:
@@ -234,17 +235,17 @@ class VaArray:
                 page.stay()
             return
         with self.tree_lock():
-            self._load(page)
+            self._load(page, claim)
         self.stays(page)
         self.list_page(page)
 
-    def _load(self, page: VaPage) -> None:
+    def _load(self, page: VaPage, claim: Claim | None) -> None:
         """ELDU ``page``; the tree's lock is held."""
         tree, core, slot = self.tree, self.tree.core, page.parent
         if page.lost or slot is None:
             raise LoadFailed("lost")
-        slot.page.array.bring_in(slot.page)
-        epc = core.alloc(page, reclaim=False, group=self.group, kind="va")
+        slot.page.array.bring_in(slot.page, claim)
+        epc = core.alloc(page, reclaim=False, group=self.group, kind="va", claim=claim)
         try:
             pinned = tree.file.open(page.index)
         except BackingError as error:
@@ -259,8 +260,10 @@ class VaArray:
             raise LoadFailed(name_of(ending))
         tree.file.loaded(pinned)
         slot.page.array.emptied(slot)
-        page.parent, page.epc, page.unused = None, epc, True
+        page.parent, page.epc = None, epc
         core.counters.va_in += 1
+        if claim is not None:
+            core.claims.fetched(claim, page, epc)
         tree.retire(slot.page)
 
     def unlink(self, page: VaPage) -> None:

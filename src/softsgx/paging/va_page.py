@@ -69,7 +69,6 @@ class VaPage:
             into one says VA_SLOT_OCCUPIED, and no harm is done.
         pins: evictions that have reserved a slot here: it must stay.
         accessed: whether a slot was used since the last look.
-        unused: whether it was loaded, and no slot was used since.
         parent: the slot that holds its own version while it is evicted.
         leaving: while it is about to leave: its backing, and the slot for its version.
         lost: it was in the EPC when that lost power.
@@ -86,7 +85,6 @@ class VaPage:
         "parent",
         "pins",
         "stale",
-        "unused",
     )
 
     def __init__(self, array: VaArray, index: int) -> None:
@@ -95,7 +93,7 @@ class VaPage:
         self.free = ALL_FREE
         self.stale = 0
         self.pins = 0
-        self.accessed = self.unused = False
+        self.accessed = False
         self.parent: VaSlot | None = None
         self.lost = False
         self.leaving: tuple[Pinned, VaSlot] | None = None
@@ -178,8 +176,6 @@ class VaPage:
             self.leaving, self.parent = None, slot
             array.gone(self)
             tree.core.counters.va_out += 1
-            if self.unused:
-                tree.core.note_futile()
             return True
 
     def stay(self) -> None:

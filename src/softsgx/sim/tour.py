@@ -44,7 +44,7 @@ from softsgx.image import (
     unsigned_sigstruct,
 )
 from softsgx.image import measure as measure_plan
-from softsgx.runtime import InlineRuntime
+from softsgx.runtime import SeededRuntime
 from softsgx.trace import Event
 
 __all__ = ["Chapter", "Line", "paging_tour"]
@@ -80,7 +80,7 @@ class _Tour:
         self.chapters: list[Chapter] = []
         self.hw = Machine(
             MachineConfig.with_epc(_EPC_PAGES * PAGE_BYTES, processors=2),
-            InlineRuntime(seed),
+            SeededRuntime(seed),  # keys too follow from the seed
             tracer=self.hear,
         )
         self.leaves, section = self.hw.leaves, self.hw.config.sections[0]

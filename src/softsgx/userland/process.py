@@ -44,7 +44,7 @@ from softsgx.hw import (
 )
 from softsgx.image import EnclaveImage
 from softsgx.layout import Structure
-from softsgx.paging import Group
+from softsgx.paging import Claim, Group
 from softsgx.userland.enclave import LoadedEnclave, load_enclave
 from softsgx.userland.memory import SoftMemory
 from softsgx.userland.page_tables import Computer, SoftPtes
@@ -127,6 +127,11 @@ class SoftProcess:
     def signal_pending(self) -> bool:
         """Return whether a signal is pending."""
         return self.signal if isinstance(self.signal, bool) else self.signal()
+
+    @property
+    def claim(self) -> None:
+        """Return ``None``: its threads have claims."""
+        return None
 
     # --- system calls ---------------------------------------------------------------------------
 
@@ -307,13 +312,45 @@ class SoftThread:
         cpu: where it runs.
         tcs: the TCS it has entered, 0 outside.
         exits: asynchronous exits it has resumed from.
+        claim: pages that it needs at once.
     """
 
     def __init__(self, process: SoftProcess, cpu: LogicalProcessor) -> None:
         self.process, self.cpu = process, cpu
         self.tcs = 0
         self.exits = 0
+        self.claim = Claim()
         self._mode: EnclaveMode | None = None
+
+    # --- Task: the process', but for the claim --------------------------------------------------
+
+    @property
+    def mm(self) -> Mm:
+        """Its address space."""
+        return self.process.mm
+
+    @property
+    def memory(self) -> SoftMemory:
+        """The ordinary memory of that address space."""
+        return self.process.memory
+
+    @property
+    def group(self) -> Group:
+        """Who pays for its EPC pages."""
+        return self.process.group
+
+    @property
+    def personality_read_implies_exec(self) -> bool:
+        """Whether its personality has READ_IMPLIES_EXEC."""
+        return self.process.personality_read_implies_exec
+
+    def file(self, fd: int) -> EnclaveFile | ProvisionFile | None:
+        """Return the open file of a descriptor."""
+        return self.process.file(fd)
+
+    def signal_pending(self) -> bool:
+        """Return whether a signal is pending."""
+        return self.process.signal_pending()
 
     @property
     def inside(self) -> bool:
@@ -331,7 +368,10 @@ class SoftThread:
         assert not self.tcs, "the thread is inside already"
         self._schedule()
         self.cpu.regs.rip = _CODE
-        self._until_done(lambda: self.cpu.enclu.eenter(tcs, _AEP))
+        try:
+            self._until_done(lambda: self.cpu.enclu.eenter(tcs, _AEP))
+        finally:
+            self._retire()
         self.tcs, self._mode = tcs, self.cpu.inside
 
     def exit(self) -> None:
@@ -410,6 +450,17 @@ class SoftThread:
         Raises:
             Signal: a fault that the kernel cannot mend.
         """
+        try:
+            return self._repeat(instruction, again=again)
+        finally:
+            self._retire()
+
+    def _retire(self) -> None:
+        """An instruction has completed, or a signal is sent for it: its pages may leave."""
+        if self.claim.loads:
+            self.process.driver.core.claims.release(self.claim)
+
+    def _repeat(self, instruction: Callable[[LogicalProcessor], T], *, again: bool) -> T:
         cpu = self.cpu
         in_a_row = 0
         while True:
@@ -456,7 +507,7 @@ class SoftThread:
             kind = PROT_WRITE
         elif fault.code & Pfec.I:
             kind = PROT_EXEC
-        match self.process.mm.fault(fault.address, kind, self.process):
+        match self.process.mm.fault(fault.address, kind, self):
             case FaultResult.NOPAGE | FaultResult.RETRY:
                 return
             case FaultResult.SIGBUS:

@@ -25,7 +25,7 @@ from softsgx.host import Platform
 from softsgx.paging import FileBacking
 from softsgx.trace import Event
 
-EPC = 20 * 4096
+EPC = 28 * 4096
 SECRET = (0x5345435245545F5F).to_bytes(8, "little")  # what limits.c puts into every page
 RUN = """
 import sys

@@ -17,7 +17,7 @@ from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.program import ProgramThread
 
 DATA_PAGES = 20
-EPC_PAGES = 20
+EPC_PAGES = 28
 FOUND = {finding.name: finding.ok for finding in doctor()}
 
 pytestmark = [

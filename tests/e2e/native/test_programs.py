@@ -27,8 +27,8 @@ from softsgx.errors import SoftSgxError
 from softsgx.report import Collector
 from softsgx.trace import Event
 
-DATA_PAGES = 20
-EPC_PAGES = 20
+DATA_PAGES = 28
+EPC_PAGES = 25
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),

@@ -37,7 +37,7 @@ def selftest() -> Path:
 @pytest.mark.parametrize(
     ("pages", "pager", "strict"),
     [
-        (12, "userfaultfd", False),
+        (28, "userfaultfd", False),
         (64, "userfaultfd", False),
         (64, "userfaultfd", True),
         (64, "mprotect", False),

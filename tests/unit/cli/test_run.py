@@ -68,7 +68,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def run(*words: str) -> int:
-    return main(["run", "--epc", "96KiB", *words])
+    return main(["run", "--epc", "112KiB", *words])
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (255, 255), (-15, 143), (-9, 137)])
@@ -108,10 +108,10 @@ def test_json_holds_one_object(engine: Engine, tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert document["format"] == "softsgx-run/1"
     assert document["command"] == ["app", "x"]
-    assert document["platform"]["epc_bytes"] == 96 << 10
+    assert document["platform"]["epc_bytes"] == 112 << 10
     (enclave,) = document["enclaves"]
     assert enclave["evictions"] > 0
-    assert enclave["peak_resident_bytes"] <= 96 << 10
+    assert enclave["peak_resident_bytes"] <= 112 << 10
 
 
 @pytest.mark.parametrize("option", ["--json", "--trace", "--report"])
@@ -154,25 +154,25 @@ def test_without_a_trace_nobody_listens(engine: Engine) -> None:
 
 
 def test_the_program_runs_in_the_last_group_limited(engine: Engine) -> None:
-    run("--quiet", "--limit", "jobs=90KiB", "--limit", "jobs/a=64KiB", "--", "app")
+    run("--quiet", "--limit", "jobs=106KiB", "--limit", "jobs/a=104KiB", "--", "app")
     (call,) = engine.calls
     assert call["group"] == "jobs/a"
-    assert call["config"].group_max_pages("jobs") == 22
-    assert call["config"].group_max_pages("jobs/a") == 16
+    assert call["config"].group_max_pages("jobs") == 26
+    assert call["config"].group_max_pages("jobs/a") == 26
 
 
 def test_a_group_can_be_named(engine: Engine) -> None:
-    run("--quiet", "--limit", "jobs=90KiB", "--group", "other", "--", "app")
+    run("--quiet", "--limit", "jobs=106KiB", "--group", "other", "--", "app")
     assert engine.calls[0]["group"] == "other"
 
 
 def test_options_win_over_the_file(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "platform.toml"
     path.write_text('epc = "1GiB"\nseed = 9\n[groups.a]\nmax = "1MiB"\n')
-    run("--quiet", "--config", str(path), "--limit", "b=64KiB", "--", "app")
+    run("--quiet", "--config", str(path), "--limit", "b=104KiB", "--", "app")
     config = engine.calls[0]["config"]
-    assert (config.section_bytes(), config.seed) == ([96 << 10], 9)
-    assert (config.group_max_pages("a"), config.group_max_pages("b")) == (256, 16)
+    assert (config.section_bytes(), config.seed) == ([112 << 10], 9)
+    assert (config.group_max_pages("a"), config.group_max_pages("b")) == (256, 26)
 
 
 @pytest.mark.parametrize(

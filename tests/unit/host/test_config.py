@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.errors import SoftSgxError
-from softsgx.host import MIN_EPC_PAGES, Platform, PlatformConfig, parse_size
+from softsgx.host import PROFILES, Platform, PlatformConfig, parse_size
+from softsgx.paging import needed_pages
 
 
 @pytest.mark.parametrize(
@@ -22,8 +24,9 @@ def test_sizes_carry_units(text: int | str, size: int) -> None:
     ("values", "words"),
     [
         ({"epc": "much"}, "epc = 'much'"),
-        ({"epc": "44KiB"}, "11 pages; an enclave needs 12"),
-        ({"epc": 49153}, "multiples of 4096"),
+        ({"epc": "80KiB"}, "20 pages; give at least 25 (100KiB)"),
+        ({"groups": {"a": {"max": 0}}}, "groups.a.max = 0: 0 pages; give at least 25"),
+        ({"epc": 114689}, "multiples of 4096"),
         ({"epc": True}, "epc = True"),
         ({"epc": ("1MiB",) * 9}, "9 EPC sections"),
         ({"processors": 0}, "0 processors"),
@@ -68,8 +71,16 @@ def test_the_impossible_is_refused_in_one_line_that_names_it(
     assert "\n" not in str(refused.value)
 
 
-def test_the_smallest_epc_is_accepted() -> None:
-    assert PlatformConfig(epc=MIN_EPC_PAGES * 4096).machine().sections[0].pages == MIN_EPC_PAGES
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_is_needed_is_accepted_and_one_page_less_is_not(profile: str) -> None:
+    needed = needed_pages(PlatformConfig(profile=profile).machine())
+    enough, few = needed * PAGE_BYTES, (needed - 1) * PAGE_BYTES
+    PlatformConfig(epc=enough, profile=profile, groups={"jobs": {"max": enough}})
+    complaint = rf": {needed - 1} pages; give at least {needed} \({needed * 4}KiB\): one"
+    with pytest.raises(SoftSgxError, match=rf"^epc = {few}{complaint}"):
+        PlatformConfig(epc=few, profile=profile)
+    with pytest.raises(SoftSgxError, match=rf"^groups.jobs.max = {few}{complaint}"):
+        PlatformConfig(profile=profile, groups={"jobs": {"max": few}})
 
 
 def test_each_section_is_a_node_and_processors_are_spread_over_them() -> None:
@@ -80,12 +91,12 @@ def test_each_section_is_a_node_and_processors_are_spread_over_them() -> None:
 
 def test_a_file_says_the_same_as_keywords(tmp_path: Path) -> None:
     path = tmp_path / "platform.toml"
-    path.write_text('epc = ["1MiB", "2MiB"]\nseed = 3\n[groups."jobs/a"]\nmax = "64KiB"\n')
+    path.write_text('epc = ["1MiB", "2MiB"]\nseed = 3\n[groups."jobs/a"]\nmax = "128KiB"\n')
     config = PlatformConfig.load(path, seed=4)
     assert config == PlatformConfig(
-        epc=("1MiB", "2MiB"), seed=4, groups={"jobs/a": {"max": "64KiB"}}
+        epc=("1MiB", "2MiB"), seed=4, groups={"jobs/a": {"max": "128KiB"}}
     )
-    assert config.group_max_pages("jobs/a") == 16
+    assert config.group_max_pages("jobs/a") == 32
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,6 @@ def test_a_bad_file_is_named(tmp_path: Path, text: bytes | None, words: str) -> 
 
 def test_every_group_that_a_configuration_takes_can_be_made(tmp_path: Path) -> None:
     names = ["a", "jobs/a", "/jobs/b/", "ä", "a" * 255, "0", " "]
-    config = PlatformConfig(groups={name: {"max": 0} for name in names})
+    config = PlatformConfig(groups={name: {"max": "1MiB"} for name in names})
     with Platform(config, backing_directory=str(tmp_path)) as platform:
-        assert all(platform.cgroups.make(name).max_pages == 0 for name in names)
+        assert all(platform.cgroups.make(name).max_pages == 256 for name in names)

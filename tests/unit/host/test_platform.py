@@ -48,8 +48,8 @@ def test_the_driver_is_loaded_once_and_nothing_else_is() -> None:
 
 
 def test_groups_are_made_with_their_limits() -> None:
-    platform = Platform(epc="1MiB", groups={"jobs/a": {"max": "64KiB"}})
-    assert platform.cgroups.find("jobs/a").max_pages == 16
+    platform = Platform(epc="1MiB", groups={"jobs/a": {"max": "128KiB"}})
+    assert platform.cgroups.find("jobs/a").max_pages == 32
     assert platform.cgroups.find("jobs").max_pages is None
 
 

@@ -12,9 +12,9 @@ def test_the_fixture_is_a_running_platform(sgx_platform: softsgx.Platform) -> No
     assert sgx_platform.config == softsgx.PlatformConfig()
 
 
-@pytest.mark.sgx_platform(epc="48KiB", seed=5)
+@pytest.mark.sgx_platform(epc="112KiB", seed=5)
 def test_the_marker_configures_it(sgx_platform: softsgx.Platform) -> None:
-    assert sgx_platform.core.epc_pages == 12
+    assert sgx_platform.core.epc_pages == 28
     assert sgx_platform.config.seed == 5
 
 

@@ -48,17 +48,17 @@ def test_a_guest_pays_where_it_was_told_to() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"epc": "4KiB"}, "at least 12 pages"),
-        ({"epc": "64KiB", "processors": 0}, "one processor"),
-        ({"epc": "2MiB", "ballast": "1000KiB"}, "leaves less than 12 of 256 EPC pages"),
-        ({"epc": "2MiB", "ballast": "80KiB", "group": "small"}, "/small may have 20 pages"),
-        ({"epc": "64KiB", "ballast": "128KiB"}, "a ballast of 32 pages in an EPC of 16"),
+        ({"epc": "4KiB"}, r"give at least 25 \(100KiB\)"),
+        ({"epc": "112KiB", "processors": 0}, "one processor"),
+        ({"epc": "2MiB", "ballast": "1000KiB"}, "leaves less than 25 of 256 EPC pages"),
+        ({"epc": "2MiB", "ballast": "100KiB", "group": "small"}, "/small may have 25 pages"),
+        ({"epc": "112KiB", "ballast": "128KiB"}, "a ballast of 32 pages in an EPC of 28"),
         ({"epc": "many"}, "no size"),
     ],
 )
 def test_impossible_guests_are_refused(options: dict[str, object], complaint: str) -> None:
     with (
-        Platform(epc="1MiB", groups={"small": {"max": "80KiB"}}) as platform,
+        Platform(epc="1MiB", groups={"small": {"max": "100KiB"}}) as platform,
         pytest.raises(SoftSgxError, match=complaint),
     ):
         platform.guest("a", **options)  # type: ignore[arg-type]
@@ -66,8 +66,8 @@ def test_impossible_guests_are_refused(options: dict[str, object], complaint: st
 
 def test_ballasts_of_all_guests_count() -> None:
     with Platform(epc="256KiB") as platform:
-        platform.guest("a", epc="256KiB", ballast="160KiB")
-        with pytest.raises(SoftSgxError, match="with 40 pages of other guests'"):
+        platform.guest("a", epc="256KiB", ballast="120KiB")
+        with pytest.raises(SoftSgxError, match="with 30 pages of other guests'"):
             platform.guest("b", epc="256KiB", ballast="80KiB")
 
 

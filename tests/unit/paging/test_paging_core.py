@@ -514,6 +514,12 @@ class Limited:
         while True:
             yield self
 
+    def is_below(self, other: Group) -> bool:
+        return other is self
+
+    def describe(self) -> str:
+        return f"a group of {self.limit} pages"
+
     def has_reclaimable(self) -> bool:
         return len(self.lru) > 0
 

@@ -11,7 +11,7 @@ from types import FrameType
 from tests.support.epc import ToyEnclave
 from tests.support.hw import make_machine
 
-from softsgx.paging import EpcCore
+from softsgx.paging import Claim, EpcCore
 from softsgx.runtime import InlineRuntime
 
 BATCH = 16
@@ -38,8 +38,9 @@ def calls_of_a_cycle(epc_pages: int, others: int) -> int:
             assert epc is not None and page.write()
             core.free(epc)
         for index in range(BATCH):
-            encl.touch(index)
+            encl.fault(index, claim)
 
+    claim = Claim()
     cycle()
     calls = 0
 

@@ -112,7 +112,7 @@ class Supervisor(World):
         self.pager = pager or choose_pager()
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
-        self._refusals, self._told = 0, set[int]()
+        self._told = set[int]()
         self._faulting = can_fault_cpuid()
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
@@ -227,8 +227,8 @@ class Supervisor(World):
             result = file.ioctl(thread, command, regs.rdx)
         except OSError as error:
             result = -(error.errno or EIO)
-        if result == -ENOMEM:
-            self._tell_refused(thread, None)
+            if result == -ENOMEM:
+                self._tell(thread, "an ioctl fails with ENOMEM", error.strerror or "")
         if command == Ioctl.ENCLAVE_CREATE and result == 0:
             self._forbid(device, file)
             self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
@@ -238,19 +238,17 @@ class Supervisor(World):
             self._refresh(thread, file, regs.rdx)
         return result
 
-    def _tell_refused(self, thread: ProgramThread, address: int | None) -> None:
-        """Say why, if a page or a call was refused for want of memory; once for each process."""
-        core = self._driver.core
-        wants, self._refusals = core.counters.alloc_none - self._refusals, core.counters.alloc_none
-        if not wants or thread.process.pid in self._told:
-            return
-        self._told.add(thread.process.pid)
-        what = "an ioctl fails with ENOMEM" if address is None else f"SIGBUS at {address:#x}"
-        _LOG.warning(
-            "process %d: %s: none of %d EPC pages is free and none can leave, because the backing "
-            "store or the group's limit is full; allow more EPC, backing store or a higher limit",
-            *(thread.process.pid, what, core.epc_pages),
-        )
+    def _tell_refused(self, thread: ProgramThread, address: int) -> None:
+        """Say why a page of an enclave was refused with SIGBUS, if not for its own reasons."""
+        device = thread.image.device_at(address)
+        if device is not None and isinstance(device.file, EnclaveFile):
+            self._tell(thread, f"SIGBUS at {address:#x}", device.file.enclave.refusal)
+
+    def _tell(self, thread: ProgramThread, what: str, why: str) -> None:
+        """Log a shortage; once for each process."""
+        if why and thread.process.pid not in self._told:
+            self._told.add(thread.process.pid)
+            _LOG.warning("process %d: %s: %s", thread.process.pid, what, why)
 
     def _forbid(self, device: Device, file: EnclaveFile) -> None:
         """Name the instructions that code of a new enclave may not execute as this machine does."""
@@ -353,6 +351,7 @@ class Supervisor(World):
     def thread_died(self, thread: ProgramThread) -> None:
         """An interrupt takes its processor out of any enclave, and it never resumes."""
         del thread.image.threads[thread.tid]
+        self._driver.core.claims.release(thread.claim)
         if self._affinity is not None:
             self._affinity.gone(thread.tid)
         interrupt(thread.cpu)

@@ -14,7 +14,7 @@ from softsgx.engines.native.tracing.tracee import Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
-from softsgx.paging import Group
+from softsgx.paging import Claim, Group
 
 __all__ = ["Process", "ProgramThread", "Trap"]
 
@@ -77,6 +77,7 @@ class ProgramThread(Thread):
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         parked: whether it waits until it may run, with threads outside or in one enclave only.
         outgoing: what goes with the signal we deliver, instead of what the kernel has for it.
+        claim: pages that it needs at once.
     """
 
     tid: int
@@ -96,6 +97,7 @@ class ProgramThread(Thread):
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None
+    claim: Claim = field(default_factory=Claim)
 
     def __post_init__(self) -> None:
         regs = NativeRegisters()
