@@ -120,7 +120,6 @@ class Loop:
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
         self._dying: dict[int, ProgramThread] = {}
-        self._reaped: list[tuple[int, int]] = []  # while a thread was being served
 
     def add(self, thread: ProgramThread) -> None:
         """Know a thread that is stopped."""
@@ -130,9 +129,6 @@ class Loop:
         """Serve the program until its last thread is gone."""
         while self.threads or self._dying:
             self._between()
-            if self._reaped:
-                self._event(*self._reaped.pop())
-                continue
             if self._later:
                 thread = self._later.pop()
                 if thread.pending and self.threads.get(thread.tid) is thread:
@@ -267,7 +263,7 @@ class Loop:
         if isinstance(error, Gone):
             self._note(error)
         elif self._waits.has_moved(tid):
-            self._note(Gone(tid, None))
+            self._note(Gone(tid))
         elif isinstance(error, SoftSgxError):
             _LOG.error("process %d is ended: %s", pid, error)
             _kill(pid)
@@ -397,8 +393,6 @@ class Loop:
         thread = self.threads.get(gone.tid)
         if thread is not None:
             self._die(thread)
-        if gone.status is not None:
-            self._reaped.append((gone.tid, gone.status))
 
     def _die(self, thread: ProgramThread) -> None:
         """The first step of a thread's end: it runs no code of the program any more."""

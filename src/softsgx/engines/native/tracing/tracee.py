@@ -36,16 +36,15 @@ _MID_CALL = frozenset(
 
 
 class Gone(Exception):
-    """The thread runs no code of the program any more.
+    """The thread runs no code of the program any more; wait(2) tells, or will tell, of its end.
 
     Attributes:
         tid: its id.
-        status: what wait(2) said when it was reaped; ``None`` when that is still to come.
     """
 
-    def __init__(self, tid: int, status: int | None) -> None:
+    def __init__(self, tid: int) -> None:
         super().__init__(f"thread {tid} is gone")
-        self.tid, self.status = tid, status
+        self.tid = tid
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,7 +102,7 @@ class Thread:
         if self._loaded:
             return self.regs
         if _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) == -1:
-            raise Gone(self.tid, None)
+            raise Gone(self.tid)
         self._loaded = True
         return self.regs
 
@@ -116,7 +115,7 @@ class Thread:
         if self._changed:
             self._changed = False
             if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, self._regs_at) == -1:
-                raise Gone(self.tid, None)
+                raise Gone(self.tid)
         if self._new_xstate is not None:
             area, self._new_xstate, self._real_xstate = self._new_xstate, None, None
             self._write_xstate(area)
@@ -153,7 +152,7 @@ class Thread:
         if self._kept is not None:
             return self._kept
         if _ptrace(abi.PTRACE_GETSIGINFO, self.tid, 0, self._info_at) == -1:
-            raise Gone(self.tid, None)
+            raise Gone(self.tid)
         return self._info
 
     def set_siginfo(self, info: SigInfo) -> None:
@@ -163,7 +162,7 @@ class Thread:
     def sigmask(self) -> int:
         """Return the blocked signals; bit n-1 is signal n."""
         if _ptrace(abi.PTRACE_GETSIGMASK, self.tid, 8, _WORD_AT) == -1:
-            raise Gone(self.tid, None)
+            raise Gone(self.tid)
         return _WORD.value
 
     def set_sigmask(self, mask: int) -> None:
@@ -216,7 +215,7 @@ class Thread:
             self.set_siginfo(self._kept)
         request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
         if _ptrace(request, self.tid, 0, signal) == -1:
-            raise Gone(self.tid, None)
+            raise Gone(self.tid)
 
     def step(self, signal: int = 0) -> Stop:
         """Let it execute one instruction, or take a signal, and wait for that.
@@ -254,12 +253,13 @@ class Thread:
         try:
             status = self.waits.of(self.tid)
         except ChildProcessError:
-            raise Gone(self.tid, None) from None
+            raise Gone(self.tid) from None
         if not os.WIFSTOPPED(status):
-            raise Gone(self.tid, status)
+            self.waits.keep(self.tid, status)
+            raise Gone(self.tid)
         if stops_at_exit(status):
             let_end(self.tid)
-            raise Gone(self.tid, None)
+            raise Gone(self.tid)
         return self.stopped(status)
 
     def behind(self, stop: Stop) -> Stop:
@@ -429,7 +429,7 @@ class Thread:
         try:
             libc.ptrace(request, self.tid, address, data)
         except ProcessLookupError:
-            raise Gone(self.tid, None) from None
+            raise Gone(self.tid) from None
 
 
 def _signed(value: int) -> int:

@@ -61,6 +61,10 @@ class Waits:
                 let_end(other)
             self._kept.append((other, status))
 
+    def keep(self, tid: int, status: int) -> None:
+        """Tell a status again: what waited for it was not the one to handle it."""
+        self._kept.append((tid, status))
+
     def has_moved(self, tid: int) -> bool:
         """Return whether a thread that was stopped has left its stop: only SIGKILL does that."""
         if any(other == tid for other, _status in self._kept):

@@ -43,9 +43,8 @@ def finish(thread: Thread) -> int:
     while True:
         try:
             stop = thread.wait()
-        except Gone as gone:
-            status = gone.status or thread.waits.of(thread.tid)
-            return os.waitstatus_to_exitcode(status)
+        except Gone:
+            return os.waitstatus_to_exitcode(thread.waits.of(thread.tid))
         thread.resume(0 if stop.event or stop.syscall else stop.signal)
 
 
