@@ -135,3 +135,14 @@ def test_an_ioctl_that_a_signal_came_before_is_made_again_or_eintr_as_its_handle
     program: list[str], restart: bool
 ) -> None:
     assert exit_code(program, "interrupted", str(int(restart)), strict=False) == 0
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("before", [False, True])
+def test_locking_all_memory_leaves_the_pages_of_enclaves_to_the_epc(
+    program: list[str], before: bool, pager: str
+) -> None:
+    argv = [*program, "locked", str(int(before))]
+    result = run(argv, epc=EPC_PAGES * 4096, pager=pager)
+    assert result.exit_code == 0
+    assert result.counters["reclaimed"] and result.counters["eldu"], "nothing was paged"

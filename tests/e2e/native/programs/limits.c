@@ -533,11 +533,36 @@ static void patchwork(void)
 	check_untouched();
 }
 
+static unsigned long locked_kib(void)
+{
+	unsigned long kib = ~0ul;
+	char line[256];
+	FILE *f = fopen("/proc/self/status", "r");
+	while (f && fgets(line, sizeof line, f)) sscanf(line, "VmLck: %lu", &kib);
+	CHECK(f && !fclose(f));
+	return kib;
+}
+
+/* Servers lock all their memory, now and in future; an enclave has none of that. */
+static void locked(void)
+{
+	unsigned long before = 0;
+	if (number) CHECK(!mlockall(MCL_FUTURE));
+	if (number) before = locked_kib();
+	build();
+	if (number) CHECK(locked_kib() - before < data_pages * 4);
+	fill();
+	CHECK(!mlockall(MCL_CURRENT | MCL_FUTURE));
+	check_untouched();
+	fill();
+	check_untouched();
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
-		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets},
+		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets}, {"locked", locked},
 		{"interrupted", interrupted}, {"patchwork", patchwork},
 	};
 	CHECK(argc >= 3);

@@ -193,7 +193,7 @@ class UffdPager:
         calls = self._fetches.calls()
         if self._watched:
             calls += [
-                (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED)
+                (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED_LOCKED)
                 for start, end in runs(sorted(self._watched))
             ]
             self._watched.clear()

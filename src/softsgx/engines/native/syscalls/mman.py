@@ -85,11 +85,13 @@ class Mappings:
             return -(error.errno or EINVAL)
         if image.space not in device.memory.users:
             device.memory.users.append(image.space)
+        # Without rights at first: after mlockall the kernel fills what it maps, if it may be used,
+        # and nothing may be used before the pager knows of it.
         result = thread.finish_syscall(
             abi.SYS_MMAP,
             address,
             length,
-            abi.PROT_NONE if image.is_covered(address) else image.pager.map_prot(prot),
+            abi.PROT_NONE,
             abi.MAP_SHARED | abi.MAP_FIXED,
             descriptor,
             address,
@@ -98,8 +100,15 @@ class Mappings:
             image.mm.munmap(address, length)
             return result
         image.mapped(address, address + length, prot)
-        # A core dump has nothing of an enclave, whose mappings are VM_IO.
-        thread.syscall(abi.SYS_MADVISE, address, length, abi.MADV_DONTDUMP)
+        if not image.is_covered(address):
+            image.pager.reveal(address, address + length, prot)
+        # Mappings of enclaves are VM_IO: nothing locks them, and a core dump has nothing of them.
+        image.inject(
+            [
+                (abi.SYS_MUNLOCK, address, length),
+                (abi.SYS_MADVISE, address, length, abi.MADV_DONTDUMP),
+            ]
+        )
         return address
 
     def _displace(self, thread: ProgramThread, address: int, length: int) -> None:
