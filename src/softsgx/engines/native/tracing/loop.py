@@ -220,8 +220,11 @@ class Loop:
             if not self.hold(thread) or thread.cpu.inside is None:
                 continue
             stop = thread.pending[0] if thread.pending else None
-            if self._transitions.kicked(thread, stop):
-                thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
+            try:
+                if self._transitions.kicked(thread, stop):
+                    thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
+            except Gone as gone:  # which takes it out as well
+                self._note(gone)
 
     # --- events ---------------------------------------------------------------------------------
 

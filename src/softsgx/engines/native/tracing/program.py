@@ -10,7 +10,7 @@ from softsgx.driver import Mm
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.image import Image, ImageMemory
 from softsgx.engines.native.tracing.registers import NativeRegisters
-from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
@@ -165,5 +165,8 @@ class ProgramThread(Thread):
         waiting = self.waiting_signals()
         if not waiting:
             return False
-        blocked = self.sigmask()
+        try:
+            blocked = self.sigmask()
+        except Gone:
+            return True  # SIGKILL waits for nothing
         return any(not blocked >> number - 1 & 1 for number in waiting)
