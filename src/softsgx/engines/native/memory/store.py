@@ -159,22 +159,28 @@ class EnclaveMemory:
             pages: their linear addresses, rising.
         """
         contents: list[bytes] = []
+        parts = runs(pages)
+        guarded = [
+            (user.pager, *part)
+            for start, end in parts
+            for user in self.users
+            for part in user.parts(self, start, end)
+        ]
+        # Guards may find threads that have ended inside, whose state is still to be stored: every
+        # page is where it was until they are through.
+        for guard, low, high in guarded:
+            guard.before_hide(low, high)
         for linaddr in pages:
             self.pages.pop(linaddr, None)
-        for start, end in runs(pages):
-            guarded = [
-                (user.pager, *part) for user in self.users for part in user.parts(self, start, end)
-            ]
-            for guard, low, high in guarded:
-                guard.before_hide(low, high)
+        for start, end in parts:
             data = os.pread(self.fd, end - start, start)
             libc.punch_hole(self.fd, start, end - start)
-            for guard, low, high in guarded:
-                guard.after_hide(low, high)
             if end - start == PAGE_BYTES:
                 contents.append(data)
             else:
                 contents += [data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)]
+        for guard, low, high in guarded:
+            guard.after_hide(low, high)
         if self.marked:
             for index, linaddr in enumerate(pages):
                 offsets = self.marked.pop(linaddr, None)
@@ -401,14 +407,15 @@ class NativeStore:
             return
         by_file: dict[EnclaveMemory, list[tuple[int, int]]] = {}
         for addr in leaving:
-            memory, linaddr, _rights = self._shown.pop(addr)
+            memory, linaddr, _rights = self._shown[addr]
             by_file.setdefault(memory, []).append((linaddr, addr))
-        leaving.clear()
         for memory, pages in by_file.items():
             pages.sort()
             contents = memory.hide([linaddr for linaddr, _addr in pages])
             for (_linaddr, addr), data in zip(pages, contents, strict=True):
                 self._hidden[addr] = data
+                del self._shown[addr]
+        leaving.clear()
 
     def lend(self, addr: int, memory: EnclaveMemory, linaddr: int) -> None:
         """Put a page of ones where the page is, or would be; its own bytes are kept, hidden."""
@@ -457,8 +464,9 @@ class NativeStore:
                 memory.forbid_shown(linaddr)
 
     def _hide(self, addr: int) -> None:
-        shown = self._shown.pop(addr, None)
+        shown = self._shown.get(addr)
         if shown is not None:
-            self._leaving.discard(addr)
             memory, linaddr, _rights = shown
             (self._hidden[addr],) = memory.hide([linaddr])
+            del self._shown[addr]
+            self._leaving.discard(addr)

@@ -265,8 +265,8 @@ class Loop:
         """Serving thread ``tid`` has failed: if it was not its end that disturbed us, end it."""
         if isinstance(error, Gone):
             self._note(error)
-        elif self._waits.has_moved(tid):
-            self._note(Gone(tid))
+        elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
+            self._note(Gone(tid))  # what the kernel has said of it is not what it is by now
         elif isinstance(error, SoftSgxError):
             _LOG.error("process %d is ended: %s", pid, error)
             _kill(pid)
