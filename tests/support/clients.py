@@ -76,6 +76,7 @@ class Client:
         contains: text that has to be in its output.
         output: all of its output, or None when that is not compared.
         ignore: patterns that are cut out of both before they are compared.
+        any_order: whether its threads write lines in an order of their own.
         timeout: seconds after which it hangs.
         enclaves: how many enclaves it launches at least.
         fails: why it is known to fail; empty otherwise.
@@ -91,6 +92,7 @@ class Client:
     contains: tuple[str, ...] = ()
     output: str | None = None
     ignore: tuple[str, ...] = ()
+    any_order: bool = False
     timeout: float = 120.0
     enclaves: int = 1
     fails: str = ""
@@ -100,7 +102,7 @@ class Client:
         """Return output without what differs from run to run."""
         for pattern in self.ignore:
             text = re.sub(pattern, "", text, flags=re.MULTILINE)
-        return text
+        return "\n".join(sorted(text.splitlines())) if self.any_order else text
 
 
 @dataclass(frozen=True)
