@@ -31,14 +31,15 @@ def access_at(thread: ProgramThread, address: int) -> int | None:
     ahead = address - regs.rip
     if ahead == 0:
         return EXECUTE
+    # A fetch faults at RIP, or at the start of the page that the instruction runs into.  That page
+    # is seldom there, so the bytes before it decide.
+    if 0 < ahead < LONGEST and address % PAGE_BYTES == 0:
+        before = _bytes_at(thread, regs.rip)[:ahead]
+        if len(before) == ahead and decode(before) is None:
+            return EXECUTE
     code = code_at(thread, regs.rip)
     if code is None:
         return None
-    # A fetch faults at RIP, or at the start of the page that the instruction runs into.
-    if 0 < ahead < LONGEST and address % PAGE_BYTES == 0:
-        insn = decode(code[:ahead])
-        if insn is None:
-            return EXECUTE
     return WRITE if is_write(code, address, regs.rsp, regs.rdi) else READ
 
 
@@ -47,12 +48,16 @@ def code_at(thread: ProgramThread, rip: int) -> bytes | None:
 
     ``None``: another thread's fault has taken some of them out of the EPC since they were executed.
     """
+    code = _bytes_at(thread, rip)
+    hidden = len(code) < LONGEST and thread.image.device_at(rip) is not None
+    return None if hidden and decode(code) is None else code
+
+
+def _bytes_at(thread: ProgramThread, rip: int) -> bytes:
+    """Return up to ``LONGEST`` bytes, fewer where a page is not there."""
     image = thread.image
     device = image.device_at(rip)
-    if device is None:
-        return image.read(rip, LONGEST)
-    code = device.memory.code(rip, LONGEST)
-    return None if len(code) < LONGEST and decode(code) is None else code
+    return image.read(rip, LONGEST) if device is None else device.memory.code(rip, LONGEST)
 
 
 def again(thread: ProgramThread) -> bool:
