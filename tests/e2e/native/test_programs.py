@@ -87,6 +87,7 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
             "alternating",
             "stacks",
             "registers",
+            "counted",
         ),
         *("dynamic", "execs", "names", "reopen"),
     ],

@@ -309,6 +309,24 @@ static void readers(void)
 	for (uint64_t i = 0; i < 3 * data_pages; i++) CHECK(get(i & 1, data + i * 7 % data_pages * PAGE) == i * 7 % data_pages);
 }
 
+/* Code of the program stands in front of the ENCLU at the AEP: every exit passes it. */
+uint64_t exits;
+uint64_t counted_enter(uint64_t tcs, uint64_t rdi, uint64_t rsi, uint64_t rdx);
+__asm__(".text\ncounted_enter:\n push %rbp\n mov %rsp,%rbp\n push %rbx\n push %r12\n"
+	" mov %rdi,%rbx\n mov %rsi,%rdi\n mov %rdx,%rsi\n mov %rcx,%rdx\n"
+	" lea 2f(%rip),%rcx\n mov $2,%eax\n .byte 0x0f,0x01,0xd7\n jmp 1f\n"
+	"2: incq exits(%rip)\n .byte 0x0f,0x01,0xd7\n"
+	"1: lea -16(%rbp),%rsp\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
+static void counted(void)
+{
+	build();
+	put(0, data, 1);
+	uint64_t before = exits;
+	for (uint64_t i = 0; i < 3 * data_pages; i++) counted_enter(base, data + i % data_pages * PAGE, i, PUT);
+	CHECK(exits >= before + data_pages);
+	for (uint64_t i = 0; i < data_pages; i++) CHECK(get(1, data + i * PAGE) == 2 * data_pages + i);
+}
+
 /* All registers but RAX, RBX and RCX are passed as they are. */
 int enter_with(struct run *run, enter_t *fn, uint64_t out[4], uint64_t r10, uint64_t r11);
 __asm__(".text\nenter_with:\n push %rbp\n mov %rsp,%rbp\n sub $16,%rsp\n mov %rdi,(%rsp)\n"
@@ -540,7 +558,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

@@ -3,11 +3,13 @@
 A thread of the program is a logical processor of the machine.  Its registers go to the machine for
 a leaf or an asynchronous exit and come back; in between, enclave code runs on the real processor.
 
-Deviation: a page fault that the driver resolves does not leave the enclave.  The thread is stopped
-in any case; when its pages or an epoch need it to be out, it is kicked, which is a real exit.  Else
-exit and ERESUME would only copy state out and back, and listeners are told of both.  The same goes
-for an interrupt whose thread would resume at once; when it could not, because a page that ERESUME
-needs is on its way out, the exit is a real one, and execution goes on at the AEP.
+Deviation: a page fault that the driver resolves does not leave the enclave, if its AEP is an ENCLU
+and the enclave does not ask for AEX-Notify.  The thread is stopped in any case; when its pages or
+an epoch need it to be out, it is kicked, which is a real exit.  Else exit and ERESUME would only
+copy state out and back, and listeners are told of both: an enclave that looks for exits in its SSA
+frame does not find those.  The same goes for an interrupt whose thread would resume at once; when
+it could not, because a page that ERESUME needs is on its way out, the exit is a real one, and
+execution goes on at the AEP.
 
 Deviation: signals of faults that a thread blocks are unblocked from EENTER to EEXIT, also in the
 handler of another signal that interrupts it, since the ENCLU that leads back in traps.
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from softsgx.arch import PAGE_BYTES, Enclu, Pfec, Tcs, Vector
+from softsgx.arch import PAGE_BYTES, AttributesFlags, Enclu, Pfec, Tcs, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo, UserRegs
@@ -85,6 +87,7 @@ _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
 _EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
 _ENTRIES = frozenset({_EENTER, _ERESUME})
+_NOTIFIES = int(AttributesFlags.AEXNOTIFY)
 _EPCM_CHANGES = frozenset(int(leaf) for leaf in (Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY))
 
 
@@ -206,23 +209,50 @@ class Transitions:
         cpu, image = thread.cpu, thread.image
         inside = cpu.inside
         assert inside is not None, "an interrupt that makes nobody leave"
-        aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
-        if aep != image.aep and image.read(aep, _ENCLU_BYTES) != _ENCLU:
-            return False
-        if not try_virtual_exit(cpu):
+        if not self._returns_at_once(thread) or not try_virtual_exit(cpu):
             return False
         if thread is not image.current:  # else the fault at hand is its exit
             self._tell_exit(thread, _NO_VECTOR)
         return True
 
-    def leave(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> None:
-        """Asynchronous exit; registers are loaded, and stored afterwards."""
+    def _returns_at_once(self, thread: ProgramThread) -> bool:
+        """Return whether nothing could tell an exit now from none: it leads straight back.
+
+        Not so where the AEP has other code than ENCLU, which belongs to the program, nor where the
+        enclave asks to be notified, since ERESUME would go to its handler.
+        """
+        cpu, image = thread.cpu, thread.image
+        inside = cpu.inside
+        assert inside is not None, "an exit from nowhere"
+        if inside.enclave.flags & _NOTIFIES:
+            return False
+        aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
+        return aep == image.aep or image.read(aep, _ENCLU_BYTES) == _ENCLU
+
+    def leave(
+        self,
+        thread: ProgramThread,
+        vector: int,
+        code: int = 0,
+        address: int = 0,
+        *,
+        comes_back: bool = False,
+    ) -> None:
+        """Asynchronous exit; registers are loaded, and stored afterwards.
+
+        Args:
+            thread: a stopped thread inside.
+            vector: the exception, or an interrupt.
+            code: its error code.
+            address: of a page fault.
+            comes_back: the reason is gone; the thread goes on at the AEP, which leads back in.
+        """
         cpu = thread.cpu
         cpu.regs.xsave = thread.machine_xstate()
         aex(cpu, vector, code, address)
         thread.set_machine_xstate(cpu.regs.xsave)
         thread.store()
-        if vector != _INTERRUPT:  # else the way leads back in, through an ENCLU that may trap
+        if not comes_back and vector != _INTERRUPT:  # else an ENCLU that leads back may trap
             self._went_out(thread)
 
     # --- signals --------------------------------------------------------------------------------
@@ -296,13 +326,14 @@ class Transitions:
             return 0
         if image.space.entry(address) is None:
             prot = image.prot_at(address)
-            if prot == _READ_WRITE or (
-                prot == _ALL and not 0 <= address - thread.load().rip < LONGEST
+            if self._returns_at_once(thread) and (
+                prot == _READ_WRITE
+                or (prot == _ALL and not 0 <= address - thread.load().rip < LONGEST)
             ):
                 # Load or store, the mapping allows it: no need to decode the instruction.
                 result = image.mm.fault(address, READ, thread)
                 if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
-                    return self._fault_is_mended(thread)
+                    return self._fault_is_mended(thread, int(Pfec.U), address)
         thread.load()
         access = access_at(thread, address)
         if access is None:
@@ -350,7 +381,7 @@ class Transitions:
         known = image.mm.find(address) is not None
         result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
         if result in (FaultResult.NOPAGE, FaultResult.RETRY):
-            return self._fault_is_mended(thread)
+            return self._fault_is_mended(thread, code, address)
         if result is not FaultResult.SEGV:
             self._tell_refused(thread, address)
         if thread.cpu.inside is not None:
@@ -369,12 +400,15 @@ class Transitions:
             return send_page_fault(thread, error, address, code=code)
         return send_page_fault(thread, error, address, number=abi.SIGBUS, code=abi.BUS_ADRERR)
 
-    def _fault_is_mended(self, thread: ProgramThread) -> int:
-        """The driver has resolved a fault of enclave code: repeat the instruction."""
-        if thread.cpu.inside is None:  # kicked meanwhile
-            return self._resume_enclave(thread)
-        self._tell_exit(thread, Vector.PF)
-        return 0
+    def _fault_is_mended(self, thread: ProgramThread, code: int, address: int) -> int:
+        """The driver has resolved a fault of enclave code: go on behind the exit it has caused."""
+        if thread.cpu.inside is not None:  # else kicked meanwhile
+            if self._returns_at_once(thread):
+                self._tell_exit(thread, Vector.PF)
+                return 0
+            thread.load()
+            self.leave(thread, Vector.PF, code, address, comes_back=True)
+        return self._resume_enclave(thread)
 
     def _tell_exit(self, thread: ProgramThread, vector: int) -> None:
         """Count and report the exit and the resumption that were not worth doing."""

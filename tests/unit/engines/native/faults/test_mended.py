@@ -1,0 +1,92 @@
+"""A page fault that the driver mends is an exit wherever somebody could tell.
+
+Method: a real machine with an enclave whose processor has the registers of a fake thread.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tests.support.inhabited import Inhabited
+
+from softsgx.arch import AttributesFlags, GprSgx, Tcs, TcsFlags
+from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.tracing.registers import NativeRegisters
+from softsgx.hw import Machine, MachineConfig
+from softsgx.hw.entry import GPR_OFFSET
+from softsgx.runtime import InlineRuntime
+
+AEP, OUR_AEP = 0x40_1000, 0x7F00_0000
+INSIDE = 0x1234
+
+
+class Scene:
+    """A thread inside an enclave that has just faulted; ``code`` is at its AEP."""
+
+    def __init__(self, *, notified: bool = False, code: bytes = b"\x0f\x01\xd7") -> None:
+        config = MachineConfig.with_epc(64 * 4096, processors=1, attributes=AttributesFlags(0x7FF))
+        self.inhabited = Inhabited(1, Machine(config, InlineRuntime(seed=3)))
+        self.cpu = self.inhabited.cpu(0)
+        regs = NativeRegisters()
+        regs.xcr0, regs.rip, regs.xsave = self.cpu.regs.xcr0, 0x40_0000, bytes(4096)
+        self.regs, self.cpu.regs = regs, cast(Any, regs)
+        if notified:
+            self.inhabited.enclave.flags |= int(AttributesFlags.AEXNOTIFY)
+            self.write(0, Tcs.OFFSETS["flags"], bytes([int(TcsFlags.AEXNOTIFY)]))
+        self.cpu.enclu.eenter(self.inhabited.base + self.inhabited.tcs(0), AEP)
+        if notified:
+            self.write(1, GPR_OFFSET + GprSgx.OFFSETS["aexnotify"], b"\x01")
+        regs.rip = INSIDE
+        image = SimpleNamespace(aep=OUR_AEP, eenter=0, read=lambda address, size: code)
+        self.thread = cast(
+            Any,
+            SimpleNamespace(
+                image=image,
+                cpu=self.cpu,
+                regs=regs,
+                blocked=None,
+                load=lambda: regs,
+                store=lambda: None,
+                sigmask=lambda: 0,
+                machine_xstate=lambda: bytes(4096),
+                set_machine_xstate=lambda area: None,
+            ),
+        )
+        stub = cast(Any, None)
+        self.transitions = Transitions(stub, stub, stub, cast(Any, SimpleNamespace()))
+
+    def write(self, page: int, offset: int, data: bytes) -> None:
+        """Write to the TCS (0), or a page behind it."""
+        at = self.inhabited.page(self.inhabited.tcs(0) + page * 4096)
+        self.inhabited.hw.store.write(at, offset, data)
+
+    def mend(self) -> None:
+        assert self.transitions._fault_is_mended(self.thread, 4, 0x5000) == 0
+
+
+def test_a_thread_that_comes_straight_back_goes_on_where_it_was() -> None:
+    scene = Scene()
+    scene.mend()
+    assert scene.regs.rip == INSIDE
+    crossings = scene.inhabited.enclave.crossings
+    assert (crossings.aex, crossings.eresume) == (1, 1)
+
+
+def test_an_enclave_that_asks_for_it_is_notified_of_the_exit() -> None:
+    scene = Scene(notified=True)
+    entry = scene.regs.rip
+    scene.mend()
+    assert scene.cpu.inside is not None
+    assert scene.regs.rip != entry, "it goes on as if there had been no exit"
+    assert scene.regs.rip == scene.inhabited.base, "its entry point"
+    assert scene.regs.rax == 1, "CSSA: the frame of the exit stays in use"
+
+
+@pytest.mark.parametrize("code", [b"\x90\x90\x90", b""])
+def test_code_of_the_program_at_the_aep_is_executed(code: bytes) -> None:
+    scene = Scene(code=code)
+    scene.mend()
+    assert scene.cpu.inside is None
+    assert (scene.regs.rip, scene.regs.rax) == (AEP, 3)
