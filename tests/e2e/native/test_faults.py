@@ -36,6 +36,6 @@ def test_a_fault_is_told_as_hardware_and_linux_tell_it(
 ) -> None:
     with (tmp_path / "out").open("w+b") as out:
         stdio = (0, out.fileno(), out.fileno())
-        result = run([*program, scenario], epc=20 * 4096, pager=pager, strict=strict, stdio=stdio)
+        result = run([*program, scenario], epc=28 * 4096, pager=pager, strict=strict, stdio=stdio)
         out.seek(0)
         assert (result.exit_code, out.read().decode()) == (0, "")
