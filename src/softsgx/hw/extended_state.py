@@ -28,6 +28,8 @@ _X87 = ((0, 24), (32, 160))
 _MXCSR = (24, 32)  # with MXCSR_MASK
 _XMM = (160, 416)
 _XINUSE_REGISTER = 1
+# Plain integers: these are asked for often, and flags of an enumeration are slow.
+_BIT_X87, _BIT_SSE = int(Xfrm.X87), int(Xfrm.SSE)
 #: State whose components know of MXCSR: SSE and AVX.
 _USES_MXCSR = int(Xfrm.SSE | Xfrm.AVX)
 
@@ -75,24 +77,24 @@ def xsave(
     mxcsr: int
     if kind is SaveKind.XSAVEC:
         places = _compacted(cpu.hw.config, wanted)
-        if wanted & Xfrm.SSE and state[24:28] != _MXCSR_INIT.to_bytes(4, "little"):
-            in_use |= Xfrm.SSE
+        if wanted & _BIT_SSE and state[24:28] != _MXCSR_INIT.to_bytes(4, "little"):
+            in_use |= _BIT_SSE
         saved, header = in_use, _word(in_use) + _word(wanted | _COMPACTED)
-        mxcsr = saved & Xfrm.SSE
+        mxcsr = saved & _BIT_SSE
     else:
         places = _standard(cpu.hw.config, wanted)
         before = int.from_bytes(load(cpu, linaddr + _LEGACY, 8), "little")
         saved = in_use if kind is SaveKind.XSAVEOPT else wanted
         header = _word(before & ~wanted | in_use)
         mxcsr = wanted & _USES_MXCSR
-    if saved & Xfrm.X87:
-        pieces += [(start, _legacy(state, start, end, Xfrm.X87)) for start, end in _X87]
+    if saved & _BIT_X87:
+        pieces += [(start, _legacy(state, start, end, _BIT_X87)) for start, end in _X87]
         if not wide:
             pieces[0] = 0, _narrow(pieces[0][1])
     if mxcsr:
         pieces.append((_MXCSR[0], state[slice(*_MXCSR)]))
-    if saved & Xfrm.SSE:
-        pieces.append((_XMM[0], _legacy(state, *_XMM, Xfrm.SSE)))
+    if saved & _BIT_SSE:
+        pieces.append((_XMM[0], _legacy(state, *_XMM, _BIT_SSE)))
     for number, (size, at) in places.items():
         if saved >> number & 1:
             pieces.append((at, _component(cpu.hw.config, state, number, size)))
@@ -122,27 +124,28 @@ def xrstor(cpu: LogicalProcessor, linaddr: int, requested: int, *, wide: bool = 
     places = _compacted(config, form & ~_COMPACTED) if compacted else _standard(config, wanted)
     loaded = held & wanted
 
-    made = bytearray(cpu.regs.xsave.ljust(config.xsave_bytes(xcr0), b"\0"))
-    if wanted & Xfrm.X87:
+    made = bytearray(cpu.regs.xsave)
+    if wanted & _BIT_X87:
         for start, end in _X87:
-            made[start:end] = area[start:end] if loaded & Xfrm.X87 else bytes(end - start)
-        if not loaded & Xfrm.X87:
+            made[start:end] = area[start:end] if loaded & _BIT_X87 else bytes(end - start)
+        if not loaded & _BIT_X87:
             made[0:2] = _FCW_INIT
         if not wide:
             made[0:24] = _narrow(bytes(made[0:24]))
-    if wanted & (Xfrm.SSE if compacted else _USES_MXCSR):
+    if wanted & (_BIT_SSE if compacted else _USES_MXCSR):
         mxcsr = int.from_bytes(area[24:28], "little")
-        if compacted and not loaded & Xfrm.SSE:
+        if compacted and not loaded & _BIT_SSE:
             mxcsr = _MXCSR_INIT
         if mxcsr & _MXCSR_RESERVED:
             raise GeneralProtection
         made[24:28] = mxcsr.to_bytes(4, "little")
-    if wanted & Xfrm.SSE:
-        made[slice(*_XMM)] = area[slice(*_XMM)] if loaded & Xfrm.SSE else bytes(_XMM[1] - _XMM[0])
+    if wanted & _BIT_SSE:
+        made[slice(*_XMM)] = area[slice(*_XMM)] if loaded & _BIT_SSE else bytes(_XMM[1] - _XMM[0])
     for number, (size, at) in places.items():
         if wanted >> number & 1:
             to = config.xsave[number][1]
             given = load(cpu, linaddr + at, size) if loaded >> number & 1 else bytes(size)
+            made += bytes(max(0, to + size - len(made)))
             made[to : to + size] = given
     made[512:520] = _word(_in_use(cpu.regs.xsave) & ~wanted | loaded)
     cpu.regs.xsave = bytes(made)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
 
 from softsgx.engines.native.abi import UserRegs
 from softsgx.engines.native.x86.insn import decode
@@ -97,6 +98,7 @@ class StateInsn:
         return address & _BITS_64
 
 
+@lru_cache(maxsize=1024)
 def decode_state(code: bytes) -> StateInsn | None:
     """Decode the instruction at the start of ``code``; ``None``: it is another one, or cut off."""
     at, rex, segment, narrow = 0, 0, "", False
