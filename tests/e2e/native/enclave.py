@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.support.driver import sigstruct_for
 
-from softsgx.arch import Tcs
+from softsgx.arch import AttributesFlags, Tcs
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.image import MASK_ALL, MASK_NONE, SECINFO_RW, SECINFO_RX, SECINFO_TCS, Data, Plan, Run
 
@@ -148,12 +148,17 @@ def enclave_plan(data_pages: int, threads: int = THREADS) -> Plan:
     return Plan(1 << (end - 1).bit_length(), runs)
 
 
-def write_enclave(path: Path, data_pages: int, threads: int = THREADS) -> Path:
+def write_enclave(
+    path: Path,
+    data_pages: int,
+    threads: int = THREADS,
+    flags: int = AttributesFlags.MODE64BIT,
+) -> Path:
     """Write the file that the programs read."""
     plan = enclave_plan(data_pages, threads)
     with path.open("wb") as file:
         file.write(struct.pack("<QQ", plan.size, len(plan.runs)))
-        file.write(sigstruct_for(plan))
+        file.write(sigstruct_for(plan, flags))
         for run in plan.runs:
             measured = int(run.mask == MASK_ALL)
             file.write(struct.pack("<QQQQ", run.offset, run.pages, run.flags, measured))

@@ -6,15 +6,18 @@ Method: ``programs/device.c`` makes the calls, with an EPC smaller than its encl
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
+from softsgx.arch import AttributesFlags
 from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor, run
 from softsgx.host import PROFILES
 
-DATA_PAGES = 20
-EPC_PAGES = 20
+DATA_PAGES = 30
+EPC_PAGES = 26
 FOUND = {finding.name: finding.ok for finding in doctor()}
 USABLE = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
 
@@ -42,6 +45,16 @@ def test_a_program_finds_a_device_and_no_file(
 @pytest.mark.parametrize("scenario", ["calls", "advice"])
 def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: str) -> None:
     assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
+
+
+@pytest.mark.parametrize("pager", USABLE)
+def test_memory_past_page_tables_is_the_drivers(
+    program: list[str], tmp_path: Path, pager: str
+) -> None:
+    flags = AttributesFlags.MODE64BIT | AttributesFlags.DEBUG
+    debug = [program[0], str(write_enclave(tmp_path / "debug", DATA_PAGES, flags=flags)), "remote"]
+    assert run(debug, epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
+    assert run([*program, "closed"], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
 
 def test_the_nodes_are_those_of_a_file_system(program: list[str]) -> None:

@@ -48,6 +48,7 @@ from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
 from softsgx.engines.native.syscalls.nodes import Nodes
 from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter, build_guard
 from softsgx.engines.native.tracing.filters import add_filter
@@ -117,7 +118,8 @@ class Supervisor(World):
         # In a strict run each entry changes what others may see.
         self._permitting = not strict and can_write_fsbase()
         self._registry = Registry(self._store)
-        self._nodes, self._descriptors = nodes, DeviceDescriptors(self._registry)
+        self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
+        self._descriptors = DeviceDescriptors(self._registry, self._remote)
         self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
@@ -186,7 +188,8 @@ class Supervisor(World):
     # --- system calls ---------------------------------------------------------------------------
 
     def _handlers(self) -> dict[int, Handler]:
-        files = NamedFiles(_Opener(self._driver), self._registry, self._nodes)
+        opener, opens_memory = _Opener(self._driver), self._descriptors.open_memory
+        files = NamedFiles(opener, self._registry, self._nodes, opens_memory)
         mappings = Mappings(self._registry, rewrite=not self._faulting)
         return (
             self._descriptors.handlers()
@@ -200,11 +203,20 @@ class Supervisor(World):
                 abi.SYS_MADVISE: madvise,
                 abi.SYS_MLOCK: mlock,
                 abi.SYS_MLOCK2: mlock,
+                abi.SYS_PROCESS_VM_READV: self._remote.process_vm,
+                abi.SYS_PROCESS_VM_WRITEV: self._remote.process_vm,
                 abi.SYS_IOCTL: self._ioctl,
                 abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
                 abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
             }
         )
+
+    def _image_of(self, pid: int) -> Image | None:
+        """Return the address space of a process or thread of the program."""
+        for thread in self._loop.threads.values():
+            if pid in (thread.tid, thread.process.pid):
+                return thread.image
+        return None
 
     def _getaffinity(self, thread: ProgramThread) -> int | None:
         assert self._affinity is not None, "a program runs without its processors being seen to"
@@ -319,6 +331,7 @@ class Supervisor(World):
             parent.group,
             guarded=set(parent.guarded),
             guarded_descriptors=set(parent.guarded_descriptors),
+            memory_descriptors=set(parent.memory_descriptors),
         )
 
     def fork_image(self, tid: int, parent: Image) -> Image:

@@ -154,6 +154,70 @@ static void dumps(void)
 	CHECK(seen);
 }
 
+/* Memory past page tables: a debug enclave by EDBGRD and EDBGWR, and nobody's zeros. */
+static void remote(void)
+{
+	uint64_t value = 0, two[2] = {0}, own = 5;
+	struct iovec mine = {&value, 8}, theirs[2] = {{&own, 8}, {0, 8}}, vector = {two, 16};
+	attributes |= 2; /* DEBUG */
+	build();
+	fill();
+	theirs[1].iov_base = (void *)data;
+	int mem = open("/proc/self/mem", O_RDWR), copy = dup(mem);
+	CHECK(mem >= 0 && copy >= 0);
+	for (uint64_t page = 0; page < data_pages; page++) {
+		uint64_t at = data + page * PAGE;
+		CHECK(pread(page % 2 ? mem : copy, &value, 8, at) == 8 && value == page + 77);
+	}
+	value = 1234;
+	CHECK(pwrite(mem, &value, 8, data) == 8 && get(0, data) == 1234);
+	put(0, data, 77);
+	CHECK(lseek(mem, data + PAGE, SEEK_SET) == (off_t)(data + PAGE));
+	CHECK(read(mem, two, 16) == 16 && two[0] == 78 && !two[1]);
+	CHECK(lseek(mem, 0, SEEK_CUR) == (off_t)(data + PAGE + 16));
+	CHECK(preadv(mem, &vector, 1, data + 2 * PAGE) == 16 && two[0] == 79);
+	/* TCS and SSA frames too; an address that no page is at; ordinary memory as ever */
+	CHECK(pread(mem, &value, 8, base) == 8);
+	CHECK(mmap((void *)(data + data_pages * PAGE), PAGE, PROT_READ, MAP_SHARED | MAP_FIXED, device, 0) != MAP_FAILED);
+	FAILS(pread(mem, &value, 8, data + data_pages * PAGE), EIO);
+	FAILS(pwrite(mem, &value, 8, data + data_pages * PAGE), EIO);
+	CHECK(pread(mem, &value, 8, (off_t)&own) == 8 && value == 5);
+	/* The calls that take pages refuse. */
+	theirs[0].iov_base = (void *)data;
+	FAILS(process_vm_readv(getpid(), &mine, 1, theirs, 1, 0), EFAULT);
+	FAILS(process_vm_writev(getpid(), &mine, 1, theirs, 1, 0), EFAULT);
+	theirs[0].iov_base = &own; theirs[1].iov_base = (void *)data;
+	CHECK(process_vm_readv(getpid(), &vector, 1, theirs, 2, 0) == 8 && two[0] == 5);
+	/* A child looks at its parent. */
+	pid_t child = fork();
+	if (!child) {
+		char path[64];
+		snprintf(path, sizeof path, "/proc/%d/mem", getppid());
+		int other = open(path, O_RDONLY);
+		if (other < 0) _exit(errno == EACCES || errno == EPERM ? 0 : 1);
+		CHECK(pread(other, &value, 8, data + 3 * PAGE) == 8 && value == 80);
+		FAILS(pwrite(other, &value, 8, data), EBADF);
+		_exit(0);
+	}
+	int status;
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	check();
+}
+
+/* An enclave that is not for debugging is read by nobody. */
+static void closed(void)
+{
+	uint64_t value = 7;
+	build();
+	int mem = open("/proc/self/mem", O_RDWR);
+	FAILS(pread(mem, &value, 8, base), EIO); /* TCS */
+	for (uint64_t at = data; at < data + data_pages * PAGE; at += PAGE) {
+		FAILS(pread(mem, &value, 8, at), EIO);
+		FAILS(pwrite(mem, &value, 8, at), EIO);
+	}
+	CHECK(value == 7);
+}
+
 /* The nodes can be looked at and changed as those of devtmpfs. */
 static void nodes(void)
 {
@@ -255,7 +319,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps},
-		{"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
+		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

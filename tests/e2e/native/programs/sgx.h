@@ -40,7 +40,7 @@ enum { NOP, PUT, GET, UD2, DIV, SPIN, ACCEPT, EXTEND, VECTOR, KEEP, REGISTERS, R
 static enter_t *enter;
 static const char *file;
 static int device;
-static uint64_t base, size, data, data_pages;
+static uint64_t base, size, data, data_pages, attributes = 4; /* MODE64BIT */
 
 struct span { uint64_t offset, pages, flags, measured; };
 
@@ -86,7 +86,7 @@ static inline void build(void)
 	munmap(reserved, base - (uint64_t)reserved);
 	munmap((void *)(base + size), (uint64_t)reserved + size - base);
 	*(uint64_t *)secs = size; *(uint64_t *)(secs + 8) = base; *(uint32_t *)(secs + 16) = 1;
-	*(uint64_t *)(secs + 48) = 4; *(uint64_t *)(secs + 56) = 3;
+	*(uint64_t *)(secs + 48) = attributes; *(uint64_t *)(secs + 56) = 3;
 	uint64_t create = (uint64_t)secs;
 	CHECK(!ioctl(device, 0x4008a400, &create));
 	for (uint64_t i = 0; i < count; i++) {

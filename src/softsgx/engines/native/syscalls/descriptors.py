@@ -24,6 +24,7 @@ from errno import EBADF, EINVAL, ENODEV, ESPIPE
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.tracing.bpf import build_descriptor_guard
 from softsgx.engines.native.tracing.filters import add_filter
 from softsgx.engines.native.tracing.loop import Handler
@@ -53,10 +54,15 @@ _BETWEEN = {
 
 
 class DeviceDescriptors:
-    """Handlers of system calls on descriptors: a result, or ``None`` to let the call run."""
+    """Handlers of system calls on descriptors: a result, or ``None`` to let the call run.
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    Args:
+        registry: which descriptors are devices.
+        remote: reads and writes memory through descriptors of ``/proc/PID/mem``.
+    """
+
+    def __init__(self, registry: Registry, remote: RemoteMemory) -> None:
+        self._registry, self._remote = registry, remote
 
     def handlers(self) -> dict[int, Handler]:
         """Return the handlers by number of the call."""
@@ -82,6 +88,14 @@ class DeviceDescriptors:
             guarded.add(descriptor)
             add_filter(thread, build_descriptor_guard(descriptor))
 
+    def open_memory(self, thread: ProgramThread) -> int:
+        """Let the open of a ``/proc/PID/mem`` be made, and note its descriptor."""
+        descriptor = thread.finish_syscall()
+        if descriptor >= 0:
+            self.guard(thread, descriptor)
+            thread.process.memory_descriptors.add(descriptor)
+        return descriptor
+
     # --- handlers -------------------------------------------------------------------------------
 
     def _refuse_with(self, error: int) -> Handler:
@@ -92,9 +106,11 @@ class DeviceDescriptors:
 
         def refuse(thread: ProgramThread) -> int | None:
             device = self._device(thread, thread.regs.rdi)
-            if device is None:
-                return None
-            return -EBADF if device.mode == without else -EINVAL
+            if device is not None:
+                return -EBADF if device.mode == without else -EINVAL
+            if thread.regs.rdi & _INT32 in thread.process.memory_descriptors:
+                return self._remote.transfer(thread)
+            return None
 
         return refuse
 
@@ -122,12 +138,16 @@ class DeviceDescriptors:
 
     def _duplicate(self, thread: ProgramThread) -> int | None:
         descriptor = thread.regs.rdi & _INT32
-        device = self._device(thread, descriptor)
-        if device is None or descriptor not in thread.process.guarded_descriptors:
+        process = thread.process
+        memory = descriptor in process.memory_descriptors
+        device = self._device(thread, descriptor) is not None
+        if descriptor not in process.guarded_descriptors or not (memory or device):
             return None
         duplicate = thread.finish_syscall()
         if duplicate >= 0:
             self.guard(thread, duplicate)
+            if memory:
+                process.memory_descriptors.add(duplicate)
         return duplicate
 
     def _device(self, thread: ProgramThread, descriptor: int) -> Device | None:

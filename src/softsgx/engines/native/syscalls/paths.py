@@ -18,6 +18,7 @@ import fcntl
 import os
 import re
 import stat
+from collections.abc import Callable
 from errno import EACCES, EEXIST, EFAULT, EINVAL, EISDIR, ENODATA, ENOTDIR, EPERM
 from typing import Protocol
 
@@ -33,6 +34,7 @@ __all__ = ["NamedFiles", "Opener"]
 
 _PROC = b"/proc/"
 _LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
+_MEMORY = re.compile(rb"/proc/(self|thread-self|\d+)(/task/\d+)?/mem")
 _SEALED = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW | abi.F_SEAL_WRITE
 _PERMISSIONS = 0o7777
 _UNCHANGED = 0xFFFF_FFFF
@@ -49,10 +51,24 @@ class Opener(Protocol):
 
 
 class NamedFiles:
-    """Handlers of system calls that name files: a result, or ``None`` to let the call run."""
+    """Handlers of system calls that name files: a result, or ``None`` to let the call run.
 
-    def __init__(self, opener: Opener, registry: Registry, nodes: Nodes) -> None:
+    Args:
+        opener: opens devices.
+        registry: which descriptors are devices.
+        nodes: the names that exist for the program only.
+        open_memory: lets an open of ``/proc/PID/mem`` be made, and returns its result.
+    """
+
+    def __init__(
+        self,
+        opener: Opener,
+        registry: Registry,
+        nodes: Nodes,
+        open_memory: Callable[[ProgramThread], int],
+    ) -> None:
         self._opener, self._registry, self._nodes = opener, registry, nodes
+        self._open_memory = open_memory
 
     def handlers(self) -> dict[int, Handler]:
         """Return the handlers by number of the call."""
@@ -99,7 +115,7 @@ class NamedFiles:
     def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
         node = self._node(thread, path) or self._linked_node(thread, path)
         if node is None:
-            return None
+            return self._open_memory(thread) if _names_memory(thread, path) else None
         if flags & abi.O_CREAT and flags & abi.O_EXCL:
             return -EEXIST
         if node.is_directory:
@@ -302,6 +318,13 @@ _ANSWERS = {
     EINVAL: (abi.SYS_TRUNCATE,),
     EEXIST: (abi.SYS_MKNOD,),
 }
+
+
+def _names_memory(thread: ProgramThread, path: int) -> bool:
+    """Return whether a path is that of a ``/proc/PID/mem``."""
+    if thread.image.read(path, len(_PROC)) != _PROC:
+        return False
+    return _MEMORY.fullmatch(thread.image.read_string(path)) is not None
 
 
 def _make_file(thread: ProgramThread, flags: int) -> int:

@@ -64,6 +64,8 @@ _ALWAYS = (
     abi.SYS_MREMAP,
     abi.SYS_EXECVE,
     abi.SYS_EXECVEAT,
+    abi.SYS_PROCESS_VM_READV,
+    abi.SYS_PROCESS_VM_WRITEV,
     abi.SYS_MLOCK,
     abi.SYS_MLOCK2,
     abi.SYS_FTRUNCATE,

@@ -31,6 +31,7 @@ class Process:
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
         guarded_descriptors: descriptors whose reads and writes stop.
+        memory_descriptors: those that were opened as ``/proc/PID/mem``.
     """
 
     pid: int
@@ -38,6 +39,7 @@ class Process:
     alive: int = 0
     guarded: set[tuple[int, int]] = field(default_factory=set)
     guarded_descriptors: set[int] = field(default_factory=set)
+    memory_descriptors: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
