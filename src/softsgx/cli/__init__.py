@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -52,6 +53,8 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
+_INTERRUPTED = 128 + signal.SIGINT
+
 VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign", "load")
 
 
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SoftSgxError as error:
         print(f"softsgx: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left; the interpreter must not complain while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

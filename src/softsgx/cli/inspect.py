@@ -1,54 +1,59 @@
 """Show what is in an enclave file: pages, threads, signature, metadata.
 
 All formats are told alike, as what a loader would do: runs of pages in the order in which they are
-added, which of them are measured, the threads, the SIGSTRUCT field by field.
+added, which of them are measured, the threads, the SIGSTRUCT field by field.  Files about enclaves
+are known as well: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA or EPID).
 
 Examples:
   softsgx inspect enclave.signed.so
   softsgx inspect enclave.sgxs --sigstruct release.sig
   softsgx inspect release.sig
+  softsgx inspect quote.dat
   softsgx inspect --json enclave.signed.so
+
+With --json, numbers stand beside their names: in runs (offset_bytes, flags, mask), threads and
+sigstruct.numbers.
+
+exit status: 0; 1 the SIGSTRUCT given is for another enclave or not valid, metadata blocks describe
+different enclaves, or a token or quote contradicts itself; 2 the file cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from enum import IntFlag
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from softsgx.arch import AttributesFlags, MiscSelect, PageType, SecInfoFlags, SigStruct, Xfrm
+from softsgx.arch import AttributesFlags, MiscSelect, SigStruct, Xfrm
 from softsgx.cli._common import print_json
+from softsgx.cli._enclave_text import console, fields_table, print_image, run_row, threads
 from softsgx.image import (
     FORMATS,
-    MASK_ALL,
-    MASK_NONE,
     Check,
     EnclaveImage,
-    Fill,
+    Evidence,
     Run,
     Variant,
     bare_sigstruct,
+    check_signature,
     date_text,
+    measure,
     mrsigner,
     open_image,
+    read_bytes,
+    read_evidence,
+    same_measurement,
     verify,
 )
 
 __all__ = ["NAME", "configure", "run"]
 
 NAME = "inspect"
-_SHOWN_TCS = 16
-_SHOWN_RUNS = 200
-_NARROWEST = 100  # a hash and its name fit: nobody wants half a hash
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", metavar="FILE", help="an enclave file, or a bare SIGSTRUCT")
+    parser.add_argument("file", metavar="FILE", help="an enclave file, or a file about enclaves")
     parser.add_argument("--sigstruct", metavar="FILE", help="a bare SIGSTRUCT of 1808 bytes")
     parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,105 +61,70 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read and print."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.width = max(console.width, _NARROWEST)
-    bare = bare_sigstruct(args.file)
-    if bare is not None:
-        if args.json:
-            print_json({"format": "sigstruct", "sigstruct": _sigstruct_document(bare)})
-        else:
-            console.print(_sigstruct_table(bare, args.file))
-        return 0
+    if args.format is None:
+        bare = bare_sigstruct(args.file)
+        if bare is not None:
+            return _show_sigstruct(args, bare)
+        evidence = read_evidence(read_bytes(args.file))
+        if evidence is not None:
+            return _show_evidence(args, evidence)
     image = open_image(args.file, args.sigstruct, file_format=args.format)
+    problems = list(_problems(image, given=args.sigstruct is not None))
     if args.json:
-        print_json(_document(image))
-        return 0
-    _print_image(console, image)
+        print_json(_document(image, problems))
+    else:
+        out = console()
+        print_image(out, image)
+        if image.sigstruct is None:
+            out.print("SIGSTRUCT: none")
+        else:
+            title = f"SIGSTRUCT in {image.sigstruct_from}"
+            out.print(fields_table(title, _sigstruct_fields(image.sigstruct)))
+        for problem in problems:
+            out.print(f"problem: {problem}")
+    return 1 if problems else 0
+
+
+def _show_sigstruct(args: argparse.Namespace, sig: SigStruct) -> int:
+    if args.json:
+        print_json({"format": "sigstruct", "sigstruct": _sigstruct_document(sig)})
+    else:
+        console().print(fields_table(f"SIGSTRUCT in {args.file}", _sigstruct_fields(sig)))
     return 0
 
 
-def _print_image(console: Console, image: EnclaveImage) -> None:
-    plan = image.plan
-    chosen = f", metadata {image.chosen}" if image.chosen else ""
-    console.print(f"{image.name}: {image.format}{chosen}")
-    console.print(
-        f"size {plan.size:#x}, {plan.page_count} pages, SSA frames of {plan.ssa_frame_size} pages"
-        + ("" if plan.base is None else f", base address {plan.base:#x}")
-    )
-    for name, value in image.facts:
-        console.print(f"{name}: {value}")
-    for note in image.notes:
-        console.print(f"note: {note}")
-    console.print(_runs_table(plan.runs))
-    shown = ", ".join(f"{offset:#x}" for offset in plan.tcs[:_SHOWN_TCS])
-    more = len(plan.tcs) - _SHOWN_TCS
-    console.print(f"TCS ({len(plan.tcs)}): {shown}" + (f" and {more} more" if more > 0 else ""))
-    for variant in image.variants:
-        console.print(_variant_table(variant, chosen=variant.name == image.chosen))
-        console.print(", ".join(f"{name} {value}" for name, value in variant.facts))
-        if variant.problem:
-            console.print(f"cannot be read: {variant.problem}")
-    if image.sigstruct is None:
-        console.print("SIGSTRUCT: none")
+def _show_evidence(args: argparse.Namespace, evidence: Evidence) -> int:
+    fields = dict(evidence.fields)
+    if args.json:
+        document: dict[str, object] = {"format": evidence.kind, "title": evidence.title}
+        print_json({**document, "fields": fields, "problems": list(evidence.problems)})
     else:
-        console.print(_sigstruct_table(image.sigstruct, image.sigstruct_from))
+        out = console()
+        out.print(fields_table(f"{evidence.title}: {args.file}", fields))
+        for problem in evidence.problems:
+            out.print(f"problem: {problem}")
+    return 1 if evidence.problems else 0
 
 
-def _table(title: str, *, show_header: bool = True) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        show_header=show_header,
-        box=box.SIMPLE_HEAD,
-    )
+def _problems(image: EnclaveImage, *, given: bool) -> Iterator[str]:
+    """Yield what contradicts itself; only a SIGSTRUCT that was given is compared."""
+    for variant in image.variants:
+        if variant.plan is not None and not same_measurement(image.plan, variant.plan):
+            yield (
+                f"metadata {variant.name} describes another enclave than {image.chosen}: "
+                "loaders of another age would refuse it"
+            )
+    if given and image.sigstruct is not None:
+        failed = check_signature(image.sigstruct)
+        if failed is not None:
+            yield f"SIGSTRUCT: {failed}"
+        if image.sigstruct.enclave_hash != measure(image.plan):
+            yield "SIGSTRUCT: it is for another enclave"
 
 
-def _runs_table(runs: tuple[Run, ...]) -> Table:
-    table = _table("pages, in the order of EADD")
-    for name in ("offset", "pages", "type", "rights", "content", "measured", "what"):
-        table.add_column(name, justify="right" if name in ("offset", "pages") else "left")
-    for run in runs[:_SHOWN_RUNS]:
-        table.add_row(*_run_row(run))
-    more = len(runs) - _SHOWN_RUNS
-    if more > 0:
-        table.add_row("…", "", "", "", "", "", f"{more} more: see --json")
-    return table
+def _sigstruct_fields(sig: SigStruct) -> dict[str, object]:
+    """Return a SIGSTRUCT in words."""
 
-
-def _run_row(run: Run) -> tuple[str, ...]:
-    rights = "".join(
-        letter if run.flags & bit else "-"
-        for letter, bit in (("r", SecInfoFlags.R), ("w", SecInfoFlags.W), ("x", SecInfoFlags.X))
-    )
-    content = "file"
-    if isinstance(run.source, Fill):
-        content = f"{run.source.word:#010x} repeated" if run.source.word else "zero"
-    measured = {MASK_ALL: "yes", MASK_NONE: "no"}.get(run.mask, f"chunks {run.mask:#06x}")
-    kind = PageType(run.page_type).name
-    return (f"{run.offset:#x}", str(run.pages), kind, rights, content, measured, run.label)
-
-
-def _variant_table(variant: Variant, *, chosen: bool) -> Table:
-    title = f"metadata {variant.name}" + (" (this one is used)" if chosen else "")
-    table = _table(title)
-    for name in ("item", "rva", "pages", "si_flags", "attributes"):
-        table.add_column(name)
-    for row in variant.layout:
-        table.add_row(*row)
-    return table
-
-
-def _sigstruct_table(sig: SigStruct, where: str) -> Table:
-    table = _table(f"SIGSTRUCT in {where}", show_header=False)
-    table.add_column("field")
-    table.add_column("value", overflow="fold")
-    for name, value in _sigstruct_document(sig).items():
-        table.add_row(name, str(value))
-    return table
-
-
-def _sigstruct_document(sig: SigStruct) -> dict[str, object]:
     def flags(kind: type[IntFlag], value: int, mask: int, digits: int) -> str:
         names = [bit.name for bit in kind if value & bit and bit.name]
         free = [bit.name for bit in kind if not mask & bit and bit.name]
@@ -181,27 +151,58 @@ def _sigstruct_document(sig: SigStruct) -> dict[str, object]:
     }
 
 
-def _document(image: EnclaveImage) -> dict[str, object]:
-    columns = ("offset", "pages", "type", "rights", "content", "measured", "what")
+def _sigstruct_document(sig: SigStruct) -> dict[str, object]:
+    """Return the same with the numbers."""
+    numbers = {
+        "vendor": sig.vendor,
+        "date": sig.date,
+        "attributes": sig.attributes.flags,
+        "attribute_mask": sig.attribute_mask.flags,
+        "xfrm": sig.attributes.xfrm,
+        "xfrm_mask": sig.attribute_mask.xfrm,
+        "miscselect": sig.miscselect,
+        "misc_mask": sig.misc_mask,
+        "cet_attributes": sig.cet_attributes,
+        "cet_attributes_mask": sig.cet_attributes_mask,
+    }
+    return {**_sigstruct_fields(sig), "numbers": numbers}
+
+
+def _document(image: EnclaveImage, problems: list[str]) -> dict[str, object]:
     return {
         "format": image.format,
         "size": image.plan.size,
         "ssa_frame_size": image.plan.ssa_frame_size,
         "base": image.plan.base,
         "pages": image.plan.page_count,
-        "runs": [dict(zip(columns, _run_row(run), strict=True)) for run in image.plan.runs],
+        "runs": [_run_document(run) for run in image.plan.runs],
         "tcs": list(image.plan.tcs),
+        "threads": [{"offset": offset, **fields} for offset, fields in threads(image.plan)],
         "facts": dict(image.facts),
         "notes": list(image.notes),
-        "metadata": [
-            {
-                "version": variant.name,
-                "used": variant.name == image.chosen,
-                "problem": variant.problem or None,
-                "facts": dict(variant.facts),
-                "layout": [list(row) for row in variant.layout],
-            }
-            for variant in image.variants
-        ],
+        "problems": problems,
+        "metadata": [_variant_document(variant, image.chosen) for variant in image.variants],
         "sigstruct": None if image.sigstruct is None else _sigstruct_document(image.sigstruct),
+    }
+
+
+def _run_document(run: Run) -> dict[str, object]:
+    columns = ("offset", "pages", "type", "rights", "content", "measured", "what")
+    words = dict(zip(columns, run_row(run), strict=True))
+    numbers = {
+        "offset_bytes": run.offset,
+        "page_count": run.pages,
+        "flags": run.flags,
+        "mask": run.mask,
+    }
+    return {**words, **numbers}
+
+
+def _variant_document(variant: Variant, chosen: str) -> dict[str, object]:
+    return {
+        "version": variant.name,
+        "used": variant.name == chosen,
+        "problem": variant.problem or None,
+        "facts": dict(variant.facts),
+        "layout": [list(row) for row in variant.layout],
     }

@@ -8,23 +8,39 @@ Examples:
   softsgx measure enclave.sgxs --sigstruct release.sig
   softsgx measure --json enclave.signed.so | jq -r .mrenclave
 
+A file decides how much there is to hash; more than --limit (128 GiB, about two minutes) is refused.
+On a terminal, long measurements show how far they are.
+
 With --json: format, mrenclave, mrsigner, enclavehash (what the SIGSTRUCT expects), matches,
-signature_valid, size (bytes), pages, tcs (offsets).  Without a SIGSTRUCT, mrsigner, enclavehash,
+signature_valid, blocks_agree (all metadata blocks of an SDK library give the same mrenclave), size
+(bytes), pages, tcs (offsets).  Without a SIGSTRUCT, mrsigner, enclavehash,
 matches and signature_valid are null.
 
-exit status: 0 it fits, or there is no SIGSTRUCT; 1 it does not fit; 2 the file cannot be read.
+exit status: 0 it fits, or there is no SIGSTRUCT; 1 it does not fit, or blocks disagree; 2 the file
+cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from softsgx.cli._common import print_json
-from softsgx.image import FORMATS, check_signature, measure, mrsigner, open_image
+from softsgx.cli._common import print_json, size_bytes
+from softsgx.image import (
+    FORMATS,
+    MEASURE_LIMIT_BYTES,
+    EnclaveImage,
+    check_signature,
+    measure,
+    mrsigner,
+    open_image,
+    same_measurement,
+)
 
 __all__ = ["NAME", "configure", "run"]
 
 NAME = "measure"
+_TOLD_FROM_BYTES = 1 << 30  # what is hashed in a few seconds needs no progress
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +48,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the enclave file")
     parser.add_argument("--sigstruct", metavar="FILE", help="a bare SIGSTRUCT of 1808 bytes")
     parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
+    parser.add_argument(
+        "--limit",
+        type=size_bytes,
+        metavar="SIZE",
+        default=MEASURE_LIMIT_BYTES,
+        help="hash no more than this (128GiB)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and compare."""
     image = open_image(args.file, args.sigstruct, file_format=args.format)
-    mrenclave = measure(image.plan)
+    told = _tell if sys.stderr.isatty() else None
+    mrenclave = measure(image.plan, limit_bytes=args.limit, progress=told)
+    different = _different(image, args.limit)
     sig = image.sigstruct
     matches = None if sig is None else sig.enclave_hash == mrenclave
     problem = None if sig is None else check_signature(sig)
@@ -49,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "enclavehash": None if sig is None else sig.enclave_hash.hex(),
         "matches": matches,
         "signature_valid": None if sig is None else problem is None,
+        "blocks_agree": not different,
         "size": image.plan.size,
         "pages": image.plan.page_count,
         "tcs": list(image.plan.tcs),
@@ -57,7 +83,27 @@ def run(args: argparse.Namespace) -> int:
         print_json(document)
     else:
         _print(document, image.sigstruct_from, problem)
-    return 0 if matches is not False and problem is None else 1
+        for name in different:
+            print(f"metadata   {name} describes another enclave than {image.chosen}")
+    return 0 if matches is not False and problem is None and not different else 1
+
+
+def _different(image: EnclaveImage, limit_bytes: int) -> list[str]:
+    """Return the metadata blocks whose enclave is not the one that is used."""
+    return [
+        variant.name
+        for variant in image.variants
+        if variant.plan is not None
+        and not same_measurement(image.plan, variant.plan, limit_bytes=limit_bytes)
+    ]
+
+
+def _tell(done: int, total: int) -> None:
+    """Show how far a long measurement is, on one line of the terminal."""
+    if total >= _TOLD_FROM_BYTES:
+        end = "\n" if total - done < _TOLD_FROM_BYTES // 16 else ""
+        share = done * 100 // total
+        print(f"\rsoftsgx: measuring: {share} % of {total >> 20} MiB", end=end, file=sys.stderr)
 
 
 def _print(document: dict[str, object], found: str, problem: str | None) -> None:

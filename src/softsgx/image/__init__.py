@@ -8,9 +8,15 @@ from softsgx.image._file import Bytes, read_bytes
 from softsgx.image.blob import Blob, enclave_size, tcs_page
 from softsgx.image.detect import FORMATS, detect_format, open_image, read_image
 from softsgx.image.enclave import EnclaveImage, Variant
+from softsgx.image.evidence import Evidence, read_evidence
 from softsgx.image.flat import read_raw, read_selftest
 from softsgx.image.load import SecsLimits, choose_secs, ssa_frame_pages
-from softsgx.image.measure import MEASURE_LIMIT_BYTES, hashed_bytes, measure
+from softsgx.image.measure import (
+    MEASURE_LIMIT_BYTES,
+    hashed_bytes,
+    measure,
+    same_measurement,
+)
 from softsgx.image.oe import (
     OeProperties,
     embed_oe_sigstruct,
@@ -87,6 +93,7 @@ __all__ = [
     "Data",
     "Elrange",
     "EnclaveImage",
+    "Evidence",
     "Fill",
     "OeProperties",
     "Padded",
@@ -124,6 +131,7 @@ __all__ = [
     "open_image",
     "public_pem",
     "read_bytes",
+    "read_evidence",
     "read_image",
     "read_oe",
     "read_oe_config",
@@ -133,6 +141,7 @@ __all__ = [
     "read_selftest",
     "read_sgxs",
     "read_sigstruct",
+    "same_measurement",
     "sdk_is_laid_out",
     "sdk_runtime_is_known",
     "sign",

@@ -30,7 +30,7 @@ FORMATS: dict[str, Callable[[Bytes], EnclaveImage]] = {
 }
 """Readers by format name."""
 
-_SIG_SUFFIXES = (".sig", ".css")
+_SIG_SUFFIXES = (".sig", ".css", ".ss")
 
 
 def open_image(
@@ -43,8 +43,8 @@ def open_image(
 
     Args:
         path: the enclave file.
-        sigstruct: a bare SIGSTRUCT file to use instead of any other; without one, ``name.sig``
-            or ``name.css`` beside ``name.sgxs`` is taken.
+        sigstruct: a bare SIGSTRUCT file to use instead of any other; without one, ``name.sig``,
+            ``name.css`` or ``name.ss`` beside ``name.sgxs`` is taken.
         file_format: a name of ``FORMATS``, instead of recognising it.
 
     Raises:

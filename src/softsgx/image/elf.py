@@ -19,6 +19,7 @@ from softsgx.layout import U8, U16, U32, U64, Raw, Structure, at
 
 __all__ = [
     "DT_JMPREL",
+    "DT_NEEDED",
     "DT_PLTRELSZ",
     "DT_REL",
     "DT_RELA",
@@ -43,7 +44,8 @@ _EM_X86_64 = 62
 _PT_LOAD, _PT_DYNAMIC, _PT_TLS = 1, 2, 7
 _SHT_NOBITS, _SHT_DYNSYM = 8, 11
 PF_X, PF_W, PF_R = 1, 2, 4
-_DT_NULL, DT_PLTRELSZ, DT_RELA, DT_RELASZ, DT_REL, DT_TEXTREL, DT_JMPREL = 0, 2, 7, 8, 17, 22, 23
+_DT_NULL, DT_NEEDED, DT_PLTRELSZ, DT_RELA, DT_RELASZ = 0, 1, 2, 7, 8
+DT_REL, DT_TEXTREL, DT_JMPREL = 17, 22, 23
 _SHN_UNDEF = 0
 _STB_WEAK = 2
 _NAME_LIMIT = 256

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from softsgx.arch import (
@@ -26,12 +26,13 @@ from softsgx.arch import (
 from softsgx.errors import SoftSgxError
 from softsgx.image.plan import Data, Plan, Run
 
-__all__ = ["MEASURE_LIMIT_BYTES", "hashed_bytes", "measure"]
+__all__ = ["MEASURE_LIMIT_BYTES", "hashed_bytes", "measure", "same_measurement"]
 
 MEASURE_LIMIT_BYTES: Final = 1 << 37
 """What ``measure`` hashes at most, unless told otherwise: about two minutes of work."""
 
 _BLOCK = 64
+_PROGRESS_BYTES = 64 << 20
 _BATCH_PAGES = 64
 _BARE_BATCH_PAGES = 1024  # pages without a measured chunk are one block each
 _U64 = 8
@@ -43,12 +44,29 @@ def hashed_bytes(plan: Plan) -> int:
     return _BLOCK + sum(per_run)
 
 
-def measure(plan: Plan, *, limit_bytes: int = MEASURE_LIMIT_BYTES) -> bytes:
+def same_measurement(one: Plan, other: Plan, *, limit_bytes: int = MEASURE_LIMIT_BYTES) -> bool:
+    """Return whether two plans have the same MRENCLAVE; equal plans are not hashed.
+
+    Raises:
+        SoftSgxError: they differ, and one asks for more hashing than ``limit_bytes``.
+    """
+    if one == other:
+        return True
+    return measure(one, limit_bytes=limit_bytes) == measure(other, limit_bytes=limit_bytes)
+
+
+def measure(
+    plan: Plan,
+    *,
+    limit_bytes: int = MEASURE_LIMIT_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> bytes:
     """Return the MRENCLAVE that building ``plan`` gives.
 
     Args:
         plan: what to build.
         limit_bytes: refuse to hash more than this; sizes in files are not to be trusted.
+        progress: told how many bytes are hashed, of how many, about every 64 MiB.
 
     Raises:
         SoftSgxError: the plan asks for more hashing than ``limit_bytes``.
@@ -57,12 +75,17 @@ def measure(plan: Plan, *, limit_bytes: int = MEASURE_LIMIT_BYTES) -> bytes:
     if asked > limit_bytes:
         raise SoftSgxError(
             f"plan: measuring {plan.page_count} pages means hashing {asked} bytes, more than the "
-            f"limit of {limit_bytes}; measure() takes a larger limit_bytes"
+            f"limit of {limit_bytes}; raise it with --limit, or measure(limit_bytes=…)"
         )
     digest = hashlib.sha256(ecreate_block(plan.ssa_frame_size, plan.size))
+    done = told = 0
     for run in plan.runs:
         for piece in _batches(run):
             digest.update(piece)
+            done += memoryview(piece).nbytes
+            if progress is not None and done - told >= _PROGRESS_BYTES:
+                progress(done, asked)
+                told = done
     return digest.digest()
 
 

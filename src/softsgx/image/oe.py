@@ -19,7 +19,7 @@ from softsgx.arch import PAGE_BYTES, AttributesFlags, SigStruct, Tcs
 from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes
 from softsgx.image.blob import enclave_size, tcs_page
-from softsgx.image.elf import ET_DYN, Elf, ProgramHeader
+from softsgx.image.elf import DT_NEEDED, ET_DYN, Elf, ProgramHeader
 from softsgx.image.enclave import EnclaveImage, plan_of
 from softsgx.image.flat import page_flags
 from softsgx.image.plan import (
@@ -229,6 +229,11 @@ def _properties(elf: Elf) -> tuple[OeProperties, int, int]:
 
 def _plan(elf: Elf) -> Plan:
     properties, offset, oeinfo_rva = _properties(elf)
+    if DT_NEEDED in elf.dynamic:
+        raise SoftSgxError(
+            f"{elf.file.name}: needs another library, which its loader would add as a second "
+            "module; that is not supported here: link it statically"
+        )
     # Not a fault of the section's: a library to be signed has 65535 here until it is configured.
     if not 0 < properties.num_tcs <= _MOST_TCS:
         raise elf.file.bad(

@@ -265,3 +265,14 @@ def test_an_unsigned_library_says_so() -> None:
     image = read_oe(Bytes("oe.so", oe_library().data))
     assert image.sigstruct is None
     assert any("not signed" in note for note in image.notes)
+
+
+def test_a_library_that_needs_another_is_refused() -> None:
+    made = make_elf(
+        [Seg(0, code(0x100), RX), Seg(0x2000, code(0x1000), RW)],
+        [Sec(".oeinfo", OeProperties(num_tcs=1).pack(), addr=INFO, in_segment=True)],
+        dynamic=[(1, 0)],
+        dynamic_at=0x2E00,
+    )
+    with pytest.raises(SoftSgxError, match="needs another library"):
+        read(made)
