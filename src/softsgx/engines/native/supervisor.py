@@ -42,7 +42,7 @@ from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.space import Space
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
-from softsgx.engines.native.syscalls.advice import madvise, mlock
+from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
 from softsgx.engines.native.syscalls.nodes import Nodes
@@ -344,6 +344,7 @@ class Supervisor(World):
         """Set up paging in a fork child, which has inherited mappings but not their watching."""
         image = thread.image
         self._wire(image, thread, thread.process, parent.mm)
+        drop_left_behind(image, thread.tid, self._registry)
         for vma in image.mm.vmas():
             device = self._registry.of_file(vma.file)
             if image.space not in device.memory.users:

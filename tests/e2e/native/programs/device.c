@@ -137,6 +137,42 @@ static void advice(void)
 	check();
 }
 
+/* What is not for children is not there, and the rest is. */
+static void heirs(void)
+{
+	int status;
+	build();
+	fill();
+	CHECK(!madvise((void *)(data + 2 * PAGE), 2 * PAGE, MADV_DONTFORK));
+	pid_t child = fork();
+	if (!child) {
+		char at;
+		for (int page = 2; page < 4; page++) {
+			int fds[2];
+			CHECK(!pipe(fds));
+			FAILS(write(fds[1], (void *)(data + page * PAGE), 1), EFAULT);
+		}
+		CHECK(mmap((void *)(data + 2 * PAGE), PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+		at = *(volatile char *)(data + 2 * PAGE);
+		CHECK(!at && get(1, data) == 77 && get(1, data + 4 * PAGE) == 81);
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	CHECK(!madvise((void *)data, data_pages * PAGE, MADV_DONTFORK)); /* a whole mapping */
+	child = fork();
+	if (!child) {
+		int fds[2];
+		CHECK(!pipe(fds));
+		FAILS(write(fds[1], (void *)data, 1), EFAULT);
+		char *own = mmap((void *)data, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+		CHECK(own == (char *)data && !*own);
+		*own = 3;
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	check();
+}
+
 /* No mapping of an enclave is in a core dump. */
 static void dumps(void)
 {
@@ -318,7 +354,7 @@ static void cpuinfo(void)
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps},
+		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs},
 		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 	};
 	CHECK(argc >= 3);

@@ -11,9 +11,11 @@ from errno import EINVAL, ENODEV, ENOMEM
 
 from softsgx.driver import EnclaveVma
 from softsgx.engines.native import abi
+from softsgx.engines.native.syscalls.registry import Registry
+from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["madvise", "mlock"]
+__all__ = ["drop_left_behind", "madvise", "mlock"]
 
 _REFUSED = {
     abi.MADV_DONTNEED: EINVAL,
@@ -61,6 +63,33 @@ def mlock(thread: ProgramThread) -> int | None:
         end,
         lambda low, length: thread.syscall(abi.SYS_MLOCK2, low, length, flags),
     )
+
+
+def drop_left_behind(image: Image, tid: int, registry: Registry) -> None:
+    """Unmap in a fork child what MADV_DONTFORK kept from it.
+
+    Args:
+        image: of the child, with all mappings of its parent.
+        tid: its thread.
+        registry: which memory file each mapping is of.
+    """
+    vmas = image.mm.vmas()
+    if not vmas:
+        return
+    inherited: dict[int, list[tuple[int, int]]] = {}
+    with open(f"/proc/{tid}/maps") as maps:
+        for line in maps:
+            place, _rights, _offset, _device, inode, *_path = line.split(maxsplit=5)
+            start, end = (int(part, 16) for part in place.split("-"))
+            inherited.setdefault(int(inode), []).append((start, end))
+    for vma in vmas:
+        _device_number, inode_number = registry.of_file(vma.file).memory.key
+        at, end = vma.start, vma.end
+        for low, high in [*inherited.get(inode_number, []), (end, end)]:
+            if at < min(low, end):
+                image.mm.munmap(at, min(low, end) - at)
+            if low < end:
+                at = max(at, high)
 
 
 def _enclaves(thread: ProgramThread, start: int, length: int) -> list[EnclaveVma]:
