@@ -35,7 +35,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("pager", USABLE)
-@pytest.mark.parametrize("scenario", ["calls", "links", "modes", "advice", "dumps", "heirs"])
+@pytest.mark.parametrize(
+    "scenario", ["calls", "links", "modes", "advice", "dumps", "heirs", "maps"]
+)
 def test_a_program_finds_a_device_and_no_file(
     program: list[str], scenario: str, pager: str
 ) -> None:

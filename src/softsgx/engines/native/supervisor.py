@@ -189,7 +189,7 @@ class Supervisor(World):
 
     def _handlers(self) -> dict[int, Handler]:
         opener, opens_memory = _Opener(self._driver), self._descriptors.open_memory
-        files = NamedFiles(opener, self._registry, self._nodes, opens_memory)
+        files = NamedFiles(opener, self._registry, self._nodes, opens_memory, self._image_of)
         mappings = Mappings(self._registry, rewrite=not self._faulting)
         return (
             self._descriptors.handlers()

@@ -173,6 +173,31 @@ static void heirs(void)
 	check();
 }
 
+/* The list of mappings names the device, with the rights that were asked for. */
+static void maps(void)
+{
+	char line[512], rights[8], name[256];
+	uint64_t low, high, before = 0, pages = 0;
+	int stack = 0;
+	build();
+	fill();
+	FILE *f = fopen("/proc/self/maps", "r");
+	CHECK(f);
+	while (fgets(line, sizeof line, f)) {
+		*name = 0;
+		CHECK(sscanf(line, "%lx-%lx %7s %*s %*s %*s %255s", &low, &high, rights, name) >= 3);
+		CHECK(low >= before && high > low);
+		before = high;
+		stack |= !strcmp(name, "[stack]");
+		CHECK(!strstr(line, "memfd:sgx"));
+		if (strcmp(name, "/dev/sgx_enclave")) continue;
+		CHECK(low >= base && high <= base + size && strlen(rights) == 4 && rights[3] == 's');
+		if (low == data) CHECK(high == data + data_pages * PAGE && !strcmp(rights, "rw-s"));
+		pages += (high - low) / PAGE;
+	}
+	CHECK(stack && pages > data_pages);
+}
+
 /* No mapping of an enclave is in a core dump. */
 static void dumps(void)
 {
@@ -354,7 +379,7 @@ static void cpuinfo(void)
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs},
+		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"maps", maps},
 		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 	};
 	CHECK(argc >= 3);

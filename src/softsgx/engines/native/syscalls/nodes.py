@@ -72,7 +72,7 @@ class Node:
         links = 2 if self.is_directory else 1
         times = (self.mtime_s, 0) * 3
         return _STAT.pack(
-            *(info.st_dev, self._inode, links, self.mode, self.uid, self.gid, 0),
+            *(info.st_dev, self.inode, links, self.mode, self.uid, self.gid, 0),
             *(device, 0, 4096, 0, *times),
         )
 
@@ -82,12 +82,13 @@ class Node:
         major, minor = os.major(info.st_dev), os.minor(info.st_dev)
         links = 2 if self.is_directory else 1
         return _STATX.pack(
-            *(_STATX_BASIC, 4096, 0, links, self.uid, self.gid, self.mode, self._inode, 0, 0, 0),
+            *(_STATX_BASIC, 4096, 0, links, self.uid, self.gid, self.mode, self.inode, 0, 0, 0),
             *(_MISC_MAJOR if self.is_device else 0, self.minor, major, minor, 0),
         )
 
     @property
-    def _inode(self) -> int:
+    def inode(self) -> int:
+        """Its number in the file system."""
         return self.minor or 1 << 32 | hash(self.name) & 0xFFFF_FFFF
 
 

@@ -25,8 +25,10 @@ from typing import Protocol
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.loop import Handler
 from softsgx.engines.native.tracing.program import ProgramThread
 
@@ -34,7 +36,7 @@ __all__ = ["NamedFiles", "Opener"]
 
 _PROC = b"/proc/"
 _LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
-_MEMORY = re.compile(rb"/proc/(self|thread-self|\d+)(/task/\d+)?/mem")
+_OF_PROCESS = re.compile(rb"/proc/(?P<pid>self|thread-self|\d+)(/task/\d+)?/(?P<what>mem|maps)")
 _SEALED = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW | abi.F_SEAL_WRITE
 _PERMISSIONS = 0o7777
 _UNCHANGED = 0xFFFF_FFFF
@@ -58,6 +60,7 @@ class NamedFiles:
         registry: which descriptors are devices.
         nodes: the names that exist for the program only.
         open_memory: lets an open of ``/proc/PID/mem`` be made, and returns its result.
+        image_of: returns the address space of a process or thread, ``None`` if it is not ours.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class NamedFiles:
         registry: Registry,
         nodes: Nodes,
         open_memory: Callable[[ProgramThread], int],
+        image_of: Callable[[int], Image | None],
     ) -> None:
         self._opener, self._registry, self._nodes = opener, registry, nodes
-        self._open_memory = open_memory
+        self._open_memory, self._image_of = open_memory, image_of
 
     def handlers(self) -> dict[int, Handler]:
         """Return the handlers by number of the call."""
@@ -115,7 +119,7 @@ class NamedFiles:
     def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
         node = self._node(thread, path) or self._linked_node(thread, path)
         if node is None:
-            return self._open_memory(thread) if _names_memory(thread, path) else None
+            return self._open_process(thread, path, flags)
         if flags & abi.O_CREAT and flags & abi.O_EXCL:
             return -EEXIST
         if node.is_directory:
@@ -125,6 +129,27 @@ class NamedFiles:
         if node.text is not None:
             return self._open_text(thread, node.text(), flags)
         return self._open_device(thread, node, flags)
+
+    def _open_process(self, thread: ProgramThread, path: int, flags: int) -> int | None:
+        """Open the memory of a process, or the list of its mappings if it has enclaves."""
+        if thread.image.read(path, len(_PROC)) != _PROC:
+            return None
+        match = _OF_PROCESS.fullmatch(thread.image.read_string(path))
+        if match is None:
+            return None
+        if match["what"] == b"mem":
+            return self._open_memory(thread)
+        pid = int(match["pid"]) if match["pid"].isdigit() else thread.process.pid
+        image = self._image_of(pid)
+        if image is None or not image.wired or not image.mm.vmas():
+            return None
+        try:
+            with open(f"/proc/{pid}/maps") as file:
+                text = file.read()
+        except OSError as error:
+            return -(error.errno or EACCES)
+        shown = maps_text(text, image, self._registry, self._nodes.device(ENCLAVE))
+        return self._open_text(thread, os.fsencode(shown), flags)
 
     def _open_text(self, thread: ProgramThread, text: bytes, flags: int) -> int:
         if flags & abi.O_ACCMODE != abi.O_RDONLY:
@@ -318,13 +343,6 @@ _ANSWERS = {
     EINVAL: (abi.SYS_TRUNCATE,),
     EEXIST: (abi.SYS_MKNOD,),
 }
-
-
-def _names_memory(thread: ProgramThread, path: int) -> bool:
-    """Return whether a path is that of a ``/proc/PID/mem``."""
-    if thread.image.read(path, len(_PROC)) != _PROC:
-        return False
-    return _MEMORY.fullmatch(thread.image.read_string(path)) is not None
 
 
 def _make_file(thread: ProgramThread, flags: int) -> int:
