@@ -1,0 +1,60 @@
+"""The soak of the parsers: repeatable by its seed, and a fault is found, reduced and printed."""
+
+from __future__ import annotations
+
+import pytest
+from tests.soak import parsers
+from tests.soak.parsers import Fault, main, reduced, run, try_one
+
+from softsgx.errors import SoftSgxError
+
+
+def test_every_parser_has_inputs_that_it_takes() -> None:
+    assert parsers.SEEDS.keys() == parsers.PARSERS.keys()
+    for name, make in parsers.SEEDS.items():
+        for data in make():
+            assert try_one(parsers.PARSERS[name], data)[1] == "", name
+            parsers.PARSERS[name](data)
+
+
+def test_the_same_seed_gives_the_same_run_without_a_fault() -> None:
+    one, other = (run(600, 7, inputs=1500) for _ in range(2))
+    assert one.inputs.total() == 1500
+    assert (one.inputs, one.shapes) == (other.inputs, other.shapes)
+    assert one.faults == []
+    assert run(600, 8, inputs=300).inputs != run(600, 9, inputs=300).inputs
+
+
+def test_a_fault_is_found_reduced_and_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fragile(data: bytes) -> str:
+        if len(data) > 10 and data[8] > 100:
+            raise IndexError("planted")
+        return "well"
+
+    monkeypatch.setattr(parsers, "PARSERS", {"sgxs": fragile})
+    (fault,) = run(600, 1, inputs=3000).faults
+    assert "IndexError at test_soak_parsers.py" in fault.what
+    assert len(fault.data) == 11
+    assert fault.data[:8] == bytes(8)
+    printed = capsys.readouterr().out
+    assert "--parser 'sgxs' --again" in printed
+    with pytest.raises(IndexError, match="planted"):
+        main(["--parser", "sgxs", "--again", printed.split()[-1]])
+
+
+def test_a_refusal_of_several_lines_is_a_fault() -> None:
+    def chatty(data: bytes) -> str:
+        raise SoftSgxError("one\ntwo")
+
+    assert "2 lines" in try_one(chatty, b"")[1]
+
+
+def test_what_is_slow_or_large_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parsers, "SLOW_SECONDS", -1.0)
+    assert try_one(lambda _: "", b"")[1] == "slow"
+    monkeypatch.setattr(parsers, "LARGE_BYTES", -1)
+    assert try_one(lambda _: "", b"")[1] == "large"
+    assert reduced(lambda _: "", b"abc", "slow") == b"abc"
+    assert "3 bytes" in Fault("sgxs", "slow", b"abc").text()
