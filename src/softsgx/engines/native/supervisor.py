@@ -350,8 +350,9 @@ class Supervisor(World):
             if image.space not in device.memory.users:
                 device.memory.users.append(image.space)
             image.mapped(vma.start, vma.end, vma.prot)
-            if image.is_covered(vma.start):
-                # It has the parent's rights of when it was made, whatever they were.
+            if image.is_covered(vma.start) or image.pager.map_prot(vma.prot) != vma.prot:
+                # It has the rights that the parent had when it was made, also those to pages that
+                # were hidden since.
                 image.pager.reveal(vma.start, vma.end, abi.PROT_NONE)
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
