@@ -1,0 +1,25 @@
+"""No history of processes, system calls or faults ends the supervisor or leaves anything behind.
+
+Method: a short run of the kinds of ``tests/soak`` that need the native engine, with fixed seeds.
+"""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.native.enclave import COMPILER
+from tests.soak import lifetimes
+from tests.support.native import needs_tracing
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+    pytest.mark.slow,
+]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("pager", lifetimes.usable_pagers())
+def test_no_life_of_a_process_disturbs_the_others_or_the_supervisor(
+    pager: str, strict: bool
+) -> None:
+    lifetimes.live(4, 60, {"pager": pager, "strict": strict, "epc": "128KiB"})
