@@ -146,3 +146,10 @@ def test_locking_all_memory_leaves_the_pages_of_enclaves_to_the_epc(
     result = run(argv, epc=EPC_PAGES * 4096, pager=pager)
     assert result.exit_code == 0
     assert result.counters["reclaimed"] and result.counters["eldu"], "nothing was paged"
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+def test_wild_arguments_fail_with_the_errno_of_linux_and_change_nothing(
+    program: list[str], pager: str
+) -> None:
+    assert exit_code(program, "wild", strict=False, pager=pager) == 0

@@ -312,3 +312,14 @@ def test_doctor_says_whether_programs_can_be_run(
     assert all(finding.text.split(":")[0] in printed for finding in findings)
     last = "engine native, pager mprotect" if engine_name else "not on this machine, for want of"
     assert last in printed.splitlines()[-1]
+
+
+def test_an_interrupt_before_the_program_starts_ends_the_command_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softsgx.cli.run._check_machine", interrupted)
+    assert main(["run", "--", "/bin/true"]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")

@@ -86,6 +86,7 @@ SYS_EXECVE: Final = 59
 SYS_EXIT: Final = 60
 SYS_EXIT_GROUP: Final = 231
 SYS_READLINK: Final = 89
+SYS_PRCTL: Final = 157
 SYS_ARCH_PRCTL: Final = 158
 SYS_CLOSE: Final = 3
 SYS_OPENAT: Final = 257
@@ -201,6 +202,7 @@ WALL: Final = 0x4000_0000
 SIGILL: Final = 4
 SIGTRAP: Final = 5
 SIGBUS: Final = 7
+SIGKILL: Final = 9
 SIGFPE: Final = 8
 SIGSEGV: Final = 11
 SIGSTOP: Final = 19
@@ -226,6 +228,7 @@ UCONTEXT_ERR: Final = 40 + 8 * 19
 UCONTEXT_CR2: Final = 40 + 8 * 22
 
 # seccomp and its BPF.
+PR_SET_PDEATHSIG: Final = 1
 PR_SET_SECCOMP: Final = 22
 PR_SET_NO_NEW_PRIVS: Final = 38
 SECCOMP_MODE_FILTER: Final = 2

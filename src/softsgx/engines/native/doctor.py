@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import platform
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.limits import file_bytes
+from softsgx.engines.native.memory.store import MEMORY_FILE_BYTES
 from softsgx.engines.native.memory.uffd import open_userfaultfd
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
+_DESCRIPTORS = 4096  # enough for a thousand processes
 
 __all__ = ["Finding", "can_fault_cpuid", "can_write_fsbase", "choose_pager", "doctor"]
 
@@ -63,6 +67,30 @@ def doctor() -> list[Finding]:
             bad="no seccomp filters: the kernel needs CONFIG_SECCOMP_FILTER",
         ),
         _finding(
+            "/proc",
+            can_use_proc(),
+            needed=True,
+            good="processes can be looked at",
+            bad="/proc is missing or shows another process namespace: mount it "
+            "(container: a process namespace and /proc that belong together)",
+        ),
+        _finding(
+            "process_vm_readv",
+            can_read_memory(),
+            needed=True,
+            good="memory of programs can be read and written",
+            bad="process_vm_readv and process_vm_writev are missing or forbidden: the kernel needs "
+            "CONFIG_CROSS_MEMORY_ATTACH, a container a profile that allows them",
+        ),
+        _finding(
+            "memory files",
+            can_make_memory_files(),
+            needed=True,
+            good="enclaves have memory that processes share",
+            bad="memfd_create is forbidden, or the limit on file sizes is below 128 TiB: allow "
+            "memfd_create, and raise the hard limit (ulimit -Hf unlimited)",
+        ),
+        _finding(
             "pidfd_getfd",
             can_getfd(),
             needed=True,
@@ -94,6 +122,22 @@ def doctor() -> list[Finding]:
             "of an enclave stops the thread, which makes calls slower",
         ),
         _finding(
+            "sched_setaffinity",
+            can_choose_processors(),
+            needed=False,
+            good="supervisor and a program of one thread share a processor",
+            bad="not allowed: stops of a program of one thread cost about three times as much, "
+            "and --cpus is not possible",
+        ),
+        _finding(
+            "open files",
+            descriptors() >= _DESCRIPTORS,
+            needed=False,
+            good=f"up to {descriptors()} descriptors",
+            bad=f"at most {descriptors()} descriptors, and each process of a program costs three: "
+            "raise the hard limit (ulimit -Hn)",
+        ),
+        _finding(
             "ENCLU",
             True,
             needed=False,
@@ -111,10 +155,14 @@ def choose_pager() -> str:
 @cache
 def can_ptrace() -> bool:
     """Return whether a child can be seized."""
+    supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(0)
+        try:
+            libc.end_with(supervisor)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            os._exit(0)
     os.waitpid(pid, os.WUNTRACED)
     try:
         libc.ptrace(abi.PTRACE_SEIZE, pid, 0, abi.PTRACE_O_EXITKILL)
@@ -131,6 +179,51 @@ def can_filter() -> bool:
     """Return whether seccomp filters that stop for a tracer exist."""
     action = ctypes.c_uint32(abi.SECCOMP_RET_TRACE)
     return _works(lambda: libc.syscall(abi.SYS_SECCOMP, _ACTION_AVAIL, 0, ctypes.addressof(action)))
+
+
+@cache
+def can_use_proc() -> bool:
+    """Return whether /proc is there and shows the processes as this one sees them."""
+
+    def probe() -> None:
+        own = os.getpid()
+        if os.readlink("/proc/self") != str(own):
+            raise ProcessLookupError
+        os.close(os.open(f"/proc/{own}/mem", os.O_RDWR | os.O_CLOEXEC))
+
+    return _works(probe)
+
+
+@cache
+def can_read_memory() -> bool:
+    """Return whether memory can be copied from and to another process."""
+
+    def probe() -> None:
+        word = ctypes.c_uint64(1)
+        data = libc.read_memory(os.getpid(), ctypes.addressof(word), 8)
+        libc.write_memory(os.getpid(), ctypes.addressof(word), data)
+
+    return _works(probe)
+
+
+@cache
+def can_make_memory_files() -> bool:
+    """Return whether memory files can be made, as long as the address space."""
+    longest = file_bytes()
+    if longest is not None and longest < MEMORY_FILE_BYTES:
+        return False
+    return _works(lambda: os.close(os.memfd_create("softsgx", os.MFD_CLOEXEC)))
+
+
+@cache
+def can_choose_processors() -> bool:
+    """Return whether a thread may choose among its processors."""
+    return _works(lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)))
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 @cache

@@ -112,6 +112,16 @@ def hardware_capabilities() -> int:
     return int(_libc.getauxval(ctypes.c_ulong(abi.AT_HWCAP2)))
 
 
+def end_with(parent: int | None) -> None:
+    """Let SIGKILL end this process when the thread ends that made it in process ``parent``.
+
+    Ends it now if that has happened already; ``None`` undoes it.
+    """
+    syscall(abi.SYS_PRCTL, abi.PR_SET_PDEATHSIG, 0 if parent is None else abi.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
 def take_descriptor(pid: int, descriptor: int) -> int:
     """Return our own descriptor of what ``descriptor`` is in process ``pid``."""
     pidfd = syscall(abi.SYS_PIDFD_OPEN, pid, 0)

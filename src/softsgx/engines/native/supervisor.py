@@ -38,6 +38,7 @@ from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, cho
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.space import Space
@@ -159,10 +160,18 @@ class Supervisor(World):
         # The terminal's interrupt goes to the program as well; what it means is for it to say.
         main = threading.current_thread() is threading.main_thread()
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+        limits = raise_limits()
         try:
             bpf = build_filter(everything=self._strict)
             first = start_program(
-                argv, bpf, self._waits, env=env, cwd=cwd, cpus=self._cpus, stdio=stdio
+                argv,
+                bpf,
+                self._waits,
+                env=env,
+                cwd=cwd,
+                cpus=self._cpus,
+                stdio=stdio,
+                limits=limits,
             )
             try:
                 thread = self._dress(first, Process(first.tid, self._group))
@@ -182,6 +191,7 @@ class Supervisor(World):
         finally:
             self._registry.close()
             self._affinity.close()
+            set_limits(limits)
             if interrupt_handler is not None:
                 signal.signal(signal.SIGINT, interrupt_handler)
 

@@ -558,11 +558,44 @@ static void locked(void)
 	check_untouched();
 }
 
+/* Pointers, lengths and descriptors that no program should pass; each call fails as without an enclave. */
+static void wild(void)
+{
+	static const uint64_t at[] = {1, 0x7ffffffff000, 0x800000000000, 0xffff800000000000, ~0ul - 7, ~0ul};
+	char buffer[256];
+	build();
+	fill();
+	for (unsigned i = 0; i < sizeof at / sizeof *at; i++) {
+		char *p = (char *)at[i];
+		CHECK(open(p, O_RDWR) == -1 && errno == EFAULT);
+		CHECK(openat(AT_FDCWD, p, O_RDWR) == -1 && errno == EFAULT);
+		CHECK(syscall(SYS_openat2, AT_FDCWD, "/dev/sgx_enclave", p, 24) == -1 && errno == EFAULT);
+		CHECK(access(p, 0) == -1 && errno == EFAULT);
+		CHECK(syscall(SYS_stat, p, buffer) == -1 && errno == EFAULT);
+		CHECK(syscall(SYS_stat, "/dev/sgx_enclave", p) == -1 && errno == EFAULT);
+		CHECK(syscall(SYS_fstat, device, p) == -1 && errno == EFAULT);
+		CHECK(readlink(p, buffer, sizeof buffer) == -1 && errno == EFAULT);
+		CHECK(ioctl(device, MODIFY, p) == -1 && errno == EFAULT);
+		CHECK(ioctl(device, RESTRICT, p) == -1 && errno == EFAULT);
+	}
+	for (int shift = 0; shift < 17; shift++) {
+		uint64_t length = -PAGE << shift;
+		CHECK(mmap((void *)base, length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED && errno == ENOMEM);
+		CHECK(mmap((void *)base, length, PROT_READ, MAP_SHARED | MAP_FIXED, device, 0) == MAP_FAILED);
+		CHECK(munmap((void *)base, length) == -1 && errno == EINVAL);
+		CHECK(mremap((void *)base, PAGE, length, MREMAP_MAYMOVE) == MAP_FAILED);
+		CHECK(mremap(buffer, PAGE, length, MREMAP_MAYMOVE | MREMAP_FIXED, base) == MAP_FAILED);
+	}
+	/* what fails has replaced nothing */
+	CHECK(mmap((void *)base, size, PROT_READ, MAP_PRIVATE | MAP_FIXED, 1000, 0) == MAP_FAILED && errno == EBADF);
+	check_untouched();
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
-		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets}, {"locked", locked},
+		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets}, {"locked", locked}, {"wild", wild},
 		{"interrupted", interrupted}, {"patchwork", patchwork},
 	};
 	CHECK(argc >= 3);

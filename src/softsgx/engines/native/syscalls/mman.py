@@ -46,15 +46,18 @@ class Mappings:
             device = self._registry.of_descriptor(thread.process.pid, _int32(regs.r8))
             if device is not None:
                 return self._map_device(thread, device)
-        if flags & abi.MAP_FIXED:
-            self._displace(thread, regs.rdi, regs.rsi)
-        if self._rewrite and prot & abi.PROT_EXEC and not flags & abi.MAP_ANONYMOUS:
-            length = regs.rsi
-            address = thread.finish_syscall()
-            if not -4096 < address < 0:
+        rewrites = self._rewrite and prot & abi.PROT_EXEC and not flags & abi.MAP_ANONYMOUS
+        length = regs.rsi
+        displaces = flags & abi.MAP_FIXED and _overlaps(thread, regs.rdi, length)
+        if not rewrites and not displaces:
+            return None
+        address = thread.finish_syscall()
+        if not -4096 < address < 0:
+            if displaces:
+                self._displaced(thread, address, length)
+            if rewrites:
                 rewrite_cpuid(thread, address, length)
-            return address
-        return None
+        return address
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
         if not isinstance(device.file, EnclaveFile):
@@ -111,12 +114,10 @@ class Mappings:
         )
         return address
 
-    def _displace(self, thread: ProgramThread, address: int, length: int) -> None:
-        """Something else will be where mappings of enclaves may be."""
-        image = thread.image
-        if length and address % abi.PAGE == 0 and image.mm.vmas(address, address + length):
-            image.mm.munmap(address, length)
-            self._registry.sweep()
+    def _displaced(self, thread: ProgramThread, address: int, length: int) -> None:
+        """The kernel has put something else where mappings of enclaves were."""
+        thread.image.mm.munmap(address, length)
+        self._registry.sweep()
 
     # --- the others -----------------------------------------------------------------------------
 
@@ -183,9 +184,12 @@ class Mappings:
         )
         fixed = bool(flags & _MREMAP_FIXED)
         if not image.mm.vmas(old, old + max(old_length, 1)):
-            if fixed:
-                self._displace(thread, new, new_length)
-            return None
+            if not fixed or not _overlaps(thread, new, new_length):
+                return None
+            result = thread.finish_syscall()
+            if not -4096 < result < 0:
+                self._displaced(thread, new, new_length)
+            return result
         if fixed and new != old:
             # Deviation: pages of an enclave are usable at their own address only, so a moved
             # mapping would be good for nothing; it is refused instead.
@@ -212,6 +216,13 @@ def rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
         if address + site not in image.cpuid_sites:
             os.pwrite(image.memory_fd, TRAP, address + site)
             image.cpuid_sites.add(address + site)
+
+
+def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
+    """Return whether enclaves are mapped in a range that the kernel would replace."""
+    end = address + length
+    fits = bool(length) and address % abi.PAGE == 0 and end <= abi.TASK_SIZE
+    return fits and bool(thread.image.mm.vmas(address, end))
 
 
 def _int32(value: int) -> int:

@@ -18,6 +18,7 @@ import fcntl
 import os
 import re
 import stat
+import struct
 from collections.abc import Callable
 from errno import EACCES, EEXIST, EFAULT, EINVAL, EISDIR, ENODATA, ENOTDIR, EPERM
 from typing import Protocol
@@ -39,6 +40,7 @@ _LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
 _OF_PROCESS = re.compile(rb"/proc/(?P<pid>self|thread-self|\d+)(/task/\d+)?/(?P<what>mem|maps)")
 _SEALED = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW | abi.F_SEAL_WRITE
 _PERMISSIONS = 0o7777
+_HOW = struct.Struct("<QQQ")  # struct open_how
 _UNCHANGED = 0xFFFF_FFFF
 
 
@@ -113,8 +115,12 @@ class NamedFiles:
     # --- opening --------------------------------------------------------------------------------
 
     def _openat2(self, thread: ProgramThread) -> int | None:
-        how = thread.image.read(thread.regs.rdx, 8)
-        return self._open(thread, thread.regs.rsi, int.from_bytes(how, "little"))
+        regs = thread.regs
+        how = thread.image.read(regs.rdx, _HOW.size)
+        if len(how) < _HOW.size or not _HOW.size <= regs.r10 <= abi.PAGE:
+            return None  # the kernel says what is wrong, before it looks at the path
+        flags, _mode, _resolve = _HOW.unpack(how)
+        return self._open(thread, regs.rsi, flags)
 
     def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
         node = self._node(thread, path) or self._linked_node(thread, path)

@@ -17,7 +17,9 @@ from __future__ import annotations
 import os
 
 from softsgx.engines.native import libc
+from softsgx.engines.native.doctor import can_choose_processors
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.errors import SoftSgxError
 
 __all__ = ["Affinity"]
 
@@ -32,11 +34,16 @@ class Affinity:
 
     def __init__(self, cpus: set[int] | None) -> None:
         self._before = os.sched_getaffinity(0)
-        self._automatic = cpus is None and len(self._before) > 1
+        self._automatic = cpus is None and len(self._before) > 1 and can_choose_processors()
         self._tids: set[int] = set()
         self._together: set[int] | None = None
         if cpus is not None:
-            os.sched_setaffinity(0, cpus)
+            try:
+                os.sched_setaffinity(0, cpus)
+            except OSError as error:
+                raise SoftSgxError(
+                    f"processors {sorted(cpus)}: {error.strerror}; leave the choice out"
+                ) from None
 
     def born(self, tid: int) -> None:
         """A thread was made; it has its maker's processors."""
@@ -50,7 +57,8 @@ class Affinity:
 
     def close(self) -> None:
         """Give the supervisor its own processors back."""
-        os.sched_setaffinity(0, self._before)
+        if can_choose_processors():
+            os.sched_setaffinity(0, self._before)
 
     def getaffinity(self, thread: ProgramThread) -> int | None:
         """Do ``sched_getaffinity``: the answer is what it would be without us."""

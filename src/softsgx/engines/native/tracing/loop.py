@@ -22,6 +22,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable
+from errno import EMFILE, ENFILE
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
@@ -267,6 +268,13 @@ class Loop:
             self._note(error)
         elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
             self._note(Gone(tid))  # what the kernel has said of it is not what it is by now
+        elif isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+            _LOG.error(
+                "process %d is ended: no descriptor is left to serve it; raise the limit on open "
+                "files (ulimit -Hn)",
+                pid,
+            )
+            _kill(pid)
         elif isinstance(error, SoftSgxError):
             _LOG.error("process %d is ended: %s", pid, error)
             _kill(pid)

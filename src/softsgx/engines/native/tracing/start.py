@@ -17,6 +17,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.limits import Limits, set_limits
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso.elf import Vdso, build_vdso, read_symbols
@@ -51,6 +52,7 @@ def start_program(
     cwd: str | None = None,
     cpus: set[int] | None = None,
     stdio: tuple[int, int, int] | None = None,
+    limits: Limits | None = None,
 ) -> Thread:
     """Start ``argv`` traced, and return its first thread stopped at the end of its execve.
 
@@ -62,18 +64,22 @@ def start_program(
         cwd: its working directory; ours by default.
         cpus: the processors it may run on; ours by default.
         stdio: descriptors to be its standard input, output and error.
+        limits: its resource limits, where they are not to be ours.
 
     Raises:
         SoftSgxError: there is no such program, or this machine forbids tracing.
     """
     failed_read, failed_write = os.pipe()
+    supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(argv, bpf, failed_write, env, cwd, cpus, stdio)
+        _become(supervisor, argv, bpf, failed_write, env, cwd, cpus, stdio, limits)
     os.close(failed_write)
-    os.waitpid(pid, os.WUNTRACED)
+    _pid, status = os.waitpid(pid, os.WUNTRACED)
     thread = Thread(pid, waits)
     try:
+        if not os.WIFSTOPPED(status):
+            raise Gone(pid)
         libc.ptrace(abi.PTRACE_SEIZE, pid, 0, TRACE_OPTIONS)
         os.kill(pid, signal.SIGCONT)
         _follow_to_exec(thread)
@@ -102,6 +108,7 @@ def _reap(pid: int) -> None:
 
 
 def _become(
+    supervisor: int,
     argv: Sequence[str],
     bpf: bytes,
     report: int,
@@ -109,9 +116,11 @@ def _become(
     cwd: str | None,
     cpus: set[int] | None,
     stdio: tuple[int, int, int] | None,
+    limits: Limits | None,
 ) -> None:
     """In the child: wait for the tracer, then filter and execute; never returns."""
     try:
+        libc.end_with(supervisor)  # until it is traced, and EXITKILL sees to that
         for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
@@ -121,7 +130,9 @@ def _become(
             os.chdir(cwd)
         if cpus is not None:
             os.sched_setaffinity(0, cpus)
+        set_limits(limits or {})
         os.kill(os.getpid(), signal.SIGSTOP)
+        libc.end_with(None)
         _install_filter(bpf)
         os.execvpe(argv[0], list(argv), dict(os.environ if env is None else env))
     except OSError as error:

@@ -1,0 +1,39 @@
+"""Limits of the supervisor's own process, raised while a program runs; the program keeps its own.
+
+Each process of the program costs the supervisor a few descriptors, and the memory file of an
+enclave is as long as the address space.
+
+Source:
+    setrlimit(2).
+"""
+
+from __future__ import annotations
+
+import resource
+
+__all__ = ["Limits", "file_bytes", "raise_limits", "set_limits"]
+
+Limits = dict[int, tuple[int, int]]
+"""(soft, hard) by number of the limit."""
+
+_RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+
+
+def raise_limits() -> Limits:
+    """Raise what may be raised, and return how it was, for :func:`set_limits`."""
+    former = {which: resource.getrlimit(which) for which in _RAISED}
+    for which, (_soft, hard) in former.items():
+        resource.setrlimit(which, (hard, hard))
+    return former
+
+
+def set_limits(limits: Limits) -> None:
+    """Set limits of this process."""
+    for which, values in limits.items():
+        resource.setrlimit(which, values)
+
+
+def file_bytes() -> int | None:
+    """Return how long a file may be at most once the limit is raised; ``None``: any length."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if hard == resource.RLIM_INFINITY else hard

@@ -1,0 +1,153 @@
+"""What a machine lacks is told in one line, and what goes wrong with one process stays there.
+
+Method: supervisors under system call filters and resource limits, and failures put into one
+process of several.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import abi, run
+from softsgx.errors import SoftSgxError
+from softsgx.trace import Event
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+]
+
+_FILTERED = """
+import ctypes, os, sys
+code = bytes.fromhex(sys.argv[1])
+buffer = ctypes.create_string_buffer(code, len(code))
+class Program(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_uint16), ("filter", ctypes.c_void_p)]
+program = Program(len(code) // 8, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None)
+assert not libc.prctl(38, 1, 0, 0, 0)
+assert not libc.prctl(22, 2, ctypes.byref(program))
+os.execv(sys.executable, [sys.executable, "-m", "softsgx", *sys.argv[2:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("robustness")
+    enclave = write_enclave(directory / "enclave", 20)
+    return [str(compile_host(directory, "limits")), str(enclave)]
+
+
+def softsgx_without(call: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command while a system call fails with EPERM."""
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, call), (6, 0, 0, 0x5_0001)]
+    code.append((6, 0, 0, abi.SECCOMP_RET_ALLOW))
+    packed = b"".join(struct.pack("<HBBI", *line) for line in code).hex()
+    command = [sys.executable, "-c", _FILTERED, packed, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "name"), [(abi.SYS_MEMFD_CREATE, "memory files"), (310, "process_vm_readv")]
+)
+def test_a_call_that_the_supervisor_cannot_do_without_is_named(call: int, name: str) -> None:
+    refused = softsgx_without(call, "run", "--", "/bin/true")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"softsgx: {name}: ") and refused.stderr.count("\n") == 1
+    found = softsgx_without(call, "doctor")
+    assert found.returncode == 1
+    assert "MISSING" in found.stdout and name in found.stdout
+
+
+@pytest.mark.slow
+def test_a_program_runs_where_processors_cannot_be_chosen(program: list[str]) -> None:
+    done = softsgx_without(abi.SYS_SCHED_SETAFFINITY, "run", "--quiet", "--", *program, "secrets")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_limit_on_file_sizes_is_raised_for_the_supervisor_and_kept_for_the_program(
+    program: list[str],
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft = 1 << 20
+    shell = f'{" ".join(program)} secrets && [ "$(ulimit -Sf)" = "{soft // 1024}" ]'
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, before[1]))
+    try:
+        assert run(["/bin/bash", "-c", shell], epc=1 << 20).exit_code == 0
+        assert resource.getrlimit(resource.RLIMIT_FSIZE) == (soft, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_more_processes_run_than_the_supervisor_began_with_descriptors_for() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
+    shell = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do read x & done <&0; wait"
+    read, write = os.pipe()
+    try:
+        assert run(["/bin/sh", "-c", shell], epc=1 << 20, stdio=(read, 1, 2)).exit_code in (0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(read)
+        os.close(write)
+
+
+def test_a_directory_that_is_not_there_is_named() -> None:
+    with pytest.raises(SoftSgxError, match="No such file or directory"):
+        run(["/bin/true"], cwd="/no/such/directory")
+
+
+_KILLED = """
+import os, sys
+from softsgx.engines.native import abi, libc, run
+ptrace, left = libc.ptrace, int(sys.argv[1])
+def dying(request, *arguments):
+    global left
+    left -= request == abi.PTRACE_SEIZE
+    if not left:
+        os.kill(os.getpid(), 9)
+    return ptrace(request, *arguments)
+libc.ptrace = dying
+run(["/bin/true"], epc="1MiB")
+"""
+
+
+@pytest.mark.parametrize("seizure", [1, 2])
+def test_no_child_outlives_a_supervisor_that_is_killed_before_it_traces(seizure: int) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-c", _KILLED, str(seizure)]
+    assert subprocess.run(command, stdout=write, check=False).returncode == -9
+    os.close(write)
+    with os.fdopen(read) as out:
+        assert out.read() == ""  # the pipe ends when no process has it any more
+
+
+def test_a_failure_in_serving_one_process_ends_that_one_only(
+    program: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Mistake(Exception):
+        pass
+
+    failures = iter([Mistake("of ours")])
+
+    def listen(event: Event) -> None:
+        if event.NAME == "sgx:enclave_init":
+            for failure in failures:
+                raise failure
+
+    shell = f"{' '.join(program)} secrets; echo $?; {' '.join(program)} secrets; echo $?"
+    with (tmp_path / "out").open("w+b") as out, pytest.raises(Mistake):
+        run(["/bin/sh", "-c", shell], epc=1 << 17, tracer=listen, stdio=(0, out.fileno(), 2))
+    assert (tmp_path / "out").read_bytes() == b"137\n0\n"
+    assert any("is ended" in message and "of ours" in message for message in caplog.messages)
