@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run
+from softsgx.engines.native import PAGERS, doctor, run, supervisor
 
 FOUND = {finding.name: finding.ok for finding in doctor()}
 USABLE_PAGERS = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
@@ -37,3 +37,26 @@ def test_an_interrupt_at_the_same_moment_hides_no_exception(
 ) -> None:
     argv = [*program, "kicked", instruction, "300"]
     assert run(argv, epc="1MiB", pager=pager).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "strict", "pager"),
+    [
+        *(("bytes", False, pager) for pager in USABLE_PAGERS),
+        ("shared-bytes", False, USABLE_PAGERS[0]),
+        ("bytes", True, USABLE_PAGERS[0]),
+    ],
+)
+@pytest.mark.parametrize("faulting", [True, False])
+def test_a_handler_inside_finds_the_instruction_that_was_illegal(
+    program: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    faulting: bool,
+    scenario: str,
+    strict: bool,
+    pager: str,
+) -> None:
+    if not faulting:
+        monkeypatch.setattr(supervisor, "can_fault_cpuid", lambda: False)
+    argv = [*program, scenario, "cpuid", "6"]
+    assert run(argv, epc=28 * 4096, pager=pager, strict=strict).exit_code == 0

@@ -164,6 +164,7 @@ ARCH_SET_CPUID: Final = 0x1012
 ARCH_GET_CPUID: Final = 0x1011
 
 # ptrace requests, options and events.
+PTRACE_POKEUSER: Final = 6
 PTRACE_CONT: Final = 7
 PTRACE_SINGLESTEP: Final = 9
 PTRACE_GETREGS: Final = 12
@@ -198,6 +199,9 @@ PTRACE_EVENT_STOP: Final = 128
 NT_X86_XSTATE: Final = 0x202
 WALL: Final = 0x4000_0000
 
+#: Of DR0 in ``struct user``.
+DEBUG_REGISTERS: Final = 848
+
 # Signals and their codes.
 SIGILL: Final = 4
 SIGTRAP: Final = 5
@@ -222,6 +226,7 @@ BUS_ADRALN: Final = 1
 BUS_ADRERR: Final = 2
 FPE_INTDIV: Final = 1
 SI_KERNEL: Final = 0x80
+TRAP_HWBKPT: Final = 4
 
 # struct ucontext, the argument of a handler: err, then trapno, of its struct sigcontext; cr2.
 UCONTEXT_ERR: Final = 40 + 8 * 19

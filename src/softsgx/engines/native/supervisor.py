@@ -36,6 +36,7 @@ from softsgx.driver import (
 from softsgx.engines.native import abi
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
+from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.limits import raise_limits, set_limits
@@ -133,6 +134,7 @@ class Supervisor(World):
             AbortPage(self._store, self._quieten),
             self._tell_refused,
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
+            Breakpoints(self._stopped_inside),
         )
         self._loop = (
             StrictLoop(self, self._waits, transitions, self._handlers(), time.monotonic_ns)
@@ -300,6 +302,16 @@ class Supervisor(World):
                 able = other.cpu.inside is not None or self._strict
                 if other is not thread and able and not other.in_call and not other.unstoppable:
                     self._loop.hold(other)
+
+    def _stopped_inside(self, thread: ProgramThread, memory: EnclaveMemory) -> list[ProgramThread]:
+        """Stop the other threads that are inside an enclave of ``memory``, and return them."""
+        return [
+            other
+            for image in list(self._images.values())
+            if image.wired and image.space in memory.users
+            for other in list(image.threads.values())
+            if other is not thread and other.cpu.inside is not None and self._loop.hold(other)
+        ]
 
     def _refresh(self, thread: ProgramThread, file: EnclaveFile, argument: int) -> None:
         """EPCM entries of a range have changed: the program's view follows."""

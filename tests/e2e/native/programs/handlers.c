@@ -20,7 +20,7 @@ __asm__(".text\nlate_enter:\n push %rbp\n mov %rsp,%rbp\n push %rbx\n push %r12\
 static const struct { const char *name; int operation; } operations[] = {
 	{"ud2", VECTOR}, {"cpuid", FIRST_ILLEGAL}, {"syscall", FIRST_ILLEGAL + 1},
 };
-static int operation;
+static int operation, looking;
 static uint64_t times;
 static volatile uint64_t handled, stop;
 
@@ -42,9 +42,16 @@ static void skip(int number, siginfo_t *info, void *context)
 	late_enter(base, GPR_RIP, peek(GPR_RIP) + 2, PUT, 0);
 }
 
+/* As skip(), but it looks at the instruction first, as emulators of CPUID do. */
+static void look(int number, siginfo_t *info, void *context)
+{
+	CHECK((peek(peek(GPR_RIP)) & 0xffff) == 0xa20f);
+	skip(number, info, context);
+}
+
 static void catch(int flags)
 {
-	struct sigaction action = {.sa_sigaction = skip, .sa_flags = SA_SIGINFO | flags};
+	struct sigaction action = {.sa_sigaction = looking ? look : skip, .sa_flags = SA_SIGINFO | flags};
 	CHECK(!sigaction(SIGILL, &action, NULL) && !sigaction(SIGSEGV, &action, NULL));
 }
 
@@ -72,10 +79,42 @@ static void kicked(void)
 	CHECK(handled == times);
 }
 
+/* The code of an enclave is its own when a handler looks, and CPUID is #UD each time. */
+static void bytes(void)
+{
+	uint64_t back;
+	if (!base) build();
+	looking = 1;
+	catch(SA_NODEFER);
+	for (uint64_t i = 0; i < times; i++) {
+		late_enter(base, 0, 7, operation, (uint64_t)&back);
+		for (uint64_t page = 3; page < data_pages; page++) late_enter(base, data + page * PAGE, i, PUT, 0);
+	}
+	CHECK(handled == times);
+}
+
+/* The same while other threads go in and out, and pages. */
+static void *enter_and_leave(void *unused)
+{
+	struct run run;
+	while (!stop) CHECK(!call(1, NOP, 0, 0, 0, &run) && run.function == 4);
+	return unused;
+}
+
+static void shared_bytes(void)
+{
+	pthread_t other;
+	build();
+	CHECK(!pthread_create(&other, NULL, enter_and_leave, NULL));
+	bytes();
+	stop = 1;
+	pthread_join(other, NULL);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"kicked", kicked},
+		{"kicked", kicked}, {"bytes", bytes}, {"shared-bytes", shared_bytes},
 	};
 	CHECK(argc == 5);
 	file = argv[1]; enter = find_enter();

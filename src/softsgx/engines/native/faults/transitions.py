@@ -35,6 +35,7 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.abort import AbortPage
+from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.culprit import (
     LONGEST,
     access_at,
@@ -99,6 +100,7 @@ class Transitions:
         abort_page: executes what may not have a page it touches.
         refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
         permits: entries that do not stop.
+        breakpoints: see there.
     """
 
     def __init__(
@@ -107,10 +109,11 @@ class Transitions:
         abort_page: AbortPage,
         refused: Callable[[ProgramThread, int], None],
         permits: Permits,
+        breakpoints: Breakpoints,
     ) -> None:
         self._cpuid, self._abort_page, self._tell_refused = cpuid, abort_page, refused
         self._outsiders = Outsiders(abort_page, refused)
-        self.permits = permits
+        self.permits, self._breakpoints = permits, breakpoints
 
     # --- stops ----------------------------------------------------------------------------------
 
@@ -141,6 +144,8 @@ class Transitions:
     def signal(self, thread: ProgramThread, number: int) -> int:
         """A signal is about to be delivered."""
         inside = thread.cpu.inside is not None
+        if inside:
+            self._breakpoints.stopped(thread)
         if number == abi.SIGILL:
             # By far the most frequent stop; the bytes tell more than the signal's information.
             regs = thread.load()
@@ -181,12 +186,13 @@ class Transitions:
             Whether ``stop`` is over with that.
         """
         regs, vector, over = thread.load(), _INTERRUPT, stop is not None
+        self._breakpoints.stopped(thread)
         if stop is not None and stop.event == abi.PTRACE_EVENT_SECCOMP:
             _take_call_back(regs)
         elif stop is not None and not stop.event and not stop.syscall:
             info = thread.siginfo()
             raised = bool(abi.FAULT_SIGNALS >> stop.signal - 1 & 1) and info.code > 0
-            over = raised and stop.signal != abi.SIGTRAP
+            over = raised and (stop.signal != abi.SIGTRAP or info.code == abi.TRAP_HWBKPT)
             if raised and not over:
                 vector = _trap_vector(info)
         self.leave(thread, vector)
@@ -263,7 +269,8 @@ class Transitions:
             if regs.rip - 1 in image.cpuid_sites:
                 self._emulate_cpuid(thread, regs.rip + 1)
                 return 0
-            return number
+            ours = info.code == abi.TRAP_HWBKPT and self._breakpoints.has(regs.rip)
+            return 0 if ours else number
         if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
             regs.rip = thread.illegal_at
             thread.store()
@@ -305,6 +312,8 @@ class Transitions:
                 vector = Vector.UD
             case abi.SIGFPE:
                 vector = Vector.DE if info.code == abi.FPE_INTDIV else float_vector(code)
+            case _ if info.code == abi.TRAP_HWBKPT:
+                vector = Vector.UD
             case _:
                 vector = _trap_vector(info)
         return self._exception(thread, vector)
@@ -427,6 +436,7 @@ class Transitions:
         self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0
     ) -> int:
         """Enclave code raised an exception: out, and on to whoever handles it."""
+        self._breakpoints.exception(thread)
         self.leave(thread, vector, code, address)
         fixable = vector not in (Vector.DB, Vector.BP)
         if fixable and self._fix_up(thread, _ERESUME, vector, code, address & _PAGE_MASK):
@@ -520,6 +530,8 @@ class Transitions:
 
     def _went_in(self, thread: ProgramThread) -> None:
         """Fault signals must reach us: the kernel resets what it forces on a blocked one."""
+        self._breakpoints.arm(thread)
+        self._breakpoints.stopped(thread)
         mask = thread.sigmask()
         if mask & abi.FAULT_SIGNALS:
             thread.blocked = mask

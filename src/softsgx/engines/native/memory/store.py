@@ -23,8 +23,9 @@ the run is strict.
 
 Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
 with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Whatever
-leaves or is read through the machine has its own bytes; only the enclave itself, reading its code,
-could tell.
+leaves or is read through the machine has its own bytes, and so has an instruction that raised an
+exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself, reading code
+that did not, could tell.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ class EnclaveMemory:
             ENCLU instructions that start with HLT, and forbidden ones that are UD2.
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
             code that the enclave may not execute as this machine would; ``None``: there are none.
+        trapped: addresses of such bytes that keep their value: a breakpoint is at the instruction.
     """
 
     def __init__(self, theirs: int) -> None:
@@ -125,6 +127,7 @@ class EnclaveMemory:
         self.pages: dict[int, int] = {}
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
+        self.trapped: set[int] = set()
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
@@ -199,7 +202,9 @@ class EnclaveMemory:
 
     def forbid(self, linaddr: int, data: bytes) -> bytes:
         """Return a page of code as it is to be shown: forbidden instructions (0F xx) are UD2."""
-        sites = () if self.forbidden is None else self.forbidden(data)
+        sites = [] if self.forbidden is None else self.forbidden(data)
+        if self.trapped:
+            sites = [site for site in sites if linaddr + site not in self.trapped]
         if not sites:
             return data
         marks = self.marked.setdefault(linaddr, {})
@@ -215,6 +220,18 @@ class EnclaveMemory:
         shown = self.forbid(linaddr, data)
         for site in self.marked.get(linaddr, ()):
             os.pwrite(self.fd, shown[site : site + 1], linaddr + site)
+
+    def forbid_again(self, address: int) -> None:
+        """The instruction with its second opcode byte at ``address`` has lost its breakpoint."""
+        self.trapped.discard(address)
+        page = address & -PAGE_BYTES
+        if not self.pages.get(page, _WRITE) & _WRITE:
+            self.forbid_shown(page)
+
+    def unmark_at(self, address: int) -> None:
+        """Give the byte at ``address`` of a shown page, which is marked, its own value back."""
+        marks = self.marked[address & -PAGE_BYTES]
+        os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
 
     def is_marked(self, address: int) -> bool:
         """Return whether the instruction at ``address`` is marked."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -144,6 +145,18 @@ class Thread:
         buffer = ctypes.create_string_buffer(area, len(area))
         vector = abi.IoVec(ctypes.addressof(buffer), len(area))
         self._request(abi.PTRACE_SETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
+
+    def set_breakpoints(self, addresses: Sequence[int]) -> None:
+        """Let it stop by SIGTRAP, TRAP_HWBKPT, before it executes one of at most 4 instructions.
+
+        They replace those it has, and end with the program that it executes.
+
+        Raises:
+            OSError: the kernel refuses them.
+        """
+        enabled = sum(1 << 2 * place for place in range(len(addresses)))
+        for place, value in ((7, 0), *enumerate(addresses), (7, enabled)):
+            self._request(abi.PTRACE_POKEUSER, abi.DEBUG_REGISTERS + 8 * place, value)
 
     # --- signals --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 from tests.support.inhabited import Inhabited
 
 from softsgx.arch import AttributesFlags, GprSgx, Tcs, TcsFlags
+from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.hw import Machine, MachineConfig
@@ -47,6 +48,7 @@ class Scene:
                 cpu=self.cpu,
                 regs=regs,
                 blocked=None,
+                breakpoints=0,
                 load=lambda: regs,
                 store=lambda: None,
                 sigmask=lambda: 0,
@@ -55,7 +57,8 @@ class Scene:
             ),
         )
         stub = cast(Any, None)
-        self.transitions = Transitions(stub, stub, stub, cast(Any, SimpleNamespace()))
+        breakpoints = Breakpoints(lambda _thread, _memory: [])
+        self.transitions = Transitions(stub, stub, stub, cast(Any, SimpleNamespace()), breakpoints)
 
     def write(self, page: int, offset: int, data: bytes) -> None:
         """Write to the TCS (0), or a page behind it."""
