@@ -45,7 +45,7 @@ from softsgx.kvm.monitor import Monitor
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.processor import GuestProcessor
 from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcMapping
-from softsgx.paging import Claim, Group
+from softsgx.paging import BackingError, Claim, Group
 from softsgx.trace import Tracer
 
 __all__ = ["Guest", "GuestStoppedError"]
@@ -129,7 +129,10 @@ class Guest(Monitor):
         self.ram_base = device.next_number() << _RAM_BITS
         self.mappings: list[VepcMapping] = []
         for section in self.config.sections:
-            vepc = device.open(self, base=section.base)
+            try:
+                vepc = device.open(self, base=section.base)
+            except BackingError as error:
+                raise SoftSgxError(f"guest {name}: {error}") from error
             self.mappings.append(vepc.mmap(section.pages))
             vepc.close()  # the mapping keeps it
         bitmap = exiting_bitmap(machine.config, self.config)

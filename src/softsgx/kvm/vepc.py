@@ -357,12 +357,16 @@ class Vepc(Counted):
                 monitor.host.free(page.epc)
                 monitor.resident -= 1
             monitor.counters.lost += page.epc is not None or page.evicted is not None
+            if page.evicted is not None:
+                self.swap.drop(page.evicted.entry)
+            elif page.promised:
+                self.swap.shrink()
             page.epc = page.evicted = None
             page.promised = False
             page.evicted_children = page.owed = 0
         # Its VA pages are no VA pages any more.
-        self.swap.destroy()
-        self.swap = self._make_swap()
+        for va_page in self.swap.va.pages():
+            self.swap.va.unlink(va_page)
 
     def _end(self) -> None:
         """The last reference is gone.

@@ -3,7 +3,13 @@
 Reclaim is core, and who owns a page is not the core's business.
 """
 
-from softsgx.paging.backing import FailingBacking, FileBacking, MemoryBacking
+from softsgx.paging.backing import (
+    Disk,
+    FailingBacking,
+    FileBacking,
+    MemoryBacking,
+    TemporaryFile,
+)
 from softsgx.paging.claims import Claim, needed_pages
 from softsgx.paging.core import EpcCore
 from softsgx.paging.counters import Counters
@@ -44,6 +50,7 @@ __all__ = [
     "Clock",
     "Counted",
     "Counters",
+    "Disk",
     "EnclaveSwap",
     "EpcBusy",
     "EpcCore",
@@ -68,6 +75,7 @@ __all__ = [
     "Reclaimable",
     "Reservation",
     "SwapEntry",
+    "TemporaryFile",
     "Ungrouped",
     "check_defects",
     "needed_pages",

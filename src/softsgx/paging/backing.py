@@ -10,16 +10,18 @@ Source:
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
-from typing import BinaryIO
+from contextlib import suppress
+from typing import BinaryIO, Protocol
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.paging.failures import BackingError
 from softsgx.paging.interfaces import BackingFile, BackingPage
 
-__all__ = ["FailingBacking", "FileBacking", "MemoryBacking"]
+__all__ = ["Disk", "FailingBacking", "FileBacking", "MemoryBacking", "TemporaryFile"]
 
 
 class _CachedPage:
@@ -152,55 +154,150 @@ class MemoryBacking(_CachingFile):
         self.drop_clean()
 
 
+class Disk(Protocol):
+    """A file of numbered pages; every request may fail with ``OSError``."""
+
+    def allocate(self, place: int) -> None:
+        """Make sure that page ``place`` can be written."""
+
+    def read(self, place: int) -> bytes:
+        """Return page ``place``; fewer bytes where the file ends."""
+
+    def write(self, place: int, data: memoryview, done: int) -> int:
+        """Write page ``place`` from byte ``done`` on; return how many bytes were written."""
+
+    def close(self) -> None:
+        """Give the space back; never fails."""
+
+
+class TemporaryFile:
+    """An unnamed file of the system's: a :class:`Disk`.
+
+    Args:
+        directory: where; the system's directory for temporary files when ``None``.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, directory: str | None) -> None:
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self._fd = self._file.fileno()
+
+    def allocate(self, place: int) -> None:
+        """As :meth:`Disk.allocate`."""
+        os.posix_fallocate(self._fd, place * PAGE_BYTES, PAGE_BYTES)
+
+    def read(self, place: int) -> bytes:
+        """As :meth:`Disk.read`."""
+        return os.pread(self._fd, PAGE_BYTES, place * PAGE_BYTES)
+
+    def write(self, place: int, data: memoryview, done: int) -> int:
+        """As :meth:`Disk.write`."""
+        return os.pwrite(self._fd, data[done:], place * PAGE_BYTES + done)
+
+    def close(self) -> None:
+        """As :meth:`Disk.close`."""
+        with suppress(OSError):  # an error of the last write-out, of bytes that nobody needs
+            self._file.close()
+
+
 class FileBacking(_CachingFile):
     """A backing file on disk: an unnamed temporary file that keeps nothing in memory.
+
+    A page that cannot be written stays in memory, so nothing is lost; as long as there is one, no
+    other page is taken, and each request for one tries again to write those that are left.
 
     Args:
         limit_pages: how many pages it may hold; ``None`` for any number.
         directory: where; the system's directory for temporary files when ``None``.
+        open_disk: makes the file, given the directory.
+
+    Raises:
+        BackingError: the file cannot be made.
     """
 
-    def __init__(self, limit_pages: int | None = None, *, directory: str | None = None) -> None:
+    def __init__(
+        self,
+        limit_pages: int | None = None,
+        *,
+        directory: str | None = None,
+        open_disk: Callable[[str | None], Disk] = TemporaryFile,
+    ) -> None:
         super().__init__(limit_pages, self._write_back)
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        try:
+            self._disk = open_disk(directory)
+        except OSError as error:
+            raise _failed("be made", error) from error
         self._places: dict[int, int] = {}  # page index to place in the file
+        self._blank: set[int] = set()  # indices that were never written: they read as zeros
         self._holes: list[int] = []
+        self._unwritten: dict[int, _CachedPage] = {}
 
     def _stored(self, index: int) -> bytearray | None:
         place = self._places.get(index)
         if place is None:
             return None
-        self._file.seek(place * PAGE_BYTES)
-        data = bytearray(self._file.read(PAGE_BYTES))
-        return data + bytes(PAGE_BYTES - len(data))
+        if index in self._blank:
+            return bytearray(PAGE_BYTES)
+        try:
+            data = self._disk.read(place)
+        except OSError as error:
+            raise _failed("be read", error) from error
+        if len(data) != PAGE_BYTES:
+            raise BackingError(f"the backing file has only {len(data)} bytes of page {index}")
+        return bytearray(data)
 
     def _reserve(self, index: int) -> None:
-        # Blocks of the disk are taken now: when the page is written it is too late to fail.
+        for page in list(self._unwritten.values()):
+            error = self._write(page)
+            if error is not None:
+                raise _failed("be written", error) from error
+        # Blocks of the disk are taken now: when the page is written, it is rarely too late.
         place = self._holes[-1] if self._holes else len(self._places)
         try:
-            os.posix_fallocate(self._file.fileno(), place * PAGE_BYTES, PAGE_BYTES)
+            self._disk.allocate(place)
         except OSError as error:
-            raise BackingError(f"backing file cannot grow: {error.strerror}") from error
+            raise _failed("grow", error) from error
         if self._holes:
             self._holes.pop()
         self._places[index] = place
+        self._blank.add(index)
 
     def _write_back(self, page: _CachedPage) -> None:
         if self._cached.get(page.index) is not page:
             return  # truncated while it was pinned
-        del self._cached[page.index]
         if page.dirty:
-            self._file.seek(self._places[page.index] * PAGE_BYTES)
-            self._file.write(page.data)
+            self._write(page)
+        else:
+            del self._cached[page.index]
+
+    def _write(self, page: _CachedPage) -> OSError | None:
+        """Write a dirty page and forget it if nobody pins it; it stays when that fails."""
+        place, done = self._places[page.index], 0
+        try:
+            while done < PAGE_BYTES:
+                written = self._disk.write(place, memoryview(page.data), done)
+                if written <= 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                done += written
+        except OSError as error:
+            self._unwritten[page.index] = page
+            return error
+        self._unwritten.pop(page.index, None)
+        self._blank.discard(page.index)
+        page.dirty = False
+        if not page.pins:
+            del self._cached[page.index]
+        return None
 
     def truncate(self, index: int) -> None:
-        """As :meth:`BackingFile.truncate`."""
+        """As :meth:`BackingFile.truncate`; the place is used again, what is in it is never read."""
         self._cached.pop(index, None)
+        self._unwritten.pop(index, None)
+        self._blank.discard(index)
         place = self._places.pop(index, None)
         if place is not None:
-            # Holes read as zeros, as those of a sparse file do.
-            self._file.seek(place * PAGE_BYTES)
-            self._file.write(bytes(PAGE_BYTES))
             self._holes.append(place)
 
     def pages(self) -> int:
@@ -210,8 +307,13 @@ class FileBacking(_CachingFile):
     def close(self) -> None:
         """As :meth:`BackingFile.close`."""
         self._cached.clear()
+        self._unwritten.clear()
         self._places.clear()
-        self._file.close()
+        self._disk.close()
+
+
+def _failed(what: str, error: OSError) -> BackingError:
+    return BackingError(f"the backing file cannot {what}: {error.strerror}")
 
 
 class FailingBacking:

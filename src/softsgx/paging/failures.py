@@ -51,7 +51,7 @@ class Interrupted(PagingError):
 
 
 class BackingError(PagingError):
-    """The backing file has no room, or no such page: ENOMEM."""
+    """The backing file has no room or no such page, or its disk fails: ENOMEM."""
 
 
 class LoadFailed(PagingError):

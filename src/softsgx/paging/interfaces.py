@@ -139,13 +139,18 @@ class BackingPage(Protocol):
 
 
 class BackingFile(Protocol):
-    """Ordinary memory that evicted pages go to: one file per enclave, sparse."""
+    """Ordinary memory that evicted pages go to: one file per enclave, sparse.
+
+    Only :meth:`pin` fails.  What was marked dirty is there afterwards, whatever a disk says: a page
+    that cannot be written stays in memory.
+    """
 
     def pin(self, index: int, *, create: bool) -> BackingPage:
         """Return page ``index``, pinned.
 
         Raises:
-            BackingError: there is no room (``create``), or no such page (not ``create``).
+            BackingError: there is no room (``create``), no such page (not ``create``), or it
+                cannot be read or made; nothing has changed, and a later try may succeed.
         """
 
     def truncate(self, index: int) -> None:

@@ -211,5 +211,7 @@ class SwapFile:
         try:
             pinned = self.open(index)
         except BackingError:
+            # Its PCMD cannot be cleared, so that this PCMD page stays until the file is closed.
+            self.backing.truncate(self._layout(index)[0])
             return
         self.loaded(pinned)

@@ -34,7 +34,7 @@ from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
-from softsgx.paging.leafio import eldu, name_of
+from softsgx.paging.leafio import eldu, name_of, vanished
 from softsgx.paging.page import EpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import SwapFile, va_layout
@@ -222,6 +222,22 @@ class VaArray:
         page.epc = None
         self._pages.move_to_end(page)
 
+    def lose(self, page: VaPage) -> None:
+        """``page`` is resident, but no VA page any more since power was lost: give its EPC back.
+
+        What it holds versions of can never be loaded.  The array's lock is held.
+        """
+        core = self.tree.core
+        if page.lost or page.pins or not page.usable or page.epc is None:
+            return  # the last eviction that has a slot of it reserved finds out too
+        if not core.unmark_reclaimable(page.epc):
+            return  # a batch has it, and finds out
+        core.remove(page.epc)
+        core.counters.lost += 1
+        page.lost = True
+        self.gone(page)
+        self.tree.retire(page)
+
     def bring_in(self, page: VaPage, claim: Claim | None = None) -> None:
         """Make ``page`` resident, after the pages above it; the array's lock is held.
 
@@ -257,6 +273,8 @@ class VaArray:
             tree.file.close(pinned)
             core.counters.eldu_failed += 1
             core.remove(epc)
+            if vanished(ending, slot.addr):
+                slot.page.array.lose(slot.page)
             raise LoadFailed(name_of(ending))
         tree.file.loaded(pinned)
         slot.page.array.emptied(slot)
@@ -422,6 +440,9 @@ class VaTree:
     def retire(self, page: VaPage) -> None:
         """Give an upper page back when it holds no version and none is to come; lock held."""
         array = page.array
+        if page.lost and page.free == ALL_FREE:
+            array.unlink(page)
+            return
         if page.free != ALL_FREE or page.pins or not page.usable or page.epc is None:
             return
         if array.room <= VA_SLOTS and self._worth_a_page(array.level - 1):

@@ -169,6 +169,9 @@ class VaPage:
             if not slot.accepted(ending):
                 self.stay()
                 tree.core.counters.ewb_failed += 1
+                if vanished(ending, slot.addr):
+                    with array.tree_lock():
+                        slot.page.array.lose(slot.page)  # the next try takes another page's slot
                 return False
             with array.tree_lock():
                 tree.file.written(pinned)

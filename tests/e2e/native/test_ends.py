@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
@@ -22,7 +21,7 @@ from tests.support.native import needs_tracing
 
 from softsgx.engines.native import abi, run
 from softsgx.host import Platform
-from softsgx.paging import FileBacking
+from softsgx.paging import FileBacking, TemporaryFile
 from softsgx.trace import Event
 
 EPC = 28 * 4096
@@ -163,15 +162,17 @@ def test_secrets_of_evicted_pages_are_in_no_backing_file_and_no_event(
     stored: list[bytes] = []
     resident: list[bool] = []
 
-    class Watched(FileBacking):
-        def _write_back(self, page: Any) -> None:
-            super()._write_back(page)
-            stored.append(bytes(page.data))
-            self._file.seek(0)
-            stored.append(self._file.read())
+    class Watched(TemporaryFile):
+        def write(self, place: int, data: memoryview, done: int) -> int:
+            stored.append(bytes(data))
+            written = super().write(place, data, done)
+            stored.append(self.read(place))
             resident.append(SECRET in _resident())
+            return written
 
-    monkeypatch.setattr(Platform, "_configured_backing", lambda _self, _pages: Watched())
+    monkeypatch.setattr(
+        Platform, "_configured_backing", lambda _self, _pages: FileBacking(open_disk=Watched)
+    )
     events: list[str] = []
 
     def listen(event: Event) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.failing import Fate
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.paging import (
@@ -339,3 +340,52 @@ def test_the_file_holds_exactly_what_is_evicted(steps: list[tuple[int, bool]]) -
             evict(file, index, index + 1)
             evicted.add(index)
     assert backing.pages() == len(evicted) + len({index // 32 for index in evicted})
+
+
+def test_a_page_that_cannot_be_written_stays_and_is_written_when_that_works_again() -> None:
+    fate = Fate("write", 1, lasting=True)
+    backing = fate.backing(0)
+    page = backing.pin(3, create=True)
+    page.data[:] = b"x" * PAGE_BYTES
+    page.mark_dirty()
+    page.unpin()
+    with pytest.raises(BackingError, match="cannot be written: No space left on device"):
+        backing.pin(4, create=True)
+    fate.nth = 0
+    backing.pin(4, create=True).unpin()
+    writes = fate.requests["write"]
+    again = backing.pin(3, create=False)
+    assert bytes(again.data) == b"x" * PAGE_BYTES and fate.requests["read"] == 1
+    assert writes == 3, "the page was not tried again"
+    backing.close()
+
+
+def test_a_short_write_goes_on_where_it_ended() -> None:
+    fate = Fate("short write", 1)
+    backing = fate.backing(0)
+    page = backing.pin(0, create=True)
+    page.data[:] = bytes(range(256)) * 16
+    page.mark_dirty()
+    page.unpin()
+    assert bytes(backing.pin(0, create=False).data) == bytes(range(256)) * 16
+    assert fate.requests["write"] == 2
+    backing.close()
+
+
+@pytest.mark.parametrize("kind", ["read", "short read"])
+def test_a_page_that_cannot_be_read_can_be_read_later(kind: str) -> None:
+    fate = Fate(kind, 1)
+    backing = fate.backing(0)
+    page = backing.pin(0, create=True)
+    page.data[:] = b"y" * PAGE_BYTES
+    page.mark_dirty()
+    page.unpin()
+    with pytest.raises(BackingError, match=r"cannot be read|only 100 bytes"):
+        backing.pin(0, create=False)
+    assert bytes(backing.pin(0, create=False).data) == b"y" * PAGE_BYTES
+    backing.close()
+
+
+def test_a_directory_that_is_not_there_is_a_refusal_of_the_store() -> None:
+    with pytest.raises(BackingError, match="cannot be made: No such file"):
+        FileBacking(directory="/no/such/directory")

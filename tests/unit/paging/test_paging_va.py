@@ -220,3 +220,34 @@ def test_a_va_page_that_vanished_with_the_power_loads_nothing() -> None:
         encl.close()
     assert core.free_pages == 64
     core.recount()
+
+
+@pytest.mark.parametrize("closed_first", [True, False])
+def test_va_pages_leave_again_after_a_loss_of_power(closed_first: bool) -> None:
+    """The upper VA page that all share was in the EPC, and is no VA page any more."""
+    core = bench(64)
+    old = [enclave(core, 3, number=number) for number in range(1, 5)]
+    evict_all(core)
+    assert core.counters.va_out == 4
+    core.hw.power_transition()  # type: ignore[attr-defined]
+    if closed_first:
+        for encl in old:
+            encl.close()
+    fresh = [enclave(core, 3, number=number) for number in range(5, 9)]
+    for _round in range(3):
+        evict_all(core)
+        for encl in fresh:
+            encl.check()
+    evict_all(core)
+    assert core.counters.held["va"] == 1, "VA pages stay in the EPC"
+    core.recount()
+    if not closed_first:
+        for encl in old:
+            with pytest.raises(LoadFailed):
+                encl.touch(0)
+            encl.close()
+    for encl in fresh:
+        encl.check()
+        encl.close()
+    core.recount()
+    assert core.free_pages == core.epc_pages and core.counters.leaked == 0

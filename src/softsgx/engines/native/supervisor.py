@@ -252,7 +252,7 @@ class Supervisor(World):
         except OSError as error:
             result = -(error.errno or EIO)
             if result == -ENOMEM:
-                self._tell(thread, "an ioctl fails with ENOMEM", error.strerror or "")
+                self._tell(thread, "an ioctl fails", error.strerror or "")
         if command == Ioctl.ENCLAVE_CREATE and result == 0:
             self._forbid(device, file)
             self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
