@@ -297,6 +297,13 @@ def test_a_table_that_the_runtime_has_no_place_for_is_refused() -> None:
     assert len(groups) == 2
 
 
+@pytest.mark.parametrize("address", [1 << 45, 1 << 56, (1 << 64) - 0x1000])
+def test_a_library_at_an_impossible_address_is_refused(address: int) -> None:
+    segments = [Seg(0, code(0x1800), RX), Seg(address, code(0x300, 2), RW)]
+    with pytest.raises(SoftSgxError, match="bytes of addresses"):
+        lay_out_sdk(Bytes("lib", sdk_library(segments=segments).data), SdkLayout())
+
+
 def test_a_library_without_the_variable_is_laid_out_all_the_same() -> None:
     file = lay_out_sdk(Bytes("lib", sdk_library().data), SdkLayout())
     _, (block,) = sdk_blocks(Bytes("lib", file))

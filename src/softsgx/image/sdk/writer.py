@@ -68,6 +68,7 @@ __all__ = [
 
 _ENTRY_SYMBOL = "enclave_entry"
 _NEWEST_VERSIONS = ((3, 3), (1, 5))
+_MOST_GUARD_PAGES = (1 << 32) - 1
 _NEWEST_MINOR, _DESIRED_MISC_SINCE = 29, 22
 _TAIL_PAGE_VERSION = (1, 3)
 _E_SHOFF, _E_SHNUM, _E_SHSTRNDX = 40, 60, 62
@@ -207,6 +208,11 @@ def _specs(elf: Elf, layout: SdkLayout) -> list[BlockSpec]:
     region, books = user_region_pages(elf, layout, minor=minor) if run_time else (0, 0)
     table, end = layout_table(elf, layout, _behind_image(elf, older), region)
     size = enclave_size(end)
+    if (size - end) // PAGE_BYTES > _MOST_GUARD_PAGES:
+        raise SoftSgxError(
+            f"{elf.file.name}: takes {end:#x} bytes of addresses; an item of the layout table has "
+            f"at most {_MOST_GUARD_PAGES:#x} pages"
+        )
     if size > end:
         table.append(guard(end, size))
     elrange = _checked_elrange(elf, layout.elrange, end)
