@@ -13,8 +13,10 @@ from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, writ
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, doctor, run
+from softsgx.engines.native.faults import extended
 from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.x86.state import StateInsn
 
 DATA_PAGES = 20
 EPC_PAGES = 28
@@ -98,8 +100,21 @@ def test_the_time_stamp_counter_is_read_inside_with_sgx2_only(
 
 
 @pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
-def test_xcr0_is_xfrm_inside(program: list[str], pager: str) -> None:
+@pytest.mark.parametrize("by", ["the thread", "the model"])
+def test_xcr0_is_xfrm_inside(
+    program: list[str], pager: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[bool] = []
+
+    def by_thread(thread: ProgramThread, insn: StateInsn, requested: int) -> bool:
+        done.append(by == "the thread" and extended_by_thread(thread, insn, requested))
+        return done[-1]
+
+    extended_by_thread = extended._by_thread
+    monkeypatch.setattr(extended, "_by_thread", by_thread)
     assert exit_code(program, "state", strict=False, pager=pager) == 0
+    # What could fault is the model's in any case.
+    assert any(done) == (by == "the thread") and not all(done)
 
 
 def test_vector_registers_go_to_the_ssa_and_come_back(program: list[str]) -> None:

@@ -1,25 +1,37 @@
 """Instructions on extended state that enclave code may not execute as this machine does.
 
-They are UD2 in the code that is shown (:mod:`softsgx.engines.native.x86.forbidden`); here software
-executes them, with the enclave's XFRM for XCR0.
+They are UD2 in the code that is shown (:mod:`softsgx.engines.native.x86.forbidden`).  The thread
+executes an instruction of the vDSO instead, with XFRM in its mask, where that cannot fault and does
+what it would do with XFRM in XCR0.  Otherwise the hardware model executes it.
 
 Source:
-    SDM vol. 3D, EENTER; the hardware model's ``extended_state``.
+    SDM vol. 3D, EENTER; vol. 1, "XSAVE", "XRSTOR": "RFBM"; the hardware model's ``extended_state``.
 """
 
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import abi
 from softsgx.engines.native.faults.culprit import LONGEST
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.code import STATE_INSTRUCTIONS, STATE_STRIDE
 from softsgx.engines.native.x86.state import StateInsn, StateOperation, decode_state
-from softsgx.hw import extended_state
+from softsgx.hw import READ, WRITE, extended_state
 from softsgx.hw.extended_state import SaveKind
 
 __all__ = ["execute", "replaced"]
 
 _LOW_32 = 0xFFFF_FFFF
 _REX_W = 8
+_ALIGN, _HEADER_END = 64, 576
+_MXCSR_RESERVED = 0xFFFF_0000
+#: As ``vdso/code.py`` has them.
+_ORDER = (
+    StateOperation.XSAVE,
+    StateOperation.XSAVEOPT,
+    StateOperation.XSAVEC,
+    StateOperation.XRSTOR,
+)
 _KINDS = {
     StateOperation.XSAVE: SaveKind.XSAVE,
     StateOperation.XSAVEOPT: SaveKind.XSAVEOPT,
@@ -49,6 +61,10 @@ def execute(thread: ProgramThread, insn: StateInsn) -> None:
     cpu.flush_tlb()  # nobody tells it of what page tables have lost since
     wide = bool(insn.rex & _REX_W)
     requested = regs.rax & _LOW_32 | (regs.rdx & _LOW_32) << 32
+    if insn.operation is not StateOperation.XGETBV and _by_thread(thread, insn, requested):
+        regs.rip += insn.length
+        thread.store()
+        return
     cpu.regs.xsave = thread.machine_xstate()
     match insn.operation:
         case StateOperation.XGETBV:
@@ -62,3 +78,58 @@ def execute(thread: ProgramThread, insn: StateInsn) -> None:
             extended_state.xsave(cpu, insn.address(regs), requested, kind, wide=wide)
     regs.rip += insn.length
     thread.store()
+
+
+def _by_thread(thread: ProgramThread, insn: StateInsn, requested: int) -> bool:
+    """Let the thread execute it on this processor, with the components of XFRM only.
+
+    ``False``: it could fault, or do something else than with XFRM in XCR0; nothing has changed.
+    """
+    cpu, image = thread.cpu, thread.image
+    assert cpu.inside is not None, "extended state of an enclave outside an enclave"
+    xfrm, address = cpu.inside.enclave.xfrm, insn.address(thread.regs)
+    loads = insn.operation is StateOperation.XRSTOR
+    end = address + cpu.hw.config.xsave_bytes(xfrm)
+    if address % _ALIGN or not thread.areas.same or end > abi.TASK_SIZE:
+        return False
+    rights = READ if loads else READ | WRITE
+    pages = range(address & -PAGE_BYTES, end, PAGE_BYTES)
+    if not all(_is_usable(thread, page, rights) for page in pages):
+        return False
+    if loads and not _is_plain(image.read(address, _HEADER_END), xfrm):
+        return False
+    for page in pages:
+        image.pager.touched(page)  # a page that is watched for use may have no rights just now
+    mask = requested & xfrm
+    index = 2 * _ORDER.index(insn.operation) + bool(insn.rex & _REX_W)
+    start = image.vdso_base + image.vdso.state + STATE_STRIDE * index
+    size = len(bytes.fromhex(STATE_INSTRUCTIONS[index]))
+    thread.borrow(start, start + size + 1, rax=mask & _LOW_32, rdx=mask >> 32, rcx=address)
+    return True
+
+
+def _is_usable(thread: ProgramThread, linaddr: int, rights: int) -> bool:
+    """Return whether the enclave's page is there for such accesses, and will be for a while."""
+    image, inside = thread.image, thread.cpu.inside
+    entry = image.space.entry(linaddr)
+    if entry is None or rights & ~entry[1] or image.is_covered(linaddr):
+        return False
+    page = thread.cpu.hw.page_at(entry[0])
+    return (
+        image.space.is_shown(linaddr)
+        and page is not None
+        and inside is not None
+        and page.secs is inside.secs
+        and not rights & ~page.rwx
+    )
+
+
+def _is_plain(area: bytes, xfrm: int) -> bool:
+    """Return whether XRSTOR takes this legacy region and header, in the standard form."""
+    held = int.from_bytes(area[512:520], "little")
+    return (
+        len(area) == _HEADER_END
+        and not held & ~xfrm
+        and not any(area[520:536])
+        and not int.from_bytes(area[24:28], "little") & _MXCSR_RESERVED
+    )

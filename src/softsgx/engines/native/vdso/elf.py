@@ -57,6 +57,7 @@ class Vdso:
         illegal: an illegal instruction.
         scratch: bytes that only the supervisor writes, for calls that take pointers.
         calls: makes a table of calls; called: RIP after its int3.
+        state: instructions on extended state, as ``vdso/code.py`` has them.
         shared_at: where the address of the shared page belongs.
         permit, permitted, permit_end: as ``vdso/code.py`` has them.
         symbols: exported functions.
@@ -73,6 +74,7 @@ class Vdso:
     scratch: int
     calls: int
     called: int
+    state: int
     shared_at: int
     permit: int
     permitted: int
@@ -135,7 +137,7 @@ def build_vdso(original: dict[str, int]) -> Vdso:
 _GNU_BUCKETS = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
-    *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
+    *("calls", "called", "state", "shared_at", "permit", "permitted", "permit_end"),
 )
 
 
