@@ -98,7 +98,7 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pager", usable_pagers())
-@pytest.mark.parametrize("scenario", ["rights", "unreadable"])
+@pytest.mark.parametrize("scenario", ["rights", "unreadable", "foreign"])
 def test_a_page_can_be_used_as_far_as_its_epcm_entry_and_its_mapping_allow(
     program: Program, scenario: str, pager: str, strict: bool
 ) -> None:

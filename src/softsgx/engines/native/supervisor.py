@@ -40,6 +40,7 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.limits import raise_limits, set_limits
+from softsgx.engines.native.memory.foreign import Strangers
 from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.space import Space
@@ -360,6 +361,7 @@ class Supervisor(World):
         """Copy an image: same vDSO, same replaced code, its own page tables."""
         image = self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
         image.page = parent.page
+        image.strangers = Strangers(image.inject, tuple(parent.strangers.ranges))
         return image
 
     def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
@@ -467,7 +469,7 @@ class Supervisor(World):
         else:
             image.mm = parent.fork(space, owner=thread, ended=ended, name=name)
         space.memory_at = partial(_memory_at, image)
-        space.is_readable = image.memory.can_read
+        space.is_readable = image.can_read
         image.wired = True
 
 

@@ -544,6 +544,45 @@ static void unreadable(void)
 	CHECK(!call(0, NOP, 0, 0, 0, &run) && run.function == 2 && run.vector == 14 && run.code == 7 && run.address == base);
 }
 
+/* Ordinary memory in the place of pages of an enclave is not of the enclave; others may use it. */
+static void foreign(void)
+{
+	struct run run;
+	uint64_t value, page = data + PAGE;
+	build();
+	page = data + PAGE;
+	put(1, page, 5);
+	char *mapped = mmap((void *)page, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	CHECK(mapped == (char *)page);
+	strcpy(mapped, "foreign");
+	CHECK(!call(0, GET, page, 0, (uint64_t)&value, &run) && run.function == 3 && run.vector == 14 && run.code == 0x8005 && run.address == page);
+	memset(mapped + PAGE - 40, 7, 80);
+	CHECK(!strcmp(mapped, "foreign") && mapped[PAGE + 39] == 7 && !mapped[PAGE + 40]);
+	CHECK(!call(0, PUT, page, 9, 0, &run) && run.function == 3 && run.code == 0x8007);
+	CHECK(!strcmp(mapped, "foreign"));
+	CHECK(!mprotect(mapped, PAGE, PROT_READ));
+	CHECK(!call(1, PUT, page, 9, 0, &run) && run.function == 3 && run.code == 7);
+	pid_t child = fork();
+	if (!child) {
+		CHECK(!strcmp(mapped, "foreign"));
+		CHECK(!call(1, GET, page + PAGE, 0, (uint64_t)&value, &run) && run.function == 3 && run.code == 0x8005);
+		_exit(0);
+	}
+	int status;
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	/* the enclave's own again */
+	CHECK(mmap((void *)page, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, device, 0) == mapped);
+	CHECK(!go(0, 3, 0, 0, 0, 0, &run) && run.function == 4);
+	CHECK(mmap((void *)page, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == mapped);
+	/* memory like other memory when the enclave is gone */
+	munmap((void *)base, page - base);
+	munmap((void *)(page + PAGE), base + size - page - PAGE);
+	close(device);
+	CHECK(!mapped[0] && !mprotect(mapped, PAGE, PROT_READ | PROT_WRITE));
+	mapped[0] = 1;
+	CHECK(mapped[0] == 1);
+}
+
 static void endless(void)
 {
 	struct run run;
@@ -558,7 +597,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"foreign", foreign}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

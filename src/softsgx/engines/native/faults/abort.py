@@ -59,19 +59,22 @@ class AbortPage:
         mask = thread.sigmask()
         # A fault that must be forced on a thread that blocks it would end the program.
         thread.set_sigmask(_ALL_SIGNALS & ~abi.FAULT_SIGNALS)
-        lent: dict[int, EnclaveMemory] = {}
+        lent: dict[int, EnclaveMemory | None] = {}
         try:
             self._lend(thread, address & _PAGE_MASK, lent)
             return self._steps(thread, lent)
         finally:
             for page, memory in lent.items():
+                if memory is None:
+                    image.strangers.lower(page)
+                    continue
                 self._store.take_back(memory, page)
                 image.lower(page)
                 image.space.refresh(page)
             thread.set_sigmask(mask)
             thread.load()
 
-    def _steps(self, thread: ProgramThread, lent: dict[int, EnclaveMemory]) -> int:
+    def _steps(self, thread: ProgramThread, lent: dict[int, EnclaveMemory | None]) -> int:
         start = thread.load().rip
         for _step in range(_MOST_STEPS):
             stop = thread.step()
@@ -90,12 +93,14 @@ class AbortPage:
                 return number
         return 0
 
-    def _lend(self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory]) -> bool:
-        """Let ``page`` hold ones; ``False``: it is no page of an enclave that is there."""
+    def _lend(
+        self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory | None]
+    ) -> bool:
+        """Let ``page`` hold ones, or be used if it is foreign memory; ``False``: it is neither."""
         image = thread.image
         device = image.device_at(page)
         if device is None:
-            return False
+            return self._lend_foreign(thread, page, lent)
         entry = image.space.entry(page)
         while entry is None:
             if image.mm.fault(page, PROT_READ, thread) not in _MENDED:
@@ -105,4 +110,16 @@ class AbortPage:
         self._store.lend(entry[0], device.memory, page)
         lent[page] = device.memory
         image.lift(page)
+        return True
+
+    def _lend_foreign(
+        self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory | None]
+    ) -> bool:
+        strangers = thread.image.strangers
+        foreign = strangers.find(page)
+        if foreign is None or not foreign.prot:
+            return False
+        self._quieten(thread, foreign.device)
+        lent[page] = None
+        strangers.lift(page, foreign.prot)
         return True

@@ -14,6 +14,7 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.culprit import access_at, again, pfec, repeat
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
+from softsgx.engines.native.memory.foreign import Foreign
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE
 
@@ -36,16 +37,31 @@ class Outsiders:
     def fault(self, thread: ProgramThread, number: int, address: int) -> int:
         """Code outside any enclave has faulted at ``address`` with signal ``number``."""
         image = thread.image
-        if image.mm.find(address) is None:
+        foreign = image.strangers.find(address)
+        if image.mm.find(address) is None and foreign is None:
             return number
         access = access_at(thread, address)
         if access is None:
             return 0 if again(thread) else number
+        if foreign is not None:
+            return self.foreign(thread, address, access, foreign)
         if self._is_mapped(thread, address, access):
             if image.is_covered(address) or access & ~image.space.rights(address):
                 return self.aborted(thread, address, access)
             return 0 if repeat(thread, address) else abi.SIGBUS
         return self._outcome(thread, image.mm.fault(address, access, thread), address, access)
+
+    def foreign(self, thread: ProgramThread, address: int, access: int, foreign: Foreign) -> int:
+        """Code that is not of the enclave has used memory mapped in the place of its pages."""
+        image = thread.image
+        if access & ~foreign.prot:
+            present = Pfec.P if foreign.prot else 0
+            error = pfec(access) | present
+            return send_page_fault(thread, error, address, code=abi.SEGV_ACCERR)
+        if not image.registry.has(foreign.device):
+            image.strangers.give_back(foreign.start, foreign.end)
+            return 0
+        return self._abort_page.execute(thread, address)
 
     def aborted(self, thread: ProgramThread, address: int, access: int) -> int:
         """Code that is not of the enclave at ``address`` has touched it."""

@@ -358,9 +358,16 @@ class Transitions:
         assert inside is not None, "a fault of enclave code outside an enclave"
         kind = pfec(access)
         entry = image.space.entry(address)
+        foreign = image.strangers.find(address)
+        if foreign is not None and not inside.enclave.covers(address):
+            return self._outsiders.foreign(thread, address, access, foreign)
+        if foreign is not None and not access & ~foreign.prot:
+            return self._exception(thread, Vector.PF, kind | Pfec.P | Pfec.SGX, address)
         ordinary = entry is None or access & ~entry[1]
         if ordinary:
-            if image.mm.find(address) is None:
+            if foreign is not None:
+                present = foreign.prot != abi.PROT_NONE
+            elif image.mm.find(address) is None:
                 present = signal_code == abi.SEGV_ACCERR and image.is_present(address)
             else:
                 present = entry is not None and entry[1] != abi.PROT_NONE

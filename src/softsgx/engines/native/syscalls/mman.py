@@ -11,10 +11,12 @@ Source:
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from errno import EACCES, EFAULT, EINVAL, ENODEV
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
+from softsgx.engines.native.memory.foreign import Foreign
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
@@ -23,6 +25,7 @@ __all__ = ["Mappings", "rewrite_cpuid"]
 
 _NO_FD = (1 << 64) - 1
 _MREMAP_FIXED = 2
+_RIGHTS = abi.PROT_READ | abi.PROT_WRITE | abi.PROT_EXEC
 
 
 class Mappings:
@@ -54,7 +57,7 @@ class Mappings:
         address = thread.finish_syscall()
         if not -4096 < address < 0:
             if displaces:
-                self._displaced(thread, address, length)
+                self._displaced(thread, address, length, prot)
             if rewrites:
                 rewrite_cpuid(thread, address, length)
         return address
@@ -114,10 +117,34 @@ class Mappings:
         )
         return address
 
-    def _displaced(self, thread: ProgramThread, address: int, length: int) -> None:
-        """The kernel has put something else where mappings of enclaves were."""
-        thread.image.mm.munmap(address, length)
+    def _displaced(
+        self, thread: ProgramThread, address: int, length: int, prot: int | None
+    ) -> None:
+        """The kernel has put something else where mappings of enclaves were.
+
+        Args:
+            thread: which has asked for it.
+            address: where it is.
+            length: its bytes.
+            prot: its rights; ``None``: it is left to those who map it there.
+        """
+        image, end = thread.image, address + -(-length // abi.PAGE) * abi.PAGE
+        taken = image.strangers.within(address, end)
+        for vma in image.mm.vmas(address, end):
+            device = self._registry.of_file(vma.file)
+            start, stop = max(vma.start, address), min(vma.end, end)
+            taken.append(Foreign(start, stop, abi.PROT_NONE, device))
+        image.mm.munmap(address, length)
         self._registry.sweep()
+        image.strangers.forget(address, end)
+        if prot is not None:
+            image.strangers.place(
+                [
+                    replace(each, prot=prot & _RIGHTS)
+                    for each in taken
+                    if self._registry.has(each.device)
+                ]
+            )
 
     # --- the others -----------------------------------------------------------------------------
 
@@ -125,6 +152,8 @@ class Mappings:
         """Do ``munmap`` (address, length)."""
         regs, image = thread.regs, thread.image
         address, length = regs.rdi, regs.rsi
+        if image.strangers.ranges and address % abi.PAGE == 0:
+            image.strangers.forget(address, address + -(-length // abi.PAGE) * abi.PAGE)
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
         try:
@@ -140,6 +169,12 @@ class Mappings:
         regs, image = thread.regs, thread.image
         address, length, prot = regs.rdi, regs.rsi, regs.rdx
         length = -(-length // abi.PAGE) * abi.PAGE
+        foreign = image.strangers.within(address, address + length)
+        if foreign and address % abi.PAGE == 0 and not image.mm.vmas(address, address + length):
+            result = thread.finish_syscall()
+            if not result:
+                image.strangers.place([replace(each, prot=prot & _RIGHTS) for each in foreign])
+            return result
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
         for vma in image.mm.vmas(address, address + length):
@@ -184,11 +219,12 @@ class Mappings:
         )
         fixed = bool(flags & _MREMAP_FIXED)
         if not image.mm.vmas(old, old + max(old_length, 1)):
+            image.strangers.give_back(old, old + old_length)
             if not fixed or not _overlaps(thread, new, new_length):
                 return None
             result = thread.finish_syscall()
             if not -4096 < result < 0:
-                self._displaced(thread, new, new_length)
+                self._displaced(thread, new, new_length, None)
             return result
         if fixed and new != old:
             # Deviation: pages of an enclave are usable at their own address only, so a moved

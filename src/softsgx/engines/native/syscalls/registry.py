@@ -57,6 +57,10 @@ class Registry:
         self._by_inode[device.memory.key] = device
         self._by_file[id(device.file)] = device
 
+    def has(self, device: Device) -> bool:
+        """Return whether a device is still open or mapped somewhere."""
+        return id(device.file) in self._by_file
+
     def of_file(self, file: EnclaveFile) -> Device:
         """Return the device of a driver's file."""
         return self._by_file[id(file)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.memory.foreign import Strangers
 from softsgx.engines.native.memory.space import Pager, Space
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone
@@ -61,6 +62,7 @@ class Image:
     strict: bool = False
     view: EnclaveFile | None = None
     page: SharedPage | None = None
+    strangers: Strangers = field(init=False)
     space: Space = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)
@@ -70,6 +72,9 @@ class Image:
     _collecting: bool = field(default=False, init=False)
     _uncovered: list[tuple[int, int]] = field(default_factory=list, init=False)
     _used: dict[EnclaveFile, list[tuple[int, int]]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.strangers = Strangers(self.inject)
 
     @property
     def aep(self) -> int:
@@ -117,6 +122,11 @@ class Image:
         """Return the rights the program asked for where an enclave is mapped."""
         vma = self.mm.find(linaddr)
         return None if vma is None else vma.prot
+
+    def can_read(self, linaddr: int) -> bool:
+        """Return whether the program may read ordinary memory at an address."""
+        foreign = self.strangers.find(linaddr)
+        return self.memory.can_read(linaddr) if foreign is None else bool(foreign.prot)
 
     def is_mapped(self, linaddr: int) -> bool:
         """Return whether anything is mapped at an address."""

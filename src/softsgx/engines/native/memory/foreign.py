@@ -1,0 +1,109 @@
+"""Ordinary memory that the program has mapped in the place of pages of an enclave.
+
+Enclave code that uses an address of its enclave gets #PF when there is no EPC page, whatever else
+is mapped; other code uses what is mapped.  So such memory loses every right in the real page
+tables, and each instruction of code outside that uses it is executed alone (see
+:mod:`softsgx.engines.native.faults.abort`).
+
+Deviation: system calls fail with EFAULT on such memory.
+
+Deviation: only memory that MAP_FIXED has put in the place of a mapping of an enclave is found, not
+what the kernel places in a hole of its range.
+
+Source:
+    SDM vol. 3D, "Access Control Requirements": a linear address in ELRANGE must be an EPC page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.syscalls.registry import Device
+
+__all__ = ["Foreign", "Strangers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """One range.
+
+    Attributes:
+        start: of the range.
+        end: of the range.
+        prot: PROT_* rights that the program asked for.
+        device: the enclave that was mapped there.
+    """
+
+    start: int
+    end: int
+    prot: int
+    device: Device
+
+
+class Strangers:
+    """The foreign memory of one address space.
+
+    Args:
+        inject: makes system calls in the program's name.
+        known: those that it has from the beginning, in a copy of an address space.
+    """
+
+    def __init__(
+        self, inject: Callable[[list[tuple[int, ...]]], None], known: tuple[Foreign, ...] = ()
+    ) -> None:
+        self._inject = inject
+        self.ranges = list(known)
+
+    def find(self, linaddr: int) -> Foreign | None:
+        """Return the range that holds an address."""
+        for each in self.ranges:
+            if each.start <= linaddr < each.end:
+                return each
+        return None
+
+    def within(self, start: int, end: int) -> list[Foreign]:
+        """Return the ranges that overlap ``[start, end)``, cut to it."""
+        return [
+            replace(each, start=max(each.start, start), end=min(each.end, end))
+            for each in self.ranges
+            if each.start < end and start < each.end
+        ]
+
+    def place(self, ranges: list[Foreign]) -> None:
+        """Memory is mapped at these ranges, with its rights: take them."""
+        for each in ranges:
+            self.forget(each.start, each.end)
+        self.ranges += ranges
+        self._protect([(each.start, each.end, abi.PROT_NONE) for each in ranges if each.prot])
+
+    def forget(self, start: int, end: int) -> None:
+        """Other things are mapped in a range, or nothing."""
+        kept = []
+        for each in self.ranges:
+            if each.start < start:
+                kept.append(replace(each, end=min(each.end, start)))
+            if end < each.end:
+                kept.append(replace(each, start=max(each.start, end)))
+        self.ranges = [each for each in kept if each.start < each.end]
+
+    def give_back(self, start: int, end: int) -> None:
+        """The range is not of an enclave any more, or about to be moved: it has its rights."""
+        parts = self.within(start, end)
+        self.forget(start, end)
+        self._protect([(each.start, each.end, each.prot) for each in parts if each.prot])
+
+    def lift(self, page: int, prot: int) -> None:
+        """Let one page be used, until :meth:`lower`."""
+        self._protect([(page, page + abi.PAGE, prot)])
+
+    def lower(self, page: int) -> None:
+        """Take the rights of a page again."""
+        self._protect([(page, page + abi.PAGE, abi.PROT_NONE)])
+
+    def _protect(self, ranges: list[tuple[int, int, int]]) -> None:
+        if ranges:
+            self._inject(
+                [(abi.SYS_MPROTECT, start, end - start, prot) for start, end, prot in ranges]
+            )
