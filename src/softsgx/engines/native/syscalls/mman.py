@@ -105,6 +105,7 @@ class Mappings:
         if -4096 < result < 0:
             image.mm.munmap(address, length)
             return result
+        image.strangers.forget(address, address + length)
         image.mapped(address, address + length, prot)
         if not image.is_covered(address):
             image.pager.reveal(address, address + length, prot)
@@ -126,7 +127,7 @@ class Mappings:
             thread: which has asked for it.
             address: where it is.
             length: its bytes.
-            prot: its rights; ``None``: it is left to those who map it there.
+            prot: its rights; ``None``: it was moved there, and keeps those it has.
         """
         image, end = thread.image, address + -(-length // abi.PAGE) * abi.PAGE
         taken = image.strangers.within(address, end)
@@ -255,10 +256,10 @@ def rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
 
 
 def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
-    """Return whether enclaves are mapped in a range that the kernel would replace."""
-    end = address + length
+    """Return whether enclaves are, or were, mapped in a range that the kernel would replace."""
+    end, image = address + length, thread.image
     fits = bool(length) and address % abi.PAGE == 0 and end <= abi.TASK_SIZE
-    return fits and bool(thread.image.mm.vmas(address, end))
+    return fits and bool(image.mm.vmas(address, end) or image.strangers.within(address, end))
 
 
 def _int32(value: int) -> int:
