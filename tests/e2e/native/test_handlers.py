@@ -60,3 +60,18 @@ def test_a_handler_inside_finds_the_instruction_that_was_illegal(
         monkeypatch.setattr(supervisor, "can_fault_cpuid", lambda: False)
     argv = [*program, scenario, "cpuid", "6"]
     assert run(argv, epc=28 * 4096, pager=pager, strict=strict).exit_code == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("instruction", ["ud2", "syscall"])
+def test_a_handler_that_enters_again_while_its_signal_is_blocked_is_kept(
+    program: list[str], instruction: str, strict: bool
+) -> None:
+    argv = [*program, "deferred", instruction, "5"]
+    assert run(argv, epc="1MiB", strict=strict).exit_code == 0
+
+
+def test_a_handler_that_enters_while_every_signal_is_blocked_leaves_others_alone(
+    program: list[str],
+) -> None:
+    assert run([*program, "masked", "ud2", "20"], epc="1MiB").exit_code == 0

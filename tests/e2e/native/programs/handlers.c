@@ -111,10 +111,47 @@ static void shared_bytes(void)
 	pthread_join(other, NULL);
 }
 
+/* Handlers without SA_NODEFER, which are entered again and again. */
+static void deferred(void)
+{
+	struct sigaction action;
+	sigset_t set;
+	uint64_t back;
+	build();
+	catch(0);
+	for (uint64_t i = 0; i < times; i++) late_enter(base, 0, SYS_getppid, operation, (uint64_t)&back);
+	CHECK(handled == times);
+	CHECK(!sigaction(SIGILL, NULL, &action) && action.sa_sigaction == skip);
+	CHECK(!sigprocmask(SIG_BLOCK, NULL, &set) && !sigismember(&set, SIGILL) && !sigismember(&set, SIGSEGV));
+}
+
+/* The handler of another signal, which blocks all, enters an enclave. */
+static volatile sig_atomic_t alarms;
+static void count_inside(int number)
+{
+	(void)number;
+	raw_enter(base + PAGE, data + 8, alarms + 1, PUT, 0);
+	alarms++;
+}
+
+static void masked(void)
+{
+	struct sigaction action = {.sa_handler = count_inside}, now;
+	struct itimerval timer = {{0, 1000}, {0, 1000}}, none = {{0}};
+	build();
+	catch(SA_NODEFER);
+	sigfillset(&action.sa_mask);
+	CHECK(!sigaction(SIGALRM, &action, NULL) && !setitimer(ITIMER_REAL, &timer, NULL));
+	while ((uint64_t)alarms < times) raw_enter(base, 100000, 0, SPIN, 0);
+	CHECK(!setitimer(ITIMER_REAL, &none, NULL));
+	CHECK(peek(data + 8) == (uint64_t)alarms);
+	CHECK(!sigaction(SIGILL, NULL, &now) && now.sa_sigaction == skip && !handled);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"kicked", kicked}, {"bytes", bytes}, {"shared-bytes", shared_bytes},
+		{"kicked", kicked}, {"bytes", bytes}, {"shared-bytes", shared_bytes}, {"deferred", deferred}, {"masked", masked},
 	};
 	CHECK(argc == 5);
 	file = argv[1]; enter = find_enter();

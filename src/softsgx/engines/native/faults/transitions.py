@@ -12,7 +12,8 @@ it could not, because a page that ERESUME needs is on its way out, the exit is a
 execution goes on at the AEP.
 
 Deviation: signals of faults that a thread blocks are unblocked from EENTER to EEXIT, also in the
-handler of another signal that interrupts it, since the ENCLU that leads back in traps.
+handler of another signal that interrupts it, since the ENCLU that leads back in traps.  In a
+process with an enclave they are unblocked in all handlers, which may have an ENCLU themselves.
 
 Deviation: a SYSCALL inside an enclave is found out after it has overwritten RCX and R11, so the
 frame in the SSA has those.

@@ -171,18 +171,20 @@ class Loop:
         trap, thread.outgoing = thread.outgoing, None
         thread.running = True
         image.current = None
-        if trap is None or not number:
-            thread.resume(number)
-            return
-        thread.set_siginfo(trap.info)
-        if thread.handles(number):
-            self._into_handler(thread, trap)
+        if number and trap is not None:
+            thread.set_siginfo(trap.info)
+        if number and (trap or thread.process.guarded) and thread.handles(number):
+            self._into_handler(thread, number, trap)
         else:
             thread.resume(number)
 
-    def _into_handler(self, thread: ProgramThread, trap: Trap) -> None:
-        """Deliver the signal of an exception; its frame tells of that, not of what stopped us."""
-        number = trap.info.signo
+    def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
+        """Deliver a signal to its handler in a process with enclaves.
+
+        The frame of an exception tells of that, not of what stopped us.  Handlers enter enclaves
+        and execute CPUID, which trap here, so signals of faults are not blocked in them: the kernel
+        would reset what it must force on a blocked one.
+        """
         stop = thread.step(number)
         entered = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
         if not entered or thread.load().rdi != number:
@@ -191,10 +193,14 @@ class Loop:
             thread.pending.append(stop)
             self._later.append(thread)
             return
-        memory, frame = thread.image.memory_fd, thread.regs.rdx
-        os.pwrite(memory, _TWO_QWORDS.pack(trap.error, trap.vector), frame + abi.UCONTEXT_ERR)
-        if trap.address is not None:
-            os.pwrite(memory, trap.address.to_bytes(8, "little"), frame + abi.UCONTEXT_CR2)
+        mask = thread.sigmask()
+        if mask & abi.FAULT_SIGNALS:
+            thread.set_sigmask(mask & ~abi.FAULT_SIGNALS)
+        if trap is not None:
+            memory, frame = thread.image.memory_fd, thread.regs.rdx
+            os.pwrite(memory, _TWO_QWORDS.pack(trap.error, trap.vector), frame + abi.UCONTEXT_ERR)
+            if trap.address is not None:
+                os.pwrite(memory, trap.address.to_bytes(8, "little"), frame + abi.UCONTEXT_CR2)
         thread.resume()
 
     def hold(self, thread: ProgramThread) -> bool:

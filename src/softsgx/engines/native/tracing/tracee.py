@@ -170,6 +170,7 @@ class Thread:
 
     def set_siginfo(self, info: SigInfo) -> None:
         """Replace the signal information: the handler will see ``info``."""
+        self._kept = None
         self._request(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
 
     def sigmask(self) -> int:
@@ -223,12 +224,15 @@ class Thread:
 
     def resume(self, signal: int = 0) -> None:
         """Let it run until something concerns us; deliver ``signal`` first."""
-        self.settle()
-        if signal and self._kept is not None and self._kept.signo == signal:
-            self.set_siginfo(self._kept)
+        self._prepare(signal)
         request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
         if _ptrace(request, self.tid, 0, signal) == -1:
             raise Gone(self.tid)
+
+    def _prepare(self, signal: int) -> None:
+        self.settle()
+        if signal and self._kept is not None and self._kept.signo == signal:
+            self.set_siginfo(self._kept)
 
     def step(self, signal: int = 0) -> Stop:
         """Let it execute one instruction, or take a signal, and wait for that.
@@ -239,7 +243,7 @@ class Thread:
         Raises:
             Gone: it died instead.
         """
-        self.settle()
+        self._prepare(signal)
         self._request(abi.PTRACE_SINGLESTEP, 0, signal)
         return self.wait()
 
