@@ -295,20 +295,24 @@ class Mm:
 
         Raises:
             OSError: EFAULT: there is none, it is not that long, or it would grow (these mappings
-                are VM_DONTEXPAND and VM_PFNMAP); EINVAL: not aligned, no length, or overlapping.
+                are VM_DONTEXPAND and VM_PFNMAP); EINVAL: not aligned, no length, overlapping, or
+                beyond the address space.
         """
         old_length, new_length = _round_up(old_length), _round_up(new_length)
         if old % PAGE_BYTES or new_length <= 0:
             refuse(EINVAL, f"mremap of {old:#x} to {new_length:#x} bytes")
         moves = new is not None and new != old
-        if moves:
-            assert new is not None
-            if new % PAGE_BYTES or (new < old + old_length and old < new + new_length):
-                refuse(EINVAL, f"mremap from {old:#x} to {new:#x}")
         gone: list[EnclaveVma] = []
         with self.mmap_lock.writing():
             vma = self.find(old)
-            if vma is None or old + old_length > vma.end or new_length > old_length:
+            if vma is None:
+                refuse(EFAULT, f"mremap of {old:#x}, where no enclave is mapped")
+            if moves:
+                assert new is not None
+                overlaps = new < old + old_length and old < new + new_length
+                if new % PAGE_BYTES or overlaps or new + new_length > _TASK_SIZE:
+                    refuse(EINVAL, f"mremap from {old:#x} to {new:#x}")
+            if old + old_length > vma.end or new_length > old_length:
                 refuse(EFAULT, f"mremap of {old_length:#x} bytes at {old:#x} to {new_length:#x}")
             if new_length < old_length:
                 gone += self._cut(old + new_length, old + old_length)

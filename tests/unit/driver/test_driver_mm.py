@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -156,6 +157,11 @@ def test_munmap_takes_the_middle_out_and_the_file_lives_with_the_rest(made: Laun
         pytest.param(3, 13, 2, None, "ok", id="shrink"),
         pytest.param(3, 13, 13, None, "ok", id="stay"),
         pytest.param(3, 13, 13, 0x10_0000, "ok", id="move"),
+        (0, 2, 1, (1 << 47) - PAGE_BYTES, "ok"),
+        (0, 2, 2, (1 << 47) - PAGE_BYTES, "EINVAL"),
+        (0, 1, 1, 1 << 47, "EINVAL"),
+        (0, 1, 1, 1 << 63, "EINVAL"),
+        (1 << 20, 1, 1, 1 << 63, "EFAULT"),
     ],
 )
 def test_mremap_says_what_the_row_says(
@@ -170,6 +176,18 @@ def test_mremap_says_what_the_row_says(
         assert vma is not None
         assert (vma.start, vma.end) == (start, start + args[2])
         assert to is None or mm.find(args[0]) is None
+
+
+@pytest.mark.parametrize("to", [(1 << 47) - PAGE_BYTES, 1 << 47, (1 << 64) - 2 * PAGE_BYTES])
+def test_a_process_that_moves_mappings_to_the_end_of_memory_lets_the_enclave_go(to: int) -> None:
+    system = System()
+    process = system.process()
+    made = launch(process)
+    with suppress(OSError):
+        process.mm.mremap(made.data(0), PAGE_BYTES, PAGE_BYTES, to)
+    process.exit()
+    system.driver.unload()
+    assert system.free_pages == system.epc_pages
 
 
 def test_pages_of_a_moved_mapping_are_not_found(made: Launched) -> None:
