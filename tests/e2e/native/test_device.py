@@ -59,6 +59,12 @@ def test_memory_past_page_tables_is_the_drivers(
     assert run([*program, "closed"], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
 
+@pytest.mark.parametrize("pager", USABLE)
+@pytest.mark.parametrize("scenario", ["thread", "orphan"])
+def test_any_thread_can_open_the_device(program: list[str], scenario: str, pager: str) -> None:
+    assert run([*program, scenario], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
+
+
 def test_the_nodes_are_those_of_a_file_system(program: list[str]) -> None:
     assert run([*program, "nodes"], epc=EPC_PAGES * 4096).exit_code == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from typing import Any
 
@@ -122,10 +123,24 @@ def end_with(parent: int | None) -> None:
         os._exit(1)
 
 
-def take_descriptor(pid: int, descriptor: int) -> int:
-    """Return our own descriptor of what ``descriptor`` is in process ``pid``."""
-    pidfd = syscall(abi.SYS_PIDFD_OPEN, pid, 0)
+def take_descriptor(tid: int, descriptor: int) -> int:
+    """Return our own descriptor of what ``descriptor`` is to thread ``tid``.
+
+    Before Linux 6.9 it is what it is to the leader of the thread's process, which has to be there:
+    the same, unless the program has unshared descriptor tables by unshare(2) or clone(2).
+    """
+    try:
+        pidfd = syscall(abi.SYS_PIDFD_OPEN, tid, abi.PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pidfd = syscall(abi.SYS_PIDFD_OPEN, _leader(tid), 0)
     try:
         return syscall(abi.SYS_PIDFD_GETFD, pidfd, descriptor, 0)
     finally:
         os.close(pidfd)
+
+
+def _leader(tid: int) -> int:
+    with open(f"/proc/{tid}/status") as file:
+        return int(next(line.split()[1] for line in file if line.startswith("Tgid:")))

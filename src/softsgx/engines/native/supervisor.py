@@ -242,7 +242,7 @@ class Supervisor(World):
     def _ioctl(self, thread: ProgramThread) -> int | None:
         """ioctl(descriptor, command, argument) with a command of type 0xA4."""
         regs = thread.regs
-        device = self._registry.of_descriptor(thread.process.pid, regs.rdi & 0xFFFF_FFFF)
+        device = self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF)
         if device is None:
             return None
         file, command = device.file, regs.rsi & 0xFFFF_FFFF

@@ -376,11 +376,43 @@ static void cpuinfo(void)
 	CHECK(!stat("/proc/cpuinfo", &st) && !st.st_size);
 }
 
+static void *builds(void *leader)
+{
+	if (leader) {
+		CHECK(!pthread_join(*(pthread_t *)leader, NULL));
+		CHECK(!unshare(CLONE_FILES)); /* what it opens is no other thread's */
+	}
+	build();
+	fill();
+	check();
+	exit(0);
+}
+
+/* a thread that is not its process's first one has the device to itself */
+static void thread(void)
+{
+	pthread_t other;
+	CHECK(!pthread_create(&other, NULL, builds, NULL));
+	pthread_join(other, NULL);
+	CHECK(!"the thread has ended alone");
+}
+
+/* … and when the first one is gone, and shares no descriptors with it */
+static void orphan(void)
+{
+	static pthread_t first;
+	pthread_t other;
+	first = pthread_self();
+	CHECK(!pthread_create(&other, NULL, builds, &first));
+	pthread_exit(NULL);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"maps", maps},
 		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
+		{"thread", thread}, {"orphan", orphan},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

@@ -151,4 +151,4 @@ class DeviceDescriptors:
         return duplicate
 
     def _device(self, thread: ProgramThread, descriptor: int) -> Device | None:
-        return self._registry.of_descriptor(thread.process.pid, descriptor & _INT32)
+        return self._registry.of_descriptor(thread.tid, descriptor & _INT32)

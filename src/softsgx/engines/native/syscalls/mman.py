@@ -46,7 +46,7 @@ class Mappings:
         regs = thread.regs
         prot, flags = regs.rdx, regs.r10
         if not flags & abi.MAP_ANONYMOUS:
-            device = self._registry.of_descriptor(thread.process.pid, _int32(regs.r8))
+            device = self._registry.of_descriptor(thread.tid, _int32(regs.r8))
             if device is not None:
                 return self._map_device(thread, device)
         rewrites = self._rewrite and prot & abi.PROT_EXEC and not flags & abi.MAP_ANONYMOUS

@@ -314,7 +314,7 @@ class NamedFiles:
         return node
 
     def _descriptor_node(self, thread: ProgramThread, descriptor: int) -> Node | None:
-        device = self._registry.of_descriptor(thread.process.pid, descriptor & 0xFFFF_FFFF)
+        device = self._registry.of_descriptor(thread.tid, descriptor & 0xFFFF_FFFF)
         return None if device is None else self._node_of(device)
 
     def _linked_node(self, thread: ProgramThread, path: int) -> Node | None:
@@ -327,8 +327,9 @@ class NamedFiles:
         link = _LINK.fullmatch(thread.image.read_string(path))
         if link is None:
             return None
-        pid = int(link[1]) if link[1].isdigit() else thread.process.pid
-        device = self._registry.of_descriptor(pid, int(link[2]))
+        itself = thread.tid if link[1] == b"thread-self" else thread.process.pid
+        owner = int(link[1]) if link[1].isdigit() else itself
+        device = self._registry.of_descriptor(owner, int(link[2]))
         return None if device is None else self._node_of(device)
 
     def _node_of(self, device: Device) -> Node:

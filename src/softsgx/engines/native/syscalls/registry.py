@@ -65,12 +65,15 @@ class Registry:
         """Return the device of a driver's file."""
         return self._by_file[id(file)]
 
-    def of_descriptor(self, pid: int, descriptor: int) -> Device | None:
-        """Return the device that ``descriptor`` of process ``pid`` is, ``None`` if it is none."""
+    def of_descriptor(self, tid: int, descriptor: int) -> Device | None:
+        """Return the device that ``descriptor`` is to thread ``tid``, ``None`` if it is none.
+
+        The thread, not its process, which has no descriptors when its leader has ended.
+        """
         if not self._by_inode:
             return None
         try:
-            info = os.stat(f"/proc/{pid}/fd/{descriptor}")
+            info = os.stat(f"/proc/{tid}/fd/{descriptor}")
         except OSError:
             return None
         return self._by_inode.get((info.st_dev, info.st_ino))

@@ -149,7 +149,7 @@ def _wanted(thread: ProgramThread, descriptor: int) -> _Transfer | None:
     """Return what a call wants to transfer; ``None`` where the descriptor does not allow it."""
     regs, number = thread.regs, thread.regs.orig_rax
     info = {}
-    with open(f"/proc/{thread.process.pid}/fdinfo/{descriptor}") as file:
+    with open(f"/proc/{thread.tid}/fdinfo/{descriptor}") as file:
         for line in file:
             name, _colon, value = line.partition(":")
             info[name] = value.strip()
@@ -164,7 +164,7 @@ def _wanted(thread: ProgramThread, descriptor: int) -> _Transfer | None:
 
 def _link(thread: ProgramThread, descriptor: int) -> str:
     try:
-        return os.readlink(f"/proc/{thread.process.pid}/fd/{descriptor}")
+        return os.readlink(f"/proc/{thread.tid}/fd/{descriptor}")
     except OSError:
         return ""
 

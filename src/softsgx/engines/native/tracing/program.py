@@ -151,10 +151,10 @@ class ProgramThread(Thread):
 
     def file(self, fd: int) -> object | None:
         """Return the driver's file behind a descriptor, or any object for another open one."""
-        device = self.image.registry.of_descriptor(self.process.pid, fd)
+        device = self.image.registry.of_descriptor(self.tid, fd)
         if device is not None:
             return device.file
-        return object() if os.path.lexists(f"/proc/{self.process.pid}/fd/{fd}") else None
+        return object() if os.path.lexists(f"/proc/{self.tid}/fd/{fd}") else None
 
     def handles(self, number: int) -> bool:
         """Return whether signal ``number``, delivered now, has a handler to run."""
