@@ -95,6 +95,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show accesses from outside an enclave the abort page, as hardware; slower",
     )
+    machine.add_argument(
+        "--inject",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="fail on demand: power-loss@N after N entries, init@N the Nth, provision; repeatable",
+    )
     told = parser.add_argument_group("what is told")
     told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
     told.add_argument(
@@ -148,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
             tracer=tracer,
             observer=watch,
             strict=args.strict,
+            inject=args.inject,
         )
     summary = collector.summary(argv, result.exit_code)
     if sampler is not None:

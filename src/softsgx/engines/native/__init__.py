@@ -5,6 +5,7 @@ x86-64 only; no root needed.
 """
 
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor
+from softsgx.engines.native.injections import INJECTIONS
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.run import (
@@ -20,6 +21,7 @@ from softsgx.engines.native.supervisor import Supervisor
 
 __all__ = [
     "CPUID_SOURCES",
+    "INJECTIONS",
     "PAGERS",
     "Finding",
     "NativePlatformConfig",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softsgx.engines.native.doctor import doctor
+from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
@@ -134,6 +135,7 @@ def run(
     cpuid: str = "profile",
     cpus: set[int] | None = None,
     strict: bool = False,
+    inject: Sequence[str] = (),
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -154,6 +156,7 @@ def run(
             has one thread, which is the fastest for it, and otherwise all that we may use.
         strict: whoever touches an enclave's memory from outside reads ones and stores nothing, as
             on hardware; by default the bytes are there, and everything is faster.
+        inject: failures on demand, ``WHAT`` or ``WHAT@N`` of :data:`INJECTIONS`.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
@@ -169,6 +172,7 @@ def run(
         raise SoftSgxError(f"pager = {pager!r}: not known; give one of {', '.join(PAGERS)}")
     if cpuid not in CPUID_SOURCES:
         raise SoftSgxError(f"cpuid = {cpuid!r}: not known; give {' or '.join(CPUID_SOURCES)}")
+    injections = Injections.of(inject)
     for finding in doctor():
         if finding.needed and not finding.ok:
             raise SoftSgxError(f"{finding.name}: {finding.text}")
@@ -186,6 +190,7 @@ def run(
             pager=pager,
             cpus=cpus,
             strict=strict,
+            injections=injections,
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from errno import EIO, ENOMEM
+from errno import EACCES, EIO, ENOMEM, EPERM
 from functools import partial
 from itertools import count
 
@@ -39,6 +39,7 @@ from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.foreign import Strangers
 from softsgx.engines.native.memory.pagers import make_pager
@@ -91,6 +92,7 @@ class Supervisor(World):
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
         strict: give the abort page to whoever touches an enclave from outside.
+        injections: failures on demand.
 
     Attributes:
         pager: the name of the pager in use.
@@ -107,6 +109,7 @@ class Supervisor(World):
         pager: str | None = None,
         cpus: set[int] | None = None,
         strict: bool = False,
+        injections: Injections | None = None,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
         self._machine, self._driver = machine, driver
@@ -117,9 +120,11 @@ class Supervisor(World):
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
         self._told = set[int]()
+        self._injections = Injections() if injections is None else injections
+        self._lost_entries = 0
         self._faulting = can_fault_cpuid()
-        # In a strict run each entry changes what others may see.
-        self._permitting = not strict and can_write_fsbase()
+        # In a strict run each entry changes what others may see; and entries may be counted.
+        self._permitting = not strict and can_write_fsbase() and not self._injections.power_losses
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
@@ -201,7 +206,10 @@ class Supervisor(World):
     # --- system calls ---------------------------------------------------------------------------
 
     def _handlers(self) -> dict[int, Handler]:
-        opener, opens_memory = _Opener(self._driver), self._descriptors.open_memory
+        opener, opens_memory = (
+            _Opener(self._driver, self._injections.provision),
+            self._descriptors.open_memory,
+        )
         files = NamedFiles(opener, self._registry, self._nodes, opens_memory, self._image_of)
         mappings = Mappings(self._registry, rewrite=not self._faulting)
         return (
@@ -248,6 +256,8 @@ class Supervisor(World):
         file, command = device.file, regs.rsi & 0xFFFF_FFFF
         if not isinstance(file, EnclaveFile):
             return -25  # ENOTTY
+        if command == Ioctl.ENCLAVE_INIT and self._injections.init_is_refused():
+            return -EPERM
         try:
             result = file.ioctl(thread, command, regs.rdx)
         except OSError as error:
@@ -326,6 +336,18 @@ class Supervisor(World):
         for space in device.memory.users:
             space.refresh_range(start, start + request.length)
             space.pager.flush()
+
+    def between(self) -> None:
+        """Lose power, if it is due."""
+        crossings = self._machine.crossings
+        entries = sum(each.eenter for each in crossings.values())
+        if not self._injections.power_is_lost(self._lost_entries + entries):
+            return
+        self._lost_entries += entries
+        for image in list(self._images.values()):
+            if image.wired:
+                self._loop.evict(image)
+        self._machine.power_transition()
 
     # --- the loop's world -----------------------------------------------------------------------
 
@@ -476,11 +498,14 @@ class Supervisor(World):
 @dataclass(frozen=True, slots=True)
 class _Opener:
     driver: Driver
+    provision: bool
 
     def open_enclave(self, thread: ProgramThread) -> EnclaveFile:
         return self.driver.open(thread)
 
     def open_provision(self, thread: ProgramThread) -> ProvisionFile:
+        if not self.provision:
+            raise OSError(EACCES, "refused on demand")
         return self.driver.open_provision(thread)
 
 

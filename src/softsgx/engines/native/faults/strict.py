@@ -92,6 +92,7 @@ class StrictLoop(Loop):
         self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
 
     def _between(self) -> None:
+        super()._between()
         for image in list(self._turns):
             self._turn(image)
 

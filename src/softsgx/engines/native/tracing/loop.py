@@ -80,6 +80,10 @@ class World:
         """
         raise NotImplementedError
 
+    def between(self) -> None:
+        """No thread is being served."""
+        raise NotImplementedError
+
     def settle(self) -> None:
         """The program is about to go on: what was put off that it could notice is done now."""
         raise NotImplementedError
@@ -144,6 +148,7 @@ class Loop:
 
     def _between(self) -> None:
         """No thread is being served: do what waits for that."""
+        self._world.between()
 
     def _wait(self) -> tuple[int, int] | None:
         """Wait for an event, a thread's id and its status; ``None``: look again at what is due."""
@@ -222,10 +227,18 @@ class Loop:
     def kick(self, image: Image) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
         for thread in list(image.threads.values()):
-            if thread.cpu.inside is None or self._transitions.passes(thread):
-                continue
-            if not self.hold(thread) or thread.cpu.inside is None:
-                continue
+            if thread.cpu.inside is not None and not self._transitions.passes(thread):
+                self._take_out(thread)
+
+    def evict(self, image: Image) -> None:
+        """As :meth:`kick`, and none of them resumes by itself."""
+        for thread in list(image.threads.values()):
+            if thread.cpu.inside is not None:
+                self._take_out(thread)
+                thread.kicked = False
+
+    def _take_out(self, thread: ProgramThread) -> None:
+        if self.hold(thread) and thread.cpu.inside is not None:
             stop = thread.pending[0] if thread.pending else None
             try:
                 if self._transitions.kicked(thread, stop):
