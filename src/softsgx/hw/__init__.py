@@ -32,7 +32,7 @@ from softsgx.hw.msr import rdmsr, wrmsr
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
-from softsgx.hw.store import DictStore, PageStore
+from softsgx.hw.store import DictStore, PageStore, kept_bytes
 
 __all__ = [
     "DEFAULT_EPC_BASE",
@@ -89,6 +89,7 @@ __all__ = [
     "enclv",
     "extended_state",
     "interrupt",
+    "kept_bytes",
     "rdmsr",
     "traced",
     "wrmsr",

@@ -12,7 +12,18 @@ from typing import Protocol
 from softsgx.arch import PAGE_BYTES, EpcAddr
 from softsgx.hw.epcm import EpcPage
 
-__all__ = ["DictStore", "PageStore"]
+__all__ = ["DictStore", "PageStore", "kept_bytes"]
+
+_ZEROS = bytes(PAGE_BYTES)
+
+
+def kept_bytes(data: bytes) -> bytes:
+    """Return what a store keeps of a page's bytes: one object for all pages of zeros.
+
+    A heap that is added and not used yet then costs no memory but its EPCM entries.  Whoever
+    writes to a page makes a copy first.
+    """
+    return _ZEROS if data == _ZEROS else data
 
 
 class PageStore(Protocol):
@@ -55,8 +66,8 @@ class DictStore:
         self._pages: dict[EpcAddr, bytes | bytearray] = {}
 
     def fill(self, page: EpcPage, data: bytes) -> None:
-        """Keep the object itself: no copy until someone writes."""
-        self._pages[page.addr] = data
+        """Keep the object itself, or that of all pages of zeros: no copy until someone writes."""
+        self._pages[page.addr] = kept_bytes(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Return the bytes; nobody can write behind the EPCM lock's back."""

@@ -6,6 +6,8 @@ Method: a bench whose next call would succeed; a row breaks one thing.
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -514,3 +516,40 @@ def test_the_launch_key_is_never_given() -> None:
     flags = AttributesFlags.MODE64BIT | AttributesFlags.EINITTOKENKEY
     fd = build(process, PLAN, flags=flags, init=False)
     assert errno_of(lambda: process.init(fd, sigstruct_for(PLAN, flags))) == "EACCES"
+
+
+def test_a_heap_of_zeros_takes_no_memory_of_its_own_until_it_is_written() -> None:
+    system = System(epc_pages=4096)
+    process = system.process()
+    fd = process.open()
+    process.create(fd, secs_bytes(1 << 24))
+    pages, chunk = 2048, bytes(256 * PAGE_BYTES)
+    tracemalloc.start()
+    try:
+        for at in range(0, pages, 256):
+            process.add_pages(fd, at * PAGE_BYTES, chunk, SECINFO_RW, measure=False)
+        gc.collect()
+        taken, _peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < pages * PAGE_BYTES // 3, f"{taken // pages} bytes a page"
+
+
+def test_a_store_to_one_page_of_zeros_changes_no_other() -> None:
+    system = System()
+    process = system.process()
+    plan = plan_for(4)
+    fd = process.open()
+    process.create(fd, secs_bytes(plan.size))
+    for run in plan.runs[:2]:
+        data = b"".join(bytes(run.source.page(at)) for at in range(run.pages))
+        process.add_pages(fd, run.offset, data, run.flags, measure=False)
+    process.add_pages(fd, 3 * PAGE_BYTES, bytes(4 * PAGE_BYTES), SECINFO_RW, measure=False)
+    process.init(fd, sigstruct_for(plan))
+    process.mmap(fd, BASE, plan.size, RW)
+    thread = process.thread()
+    thread.enter(BASE)
+    thread.store(BASE + 4 * PAGE_BYTES, b"x" * 64)
+    for number in (3, 5, 6):
+        assert thread.load(BASE + number * PAGE_BYTES, 64) == bytes(64)
+    assert thread.load(BASE + 4 * PAGE_BYTES, 64) == b"x" * 64

@@ -38,7 +38,7 @@ from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, PageType
 from softsgx.engines.native import abi, libc
-from softsgx.hw import EpcPage
+from softsgx.hw import EpcPage, kept_bytes
 
 __all__ = ["EnclaveMemory", "Guard", "NativeStore", "runs"]
 
@@ -349,7 +349,7 @@ class NativeStore:
 
     def fill(self, page: EpcPage, data: bytes) -> None:
         """Keep the bytes, hidden until a page table maps the page."""
-        self._hidden[page.addr] = data
+        self._hidden[page.addr] = kept_bytes(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Hide the page, so that nobody can store to it, and return its bytes."""
@@ -430,7 +430,7 @@ class NativeStore:
             pages.sort()
             contents = memory.hide([linaddr for linaddr, _addr in pages])
             for (_linaddr, addr), data in zip(pages, contents, strict=True):
-                self._hidden[addr] = data
+                self._hidden[addr] = kept_bytes(data)
                 del self._shown[addr]
         leaving.clear()
 
@@ -484,6 +484,7 @@ class NativeStore:
         shown = self._shown.get(addr)
         if shown is not None:
             memory, linaddr, _rights = shown
-            (self._hidden[addr],) = memory.hide([linaddr])
+            (data,) = memory.hide([linaddr])
+            self._hidden[addr] = kept_bytes(data)
             del self._shown[addr]
             self._leaving.discard(addr)
