@@ -100,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="fail on demand: power-loss@N after N entries, init@N the Nth, provision; repeatable",
+        help="fail on demand: power-loss@N, init@N, provision, noexec; repeatable",
     )
     told = parser.add_argument_group("what is told")
     told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")

@@ -189,6 +189,10 @@ def test_init_and_the_provision_device_are_refused_on_demand(program: list[str])
     assert run([*program, "denied"], epc="1MiB", inject=inject).exit_code == 0
 
 
+def test_a_noexec_dev_lets_no_enclave_be_mapped_executable(program: list[str]) -> None:
+    assert run([*program, "noexec"], epc="1MiB", inject=["noexec"]).exit_code == 0
+
+
 @pytest.mark.parametrize("text", ["", "power", "init@0", "init@", "provision@1", "power-loss@x"])
 def test_an_injection_that_is_not_known_is_named(text: str) -> None:
     with pytest.raises(SoftSgxError, match=f"injection {text!r}: not known; give"):

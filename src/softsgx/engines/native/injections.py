@@ -8,9 +8,12 @@
     The Nth SGX_IOC_ENCLAVE_INIT fails with EPERM, as EINIT's refusals do.
 ``provision``
     Nobody may open ``/dev/sgx_provision``: EACCES.
+``noexec``
+    /dev is as if mounted noexec: mmap with PROT_EXEC fails with EPERM, mprotect with EACCES.
 
 Source:
-    SDM vol. 3D, "Intel SGX Interactions with S-States"; sgx_encl_init(), ioctl.c.
+    SDM vol. 3D, "Intel SGX Interactions with S-States"; sgx_encl_init(), ioctl.c; do_mmap(),
+    mm/mmap.c.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from softsgx.errors import SoftSgxError
 
 __all__ = ["INJECTIONS", "Injections"]
 
-INJECTIONS = ("power-loss", "init", "provision")
+INJECTIONS = ("power-loss", "init", "provision", "noexec")
 """What can be injected, by name."""
 
 
@@ -34,11 +37,13 @@ class Injections:
         power_losses: after how many entries the power is lost, lowest first.
         refused_inits: which INITs fail, counted from 1.
         provision: whether the provision device may be opened.
+        noexec: whether devices cannot be mapped executable.
     """
 
     power_losses: list[int] = field(default_factory=list)
     refused_inits: set[int] = field(default_factory=set)
     provision: bool = True
+    noexec: bool = False
     _inits: int = 0
 
     @classmethod
@@ -52,16 +57,18 @@ class Injections:
         for text in texts:
             what, at, when = text.partition("@")
             number = int(when) if when.isascii() and when.isdecimal() else 0 if at else 1
-            if what not in INJECTIONS or number < 1 or (what == "provision" and at):
+            if what not in INJECTIONS or number < 1 or (what in ("provision", "noexec") and at):
                 raise SoftSgxError(
-                    f"injection {text!r}: not known; give power-loss@N, init@N or provision"
+                    f"injection {text!r}: not known; give power-loss@N, init@N, provision or noexec"
                 )
             if what == "power-loss":
                 made.power_losses.append(number)
             elif what == "init":
                 made.refused_inits.add(number)
-            else:
+            elif what == "provision":
                 made.provision = False
+            else:
+                made.noexec = True
         made.power_losses.sort()
         return made
 

@@ -211,7 +211,9 @@ class Supervisor(World):
             self._descriptors.open_memory,
         )
         files = NamedFiles(opener, self._registry, self._nodes, opens_memory, self._image_of)
-        mappings = Mappings(self._registry, rewrite=not self._faulting)
+        mappings = Mappings(
+            self._registry, rewrite=not self._faulting, noexec=self._injections.noexec
+        )
         return (
             self._descriptors.handlers()
             | files.handlers()

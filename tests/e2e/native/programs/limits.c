@@ -625,12 +625,21 @@ static void denied(void)
 	CHECK(get(0, data) == 5);
 }
 
+static void noexec(void)
+{
+	int fd = open("/dev/sgx_enclave", O_RDWR);
+	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EPERM);
+	char *at = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
+	CHECK(at != MAP_FAILED && mprotect(at, PAGE, PROT_READ | PROT_EXEC) && errno == EACCES);
+	CHECK(!mprotect(at, PAGE, PROT_NONE));
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
 		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets}, {"locked", locked}, {"wild", wild},
-		{"interrupted", interrupted}, {"patchwork", patchwork}, {"lost", lost}, {"denied", denied},
+		{"interrupted", interrupted}, {"patchwork", patchwork}, {"lost", lost}, {"denied", denied}, {"noexec", noexec},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

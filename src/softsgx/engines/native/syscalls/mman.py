@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from errno import EACCES, EFAULT, EINVAL, ENODEV
+from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
@@ -34,10 +34,11 @@ class Mappings:
     Args:
         registry: which descriptors are devices.
         rewrite: whether CPUID must be replaced in new code.
+        noexec: whether /dev is to be as if mounted so.
     """
 
-    def __init__(self, registry: Registry, *, rewrite: bool) -> None:
-        self._registry, self._rewrite = registry, rewrite
+    def __init__(self, registry: Registry, *, rewrite: bool, noexec: bool = False) -> None:
+        self._registry, self._rewrite, self._noexec = registry, rewrite, noexec
 
     # --- mmap -----------------------------------------------------------------------------------
 
@@ -63,6 +64,8 @@ class Mappings:
         return address
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
+        if self._noexec and thread.regs.rdx & abi.PROT_EXEC:
+            return -EPERM
         if not isinstance(device.file, EnclaveFile):
             return -ENODEV  # its file operations have no mmap
         regs = thread.regs
@@ -178,6 +181,8 @@ class Mappings:
             return result
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
+        if self._noexec and prot & abi.PROT_EXEC:
+            return -EACCES
         for vma in image.mm.vmas(address, address + length):
             if prot & abi.PROT_WRITE and not _allows(self._registry.of_file(vma.file), prot):
                 return -EACCES
