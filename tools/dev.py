@@ -6,6 +6,7 @@ Needs Python 3.11+ with ``venv``, nothing else:
     python3 tools/dev.py demo      build an example enclave and run it with a quarter of its EPC
     python3 tools/dev.py test      lint, types, layers, docs and all tests
     python3 tools/dev.py quick     the same without slow tests and docs
+    python3 tools/dev.py soak      random histories: --minutes N --jobs N [--seed N] [--kind KIND]
     python3 tools/dev.py docs      the documentation, to docs/_build/html
     python3 tools/dev.py format    rewrite the sources as ruff has them
     python3 tools/dev.py setup     only the environment
@@ -129,6 +130,7 @@ TASKS: dict[str, Callable[[list[str]], int]] = {
     "demo": lambda rest: run("python", "examples/demo.py", *rest),
     "test": lambda rest: checks(rest, full=True),
     "quick": lambda rest: checks(rest, full=False),
+    "soak": lambda rest: run("python", "-m", "tests.soak", *rest),
     "docs": lambda rest: run(*DOCS, *rest),
     "format": lambda rest: run("ruff", "check", "--fix", ".") or run("ruff", "format", "."),
     "setup": lambda rest: 0,
