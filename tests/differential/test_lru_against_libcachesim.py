@@ -24,7 +24,7 @@ def simulated_misses(trace: PageTrace, pages: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epc_pages", [16, 24, 48, 96])
+@pytest.mark.parametrize("epc_pages", [28, 36, 48, 96])
 def test_misses_equal_the_simulators_and_the_data_is_what_was_written(epc_pages: int) -> None:
     trace = TRACE if epc_pages >= 48 else TRACE[:20000]
     with Platform(epc=epc_pages * 4096, policy="lru") as platform:

@@ -22,7 +22,7 @@ from softsgx.runtime import InlineRuntime
 from softsgx.trace import Event
 
 TICK_NS = 1000
-EPC_PAGES = 24
+EPC_PAGES = 28
 DATA_PAGES = 40
 
 

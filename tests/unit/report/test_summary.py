@@ -143,11 +143,11 @@ def test_sums_go_on_when_an_enclave_goes() -> None:
 
 
 def test_a_group_tells_its_limit_and_what_it_refused() -> None:
-    story = Story(epc_pages=64, groups={"jobs": {"max": 24 * PAGE}})
+    story = Story(epc_pages=64, groups={"jobs": {"max": 28 * PAGE}})
     story.enclave(30, group="jobs")
     root, jobs = story.summary().groups
     assert (root.path, root.max_bytes) == ("/", None)
-    assert (jobs.path, jobs.max_bytes, jobs.peak_bytes) == ("/jobs", 24 * PAGE, 24 * PAGE)
+    assert (jobs.path, jobs.max_bytes, jobs.peak_bytes) == ("/jobs", 28 * PAGE, 28 * PAGE)
     assert jobs.refused > 0
     assert story.summary().enclaves[0].group == "/jobs"
 

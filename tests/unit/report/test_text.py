@@ -94,7 +94,7 @@ def test_the_status_fits_one_line() -> None:
     story.touch(story.enclave())
     line = status_line(story.collector)
     assert "1 enclave, " in line
-    assert "of 96 KiB EPC" in line
+    assert "of 112 KiB EPC" in line
     assert len(line) < 80
 
 
