@@ -16,7 +16,7 @@ __all__ = ["console", "fields_table", "print_image", "run_row", "threads"]
 
 _SHOWN_TCS = 16
 _SHOWN_ROWS = 200
-_NARROWEST = 100  # a hash and its name fit: nobody wants half a hash
+_NARROWEST = 100  # a hash and its name fit on one line
 _LONGEST_THREAD = 32  # runs
 _TCS_FIELDS = ("flags", "oentry", "ossa", "nssa", "ofs_base", "ogs_base", "fs_limit", "gs_limit")
 

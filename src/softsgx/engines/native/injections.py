@@ -7,7 +7,7 @@
 ``init@N``
     The Nth SGX_IOC_ENCLAVE_INIT fails with EPERM, as EINIT's refusals do.
 ``provision``
-    Nobody may open ``/dev/sgx_provision``: EACCES.
+    No process may open ``/dev/sgx_provision``: EACCES.
 ``noexec``
     /dev is as if mounted noexec: mmap with PROT_EXEC fails with EPERM, mprotect with EACCES.
 

@@ -58,7 +58,7 @@ def execute(thread: ProgramThread, insn: StateInsn) -> None:
         Fault: as the instruction; registers are as before.
     """
     cpu, regs = thread.cpu, thread.regs
-    cpu.flush_tlb()  # nobody tells it of what page tables have lost since
+    cpu.flush_tlb()  # page tables may have lost entries since
     wide = bool(insn.rex & _REX_W)
     requested = regs.rax & _LOW_32 | (regs.rdx & _LOW_32) << 32
     if insn.operation is not StateOperation.XGETBV and _by_thread(thread, insn, requested):

@@ -121,7 +121,7 @@ class EnclaveMemory:
     def __init__(self, theirs: int) -> None:
         """Take over ``theirs``, our duplicate of the program's descriptor; it is closed.
 
-        It allows sealing: nobody can change the file's size afterwards.
+        It allows sealing: no process can change the file's size afterwards.
         """
         self.users: list[User] = []
         self.pages: dict[int, int] = {}

@@ -169,7 +169,7 @@ class Image:
         return abi.PROT_NONE if self.is_covered(linaddr) else self.prot_at(linaddr)
 
     def uncover(self, view: EnclaveFile | None) -> None:
-        """Make the mappings of one device usable instead of those that are; nobody may run.
+        """Make the mappings of one device usable instead of those that are; no thread runs.
 
         Enclaves have many mappings and use few of them at a time, so only those are uncovered that
         were discovered last; :meth:`discover` does others when they are used.

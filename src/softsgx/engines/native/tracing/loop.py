@@ -1,7 +1,7 @@
 """The tracer's loop: waits for stops of the program's threads and hands each to who handles it.
 
 Everything happens in one OS thread.  A thread of the program that is stopped stays so until the
-loop, or whoever holds it, resumes it; what stopped it meanwhile waits in its ``pending``.
+loop, or the code that holds it, resumes it; what stopped it meanwhile waits in its ``pending``.
 
 A thread ends in two steps.  It *dies* when it runs no code of the program any more: at the event of
 its exit, or when a ptrace request or wait(2) says so, possibly while another thread is served; then
@@ -164,7 +164,7 @@ class Loop:
             return
         image.current = thread
         if thread.borrowable:
-            # Now, while it is stopped anyway: whoever it will wait for works ahead.
+            # Now, while it is stopped anyway: ksgxd works ahead for it.
             self._background()
             self._permits.going()
         if thread.kicked:
