@@ -225,7 +225,7 @@ def test_a_newer_version_gets_the_keys_of_an_older_one_but_not_the_other_way_rou
 
 
 def test_keys_are_equal_exactly_where_the_manuals_facts_are(load: Loader) -> None:
-    """All requests of a small world; DEBUG is in every key, whatever the mask says."""
+    """All requests of a small lifecycle; DEBUG is in every key, whatever the mask says."""
     names = ("alice", "bob", "stranger", "product", "debug")
     signer, product = {"stranger": "other"}, {"product": 8}
     code, debug = {"bob": 2}, {"debug": F.DEBUG}

@@ -14,7 +14,7 @@ from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, doctor, run
 from softsgx.engines.native.faults import extended
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.errors import SoftSgxError
@@ -54,13 +54,13 @@ def test_an_entry_of_a_strict_run_changes_the_rights_of_few_mappings_however_man
     program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pager: str
 ) -> None:
     made = []
-    inject = Image._make
+    inject = ProcessImage._make
 
-    def counted(image: Image, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
+    def counted(image: ProcessImage, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
         made.extend(calls)
         inject(image, thread, calls)
 
-    monkeypatch.setattr(Image, "_make", counted)
+    monkeypatch.setattr(ProcessImage, "_make", counted)
     pages, calls = 60, 100
     enclave = write_enclave(tmp_path / "enclave", pages)
     argv = [program[0], str(enclave), "patchwork", str(calls)]

@@ -114,7 +114,7 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
 
     def handle_late(self: Transitions, thread: Any, address: int, code: int) -> int:
         """Handle a fault after the reclaimer has taken the page of the code from page tables."""
-        rip, space = thread.load().rip, thread.image.space
+        rip, space = thread.load().rip, thread.image.page_table
         if rip != address and zapped[-1:] != [(rip, address)]:
             zapped.append((rip, address))
             space.zap(rip & -4096)

@@ -41,10 +41,10 @@ from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.limits import raise_limits, set_limits
-from softsgx.engines.native.memory.foreign import Strangers
+from softsgx.engines.native.memory.foreign import ForeignMappings
+from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
-from softsgx.engines.native.memory.space import Space
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
@@ -56,8 +56,8 @@ from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter, build_guard
 from softsgx.engines.native.tracing.filters import add_filter
-from softsgx.engines.native.tracing.image import Image
-from softsgx.engines.native.tracing.loop import Handler, Loop, World
+from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracing.tracee import Thread
@@ -79,7 +79,7 @@ _LOG = logging.getLogger(__name__)
 _MOST_GUARDED = 64
 
 
-class Supervisor(World):
+class Supervisor(Lifecycle):
     """Runs one program, with all its children.
 
     Args:
@@ -131,13 +131,13 @@ class Supervisor(World):
         self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
-        self._images: dict[int, Image] = {}
+        self._images: dict[int, ProcessImage] = {}
         self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         machine.ram = NativeRam(self._images)
         transitions = Transitions(
             cpuid,
-            AbortPage(self._store, self._quieten),
+            AbortPage(self._store, self._stop_other_users),
             self._tell_refused,
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
             Breakpoints(self._stopped_inside),
@@ -182,10 +182,10 @@ class Supervisor(World):
                 limits=limits,
             )
             try:
-                thread = self._dress(first, Process(first.tid, self._group))
+                thread = self._adopt_program(first, Process(first.tid, self._group))
                 if started is not None:
                     started(first.tid)
-                self._loop.go(thread)
+                self._loop.resume_thread(thread)
                 self._loop.run()
             except BaseException:
                 self._loop.kill()
@@ -234,7 +234,7 @@ class Supervisor(World):
             }
         )
 
-    def _image_of(self, pid: int) -> Image | None:
+    def _image_of(self, pid: int) -> ProcessImage | None:
         """Return the address space of a process or thread of the program."""
         for thread in self._loop.threads.values():
             if pid in (thread.tid, thread.process.pid):
@@ -306,10 +306,10 @@ class Supervisor(World):
         guarded.add(place)
         add_filter(thread, build_guard(*place))
 
-    def _quieten(self, thread: ProgramThread, device: Device) -> None:
+    def _stop_other_users(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
         for image in list(self._images.values()):
-            if not image.wired or image.space not in device.memory.users:
+            if not image.wired or image.page_table not in device.memory.users:
                 continue
             for other in list(image.threads.values()):
                 able = other.cpu.inside is not None or self._strict
@@ -321,7 +321,7 @@ class Supervisor(World):
         return [
             other
             for image in list(self._images.values())
-            if image.wired and image.space in memory.users
+            if image.wired and image.page_table in memory.users
             for other in list(image.threads.values())
             if other is not thread and other.cpu.inside is not None and self._loop.hold(other)
         ]
@@ -335,9 +335,9 @@ class Supervisor(World):
             return  # nothing was done either
         start = file.enclave.base + request.offset
         device = self._registry.of_file(file)
-        for space in device.memory.users:
-            space.refresh_range(start, start + request.length)
-            space.pager.flush()
+        for page_table in device.memory.users:
+            page_table.refresh_range(start, start + request.length)
+            page_table.pager.flush()
 
     def between(self) -> None:
         """Lose power, if it is due."""
@@ -351,14 +351,14 @@ class Supervisor(World):
                 self._loop.evict(image)
         self._machine.power_transition()
 
-    # --- the loop's world -----------------------------------------------------------------------
+    # --- life cycle of threads and images --------------------------------------------------------
 
-    def new_thread(self, tid: int, process: Process, image: Image) -> ProgramThread:
+    def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:
         """Give a new thread a logical processor."""
         cpu = self._free_cpus.pop() if self._free_cpus else self._another_cpu()
         cpu.cpl = 3
         if image.wired:
-            cpu.space = image.space
+            cpu.space = image.page_table
         thread = ProgramThread(tid, self._waits, process, image, cpu, self._areas)
         image.threads[tid] = thread
         image.members += 1
@@ -381,22 +381,24 @@ class Supervisor(World):
             memory_descriptors=set(parent.memory_descriptors),
         )
 
-    def fork_image(self, tid: int, parent: Image) -> Image:
+    def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
         image = self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
         image.page = parent.page
-        image.strangers = Strangers(image.inject, tuple(parent.strangers.ranges))
+        image.foreign_mappings = ForeignMappings(
+            image.inject, tuple(parent.foreign_mappings.ranges)
+        )
         return image
 
-    def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
+    def adopt_fork(self, thread: ProgramThread, parent: ProcessImage) -> None:
         """Set up paging in a fork child, which has inherited mappings but not their watching."""
         image = thread.image
-        self._wire(image, thread, thread.process, parent.mm)
+        self._connect_paging(image, thread, thread.process, parent.mm)
         drop_left_behind(image, thread.tid, self._registry)
         for vma in image.mm.vmas():
             device = self._registry.of_file(vma.file)
-            if image.space not in device.memory.users:
-                device.memory.users.append(image.space)
+            if image.page_table not in device.memory.users:
+                device.memory.users.append(image.page_table)
             image.mapped(vma.start, vma.end, vma.prot)
             if image.is_covered(vma.start) or image.pager.map_prot(vma.prot) != vma.prot:
                 # It has the rights that the parent had when it was made, also those to pages that
@@ -405,11 +407,11 @@ class Supervisor(World):
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
         """Dress the new program."""
-        return self._dress(Thread(tid, self._waits), process)
+        return self._adopt_program(Thread(tid, self._waits), process)
 
-    def settle(self) -> None:
+    def before_resume(self) -> None:
         """Hide the pages that page tables have lost."""
-        self._store.settle()
+        self._store.hide_unmapped()
 
     def thread_died(self, thread: ProgramThread) -> None:
         """An interrupt takes its processor out of any enclave, and it never resumes."""
@@ -433,14 +435,14 @@ class Supervisor(World):
         if not process.alive:  # its descriptors are closed
             self._registry.sweep()
 
-    def _space_ended(self, image: Image) -> None:
+    def _page_table_ended(self, image: ProcessImage) -> None:
         """The driver has let go of an address space."""
-        self._registry.forget_space(image.space)
+        self._registry.forget_page_table(image.page_table)
         image.pager.close()
         self._discard(image)
         self._registry.sweep()
 
-    def _discard(self, image: Image) -> None:
+    def _discard(self, image: ProcessImage) -> None:
         os.close(image.memory_fd)
         del self._images[image.index]
         page = image.page
@@ -449,12 +451,12 @@ class Supervisor(World):
 
     # --- images ---------------------------------------------------------------------------------
 
-    def _dress(self, bare: Thread, process: Process) -> ProgramThread:
+    def _adopt_program(self, bare: Thread, process: Process) -> ProgramThread:
         """Make a fresh program image ours; ``bare`` is stopped at the end of its execve."""
         memory = os.open(f"/proc/{bare.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
             base, vdso = install_vdso(bare, memory)
-            bare.settle()
+            bare.flush()
         finally:
             os.close(memory)
         image = self._image(bare.tid, base, vdso, set())
@@ -465,35 +467,35 @@ class Supervisor(World):
             thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
         else:
             _rewrite_image(thread)
-        self._wire(image, thread, process, None)
+        self._connect_paging(image, thread, process, None)
         image.page = share_page(thread, image.memory_fd, base, vdso)
         return thread
 
-    def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> Image:
+    def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> ProcessImage:
         memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        image = Image(next(self._numbers), memory, base, vdso, sites)
+        image = ProcessImage(next(self._numbers), memory, base, vdso, sites)
         image.hold = self._loop.hold
         image.registry = self._registry
         image.strict = self._strict
         self._images[image.index] = image
         return image
 
-    def _wire(
-        self, image: Image, thread: ProgramThread, process: Process, parent: Mm | None
+    def _connect_paging(
+        self, image: ProcessImage, thread: ProgramThread, process: Process, parent: Mm | None
     ) -> None:
         """Connect page tables, pager, driver and processor of an image."""
         image.pager = make_pager(self.pager, image, thread)
-        space = Space(image.index, self._store, self._machine.page_at, image.pager)
-        space.kick_all = partial(self._loop.kick, image)
-        image.space = thread.cpu.space = space
+        page_table = EnclavePageTable(image.index, self._store, self._machine.page_at, image.pager)
+        page_table.kick_all = partial(self._loop.kick, image)
+        image.page_table = thread.cpu.space = page_table
         name = f"mm of {process.pid}"
-        ended = partial(self._space_ended, image)
+        ended = partial(self._page_table_ended, image)
         if parent is None:
-            image.mm = Mm(self._driver.runtime, space, owner=thread, ended=ended, name=name)
+            image.mm = Mm(self._driver.runtime, page_table, owner=thread, ended=ended, name=name)
         else:
-            image.mm = parent.fork(space, owner=thread, ended=ended, name=name)
-        space.memory_at = partial(_memory_at, image)
-        space.is_readable = image.can_read
+            image.mm = parent.fork(page_table, owner=thread, ended=ended, name=name)
+        page_table.memory_at = partial(_memory_at, image)
+        page_table.is_readable = image.can_read
         image.wired = True
 
 
@@ -511,7 +513,7 @@ class _Opener:
         return self.driver.open_provision(thread)
 
 
-def _memory_at(image: Image, linaddr: int) -> EnclaveMemory | None:
+def _memory_at(image: ProcessImage, linaddr: int) -> EnclaveMemory | None:
     device = image.device_at(linaddr)
     return None if device is None else device.memory
 

@@ -37,13 +37,13 @@ class AbortPage:
 
     Args:
         store: the pages.
-        quieten: stops every other thread that could use pages of a device meanwhile.
+        stop_other_users: stops every other thread that could use pages of a device meanwhile.
     """
 
     def __init__(
-        self, store: NativeStore, quieten: Callable[[ProgramThread, Device], None]
+        self, store: NativeStore, stop_other_users: Callable[[ProgramThread, Device], None]
     ) -> None:
-        self._store, self._quieten = store, quieten
+        self._store, self._stop_other_users = store, stop_other_users
 
     def execute(self, thread: ProgramThread, address: int) -> int:
         """Execute the instruction of ``thread`` that faulted at ``address``.
@@ -55,7 +55,7 @@ class AbortPage:
             The signal to deliver, 0 when it was executed.
         """
         image = thread.image
-        thread.settle()
+        thread.flush()
         mask = thread.sigmask()
         # A fault that must be forced on a thread that blocks it would end the program.
         thread.set_sigmask(_ALL_SIGNALS & ~abi.FAULT_SIGNALS)
@@ -66,11 +66,11 @@ class AbortPage:
         finally:
             for page, memory in lent.items():
                 if memory is None:
-                    image.strangers.lower(page)
+                    image.foreign_mappings.lower(page)
                     continue
                 self._store.take_back(memory, page)
                 image.lower(page)
-                image.space.refresh(page)
+                image.page_table.refresh(page)
             thread.set_sigmask(mask)
             thread.load()
 
@@ -101,12 +101,12 @@ class AbortPage:
         device = image.device_at(page)
         if device is None:
             return self._lend_foreign(thread, page, lent)
-        entry = image.space.entry(page)
+        entry = image.page_table.entry(page)
         while entry is None:
             if image.mm.fault(page, PROT_READ, thread) not in _MENDED:
                 return False
-            entry = image.space.entry(page)
-        self._quieten(thread, device)
+            entry = image.page_table.entry(page)
+        self._stop_other_users(thread, device)
         self._store.lend(entry[0], device.memory, page)
         lent[page] = device.memory
         image.lift(page)
@@ -115,11 +115,11 @@ class AbortPage:
     def _lend_foreign(
         self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory | None]
     ) -> bool:
-        strangers = thread.image.strangers
-        foreign = strangers.find(page)
+        foreign_mappings = thread.image.foreign_mappings
+        foreign = foreign_mappings.find(page)
         if foreign is None or not foreign.prot:
             return False
-        self._quieten(thread, foreign.device)
+        self._stop_other_users(thread, foreign.device)
         lent[page] = None
-        strangers.lift(page, foreign.prot)
+        foreign_mappings.lift(page, foreign.prot)
         return True

@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native.faults.culprit import LONGEST
+from softsgx.engines.native.faults.faulting_instruction import LONGEST
 from softsgx.engines.native.memory.store import EnclaveMemory
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Gone
@@ -61,9 +61,9 @@ class Breakpoints:
 
     def exception(self, thread: ProgramThread) -> None:
         """Enclave code raises an exception, registers loaded: give the instruction its bytes."""
-        rip, space = thread.regs.rip, thread.image.space
-        memory = space.memory_at(rip)
-        if memory is None or not memory.marked or not space.is_shown(rip):
+        rip, page_table = thread.regs.rip, thread.image.page_table
+        memory = page_table.memory_at(rip)
+        if memory is None or not memory.marked or not page_table.is_shown(rip):
             return
         changed = _changed_at(memory, rip)
         if changed is None:

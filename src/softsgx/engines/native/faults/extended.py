@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
-from softsgx.engines.native.faults.culprit import LONGEST
+from softsgx.engines.native.faults.faulting_instruction import LONGEST
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.code import STATE_INSTRUCTIONS, STATE_STRIDE
 from softsgx.engines.native.x86.state import StateInsn, StateOperation, decode_state
@@ -42,9 +42,9 @@ _KINDS = {
 def replaced(thread: ProgramThread) -> StateInsn | None:
     """Return the instruction at RIP, registers loaded, if it is one and UD2 is shown for it."""
     image, rip = thread.image, thread.regs.rip
-    memory = image.space.memory_at(rip)
+    memory = image.page_table.memory_at(rip)
     marks = None if memory is None else memory.marked.get(rip & -PAGE_BYTES)
-    if memory is None or not marks or not image.space.is_shown(rip):
+    if memory is None or not marks or not image.page_table.is_shown(rip):
         return None
     offset = rip % PAGE_BYTES
     insn = decode_state(memory.read(rip, min(LONGEST, PAGE_BYTES - offset)))
@@ -111,12 +111,12 @@ def _by_thread(thread: ProgramThread, insn: StateInsn, requested: int) -> bool:
 def _is_usable(thread: ProgramThread, linaddr: int, rights: int) -> bool:
     """Return whether the enclave's page is there for such accesses, and will be for a while."""
     image, inside = thread.image, thread.cpu.inside
-    entry = image.space.entry(linaddr)
+    entry = image.page_table.entry(linaddr)
     if entry is None or rights & ~entry[1] or image.is_covered(linaddr):
         return False
     page = thread.cpu.hw.page_at(entry[0])
     return (
-        image.space.is_shown(linaddr)
+        image.page_table.is_shown(linaddr)
         and page is not None
         and inside is not None
         and page.secs is inside.secs

@@ -23,8 +23,8 @@ from collections.abc import Callable
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.tracing.image import Image
-from softsgx.engines.native.tracing.loop import Handler, Loop, World
+from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.tracing.waits import Waits
@@ -47,7 +47,7 @@ class StrictLoop(Loop):
     """See the module.
 
     Args:
-        world: see :class:`World`.
+        lifecycle: see :class:`Lifecycle`.
         waits: where stops and ends are told.
         transitions: signals and ENCLU.
         calls: handlers of system calls, by number.
@@ -56,15 +56,15 @@ class StrictLoop(Loop):
 
     def __init__(
         self,
-        world: World,
+        lifecycle: Lifecycle,
         waits: Waits,
         transitions: Transitions,
         calls: dict[int, Handler],
         clock: Callable[[], int],
     ) -> None:
-        super().__init__(world, waits, transitions, calls)
+        super().__init__(lifecycle, waits, transitions, calls)
         self._clock = clock
-        self._turns: dict[Image, _Turns] = {}
+        self._turns: dict[ProcessImage, _Turns] = {}
 
     def run(self) -> None:
         """As :meth:`Loop.run`."""
@@ -75,18 +75,18 @@ class StrictLoop(Loop):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def go(self, thread: ProgramThread, number: int = 0) -> None:
+    def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread when it is its turn."""
         if thread.at_call and thread.load().orig_rax != _NO_CALL:
             thread.in_call = True
         image = thread.image
         if thread.in_call or thread.mid_call:
-            super().go(thread, number)
+            super().resume_thread(thread, number)
             return
         turns = self._turns.get(image)
         over = turns is not None and turns.until_ns is not None and self._clock() >= turns.until_ns
         if _wanted(thread) is image.view and not over:
-            super().go(thread, number)
+            super().resume_thread(thread, number)
             return
         thread.parked = True
         self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
@@ -96,7 +96,7 @@ class StrictLoop(Loop):
         for image in list(self._turns):
             self._turn(image)
 
-    def _turn(self, image: Image) -> None:
+    def _turn(self, image: ProcessImage) -> None:
         """Change the view when nobody runs in the present one any more."""
         turns = self._turns.get(image)
         if turns is None:
@@ -124,7 +124,7 @@ class StrictLoop(Loop):
         for thread, number in ready:
             thread.parked = False
             try:
-                super().go(thread, number)
+                super().resume_thread(thread, number)
             except Gone as gone:
                 self._note(gone)
 
@@ -162,6 +162,6 @@ def _wanted(thread: ProgramThread) -> EnclaveFile | None:
     return None if vma is None else vma.file
 
 
-def _running(image: Image) -> list[ProgramThread]:
+def _running(image: ProcessImage) -> list[ProgramThread]:
     """Return the threads that may be executing code of the program."""
     return [thread for thread in image.threads.values() if thread.running and not thread.in_call]

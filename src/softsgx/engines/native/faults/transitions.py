@@ -37,7 +37,8 @@ from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.culprit import (
+from softsgx.engines.native.faults.exceptions import send, send_page_fault
+from softsgx.engines.native.faults.faulting_instruction import (
     LONGEST,
     access_at,
     again,
@@ -46,8 +47,7 @@ from softsgx.engines.native.faults.culprit import (
     pfec,
     repeat,
 )
-from softsgx.engines.native.faults.exceptions import send, send_page_fault
-from softsgx.engines.native.faults.outside import Outsiders
+from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.vdso.code import KEPT_R11
@@ -113,7 +113,7 @@ class Transitions:
         breakpoints: Breakpoints,
     ) -> None:
         self._cpuid, self._abort_page, self._tell_refused = cpuid, abort_page, refused
-        self._outsiders = Outsiders(abort_page, refused)
+        self._non_enclave = NonEnclaveFaults(abort_page, refused)
         self.permits, self._breakpoints = permits, breakpoints
 
     # --- stops ----------------------------------------------------------------------------------
@@ -152,14 +152,14 @@ class Transitions:
             regs = thread.load()
             if thread.image.read(regs.rip, _ENCLU_BYTES) == _ENCLU:
                 if inside:
-                    thread.image.space.mark(regs.rip)
+                    thread.image.page_table.mark(regs.rip)
                 return self._enclu(thread, number)
-            if inside and thread.image.space.is_marked(regs.rip):
+            if inside and thread.image.page_table.is_marked(regs.rip):
                 # Another thread trapped there too, and was served first.
                 return self._enclu(thread, number)
         elif number == abi.SIGSEGV and inside:
             regs = thread.load()
-            if thread.image.space.is_marked(regs.rip):
+            if thread.image.page_table.is_marked(regs.rip):
                 return self._enclu(thread, number)
         info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
@@ -208,7 +208,7 @@ class Transitions:
         thread.load()
         return self._resume_enclave(thread)
 
-    def passes(self, thread: ProgramThread) -> bool:
+    def stays_inside(self, thread: ProgramThread) -> bool:
         """Take an interrupt of a thread inside that resumes at once: no more moves than counts.
 
         The thread may be running.  ``False``: it must be stopped and leave; nothing has changed.
@@ -283,7 +283,7 @@ class Transitions:
             self._emulate_cpuid(thread, regs.rip + 2)
             return 0
         if number in (abi.SIGSEGV, abi.SIGBUS) and info.code in (1, 2):
-            return self._outsiders.fault(thread, number, info.addr)
+            return self._non_enclave.fault(thread, number, info.addr)
         return number
 
     def _inside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
@@ -334,7 +334,7 @@ class Transitions:
         image = thread.image
         if image.strict and image.discover(address):
             return 0
-        if image.space.entry(address) is None:
+        if image.page_table.entry(address) is None:
             prot = image.prot_at(address)
             if self._returns_at_once(thread) and (
                 prot == _READ_WRITE
@@ -358,10 +358,10 @@ class Transitions:
         image, inside = thread.image, thread.cpu.inside
         assert inside is not None, "a fault of enclave code outside an enclave"
         kind = pfec(access)
-        entry = image.space.entry(address)
-        foreign = image.strangers.find(address)
+        entry = image.page_table.entry(address)
+        foreign = image.foreign_mappings.find(address)
         if foreign is not None and not inside.enclave.covers(address):
-            return self._outsiders.foreign(thread, address, access, foreign)
+            return self._non_enclave.foreign(thread, address, access, foreign)
         if foreign is not None and not access & ~foreign.prot:
             return self._exception(thread, Vector.PF, kind | Pfec.P | Pfec.SGX, address)
         ordinary = entry is None or access & ~entry[1]
@@ -379,7 +379,7 @@ class Transitions:
             refused = check_access(inside.secs, page, address, access)
             if refused is not None:
                 return self._exception(thread, Vector.PF, refused.code, address)
-        elif image.is_covered(address) or access & ~image.space.rights(address):
+        elif image.is_covered(address) or access & ~image.page_table.rights(address):
             return self._aborted_inside(thread, address, access)
         if repeat(thread, address):
             return 0
@@ -503,7 +503,7 @@ class Transitions:
             self._went_out(thread)
             self.permits.left(thread)
         elif leaf in _EPCM_CHANGES:
-            thread.image.space.refresh(operand)
+            thread.image.page_table.refresh(operand)
         return 0
 
     def _operand_fault(self, thread: ProgramThread, fault: PageFault, access: int) -> int:

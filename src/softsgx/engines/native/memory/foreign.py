@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Device
 
-__all__ = ["Foreign", "Strangers"]
+__all__ = ["ForeignMapping", "ForeignMappings"]
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ForeignMapping:
     """One range.
 
     Attributes:
@@ -42,7 +42,7 @@ class Foreign:
     device: Device
 
 
-class Strangers:
+class ForeignMappings:
     """The foreign memory of one address space.
 
     Args:
@@ -51,19 +51,21 @@ class Strangers:
     """
 
     def __init__(
-        self, inject: Callable[[list[tuple[int, ...]]], None], known: tuple[Foreign, ...] = ()
+        self,
+        inject: Callable[[list[tuple[int, ...]]], None],
+        known: tuple[ForeignMapping, ...] = (),
     ) -> None:
         self._inject = inject
         self.ranges = list(known)
 
-    def find(self, linaddr: int) -> Foreign | None:
+    def find(self, linaddr: int) -> ForeignMapping | None:
         """Return the range that holds an address."""
         for each in self.ranges:
             if each.start <= linaddr < each.end:
                 return each
         return None
 
-    def within(self, start: int, end: int) -> list[Foreign]:
+    def within(self, start: int, end: int) -> list[ForeignMapping]:
         """Return the ranges that overlap ``[start, end)``, cut to it."""
         return [
             replace(each, start=max(each.start, start), end=min(each.end, end))
@@ -71,7 +73,7 @@ class Strangers:
             if each.start < end and start < each.end
         ]
 
-    def place(self, ranges: list[Foreign]) -> None:
+    def place(self, ranges: list[ForeignMapping]) -> None:
         """Memory is mapped at these ranges, with its rights: take them."""
         for each in ranges:
             self.forget(each.start, each.end)

@@ -10,9 +10,9 @@ import os
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.mprotect import MprotectPager
-from softsgx.engines.native.memory.space import Pager
+from softsgx.engines.native.memory.page_table import Pager
 from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.errors import SoftSgxError
 
@@ -22,7 +22,7 @@ PAGERS = ("userfaultfd", "mprotect")
 """Names of the pagers, the faster one first."""
 
 
-def make_pager(name: str, image: Image, thread: Thread) -> Pager:
+def make_pager(name: str, image: ProcessImage, thread: Thread) -> Pager:
     """Set up a pager in an address space.
 
     Args:

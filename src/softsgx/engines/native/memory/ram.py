@@ -1,7 +1,7 @@
 """Ordinary memory of the program as the machine's RAM, behind stand-in physical addresses.
 
 Source:
-    ``memory/space.py`` for what a stand-in address is.
+    ``memory/page_table.py`` for what a stand-in address is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import Pfec
 from softsgx.driver import BadAddress
-from softsgx.engines.native.memory.space import split_ordinary
+from softsgx.engines.native.memory.page_table import split_ordinary
 from softsgx.hw import PageFault, Ram
 
 if TYPE_CHECKING:
-    from softsgx.engines.native.tracing.image import Image
+    from softsgx.engines.native.tracing.process_image import ProcessImage
 
 __all__ = ["NativeRam"]
 
@@ -27,7 +27,7 @@ class NativeRam(Ram):
         images: address spaces by index; it may grow.
     """
 
-    def __init__(self, images: Mapping[int, Image]) -> None:
+    def __init__(self, images: Mapping[int, ProcessImage]) -> None:
         super().__init__()
         self._images = images
 

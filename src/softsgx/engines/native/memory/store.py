@@ -69,11 +69,11 @@ class Guard(Protocol):
         """Fill the hole and make the page usable here, in one step.
 
         Returns:
-            ``False`` when this space cannot fill it; nothing has happened then.
+            ``False`` when this pager cannot fill it; nothing has happened then.
         """
 
     def shown(self, linaddr: int, rights: int) -> None:
-        """The hole was filled by another space: make the page usable here too."""
+        """The hole was filled through another page table: make the page usable here too."""
 
     def set_rights(self, linaddr: int, rights: int) -> None:
         """The EPCM entry of a shown page has these rights now."""
@@ -355,7 +355,7 @@ class NativeStore:
         """Hide the page, so that nobody can store to it, and return its bytes."""
         addr = page.addr
         if addr in self._leaving:
-            self.settle()
+            self.hide_unmapped()
         elif addr in self._shown:
             self._hide(addr)
         return self._hidden[addr]
@@ -414,7 +414,7 @@ class NativeStore:
             if addr in self._shown:
                 self._leaving.add(addr)
 
-    def settle(self) -> None:
+    def hide_unmapped(self) -> None:
         """Hide the pages that no page table maps any more.
 
         Call before the program goes on, and when it must be certain that they cannot be used.
@@ -436,7 +436,7 @@ class NativeStore:
 
     def lend(self, addr: int, memory: EnclaveMemory, linaddr: int) -> None:
         """Put a page of ones where the page is, or would be; its own bytes are kept, hidden."""
-        self.settle()
+        self.hide_unmapped()
         self._hide(addr)
         memory.show(linaddr, _ONES, _ALL)
 

@@ -12,7 +12,7 @@ from errno import EINVAL, ENODEV, ENOMEM
 from softsgx.driver import EnclaveVma
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Registry
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 
 __all__ = ["drop_left_behind", "madvise", "mlock"]
@@ -65,7 +65,7 @@ def mlock(thread: ProgramThread) -> int | None:
     )
 
 
-def drop_left_behind(image: Image, tid: int, registry: Registry) -> None:
+def drop_left_behind(image: ProcessImage, tid: int, registry: Registry) -> None:
     """Unmap in a fork child what MADV_DONTFORK kept from it.
 
     Args:

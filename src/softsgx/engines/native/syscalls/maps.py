@@ -17,14 +17,14 @@ from softsgx.driver import EnclaveVma
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, Node
 from softsgx.engines.native.syscalls.registry import Registry
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 
 __all__ = ["maps_text"]
 
 _NAME_COLUMN = 73
 
 
-def maps_text(text: str, image: Image, registry: Registry, node: Node) -> str:
+def maps_text(text: str, image: ProcessImage, registry: Registry, node: Node) -> str:
     """Return the text for the program.
 
     Args:

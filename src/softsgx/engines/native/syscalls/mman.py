@@ -16,7 +16,7 @@ from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
-from softsgx.engines.native.memory.foreign import Foreign
+from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
@@ -92,8 +92,8 @@ class Mappings:
             if not placed & abi.MAP_FIXED and length:
                 thread.syscall(abi.SYS_MUNMAP, address, length)
             return -(error.errno or EINVAL)
-        if image.space not in device.memory.users:
-            device.memory.users.append(image.space)
+        if image.page_table not in device.memory.users:
+            device.memory.users.append(image.page_table)
         # Without rights at first: after mlockall the kernel fills what it maps, if it may be used,
         # and nothing may be used before the pager knows of it.
         result = thread.finish_syscall(
@@ -108,7 +108,7 @@ class Mappings:
         if -4096 < result < 0:
             image.mm.munmap(address, length)
             return result
-        image.strangers.forget(address, address + length)
+        image.foreign_mappings.forget(address, address + length)
         image.mapped(address, address + length, prot)
         if not image.is_covered(address):
             image.pager.reveal(address, address + length, prot)
@@ -133,16 +133,16 @@ class Mappings:
             prot: its rights; ``None``: it was moved there, and keeps those it has.
         """
         image, end = thread.image, address + -(-length // abi.PAGE) * abi.PAGE
-        taken = image.strangers.within(address, end)
+        taken = image.foreign_mappings.within(address, end)
         for vma in image.mm.vmas(address, end):
             device = self._registry.of_file(vma.file)
             start, stop = max(vma.start, address), min(vma.end, end)
-            taken.append(Foreign(start, stop, abi.PROT_NONE, device))
+            taken.append(ForeignMapping(start, stop, abi.PROT_NONE, device))
         image.mm.munmap(address, length)
         self._registry.sweep()
-        image.strangers.forget(address, end)
+        image.foreign_mappings.forget(address, end)
         if prot is not None:
-            image.strangers.place(
+            image.foreign_mappings.place(
                 [
                     replace(each, prot=prot & _RIGHTS)
                     for each in taken
@@ -156,8 +156,8 @@ class Mappings:
         """Do ``munmap`` (address, length)."""
         regs, image = thread.regs, thread.image
         address, length = regs.rdi, regs.rsi
-        if image.strangers.ranges and address % abi.PAGE == 0:
-            image.strangers.forget(address, address + -(-length // abi.PAGE) * abi.PAGE)
+        if image.foreign_mappings.ranges and address % abi.PAGE == 0:
+            image.foreign_mappings.forget(address, address + -(-length // abi.PAGE) * abi.PAGE)
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
         try:
@@ -173,11 +173,13 @@ class Mappings:
         regs, image = thread.regs, thread.image
         address, length, prot = regs.rdi, regs.rsi, regs.rdx
         length = -(-length // abi.PAGE) * abi.PAGE
-        foreign = image.strangers.within(address, address + length)
+        foreign = image.foreign_mappings.within(address, address + length)
         if foreign and address % abi.PAGE == 0 and not image.mm.vmas(address, address + length):
             result = thread.finish_syscall()
             if not result:
-                image.strangers.place([replace(each, prot=prot & _RIGHTS) for each in foreign])
+                image.foreign_mappings.place(
+                    [replace(each, prot=prot & _RIGHTS) for each in foreign]
+                )
             return result
         if not length or address % abi.PAGE or not image.mm.vmas(address, address + length):
             return None
@@ -225,7 +227,7 @@ class Mappings:
         )
         fixed = bool(flags & _MREMAP_FIXED)
         if not image.mm.vmas(old, old + max(old_length, 1)):
-            image.strangers.give_back(old, old + old_length)
+            image.foreign_mappings.give_back(old, old + old_length)
             if not fixed or not _overlaps(thread, new, new_length):
                 return None
             result = thread.finish_syscall()
@@ -264,7 +266,7 @@ def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
     """Return whether enclaves are, or were, mapped in a range that the kernel would replace."""
     end, image = address + length, thread.image
     fits = bool(length) and address % abi.PAGE == 0 and end <= abi.TASK_SIZE
-    return fits and bool(image.mm.vmas(address, end) or image.strangers.within(address, end))
+    return fits and bool(image.mm.vmas(address, end) or image.foreign_mappings.within(address, end))
 
 
 def _int32(value: int) -> int:

@@ -29,8 +29,8 @@ from softsgx.engines.native.memory.store import EnclaveMemory
 from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry
-from softsgx.engines.native.tracing.image import Image
 from softsgx.engines.native.tracing.loop import Handler
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 
 __all__ = ["NamedFiles", "Opener"]
@@ -71,7 +71,7 @@ class NamedFiles:
         registry: Registry,
         nodes: Nodes,
         open_memory: Callable[[ProgramThread], int],
-        image_of: Callable[[int], Image | None],
+        image_of: Callable[[int], ProcessImage | None],
     ) -> None:
         self._opener, self._registry, self._nodes = opener, registry, nodes
         self._open_memory, self._image_of = open_memory, image_of

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from softsgx.driver import EnclaveFile, ProvisionFile
-from softsgx.engines.native.memory.space import Space
+from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 
 __all__ = ["Device", "Registry"]
@@ -78,11 +78,11 @@ class Registry:
             return None
         return self._by_inode.get((info.st_dev, info.st_ino))
 
-    def forget_space(self, space: Space) -> None:
+    def forget_page_table(self, page_table: EnclavePageTable) -> None:
         """An address space has ended: its pager is closed."""
         for device in self._by_inode.values():
-            if space in device.memory.users:
-                device.memory.users.remove(space)
+            if page_table in device.memory.users:
+                device.memory.users.remove(page_table)
 
     def sweep(self) -> None:
         """Release the files that the program has closed and unmapped everywhere."""
@@ -104,6 +104,6 @@ class Registry:
         device.file.release()
 
     def _remove(self, device: Device) -> None:
-        self._store.settle()  # pages that no page table maps any more may still be in the file
+        self._store.hide_unmapped()  # such pages may still be in the file
         del self._by_inode[device.memory.key], self._by_file[id(device.file)]
         device.memory.close()

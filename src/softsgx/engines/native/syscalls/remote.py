@@ -25,7 +25,7 @@ from errno import EFAULT, EIO
 
 from softsgx.driver import peek, poke
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 
 __all__ = ["RemoteMemory"]
@@ -70,7 +70,7 @@ class RemoteMemory:
         image_of: returns the address space of a process or thread, ``None`` if it is not ours.
     """
 
-    def __init__(self, image_of: Callable[[int], Image | None]) -> None:
+    def __init__(self, image_of: Callable[[int], ProcessImage | None]) -> None:
         self._image_of = image_of
 
     def process_vm(self, thread: ProgramThread) -> int | None:
@@ -112,7 +112,7 @@ class RemoteMemory:
             thread.syscall(abi.SYS_LSEEK, descriptor, wanted.position + done, _SEEK_SET)
         return done
 
-    def _read(self, thread: ProgramThread, image: Image, wanted: _Transfer, end: int) -> int:
+    def _read(self, thread: ProgramThread, image: ProcessImage, wanted: _Transfer, end: int) -> int:
         at, size = wanted.position, end - wanted.position
         try:
             if image.mm.find(at) is None:
@@ -131,7 +131,9 @@ class RemoteMemory:
             return given or -EFAULT
         return given
 
-    def _write(self, thread: ProgramThread, image: Image, wanted: _Transfer, end: int) -> int:
+    def _write(
+        self, thread: ProgramThread, image: ProcessImage, wanted: _Transfer, end: int
+    ) -> int:
         at = wanted.position
         try:
             data = b"".join(libc.read_memory(thread.tid, *part) for part in wanted.parts if part[1])

@@ -26,14 +26,14 @@ from errno import EMFILE, ENFILE
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.tracing.image import Image
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 from softsgx.errors import SoftSgxError
 
-__all__ = ["Loop", "World"]
+__all__ = ["Lifecycle", "Loop"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ Handler = Callable[[ProgramThread], "int | None"]
 """Does a system call: its result, -ERESTARTSYS included, or ``None``: the kernel shall do it."""
 
 
-class World:
+class Lifecycle:
     """What the loop asks for when the program's shape changes; the supervisor implements it.
 
     Attributes:
@@ -57,7 +57,7 @@ class World:
 
     background: Callable[[], None]
 
-    def new_thread(self, tid: int, process: Process, image: Image) -> ProgramThread:
+    def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:
         """A thread was made in a known process and address space."""
         raise NotImplementedError
 
@@ -65,11 +65,11 @@ class World:
         """A process was made."""
         raise NotImplementedError
 
-    def fork_image(self, tid: int, parent: Image) -> Image:
+    def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
         """An address space was copied; ``tid`` is stopped in the copy, before its first step."""
         raise NotImplementedError
 
-    def adopt_fork(self, thread: ProgramThread, parent: Image) -> None:
+    def adopt_fork(self, thread: ProgramThread, parent: ProcessImage) -> None:
         """The thread of a copied address space is known: prepare its enclaves."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class World:
         """No thread is being served."""
         raise NotImplementedError
 
-    def settle(self) -> None:
+    def before_resume(self) -> None:
         """The program is about to go on: what was put off that it could notice is done now."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class Loop:
     """See the module.
 
     Args:
-        world: see :class:`World`.
+        lifecycle: see :class:`Lifecycle`.
         waits: where stops and ends are told.
         transitions: signals and ENCLU.
         calls: handlers of system calls that stop, by number.
@@ -113,14 +113,18 @@ class Loop:
     """
 
     def __init__(
-        self, world: World, waits: Waits, transitions: Transitions, calls: dict[int, Handler]
+        self,
+        lifecycle: Lifecycle,
+        waits: Waits,
+        transitions: Transitions,
+        calls: dict[int, Handler],
     ) -> None:
-        self._world, self._waits = world, waits
+        self._lifecycle, self._waits = lifecycle, waits
         self._transitions, self._calls = transitions, calls
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
         self.failures: list[Exception] = []
-        self._settle, self._background = world.settle, world.background
+        self._before_resume, self._background = lifecycle.before_resume, lifecycle.background
         self._permits = transitions.permits
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
@@ -148,13 +152,13 @@ class Loop:
 
     def _between(self) -> None:
         """No thread is being served: do what waits for that."""
-        self._world.between()
+        self._lifecycle.between()
 
     def _wait(self) -> tuple[int, int] | None:
         """Wait for an event, a thread's id and its status; ``None``: look again at what is due."""
         return self._waits.next()
 
-    def go(self, thread: ProgramThread, number: int = 0) -> None:
+    def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
         if thread.mid_call:  # it stops again at the end of the call
@@ -171,7 +175,7 @@ class Loop:
             thread.kicked = False
             if not number and not image.strict:  # where it would have to wait for its turn
                 number = self._transitions.resumed(thread)
-        self._settle()
+        self._before_resume()
         image.flush()
         trap, thread.outgoing = thread.outgoing, None
         thread.running = True
@@ -224,13 +228,13 @@ class Loop:
         self._later.append(thread)
         return True
 
-    def kick(self, image: Image) -> None:
+    def kick(self, image: ProcessImage) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
         for thread in list(image.threads.values()):
-            if thread.cpu.inside is not None and not self._transitions.passes(thread):
+            if thread.cpu.inside is not None and not self._transitions.stays_inside(thread):
                 self._take_out(thread)
 
-    def evict(self, image: Image) -> None:
+    def evict(self, image: ProcessImage) -> None:
         """As :meth:`kick`, and none of them resumes by itself."""
         for thread in list(image.threads.values()):
             if thread.cpu.inside is not None:
@@ -304,7 +308,7 @@ class Loop:
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if not stop.event and not stop.syscall:
-            self.go(thread, self._transitions.signal(thread, stop.signal))
+            self.resume_thread(thread, self._transitions.signal(thread, stop.signal))
         elif stop.event == abi.PTRACE_EVENT_SECCOMP:
             self._call(thread)
         elif stop.event == abi.PTRACE_EVENT_STOP:
@@ -312,17 +316,17 @@ class Loop:
                 thread.running = True
                 thread.listen()
             else:
-                self.go(thread)
+                self.resume_thread(thread)
         elif stop.event in (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE):
             try:
                 self._born(thread, stop.event)
             finally:
                 thread.unstoppable = stop.event == abi.PTRACE_EVENT_VFORK
-                self.go(thread)
+                self.resume_thread(thread)
         elif stop.event == abi.PTRACE_EVENT_EXEC:
             self._exec(thread)
         else:
-            self.go(thread)
+            self.resume_thread(thread)
 
     def _call(self, thread: ProgramThread) -> None:
         if thread.again:
@@ -332,10 +336,10 @@ class Loop:
         number = thread.load().orig_rax
         if number == abi.SYS_SOFTSGX_EENTER:
             self._transitions.enter(thread)
-            self.go(thread)
+            self.resume_thread(thread)
             return
         if thread.cpu.inside is not None:
-            self.go(thread, self._transitions.call_inside(thread))
+            self.resume_thread(thread, self._transitions.call_inside(thread))
             return
         handler = self._calls.get(number)
         result = None if handler is None else handler(thread)
@@ -347,12 +351,12 @@ class Loop:
             thread.restart_syscall()
         else:
             thread.skip_syscall(result)
-        self.go(thread)
+        self.resume_thread(thread)
 
     def _make_call(self, thread: ProgramThread) -> None:
         """Let the call of this stop be made, by the program itself."""
         # What was put off may make calls of ours, and use the stop up.
-        self._world.settle()
+        self._lifecycle.before_resume()
         thread.image.flush()
         if not thread.at_call:
             regs = thread.load()
@@ -361,7 +365,7 @@ class Loop:
             thread.again = True
         elif thread.load().orig_rax in _EXECVES:
             thread.in_call = thread.unstoppable = True
-        self.go(thread)
+        self.resume_thread(thread)
 
     # --- births and deaths ----------------------------------------------------------------------
 
@@ -384,24 +388,24 @@ class Loop:
             return
         stop = decode_stop(status)  # calls have been made in its name since
         if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
-            self.go(thread)
+            self.resume_thread(thread)
         else:
             thread.pending.append(stop)
             self._later.append(thread)
 
     def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
         """Know the thread that ``parent`` has made; it is stopped before its first step."""
-        world = self._world
+        lifecycle = self._lifecycle
         if flags & _CLONE_THREAD:
             process, shares = parent.process, True
         else:
-            process = world.new_process(tid, parent.process)
+            process = lifecycle.new_process(tid, parent.process)
             shares = bool(flags & _CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
-        image = parent.image if shares else world.fork_image(tid, parent.image)
-        thread = self.threads[tid] = world.new_thread(tid, process, image)
+        image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
+        thread = self.threads[tid] = lifecycle.new_thread(tid, process, image)
         if not shares:
             image.current = thread
-            world.adopt_fork(thread, parent.image)
+            lifecycle.adopt_fork(thread, parent.image)
         return thread
 
     def _exec(self, thread: ProgramThread) -> None:
@@ -415,8 +419,8 @@ class Loop:
         self._die(thread)
         finish_exec(thread)
         self._forget(thread)
-        fresh = self._world.exec_image(thread.tid, process)
-        self.go(fresh)
+        fresh = self._lifecycle.exec_image(thread.tid, process)
+        self.resume_thread(fresh)
 
     def _note(self, gone: Gone) -> None:
         """A thread has ended while something was wanted of it."""
@@ -431,7 +435,7 @@ class Loop:
         del self.threads[thread.tid]
         self._dying[thread.tid] = thread
         self._permits.ended(thread)
-        self._world.thread_died(thread)
+        self._lifecycle.thread_died(thread)
 
     def _gone(self, thread: ProgramThread, status: int) -> None:
         """The second step: it was reaped with this status."""
@@ -443,7 +447,7 @@ class Loop:
     def _forget(self, thread: ProgramThread) -> None:
         if self._dying.get(thread.tid) is thread:
             del self._dying[thread.tid]
-            self._world.thread_gone(thread)
+            self._lifecycle.thread_gone(thread)
 
     def kill(self) -> None:
         """End every process, and wait until it is gone."""

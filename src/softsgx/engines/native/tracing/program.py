@@ -8,7 +8,7 @@ from typing import cast
 
 from softsgx.driver import Mm
 from softsgx.engines.native.abi import SigInfo
-from softsgx.engines.native.tracing.image import Image, ImageMemory
+from softsgx.engines.native.tracing.process_image import ImageMemory, ProcessImage
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
@@ -86,7 +86,7 @@ class ProgramThread(Thread):
     tid: int
     waits: Waits
     process: Process
-    image: Image
+    image: ProcessImage
     cpu: LogicalProcessor
     areas: AreaLayouts
     running: bool = False

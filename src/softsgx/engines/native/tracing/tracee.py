@@ -111,7 +111,7 @@ class Thread:
         """Put ``regs`` into the thread, at the latest when it goes on."""
         self._changed = True
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Put everything that changed into the thread now."""
         if self._changed:
             self._changed = False
@@ -230,7 +230,7 @@ class Thread:
             raise Gone(self.tid)
 
     def _prepare(self, signal: int) -> None:
-        self.settle()
+        self.flush()
         if signal and self._kept is not None and self._kept.signo == signal:
             self.set_siginfo(self._kept)
 
@@ -249,7 +249,7 @@ class Thread:
 
     def listen(self) -> None:
         """Leave it in its group stop, but hear when it ends."""
-        self.settle()
+        self.flush()
         self.in_call = True
         if self._borrowed:  # it has left the stop: it is stopped again before it executes anything
             self.interrupt()
@@ -353,7 +353,7 @@ class Thread:
             regs.orig_rax = number
             self._set_arguments(arguments)
             self.store()
-        self.settle()
+        self.flush()
         self._request(abi.PTRACE_SYSCALL, 0, 0)
         stop = self.wait()
         while not stop.syscall:

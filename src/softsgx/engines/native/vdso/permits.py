@@ -116,8 +116,8 @@ class Permits:
         entry = self._entry
         if entry is None or not self._given:
             return
-        space = entry.thread.image.space
-        if any(space.entry(needed) is None for needed in entry.needs):
+        page_table = entry.thread.image.page_table
+        if any(page_table.entry(needed) is None for needed in entry.needs):
             entry.page.words[_TCS] = 0
             self._given, self._entry = False, None
 

@@ -28,7 +28,7 @@ class OneThread:
         self.breakpoints, self.set, self._refuses = 0, list[int](), refuses
         self.regs = SimpleNamespace(rip=0, rflags=0)
         space = SimpleNamespace(memory_at=lambda _at: memory, is_shown=lambda _at: True)
-        self.image = SimpleNamespace(space=space)
+        self.image = SimpleNamespace(page_table=space)
 
     def set_breakpoints(self, addresses: list[int]) -> None:
         if self._refuses:

@@ -99,7 +99,7 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
                 case "load" if index in outside:
                     store.fill(page, outside.pop(index))
                 case "go on":
-                    store.settle()
+                    store.hide_unmapped()
                 case _:
                     continue  # not possible in this state
             for number, seen in enumerate(pages):

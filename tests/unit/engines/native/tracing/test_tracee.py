@@ -60,7 +60,7 @@ def test_registers_and_signal_mask_survive_injected_calls(thread: Thread) -> Non
     xstate = thread.xstate()
     for number in range(20):
         thread.syscall(abi.SYS_MADVISE, number, number)
-    thread.settle()
+    thread.flush()
     fresh = Thread(thread.tid, thread.waits)
     assert bytes(fresh.load()) == before
     assert fresh.sigmask() == mask
@@ -78,7 +78,7 @@ def test_changes_of_registers_are_kept_across_injected_calls(thread: Thread) -> 
     thread.store()
     thread.syscall(abi.SYS_GETPID)
     assert thread.regs.r15 == 0x1234
-    thread.settle()
+    thread.flush()
     assert Thread(thread.tid, thread.waits).load().r15 == 0x1234
 
 

@@ -62,7 +62,7 @@ class Scene:
         self.gone: set[int] = set()
         space = SimpleNamespace(entry=lambda linaddr: None if linaddr in self.gone else (0, 3))
         image = SimpleNamespace(
-            page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep, eenter=EENTER, space=space
+            page=self.page, vdso=VDSO, vdso_base=BASE, aep=aep, eenter=EENTER, page_table=space
         )
         self.fake = Thread(image, cpu)
         self.fake.regs.xcr0 = cpu.regs.xcr0

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.memory.foreign import Strangers
-from softsgx.engines.native.memory.space import Pager, Space
+from softsgx.engines.native.memory.foreign import ForeignMappings
+from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.vdso.elf import Vdso
@@ -23,7 +23,7 @@ from softsgx.engines.native.vdso.shared_page import SharedPage
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["Image", "ImageMemory"]
+__all__ = ["ImageMemory", "ProcessImage"]
 
 _ENCLU_BYTES = 3
 #: How many mappings of an enclave are uncovered at once at most when it is entered.
@@ -31,7 +31,7 @@ _MOST_UNCOVERED = 16
 
 
 @dataclass(eq=False)
-class Image:
+class ProcessImage:
     """See the module.
 
     Attributes:
@@ -43,7 +43,7 @@ class Image:
         threads: those that may run code of it again, by thread id.
         members: how many threads it has that were not reaped yet.
         current: the thread whose stop is being handled.
-        wired: whether ``space``, ``mm`` and ``pager`` are set.
+        wired: whether ``page_table``, ``mm`` and ``pager`` are set.
         hold: stops a running thread for us; returns whether it is stopped and alive.
         strict: whether mappings of enclaves are covered for those who are not inside.
         view: the device whose mappings are uncovered now, if ``strict``.
@@ -62,8 +62,8 @@ class Image:
     strict: bool = False
     view: EnclaveFile | None = None
     page: SharedPage | None = None
-    strangers: Strangers = field(init=False)
-    space: Space = field(init=False)
+    foreign_mappings: ForeignMappings = field(init=False)
+    page_table: EnclavePageTable = field(init=False)
     mm: Mm = field(init=False)
     pager: Pager = field(init=False)
     hold: Callable[[ProgramThread], bool] = field(init=False)
@@ -74,7 +74,7 @@ class Image:
     _used: dict[EnclaveFile, list[tuple[int, int]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.strangers = Strangers(self.inject)
+        self.foreign_mappings = ForeignMappings(self.inject)
 
     @property
     def aep(self) -> int:
@@ -125,7 +125,7 @@ class Image:
 
     def can_read(self, linaddr: int) -> bool:
         """Return whether the program may read ordinary memory at an address."""
-        foreign = self.strangers.find(linaddr)
+        foreign = self.foreign_mappings.find(linaddr)
         return self.memory.can_read(linaddr) if foreign is None else bool(foreign.prot)
 
     def is_mapped(self, linaddr: int) -> bool:
@@ -304,7 +304,7 @@ class Image:
 class ImageMemory:
     """Ordinary memory of an image as ``copy_from_user`` sees it: the driver's ``UserMemory``."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: ProcessImage) -> None:
         self._image = image
         self._maps: list[tuple[int, int, bool]] | None = None
 

@@ -17,7 +17,7 @@ from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore, runs
 from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
 
-__all__ = ["Pager", "Space"]
+__all__ = ["EnclavePageTable", "Pager"]
 
 _PAGE_MASK = -PAGE_BYTES
 _ENCLU_BYTES = 3
@@ -64,7 +64,7 @@ class Pager(Guard, Protocol):
         """The address space is gone."""
 
 
-class Space:
+class EnclavePageTable:
     """See the module.
 
     Attributes:
@@ -136,7 +136,7 @@ class Space:
 
     def kick(self) -> None:
         """Interrupt every thread that is inside an enclave here, and wait until each has left."""
-        self._store.settle()  # what was taken from the page tables faults from now on
+        self._store.hide_unmapped()  # what was taken from the page tables faults from now on
         self.kick_all()
 
     # --- for the processor ----------------------------------------------------------------------

@@ -77,7 +77,7 @@ def repeat(thread: ProgramThread, address: int) -> bool:
     if thread.spurious[0] > _SPURIOUS_LIMIT:
         return False
     if not image.pager.touched(page):
-        image.space.reshow(page)
+        image.page_table.reshow(page)
     return True
 
 

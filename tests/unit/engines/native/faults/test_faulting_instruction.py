@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native.faults.culprit import access_at
+from softsgx.engines.native.faults.faulting_instruction import access_at
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE, READ, WRITE
 

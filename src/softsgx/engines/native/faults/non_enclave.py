@@ -12,16 +12,16 @@ from softsgx.arch import Pfec, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.abort import AbortPage
-from softsgx.engines.native.faults.culprit import access_at, again, pfec, repeat
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
-from softsgx.engines.native.memory.foreign import Foreign
+from softsgx.engines.native.faults.faulting_instruction import access_at, again, pfec, repeat
+from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE
 
-__all__ = ["Outsiders"]
+__all__ = ["NonEnclaveFaults"]
 
 
-class Outsiders:
+class NonEnclaveFaults:
     """Each method returns the signal to deliver when the thread goes on, 0 for none.
 
     Args:
@@ -37,7 +37,7 @@ class Outsiders:
     def fault(self, thread: ProgramThread, number: int, address: int) -> int:
         """Code outside any enclave has faulted at ``address`` with signal ``number``."""
         image = thread.image
-        foreign = image.strangers.find(address)
+        foreign = image.foreign_mappings.find(address)
         if image.mm.find(address) is None and foreign is None:
             return number
         access = access_at(thread, address)
@@ -46,12 +46,14 @@ class Outsiders:
         if foreign is not None:
             return self.foreign(thread, address, access, foreign)
         if self._is_mapped(thread, address, access):
-            if image.is_covered(address) or access & ~image.space.rights(address):
+            if image.is_covered(address) or access & ~image.page_table.rights(address):
                 return self.aborted(thread, address, access)
             return 0 if repeat(thread, address) else abi.SIGBUS
         return self._outcome(thread, image.mm.fault(address, access, thread), address, access)
 
-    def foreign(self, thread: ProgramThread, address: int, access: int, foreign: Foreign) -> int:
+    def foreign(
+        self, thread: ProgramThread, address: int, access: int, foreign: ForeignMapping
+    ) -> int:
         """Code that is not of the enclave has used memory mapped in the place of its pages."""
         image = thread.image
         if access & ~foreign.prot:
@@ -59,7 +61,7 @@ class Outsiders:
             error = pfec(access) | present
             return send_page_fault(thread, error, address, code=abi.SEGV_ACCERR)
         if not image.registry.has(foreign.device):
-            image.strangers.give_back(foreign.start, foreign.end)
+            image.foreign_mappings.give_back(foreign.start, foreign.end)
             return 0
         return self._abort_page.execute(thread, address)
 
@@ -84,7 +86,7 @@ class Outsiders:
 
     def _is_mapped(self, thread: ProgramThread, address: int, access: int) -> bool:
         """Return whether page tables have the page and allow the access."""
-        entry = thread.image.space.entry(address)
+        entry = thread.image.page_table.entry(address)
         return entry is not None and not access & ~entry[1]
 
     def _outcome(
@@ -95,7 +97,7 @@ class Outsiders:
             return 0
         error = pfec(access)
         if result is FaultResult.SEGV:
-            entry = thread.image.space.entry(address)
+            entry = thread.image.page_table.entry(address)
             if entry is not None and entry[1]:
                 error |= Pfec.P
             return send_page_fault(thread, error, address, code=abi.SEGV_ACCERR)
