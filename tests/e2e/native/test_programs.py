@@ -118,7 +118,7 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
         if rip != address and zapped[-1:] != [(rip, address)]:
             zapped.append((rip, address))
             space.zap(rip & -4096)
-            space._store.settle()
+            space._store.hide_unmapped()
         return handle(self, thread, address, code)
 
     monkeypatch.setattr(Transitions, "_inside_fault", handle_late)

@@ -18,9 +18,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import EACCES, EIO, ENOMEM, EPERM
-from functools import partial
 from itertools import count
 
 from softsgx.arch import SgxFeature
@@ -29,7 +29,6 @@ from softsgx.driver import (
     Driver,
     EnclaveFile,
     Ioctl,
-    Mm,
     ProvisionFile,
     RestrictPermissions,
 )
@@ -41,9 +40,6 @@ from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.limits import raise_limits, set_limits
-from softsgx.engines.native.memory.foreign import ForeignMappings
-from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
@@ -57,12 +53,11 @@ from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter, build_guard
 from softsgx.engines.native.tracing.filters import add_filter
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
-from softsgx.engines.native.tracing.process_image import ProcessImage
+from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
-from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
@@ -142,10 +137,21 @@ class Supervisor(Lifecycle):
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
             Breakpoints(self._stopped_inside),
         )
-        self._loop = (
+        self._loop: Loop = (
             StrictLoop(self, self._waits, transitions, self._handlers(), time.monotonic_ns)
             if strict
             else Loop(self, self._waits, transitions, self._handlers())
+        )
+        self._image_services = ImageServices(
+            pager=self.pager,
+            strict=strict,
+            runtime=driver.runtime,
+            registry=self._registry,
+            store=self._store,
+            page_at=machine.page_at,
+            hold=self._loop.hold,
+            kick=self._loop.kick,
+            ended=self._image_ended,
         )
 
     def run(
@@ -309,7 +315,7 @@ class Supervisor(Lifecycle):
     def _stop_other_users(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
         for image in list(self._images.values()):
-            if not image.wired or image.page_table not in device.memory.users:
+            if image.page_table not in device.memory.users:
                 continue
             for other in list(image.threads.values()):
                 able = other.cpu.inside is not None or self._strict
@@ -321,7 +327,7 @@ class Supervisor(Lifecycle):
         return [
             other
             for image in list(self._images.values())
-            if image.wired and image.page_table in memory.users
+            if image.page_table in memory.users
             for other in list(image.threads.values())
             if other is not thread and other.cpu.inside is not None and self._loop.hold(other)
         ]
@@ -347,8 +353,7 @@ class Supervisor(Lifecycle):
             return
         self._lost_entries += entries
         for image in list(self._images.values()):
-            if image.wired:
-                self._loop.evict(image)
+            self._loop.evict(image)
         self._machine.power_transition()
 
     # --- life cycle of threads and images --------------------------------------------------------
@@ -357,8 +362,7 @@ class Supervisor(Lifecycle):
         """Give a new thread a logical processor."""
         cpu = self._free_cpus.pop() if self._free_cpus else self._another_cpu()
         cpu.cpl = 3
-        if image.wired:
-            cpu.space = image.page_table
+        cpu.space = image.page_table
         thread = ProgramThread(tid, self._waits, process, image, cpu, self._areas)
         image.threads[tid] = thread
         image.members += 1
@@ -383,17 +387,29 @@ class Supervisor(Lifecycle):
 
     def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
         """Copy an image: same vDSO, same replaced code, its own page tables."""
-        image = self._image(tid, parent.vdso_base, parent.vdso, set(parent.cpuid_sites))
-        image.page = parent.page
-        image.foreign_mappings = ForeignMappings(
-            image.inject, tuple(parent.foreign_mappings.ranges)
-        )
+        thread = Thread(tid, self._waits)
+        thread.inject_at = parent.vdso_base + parent.vdso.inject
+        memory = _open_memory(tid)
+        with ExitStack() as undo:
+            undo.callback(os.close, memory)
+            image = ProcessImage(
+                next(self._numbers),
+                thread,
+                memory,
+                parent.vdso_base,
+                parent.vdso,
+                self._image_services,
+                page=parent.page,
+                parent=parent,
+            )
+            thread.flush()
+            undo.pop_all()
+        self._images[image.index] = image
         return image
 
-    def adopt_fork(self, thread: ProgramThread, parent: ProcessImage) -> None:
+    def adopt_fork(self, thread: ProgramThread) -> None:
         """Set up paging in a fork child, which has inherited mappings but not their watching."""
         image = thread.image
-        self._connect_paging(image, thread, thread.process, parent.mm)
         drop_left_behind(image, thread.tid, self._registry)
         for vma in image.mm.vmas():
             device = self._registry.of_file(vma.file)
@@ -427,76 +443,46 @@ class Supervisor(Lifecycle):
         self._free_cpus.append(thread.cpu)
         image.members -= 1
         if not image.members:
-            if image.wired:
-                image.mm.exit()
-            else:
-                self._discard(image)
+            image.mm.exit()
         process.alive -= 1
         if not process.alive:  # its descriptors are closed
             self._registry.sweep()
 
-    def _page_table_ended(self, image: ProcessImage) -> None:
+    def _image_ended(self, image: ProcessImage) -> None:
         """The driver has let go of an address space."""
         self._registry.forget_page_table(image.page_table)
         image.pager.close()
-        self._discard(image)
-        self._registry.sweep()
-
-    def _discard(self, image: ProcessImage) -> None:
         os.close(image.memory_fd)
         del self._images[image.index]
         page = image.page
         if page and all(other.page is not page for other in self._images.values()):
             page.close()
+        self._registry.sweep()
 
     # --- images ---------------------------------------------------------------------------------
 
     def _adopt_program(self, bare: Thread, process: Process) -> ProgramThread:
         """Make a fresh program image ours; ``bare`` is stopped at the end of its execve."""
-        memory = os.open(f"/proc/{bare.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        try:
+        memory = _open_memory(bare.tid)
+        with ExitStack() as undo:
+            undo.callback(os.close, memory)
             base, vdso = install_vdso(bare, memory)
+            page = share_page(bare, memory, base, vdso)
+            if page is not None:
+                undo.callback(page.close)
+            if self._faulting:
+                bare.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
+            number, services = next(self._numbers), self._image_services
+            image = ProcessImage(number, bare, memory, base, vdso, services, page=page)
             bare.flush()
-        finally:
-            os.close(memory)
-        image = self._image(bare.tid, base, vdso, set())
+            undo.pop_all()
+        self._images[image.index] = image
         thread = self.new_thread(bare.tid, process, image)
         self._loop.add(thread)
         image.current = thread
-        if self._faulting:
-            thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
-        else:
+        if not self._faulting:
             _rewrite_image(thread)
-        self._connect_paging(image, thread, process, None)
-        image.page = share_page(thread, image.memory_fd, base, vdso)
         return thread
-
-    def _image(self, pid: int, base: int, vdso: Vdso, sites: set[int]) -> ProcessImage:
-        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        image = ProcessImage(next(self._numbers), memory, base, vdso, sites)
-        image.hold = self._loop.hold
-        image.registry = self._registry
-        image.strict = self._strict
-        self._images[image.index] = image
-        return image
-
-    def _connect_paging(
-        self, image: ProcessImage, thread: ProgramThread, process: Process, parent: Mm | None
-    ) -> None:
-        """Connect page tables, pager, driver and processor of an image."""
-        image.pager = make_pager(self.pager, image, thread)
-        page_table = EnclavePageTable(image.index, self._store, self._machine.page_at, image.pager)
-        page_table.kick_all = partial(self._loop.kick, image)
-        image.page_table = thread.cpu.space = page_table
-        name = f"mm of {process.pid}"
-        ended = partial(self._page_table_ended, image)
-        if parent is None:
-            image.mm = Mm(self._driver.runtime, page_table, owner=thread, ended=ended, name=name)
-        else:
-            image.mm = parent.fork(page_table, owner=thread, ended=ended, name=name)
-        page_table.memory_at = partial(_memory_at, image)
-        page_table.is_readable = image.can_read
-        image.wired = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,9 +499,8 @@ class _Opener:
         return self.driver.open_provision(thread)
 
 
-def _memory_at(image: ProcessImage, linaddr: int) -> EnclaveMemory | None:
-    device = image.device_at(linaddr)
-    return None if device is None else device.memory
+def _open_memory(pid: int) -> int:
+    return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _rewrite_image(thread: ProgramThread) -> None:

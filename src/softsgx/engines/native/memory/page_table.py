@@ -81,15 +81,17 @@ class EnclavePageTable:
         store: NativeStore,
         pages: Callable[[int], EpcPage | None],
         pager: Pager,
+        *,
+        memory_at: Callable[[int], EnclaveMemory | None],
+        is_readable: Callable[[int], bool],
+        kick_all: Callable[[], None],
     ) -> None:
         self.index, self.pager = index, pager
+        self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
         self._store, self._page_at = store, pages
         self._entries: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()  # pages that a leaf has used since they were asked about
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
-        self.memory_at: Callable[[int], EnclaveMemory | None] = lambda _linaddr: None
-        self.is_readable: Callable[[int], bool] = lambda _linaddr: True
-        self.kick_all: Callable[[], None] = lambda: None
 
     # --- for the driver -------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ Source:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import Pager
 from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
-from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.errors import SoftSgxError
 
@@ -22,19 +22,29 @@ PAGERS = ("userfaultfd", "mprotect")
 """Names of the pagers, the faster one first."""
 
 
-def make_pager(name: str, image: ProcessImage, thread: Thread) -> Pager:
+def make_pager(
+    name: str,
+    thread: Thread,
+    *,
+    inject: Callable[[list[tuple[int, ...]]], None],
+    is_running: Callable[[], bool],
+    prot_at: Callable[[int], int | None],
+) -> Pager:
     """Set up a pager in an address space.
 
     Args:
         name: one of :data:`PAGERS`.
-        image: the address space.
         thread: a stopped thread in it.
+        inject: makes system calls in the program's name, each (number, arguments…).
+        is_running: returns whether any thread of the address space may be executing.
+        prot_at: returns the rights that the mapping of an enclave may have now, ``None`` where no
+            enclave is mapped.
 
     Raises:
         SoftSgxError: this machine forbids it.
     """
     if name == "mprotect":
-        return MprotectPager(image.inject, image.usable_prot_at)
+        return MprotectPager(inject, prot_at)
     assert name == "userfaultfd", f"no pager is called {name!r}"
     theirs = thread.syscall(
         abi.SYS_USERFAULTFD, abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
@@ -57,4 +67,4 @@ def make_pager(name: str, image: ProcessImage, thread: Thread) -> Pager:
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    return UffdPager(ours, pagemap, image.inject, image.is_running, image.usable_prot_at)
+    return UffdPager(ours, pagemap, inject, is_running, prot_at)

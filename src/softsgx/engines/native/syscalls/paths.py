@@ -147,7 +147,7 @@ class NamedFiles:
             return self._open_memory(thread)
         pid = int(match["pid"]) if match["pid"].isdigit() else thread.process.pid
         image = self._image_of(pid)
-        if image is None or not image.wired or not image.mm.vmas():
+        if image is None or not image.mm.vmas():
             return None
         try:
             with open(f"/proc/{pid}/maps") as file:

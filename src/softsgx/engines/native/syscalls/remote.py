@@ -77,7 +77,7 @@ class RemoteMemory:
         """Do process_vm_readv and process_vm_writev (pid, local, count, remote, count, flags)."""
         regs = thread.regs
         image = self._image_of(regs.rdi & _INT32)
-        if image is None or not image.wired or not 0 < regs.r8 <= _MOST_PARTS:
+        if image is None or not 0 < regs.r8 <= _MOST_PARTS:
             return None
         for index, (start, size) in enumerate(_parts(thread, regs.r10, regs.r8)):
             if size and image.mm.vmas(start, start + size):
@@ -96,7 +96,7 @@ class RemoteMemory:
         if image is None:
             return None
         wanted = _wanted(thread, descriptor)
-        if wanted is None or not image.wired:
+        if wanted is None:
             return None
         end = wanted.position + wanted.length
         touched = image.mm.vmas(wanted.position, end) if wanted.length else []

@@ -69,14 +69,17 @@ class Lifecycle:
         """An address space was copied; ``tid`` is stopped in the copy, before its first step."""
         raise NotImplementedError
 
-    def adopt_fork(self, thread: ProgramThread, parent: ProcessImage) -> None:
+    def adopt_fork(self, thread: ProgramThread) -> None:
         """The thread of a copied address space is known: prepare its enclaves."""
         raise NotImplementedError
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
         """A program was executed; ``tid`` is stopped at the end of its execve.
 
-        The thread is known to the loop when this returns, and when it raises :class:`Gone`.
+        The thread is known to the loop when this returns.
+
+        Raises:
+            Gone: the thread has ended; it may be unknown to the loop.
         """
         raise NotImplementedError
 
@@ -405,7 +408,7 @@ class Loop:
         thread = self.threads[tid] = lifecycle.new_thread(tid, process, image)
         if not shares:
             image.current = thread
-            lifecycle.adopt_fork(thread, parent.image)
+            lifecycle.adopt_fork(thread)
         return thread
 
     def _exec(self, thread: ProgramThread) -> None:

@@ -8,73 +8,133 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.foreign import ForeignMappings
-from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager
+from softsgx.engines.native.memory.page_table import EnclavePageTable
+from softsgx.engines.native.memory.pagers import make_pager
+from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.registry import Device, Registry
-from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.shared_page import SharedPage
+from softsgx.hw import EpcPage
+from softsgx.runtime import Runtime
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["ImageMemory", "ProcessImage"]
+__all__ = ["ImageMemory", "ImageServices", "ProcessImage"]
 
 _ENCLU_BYTES = 3
 #: How many mappings of an enclave are uncovered at once at most when it is entered.
 _MOST_UNCOVERED = 16
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
+class ImageServices:
+    """What all address spaces of a run use.
+
+    Attributes:
+        pager: the name of the pager.
+        strict: whether mappings of enclaves are covered for threads that are not inside.
+        runtime: the driver's.
+        registry: open devices.
+        store: content of the EPC.
+        page_at: returns the EPC page at an EPC address.
+        hold: stops a running thread for us; returns whether it is stopped and alive.
+        kick: makes the threads of an address space that are inside an enclave leave it.
+        ended: called when the driver has let go of an address space.
+    """
+
+    pager: str
+    strict: bool
+    runtime: Runtime
+    registry: Registry
+    store: NativeStore
+    page_at: Callable[[int], EpcPage | None]
+    hold: Callable[[ProgramThread], bool]
+    kick: Callable[[ProcessImage], None]
+    ended: Callable[[ProcessImage], None]
+
+
 class ProcessImage:
     """See the module.
 
-    Attributes:
+    Args:
         index: its number; part of stand-in physical addresses.
+        thread: the first thread in it, stopped; no system call of the program is under way.
         memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes whatever a debugger may.
         vdso_base: where our vDSO is.
         vdso: what it is.
+        services: what it shares with other address spaces.
+        page: what we share with the program; ``None`` when it has no room for a page.
+        parent: the address space that fork has copied.
+
+    Attributes:
         cpuid_sites: addresses where a CPUID was replaced.
         threads: those that may run code of it again, by thread id.
         members: how many threads it has that were not reaped yet.
         current: the thread whose stop is being handled.
-        wired: whether ``page_table``, ``mm`` and ``pager`` are set.
-        hold: stops a running thread for us; returns whether it is stopped and alive.
-        strict: whether mappings of enclaves are covered for those who are not inside.
-        view: the device whose mappings are uncovered now, if ``strict``.
-        page: what we share with the program; ``None`` when it has no room for a page.
+        view: the device whose mappings are uncovered now, in a strict run.
+
+    Raises:
+        Gone: the thread has ended.
+        SoftSgxError: this machine forbids the pager.
     """
 
-    index: int
-    memory_fd: int
-    vdso_base: int
-    vdso: Vdso
-    cpuid_sites: set[int]
-    threads: dict[int, ProgramThread] = field(default_factory=dict)
-    members: int = 0
-    current: ProgramThread | None = None
-    wired: bool = False
-    strict: bool = False
-    view: EnclaveFile | None = None
-    page: SharedPage | None = None
-    foreign_mappings: ForeignMappings = field(init=False)
-    page_table: EnclavePageTable = field(init=False)
-    mm: Mm = field(init=False)
-    pager: Pager = field(init=False)
-    hold: Callable[[ProgramThread], bool] = field(init=False)
-    registry: Registry = field(init=False)
-    _owed: list[tuple[int, ...]] = field(default_factory=list)
-    _collecting: bool = field(default=False, init=False)
-    _uncovered: list[tuple[int, int]] = field(default_factory=list, init=False)
-    _used: dict[EnclaveFile, list[tuple[int, int]]] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        self.foreign_mappings = ForeignMappings(self.inject)
+    def __init__(
+        self,
+        index: int,
+        thread: Thread,
+        memory_fd: int,
+        vdso_base: int,
+        vdso: Vdso,
+        services: ImageServices,
+        *,
+        page: SharedPage | None = None,
+        parent: ProcessImage | None = None,
+    ) -> None:
+        self.index, self.memory_fd, self.page = index, memory_fd, page
+        self.vdso_base, self.vdso = vdso_base, vdso
+        self.registry, self.strict = services.registry, services.strict
+        self._hold = services.hold
+        self.threads: dict[int, ProgramThread] = {}
+        self.members = 0
+        self.current: ProgramThread | None = None
+        self.view: EnclaveFile | None = None
+        self._deferred_calls: list[tuple[int, ...]] = []
+        self._collecting = False
+        self._uncovered: list[tuple[int, int]] = []
+        self._used: dict[EnclaveFile, list[tuple[int, int]]] = {}
+        self.cpuid_sites: set[int] = set() if parent is None else set(parent.cpuid_sites)
+        known = () if parent is None else tuple(parent.foreign_mappings.ranges)
+        self.foreign_mappings: ForeignMappings = ForeignMappings(self.inject, known)
+        self.pager = make_pager(
+            services.pager,
+            thread,
+            inject=self.inject,
+            is_running=self.is_running,
+            prot_at=self.usable_prot_at,
+        )
+        self.page_table = EnclavePageTable(
+            index,
+            services.store,
+            services.page_at,
+            self.pager,
+            memory_at=self.memory_at,
+            is_readable=self.can_read,
+            kick_all=partial(services.kick, self),
+        )
+        ended, name = partial(services.ended, self), f"mm of {thread.tid}"
+        if parent is None:
+            self.mm = Mm(services.runtime, self.page_table, ended=ended, name=name)
+        else:
+            self.mm = parent.mm.fork(self.page_table, ended=ended, name=name)
 
     @property
     def aep(self) -> int:
@@ -117,6 +177,11 @@ class ProcessImage:
         """Return the enclave device mapped at an address."""
         vma = self.mm.find(linaddr)
         return None if vma is None else self.registry.of_file(vma.file)
+
+    def memory_at(self, linaddr: int) -> EnclaveMemory | None:
+        """Return the memory file of the enclave mapped at an address."""
+        device = self.device_at(linaddr)
+        return None if device is None else device.memory
 
     def prot_at(self, linaddr: int) -> int | None:
         """Return the rights the program asked for where an enclave is mapped."""
@@ -231,13 +296,13 @@ class ProcessImage:
         interrupted, the calls are made before any of them runs code of the program again.  Without
         a living thread nothing needs doing.
         """
-        self._owed += calls
+        self._deferred_calls += calls
         if self._collecting:
             return
-        calls, self._owed = self._owed, []
+        calls, self._deferred_calls = self._deferred_calls, []
         for thread in self._candidates():
             try:
-                if thread is not self.current and not self.hold(thread):
+                if thread is not self.current and not self._hold(thread):
                     continue
                 if not thread.mid_call:
                     self._make(thread, calls)
@@ -245,12 +310,12 @@ class ProcessImage:
             except Gone:
                 continue
         if self.threads:
-            self._owed = calls
+            self._deferred_calls = calls
 
     def flush(self) -> None:
         """The thread at hand goes on to code of the program: make the calls that were put off."""
         self.pager.flush()
-        if self._owed:
+        if self._deferred_calls:
             self.inject([])
 
     @contextmanager
@@ -262,7 +327,7 @@ class ProcessImage:
             yield
         finally:
             self._collecting = False
-        if self._owed:
+        if self._deferred_calls:
             self.inject([])
 
     def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
