@@ -6,34 +6,47 @@ from pathlib import Path
 
 import pytest
 
-from softsgx.driver import DEFECTS
+from softsgx.defects import Defect
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "defects.md"
 
 HEAD = """\
 # Known defects of Linux's SGX code
 
-By default softsgx has the fixed behaviour. `Platform(defects={"B1"})` brings one back, for tests
-that must find it and for people who study it. B1–B36 were fixed at some time, or never merged;
-L1–L13 were found by reading and are unconfirmed upstream. `tests/model/test_defects.py` shows each
-with its name and its absence without.
+By default softsgx has the fixed behaviour. `Platform(defects={"B1"})`, or
+`Platform(defects={Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED})` with `Defect` from `softsgx.defects`,
+brings one back, for tests that must find it and for people who study it. B1–B36 were fixed at some
+time, or never merged; L1–L13 were found by reading and are unconfirmed upstream.
+`tests/model/test_defects.py` shows each that can be switched on, and its absence by default.
 
-| name | what goes wrong | switched on in | what the broken form does |
-|---|---|---|---|
 """
 
-TAIL = """
-Names that cannot be switched on say why in the last column.
+SWITCHABLE = """\
+| id | name | what goes wrong | package | what the broken form does |
+|---|---|---|---|---|
+"""
+
+OTHERS = """
+The others cannot be switched on:
+
+| id | name | what goes wrong | why softsgx cannot express it |
+|---|---|---|---|
 """
 
 
 def page() -> str:
-    rows = [
-        f"| {name} | {defect.symptom} | "
-        f"{'—' if defect.home == 'none' else f'`{defect.home}`'} | {defect.how} |\n"
-        for name, defect in DEFECTS.items()
+    switchable = [
+        f"| {defect} | `{defect.name}` | {defect.symptom} | `{defect.package}` |"
+        f" {defect.explanation} |\n"
+        for defect in Defect
+        if defect.can_be_switched_on
     ]
-    return HEAD + "".join(rows) + TAIL
+    others = [
+        f"| {defect} | `{defect.name}` | {defect.symptom} | {defect.explanation} |\n"
+        for defect in Defect
+        if not defect.can_be_switched_on
+    ]
+    return HEAD + SWITCHABLE + "".join(switchable) + OTHERS + "".join(others)
 
 
 def test_the_page_of_defects_is_what_the_code_says(pytestconfig: pytest.Config) -> None:
@@ -43,5 +56,5 @@ def test_the_page_of_defects_is_what_the_code_says(pytestconfig: pytest.Config) 
 
 
 def test_all_49_are_listed_and_most_can_be_shown() -> None:
-    assert list(DEFECTS) == [f"B{n}" for n in range(1, 37)] + [f"L{n}" for n in range(1, 14)]
-    assert sum(defect.home != "none" for defect in DEFECTS.values()) >= 40
+    assert list(Defect) == [f"B{n}" for n in range(1, 37)] + [f"L{n}" for n in range(1, 14)]
+    assert sum(defect.can_be_switched_on for defect in Defect) >= 40

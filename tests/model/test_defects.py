@@ -29,12 +29,12 @@ from tests.support.driver import (
 )
 
 from softsgx.arch import PAGE_BYTES, VA_SLOTS, PageType, Status
-from softsgx.driver import DEFECTS, DRIVER_DEFECTS, MAP_FIXED, MAP_PRIVATE, FaultResult
+from softsgx.defects import Defect
+from softsgx.driver import MAP_FIXED, MAP_PRIVATE, FaultResult
 from softsgx.driver import enclave as enclave_module
 from softsgx.driver.page import EnclavePage
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, GeneralProtection, Machine, MachineConfig
 from softsgx.paging import (
-    CORE_DEFECTS,
     EpcBusy,
     EpcCore,
     FailingBacking,
@@ -52,16 +52,16 @@ PENDING, MODIFIED = 8, 16
 SIZE = 16 * PAGE_BYTES
 SEEDS = range(12)
 
-Defects = frozenset[str]
+Defects = frozenset[Defect]
 Story = Callable[[Defects], bool]
-STORIES: dict[str, Story] = {}
+STORIES: dict[Defect, Story] = {}
 
 
-def story(*names: str) -> Callable[[Story], Story]:
+def story(*defects: Defect) -> Callable[[Story], Story]:
     """Register a story of defects."""
 
     def register(tell: Story) -> Story:
-        STORIES.update(dict.fromkeys(names, tell))
+        STORIES.update(dict.fromkeys(defects, tell))
         return tell
 
     return register
@@ -137,7 +137,7 @@ def _run(call: Callable[[], object]) -> None:
 # --- backing and PCMD -----------------------------------------------------------------------------
 
 
-@story("B1", "B2")
+@story(Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED, Defect.BACKING_RESERVED_BEFORE_MARK)
 def _a_neighbours_pcmd_goes_to_a_page_that_was_given_back(defects: Defects) -> bool:
     def program(runtime: SeededRuntime) -> bool:
         system = System(runtime=runtime, defects=defects)
@@ -155,7 +155,7 @@ def _a_neighbours_pcmd_goes_to_a_page_that_was_given_back(defects: Defects) -> b
     return _any_seed(program, range(40))
 
 
-@story("B3")
+@story(Defect.CLEARED_PCMD_NOT_DIRTY)
 def _a_cleared_pcmd_is_back_after_memory_pressure(defects: Defects) -> bool:
     backing = MemoryBacking()
     system = System(defects=defects, backing=lambda _pages: backing)
@@ -169,7 +169,7 @@ def _a_cleared_pcmd_is_back_after_memory_pressure(defects: Defects) -> bool:
     return backing.pages() > 0  # the page was never found empty
 
 
-@story("B4")
+@story(Defect.BACKING_DIRTIED_BEFORE_EWB)
 def _a_page_written_out_too_early_is_lost(defects: Defects) -> bool:
     backing = MemoryBacking()
     system = System(defects=defects, backing=lambda _pages: backing)
@@ -181,7 +181,7 @@ def _a_page_written_out_too_early_is_lost(defects: Defects) -> bool:
     return made.process.mm.fault(made.data(0), R) is FaultResult.SIGBUS
 
 
-@story("B6")
+@story(Defect.BACKING_KEPT_AFTER_ELDU)
 def _backing_stays_when_everything_is_resident_again(defects: Defects) -> bool:
     backing = MemoryBacking()
     system = System(defects=defects, backing=lambda _pages: backing)
@@ -193,7 +193,7 @@ def _backing_stays_when_everything_is_resident_again(defects: Defects) -> bool:
     return backing.pages() > 0
 
 
-@story("B25")
+@story(Defect.BACKING_FETCHED_AFTER_BLOCK)
 def _a_page_is_lost_when_backing_fails(defects: Defects) -> bool:
     for nth in (1, 2):
         system = System(
@@ -229,7 +229,7 @@ def _refusing(system: System, leaf: str, times: int) -> None:
     setattr(system.core.leaves, leaf, refuse)
 
 
-@story("L1")
+@story(Defect.PAGE_FREED_AFTER_FAILED_EWB)
 def _a_page_whose_ewb_failed_is_gone(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -241,7 +241,7 @@ def _a_page_whose_ewb_failed_is_gone(defects: Defects) -> bool:
     return result is FaultResult.SIGBUS
 
 
-@story("B26")
+@story(Defect.VA_SLOT_LEAKED_BY_FAILED_EWB)
 def _a_failed_ewb_keeps_its_slot(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -250,7 +250,7 @@ def _a_failed_ewb_keeps_its_slot(defects: Defects) -> bool:
     return sum(page.free_slots for page in made.enclave.swap.va.pages()) < VA_SLOTS
 
 
-@story("L2")
+@story(Defect.PAGE_DESTROYED_BY_FAILED_ELDU)
 def _one_failed_load_loses_the_page(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -264,7 +264,7 @@ def _one_failed_load_loses_the_page(defects: Defects) -> bool:
 # --- faults ---------------------------------------------------------------------------------------
 
 
-@story("B8")
+@story(Defect.EAUG_ASSUMES_RESIDENT_SECS)
 def _a_hole_is_touched_while_the_secs_is_evicted(defects: Defects) -> bool:
     system = System(epc_pages=32, defects=defects)
     made = launch(system.process(), 4, size=SIZE)
@@ -280,7 +280,7 @@ def _leave_free(system: System, pages: int) -> None:
         system.core.alloc(None, reclaim=False)
 
 
-@story("B9")
+@story(Defect.EAUG_WITHOUT_VA_PAGE_REFUSED)
 def _a_new_page_needs_a_va_page_and_there_is_one_free_page(defects: Defects) -> bool:
     system = System(epc_pages=32, defects=defects)
     made = launch(system.process(), 508, size=1024 * PAGE_BYTES)
@@ -289,7 +289,7 @@ def _a_new_page_needs_a_va_page_and_there_is_one_free_page(defects: Defects) -> 
     return made.process.mm.fault(made.data(508), R) is FaultResult.SIGBUS
 
 
-@story("B11")
+@story(Defect.CONCURRENT_EAUG_REFUSED)
 def _two_threads_touch_one_hole(defects: Defects) -> bool:
     def program(runtime: SeededRuntime) -> bool:
         made = launch(System(runtime=runtime, defects=defects).process(), 1, size=SIZE)
@@ -304,7 +304,7 @@ def _two_threads_touch_one_hole(defects: Defects) -> bool:
     return _any_seed(program)
 
 
-@story("B10")
+@story(Defect.PAGE_NOT_BUSY_WHILE_ZAPPED)
 def _a_page_is_touched_while_it_is_removed(defects: Defects) -> bool:
     def program(runtime: SeededRuntime) -> bool:
         system = System(runtime=runtime, defects=defects, processors=2)
@@ -327,7 +327,7 @@ def _a_page_is_touched_while_it_is_removed(defects: Defects) -> bool:
     return _any_seed(program, range(40))
 
 
-@story("L9")
+@story(Defect.FAULT_REPEATED_WITHOUT_WAITING)
 def _a_fault_that_must_wait_returns_at_once(defects: Defects) -> bool:
     system = System(epc_pages=32, defects=defects)
     made = launch(system.process(), 4)
@@ -338,7 +338,7 @@ def _a_fault_that_must_wait_returns_at_once(defects: Defects) -> bool:
     return system.core.counters.batches == before
 
 
-@story("L10")
+@story(Defect.ACCESSED_BITS_OF_FIRST_MM_ONLY)
 def _two_processes_use_a_page_and_one_scan_does_not_see_both(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -353,7 +353,7 @@ def _two_processes_use_a_page_and_one_scan_does_not_see_both(defects: Defects) -
     return not page.age()
 
 
-@story("B24")
+@story(Defect.MM_WALK_NOT_REPEATED)
 def _a_child_is_born_while_a_page_is_zapped(defects: Defects) -> bool:
     def program(runtime: SeededRuntime) -> bool:
         system = System(runtime=runtime, defects=defects)
@@ -373,7 +373,7 @@ def _a_child_is_born_while_a_page_is_zapped(defects: Defects) -> bool:
 # --- mappings and arguments -----------------------------------------------------------------------
 
 
-@story("B21")
+@story(Defect.PAGE_RANGE_OVERFLOW)
 def _a_range_that_wraps_round_is_accepted(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4, size=SIZE)
@@ -384,21 +384,21 @@ def _a_range_that_wraps_round_is_accepted(defects: Defects) -> bool:
     return True
 
 
-@story("B22")
+@story(Defect.MMAP_BEYOND_ENCLAVE)
 def _a_mapping_reaches_beyond_the_enclave(defects: Defects) -> bool:
     made = launch(System(defects=defects).process(), 1)
     process = made.process
     return errno_of(lambda: process.mmap(made.fd, made.base + made.size, PAGE_BYTES, R)) == "ok"
 
 
-@story("B32")
+@story(Defect.MAP_PRIVATE_ACCEPTED)
 def _an_enclave_is_mapped_privately(defects: Defects) -> bool:
     made = launch(System(defects=defects).process(), 1)
     flags = MAP_PRIVATE | MAP_FIXED
     return errno_of(lambda: made.process.mmap(made.fd, BASE, PAGE_BYTES, R, flags)) == "ok"
 
 
-@story("B35")
+@story(Defect.EMPTY_ADD_PAGES_ACCEPTED)
 def _adding_nothing_succeeds(defects: Defects) -> bool:
     process = System(defects=defects).process()
     fd = process.open()
@@ -406,7 +406,7 @@ def _adding_nothing_succeeds(defects: Defects) -> bool:
     return errno_of(lambda: process.add_pages(fd, 0, b"", SECINFO_RW)) == "ok"
 
 
-@story("B29")
+@story(Defect.CREATE_NOT_RESTARTED)
 def _a_signal_during_create_is_not_restarted(defects: Defects) -> bool:
     system = System(epc_pages=16, defects=defects)
     process = system.process()
@@ -417,7 +417,7 @@ def _a_signal_during_create_is_not_restarted(defects: Defects) -> bool:
     return errno_of(lambda: process.create(fd, secs_bytes(SIZE, 0))) != "ERESTARTSYS"
 
 
-@story("L13")
+@story(Defect.ALLOWED_ATTRIBUTES_RESET_BY_CREATE)
 def _permission_given_before_create_is_forgotten(defects: Defects) -> bool:
     process = System(defects=defects).process()
     fd = process.open()
@@ -432,7 +432,7 @@ def _permission_given_before_create_is_forgotten(defects: Defects) -> bool:
 # --- failures while building, and the end ---------------------------------------------------------
 
 
-@story("B31")
+@story(Defect.SECS_LEAKED_BY_FAILED_ECREATE)
 def _a_refused_secs_costs_a_page(defects: Defects) -> bool:
     system = System(defects=defects)
     process = system.process()
@@ -441,7 +441,7 @@ def _a_refused_secs_costs_a_page(defects: Defects) -> bool:
     return system.free_pages < system.epc_pages
 
 
-@story("L3")
+@story(Defect.CHILD_COUNTED_AFTER_FAILED_EEXTEND)
 def _a_page_that_was_not_measured_stays_counted(defects: Defects) -> bool:
     system = System(defects=defects)
     process = system.process()
@@ -453,7 +453,7 @@ def _a_page_that_was_not_measured_stays_counted(defects: Defects) -> bool:
     return _fails(system.driver.recount)
 
 
-@story("B13")
+@story(Defect.MM_WITHOUT_ENCLAVE_REFERENCE)
 def _an_address_space_ends_while_the_file_is_closed(defects: Defects) -> bool:
     # The address space has unlinked its entry and waits for walkers; the file goes meanwhile.
     script = Script(("task1", "acquire encl1.srcu grace period"), ("task0", "end"), strict=False)
@@ -461,7 +461,7 @@ def _an_address_space_ends_while_the_file_is_closed(defects: Defects) -> bool:
     return runtime.run(lambda: _close_and_exit(runtime, defects))
 
 
-@story("B14")
+@story(Defect.MM_ENTRY_DROPPED_TWICE)
 def _both_the_file_and_the_address_space_drop_the_entry(defects: Defects) -> bool:
     return _any_seed(lambda runtime: _close_and_exit(runtime, defects), range(40))
 
@@ -477,7 +477,7 @@ def _close_and_exit(runtime: SeededRuntime, defects: Defects) -> bool:
     return failed or system.free_pages != system.epc_pages
 
 
-@story("B19")
+@story(Defect.RELEASE_WITHOUT_RESCHED)
 def _nobody_runs_while_a_large_enclave_is_released(defects: Defects) -> bool:
     runtime = InlineRuntime()
     system = System(runtime=runtime, defects=defects)
@@ -494,7 +494,7 @@ def _nobody_runs_while_a_large_enclave_is_released(defects: Defects) -> bool:
     return not ran
 
 
-@story("B30")
+@story(Defect.EREMOVE_FAILURE_FATAL)
 def _a_page_that_cannot_be_removed_hangs_the_process(defects: Defects) -> bool:
     system = System(defects=defects)
     process = system.process()
@@ -506,7 +506,7 @@ def _a_page_that_cannot_be_removed_hangs_the_process(defects: Defects) -> bool:
 # --- the core -------------------------------------------------------------------------------------
 
 
-@story("B12")
+@story(Defect.POISONED_PAGE_STAYS_ON_LRU)
 def _a_poisoned_page_is_evicted(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -522,7 +522,7 @@ def _a_poisoned_page_is_evicted(defects: Defects) -> bool:
     return False
 
 
-@story("L6")
+@story(Defect.PAGE_POISONED_IN_BATCH_EVICTED)
 def _a_page_poisoned_in_a_batch_is_evicted(defects: Defects) -> bool:
     system = System(defects=defects)
     made = launch(system.process(), 4)
@@ -537,14 +537,14 @@ def _a_page_poisoned_in_a_batch_is_evicted(defects: Defects) -> bool:
     return False
 
 
-@story("L5")
+@story(Defect.POISONED_PAGES_COUNTED_FREE)
 def _poisoned_pages_count_as_free(defects: Defects) -> bool:
     system = System(defects=defects)
     system.core.poison(DEFAULT_EPC_BASE)
     return system.free_pages == system.epc_pages
 
 
-@story("B15")
+@story(Defect.FREE_COUNT_WITHOUT_LOCK)
 def _the_free_count_is_torn(defects: Defects) -> bool:
     def program(runtime: SeededRuntime) -> bool:
         system = System(runtime=runtime, defects=defects)
@@ -566,7 +566,7 @@ def _bare_core(runtime: Any, defects: Defects, **config: Any) -> EpcCore:
     return EpcCore(machine, runtime, defects=defects)
 
 
-@story("B16")
+@story(Defect.FREE_PAGES_COUNTED_TWICE)
 def _more_pages_are_free_than_there_are(defects: Defects) -> bool:
     core = _bare_core(InlineRuntime(), defects)
     core.start()
@@ -575,7 +575,7 @@ def _more_pages_are_free_than_there_are(defects: Defects) -> bool:
     return core.free_pages != core.epc_pages
 
 
-@story("B18")
+@story(Defect.STOPPED_SANITIZE_REPORTED)
 def _stopping_early_is_reported(defects: Defects) -> bool:
     runtime = InlineRuntime()
     core = _bare_core(runtime, defects)
@@ -585,7 +585,7 @@ def _stopping_early_is_reported(defects: Defects) -> bool:
     return core.counters.unsanitized > 0
 
 
-@story("B17")
+@story(Defect.NODE_WALK_WITHOUT_END)
 def _an_allocation_from_a_node_without_epc_never_returns(defects: Defects) -> bool:
     runtime = SeededRuntime(0, policy=Uninterrupted(), step_limit=3000)
     sections = (EpcSection(DEFAULT_EPC_BASE, 4 * PAGE_BYTES, node=1),)
@@ -605,7 +605,7 @@ def _an_allocation_from_a_node_without_epc_never_returns(defects: Defects) -> bo
         return True
 
 
-@story("L4")
+@story(Defect.VA_PAGE_EVERY_512_PAGES)
 def _va_pages_pile_up_at_a_boundary(defects: Defects) -> bool:
     system = System(epc_pages=64, defects=defects)
     made = launch(system.process(), 508, size=1024 * PAGE_BYTES)  # 512 with the SECS
@@ -617,7 +617,7 @@ def _va_pages_pile_up_at_a_boundary(defects: Defects) -> bool:
     return len(swap.va) - before > 1
 
 
-@story("L7")
+@story(Defect.DIRECT_RECLAIM_WITHOUT_END)
 def _reclaim_never_gives_up_on_pages_in_use(defects: Defects) -> bool:
     system = System(epc_pages=16, defects=defects)
     launch(system.process(), 20)
@@ -637,21 +637,20 @@ def _reclaim_never_gives_up_on_pages_in_use(defects: Defects) -> bool:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in DEFECTS if name in STORIES])
-def test_a_defect_shows_with_its_name_and_not_without(name: str) -> None:
-    assert STORIES[name](frozenset({name})), f"{name} is on and nothing shows"
-    assert not STORIES[name](frozenset()), f"{name} is off and shows"
+@pytest.mark.parametrize("defect", [defect for defect in Defect if defect in STORIES])
+def test_a_defect_shows_with_its_name_and_not_without(defect: Defect) -> None:
+    assert STORIES[defect](frozenset({defect})), f"{defect!r} is on and nothing shows"
+    assert not STORIES[defect](frozenset()), f"{defect!r} is off and shows"
 
 
 def test_every_defect_of_driver_and_core_has_a_story() -> None:
-    assert STORIES.keys() == DRIVER_DEFECTS.keys() | CORE_DEFECTS.keys()
+    assert STORIES.keys() == {defect for defect in Defect if defect.package in ("driver", "paging")}
 
 
 def test_the_table_has_every_defect_and_says_where_it_lives() -> None:
     numbers = [*(f"B{n}" for n in range(1, 37)), *(f"L{n}" for n in range(1, 14))]
-    assert list(DEFECTS) == numbers
-    assert {name for name, d in DEFECTS.items() if d.home == "paging"} == CORE_DEFECTS.keys()
-    assert all(defect.symptom and defect.how for defect in DEFECTS.values())
+    assert list(Defect) == numbers
+    assert all(defect.symptom and defect.explanation.endswith(".") for defect in Defect)
 
 
 def test_a_scripted_interleaving_of_b11_has_one_winner() -> None:

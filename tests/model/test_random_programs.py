@@ -24,6 +24,7 @@ from tests.support.driver import System
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
+from softsgx.defects import Defect
 from softsgx.paging import BackingFile, EpcCore, FailingBacking, MemoryBacking
 from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime, Uniform
 from softsgx.userland import Signal
@@ -250,8 +251,15 @@ def test_actors_do_not_disturb_each_other_on_threads(shared: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defect", ["B1", "B11", "B24"])
-def test_random_programs_find_a_race_that_is_switched_on(defect: str) -> None:
+@pytest.mark.parametrize(
+    "defect",
+    [
+        Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED,
+        Defect.CONCURRENT_EAUG_REFUSED,
+        Defect.MM_WALK_NOT_REPEATED,
+    ],
+)
+def test_random_programs_find_a_race_that_is_switched_on(defect: Defect) -> None:
     """What the test above is worth: each of these shows within a few seeds."""
 
     def found(seed: int) -> bool:

@@ -24,6 +24,7 @@ from softsgx.arch import (
     SigStruct,
     Tcs,
 )
+from softsgx.defects import Defect
 from softsgx.driver import ERESTARTSYS, Driver, Enclave, EnclaveFile
 from softsgx.hw import EpcPage, Machine
 from softsgx.image import MASK_NONE, Data, Plan, Run, measure
@@ -63,7 +64,7 @@ class System:
     epc_pages: int = 64
     runtime: Runtime = field(default_factory=InlineRuntime)
     processors: int = 2
-    defects: frozenset[str] = frozenset()
+    defects: frozenset[Defect] = frozenset()
     policy: Policy | None = None
     root: Group | None = None
     backing: Callable[[int], BackingFile] = lambda _pages: MemoryBacking()

@@ -9,6 +9,7 @@ from typing import Any
 from tests.support.driver import System
 
 from softsgx.cgroup import Hierarchy
+from softsgx.defects import Defect
 from softsgx.driver import Driver, Enclave
 from softsgx.hw import EpcPage
 from softsgx.kvm import Guest, VepcDevice, VepcPage
@@ -27,7 +28,7 @@ class GuestSystem:
     policy: Policy | None = None
     listen: bool = False
     ksgxd: bool = False
-    defects: frozenset[str] = frozenset()
+    defects: frozenset[Defect] = frozenset()
 
     def __post_init__(self) -> None:
         self.runtime = self.host.runtime
@@ -107,7 +108,7 @@ class GuestHost:
     processors: int = 2
     ksgxd: bool = False
     kill: bool = False
-    defects: frozenset[str] = frozenset()
+    defects: frozenset[Defect] = frozenset()
     backing: Any = lambda _pages: MemoryBacking()
     policy: Policy | None = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -5,10 +5,9 @@ Implements what the core calls a :class:`~softsgx.paging.Group`; knows no driver
 
 from softsgx.cgroup.events import ChargeRefused, VictimKilled
 from softsgx.cgroup.files import KEY, file_names, read_file, write_file
-from softsgx.cgroup.group import CGROUP_DEFECTS, EpcCgroup, Hierarchy, Victim, group_name_ok
+from softsgx.cgroup.group import EpcCgroup, Hierarchy, Victim, group_name_ok
 
 __all__ = [
-    "CGROUP_DEFECTS",
     "KEY",
     "ChargeRefused",
     "EpcCgroup",

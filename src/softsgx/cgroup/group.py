@@ -21,22 +21,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from softsgx.cgroup.events import ChargeRefused, VictimKilled
+from softsgx.defects import Defect
 from softsgx.paging import Group, Lru
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
-__all__ = ["CGROUP_DEFECTS", "EpcCgroup", "Hierarchy", "Victim", "group_name_ok"]
+__all__ = ["EpcCgroup", "Hierarchy", "Victim", "group_name_ok"]
 
 _PAGE = 4096
 _NAME_MAX = 255
 _MARGIN_PAGES = 32  # start reclaim this much below the limit …
 _THRESHOLD_PAGES = 128  # … unless the limit is so small that the margin would hurt
-
-CGROUP_DEFECTS = {
-    "B36": "walks for reclaim start at the top each time; a busy parent absorbs them all",
-    "L8": "misc.peak is raised at the levels below the one that refuses",
-    "L11": "nobody reclaims ahead of the limit: the check after a successful charge is lost",
-}
 
 
 def group_name_ok(name: str) -> bool:
@@ -75,7 +70,7 @@ class Hierarchy:
         request_reclaim: asks the core for a batch in a group's subtree, later; never waits.
         victims: who could be killed; asked only when ``kill`` is set and all else has failed.
         kill: whether killing the largest victim is the last resort; otherwise "no memory" is.
-        defects: names from ``CGROUP_DEFECTS`` to switch on.
+        defects: those to switch on; it has the broken forms of package ``cgroup``.
     """
 
     def __init__(
@@ -87,13 +82,15 @@ class Hierarchy:
         request_reclaim: Callable[[Group], None] | None = None,
         victims: Callable[[], Iterable[Victim]] | None = None,
         kill: bool = False,
-        defects: frozenset[str] = frozenset(),
+        defects: frozenset[Defect] = frozenset(),
     ) -> None:
         self.capacity_pages, self.runtime, self.tracer = capacity_pages, runtime, tracer
         self.request_reclaim, self.victims, self.kill = request_reclaim, victims, kill
         self.defects = defects
-        self.reclaim_ahead = None if "L11" in defects else request_reclaim
-        self.raises_refused = "L8" in defects
+        self.reclaim_ahead = (
+            None if Defect.NO_RECLAIM_AHEAD_OF_LIMIT in defects else request_reclaim
+        )
+        self.raises_refused = Defect.PEAK_RAISED_BY_REFUSED_CHARGE in defects
         self.latch = runtime.latch()
         self.root = EpcCgroup(self, "", None)
 
@@ -292,7 +289,7 @@ class EpcCgroup:
 
     def walk(self) -> Iterator[EpcCgroup]:
         """Yield the subtree for ever, from where the last walk from this group stopped."""
-        if "B36" in self.hierarchy.defects:
+        if Defect.GROUP_WALK_STARTS_AT_TOP in self.hierarchy.defects:
             while True:
                 yield from list(self.subtree())
         while True:

@@ -5,7 +5,6 @@ Knows the core (``paging``) and the processor's leaves; neither guests nor limit
 
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.debug import peek, poke
-from softsgx.driver.defects import DEFECTS, DRIVER_DEFECTS, Defect
 from softsgx.driver.driver import Driver
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.events import (
@@ -44,8 +43,6 @@ from softsgx.driver.uapi import (
 )
 
 __all__ = [
-    "DEFECTS",
-    "DRIVER_DEFECTS",
     "ERESTARTSYS",
     "MAP_FIXED",
     "MAP_FIXED_NOREPLACE",
@@ -61,7 +58,6 @@ __all__ = [
     "Augmented",
     "BadAddress",
     "Create",
-    "Defect",
     "Driver",
     "Enclave",
     "EnclaveCounts",

@@ -30,6 +30,7 @@ from softsgx.arch import (
     SigStruct,
     Status,
 )
+from softsgx.defects import Defect
 from softsgx.driver.events import EnclaveCreated, EnclaveInitialized
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.task import Task
@@ -92,7 +93,7 @@ def check_range(enclave: Enclave, offset: int, length: int) -> None:
         OSError: EINVAL: not page aligned, none, or not all in the enclave.
     """
     end = offset + length
-    if "B21" in enclave.driver.defects:
+    if Defect.PAGE_RANGE_OVERFLOW in enclave.driver.defects:
         end %= _U64  # B21: the sum wraps round
     if offset % PAGE_BYTES or length % PAGE_BYTES or not length or end > enclave.size:
         refuse(EINVAL, f"{length:#x} bytes at offset {offset:#x}")
@@ -143,7 +144,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
     enclave.swap, enclave.group = swap, group
     enclave.base, enclave.size = secs.base, secs.size
     enclave.attributes, enclave.xfrm = secs.attributes.flags, secs.attributes.xfrm
-    if "L13" in driver.defects:
+    if Defect.ALLOWED_ATTRIBUTES_RESET_BY_CREATE in driver.defects:
         enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
     enclave.created, enclave.number = True, driver.new_number()
     driver.announce(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
@@ -166,7 +167,7 @@ def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> N
         driver.core.leaves.ecreate(PageInfoArgs(0, image, SecInfo.of(PageType.SECS), 0), epc.addr)
     except Fault as fault:
         # B31: nobody freed the page that was to be the SECS.
-        if "B31" not in driver.defects:
+        if Defect.SECS_LEAKED_BY_FAILED_ECREATE not in driver.defects:
             driver.core.remove(epc)
         raise LeafRefused(EIO, "ECREATE", fault) from None
     with enclave.lock:
@@ -183,7 +184,7 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
     args = copy_in(task, AddPages, arg)
     if args.src % PAGE_BYTES:
         refuse(EINVAL, f"source {args.src:#x}")
-    if args.length or "B35" not in enclave.driver.defects:
+    if args.length or Defect.EMPTY_ADD_PAGES_ACCEPTED not in enclave.driver.defects:
         check_range(enclave, args.offset, args.length)
     secinfo = copy_in(task, SecInfo, args.secinfo)
     _check_secinfo(secinfo)
@@ -208,8 +209,9 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 def _interrupted(enclave: Enclave) -> int:
-    # B35 is for ADD_PAGES what B29 is for CREATE: an errno that does not restart the call.
-    return EINTR if enclave.driver.defects & {"B29", "B35"} else ERESTARTSYS
+    # Each of the two has an errno that does not restart the call.
+    not_restarted = {Defect.CREATE_NOT_RESTARTED, Defect.EMPTY_ADD_PAGES_ACCEPTED}
+    return EINTR if enclave.driver.defects & not_restarted else ERESTARTSYS
 
 
 def _check_secinfo(secinfo: SecInfo) -> None:
@@ -299,7 +301,7 @@ def _eadd(
             leaves.eextend(secs, epc.addr + chunk * CHUNK_BYTES)
     except Fault as fault:
         # L3: the child stays counted, so that the SECS never leaves.
-        if "L3" not in driver.defects:
+        if Defect.CHILD_COUNTED_AFTER_FAILED_EEXTEND not in driver.defects:
             swap.child_removed()
         raise LeafRefused(EIO, "EEXTEND", fault) from None
     page.epc = epc

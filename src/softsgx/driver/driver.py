@@ -14,7 +14,7 @@ from itertools import count
 from types import MappingProxyType
 
 from softsgx.arch import EinitToken, SgxFeature
-from softsgx.driver.defects import DRIVER_DEFECTS
+from softsgx.defects import Defect
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.task import Task
@@ -47,7 +47,7 @@ class Driver:
         group_of: who pays for what a task makes the driver allocate.
         node_of: NUMA node of the processor that a task runs on.
         tracer: receives events; ``None`` costs nothing.
-        defects: names from :data:`~softsgx.driver.DRIVER_DEFECTS`; other names are ignored.
+        defects: those to switch on; it has the broken forms of package ``driver``.
         launch_control: whether to write the launch key hash of the signer before each EINIT, as
             Linux does; without, EINIT takes what the hash of the machine allows.
         backing: makes the backing file of an enclave of so many pages; ``BackingError`` is ENOMEM.
@@ -71,7 +71,7 @@ class Driver:
         group_of: Callable[[Task], Group] = _group_of,
         node_of: Callable[[Task], int] = _node_of,
         tracer: Tracer | None = None,
-        defects: frozenset[str] = frozenset(),
+        defects: frozenset[Defect] = frozenset(),
         launch_control: bool = True,
         backing: Callable[[int], BackingFile] = _memory,
         unprivileged: int = UNPRIVILEGED,
@@ -83,7 +83,7 @@ class Driver:
         if launch_control and not config.launch_control:
             refuse(ENODEV, "the machine's launch key hash cannot be written (no SGX_LC)")
         self.core, self.runtime, self.tracer = core, runtime, tracer
-        self.defects = defects & DRIVER_DEFECTS.keys()
+        self.defects = defects
         self.sgx2 = bool(config.features & SgxFeature.SGX2)
         self.launch_control, self.launch_lock = launch_control, runtime.lock("launch key hash")
         self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens

@@ -23,6 +23,7 @@ from errno import EACCES
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, AttributesFlags, Status
+from softsgx.defects import Defect
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
 from softsgx.driver.fault import handle as handle_fault
@@ -65,7 +66,7 @@ class EnclaveMm:
         mm.forget(self)
         found = enclave._unlink(self)
         # B14: whether the entry was found was asked of the loop's cursor, which is never null.
-        if found or "B14" in enclave.driver.defects:
+        if found or Defect.MM_ENTRY_DROPPED_TWICE in enclave.driver.defects:
             enclave.srcu.synchronize()
             enclave._put_mm()
 
@@ -149,19 +150,19 @@ class Enclave(Counted):
 
     def _put_mm(self) -> None:
         # B13: only the file had a reference, so the end of an address space could outlive it.
-        if "B13" not in self.driver.defects:
+        if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
             self.put()
 
     def _end(self) -> None:
         """Free everything; nobody else knows the enclave any more."""
         assert not self._mms, f"{self!r} destroyed with address spaces registered"
+        yields = Defect.RELEASE_WITHOUT_RESCHED not in self.driver.defects
         if self.created:
             for done, page in enumerate(list(self.pages.values()), 1):
                 with self.lock:
                     freed = self._free(page)
                 assert freed, f"{page!r} is in a batch that does not pin its enclave"
-                # B19: nobody else ran until the last page was gone.
-                if done % CHECK_SCHED_PAGES == 0 and "B19" not in self.driver.defects:
+                if done % CHECK_SCHED_PAGES == 0 and yields:
                     self.driver.runtime.yield_now()
             self.pages.clear()
             with self.lock:
@@ -186,7 +187,9 @@ class Enclave(Counted):
     def remove(self, epc: EpcPage) -> None:
         """EREMOVE a page of it that is on no list and free it; ``lock`` is held."""
         removed = self.driver.core.remove(epc)
-        assert removed or "B30" not in self.driver.defects, f"BUG: EREMOVE refused {epc!r}"
+        assert removed or Defect.EREMOVE_FAILURE_FATAL not in self.driver.defects, (
+            f"BUG: EREMOVE refused {epc!r}"
+        )
         self.swap.child_removed()
 
     def discard(self, epc: EpcPage) -> bool:
@@ -255,7 +258,7 @@ class Enclave(Counted):
         entry = EnclaveMm(self, mm)
         mm.notifiers.append(entry)
         with self._latch:
-            if "B13" not in self.driver.defects:
+            if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
                 self._references += 1
             # The version is read before a walk and after it: the newcomer is either walked into,
             # or its faults find the page marked.
@@ -293,7 +296,7 @@ class Enclave(Counted):
     def test_and_clear_accessed(self, page: EnclavePage) -> bool:
         """Return whether any address space has used a page; each one's accessed bit is cleared."""
         linaddr = self.base + (page.index << PAGE_SHIFT)
-        stops_early = "L10" in self.driver.defects
+        stops_early = Defect.ACCESSED_BITS_OF_FIRST_MM_ONLY in self.driver.defects
         young = False
         reading = self.srcu.enter()
         try:
@@ -328,7 +331,7 @@ class Enclave(Counted):
             finally:
                 self.srcu.leave(reading)
             # B24: whoever was added meanwhile keeps its PTE.
-            if version == self._mm_version or "B24" in self.driver.defects:
+            if version == self._mm_version or Defect.MM_WALK_NOT_REPEATED in self.driver.defects:
                 return
 
     def kick(self) -> None:
@@ -370,7 +373,7 @@ class Enclave(Counted):
             refuse(EACCES, "READ_IMPLIES_EXEC would make enclave pages executable")
         outside = start < self.base or end > self.base + self.size
         # B22: there was no such check.
-        if self.initialized and outside and "B22" not in self.driver.defects:
+        if self.initialized and outside and Defect.MMAP_BEYOND_ENCLAVE not in self.driver.defects:
             refuse(EACCES, f"{start:#x}-{end:#x} is not inside the enclave")
         pages = self.pages_in(start, end)
         for at in range(0, len(pages), CHECK_SCHED_PAGES):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from softsgx.arch import PAGE_SHIFT, PageType
+from softsgx.defects import Defect
 from softsgx.driver.events import Augmented, FaultHandled
 from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
 from softsgx.driver.page import LABELS, EnclavePage
@@ -80,7 +81,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         wait = partial(driver.core.wait_for_page, error.with_traceback(None))
     faults = enclave.counts.faults
     faults[kind] = faults.get(kind, 0) + 1
-    if wait is not None and "L9" in driver.defects:
+    if wait is not None and Defect.FAULT_REPEATED_WITHOUT_WAITING in driver.defects:
         wait = None  # L9: the processor faults again at once, until ksgxd gets somewhere
     if driver.tracer is not None:
         seen = result if wait is None else FaultResult.RETRY
@@ -184,7 +185,8 @@ def _augment(
     with enclave.lock:
         if enclave.dead or not enclave.covers(enclave.index_of(linaddr)):
             return _refused(enclave)
-        if enclave.index_of(linaddr) in enclave.pages and "B11" not in defects:
+        exists = enclave.index_of(linaddr) in enclave.pages
+        if exists and Defect.CONCURRENT_EAUG_REFUSED not in defects:
             # Another thread was first: its page is there, and mapped or to be faulted in.
             return "augment", FaultResult.NOPAGE
         try:
@@ -204,7 +206,7 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
     core = driver.core
     group, node = driver.charge(task)
     claim = claim_of(task)
-    if "B8" in driver.defects:
+    if Defect.EAUG_ASSUMES_RESIDENT_SECS in driver.defects:
         secs = swap.secs
         assert secs is not None, "B8: NULL pointer dereference, the SECS is evicted"
     else:
@@ -217,7 +219,7 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
         try:
             swap.grow_locked(cpu_node=node, claim=claim)
         except EpcBusy as error:
-            if "B9" in driver.defects:
+            if Defect.EAUG_WITHOUT_VA_PAGE_REFUSED in driver.defects:
                 raise NoEpc from error
             raise
         try:

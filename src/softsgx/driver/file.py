@@ -12,6 +12,7 @@ from errno import EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, ENOTTY
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.defects import Defect
 from softsgx.driver import build, sgx2
 from softsgx.driver.enclave import Enclave
 from softsgx.driver.events import IoctlDone
@@ -136,7 +137,7 @@ class EnclaveFile(_File):
             refuse(EBUSY, "no EPC page is free without reclaim")
         except Interrupted:
             # B29: returned as it is, nothing restarts the system call.
-            errno = EINTR if "B29" in self._driver.defects else ERESTARTSYS
+            errno = EINTR if Defect.CREATE_NOT_RESTARTED in self._driver.defects else ERESTARTSYS
             refuse(errno)
 
     def mmap(
@@ -169,7 +170,7 @@ class EnclaveFile(_File):
         """
         length = -(-length // PAGE_BYTES) * PAGE_BYTES
         kind = flags & _MAP_TYPE
-        private_is_fine = "B32" in self._driver.defects
+        private_is_fine = Defect.MAP_PRIVATE_ACCEPTED in self._driver.defects
         if length <= 0 or kind not in (MAP_SHARED, MAP_SHARED_VALIDATE, MAP_PRIVATE):
             refuse(EINVAL, f"mmap of {length:#x} bytes with flags {flags:#x}")
         if kind == MAP_PRIVATE and not private_is_fine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, PageType
+from softsgx.defects import Defect
 from softsgx.paging import EpcPage, Reservation, SwapEntry
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class EnclavePage:
     def prepare(self) -> bool:
         """Reserve backing and mark the page, in one critical section."""
         enclave = self.enclave
-        at_once = "B2" not in enclave.driver.defects
+        at_once = Defect.BACKING_RESERVED_BEFORE_MARK not in enclave.driver.defects
         enclave.lock.acquire()
         try:
             if not enclave.dead:

@@ -14,6 +14,7 @@ from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENODEV, EPERM
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, SecInfo, SecInfoFlags, Status
+from softsgx.defects import Defect
 from softsgx.driver.build import check_range, copy_in, copy_out
 from softsgx.driver.fault import PageInMotion, load
 from softsgx.driver.task import Task
@@ -130,7 +131,7 @@ class _Unlocked:
 
     def __enter__(self) -> None:
         # B10: without the mark, a fault put a PTE back that nobody removed any more.
-        self._page.busy = "B10" not in self._page.enclave.driver.defects
+        self._page.busy = Defect.PAGE_NOT_BUSY_WHILE_ZAPPED not in self._page.enclave.driver.defects
         self._page.enclave.lock.release()
 
     def __exit__(self, *_error: object) -> None:

@@ -33,8 +33,8 @@ from softsgx.arch import (
     MiscSelect,
     SgxFeature,
 )
-from softsgx.cgroup import CGROUP_DEFECTS, group_name_ok
-from softsgx.driver import DEFECTS
+from softsgx.cgroup import group_name_ok
+from softsgx.defects import Defect
 from softsgx.errors import SoftSgxError
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.paging import (
@@ -168,7 +168,8 @@ class PlatformConfig:
         kill: whether killing the largest enclave is the last resort of a group over its limit.
         sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as a kernel must that does
             not know what ran before; a machine that was just made has an empty EPC.
-        defects: names of known defects to switch on; ``softsgx.driver.DEFECTS`` has them all.
+        defects: known defects to switch on: members of :class:`~softsgx.defects.Defect`, or their
+            identifiers.
     """
 
     epc: int | str | tuple[int | str, ...] = "93.5MiB"
@@ -186,16 +187,16 @@ class PlatformConfig:
     tokens: tuple[str, ...] = ()
     kill: bool = False
     sanitize: bool = False
-    defects: frozenset[str] = frozenset()
+    defects: frozenset[Defect] = frozenset()
 
     def __post_init__(self) -> None:
         given: Iterable[object] = self.defects  # from a file: not necessarily hashable
         for name in given:
-            if not isinstance(name, str) or name not in DEFECTS.keys() | CGROUP_DEFECTS.keys():
+            if not isinstance(name, str) or name not in frozenset(Defect):
                 raise SoftSgxError(
-                    f"defects: {_shown(name)} is not known; names are {', '.join(DEFECTS)}"
+                    f"defects: {_shown(name)} is not known; names are {', '.join(Defect)}"
                 )
-        object.__setattr__(self, "defects", frozenset(self.defects))
+        object.__setattr__(self, "defects", frozenset(d for d in Defect if d in self.defects))
         for name, wanted in (("profile", PROFILES), ("policy", _POLICIES)):
             value = getattr(self, name)
             if isinstance(value, str) and value not in wanted:

@@ -4,7 +4,6 @@ Knows the core (``paging``) and the processor's leaves; neither the driver nor l
 inside a guest or beside it.
 """
 
-from softsgx.kvm.defects import KVM_DEFECTS
 from softsgx.kvm.device import VepcDevice
 from softsgx.kvm.events import (
     ConflictResolved,
@@ -30,7 +29,6 @@ from softsgx.kvm.vepc import (
 )
 
 __all__ = [
-    "KVM_DEFECTS",
     "MAP_PRIVATE",
     "MAP_SHARED",
     "SGX_IOC_VEPC_REMOVE_ALL",

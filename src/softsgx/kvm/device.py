@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING
 
-from softsgx.kvm.defects import KVM_DEFECTS
+from softsgx.defects import Defect
 from softsgx.kvm.vepc import Vepc
 from softsgx.paging import BackingFile, EpcCore, MemoryBacking
 
@@ -31,7 +31,7 @@ class VepcDevice:
     Args:
         core: the EPC core.
         backing: makes the backing file of a virtual EPC.
-        defects: names from :data:`~softsgx.kvm.KVM_DEFECTS`; other names are ignored.
+        defects: those to switch on; it has the broken forms of package ``kvm``.
 
     Attributes:
         zombies: pages of files that are closed, which EREMOVE refused: SECS pages whose children
@@ -44,10 +44,10 @@ class VepcDevice:
         core: EpcCore,
         *,
         backing: Callable[[int], BackingFile] = _memory,
-        defects: frozenset[str] = frozenset(),
+        defects: frozenset[Defect] = frozenset(),
     ) -> None:
         self.core, self.backing = core, backing
-        self.defects = defects & KVM_DEFECTS.keys()
+        self.defects = defects
         self.zombies: list[VepcPage] = []
         self.vepcs: list[Vepc] = []
         self._numbers = count(1)

@@ -25,6 +25,7 @@ from softsgx.arch import (
     SgxFeature,
     Status,
 )
+from softsgx.defects import Defect
 from softsgx.hw import (
     ENCLS,
     ENCLV,
@@ -163,7 +164,7 @@ def _ecreate(
         or secs.size > 1 << (config.max_size_64 if mode64 else config.max_size_32)
     ):
         raise GeneralProtection
-    if "B27" in guest.defects:
+    if Defect.GUEST_SECS_READ_TWICE in guest.defects:
         guest.runtime.point("ECREATE trapped")
         leaf(cpu, rbx, rcx)
         return

@@ -17,6 +17,7 @@ from errno import EBUSY, EINVAL, ENOTTY
 from typing import TYPE_CHECKING, NoReturn
 
 from softsgx.arch import PAGE_BYTES, RdInfo, RdInfoStatus, Status
+from softsgx.defects import Defect
 from softsgx.hw import Fault
 from softsgx.kvm import motion
 from softsgx.kvm.fate import Fate
@@ -222,7 +223,8 @@ class Vepc(Counted):
                 monitor.changed.wait()
             if monitor.stopped is not None or page.reclaiming:
                 return FaultResult.SIGBUS
-            if page.epc is not None and not page.stuck and "L12" in self.device.defects:
+            not_mapped = Defect.RESIDENT_VEPC_PAGE_NOT_MAPPED in self.device.defects
+            if not_mapped and page.epc is not None and not page.stuck:
                 return FaultResult.NOPAGE
             try:
                 with monitor.working():

@@ -13,7 +13,6 @@ from softsgx.paging.backing import (
 from softsgx.paging.claims import Claim, needed_pages
 from softsgx.paging.core import EpcCore
 from softsgx.paging.counters import Counters
-from softsgx.paging.defects import CORE_DEFECTS, check_defects
 from softsgx.paging.failures import (
     BackingError,
     EpcBusy,
@@ -41,7 +40,6 @@ from softsgx.paging.swap import EnclaveSwap
 from softsgx.paging.swapspace import Reservation, SwapEntry
 
 __all__ = [
-    "CORE_DEFECTS",
     "BackingError",
     "BackingFile",
     "BackingPage",
@@ -77,6 +75,5 @@ __all__ = [
     "SwapEntry",
     "TemporaryFile",
     "Ungrouped",
-    "check_defects",
     "needed_pages",
 ]

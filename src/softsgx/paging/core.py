@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from softsgx.arch import PAGE_BYTES, EpcAddr, Status
+from softsgx.defects import Defect
 from softsgx.hw import Fault
 from softsgx.paging import events
 from softsgx.paging.backing import MemoryBacking
@@ -36,7 +37,7 @@ from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
 from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
-from softsgx.paging.reclaim import Batch, Reclaimer
+from softsgx.paging.reclaim import EVICT_POISONED, Batch, Reclaimer
 from softsgx.paging.recount import recount
 from softsgx.paging.relief import Relief, Request
 from softsgx.paging.sanitize import Sanitizer
@@ -63,7 +64,7 @@ class EpcCore:
         dirty: addresses of pages that may hold something from before and need EREMOVE first;
             ``None`` for all of them, which is all that a kernel knows.
         va_backing: where evicted VA pages go; memory when ``None``.
-        defects: names from :data:`~softsgx.paging.CORE_DEFECTS`; other names are ignored.
+        defects: those to switch on; it has the broken forms of package ``paging``.
 
     Attributes:
         counters: how often things happened.
@@ -85,7 +86,7 @@ class EpcCore:
         root: Group | None = None,
         dirty: Iterable[int] | None = None,
         va_backing: BackingFile | None = None,
-        defects: frozenset[str] = frozenset(),
+        defects: frozenset[Defect] = frozenset(),
     ) -> None:
         self.hw, self.runtime, self.defects = hw, runtime, defects
         self.leaves = hw.leaves
@@ -107,10 +108,10 @@ class EpcCore:
             free=self.free,
             counters=self.counters,
             tracer=tracer,
-            ignore_poison="L6" in defects or "B12" in defects,
+            ignore_poison=not defects.isdisjoint(EVICT_POISONED),
         )
         self._sanitizer = self._make_sanitizer(dirty)
-        if "B16" in defects:
+        if Defect.FREE_PAGES_COUNTED_TWICE in defects:
             self._free.add(self.epc_pages)
         self._ksgxd = Ksgxd(
             runtime,
@@ -134,7 +135,9 @@ class EpcCore:
             runtime,
             self._ksgxd,
             self.claims,
-            patience_passes=None if "L7" in defects else self.policy.patience_passes,
+            patience_passes=None
+            if Defect.DIRECT_RECLAIM_WITHOUT_END in defects
+            else self.policy.patience_passes,
             in_use=self._in_use,
         )
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
@@ -154,7 +157,7 @@ class EpcCore:
             clean=self._give_sanitized,
             poisoned=self._pool.is_poisoned,
             runtime=self.runtime,
-            report_stopped="B18" in self.defects,
+            report_stopped=Defect.STOPPED_SANITIZE_REPORTED in self.defects,
         )
 
     # --- what there is --------------------------------------------------------------------------
@@ -353,7 +356,7 @@ class EpcCore:
             ``sgx_mark_page_reclaimable()``, main.c.
         """
         assert page.group is not None, f"{page!r} is marked but nobody has it"
-        if page.poisoned and "B12" not in self.defects:
+        if page.poisoned and Defect.POISONED_PAGE_STAYS_ON_LRU not in self.defects:
             return
         page.group.lru.add(page)
         self._ksgxd.candidate_added()
@@ -398,7 +401,7 @@ class EpcCore:
             return True
         page, was_free = found
         lru = page.lru
-        if lru is not None and "B12" not in self.defects:
+        if lru is not None and Defect.POISONED_PAGE_STAYS_ON_LRU not in self.defects:
             lru.remove(page)  # in a batch: the batch will see that it is poisoned
         if self.tracer is not None:
             self.tracer(events.Poisoned(addr, was_free))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.defects import Defect
 from softsgx.hw import EpcSection
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
 from softsgx.paging.page import EpcPage
@@ -35,7 +36,7 @@ class FreePages:
     """
 
     def __init__(
-        self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[str]
+        self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[Defect]
     ) -> None:
         self._sections = sections
         self.records: dict[int, EpcPage] = {}
@@ -45,9 +46,13 @@ class FreePages:
                 nodes[section.node] = Node(section.node, runtime, self.records)
             nodes[section.node].epc_pages += section.pages
         self.nodes = dict(sorted(nodes.items()))
-        self.count = TornCount(runtime) if "B15" in defects else AtomicCount(runtime)
-        self._walks_for_ever = "B17" in defects
-        self._counts_poisoned = "L5" in defects
+        self.count = (
+            TornCount(runtime)
+            if Defect.FREE_COUNT_WITHOUT_LOCK in defects
+            else AtomicCount(runtime)
+        )
+        self._walks_for_ever = Defect.NODE_WALK_WITHOUT_END in defects
+        self._counts_poisoned = Defect.POISONED_PAGES_COUNTED_FREE in defects
         walk: Walk = walk_once
         if self._walks_for_ever:
             walk = partial(walk_until_back, point=runtime.point)

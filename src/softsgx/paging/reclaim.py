@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from softsgx.defects import Defect
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Aged, BatchDone, Isolated, NotPrepared
 from softsgx.paging.interfaces import Reclaimable
@@ -24,7 +25,12 @@ from softsgx.paging.policy import Policy
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
-__all__ = ["Batch", "Pressure", "Reclaimer"]
+__all__ = ["EVICT_POISONED", "Batch", "Pressure", "Reclaimer"]
+
+EVICT_POISONED = frozenset(
+    {Defect.POISONED_PAGE_STAYS_ON_LRU, Defect.PAGE_POISONED_IN_BATCH_EVICTED}
+)
+"""Defects under which a batch evicts poisoned pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ class Reclaimer:
         free: gives an evicted page back to the free lists.
         counters: told what happened.
         tracer: as everywhere.
-        ignore_poison: defect L6.
+        ignore_poison: one of :data:`EVICT_POISONED` is on.
     """
 
     def __init__(

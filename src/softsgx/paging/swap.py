@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES, Status
+from softsgx.defects import Defect
 from softsgx.hw import Fault, PageFault
 from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded, TrackingRound
@@ -30,6 +31,7 @@ from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
 from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
 from softsgx.paging.page import EpcPage
 from softsgx.paging.pins import Pin
+from softsgx.paging.reclaim import EVICT_POISONED
 from softsgx.paging.swapfile import Pinned
 from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
 from softsgx.paging.va import VaSlot
@@ -84,10 +86,10 @@ class EnclaveSwap(SwapSpace):
         self._secs_may_leave = False
         self._base, self._kick = base, kick
         self._secs_page = IdleSecs(self)
-        self._frees_failed = "L1" in core.defects
-        self._leaks_slots = "B26" in core.defects
-        self._spends_failed = "L2" in core.defects
-        self._ignores_poison = bool({"B12", "L6"} & core.defects)
+        self._frees_failed = Defect.PAGE_FREED_AFTER_FAILED_EWB in core.defects
+        self._leaks_slots = Defect.VA_SLOT_LEAKED_BY_FAILED_EWB in core.defects
+        self._spends_failed = Defect.PAGE_DESTROYED_BY_FAILED_ELDU in core.defects
+        self._ignores_poison = not core.defects.isdisjoint(EVICT_POISONED)
 
     @property
     def secs_may_leave(self) -> bool:

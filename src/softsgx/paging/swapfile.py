@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softsgx.arch import PAGE_BYTES, Pcmd
+from softsgx.defects import Defect
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Truncated
 from softsgx.paging.failures import BackingError
@@ -92,15 +93,15 @@ class SwapFile:
         *,
         counters: Counters,
         tracer: Tracer | None,
-        defects: frozenset[str],
+        defects: frozenset[Defect],
     ) -> None:
         self.backing = backing
         self._layout, self._counters, self._tracer = layout, counters, tracer
         self._writers: dict[int, int] = {}  # PCMD page to reservations that will write into it
-        self._truncates_shared = "B1" in defects
-        self._forgets_cleared = "B3" in defects
-        self._dirties_early = "B4" in defects
-        self._keeps_loaded = "B6" in defects
+        self._truncates_shared = Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED in defects
+        self._forgets_cleared = Defect.CLEARED_PCMD_NOT_DIRTY in defects
+        self._dirties_early = Defect.BACKING_DIRTIED_BEFORE_EWB in defects
+        self._keeps_loaded = Defect.BACKING_KEPT_AFTER_ELDU in defects
 
     # --- out ------------------------------------------------------------------------------------
 

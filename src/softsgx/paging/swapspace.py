@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from softsgx.defects import Defect
 from softsgx.paging.claims import Claim
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
@@ -109,7 +110,7 @@ class SwapSpace:
             tracer=core.tracer,
             defects=core.defects,
         )
-        self._late_backing = "B25" in core.defects
+        self._late_backing = Defect.BACKING_FETCHED_AFTER_BLOCK in core.defects
 
     # --- room: a VA slot for every page the enclave has -----------------------------------------
 

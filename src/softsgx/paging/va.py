@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOTS, PageType, Status
+from softsgx.defects import Defect
 from softsgx.hw import Fault
 from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded
@@ -77,7 +78,7 @@ class VaArray:
         self.tree, self.level, self.lock, self.pin, self.group = tree, level, lock, pin, group
         self.promised = self.used = self.room = 0
         self._pages: OrderedDict[VaPage, None] = OrderedDict()
-        self._made_by_count = "L4" in tree.core.defects
+        self._made_by_count = Defect.VA_PAGE_EVERY_512_PAGES in tree.core.defects
 
     def __len__(self) -> int:
         return len(self._pages)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from softsgx.arch import EpcAddr
 from softsgx.cgroup import ChargeRefused, EpcCgroup, Hierarchy, VictimKilled
+from softsgx.defects import Defect
 from softsgx.paging import EpcPage, Group
 from softsgx.runtime import InlineRuntime
 from softsgx.trace import Event
@@ -80,8 +81,10 @@ def test_refusals_are_told_with_payer_and_limit() -> None:
     assert heard == [ChargeRefused("/a/b", "/a", 4096)]
 
 
-@pytest.mark.parametrize(("defects", "peak"), [(frozenset(), 0), (frozenset({"L8"}), 1)])
-def test_peak_is_raised_only_by_charges_that_succeed(defects: frozenset[str], peak: int) -> None:
+@pytest.mark.parametrize(
+    ("defects", "peak"), [(frozenset(), 0), (frozenset({Defect.PEAK_RAISED_BY_REFUSED_CHARGE}), 1)]
+)
+def test_peak_is_raised_only_by_charges_that_succeed(defects: frozenset[Defect], peak: int) -> None:
     hierarchy = tree(defects=defects)
     leaf = hierarchy.make("a/b")
     hierarchy.find("a").max_pages = 0
@@ -102,7 +105,7 @@ def test_siblings_are_walked_equally_often_across_walks() -> None:
 
 
 def test_with_b36_a_busy_parent_is_always_walked_first() -> None:
-    hierarchy = tree(defects=frozenset({"B36"}))
+    hierarchy = tree(defects=frozenset({Defect.GROUP_WALK_STARTS_AT_TOP}))
     hierarchy.make("jobs/a")
     jobs = hierarchy.find("jobs")
     assert [next(jobs.walk()).name for _ in range(5)] == ["jobs"] * 5
@@ -140,9 +143,12 @@ def test_reclaim_is_never_wanted_where_nothing_can_be_reclaimed() -> None:
     assert not group.should_reclaim()
 
 
-@pytest.mark.parametrize(("defects", "asked"), [(frozenset(), True), (frozenset({"L11"}), False)])
+@pytest.mark.parametrize(
+    ("defects", "asked"),
+    [(frozenset(), True), (frozenset({Defect.NO_RECLAIM_AHEAD_OF_LIMIT}), False)],
+)
 def test_a_charge_near_the_limit_asks_for_reclaim_ahead(
-    defects: frozenset[str], asked: bool
+    defects: frozenset[Defect], asked: bool
 ) -> None:
     requests: list[Group] = []
     hierarchy = tree(request_reclaim=requests.append, defects=defects)

@@ -26,6 +26,7 @@ from softsgx.arch import (
     SigStruct,
     Status,
 )
+from softsgx.defects import Defect
 from softsgx.hw import Fault, PageInfoArgs, rdmsr, wrmsr
 from softsgx.image import Plan
 from softsgx.kvm import Guest
@@ -89,7 +90,9 @@ def test_the_secs_that_was_checked_is_the_one_that_is_used(defect: bool) -> None
     runtime = SeededRuntime(0, policy=script)
 
     def main() -> int:
-        host = GuestHost(runtime=runtime, defects=frozenset({"B27"} if defect else ()))
+        host = GuestHost(
+            runtime=runtime, defects=frozenset({Defect.GUEST_SECS_READ_TWICE} if defect else ())
+        )
         guest = host.guest()
         secs = bytearray(secs_bytes(2 * PAGE_BYTES))
         bad = secs_bytes(2 * PAGE_BYTES, flags=MODE64 | PROVISION)

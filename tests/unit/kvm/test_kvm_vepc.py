@@ -16,6 +16,7 @@ from tests.support.driver import Launched, launch, pattern
 from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.arch import Status
+from softsgx.defects import Defect
 from softsgx.kvm import (
     MAP_PRIVATE,
     SGX_IOC_VEPC_REMOVE_ALL,
@@ -98,7 +99,7 @@ def test_a_second_mapping_reaches_a_page_that_is_there() -> None:
 
 
 def test_l12_a_page_that_is_there_gets_no_entry() -> None:
-    _host, _monitor, vepc = empty(defects=frozenset({"L12"}))
+    _host, _monitor, vepc = empty(defects=frozenset({Defect.RESIDENT_VEPC_PAGE_NOT_MAPPED}))
     one, two = vepc.mmap(8), vepc.mmap(8)
     assert one.fault(3) is FaultResult.NOPAGE
     assert two.fault(3) is FaultResult.NOPAGE

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support.failing import Fate
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.defects import Defect
 from softsgx.paging import (
     BackingError,
     BackingFile,
@@ -188,7 +189,7 @@ def test_a_pcmd_is_128_bytes_at_its_place(index: int) -> None:
 # --- PCMD pages -----------------------------------------------------------------------------------
 
 
-def swap_file(*defects: str) -> tuple[MemoryBacking, SwapFile]:
+def swap_file(*defects: Defect) -> tuple[MemoryBacking, SwapFile]:
     backing = MemoryBacking()
     file = SwapFile(
         backing,
@@ -231,13 +232,13 @@ def test_a_loaded_page_leaves_nothing_behind() -> None:
 
 
 def test_defect_b6_keeps_the_backing_of_loaded_pages() -> None:
-    backing, file = swap_file("B6")
+    backing, file = swap_file(Defect.BACKING_KEPT_AFTER_ELDU)
     evict(file, 0)
     load(file, 0)
     assert backing.pages() == 2
 
 
-def neighbours(*defects: str) -> tuple[int, int]:
+def neighbours(*defects: Defect) -> tuple[int, int]:
     """Page 0 is evicted, page 1 about to be; page 0 comes back; then page 1 goes and comes back."""
     _backing, file = swap_file(*defects)
     evict(file, 0, 1)
@@ -254,10 +255,10 @@ def test_a_pcmd_page_stays_while_a_neighbour_is_about_to_write_into_it() -> None
 
 def test_defect_b1_truncates_a_pcmd_page_under_a_neighbour() -> None:
     with pytest.raises(BackingError):
-        neighbours("B1")
+        neighbours(Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED)
 
 
-def cleared_then_swapped(*defects: str) -> int:
+def cleared_then_swapped(*defects: Defect) -> int:
     """Under pressure between two loads: the byte of a cleared PCMD that comes back."""
     backing, file = swap_file(*defects)
     evict(file, 0, 1)
@@ -273,10 +274,10 @@ def test_a_cleared_pcmd_stays_cleared_under_pressure() -> None:
 
 
 def test_defect_b3_brings_a_cleared_pcmd_back() -> None:
-    assert cleared_then_swapped("B3") == 1
+    assert cleared_then_swapped(Defect.CLEARED_PCMD_NOT_DIRTY) == 1
 
 
-def evicted_under_pressure(*defects: str) -> tuple[int, int]:
+def evicted_under_pressure(*defects: Defect) -> tuple[int, int]:
     """Pressure between the reservation and EWB, and again after it."""
     backing, file = swap_file(*defects)
     pinned = file.reserve(0)
@@ -292,7 +293,7 @@ def test_what_ewb_wrote_survives_pressure() -> None:
 
 
 def test_defect_b4_loses_what_ewb_wrote() -> None:
-    assert evicted_under_pressure("B4") == (0, 0)
+    assert evicted_under_pressure(Defect.BACKING_DIRTIED_BEFORE_EWB) == (0, 0)
 
 
 @pytest.mark.parametrize("nth", [1, 2])

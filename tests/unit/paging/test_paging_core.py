@@ -13,6 +13,7 @@ from tests.support.hw import build_enclave, make_machine
 from tests.support.owners import FakeOwner
 
 from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.defects import Defect
 from softsgx.paging import (
     EpcBusy,
     EpcCore,
@@ -123,14 +124,14 @@ def test_one_page_with_backing_is_found_behind_all_those_without() -> None:
 
 def test_defect_l7_goes_on_while_every_page_is_young() -> None:
     runtime = SeededRuntime(0, step_limit=5000)
-    core = make_core(runtime, defects=frozenset({"L7"}))
+    core = make_core(runtime, defects=frozenset({Defect.DIRECT_RECLAIM_WITHOUT_END}))
     fill(core, young=10**9)
     with pytest.raises(Livelock):
         runtime.run(lambda: core.alloc(None, reclaim=True))
 
 
 def test_a_signal_ends_even_defect_l7() -> None:
-    core = make_core(defects=frozenset({"L7"}))
+    core = make_core(defects=frozenset({Defect.DIRECT_RECLAIM_WITHOUT_END}))
     fill(core, young=10**9)
     signals = iter([False] * 50)
     with pytest.raises(Interrupted):
@@ -311,7 +312,7 @@ def test_an_allocation_waits_while_pages_are_being_sanitized() -> None:
         core.recount()
 
 
-def stopped_while_sanitizing(defects: frozenset[str]) -> tuple[EpcCore, list[Event]]:
+def stopped_while_sanitizing(defects: frozenset[Defect]) -> tuple[EpcCore, list[Event]]:
     runtime = InlineRuntime()
     core, events = leftovers(runtime, defects=defects)
 
@@ -332,12 +333,14 @@ def test_stopping_while_sanitizing_is_no_failure() -> None:
 
 
 def test_defect_b18_reports_a_stop_as_a_failure() -> None:
-    core, _events = stopped_while_sanitizing(frozenset({"B18"}))
+    core, _events = stopped_while_sanitizing(frozenset({Defect.STOPPED_SANITIZE_REPORTED}))
     assert core.counters.unsanitized == core.dirty_pages > 0
 
 
-@pytest.mark.parametrize(("defects", "count"), [((), PAGES), (("B16",), 2 * PAGES)])
-def test_pages_are_counted_free_once(defects: tuple[str, ...], count: int) -> None:
+@pytest.mark.parametrize(
+    ("defects", "count"), [((), PAGES), ((Defect.FREE_PAGES_COUNTED_TWICE,), 2 * PAGES)]
+)
+def test_pages_are_counted_free_once(defects: tuple[Defect, ...], count: int) -> None:
     runtime = InlineRuntime()
     core, _events = leftovers(runtime, defects=frozenset(defects))
 
@@ -419,7 +422,7 @@ def test_a_poisoned_page_is_not_listed_again() -> None:
 
 
 def test_defect_b12_evicts_a_poisoned_page() -> None:
-    core = make_core(defects=frozenset({"B12"}))
+    core = make_core(defects=frozenset({Defect.POISONED_PAGE_STAYS_ON_LRU}))
     (page,) = fill(core, 1)
     owner = page.owner
     core.poison(page.addr)
@@ -428,7 +431,7 @@ def test_defect_b12_evicts_a_poisoned_page() -> None:
 
 
 def test_defect_l5_counts_poisoned_pages_free() -> None:
-    core = make_core(defects=frozenset({"L5"}))
+    core = make_core(defects=frozenset({Defect.POISONED_PAGES_COUNTED_FREE}))
     core.poison(core.hw.config.sections[0].page(7))
     page = core.alloc(None, reclaim=True)
     core.poison(page.addr)

@@ -8,6 +8,7 @@ import pytest
 from tests.support.hw import make_machine
 
 from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.defects import Defect
 from softsgx.hw import EpcSection, Machine, MachineConfig
 from softsgx.paging import EpcCore, EpcPage, NoEpc
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, walk_once, walk_until_back
@@ -139,7 +140,7 @@ def test_a_cpu_on_a_node_without_epc_gets_an_answer_when_all_is_busy() -> None:
 
 def test_defect_b17_looks_for_ever() -> None:
     runtime = SeededRuntime(0, step_limit=2000)
-    core = numa_core(0, 2, runtime=runtime, defects=frozenset({"B17"}))
+    core = numa_core(0, 2, runtime=runtime, defects=frozenset({Defect.NODE_WALK_WITHOUT_END}))
 
     def main() -> None:
         for _ in range(5):
@@ -183,7 +184,7 @@ def test_a_count_changed_by_threads_is_exact() -> None:
     assert count.value == 6000
 
 
-def churn(seed: int, defects: frozenset[str]) -> EpcCore:
+def churn(seed: int, defects: frozenset[Defect]) -> EpcCore:
     """Two tasks on two nodes take and free pages."""
     runtime = SeededRuntime(seed)
     core = numa_core(0, 1, runtime=runtime, defects=defects)
@@ -204,7 +205,9 @@ def churn(seed: int, defects: frozenset[str]) -> EpcCore:
 def test_the_free_count_is_exact_under_every_schedule_and_defect_b15_is_found() -> None:
     for seed in range(20):
         churn(seed, frozenset()).recount()
-    torn = [churn(seed, frozenset({"B15"})).free_pages for seed in range(20)]
+    torn = [
+        churn(seed, frozenset({Defect.FREE_COUNT_WITHOUT_LOCK})).free_pages for seed in range(20)
+    ]
     assert any(count != 4 for count in torn)
     assert issubclass(TornCount, AtomicCount)
 

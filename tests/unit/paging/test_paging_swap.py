@@ -13,6 +13,7 @@ from tests.support.epc import ToyEnclave, ToyPage
 from tests.support.hw import make_machine
 
 from softsgx.arch import PAGE_BYTES, Pcmd, Status
+from softsgx.defects import Defect
 from softsgx.hw import Machine
 from softsgx.paging import (
     BackingFile,
@@ -37,7 +38,7 @@ EPC_PAGES = 512
 class Bench:
     def __init__(
         self,
-        *defects: str,
+        *defects: Defect,
         pages: int = EPC_PAGES,
         runtime: Runtime | None = None,
         policy: Policy | None = None,
@@ -327,7 +328,7 @@ class Unkickable(ToyEnclave):
         self.kicks += 1
 
 
-def failing_ewb(*defects: str) -> tuple[Bench, ToyEnclave]:
+def failing_ewb(*defects: Defect) -> tuple[Bench, ToyEnclave]:
     bench = Bench(*defects)
     encl = Unkickable(bench.core, bench.machine)
     bench.enclaves.append(encl)
@@ -359,7 +360,7 @@ def test_a_blocked_page_is_usable_again_after_it_was_out() -> None:
 
 
 def test_defect_l1_frees_a_page_that_is_still_valid() -> None:
-    bench, encl = failing_ewb("L1")
+    bench, encl = failing_ewb(Defect.PAGE_FREED_AFTER_FAILED_EWB)
     assert bench.core.counters.lost > 0
     freed = [page for page in bench.machine.valid_pages() if page.secs is not None]
     assert len(freed) == 2 and bench.core.counters.held["reg"] == 0
@@ -368,12 +369,12 @@ def test_defect_l1_frees_a_page_that_is_still_valid() -> None:
 
 
 def test_defect_b26_leaks_the_slot_of_a_failed_eviction() -> None:
-    _bench, encl = failing_ewb("B26")
+    _bench, encl = failing_ewb(Defect.VA_SLOT_LEAKED_BY_FAILED_EWB)
     with pytest.raises(AssertionError):
         encl.recount()
 
 
-def tampered(*defects: str) -> tuple[Bench, ToyEnclave, Callable[[], None]]:
+def tampered(*defects: Defect) -> tuple[Bench, ToyEnclave, Callable[[], None]]:
     bench = Bench(*defects)
     backing = MemoryBacking()
     encl = bench.enclave(2, backing=backing)
@@ -403,7 +404,7 @@ def test_a_tampered_page_is_refused_and_loads_once_it_is_itself_again() -> None:
 
 
 def test_defect_l2_destroys_a_page_whose_load_failed() -> None:
-    _bench, encl, flip = tampered("L2")
+    _bench, encl, flip = tampered(Defect.PAGE_DESTROYED_BY_FAILED_ELDU)
     with pytest.raises(LoadFailed, match="MAC"):
         encl.touch(0)
     flip()
@@ -411,7 +412,7 @@ def test_defect_l2_destroys_a_page_whose_load_failed() -> None:
         encl.touch(0)
 
 
-def without_backing(*defects: str) -> tuple[Bench, ToyEnclave]:
+def without_backing(*defects: Defect) -> tuple[Bench, ToyEnclave]:
     bench = Bench(*defects)
     full = FailingBacking(MemoryBacking(), lambda _request: True)
     encl = bench.enclave(2, backing=full)
@@ -427,13 +428,13 @@ def test_a_page_without_backing_stays() -> None:
 
 
 def test_defect_b25_loses_a_page_whose_backing_fails_late() -> None:
-    bench, encl = without_backing("B25")
+    bench, encl = without_backing(Defect.BACKING_FETCHED_AFTER_BLOCK)
     assert bench.core.counters.lost > 0
     with pytest.raises(LoadFailed, match="lost"):
         encl.touch(0)
 
 
-def poisoned_in_a_batch(*defects: str) -> tuple[Bench, ToyEnclave]:
+def poisoned_in_a_batch(*defects: Defect) -> tuple[Bench, ToyEnclave]:
     """The page is poisoned when it was blocked already."""
     bench = Bench(*defects)
     encl = bench.enclave(2)
@@ -456,7 +457,7 @@ def test_a_page_poisoned_in_a_batch_is_not_read() -> None:
 
 
 def test_defect_l6_reads_a_poisoned_page() -> None:
-    _bench, encl = poisoned_in_a_batch("L6")
+    _bench, encl = poisoned_in_a_batch(Defect.PAGE_POISONED_IN_BATCH_EVICTED)
     with pytest.raises(MachineCheck):
         encl.pages[0].write()
 

@@ -10,11 +10,12 @@ from tests.support.epc import ToyEnclave
 from tests.support.hw import make_machine
 
 from softsgx.arch import VA_SLOTS
+from softsgx.defects import Defect
 from softsgx.paging import EpcCore, LoadFailed, Policy
 from softsgx.runtime import InlineRuntime
 
 
-def bench(pages: int, *defects: str, policy: Policy | None = None) -> EpcCore:
+def bench(pages: int, *defects: Defect, policy: Policy | None = None) -> EpcCore:
     runtime = InlineRuntime()
     machine = make_machine(epc_pages=pages, runtime=runtime)
     return EpcCore(machine, runtime, dirty=(), defects=frozenset(defects), policy=policy)
@@ -43,7 +44,7 @@ def test_an_enclave_has_a_va_page_for_every_512_pages_the_secs_included(added: i
     encl.swap.recount()
 
 
-def grown_at_the_boundary(*defects: str) -> int:
+def grown_at_the_boundary(*defects: Defect) -> int:
     """Add and remove one page 10 times where the number of pages is a multiple of 512."""
     core = bench(600, *defects)
     encl = enclave(core)
@@ -60,7 +61,7 @@ def test_adding_and_removing_at_the_boundary_costs_one_va_page() -> None:
 
 
 def test_defect_l4_makes_a_va_page_each_time() -> None:
-    assert grown_at_the_boundary("L4") == 11
+    assert grown_at_the_boundary(Defect.VA_PAGE_EVERY_512_PAGES) == 11
 
 
 def test_slots_are_taken_from_the_lowest() -> None:
