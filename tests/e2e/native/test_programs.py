@@ -21,7 +21,7 @@ from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import PAGERS, RunResult, doctor, run
-from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
 from softsgx.report import Collector
@@ -110,9 +110,9 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
     program: Program, pager: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zapped: list[tuple[int, int]] = []
-    handle = Transitions._inside_fault
+    handle = EnclaveFaults.page_fault
 
-    def handle_late(self: Transitions, thread: Any, address: int, code: int) -> int:
+    def handle_late(self: EnclaveFaults, thread: Any, address: int, code: int) -> int:
         """Handle a fault after the reclaimer has taken the page of the code from page tables."""
         rip, space = thread.load().rip, thread.image.page_table
         if rip != address and zapped[-1:] != [(rip, address)]:
@@ -121,7 +121,7 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
             space._store.hide_unmapped()
         return handle(self, thread, address, code)
 
-    monkeypatch.setattr(Transitions, "_inside_fault", handle_late)
+    monkeypatch.setattr(EnclaveFaults, "page_fault", handle_late)
     assert program.run("readers", pager=pager).exit_code == 0
     assert len(zapped) > DATA_PAGES
 

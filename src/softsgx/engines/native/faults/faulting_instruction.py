@@ -8,11 +8,22 @@ Source:
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, Pfec, Vector
+from softsgx.engines.native import abi
+from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.insn import decode, is_write
 from softsgx.hw import EXECUTE, READ, WRITE
 
-__all__ = ["LONGEST", "access_at", "again", "code_at", "float_vector", "pfec", "repeat"]
+__all__ = [
+    "LONGEST",
+    "access_at",
+    "again",
+    "code_at",
+    "float_vector",
+    "pfec",
+    "repeat",
+    "trap_vector",
+]
 
 LONGEST = 15
 """Bytes of an instruction at most."""
@@ -95,3 +106,8 @@ def float_vector(code: bytes) -> int:
     """Return #MF for an x87 instruction (or WAIT), #XM for a vector one."""
     first = code[1] if code[:1] and code[0] & 0xF0 == 0x40 else code[0] if code else 0
     return Vector.MF if 0xD8 <= first <= 0xDF or first == 0x9B else Vector.XM
+
+
+def trap_vector(info: SigInfo) -> int:
+    """Return the exception behind a SIGTRAP that the kernel has sent."""
+    return Vector.BP if info.code == abi.SI_KERNEL else Vector.DB

@@ -13,7 +13,9 @@ from tests.support.inhabited import Inhabited
 
 from softsgx.arch import AttributesFlags, GprSgx, Tcs, TcsFlags
 from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.faults.enclave import EnclaveFaults
+from softsgx.engines.native.faults.enclu import EncluLeaves
+from softsgx.engines.native.faults.exits import AsynchronousExits
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.hw import Machine, MachineConfig
 from softsgx.hw.entry import GPR_OFFSET
@@ -58,7 +60,9 @@ class Scene:
         )
         stub = cast(Any, None)
         breakpoints = Breakpoints(lambda _thread, _memory: [])
-        self.transitions = Transitions(stub, stub, stub, cast(Any, SimpleNamespace()), breakpoints)
+        exits = AsynchronousExits(breakpoints)
+        leaves = EncluLeaves(exits, stub, cast(Any, SimpleNamespace()), breakpoints)
+        self.faults = EnclaveFaults(exits, leaves, stub, stub, stub)
 
     def write(self, page: int, offset: int, data: bytes) -> None:
         """Write to the TCS (0), or a page behind it."""
@@ -66,7 +70,7 @@ class Scene:
         self.inhabited.hw.store.write(at, offset, data)
 
     def mend(self) -> None:
-        assert self.transitions._fault_is_mended(self.thread, 4, 0x5000) == 0
+        assert self.faults._mended(self.thread, 4, 0x5000) == 0
 
 
 def test_a_thread_that_comes_straight_back_goes_on_where_it_was() -> None:

@@ -1,0 +1,136 @@
+"""ENCLU of the program: the machine does the leaves, and what they fault with is told here.
+
+Deviation: signals of faults that a thread blocks are unblocked from EENTER to EEXIT, also in the
+handler of another signal that interrupts it, since the ENCLU that leads back in traps.  In a
+process with an enclave they are unblocked in all handlers, which may have an ENCLU themselves.
+
+Source:
+    SDM vol. 3D, "ENCLU", "EENTER"; arch/x86/mm/fault.c, vdso.rst for faults of EENTER and ERESUME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.arch import Enclu, Pfec, Vector
+from softsgx.driver import FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.faults.breakpoints import Breakpoints
+from softsgx.engines.native.faults.exits import ENCLU, AsynchronousExits, block_signals_again
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.permits import Permits
+from softsgx.hw import READ, WRITE, Fault, LogicalProcessor, PageFault, enclu
+
+__all__ = ["EncluLeaves"]
+
+_LOW_32 = 0xFFFF_FFFF
+_EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
+_ENTRIES = frozenset({_EENTER, _ERESUME})
+_EPCM_CHANGES = frozenset(int(leaf) for leaf in (Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY))
+
+
+class EncluLeaves:
+    """Does the leaves that threads ask for.
+
+    Args:
+        exits: what becomes of a leaf's exception.
+        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        permits: entries that do not stop.
+        breakpoints: see there.
+    """
+
+    def __init__(
+        self,
+        exits: AsynchronousExits,
+        refused: Callable[[ProgramThread, int], None],
+        permits: Permits,
+        breakpoints: Breakpoints,
+    ) -> None:
+        self._exits, self._tell_refused = exits, refused
+        self._permits, self._breakpoints = permits, breakpoints
+
+    def execute(self, thread: ProgramThread) -> int:
+        """Do the ENCLU at RIP; registers are loaded.
+
+        Returns:
+            The signal to deliver when the thread goes on, 0 for none.
+
+        Raises:
+            PageFault: an operand of a leaf inside the enclave is not there, or not allowed.
+        """
+        cpu, regs = thread.cpu, thread.regs
+        leaf = regs.rax & _LOW_32
+        operand = regs.rcx
+        while True:
+            if leaf == _ERESUME:
+                cpu.regs.xsave = thread.machine_xstate()
+            try:
+                _execute(cpu, leaf)
+                break
+            except PageFault as fault:
+                if cpu.inside is not None:
+                    raise
+                failed = self._entry_fault(thread, leaf, fault)
+                if failed is not None:
+                    return failed
+            except Fault as fault:
+                return self._exits.refused(thread, leaf, fault)
+        if leaf == _ERESUME:
+            thread.set_machine_xstate(cpu.regs.xsave)
+        thread.store()
+        if leaf in _ENTRIES:
+            self._went_in(thread)
+        elif leaf == _EEXIT:
+            block_signals_again(thread)
+            self._permits.left(thread)
+        elif leaf in _EPCM_CHANGES:
+            thread.image.page_table.refresh(operand)
+        return 0
+
+    def resume(self, thread: ProgramThread) -> int:
+        """At the AEP after an exit whose reason is gone: do the ENCLU there, if there is one.
+
+        Returns:
+            The signal to deliver when the thread goes on, 0 for none.
+        """
+        image, regs = thread.image, thread.regs
+        if regs.rip == image.aep or image.read(regs.rip, len(ENCLU)) == ENCLU:
+            return self.execute(thread)
+        return 0
+
+    def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
+        """EENTER or ERESUME met a page that is not there; ``None`` to try again."""
+        mm, result = thread.image.mm, FaultResult.SEGV
+        if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
+            access = WRITE if fault.code & Pfec.W else READ
+            result = mm.fault(fault.address, access, thread)
+            if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+                return None
+            if result is not FaultResult.SEGV:
+                self._tell_refused(thread, fault.address)
+        if self._exits.fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
+            return 0
+        thread.store()
+        return self._exits.page_fault(thread, result, fault.code, fault.address)
+
+    def _went_in(self, thread: ProgramThread) -> None:
+        """Fault signals must reach us: the kernel resets what it forces on a blocked one."""
+        self._breakpoints.arm(thread)
+        self._breakpoints.stopped(thread)
+        mask = thread.sigmask()
+        if mask & abi.FAULT_SIGNALS:
+            thread.blocked = mask
+            thread.set_sigmask(mask & ~abi.FAULT_SIGNALS)
+
+
+def _execute(cpu: LogicalProcessor, leaf: int) -> None:
+    """ENCLU; the checks before any leaf cannot fail for the leaves that are done directly."""
+    regs = cpu.regs
+    if cpu.hw.tracer is None:
+        if leaf == _EEXIT and cpu.inside is not None:
+            cpu.enclu.eexit(regs.rbx)
+            return
+        if leaf == _EENTER and cpu.inside is None:
+            cpu.enclu.eenter(regs.rbx, regs.rcx)
+            return
+    enclu(cpu)

@@ -1,0 +1,166 @@
+"""Asynchronous exits: how threads leave enclaves without EEXIT, and what the program is told.
+
+Deviation: a page fault that the driver resolves does not leave the enclave, if its AEP is an ENCLU
+and the enclave does not ask for AEX-Notify.  The thread is stopped in any case; when its pages or
+an epoch need it to be out, it is kicked, which is a real exit.  Else exit and ERESUME would only
+copy state out and back, and listeners are told of both: an enclave that looks for exits in its SSA
+frame does not find those.  The same goes for an interrupt whose thread would resume at once; when
+it could not, because a page that ERESUME needs is on its way out, the exit is a real one, and
+execution goes on at the AEP.
+
+Source:
+    SDM vol. 3D, "Asynchronous Enclave Exit"; arch/x86/mm/fault.c, arch/x86/kernel/traps.c for what
+    becomes of exceptions; vdso.rst for the fix-up.
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import PAGE_BYTES, AttributesFlags, Enclu, Tcs, Vector
+from softsgx.driver import FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.faults.breakpoints import Breakpoints
+from softsgx.engines.native.faults.exceptions import send, send_page_fault
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.hw import AsynchronousExit, Fault, LeafDone, aex
+from softsgx.hw.optimised import try_virtual_exit
+
+__all__ = ["ENCLU", "INTERRUPT", "AsynchronousExits", "block_signals_again"]
+
+ENCLU = b"\x0f\x01\xd7"
+INTERRUPT = 0xFD
+"""The vector of interrupts from other processors."""
+
+_PAGE_MASK = -PAGE_BYTES
+_AEP = Tcs.OFFSETS["aep"]
+_NO_VECTOR = -1  # how events show an interrupt
+_ERESUME = int(Enclu.ERESUME)
+_NOTIFIES = int(AttributesFlags.AEXNOTIFY)
+
+
+class AsynchronousExits:
+    """See the module.
+
+    Args:
+        breakpoints: see there.
+    """
+
+    def __init__(self, breakpoints: Breakpoints) -> None:
+        self._breakpoints = breakpoints
+
+    def return_at_once(self, thread: ProgramThread) -> bool:
+        """Return whether nothing could tell an exit now from none: it leads straight back.
+
+        Not so where the AEP has other code than ENCLU, which belongs to the program, nor where the
+        enclave asks to be notified, since ERESUME would go to its handler.
+        """
+        cpu, image = thread.cpu, thread.image
+        inside = cpu.inside
+        assert inside is not None, "an exit from nowhere"
+        if inside.enclave.flags & _NOTIFIES:
+            return False
+        aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
+        return aep == image.aep or image.read(aep, len(ENCLU)) == ENCLU
+
+    def skip(self, thread: ProgramThread, vector: int) -> None:
+        """Count and report an exit and an ERESUME that are not done, since nothing would differ."""
+        cpu = thread.cpu
+        tracer, inside = cpu.hw.tracer, cpu.inside
+        assert inside is not None, "a mended fault of enclave code outside an enclave"
+        crossings = inside.enclave.crossings
+        crossings.aex += 1
+        crossings.eresume += 1
+        if tracer is not None:
+            eid, tcs = inside.enclave.eid, inside.tcs_linaddr
+            tracer(AsynchronousExit(cpu.number, eid, tcs, vector))
+            tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
+
+    def interrupt(self, thread: ProgramThread) -> bool:
+        """Take an interrupt of a thread inside that resumes at once: no more moves than counts.
+
+        The thread may be running.  ``False``: it must be stopped and leave; nothing has changed.
+        """
+        cpu, image = thread.cpu, thread.image
+        assert cpu.inside is not None, "an interrupt that makes nobody leave"
+        if not self.return_at_once(thread) or not try_virtual_exit(cpu):
+            return False
+        if thread is not image.current:  # else the fault at hand is its exit
+            self.skip(thread, _NO_VECTOR)
+        return True
+
+    def leave(
+        self,
+        thread: ProgramThread,
+        vector: int,
+        code: int = 0,
+        address: int = 0,
+        *,
+        comes_back: bool = False,
+    ) -> None:
+        """Asynchronous exit; registers are loaded, and stored afterwards.
+
+        Args:
+            thread: a stopped thread inside.
+            vector: the exception, or an interrupt.
+            code: its error code.
+            address: of a page fault.
+            comes_back: the reason is gone; the thread goes on at the AEP, which leads back in.
+        """
+        cpu = thread.cpu
+        cpu.regs.xsave = thread.machine_xstate()
+        aex(cpu, vector, code, address)
+        thread.set_machine_xstate(cpu.regs.xsave)
+        thread.store()
+        if not comes_back and vector != INTERRUPT:  # else an ENCLU that leads back may trap
+            block_signals_again(thread)
+
+    # --- what the program is told ---------------------------------------------------------------
+    # Each returns the signal to deliver when the thread goes on, 0 for none.
+
+    def exception(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> int:
+        """Enclave code raised an exception: out, and on to whoever handles it."""
+        self._breakpoints.exception(thread)
+        self.leave(thread, vector, code, address)
+        fixable = vector not in (Vector.DB, Vector.BP)
+        if fixable and self.fix_up(thread, _ERESUME, vector, code, address & _PAGE_MASK):
+            return 0
+        if vector == Vector.PF:
+            return self.page_fault(thread, FaultResult.SEGV, code, address & _PAGE_MASK)
+        return send(thread, vector, code)
+
+    def refused(self, thread: ProgramThread, leaf: int, fault: Fault) -> int:
+        """A leaf, or an instruction that the machine does, raised #GP, #UD or the like."""
+        if thread.cpu.inside is not None:
+            return self.exception(thread, fault.vector, fault.code)
+        if self.fix_up(thread, leaf, fault.vector, fault.code, 0):
+            return 0
+        thread.store()
+        return send(thread, fault.vector, fault.code)
+
+    def page_fault(
+        self, thread: ProgramThread, result: FaultResult, error: int, address: int
+    ) -> int:
+        """Return the signal for a #PF that nothing has mended; the thread is outside."""
+        if result is FaultResult.SEGV:
+            mapped = thread.image.is_mapped(address)
+            code = abi.SEGV_ACCERR if mapped else abi.SEGV_MAPERR
+            return send_page_fault(thread, error, address, code=code)
+        return send_page_fault(thread, error, address, number=abi.SIGBUS, code=abi.BUS_ADRERR)
+
+    def fix_up(
+        self, thread: ProgramThread, leaf: int, vector: int, code: int, address: int
+    ) -> bool:
+        """Report an exception through our vDSO, if that is where it is seen to have happened."""
+        image, regs = thread.image, thread.regs
+        if regs.rip not in (image.aep, image.eenter):
+            return False
+        regs.rip = image.vdso_base + image.vdso.fixup
+        regs.rax, regs.rdi, regs.rsi, regs.rdx = leaf, vector, code, address
+        thread.store()
+        return True
+
+
+def block_signals_again(thread: ProgramThread) -> None:
+    """A thread has left its enclave: it blocks the signals of faults that it did outside."""
+    if thread.blocked is not None:
+        thread.set_sigmask(thread.blocked)
+        thread.blocked = None
