@@ -257,7 +257,7 @@ def play(history: list[tuple[int, int]]) -> list[tuple[str, object]]:
     assert typed_way.blobs == register_way.blobs
     assert state_of(typed_way.hw) == state_of(register_way.hw)
     for way in ways:
-        way.hw.recount()
+        way.hw.check_invariants()
     return outcomes
 
 

@@ -450,7 +450,7 @@ def _a_page_that_was_not_measured_stays_counted(defects: Defects) -> bool:
     _refusing(system, "eextend", 1)
     with suppress(OSError):
         process.add_pages(fd, 0, pattern(1), SECINFO_RW)
-    return _fails(system.driver.recount)
+    return _fails(system.driver.check_invariants)
 
 
 @story(Defect.MM_WITHOUT_ENCLAVE_REFERENCE)

@@ -132,7 +132,7 @@ def swarm(
     for guest, _actors in crew:
         guest.core.stop()
     host.core.stop()
-    host.recount()
+    host.check_invariants()
     _end(host, native, crew)
     return host
 
@@ -144,12 +144,12 @@ def _end(host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Acto
         while guest.driver.enclaves:
             host.runtime.yield_now()
         assert guest.free_pages == guest.epc_pages, f"{guest.guest.name} has lost pages"
-        guest.recount()
-    host.recount()
+        guest.check_invariants()
+    host.check_invariants()
     for guest in host.guests:
         guest.guest.destroy()
     host.guests = []
-    host.recount()
+    host.check_invariants()
     assert not host.device.zombies
     assert host.core.free_pages == host.epc_pages, "the host has lost pages"
 

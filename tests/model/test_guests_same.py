@@ -94,7 +94,7 @@ class Run:
         for share in list(self.actor.shares):
             self.actor.read_all(share)
         self.actor.process.exit()
-        self.host.recount()
+        self.host.check_invariants()
         assert self.guest.free_pages == GUEST_PAGES
         return visible(self.guest.events)
 

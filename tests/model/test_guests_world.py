@@ -152,7 +152,7 @@ class World:
         assert self.guest.free_pages == self.guest.epc_pages
         for guest in list(self.host.guests):
             self._end(guest)
-        self.host.recount()
+        self.host.check_invariants()
         free = self.host.core.free_pages + self.host.core.poisoned_pages
         assert free == self.host.epc_pages, f"{self.host.epc_pages - free} pages are gone"
 
@@ -176,5 +176,5 @@ def test_a_guest_keeps_its_memory_or_knows_that_it_is_lost(
     world = World(epc_pages, guest_pages, fail_every=fail_every)
     for kind, number, value in program:
         world.do(kind, number, value)
-        world.host.recount()
+        world.host.check_invariants()
     world.finish()

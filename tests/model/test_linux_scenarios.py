@@ -117,7 +117,7 @@ def test_1_a_fault_at_a_border_waits_before_the_write_and_loads_after_it(phase: 
     thread = made.thread()
     assert thread.load(addr) == pattern(1)[:8]
     thread.exit()
-    system.recount()
+    system.check_invariants()
 
 
 # 2
@@ -134,7 +134,7 @@ def test_2_an_enclave_given_up_at_a_border_is_destroyed_when_the_batch_ends(phas
     batch.finish(phase)
     assert not system.driver.enclaves
     assert system.free_pages == system.epc_pages
-    system.recount()
+    system.check_invariants()
 
 
 # 3
@@ -196,7 +196,7 @@ def test_4_changing_a_page_in_a_batch_is_refused_and_undone(phase: str) -> None:
     assert process.remove_pages(made.fd, made.offset(2), PAGE_BYTES).count == PAGE_BYTES
     args = process.modify_types(made.fd, made.offset(1), PAGE_BYTES, PageType.TCS)
     assert args.count == PAGE_BYTES
-    system.recount()
+    system.check_invariants()
 
 
 # 5
@@ -230,7 +230,7 @@ def test_5_one_batch_costs_one_cycle_and_one_round_of_interrupts(inside: int) ->
     for cpu, thread in enumerate(threads):
         assert thread.load(made.data(1 + cpu)) == pattern(1 + cpu)[:8]
         thread.exit()
-    system.recount()
+    system.check_invariants()
 
 
 def test_5_enclaves_mixed_in_a_batch_have_a_cycle_each() -> None:
@@ -343,7 +343,7 @@ def test_9_a_signal_during_add_pages_counts_what_was_done(after: int) -> None:
     assert len(process.enclave_file(fd).enclave.pages) == done
     if seen:
         assert seen[0].count == done * PAGE_BYTES
-    system.recount()
+    system.check_invariants()
 
 
 # 10
@@ -383,7 +383,7 @@ def test_10_after_a_loss_of_power_users_get_signals_and_everything_can_be_freed(
     process.exit()
     assert system.free_pages == system.epc_pages
     assert not system.core.counters.leaked
-    system.recount()
+    system.check_invariants()
     again = launch(system.process(), 2)
     fresh = again.thread()
     assert fresh.load(again.data(1)) == pattern(1)[:8]

@@ -129,12 +129,12 @@ class EpcCoreHistories(RuleBasedStateMachine):
 
     @invariant()
     def every_epc_page_is_in_exactly_one_place(self) -> None:
-        self.core.recount()
+        self.core.check_invariants()
 
     @invariant()
     def every_enclave_counts_right(self) -> None:
         for encl in self.living:
-            encl.recount()
+            encl.check_invariants()
             hardware = encl.hardware.children if encl.swap.secs is not None else 0
             assert hardware == encl.swap.children
 
@@ -146,8 +146,8 @@ class EpcCoreHistories(RuleBasedStateMachine):
                 encl.kick()
             encl.check()
             encl.close()
-        self.core.recount()
-        self.machine.recount()
+        self.core.check_invariants()
+        self.machine.check_invariants()
         assert self.core.free_pages == self.core.epc_pages
         assert self.core.counters.leaked == self.core.counters.lost == 0
 
@@ -217,13 +217,13 @@ def storm(
             task.join()
         core.stop()
         for encl in made:
-            encl.recount()
+            encl.check_invariants()
             encl.check()
             encl.close()
 
     runtime.run(main)
-    core.recount()
-    machine.recount()
+    core.check_invariants()
+    machine.check_invariants()
     assert core.free_pages == epc_pages
     assert core.counters.leaked == core.counters.lost == core.counters.eldu_failed == 0
     return core
@@ -279,4 +279,4 @@ def test_shortage_ends_in_an_answer_under_every_schedule(seed: int) -> None:
 
     runtime.run(main)
     assert refused
-    core.recount()
+    core.check_invariants()

@@ -143,8 +143,8 @@ class World:
         self.system.driver.unload()
 
     def check(self) -> None:
-        self.system.recount()
-        self.tree.recount()
+        self.system.check_invariants()
+        self.tree.check_invariants()
 
 
 programs = st.lists(st.tuples(st.sampled_from(STEPS + WORLD), SMALL, SMALL), max_size=40)
@@ -218,12 +218,12 @@ def _together(system: System, seed: int, *, actors: int, steps: int, shared: boo
     for task in tasks:
         task.join()
     system.core.stop()  # in the middle of a batch, pages are marked
-    system.recount()
+    system.check_invariants()
     for process in {id(actor.process): actor.process for actor in crew}.values():
         process.exit()
     while system.driver.enclaves:  # the end of a space that was being walked is put off
         runtime.yield_now()
-    system.recount()
+    system.check_invariants()
     assert system.free_pages == system.epc_pages
 
 

@@ -109,11 +109,11 @@ class System:
         """A new process."""
         return SoftProcess(self.machine, self.driver, **options)  # type: ignore[arg-type]
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Check every count there is."""
-        self.machine.recount()
-        self.core.recount()
-        self.driver.recount()
+        self.machine.check_invariants()
+        self.core.check_invariants()
+        self.driver.check_invariants()
 
     def evict(self, enclave: Enclave) -> None:
         """Evict everything that can leave, by reclaiming until nothing more does."""

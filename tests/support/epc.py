@@ -322,9 +322,9 @@ class ToyEnclave:
         for index, page in sorted(self.pages.items()):
             assert self.read(index) == page.content, f"page {index} holds other bytes"
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare the counts with the pages."""
-        self.swap.recount()
+        self.swap.check_invariants()
         resident = [page for page in self.pages.values() if page.epc is not None]
         assert self.swap.children == len(resident), "secs_child_cnt differs from resident pages"
         evicted = [page for page in self.pages.values() if page.entry is not None]

@@ -92,11 +92,11 @@ class GuestSystem:
         assert epc is not None, f"the guest has evicted page {index}"
         return self.page(epc.addr)
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Check every count in it."""
-        self.guest.recount()
-        self.core.recount()
-        self.driver.recount()
+        self.guest.check_invariants()
+        self.core.check_invariants()
+        self.driver.check_invariants()
 
 
 @dataclass
@@ -191,12 +191,12 @@ class GuestHost:
             if self.core.counters.reclaimed == before:
                 break
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Check every count there is, and VIRTCHILDCNT of every SECS."""
-        self.system.recount()
-        self.tree.recount()
+        self.system.check_invariants()
+        self.tree.check_invariants()
         for guest in self.guests:
-            guest.recount()
+            guest.check_invariants()
         pages = [
             page
             for made in self.guests

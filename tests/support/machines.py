@@ -498,7 +498,7 @@ class Machines(RuleBasedStateMachine):
     def every_epc_page_is_in_one_place_and_as_it_must_be(self) -> None:
         if not hasattr(self, "model"):
             return
-        self.hw.recount()
+        self.hw.check_invariants()
         place = self.model.place
         assert {page.addr for page in self.hw.valid_pages()} == place.keys()
         for page in self.hw.pages.values():

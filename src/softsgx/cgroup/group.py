@@ -7,7 +7,7 @@ as its sibling.
 Lock order: the hierarchy's latch is innermost but for the latch of an LRU list.
 
 Invariant: a group's ``usage_pages`` is what was charged to it and its descendants and not yet
-uncharged; :meth:`Hierarchy.recount` compares.
+uncharged; :meth:`Hierarchy.check_invariants` compares.
 
 Source:
     ``misc_cg_try_charge()``, kernel/cgroup/misc.c; ``sgx_cgroup_*`` in the EPC cgroup series, v17.
@@ -115,7 +115,7 @@ class Hierarchy:
             group = group.children.get(name) or group.mkdir(name)
         return group
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare every group's usage with its own charges and its children's."""
         for group in self.root.subtree():
             below = sum(child.usage_pages for child in group.all_children())

@@ -203,7 +203,7 @@ class Driver:
         """Return a number for a simulated process."""
         return next(self._pids)
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare every enclave's counts with a recount; call while nothing runs."""
         for enclave in self.enclaves:
-            enclave.recount()
+            enclave.check_invariants()

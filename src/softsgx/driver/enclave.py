@@ -387,7 +387,7 @@ class Enclave(Counted):
         """EPC pages its pages take now, without SECS and VA pages."""
         return sum(page.epc is not None for page in list(self.pages.values()))
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare its counts with a recount from its pages; call while nothing runs."""
         if not self.created or self.dead:
             return
@@ -400,7 +400,7 @@ class Enclave(Counted):
                 assert (page.epc is None) != (page.entry is None), f"{page!r} is in two places"
                 assert not page.reclaiming and not page.busy, f"{page!r} is still marked"
                 assert page.reservation is None, f"{page!r} still has a reservation"
-            self.swap.recount()
+            self.swap.check_invariants()
 
     # --- faults ---------------------------------------------------------------------------------
 

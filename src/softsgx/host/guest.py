@@ -84,9 +84,9 @@ class GuestPlatform:
         Raises:
             AssertionError: a count is wrong, or a page is not in exactly one place.
         """
-        self.guest.recount()
-        self.core.recount()
-        self.driver.recount()
+        self.guest.check_invariants()
+        self.core.check_invariants()
+        self.driver.check_invariants()
 
 
 class GuestVictim:

@@ -261,11 +261,11 @@ class Platform:
         Raises:
             AssertionError: a count is wrong, or a page is not in exactly one place.
         """
-        self.machine.recount()
-        self.core.recount()
-        self.cgroups.recount()
+        self.machine.check_invariants()
+        self.core.check_invariants()
+        self.cgroups.check_invariants()
         if self.driver is not None:
-            self.driver.recount()
+            self.driver.check_invariants()
         for guest in self.guests:
             guest.check()
 

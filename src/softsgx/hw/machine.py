@@ -8,8 +8,8 @@ This is the only package that can read or write the bytes of an EPC page.  What 
 * ``machine.config``: what CPUID tells.
 
 Invariants: a version is never used twice under one paging key; ``Enclave.children`` is the number
-of valid pages whose ``secs`` names it (:meth:`Machine.recount` checks); page locks are held only
-for the duration of one leaf.
+of valid pages whose ``secs`` names it; page locks are held only for the duration of one leaf.
+:meth:`Machine.check_invariants` compares.
 
 Source:
     SDM vol. 3D, chapters "Introduction to Intel SGX" to "SGX Instruction References".
@@ -218,7 +218,7 @@ class Machine:
                 assert page.enclave is not None, f"{page!r} holds no enclave"
                 yield page, page.enclave
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare every count with a recount from raw state; call while no leaf runs."""
         children: dict[int, int] = {}
         for page in self.valid_pages():

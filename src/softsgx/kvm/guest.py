@@ -404,7 +404,7 @@ class Guest(Monitor):
             page.evicted is not None for vepc in self.vepcs for page in list(vepc.pages.values())
         )
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare every count with a recount; call while nothing of it runs."""
         pages = [page for vepc in self.vepcs for page in vepc.pages.values()]
         resident = sum(page.epc is not None for page in pages)
@@ -421,7 +421,7 @@ class Guest(Monitor):
                 f"{page!r}: {page.evicted_children} evicted children, recounted {counted}"
             )
         for vepc in self.vepcs:
-            vepc.recount()
+            vepc.check_invariants()
 
 
 def _guest_config(

@@ -407,9 +407,9 @@ class Vepc(Counted):
             return "secs with children"
         return "ballast" if not self.monitor.may_shrink() else None
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare counts with a recount; call while no task runs here."""
-        self.swap.recount()
+        self.swap.check_invariants()
         for page in self.pages.values():
             assert page.epc is None or page.evicted is None, f"{page!r} is in two places"
             assert not page.reclaiming and not page.pins, f"{page!r} is left reclaiming or pinned"

@@ -11,9 +11,9 @@ Lock order (an outer lock is left of an inner one)::
 ``alloc`` with ``reclaim=True``, ``reclaim`` and ``wait_for_page`` take owners' locks, so nobody may
 call them with one held; everything else may be called with any lock held.
 
-Invariants, which :meth:`EpcCore.recount` checks: a page is dirty, free, in quarantine, held or
-leaked; a held page is tracked on at most one list, or by one batch; the counts are those of a
-recount.
+Invariants: a page is dirty, free, in quarantine, held or leaked; a held page is tracked on at most
+one list, or by one batch; each count equals the number of pages.  :meth:`EpcCore.check_invariants`
+compares.
 
 Source:
     ``arch/x86/kernel/cpu/sgx/main.c``.
@@ -34,11 +34,11 @@ from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
 from softsgx.paging.free_pages import FreePages
 from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
+from softsgx.paging.invariants import check_pages
 from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.page import EpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
 from softsgx.paging.reclaim import EVICT_POISONED, Batch, Reclaimer
-from softsgx.paging.recount import recount
 from softsgx.paging.relief import Relief, Request
 from softsgx.paging.sanitize import Sanitizer
 from softsgx.paging.va import VaTree
@@ -495,16 +495,16 @@ class EpcCore:
 
     # --- checking -------------------------------------------------------------------------------
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare every count with a recount from raw state; call while no task runs here.
 
         Raises:
             AssertionError: says which count or page is wrong.
         """
-        recount(
+        check_pages(
             pool=self._pool,
             dirty=self._sanitizer,
             counters=self.counters,
             idle=not self._ksgxd.working.value,
         )
-        self.va.recount()
+        self.va.check_invariants()

@@ -414,9 +414,9 @@ class EnclaveSwap(SwapSpace):
             self.va.unlink(page)
         self._backing.close()
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare the counts with a recount; call with the lock held or while no task runs."""
-        self.va.recount()
+        self.va.check_invariants()
         assert self.secs is not None or not self.children, (
             f"{self.children} resident pages, but the SECS is evicted"
         )

@@ -306,7 +306,7 @@ class VaArray:
             self.tree.old_index(page.index)
             self.tree.trim(self.level + 1)
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare the counts with a recount; call with the lock held or while no task runs."""
         room = sum(page.free_slots for page in self._pages if page.usable)
         used = sum(VA_SLOTS - page.free_slots for page in self._pages)
@@ -451,7 +451,7 @@ class VaTree:
         if self.core.unmark_reclaimable(page.epc):  # else a batch has it, which will put it back
             array.unlink(page)
 
-    def recount(self) -> None:
+    def check_invariants(self) -> None:
         """Compare the counts of the upper levels with a recount."""
         for array in self._levels.values():
-            array.recount()
+            array.check_invariants()

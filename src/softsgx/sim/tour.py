@@ -245,7 +245,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     assert kept == b"THE LAUNCH" + _SECRET[10:]
     tour.tell("load", f"offset {data:#x}", repr(kept.decode()))
     cpu.enclu.eexit(_AEP)
-    hw.recount()
+    hw.check_invariants()
     return tour.chapters
 
 

@@ -265,7 +265,7 @@ class Charges(RuleBasedStateMachine):
 
     @invariant()
     def every_usage_is_the_sum_of_what_was_charged_below(self) -> None:
-        self.tree.recount()
+        self.tree.check_invariants()
         for group in self.groups:
             below = sum(n for g, n in self.charged.items() if group in g.ancestry())
             assert group.usage_pages == below

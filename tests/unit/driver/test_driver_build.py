@@ -138,7 +138,7 @@ def test_a_create_that_is_refused_leaves_nothing_and_can_be_repeated(
     bench = Bench()
     assert bench.create(secs) == errno
     assert bench.system.free_pages == bench.free_before
-    bench.system.recount()
+    bench.system.check_invariants()
     assert bench.create(secs_bytes(SIZE)) == "ok"
     assert bench.create(secs_bytes(SIZE)) == "EINVAL"  # created already
 
@@ -161,7 +161,7 @@ def test_create_unwinds_when_a_leaf_faults(leaf: str) -> None:
     fail_leaf(bench.system, leaf)
     assert bench.create(secs_bytes(SIZE)) in ("EIO", "EFAULT")
     assert bench.system.free_pages == bench.free_before
-    bench.system.recount()
+    bench.system.check_invariants()
     assert bench.create(secs_bytes(SIZE)) == "ok"
 
 
@@ -268,7 +268,7 @@ def test_add_pages_refuses_with_the_errno_of_the_row_and_adds_nothing(
     assert bench.add() == errno
     assert bench.args.count == 0
     assert bench.system.free_pages == before
-    bench.system.recount()
+    bench.system.check_invariants()
 
 
 def test_pages_are_added_only_between_create_and_init() -> None:
@@ -297,7 +297,7 @@ def test_a_leaf_that_faults_undoes_one_page_and_counts_those_before(leaf: str, n
     done = nth - 1 if leaf == "eadd" else (nth - 1) // 16
     assert bench.args.count == done * PAGE_BYTES
     assert before - bench.system.free_pages == done
-    bench.system.recount()
+    bench.system.check_invariants()
 
 
 def test_add_pages_goes_on_where_it_was_interrupted() -> None:
@@ -327,7 +327,7 @@ def test_adding_more_than_the_epc_holds_evicts_what_was_added() -> None:
     bench.args.length = SIZE
     assert bench.add() == "ok"
     assert bench.system.core.counters.reclaimed > 0
-    bench.system.recount()
+    bench.system.check_invariants()
 
 
 def test_adding_without_epc_is_out_of_memory() -> None:
@@ -370,7 +370,7 @@ def added() -> Iterator[tuple[System, SoftProcess, int]]:
     process = system.process()
     yield system, process, build(process, plan_for(1), init=False)
     process.exit()
-    system.recount()
+    system.check_invariants()
     assert system.free_pages == 64
 
 

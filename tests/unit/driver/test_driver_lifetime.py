@@ -46,7 +46,7 @@ DEBUG = AttributesFlags.MODE64BIT | AttributesFlags.DEBUG
 def system() -> Iterator[System]:
     made = System(listen=True)
     yield made
-    made.recount()
+    made.check_invariants()
     assert made.free_pages == made.epc_pages
     assert not made.driver.enclaves
 

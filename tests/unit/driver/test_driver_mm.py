@@ -212,7 +212,7 @@ def test_a_forked_child_shares_the_enclave() -> None:
     assert hers.load(made.data(0), 11) == b"from parent"
     hers.exit()
     child.exit()
-    system.recount()
+    system.check_invariants()
     assert system.free_pages == system.epc_pages
 
 

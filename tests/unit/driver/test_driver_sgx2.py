@@ -218,7 +218,7 @@ def test_a_page_that_could_not_be_made_leaves_nothing(made: Launched, leaf: str)
         for page in held:
             if page.group is not None:
                 system_core.free(page)
-    made.process.driver.recount()
+    made.process.driver.check_invariants()
     assert made.process.mm.fault(made.data(4), R) is FaultResult.NOPAGE
 
 
@@ -321,7 +321,7 @@ def test_only_pages_that_the_enclave_let_go_are_removed(
     gone = errno == "ok"
     assert args.count == PAGE_BYTES * gone
     assert made.process.driver.core.free_pages == free + gone
-    made.process.driver.recount()
+    made.process.driver.check_invariants()
 
 
 def test_a_trimmed_page_is_denied_before_and_after_it_was_accepted(made: Launched) -> None:
@@ -343,7 +343,7 @@ def test_a_page_nobody_touched_can_be_removed_and_so_can_an_evicted_one() -> Non
     system.evict(made.enclave)
     args = made.process.remove_pages(made.fd, made.offset(2), 2 * PAGE_BYTES)
     assert args.count == 2 * PAGE_BYTES
-    system.recount()
+    system.check_invariants()
     made.process.exit()
     assert system.free_pages == system.epc_pages
 

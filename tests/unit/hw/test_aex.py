@@ -85,7 +85,7 @@ def test_the_synthetic_state_is_the_manuals_and_nothing_of_the_enclaves() -> Non
     assert (regs.fs_base, regs.gs_base, regs.xcr0) == (0x1234_5000, 0x1235_5000, 7)
     assert (scene.peek("cssa"), scene.peek("state")) == (1, TCS_INACTIVE)
     assert cpu.inside is None and not cpu.tlb
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def test_a_32_bit_exit_leaves_the_upper_registers_alone() -> None:
@@ -294,7 +294,7 @@ def test_resuming_brings_back_every_register_and_every_component(
     assert cpu.regs.rflags & RESTORED == within.rflags & RESTORED
     assert cpu.regs.xsave == state and cpu.regs.xcr0 == xfrm
     assert scene.peek("cssa") == 0
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def _raw(seed: int, state_bv: int) -> bytes:
@@ -383,7 +383,7 @@ def test_a_notified_resume_enters_afresh_on_the_next_frame() -> None:
     regs.rdx = 8
     aex(scene.cpu, INTERRUPT)
     assert scene.gpr(0).rdx == 8 and scene.peek("cssa") == 1
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 @pytest.mark.parametrize("bit", [0, 2])
@@ -481,7 +481,7 @@ def test_an_interrupt_waits_for_the_end_of_an_entry_in_flight() -> None:
         scene, entry, (left,) = race(seed, "interrupt")
         assert entry is None
         assert (scene.cpu.inside is None) == left
-        scene.hw.recount()
+        scene.hw.check_invariants()
         seen.add(left)
     assert seen == {True, False}
 
@@ -496,7 +496,7 @@ def test_a_page_that_an_entry_has_found_cannot_be_evicted_under_it() -> None:
             # It came too late for the page, and has left no trace for the tracking.
             assert entry == UserPf(scene.base + SSA, "w")
             assert status in (Status.SUCCESS, Status.NOT_TRACKED)
-        scene.hw.recount()
+        scene.hw.check_invariants()
         seen.add((entry is None, status))
     assert {(True, Status.NOT_TRACKED), (False, Status.SUCCESS)} <= seen
 
@@ -509,7 +509,7 @@ def test_a_page_that_an_entry_has_found_cannot_be_removed_under_it() -> None:
             assert status is Status.ENCLAVE_ACT and scene.page(SSA).valid
         else:
             assert entry == UserPf(scene.base + SSA, "w") and status is Status.SUCCESS
-        scene.hw.recount()
+        scene.hw.check_invariants()
         seen.add(status)
     assert seen == {Status.ENCLAVE_ACT, Status.SUCCESS}
 

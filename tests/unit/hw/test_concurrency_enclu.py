@@ -210,7 +210,7 @@ def test_entry_and_removal_of_a_page_never_both_succeed(entry: str, what: str, f
     inside, there = e.cpu(0).inside is not None, e.page(offset).valid
     assert inside == there, "a thread is inside an enclave that lost a page, or nobody got his way"
     assert e.enclave.threads_inside == inside
-    e.hw.recount()
+    e.hw.check_invariants()
 
 
 @ENTRIES
@@ -250,7 +250,7 @@ def test_an_etrack_in_the_middle_of_an_entry_counts_the_entrant_or_comes_before_
     assert e.ewb(P) in (OK, Status.NOT_TRACKED)
     assert e.track() in (OK, Status.PREV_TRK_INCMPL)
     e.exit(0)
-    e.hw.recount()
+    e.hw.check_invariants()
     assert e.enclave.threads_inside == 0
     assert e.track() == OK
     assert e.page(P).valid is False or e.ewb(P) == OK
@@ -262,7 +262,7 @@ def test_an_exit_in_the_middle_of_an_etrack_is_counted_once() -> None:
         e.enter(0)
         e.enter(1)
         assert at_point(e, e.track, partial(getattr(e, leave), 0))[0] == OK
-        e.hw.recount()
+        e.hw.check_invariants()
         e.exit(1)
-        e.hw.recount()
+        e.hw.check_invariants()
         assert e.enclave.threads_inside == 0

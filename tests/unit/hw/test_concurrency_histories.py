@@ -137,7 +137,7 @@ class Churn:
     def check(self) -> None:
         """Bring everything back; see that it is all there, once, as it was."""
         bench = self.bench
-        bench.machine.recount()
+        bench.machine.check_invariants()
         for page in bench.machine.pages.values():
             assert (page.lock, page.lock_a) == (0, False), f"{page!r} is still held"
         for secs in self.enclaves:
@@ -152,7 +152,7 @@ class Churn:
             if page.secs is not None
         }
         assert found == self.content
-        bench.machine.recount()
+        bench.machine.check_invariants()
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_of_two_loads_of_one_page_at_the_same_instant_one_gets_it() -> None:
         assert sorted(ended, key=str) == [Status.SUCCESS, Status.MAC_COMPARE_FAIL]
         assert sum(bench.page(addr).valid for addr in there) == 1
         assert len(bench.store) == 1
-        bench.machine.recount()
+        bench.machine.check_invariants()
 
 
 def test_of_two_evictions_to_one_slot_at_the_same_instant_one_is_told() -> None:

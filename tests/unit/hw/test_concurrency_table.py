@@ -163,7 +163,7 @@ def check(holder: Op, other: Op, alone: object, *, guest: bool = False) -> None:
         assert (page.lock, page.lock_a) == (0, False), f"{page!r} is still held"
         if page.enclave is not None:
             assert not page.enclave.lock_b and not page.enclave.lock_t
-    holder.world.bench.machine.recount()
+    holder.world.bench.machine.check_invariants()
 
 
 def first_bytes(holder: Op) -> int:

@@ -126,7 +126,7 @@ def test_a_reg_page_has_the_rights_and_bytes_it_was_given(rights: int, mapped: b
     assert not (page.blocked or page.pending or page.modified or page.pr)
     assert call.machine.store.read(page, 0, PAGE_BYTES) == call.source
     assert call.enclave.children == 1
-    call.machine.recount()
+    call.machine.check_invariants()
 
 
 def test_the_bytes_added_are_a_copy() -> None:

@@ -266,7 +266,7 @@ def test_a_load_fills_the_epcm_entry_and_empties_the_slot(kind: str, leaf: str, 
     if kind == "SECS":
         assert page.owner.eid == scene.eid
         assert page.owner.context == scene.rcx
-    bench.machine.recount()
+    bench.machine.check_invariants()
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -247,7 +247,7 @@ def test_of_two_failing_checks_the_earlier_decides(leaf: str, first: Row, later:
 def test_an_unbroken_entry_succeeds(leaf: str) -> None:
     scene = Broken(leaf, frame_pages=2)
     assert scene.run() is None
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def test_every_page_of_a_long_xsave_area_is_checked_and_the_first_bad_one_faults() -> None:
@@ -342,7 +342,7 @@ def test_eenter_starts_at_the_entry_point_with_the_manuals_registers() -> None:
     assert (scene.peek("state"), scene.peek("aep"), scene.peek("cssa")) == (TCS_ACTIVE, AEP, 0)
     assert (scene.gpr(0).ursp, scene.gpr(0).urbp) == (0x7000, 0x7100)
     assert cpu.inside is not None and cpu.inside.secs is scene.hw.pages[scene.built.secs]
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def test_eenter_uses_the_frame_that_cssa_names_and_tells_it_in_rax() -> None:
@@ -369,10 +369,10 @@ def test_a_tcs_serves_one_processor_at_a_time_and_the_next_after_its_exit() -> N
     scene.enter()
     with pytest.raises(GeneralProtection):
         other.enclu.eenter(scene.rbx, AEP)
-    scene.hw.recount()
+    scene.hw.check_invariants()
     scene.cpu.enclu.eexit(AEP)
     other.enclu.eenter(scene.rbx, AEP)
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def test_the_debuggers_opt_in_leaves_the_trap_flag_alone_both_ways() -> None:
@@ -426,7 +426,7 @@ def test_eexit_goes_to_rbx_and_scrubs_nothing() -> None:
     assert (regs.fs_base, regs.gs_base, regs.xcr0) == (0x1234_5000, 0x1235_5000, 7)
     assert (scene.peek("state"), scene.peek("cssa")) == (TCS_INACTIVE, 0)
     assert scene.cpu.inside is None
-    scene.hw.recount()
+    scene.hw.check_invariants()
 
 
 def test_eexit_into_the_enclave_succeeds_and_the_next_access_sees_ones() -> None:

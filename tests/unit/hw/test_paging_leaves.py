@@ -367,7 +367,7 @@ def test_eremove_frees_a_page_whatever_its_epcm_flags(kind: str) -> None:
     assert not scene.page.valid and scene.page.lock == 0
     assert scene.enclave.children == 0
     assert len(scene.bench.store) == pages - (kind in CHILDREN)
-    scene.bench.machine.recount()
+    scene.bench.machine.check_invariants()
 
 
 def test_eremove_of_a_free_page_succeeds_and_changes_nothing() -> None:

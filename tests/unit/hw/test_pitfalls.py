@@ -138,7 +138,7 @@ def test_05_an_accepted_trim_page_goes_while_threads_run(e: Inhabited) -> None:
     assert e.remove(P) == Status.ENCLAVE_ACT
     assert e.accept(0, P, PageType.TRIM << 8 | 16) == OK
     assert e.remove(P) == OK
-    e.hw.recount()
+    e.hw.check_invariants()
 
 
 # --- 6, 7, 8: SECS and VA pages, children, identities ------------------------------------------

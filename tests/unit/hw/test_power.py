@@ -39,7 +39,7 @@ def test_every_epcm_entry_is_invalid_and_every_byte_is_gone() -> None:
     assert list(bench.machine.valid_pages()) == []
     assert len(bench.store) == 0
     assert all(page.lock == 0 for page in bench.machine.pages.values())
-    bench.machine.recount()
+    bench.machine.check_invariants()
 
 
 def test_every_processor_is_outside_with_an_empty_tlb(e: Inhabited) -> None:
@@ -125,7 +125,7 @@ def test_the_machine_works_after_it(e: Inhabited) -> None:
     assert again.eldu(P) == Status.SUCCESS
     again.enter(0)
     assert again.read(0, P) == b"new life"
-    again.hw.recount()
+    again.hw.check_invariants()
 
 
 # --- keys --------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_two_rounds_of_eremove_clean_an_epc_that_software_left_behind(e: Inhabit
     second = [outcome(partial(e.leaves.eremove, addr)) for addr in addresses]
     assert set(second) == {Status.SUCCESS}
     assert list(e.hw.valid_pages()) == []
-    e.hw.recount()
+    e.hw.check_invariants()
 
 
 def test_stale_valid_pages_refuse_to_be_filled(e: Inhabited) -> None:

@@ -366,7 +366,7 @@ def test_eaccept_clears_what_was_pending_and_nothing_else(kind: str) -> None:
     assert (target.pending, target.modified, target.pr) == (False, False, False)
     assert (target.rwx, target.pt, target.valid) == (rwx, pt, True)
     assert not target.lock and not target.lock_a
-    call.border.hw.recount()
+    call.border.hw.check_invariants()
 
 
 def test_a_page_that_is_merely_new_needs_no_tracking() -> None:
@@ -415,7 +415,7 @@ def test_an_accepted_tcs_can_be_entered() -> None:
     border.prepare(other)
     border.poke(ossa=0x7000)  # the first thread moves out of the way
     other.enclu.eenter(call.rcx, AEP)
-    border.hw.recount()
+    border.hw.check_invariants()
 
 
 def test_eacceptcopy_copies_and_gives_the_rights_it_was_asked_for() -> None:

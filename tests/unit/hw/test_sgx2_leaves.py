@@ -138,7 +138,7 @@ def test_an_augmented_page_is_zero_and_pending_and_counted() -> None:
     assert page.pending and not (page.modified or page.pr or page.blocked)
     assert call.machine.store.read(page, 0, PAGE_BYTES) == bytes(PAGE_BYTES)
     assert call.enclave.children == 2
-    call.machine.recount()
+    call.machine.check_invariants()
 
 
 def test_an_augmented_shadow_stack_begins_with_its_token() -> None:

@@ -168,7 +168,7 @@ def test_14_a_whole_enclave_leaves_and_comes_back_elsewhere(e: Inhabited) -> Non
     e.enter(T1)
     assert e.read(T1, P, 14) == b"written before"
     assert e.read(T1, Q, PAGE_BYTES) == pattern(1)
-    e.hw.recount()
+    e.hw.check_invariants()
 
 
 def test_15_an_occupied_slot_loses_the_older_page_for_ever(e: Inhabited) -> None:

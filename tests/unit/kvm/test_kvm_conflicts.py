@@ -89,7 +89,7 @@ def play(
         thread = scene.thread or scene.made.thread()
         if readable:
             assert thread.load(scene.made.data(0), 8) == pattern(0)[:8]
-        host.recount()
+        host.check_invariants()
         return scene
 
     return runtime.run(main)

@@ -48,7 +48,7 @@ def test_the_host_learns_what_a_page_is_when_it_evicts_it() -> None:
     assert fates[tcs.gpa] == fates[data.gpa] == "child"
     assert fates[guest.secs(enclave).gpa] == "secs"
     assert unused.evicted is None, "a page that the guest does not use was written out"
-    host.recount()
+    host.check_invariants()
     thread = made.thread()
     assert thread.load(made.data(2), 8) == pattern(2)[:8]
 
@@ -66,7 +66,7 @@ def test_an_evicted_page_comes_back_as_it_was() -> None:
     after = host.epcm(page)
     assert (after.pt, after.rwx, after.linaddr, after.pending, after.modified, after.pr) == facts
     assert not after.blocked
-    host.recount()
+    host.check_invariants()
 
 
 def test_the_secs_may_be_in_another_virtual_epc_than_its_children() -> None:
@@ -87,7 +87,7 @@ def test_the_secs_may_be_in_another_virtual_epc_than_its_children() -> None:
     for number in range(8):
         assert thread.load(made.data(number), 8) == pattern(number)[:8]
     assert secs.epc is not None
-    host.recount()
+    host.check_invariants()
     for page in spare:
         guest.core.free(page)
 
@@ -107,7 +107,7 @@ def test_a_guest_counts_its_children_wherever_they_are() -> None:
     assert guest.guest.leaves.eremove(secs.gpa) is Status.CHILD_PRESENT, "after it was away itself"
     made.process.exit()
     assert guest.free_pages == guest.epc_pages
-    host.recount()
+    host.check_invariants()
 
 
 def test_a_secs_leaves_only_when_no_child_is_in_the_epc() -> None:
@@ -120,7 +120,7 @@ def test_a_secs_leaves_only_when_no_child_is_in_the_epc() -> None:
     assert any(isinstance(e, PageKept) and e.reason == "secs with children" for e in host.events)
     assert guest.guest.unreclaimable() == {"secs with children": 1}
     made.thread().store(made.data(0), b"x")  # it is still usable
-    host.recount()
+    host.check_invariants()
 
 
 def test_the_va_pages_of_a_guest_can_leave() -> None:
@@ -140,7 +140,7 @@ def test_the_va_pages_of_a_guest_can_leave() -> None:
     thread = made.thread()
     for number in range(4):
         assert thread.load(made.data(number), 8) == pattern(number)[:8]
-    host.recount()
+    host.check_invariants()
 
 
 @pytest.mark.parametrize("tracked_before", [False, True])
@@ -234,7 +234,7 @@ def test_a_page_is_young_while_the_guest_uses_it() -> None:
     assert used.age(), "looking makes it old"
     thread.load(made.data(1))
     assert used.age(), "a translation that a processor holds hides its use"
-    host.recount()
+    host.check_invariants()
 
 
 def test_the_guest_evicts_a_page_that_the_host_has_evicted() -> None:
@@ -246,7 +246,7 @@ def test_the_guest_evicts_a_page_that_the_host_has_evicted() -> None:
     assert not made.enclave.resident_pages
     assert page.evicted is None, "the host keeps a page that the guest has evicted itself"
     assert made.thread().load(made.data(3), 8) == pattern(3)[:8]
-    host.recount()
+    host.check_invariants()
 
 
 def test_a_pending_page_is_accepted_after_it_was_away() -> None:
@@ -286,7 +286,7 @@ def test_a_page_whose_bytes_were_changed_stops_its_guest_and_no_other() -> None:
     with pytest.raises(GuestStoppedError):
         made.process.thread(1).enter(made.tcs())
     assert foreign.thread().load(foreign.data(1), 8) == pattern(1)[:8]
-    host.recount()
+    host.check_invariants()
 
 
 def test_a_page_that_could_not_be_written_is_not_seen_blocked() -> None:
@@ -304,7 +304,7 @@ def test_a_page_that_could_not_be_written_is_not_seen_blocked() -> None:
     assert enclave.virt_children == 0
     assert made.thread().load(made.data(1), 8) == pattern(1)[:8]
     assert not page.stuck and not host.epcm(page).blocked
-    host.recount()
+    host.check_invariants()
 
 
 def test_leaves_of_hypervisors_are_not_for_guests() -> None:

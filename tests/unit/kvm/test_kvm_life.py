@@ -30,7 +30,7 @@ def test_the_ballast_is_never_taken() -> None:
         thread.load(foreign.data(number))
     assert guest.guest.resident >= 10
     assert made.thread().load(made.data(3), 8) == pattern(3)[:8]
-    host.recount()
+    host.check_invariants()
 
 
 def test_a_batch_does_not_take_more_than_the_ballast_leaves() -> None:
@@ -59,7 +59,7 @@ def test_a_guest_stays_within_the_limit_of_its_group() -> None:
     assert group.peak_pages <= 16
     assert guest.guest.counters.evicted > 10
     assert host.core.free_pages > 40, "the pressure is in the group alone"
-    host.recount()
+    host.check_invariants()
 
 
 def test_a_guest_without_a_page_to_run_with_is_stopped_and_the_others_go_on() -> None:
@@ -79,7 +79,7 @@ def test_a_guest_without_a_page_to_run_with_is_stopped_and_the_others_go_on() ->
         GuestStopped("tiny", stopped.value.reason)
     ]
     assert made.thread().load(made.data(2), 8) == pattern(2)[:8]
-    host.recount()
+    host.check_invariants()
 
 
 def _fill(guest: GuestSystem) -> None:
@@ -115,7 +115,7 @@ def test_a_guest_can_be_killed_for_its_memory_where_that_is_allowed(kill: bool) 
         assert guest.guest.resident == 0
         with pytest.raises(GuestStoppedError, match="killed"):
             made.thread()
-    host.recount()
+    host.check_invariants()
 
 
 class _Victim:
@@ -158,7 +158,7 @@ def test_a_paused_guest_executes_nothing_and_loses_nothing() -> None:
         reader.join()
         leaf.join()
         assert done == [b"before"]
-        host.recount()
+        host.check_invariants()
 
     def _drop(guest: GuestSystem) -> None:
         guest.core.remove(guest.core.alloc(None, reclaim=False))
@@ -204,8 +204,8 @@ def test_a_guest_that_loses_power_sees_what_a_machine_sees(evicted: bool) -> Non
     assert outside.load(foreign.data(0), 4) == b"mine"
     again = launch(guest.process(), 4)
     assert again.thread(1, tcs=0).load(again.data(1), 8) == pattern(1)[:8]
-    host.system.recount()
-    guest.guest.recount()
+    host.system.check_invariants()
+    guest.guest.check_invariants()
 
 
 def test_a_guest_that_boots_again_cleans_what_the_one_before_has_left() -> None:
@@ -221,8 +221,8 @@ def test_a_guest_that_boots_again_cleans_what_the_one_before_has_left() -> None:
     core.stop()
     assert core.free_pages == core.epc_pages
     assert core.counters.unsanitized == 0
-    host.system.recount()
-    guest.guest.recount()
+    host.system.check_invariants()
+    guest.guest.check_invariants()
 
 
 def test_the_power_of_the_machine_is_every_guests_power() -> None:
@@ -246,5 +246,5 @@ def test_the_power_of_the_machine_is_every_guests_power() -> None:
     assert guest.guest.counters.lost == had
     again = launch(guest.process(), 2)
     assert again.thread().load(again.data(1), 8) == pattern(1)[:8]
-    host.core.recount()
-    guest.guest.recount()
+    host.core.check_invariants()
+    guest.guest.check_invariants()

@@ -85,7 +85,7 @@ def test_the_last_resort_may_be_a_guest() -> None:
         with pytest.raises(GuestStoppedError, match="fat"):
             made.thread()
         assert native.thread(1, tcs=0).load(native.data(3), 8) == pattern(3)[:8]
-        platform.cgroups.recount()
+        platform.cgroups.check_invariants()
 
 
 def test_one_guest_loses_power_and_the_platform_does_not() -> None:

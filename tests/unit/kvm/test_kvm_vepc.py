@@ -81,7 +81,7 @@ def test_nothing_is_allocated_before_it_is_touched() -> None:
     assert mapping.entries == {1000: vepc.pages[1000].epc.addr}  # type: ignore[union-attr]
     mapping.unmap()
     vepc.close()
-    host.recount()
+    host.check_invariants()
     assert host.core.free_pages == free
 
 
@@ -119,7 +119,7 @@ def test_a_fault_without_retry_is_sigbus_when_there_is_no_page() -> None:
     assert monitor.counters.evicted > 0
     mapping.unmap()
     vepc.close()
-    host.recount()
+    host.check_invariants()
 
 
 # --- REMOVE_ALL -----------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def test_remove_all_empties_pages_and_keeps_them(evicted: bool) -> None:
         assert page.evicted is None
         assert page.epc is None or not host.epcm(page).valid
     assert secs.evicted_children == 0
-    host.system.recount()
-    guest.guest.recount()
+    host.system.check_invariants()
+    guest.guest.check_invariants()
 
 
 @pytest.mark.parametrize("evicted", ["nothing", "children", "children and SECS"])
@@ -167,8 +167,8 @@ def test_two_rounds_over_all_files_empty_enclaves_that_they_share(evicted: str) 
     assert first.ioctl(SGX_IOC_VEPC_REMOVE_ALL) == 0
     valid = [page for page in host.system.machine.valid_pages() if page.pt.name not in ("VA",)]
     assert valid == []
-    guest.guest.recount()
-    host.system.recount()
+    guest.guest.check_invariants()
+    host.system.check_invariants()
 
 
 def test_children_that_are_removed_while_their_secs_is_away_are_not_counted_any_more() -> None:
@@ -181,7 +181,7 @@ def test_children_that_are_removed_while_their_secs_is_away_are_not_counted_any_
     assert secs.owed == len(made.enclave.pages)
     assert guest.guest.leaves.eremove(secs.gpa) is Status.SUCCESS
     assert secs.owed == 0
-    guest.guest.recount()
+    guest.guest.check_invariants()
 
 
 def test_remove_all_is_refused_while_a_processor_is_inside() -> None:
@@ -218,14 +218,14 @@ def test_a_secs_whose_file_is_closed_lives_until_its_last_child_is_gone(evicted:
     if evicted != "nothing":
         # Its children still come and go, and find it.
         assert guest.guest.leaves.eblock(children[0].gpa) is not None
-        host.recount()
+        host.check_invariants()
         host.evict(children[0])
     second.unmap()
     assert host.device.zombies == []
     guest.guest.mappings = []
     host.guests = []
     assert host.core.counters.held["vepc"] == 0
-    host.recount()
+    host.check_invariants()
     assert host.core.free_pages == host.epc_pages
 
 
@@ -249,7 +249,7 @@ def test_everything_is_free_after_a_guest_that_was_in_the_middle_of_things() -> 
     assert guest.guest.evicted_pages()
     guest.guest.destroy()
     host.guests = []
-    host.recount()
+    host.check_invariants()
     assert host.core.free_pages == host.epc_pages
     with pytest.raises(GuestStoppedError, match="its VMM has ended"):
         thread.load(made.data(0))

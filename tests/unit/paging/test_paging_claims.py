@@ -59,7 +59,7 @@ def crowd(runtime: Runtime, *, enclaves: int = 4, threads: int = 4, steps: int =
             encl.close()
 
     runtime.run(main)
-    core.recount()
+    core.check_invariants()
     assert core.free_pages == core.epc_pages
     return core
 

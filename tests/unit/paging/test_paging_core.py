@@ -67,7 +67,7 @@ def test_nothing_reclaimable_is_no_memory_whoever_asks() -> None:
         with pytest.raises(NoEpc):
             core.alloc(None, reclaim=reclaim)
     assert core.counters.alloc_none == 2
-    core.recount()
+    core.check_invariants()
 
 
 def test_who_may_not_reclaim_is_told_to_come_back() -> None:
@@ -83,7 +83,7 @@ def test_who_may_reclaim_gets_a_page_after_one_batch() -> None:
     fill(core)
     core.alloc(None, reclaim=True)
     assert core.counters.batches == 1
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_pending_signal_ends_an_allocation_that_would_have_to_reclaim() -> None:
@@ -103,7 +103,7 @@ def test_pages_that_are_always_young_leave_in_the_end() -> None:
     fill(core, young=10**9)
     core.alloc(None, reclaim=True)
     assert core.counters.young > 0
-    core.recount()
+    core.check_invariants()
 
 
 def test_pages_without_backing_end_in_no_memory_not_in_a_hang() -> None:
@@ -111,7 +111,7 @@ def test_pages_without_backing_end_in_no_memory_not_in_a_hang() -> None:
     fill(core, prepares=False)
     with pytest.raises(NoEpc):
         core.alloc(None, reclaim=True)
-    core.recount()
+    core.check_invariants()
 
 
 def test_one_page_with_backing_is_found_behind_all_those_without() -> None:
@@ -154,7 +154,7 @@ def test_pages_in_a_running_batch_are_waited_for_not_given_up() -> None:
                 task.join()
 
         runtime.run(main)
-        core.recount()
+        core.check_invariants()
         assert core.free_pages == 0 and core.counters.held["reg"] == 2
 
 
@@ -185,7 +185,7 @@ def test_ksgxd_wakes_below_the_low_watermark_and_stops_at_the_high_one(
         core.stop()
 
     runtime.run(main)
-    core.recount()
+    core.check_invariants()
 
 
 def test_ksgxd_is_not_woken_when_nothing_can_be_reclaimed() -> None:
@@ -217,7 +217,7 @@ def test_who_was_told_to_come_back_waits_until_it_is_worth_it() -> None:
             core.stop()
 
         runtime.run(main)
-        core.recount()
+        core.check_invariants()
 
 
 def test_when_ksgxd_has_tried_everything_in_vain_the_answer_is_no_memory() -> None:
@@ -283,7 +283,7 @@ def test_every_page_is_dirty_first_and_free_after_two_passes() -> None:
     runtime = InlineRuntime()
     core, events = leftovers(runtime)
     assert core.free_pages == 0 and core.dirty_pages == PAGES
-    core.recount()
+    core.check_invariants()
 
     def main() -> None:
         core.start()
@@ -294,7 +294,7 @@ def test_every_page_is_dirty_first_and_free_after_two_passes() -> None:
     assert core.free_pages == PAGES and core.dirty_pages == 0
     assert Sanitized(0) in events
     assert not list(core.hw.valid_pages())  # type: ignore[attr-defined]
-    core.recount()
+    core.check_invariants()
 
 
 def test_an_allocation_waits_while_pages_are_being_sanitized() -> None:
@@ -309,7 +309,7 @@ def test_an_allocation_waits_while_pages_are_being_sanitized() -> None:
             core.stop()
 
         runtime.run(main)
-        core.recount()
+        core.check_invariants()
 
 
 def stopped_while_sanitizing(defects: frozenset[Defect]) -> tuple[EpcCore, list[Event]]:
@@ -323,7 +323,7 @@ def stopped_while_sanitizing(defects: frozenset[Defect]) -> tuple[EpcCore, list[
 
     runtime.run(main)
     assert 0 < core.dirty_pages < PAGES
-    core.recount()
+    core.check_invariants()
     return core, events
 
 
@@ -368,7 +368,7 @@ def test_a_poisoned_page_is_put_away_without_eremove(index: int, left: int) -> N
     runtime.run(main)
     assert core.free_pages == PAGES - 1 - left and core.poisoned_pages == 1
     assert Sanitized(left) in events and core.counters.unsanitized == left
-    core.recount()
+    core.check_invariants()
 
 
 def test_only_the_pages_named_dirty_are_sanitized() -> None:
@@ -376,7 +376,7 @@ def test_only_the_pages_named_dirty_are_sanitized() -> None:
     dirty = [base.base + at * PAGE_BYTES for at in (0, 5, 63)]
     core = make_core(dirty=dirty)
     assert core.free_pages == PAGES - 3 and core.dirty_pages == 3
-    core.recount()
+    core.check_invariants()
 
 
 # --- poison ---------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_a_poisoned_free_page_is_not_free_any_more() -> None:
     assert page not in {core.alloc(None, reclaim=True).addr for _ in range(PAGES - 1)}
     with pytest.raises(NoEpc):
         core.alloc(None, reclaim=True)
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_poisoned_page_leaves_its_list_stays_with_its_owner_and_never_returns() -> None:
@@ -403,14 +403,14 @@ def test_a_poisoned_page_leaves_its_list_stays_with_its_owner_and_never_returns(
     pages = fill(core)
     core.poison(pages[0].addr)
     assert not pages[0].tracked
-    core.recount()
+    core.check_invariants()
     for _ in range(PAGES):
         core.reclaim()
     owner = pages[0].owner
     assert isinstance(owner, FakeOwner) and owner.log == []
     core.free(pages[0])
     assert core.free_pages == PAGES - 1
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_poisoned_page_is_not_listed_again() -> None:
@@ -438,7 +438,7 @@ def test_defect_l5_counts_poisoned_pages_free() -> None:
     core.free(page)
     assert core.free_pages == PAGES
     with pytest.raises(AssertionError, match="free count"):
-        core.recount()
+        core.check_invariants()
 
 
 # --- freeing --------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def test_a_page_that_eremove_refuses_is_leaked_counted_and_told() -> None:
         Leaked(page.addr, "secs", "#GP(0)")
     ]
     machine.locks.release(entry)
-    core.recount()
+    core.check_invariants()
 
 
 def test_removing_frees_what_eremove_has_freed() -> None:
@@ -469,7 +469,7 @@ def test_removing_frees_what_eremove_has_freed() -> None:
     core.leaves.epa(PageType.VA, page.addr)
     assert core.remove(page)
     assert core.free_pages == PAGES
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_tracked_page_cannot_be_freed() -> None:
@@ -543,7 +543,7 @@ def test_a_group_at_its_limit_gives_up_its_own_page_although_epc_is_free() -> No
         core.mark_reclaimable(page)
     assert 1 <= group.usage <= 2 and core.counters.reclaimed == 5 - group.usage
     assert all(page.tracked for page in outside)
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_group_with_nothing_to_give_gets_no_memory() -> None:

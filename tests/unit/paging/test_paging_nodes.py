@@ -127,7 +127,7 @@ def test_pages_come_from_the_cpus_own_node_first() -> None:
 def test_a_node_may_own_several_sections() -> None:
     core = numa_core(0, 0, runtime=InlineRuntime())
     assert len({core.alloc(None, reclaim=True).addr for _ in range(4)}) == 4
-    core.recount()
+    core.check_invariants()
 
 
 def test_a_cpu_on_a_node_without_epc_gets_an_answer_when_all_is_busy() -> None:
@@ -162,7 +162,7 @@ def test_half_a_terabyte_is_set_up_without_touching_its_pages() -> None:
     assert core.free_pages == 512 << 18
     page = core.alloc(None, reclaim=True)
     core.free(page)
-    core.recount()
+    core.check_invariants()
     assert len(machine.pages) == 0
 
 
@@ -204,7 +204,7 @@ def churn(seed: int, defects: frozenset[Defect]) -> EpcCore:
 
 def test_the_free_count_is_exact_under_every_schedule_and_defect_b15_is_found() -> None:
     for seed in range(20):
-        churn(seed, frozenset()).recount()
+        churn(seed, frozenset()).check_invariants()
     torn = [
         churn(seed, frozenset({Defect.FREE_COUNT_WITHOUT_LOCK})).free_pages for seed in range(20)
     ]

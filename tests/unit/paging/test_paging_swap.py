@@ -74,11 +74,11 @@ class Bench:
             self.core.reclaim(force=True)
 
     def check(self) -> None:
-        self.core.recount()
-        self.machine.recount()
+        self.core.check_invariants()
+        self.machine.check_invariants()
         for encl in self.enclaves:
             if not encl.destroyed:
-                encl.recount()
+                encl.check_invariants()
 
 
 def evict_one(encl: ToyEnclave, index: int) -> ToyPage:
@@ -344,8 +344,8 @@ def test_a_page_that_would_not_leave_stays_blocked_and_leaves_later() -> None:
     page = encl.pages[0]
     assert page.epc is not None and page.epc.blocked and page.epc.tracked
     assert bench.core.counters.ewb_failed == 2
-    bench.core.recount()
-    encl.recount()
+    bench.core.check_invariants()
+    encl.check_invariants()
     ToyEnclave.kick(encl)
     bench.evict()
     assert encl.swap.children == 0
@@ -371,7 +371,7 @@ def test_defect_l1_frees_a_page_that_is_still_valid() -> None:
 def test_defect_b26_leaks_the_slot_of_a_failed_eviction() -> None:
     _bench, encl = failing_ewb(Defect.VA_SLOT_LEAKED_BY_FAILED_EWB)
     with pytest.raises(AssertionError):
-        encl.recount()
+        encl.check_invariants()
 
 
 def tampered(*defects: Defect) -> tuple[Bench, ToyEnclave, Callable[[], None]]:
@@ -452,7 +452,7 @@ def test_a_page_poisoned_in_a_batch_is_not_read() -> None:
     epc = encl.pages[0].epc
     assert epc is not None and not bench.core.root.lru.put_back(epc)
     encl.put()
-    encl.recount()
+    encl.check_invariants()
     bench.check()
 
 
@@ -542,7 +542,7 @@ def test_after_loss_of_power_nothing_loads_nothing_leaks_and_nobody_complains() 
             encl.touch(index)
     assert bench.core.counters.ewb_failed == 0
     encl.close()
-    bench.core.recount()
+    bench.core.check_invariants()
     assert bench.core.free_pages == EPC_PAGES and bench.core.counters.leaked == 0
 
 
@@ -554,7 +554,7 @@ def test_an_enclave_that_lost_power_can_be_destroyed(evicted: int) -> None:
         bench.evict(evicted)
     bench.machine.power_transition()
     encl.close()
-    bench.core.recount()
+    bench.core.check_invariants()
     assert bench.core.free_pages == EPC_PAGES and bench.core.counters.leaked == 0
     fresh = bench.enclave(20)
     bench.evict()
@@ -590,12 +590,12 @@ def test_a_load_that_needs_more_pages_than_can_leave_ends_in_no_memory(left: int
         if left < 3:
             with pytest.raises(NoEpc):
                 enclaves[0].touch(0)
-        core.recount()
+        core.check_invariants()
         for page in held:
             core.free(page)
         for encl in enclaves:
             encl.check()
             encl.close()
-        core.recount()
+        core.check_invariants()
 
     runtime.run(main)

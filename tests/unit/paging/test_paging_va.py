@@ -41,7 +41,7 @@ def test_an_enclave_has_a_va_page_for_every_512_pages_the_secs_included(added: i
     for _ in range(added):
         encl.swap.grow()
     assert len(encl.swap.va) == 1 + added // VA_SLOTS
-    encl.swap.recount()
+    encl.swap.check_invariants()
 
 
 def grown_at_the_boundary(*defects: Defect) -> int:
@@ -79,7 +79,7 @@ def test_full_va_pages_stand_behind_those_with_room() -> None:
     first, second = encl.swap.va.pages()
     assert first.free_slots == 2 * VA_SLOTS - 601 and second.free_slots == 0
     encl.touch(0)
-    encl.swap.recount()
+    encl.swap.check_invariants()
 
 
 def test_a_va_page_with_the_last_room_stays_while_pages_need_it() -> None:
@@ -113,14 +113,14 @@ def test_va_pages_of_idle_enclaves_leave_and_come_back_parent_first() -> None:
     evict_all(core)
     assert core.counters.va_out == 8 and core.counters.held["va"] == 1
     assert core.free_pages == 63
-    core.recount()
+    core.check_invariants()
     for encl in enclaves:
         encl.check()
-        encl.recount()
+        encl.check_invariants()
     assert core.counters.va_in == 8
     for encl in enclaves:
         encl.close()
-    core.recount()
+    core.check_invariants()
     assert core.free_pages == 64
 
 
@@ -130,8 +130,8 @@ def test_full_va_pages_leave_while_their_enclave_runs() -> None:
     other = enclave(core, 2, number=2)
     for index in range(0, 1020, 7):
         encl.touch(index)
-        encl.recount()
-    core.recount()
+        encl.check_invariants()
+    core.check_invariants()
     assert core.counters.va_out > 0
     encl.check()
     other.check()
@@ -143,7 +143,7 @@ def test_an_enclave_dies_with_its_va_pages_evicted() -> None:
     evict_all(core)
     for encl in enclaves:
         encl.close()
-        core.recount()
+        core.check_invariants()
     assert core.free_pages == 64
 
 
@@ -176,8 +176,8 @@ def test_a_va_page_that_somebody_needs_stays_although_it_was_prepared() -> None:
     first.touch(0)
     assert va_page.usable and not va_page.write()
     first.check()
-    core.va.recount()
-    first.recount()
+    core.va.check_invariants()
+    first.check_invariants()
 
 
 @pytest.mark.slow
@@ -189,14 +189,14 @@ def test_two_levels_of_va_pages_leave_and_come_back() -> None:
     levels = core.va.levels()
     assert len(levels[2]) == 3 and len(levels[3]) == 1
     assert any(page.epc is None for page in levels[2].pages())
-    core.recount()
+    core.check_invariants()
     for encl in enclaves[::50]:
         encl.check()
-        encl.recount()
-    core.recount()
+        encl.check_invariants()
+    core.check_invariants()
     for encl in enclaves:
         encl.close()
-    core.recount()
+    core.check_invariants()
     assert core.free_pages == 96 and all(len(level) == 0 for level in core.va.levels().values())
 
 
@@ -220,7 +220,7 @@ def test_a_va_page_that_vanished_with_the_power_loads_nothing() -> None:
     for encl in enclaves:
         encl.close()
     assert core.free_pages == 64
-    core.recount()
+    core.check_invariants()
 
 
 @pytest.mark.parametrize("closed_first", [True, False])
@@ -241,7 +241,7 @@ def test_va_pages_leave_again_after_a_loss_of_power(closed_first: bool) -> None:
             encl.check()
     evict_all(core)
     assert core.counters.held["va"] == 1, "VA pages stay in the EPC"
-    core.recount()
+    core.check_invariants()
     if not closed_first:
         for encl in old:
             with pytest.raises(LoadFailed):
@@ -250,5 +250,5 @@ def test_va_pages_leave_again_after_a_loss_of_power(closed_first: bool) -> None:
     for encl in fresh:
         encl.check()
         encl.close()
-    core.recount()
+    core.check_invariants()
     assert core.free_pages == core.epc_pages and core.counters.leaked == 0

@@ -1,4 +1,4 @@
-"""The slow recount: is every EPC page in exactly one place, and is every count right?"""
+"""The invariants of the EPC core: each EPC page is in exactly one place, each count is right."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from softsgx.paging.nodes import Node
 from softsgx.paging.page import EpcPage
 from softsgx.paging.sanitize import Sanitizer
 
-__all__ = ["recount"]
+__all__ = ["check_pages"]
 
 
-def recount(
+def check_pages(
     *,
     pool: FreePages,
     dirty: Sanitizer,
     counters: Counters,
     idle: bool,
 ) -> None:
-    """Count again from raw state.
+    """Count the EPC pages again from raw state, and compare.
 
     Args:
         pool: every page that has a record, the free lists, and their count to be checked.
