@@ -71,7 +71,7 @@ class RunResult:
 
 
 class Observer(Protocol):
-    """Whoever watches a run: for reports, and to pass signals on."""
+    """What watches a run: makes reports, passes signals on."""
 
     def attached(self, platform: Platform, pager: str) -> None:
         """The platform is ready and the program is about to start."""
@@ -148,13 +148,13 @@ def run(
     Args:
         argv: program, looked up in PATH, and its arguments.
         config: the platform; or give its fields as keywords (``epc="64MiB"``).
-        group: path of the group that pays for its EPC.
+        group: path of the limit group that its EPC is charged to.
         pager: one of :data:`PAGERS`; the best this machine allows by default.
         cpuid: what CPUID describes: the machine of the profile, as far as this one can keep the
             promise, or this one, with SGX ("host").
         cpus: processors that program and supervisor may run on; by default one while the program
             has one thread, which is the fastest for it, and otherwise all that we may use.
-        strict: whoever touches an enclave's memory from outside reads ones and stores nothing, as
+        strict: code outside that touches an enclave's memory reads ones and stores nothing, as
             on hardware; by default the bytes are there, and everything is faster.
         inject: failures on demand, ``WHAT`` or ``WHAT@N`` of :data:`INJECTIONS`.
         tracer: receives every event of every layer.

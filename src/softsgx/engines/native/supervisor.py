@@ -1,8 +1,8 @@
 """``run``: a program, a software SGX machine, and the Linux side between them.
 
 Everything runs in the calling OS thread, which is the program's tracer: the machine, the EPC core
-and the driver on an inline runtime.  Nothing is left behind: when the supervisor ends, by whatever
-means, the kernel ends the program.
+and the driver on an inline runtime.  Nothing is left behind: when the supervisor ends,
+also by SIGKILL, the kernel ends the program.
 
 Deviation: while a program runs, every child of the calling process that ends is reaped here.
 
@@ -70,7 +70,7 @@ __all__ = ["Supervisor"]
 
 _LOG = logging.getLogger(__name__)
 
-#: Every filter makes every system call a little slower; who makes more enclaves goes without.
+#: Every filter makes each system call slower; enclaves beyond this number have none.
 _MOST_GUARDED = 64
 
 
@@ -80,13 +80,13 @@ class Supervisor(Lifecycle):
     Args:
         machine: its store is a :class:`NativeStore`.
         driver: the driver on it.
-        group: who pays for the EPC of the program.
+        group: the limit group that EPC of the program is charged to.
         cpuid: what CPUID (leaf, sub-leaf) gives the program.
         nodes: names that exist for the program only.
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
-        strict: give the abort page to whoever touches an enclave from outside.
+        strict: give the abort page to code outside that touches an enclave.
         injections: failures on demand.
 
     Attributes:
@@ -372,11 +372,11 @@ class Supervisor(Lifecycle):
         return thread
 
     def _another_cpu(self) -> LogicalProcessor:
-        """A thread is a processor, however few the configuration names: nobody waits for one."""
+        """Add a processor: each thread is one, so no thread waits, however few are configured."""
         return self._machine.add_processor()
 
     def new_process(self, pid: int, parent: Process) -> Process:
-        """A child pays as its parent does."""
+        """A child is charged to its parent's group."""
         return Process(
             pid,
             parent.group,

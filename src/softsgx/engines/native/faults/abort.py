@@ -2,7 +2,7 @@
 
 Loads give ones, stores are dropped, and nothing faults.  One instruction at a time gets that: the
 pages it touches hold ones in the memory file while it is executed alone, by single step; then they
-get their own bytes back.  So every instruction is right, whatever it is, without emulating any.
+get their own bytes back.  So every kind of instruction works, and none is emulated.
 
 Deviation: a system call whose buffer is such a page fails with EFAULT, where the kernel on hardware
 would copy ones out, and in nothing.

@@ -48,14 +48,14 @@ class AsynchronousExits:
         self._breakpoints = breakpoints
 
     def return_at_once(self, thread: ProgramThread) -> bool:
-        """Return whether nothing could tell an exit now from none: it leads straight back.
+        """Return whether an exit now would be invisible, since it leads straight back.
 
         Not so where the AEP has other code than ENCLU, which belongs to the program, nor where the
         enclave asks to be notified, since ERESUME would go to its handler.
         """
         cpu, image = thread.cpu, thread.image
         inside = cpu.inside
-        assert inside is not None, "an exit from nowhere"
+        assert inside is not None, "an asynchronous exit of a thread that is in no enclave"
         if inside.enclave.flags & _NOTIFIES:
             return False
         aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
@@ -80,7 +80,7 @@ class AsynchronousExits:
         The thread may be running.  ``False``: it must be stopped and leave; nothing has changed.
         """
         cpu, image = thread.cpu, thread.image
-        assert cpu.inside is not None, "an interrupt that makes nobody leave"
+        assert cpu.inside is not None, "an interrupt of a thread that is in no enclave"
         if not self.return_at_once(thread) or not try_virtual_exit(cpu):
             return False
         if thread is not image.current:  # else the fault at hand is its exit
@@ -117,7 +117,7 @@ class AsynchronousExits:
     # Each returns the signal to deliver when the thread goes on, 0 for none.
 
     def exception(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> int:
-        """Enclave code raised an exception: out, and on to whoever handles it."""
+        """Enclave code raised an exception: leave the enclave, then mend or signal it."""
         self._breakpoints.exception(thread)
         self.leave(thread, vector, code, address)
         fixable = vector not in (Vector.DB, Vector.BP)

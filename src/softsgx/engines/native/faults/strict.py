@@ -97,7 +97,7 @@ class StrictLoop(Loop):
             self._turn(image)
 
     def _turn(self, image: ProcessImage) -> None:
-        """Change the view when nobody runs in the present one any more."""
+        """Change the view when no thread runs in the present one any more."""
         turns = self._turns.get(image)
         if turns is None:
             return
@@ -146,7 +146,7 @@ class StrictLoop(Loop):
             signal.sigtimedwait({signal.SIGCHLD}, left_ns / 1e9)
 
     def _end_turns(self) -> None:
-        """Stop whoever has run for long enough; they wait when they are handled."""
+        """Stop the threads whose turn is over; they wait when their stops are handled."""
         for image, turns in list(self._turns.items()):
             if turns.until_ns is not None and self._clock() >= turns.until_ns:
                 for thread in _running(image):

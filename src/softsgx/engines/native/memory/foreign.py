@@ -1,8 +1,8 @@
 """Ordinary memory that the program has mapped in the place of pages of an enclave.
 
-Enclave code that uses an address of its enclave gets #PF when there is no EPC page, whatever else
-is mapped; other code uses what is mapped.  So such memory loses every right in the real page
-tables, and each instruction of code outside that uses it is executed alone (see
+Enclave code that uses an address of its enclave gets #PF when there is no EPC page, also when
+other memory is mapped there; other code uses what is mapped.  So such memory loses every right in
+the real page tables, and each instruction of code outside that uses it is executed alone (see
 :mod:`softsgx.engines.native.faults.abort`).
 
 Deviation: system calls fail with EFAULT on such memory.

@@ -127,7 +127,7 @@ class EnclavePageTable:
         entry = self._entries.get(linaddr)
         if entry is None:
             return False
-        # Leaves use pages too, and those of threads and their frames nobody else does.
+        # Leaves use pages, too; TCS and SSA pages are mostly used by leaves alone.
         used = linaddr in self._used
         if used:
             self._used.discard(linaddr)

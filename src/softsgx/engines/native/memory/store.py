@@ -22,10 +22,10 @@ Deviation: code outside the enclave reads a shown page's bytes, where hardware g
 the run is strict.
 
 Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
-with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Whatever
-leaves or is read through the machine has its own bytes, and so has an instruction that raised an
-exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself, reading code
-that did not, could tell.
+with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Pages
+that leave, or are read through the machine, have their own bytes, and so has an instruction that
+raised an exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself,
+reading code that did not, could tell.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class EnclaveMemory:
         return window
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> None:
-        """Put the page into the file; nobody sees it half filled."""
+        """Put the page into the file at once: no thread sees it half filled."""
         self.pages[linaddr] = rights
         filler, guards = None, self._guards_at(linaddr)
         for guard in guards:
@@ -352,7 +352,7 @@ class NativeStore:
         self._hidden[page.addr] = kept_bytes(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
-        """Hide the page, so that nobody can store to it, and return its bytes."""
+        """Hide the page, so that no thread can store to it, and return its bytes."""
         addr = page.addr
         if addr in self._leaving:
             self.hide_unmapped()
@@ -441,7 +441,7 @@ class NativeStore:
         memory.show(linaddr, _ONES, _ALL)
 
     def take_back(self, memory: EnclaveMemory, linaddr: int) -> None:
-        """Remove the page of ones, with whatever was stored in it; then :meth:`refresh`."""
+        """Remove the page of ones, with what was stored in it; then :meth:`refresh`."""
         memory.hide([linaddr])
 
     def is_shown(self, addr: int) -> bool:

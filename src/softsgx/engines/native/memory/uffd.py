@@ -107,7 +107,7 @@ class UffdPager:
     # --- hiding and showing ---------------------------------------------------------------------
 
     def before_hide(self, start: int, end: int) -> None:
-        """Write-protect the pages, unless nobody is there to store to them."""
+        """Write-protect the pages, unless no thread is running that could store to them."""
         if not self._running():
             return
         if self._protect(start, end, abi.UFFDIO_WRITEPROTECT_MODE_WP) or end - start == PAGE_BYTES:

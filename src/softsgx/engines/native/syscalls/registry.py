@@ -1,7 +1,7 @@
 """Which descriptors of the program are SGX devices.
 
-An open device is a memory file in the program; its inode says which one it is, whatever duplicated,
-inherited or received descriptor shows it.
+An open device is a memory file in the program; its inode says which one it is, also for
+descriptors that the program has duplicated, inherited or received.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each stop of a thread hands over to the supervisor and back.  Between two processors that costs
 three times as much as on one, because the idle one must be woken each time.  So as long as the
-program has one thread, both stay on one processor; as soon as there is a second, everybody may go
-everywhere again.
+program has one thread, both stay on one processor; as soon as there is a second thread, supervisor
+and program may run on all processors again.
 
 The program does not see it: asked for its processors, the kernel names all of them; and once
 the program has chosen processors itself, they are its own business for good.

@@ -110,7 +110,7 @@ _RARE_ADVICE = (
     *(abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE, abi.MADV_COLLAPSE),
 )
 
-#: Never stop, whatever is asked for: they have no end that could be waited for.
+#: Never stop: these calls have no end that the supervisor could wait for.
 _NEVER = (abi.SYS_RT_SIGRETURN, abi.SYS_EXIT, abi.SYS_EXIT_GROUP)
 
 
@@ -231,7 +231,7 @@ def build_filter(*, everything: bool = False) -> bytes:
     done(abi.SECCOMP_RET_ALLOW)
     done(abi.SECCOMP_RET_TRACE)
 
-    # mmap: files, since one may be a device, and whatever may replace an existing mapping.
+    # mmap: files, since one may be a device, and calls that may replace an existing mapping.
     code.append((_JEQ, 0, 4, abi.SYS_MMAP))
     load(_ARGUMENTS + 24)
     code.append((_AND, 0, 0, abi.MAP_FIXED | abi.MAP_ANONYMOUS))

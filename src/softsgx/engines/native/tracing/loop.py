@@ -1,4 +1,4 @@
-"""The tracer's loop: waits for stops of the program's threads and hands each to who handles it.
+"""The tracer's loop: waits for stops of the program's threads and hands each to its handler.
 
 Everything happens in one OS thread.  A thread of the program that is stopped stays so until the
 loop, or the code that holds it, resumes it; what stopped it meanwhile waits in its ``pending``.
@@ -6,8 +6,8 @@ loop, or the code that holds it, resumes it; what stopped it meanwhile waits in 
 A thread ends in two steps.  It *dies* when it runs no code of the program any more: at the event of
 its exit, or when a ptrace request or wait(2) says so, possibly while another thread is served; then
 it leaves its enclave and is no longer asked for anything, and nothing else happens.  It is *gone*
-when wait(2) has reaped it: the kernel has released all that it held, and the loop, serving nobody,
-gives back what we hold for it.
+when wait(2) has reaped it: the kernel has released all that it held, and the loop, serving no
+thread, gives back what we hold for it.
 
 What goes wrong in serving a thread ends its process, and no other.
 

@@ -68,7 +68,7 @@ class ProcessImage:
     Args:
         index: its number; part of stand-in physical addresses.
         thread: the first thread in it, stopped; no system call of the program is under way.
-        memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes whatever a debugger may.
+        memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes what a debugger may.
         vdso_base: where our vDSO is.
         vdso: what it is.
         services: what it shares with other address spaces.

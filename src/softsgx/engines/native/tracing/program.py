@@ -1,4 +1,4 @@
-"""A thread of the program as everybody needs it: tracee, logical processor, the driver's task."""
+"""A thread of the program: tracee, logical processor and the driver's task in one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Process:
 
     Attributes:
         pid: its id.
-        group: who pays for its EPC.
+        group: the limit group that its EPC is charged to.
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
         guarded_descriptors: descriptors whose reads and writes stop.

@@ -400,7 +400,7 @@ class Thread:
         if not self._loaded:
             self.load()
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
-        # The kernel forgets why it stopped; whoever handles the stop, or its handler, still asks.
+        # The kernel forgets why the thread stopped; the handlers of the stop still need to know.
         kept, at_signal = self._kept, self._at_signal
         if at_signal and kept is None:
             kept = SigInfo.from_buffer_copy(self.siginfo())

@@ -70,8 +70,8 @@ _RESERVED, _SIZE = 40, 256
 def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
-    ``illegal`` is an illegal instruction; at ``scratch`` are bytes for whatever calls point at, and
-    at ``shared_at`` the address of the shared page, or zero.
+    ``illegal`` is an illegal instruction; at ``scratch`` are bytes that arguments of calls
+    point at, and at ``shared_at`` the address of the shared page, or zero.
 
     At ``state`` are :data:`STATE_INSTRUCTIONS`, each with an int3 behind it, STATE_STRIDE apart.
 

@@ -88,11 +88,11 @@ class Permits:
     def entered(self, thread: ProgramThread, tcs: int) -> None:
         """EENTER of ``tcs`` from our vDSO has succeeded; the thread has its new registers."""
         page = thread.image.page
-        # Whoever listens wants to hear of an entry when it happens.
+        # A tracer of events must see an entry when it happens.
         if page is None or thread.cpu.hw.tracer is not None or not self._allowed():
             return
         regs, inside = thread.regs, thread.cpu.inside
-        assert inside is not None, "an entry that has succeeded leads nowhere"
+        assert inside is not None, "the thread is in no enclave after EENTER"
         frame = inside.frame
         needs = tcs, frame.gpr.linaddr, *(part.linaddr for part in frame.xsave)
         outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
