@@ -10,7 +10,7 @@ Examples:
   softsgx run --limit jobs/a=8MiB -- ./app        the program runs in that group
   softsgx run --quiet --report run.html -- ./app  a page that opens offline
 
-exit status: the program's; 2 when it could not be run.
+exit status: the program's; 2 when it could not be run, 125 when softsgx made a mistake.
 This is an emulation: it protects nothing from the owner of this machine.
 """
 
@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,7 +33,7 @@ from typing import Any
 from rich.console import Console
 
 from softsgx.cli._common import size_bytes, write_file
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunFailed, doctor
 from softsgx.engines.native import run as run_natively
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
@@ -56,6 +57,7 @@ NAME = "run"
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_FAILED = 125  # as env and timeout have it
 _STATUS_AFTER_S = 2.0
 _STATUS_EVERY_S = 0.5
 
@@ -145,18 +147,22 @@ def run(args: argparse.Namespace) -> int:
             tracer = stack.enter_context(writer)
         stack.callback(watch.stop)
         stack.enter_context(_handlers_kept())
-        result = run_natively(
-            argv,
-            config,
-            group=_group(args),
-            pager=args.pager,
-            cpuid=args.cpuid,
-            cpus=args.cpus,
-            tracer=tracer,
-            observer=watch,
-            strict=args.strict,
-            inject=args.inject,
-        )
+        mistakes: list[Exception] = []
+        try:
+            result = run_natively(
+                argv,
+                config,
+                group=_group(args),
+                pager=args.pager,
+                cpuid=args.cpuid,
+                cpus=args.cpus,
+                tracer=tracer,
+                observer=watch,
+                strict=args.strict,
+                inject=args.inject,
+            )
+        except RunFailed as failed:  # what it did is told all the same
+            result, mistakes = failed.result, failed.errors
     summary = collector.summary(argv, result.exit_code)
     if sampler is not None:
         sampler.take()
@@ -166,6 +172,10 @@ def run(args: argparse.Namespace) -> int:
         write_file(args.json, text.encode(), force=args.force)
     if not args.quiet:
         print_summary(summary, Console(stderr=True, highlight=False, markup=False))
+    for mistake in mistakes:
+        print(f"softsgx: {mistake!r}: a mistake of softsgx; please report it", file=sys.stderr)
+    if mistakes:
+        return _FAILED
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
 
 

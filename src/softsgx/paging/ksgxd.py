@@ -83,6 +83,7 @@ class Ksgxd:
         self._gave_up = False
         self._stopping = False
         self._task: Task | None = None
+        self._failed = False
 
     # --- news -------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Ksgxd:
         group = self._root if busy.group is None else busy.group
         self._faults[group] += 1
         try:
-            if self._task is not None:
+            if self._task is not None and not self._failed:
                 self._wait_while(lambda: self.outcomes == busy.outcomes)
             elif self.outcomes == busy.outcomes:
                 for requested in self._take_requests() or [group]:
@@ -165,6 +166,7 @@ class Ksgxd:
     def start(self) -> None:
         """As :meth:`EpcCore.start`."""
         assert self._task is None, "ksgxd is started twice"
+        self._failed = False
         self._sanitizer.stopping = False
         self.working.add(1)  # sanitizing
         self._task = self._runtime.spawn(self._run, "ksgxd", daemon=True)
@@ -190,6 +192,17 @@ class Ksgxd:
             self.wait_for_batch(self.generation)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            # Those who wait for it, and those who come later, do its work themselves.
+            self._failed = True
+            self.asleep = False
+            self.outcomes += 1
+            self.batch_ended()
+            raise
+
+    def _work(self) -> None:
         try:
             left = self._sanitizer.run()
             self._counters.unsanitized = left

@@ -228,6 +228,20 @@ class InlineRuntime(Cooperative):
 
     _settle = run_pending
 
+    def take_failures(self) -> list[tuple[str, Exception]]:
+        """Return name and exception of each task that has failed since this was called last.
+
+        Neither joining such a task nor :meth:`close` raises its exception again.
+        """
+        failed = [task for task in self._tasks if task.error is not None]
+        taken: list[tuple[str, Exception]] = []
+        for task in failed:
+            assert isinstance(task.error, Exception), "other exceptions end the program"
+            taken.append((task.name, task.error))
+            task.error = None
+            self._tasks.remove(task)
+        return taken
+
     def sleep(self, duration_ns: int) -> None:
         """Let others run until ``duration_ns`` nanoseconds have passed."""
         self._enlist(None, SLEEP, duration_ns)

@@ -12,19 +12,26 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import abi, run
+from softsgx.engines.native import RunFailed, Supervisor, abi, run
+from softsgx.engines.native.tracing.process_image import ProcessImage
+from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.errors import SoftSgxError
+from softsgx.paging import Group
+from softsgx.paging.ksgxd import Ksgxd
 from softsgx.trace import Event
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
     needs_tracing,
 ]
+
+_TIGHT = 25 * 4096  # no room for one enclave of the program
 
 _FILTERED = """
 import ctypes, os, sys
@@ -133,12 +140,22 @@ def test_no_child_outlives_a_supervisor_that_is_killed_before_it_traces(seizure:
         assert out.read() == ""  # the pipe ends when no process has it any more
 
 
+class Mistake(Exception):
+    """One of ours, made on demand."""
+
+
+def two_in_turn(program: list[str], tmp_path: Path, **options: Any) -> tuple[bytes, RunFailed]:
+    """Run a program twice, one after the other, with a mistake; return what was said of both."""
+    once = f"{' '.join(program)} secrets; echo $?"
+    with (tmp_path / "out").open("w+b") as out, pytest.raises(RunFailed) as failed:
+        run(["/bin/sh", "-c", f"{once}; {once}"], stdio=(0, out.fileno(), 2), **options)
+    assert [type(error) for error in failed.value.errors] == [Mistake]
+    return (tmp_path / "out").read_bytes(), failed.value
+
+
 def test_a_failure_in_serving_one_process_ends_that_one_only(
     program: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Mistake(Exception):
-        pass
-
     failures = iter([Mistake("of ours")])
 
     def listen(event: Event) -> None:
@@ -146,8 +163,87 @@ def test_a_failure_in_serving_one_process_ends_that_one_only(
             for failure in failures:
                 raise failure
 
-    shell = f"{' '.join(program)} secrets; echo $?; {' '.join(program)} secrets; echo $?"
-    with (tmp_path / "out").open("w+b") as out, pytest.raises(Mistake):
-        run(["/bin/sh", "-c", shell], epc=1 << 17, tracer=listen, stdio=(0, out.fileno(), 2))
-    assert (tmp_path / "out").read_bytes() == b"137\n0\n"
+    said, failed = two_in_turn(program, tmp_path, epc=1 << 17, tracer=listen)
+    assert (said, failed.result.exit_code) == (b"137\n0\n", 0)
     assert any("is ended" in message and "of ours" in message for message in caplog.messages)
+
+
+def test_processes_go_on_without_ksgxd(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, failures = Ksgxd._serve, iter([Mistake("in ksgxd")])
+
+    def failing(self: Ksgxd, group: Group) -> None:
+        for failure in failures:
+            raise failure
+        serve(self, group)
+
+    monkeypatch.setattr(Ksgxd, "_serve", failing)
+    said, failed = two_in_turn(program, tmp_path, epc=_TIGHT)
+    assert (said, failed.result.exit_code) == (b"0\n0\n", 0)
+    assert failed.result.counters["reclaimed"], "pages are evicted after it, by those who need one"
+
+
+def test_a_failure_in_taking_a_process_apart_ends_no_other(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, failures = Supervisor.thread_gone, iter([Mistake("at its end")])
+
+    def failing(self: Supervisor, thread: ProgramThread) -> None:
+        gone(self, thread)
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(Supervisor, "thread_gone", failing)
+    said, failed = two_in_turn(program, tmp_path, epc=_TIGHT)
+    assert (said, failed.result.exit_code) == (b"0\n0\n", 0)
+
+
+def test_a_process_in_which_no_call_can_be_made_ends_and_not_the_one_that_needs_it(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = ProcessImage._make
+    victims: list[int] = []
+
+    def failing(self: ProcessImage, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
+        if self.current is None and not victims:  # for another process
+            victims.append(thread.process.pid)
+            raise Mistake("in another process")
+        make(self, thread, calls)
+
+    monkeypatch.setattr(ProcessImage, "_make", failing)
+    once = f"({' '.join(program)} secrets; echo $?)"
+    argv = ["/bin/sh", "-c", f"{once} & {once} & {once} & wait"]
+    with (tmp_path / "out").open("w+b") as out, pytest.raises(RunFailed) as failed:
+        run(argv, epc=_TIGHT, pager="mprotect", stdio=(0, out.fileno(), 2))
+    assert victims and failed.value.result.exit_code == 0
+    assert sorted((tmp_path / "out").read_bytes().split()) == [b"0", b"0", b"137"]
+
+
+def test_a_failure_of_the_platform_ends_every_process_and_is_summed_up(
+    program: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(_FAILING)
+    command = [sys.executable, str(script), "run", "--epc", "128KiB", "--", *program, "secrets"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert "every process is ended" in done.stderr and "EPC" in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "softsgx: Exception('of ours'): a mistake of softsgx; please report it"
+    )
+
+
+_FAILING = """
+import sys
+from softsgx.cli import main
+from softsgx.engines.native import Supervisor
+left = 50
+def between(self):
+    global left
+    left -= 1
+    if not left:
+        raise Exception("of ours")
+Supervisor.between = between
+sys.exit(main())
+"""

@@ -378,3 +378,18 @@ def test_a_threads_task_that_neither_ends_nor_waits_is_named() -> None:
     with pytest.raises(AssertionError, match="tasks left: spin is running"):
         runtime.run(lambda: runtime.spawn(spin, "spin"))
     stop.append(True)
+
+
+def test_a_failure_that_was_taken_is_raised_nowhere_else() -> None:
+    runtime = InlineRuntime()
+
+    def fail() -> None:
+        raise ValueError("in a task")
+
+    task = runtime.spawn(fail, "failing")
+    runtime.run_pending()
+    ((name, error),) = runtime.take_failures()
+    assert (name, str(error)) == ("failing", "in a task")
+    assert not runtime.take_failures()
+    task.join()
+    runtime.close()

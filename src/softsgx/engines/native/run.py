@@ -40,6 +40,7 @@ __all__ = [
     "GROUP_VARIABLE",
     "NativePlatformConfig",
     "Observer",
+    "RunFailed",
     "RunResult",
     "cpuid_of",
     "native_platform",
@@ -68,6 +69,19 @@ class RunResult:
     pager: str
     epc_pages: int
     counters: dict[str, object]
+
+
+class RunFailed(AssertionError):
+    """Mistakes of ours have ended processes, or left a task undone; the others ran on.
+
+    Attributes:
+        result: how the run ended.
+        errors: the mistakes, the earliest first.
+    """
+
+    def __init__(self, result: RunResult, errors: Sequence[Exception]) -> None:
+        super().__init__("; ".join(repr(error) for error in errors))
+        self.result, self.errors = result, list(errors)
 
 
 class Observer(Protocol):
@@ -167,6 +181,7 @@ def run(
     Raises:
         SoftSgxError: the program cannot be started, the configuration is impossible, or this
             machine lacks something the engine needs.
+        RunFailed: the program has ended, and we have made mistakes.
     """
     if pager is not None and pager not in PAGERS:
         raise SoftSgxError(f"pager = {pager!r}: not known; give one of {', '.join(PAGERS)}")
@@ -198,7 +213,12 @@ def run(
         told = {GROUP_VARIABLE: os.fsdecode(CGROUP) + pays.path.rstrip("/")}
         environment = {**(os.environ if env is None else env), **told}
         exit_code = supervisor.run(argv, env=environment, cwd=cwd, stdio=stdio, started=started)
-        platform.check()
-        return RunResult(
+        failures = supervisor.failures
+        if not failures:  # else counts may be wrong, and that is no news
+            platform.check()
+        result = RunResult(
             exit_code, supervisor.pager, platform.core.epc_pages, platform.core.counters.as_dict()
         )
+        if failures:
+            raise RunFailed(result, failures) from failures[0]
+        return result

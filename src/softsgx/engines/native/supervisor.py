@@ -62,6 +62,7 @@ from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.engines.native.x86.forbidden import ForbiddenCode
+from softsgx.errors import SoftSgxError
 from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
@@ -110,7 +111,7 @@ class Supervisor(Lifecycle):
         self._machine, self._driver = machine, driver
         self._store: NativeStore = machine.store
         assert isinstance(driver.runtime, InlineRuntime), "everything runs in the tracer's thread"
-        self.background = driver.runtime.run_pending  # ksgxd gets to its high watermark
+        self._runtime = driver.runtime
         self.pager = pager or choose_pager()
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
@@ -150,6 +151,7 @@ class Supervisor(Lifecycle):
             store=self._store,
             page_at=machine.page_at,
             hold=self._loop.hold,
+            failed=self._loop.image_failed,
             kick=self._loop.kick,
             ended=self._image_ended,
         )
@@ -193,13 +195,16 @@ class Supervisor(Lifecycle):
                     started(first.tid)
                 self._loop.resume_thread(thread)
                 self._loop.run()
-            except BaseException:
-                self._loop.kill()
-                _kill(first.tid)
+                self.background()  # what had begun ends
+            except SoftSgxError:
+                self._end(first.tid)
                 raise
-            self.background()  # what had begun ends
-            if self._loop.failures:
-                raise self._loop.failures[0]
+            except Exception as error:
+                self._loop.failures.note(f"every process is ended: {error!r}", error)
+                self._end(first.tid)
+            except BaseException:
+                self._end(first.tid)
+                raise
             status = self._loop.statuses.get(first.tid)
             return -9 if status is None else os.waitstatus_to_exitcode(status)
         finally:
@@ -208,6 +213,22 @@ class Supervisor(Lifecycle):
             set_limits(limits)
             if interrupt_handler is not None:
                 signal.signal(signal.SIGINT, interrupt_handler)
+
+    @property
+    def failures(self) -> list[Exception]:
+        """What went wrong by a mistake of ours; see :mod:`.tracing.failures`."""
+        return self._loop.failures.errors
+
+    def _end(self, first: int) -> None:
+        """End every process; ``first`` may be unknown to the loop."""
+        self._loop.kill()
+        _kill(first)
+
+    def background(self) -> None:
+        """Let ksgxd get to its high watermark, and the ends of address spaces to theirs."""
+        self._runtime.run_pending()
+        for name, error in self._runtime.take_failures():
+            self._loop.failures.note(f"task {name} has failed: {error!r}", error)
 
     # --- system calls ---------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.tracing.waits import Waits
 
 __all__ = ["StrictLoop"]
@@ -94,7 +93,10 @@ class StrictLoop(Loop):
     def _between(self) -> None:
         super()._between()
         for image in list(self._turns):
-            self._turn(image)
+            try:
+                self._turn(image)
+            except Exception as error:
+                self.image_failed(image, error)
 
     def _turn(self, image: ProcessImage) -> None:
         """Change the view when no thread runs in the present one any more."""
@@ -125,8 +127,8 @@ class StrictLoop(Loop):
             thread.parked = False
             try:
                 super().resume_thread(thread, number)
-            except Gone as gone:
-                self._note(gone)
+            except Exception as error:
+                self.failed(thread.process.pid, thread.tid, error)
 
     def _wait(self) -> tuple[int, int] | None:
         until_ns = min(

@@ -9,7 +9,8 @@ it leaves its enclave and is no longer asked for anything, and nothing else happ
 when wait(2) has reaped it: the kernel has released all that it held, and the loop, serving no
 thread, gives back what we hold for it.
 
-What goes wrong in serving a thread ends its process, and no other.
+What goes wrong in serving a thread, or in stopping it while another one is served, ends its
+process, and no other (see :mod:`.failures`).
 
 Source:
     ptrace(2).
@@ -17,25 +18,20 @@ Source:
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import struct
 from collections.abc import Callable
-from errno import EMFILE, ENFILE
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.tracing.failures import Failures, kill
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
-from softsgx.errors import SoftSgxError
 
 __all__ = ["Lifecycle", "Loop"]
-
-_LOG = logging.getLogger(__name__)
 
 _NO_CALL = (1 << 64) - 1
 _TWO_QWORDS = struct.Struct("<QQ")
@@ -49,13 +45,11 @@ Handler = Callable[[ProgramThread], "int | None"]
 
 
 class Lifecycle:
-    """What the loop asks for when the program's shape changes; the supervisor implements it.
+    """What the loop asks for when the program's shape changes; the supervisor implements it."""
 
-    Attributes:
-        background: lets background tasks run until each of them waits.
-    """
-
-    background: Callable[[], None]
+    def background(self) -> None:
+        """Let background tasks run until each of them waits."""
+        raise NotImplementedError
 
     def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:
         """A thread was made in a known process and address space."""
@@ -112,7 +106,7 @@ class Loop:
     Attributes:
         threads: living threads by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
-        failures: what went wrong in serving threads by a mistake of ours.
+        failures: what went wrong by a mistake of ours.
     """
 
     def __init__(
@@ -126,7 +120,7 @@ class Loop:
         self._transitions, self._calls = transitions, calls
         self.threads: dict[int, ProgramThread] = {}
         self.statuses: dict[int, int] = {}
-        self.failures: list[Exception] = []
+        self.failures = Failures()
         self._before_resume, self._background = lifecycle.before_resume, lifecycle.background
         self._permits = transitions.permits
         self._early: dict[int, int] = {}
@@ -223,8 +217,8 @@ class Loop:
             thread.interrupt()
             stop = thread.behind(thread.wait())
             self._permits.stopped(thread)
-        except Gone as gone:
-            self._note(gone)
+        except Exception as error:
+            self.failed(thread.process.pid, thread.tid, error)
             return False
         thread.running = False
         thread.pending.append(stop)
@@ -250,8 +244,8 @@ class Loop:
             try:
                 if self._transitions.kicked(thread, stop):
                     thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
-            except Gone as gone:  # which takes it out as well
-                self._note(gone)
+            except Exception as error:  # its end takes it out as well
+                self.failed(thread.process.pid, thread.tid, error)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -284,30 +278,23 @@ class Loop:
             self._permits.stopped(thread)
             self._handle(thread, stop)
         except Exception as error:
-            self._failed(thread.process.pid, thread.tid, error)
+            self.failed(thread.process.pid, thread.tid, error)
         finally:
             image.current = None
 
-    def _failed(self, pid: int, tid: int, error: Exception) -> None:
-        """Serving thread ``tid`` has failed: if it was not its end that disturbed us, end it."""
+    def failed(self, pid: int, tid: int, error: Exception) -> None:
+        """Serving thread ``tid`` has failed: end its process, unless the thread's end is why."""
         if isinstance(error, Gone):
             self._note(error)
         elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
             self._note(Gone(tid))  # what the kernel has said of it is not what it is by now
-        elif isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
-            _LOG.error(
-                "process %d is ended: no descriptor is left to serve it; raise the limit on open "
-                "files (ulimit -Hn)",
-                pid,
-            )
-            _kill(pid)
-        elif isinstance(error, SoftSgxError):
-            _LOG.error("process %d is ended: %s", pid, error)
-            _kill(pid)
         else:
-            _LOG.error("process %d is ended: %r in serving it", pid, error, exc_info=error)
-            self.failures.append(error)
-            _kill(pid)
+            self.failures.end_process(pid, error)
+
+    def image_failed(self, image: ProcessImage, error: Exception) -> None:
+        """Calls in an address space have failed: end its processes."""
+        for thread in list(image.threads.values()):
+            self.failed(thread.process.pid, thread.tid, error)
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if not stop.event and not stop.syscall:
@@ -387,7 +374,7 @@ class Loop:
         try:
             thread = self._child(tid, parent, event, flags)
         except Exception as error:
-            self._failed(parent.process.pid if flags & _CLONE_THREAD else tid, tid, error)
+            self.failed(parent.process.pid if flags & _CLONE_THREAD else tid, tid, error)
             return
         stop = decode_stop(status)  # calls have been made in its name since
         if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
@@ -438,24 +425,32 @@ class Loop:
         del self.threads[thread.tid]
         self._dying[thread.tid] = thread
         self._permits.ended(thread)
-        self._lifecycle.thread_died(thread)
+        self._ended(thread, self._lifecycle.thread_died)
 
     def _gone(self, thread: ProgramThread, status: int) -> None:
         """The second step: it was reaped with this status."""
-        self._die(thread)
         if thread.tid == thread.process.pid:
             self.statuses[thread.tid] = status
+            self.failures.reaped(thread.tid)
+        self._die(thread)
         self._forget(thread)
 
     def _forget(self, thread: ProgramThread) -> None:
         if self._dying.get(thread.tid) is thread:
             del self._dying[thread.tid]
-            self._lifecycle.thread_gone(thread)
+            self._ended(thread, self._lifecycle.thread_gone)
+
+    def _ended(self, thread: ProgramThread, tell: Callable[[ProgramThread], None]) -> None:
+        """Tell of the end of a thread; a mistake then concerns nothing that still runs."""
+        try:
+            tell(thread)
+        except Exception as error:
+            self.failures.note(f"thread {thread.tid} has ended: {error!r} behind it", error)
 
     def kill(self) -> None:
         """End every process, and wait until it is gone."""
         for pid in {thread.process.pid for thread in self.threads.values()} | set(self._early):
-            _kill(pid)
+            kill(pid)
         while self.threads or self._dying:
             try:
                 tid, status = self._waits.next()
@@ -466,15 +461,8 @@ class Loop:
                 if thread is not None:
                     self._gone(thread, status)
             else:
-                _kill(tid)  # it may be a child that was not told of yet
+                kill(tid)  # it may be a child that was not told of yet
                 let_end(tid)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _clone_flags(parent: ProgramThread) -> int:

@@ -48,6 +48,7 @@ class ImageServices:
         page_at: returns the EPC page at an EPC address.
         hold: stops a running thread for us; returns whether it is stopped and alive.
         kick: makes the threads of an address space that are inside an enclave leave it.
+        failed: ends the processes of an address space in which calls cannot be made.
         ended: called when the driver has let go of an address space.
     """
 
@@ -59,6 +60,7 @@ class ImageServices:
     page_at: Callable[[int], EpcPage | None]
     hold: Callable[[ProgramThread], bool]
     kick: Callable[[ProcessImage], None]
+    failed: Callable[[ProcessImage, Exception], None]
     ended: Callable[[ProcessImage], None]
 
 
@@ -102,7 +104,7 @@ class ProcessImage:
         self.index, self.memory_fd, self.page = index, memory_fd, page
         self.vdso_base, self.vdso = vdso_base, vdso
         self.registry, self.strict = services.registry, services.strict
-        self._hold = services.hold
+        self._hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}
         self.members = 0
         self.current: ProgramThread | None = None
@@ -294,7 +296,7 @@ class ProcessImage:
 
         Uses the thread at hand, or stops one.  When all are in system calls that cannot be
         interrupted, the calls are made before any of them runs code of the program again.  Without
-        a living thread nothing needs doing.
+        a living thread nothing needs doing.  A failure ends the processes that have this image.
         """
         self._deferred_calls += calls
         if self._collecting:
@@ -309,6 +311,9 @@ class ProcessImage:
                     return
             except Gone:
                 continue
+            except Exception as error:
+                self._failed(self, error)
+                return
         if self.threads:
             self._deferred_calls = calls
 

@@ -1,0 +1,80 @@
+"""Where exceptions of our own end: the smallest part of the program that one can concern.
+
+What a thread of the program does, or what the kernel says of it, may meet a mistake of ours.  The
+exception is caught at the first of these places that it passes, and the others go on:
+
+*A thread that is served or stopped for somebody else* (:class:`~.loop.Loop`): its process is ended.
+
+*An address space in which calls are made for somebody else*
+(:class:`~.process_image.ProcessImage`): its processes are ended, and the caller goes on as if they
+had ended by themselves.
+
+*What has ended and is taken apart*, and *background tasks*: no process is ended.  Without ksgxd
+each thread that needs a page evicts one itself, so its next exception concerns a process.
+
+*The platform*: what passes all of these ends every process.
+
+Each exception is logged once with its traceback and kept, and the run fails with
+:class:`RunFailed` when the program has ended.  What is no mistake (a limit of this machine, bad
+input) ends a process with one line and the run does not fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from errno import EMFILE, ENFILE
+
+from softsgx.errors import SoftSgxError
+
+__all__ = ["Failures", "kill"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class Failures:
+    """See the module.
+
+    Attributes:
+        errors: mistakes of ours, the earliest first.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self._ended: set[int] = set()
+
+    def end_process(self, pid: int, error: Exception) -> None:
+        """End process ``pid`` because of ``error``; the reason is told once."""
+        told = pid in self._ended
+        self._ended.add(pid)
+        if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+            if not told:
+                _LOG.error(
+                    "process %d is ended: no descriptor is left to serve it; raise the limit on "
+                    "open files (ulimit -Hn)",
+                    pid,
+                )
+        elif isinstance(error, SoftSgxError):
+            if not told:
+                _LOG.error("process %d is ended: %s", pid, error)
+        elif not told:
+            self.note(f"process {pid} is ended: {error!r} in serving it", error)
+        kill(pid)
+
+    def reaped(self, pid: int) -> None:
+        """Process ``pid`` has ended: its id may be another one's next."""
+        self._ended.discard(pid)
+
+    def note(self, what: str, error: Exception) -> None:
+        """Keep a mistake of ours, and log it; nothing is ended."""
+        _LOG.error("%s", what, exc_info=error)
+        self.errors.append(error)
+
+
+def kill(pid: int) -> None:
+    """Send SIGKILL to a process that may have ended."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
