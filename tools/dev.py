@@ -4,8 +4,8 @@ Needs Python 3.11+ with ``venv``, nothing else:
 
     python3 tools/dev.py tour      the worked paging tour
     python3 tools/dev.py demo      build an example enclave and run it with a quarter of its EPC
-    python3 tools/dev.py test      lint, types, layers, docs and all tests
-    python3 tools/dev.py quick     the same without slow tests and docs
+    python3 tools/dev.py test      lint, spelling, dead code, types, layers, docs and all tests
+    python3 tools/dev.py quick     the same without docs and slow tests, and samples of large tables
     python3 tools/dev.py soak      random histories: --minutes N --jobs N [--seed N] [--kind KIND]
     python3 tools/dev.py docs      the documentation, to docs/_build/html
     python3 tools/dev.py format    rewrite the sources as ruff has them
@@ -33,7 +33,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / "bin"
 STAMP = VENV / "softsgx-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
-RUN_EXTRAS = ("native", "report")
+RUN_EXTRAS = ("report",)
 
 
 def main() -> int:
@@ -104,13 +104,17 @@ def checks(rest: list[str], *, full: bool) -> int:
     steps: list[tuple[str, list[str]]] = [
         ("lint", ["ruff", "check", "."]),
         ("format", ["ruff", "format", "--check", "."]),
+        ("spelling", ["codespell"]),
+        ("dead code", ["vulture"]),
         ("types", ["mypy"]),
         ("layers", ["lint-imports"]),
     ]
     if full:
         steps.append(("docs", DOCS))
     tests = ["pytest", "-q", "-rs", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
-    steps.append(("tests", [*tests, *([] if full else ["-m", "not slow"]), *rest]))
+    steps.append(
+        ("tests", [*tests, *([] if full else ["-m", "not slow and not exhaustive"]), *rest])
+    )
     failed = []
     for name, command in steps:
         print(f"== {name}: {' '.join(command)}", flush=True)

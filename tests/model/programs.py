@@ -59,7 +59,6 @@ class Actor:
     cpu: int
     tolerant: bool = False
     shares: list[Share] = field(default_factory=list)
-    skipped: int = 0
 
     # --- enclaves -------------------------------------------------------------------------------
 
@@ -77,7 +76,6 @@ class Actor:
                 raise
             for fd in [fd for fd in list(self.process._files) if fd not in self._open()]:
                 self.process.close(fd)
-            self.skipped += 1
             return None
         return self.join(made, 0, actors)
 
@@ -116,7 +114,6 @@ class Actor:
                 if not self.tolerant or signal.name != "SIGBUS":
                     raise
                 self.system.runtime.yield_now()
-        self.skipped += 1
 
     def _enter(self, share: Share) -> None:
         self.thread = self.process.thread(self.cpu)
@@ -224,7 +221,6 @@ class Actor:
             else:
                 return True
         assert self.tolerant, f"page {page} stays busy"
-        self.skipped += 1
         return False
 
     def accept(self, share: Share, page: int, flags: int) -> None:

@@ -36,7 +36,7 @@ from softsgx.userland import SoftProcess, SoftThread
 BASE = 0x7000_0000_0000
 RW = int(SecInfoFlags.R | SecInfoFlags.W)
 RWX = int(SecInfoFlags.RWX)
-TCS_OFFSET, SSA_OFFSET, DATA_OFFSET = 0, PAGE_BYTES, 3 * PAGE_BYTES
+SSA_OFFSET, DATA_OFFSET = PAGE_BYTES, 3 * PAGE_BYTES
 SECINFO_TCS = PageType.TCS << 8
 SECINFO_RW = PageType.REG << 8 | RW
 SECINFO_RWX = PageType.REG << 8 | RWX

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,6 @@ REG, TCS, TRIM = PageType.REG << 8, PageType.TCS << 8, PageType.TRIM << 8
 PENDING, MODIFIED, PR = 8, 16, 32
 SIZE = 16 * PAGE_BYTES
 SGX1_ONLY = SgxFeature.SGX1
-Change = Callable[[Any], None]
 
 
 @pytest.fixture

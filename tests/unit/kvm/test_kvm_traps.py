@@ -189,7 +189,7 @@ def test_the_bitmap_has_what_the_host_must_see() -> None:
 
 # --- by registers ---------------------------------------------------------------------------------
 
-PAGEINFO, SECS, SECINFO, SIGSTRUCT, TOKEN, OUT, PCMD = range(0x1_0000, 0x1_7000, 0x1000)
+PAGEINFO, SECS, SECINFO, SIGSTRUCT, TOKEN, OUT = range(0x1_0000, 0x1_6000, 0x1000)
 
 
 def by_registers(guest: GuestSystem, leaf: int, rbx: int = 0, rcx: int = 0, rdx: int = 0) -> int:

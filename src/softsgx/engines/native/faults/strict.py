@@ -87,7 +87,6 @@ class StrictLoop(Loop):
         if _wanted(thread) is image.view and not over:
             super().resume_thread(thread, number)
             return
-        thread.parked = True
         self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
 
     def _between(self) -> None:
@@ -124,7 +123,6 @@ class StrictLoop(Loop):
         if not turns.waiting:
             del self._turns[image]
         for thread, number in ready:
-            thread.parked = False
             try:
                 super().resume_thread(thread, number)
             except Exception as error:

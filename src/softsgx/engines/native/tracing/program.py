@@ -78,7 +78,6 @@ class ProgramThread(Thread):
         illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         breakpoints: which set of breakpoints it has, 0 for none.
-        parked: whether it waits until it may run, with threads outside or in one enclave only.
         outgoing: what goes with the signal we deliver, instead of what the kernel has for it.
         claim: pages that it needs at once.
     """
@@ -97,7 +96,6 @@ class ProgramThread(Thread):
     illegal_at: int = 0
     kicked: bool = False
     breakpoints: int = 0
-    parked: bool = False
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None

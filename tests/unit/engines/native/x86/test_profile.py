@@ -19,7 +19,7 @@ from softsgx.hw import MachineConfig
 
 ALL = 0xFFFF_FFFF
 AMD = struct.unpack("<3I", b"AuthcAMDenti")
-AVX512F, AMX_TILE = 1 << 16, 1 << 24
+AVX512F = 1 << 16
 # A processor whose AVX-512 and PKRU state is not where Intel has it, under a hypervisor.
 COMPACT = {2: (256, 576), 5: (64, 832), 6: (512, 896), 7: (1024, 1408), 9: (8, 2432)}
 COMPACT_SIZE = 2440
