@@ -16,6 +16,7 @@ import pytest
 from tests.support.checks import Check
 from tests.support.hw import Built
 from tests.support.paging import Pf, outcome
+from tests.support.tables import sampled
 
 from softsgx.arch import PAGE_BYTES, PageInfo, SecInfo
 from softsgx.hw import EpcPage, LogicalProcessor, Machine, PageInfoArgs
@@ -217,11 +218,11 @@ def rows(checks: Sequence[Row]) -> list[Any]:
 
 def pairs(checks: Sequence[Row]) -> list[Any]:
     """Parameters for every two checks that end differently, the earlier first."""
-    return [
+    return sampled(
         pytest.param(first, later, id=f"{first.name}-before-{later.name}")
         for first, later in combinations(sorted(checks, key=lambda row: row.step), 2)
         if first.step < later.step and first.says != later.says and first.name not in later.hides
-    ]
+    )
 
 
 def put(**values: Any) -> Callable[[Any], None]:

@@ -155,7 +155,7 @@ def _alone() -> list[Any]:
 def _together() -> list[Any]:
     hidden = {("guest without ENCLV", "exit wanted"), ("exit wanted", "unknown leaf")}
     return [
-        pytest.param(name, *pair.values, id=f"{name}-{pair.id}")
+        pytest.param(name, *pair.values, id=f"{name}-{pair.id}", marks=pair.marks)
         for name, table in TABLES.items()
         for pair in pairs(table)
         if tuple(row.name for row in pair.values) not in hidden

@@ -139,10 +139,6 @@ def _row(step: int, name: str, violate: Any, ends: Any, says: str) -> Row:
     return Row(step, name, violate, ends, frozenset({"any"}), says=says)
 
 
-def _both(*violations: Any) -> Any:
-    return lambda scene: [violate(scene) for violate in violations]
-
-
 _BY_PAGING = ("mapped", "ordinary", "paging")
 
 COMMON = [
@@ -219,7 +215,7 @@ def _alone() -> list[Any]:
 
 def _together() -> list[Any]:
     return [
-        pytest.param(leaf, *pair.values, id=f"{leaf}-{pair.id}")
+        pytest.param(leaf, *pair.values, id=f"{leaf}-{pair.id}", marks=pair.marks)
         for leaf in ("eenter", "eresume")
         for pair in pairs(_representatives(_tables(leaf)))
     ]

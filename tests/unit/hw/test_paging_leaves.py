@@ -211,7 +211,7 @@ ROWS = [
     for param in row_params(checks, KINDS[leaf], MODES[leaf])
 ]
 PAIRS = [
-    pytest.param(leaf, *param.values, id=f"{leaf}-{param.id}")
+    pytest.param(leaf, *param.values, id=f"{leaf}-{param.id}", marks=param.marks)
     for leaf, checks in CHECKS.items()
     for param in pair_params(checks, PAIR_KINDS[leaf], MODES[leaf])
 ]

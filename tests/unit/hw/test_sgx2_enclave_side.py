@@ -325,7 +325,7 @@ def _together() -> list[Any]:
         for it in table:
             chosen.setdefault((it.step, it.says), it)
         made += [
-            pytest.param(*call, *pair.values, id=f"{'-'.join(call)}-{pair.id}")
+            pytest.param(*call, *pair.values, id=f"{'-'.join(call)}-{pair.id}", marks=pair.marks)
             for pair in pairs(list(chosen.values()))
             if not _exclusive(*pair.values)
         ]

@@ -51,6 +51,7 @@ def read_and_measure(name: str, data: bytes) -> None:
             assert text.startswith(("bad: ", "plan: "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name: str) -> None:
     @given(damaged(name))
@@ -66,6 +67,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_nasty_number_at_any_hot_place_does_no_harm(name: str) -> None:
     for at in hot_places(name)[::5]:
