@@ -20,7 +20,7 @@ from softsgx.arch import PAGE_BYTES, PageType, Status
 from softsgx.driver import FaultResult, Ioctl, ModifyTypes, RemovePages
 from softsgx.driver.page import EnclavePage
 from softsgx.hw import LeafDone
-from softsgx.paging import EpcBusy, EpcPage, MemoryBacking, NoEpc
+from softsgx.paging import EpcBusy, MemoryBacking, NoEpc, SgxEpcPage
 from softsgx.runtime import SeededRuntime
 from softsgx.userland import Signal, SoftThread
 
@@ -37,7 +37,7 @@ class Batch:
     def __init__(self, system: System, made: Launched, number: int) -> None:
         self.system = system
         self.page: EnclavePage = made.enclave.pages[made.enclave.index_of(made.data(number))]
-        self.epc: EpcPage | None = None
+        self.epc: SgxEpcPage | None = None
 
     def run_to(self, phase: str) -> None:
         steps: dict[str, Callable[[], None]] = {

@@ -22,10 +22,10 @@ from softsgx.paging import (
     EnclaveSwap,
     EpcBusy,
     EpcCore,
-    EpcPage,
     Group,
     MemoryBacking,
     Reservation,
+    SgxEpcPage,
     SwapEntry,
 )
 
@@ -53,7 +53,7 @@ class ToyPage:
     encl: ToyEnclave
     index: int
     content: bytes
-    epc: EpcPage | None = None
+    epc: SgxEpcPage | None = None
     entry: SwapEntry | None = None
     reservation: Reservation | None = None
     mapped: bool = False

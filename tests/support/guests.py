@@ -206,7 +206,7 @@ class GuestHost:
         for page in [*pages, *self.device.zombies]:
             if page.epc is not None and page.evicted_children:
                 virtual = self.epcm(page).owner.virt_children
-                assert virtual == page.evicted_children + page.owed, (
+                assert virtual == page.evicted_children + page.deferred_edecvirtchild, (
                     f"{page!r}: VIRTCHILDCNT {virtual}, {page.evicted_children} evicted"
                 )
         held = self.core.counters.held.get("vepc", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from softsgx.arch import EpcAddr
-from softsgx.paging import EpcPage, Lru
+from softsgx.paging import Lru, SgxEpcPage
 
 __all__ = ["FakeOwner", "listed"]
 
@@ -58,11 +58,11 @@ class FakeOwner:
         return self.writes
 
 
-def listed(lru: Lru, *owners: FakeOwner) -> list[EpcPage]:
+def listed(lru: Lru, *owners: FakeOwner) -> list[SgxEpcPage]:
     """Put a page of each owner on ``lru``, the first one oldest."""
     pages = []
     for number, owner in enumerate(owners):
-        page = EpcPage(EpcAddr(number * 4096), 0)
+        page = SgxEpcPage(EpcAddr(number * 4096), 0)
         page.owner = owner
         lru.add(page)
         pages.append(page)

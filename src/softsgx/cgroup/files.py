@@ -13,12 +13,12 @@ import errno
 import os
 import re
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup.group import EpcCgroup
 
 __all__ = ["KEY", "file_names", "read_file", "write_file"]
 
 KEY = "sgx_epc"
-_PAGE = 4096
 _U64_MAX = (1 << 64) - 1
 _MOST_DIGITS = 22  # of a number of 64 bits, in base 8
 _SPACES = " \t\n\v\f\r"
@@ -45,13 +45,13 @@ def read_file(group: EpcCgroup, name: str) -> str:
         return ""
     match name:
         case "misc.capacity":
-            value = str(group.hierarchy.capacity_pages * _PAGE)
+            value = str(group.hierarchy.capacity_pages * PAGE_BYTES)
         case "misc.current":
-            value = str(group.usage_pages * _PAGE)
+            value = str(group.usage_pages * PAGE_BYTES)
         case "misc.peak":
-            value = str(group.peak_pages * _PAGE)
+            value = str(group.peak_pages * PAGE_BYTES)
         case "misc.max":
-            value = "max" if group.max_pages is None else str(group.max_pages * _PAGE)
+            value = "max" if group.max_pages is None else str(group.max_pages * PAGE_BYTES)
         case _:
             count = group.events if name == "misc.events" else group.events_local
             return f"{KEY}.max {count}\n"
@@ -75,12 +75,12 @@ def write_file(group: EpcCgroup, name: str, text: str) -> None:
         raise _error(errno.ENOENT, name)
     if name != "misc.max":
         raise _error(errno.EACCES, name)
-    if len(text.encode(errors="surrogatepass")) > _PAGE:
+    if len(text.encode(errors="surrogatepass")) > PAGE_BYTES:
         raise _error(errno.E2BIG, name)
     key, space, value = text.partition("\0")[0].strip(_SPACES).partition(" ")
     if key != KEY or not space:
         raise _error(errno.EINVAL, name)
-    limit = None if value == "max" else _kstrtou64(value, name) // _PAGE
+    limit = None if value == "max" else _kstrtou64(value, name) // PAGE_BYTES
     if not group.hierarchy.capacity_pages:
         raise _error(errno.EINVAL, name)
     group.max_pages = limit

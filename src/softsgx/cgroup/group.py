@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup.events import ChargeRefused, VictimKilled
 from softsgx.defects import Defect
 from softsgx.paging import Group, Lru
@@ -28,7 +29,6 @@ from softsgx.trace import Tracer
 
 __all__ = ["EpcCgroup", "Hierarchy", "Victim", "group_name_ok"]
 
-_PAGE = 4096
 _NAME_MAX = 255
 _MARGIN_PAGES = 32  # start reclaim this much below the limit …
 _THRESHOLD_PAGES = 128  # … unless the limit is so small that the margin would hurt
@@ -265,7 +265,7 @@ class EpcCgroup:
                 if group.parent is not None:
                     group.events += 1
         if tree.tracer is not None:
-            usage = refused.usage_pages * _PAGE
+            usage = refused.usage_pages * PAGE_BYTES
             tree.tracer(ChargeRefused(self.path, refused.path, usage))
 
     def uncharge(self) -> None:

@@ -18,7 +18,7 @@ from softsgx.driver.events import (
     ProcessorsKicked,
 )
 from softsgx.driver.file import EnclaveFile, ProvisionFile
-from softsgx.driver.mm import EnclaveVma, FaultResult, Mm, Ptes
+from softsgx.driver.mm import EnclaveVma, Mm, Ptes
 from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo
 from softsgx.driver.uapi import (
     ERESTARTSYS,
@@ -41,6 +41,7 @@ from softsgx.driver.uapi import (
     RemovePages,
     RestrictPermissions,
 )
+from softsgx.paging import FaultResult
 
 __all__ = [
     "ERESTARTSYS",

@@ -48,7 +48,7 @@ from softsgx.driver.uapi import (
 )
 from softsgx.hw import Fault, PageInfoArgs
 from softsgx.layout import Structure
-from softsgx.paging import BackingError, EnclaveSwap, EpcPage, Interrupted, LoadFailed
+from softsgx.paging import BackingError, EnclaveSwap, Interrupted, LoadFailed, SgxEpcPage
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -280,7 +280,7 @@ def _source(task: Task, address: int) -> bytes:
 def _eadd(
     enclave: Enclave,
     page: EnclavePage,
-    epc: EpcPage,
+    epc: SgxEpcPage,
     secinfo: SecInfo,
     data: bytes,
     *,

@@ -13,7 +13,7 @@ from softsgx.arch import Status, page_of
 from softsgx.driver.fault import PageInMotion, load, wait_for
 from softsgx.driver.uapi import refuse
 from softsgx.hw import Fault
-from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
+from softsgx.paging import BackingError, EpcBusy, LoadFailed, NoEpc, SgxEpcPage
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -93,7 +93,7 @@ def _word(mm: Mm, addr: int, part: bytes | None, task: Task | None) -> bytes:
             enclave.driver.core.wait_for_page(epc_busy)
 
 
-def _page(enclave: Enclave, addr: int, prot: int, task: Task | None) -> EpcPage:
+def _page(enclave: Enclave, addr: int, prot: int, task: Task | None) -> SgxEpcPage:
     page = enclave.pages.get(enclave.index_of(addr))
     if page is None or enclave.dead or prot & ~page.max_prot:
         refuse(EFAULT, f"the enclave has no page at {page_of(addr):#x}")
@@ -103,7 +103,7 @@ def _page(enclave: Enclave, addr: int, prot: int, task: Task | None) -> EpcPage:
         refuse(EFAULT, str(error))
 
 
-def _access(enclave: Enclave, epc: EpcPage, addr: int, part: bytes | None) -> bytes:
+def _access(enclave: Enclave, epc: SgxEpcPage, addr: int, part: bytes | None) -> bytes:
     leaves = enclave.driver.core.leaves
     start = addr % _WORD
     word = epc.addr + addr % 4096 - start

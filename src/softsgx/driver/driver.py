@@ -19,7 +19,7 @@ from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import refuse
-from softsgx.paging import BackingFile, EpcCore, Group, MemoryBacking
+from softsgx.paging import BackingFile, EpcCore, Group, memory_backing
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
 
@@ -32,10 +32,6 @@ def _group_of(task: Task) -> Group:
 
 def _node_of(task: Task) -> int:
     return 0
-
-
-def _memory(pages: int) -> BackingFile:
-    return MemoryBacking()
 
 
 class Driver:
@@ -73,7 +69,7 @@ class Driver:
         tracer: Tracer | None = None,
         defects: frozenset[Defect] = frozenset(),
         launch_control: bool = True,
-        backing: Callable[[int], BackingFile] = _memory,
+        backing: Callable[[int], BackingFile] = memory_backing,
         unprivileged: int = UNPRIVILEGED,
         tokens: Mapping[bytes, EinitToken] = MappingProxyType({}),
     ) -> None:

@@ -32,7 +32,7 @@ from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import Srcu
 from softsgx.driver.uapi import refuse
 from softsgx.hw import Fault
-from softsgx.paging import Counted, EnclaveSwap, EpcPage, Group
+from softsgx.paging import EnclaveSwap, Group, RefCounted, SgxEpcPage
 
 if TYPE_CHECKING:
     from softsgx.driver.driver import Driver
@@ -71,7 +71,7 @@ class EnclaveMm:
             enclave._put_mm()
 
 
-class Enclave(Counted):
+class Enclave(RefCounted):
     """An enclave, from the opening of its file: ``struct sgx_encl``.
 
     Args:
@@ -153,7 +153,7 @@ class Enclave(Counted):
         if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
             self.put()
 
-    def _end(self) -> None:
+    def _destroy(self) -> None:
         """Free everything; nobody else knows the enclave any more."""
         assert not self._mms, f"{self!r} destroyed with address spaces registered"
         yields = Defect.RELEASE_WITHOUT_RESCHED not in self.driver.defects
@@ -184,7 +184,7 @@ class Enclave(Counted):
             page.entry = None
         return True
 
-    def remove(self, epc: EpcPage) -> None:
+    def remove(self, epc: SgxEpcPage) -> None:
         """EREMOVE a page of it that is on no list and free it; ``lock`` is held."""
         removed = self.driver.core.remove(epc)
         assert removed or Defect.EREMOVE_FAILURE_FATAL not in self.driver.defects, (
@@ -192,7 +192,7 @@ class Enclave(Counted):
         )
         self.swap.child_removed()
 
-    def discard(self, epc: EpcPage) -> bool:
+    def discard(self, epc: SgxEpcPage) -> bool:
         """EREMOVE a page of a killed enclave that a batch has; ``lock`` is held.
 
         Returns:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from softsgx.arch import PAGE_SHIFT, PageType
 from softsgx.defects import Defect
 from softsgx.driver.events import Augmented, FaultHandled
-from softsgx.driver.mm import EnclaveVma, FaultResult, Mm
+from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
 from softsgx.hw import Fault, PageInfoArgs
@@ -25,10 +25,11 @@ from softsgx.paging import (
     BackingError,
     Claim,
     EpcBusy,
-    EpcPage,
+    FaultResult,
     LoadFailed,
     NoEpc,
     PagingError,
+    SgxEpcPage,
     SwapEntry,
 )
 
@@ -120,7 +121,7 @@ def _refused(enclave: Enclave, error: PagingError | None = None) -> tuple[str, F
     return "refused", FaultResult.SIGBUS
 
 
-def load(page: EnclavePage, task: Task | None) -> EpcPage:
+def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
     """Return where a page is, loading it if it was evicted; ``lock`` of its enclave is held.
 
     Raises:
@@ -155,7 +156,9 @@ def claim_of(task: Task | None) -> Claim | None:
     return None if task is None else task.claim
 
 
-def _reload(page: EnclavePage, entry: SwapEntry, task: Task | None, claim: Claim | None) -> EpcPage:
+def _reload(
+    page: EnclavePage, entry: SwapEntry, task: Task | None, claim: Claim | None
+) -> SgxEpcPage:
     enclave = page.enclave
     driver = enclave.driver
     group, node = driver.charge(task)
@@ -168,7 +171,7 @@ def _reload(page: EnclavePage, entry: SwapEntry, task: Task | None, claim: Claim
     return epc
 
 
-def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: EpcPage) -> FaultResult:
+def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: SgxEpcPage) -> FaultResult:
     """Insert the PTE, not accessed: the fault itself is no use of the page."""
     try:
         mm.ptes.install(linaddr, epc.addr, vma.prot)
@@ -200,7 +203,7 @@ def _augment(
         return "augment", _map(mm, vma, linaddr, epc)
 
 
-def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> EpcPage | None:
+def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | None:
     """Do EAUG; ``None`` when the leaf refused.  The lock is held, and everything undone then."""
     driver, swap = enclave.driver, enclave.swap
     core = driver.core

@@ -29,7 +29,7 @@ from softsgx.driver.uapi import (
     Ioctl,
     refuse,
 )
-from softsgx.paging import Counted, EpcBusy, Interrupted, NoEpc
+from softsgx.paging import EpcBusy, Interrupted, NoEpc, RefCounted
 
 if TYPE_CHECKING:
     from softsgx.driver.driver import Driver
@@ -39,7 +39,7 @@ __all__ = ["EnclaveFile", "ProvisionFile"]
 _MAP_TYPE = 3
 
 
-class _File(Counted):
+class _File(RefCounted):
     """An open file: descriptors reference it, and what it was asked to stay for."""
 
     def __init__(self, driver: Driver) -> None:
@@ -59,7 +59,7 @@ class ProvisionFile(_File):
         """The last descriptor of it in one table was closed."""
         self.put()
 
-    def _end(self) -> None:
+    def _destroy(self) -> None:
         self._driver.closed(self)
 
 
@@ -81,7 +81,7 @@ class EnclaveFile(_File):
 
     # --- references -----------------------------------------------------------------------------
 
-    def _end(self) -> None:
+    def _destroy(self) -> None:
         self.enclave.release_file()
         self._driver.closed(self)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 from errno import EEXIST, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +29,7 @@ from softsgx.driver.uapi import (
     PROT_WRITE,
     refuse,
 )
+from softsgx.paging import FaultResult
 from softsgx.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -37,24 +37,11 @@ if TYPE_CHECKING:
     from softsgx.driver.file import EnclaveFile
     from softsgx.driver.task import Task
 
-__all__ = ["EnclaveVma", "FaultResult", "Mm", "Ptes", "put_files"]
+__all__ = ["EnclaveVma", "Mm", "Ptes", "put_files"]
 
 _PROT_ALL = PROT_READ | PROT_WRITE | PROT_EXEC
 _MMAP_TOP = 0x7FFF_0000_0000
 _TASK_SIZE = 1 << 47
-
-
-class FaultResult(Enum):
-    """How a page fault ended."""
-
-    NOPAGE = "nopage"
-    """Repeat the instruction: the page is mapped, or will be."""
-    RETRY = "retry"
-    """Repeat the instruction: the fault has waited for memory with no lock held."""
-    SIGBUS = "sigbus"
-    OOM = "oom"
-    SEGV = "segv"
-    """No mapping there, or it does not allow the access."""
 
 
 class Ptes(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, PageType
 from softsgx.defects import Defect
-from softsgx.paging import EpcPage, Reservation, SwapEntry
+from softsgx.paging import Reservation, SgxEpcPage, SwapEntry
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -50,7 +50,7 @@ class EnclavePage:
     def __init__(self, enclave: Enclave, index: int, max_prot: int, kind: PageType) -> None:
         self.enclave, self.index = enclave, index
         self.max_prot, self.kind = max_prot, kind
-        self.epc: EpcPage | None = None
+        self.epc: SgxEpcPage | None = None
         self.entry: SwapEntry | None = None
         self.reservation: Reservation | None = None
         self.reclaiming = self.busy = False

@@ -27,7 +27,7 @@ from softsgx.driver.uapi import (
     refuse,
 )
 from softsgx.hw import Fault, PageFault
-from softsgx.paging import BackingError, EpcBusy, EpcPage, LoadFailed, NoEpc
+from softsgx.paging import BackingError, EpcBusy, LoadFailed, NoEpc, SgxEpcPage
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -38,7 +38,7 @@ __all__ = ["modify_types", "remove_pages", "restrict_permissions"]
 _RWX = int(SecInfoFlags.RWX)
 _RW = PROT_READ | PROT_WRITE
 _PAGE_TYPES = 0xFF
-Step = Callable[["EnclavePage", EpcPage], None]
+Step = Callable[["EnclavePage", SgxEpcPage], None]
 Args = RestrictPermissions | ModifyTypes | RemovePages
 
 
@@ -62,7 +62,7 @@ def restrict_permissions(enclave: Enclave, task: Task, arg: int) -> int:
         refuse(EINVAL, "result and count must be 0")
     secinfo = SecInfo(flags=rights)
 
-    def restrict(page: EnclavePage, epc: EpcPage) -> None:
+    def restrict(page: EnclavePage, epc: SgxEpcPage) -> None:
         if page.kind is not PageType.REG:
             refuse(EINVAL, f"page {page.linaddr:#x} is {page.kind.name}")
         _code(lambda: enclave.driver.core.leaves.emodpr(secinfo, epc.addr))
@@ -83,7 +83,7 @@ def modify_types(enclave: Enclave, task: Task, arg: int) -> int:
     target = PageType(args.page_type)
     secinfo = SecInfo.of(target)
 
-    def modify(page: EnclavePage, epc: EpcPage) -> None:
+    def modify(page: EnclavePage, epc: SgxEpcPage) -> None:
         if page.kind is not PageType.REG and (page.kind, target) != (PageType.TCS, PageType.TRIM):
             refuse(EINVAL, f"page {page.linaddr:#x} is {page.kind.name}")
         before = page.max_prot
@@ -100,7 +100,7 @@ def modify_types(enclave: Enclave, task: Task, arg: int) -> int:
     return _each(enclave, task, arg, args, modify)
 
 
-def _make_room_for_tcs(page: EnclavePage, epc: EpcPage) -> None:
+def _make_room_for_tcs(page: EnclavePage, epc: SgxEpcPage) -> None:
     """A TCS is mapped RW at most: take every mapping of the page away.  The lock is held."""
     if ~page.max_prot & _RW:
         refuse(EPERM, f"page {page.linaddr:#x} is not readable and writable")
@@ -109,7 +109,7 @@ def _make_room_for_tcs(page: EnclavePage, epc: EpcPage) -> None:
     page.enclave.driver.core.mark_reclaimable(epc)
 
 
-def _unmap(page: EnclavePage, epc: EpcPage, being_reclaimed: int) -> None:
+def _unmap(page: EnclavePage, epc: SgxEpcPage, being_reclaimed: int) -> None:
     """Take a page off its list and out of every address space.  The lock is held.
 
     Raises:
@@ -148,7 +148,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
     if args.count:
         refuse(EINVAL, "count must be 0")
 
-    def remove(page: EnclavePage, epc: EpcPage) -> None:
+    def remove(page: EnclavePage, epc: SgxEpcPage) -> None:
         if page.kind is not PageType.TRIM:
             refuse(EPERM, f"page {page.linaddr:#x} is {page.kind.name}, not TRIM")
         if not _accepted(enclave, epc):
@@ -162,7 +162,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
     return _each(enclave, task, arg, args, remove)
 
 
-def _accepted(enclave: Enclave, epc: EpcPage) -> bool:
+def _accepted(enclave: Enclave, epc: SgxEpcPage) -> bool:
     """Probe: of a trimmed page, EMODPR says #PF once EACCEPT was done, and a code before."""
     try:
         enclave.driver.core.leaves.emodpr(SecInfo(flags=_RWX), epc.addr)

@@ -8,7 +8,7 @@ from softsgx.hw.access import check as check_access
 from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.hw.cpuid import CpuidResult, cpuid
-from softsgx.hw.dispatch import encls, enclu, enclv
+from softsgx.hw.dispatch import encls, enclu, enclv, finish_leaf
 from softsgx.hw.enclave import Crossings
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
@@ -88,6 +88,7 @@ __all__ = [
     "enclu",
     "enclv",
     "extended_state",
+    "finish_leaf",
     "interrupt",
     "kept_bytes",
     "rdmsr",

@@ -33,7 +33,7 @@ from softsgx.hw.faults import (
 from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, eid_inside, eid_of, traced
 from softsgx.hw.processor import LogicalProcessor
 
-__all__ = ["INSTRUCTION_BYTES", "encls", "enclu", "enclv"]
+__all__ = ["INSTRUCTION_BYTES", "encls", "enclu", "enclv", "finish_leaf"]
 
 INSTRUCTION_BYTES = 3
 """Length of each of the three: 0F 01 and CF, D7 or C0."""
@@ -74,7 +74,7 @@ def encls(cpu: LogicalProcessor) -> None:
     if leaf is None or not cpu.hw.config.features & leaf.needs:
         raise GeneralProtection
     _check_memory(cpu)
-    _finish(cpu, leaf, _run(cpu, leaf, eid_of))
+    finish_leaf(cpu, leaf, _run(cpu, leaf, eid_of))
 
 
 def enclu(cpu: LogicalProcessor) -> None:
@@ -120,7 +120,7 @@ def enclu(cpu: LogicalProcessor) -> None:
 
         result = _run(cpu, leaf, eid_inside)
         if number not in _ENTERING and number != Enclu.EEXIT:  # those have set RIP
-            _finish(cpu, leaf, result)
+            finish_leaf(cpu, leaf, result)
 
 
 def enclv(cpu: LogicalProcessor) -> None:
@@ -158,7 +158,7 @@ def enclv(cpu: LogicalProcessor) -> None:
     if leaf is None:
         raise GeneralProtection
     _check_memory(cpu)
-    _finish(cpu, leaf, _run(cpu, leaf, eid_of))
+    finish_leaf(cpu, leaf, _run(cpu, leaf, eid_of))
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def _run(cpu: LogicalProcessor, leaf: Leaf, eid: Callable[[LogicalProcessor, int
     return result
 
 
-def _finish(cpu: LogicalProcessor, leaf: Leaf, result: object) -> None:
-    """Write what the leaf has returned, and go on behind the instruction."""
+def finish_leaf(cpu: LogicalProcessor, leaf: Leaf, result: object) -> None:
+    """Write a leaf's result to the registers, and advance RIP behind the instruction."""
     regs = cpu.regs
     if isinstance(result, tuple):  # EDBGRD
         result, data = result

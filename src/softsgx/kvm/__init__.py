@@ -1,4 +1,4 @@
-"""Guests: virtual EPC that the host reclaims without asking, trapped leaves, machines of their own.
+"""Guests: virtual EPC that the host reclaims without the guest's help, and trapped leaves.
 
 Knows the core (``paging``) and the processor's leaves; neither the driver nor limits, which run
 inside a guest or beside it.
@@ -13,29 +13,18 @@ from softsgx.kvm.events import (
     VepcLoaded,
     VirtualPowerLost,
 )
-from softsgx.kvm.fate import Evicted, Fate
+from softsgx.kvm.evicted_page import EvictedPage, PageKind
 from softsgx.kvm.guest import Guest, GuestStoppedError
 from softsgx.kvm.leaves import GuestLeaves
 from softsgx.kvm.monitor import GuestCounters, Monitor
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.processor import GuestProcessor
-from softsgx.kvm.vepc import (
-    MAP_PRIVATE,
-    MAP_SHARED,
-    SGX_IOC_VEPC_REMOVE_ALL,
-    FaultResult,
-    Vepc,
-    VepcMapping,
-)
+from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, Vepc, VepcMapping
 
 __all__ = [
-    "MAP_PRIVATE",
-    "MAP_SHARED",
     "SGX_IOC_VEPC_REMOVE_ALL",
     "ConflictResolved",
-    "Evicted",
-    "Fate",
-    "FaultResult",
+    "EvictedPage",
     "Guest",
     "GuestCounters",
     "GuestLeaves",
@@ -44,6 +33,7 @@ __all__ = [
     "GuestStoppedError",
     "Monitor",
     "PageKept",
+    "PageKind",
     "Vepc",
     "VepcDevice",
     "VepcEvicted",

@@ -1,4 +1,4 @@
-"""``/dev/sgx_vepc``: every virtual EPC of one machine, and what is left of closed ones.
+"""``/dev/sgx_vepc``: every virtual EPC of one machine, and the pages that outlive their file.
 
 Source:
     sgx_vepc_open(), sgx_vepc_release(), arch/x86/kernel/cpu/sgx/virt.c.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.defects import Defect
 from softsgx.kvm.vepc import Vepc
-from softsgx.paging import BackingFile, EpcCore, MemoryBacking
+from softsgx.paging import BackingFile, EpcCore, memory_backing
 
 if TYPE_CHECKING:
     from softsgx.kvm.monitor import Monitor
@@ -21,29 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["VepcDevice"]
 
 
-def _memory(pages: int) -> BackingFile:
-    return MemoryBacking()
-
-
 class VepcDevice:
     """The device of one machine.
 
     Args:
         core: the EPC core.
-        backing: makes the backing file of a virtual EPC.
+        backing: makes the backing file of a virtual EPC, given its pages.
         defects: those to switch on; it has the broken forms of package ``kvm``.
 
     Attributes:
-        zombies: pages of files that are closed, which EREMOVE refused: SECS pages whose children
-            are in files that are not closed.
-        vepcs: every file of which something is left.
+        zombies: SECS pages of closed files that EREMOVE refused, since their children are in
+            files that are still open.
+        vepcs: the open files, and the closed ones that have zombies.
     """
 
     def __init__(
         self,
         core: EpcCore,
         *,
-        backing: Callable[[int], BackingFile] = _memory,
+        backing: Callable[[int], BackingFile] = memory_backing,
         defects: frozenset[Defect] = frozenset(),
     ) -> None:
         self.core, self.backing = core, backing
@@ -53,23 +49,23 @@ class VepcDevice:
         self._numbers = count(1)
 
     def next_number(self) -> int:
-        """Return a number for a guest, from 1."""
+        """Return an unused number for a guest, from 1."""
         return next(self._numbers)
 
     def open(self, monitor: Monitor, *, base: int = 0) -> Vepc:
-        """Open it: one new, empty virtual EPC.
+        """Open the device: return a new, empty virtual EPC.
 
         Args:
-            monitor: whose VMM opens it.
-            base: guest-physical address at which the guest will see it.
+            monitor: of the guest whose VMM opens it.
+            base: guest-physical address of its first page.
         """
         return Vepc(self, monitor, base)
 
     def power_lost(self) -> None:
-        """The machine has lost power and is back: every virtual EPC is empty.
+        """Empty every virtual EPC after the machine has lost power.
 
-        Called while no task runs, as a kernel's resume callback is.  Guests see what their own
-        loss of power would show them; they go on.
+        Called while no task runs, as a kernel's resume callback is.  Guests go on, and see what
+        they see after their own loss of power.
         """
         for vepc in list(self.vepcs):
             with vepc.monitor.lock:
@@ -77,14 +73,14 @@ class VepcDevice:
         gone, self.zombies = self.zombies, []
         for page in gone:
             with page.vepc.monitor.lock:
-                page.vepc.end()
+                page.vepc.forget_if_empty()
 
     def retry_zombies(self) -> None:
-        """See which zombies have lost their last child."""
+        """Free the zombies that have no child any more."""
         for page in list(self.zombies):
             monitor = page.vepc.monitor
-            with monitor.lock, monitor.working():
+            with monitor.lock, monitor.host_working():
                 gone = page in self.zombies and page.vepc.remove(page)
                 if gone:
                     self.zombies.remove(page)
-                    page.vepc.end()
+                    page.vepc.forget_if_empty()

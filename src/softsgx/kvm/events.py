@@ -1,4 +1,4 @@
-"""What the host tells a listener about its guests; guests' own layers have tracers of their own."""
+"""Events of the host about its guests.  The layers inside a guest have tracers of their own."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class VepcEvicted(Event):
-    """A page of a guest has left the EPC, without the guest.
+    """The host has evicted a page of a guest.
 
     Attributes:
-        guest: whose.
-        gpa: its guest-physical address.
-        fate: what the host found it to be: ``child``, ``secs``, ``va``, or ``unused``.
-        tries: EWBs it took; 0 where none was needed.
-        result: the last one's code or fault.
+        guest: the guest's name.
+        gpa: the page's guest-physical address.
+        kind: what the page is: ``child``, ``secs``, ``va``, or ``unused``.
+        tries: how many EWBs it took; 0 for a page that the guest does not use.
+        result: the last EWB's code or fault.
     """
 
     NAME: ClassVar[str] = "kvm:vepc_evict"
 
     guest: str
     gpa: int
-    fate: str
+    kind: str
     tries: int
     result: str
 
 
 @dataclass(frozen=True, slots=True)
 class VepcLoaded(Event):
-    """A page of a guest is back, or there for the first time (``fresh``)."""
+    """A page of a guest was loaded, or taken for the first time (``kind`` is ``fresh``)."""
 
     NAME: ClassVar[str] = "kvm:vepc_load"
 
@@ -52,7 +52,7 @@ class VepcLoaded(Event):
 
 @dataclass(frozen=True, slots=True)
 class PageKept(Event):
-    """A page of a guest could not be reclaimed, and why."""
+    """A page of a guest could not be reclaimed; ``reason`` says why."""
 
     NAME: ClassVar[str] = "kvm:vepc_keep"
 
@@ -63,7 +63,15 @@ class PageKept(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConflictResolved(Event):
-    """A guest's leaf met another leaf: ``again`` if it may have been the host's, or ``reflect``."""
+    """A leaf of a guest met another leaf.
+
+    Attributes:
+        guest: the guest's name.
+        leaf: the leaf.
+        what: the conflict.
+        how: ``again``: the host was at work, so the guest executes the leaf again; ``reflect``: the
+            guest sees the conflict.
+    """
 
     NAME: ClassVar[str] = "kvm:conflict"
 
@@ -75,7 +83,7 @@ class ConflictResolved(Event):
 
 @dataclass(frozen=True, slots=True)
 class GuestStopped(Event):
-    """A guest cannot go on."""
+    """A guest was stopped; ``reason`` says why."""
 
     NAME: ClassVar[str] = "kvm:guest_stopped"
 
@@ -85,7 +93,7 @@ class GuestStopped(Event):
 
 @dataclass(frozen=True, slots=True)
 class VirtualPowerLost(Event):
-    """One guest has lost its EPC, as a machine does in S3, S4, S5 or by reset."""
+    """A guest has lost its EPC content, as a machine does in S3, S4, S5 or by reset."""
 
     NAME: ClassVar[str] = "kvm:power_lost"
 

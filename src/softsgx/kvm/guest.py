@@ -1,12 +1,13 @@
-"""A guest: a machine of its own, whose EPC the host may take away page by page.
+"""A guest: a virtual machine whose EPC pages the host may evict.
 
-It offers what a :class:`~softsgx.hw.Machine` does to an operating system (``config``, ``leaves``,
-``cpus``, memory), so that ``paging`` and ``driver`` run in it as they are, with a reclaimer of
-their own that knows nothing of the host's.
+It offers to an operating system what a :class:`~softsgx.hw.Machine` offers (``config``, ``leaves``,
+``cpus``, memory), so that ``paging`` and ``driver`` run in it unchanged, with a reclaimer of their
+own.
 
-What an instruction of the guest that meets the host does is decided here: a page that is gone is
-brought back and the instruction executed again; a leaf in whose way the host was is executed again;
-what the guest's own leaves do to each other is reflected to it.
+This module decides how an instruction of the guest goes on after a VM exit or a conflict.  If a
+page is not resident, the host loads it and the guest executes the instruction again.  If a leaf
+failed while the host was at work, the guest executes it again.  Conflicts among the guest's own
+leaves are reflected to the guest.
 
 Source:
     arch/x86/kvm/vmx/sgx.c; SDM vol. 3D, "VMX Operation and SGX".
@@ -41,30 +42,29 @@ from softsgx.kvm import registers
 from softsgx.kvm.device import VepcDevice
 from softsgx.kvm.events import ConflictResolved, VirtualPowerLost
 from softsgx.kvm.leaves import GuestLeaves, exiting_bitmap
-from softsgx.kvm.monitor import Monitor
+from softsgx.kvm.monitor import CONFLICT_CODES, Monitor
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.processor import GuestProcessor
-from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, FaultResult, VepcMapping
-from softsgx.paging import BackingError, Claim, Group
+from softsgx.kvm.vepc import SGX_IOC_VEPC_REMOVE_ALL, VepcMapping
+from softsgx.paging import BackingError, Claim, FaultResult, Group
 from softsgx.trace import Tracer
 
 __all__ = ["Guest", "GuestStoppedError"]
 
 T = TypeVar("T")
-_GAP = 1 << 30
+_SECTION_ALIGN = 1 << 30
 _RAM_BITS = 52
 _HIDDEN = SgxFeature.ENCLV | SgxFeature.OVERSUB_ENCLS | SgxFeature.EUPDATESVN
-_PATIENCE = 100_000
-_SHORTAGES, _RETRIES = 32, 1000
-_BUSY = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
+_MOST_EXECUTIONS = 100_000
+_MOST_SHORTAGES, _MOST_FAULTS = 32, 1000
 
 
 class GuestStoppedError(Exception):
-    """The guest cannot go on, and neither can whoever executes it.
+    """The guest was stopped; a task that executes its instructions ends with this.
 
     Attributes:
         guest: its name.
-        reason: why.
+        reason: why it was stopped.
     """
 
     def __init__(self, guest: str, reason: str) -> None:
@@ -76,25 +76,25 @@ class Guest(Monitor):
     """One virtual machine.
 
     Args:
-        machine: where it runs.
-        device: where its EPC comes from.
-        name: for people and schedules.
-        epc_pages: pages of each of its EPC sections; each is a virtual EPC of its own.
+        machine: the machine it runs on.
+        device: gives it its virtual EPC.
+        name: its name, in messages and schedules.
+        epc_pages: pages of each of its EPC sections; each section is a virtual EPC of its own.
         processors: how many it has.
-        group: who is charged for its EPC pages; the root when ``None``.
-        ballast_pages: EPC pages that are never taken from it once it has them.
-        provisioning: whether its enclaves may have the provisioning key.
-        config: changes to what its CPUID tells, by field of :class:`~softsgx.hw.MachineConfig`.
-        tracer: receives the host's events about it; its own layers take others.
+        group: the group that its EPC pages are charged to; the root when ``None``.
+        ballast_pages: resident pages that the host never evicts.
+        provisioning: whether its enclaves may use the provisioning key.
+        config: changes to what its CPUID says, by field of :class:`~softsgx.hw.MachineConfig`.
+        tracer: receives the host's events about it.
 
     Attributes:
         config, leaves, cpus, launch_key_hash: as of a machine.
         kernel: the processor that ``leaves`` run on.
         mappings: its EPC sections, in order.
-        ram_base: where its memory is in the machine's.
+        ram_base: offset of its memory in the machine's.
 
     Raises:
-        SoftSgxError: it cannot be made so.
+        SoftSgxError: the machine has no SGX, the ballast is too large, or there is no backing file.
     """
 
     def __init__(
@@ -125,8 +125,12 @@ class Guest(Monitor):
             machine.config, sizes, processors, provisioning=provisioning, changes=config or {}
         )
         self.launch_key_hash = list(self.config.launch_key_hash)
-        # Above everything that the machine has, and apart from other guests'.
+        # Above the machine's own memory, and apart from other guests' memory.
         self.ram_base = device.next_number() << _RAM_BITS
+        bitmap = exiting_bitmap(machine.config, self.config)
+        self.cpus = [GuestProcessor(self, number, bitmap) for number in range(processors)]
+        self.kernel = GuestProcessor(self, 0, bitmap)
+        self.leaves = GuestLeaves(self, self.kernel)
         self.mappings: list[VepcMapping] = []
         for section in self.config.sections:
             try:
@@ -134,12 +138,8 @@ class Guest(Monitor):
             except BackingError as error:
                 raise SoftSgxError(f"guest {name}: {error}") from error
             self.mappings.append(vepc.mmap(section.pages))
-            vepc.close()  # the mapping keeps it
-        bitmap = exiting_bitmap(machine.config, self.config)
-        self.cpus = [GuestProcessor(self, number, bitmap) for number in range(processors)]
-        self.kernel = GuestProcessor(self, 0, bitmap)
+            vepc.close()  # the mapping references it
         machine.virtual_cpus += self.cpus
-        self.leaves = GuestLeaves(self, self.kernel)
 
     # --- a machine ------------------------------------------------------------------------------
 
@@ -152,58 +152,59 @@ class Guest(Monitor):
         return None
 
     def ram_read(self, physical: int, size: int) -> bytes:
-        """Return bytes of its memory: ones where it is EPC."""
+        """Return bytes of its memory; all ones where it is EPC."""
         if self.mapping_of(physical) is not None:
             return b"\xff" * size
         return self.machine.ram_read(physical + self.ram_base, size)
 
     def ram_write(self, physical: int, data: bytes) -> None:
-        """Store to its memory; dropped where it is EPC."""
+        """Write to its memory; ignored where it is EPC."""
         if self.mapping_of(physical) is None:
             self.machine.ram_write(physical + self.ram_base, data)
 
     def ram_discard(self, physical: int) -> None:
-        """Give the memory of one page of its ordinary memory back."""
+        """Free the memory behind one page of its ordinary memory."""
         self.machine.ram_discard(physical + self.ram_base)
 
     def listen(self, tracer: Tracer | None) -> None:
-        """Hand events of the guest's ENCLS leaves to ``tracer``, as the guest sees them."""
+        """Send the events of the guest's ENCLS leaves to ``tracer``, as the guest sees them."""
         self.leaves.listen(tracer)
 
     # --- instructions ---------------------------------------------------------------------------
 
     def execute(self, cpu: LogicalProcessor, leaf: Callable[..., T], *operands: Any) -> T:
-        """Execute an ENCLS leaf to its end, whatever the host does meanwhile.
+        """Execute an ENCLS leaf to its end, again after each VM exit or conflict with the host.
 
         Raises:
             Fault: the guest's own.
-            GuestStoppedError: the guest cannot go on.
+            GuestStoppedError: the guest was stopped.
         """
         pins: list[VepcPage] = []
         name = getattr(leaf, "__name__", "ecreate or einit")
         try:
-            for _try in range(_PATIENCE):
+            for _try in range(_MOST_EXECUTIONS):
                 before = self.host_work
                 try:
-                    self._must_run()
-                    with self.gate.passing():
+                    self._wait_until_runnable()
+                    with self.gate.executing():
                         result = leaf(cpu, *operands)
                 except GeneralProtection:
-                    if self._again(name, "#GP(0)", before):
+                    if self._should_repeat(name, "#GP(0)", before):
                         continue
                     raise
                 except VmExit as exit:
                     if exit.reason is VmExitReason.EPT_VIOLATION:
-                        self._violation(exit, pins)
+                        self._handle_ept_violation(exit, pins)
                         continue
                     reflected = self._conflict(name, exit, before)
                     if reflected is None:
                         continue
                     return reflected  # type: ignore[return-value]
-                if result in _BUSY and self._again(name, _name(result), before):
+                code = result if isinstance(result, Status) else Status.SUCCESS
+                if code in CONFLICT_CODES and self._should_repeat(name, code.manual_name, before):
                     continue
                 return result
-            raise self._hopeless(f"{name} is executed again and again")
+            raise self._stopped_for(f"{name} was executed {_MOST_EXECUTIONS} times without an end")
         finally:
             self._unpin(pins)
 
@@ -216,12 +217,12 @@ class Guest(Monitor):
         registers.encls(self, self.kernel if cpu is None else cpu)
 
     def resume(self, cpu: GuestProcessor, exit: VmExit, again: Callable[[], T]) -> T:
-        """Handle a VM exit of ENCLU or of an access, and go on.
+        """Handle a VM exit of ENCLU or of a memory access, and execute ``again``.
 
         Raises:
-            EnclaveLeft: the exit has made the processor leave the enclave it was in; whoever
-                executes code finds itself at the AEP, as after any interrupt.
-            GuestStoppedError: the guest cannot go on.
+            EnclaveLeft: the exit was an asynchronous exit of the enclave: the processor goes on at
+                the AEP, as after any interrupt.
+            GuestStoppedError: the guest was stopped.
         """
         if exit.reason is not VmExitReason.EPT_VIOLATION:
             raise exit
@@ -229,10 +230,10 @@ class Guest(Monitor):
         try:
             if cpu.inside is not None:
                 interrupt(cpu)
-                self._violation(exit, pins, cpu.claim)
+                self._handle_ept_violation(exit, pins, cpu.claim)
                 raise EnclaveLeft
-            for _try in range(_PATIENCE):
-                self._violation(exit, pins, cpu.claim)
+            for _try in range(_MOST_EXECUTIONS):
+                self._handle_ept_violation(exit, pins, cpu.claim)
                 try:
                     result = again()
                 except VmExit as next_exit:
@@ -240,15 +241,15 @@ class Guest(Monitor):
                 else:
                     self.host.claims.release(cpu.claim)
                     return result
-            raise self._hopeless(f"page {exit.guest_physical:#x} faults for ever")
+            raise self._stopped_for(f"page {exit.guest_physical:#x} faults without end")
         finally:
             self._unpin(pins)
 
-    def _must_run(self) -> None:
+    def _wait_until_runnable(self) -> None:
         """Wait while the guest is paused.
 
         Raises:
-            GuestStoppedError: it cannot go on.
+            GuestStoppedError: it was stopped.
         """
         if self.paused:
             with self.lock:
@@ -257,35 +258,36 @@ class Guest(Monitor):
         if self.stopped is not None:
             raise GuestStoppedError(self.name, self.stopped)
 
-    def _violation(self, exit: VmExit, pins: list[VepcPage], claim: Claim | None = None) -> None:
-        """EPT violation: let the guest reach the page; ``claim`` is the processor's."""
-        self._must_run()
+    def _handle_ept_violation(
+        self, exit: VmExit, pins: list[VepcPage], claim: Claim | None = None
+    ) -> None:
+        """Make the page resident and map it; ``claim`` is the processor's."""
+        self._wait_until_runnable()
         gpa = exit.guest_physical
         mapping = self.mapping_of(gpa)
         if mapping is None:
-            return  # memory is always there: it was paused
+            return  # ordinary memory is never missing: the guest was paused
         self.counters.violations += 1
         index = (gpa - mapping.vepc.base) // PAGE_BYTES
         shortages = 0
-        for _try in range(_RETRIES):
-            match mapping.fault(index, pins=pins, claim=claim):
-                case FaultResult.NOPAGE:
-                    return
-                case FaultResult.RETRY:
-                    pass
-                case FaultResult.SIGBUS:
-                    self.reap()
-                    self._must_run()
-                    # What this processor keeps may be what others wait for.
-                    self._unpin(pins)
-                    shortages += 1
-                    if shortages > _SHORTAGES:
-                        break
-                    self.runtime.yield_now()
+        for _try in range(_MOST_FAULTS):
+            result = mapping.fault(index, pins=pins, claim=claim)
+            if result is FaultResult.NOPAGE:
+                return
+            if result is FaultResult.RETRY:
+                continue
+            self.reap()
+            self._wait_until_runnable()
+            # Other processors may wait for the pages that this one has pinned.
+            self._unpin(pins)
+            shortages += 1
+            if shortages > _MOST_SHORTAGES:
+                break
+            self.runtime.yield_now()
         why = mapping.vepc.refusal or "there are too few EPC pages"
-        raise self._hopeless(f"page {gpa:#x} cannot be loaded: {why}")
+        raise self._stopped_for(f"page {gpa:#x} cannot be loaded: {why}")
 
-    def _hopeless(self, reason: str) -> GuestStoppedError:
+    def _stopped_for(self, reason: str) -> GuestStoppedError:
         self.stop(reason)
         return GuestStoppedError(self.name, reason)
 
@@ -299,12 +301,12 @@ class Guest(Monitor):
 
     # --- conflicts ------------------------------------------------------------------------------
 
-    def _again(self, leaf: str, what: str, before: int) -> bool:
-        """Return whether a leaf that met another one is to be executed again.
+    def _should_repeat(self, leaf: str, what: str, before: int) -> bool:
+        """Return whether the guest executes a leaf again that met another leaf.
 
-        It is if that may have been the host's, and not before the host has finished.
+        It does if the other one may have been the host's.  Returns after the host has finished.
         """
-        again = self.host_may_be_in_the_way(before)
+        again = self.host_worked_since(before)
         if again:
             self.counters.again += 1
             with self.lock:
@@ -317,16 +319,16 @@ class Guest(Monitor):
         """Handle SGX_CONFLICT.
 
         Returns:
-            ``None``: execute the leaf again; otherwise the code that the guest is to see.
+            ``None``: execute the leaf again; otherwise the code that the guest sees.
 
         Raises:
-            GeneralProtection: what the guest is to see.
-            VmExit: it is none; somebody executes what is not for guests.
+            GeneralProtection: the guest sees this.
+            VmExit: the exit has another reason; a guest must not execute the leaf.
         """
         if exit.reason is not VmExitReason.SGX_CONFLICT:
             raise exit
         code = ConflictCode(exit.code)
-        if self._again(leaf, code.name, before):
+        if self._should_repeat(leaf, code.name, before):
             return None
         self.counters.reflected += 1
         match code:
@@ -340,8 +342,8 @@ class Guest(Monitor):
     # --- pause and power ------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop executing: every processor exits, and nothing is lost."""
-        self.paused = True  # whatever is translated from now on exits, and waits
+        """Stop executing: every processor exits; the guest loses nothing."""
+        self.paused = True  # every translation from now on is a VM exit, which waits
         self.kick()
         self.quiesce()
 
@@ -354,21 +356,21 @@ class Guest(Monitor):
     def power_transition(self) -> None:
         """S3, S4, S5 or reset of this guest alone: its EPC is empty afterwards.
 
-        Its processors are outside, its launch key hash is as after reset.  What it has evicted
-        itself can never be loaded again, since the versions were in its EPC.
+        Its processors are outside enclaves, its launch key hash has the reset value.  Pages that
+        the guest itself has evicted cannot be loaded again, since the versions were in its EPC.
 
-        Deviation: the paging key is the machine's and stays; so do identifiers and versions, which
-        are never used twice.
+        Deviation: the paging key is the machine's and stays; so do enclave identifiers and
+        versions, which are never used twice.
 
         Source:
             SDM vol. 3D, "Intel SGX Interactions with S-States".
         """
         was_paused = self.paused
         self.pause()
-        left = 1
+        remaining = 0
         for _round in range(2):
-            left = sum(vepc.ioctl(SGX_IOC_VEPC_REMOVE_ALL) for vepc in list(self.vepcs))
-        assert not left, f"{left} SECS pages survive the loss of power of {self.name}"
+            remaining = sum(vepc.ioctl(SGX_IOC_VEPC_REMOVE_ALL) for vepc in list(self.vepcs))
+        assert not remaining, f"{remaining} SECS pages survive the loss of power of {self.name}"
         self.launch_key_hash[:] = self.config.launch_key_hash
         if self.tracer is not None:
             self.tracer(VirtualPowerLost(self.name))
@@ -386,15 +388,15 @@ class Guest(Monitor):
         cpus = self.machine.virtual_cpus
         cpus[:] = [cpu for cpu in cpus if id(cpu) not in gone]
 
-    # --- what there is --------------------------------------------------------------------------
+    # --- counts and checks ----------------------------------------------------------------------
 
     def unreclaimable(self) -> dict[str, int]:
-        """Return how many of its resident pages could not leave now, by reason."""
+        """Return how many of its resident pages cannot be evicted now, by reason."""
         reasons: dict[str, int] = {}
-        with self.lock, self.working():
+        with self.lock, self.host_working():
             for vepc in self.vepcs:
                 for page in list(vepc.pages.values()):
-                    if page.epc is not None and (reason := vepc.why_not(page)):
+                    if page.epc is not None and (reason := vepc.unreclaimable_reason(page)):
                         reasons[reason] = reasons.get(reason, 0) + 1
         return reasons
 
@@ -405,11 +407,11 @@ class Guest(Monitor):
         )
 
     def check_invariants(self) -> None:
-        """Compare every count with a recount; call while nothing of it runs."""
+        """Compare every count with its pages; call while no processor of it runs."""
         pages = [page for vepc in self.vepcs for page in vepc.pages.values()]
         resident = sum(page.epc is not None for page in pages)
         assert resident == self.resident, f"{self.resident} resident, recounted {resident}"
-        assert not self.leaving, f"{self.leaving} pages leave, but nobody takes them"
+        assert not self.evicting, f"{self.evicting} pages are being evicted, but no batch runs"
         children: dict[int, int] = {}
         for page in pages:
             if page.evicted is not None and page.evicted.secs is not None:
@@ -436,7 +438,7 @@ def _guest_config(
     for pages in sizes:
         size = pages * PAGE_BYTES
         sections.append(EpcSection(base, size))
-        base += (size + _GAP - 1) // _GAP * _GAP
+        base += -(-size // _SECTION_ALIGN) * _SECTION_ALIGN
     attributes = host.attributes
     if not provisioning:
         attributes &= ~AttributesFlags.PROVISIONKEY
@@ -456,7 +458,3 @@ def _guest_config(
         "launch_control": host.launch_control,
     }
     return MachineConfig(**(values | changes))
-
-
-def _name(result: object) -> str:
-    return result.manual_name if isinstance(result, Status) else str(result)

@@ -1,8 +1,8 @@
 """ENCLS as a guest's kernel executes it: the same leaves, with VM exits in between.
 
-A leaf that ends with a VM exit has changed nothing, so the host does what the exit asks for and the
-guest executes the leaf again; what it finally sees is a leaf that took long.  ECREATE and EINIT are
-trapped, where the host has something to say about them, and executed on the guest's behalf.
+A leaf that ends with a VM exit has changed nothing, so the host handles the exit and the guest
+executes the leaf again; the guest sees a leaf that took long.  The host traps ECREATE and EINIT
+where it must check them, and executes them for the guest.
 
 Source:
     arch/x86/kvm/vmx/sgx.c; SDM vol. 3D, "VMX Operation and SGX", SGX_CONFLICT.
@@ -51,10 +51,10 @@ _ALL = (1 << 64) - 1
 
 
 def exiting_bitmap(config: MachineConfig, guest: MachineConfig) -> int:
-    """Return the ENCLS-exiting bitmap: which leaves the host wants to see.
+    """Return the ENCLS-exiting bitmap: which leaves of the guest cause a VM exit.
 
-    All but those that the guest's CPUID names; of these ECREATE unless the guest may have whatever
-    the machine has, and EINIT where the launch key hash can be written.
+    They are all leaves that the guest's CPUID does not name; ECREATE, unless the guest may use all
+    features of the machine; and EINIT, where the launch key hash can be written.
 
     Source:
         vmx_write_encls_bitmap(), sgx_intercept_encls_ecreate(), vmx/sgx.c.
@@ -93,7 +93,7 @@ class GuestLeaves(Leaves):
         super().__init__(kernel)
 
     def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf; events are of the guest's leaves, not of their repetitions."""
+        """Bind every leaf; one event a leaf, however often the guest executes it again."""
         bitmap = self._cpu.encls_exiting
         for leaf in ENCLV.values():
             self._bind(leaf, _undefined(leaf.function), tracer)
@@ -111,7 +111,7 @@ class GuestLeaves(Leaves):
         setattr(self, leaf.name, MethodType(bound, self._cpu))
 
     def trapped(self, leaf: Leaf) -> Callable[..., Any]:
-        """Return what the host executes when the guest's ``leaf`` exits."""
+        """Return the function that the host executes when the guest's ``leaf`` exits."""
         match leaf.number:
             case Encls.ECREATE:
                 return partial(_ecreate, self._guest, leaf.function)
@@ -136,10 +136,10 @@ def _ecreate(
     rbx: Any,
     rcx: int,
 ) -> None:
-    """Check what the guest wants to create, and create exactly that.
+    """Check the SECS that the guest passes, and execute ECREATE with the checked copy.
 
     Raises:
-        GeneralProtection: the guest may not have such an enclave; or what the leaf raises.
+        GeneralProtection: the guest may not create such an enclave; or what the leaf raises.
 
     Source:
         handle_encls_ecreate(), vmx/sgx.c.
@@ -151,7 +151,7 @@ def _ecreate(
     for ref, align in ((info.srcpge, PAGE_BYTES), (info.secinfo, SecInfo.ALIGN)):
         if type(ref) is int and ref % align:
             raise GeneralProtection
-    # Copied before anything is looked at: the guest's other processors may write to it meanwhile.
+    # Copied before it is checked: the guest's other processors may write to it meanwhile.
     secs = Secs.unpack(bytes(cpu.read(info.srcpge, Secs.SIZE)))
     secinfo = SecInfo.unpack(cpu.sec_info(info.secinfo).pack())
     config = guest.config

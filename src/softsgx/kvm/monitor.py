@@ -1,15 +1,14 @@
-"""What the host's memory management knows of one virtual machine.
+"""The host's view of one virtual machine: the lock of its virtual EPC, and stopping its processors.
 
-Linux has this in two places, the VMM's address space and KVM; here it is one object.  It owns the
-lock under which the host works on the machine's virtual EPC, and knows how to stop its processors.
+Linux has this in two places, the VMM's address space and KVM; here it is one object.
 
-Lock order: ``lock``, then what the core takes, then ``cpu.busy`` and the gate's own lock, which are
-innermost.  An instruction of the guest holds its ``busy``, or stands inside the gate, for no longer
-than it executes: a VM exit ends it, and only then does anybody take ``lock``.
+Lock order: ``lock``, then the core's locks, then ``cpu.busy`` and the gate's lock, which are
+innermost.  An instruction of the guest holds ``cpu.busy``, or is inside the gate, only while it
+executes: a VM exit ends it, and ``lock`` is taken after that.
 
-Invariants: while ``host_work`` is odd the host moves a page of this machine's EPC, and whatever it
-does to an enclave's tracking is complete when it is even again; ``resident`` is the number of its
-virtual EPC pages that are in the EPC.
+Invariants: while ``host_work`` is odd the host evicts or loads a page of this machine, and any
+tracking cycle that it has begun is complete when ``host_work`` is even again; ``resident`` is the
+number of virtual EPC pages of the machine that are in the EPC.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 from softsgx.arch import Status
 from softsgx.hw import Fault, GeneralProtection, LogicalProcessor, interrupt
 from softsgx.kvm.events import GuestStopped
-from softsgx.paging import EpcCore, Group
+from softsgx.paging import EpcCore, Group, LeafResult
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
@@ -30,32 +29,34 @@ if TYPE_CHECKING:
     from softsgx.kvm.page import VepcPage
     from softsgx.kvm.vepc import Vepc
 
-__all__ = ["Gate", "GuestCounters", "Monitor"]
+__all__ = ["CONFLICT_CODES", "Gate", "GuestCounters", "Monitor"]
 
-_PATIENCE = 1000
-_BUSY = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
+_MOST_TRIES = 1000
+CONFLICT_CODES = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
+"""Codes of a leaf that met another leaf at the same page or enclave."""
 
 
 @dataclass(slots=True)
 class GuestCounters:
-    """What happened to one guest since it was made; only ever grows.
+    """Events of one guest since it was made; each number only grows.
 
     Attributes:
-        violations: second-level faults in the EPC.
-        fresh, loaded: of them, pages that were never used before, and that came back.
-        evicted: pages that left, of which ``secs_out``, ``va_out`` and ``unused_out`` were SECS
-            and VA pages of the guest and pages it did not use; the rest were enclaves' pages.
+        violations: EPT violations in the EPC.
+        fresh, loaded: pages taken for the first time; pages loaded after an eviction.
+        evicted: pages evicted, of which ``secs_out``, ``va_out`` and ``unused_out`` were SECS
+            and VA pages of the guest and pages it did not use; the rest were enclave pages.
         guest_blocked: evicted pages that the guest itself had blocked.
-        kept_secs, kept_pinned, kept_ballast, kept_failed: reclaim gave up on a page: a SECS with
-            children in the EPC, a page that an instruction waits for, the ballast, a failed leaf.
+        kept_secs, kept_pinned, kept_ballast, kept_failed: pages that reclaim left resident: a SECS
+            with children in the EPC, a page that an instruction needs, the ballast, a failed leaf.
         secs_in: SECS pages loaded.
-        etrackc: tracking cycles that the host began; ``prev_incomplete`` of them in vain at first.
+        etrackc: tracking cycles that the host began; ``prev_incomplete``: tries at which the
+            previous cycle was not complete.
         kicks: rounds of interrupts to the guest's processors.
-        host_waits: leaves of the host that a leaf of the guest was in the way of.
-        again: leaves of the guest that were executed again, since the host was in the way.
+        host_waits: times that a leaf of the host had to wait for a leaf of the guest.
+        again: leaves that the guest executed again, since the host was at work.
         reflected: conflicts among the guest's own leaves.
-        trapped: ECREATE and EINIT that the host looked at.
-        lost: pages that were in the EPC or evicted when the machine lost power.
+        trapped: ECREATEs and EINITs that the host trapped.
+        lost: pages that were resident or evicted when the machine lost power.
     """
 
     violations: int = 0
@@ -81,28 +82,28 @@ class GuestCounters:
     lost: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Return all of them by name, a copy."""
+        """Return a copy of the counters by name."""
         return asdict(self)
 
 
 class Gate:
-    """Who is between the translation of operands and the end of a leaf.
+    """The leaves of a guest that are executing: their operands may be translated already.
 
-    On silicon the shoot-down after an entry was removed waits for instructions; here
-    :meth:`drain` does.  It costs nothing where tasks do not interleave within a leaf.
+    On silicon a TLB shoot-down waits for the instruction that executes; here :meth:`drain` waits
+    for the leaves.  Both methods do nothing where tasks do not interleave within a leaf.
     """
 
     def __init__(self, runtime: Runtime, name: str) -> None:
-        self._on = runtime.interleaves
+        self._needed = runtime.interleaves
         self._lock = runtime.lock(f"{name}.gate")
         self._left = runtime.condition(self._lock)
         self._running: set[int] = set()
         self._next = 0
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Execute a leaf."""
-        if not self._on:
+    def executing(self) -> Iterator[None]:
+        """Hold this while a leaf executes."""
+        if not self._needed:
             yield
             return
         with self._lock:
@@ -117,8 +118,8 @@ class Gate:
                 self._left.notify_all()
 
     def drain(self) -> None:
-        """Wait until every leaf that has begun by now has ended."""
-        if not self._on:
+        """Wait until every leaf that executes now has ended."""
+        if not self._needed:
             return
         with self._lock:
             last = self._next
@@ -127,22 +128,23 @@ class Gate:
 
 
 class Monitor:
-    """One virtual machine, as far as reclaiming its EPC goes.
+    """One virtual machine: its virtual EPC, its processors, whether it runs.
 
     Args:
         core: the host's EPC core.
         name: for people and schedules.
         group: who is charged for its EPC; the root when ``None``.
-        ballast_pages: EPC pages that are never taken from it once it has them.
+        ballast_pages: resident pages that the host never evicts.
         tracer: receives events.
 
     Attributes:
         lock: protects its virtual EPC: pages, mappings, counts.
-        changed: something that a fault may have waited for has happened.
-        stopped: why it cannot go on; ``None`` while it can.
+        host: the host's EPC core.
+        changed: notified when an eviction has ended, and when the guest is stopped or goes on.
+        stopped: why it was stopped; ``None`` while it runs.
         paused: its processors execute nothing.
         resident: virtual EPC pages that are in the EPC.
-        leaving: of them, how many a batch of reclaim is about to take.
+        evicting: how many of them the host is evicting.
         host_work: see the module.
         vepcs: its open virtual EPCs.
         cpus: its processors.
@@ -166,7 +168,7 @@ class Monitor:
         self.gate = Gate(runtime, name)
         self.stopped: str | None = None
         self.paused = False
-        self.resident = self.leaving = 0
+        self.resident = self.evicting = 0
         self.host_work = 0
         self.vepcs: list[Vepc] = []
         self.cpus: Sequence[LogicalProcessor] = ()
@@ -176,13 +178,13 @@ class Monitor:
 
     @property
     def alive(self) -> bool:
-        """Whether it can go on."""
+        """Whether it was not stopped."""
         return self.stopped is None
 
     # --- stopping processors --------------------------------------------------------------------
 
     def quiesce(self) -> None:
-        """Wait until no instruction that has used an entry which is gone still executes."""
+        """Wait for the instructions that may have used an entry which was removed."""
         if not self.runtime.interleaves:
             return
         self.gate.drain()
@@ -191,7 +193,7 @@ class Monitor:
                 pass
 
     def kick(self) -> None:
-        """Interrupt every processor: a VM exit, and an asynchronous exit of whoever is inside."""
+        """Interrupt every processor: a VM exit, which is an asynchronous exit inside an enclave."""
         self.counters.kicks += 1
         for cpu in self.cpus:
             if not interrupt(cpu):
@@ -201,63 +203,63 @@ class Monitor:
     # --- leaves of the host ---------------------------------------------------------------------
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Move a page; ``lock`` is held all the time."""
-        assert not self.host_work % 2, f"{self.name}: two work on its EPC at once"
+    def host_working(self) -> Iterator[None]:
+        """Hold this while the host evicts or loads a page; ``lock`` is held all the time."""
+        assert not self.host_work % 2, f"{self.name}: two tasks of the host work on its EPC"
         self.host_work += 1
         try:
             yield
         finally:
             self.host_work += 1
 
-    def leaf(self, call: Callable[[], Status]) -> Status | Fault:
-        """Execute a leaf of the host on this machine's EPC, :meth:`working`.
+    def host_leaf(self, call: Callable[[], Status]) -> LeafResult:
+        """Execute a leaf of the host on this machine's EPC, while :meth:`host_working`.
 
-        A leaf of the guest that is in its way is waited for: only a SECS page and its tracking can
-        be in the use of both, since all else is out of the guest's reach by then.
+        A leaf of the guest that conflicts with it is waited for.  Both can meet only at a SECS page
+        and its tracking, since the guest cannot reach the page itself.
 
         Returns:
             Its code, or the fault.
         """
-        assert self.host_work % 2, f"{self.name}: a leaf of the host that nobody may know of"
-        for _try in range(_PATIENCE):
-            ending: Status | Fault
+        assert self.host_work % 2, f"{self.name}: the guest would reflect a conflict with the host"
+        for _try in range(_MOST_TRIES):
+            result: LeafResult
             try:
-                ending = call()
+                result = call()
             except Fault as fault:
-                ending = fault
-            if ending not in _BUSY and not isinstance(ending, GeneralProtection):
-                return ending
+                result = fault
+            if result not in CONFLICT_CODES and not isinstance(result, GeneralProtection):
+                return result
             self.counters.host_waits += 1
             self.quiesce()
             if not self.runtime.interleaves:
-                break  # nobody else executes, so nothing will change
-        return ending
+                break  # no other task runs, so another try would end in the same way
+        return result
 
-    def host_may_be_in_the_way(self, before: int) -> bool:
+    def host_worked_since(self, before: int) -> bool:
         """Return whether the host has worked since ``host_work`` was ``before``."""
         return before % 2 == 1 or self.host_work != before
 
     # --- pages ----------------------------------------------------------------------------------
 
     def page_at(self, gpa: int) -> VepcPage | None:
-        """Return the virtual EPC page at a guest-physical address that is or was in use."""
+        """Return the virtual EPC page at a guest-physical address, if the guest has touched it."""
         for vepc in self.vepcs:
             page = vepc.page_at(gpa)
             if page is not None:
                 return page
         return None
 
-    def may_shrink(self) -> bool:
-        """Return whether one more page can be taken: the ballast stays."""
-        return self.resident - self.leaving > self.ballast_pages
+    def above_ballast(self) -> bool:
+        """Return whether one more page can be evicted: the ballast stays."""
+        return self.resident - self.evicting > self.ballast_pages
 
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self, reason: str) -> None:
-        """It cannot go on, and all its EPC is given back; others are not concerned.
+        """Stop the guest and give all its EPC back; other guests go on.
 
-        May be called whatever the caller holds: if ``lock`` is not free, a task waits for it.
+        May be called with any lock held: if ``lock`` is not free, a task of its own waits for it.
         """
         if self.stopped is not None:
             return
@@ -267,7 +269,10 @@ class Monitor:
         self.reap()
 
     def reap(self) -> None:
-        """Free what a stopped machine has; never waits: if ``lock`` is not free, a task does."""
+        """Free the EPC of a stopped guest.
+
+        Never waits: if ``lock`` is not free, a task of its own waits for it.
+        """
         if self.stopped is None:
             return
         if not self.lock.try_acquire():
@@ -288,7 +293,7 @@ class Monitor:
         for vepc in self.vepcs:
             vepc.unmap_all()
         self.kick()
-        with self.working():
-            for _pass in range(2):  # a SECS may have children in another one
+        with self.host_working():
+            for _pass in range(2):  # a SECS may have children in another virtual EPC
                 for vepc in self.vepcs:
                     vepc.free_all()

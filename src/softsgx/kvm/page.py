@@ -1,6 +1,6 @@
-"""One page of a virtual EPC, to the reclaimer a page like any other.
+"""One page of a virtual EPC, as the reclaimer sees it.
 
-Its calls decide *whether* the page leaves; :mod:`softsgx.kvm.motion` does it.
+Its calls decide *whether* the page is evicted; :mod:`softsgx.kvm.eviction` evicts it.
 
 Source:
     ``sgx_virt_reclaimer_{get_ref,put_ref,age,get_backing,block,write}()``, virt.c of
@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.kvm import motion
+from softsgx.kvm import eviction
 from softsgx.kvm.events import PageKept
-from softsgx.kvm.fate import Evicted, Fate
-from softsgx.paging import EpcPage, Reservation
+from softsgx.kvm.evicted_page import EvictedPage, PageKind
+from softsgx.paging import Reservation, SgxEpcPage
 
 if TYPE_CHECKING:
     from softsgx.kvm.vepc import Vepc
@@ -24,32 +24,34 @@ __all__ = ["VepcPage"]
 
 
 class VepcPage:
-    """One page of a virtual EPC that was ever touched; ``Monitor.lock`` protects it.
+    """One page of a virtual EPC that the guest has touched; ``Monitor.lock`` protects it.
 
     Attributes:
-        vepc: what it is a page of.
-        index: which one.
+        vepc: its virtual EPC.
+        index: its index there.
         epc: the EPC page that it is in; ``None`` before its first use and while it is evicted.
         evicted: where it is while it is evicted; else ``None``.
-        promised: there is room for its version.
-        reclaiming: a batch has it: nobody may map it.
-        pins: instructions that wait for it and for other pages at once.
+        promised: its virtual EPC has a VA slot for its version.
+        being_reclaimed: the host is evicting it: it must not be mapped.
+        pins: instructions of the guest that need it together with other pages.
         evicted_children: if it holds a SECS, pages of that enclave that the host has evicted;
-            VIRTCHILDCNT of the SECS is the same number, but for ``owed``.
-        owed: how much of VIRTCHILDCNT is to be subtracted when the SECS is loaded.
+            VIRTCHILDCNT of the SECS is this plus ``deferred_edecvirtchild``.
+        deferred_edecvirtchild: EDECVIRTCHILDs to execute when the SECS is loaded.
+        reservation, kind, secs, guest_blocked: of the eviction that is going on: backing and VA
+            slot; what the page is; the page with its SECS; whether the guest has blocked it.
     """
 
     __slots__ = (
+        "being_reclaimed",
+        "deferred_edecvirtchild",
         "epc",
         "evicted",
         "evicted_children",
-        "fate",
         "guest_blocked",
         "index",
-        "owed",
+        "kind",
         "pins",
         "promised",
-        "reclaiming",
         "reservation",
         "secs",
         "vepc",
@@ -57,13 +59,12 @@ class VepcPage:
 
     def __init__(self, vepc: Vepc, index: int) -> None:
         self.vepc, self.index = vepc, index
-        self.epc: EpcPage | None = None
-        self.evicted: Evicted | None = None
-        self.promised = self.reclaiming = False
-        self.pins = self.evicted_children = self.owed = 0
-        # Of the eviction that is going on.
+        self.epc: SgxEpcPage | None = None
+        self.evicted: EvictedPage | None = None
+        self.promised = self.being_reclaimed = False
+        self.pins = self.evicted_children = self.deferred_edecvirtchild = 0
         self.reservation: Reservation | None = None
-        self.fate: Fate | None = None
+        self.kind: PageKind | None = None
         self.secs: VepcPage | None = None
         self.guest_blocked = False
 
@@ -73,22 +74,22 @@ class VepcPage:
 
     @property
     def gpa(self) -> int:
-        """Its guest-physical address, which is its enclaves' ENCLAVECONTEXT too."""
+        """Its guest-physical address; of a SECS, also the ENCLAVECONTEXT of its enclave."""
         return self.vepc.base + self.index * PAGE_BYTES
 
     @property
-    def stuck(self) -> bool:
-        """Whether the host has blocked it, so that it must leave before the guest may use it."""
+    def blocked_by_host(self) -> bool:
+        """Whether the host has blocked it, so that it must be evicted before the guest uses it."""
         return self.epc is not None and self.epc.blocked
 
     # --- Reclaimable ----------------------------------------------------------------------------
 
     def get(self) -> bool:
-        """Keep the virtual EPC; ``False`` when it is closed or its guest has stopped."""
+        """Pin the virtual EPC; ``False`` when it is closed or its guest has stopped."""
         return self.vepc.monitor.stopped is None and self.vepc.get()
 
     def put(self) -> None:
-        """Give it back."""
+        """Unpin it."""
         self.vepc.put()
         self.vepc.monitor.reap()
 
@@ -97,68 +98,68 @@ class VepcPage:
         return not self.pins and not self.vepc.test_and_clear_accessed(self.index)
 
     def prepare(self) -> bool:
-        """Reserve backing and a VA slot, unless the page is spoken for."""
+        """Reserve backing and a VA slot, unless the page is pinned or belongs to the ballast."""
         monitor, counters = self.vepc.monitor, self.vepc.monitor.counters
         with monitor.lock:
-            if self.epc is None or self.reclaiming or monitor.stopped is not None:
+            if self.epc is None or self.being_reclaimed or monitor.stopped is not None:
                 return False
             if self.pins:
                 counters.kept_pinned += 1
-                self.tell_kept("pinned")
+                self.trace_kept("pinned")
                 return False
-            if not monitor.may_shrink():
+            if not monitor.above_ballast():
                 counters.kept_ballast += 1
-                self.tell_kept("ballast")
+                self.trace_kept("ballast")
                 return False
             self.reservation = self.vepc.swap.prepare(self.index)
             if self.reservation is None:
                 return False
-            self.reclaiming = True
-            monitor.leaving += 1
+            self.being_reclaimed = True
+            monitor.evicting += 1
             return True
 
     def block(self) -> bool:
-        """Take it out of the guest's reach, see what it is, and EBLOCK it."""
+        """Unmap it from the guest, find out what it is, and EBLOCK it."""
         monitor = self.vepc.monitor
         with monitor.lock:
-            # Before ERDINFO, so that the guest cannot change what that says.
+            # Before ERDINFO, so that the guest cannot change what that returns.
             self.vepc.unmap(self)
         monitor.quiesce()
-        with monitor.lock, monitor.working():
-            if monitor.stopped is None and motion.block(self):
+        with monitor.lock, monitor.host_working():
+            if monitor.stopped is None and eviction.block(self):
                 return True
-            self.stay()
+            self.cancel_eviction()
             return False
 
     def write(self) -> bool:
-        """EWB, or nothing where the guest has no use for the page."""
+        """EWB; nothing when the guest does not use the page."""
         monitor = self.vepc.monitor
-        with monitor.lock, monitor.working():
-            left = monitor.stopped is None and motion.write_out(self)
-            if left:
-                self.moved()
+        with monitor.lock, monitor.host_working():
+            evicted = monitor.stopped is None and eviction.write(self)
+            if evicted:
+                self.end_eviction()
             else:
-                self.stay()
-            return left
+                self.cancel_eviction()
+            return evicted
 
     # --- how an eviction ends; the lock is held -------------------------------------------------
 
-    def stay(self) -> None:
-        """It does not leave after all."""
+    def cancel_eviction(self) -> None:
+        """The page stays: give back what was reserved."""
         assert self.reservation is not None, f"{self!r} was not prepared"
         self.vepc.swap.cancel(self.reservation)
-        self.moved()
+        self.end_eviction()
 
-    def moved(self) -> None:
-        """The eviction has ended."""
+    def end_eviction(self) -> None:
+        """The eviction has ended, one way or the other: wake the faults that wait for it."""
         monitor = self.vepc.monitor
-        self.reservation = self.fate = self.secs = None
-        self.guest_blocked = self.reclaiming = False
-        monitor.leaving -= 1
+        self.reservation = self.kind = self.secs = None
+        self.guest_blocked = self.being_reclaimed = False
+        monitor.evicting -= 1
         monitor.changed.notify_all()
 
-    def tell_kept(self, reason: str) -> None:
-        """Say that it is not reclaimed now."""
+    def trace_kept(self, reason: str) -> None:
+        """Trace why it is not reclaimed now."""
         monitor = self.vepc.monitor
         if monitor.tracer is not None:
             monitor.tracer(PageKept(monitor.name, self.gpa, reason))

@@ -1,7 +1,7 @@
 """Processors of a guest: two levels of translation, and VM exits that go to the hypervisor.
 
 Deviation: each keeps its state and its TLB while another one runs on the same processor of the
-machine; on silicon the switch would be a VM exit.  What software can tell is time.
+machine; on silicon the switch would be a VM exit.  Software sees the difference only in time.
 
 Source:
     SDM vol. 3C, "VMX Non-Root Operation", "VMX Support for Address Translation"; vol. 3D, "VMX
@@ -36,12 +36,12 @@ class GuestProcessor(LogicalProcessor):
     """One virtual processor.
 
     Args:
-        guest: whose.
-        number: which one.
+        guest: the guest it belongs to.
+        number: its number there.
         encls_exiting: ENCLS-exiting bitmap.
 
     Attributes:
-        claim: pages that its instruction needs at once.
+        claim: the pages that its current instruction needs together.
     """
 
     def __init__(self, guest: Guest, number: int, encls_exiting: int) -> None:
@@ -61,7 +61,7 @@ class GuestProcessor(LogicalProcessor):
 
     @property
     def launch_key_hash(self) -> list[int]:
-        """The guest's own, which the host puts into the registers before it runs EINIT."""
+        """The guest's launch key hash; the host loads it into the registers before EINIT."""
         return self.guest.launch_key_hash
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:

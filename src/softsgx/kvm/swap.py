@@ -1,7 +1,7 @@
-"""Backing and VA slots of one virtual EPC: EWB out, ELDUC or ELDBC in.
+"""EWB, ELDUC and ELDBC between EPC pages and the backing of one virtual EPC.
 
-The bookkeeping is an enclave's (:class:`~softsgx.paging.EnclaveSwap`), but there is no SECS of
-one's own: whose enclave a page belongs to differs from page to page.  Every method is called with
+The bookkeeping is that of any owner (:class:`~softsgx.paging.SwapSpace`).  A virtual EPC has no
+SECS of its own: each page may belong to another enclave of the guest.  Every method is called with
 the guest's lock held, unless it says otherwise.
 
 Source:
@@ -14,84 +14,61 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softsgx.arch import Status
-from softsgx.hw import Fault, PageInfoArgs
-from softsgx.paging import BackingError, Claim, EnclaveSwap, LoadFailed, Reservation, SwapEntry
+from softsgx.hw import PageInfoArgs
+from softsgx.paging import LeafResult, LoadFailed, Reservation, SwapEntry, SwapSpace
 
-__all__ = ["Run", "VepcSwap"]
+__all__ = ["RunLeaf", "VepcSwap"]
 
-Run = Callable[[Callable[[], Status]], Status | Fault]
-"""Executes a leaf of the host: :meth:`softsgx.kvm.monitor.Monitor.leaf`."""
+RunLeaf = Callable[[Callable[[], Status]], LeafResult]
+"""Executes a leaf of the host: :meth:`softsgx.kvm.monitor.Monitor.host_leaf`."""
 
 
-class VepcSwap(EnclaveSwap):
-    """One virtual EPC's half of paging; what is not here is as for enclaves."""
+class VepcSwap(SwapSpace):
+    """The swapping of one virtual EPC."""
 
-    def write_out(
-        self, run: Run, addr: int, reservation: Reservation
-    ) -> tuple[Status | Fault, int]:
-        """EWB the page at ``addr`` once.
+    def ewb(self, run: RunLeaf, addr: int, reservation: Reservation) -> tuple[LeafResult, int]:
+        """EWB the page at ``addr`` once; the reservation still stands.
 
         Returns:
-            The code or fault; and on success the page's linear address, which EWB tells.
+            The code or fault; and on success the page's linear address, which EWB returns.
         """
         pinned, slot = reservation.pinned, reservation.slot
         assert pinned is not None, "a reservation without backing"
         info = PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0)
-        ending = run(lambda: self._leaves.ewb(info, addr, slot.addr))
-        if slot.accepted(ending):
+        result = run(lambda: self._leaves.ewb(info, addr, slot.addr))
+        if slot.accepted(result):
             return Status.SUCCESS, info.linaddr
-        return ending, 0
+        return result, 0
 
-    def written(self, reservation: Reservation) -> SwapEntry:
-        """EWB has succeeded: end the reservation."""
-        assert reservation.pinned is not None, "a reservation without backing"
-        self._file.written(reservation.pinned)
-        self.va.keep(reservation.slot)
-        return SwapEntry(reservation.index, reservation.slot)
-
-    def read_in(
+    def eld(
         self,
-        run: Run,
+        run: RunLeaf,
         entry: SwapEntry,
         addr: int,
         *,
         linaddr: int,
         secs: int,
         blocked: bool,
-    ) -> Status | Fault:
-        """ELDUC or ELDBC an evicted page into the free EPC page at ``addr``; see :meth:`fetch_va`.
+    ) -> LeafResult:
+        """ELDUC or ELDBC an evicted page into the free EPC page at ``addr``.
+
+        Its VA page is resident: :meth:`load_va_page`.
 
         Returns:
-            The code or fault; on success ``entry`` is spent, otherwise nothing has changed.
+            The code or fault; on success ``entry`` is used up, otherwise nothing has changed.
 
         Raises:
-            LoadFailed: its backing is gone.
+            LoadFailed: the page is lost, or the backing store cannot give it.
         """
         slot = entry.slot
-        assert slot is not None, "a page without a version is loaded"
-        try:
-            pinned = self._file.open(entry.index)
-        except BackingError as error:
-            raise LoadFailed(str(error)) from error
+        if slot is None:
+            raise LoadFailed("lost")
+        pinned = self.pin_backing(entry)
         leaf = self._leaves.eldbc if blocked else self._leaves.elduc
         info = PageInfoArgs(linaddr, pinned.content.data, pinned.pcmd_bytes, secs)
-        ending = run(lambda: leaf(info, addr, slot.addr))
-        if ending is Status.SUCCESS:
-            self._file.loaded(pinned)
-            self.va.emptied(slot)
-            self._counters.eldu += 1
+        result = run(lambda: leaf(info, addr, slot.addr))
+        if result is Status.SUCCESS:
+            self.loaded(slot, pinned)
         else:
-            self._file.close(pinned)
-            self._counters.eldu_failed += 1
-        return ending
-
-    def fetch_va(self, entry: SwapEntry, claim: Claim | None) -> None:
-        """Make the VA page of an evicted page resident.
-
-        Raises:
-            EpcBusy, NoEpc: no EPC page for it now, or at all.
-            LoadFailed: it cannot be loaded.
-        """
-        if entry.slot is None:
-            raise LoadFailed("lost")
-        self.va.bring_in(entry.slot.page, claim)
+            self.not_loaded(pinned)
+        return result

@@ -1,10 +1,10 @@
 """An open ``/dev/sgx_vepc``: EPC for a guest, page by page as it is touched.
 
-A file is one virtual EPC; a mapping of it is what a guest gets as an EPC section.  Until a page is
-touched there is none; from then on the core may take it and a fault brings it back.
+An open file is one virtual EPC; a guest sees a mapping of it as an EPC section.  A page takes an
+EPC page when it is first touched; from then on the core may evict it, and a fault loads it.
 
-Deviation: one table of a mapping stands for the VMM's page tables and the guest's second-level
-tables, which follow them.  A fork of the VMM is not modelled: its child would not get the mapping.
+Deviation: one table of a mapping stands for the VMM's page tables and for the guest's second-level
+tables.  A fork of the VMM is not modelled: its child would not get the mapping.
 
 Source:
     arch/x86/kernel/cpu/sgx/virt.c; its oversubscription branch in intel/kvm-sgx.
@@ -12,51 +12,41 @@ Source:
 
 from __future__ import annotations
 
-from enum import Enum
 from errno import EBUSY, EINVAL, ENOTTY
+from mmap import MAP_SHARED
 from typing import TYPE_CHECKING, NoReturn
 
 from softsgx.arch import PAGE_BYTES, RdInfo, RdInfoStatus, Status
 from softsgx.defects import Defect
-from softsgx.hw import Fault
-from softsgx.kvm import motion
-from softsgx.kvm.fate import Fate
+from softsgx.kvm.evicted_page import PageKind
+from softsgx.kvm.loading import drop, make_resident
 from softsgx.kvm.page import VepcPage
 from softsgx.kvm.swap import VepcSwap
-from softsgx.paging import Claim, Counted, EpcBusy, LoadFailed, NoEpc
+from softsgx.paging import (
+    Claim,
+    EpcBusy,
+    FaultResult,
+    LeafResult,
+    LoadFailed,
+    NoEpc,
+    RefCounted,
+    result_name,
+)
 
 if TYPE_CHECKING:
     from softsgx.kvm.device import VepcDevice
     from softsgx.kvm.monitor import Monitor
 
-__all__ = [
-    "MAP_PRIVATE",
-    "MAP_SHARED",
-    "SGX_IOC_VEPC_REMOVE_ALL",
-    "FaultResult",
-    "Vepc",
-    "VepcMapping",
-]
+__all__ = ["SGX_IOC_VEPC_REMOVE_ALL", "Vepc", "VepcMapping"]
 
 SGX_IOC_VEPC_REMOVE_ALL = 0xA404
 """_IO(SGX_MAGIC, 0x04)."""
-MAP_SHARED, MAP_PRIVATE = 1, 2
-_ENDLESS = 1 << 36  # a virtual EPC has no size of its own
+_MOST_PAGES = 1 << 36
+"""Beyond any virtual EPC: a file has no size of its own, its mappings have."""
 
 
 def _refuse(errno: int, why: str) -> NoReturn:
     raise OSError(errno, why)
-
-
-class FaultResult(Enum):
-    """How a fault of a mapping ended."""
-
-    NOPAGE = "nopage"
-    """Repeat the access."""
-    RETRY = "retry"
-    """Repeat the access: the fault has waited for an EPC page with no lock held."""
-    SIGBUS = "sigbus"
-    """There is no EPC page, or the guest has stopped."""
 
 
 class VepcMapping:
@@ -66,8 +56,8 @@ class VepcMapping:
         vepc: the file.
         offset: index of the first page.
         pages: how many.
-        entries: EPC address by index, of the pages that a processor can reach.
-        accessed: indices that were reached since this was last looked at.
+        entries: EPC address by index, of the pages that the guest's processors can reach.
+        accessed: indices of the pages used since the last :meth:`Vepc.test_and_clear_accessed`.
     """
 
     def __init__(self, vepc: Vepc, offset: int, pages: int) -> None:
@@ -97,15 +87,15 @@ class VepcMapping:
         vepc.put()
 
 
-class Vepc(Counted):
-    """One open file; ``Monitor.lock`` protects it.
+class Vepc(RefCounted):
+    """One open file; ``Monitor.lock`` protects it.  Its descriptor and its mappings reference it.
 
     Attributes:
         base: guest-physical address of its first page.
         pages: pages that were ever touched, by index.
-        mappings: where it is mapped.
+        mappings: its mappings.
         swap: backing and VA slots.
-        refusal: why the last page that could not be loaded could not.
+        refusal: why the last load that failed did so.
     """
 
     def __init__(self, device: VepcDevice, monitor: Monitor, base: int) -> None:
@@ -115,24 +105,19 @@ class Vepc(Counted):
         self.mappings: list[VepcMapping] = []
         self.refusal = ""
         self._closed = False
-        self.swap = self._make_swap()
+        self.swap = VepcSwap(
+            device.core,
+            device.backing(_MOST_PAGES),
+            pages=_MOST_PAGES,
+            lock=monitor.lock,
+            pin=self,
+            group=monitor.group,
+        )
         monitor.vepcs.append(self)
         device.vepcs.append(self)
 
-    def _make_swap(self) -> VepcSwap:
-        return VepcSwap(
-            self.device.core,
-            self.device.backing(_ENDLESS),
-            pages=_ENDLESS,
-            base=0,
-            lock=self.monitor.lock,
-            pin=self,
-            kick=self.monitor.kick,
-            group=self.monitor.group,
-        )
-
     def close(self) -> None:
-        """Close it; mappings keep it."""
+        """Close its descriptor; it lives on while it is mapped."""
         assert not self._closed, "a virtual EPC is closed twice"
         self._closed = True
         self.put()
@@ -150,40 +135,40 @@ class Vepc(Counted):
         mapping = VepcMapping(self, offset, pages)
         with self.monitor.lock:
             self.mappings.append(mapping)
-        assert self.get(), "a file that is gone is mapped"
+        assert self.get(), "a file without references is mapped"
         return mapping
 
     def ioctl(self, cmd: int, arg: int = 0) -> int:
-        """SGX_IOC_VEPC_REMOVE_ALL: make every page unused, without giving any back.
+        """SGX_IOC_VEPC_REMOVE_ALL: EREMOVE every page; the file keeps its EPC pages.
 
         The guest's processors must not run in its enclaves.
 
         Returns:
-            SECS pages that are left because they have children; a second round on all files that
-            share enclaves must give 0.
+            The SECS pages that remain because they have children.  When files share enclaves, a
+            second round on each of them must return 0.
 
         Raises:
-            OSError: ENOTTY: no such command; EINVAL: an argument; EBUSY: a processor is inside an
-                enclave, or pages are being removed by somebody else.
+            OSError: ENOTTY: no such command; EINVAL: an argument is given; EBUSY: EREMOVE of a
+                page failed, since a processor is inside its enclave or another leaf holds it.
         """
         if cmd != SGX_IOC_VEPC_REMOVE_ALL:
             _refuse(ENOTTY, f"ioctl {cmd:#x}")
         if arg:
             _refuse(EINVAL, f"argument {arg:#x}")
-        left, monitor = 0, self.monitor
+        remaining, monitor = 0, self.monitor
         with monitor.lock:
             for index in list(self.pages):
                 page = self.pages[index]
-                while page.reclaiming:
+                while page.being_reclaimed:
                     monitor.changed.wait()
-                with monitor.working():
-                    ending = self._eremove(page)
-                if ending is Status.CHILD_PRESENT:
-                    left += 1
-                elif ending is not Status.SUCCESS:
-                    _refuse(EBUSY, f"EREMOVE of page {index}: {motion.name_of(ending)}")
+                with monitor.host_working():
+                    result = self._eremove(page)
+                if result is Status.CHILD_PRESENT:
+                    remaining += 1
+                elif result is not Status.SUCCESS:
+                    _refuse(EBUSY, f"EREMOVE of page {index}: {result_name(result)}")
         monitor.reap()
-        return left
+        return remaining
 
     # --- faults ---------------------------------------------------------------------------------
 
@@ -199,15 +184,15 @@ class Vepc(Counted):
         """Let ``mapping`` reach page ``index``, loading or making it.
 
         Args:
-            mapping: through which it was touched.
+            mapping: the mapping through which a processor touched it.
             index: of the page.
-            retry: whether to wait for an EPC page, with no lock held, and ask for another try.
-            pins: keep the page until :meth:`unpin`, and note it here.
-            claim: the processor's that touched it.
+            retry: whether to wait for an EPC page, with no lock held, and return RETRY.
+            pins: if given, pin the page until :meth:`unpin`, and append it here.
+            claim: of the processor that touched it.
 
         Returns:
-            What whoever touched it sees; nothing is locked then.  A page that does not
-            authenticate has stopped the guest; any other failure may pass.
+            NOPAGE, RETRY or SIGBUS; no lock is held then.  A page that does not authenticate has
+            stopped the guest; after any other failure a later fault may succeed.
 
         Source:
             sgx_vepc_fault(), __sgx_vepc_fault(), virt.c.
@@ -219,19 +204,19 @@ class Vepc(Counted):
         busy: EpcBusy | None = None
         refusal = ""
         with monitor.lock:
-            while page.reclaiming and retry and monitor.stopped is None:
+            while page.being_reclaimed and retry and monitor.stopped is None:
                 monitor.changed.wait()
-            if monitor.stopped is not None or page.reclaiming:
+            if monitor.stopped is not None or page.being_reclaimed:
                 return FaultResult.SIGBUS
             not_mapped = Defect.RESIDENT_VEPC_PAGE_NOT_MAPPED in self.device.defects
-            if not_mapped and page.epc is not None and not page.stuck:
+            if not_mapped and page.epc is not None and not page.blocked_by_host:
                 return FaultResult.NOPAGE
             try:
-                with monitor.working():
-                    usable = motion.settle(page, claim)
-                if usable is not None:
-                    # Last: the guest must never see the page half loaded.
-                    mapping.entries[index] = usable.addr
+                with monitor.host_working():
+                    epc = make_resident(page, claim)
+                if epc is not None:
+                    # Last: the guest must never see a page that is not loaded completely.
+                    mapping.entries[index] = epc.addr
                     if pins is not None:
                         page.pins += 1
                         pins.append(page)
@@ -249,14 +234,14 @@ class Vepc(Counted):
         monitor.reap()
         if not monitor.alive or not retry:
             return FaultResult.SIGBUS
-        if busy is None:  # a batch of reclaim is about to look at it
+        if busy is None:  # a reclaim batch has the page
             monitor.runtime.yield_now()
         else:
             core.wait_for_page(busy)
         return FaultResult.RETRY
 
     def _page(self, index: int) -> VepcPage | None:
-        """Return the page, with room for its version; ``None`` when there is no EPC for that."""
+        """Return the page, with a VA slot promised; ``None``: there is no EPC for a VA page."""
         page = self.pages.get(index)
         if page is not None and page.promised:
             return page
@@ -272,14 +257,14 @@ class Vepc(Counted):
         return page
 
     def unpin(self, page: VepcPage) -> None:
-        """Undo one ``pins`` of :meth:`fault`; the lock is held."""
+        """Undo one pin of :meth:`fault`; the lock is held."""
         assert page.pins, f"{page!r} is not pinned"
         page.pins -= 1
 
-    # --- what the reclaimer asks; the lock is held where it says so -----------------------------
+    # --- mappings -------------------------------------------------------------------------------
 
     def test_and_clear_accessed(self, index: int) -> bool:
-        """Return whether a processor has reached page ``index`` since the last call."""
+        """Return whether a processor has used page ``index`` since the last call."""
         young = False
         for mapping in list(self.mappings):
             young |= index in mapping.accessed
@@ -303,35 +288,34 @@ class Vepc(Counted):
 
     # --- removal; the lock is held --------------------------------------------------------------
 
-    def _eremove(self, page: VepcPage) -> Status | Fault:
-        """Make ``page`` unused wherever it is; a SECS with children of either kind stays."""
+    def _eremove(self, page: VepcPage) -> LeafResult:
+        """EREMOVE ``page``, or forget it if it is evicted; a SECS with any child stays."""
         monitor = self.monitor
         leaves = monitor.host.leaves
         if page.evicted_children:
             return Status.CHILD_PRESENT
         if page.epc is None:
             if page.evicted is not None:
-                motion.drop(page)
+                drop(page)
             return Status.SUCCESS
         at = page.epc.addr
-        ending = monitor.leaf(lambda: leaves.eremove(at))
-        if ending is Status.SUCCESS:
-            # Unused, whoever had blocked it.
-            page.epc.blocked = False
-        return ending
+        result = monitor.host_leaf(lambda: leaves.eremove(at))
+        if result is Status.SUCCESS:
+            page.epc.blocked = False  # an unused page is not blocked
+        return result
 
     def remove(self, page: VepcPage) -> bool:
-        """Make ``page`` unused and give its EPC page back; the lock is held.
+        """EREMOVE ``page`` and free its EPC page; the lock is held.
 
         Returns:
-            Whether it is gone.
+            Whether that succeeded.
         """
         monitor = self.monitor
         epc = page.epc
         if epc is not None and not monitor.host.unmark_reclaimable(epc):
             return False  # a batch has it
-        ending = self._eremove(page)
-        if ending is not Status.SUCCESS:
+        result = self._eremove(page)
+        if result is not Status.SUCCESS:
             if epc is not None:
                 monitor.host.mark_reclaimable(epc)
             return False
@@ -342,17 +326,17 @@ class Vepc(Counted):
         return True
 
     def free_all(self) -> None:
-        """Give back what can be given back: a pass of :meth:`Monitor.reap`; the lock is held."""
+        """Free every page that EREMOVE accepts: a pass of :meth:`Monitor.reap`; lock held."""
         for page in self.pages.values():
-            if not page.reclaiming:
+            if not page.being_reclaimed:
                 self.remove(page)
 
     def power_lost(self) -> None:
-        """Everything in the EPC is gone, and what was evicted is dead; the lock is held."""
+        """Forget all pages: resident ones are lost, evicted ones cannot be loaded; lock held."""
         monitor = self.monitor
         self.unmap_all()
         for page in self.pages.values():
-            assert not page.reclaiming, f"{page!r} is being reclaimed while power goes"
+            assert not page.being_reclaimed, f"{page!r} is being reclaimed while power goes"
             if page.epc is not None:
                 unmarked = monitor.host.unmark_reclaimable(page.epc)
                 assert unmarked, f"{page!r} is being reclaimed while power goes"
@@ -365,54 +349,57 @@ class Vepc(Counted):
                 self.swap.shrink()
             page.epc = page.evicted = None
             page.promised = False
-            page.evicted_children = page.owed = 0
-        # Its VA pages are no VA pages any more.
+            page.evicted_children = page.deferred_edecvirtchild = 0
+        # Power loss has invalidated its VA pages too.
         for va_page in self.swap.va.pages():
             self.swap.va.unlink(va_page)
 
-    def _end(self) -> None:
-        """The last reference is gone.
+    def _destroy(self) -> None:
+        """The last reference was given back: free every page.
 
         Source:
             sgx_vepc_release(), virt.c.
         """
         monitor, zombies = self.monitor, self.device.zombies
-        with monitor.lock, monitor.working():
+        with monitor.lock, monitor.host_working():
             monitor.kick()
             pages = list(self.pages.values())
             pages = [page for page in pages if not self.remove(page)]
             zombies += [page for page in pages if not self.remove(page)]
-            self.end()
+            self.forget_if_empty()
         self.device.retry_zombies()
 
-    def end(self) -> None:
-        """Forget the file once nothing is left of it; the lock is held."""
-        left = any(page.vepc is self for page in self.device.zombies)
-        if self in self.monitor.vepcs and not left:
+    def forget_if_empty(self) -> None:
+        """Forget the closed file unless it has zombies; the lock is held."""
+        has_zombies = any(page.vepc is self for page in self.device.zombies)
+        if self in self.monitor.vepcs and not has_zombies:
             self.monitor.vepcs.remove(self)
             self.device.vepcs.remove(self)
             self.swap.destroy()
 
-    # --- what there is --------------------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------------
 
-    def why_not(self, page: VepcPage) -> str | None:
-        """Return why ``page``, which is resident, could not leave now; the lock is held."""
+    def unreclaimable_reason(self, page: VepcPage) -> str | None:
+        """Return why ``page``, which is resident, cannot be evicted now; the lock is held.
+
+        ``None``: it can be evicted, or is being evicted.
+        """
         if page.pins:
             return "pinned"
-        if page.epc is None or page.reclaiming:
+        if page.epc is None or page.being_reclaimed:
             return None
         info, at = RdInfo(), page.epc.addr
-        ending = self.monitor.leaf(lambda: self.monitor.host.leaves.erdinfo(info, at))
-        if ending is Status.SUCCESS and info.status & RdInfoStatus.CHILDPRESENT:
+        result = self.monitor.host_leaf(lambda: self.monitor.host.leaves.erdinfo(info, at))
+        if result is Status.SUCCESS and info.status & RdInfoStatus.CHILDPRESENT:
             return "secs with children"
-        return "ballast" if not self.monitor.may_shrink() else None
+        return "ballast" if not self.monitor.above_ballast() else None
 
     def check_invariants(self) -> None:
-        """Compare counts with a recount; call while no task runs here."""
+        """Check each page and each entry of a mapping; call while no task runs here."""
         self.swap.check_invariants()
         for page in self.pages.values():
             assert page.epc is None or page.evicted is None, f"{page!r} is in two places"
-            assert not page.reclaiming and not page.pins, f"{page!r} is left reclaiming or pinned"
+            assert not page.being_reclaimed and not page.pins, f"{page!r} is reclaimed or pinned"
             for mapping in self.mappings:
                 entry = mapping.entries.get(page.index)
                 assert entry is None or (page.epc is not None and entry == page.epc.addr), (
@@ -420,5 +407,5 @@ class Vepc(Counted):
                 )
             evicted = page.evicted
             if evicted is not None:
-                assert (evicted.secs is not None) == (evicted.fate is Fate.CHILD), f"{page!r}"
-            assert page.evicted_children >= 0, f"{page!r} has less than no children"
+                assert (evicted.secs is not None) == (evicted.kind is PageKind.CHILD), f"{page!r}"
+            assert page.evicted_children >= 0, f"{page!r} has fewer than 0 children"

@@ -9,6 +9,7 @@ from softsgx.paging.backing import (
     FileBacking,
     MemoryBacking,
     TemporaryFile,
+    memory_backing,
 )
 from softsgx.paging.claims import Claim, needed_pages
 from softsgx.paging.core import EpcCore
@@ -24,9 +25,10 @@ from softsgx.paging.failures import (
 )
 from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, BackingPage, Group, Hardware, Reclaimable
+from softsgx.paging.leafio import LeafResult, result_name
 from softsgx.paging.lru import Lru
-from softsgx.paging.page import EpcPage
-from softsgx.paging.pins import Counted, Pin
+from softsgx.paging.page import SgxEpcPage
+from softsgx.paging.pins import Pin, RefCounted
 from softsgx.paging.policy import (
     Clock,
     Fifo,
@@ -37,7 +39,8 @@ from softsgx.paging.policy import (
 )
 from softsgx.paging.reclaim import Batch
 from softsgx.paging.swap import EnclaveSwap
-from softsgx.paging.swapspace import Reservation, SwapEntry
+from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
+from softsgx.paging.vm_fault import FaultResult
 
 __all__ = [
     "BackingError",
@@ -46,19 +49,19 @@ __all__ = [
     "Batch",
     "Claim",
     "Clock",
-    "Counted",
     "Counters",
     "Disk",
     "EnclaveSwap",
     "EpcBusy",
     "EpcCore",
-    "EpcPage",
     "FailingBacking",
+    "FaultResult",
     "Fifo",
     "FileBacking",
     "Group",
     "Hardware",
     "Interrupted",
+    "LeafResult",
     "LeastRecentlyUsed",
     "LinuxPolicy",
     "LoadFailed",
@@ -71,9 +74,14 @@ __all__ = [
     "Policy",
     "Prefetching",
     "Reclaimable",
+    "RefCounted",
     "Reservation",
+    "SgxEpcPage",
     "SwapEntry",
+    "SwapSpace",
     "TemporaryFile",
     "Ungrouped",
+    "memory_backing",
     "needed_pages",
+    "result_name",
 ]

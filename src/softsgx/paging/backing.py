@@ -21,7 +21,14 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.paging.failures import BackingError
 from softsgx.paging.interfaces import BackingFile, BackingPage
 
-__all__ = ["Disk", "FailingBacking", "FileBacking", "MemoryBacking", "TemporaryFile"]
+__all__ = [
+    "Disk",
+    "FailingBacking",
+    "FileBacking",
+    "MemoryBacking",
+    "TemporaryFile",
+    "memory_backing",
+]
 
 
 class _CachedPage:
@@ -152,6 +159,11 @@ class MemoryBacking(_CachingFile):
         """Both halves."""
         self.write_out()
         self.drop_clean()
+
+
+def memory_backing(pages: int) -> BackingFile:
+    """Return a :class:`MemoryBacking` for an owner of ``pages`` pages, without a limit."""
+    return MemoryBacking()
 
 
 class Disk(Protocol):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from softsgx.arch import PAGE_BYTES
 from softsgx.hw import MachineConfig
 from softsgx.paging.counters import Counters
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class Claim:
     __slots__ = ("fetched", "grace_ns", "left", "loads", "since_ns")
 
     def __init__(self) -> None:
-        self.loads: OrderedDict[Reclaimable, EpcPage] = OrderedDict()
-        self.fetched: dict[Reclaimable, EpcPage] = {}
+        self.loads: OrderedDict[Reclaimable, SgxEpcPage] = OrderedDict()
+        self.fetched: dict[Reclaimable, SgxEpcPage] = {}
         self.since_ns = self.left = 0
         self.grace_ns = _FIRST_GRACE_NS
 
@@ -120,12 +120,12 @@ class Claims:
         self._runtime, self._counters, self._released = runtime, counters, released
         self._latch = runtime.latch()
         self._queue: deque[Claim] = deque()
-        self._kept: list[EpcPage] = []  # of the holder's enclave
-        self._kept_fetched: list[EpcPage] = []
+        self._kept: list[SgxEpcPage] = []  # of the holder's enclave
+        self._kept_fetched: list[SgxEpcPage] = []
 
     # --- of the thread itself ---------------------------------------------------------------------
 
-    def fetched(self, claim: Claim, owner: Reclaimable, page: EpcPage) -> None:
+    def fetched(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
         """Note that a SECS or VA page was loaded, which the load in progress needs first."""
         robbed = owner in claim.fetched
         claim.fetched[owner] = page
@@ -136,7 +136,7 @@ class Claims:
         elif robbed:
             self._line_up(claim)
 
-    def loaded(self, claim: Claim, owner: Reclaimable, page: EpcPage) -> None:
+    def loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
         """Note that a page of its enclave was loaded for the thread of ``claim``."""
         loads = claim.loads
         robbed = loads.pop(owner, None) is not None

@@ -36,20 +36,16 @@ from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, Group, Hardware, Reclaimable
 from softsgx.paging.invariants import check_pages
 from softsgx.paging.ksgxd import Ksgxd
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
 from softsgx.paging.reclaim import EVICT_POISONED, Batch, Reclaimer
-from softsgx.paging.relief import Relief, Request
+from softsgx.paging.relief import Relief, Request, no_signal
 from softsgx.paging.sanitize import Sanitizer
 from softsgx.paging.va import VaTree
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
 __all__ = ["EpcCore"]
-
-
-def _never() -> bool:
-    return False
 
 
 class EpcCore:
@@ -195,9 +191,9 @@ class EpcCore:
         group: Group | None = None,
         kind: str = "reg",
         cpu_node: int = 0,
-        signal_pending: Callable[[], bool] = _never,
+        signal_pending: Callable[[], bool] = no_signal,
         claim: Claim | None = None,
-    ) -> EpcPage:
+    ) -> SgxEpcPage:
         """Return an EPC page whose EPCM entry is invalid, charged to ``group``.
 
         Args:
@@ -274,7 +270,7 @@ class EpcCore:
             seen = relief.now()
             refused = group.try_charge()
 
-    def _take_slowly(self, cpu_node: int, request: Request) -> EpcPage:
+    def _take_slowly(self, cpu_node: int, request: Request) -> SgxEpcPage:
         relief = self.relief
         pressure = relief.pressure()
         while True:
@@ -303,7 +299,7 @@ class EpcCore:
 
     # --- giving back ----------------------------------------------------------------------------
 
-    def free(self, page: EpcPage) -> None:
+    def free(self, page: SgxEpcPage) -> None:
         """Take ``page`` back; its EPCM entry is invalid and it is not tracked.
 
         Source:
@@ -321,7 +317,7 @@ class EpcCore:
         if self.tracer is not None:
             self.tracer(events.Freed(page.addr, page.poisoned))
 
-    def remove(self, page: EpcPage) -> bool:
+    def remove(self, page: SgxEpcPage) -> bool:
         """EREMOVE ``page`` and take it back.
 
         Returns:
@@ -349,7 +345,7 @@ class EpcCore:
 
     # --- tracking -------------------------------------------------------------------------------
 
-    def mark_reclaimable(self, page: EpcPage) -> None:
+    def mark_reclaimable(self, page: SgxEpcPage) -> None:
         """Put ``page`` on its group's list as the youngest; a poisoned page stays off it.
 
         Source:
@@ -361,12 +357,12 @@ class EpcCore:
         page.group.lru.add(page)
         self._ksgxd.candidate_added()
 
-    def note_use(self, page: EpcPage) -> None:
+    def note_use(self, page: SgxEpcPage) -> None:
         """Make ``page`` the youngest of its list: for engines that see every access."""
         if page.lru is not None:
             page.lru.touch(page)
 
-    def unmark_reclaimable(self, page: EpcPage) -> bool:
+    def unmark_reclaimable(self, page: SgxEpcPage) -> bool:
         """Take ``page`` off its list.
 
         Returns:
@@ -432,7 +428,7 @@ class EpcCore:
             self._ksgxd.batch_ended()
         return batch
 
-    def evict(self, page: EpcPage) -> bool:
+    def evict(self, page: SgxEpcPage) -> bool:
         """Evict one page, even if it is in use; no owner's lock may be held.
 
         Returns:

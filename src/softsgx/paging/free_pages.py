@@ -15,7 +15,7 @@ from softsgx.arch import PAGE_BYTES, EpcAddr
 from softsgx.defects import Defect
 from softsgx.hw import EpcSection
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, Walk, walk_once, walk_until_back
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.runtime import Runtime
 
 __all__ = ["FreePages"]
@@ -39,7 +39,7 @@ class FreePages:
         self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[Defect]
     ) -> None:
         self._sections = sections
-        self.records: dict[int, EpcPage] = {}
+        self.records: dict[int, SgxEpcPage] = {}
         nodes: dict[int, Node] = {}
         for section in sections:
             if section.node not in nodes:
@@ -61,7 +61,7 @@ class FreePages:
 
     # --- out ------------------------------------------------------------------------------------
 
-    def take(self, cpu_node: int) -> EpcPage | None:
+    def take(self, cpu_node: int) -> SgxEpcPage | None:
         """Return a page, of the nearest node that has one; ``None`` when there is none."""
         for node in self._orders.get(cpu_node) or self._order(cpu_node):
             page = node.take()
@@ -79,7 +79,7 @@ class FreePages:
 
     # --- back -----------------------------------------------------------------------------------
 
-    def give(self, page: EpcPage) -> None:
+    def give(self, page: SgxEpcPage) -> None:
         """Take a page back; a poisoned one goes into quarantine."""
         if self.nodes[page.node].give(page) or self._counts_poisoned:
             self.count.add(1)
@@ -104,7 +104,7 @@ class FreePages:
 
     # --- broken ---------------------------------------------------------------------------------
 
-    def poison(self, addr: EpcAddr, node: int, *, dirty: bool) -> tuple[EpcPage, bool] | None:
+    def poison(self, addr: EpcAddr, node: int, *, dirty: bool) -> tuple[SgxEpcPage, bool] | None:
         """As :meth:`Node.poison`; a free page is not counted any more."""
         found = self.nodes[node].poison(addr, dirty=dirty)
         if found is not None and found[1] and not self._counts_poisoned:

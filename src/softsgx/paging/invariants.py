@@ -10,7 +10,7 @@ from softsgx.paging.counters import Counters
 from softsgx.paging.free_pages import FreePages
 from softsgx.paging.lru import Lru
 from softsgx.paging.nodes import Node
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.sanitize import Sanitizer
 
 __all__ = ["check_pages"]
@@ -70,7 +70,7 @@ def _count_free(nodes: Iterable[Node]) -> int:
     return sum(stop - start for start, stop in spans) // PAGE_BYTES
 
 
-def _check_lists(held: list[EpcPage], *, idle: bool) -> None:
+def _check_lists(held: list[SgxEpcPage], *, idle: bool) -> None:
     lists: set[Lru] = {page.group.lru for page in held if page.group is not None}
     listed = Counter(page for lru in lists for page in lru)
     assert all(count == 1 for count in listed.values()), "a page is on two lists"

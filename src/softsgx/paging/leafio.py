@@ -1,4 +1,4 @@
-"""EWB and ELDU between an EPC page and pinned backing pages, with their ends sorted.
+"""EWB and ELDU between an EPC page and pinned backing pages, and how a leaf ended.
 
 Source:
     ``__sgx_encl_ewb()``, main.c; ``__sgx_encl_eldu()``, encl.c; ``encls_failed()``, encls.h: #PF
@@ -11,13 +11,13 @@ from softsgx.arch import Status
 from softsgx.hw import Fault, Leaves, PageFault, PageInfoArgs
 from softsgx.paging.swapfile import Pinned
 
-__all__ = ["Ending", "eldu", "ewb", "name_of", "vanished"]
+__all__ = ["LeafResult", "eldu", "ewb", "result_name", "vanished"]
 
-Ending = Status | Fault
+LeafResult = Status | Fault
 """How a leaf ended: its code, or the fault."""
 
 
-def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> Ending:
+def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> LeafResult:
     """Evict the page at ``addr``, its version going to ``slot_addr``."""
     leaf = leaves.ewb
     try:
@@ -28,7 +28,7 @@ def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> Ending:
 
 def eldu(
     leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned, linaddr: int, secs: int
-) -> Ending:
+) -> LeafResult:
     """Load a page into the free EPC page at ``addr``."""
     leaf = leaves.eldu
     try:
@@ -39,11 +39,11 @@ def eldu(
         return fault
 
 
-def vanished(ending: Ending, addr: int) -> bool:
+def vanished(result: LeafResult, addr: int) -> bool:
     """Return whether a leaf found no valid EPC page at ``addr``, where there was one."""
-    return isinstance(ending, PageFault) and ending.address == addr
+    return isinstance(result, PageFault) and result.address == addr
 
 
-def name_of(ending: Ending) -> str:
+def result_name(result: LeafResult) -> str:
     """Return the code's name in the manual, or the fault."""
-    return ending.manual_name if isinstance(ending, Status) else str(ending)
+    return result.manual_name if isinstance(result, Status) else str(result)

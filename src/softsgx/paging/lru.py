@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.runtime import Runtime
 
 __all__ = ["Lru"]
@@ -27,19 +27,19 @@ class Lru:
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
-        self._pages: OrderedDict[EpcPage, None] = OrderedDict()
+        self._pages: OrderedDict[SgxEpcPage, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pages)
 
-    def __iter__(self) -> Iterator[EpcPage]:
+    def __iter__(self) -> Iterator[SgxEpcPage]:
         """Yield the pages, oldest first; for checkers."""
         return iter(list(self._pages))
 
-    def __contains__(self, page: EpcPage) -> bool:
+    def __contains__(self, page: SgxEpcPage) -> bool:
         return page in self._pages
 
-    def add(self, page: EpcPage) -> None:
+    def add(self, page: SgxEpcPage) -> None:
         """Track ``page`` as the youngest; it must not be tracked yet."""
         self._latch.acquire()
         try:
@@ -49,13 +49,13 @@ class Lru:
         finally:
             self._latch.release()
 
-    def touch(self, page: EpcPage) -> None:
+    def touch(self, page: SgxEpcPage) -> None:
         """Make ``page`` the youngest if it is on the list."""
         with self._latch:
             if page in self._pages:
                 self._pages.move_to_end(page)
 
-    def remove(self, page: EpcPage) -> bool:
+    def remove(self, page: SgxEpcPage) -> bool:
         """Stop tracking ``page``.
 
         Returns:
@@ -70,13 +70,13 @@ class Lru:
             page.tracked, page.lru = False, None
             return True
 
-    def isolate(self, count: int) -> tuple[list[EpcPage], int]:
+    def isolate(self, count: int) -> tuple[list[SgxEpcPage], int]:
         """Take up to ``count`` of the oldest pages off the list and pin their owners.
 
         Returns:
             The pages, and how many more were forgotten because their owner is dying.
         """
-        isolated: list[EpcPage] = []
+        isolated: list[SgxEpcPage] = []
         dying = 0
         pages = self._pages
         with self._latch:
@@ -91,7 +91,7 @@ class Lru:
                     dying += 1
         return isolated, dying
 
-    def isolate_page(self, page: EpcPage) -> bool:
+    def isolate_page(self, page: SgxEpcPage) -> bool:
         """Take one page off the list and pin its owner.
 
         Returns:
@@ -103,7 +103,7 @@ class Lru:
             del self._pages[page]
             return True
 
-    def put_back(self, page: EpcPage) -> bool:
+    def put_back(self, page: SgxEpcPage) -> bool:
         """Return an isolated page as the youngest; a poisoned one is forgotten instead.
 
         Returns:
@@ -117,7 +117,7 @@ class Lru:
             self._pages[page] = None
             return True
 
-    def forget(self, page: EpcPage) -> None:
+    def forget(self, page: SgxEpcPage) -> None:
         """An isolated page was evicted, or must not be looked at again."""
         self._latch.acquire()
         try:

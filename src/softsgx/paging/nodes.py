@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from softsgx.arch import PAGE_BYTES, EpcAddr
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.runtime import Runtime
 
 __all__ = ["AtomicCount", "Node", "TornCount", "walk_once", "walk_until_back"]
@@ -78,16 +78,16 @@ class Node:
         quarantine: poisoned pages that nobody uses.
     """
 
-    def __init__(self, number: int, runtime: Runtime, pages: dict[int, EpcPage]) -> None:
+    def __init__(self, number: int, runtime: Runtime, pages: dict[int, SgxEpcPage]) -> None:
         self.number = number
         self.epc_pages = 0
-        self.quarantine: list[EpcPage] = []
+        self.quarantine: list[SgxEpcPage] = []
         self._latch = runtime.latch()
         self._pages = pages
-        self._freed: deque[EpcPage] = deque()
+        self._freed: deque[SgxEpcPage] = deque()
         self._fresh: deque[_Range] = deque()
 
-    def take(self) -> EpcPage | None:
+    def take(self) -> SgxEpcPage | None:
         """Return the page that was freed first, or one never used; ``None`` when there is none."""
         freed = self._freed
         self._latch.acquire()
@@ -102,7 +102,7 @@ class Node:
         finally:
             self._latch.release()
 
-    def _take_fresh(self) -> EpcPage | None:
+    def _take_fresh(self) -> SgxEpcPage | None:
         pages = self._pages
         while self._fresh:
             head = self._fresh[0]
@@ -111,12 +111,12 @@ class Node:
             if head.next == head.end:
                 self._fresh.popleft()
             if addr not in pages:
-                page = pages[addr] = EpcPage(EpcAddr(addr), self.number)
+                page = pages[addr] = SgxEpcPage(EpcAddr(addr), self.number)
                 return page
             assert pages[addr].poisoned, f"{pages[addr]!r} has a record, but was never used"
         return None
 
-    def give(self, page: EpcPage) -> bool:
+    def give(self, page: SgxEpcPage) -> bool:
         """Put ``page`` at the tail, or into quarantine when it is poisoned.
 
         Returns:
@@ -158,7 +158,7 @@ class Node:
         else:
             self._fresh.append(_Range(start, end))
 
-    def poison(self, addr: EpcAddr, *, dirty: bool) -> tuple[EpcPage, bool] | None:
+    def poison(self, addr: EpcAddr, *, dirty: bool) -> tuple[SgxEpcPage, bool] | None:
         """Mark a page poisoned; a free one goes into quarantine.
 
         Args:
@@ -171,7 +171,7 @@ class Node:
         with self._latch:
             page = self._pages.get(addr)
             if page is None:
-                page = self._pages[addr] = EpcPage(addr, self.number)
+                page = self._pages[addr] = SgxEpcPage(addr, self.number)
                 page.free = not dirty
             if page.poisoned:
                 return None

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from softsgx.paging.interfaces import Group, Reclaimable
     from softsgx.paging.lru import Lru
 
-__all__ = ["EpcPage"]
+__all__ = ["SgxEpcPage"]
 
 
-class EpcPage:
+class SgxEpcPage:
     """One EPC page that was ever handed out.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from softsgx.runtime import Runtime
 
-__all__ = ["Counted", "Pin"]
+__all__ = ["Pin", "RefCounted"]
 
 
 class Pin(Protocol):
@@ -26,7 +26,7 @@ class Pin(Protocol):
         """Give the pin back; may destroy the enclave.  Called without any lock."""
 
 
-class Counted(ABC):
+class RefCounted(ABC):
     """A :class:`Pin` by counting; whoever makes it has the first reference.
 
     Args:
@@ -64,8 +64,8 @@ class Counted(ABC):
             self._references -= 1
             last = not self._references
         if last:
-            self._end()
+            self._destroy()
 
     @abstractmethod
-    def _end(self) -> None:
+    def _destroy(self) -> None:
         """The last reference is gone."""

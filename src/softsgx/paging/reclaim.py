@@ -20,7 +20,7 @@ from softsgx.paging.counters import Counters
 from softsgx.paging.events import Aged, BatchDone, Isolated, NotPrepared
 from softsgx.paging.interfaces import Reclaimable
 from softsgx.paging.lru import Lru
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.policy import Policy
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
@@ -99,7 +99,7 @@ class Reclaimer:
         epc_pages: int,
         runtime: Runtime,
         *,
-        free: Callable[[EpcPage], None],
+        free: Callable[[SgxEpcPage], None],
         counters: Counters,
         tracer: Tracer | None,
         ignore_poison: bool = False,
@@ -120,13 +120,13 @@ class Reclaimer:
         scanned, victims = self._choose(lru, force=force)
         return self._evict(lru, scanned, victims)
 
-    def evict(self, lru: Lru, page: EpcPage) -> bool:
+    def evict(self, lru: Lru, page: SgxEpcPage) -> bool:
         """Evict one page of ``lru``, even if it is in use; ``False`` when it stays."""
         if not lru.isolate_page(page):
             return False
         return bool(self._evict(lru, 1, self._prepare(lru, [page], force=True)).freed)
 
-    def _evict(self, lru: Lru, scanned: int, victims: list[EpcPage]) -> Batch:
+    def _evict(self, lru: Lru, scanned: int, victims: list[SgxEpcPage]) -> Batch:
         """Phases C and D for pages that are prepared."""
         self._point("reclaim: block")
         # Whole passes: one round of kicking CPUs then serves every victim.
@@ -141,9 +141,9 @@ class Reclaimer:
             self.tracer(BatchDone(scanned, freed))
         return Batch(scanned, freed)
 
-    def _choose(self, lru: Lru, *, force: bool) -> tuple[int, list[EpcPage]]:
+    def _choose(self, lru: Lru, *, force: bool) -> tuple[int, list[SgxEpcPage]]:
         """Phases A and B: isolate, age, prepare; return how many were scanned, and the victims."""
-        victims: list[EpcPage] = []
+        victims: list[SgxEpcPage] = []
         scanned, limit = 0, min(max(self._scan_pages, self._batch_pages), len(lru))
         while scanned < limit and len(victims) < self._batch_pages:
             wanted = min(limit - scanned, self._batch_pages - len(victims))
@@ -158,9 +158,9 @@ class Reclaimer:
                 break
         return scanned, victims
 
-    def _prepare(self, lru: Lru, pages: list[EpcPage], *, force: bool) -> list[EpcPage]:
+    def _prepare(self, lru: Lru, pages: list[SgxEpcPage], *, force: bool) -> list[SgxEpcPage]:
         """Age and prepare each; return those that leave."""
-        victims: list[EpcPage] = []
+        victims: list[SgxEpcPage] = []
         counters, old = self._counters, self._policy.old
         for page in pages:
             owner = _owner(page)
@@ -184,9 +184,9 @@ class Reclaimer:
                 self._skip(lru, page, owner, "prepare")
         return victims
 
-    def _block(self, lru: Lru, pages: list[EpcPage]) -> list[EpcPage]:
+    def _block(self, lru: Lru, pages: list[SgxEpcPage]) -> list[SgxEpcPage]:
         """Phase C; return those that nobody can use any more."""
-        blocked: list[EpcPage] = []
+        blocked: list[SgxEpcPage] = []
         for page in pages:
             owner = _owner(page)
             if owner.block():
@@ -196,7 +196,7 @@ class Reclaimer:
                 self._skip(lru, page, owner, "block")
         return blocked
 
-    def _write(self, lru: Lru, pages: list[EpcPage]) -> int:
+    def _write(self, lru: Lru, pages: list[SgxEpcPage]) -> int:
         """Phase D; return how many are out."""
         freed, free = 0, self._free
         for page in pages:
@@ -211,17 +211,17 @@ class Reclaimer:
                 self._skip(lru, page, owner, "write")
         return freed
 
-    def _skip(self, lru: Lru, page: EpcPage, owner: Reclaimable, stage: str) -> None:
+    def _skip(self, lru: Lru, page: SgxEpcPage, owner: Reclaimable, stage: str) -> None:
         if self.tracer is not None:
             self.tracer(NotPrepared(page.addr, stage))
         _requeue(lru, page, owner)
 
 
-def _requeue(lru: Lru, page: EpcPage, owner: Reclaimable) -> None:
+def _requeue(lru: Lru, page: SgxEpcPage, owner: Reclaimable) -> None:
     lru.put_back(page)
     owner.put()  # last: it may destroy the owner, which takes its pages off their lists
 
 
-def _owner(page: EpcPage) -> Reclaimable:
+def _owner(page: SgxEpcPage) -> Reclaimable:
     assert page.owner is not None, f"{page!r} in a batch has no owner"
     return page.owner

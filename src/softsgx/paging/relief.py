@@ -20,7 +20,12 @@ from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.reclaim import Batch, Pressure
 from softsgx.runtime import Runtime
 
-__all__ = ["Relief", "Request"]
+__all__ = ["Relief", "Request", "no_signal"]
+
+
+def no_signal() -> bool:
+    """Return ``False``: the caller has no signals."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)

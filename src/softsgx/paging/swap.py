@@ -28,8 +28,8 @@ from softsgx.paging.events import Evicted, Loaded, TrackingRound
 from softsgx.paging.failures import BackingError, LoadFailed, MachineCheck
 from softsgx.paging.idle_secs import IdleSecs
 from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
-from softsgx.paging.leafio import Ending, eldu, ewb, name_of, vanished
-from softsgx.paging.page import EpcPage
+from softsgx.paging.leafio import LeafResult, eldu, ewb, result_name, vanished
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.reclaim import EVICT_POISONED
 from softsgx.paging.swapfile import Pinned
@@ -79,7 +79,7 @@ class EnclaveSwap(SwapSpace):
         group: Group | None = None,
     ) -> None:
         super().__init__(core, backing, pages=pages, lock=lock, pin=pin, group=group)
-        self.secs: EpcPage | None = None
+        self.secs: SgxEpcPage | None = None
         self.secs_entry: SwapEntry | None = None
         self.children = self.peak_children = 0
         self.ewbs = self.etracks = 0
@@ -103,13 +103,13 @@ class EnclaveSwap(SwapSpace):
 
     # --- the SECS and the count of its children ---------------------------------------------------
 
-    def set_secs(self, page: EpcPage) -> None:
+    def set_secs(self, page: SgxEpcPage) -> None:
         """ECREATE has made ``page`` the SECS (room for it was promised by :meth:`grow`)."""
         assert self.secs is None, "the enclave has a SECS already"
         self.secs = page
         page.owner = self._secs_page
 
-    def load_secs(self, *, cpu_node: int = 0, claim: Claim | None = None) -> EpcPage:
+    def load_secs(self, *, cpu_node: int = 0, claim: Claim | None = None) -> SgxEpcPage:
         """Return the SECS page, loaded if it was evicted; never reclaims.
 
         Call :meth:`child_added` after a leaf that gave it a child.
@@ -156,7 +156,7 @@ class EnclaveSwap(SwapSpace):
 
     # --- out --------------------------------------------------------------------------------------
 
-    def block(self, page: EpcPage) -> bool:
+    def block(self, page: SgxEpcPage) -> bool:
         """EBLOCK ``page``; every mapping of it is gone.  Sets ``page.blocked``.
 
         Returns:
@@ -176,7 +176,7 @@ class EnclaveSwap(SwapSpace):
             return True
         return False
 
-    def write(self, page: EpcPage, reservation: Reservation) -> SwapEntry | None:
+    def write(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry | None:
         """EWB: as it is, after ETRACK, after kicking processors out.  Ends the reservation.
 
         The last child takes the SECS with it.  The caller forgets ``page``, which the core frees.
@@ -193,7 +193,7 @@ class EnclaveSwap(SwapSpace):
                 self._evict_secs()
         return entry
 
-    def _evict(self, page: EpcPage, reservation: Reservation, kind: str) -> SwapEntry | None:
+    def _evict(self, page: SgxEpcPage, reservation: Reservation, kind: str) -> SwapEntry | None:
         index, slot, pinned = reservation.index, reservation.slot, reservation.pinned
         if page.poisoned:
             if self._ignores_poison:
@@ -205,49 +205,48 @@ class EnclaveSwap(SwapSpace):
                 pinned = self._file.reserve(index)
             except BackingError:
                 return self._lose(page, reservation)
-        ending, tries = ewb(self._leaves, page.addr, slot.addr, pinned), 1
-        if ending is _NOT_TRACKED:
-            ending, tries = self._track(page, slot, pinned)
+        result, tries = ewb(self._leaves, page.addr, slot.addr, pinned), 1
+        if result is _NOT_TRACKED:
+            result, tries = self._track(page, slot, pinned)
         self.ewbs += tries
         counters = self._counters
         if self._core.tracer is not None:
-            self._core.tracer(Evicted(page.addr, kind, index, tries, name_of(ending)))
-        if slot.accepted(ending):
-            self._file.written(pinned)
-            self.va.keep(slot)
+            self._core.tracer(Evicted(page.addr, kind, index, tries, result_name(result)))
+        reservation = Reservation(index, slot, pinned)
+        if slot.accepted(result):
             if tries == 1:
                 counters.ewb_first += 1
             elif tries == 2:
                 counters.ewb_second += 1
             else:
                 counters.ewb_third += 1
-            return SwapEntry(index, slot)
-        if vanished(ending, page.addr):
+            return self.written(reservation)
+        if vanished(result, page.addr):
             # Power was lost: the EPC page is free already, its content is nowhere.
-            return self._lose(page, Reservation(index, slot, pinned))
+            return self._lose(page, reservation)
         counters.ewb_failed += 1
         if self._leaks_slots:
             slot.page.pins -= 1
             self._file.cancel(pinned)
         else:
-            self.cancel(Reservation(index, slot, pinned))
+            self.cancel(reservation)
         if self._frees_failed:
             counters.lost += 1
             return SwapEntry(index, None)
         return None
 
-    def _lose(self, page: EpcPage, reservation: Reservation) -> SwapEntry:
+    def _lose(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry:
         self.cancel(reservation)
         self._counters.lost += 1
         return SwapEntry(reservation.index, None)
 
-    def _track(self, page: EpcPage, slot: VaSlot, pinned: Pinned) -> tuple[Ending, int]:
+    def _track(self, page: SgxEpcPage, slot: VaSlot, pinned: Pinned) -> tuple[LeafResult, int]:
         """EWB once or twice more; return how the last one ended, and how many it took in all."""
         leaves, slot_addr = self._leaves, slot.addr
         self._start_epoch()
-        ending = ewb(leaves, page.addr, slot_addr, pinned)
-        if ending is not _NOT_TRACKED:
-            return ending, 2
+        result = ewb(leaves, page.addr, slot_addr, pinned)
+        if result is not _NOT_TRACKED:
+            return result, 2
         # Only after ETRACK: whoever enters in between is already in the new epoch.
         self._kick_cpus()
         return ewb(leaves, page.addr, slot_addr, pinned), 3
@@ -258,25 +257,25 @@ class EnclaveSwap(SwapSpace):
         Deviation: Linux warns on PREV_TRK_INCMPL and goes on to a third EWB that must then fail,
         because the epoch in which the page was blocked never ends.
         """
-        ending = self._etrack()
-        if ending is Status.PREV_TRK_INCMPL:
+        result = self._etrack()
+        if result is Status.PREV_TRK_INCMPL:
             self._counters.prev_trk_incmpl += 1
             self._kick_cpus()
             self._etrack()
 
-    def _etrack(self) -> Ending:
+    def _etrack(self) -> LeafResult:
         secs = self.secs
         assert secs is not None, "the enclave has resident pages but no SECS"
         self._counters.etrack += 1
         self.etracks += 1
-        ending: Ending
+        result: LeafResult
         try:
-            ending = self._leaves.etrack(secs.addr)
+            result = self._leaves.etrack(secs.addr)
         except Fault as fault:
-            ending = fault
+            result = fault
         if self._core.tracer is not None:
-            self._core.tracer(TrackingRound(secs.addr, "etrack", name_of(ending)))
-        return ending
+            self._core.tracer(TrackingRound(secs.addr, "etrack", result_name(result)))
+        return result
 
     def _kick_cpus(self) -> None:
         self._counters.kicks += 1
@@ -330,7 +329,7 @@ class EnclaveSwap(SwapSpace):
         cpu_node: int = 0,
         group: Group | None = None,
         claim: Claim | None = None,
-    ) -> EpcPage:
+    ) -> SgxEpcPage:
         """ELDU, after the SECS and the VA page: return the EPC page ``entry`` is now in.
 
         ``entry`` is spent.  The caller attaches the page, then marks it reclaimable.  Never
@@ -363,43 +362,35 @@ class EnclaveSwap(SwapSpace):
         cpu_node: int,
         group: Group | None,
         claim: Claim | None,
-    ) -> EpcPage:
-        slot, core, counters = entry.slot, self._core, self._counters
-        if slot is None:
-            raise LoadFailed("lost")
-        self.va.bring_in(slot.page, claim)
+    ) -> SgxEpcPage:
+        core = self._core
+        slot = self.load_va_page(entry, claim)
         page = core.alloc(
             owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node, claim=claim
         )
         try:
-            pinned = self._file.open(entry.index)
-        except BackingError as error:
+            pinned = self.pin_backing(entry)
+        except LoadFailed:
             core.free(page)
-            counters.eldu_failed += 1
-            raise LoadFailed(str(error)) from error
-        ending = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr, secs)
+            raise
+        result = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr, secs)
         if core.tracer is not None:
-            core.tracer(Loaded(page.addr, kind, entry.index, name_of(ending)))
-        if ending is _SUCCESS:
-            self._file.loaded(pinned)
-            self.va.emptied(slot)
-            counters.eldu += 1
+            core.tracer(Loaded(page.addr, kind, entry.index, result_name(result)))
+        if result is _SUCCESS:
+            self.loaded(slot, pinned)
             return page
         if self._spends_failed:
             self._file.loaded(pinned)
+            self._counters.eldu_failed += 1
         else:
-            self._file.close(pinned)
-        counters.eldu_failed += 1
+            self.not_loaded(pinned)
         core.remove(page)
-        raise LoadFailed(name_of(ending))
+        raise LoadFailed(result_name(result))
 
     # --- the end ----------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """The enclave's end, when its resident pages are gone: SECS, VA pages, backing.
-
-        Pages that are still evicted need not be dropped first.  No batch has a page of this
-        enclave, since a batch pins it.
+        """As :meth:`SwapSpace.destroy`, after the SECS.
 
         Source:
             ``sgx_encl_release()``, encl.c.
@@ -410,13 +401,11 @@ class EnclaveSwap(SwapSpace):
             assert unmarked, "an enclave is destroyed while a batch has its SECS"
             self._core.remove(secs)
             self.secs = None
-        for page in self.va.pages():
-            self.va.unlink(page)
-        self._backing.close()
+        super().destroy()
 
     def check_invariants(self) -> None:
-        """Compare the counts with a recount; call with the lock held or while no task runs."""
-        self.va.check_invariants()
+        """As :meth:`SwapSpace.check_invariants`; and resident pages have a resident SECS."""
+        super().check_invariants()
         assert self.secs is not None or not self.children, (
             f"{self.children} resident pages, but the SECS is evicted"
         )

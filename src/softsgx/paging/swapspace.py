@@ -1,12 +1,13 @@
-"""Room for what is evicted: VA slots promised to pages; backing and a slot for each eviction.
+"""Backing and VA slots of one owner of EPC pages, and the bookkeeping of each eviction and load.
 
-For an enclave's pages and for a guest's alike; whose enclave they belong to is not asked here.
-Every method is called with the owner's lock held, unless it says otherwise.
+The owner is an enclave or a virtual EPC; this class does not ask what a page belongs to, and
+executes neither EWB nor ELDU.  Every method is called with the owner's lock held, unless it says
+otherwise.
 
 Lock order: the owner's lock, then the VA tree's lock, then what the core takes.
 
-Invariants: every page there is has been promised a VA slot; a reservation holds a slot and two
-pinned backing pages until it is ended; every evicted page has a slot, its content and its PCMD.
+Invariants: every page of the owner has been promised a VA slot; a reservation holds a slot and two
+pinned backing pages until it ends; every evicted page has a slot, its content and its PCMD.
 
 Source:
     ``sgx_encl_grow()``, ioctl.c; ``sgx_encl_get_backing()``, ``sgx_alloc_va_slot()``, encl.c.
@@ -23,8 +24,9 @@ from softsgx.defects import Defect
 from softsgx.paging.claims import Claim
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
-from softsgx.paging.page import EpcPage
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
+from softsgx.paging.relief import no_signal
 from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
 from softsgx.paging.va import VaArray, VaSlot
 from softsgx.runtime import Lock
@@ -33,10 +35,6 @@ if TYPE_CHECKING:
     from softsgx.paging.core import EpcCore
 
 __all__ = ["Reservation", "SwapEntry", "SwapSpace"]
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(slots=True)
@@ -114,7 +112,7 @@ class SwapSpace:
 
     # --- room: a VA slot for every page the enclave has -----------------------------------------
 
-    def grow(self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = _never) -> None:
+    def grow(self, *, cpu_node: int = 0, signal_pending: Callable[[], bool] = no_signal) -> None:
         """Promise a VA slot for one more page (the SECS counts), making a VA page if need be.
 
         Called WITHOUT the enclave's lock; may reclaim.
@@ -174,7 +172,7 @@ class SwapSpace:
         va.promised += 1
         return True
 
-    def _link(self, epc: EpcPage) -> None:
+    def _link(self, epc: SgxEpcPage) -> None:
         """Make a VA page of ``epc`` and promise one of its slots."""
         self.va.link(self.va.make(epc))
         self.va.promised += 1
@@ -218,9 +216,70 @@ class SwapSpace:
             self._file.cancel(reservation.pinned)
         self.va.give_back(reservation.slot)
 
+    def written(self, reservation: Reservation) -> SwapEntry:
+        """EWB has evicted the page: end the reservation; return where the page is now."""
+        assert reservation.pinned is not None, "EWB without backing"
+        self._file.written(reservation.pinned)
+        self.va.keep(reservation.slot)
+        return SwapEntry(reservation.index, reservation.slot)
+
+    # --- loads ------------------------------------------------------------------------------------
+
+    def load_va_page(self, entry: SwapEntry, claim: Claim | None) -> VaSlot:
+        """Make the VA page of an evicted page resident; return the slot with the version.
+
+        Raises:
+            EpcBusy, NoEpc: no EPC page for it now, or at all.
+            LoadFailed: the page is lost, or its VA page cannot be loaded.
+        """
+        slot = entry.slot
+        if slot is None:
+            raise LoadFailed("lost")
+        self.va.bring_in(slot.page, claim)
+        return slot
+
+    def pin_backing(self, entry: SwapEntry) -> Pinned:
+        """Pin the backing of an evicted page; end it with :meth:`loaded` or :meth:`not_loaded`.
+
+        Raises:
+            LoadFailed: the backing store cannot give it; ``entry`` stays valid.
+        """
+        try:
+            return self._file.open(entry.index)
+        except BackingError as error:
+            self._counters.eldu_failed += 1
+            raise LoadFailed(str(error)) from error
+
+    def loaded(self, slot: VaSlot, pinned: Pinned) -> None:
+        """ELDU has loaded the page: its slot and its backing are free again."""
+        self._file.loaded(pinned)
+        self.va.emptied(slot)
+        self._counters.eldu += 1
+
+    def not_loaded(self, pinned: Pinned) -> None:
+        """ELDU has refused the page: slot and backing stay for the next try."""
+        self._file.close(pinned)
+        self._counters.eldu_failed += 1
+
     def drop(self, entry: SwapEntry) -> None:
         """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
         if entry.slot is not None:
             self._file.discard(entry.index)
             self.va.dropped(entry.slot)
         self.shrink()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Give back the VA pages and close the backing; the owner has no resident page.
+
+        Pages that are still evicted need not be dropped first.  No batch has a VA page of this
+        owner, since a batch pins it.
+        """
+        for page in self.va.pages():
+            self.va.unlink(page)
+        self._backing.close()
+
+    def check_invariants(self) -> None:
+        """Compare the counts of VA slots with raw state; lock held, or while no task runs."""
+        self.va.check_invariants()

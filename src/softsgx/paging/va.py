@@ -35,8 +35,8 @@ from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
-from softsgx.paging.leafio import eldu, name_of, vanished
-from softsgx.paging.page import EpcPage
+from softsgx.paging.leafio import eldu, result_name, vanished
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import SwapFile, va_layout
 from softsgx.paging.va_page import ALL_FREE, VaPage, VaSlot
@@ -162,7 +162,7 @@ class VaArray:
             None,
         )
 
-    def make(self, epc: EpcPage) -> VaPage:
+    def make(self, epc: SgxEpcPage) -> VaPage:
         """EPA: make a VA page of ``epc``, not linked yet; needs no lock.
 
         Raises:
@@ -268,15 +268,15 @@ class VaArray:
         except BackingError as error:
             core.free(epc)
             raise LoadFailed(str(error)) from error
-        ending = eldu(core.leaves, epc.addr, slot.addr, pinned, 0, 0)
-        tree.tell(Loaded(epc.addr, "va", page.index, name_of(ending)))
-        if ending is not Status.SUCCESS:
+        result = eldu(core.leaves, epc.addr, slot.addr, pinned, 0, 0)
+        tree.tell(Loaded(epc.addr, "va", page.index, result_name(result)))
+        if result is not Status.SUCCESS:
             tree.file.close(pinned)
             core.counters.eldu_failed += 1
             core.remove(epc)
-            if vanished(ending, slot.addr):
+            if vanished(result, slot.addr):
                 slot.page.array.lose(slot.page)
-            raise LoadFailed(name_of(ending))
+            raise LoadFailed(result_name(result))
         tree.file.loaded(pinned)
         slot.page.array.emptied(slot)
         page.parent, page.epc = None, epc
@@ -393,7 +393,7 @@ class VaTree:
         above = self._levels.get(2)
         return above is None or not above.room
 
-    def stock(self, epc: EpcPage) -> None:
+    def stock(self, epc: SgxEpcPage) -> None:
         """Make an upper page of ``epc``, or give it back if others were faster; takes the lock."""
         with self.lock:
             if self.needs_stock():

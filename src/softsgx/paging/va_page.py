@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS, Status
 from softsgx.paging.events import Evicted
 from softsgx.paging.failures import BackingError
-from softsgx.paging.leafio import Ending, ewb, name_of, vanished
-from softsgx.paging.page import EpcPage
+from softsgx.paging.leafio import LeafResult, ewb, result_name, vanished
+from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.swapfile import Pinned
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ class VaSlot:
         assert epc is not None, f"slot {self.number} of a VA page that is evicted"
         return epc.addr + self.number * VA_SLOT_BYTES
 
-    def accepted(self, ending: Ending) -> bool:
+    def accepted(self, result: LeafResult) -> bool:
         """Return whether EWB has evicted a page with its version here."""
-        if ending is _SUCCESS:
+        if result is _SUCCESS:
             return True
-        if ending is Status.VA_SLOT_OCCUPIED:
+        if result is Status.VA_SLOT_OCCUPIED:
             # The page is gone all the same; what the slot held before must be nobody's.
             assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
             return True
@@ -89,7 +89,7 @@ class VaPage:
 
     def __init__(self, array: VaArray, index: int) -> None:
         self.array, self.index = array, index
-        self.epc: EpcPage | None = None
+        self.epc: SgxEpcPage | None = None
         self.free = ALL_FREE
         self.stale = 0
         self.pins = 0
@@ -158,18 +158,18 @@ class VaPage:
             if epc.poisoned:
                 self.stay()
                 return False
-            ending = ewb(tree.core.leaves, epc.addr, slot.addr, pinned)
-            tree.tell(Evicted(epc.addr, "va", self.index, 1, name_of(ending)))
-            if vanished(ending, epc.addr):
+            result = ewb(tree.core.leaves, epc.addr, slot.addr, pinned)
+            tree.tell(Evicted(epc.addr, "va", self.index, 1, result_name(result)))
+            if vanished(result, epc.addr):
                 self.stay()
                 self.lost = True
                 tree.core.counters.lost += 1
                 array.gone(self)
                 return True
-            if not slot.accepted(ending):
+            if not slot.accepted(result):
                 self.stay()
                 tree.core.counters.ewb_failed += 1
-                if vanished(ending, slot.addr):
+                if vanished(result, slot.addr):
                     with array.tree_lock():
                         slot.page.array.lose(slot.page)  # the next try takes another page's slot
                 return False

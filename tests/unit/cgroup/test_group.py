@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from softsgx.arch import EpcAddr
 from softsgx.cgroup import ChargeRefused, EpcCgroup, Hierarchy, VictimKilled
 from softsgx.defects import Defect
-from softsgx.paging import EpcPage, Group
+from softsgx.paging import Group, SgxEpcPage
 from softsgx.runtime import InlineRuntime
 from softsgx.trace import Event
 
@@ -33,7 +33,7 @@ def charge(group: EpcCgroup, pages: int) -> None:
 
 def track(group: EpcCgroup) -> None:
     """Put a page on the group's list, as the core does."""
-    group.lru.add(EpcPage(EpcAddr(0), 0))
+    group.lru.add(SgxEpcPage(EpcAddr(0), 0))
 
 
 def test_a_charge_counts_at_every_ancestor() -> None:

@@ -15,7 +15,7 @@ from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.arch import PAGE_BYTES, PageType, Status
 from softsgx.hw import Fault, PageInfoArgs
-from softsgx.kvm import Fate, GuestStoppedError, PageKept, VepcEvicted
+from softsgx.kvm import GuestStoppedError, PageKept, PageKind, VepcEvicted
 from softsgx.paging import MemoryBacking
 
 
@@ -42,7 +42,7 @@ def test_the_host_learns_what_a_page_is_when_it_evicts_it() -> None:
     children = [guest.data(enclave, at) for at in enclave.pages]
     host.evict(va, unused, *children)
     host.evict(guest.secs(enclave))
-    fates = {event.gpa: event.fate for event in host.events if isinstance(event, VepcEvicted)}
+    fates = {event.gpa: event.kind for event in host.events if isinstance(event, VepcEvicted)}
     assert fates[va.gpa] == "va"
     assert fates[unused.gpa] == "unused"
     assert fates[tcs.gpa] == fates[data.gpa] == "child"
@@ -136,7 +136,7 @@ def test_the_va_pages_of_a_guest_can_leave() -> None:
     ]
     assert va
     host.evict(*va)
-    assert all(page.evicted is not None and page.evicted.fate is Fate.VA for page in va)
+    assert all(page.evicted is not None and page.evicted.kind is PageKind.VA for page in va)
     thread = made.thread()
     for number in range(4):
         assert thread.load(made.data(number), 8) == pattern(number)[:8]
@@ -300,10 +300,10 @@ def test_a_page_that_could_not_be_written_is_not_seen_blocked() -> None:
     assert not page.write()
     enclave.epoch = enclave_epoch
     page.put()
-    assert page.stuck and guest.guest.counters.kept_failed == 1
+    assert page.blocked_by_host and guest.guest.counters.kept_failed == 1
     assert enclave.virt_children == 0
     assert made.thread().load(made.data(1), 8) == pattern(1)[:8]
-    assert not page.stuck and not host.epcm(page).blocked
+    assert not page.blocked_by_host and not host.epcm(page).blocked
     host.check_invariants()
 
 

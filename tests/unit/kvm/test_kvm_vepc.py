@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from mmap import MAP_PRIVATE
 
 import pytest
 from tests.support.driver import Launched, launch, pattern
@@ -18,14 +19,13 @@ from tests.support.guests import GuestHost, GuestSystem
 from softsgx.arch import Status
 from softsgx.defects import Defect
 from softsgx.kvm import (
-    MAP_PRIVATE,
     SGX_IOC_VEPC_REMOVE_ALL,
-    FaultResult,
     GuestStoppedError,
     Monitor,
     Vepc,
     VepcPage,
 )
+from softsgx.paging import FaultResult
 
 
 def errno_of(call: Callable[[], object]) -> int:
@@ -178,9 +178,9 @@ def test_children_that_are_removed_while_their_secs_is_away_are_not_counted_any_
     host.evict(*_children(guest, made))
     host.evict(secs)
     assert second.ioctl(SGX_IOC_VEPC_REMOVE_ALL) == 0
-    assert secs.owed == len(made.enclave.pages)
+    assert secs.deferred_edecvirtchild == len(made.enclave.pages)
     assert guest.guest.leaves.eremove(secs.gpa) is Status.SUCCESS
-    assert secs.owed == 0
+    assert secs.deferred_edecvirtchild == 0
     guest.guest.check_invariants()
 
 

@@ -17,12 +17,12 @@ from softsgx.defects import Defect
 from softsgx.paging import (
     EpcBusy,
     EpcCore,
-    EpcPage,
     Group,
     Interrupted,
     Lru,
     NoEpc,
     Policy,
+    SgxEpcPage,
 )
 from softsgx.paging.events import Leaked, Poisoned, Refused, Sanitized
 from softsgx.runtime import InlineRuntime, Livelock, Runtime, SeededRuntime
@@ -37,7 +37,7 @@ def make_core(runtime: Runtime | None = None, pages: int = PAGES, **more: object
     return EpcCore(machine, runtime, **{"dirty": (), **more})  # type: ignore[arg-type]
 
 
-def fill(core: EpcCore, count: int | None = None, **owner: object) -> list[EpcPage]:
+def fill(core: EpcCore, count: int | None = None, **owner: object) -> list[SgxEpcPage]:
     """Take free pages, all of them by default, and make them reclaimable."""
     pages = []
     for _ in range(core.free_pages if count is None else count):
@@ -47,7 +47,7 @@ def fill(core: EpcCore, count: int | None = None, **owner: object) -> list[EpcPa
     return pages
 
 
-def alloc_like_a_fault(core: EpcCore, group: Group | None = None) -> EpcPage:
+def alloc_like_a_fault(core: EpcCore, group: Group | None = None) -> SgxEpcPage:
     """Take a page without reclaiming, as often as it takes."""
     while True:
         try:

@@ -1,6 +1,6 @@
 """What one eviction and one load cost: the same whatever the EPC's size and the enclaves' number.
 
-Counted in calls of Python functions, which, unlike time, are the same in every run.
+RefCounted in calls of Python functions, which, unlike time, are the same in every run.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tests.support.hw import make_machine
 from softsgx.arch import PAGE_BYTES, EpcAddr
 from softsgx.defects import Defect
 from softsgx.hw import EpcSection, Machine, MachineConfig
-from softsgx.paging import EpcCore, EpcPage, NoEpc
+from softsgx.paging import EpcCore, NoEpc, SgxEpcPage
 from softsgx.paging.nodes import AtomicCount, Node, TornCount, walk_once, walk_until_back
 from softsgx.runtime import InlineRuntime, Livelock, SeededRuntime, ThreadsRuntime
 
@@ -213,6 +213,6 @@ def test_the_free_count_is_exact_under_every_schedule_and_defect_b15_is_found() 
 
 
 def test_a_records_text_says_what_it_is_used_for() -> None:
-    page = EpcPage(EpcAddr(0x1000), 0)
+    page = SgxEpcPage(EpcAddr(0x1000), 0)
     page.kind, page.tracked = "reg", True
     assert repr(page) == "<EPC 0x1000 reg tracked>"

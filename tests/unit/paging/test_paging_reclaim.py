@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from tests.support.owners import FakeOwner, listed
 
-from softsgx.paging import Clock, Counters, EpcPage, Fifo, Lru, Policy
+from softsgx.paging import Clock, Counters, Fifo, Lru, Policy, SgxEpcPage
 from softsgx.paging.reclaim import Batch, Pressure, Reclaimer
 from softsgx.runtime import InlineRuntime
 
@@ -19,7 +19,7 @@ class Scene:
     def __init__(self, policy: Policy | None = None, *, ignore_poison: bool = False) -> None:
         runtime = InlineRuntime()
         self.lru = Lru(runtime)
-        self.freed: list[EpcPage] = []
+        self.freed: list[SgxEpcPage] = []
         self.counters = Counters()
         self.reclaimer = Reclaimer(
             policy or Policy(),

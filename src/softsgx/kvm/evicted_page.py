@@ -1,0 +1,44 @@
+"""What a page of a guest is, and what the host remembers of one that it has evicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from softsgx.paging import SwapEntry
+
+if TYPE_CHECKING:
+    from softsgx.kvm.page import VepcPage
+
+__all__ = ["EvictedPage", "PageKind"]
+
+
+class PageKind(Enum):
+    """How the host evicts a page, from what ERDINFO says of it."""
+
+    UNUSED = "unused"
+    """Its EPCM entry is invalid: it needs no EWB."""
+    SECS = "secs"
+    VA = "va"
+    CHILD = "child"
+    """A page of an enclave: its SECS counts it."""
+
+
+@dataclass(slots=True)
+class EvictedPage:
+    """Where an evicted page of a guest is, and what it takes to load it.
+
+    Attributes:
+        entry: its bytes and its version.
+        linaddr: its linear address in its enclave, as EWB returned it.
+        kind: what it is.
+        secs: the page that holds or held its enclave's SECS; ``None`` where it has none.
+        blocked: the guest had blocked it, so it comes back blocked.
+    """
+
+    entry: SwapEntry
+    linaddr: int
+    kind: PageKind
+    secs: VepcPage | None
+    blocked: bool
