@@ -102,7 +102,7 @@ class Half:
             if page.slots is not None:
                 seen.append(list(page.slots))
             if page.enclave is not None:
-                seen.append((page.enclave.children, page.enclave.epoch, page.enclave.lock_t))
+                seen.append((page.enclave.children, page.enclave.epoch, page.enclave.tracking_lock))
         return seen
 
 

@@ -502,7 +502,7 @@ class Machines(RuleBasedStateMachine):
         place = self.model.place
         assert {page.addr for page in self.hw.valid_pages()} == place.keys()
         for page in self.hw.pages.values():
-            assert (page.lock, page.lock_a) == (0, False), f"{page!r} is still held"
+            assert (page.lock, page.modification_lock) == (0, False), f"{page!r} is still held"
             match place.get(page.addr):
                 case Child() as child:
                     self.compare(page, child)

@@ -280,9 +280,9 @@ class Bench:
         )
 
     def _state(self, page: EpcPage) -> dict[str, object]:
-        state: dict[str, object] = {"lock": page.lock, "lock_a": page.lock_a}
+        state: dict[str, object] = {"lock": page.lock, "modification_lock": page.modification_lock}
         if not page.valid:  # the other fields of an invalid entry mean nothing
-            return state if page.lock or page.lock_a else {}
+            return state if page.lock or page.modification_lock else {}
         state.update((name, getattr(page, name)) for name in _EPCM_FIELDS)
         state["secs"] = None if page.secs is None else page.secs.addr
         state["slots"] = None if page.slots is None else tuple(page.slots)

@@ -52,9 +52,9 @@ def state_of(machine: Machine) -> list[object]:
     state: list[object] = [repr(machine._eids), machine.cpusvn, machine.launch_key_hash[:]]
     for addr in sorted(machine.pages):
         page = machine.pages[addr]
-        if not page.valid and not page.lock and not page.lock_a:
+        if not page.valid and not page.lock and not page.modification_lock:
             continue  # as good as never used
-        state.append((addr, page.valid, page.lock, page.lock_a))
+        state.append((addr, page.valid, page.lock, page.modification_lock))
         if not page.valid:
             continue
         enclave = page.enclave

@@ -32,6 +32,7 @@ from softsgx.arch.pages import (
     RdInfoStatus,
     SecInfo,
     SecInfoFlags,
+    va_slot_index,
 )
 from softsgx.arch.platform import (
     CPUID_SGX_LEAF,
@@ -174,4 +175,5 @@ __all__ = [
     "reports_in_cf",
     "tcs_as_added",
     "tcs_ok",
+    "va_slot_index",
 ]

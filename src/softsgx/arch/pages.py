@@ -24,10 +24,16 @@ __all__ = [
     "RdInfoStatus",
     "SecInfo",
     "SecInfoFlags",
+    "va_slot_index",
 ]
 
 VA_SLOT_BYTES = 8
 VA_SLOTS = PAGE_BYTES // VA_SLOT_BYTES
+
+
+def va_slot_index(address: int) -> int:
+    """Return which slot of its VA page ``address`` lies in, 0 to 511."""
+    return address % PAGE_BYTES // VA_SLOT_BYTES
 
 
 class PageType(IntEnum):

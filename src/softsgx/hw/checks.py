@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, SecInfo, SecInfoFlags, Xfrm
 from softsgx.hw.enclave import Enclave
+from softsgx.hw.processor import LogicalProcessor
 
 __all__ = [
+    "child_present",
     "secinfo_ok",
     "shadow_stack_token",
     "svn_beyond",
@@ -59,6 +61,18 @@ def xfrm_legal(xfrm: int, supported: int, *, xsave_enabled: bool) -> bool:
         return False
     pairs = (Xfrm.BNDREGS | Xfrm.BNDCSR, Xfrm.TILECFG | Xfrm.TILEDATA)
     return all(xfrm & pair in (0, pair) for pair in pairs)
+
+
+def child_present(cpu: LogicalProcessor, enclave: Enclave) -> bool:
+    """Return whether a SECS has children that keep it in the EPC.
+
+    Those are EPC-resident pages; in a guest with EPC virtualization also the ones that VIRTCHILDCNT
+    counts.
+
+    Source:
+        SDM vol. 3D, "EWB" and "EREMOVE", Operation: the case PT_SECS.
+    """
+    return bool(enclave.children or (cpu.epc_virtualization and enclave.virt_children))
 
 
 def svn_beyond(requested: bytes, current: bytes) -> bool:

@@ -71,9 +71,9 @@ class Enclave:
         virt_children: VIRTCHILDCNT, children that a guest believes to be resident.
         epoch, cur_count, prev_count: tracking; see ``tracking.py``.
         crossings: how often it was entered and left.
-        lock_b: one of EADD, EEXTEND, EINIT is updating or closing the measurement.
-        lock_t: one of ETRACK, ETRACKC, EWB holds the tracking facility.
-        tracking: ETRACK itself is executing (EBLOCK answers ENTRYEPOCH_LOCKED).
+        measurement_lock: one of EADD, EEXTEND, EINIT updates or closes the measurement.
+        tracking_lock: one of ETRACK, ETRACKC, EWB holds the tracking facility.
+        etrack_running: ETRACK or ETRACKC is executing; EBLOCK then returns ENTRYEPOCH_LOCKED.
     """
 
     __slots__ = (
@@ -88,13 +88,13 @@ class Enclave:
         "cur_count",
         "eid",
         "epoch",
+        "etrack_running",
         "flags",
         "isv_ext_prod_id",
         "isv_family_id",
         "isv_prod_id",
         "isv_svn",
-        "lock_b",
-        "lock_t",
+        "measurement_lock",
         "miscselect",
         "mrenclave",
         "mrsigner",
@@ -102,7 +102,7 @@ class Enclave:
         "prev_count",
         "size",
         "ssa_frame_size",
-        "tracking",
+        "tracking_lock",
         "virt_children",
         "xfrm",
     )
@@ -124,7 +124,7 @@ class Enclave:
         self.padding = bytes(PADDING_BYTES)
         self.children = self.virt_children = 0
         self.epoch = self.cur_count = self.prev_count = 0
-        self.lock_b = self.lock_t = self.tracking = False
+        self.measurement_lock = self.tracking_lock = self.etrack_running = False
 
     @property
     def initialized(self) -> bool:

@@ -1,12 +1,12 @@
 """What EENTER, ERESUME, EDECCSSA and the exits have in common: TCS, SSA frames, saved state.
 
-Each function is a stage of the manual's Operation sections, so that the leaves can be read as
-their order.  TCS and SSA bytes are in the machine's page store; nothing here keeps a copy.
+Each function is a stage of the manual's Operation sections; the leaves give their order.  TCS and
+SSA bytes are in the machine's page store; nothing here keeps a copy.
 
-Counting: a processor that enters counts itself in before it looks at any page but the TCS, whose
-lock it holds, and takes that back when it faults.  So EREMOVE sees it, or it sees VALID=0; and for
-a page found unblocked here, the ETRACK that follows its EBLOCK still counts this processor among
-those that must leave before EWB.
+Counting: a processor that enters holds the lock of the TCS and counts itself in before it checks
+any other page; it counts itself out again when the entry faults.  So either EREMOVE sees the
+processor, or the processor sees VALID=0.  And when the processor finds a page unblocked, the ETRACK
+after that page's EBLOCK counts the processor among those that must leave before EWB.
 
 Source:
     SDM vol. 3D, "EENTER", "ERESUME", "EEXIT", "EDECCSSA", Operation.
@@ -15,7 +15,8 @@ Source:
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from softsgx.arch import (
     GPRSGX_BYTES,
@@ -42,20 +43,17 @@ from softsgx.hw.tracking import count_in, count_out
 
 __all__ = [
     "GPR_OFFSET",
+    "Entry",
     "TcsHead",
-    "admit",
     "check_segments",
     "check_tcs",
     "check_thread_segments",
-    "claim_tcs",
     "find_frame",
     "go_inside",
     "go_outside",
     "read_aep",
     "read_frame",
     "read_tcs",
-    "release_tcs",
-    "retract",
     "ssa_address",
     "start_afresh",
     "write_cssa",
@@ -108,6 +106,66 @@ class TcsHead(NamedTuple):
 assert _TCS.size == Tcs.OFFSETS["reserved"], "TcsHead is not the head of a TCS"
 
 
+class Entry:
+    """A processor on its way into an enclave, whose TCS page it has locked.
+
+    Counts the processor in.  A context manager: when a fault ends the entry, the processor is
+    counted out and the TCS is inactive again.
+
+    Args:
+        cpu: the processor, outside any enclave.
+        tcs: the page at the TCS operand.
+        linaddr: that operand.
+
+    Attributes:
+        secs: the SECS page of the TCS.
+        enclave: its enclave.
+        entry_epoch: the epoch in which the processor was counted in.
+
+    Raises:
+        PageFault: the page is not in use, or belongs to no enclave.
+    """
+
+    __slots__ = ("_claimed", "_cpu", "_tcs", "enclave", "entry_epoch", "secs")
+
+    def __init__(self, cpu: LogicalProcessor, tcs: EpcPage, linaddr: int) -> None:
+        if not tcs.valid or tcs.secs is None:
+            raise epc_refusal(linaddr, READ)
+        self._cpu, self._tcs, self._claimed = cpu, tcs, False
+        self.secs, self.enclave = tcs.secs, tcs.owner
+        with cpu.hw.latch:
+            self.entry_epoch = count_in(self.enclave)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        if self._claimed:
+            _release_tcs(self._cpu, self._tcs)
+        with self._cpu.hw.latch:
+            count_out(self.enclave, self.entry_epoch)
+
+    def claim_tcs(self) -> None:
+        """Make the TCS active: one processor at a time may use it.
+
+        Raises:
+            GeneralProtection: it is active already.
+        """
+        store = self._cpu.hw.store
+        with self._cpu.hw.latch:
+            if store.read(self._tcs, 0, 8) == _ACTIVE:
+                raise GeneralProtection
+            store.write(self._tcs, 0, _ACTIVE)
+        self._claimed = True
+
+
 # --- checks, in the manual's order --------------------------------------------------------------
 
 
@@ -124,29 +182,6 @@ def check_segments(cpu: LogicalProcessor) -> None:
         raise GeneralProtection
     if (cpu.es.usable and cpu.es.base) or (cpu.ss.usable and (cpu.ss.base or not cpu.ss.big)):
         raise GeneralProtection
-
-
-def admit(cpu: LogicalProcessor, tcs: EpcPage, linaddr: int) -> tuple[EpcPage, Enclave, int]:
-    """Count the processor into the enclave of a TCS page whose lock it holds.
-
-    Returns:
-        The SECS page, its enclave, and the entry epoch for :func:`retract`.
-
-    Raises:
-        PageFault: the page is not in use, or belongs to no enclave.
-    """
-    secs = tcs.secs
-    if not tcs.valid or secs is None:
-        raise epc_refusal(linaddr, READ)
-    enclave = tcs.owner
-    with cpu.hw.latch:
-        return secs, enclave, count_in(enclave)
-
-
-def retract(cpu: LogicalProcessor, enclave: Enclave, entry_epoch: int) -> None:
-    """Take :func:`admit` back: the entry has failed."""
-    with cpu.hw.latch:
-        count_out(enclave, entry_epoch)
 
 
 def check_tcs(cpu: LogicalProcessor, page: EpcPage, linaddr: int, enclave: Enclave) -> TcsHead:
@@ -238,31 +273,13 @@ def check_thread_segments(
             raise GeneralProtection
 
 
-def claim_tcs(cpu: LogicalProcessor, page: EpcPage) -> None:
-    """Make the TCS active, which it may be for one processor at a time.
-
-    Raises:
-        GeneralProtection: it is active already.
-    """
-    store = cpu.hw.store
-    with cpu.hw.latch:
-        if store.read(page, 0, 8) == _ACTIVE:
-            raise GeneralProtection
-        store.write(page, 0, _ACTIVE)
-
-
-def release_tcs(cpu: LogicalProcessor, page: EpcPage) -> None:
-    """Make the TCS inactive."""
-    cpu.hw.store.write(page, 0, _INACTIVE)
-
-
 # --- changes of state ---------------------------------------------------------------------------
 
 
 def go_inside(
     cpu: LogicalProcessor,
     page: EpcPage,
-    mode: tuple[EpcPage, Enclave, int],
+    admitted: Entry,
     tcs: TcsHead,
     frame: Frame,
     slot: tuple[EpcPage, int] | None,
@@ -277,7 +294,7 @@ def go_inside(
     Args:
         cpu: the processor.
         page: the TCS.
-        mode: what :func:`admit` returned.
+        admitted: the entry that is about to succeed.
         tcs: its fields.
         frame: where an asynchronous exit will save.
         slot: the CET save slot that goes with it.
@@ -286,7 +303,7 @@ def go_inside(
         gs_base: GS base of the thread.
     """
     hw, regs = cpu.hw, cpu.regs
-    secs, enclave, entry_epoch = mode
+    secs, enclave = admitted.secs, admitted.enclave
     opted_in = tcs.flags & _DBGOPTIN
     outside = Outside(
         cpu.fs,
@@ -309,7 +326,9 @@ def go_inside(
     else:
         cpu.fs = Segment(limit=tcs.fs_limit, selector=_ENCLAVE_SELECTOR)
         cpu.gs = Segment(limit=tcs.gs_limit, selector=_ENCLAVE_SELECTOR)
-    cpu.inside = EnclaveMode(secs, enclave, page, page.linaddr, entry_epoch, frame, slot, outside)
+    cpu.inside = EnclaveMode(
+        secs, enclave, page, page.linaddr, admitted.entry_epoch, frame, slot, outside
+    )
     cpu.flush_tlb()
 
 
@@ -339,11 +358,15 @@ def go_outside(cpu: LogicalProcessor) -> None:
     if cpu.cr4_cet:
         cpu.ssp, cpu.u_cet = outside.ssp, outside.u_cet
     cpu.flush_tlb()
-    release_tcs(cpu, inside.tcs)
+    _release_tcs(cpu, inside.tcs)
     cpu.inside = None
-    # Last: from here on the enclave's pages may leave.
+    # Last: the enclave's pages may leave once the processor is counted out.
     with cpu.hw.latch:
         count_out(inside.enclave, inside.entry_epoch)
+
+
+def _release_tcs(cpu: LogicalProcessor, page: EpcPage) -> None:
+    cpu.hw.store.write(page, 0, _INACTIVE)
 
 
 # --- bytes of TCS and frame ---------------------------------------------------------------------

@@ -9,14 +9,20 @@ Source:
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
-from softsgx.arch import VA_SLOTS, EpcAddr, PageType
+from softsgx.arch import VA_SLOTS, EpcAddr, PageType, SecInfoFlags
 
 if TYPE_CHECKING:
     from softsgx.hw.enclave import Enclave
 
-__all__ = ["EpcPage"]
+__all__ = ["EpcPage", "pack_versions", "unpack_versions"]
+
+_VERSIONS = struct.Struct(f"<{VA_SLOTS}Q")
+
+# Plain integers: arithmetic on enums is ten times slower.
+_PENDING, _MODIFIED, _PR = map(int, (SecInfoFlags.PENDING, SecInfoFlags.MODIFIED, SecInfoFlags.PR))
 
 
 class EpcPage:
@@ -35,7 +41,7 @@ class EpcPage:
         linaddr: ENCLAVEADDRESS; 0 for SECS and VA.
         bepoch: the enclave's epoch when the page was last blocked, restricted or retyped.
         lock: base lock; 0 free, -1 exclusive, n > 0 shared by n leaves.
-        lock_a: whether one of EACCEPT, EACCEPTCOPY, EMODPE, EMODPR, EMODT works on it.
+        modification_lock: whether one of EACCEPT, EACCEPTCOPY, EMODPE, EMODPR, EMODT works on it.
         enclave: of a SECS page, its enclave.
         slots: of a VA page, its 512 versions; 0 is an empty slot.
     """
@@ -47,7 +53,7 @@ class EpcPage:
         "enclave",
         "linaddr",
         "lock",
-        "lock_a",
+        "modification_lock",
         "modified",
         "pending",
         "pr",
@@ -61,7 +67,7 @@ class EpcPage:
     def __init__(self, addr: EpcAddr) -> None:
         self.addr = addr
         self.lock = 0
-        self.lock_a = False
+        self.modification_lock = False
         self.valid = False
         self.pt = PageType.REG
         self.rwx = 0
@@ -96,6 +102,10 @@ class EpcPage:
         self.slots = [0] * VA_SLOTS if pt is PageType.VA else None
         self.valid = valid
 
+    def valid_as(self, pt: PageType) -> bool:
+        """Return whether VALID is 1 and PT is ``pt``."""
+        return self.valid and self.pt is pt
+
     @property
     def owner(self) -> Enclave:
         """The enclave of a child page, or of a SECS page itself."""
@@ -103,14 +113,20 @@ class EpcPage:
         assert holder.enclave is not None, f"{self!r} belongs to no enclave"
         return holder.enclave
 
+    @property
+    def versions(self) -> list[int]:
+        """The slots of a VA page."""
+        assert self.slots is not None, f"{self!r} is no VA page"
+        return self.slots
+
     def secinfo_flags(self) -> int:
         """Return the entry as SECINFO.FLAGS: R, W, X, PENDING, MODIFIED, PR and the type."""
         return (
             self.pt << 8
             | self.rwx
-            | (self.pending and 8)
-            | (self.modified and 16)
-            | (self.pr and 32)
+            | (self.pending and _PENDING)
+            | (self.modified and _MODIFIED)
+            | (self.pr and _PR)
         )
 
     def __repr__(self) -> str:
@@ -120,3 +136,13 @@ class EpcPage:
         flags = [n for n in ("blocked", "pending", "modified", "pr") if getattr(self, n)]
         words = [self.pt.name, rights, f"{self.linaddr:#x}", *flags]
         return f"<EPC {self.addr:#x} {' '.join(words)}>"
+
+
+def pack_versions(slots: list[int]) -> bytes:
+    """Return the 4096 bytes of a VA page with these 512 versions."""
+    return _VERSIONS.pack(*slots)
+
+
+def unpack_versions(data: bytes) -> list[int]:
+    """Return the 512 versions in the 4096 bytes of a VA page."""
+    return list(_VERSIONS.unpack(data))

@@ -1,8 +1,9 @@
 """EPCM locks: what two leaves that overlap on a page do to each other.
 
-A leaf takes its locks without waiting and gives them back when it ends; whoever finds a lock
-taken gets the outcome of the concurrency table.  On cooperative runtimes taking a lock cannot be
-interrupted; on threads a latch makes it atomic.
+A leaf takes its locks one by one, never waits for one, and releases all of them when it ends.  A
+leaf that finds a lock taken ends with the outcome that the concurrency tables give for it.  On
+cooperative runtimes no other task runs while a lock is taken; on threads the machine's latch makes
+each step atomic.
 
 Source:
     SDM vol. 3D, "Concurrency and Leaf Functions", tables of base and additional restrictions.
@@ -10,99 +11,130 @@ Source:
 
 from __future__ import annotations
 
+from types import TracebackType
+from typing import Self
+
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.runtime import Lock
 
-__all__ = ["LatchedLocks", "PageLocks"]
+__all__ = ["LatchedLeafLocks", "LeafLocks"]
 
 
-class PageLocks:
-    """Locks where only one leaf makes a step at a time."""
+class LeafLocks:
+    """The locks that one leaf holds, on runtimes that run one task at a time.
+
+    A context manager: its end releases every lock that the leaf has taken.  Each method takes one
+    lock and returns whether it was free; a leaf takes each kind but the shared one at most once.
+    """
+
+    __slots__ = ("_measured", "_modified", "_pages", "_tracked")
+
+    def __init__(self) -> None:
+        self._pages: list[EpcPage] = []
+        self._modified: EpcPage | None = None
+        self._measured: Enclave | None = None
+        self._tracked: Enclave | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._tracked is not None:
+            self._tracked.tracking_lock = False
+        if self._measured is not None:
+            self._measured.measurement_lock = False
+        if self._modified is not None:
+            self._modified.modification_lock = False
+        for page in self._pages:
+            assert page.lock, f"{page!r} is not locked"
+            page.lock = 0 if page.lock < 0 else page.lock - 1
 
     def exclusive(self, page: EpcPage) -> bool:
-        """Take the base lock alone; ``False`` when anyone holds it."""
+        """Take the base lock of a page alone; ``False`` while any leaf holds it."""
         if page.lock:
             return False
         page.lock = -1
+        self._pages.append(page)
         return True
 
     def shared(self, page: EpcPage) -> bool:
-        """Take the base lock with others; ``False`` when one leaf holds it alone."""
+        """Take the base lock of a page with others; ``False`` while one leaf holds it alone."""
         if page.lock < 0:
             return False
         page.lock += 1
+        self._pages.append(page)
         return True
 
-    def release(self, page: EpcPage) -> None:
-        """Give one base lock back."""
-        assert page.lock, f"{page!r} is not locked"
-        page.lock = 0 if page.lock < 0 else page.lock - 1
-
-    def restrict(self, page: EpcPage) -> bool:
-        """Take lock A of a page: EACCEPT, EACCEPTCOPY, EMODPE, EMODPR, EMODT."""
-        if page.lock_a:
+    def modify(self, page: EpcPage) -> bool:
+        """Lock a page's state against EACCEPT, EACCEPTCOPY, EMODPE, EMODPR and EMODT."""
+        if page.modification_lock:
             return False
-        page.lock_a = True
+        page.modification_lock = True
+        self._modified = page
         return True
 
     def measure(self, enclave: Enclave) -> bool:
-        """Take lock B of an enclave: EADD, EEXTEND, EINIT.  Release by clearing ``lock_b``."""
-        if enclave.lock_b:
+        """Lock an enclave's measurement against EADD, EEXTEND and EINIT."""
+        if enclave.measurement_lock:
             return False
-        enclave.lock_b = True
+        enclave.measurement_lock = True
+        self._measured = enclave
         return True
 
     def track(self, enclave: Enclave) -> bool:
-        """Take lock T of an enclave: ETRACK, ETRACKC, EWB.  Release by clearing ``lock_t``."""
-        if enclave.lock_t:
+        """Lock an enclave's tracking facility against ETRACK, ETRACKC and EWB."""
+        if enclave.tracking_lock:
             return False
-        enclave.lock_t = True
+        enclave.tracking_lock = True
+        self._tracked = enclave
         return True
 
-    def count_child(self, enclave: Enclave, change: int) -> None:
-        """Add to CHLDCNT."""
-        enclave.children += change
-        assert enclave.children >= 0, f"enclave {enclave.eid} has {enclave.children} children"
 
-
-class LatchedLocks(PageLocks):
+class LatchedLeafLocks(LeafLocks):
     """The same on real threads: each step under the machine's latch."""
 
+    __slots__ = ("_latch",)
+
     def __init__(self, latch: Lock) -> None:
+        super().__init__()
         self._latch = latch
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._latch:
+            super().__exit__(kind, error, traceback)
+
     def exclusive(self, page: EpcPage) -> bool:
-        """As :meth:`PageLocks.exclusive`, atomically."""
+        """As :meth:`LeafLocks.exclusive`, atomically."""
         with self._latch:
             return super().exclusive(page)
 
     def shared(self, page: EpcPage) -> bool:
-        """As :meth:`PageLocks.shared`, atomically."""
+        """As :meth:`LeafLocks.shared`, atomically."""
         with self._latch:
             return super().shared(page)
 
-    def release(self, page: EpcPage) -> None:
-        """As :meth:`PageLocks.release`, atomically."""
+    def modify(self, page: EpcPage) -> bool:
+        """As :meth:`LeafLocks.modify`, atomically."""
         with self._latch:
-            super().release(page)
-
-    def restrict(self, page: EpcPage) -> bool:
-        """As :meth:`PageLocks.restrict`, atomically."""
-        with self._latch:
-            return super().restrict(page)
+            return super().modify(page)
 
     def measure(self, enclave: Enclave) -> bool:
-        """As :meth:`PageLocks.measure`, atomically."""
+        """As :meth:`LeafLocks.measure`, atomically."""
         with self._latch:
             return super().measure(enclave)
 
     def track(self, enclave: Enclave) -> bool:
-        """As :meth:`PageLocks.track`, atomically."""
+        """As :meth:`LeafLocks.track`, atomically."""
         with self._latch:
             return super().track(enclave)
-
-    def count_child(self, enclave: Enclave, change: int) -> None:
-        """As :meth:`PageLocks.count_child`, atomically."""
-        with self._latch:
-            super().count_child(enclave, change)

@@ -36,7 +36,7 @@ from softsgx.hw.events import PowerLost
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.leaves.registry import OptimisedLeaves
-from softsgx.hw.locks import LatchedLocks, PageLocks
+from softsgx.hw.locks import LatchedLeafLocks, LeafLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
 from softsgx.hw.space import Ram
@@ -89,7 +89,6 @@ class Machine:
         self.store: PageStore = DictStore() if store is None else store
         self.latch = runtime.latch()
         self.point = runtime.point
-        self.locks = LatchedLocks(self.latch) if runtime.concurrent else PageLocks()
         self.secrets = Secrets(runtime.random, runtime.entropy)
         self.ram = Ram()
         self.feature_control = int(FEATURE_CONTROL_READY)
@@ -129,6 +128,10 @@ class Machine:
         self.leaves.listen(tracer)
         for cpu in self.cpus:
             cpu.enclu.listen(tracer)
+
+    def leaf_locks(self) -> LeafLocks:
+        """Return a scope that takes page locks for one leaf and releases them at its end."""
+        return LatchedLeafLocks(self.latch) if self.runtime.concurrent else LeafLocks()
 
     # --- EPC ------------------------------------------------------------------------------------
 
@@ -174,6 +177,12 @@ class Machine:
     def ram_discard(self, physical: int) -> None:
         """Give the memory of one ordinary page back; it reads as zero then."""
         self.ram.discard(physical)
+
+    def count_child(self, enclave: Enclave, change: int) -> None:
+        """Add ``change`` to the CHLDCNT of an enclave."""
+        with self.latch:
+            enclave.children += change
+            assert enclave.children >= 0, f"enclave {enclave.eid} has {enclave.children} children"
 
     def next_eid(self) -> int:
         """Return an enclave identifier that was never used in this power cycle."""
@@ -222,7 +231,7 @@ class Machine:
         """Compare every count with a recount from raw state; call while no leaf runs."""
         children: dict[int, int] = {}
         for page in self.valid_pages():
-            assert page.lock == 0 and not page.lock_a, f"{page!r} is still locked"
+            assert page.lock == 0 and not page.modification_lock, f"{page!r} is still locked"
             if page.secs is not None:
                 assert page.secs.valid, f"{page!r} outlived its SECS"
                 children[page.secs.addr] = children.get(page.secs.addr, 0) + 1
@@ -234,5 +243,6 @@ class Machine:
             current = sum(c.inside.entry_epoch == enclave.epoch for c in inside if c.inside)
             assert enclave.cur_count == current, "CUR_CNT differs from the processors inside"
             assert enclave.prev_count == len(inside) - current, "PREV_CNT differs"
-            assert not (enclave.lock_b or enclave.lock_t), "an enclave lock outlived its leaf"
+            locked = enclave.measurement_lock or enclave.tracking_lock
+            assert not locked, "an enclave lock outlived its leaf"
         assert not children, f"children of no SECS: {children}"

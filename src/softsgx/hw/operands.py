@@ -37,6 +37,12 @@ class PageInfoArgs:
     secinfo: Ref | SecInfo = 0
     secs: int = 0
 
+    @property
+    def pcmd(self) -> Ref:
+        """What EWB and ELD* have in the place of SECINFO."""
+        assert not isinstance(self.secinfo, SecInfo), "a SECINFO in the place of a PCMD"
+        return self.secinfo
+
 
 def misaligned(ref: object, align: int) -> bool:
     """Return whether ``ref`` is an address that is no multiple of ``align``."""

@@ -26,7 +26,6 @@ __all__ = ["MAC_BYTES", "PagingKey", "Secrets", "cmac"]
 MAC_BYTES = 16
 _VERSION_STEP = 8  # EDBGRD tests a slot with its low 3 bits masked
 _IV = struct.Struct(">4xQ")
-_HEADER = struct.Struct("<QQQ104x")
 
 
 def cmac(key: bytes, message: bytes) -> bytes:
@@ -42,8 +41,7 @@ class PagingKey:
     The two live and die together, because a version used twice under one key would be a GCM
     nonce used twice.
 
-    Modelled: the order of fields in the MAC header and the byte order of the counter block; only
-    the coverage is architectural.
+    Modelled: the byte order of the counter block.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -54,49 +52,24 @@ class PagingKey:
         """Return a version that no page has had: never 0, a multiple of 8."""
         return next(self._versions)
 
-    def seal(self, page: Buffer, version: int, eid: int, linaddr: int, flags: int) -> bytes:
-        """Return ciphertext ‖ tag, 4096 + 16 bytes.
+    def seal(self, page: Buffer, version: int, header: bytes) -> bytes:
+        """Return ciphertext ‖ MAC, 4096 + 16 bytes.
 
         Args:
             page: 4096 bytes of plaintext.
             version: from :meth:`next_version`.
-            eid: the enclave's EID for child pages, else 0.
-            linaddr: EPCM.ENCLAVEADDRESS.
-            flags: SECINFO.FLAGS as :meth:`~softsgx.hw.epcm.EpcPage.secinfo_flags` gives them.
+            header: a packed :class:`~softsgx.arch.MacHeader`.
         """
-        header = _HEADER.pack(eid, linaddr, flags)
         return self._aead.encrypt(_IV.pack(version), page, header)
 
-    def unseal(
-        self,
-        sealed: Buffer,
-        version: int,
-        eid: int,
-        linaddr: int,
-        secinfo: Buffer,
-        reserved: Buffer,
-    ) -> bytes | None:
-        """Return the plaintext of ciphertext ‖ tag, or ``None`` when anything is not as sealed.
+    def unseal(self, sealed: Buffer, version: int, header: bytes) -> bytes | None:
+        """Return the 4096 bytes of plaintext; ``None`` where an argument differs from EWB's.
 
         Args:
-            sealed: 4096 + 16 bytes.
-            version: the VA slot's content.
-            eid: EID of the enclave it is loaded into, 0 for SECS and VA pages.
-            linaddr: PAGEINFO.LINADDR.
-            secinfo: PCMD.SECINFO, all 64 bytes.
-            reserved: PCMD.RESERVED, all 40 bytes.
+            sealed: ciphertext ‖ MAC.
+            version: the content of the VA slot.
+            header: a packed :class:`~softsgx.arch.MacHeader`.
         """
-        header = b"".join((struct.pack("<QQ", eid, linaddr), secinfo, reserved, bytes(8)))
-        try:
-            return self._aead.decrypt(_IV.pack(version), sealed, header)
-        except InvalidTag:
-            return None
-
-    def unseal_plain(
-        self, sealed: Buffer, version: int, eid: int, linaddr: int, flags: int
-    ) -> bytes | None:
-        """As :meth:`unseal` for a PCMD whose reserved bytes are all zero."""
-        header = _HEADER.pack(eid, linaddr, flags)
         try:
             return self._aead.decrypt(_IV.pack(version), sealed, header)
         except InvalidTag:
@@ -137,5 +110,4 @@ class Secrets:
         return cmac(self.device_key, serialised)
 
 
-assert _HEADER.size == 128, "the MAC header is 128 bytes"
 assert PAGE_BYTES % MAC_BYTES == 0, "pages are whole AES blocks"

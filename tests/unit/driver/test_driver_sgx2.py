@@ -135,11 +135,11 @@ def test_a_leaf_that_refuses_gives_its_code_in_result(
     assert isinstance(machine, Machine)
     system_page = machine.pages[epc.addr]
     if row == "locked":
-        system_page.lock_a = True
+        system_page.modification_lock = True
     args = RestrictPermissions(offset=made.offset(4), length=PAGE_BYTES, permissions=R)
     assert _try(made, Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, args) == "EFAULT"
     assert (args.result, args.count) == (wanted, 0)
-    system_page.lock_a = False
+    system_page.modification_lock = False
 
 
 def test_a_tcs_cannot_be_restricted(made: Launched) -> None:

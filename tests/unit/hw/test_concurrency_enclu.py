@@ -114,7 +114,7 @@ def test_of_two_changes_of_a_page_the_second_is_refused(
     assert ends in (OK, None)
     assert others == [conflict(holder, other)]
     page = changes.e.page(changes.offset)
-    assert (page.lock, page.lock_a) == (0, False)
+    assert (page.lock, page.modification_lock) == (0, False)
 
 
 @pytest.mark.parametrize(

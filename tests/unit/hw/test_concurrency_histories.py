@@ -139,9 +139,9 @@ class Churn:
         bench = self.bench
         bench.machine.check_invariants()
         for page in bench.machine.pages.values():
-            assert (page.lock, page.lock_a) == (0, False), f"{page!r} is still held"
+            assert (page.lock, page.modification_lock) == (0, False), f"{page!r} is still held"
         for secs in self.enclaves:
-            assert not bench.enclave(secs).lock_t
+            assert not bench.enclave(secs).tracking_lock
         free = [addr for addr in self.frames if not bench.page(addr).valid]
         assert len(free) == len(self.frames) - 2 * PAGES + len(self.blobs), "a page is lost"
         for blob, addr in zip(list(self.blobs), free, strict=False):

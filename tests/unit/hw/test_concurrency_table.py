@@ -163,9 +163,9 @@ def check(holder: Op, other: Op, alone: object, *, guest: bool = False) -> None:
     else:
         assert holder_ends in (None, Status.SUCCESS, (Status.SUCCESS, first_bytes(holder)))
     for page in holder.world.bench.machine.pages.values():
-        assert (page.lock, page.lock_a) == (0, False), f"{page!r} is still held"
+        assert (page.lock, page.modification_lock) == (0, False), f"{page!r} is still held"
         if page.enclave is not None:
-            assert not page.enclave.lock_b and not page.enclave.lock_t
+            assert not page.enclave.measurement_lock and not page.enclave.tracking_lock
     holder.world.bench.machine.check_invariants()
 
 

@@ -170,7 +170,7 @@ COMMON = [
     check(7, "RCX holds a REG page", secs_type, "rcx", hides=NO_EPC | {"RCX held exclusively"}),
     check(7, "SECS not in use", gone, "rcx", hides=NO_EPC),
     check(8, "ISVFAMILYID without KSS", sig(isv_family_id=b"\1" * 16), FORM),
-    check(9, "measurement held", of_secs(lock_b=True), GP),
+    check(9, "measurement held", of_secs(measurement_lock=True), GP),
     check(9, "initialised", initialize, GP),
     check(10, "another measurement", sig(enclave_hash=b"\1" * 32), S.INVALID_MEASUREMENT),
     check(11, "launch key for anybody", wants_launch_key, S.INVALID_ATTRIBUTE),
@@ -244,7 +244,7 @@ def test_success_writes_the_identity_and_nothing_else(with_token: bool) -> None:
     assert (secs.isv_prod_id, secs.isv_svn) == (4, 3)
     assert secs.padding == HARDCODED_PADDING
     assert call.machine.measurements == {}
-    assert call.page().lock == 0 and not secs.lock_b
+    assert call.page().lock == 0 and not secs.measurement_lock
     assert call.run() == GP, "EINIT is once in a life"
 
 

@@ -174,7 +174,7 @@ CHECKS = [
         ),
     ),
     row(12, "blocked in an epoch to come", block_later, gp, kinds=CHILDREN),
-    row(12, "tracking facility held", put("enclave", "lock_t", True), gp, kinds=CHILDREN),
+    row(12, "tracking facility held", put("enclave", "tracking_lock", True), gp, kinds=CHILDREN),
     row(
         14,
         "not blocked",
@@ -258,7 +258,7 @@ def test_ewb_frees_the_page_fills_the_slot_and_writes_the_metadata(kind: str, mo
     child = kind in CHILDREN
     assert scene.enclave.children == children - child
     assert len(bench.store) == pages - child, "the plaintext is still in the store"
-    assert (page.lock, scene.va_page.lock, scene.enclave.lock_t) == (0, 0, False)
+    assert (page.lock, scene.va_page.lock, scene.enclave.tracking_lock) == (0, 0, False)
     assert (linaddr != 0) == child
 
 

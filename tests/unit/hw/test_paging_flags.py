@@ -75,7 +75,7 @@ CASES = [
     case(Encls.EBLOCK, 5, _CF, "va"),
     case(Encls.EBLOCK, 6, _ZF, "free"),
     case(Encls.EBLOCK, 7, _ZF, "reg", ("page", "lock", -1)),
-    case(Encls.EBLOCK, 15, _ZF, "reg", ("enclave", "tracking", True)),
+    case(Encls.EBLOCK, 15, _ZF, "reg", ("enclave", "etrack_running", True)),
     case(Encls.EBLOCK, 18, _CF, "secs"),
     case(Encls.ERDINFO, 0, 0, "reg"),
     case(Encls.ERDINFO, 6, _CF, "free"),

@@ -142,14 +142,16 @@ CHECKS: dict[str, list[Check[LeafScene]]] = {
         row(5, "not in use", NOT_IN_USE, code(Status.PG_INVLD)),
         row(6, "a SECS", retype(PageType.SECS), code(Status.PG_IS_SECS)),
         row(6, "a VA page", retype(PageType.VA), code(Status.NOTBLOCKABLE)),
-        row(7, "ETRACK runs", put("enclave", "tracking", True), code(Status.ENTRYEPOCH_LOCKED)),
+        row(
+            7, "ETRACK runs", put("enclave", "etrack_running", True), code(Status.ENTRYEPOCH_LOCKED)
+        ),
         row(8, "blocked already", put("page", "blocked", True), code(Status.BLKSTATE)),
     ],
     "etrack": [
         *RCX_ROWS,
         HELD_ALONE,
         row(4, "not in use", NOT_IN_USE, pf, hides={"facility held"}),
-        row(3, "facility held", put("enclave", "lock_t", True), gp),
+        row(3, "facility held", put("enclave", "tracking_lock", True), gp),
         # Without a SECS there is no facility to be held.
         row(4, "no SECS", retype(PageType.VA), pf, hides={"facility held"}),
         row(5, "cycle incomplete", somebody_from_before, code(Status.PREV_TRK_INCMPL)),
@@ -159,7 +161,12 @@ CHECKS: dict[str, list[Check[LeafScene]]] = {
         HELD_CODE,
         row(4, "not in use", NOT_IN_USE, code(Status.PG_INVLD)),
         row(5, "a VA page", retype(PageType.VA), code(Status.TRACK_NOT_REQUIRED)),
-        row(6, "facility held", put("enclave", "lock_t", True), code(Status.EPC_PAGE_CONFLICT)),
+        row(
+            6,
+            "facility held",
+            put("enclave", "tracking_lock", True),
+            code(Status.EPC_PAGE_CONFLICT),
+        ),
         row(7, "cycle incomplete", somebody_from_before, code(Status.PREV_TRK_INCMPL)),
     ],
     "eremove": [
@@ -313,7 +320,7 @@ def test_etrackc_finds_the_enclave_of_any_child(kind: str) -> None:
     scene = LeafScene("etrackc", kind)
     assert scene.run() == Status.SUCCESS
     assert scene.enclave.epoch == 1
-    assert (scene.page.lock, scene.enclave.lock_t) == (0, False)
+    assert (scene.page.lock, scene.enclave.tracking_lock) == (0, False)
 
 
 def test_etrack_and_etrackc_share_a_page_with_others() -> None:
@@ -335,7 +342,7 @@ def test_etrack_wants_a_secs(kind: str) -> None:
 @pytest.mark.parametrize(
     ("violate", "conflict"),
     [
-        (put("enclave", "lock_t", True), ConflictCode.TRACKING_RESOURCE_CONFLICT),
+        (put("enclave", "tracking_lock", True), ConflictCode.TRACKING_RESOURCE_CONFLICT),
         (somebody_from_before, ConflictCode.TRACKING_REFERENCE_CONFLICT),
     ],
 )

@@ -214,9 +214,9 @@ def test_10_the_eid_is_bound_after_the_header_was_zeroed(monkeypatch: pytest.Mon
     headers: list[bytes] = []
     original = PagingKey.seal
 
-    def spy(key: PagingKey, page: bytes, version: int, eid: int, linaddr: int, flags: int) -> bytes:
-        headers.append(MacHeader(eid=eid, linaddr=linaddr, secinfo=SecInfo(flags=flags)).pack())
-        return original(key, page, version, eid, linaddr, flags)
+    def spy(key: PagingKey, page: bytes, version: int, header: bytes) -> bytes:
+        headers.append(header)
+        return original(key, page, version, header)
 
     monkeypatch.setattr(PagingKey, "seal", spy)
     for secs in (one, other):

@@ -222,7 +222,7 @@ def eaccept_rows(kind: str) -> list[Row]:
         ],
         row(8, "target a VA page", epcm("target", pt=PageType.VA), pf("rcx"), "rcx"),
         check(9, "target locked", put(target__lock=-1), GP),
-        check(9, "target restricted", put(target__lock_a=True), GP),
+        check(9, "target restricted", put(target__modification_lock=True), GP),
         *[
             check(11, f"target {why}", epcm("target", **change), MISMATCH)
             for why, change in MISMATCHES.items()
@@ -283,7 +283,7 @@ EACCEPTCOPY = [
     check(7, "target blocked", epcm("target", blocked=True), MISMATCH),
     check(7, "target no REG", epcm("target", pt=PageType.SS_REST), MISMATCH),
     check(7, "target another's", epcm("target", secs=None), MISMATCH),
-    check(8, "target restricted", put(target__lock_a=True), GP),
+    check(8, "target restricted", put(target__modification_lock=True), GP),
     check(9, "target's rights", epcm("target", rwx=7), MISMATCH),
     check(9, "target elsewhere", epcm("target", linaddr=0), MISMATCH),
 ]
@@ -299,7 +299,7 @@ EMODPE = [
         row(6, f"target {why}", epcm("target", **BAD[why]), pf("rcx"), "rcx")
         for why in ("invalid", "blocked", "pending", "modified", "another's", "no REG")
     ],
-    check(7, "target restricted", put(target__lock_a=True), GP),
+    check(7, "target restricted", put(target__modification_lock=True), GP),
     row(8, "target elsewhere", epcm("target", linaddr=0), pf("rcx"), "rcx"),
     check(9, "write-only", lambda c: epcm("target", rwx=0)(c), GP),
 ]
@@ -365,7 +365,7 @@ def test_eaccept_clears_what_was_pending_and_nothing_else(kind: str) -> None:
     assert call.run() is Status.SUCCESS
     assert (target.pending, target.modified, target.pr) == (False, False, False)
     assert (target.rwx, target.pt, target.valid) == (rwx, pt, True)
-    assert not target.lock and not target.lock_a
+    assert not target.lock and not target.modification_lock
     call.border.hw.check_invariants()
 
 
@@ -428,7 +428,7 @@ def test_eacceptcopy_copies_and_gives_the_rights_it_was_asked_for() -> None:
         call.border.cpu, call.rdx, PAGE_BYTES
     )
     assert ended(lambda: store(call.border.cpu, call.rcx, b"1")) == UserPf(call.rcx, "w")
-    assert not call.target.lock_a
+    assert not call.target.modification_lock
 
 
 def test_emodpe_only_adds_rights() -> None:
@@ -438,7 +438,7 @@ def test_emodpe_only_adds_rights() -> None:
     call.secinfo = SecInfo(flags=R)
     assert call.run() is None
     assert call.target.rwx == R | W | X, "nothing is taken away"
-    assert not call.target.lock_a
+    assert not call.target.modification_lock
 
 
 def test_emodpe_does_not_ask_who_holds_the_base_lock() -> None:

@@ -227,7 +227,7 @@ OPERANDS = [
     check(3, "SECINFO reserved byte", secinfo(reserved=bytes(55) + b"\1"), GP),
 ]
 IN_USE = check(5, "RCX not in use", of_page(valid=False), "rcx", hides=NO_EPC)
-LOCK_A = check(6, "state being changed", of_page(lock_a=True), BUSY, hides=NO_EPC)
+LOCK_A = check(6, "state being changed", of_page(modification_lock=True), BUSY, hides=NO_EPC)
 EMODPR = [
     *OPERANDS,
     check(3, "W without R", secinfo(flags=2), GP),
@@ -284,7 +284,7 @@ def test_emodpr_takes_rights_and_never_gives_any(had: int, asked: int, left: int
     assert call.run() is Status.SUCCESS
     page = call.page()
     assert (page.rwx, page.pr, page.bepoch, page.pt) == (left, True, 5, PageType.REG)
-    assert (page.lock, page.lock_a) == (0, False)
+    assert (page.lock, page.modification_lock) == (0, False)
 
 
 def test_emodpr_may_share_its_page_and_in_a_guest_a_conflict_stays_a_fault() -> None:
@@ -330,7 +330,7 @@ def test_in_a_guest_a_held_page_gives_emodt_a_conflict_error_exit() -> None:
     rcx = call.operands["rcx"]
     of_page(lock=1)(call)
     assert call.run() == Exit(ConflictCode.EPC_PAGE_CONFLICT_ERROR, 7, rcx, rcx)
-    of_page(lock=0, lock_a=True)(call)
+    of_page(lock=0, modification_lock=True)(call)
     assert call.run() is BUSY
 
 

@@ -453,13 +453,13 @@ def test_a_page_that_eremove_refuses_is_leaked_counted_and_told() -> None:
     entry = machine.page_at(page.addr)
     assert entry is not None
     entry.fill(PageType.VA)
-    assert machine.locks.shared(entry)  # another leaf holds it: #GP
-    assert not core.remove(page)
+    with machine.leaf_locks() as another_leaf:
+        assert another_leaf.shared(entry)  # EREMOVE ends with #GP
+        assert not core.remove(page)
     assert core.counters.leaked == 1 and page.leaked
     assert [event for event in events if isinstance(event, Leaked)] == [
         Leaked(page.addr, "secs", "#GP(0)")
     ]
-    machine.locks.release(entry)
     core.check_invariants()
 
 

@@ -60,6 +60,8 @@ def eaccept(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     if inside is None:
         raise GeneralProtection
     enclave = inside.enclave
+
+    # Operands
     if rbx % SecInfo.ALIGN or not enclave.covers(rbx):
         raise GeneralProtection
     wanted = enclave_operand(cpu, rbx, READ)
@@ -69,32 +71,34 @@ def eaccept(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     page = epc_operand(cpu, rcx, READ)
     if not _legal(secinfo):
         raise GeneralProtection
+
+    # Checks before the locks
     if not _is_own(page, inside.secs) or page.blocked or page.pt not in CHILD_TYPES:
         raise epc_refusal(rcx, READ)
 
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
-        if not hw.locks.restrict(page):
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
             raise GeneralProtection
-        try:
-            hw.point("EACCEPT")
-            if not _is_own(page, inside.secs):
-                raise epc_refusal(rcx, READ)
-            if page.linaddr != rcx or (page.secinfo_flags() ^ secinfo.flags) & _COMPARED:
-                return Status.PAGE_ATTRIBUTES_MISMATCH
-            with hw.latch:
-                # A page that is merely new never had a translation that could be stale.
-                changed = page.pr or page.modified
-                if changed and not is_tracked(page, enclave):
-                    return Status.NOT_TRACKED
-            if page.pt is PageType.TCS and not _becomes_tcs(cpu, page, enclave):
-                raise GeneralProtection
-            page.pending = page.modified = page.pr = False
-        finally:
-            page.lock_a = False
-    finally:
-        hw.locks.release(page)
+        if not locks.modify(page):
+            raise GeneralProtection
+        hw.point("EACCEPT")
+
+        # Checks
+        if not _is_own(page, inside.secs):
+            raise epc_refusal(rcx, READ)
+        if page.linaddr != rcx or (page.secinfo_flags() ^ secinfo.flags) & _COMPARED:
+            return Status.PAGE_ATTRIBUTES_MISMATCH
+        with hw.latch:
+            # A page that is merely new never had a translation that could be stale.
+            changed = page.pr or page.modified
+            if changed and not is_tracked(page, enclave):
+                return Status.NOT_TRACKED
+        if page.pt is PageType.TCS and not _becomes_tcs(cpu, page, enclave):
+            raise GeneralProtection
+
+        # Commit
+        page.pending = page.modified = page.pr = False
     return Status.SUCCESS
 
 

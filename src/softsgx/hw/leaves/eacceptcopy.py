@@ -43,6 +43,8 @@ def eacceptcopy(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> Status:
     if inside is None:
         raise GeneralProtection
     secs, enclave = inside.secs, inside.enclave
+
+    # Operands
     if rbx % SecInfo.ALIGN or rcx % PAGE_BYTES or rdx % PAGE_BYTES:
         raise GeneralProtection
     if not (enclave.covers(rbx) and enclave.covers(rcx) and enclave.covers(rdx)):
@@ -58,23 +60,28 @@ def eacceptcopy(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> Status:
         raise GeneralProtection
     if secinfo.flags & _RW == WRITE:
         raise GeneralProtection
+
+    # Checks before the lock
     fault = check(secs, source, rdx, READ)
     if fault is not None:
         raise fault
     if not _is_new(page, secs):
         return Status.PAGE_ATTRIBUTES_MISMATCH
 
-    if not hw.locks.restrict(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.modify(page):
+            raise GeneralProtection
         hw.point("EACCEPTCOPY")
+
+        # Checks
         if not _is_new(page, secs) or page.rwx != _RW or page.linaddr != rcx:
             return Status.PAGE_ATTRIBUTES_MISMATCH
+
+        # Commit
         hw.store.write(page, 0, hw.store.read(source, 0, PAGE_BYTES))
         with hw.latch:
             page.rwx, page.pending = secinfo.flags & _RWX, False
-    finally:
-        page.lock_a = False
     return Status.SUCCESS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from softsgx.arch import (
     PAGE_BYTES,
+    PageInfo,
     PageType,
     SecInfo,
     SecInfoFlags,
@@ -49,7 +50,8 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     Source:
         SDM vol. 3D, "EADD", Operation.
     """
-    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+    # Operands
+    if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     info = cpu.page_info(rbx)
@@ -66,33 +68,29 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     if pt in _SHADOW_STACK and not cpu.cr4_cet:
         raise GeneralProtection
 
-    if not hw.locks.exclusive(page):
-        cpu.conflict_exception(rcx)
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.exclusive(page):
+            cpu.conflict_exception(rcx)
         if page.valid:
             raise PageFault(rcx)
-        if not hw.locks.shared(secs):
+        if not locks.shared(secs):
             raise GeneralProtection
-        try:
-            if not secs.valid or secs.pt is not PageType.SECS:
-                raise PageFault(info.secs)
-            enclave = secs.owner
-            data, rwx = _checked(cpu, info, pt, secinfo.flags & _RWX, enclave)
-            if not enclave.covers(info.linaddr):
-                raise GeneralProtection
-            if not hw.locks.measure(enclave):
-                raise GeneralProtection
-            try:
-                hw.point("EADD")
-                if enclave.initialized:
-                    raise GeneralProtection
-                _commit(cpu, page, secs, pt, rwx, info.linaddr, data)
-            finally:
-                enclave.lock_b = False
-        finally:
-            hw.locks.release(secs)
-    finally:
-        hw.locks.release(page)
+        if not secs.valid_as(PageType.SECS):
+            raise PageFault(info.secs)
+        enclave = secs.owner
+        data, rwx = _checked(cpu, info, pt, secinfo.flags & _RWX, enclave)
+        if not enclave.covers(info.linaddr):
+            raise GeneralProtection
+        if not locks.measure(enclave):
+            raise GeneralProtection
+        hw.point("EADD")
+
+        # Checks
+        if enclave.initialized:
+            raise GeneralProtection
+
+        _commit(cpu, page, secs, pt, rwx, info.linaddr, data)
 
 
 def _checked(
@@ -132,9 +130,10 @@ def _commit(
     data: bytes,
 ) -> None:
     """Fill the page, measure, and write the EPCM entry, VALID last; locks are held."""
+    # Commit
     hw, enclave = cpu.hw, secs.owner
     page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr, valid=False)
     hw.place(page, data)
     hw.measurements[enclave.eid].update(eadd_block(linaddr - enclave.base, pt << 8 | rwx))
-    hw.locks.count_child(enclave, 1)
+    hw.count_child(enclave, 1)
     page.valid = True

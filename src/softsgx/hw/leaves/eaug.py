@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_BYTES, PageType, SecInfo, SecInfoFlags
+from softsgx.arch import PAGE_BYTES, PageInfo, PageType, SecInfo, SecInfoFlags
 from softsgx.hw.checks import secinfo_ok, shadow_stack_token, touches_range_end
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
@@ -34,7 +34,8 @@ def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     Source:
         SDM vol. 3D, "EAUG", Operation.
     """
-    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+    # Operands
+    if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     info = cpu.page_info(rbx)
@@ -47,36 +48,36 @@ def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     secs = cpu.resolve(info.secs)
 
     hw = cpu.hw
-    if not hw.locks.exclusive(page):
-        cpu.conflict_exception(rcx)
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.exclusive(page):
+            cpu.conflict_exception(rcx)
         if page.valid:
             raise PageFault(rcx)
         pt = _page_type(cpu, info)
-        if not hw.locks.shared(secs):
+        if not locks.shared(secs):
             raise GeneralProtection
-        try:
-            hw.point("EAUG")
-            if not secs.valid or secs.pt is not PageType.SECS:
-                raise PageFault(info.secs)
-            enclave = secs.owner
-            if not enclave.initialized or not enclave.covers(info.linaddr):
+        hw.point("EAUG")
+
+        # Checks
+        if not secs.valid_as(PageType.SECS):
+            raise PageFault(info.secs)
+        enclave = secs.owner
+        if not enclave.initialized or not enclave.covers(info.linaddr):
+            raise GeneralProtection
+        data = _ZEROES
+        if pt is not PageType.REG:
+            if touches_range_end(enclave, info.linaddr):
                 raise GeneralProtection
-            data = _ZEROES
-            if pt is not PageType.REG:
-                if touches_range_end(enclave, info.linaddr):
-                    raise GeneralProtection
-                if pt is PageType.SS_FIRST:
-                    data = _ZEROES[:-8] + shadow_stack_token(enclave, info.linaddr)
-            rwx, linaddr = int(_RW), info.linaddr
-            page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr, pending=True, valid=False)
-            hw.place(page, data)
-            hw.locks.count_child(enclave, 1)
-            page.valid = True
-        finally:
-            hw.locks.release(secs)
-    finally:
-        hw.locks.release(page)
+            if pt is PageType.SS_FIRST:
+                data = _ZEROES[:-8] + shadow_stack_token(enclave, info.linaddr)
+
+        # Commit
+        linaddr = info.linaddr
+        page.fill(pt, rwx=int(_RW), secs=secs, linaddr=linaddr, pending=True, valid=False)
+        hw.place(page, data)
+        hw.count_child(enclave, 1)
+        page.valid = True
 
 
 def _page_type(cpu: LogicalProcessor, info: PageInfoArgs) -> PageType:

@@ -31,26 +31,33 @@ def eblock(cpu: LogicalProcessor, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "EBLOCK", Operation; ``ENTRYEPOCH_LOCKED`` from its table of return codes.
     """
+    # Operands
     if rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        return Status.EPC_PAGE_CONFLICT
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            return Status.EPC_PAGE_CONFLICT
         hw.point("EBLOCK")
+
+        # Checks
         if not page.valid:
             return Status.PG_INVLD
+        if page.pt is PageType.SECS:
+            return Status.PG_IS_SECS
         if page.pt not in CHILD_TYPES:
-            return Status.PG_IS_SECS if page.pt is PageType.SECS else Status.NOTBLOCKABLE
+            return Status.NOTBLOCKABLE
         enclave = page.owner
-        if enclave.tracking:
+        if enclave.etrack_running:
             return Status.ENTRYEPOCH_LOCKED
+
+        # Commit: under the latch, since two EBLOCKs may share the page.
         with hw.latch:
             if page.blocked:
                 return Status.BLKSTATE
-            page.blocked, page.bepoch = True, enclave.epoch
+            page.blocked = True
+            page.bepoch = enclave.epoch
         return Status.SUCCESS
-    finally:
-        hw.locks.release(page)

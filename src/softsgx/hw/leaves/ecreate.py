@@ -11,6 +11,7 @@ from softsgx.arch import (
     AttributesFlags,
     CetAttributes,
     MiscSelect,
+    PageInfo,
     PageType,
     SecInfo,
     Secs,
@@ -48,7 +49,8 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         is a subset.  An enclave of exactly the size that CPUID gives as the maximum is refused,
         as printed.
     """
-    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+    # Operands
+    if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     info = cpu.page_info(rbx)
@@ -61,16 +63,20 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         raise GeneralProtection
 
     hw = cpu.hw
-    if not hw.locks.exclusive(page):
-        cpu.conflict_exception(rcx)
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.exclusive(page):
+            cpu.conflict_exception(rcx)
         hw.point("ECREATE")
+
+        # Checks
         if page.valid:
             raise PageFault(rcx)
         secs = cpu.load(Secs, info.srcpge)
         if not _legal(cpu, secs):
             raise GeneralProtection
 
+        # Commit
         context = cpu.space.paging_address(rcx)
         eid = hw.next_eid()
         enclave = Enclave(secs, eid, context, hw.crossings.setdefault(eid, Crossings()))
@@ -82,8 +88,6 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         )
         page.fill(PageType.SECS)
         page.enclave = enclave
-    finally:
-        hw.locks.release(page)
 
 
 def _legal(cpu: LogicalProcessor, secs: Secs) -> bool:

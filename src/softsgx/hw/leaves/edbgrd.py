@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from softsgx.arch import (
+    PAGE_BYTES,
     TCS_LIMIT_BYTES,
     TCS_LIMIT_CET_BYTES,
-    VA_SLOT_BYTES,
     AttributesFlags,
     PageType,
     Status,
-    page_of,
+    va_slot_index,
 )
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.processor import LogicalProcessor
@@ -44,24 +44,27 @@ def edbgrd(cpu: LogicalProcessor, rcx: int) -> tuple[Status, int]:
         SDM vol. 3D, "EDBGRD", Operation.  Shadow-stack pages are printed in the VA branch; they
         are treated as REG here.
     """
+    # Operands
     size = 8 if cpu.mode64 else 4
     if rcx % size:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            raise GeneralProtection
         hw.point("EDBGRD")
+
+        # Checks
         if not page.valid or page.pt not in _READABLE:
             raise PageFault(rcx)
         if page.pending or page.modified:
             return Status.PAGE_NOT_DEBUGGABLE, 0
-        offset = rcx - page_of(rcx)
+        offset = rcx % PAGE_BYTES
         if page.pt is PageType.VA:
-            assert page.slots is not None, f"{page!r} has no slots"
-            used = page.slots[offset // VA_SLOT_BYTES] & _VERSION_BITS
+            used = page.versions[va_slot_index(rcx)] & _VERSION_BITS
             return Status.SUCCESS, (1 << 8 * size) - 1 if used else 0
         limit = TCS_LIMIT_CET_BYTES if hw.config.cet else TCS_LIMIT_BYTES
         if page.pt is PageType.TCS and offset >= limit:
@@ -69,5 +72,3 @@ def edbgrd(cpu: LogicalProcessor, rcx: int) -> tuple[Status, int]:
         if not page.owner.flags & AttributesFlags.DEBUG:
             raise GeneralProtection
         return Status.SUCCESS, int.from_bytes(hw.store.read(page, offset, size), "little")
-    finally:
-        hw.locks.release(page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softsgx.arch import AttributesFlags, PageType, Status, Tcs, page_of
+from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, Status, Tcs
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.processor import LogicalProcessor
 
@@ -31,29 +31,32 @@ def edbgwr(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "EDBGWR", Operation.
     """
+    # Operands
     size = 8 if cpu.mode64 else 4
     if rcx % size:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            raise GeneralProtection
         hw.point("EDBGWR")
+
+        # Checks
         if not page.valid or page.pt not in _WRITABLE:
             raise PageFault(rcx)
         if page.pending or page.modified:
             return Status.PAGE_NOT_DEBUGGABLE
-        offset = rcx - page_of(rcx)
+        offset = rcx % PAGE_BYTES
         if page.pt is PageType.TCS and offset & _QWORD_OF_PAGE != Tcs.OFFSETS["flags"]:
             raise GeneralProtection
         if not page.owner.flags & AttributesFlags.DEBUG:
             raise GeneralProtection
+
+        # Commit: under the latch, since two EDBGWRs may share the page.
         data = (rbx & (1 << 8 * size) - 1).to_bytes(size, "little")
-        # The lock is shared: two of these may write one page at a time.
         with hw.latch:
             hw.store.write(page, offset, data)
         return Status.SUCCESS
-    finally:
-        hw.locks.release(page)

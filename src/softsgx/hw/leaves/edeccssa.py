@@ -23,10 +23,16 @@ def edeccssa(cpu: LogicalProcessor) -> None:
         SDM vol. 3D, "EDECCSSA", Operation.
     """
     hw, inside = cpu.hw, cpu.inside
-    if inside is None or not hw.locks.shared(inside.tcs):
+    if inside is None:
         raise GeneralProtection
-    try:
+
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(inside.tcs):
+            raise GeneralProtection
         hw.point("EDECCSSA")
+
+        # Checks
         tcs = entry.read_tcs(cpu, inside.tcs)
         if not tcs.cssa:
             raise GeneralProtection
@@ -34,7 +40,7 @@ def edeccssa(cpu: LogicalProcessor) -> None:
         ssa = entry.ssa_address(enclave, tcs, index)
         frame = entry.find_frame(cpu, inside.secs, enclave, ssa)
         slot = cet.find_slot(cpu, inside.secs, enclave, tcs.ocetssa, index)
+
+        # Commit
         entry.write_cssa(cpu, inside.tcs, index)
         inside.frame, inside.cet_slot = frame, slot
-    finally:
-        hw.locks.release(inside.tcs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from softsgx.arch import PAGE_BYTES, is_canonical
 from softsgx.hw import cet, entry
 from softsgx.hw.access import epc_operand
-from softsgx.hw.enclave import Enclave
-from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.space import READ
@@ -35,48 +33,37 @@ def eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     Source:
         SDM vol. 3D, "EENTER", Operation.
     """
-    hw = cpu.hw
     if cpu.inside is not None:
         raise GeneralProtection
+
+    # Operands
     entry.check_segments(cpu)
     if rbx % PAGE_BYTES:
         raise GeneralProtection
     page = epc_operand(cpu, rbx, READ, stores=True)
     if cpu.mode64 and not is_canonical(rcx):
         raise GeneralProtection
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
-        # Counted in before any other page is looked at: see entry.py.
-        mode = entry.admit(cpu, page, rbx)
-        try:
-            _enter(cpu, page, rbx, rcx, mode)
-        except BaseException:
-            entry.retract(cpu, mode[1], mode[2])
-            raise
-    finally:
-        hw.locks.release(page)
 
+    hw = cpu.hw
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            raise GeneralProtection
+        with entry.Entry(cpu, page, rbx) as admitted:
+            # Checks
+            secs, enclave = admitted.secs, admitted.enclave
+            tcs = entry.check_tcs(cpu, page, rbx, enclave)
+            if tcs.cssa >= tcs.nssa:
+                raise GeneralProtection
+            frame = entry.find_frame(cpu, secs, enclave, entry.ssa_address(enclave, tcs, tcs.cssa))
+            hw.point("EENTER")
+            target = enclave.base + tcs.oentry
+            fs_base, gs_base = enclave.base + tcs.ofs_base, enclave.base + tcs.ogs_base
+            entry.check_thread_segments(cpu, tcs, target, fs_base, gs_base)
+            admitted.claim_tcs()
+            slot = cet.find_slot(cpu, secs, enclave, tcs.ocetssa, tcs.cssa)
 
-def _enter(
-    cpu: LogicalProcessor, page: EpcPage, rbx: int, rcx: int, mode: tuple[EpcPage, Enclave, int]
-) -> None:
-    secs, enclave, _epoch = mode
-    tcs = entry.check_tcs(cpu, page, rbx, enclave)
-    if tcs.cssa >= tcs.nssa:
-        raise GeneralProtection
-    frame = entry.find_frame(cpu, secs, enclave, entry.ssa_address(enclave, tcs, tcs.cssa))
-    cpu.hw.point("EENTER")
-
-    target = enclave.base + tcs.oentry
-    fs_base, gs_base = enclave.base + tcs.ofs_base, enclave.base + tcs.ogs_base
-    entry.check_thread_segments(cpu, tcs, target, fs_base, gs_base)
-    entry.claim_tcs(cpu, page)
-    try:
-        slot = cet.find_slot(cpu, secs, enclave, tcs.ocetssa, tcs.cssa)
-    except BaseException:
-        entry.release_tcs(cpu, page)
-        raise
-    entry.go_inside(cpu, page, mode, tcs, frame, slot, rcx, fs_base, gs_base)
-    entry.start_afresh(cpu, enclave, tcs, frame, target)
-    enclave.crossings.eenter += 1
+            # Commit
+            entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
+            entry.start_afresh(cpu, enclave, tcs, frame, target)
+            enclave.crossings.eenter += 1

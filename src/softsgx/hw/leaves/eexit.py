@@ -27,12 +27,15 @@ def eexit(cpu: LogicalProcessor, rbx: int) -> None:
         SDM vol. 3D, "EEXIT", Operation.
     """
     cpu.hw.point("EEXIT")
+
+    # Checks
     inside, regs = cpu.inside, cpu.regs
     if inside is None:
         raise GeneralProtection
     if not is_canonical(rbx) if cpu.mode64 else rbx > cpu.cs.limit:
         raise GeneralProtection
 
+    # Commit
     cet.keep_ssp(cpu, inside.enclave, inside.tcs)
     regs.rip, regs.rcx = rbx, entry.read_aep(cpu, inside.tcs)
     entry.go_outside(cpu)

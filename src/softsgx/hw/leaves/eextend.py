@@ -29,6 +29,7 @@ def eextend(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     Source:
         SDM vol. 3D, "EEXTEND", Operation.
     """
+    # Operands
     if rbx % PAGE_BYTES:
         raise GeneralProtection
     secs = cpu.resolve(rbx)
@@ -37,26 +38,26 @@ def eextend(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.shared(page):
+            raise GeneralProtection
         if not page.valid or page.pt not in _MEASURABLE:
             raise PageFault(rcx)
         if page.secs is not secs:
             raise GeneralProtection
         enclave = page.owner
-        if not hw.locks.measure(enclave):
+        if not locks.measure(enclave):
             raise GeneralProtection
-        try:
-            hw.point("EEXTEND")
-            if enclave.initialized:
-                raise GeneralProtection
-            offset = rcx % PAGE_BYTES
-            hw.measurements[enclave.eid].update(
-                eextend_block(page.linaddr - enclave.base + offset)
-                + hw.store.read(page, offset, CHUNK_BYTES)
-            )
-        finally:
-            enclave.lock_b = False
-    finally:
-        hw.locks.release(page)
+        hw.point("EEXTEND")
+
+        # Checks
+        if enclave.initialized:
+            raise GeneralProtection
+
+        # Commit
+        offset = rcx % PAGE_BYTES
+        hw.measurements[enclave.eid].update(
+            eextend_block(page.linaddr - enclave.base + offset)
+            + hw.store.read(page, offset, CHUNK_BYTES)
+        )

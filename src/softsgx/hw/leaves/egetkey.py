@@ -64,6 +64,8 @@ def egetkey(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     """
     assert cpu.inside is not None, "EGETKEY outside an enclave"
     secs, hw = cpu.inside.enclave, cpu.hw
+
+    # Operands
     if rbx % KeyRequest.ALIGN or not secs.covers(rbx):
         raise GeneralProtection
     request_page = enclave_operand(cpu, rbx, READ)
@@ -72,15 +74,18 @@ def egetkey(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     output_page = enclave_operand(cpu, rcx, WRITE)
     hw.point("EGETKEY")
     request = KeyRequest.unpack(hw.store.read(request_page, rbx % PAGE_BYTES, KeyRequest.SIZE))
+
+    # Checks
     if not _request_legal(request, secs, cet=hw.config.cet):
         raise GeneralProtection
-
     name = _KEYS.get(request.key_name)
     if name is None:
         return Status.INVALID_KEYNAME
     refused = _refusal(cpu, name, secs, request)
     if refused:
         return refused
+
+    # Commit
     key = derive(hw, _COLUMNS[name](hw, secs, request))
     hw.store.write(output_page, rcx % PAGE_BYTES, key)
     return Status.SUCCESS

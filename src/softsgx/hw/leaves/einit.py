@@ -57,10 +57,13 @@ def einit(cpu: LogicalProcessor, rbx: Ref | SigStruct, rcx: int, rdx: Ref | Eini
         SDM vol. 3D, "EINIT", Operation.  The order among codes is implementation-specific; this
         is the printed one.
     """
+    # Operands
     if misaligned(rbx, PAGE_BYTES) or rcx % PAGE_BYTES or misaligned(rdx, EinitToken.ALIGN):
         raise GeneralProtection
     secs = cpu.resolve(rcx)
     sig, token = cpu.load(SigStruct, rbx), cpu.load(EinitToken, rdx)
+
+    # Checks of SIGSTRUCT alone
     if not _well_formed(sig):
         return Status.INVALID_SIG_STRUCT
     if cpu.event_pending:
@@ -69,25 +72,23 @@ def einit(cpu: LogicalProcessor, rbx: Ref | SigStruct, rcx: int, rdx: Ref | Eini
         return Status.INVALID_SIGNATURE
 
     hw = cpu.hw
-    if not hw.locks.shared(secs):
-        raise GeneralProtection
-    try:
-        if not secs.valid or secs.pt is not PageType.SECS:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.shared(secs):
+            raise GeneralProtection
+        if not secs.valid_as(PageType.SECS):
             raise PageFault(rcx)
         enclave = secs.owner
         if not enclave.flags & AttributesFlags.KSS and any(sig.isv_family_id + sig.isv_ext_prod_id):
             return Status.INVALID_SIG_STRUCT
-        if not hw.locks.measure(enclave):
+        if not locks.measure(enclave):
             raise GeneralProtection
-        try:
-            hw.point("EINIT")
-            if enclave.initialized:
-                raise GeneralProtection
-            return _decide(cpu, enclave, sig, token)
-        finally:
-            enclave.lock_b = False
-    finally:
-        hw.locks.release(secs)
+        hw.point("EINIT")
+
+        # Checks
+        if enclave.initialized:
+            raise GeneralProtection
+        return _check_and_commit(cpu, enclave, sig, token)
 
 
 def _well_formed(sig: SigStruct) -> bool:
@@ -100,8 +101,10 @@ def _well_formed(sig: SigStruct) -> bool:
     )
 
 
-def _decide(cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: EinitToken) -> Status:
-    """Compare what was built with what was signed and allowed; commit.  Locks are held."""
+def _check_and_commit(
+    cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: EinitToken
+) -> Status:
+    """Compare SECS with SIGSTRUCT and EINITTOKEN; commit.  The locks are held."""
     hw = cpu.hw
     mrenclave = hw.measurements[enclave.eid].copy().digest()
     mrsigner = mrsigner_of(sig)
@@ -120,11 +123,12 @@ def _decide(cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: Eini
     elif mrsigner != launcher:
         return Status.INVALID_EINITTOKEN
 
+    # Commit
     enclave.mrenclave, enclave.mrsigner = mrenclave, mrsigner
     enclave.isv_family_id, enclave.isv_ext_prod_id = sig.isv_family_id, sig.isv_ext_prod_id
     enclave.isv_prod_id, enclave.isv_svn = sig.isv_prod_id, sig.isv_svn
     enclave.padding = HARDCODED_PADDING
-    # Last: whoever sees INIT sees all of the above.
+    # Last: a leaf that sees INIT sees all of the above.
     enclave.flags |= int(AttributesFlags.INIT)
     del hw.measurements[enclave.eid]
     return Status.SUCCESS

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import struct
-
 from softsgx.arch import (
-    CHILD_TYPES,
     PAGE_BYTES,
     VA_SLOT_BYTES,
-    VA_SLOTS,
     Encls,
+    MacHeader,
+    PageInfo,
     PageType,
     Pcmd,
+    SecInfo,
+    SecInfoFlags,
     Status,
-    page_of,
+    va_slot_index,
 )
 from softsgx.hw.enclave import Enclave
-from softsgx.hw.epcm import EpcPage
+from softsgx.hw.epcm import EpcPage, unpack_versions
 from softsgx.hw.faults import GeneralProtection, PageFault
-from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, misaligned
+from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["eldb", "eldbc", "eldu", "elduc"]
 
-_SLOTS = struct.Struct(f"<{VA_SLOTS}Q")
-_FLAGS = struct.Struct("<Q")
-_PAGE_TYPES = {int(pt): pt for pt in PageType}
+_RWX = int(SecInfoFlags.RWX)
 
 
 def eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
@@ -76,119 +74,106 @@ def eldbc(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) ->
 def _load(
     cpu: LogicalProcessor, leaf: Encls, rbx: Ref | PageInfoArgs, rcx: int, rdx: int
 ) -> Status:
-    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+    # Operands
+    if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     if rdx % VA_SLOT_BYTES:
         raise GeneralProtection
     va_page = cpu.resolve(rdx)
     info = cpu.page_info(rbx)
-    if misaligned(info.secinfo, Pcmd.ALIGN) or misaligned(info.srcpge, PAGE_BYTES):
+    if misaligned(info.pcmd, Pcmd.ALIGN) or misaligned(info.srcpge, PAGE_BYTES):
         raise GeneralProtection
 
     hw = cpu.hw
-    coded = leaf is Encls.ELDBC or leaf is Encls.ELDUC
-    if not hw.locks.exclusive(page):
-        if coded:
-            return cpu.conflict_error(rcx)
-        cpu.conflict_exception(rcx)
-    try:
-        if not hw.locks.shared(va_page):
-            if coded:
-                return Status.EPC_PAGE_CONFLICT
-            raise GeneralProtection
-        try:
-            if page.valid:
-                raise PageFault(rcx)
-            if not va_page.valid or va_page.pt is not PageType.VA:
-                raise PageFault(rdx)
-            pcmd = bytes(cpu.read(info.secinfo, Pcmd.SIZE))  # type: ignore[arg-type]
-            pt = _PAGE_TYPES.get(pcmd[1])
-
-            if pt not in CHILD_TYPES:
-                # A type that is none: #GP as in the edition of 2016; in later ones the MAC fails.
-                if info.secs or pt is None:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.exclusive(page):
+            if leaf in (Encls.ELDBC, Encls.ELDUC):
+                return cpu.conflict_error(rcx)
+            cpu.conflict_exception(rcx)
+        if not locks.shared(va_page):
+            return _conflict(leaf)
+        if page.valid:
+            raise PageFault(rcx)
+        if not va_page.valid_as(PageType.VA):
+            raise PageFault(rdx)
+        pcmd = cpu.load(Pcmd, info.pcmd)
+        header = MacHeader(linaddr=info.linaddr, secinfo=pcmd.secinfo, reserved=pcmd.reserved)
+        secs: EpcPage | None = None
+        match pcmd.secinfo.page_type:
+            case PageType.REG | PageType.TCS | PageType.TRIM | PageType.SS_FIRST | PageType.SS_REST:
+                if info.secs % PAGE_BYTES:
                     raise GeneralProtection
-                hw.point(leaf.name)
-                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rcx, rdx, None)
-
-            if info.secs % PAGE_BYTES:
-                raise GeneralProtection
-            secs = cpu.resolve(info.secs)
-            if not hw.locks.shared(secs):
-                if coded:
-                    return Status.EPC_PAGE_CONFLICT
-                raise GeneralProtection
-            try:
-                if not secs.valid or secs.pt is not PageType.SECS:
+                secs = cpu.resolve(info.secs)
+                if not locks.shared(secs):
+                    return _conflict(leaf)
+                if not secs.valid_as(PageType.SECS):
                     raise PageFault(info.secs)
-                hw.point(leaf.name)
-                return _unseal(cpu, leaf, info, pcmd, pt, page, va_page, rcx, rdx, secs)
-            finally:
-                hw.locks.release(secs)
-        finally:
-            hw.locks.release(va_page)
-    finally:
-        hw.locks.release(page)
+                header.eid = secs.owner.eid
+            case PageType.SECS | PageType.VA:
+                if info.secs:
+                    raise GeneralProtection
+            case _:
+                # As in the edition of 2016; in later ones the MAC fails.
+                raise GeneralProtection
+        hw.point(leaf.name)
 
-
-def _unseal(
-    cpu: LogicalProcessor,
-    leaf: Encls,
-    info: PageInfoArgs,
-    pcmd: bytes,
-    pt: PageType,
-    page: EpcPage,
-    va_page: EpcPage,
-    rcx: int,
-    rdx: int,
-    secs: EpcPage | None,
-) -> Status:
-    """Authenticate, then empty the slot, fill the page and write the EPCM entry; locks are held."""
-    hw = cpu.hw
-    assert va_page.slots is not None, f"{va_page!r} has no slots"
-    slot = (rdx - page_of(rdx)) // VA_SLOT_BYTES
-    version = va_page.slots[slot]
-    ciphertext: Buffer = cpu.read(info.srcpge, PAGE_BYTES)
-    plain = hw.secrets.paging.unseal(
-        b"".join((ciphertext, pcmd[112:])),
-        version,
-        0 if secs is None else secs.owner.eid,
-        info.linaddr,
-        pcmd[:64],
-        pcmd[72:112],
-    )
-    if plain is None:
-        return Status.MAC_COMPARE_FAIL
-    # The VA page is shared: of two loads that have read this version, one comes too late.
-    with hw.latch:
-        if va_page.slots[slot] != version:
+        # Checks: the MAC
+        slot = va_slot_index(rdx)
+        version = va_page.versions[slot]
+        sealed = b"".join((cpu.read(info.srcpge, PAGE_BYTES), pcmd.mac))
+        plaintext = hw.secrets.paging.unseal(sealed, version, header.pack())
+        if plaintext is None:
             return Status.MAC_COMPARE_FAIL
-        va_page.slots[slot] = 0
 
-    # The MAC covered it all: these flags are what EWB saw in the EPCM.
-    (flags,) = _FLAGS.unpack_from(pcmd)
+        # Commit: the slot.  The VA page is shared, and another load may have used this version.
+        with hw.latch:
+            if va_page.versions[slot] != version:
+                return Status.MAC_COMPARE_FAIL
+            va_page.versions[slot] = 0
+
+        # Commit: the page and its EPCM entry, VALID last
+        _write_entry(page, pcmd.secinfo, info.linaddr, secs)
+        if secs is not None:
+            try:
+                hw.place(page, plaintext)
+            except Exception:  # the host has no memory for the page
+                with hw.latch:
+                    va_page.versions[slot] = va_page.versions[slot] or version
+                raise
+            page.blocked = leaf in (Encls.ELDB, Encls.ELDBC)
+            # Modelled: a page that is loaded blocked needs a tracking cycle of its own.  One that
+            # is loaded restricted or retyped needs none: no processor held a translation of it
+            # when it left, and Linux tracks such a page before its eviction only.
+            page.bepoch = secs.owner.epoch - (0 if page.blocked else TRACKED_AGE)
+            hw.count_child(secs.owner, 1)
+        elif page.pt is PageType.SECS:
+            context = cpu.space.paging_address(rcx)
+            page.enclave = Enclave.from_image(plaintext, context, hw.crossings)
+        else:
+            page.slots = unpack_versions(plaintext)
+        page.valid = True
+        return Status.SUCCESS
+
+
+def _conflict(leaf: Encls) -> Status:
+    """End a leaf that found the VA page or the SECS locked.
+
+    Raises:
+        GeneralProtection: ELDB and ELDU, which have no code for it.
+    """
+    if leaf in (Encls.ELDBC, Encls.ELDUC):
+        return Status.EPC_PAGE_CONFLICT
+    raise GeneralProtection
+
+
+def _write_entry(page: EpcPage, secinfo: SecInfo, linaddr: int, secs: EpcPage | None) -> None:
+    """Write an EPCM entry as EWB saw it, VALID left out; the MAC has authenticated all of it."""
+    flags = secinfo.flags
     page.fill(
-        pt, rwx=flags & 7, secs=secs, linaddr=info.linaddr, pending=bool(flags & 8), valid=False
+        PageType(secinfo.page_type), rwx=flags & _RWX, secs=secs, linaddr=linaddr, valid=False
     )
-    page.modified, page.pr = bool(flags & 16), bool(flags & 32)
-    if secs is not None:
-        try:
-            hw.place(page, plain)
-        except Exception:
-            with hw.latch:
-                va_page.slots[slot] = va_page.slots[slot] or version
-            raise
-        if leaf is Encls.ELDB or leaf is Encls.ELDBC:
-            page.blocked = True
-        # Modelled: a page that comes back blocked needs a cycle of its own.  One that comes back
-        # restricted or retyped does not: it left when nobody could hold a translation of it, and
-        # Linux tracks such a page before its eviction only.
-        page.bepoch = secs.owner.epoch - (0 if page.blocked else TRACKED_AGE)
-        hw.locks.count_child(secs.owner, 1)
-    elif pt is PageType.SECS:
-        page.enclave = Enclave.from_image(plain, cpu.space.paging_address(rcx), cpu.hw.crossings)
-    else:
-        page.slots = list(_SLOTS.unpack(plain))
-    page.valid = True
-    return Status.SUCCESS
+    page.pending = bool(flags & SecInfoFlags.PENDING)
+    page.modified = bool(flags & SecInfoFlags.MODIFIED)
+    page.pr = bool(flags & SecInfoFlags.PR)

@@ -37,6 +37,8 @@ def emodpe(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     if inside is None:
         raise GeneralProtection
     secs, enclave = inside.secs, inside.enclave
+
+    # Operands
     if rbx % SecInfo.ALIGN or rcx % PAGE_BYTES:
         raise GeneralProtection
     if not (enclave.covers(rbx) and enclave.covers(rcx)):
@@ -49,23 +51,28 @@ def emodpe(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
     if not secinfo_ok(secinfo, STATE_BITS):
         raise GeneralProtection
+
+    # Checks before the lock
     if not _is_settled(page, secs) or page.blocked:
         raise epc_refusal(rcx, READ)
 
-    if not hw.locks.restrict(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.modify(page):
+            raise GeneralProtection
         hw.point("EMODPE")
+
+        # Checks
         # BLOCKED is not read again; the rights of a blocked page may grow.
         if not _is_settled(page, secs) or page.linaddr != rcx:
             raise epc_refusal(rcx, READ)
         rights = secinfo.flags & SecInfoFlags.RWX
         if not (page.rwx | rights) & READ and rights & WRITE:
             raise GeneralProtection
+
+        # Commit
         with hw.latch:
             page.rwx |= rights
-    finally:
-        page.lock_a = False
 
 
 def _is_settled(page: EpcPage, secs: EpcPage) -> bool:

@@ -34,6 +34,7 @@ def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "EMODPR", Operation.
     """
+    # Operands
     if misaligned(rbx, SecInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
@@ -44,29 +45,28 @@ def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
         raise GeneralProtection
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.shared(page):
+            raise GeneralProtection
         if not page.valid:
             raise PageFault(rcx)
-        if not hw.locks.restrict(page):
+        if not locks.modify(page):
             return Status.EPC_PAGE_CONFLICT
-        try:
-            hw.point("EMODPR")
-            if page.pending or page.modified:
-                return Status.PAGE_NOT_MODIFIABLE
-            if page.pt is not PageType.REG:
-                raise PageFault(rcx)
-            enclave = page.owner
-            if not enclave.initialized:
-                raise GeneralProtection
-            # EBLOCK shares the lock and writes the epoch too.
-            with hw.latch:
-                page.pr = True
-                page.rwx &= rights
-                page.bepoch = enclave.epoch
-            return Status.SUCCESS
-        finally:
-            page.lock_a = False
-    finally:
-        hw.locks.release(page)
+        hw.point("EMODPR")
+
+        # Checks
+        if page.pending or page.modified:
+            return Status.PAGE_NOT_MODIFIABLE
+        if page.pt is not PageType.REG:
+            raise PageFault(rcx)
+        enclave = page.owner
+        if not enclave.initialized:
+            raise GeneralProtection
+
+        # Commit: under the latch, since EBLOCK shares the page and writes its epoch too.
+        with hw.latch:
+            page.pr = True
+            page.rwx &= rights
+            page.bepoch = enclave.epoch
+        return Status.SUCCESS

@@ -35,6 +35,7 @@ def emodt(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "EMODT", Operation.
     """
+    # Operands
     if misaligned(rbx, SecInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
@@ -44,30 +45,30 @@ def emodt(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
         raise GeneralProtection
 
     hw = cpu.hw
-    if not hw.locks.exclusive(page):
-        return cpu.conflict_error(rcx)
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.exclusive(page):
+            return cpu.conflict_error(rcx)
         if not page.valid:
             raise PageFault(rcx)
-        # EACCEPTCOPY and EMODPE take no base lock, so this one can be held all the same.
-        if not hw.locks.restrict(page):
+        # EACCEPTCOPY and EMODPE take this lock without the page's base lock.
+        if not locks.modify(page):
             return Status.EPC_PAGE_CONFLICT
-        try:
-            hw.point("EMODT")
-            trimming = target is PageType.TRIM and page.pt in _TRIMMABLE
-            if page.pt is not PageType.REG and not trimming:
-                raise PageFault(rcx)
-            if page.pending or page.modified:
-                return Status.PAGE_NOT_MODIFIABLE
-            enclave = page.owner
-            if not enclave.initialized:
-                raise GeneralProtection
-            with hw.latch:
-                page.pr, page.modified = False, True
-                page.rwx, page.pt = 0, target
-                page.bepoch = enclave.epoch
-            return Status.SUCCESS
-        finally:
-            page.lock_a = False
-    finally:
-        hw.locks.release(page)
+        hw.point("EMODT")
+
+        # Checks
+        trimming = target is PageType.TRIM and page.pt in _TRIMMABLE
+        if page.pt is not PageType.REG and not trimming:
+            raise PageFault(rcx)
+        if page.pending or page.modified:
+            return Status.PAGE_NOT_MODIFIABLE
+        enclave = page.owner
+        if not enclave.initialized:
+            raise GeneralProtection
+
+        # Commit
+        with hw.latch:
+            page.pr, page.modified = False, True
+            page.rwx, page.pt = 0, target
+            page.bepoch = enclave.epoch
+        return Status.SUCCESS

@@ -25,17 +25,21 @@ def epa(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     Source:
         SDM vol. 3D, "EPA", Operation.
     """
+    # Operands
     if rbx != PageType.VA or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.exclusive(page):
-        cpu.conflict_exception(rcx)
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.exclusive(page):
+            cpu.conflict_exception(rcx)
         hw.point("EPA")
+
+        # Checks
         if page.valid:
             raise PageFault(rcx)
+
+        # Commit
         page.fill(PageType.VA)
-    finally:
-        hw.locks.release(page)

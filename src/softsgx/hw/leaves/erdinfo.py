@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_BYTES, PageType, RdInfo, RdInfoFlags, RdInfoStatus, Status
+from softsgx.arch import PAGE_BYTES, PageType, Pfec, RdInfo, RdInfoFlags, RdInfoStatus, Status
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
@@ -28,21 +28,27 @@ def erdinfo(cpu: LogicalProcessor, rbx: Ref | RdInfo, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "ERDINFO", Operation.
     """
+    # Operands
     if misaligned(rbx, RdInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     hw = cpu.hw
     try:
         page = cpu.resolve(rcx)
     except PageFault as fault:
-        if fault.code & 0x8000:
+        if fault.code & Pfec.SGX:
             return Status.PG_NONEPC
         raise
-    if not hw.locks.shared(page):
-        return Status.EPC_PAGE_CONFLICT
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            return Status.EPC_PAGE_CONFLICT
         hw.point("ERDINFO")
+
+        # Checks
         if not page.valid:
             return Status.PG_INVLD
+
+        # What RDINFO reports
         flags = page.secinfo_flags() | (RdInfoFlags.BLOCKED if page.blocked else 0)
         status = context = 0
         if page.pt is PageType.SECS:
@@ -57,11 +63,15 @@ def erdinfo(cpu: LogicalProcessor, rbx: Ref | RdInfo, rcx: int) -> Status:
                 status |= virtual
         elif page.secs is not None:
             context = page.owner.context
-        told = RdInfo(status=status, flags=flags, enclave_context=context)
-    finally:
-        hw.locks.release(page)
+        report = RdInfo(status=status, flags=flags, enclave_context=context)
+
+    # Commit
     if isinstance(rbx, RdInfo):
-        rbx.status, rbx.flags, rbx.enclave_context = told.status, told.flags, told.enclave_context
+        rbx.status, rbx.flags, rbx.enclave_context = (
+            report.status,
+            report.flags,
+            report.enclave_context,
+        )
     else:
-        cpu.write(rbx, told.pack())
+        cpu.write(rbx, report.pack())
     return Status.SUCCESS

@@ -41,6 +41,8 @@ def ereport(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> None:
     """
     assert cpu.inside is not None, "EREPORT outside an enclave"
     secs, hw = cpu.inside.enclave, cpu.hw
+
+    # Operands, and the checks of TARGETINFO
     if rbx % TargetInfo.ALIGN or not secs.covers(rbx):
         raise GeneralProtection
     target_page = enclave_operand(cpu, rbx, READ)
@@ -57,6 +59,8 @@ def ereport(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> None:
     output_page = enclave_operand(cpu, rdx, WRITE)
 
     hw.point("EREPORT")
+
+    # Commit
     report = _about(secs)
     report.cpusvn, report.key_id = hw.cpusvn, hw.secrets.report_key_id
     report.report_data = hw.store.read(data_page, rcx % PAGE_BYTES, REPORT_DATA_BYTES)

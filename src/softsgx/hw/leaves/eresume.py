@@ -5,7 +5,6 @@ from __future__ import annotations
 from softsgx.arch import PAGE_BYTES, GprSgx, TcsFlags, is_canonical
 from softsgx.hw import cet, entry
 from softsgx.hw.access import epc_operand
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import LogicalProcessor, Registers
@@ -43,35 +42,31 @@ def eresume(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     Source:
         SDM vol. 3D, "ERESUME", Operation.
     """
-    hw = cpu.hw
     if cpu.inside is not None:
         raise GeneralProtection
+
+    # Operands
     entry.check_segments(cpu)
     if rbx % PAGE_BYTES:
         raise GeneralProtection
     page = epc_operand(cpu, rbx, READ, stores=True)
     if cpu.mode64 and not is_canonical(rcx):
         raise GeneralProtection
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
-        # Counted in before any other page is looked at: see entry.py.
-        mode = entry.admit(cpu, page, rbx)
-        try:
-            _resume(cpu, page, rbx, rcx, mode)
-            mode[1].crossings.eresume += 1
-        except BaseException:
-            entry.retract(cpu, mode[1], mode[2])
-            raise
-    finally:
-        hw.locks.release(page)
+
+    with cpu.hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            raise GeneralProtection
+        with entry.Entry(cpu, page, rbx) as admitted:
+            _check_and_commit(cpu, page, rbx, rcx, admitted)
+            admitted.enclave.crossings.eresume += 1
 
 
-def _resume(
-    cpu: LogicalProcessor, page: EpcPage, rbx: int, rcx: int, mode: tuple[EpcPage, Enclave, int]
+def _check_and_commit(
+    cpu: LogicalProcessor, page: EpcPage, rbx: int, rcx: int, admitted: entry.Entry
 ) -> None:
-    hw = cpu.hw
-    secs, enclave, _epoch = mode
+    # Checks: the TCS and the frame to resume; for a notification also the frame above it
+    hw, secs, enclave = cpu.hw, admitted.secs, admitted.enclave
     tcs = entry.check_tcs(cpu, page, rbx, enclave)
     if not tcs.cssa:
         raise GeneralProtection
@@ -86,27 +81,29 @@ def _resume(
         frame = entry.find_frame(cpu, secs, enclave, entry.ssa_address(enclave, tcs, index))
     hw.point("ERESUME")
 
+    # Checks: where the thread continues
     target = enclave.base + tcs.oentry if notify else gpr.rip
     fs_base, gs_base = enclave.base + tcs.ofs_base, enclave.base + tcs.ogs_base
     if cpu.mode64 and not notify:
         fs_base, gs_base = gpr.fs_base, gpr.gs_base
     entry.check_thread_segments(cpu, tcs, target, fs_base, gs_base)
-    entry.claim_tcs(cpu, page)
-    try:
-        slot = cet.find_slot(cpu, secs, enclave, tcs.ocetssa, index)
-        if notify:
-            entry.go_inside(cpu, page, mode, tcs, frame, slot, rcx, fs_base, gs_base)
-            entry.start_afresh(cpu, enclave, tcs, frame, target)
-            return
-        plan = hw.xsave.plan(enclave.xfrm)
-        area = entry.read_frame(cpu, frame, plan.size)
-        if not plan.legal(area):
-            raise GeneralProtection
-    except BaseException:
-        entry.release_tcs(cpu, page)
-        raise
+    admitted.claim_tcs()
+    slot = cet.find_slot(cpu, secs, enclave, tcs.ocetssa, index)
 
-    entry.go_inside(cpu, page, mode, tcs, frame, slot, rcx, fs_base, gs_base)
+    # Commit of a notification
+    if notify:
+        entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
+        entry.start_afresh(cpu, enclave, tcs, frame, target)
+        return
+
+    # Checks: the XSAVE area
+    plan = hw.xsave.plan(enclave.xfrm)
+    area = entry.read_frame(cpu, frame, plan.size)
+    if not plan.legal(area):
+        raise GeneralProtection
+
+    # Commit of a plain resume
+    entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
     entry.write_cssa(cpu, page, index)
     cpu.regs.xsave = plan.restore(cpu.regs.xsave, area)
     _load_registers(cpu.regs, gpr, mode64=cpu.mode64)

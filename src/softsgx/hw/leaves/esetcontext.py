@@ -31,6 +31,7 @@ def esetcontext(cpu: LogicalProcessor, rcx: int, rdx: Ref) -> Status:
     Source:
         SDM vol. 3D, "ESETCONTEXT", Operation.
     """
+    # Operands
     if rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
@@ -39,13 +40,16 @@ def esetcontext(cpu: LogicalProcessor, rcx: int, rdx: Ref) -> Status:
     context = int.from_bytes(cpu.read(rdx, _CONTEXT_BYTES), "little")
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        return Status.EPC_PAGE_CONFLICT
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            return Status.EPC_PAGE_CONFLICT
         hw.point("ESETCONTEXT")
-        if not page.valid or page.pt is not PageType.SECS:
+
+        # Checks
+        if not page.valid_as(PageType.SECS):
             raise PageFault(rcx)
+
+        # Commit
         page.owner.context = context
         return Status.SUCCESS
-    finally:
-        hw.locks.release(page)

@@ -14,7 +14,8 @@ __all__ = ["etrack", "etrackc"]
 def etrack(cpu: LogicalProcessor, rcx: int) -> Status:
     """Begin a tracking cycle for the enclave whose SECS is at ``rcx``.
 
-    Nobody is interrupted: the cycle completes when every processor that was inside has left.
+    The leaf interrupts no processor: the cycle completes when every processor that was inside has
+    left.
 
     Args:
         cpu: the processor it runs on.
@@ -36,28 +37,27 @@ def etrack(cpu: LogicalProcessor, rcx: int) -> Status:
         #GP for a facility in use; we follow the flow.  The flow of 2016 clears ZF at the end even
         on an error; later ones do not, nor do we.
     """
+    # Operands
     if rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        raise GeneralProtection
-    try:
-        # The facility belongs to the SECS that the page holds; a page without one has none.
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            raise GeneralProtection
+        # The tracking facility is the SECS's, so only a page that holds a SECS has one.
         enclave = page.enclave
-        if enclave is not None and not hw.locks.track(enclave):
+        if enclave is not None and not locks.track(enclave):
             cpu.tracking_exit(ConflictCode.TRACKING_RESOURCE_CONFLICT, enclave.context)
             raise GeneralProtection
-        try:
-            if not page.valid or page.pt is not PageType.SECS or enclave is None:
-                raise PageFault(rcx)
-            return _begin(cpu, enclave, "ETRACK")
-        finally:
-            if enclave is not None:
-                enclave.lock_t = False
-    finally:
-        hw.locks.release(page)
+
+        # Checks
+        if not page.valid_as(PageType.SECS):
+            raise PageFault(rcx)
+        assert enclave is not None, f"{page!r} holds no enclave"
+        return _begin_cycle(cpu, enclave, "ETRACK")
 
 
 def etrackc(cpu: LogicalProcessor, rcx: int) -> Status:
@@ -81,40 +81,38 @@ def etrackc(cpu: LogicalProcessor, rcx: int) -> Status:
     Source:
         SDM vol. 3D, "ETRACKC", Operation.
     """
+    # Operands
     if rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        return Status.EPC_PAGE_CONFLICT
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.shared(page):
+            return Status.EPC_PAGE_CONFLICT
         if not page.valid:
             return Status.PG_INVLD
         if page.pt is not PageType.SECS and page.pt not in CHILD_TYPES:
             return Status.TRACK_NOT_REQUIRED
         enclave = page.owner
-        if not hw.locks.track(enclave):
+        if not locks.track(enclave):
             cpu.tracking_exit(ConflictCode.TRACKING_RESOURCE_CONFLICT, enclave.context)
             return Status.EPC_PAGE_CONFLICT
-        try:
-            return _begin(cpu, enclave, "ETRACKC")
-        finally:
-            enclave.lock_t = False
-    finally:
-        hw.locks.release(page)
+        return _begin_cycle(cpu, enclave, "ETRACKC")
 
 
-def _begin(cpu: LogicalProcessor, enclave: Enclave, where: str) -> Status:
-    """Start the cycle; the tracking facility is held."""
-    enclave.tracking = True
+def _begin_cycle(cpu: LogicalProcessor, enclave: Enclave, leaf: str) -> Status:
+    """Check that the previous cycle is complete and begin the next; the facility is locked."""
+    hw = cpu.hw
+    enclave.etrack_running = True
     try:
-        cpu.hw.point(where)
-        with cpu.hw.latch:
-            complete = start_cycle(enclave)
+        hw.point(leaf)
+        with hw.latch:
+            begun = start_cycle(enclave)
     finally:
-        enclave.tracking = False
-    if not complete:
+        enclave.etrack_running = False
+    if not begun:
         cpu.tracking_exit(ConflictCode.TRACKING_REFERENCE_CONFLICT, enclave.context)
         return Status.PREV_TRK_INCMPL
     return Status.SUCCESS

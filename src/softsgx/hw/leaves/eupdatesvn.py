@@ -10,10 +10,10 @@ __all__ = ["eupdatesvn"]
 
 
 def eupdatesvn(cpu: LogicalProcessor) -> Status:
-    """Make CPUSVN that of the loaded microcode, and all transient secrets new ones.
+    """Set CPUSVN to that of the loaded microcode and draw all transient secrets anew.
 
-    Modelled: it is one step.  A leaf that was already running and holds any page makes it end
-    with a conflict; none begins in its middle.
+    Modelled: the leaf is one step.  While another leaf holds a page it returns a conflict; no leaf
+    begins in its middle.
 
     Args:
         cpu: the processor it runs on.
@@ -31,8 +31,9 @@ def eupdatesvn(cpu: LogicalProcessor) -> Status:
     hw = cpu.hw
     hw.point("EUPDATESVN")
     with hw.latch:
+        # Checks
         pages = list(hw.pages.values())
-        if any(page.lock or page.lock_a for page in pages):
+        if any(page.lock or page.modification_lock for page in pages):
             return Status.EPC_PAGE_CONFLICT
         if any(page.valid for page in pages):
             return Status.EPC_NOT_READY
@@ -41,6 +42,8 @@ def eupdatesvn(cpu: LogicalProcessor) -> Status:
             return Status.INSUFFICIENT_ENTROPY
         if not svn_beyond(hw.microcode_svn, hw.cpusvn):
             return Status.NO_UPDATE
+
+        # Commit
         hw.cpusvn = hw.microcode_svn
         hw.secrets.power_up()
         return Status.SUCCESS

@@ -37,10 +37,14 @@ def everifyreport2(cpu: LogicalProcessor, rbx: int) -> Status:
     """
     assert cpu.inside is not None, "EVERIFYREPORT2 outside an enclave"
     hw = cpu.hw
+
+    # Operands
     if rbx % ReportMacStruct.ALIGN or not cpu.inside.enclave.covers(rbx):
         raise GeneralProtection
     page = enclave_operand(cpu, rbx, READ)
     hw.point("EVERIFYREPORT2")
+
+    # Checks
     data = hw.store.read(page, rbx % PAGE_BYTES, ReportMacStruct.SIZE)
     report = ReportMacStruct.unpack(data)
     if (report.type, report.subtype, report.version) != (_TYPE_TDX, 0, 0):

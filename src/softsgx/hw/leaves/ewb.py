@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import struct
-
 from softsgx.arch import (
+    CHILD_TYPES,
     PAGE_BYTES,
     VA_SLOT_BYTES,
-    VA_SLOTS,
+    MacHeader,
+    PageInfo,
     PageType,
     Pcmd,
+    SecInfo,
     Status,
-    page_of,
+    va_slot_index,
 )
-from softsgx.hw.epcm import EpcPage
+from softsgx.hw.checks import child_present
+from softsgx.hw.epcm import EpcPage, pack_versions
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secrets import MAC_BYTES
 from softsgx.hw.tracking import is_tracked
 
 __all__ = ["ewb"]
-
-_PCMD = struct.Struct("<Q56xQ40x16s")
-_SLOTS = struct.Struct(f"<{VA_SLOTS}Q")
 
 
 def ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
@@ -37,7 +37,7 @@ def ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> S
 
     Returns:
         ``SUCCESS``.  ``PAGE_NOT_BLOCKED``, ``NOT_TRACKED``, ``CHILD_PRESENT``: nothing changed.
-        ``VA_SLOT_OCCUPIED``: the page is gone all the same, and so is the slot's old version.
+        ``VA_SLOT_OCCUPIED``: the page is evicted all the same, and the slot's old version is lost.
 
     Raises:
         GeneralProtection: an operand is misaligned, or another leaf holds a page or the enclave's
@@ -49,7 +49,8 @@ def ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> S
     Source:
         SDM vol. 3D, "EWB", Operation.
     """
-    if misaligned(rbx, 32) or rcx % PAGE_BYTES:
+    # Operands
+    if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     if rdx % VA_SLOT_BYTES:
@@ -60,101 +61,85 @@ def ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> S
     info = cpu.page_info(rbx)
     if info.linaddr or info.secs:
         raise GeneralProtection
-    if misaligned(info.secinfo, Pcmd.ALIGN) or misaligned(info.srcpge, PAGE_BYTES):
+    if misaligned(info.pcmd, Pcmd.ALIGN) or misaligned(info.srcpge, PAGE_BYTES):
         raise GeneralProtection
 
     hw = cpu.hw
-    if not hw.locks.exclusive(page):
-        cpu.conflict_exception(rcx)
-    try:
-        if not hw.locks.shared(va_page):
+    with hw.leaf_locks() as locks:
+        # Locks, and the checks that come between them
+        if not locks.exclusive(page):
+            cpu.conflict_exception(rcx)
+        if not locks.shared(va_page):
             raise GeneralProtection
-        try:
-            if not page.valid:
-                raise PageFault(rcx)
-            if not va_page.valid or va_page.pt is not PageType.VA:
-                raise PageFault(rdx)
-            if page.secs is None:
-                hw.point("EWB")
-                if page.pt is PageType.SECS and _has_children(cpu, page):
-                    return Status.CHILD_PRESENT
-                return _write_back(cpu, rbx, info, page, va_page, rdx)
+        if not page.valid:
+            raise PageFault(rcx)
+        if not va_page.valid_as(PageType.VA):
+            raise PageFault(rdx)
+        if page.pt in CHILD_TYPES and not (
+            page.bepoch <= page.owner.epoch and locks.track(page.owner)
+        ):
+            raise GeneralProtection
+        hw.point("EWB")
 
-            enclave = page.owner
-            if page.bepoch > enclave.epoch or not hw.locks.track(enclave):
-                raise GeneralProtection
-            try:
-                hw.point("EWB")
+        # Checks: may the page leave, and which enclave do its MAC and its PCMD name?
+        match page.pt:
+            case PageType.REG | PageType.TCS | PageType.TRIM | PageType.SS_FIRST | PageType.SS_REST:
                 if not page.blocked:
                     return Status.PAGE_NOT_BLOCKED
-                if not is_tracked(page, enclave):
+                if not is_tracked(page, page.owner):
                     return Status.NOT_TRACKED
-                return _write_back(cpu, rbx, info, page, va_page, rdx)
-            finally:
-                enclave.lock_t = False
-        finally:
-            hw.locks.release(va_page)
-    finally:
-        hw.locks.release(page)
+                # The enclave's identifier, not the place of its SECS, which may leave and return.
+                bound_eid = enclave_id = page.owner.eid
+            case PageType.SECS:
+                if child_present(cpu, page.owner):
+                    return Status.CHILD_PRESENT
+                bound_eid, enclave_id = 0, page.owner.eid
+            case PageType.VA:
+                bound_eid = enclave_id = 0
+        _probe_stores(cpu, rbx, info)
+
+        # Commit: seal the page and write it out
+        version = hw.secrets.paging.next_version()
+        secinfo = SecInfo(flags=page.secinfo_flags())
+        header = MacHeader(eid=bound_eid, linaddr=page.linaddr, secinfo=secinfo)
+        sealed = hw.secrets.paging.seal(_plaintext(cpu, page), version, header.pack())
+        ciphertext, mac = sealed[:-MAC_BYTES], sealed[-MAC_BYTES:]
+        cpu.write(info.srcpge, ciphertext)
+        cpu.write(info.pcmd, Pcmd(secinfo=secinfo, enclave_id=enclave_id, mac=mac).pack())
+        info.linaddr = page.linaddr
+        if type(rbx) is int:
+            cpu.write(rbx, page.linaddr.to_bytes(8, "little"))
+
+        # Commit: the slot, under the latch since other leaves may share the VA page
+        slot = va_slot_index(rdx)
+        with hw.latch:
+            occupied = va_page.versions[slot] != 0
+            va_page.versions[slot] = version
+
+        # Commit: the EPCM entry
+        if page.pt in CHILD_TYPES:
+            hw.count_child(page.owner, -1)
+            hw.store.drop(page)
+        page.clear()
+        return Status.VA_SLOT_OCCUPIED if occupied else Status.SUCCESS
 
 
-def _has_children(cpu: LogicalProcessor, page: EpcPage) -> bool:
-    enclave = page.owner
-    return bool(enclave.children or (cpu.epc_virtualization and enclave.virt_children))
-
-
-def _write_back(
-    cpu: LogicalProcessor,
-    rbx: Ref | PageInfoArgs,
-    info: PageInfoArgs,
-    page: EpcPage,
-    va_page: EpcPage,
-    rdx: int,
-) -> Status:
-    """Seal and write out; then the slot, then the EPCM entry.  The page's locks are held."""
-    hw = cpu.hw
-    assert type(info.srcpge) is int or len(info.srcpge) == PAGE_BYTES  # type: ignore[arg-type]
-    _probe(cpu, rbx, info)
-
-    eid = 0
-    match page.pt:
-        case PageType.REG | PageType.TCS | PageType.TRIM | PageType.SS_FIRST | PageType.SS_REST:
-            # What the page's MAC binds is the enclave, not where its SECS is just now.
-            eid = handle_eid = page.owner.eid
-            plain = hw.store.freeze(page)
-        case PageType.SECS:
-            handle_eid = page.owner.eid
-            plain = page.owner.to_image()
-        case PageType.VA:
-            handle_eid = 0
-            assert page.slots is not None, f"{page!r} has no slots"
-            plain = _SLOTS.pack(*page.slots)
-
-    version = hw.secrets.paging.next_version()
-    flags = page.secinfo_flags()
-    sealed = hw.secrets.paging.seal(plain, version, eid, page.linaddr, flags)
-    cpu.write(info.srcpge, memoryview(sealed)[:PAGE_BYTES])
-    cpu.write(info.secinfo, _PCMD.pack(flags, handle_eid, sealed[PAGE_BYTES:]))  # type: ignore[arg-type]
-    info.linaddr = page.linaddr
-    if type(rbx) is int:
-        cpu.write(rbx, page.linaddr.to_bytes(8, "little"))
-
-    assert va_page.slots is not None, f"{va_page!r} has no slots"
-    slot = (rdx - page_of(rdx)) // VA_SLOT_BYTES
-    with hw.latch:  # the VA page is shared
-        occupied = va_page.slots[slot] != 0
-        va_page.slots[slot] = version
-
-    if page.secs is not None:
-        hw.locks.count_child(page.owner, -1)
-        hw.store.drop(page)
-    page.clear()
-    return Status.VA_SLOT_OCCUPIED if occupied else Status.SUCCESS
-
-
-def _probe(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, info: PageInfoArgs) -> None:
-    """Take the page faults of the stores before anything has changed."""
+def _probe_stores(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, info: PageInfoArgs) -> None:
+    """Raise the page faults of the leaf's stores while nothing has changed."""
+    srcpge = info.srcpge
+    assert isinstance(srcpge, int) or len(srcpge) == PAGE_BYTES, "SRCPGE receives a page"
     if type(rbx) is int:
         cpu.probe_write(rbx, 8)
-        cpu.probe_write(info.srcpge, PAGE_BYTES)
-        cpu.probe_write(info.secinfo, Pcmd.SIZE)  # type: ignore[arg-type]
+        cpu.probe_write(srcpge, PAGE_BYTES)
+        cpu.probe_write(info.pcmd, Pcmd.SIZE)
+
+
+def _plaintext(cpu: LogicalProcessor, page: EpcPage) -> bytes | bytearray:
+    """Return the 4096 bytes that a page holds; stores to it fail from now on."""
+    match page.pt:
+        case PageType.SECS:
+            return page.owner.to_image()
+        case PageType.VA:
+            return pack_versions(page.versions)
+        case _:
+            return cpu.hw.store.freeze(page)

@@ -45,16 +45,20 @@ def eincvirtchild(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
 
 
 def _count(cpu: LogicalProcessor, leaf: Enclv, rbx: int, rcx: int) -> Status:
+    # Operands
     if rbx % PAGE_BYTES:
         raise GeneralProtection
     page = cpu.resolve(rbx)
     secs = cpu.resolve(rcx)
 
     hw = cpu.hw
-    if not hw.locks.shared(page):
-        return Status.EPC_PAGE_CONFLICT
-    try:
+    with hw.leaf_locks() as locks:
+        # Locks
+        if not locks.shared(page):
+            return Status.EPC_PAGE_CONFLICT
         hw.point(leaf.name)
+
+        # Checks
         if not page.valid or (page.pt not in CHILD_TYPES and page.pt is not PageType.SECS):
             raise PageFault(rbx)
         holder = page if page.secs is None else page.secs
@@ -62,6 +66,8 @@ def _count(cpu: LogicalProcessor, leaf: Enclv, rbx: int, rcx: int) -> Status:
         if holder is not secs or rcx % PAGE_BYTES:
             raise GeneralProtection
         enclave = page.owner
+
+        # Commit
         with hw.latch:
             if leaf is Enclv.EINCVIRTCHILD:
                 enclave.virt_children += 1
@@ -70,5 +76,3 @@ def _count(cpu: LogicalProcessor, leaf: Enclv, rbx: int, rcx: int) -> Status:
             else:
                 return Status.INVALID_COUNTER
         return Status.SUCCESS
-    finally:
-        hw.locks.release(page)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from softsgx.arch import CHILD_TYPES, PAGE_BYTES, Status
+from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, Status
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
 from softsgx.hw.leaves.ewb import ewb
@@ -24,6 +24,8 @@ __all__ = ["paging_leaves"]
 _CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
+_MAC_HEADER = struct.Struct("<QQQ104x")  # EID, LINADDR, SECINFO.FLAGS; the rest is zero
+assert _MAC_HEADER.size == MacHeader.SIZE, "the MAC header is 128 bytes"
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 _CHILD_TYPES = {int(pt): pt for pt in CHILD_TYPES}
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
@@ -43,7 +45,7 @@ def _eblock(cpu: LogicalProcessor, rcx: int) -> Status:
     page: Any = cpu.hw.pages.get(rcx)
     if page is not None and page.valid and not page.blocked and not page.lock:
         secs = page.secs
-        if secs is not None and not secs.enclave.tracking:
+        if secs is not None and not secs.enclave.etrack_running:
             page.blocked = True
             page.bepoch = secs.enclave.epoch
             return _SUCCESS
@@ -73,7 +75,7 @@ def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> 
         cycles = enclave.epoch - page.bepoch
         srcpge: Any = rbx.srcpge
         pcmd: Any = rbx.secinfo
-        if cycles < 0 or enclave.lock_t or type(srcpge) is int or type(pcmd) is int:
+        if cycles < 0 or enclave.tracking_lock or type(srcpge) is int or type(pcmd) is int:
             pass
         elif cycles < TRACKED_AGE and (not cycles or enclave.prev_count):
             return _NOT_TRACKED
@@ -85,7 +87,8 @@ def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> 
                 flags = page.secinfo_flags()
             version = key.next_version()
             linaddr = page.linaddr
-            sealed = key.seal(hw.store.freeze(page), version, enclave.eid, linaddr, flags)
+            header = _MAC_HEADER.pack(enclave.eid, linaddr, flags)
+            sealed = key.seal(hw.store.freeze(page), version, header)
             # In place: assigning to a slice would make a copy first.
             _CONTENT.pack_into(srcpge, 0, sealed)
             _PCMD.pack_into(pcmd, 0, flags, enclave.eid, sealed[PAGE_BYTES:])
@@ -128,12 +131,10 @@ def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) ->
         ):
             hw, enclave, linaddr = cpu.hw, secs.enclave, rbx.linaddr
             slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
-            plain = hw.secrets.paging.unseal_plain(
+            plain = hw.secrets.paging.unseal(
                 b"".join((rbx.srcpge, mac)),  # type: ignore[arg-type]
                 slots[slot],
-                enclave.eid,
-                linaddr,
-                flags,
+                _MAC_HEADER.pack(enclave.eid, linaddr, flags),
             )
             if plain is not None:
                 page.pt, page.rwx = pt, flags & 7
