@@ -27,9 +27,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import FaultResult
-from softsgx.host import Platform, parse_size
+from softsgx.host import Platform
 from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
 from softsgx.paging import Fifo
+from softsgx.sizes import parse_size
 from softsgx.userland import SoftProcess
 
 BASE = 0x7000_0000_0000
@@ -232,7 +233,7 @@ def main() -> int:
     parser.add_argument("--enclave", default="1GiB", help="of the VA eviction (default 1GiB)")
     args = parser.parse_args()
     rounds = 5 if args.quick else 20
-    enclave = parse_size("64MiB" if args.quick else args.enclave, "--enclave")
+    enclave = parse_size("64MiB" if args.quick else args.enclave)
     result: dict[str, object] = dict(fault_pair(rounds))
     result |= reclaim_throughput(3)
     result |= scaling_epc(rounds)

@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-from fractions import Fraction
 from pathlib import Path
 
 from softsgx.errors import SoftSgxError
+from softsgx.sizes import parse_size
 
-__all__ = ["number", "print_json", "read_file", "size_bytes", "write_file"]
-
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
+__all__ = ["number", "print_json", "read_file", "size_as_written", "size_bytes", "write_file"]
 
 
 def size_bytes(text: str) -> int:
-    """Return the bytes that ``93.5MiB`` or ``4096`` says; an argparse type."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"size {text!r}; write 4096, 64KiB, 93.5MiB or 1GiB")
-    return int(Fraction(match[1]) * _UNITS[match[2]])
+    """Return the bytes of :func:`softsgx.sizes.parse_size`; an argparse type."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"size {text!r}: {error}") from None
+
+
+def size_as_written(text: str) -> str:
+    """Return a size as it is written, once it is one; an argparse type.
+
+    The platform's configuration rounds it down to pages and names it in its messages.
+    """
+    size_bytes(text)
+    return text
 
 
 def number(text: str) -> int:

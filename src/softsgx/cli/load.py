@@ -20,7 +20,7 @@ import argparse
 import time
 from typing import Any
 
-from softsgx.cli._common import print_json, size_bytes
+from softsgx.cli._common import print_json, size_as_written
 from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.image import FORMATS, open_image
 from softsgx.userland import EnclaveLoadError, LoadedEnclave
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     machine = parser.add_argument_group("the machine")
     machine.add_argument(
-        "--epc", type=size_bytes, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
+        "--epc", type=size_as_written, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
     )
     machine.add_argument("--profile", choices=list(PROFILES), help="features of the machine")
     machine.add_argument("--config", metavar="FILE", help="a platform described in TOML")

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ from typing import Any
 
 from rich.console import Console
 
-from softsgx.cli._common import size_bytes, write_file
+from softsgx.cli._common import size_as_written, write_file
 from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunFailed, doctor
 from softsgx.engines.native import run as run_natively
 from softsgx.errors import SoftSgxError
@@ -60,13 +59,14 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _FAILED = 125  # as env and timeout have it
 _STATUS_AFTER_S = 2.0
 _STATUS_EVERY_S = 0.5
+_DEFAULT_WIDTH = 80
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     machine = parser.add_argument_group("the machine")
     machine.add_argument(
-        "--epc", type=size_bytes, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
+        "--epc", type=size_as_written, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
     )
     machine.add_argument(
         "--limit",
@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_limit,
         metavar="GROUP=SIZE",
-        help="misc.max of a group; repeatable; the program runs in the last one given",
+        help="misc.max of a group, or max; repeatable; the program runs in the last one given",
     )
     machine.add_argument("--group", metavar="PATH", help="the group that the program runs in")
     machine.add_argument("--profile", choices=list(PROFILES), help="features of the machine")
@@ -137,6 +137,10 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         require_plotly()
     config = _config(args)
+    group = _group(args, config)
+    if not args.quiet:
+        for line in config.roundings():
+            print(f"softsgx: {line}", file=sys.stderr)
     collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
     sampler = Sampler(collector) if args.report else None
     watch = _Watch(collector, sampler, status=_status_wanted(args))
@@ -152,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             result = run_natively(
                 argv,
                 config,
-                group=_group(args),
+                group=group,
                 pager=args.pager,
                 cpuid=args.cpuid,
                 cpus=args.cpus,
@@ -223,7 +227,7 @@ class _Watch:
 
     def _show_status(self) -> float:
         self._shown = True
-        width = shutil.get_terminal_size().columns
+        width = _terminal_width(2)
         self._write(status_line(self._collector)[: width - 1])
         return _STATUS_EVERY_S
 
@@ -237,6 +241,14 @@ class _Watch:
             os.kill(self._pid, number)
         except ProcessLookupError:
             return
+
+
+def _terminal_width(descriptor: int) -> int:
+    """Return the columns of the terminal behind a descriptor, 80 where there is none."""
+    try:
+        return os.get_terminal_size(descriptor).columns or _DEFAULT_WIDTH
+    except OSError:
+        return _DEFAULT_WIDTH
 
 
 def _status_wanted(args: argparse.Namespace) -> bool:
@@ -292,17 +304,25 @@ def _limits(args: argparse.Namespace, groups: dict[str, Any]) -> dict[str, Any]:
     return {**groups, **{path: {"max": size} for path, size in args.limit}}
 
 
-def _group(args: argparse.Namespace) -> str:
+def _group(args: argparse.Namespace, config: PlatformConfig) -> str:
     if args.group is not None:
-        return str(args.group)
+        path = str(args.group).strip("/")
+        known = {"", *(name.strip("/") for name in config.groups)}
+        if path not in known:
+            names = ", ".join(sorted(known - {""})) or "none"
+            raise SoftSgxError(
+                f"group {path}: not configured (configured: {names}); add --limit {path}=SIZE, or "
+                f"--limit {path}=max for no limit"
+            )
+        return path or "/"
     return str(args.limit[-1][0]) if args.limit else "/"
 
 
-def _limit(text: str) -> tuple[str, int]:
+def _limit(text: str) -> tuple[str, str]:
     path, separator, size = text.rpartition("=")
     if not separator or not path.strip("/"):
         raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, as jobs/a=16MiB")
-    return path.strip("/"), size_bytes(size)
+    return path.strip("/"), size if size.strip() == "max" else size_as_written(size)
 
 
 def _cpus(text: str) -> set[int]:

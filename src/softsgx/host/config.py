@@ -16,12 +16,10 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,11 +44,10 @@ from softsgx.paging import (
     Prefetching,
     needed_pages,
 )
+from softsgx.sizes import MOST_BYTES, parse_size
 
-__all__ = ["PROFILES", "PlatformConfig", "check_pages", "parse_size"]
+__all__ = ["PROFILES", "PlatformConfig", "check_pages", "configured_size"]
 
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
 _SECTION_GAP = 1 << 30
 _MOST_PROCESSORS = 8192  # the largest NR_CPUS of Linux on x86-64
 _NUMBER_BITS = 64
@@ -82,24 +79,22 @@ _POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def parse_size(value: int | str, what: str) -> int:
-    """Return the bytes of ``4096``, ``"64MiB"`` or ``"93.5MiB"``.
+def configured_size(value: int | str, what: str) -> int:
+    """Return the bytes of a number, or of text that :func:`softsgx.sizes.parse_size` reads.
 
     Raises:
-        SoftSgxError: it is no size.
+        SoftSgxError: it is no size; the message begins with ``what``.
     """
-    size: int | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    elif isinstance(value, str):
-        match = _SIZE.fullmatch(value.strip())
-        if match is not None and match[2] in _UNITS:
-            size = int(Fraction(match[1]) * _UNITS[match[2]])
-    if size is None:
-        raise SoftSgxError(f"{what} = {_shown(value)}: no size; write 4096, 64KiB, 93.5MiB or 1GiB")
-    if not 0 <= size < 1 << _NUMBER_BITS:
-        raise SoftSgxError(f"{what} = {_shown(value)}: sizes are from 0 to 2**{_NUMBER_BITS} bytes")
-    return size
+    try:
+        if isinstance(value, str):
+            return parse_size(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError("no size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
+        if not 0 <= value <= MOST_BYTES:
+            raise ValueError("sizes are from 0 to 2**64 bytes")
+    except ValueError as error:
+        raise SoftSgxError(f"{what} = {_shown(value)}: {error}") from None
+    return value
 
 
 def _hexadecimal(text: str, size: int, what: str) -> bytes:
@@ -301,16 +296,37 @@ class PlatformConfig:
         return replace(self, **changes)
 
     def section_bytes(self) -> list[int]:
-        """Return the size of each EPC section."""
-        sizes = self.epc if isinstance(self.epc, tuple) else (self.epc,)
-        return [parse_size(size, "epc") for size in sizes]
+        """Return the size of each EPC section; text is rounded down to whole pages."""
+        sizes = []
+        for section in self._sections():
+            size = configured_size(section, "epc")
+            sizes.append(size - size % PAGE_BYTES if isinstance(section, str) else size)
+        return sizes
+
+    def _sections(self) -> tuple[int | str, ...]:
+        return self.epc if isinstance(self.epc, tuple) else (self.epc,)
+
+    def roundings(self) -> list[str]:
+        """Return a line for people for each size that is rounded down to whole pages."""
+        sizes = [(f"epc = {_shown(size)}", size) for size in self._sections()]
+        for path, settings in self.groups.items():
+            limit = settings.get("max", "max")
+            if limit != "max":
+                sizes.append((f"groups.{_named(path)}.max = {_shown(limit)}", limit))
+        lines = []
+        for what, value in sizes:
+            size = configured_size(value, what)
+            if size % PAGE_BYTES:
+                pages = size // PAGE_BYTES
+                lines.append(f"{what}: rounded down to {pages} pages ({pages * 4}KiB)")
+        return lines
 
     def group_max_pages(self, path: str) -> int | None:
         """Return the limit of a configured group in pages, ``None`` for none."""
         limit = self.groups[path].get("max", "max")
         if limit == "max":
             return None
-        return parse_size(limit, f"groups.{_named(path)}.max") // PAGE_BYTES
+        return configured_size(limit, f"groups.{_named(path)}.max") // PAGE_BYTES
 
     def machine(self) -> MachineConfig:
         """Return the machine that this describes."""
@@ -364,7 +380,7 @@ class PlatformConfig:
         """Return ``backing_limit`` in pages."""
         if self.backing_limit is None:
             return None
-        return parse_size(self.backing_limit, "backing_limit") // PAGE_BYTES
+        return configured_size(self.backing_limit, "backing_limit") // PAGE_BYTES
 
 
 def _named(name: str) -> str:

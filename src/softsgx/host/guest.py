@@ -17,7 +17,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver import Driver
 from softsgx.errors import SoftSgxError
-from softsgx.host.config import parse_size
+from softsgx.host.config import configured_size
 from softsgx.hw import MachineConfig
 from softsgx.kvm import Guest, GuestStoppedError
 from softsgx.paging import BackingFile, EpcCore, Policy, needed_pages
@@ -119,7 +119,7 @@ def check_ballast(
     Raises:
         SoftSgxError: with it the machine, or the guest's group, would have no page to give away.
     """
-    pages = parse_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
+    pages = configured_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
     others = sum(guest.ballast_pages for guest in guests)
     epc_pages = sum(section.pages for section in machine.sections)
     needed = needed_pages(machine)

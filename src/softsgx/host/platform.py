@@ -19,7 +19,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
 from softsgx.driver import Driver, EnclaveFile
 from softsgx.errors import SoftSgxError
-from softsgx.host.config import PlatformConfig, check_pages, parse_size
+from softsgx.host.config import PlatformConfig, check_pages, configured_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore
 from softsgx.hw.optimised import OPTIMISED
@@ -219,7 +219,7 @@ class Platform:
             SoftSgxError: it cannot be made so.
         """
         sizes = epc if isinstance(epc, tuple) else (epc,)
-        pages = [parse_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
+        pages = [configured_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
         if min(pages) < 1 or processors < 1:
             raise SoftSgxError(
                 f"guest {name}: epc = {epc!r}, processors = {processors}: give at least one page a"

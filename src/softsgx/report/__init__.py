@@ -18,7 +18,6 @@ from softsgx.report.tables import (
     cycles_text,
     print_summary,
     seconds_text,
-    size_text,
     status_line,
 )
 
@@ -47,6 +46,5 @@ __all__ = [
     "print_summary",
     "require_plotly",
     "seconds_text",
-    "size_text",
     "status_line",
 ]

@@ -19,7 +19,8 @@ from softsgx.errors import SoftSgxError
 from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import RunSummary
-from softsgx.report.tables import cycles_text, seconds_text, size_text
+from softsgx.report.tables import cycles_text, seconds_text
+from softsgx.sizes import size_text
 
 __all__ = ["html_page", "require_plotly"]
 

@@ -16,8 +16,9 @@ from rich.text import Text
 from softsgx.arch import PAGE_BYTES
 from softsgx.report.costs import Estimate
 from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
+from softsgx.sizes import size_text
 
-__all__ = ["cycles_text", "print_summary", "seconds_text", "size_text", "status_line"]
+__all__ = ["cycles_text", "print_summary", "seconds_text", "status_line"]
 
 _PARAGRAPHS = 3
 _ROWS = 20
@@ -61,15 +62,6 @@ def status_line(collector: Collector) -> str:
         f"{size_text(sum(resident.values()) * PAGE_BYTES)} of {size_text(epc_bytes)} EPC, "
         f"{totals.faults:,} faults, {totals.evictions:,} evictions"
     )
-
-
-def size_text(size: int) -> str:
-    """Return ``93.5 MiB`` for bytes."""
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << shift:
-            value = f"{size / (1 << shift):.1f}"
-            return f"{value.removesuffix('.0')} {unit}"
-    return f"{size} bytes"
 
 
 def seconds_text(seconds: float) -> str:

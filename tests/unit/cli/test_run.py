@@ -162,8 +162,28 @@ def test_the_program_runs_in_the_last_group_limited(engine: Engine) -> None:
 
 
 def test_a_group_can_be_named(engine: Engine) -> None:
-    run("--quiet", "--limit", "jobs=106KiB", "--group", "other", "--", "app")
-    assert engine.calls[0]["group"] == "other"
+    limits = ("--limit", "jobs=106KiB", "--limit", "other=max")
+    run("--quiet", *limits, "--group", "jobs", "--", "app")
+    assert engine.calls[0]["group"] == "jobs"
+    run("--quiet", *limits, "--group", "/", "--", "app")
+    assert engine.calls[1]["group"] == "/"
+    assert engine.calls[1]["config"].group_max_pages("other") is None
+
+
+def test_a_group_that_is_not_configured_is_refused(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--limit", "jobs=106KiB", "--group", "typo", "--", "app") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("softsgx: group typo: not configured (configured: jobs); add --limit")
+    assert not engine.calls
+
+
+def test_sizes_that_are_rounded_down_are_told(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--epc", "3.3MiB", "--", "app")
+    assert "softsgx: epc = '3.3MiB': rounded down to 844 pages (3376KiB)" in capsys.readouterr().err
 
 
 def test_options_win_over_the_file(engine: Engine, tmp_path: Path) -> None:

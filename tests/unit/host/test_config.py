@@ -8,16 +8,18 @@ import pytest
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.errors import SoftSgxError
-from softsgx.host import PROFILES, Platform, PlatformConfig, parse_size
+from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.paging import needed_pages
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [(4096, 4096), ("4096", 4096), ("64KiB", 65536), ("93.5MiB", 0x5D80000), ("1 GiB", 1 << 30)],
-)
-def test_sizes_carry_units(text: int | str, size: int) -> None:
-    assert parse_size(text, "epc") == size
+def test_sizes_as_text_are_rounded_down_to_pages_and_that_is_told() -> None:
+    config = PlatformConfig.of(epc="3.3MiB", groups={"a": {"max": "12M"}, "b": {"max": "1MiB"}})
+    assert config.section_bytes() == [844 * PAGE_BYTES]
+    assert config.group_max_pages("a") == 2929
+    assert config.roundings() == [
+        "epc = '3.3MiB': rounded down to 844 pages (3376KiB)",
+        "groups.a.max = '12M': rounded down to 2929 pages (11716KiB)",
+    ]
 
 
 @pytest.mark.parametrize(
