@@ -91,7 +91,7 @@ CHECKS = [
     check(12, "W without R", put(secinfo__flags=0x202), GP),
     check(13, "LINADDR below the enclave", put(linaddr=DEFAULT_BASE - PAGE_BYTES), GP),
     check(13, "LINADDR above the enclave", put(linaddr=DEFAULT_BASE + SIZE), GP),
-    check(14, "measurement held", put(enclave__lock_b=True), GP),
+    check(14, "measurement held", put(enclave__measurement_lock=True), GP),
     check(15, "initialised", initialize, GP),
 ]
 

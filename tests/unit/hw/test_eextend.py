@@ -128,7 +128,7 @@ CHECKS = [
     check(7, "RCX in a trimmed page", retype(PageType.TRIM), "rcx", hides=NO_EPC),
     check(7, "RCX in a VA page", retype(PageType.VA), "rcx", hides=NO_EPC),
     check(8, "RBX is another page", other_enclave, GP, hides={"RBX outside the EPC"}),
-    check(9, "measurement held", put(enclave__lock_b=True), GP),
+    check(9, "measurement held", put(enclave__measurement_lock=True), GP),
     check(10, "initialised", initialize, GP),
 ]
 
