@@ -6,7 +6,7 @@ SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store 
 RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, 11
 jump to RDI with R11 where to come back to, from 12 on the instructions of ``ILLEGAL`` and ``TIME``,
 and three on extended state: store XGETBV(0) at R8, XSAVE64 with every bit at RDI, XRSTOR64 with
-every bit from RDI and XMM0 to R8; then it exits.
+every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; then it exits.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ def enclave_code() -> bytes:
     asm.near("e9", "exit")
     for label, code in (("save", "48 0f ae 27"), ("restore", "48 0f ae 2f")):
         asm.label(label)
-        asm.emit("83 c8 ff 83 ca ff")  # or eax, -1; or edx, -1
+        asm.emit("48 83 c8 ff 48 83 ca ff f9")  # or rax, -1; or rdx, -1; stc
         asm.emit(code)
-        asm.emit("66 49 0f 7e 00")  # movq [r8], xmm0
+        asm.emit("9c 41 8f 40 20")  # pushf; pop [r8+32]
+        asm.emit("49 89 40 08 49 89 48 10")  # mov [r8+8], rax; mov [r8+16], rcx
+        asm.emit("4d 89 50 28 49 89 50 18 66 49 0f 7e 00")  # r10 to r8+40, rdx to r8+24, xmm0
         asm.near("e9", "exit")
     for label, code in (ILLEGAL | TIME).items():
         asm.label(label)

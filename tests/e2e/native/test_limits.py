@@ -6,21 +6,27 @@ Method: ``programs/limits.c`` tries each thing with an EPC smaller than its encl
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from random import Random
+from signal import SIGUSR1
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run
-from softsgx.engines.native.faults import extended
+from softsgx.engines.native import PAGERS, abi, doctor, libc, run
+from softsgx.engines.native.faults import exits, extended
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.out_of_line import OutOfLine
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.errors import SoftSgxError
+from softsgx.hw import LogicalProcessor, aex
 
 DATA_PAGES = 20
 EPC_PAGES = 28
+BITS_64 = (1 << 64) - 1
 FOUND = {finding.name: finding.ok for finding in doctor()}
 
 pytestmark = [
@@ -102,20 +108,71 @@ def test_the_time_stamp_counter_is_read_inside_with_sgx2_only(
 
 @pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
 @pytest.mark.parametrize("by", ["the thread", "the model"])
+@pytest.mark.parametrize("strict", [False, True])
 def test_xcr0_is_xfrm_inside(
-    program: list[str], pager: str, by: str, monkeypatch: pytest.MonkeyPatch
+    program: list[str], pager: str, by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[bool] = []
 
-    def by_thread(thread: ProgramThread, insn: StateInsn, requested: int) -> bool:
-        done.append(by == "the thread" and extended_by_thread(thread, insn, requested))
-        return done[-1]
+    def out_of_line(thread: ProgramThread, insn: StateInsn) -> OutOfLine | None:
+        how = thread_does(thread, insn) if by == "the thread" else None
+        done.append(how is not None)
+        return how
 
-    extended_by_thread = extended._by_thread
-    monkeypatch.setattr(extended, "_by_thread", by_thread)
-    assert exit_code(program, "state", strict=False, pager=pager) == 0
-    # What could fault is the model's in any case.
+    thread_does = extended.out_of_line
+    monkeypatch.setattr(extended, "out_of_line", out_of_line)
+    assert exit_code(program, "state", strict=strict, pager=pager) == 0
+    # XGETBV, and headers with more than XFRM has, are the model's in any case.
     assert any(done) == (by == "the thread") and not all(done)
+
+
+@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("strict", [False, True])
+def test_whatever_stops_a_thread_out_of_line_finds_it_at_its_instruction_or_behind(
+    program: list[str], pager: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals, kicks and interrupts come between any two instructions of the copy's slot."""
+    random, resume = Random(7), ProgramThread.resume
+    places: dict[str, set[int]] = {"signal": set(), "kick": set(), "interrupt": set()}
+    sites: dict[int, tuple[int, int]] = {}
+    exits_seen: list[int] = []
+
+    def disturbed(thread: ProgramThread, signal: int = 0) -> None:
+        how = thread._next
+        if how is None or signal:
+            resume(thread, signal)
+            return
+        sites[thread.cpu.number] = how.rip, how.then
+        thread.flush()
+        steps, event = random.randrange(7), random.choice(list(places))
+        for _step in range(steps):
+            libc.ptrace(abi.PTRACE_SINGLESTEP, thread.tid, 0, 0)
+            thread.waits.of(thread.tid)
+        places[event].add(steps)
+        resume(thread, signal)
+        if event == "signal":
+            os.kill(thread.tid, SIGUSR1)
+        elif event == "interrupt":
+            thread.interrupt()
+        else:
+            thread.running = True
+            thread.image.page_table.kick_all()
+
+    def checked(cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0) -> None:
+        regs, (rip, then) = cpu.regs, sites.get(cpu.number, (0, 0))
+        if regs.rip in (rip, then):
+            exits_seen.append(regs.rip - rip)
+            assert (regs.rax, regs.rdx) == (BITS_64, BITS_64)
+        inside = cpu.inside
+        assert inside is not None and inside.enclave.covers(regs.rip)
+        aex(cpu, vector, code, address)
+
+    monkeypatch.setattr(ProgramThread, "resume", disturbed)
+    monkeypatch.setattr(exits, "aex", checked)
+    monkeypatch.setattr(exits, "try_virtual_exit", lambda _cpu: False)  # kicks are real exits
+    assert exit_code(program, "states", "120", strict=strict, pager=pager) == 0
+    assert all(found == set(range(7)) for found in places.values())
+    assert set(exits_seen) == {0, 4}
 
 
 def test_vector_registers_go_to_the_ssa_and_come_back(program: list[str]) -> None:

@@ -453,6 +453,7 @@ class Supervisor(Lifecycle):
     def thread_died(self, thread: ProgramThread) -> None:
         """An interrupt takes its processor out of any enclave, and it never resumes."""
         del thread.image.threads[thread.tid]
+        thread.image.slots.release(thread.tid)
         self._driver.core.claims.release(thread.claim)
         if self._affinity is not None:
             self._affinity.gone(thread.tid)

@@ -32,6 +32,7 @@ from softsgx.engines.native.faults.faulting_instruction import (
 )
 from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.insn import is_illegal_inside
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.hw import EXECUTE, READ, WRITE, Fault, PageFault, check_access
@@ -51,6 +52,7 @@ class EnclaveFaults:
     Args:
         exits: how threads leave with an exception.
         leaves: does ENCLU.
+        permits: entries that do not stop.
         non_enclave: faults on memory that is not the enclave's.
         abort_page: executes what may not have a page it touches.
         refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
@@ -60,11 +62,13 @@ class EnclaveFaults:
         self,
         exits: AsynchronousExits,
         leaves: EncluLeaves,
+        permits: Permits,
         non_enclave: NonEnclaveFaults,
         abort_page: AbortPage,
         refused: Callable[[ProgramThread, int], None],
     ) -> None:
-        self._exits, self._leaves, self._non_enclave = exits, leaves, non_enclave
+        self._exits, self._leaves, self._permits = exits, leaves, permits
+        self._non_enclave = non_enclave
         self._abort_page, self._tell_refused = abort_page, refused
 
     def signal(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
@@ -72,6 +76,10 @@ class EnclaveFaults:
         regs = thread.regs
         vector: int
         page_fault = number == abi.SIGSEGV and info.code in (1, 2)
+        if number == abi.SIGILL or info.code == abi.TRAP_HWBKPT:
+            state = extended.replaced(thread)
+            if state is not None:
+                return self._extended_state(thread, state)
         code = code_at(thread, regs.rip)
         if code is None:
             # Not even whether it was an ENCLU that we had marked can be told now.
@@ -80,9 +88,6 @@ class EnclaveFaults:
             code = b""
         if code[: len(ENCLU)] == ENCLU and number in (abi.SIGILL, abi.SIGSEGV):
             return self.enclu(thread)
-        state = extended.replaced(thread) if number == abi.SIGILL else None
-        if state is not None:
-            return self._extended_state(thread, state)
         match number:
             case abi.SIGSEGV if page_fault:
                 return self.page_fault(thread, info.addr, info.code)
@@ -110,12 +115,17 @@ class EnclaveFaults:
 
     def _extended_state(self, thread: ProgramThread, insn: StateInsn) -> int:
         """Enclave code executes an instruction that depends on XCR0, which is its XFRM."""
-        try:
-            extended.execute(thread, insn)
-        except PageFault as fault:
-            return self._operand_fault(thread, fault)
-        except Fault as fault:
-            return self._exits.refused(thread, 0, fault)
+        how = extended.out_of_line(thread, insn)
+        if how is not None:
+            thread.execute_out_of_line(how)
+        else:
+            try:
+                extended.execute_by_model(thread, insn)
+            except PageFault as fault:
+                return self._operand_fault(thread, fault)
+            except Fault as fault:
+                return self._exits.refused(thread, 0, fault)
+        self._permits.outlast(thread)
         return 0
 
     def _operand_fault(self, thread: ProgramThread, fault: PageFault) -> int:

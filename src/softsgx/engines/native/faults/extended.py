@@ -1,8 +1,11 @@
 """Instructions on extended state that enclave code may not execute as this machine does.
 
 They are UD2 in the code that is shown (:mod:`softsgx.engines.native.x86.forbidden`).  The thread
-executes an instruction of the vDSO instead, with XFRM in its mask, where that cannot fault and does
-what it would do with XFRM in XCR0.  Otherwise the hardware model executes it.
+executes a copy out of line instead, with XFRM in its mask, where that does what the instruction
+would do with XFRM in XCR0, faults included.  Otherwise the hardware model executes it.
+
+Deviation: the header of XRSTOR is looked at before the copy is executed.  If another thread stores
+there in between, state that XFRM does not have is ignored, where hardware may raise #GP.
 
 Source:
     SDM vol. 3D, EENTER; vol. 1, "XSAVE", "XRSTOR": "RFBM"; the hardware model's ``extended_state``.
@@ -11,27 +14,28 @@ Source:
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native import abi
 from softsgx.engines.native.faults.faulting_instruction import LONGEST
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.vdso.code import STATE_INSTRUCTIONS, STATE_STRIDE
+from softsgx.engines.native.vdso.out_of_line import OutOfLine
 from softsgx.engines.native.x86.state import StateInsn, StateOperation, decode_state
-from softsgx.hw import READ, WRITE, extended_state
+from softsgx.hw import extended_state
 from softsgx.hw.extended_state import SaveKind
 
-__all__ = ["execute", "replaced"]
+__all__ = ["COPIES", "execute_by_model", "out_of_line", "replaced"]
 
 _LOW_32 = 0xFFFF_FFFF
 _REX_W = 8
-_ALIGN, _HEADER_END = 64, 576
-_MXCSR_RESERVED = 0xFFFF_0000
-#: As ``vdso/code.py`` has them.
-_ORDER = (
-    StateOperation.XSAVE,
-    StateOperation.XSAVEOPT,
-    StateOperation.XSAVEC,
-    StateOperation.XRSTOR,
-)
+_HEADER_AT, _HEADER_BYTES = 512, 64
+_COMPACTED = 1 << 63
+
+COPIES = {
+    StateOperation.XSAVE: (b"\x0f\xae\x21", b"\x48\x0f\xae\x21"),
+    StateOperation.XSAVEOPT: (b"\x0f\xae\x31", b"\x48\x0f\xae\x31"),
+    StateOperation.XSAVEC: (b"\x0f\xc7\x21", b"\x48\x0f\xc7\x21"),
+    StateOperation.XRSTOR: (b"\x0f\xae\x29", b"\x48\x0f\xae\x29"),
+}
+"""Each operation on the area at RCX, without and with REX.W."""
+
 _KINDS = {
     StateOperation.XSAVE: SaveKind.XSAVE,
     StateOperation.XSAVEOPT: SaveKind.XSAVEOPT,
@@ -40,19 +44,46 @@ _KINDS = {
 
 
 def replaced(thread: ProgramThread) -> StateInsn | None:
-    """Return the instruction at RIP, registers loaded, if it is one and UD2 is shown for it."""
+    """Return the instruction at RIP, registers loaded, if it is one that may not be executed."""
     image, rip = thread.image, thread.regs.rip
     memory = image.page_table.memory_at(rip)
-    marks = None if memory is None else memory.marked.get(rip & -PAGE_BYTES)
-    if memory is None or not marks or not image.page_table.is_shown(rip):
+    if memory is None or not image.page_table.is_shown(rip):
         return None
-    offset = rip % PAGE_BYTES
+    marks, offset = memory.marked.get(rip & -PAGE_BYTES, ()), rip % PAGE_BYTES
     insn = decode_state(memory.read(rip, min(LONGEST, PAGE_BYTES - offset)))
-    return insn if insn is not None and offset + insn.opcode_at in marks else None
+    if insn is None:
+        return None
+    changed = offset + insn.opcode_at in marks or rip + insn.opcode_at in memory.trapped
+    return insn if changed else None
 
 
-def execute(thread: ProgramThread, insn: StateInsn) -> None:
-    """Execute it; the thread is inside, and its registers are loaded.
+def out_of_line(thread: ProgramThread, insn: StateInsn) -> OutOfLine | None:
+    """Make ready how the thread executes it, on this processor and with the components of XFRM.
+
+    The thread is inside, and its registers are loaded.  ``None``: the processor would do something
+    else than with XFRM in XCR0.
+    """
+    cpu, image, regs = thread.cpu, thread.image, thread.regs
+    assert cpu.inside is not None, "extended state of an enclave outside an enclave"
+    enclave = cpu.inside.enclave
+    if insn.operation is StateOperation.XGETBV or not thread.areas.same:
+        return None
+    address, xfrm = insn.address(regs), enclave.xfrm
+    last = address + cpu.hw.config.xsave_bytes(xfrm) - 1
+    # Memory of others has a meaning of its own for enclave code.
+    if not enclave.covers(address) or not enclave.covers(last):
+        return None
+    if insn.operation is StateOperation.XRSTOR and not _is_plain(
+        image.read(address + _HEADER_AT, _HEADER_BYTES), xfrm
+    ):
+        return None
+    copy = COPIES[insn.operation][bool(insn.rex & _REX_W)]
+    given = regs.rax & xfrm & _LOW_32, address, regs.rdx & xfrm >> 32
+    return image.slots.fill(thread.tid, regs, insn.length, copy, given)
+
+
+def execute_by_model(thread: ProgramThread, insn: StateInsn) -> None:
+    """Let the hardware model execute it; the thread is inside, and its registers are loaded.
 
     Raises:
         Fault: as the instruction; registers are as before.
@@ -61,10 +92,6 @@ def execute(thread: ProgramThread, insn: StateInsn) -> None:
     cpu.flush_tlb()  # page tables may have lost entries since
     wide = bool(insn.rex & _REX_W)
     requested = regs.rax & _LOW_32 | (regs.rdx & _LOW_32) << 32
-    if insn.operation is not StateOperation.XGETBV and _by_thread(thread, insn, requested):
-        regs.rip += insn.length
-        thread.store()
-        return
     cpu.regs.xsave = thread.machine_xstate()
     match insn.operation:
         case StateOperation.XGETBV:
@@ -80,56 +107,10 @@ def execute(thread: ProgramThread, insn: StateInsn) -> None:
     thread.store()
 
 
-def _by_thread(thread: ProgramThread, insn: StateInsn, requested: int) -> bool:
-    """Let the thread execute it on this processor, with the components of XFRM only.
-
-    ``False``: it could fault, or do something else than with XFRM in XCR0; nothing has changed.
-    """
-    cpu, image = thread.cpu, thread.image
-    assert cpu.inside is not None, "extended state of an enclave outside an enclave"
-    xfrm, address = cpu.inside.enclave.xfrm, insn.address(thread.regs)
-    loads = insn.operation is StateOperation.XRSTOR
-    end = address + cpu.hw.config.xsave_bytes(xfrm)
-    if address % _ALIGN or not thread.areas.same or end > abi.TASK_SIZE:
+def _is_plain(header: bytes, xfrm: int) -> bool:
+    """Return whether XRSTOR finds state of XFRM only behind this header."""
+    if len(header) < _HEADER_BYTES:
         return False
-    rights = READ if loads else READ | WRITE
-    pages = range(address & -PAGE_BYTES, end, PAGE_BYTES)
-    if not all(_is_usable(thread, page, rights) for page in pages):
-        return False
-    if loads and not _is_plain(image.read(address, _HEADER_END), xfrm):
-        return False
-    for page in pages:
-        image.pager.touched(page)  # a page that is watched for use may have no rights just now
-    mask = requested & xfrm
-    index = 2 * _ORDER.index(insn.operation) + bool(insn.rex & _REX_W)
-    start = image.vdso_base + image.vdso.state + STATE_STRIDE * index
-    size = len(bytes.fromhex(STATE_INSTRUCTIONS[index]))
-    thread.borrow(start, start + size + 1, rax=mask & _LOW_32, rdx=mask >> 32, rcx=address)
-    return True
-
-
-def _is_usable(thread: ProgramThread, linaddr: int, rights: int) -> bool:
-    """Return whether the enclave's page is there for such accesses, and will be for a while."""
-    image, inside = thread.image, thread.cpu.inside
-    entry = image.page_table.entry(linaddr)
-    if entry is None or rights & ~entry[1] or image.is_covered(linaddr):
-        return False
-    page = thread.cpu.hw.page_at(entry[0])
-    return (
-        image.page_table.is_shown(linaddr)
-        and page is not None
-        and inside is not None
-        and page.secs is inside.secs
-        and not rights & ~page.rwx
-    )
-
-
-def _is_plain(area: bytes, xfrm: int) -> bool:
-    """Return whether XRSTOR takes this legacy region and header, in the standard form."""
-    held = int.from_bytes(area[512:520], "little")
-    return (
-        len(area) == _HEADER_END
-        and not held & ~xfrm
-        and not any(area[520:536])
-        and not int.from_bytes(area[24:28], "little") & _MXCSR_RESERVED
-    )
+    held = int.from_bytes(header[:8], "little")
+    form = int.from_bytes(header[8:16], "little")
+    return not (held | form & ~_COMPACTED) & ~xfrm

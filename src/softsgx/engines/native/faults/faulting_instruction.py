@@ -68,7 +68,7 @@ def _bytes_at(thread: ProgramThread, rip: int) -> bytes:
     """Return up to ``LONGEST`` bytes, fewer where a page is not there."""
     image = thread.image
     device = image.device_at(rip)
-    return image.read(rip, LONGEST) if device is None else device.memory.code(rip, LONGEST)
+    return image.read(rip, LONGEST) if device is None else device.memory.own_code(rip, LONGEST)
 
 
 def again(thread: ProgramThread) -> bool:

@@ -65,7 +65,7 @@ class Transitions:
         self._leaves = EncluLeaves(self._exits, refused, permits, breakpoints)
         self._non_enclave = NonEnclaveFaults(abort_page, refused)
         self._enclave = EnclaveFaults(
-            self._exits, self._leaves, self._non_enclave, abort_page, refused
+            self._exits, self._leaves, permits, self._non_enclave, abort_page, refused
         )
 
     def enter(self, thread: ProgramThread) -> int:

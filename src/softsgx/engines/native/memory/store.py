@@ -270,6 +270,16 @@ class EnclaveMemory:
             size = rest
         return os.pread(self.fd, size, address)
 
+    def own_code(self, address: int, size: int) -> bytes:
+        """As :meth:`code`, the enclave's own bytes."""
+        data = self.code(address, size)
+        if self.marked:
+            for page in (address & -PAGE_BYTES, address + len(data) - 1 & -PAGE_BYTES):
+                marks = self.marked.get(page)
+                if marks is not None:
+                    data = _own_bytes(data, address - page, marks)
+        return data
+
     def _window(self, address: int) -> mmap.mmap:
         """Return our own mapping around ``address``, for bytes that are shown.
 

@@ -21,6 +21,7 @@ from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.elf import Vdso
+from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.hw import EpcPage
 from softsgx.runtime import Runtime
@@ -83,6 +84,7 @@ class ProcessImage:
         members: how many threads it has that were not reaped yet.
         current: the thread whose stop is being handled.
         view: the device whose mappings are uncovered now, in a strict run.
+        slots: where its threads execute instructions out of line.
 
     Raises:
         Gone: the thread has ended.
@@ -103,6 +105,7 @@ class ProcessImage:
     ) -> None:
         self.index, self.memory_fd, self.page = index, memory_fd, page
         self.vdso_base, self.vdso = vdso_base, vdso
+        self.slots = OutOfLineSlots(memory_fd, vdso_base + vdso.slots)
         self.registry, self.strict = services.registry, services.strict
         self._hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}

@@ -198,7 +198,7 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     base = thread.syscall(
         abi.SYS_MMAP,
         0,
-        len(vdso.image),
+        vdso.slots + abi.PAGE,
         abi.PROT_READ | abi.PROT_EXEC,
         abi.MAP_PRIVATE | abi.MAP_ANONYMOUS,
         (1 << 64) - 1,

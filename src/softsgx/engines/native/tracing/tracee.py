@@ -18,6 +18,7 @@ from functools import cache
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
+from softsgx.engines.native.vdso.out_of_line import OutOfLine
 
 __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
 
@@ -92,6 +93,8 @@ class Thread:
         self.at_call = self.in_call = self.mid_call = False
         self._at_signal = self._borrowed = False
         self._kept: SigInfo | None = None
+        self._next: OutOfLine | None = None  # what it does when it is resumed
+        self._elsewhere: OutOfLine | None = None  # what it may be doing since
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
         self._real_xstate: bytes | None = None
@@ -105,17 +108,34 @@ class Thread:
         if _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) == -1:
             raise Gone(self.tid)
         self._loaded = True
+        if self._elsewhere is not None:
+            self._changed |= self._elsewhere.leave(self.regs)
+            self._elsewhere = None
         return self.regs
 
     def store(self) -> None:
         """Put ``regs`` into the thread, at the latest when it goes on."""
         self._changed = True
+        self._next = self._elsewhere = None
+
+    def execute_out_of_line(self, how: OutOfLine) -> None:
+        """Let the instruction at RIP be executed elsewhere when the thread goes on.
+
+        Who stores registers before that calls it off.
+        """
+        self.store()
+        self._next = how
 
     def flush(self) -> None:
         """Put everything that changed into the thread now."""
         if self._changed:
-            self._changed = False
-            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, self._regs_at) == -1:
+            self._changed, regs_at = False, self._regs_at
+            how, self._next = self._next, None
+            if how is not None:
+                ctypes.memmove(_ELSEWHERE_AT, regs_at, _REGS_BYTES)
+                how.enter(_ELSEWHERE)
+                self._elsewhere, regs_at = how, _ELSEWHERE_AT
+            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, regs_at) == -1:
                 raise Gone(self.tid)
         if self._new_xstate is not None:
             area, self._new_xstate, self._real_xstate = self._new_xstate, None, None
@@ -399,6 +419,7 @@ class Thread:
         saved = UserRegs()
         if not self._loaded:
             self.load()
+        out_of_line = self._next or self._elsewhere
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
         # The kernel forgets why the thread stopped; the handlers of the stop still need to know.
         kept, at_signal = self._kept, self._at_signal
@@ -418,6 +439,7 @@ class Thread:
         ctypes.memmove(self._regs_at, ctypes.addressof(saved), _REGS_BYTES)
         self._loaded = True
         self.store()
+        self._next = out_of_line
         self.set_sigmask(mask)
         self._kept, self._at_signal, self._borrowed = kept, at_signal, True
         if stops_again:
@@ -458,5 +480,7 @@ _PEEKED = 16
 _PEEK = (ctypes.c_uint64 * 2)()
 _INFOS = (SigInfo * _PEEKED)()
 _WORD = ctypes.c_uint64()
+_ELSEWHERE = UserRegs()
+_ELSEWHERE_AT = ctypes.addressof(_ELSEWHERE)
 _WORD_AT = ctypes.addressof(_WORD)
 _XSTATE = ctypes.create_string_buffer(16384)

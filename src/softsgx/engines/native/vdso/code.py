@@ -21,8 +21,6 @@ __all__ = [
     "KEPT_R11",
     "PERMIT",
     "SCRATCH_BYTES",
-    "STATE_INSTRUCTIONS",
-    "STATE_STRIDE",
     "emit_enter_enclave",
     "emit_forward",
     "emit_injection",
@@ -45,14 +43,6 @@ PERMIT = {
 KEPT_R11 = -8
 """Where R11 is, from RSP, at the system call that asks for EENTER."""
 
-STATE_INSTRUCTIONS = (
-    *("0f ae 21", "48 0f ae 21", "0f ae 31", "48 0f ae 31"),
-    *("0f c7 21", "48 0f c7 21", "0f ae 29", "48 0f ae 29"),
-)
-"""XSAVE, XSAVEOPT, XSAVEC and XRSTOR of the area at RCX, each without and with REX.W."""
-
-STATE_STRIDE = 8
-
 CALLS_AT, CALL_WORDS = 128, 7
 """Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
 
@@ -73,8 +63,6 @@ def emit_injection(asm: Assembler) -> None:
     ``illegal`` is an illegal instruction; at ``scratch`` are bytes that arguments of calls
     point at, and at ``shared_at`` the address of the shared page, or zero.
 
-    At ``state`` are :data:`STATE_INSTRUCTIONS`, each with an int3 behind it, STATE_STRIDE apart.
-
     From ``calls`` to ``called`` the RBP calls of the table at RBX are made, each result stored in
     place of its number.
     """
@@ -94,11 +82,6 @@ def emit_injection(asm: Assembler) -> None:
     asm.short("75", "calls")  # jnz
     asm.emit("cc")  # int3
     asm.label("called")
-    asm.align(STATE_STRIDE)
-    asm.label("state")
-    for instruction in STATE_INSTRUCTIONS:
-        asm.emit(f"{instruction} cc")  # xsave… [rcx]; int3
-        asm.align(STATE_STRIDE)
     asm.align(16)
     asm.label("scratch")
     asm.emit("cc" * SCRATCH_BYTES)

@@ -57,7 +57,7 @@ class Vdso:
         illegal: an illegal instruction.
         scratch: bytes that only the supervisor writes, for calls that take pointers.
         calls: makes a table of calls; called: RIP after its int3.
-        state: instructions on extended state, as ``vdso/code.py`` has them.
+        slots: a page behind the image, for ``vdso/out_of_line.py``.
         shared_at: where the address of the shared page belongs.
         permit, permitted, permit_end: as ``vdso/code.py`` has them.
         symbols: exported functions.
@@ -74,7 +74,7 @@ class Vdso:
     scratch: int
     calls: int
     called: int
-    state: int
+    slots: int
     shared_at: int
     permit: int
     permitted: int
@@ -129,6 +129,7 @@ def build_vdso(original: dict[str, int]) -> Vdso:
     base = layout.text
     return Vdso(
         image=layout.image,
+        slots=len(layout.image),
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
     )
@@ -137,7 +138,7 @@ def build_vdso(original: dict[str, int]) -> Vdso:
 _GNU_BUCKETS = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
-    *("calls", "called", "state", "shared_at", "permit", "permitted", "permit_end"),
+    *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
 )
 
 

@@ -10,6 +10,8 @@ happened now.  That is half the stops of a call.
 
 A permit is given only while the program has one thread, so that nothing of ours can run between its
 use and that stop; and it ends with every stop, and when one of the pages that EENTER needs leaves.
+A stop at which an instruction of enclave code is executed in another way, and nothing else is done,
+does not keep the EEXIT that follows from giving a permit.
 
 What the frame holds as URSP and URBP at that stop is what EENTER stores there: what the vDSO has
 stored, or the enclave since, which may move the stack of its host.
@@ -80,7 +82,7 @@ class Permits:
     def __init__(self, allowed: Callable[[], bool]) -> None:
         self._allowed = allowed
         self._entry: _Entry | None = None  # the last, if it would succeed again once it has ended
-        self._fresh = False  # there was no stop since the entry, or since the permit
+        self._fresh = False  # nothing was done since the entry, or since the permit
         self._given = False
         self._scratch = NativeRegisters()
         self._then = cast(Registers, self._scratch)  # what the machine sees of them
@@ -100,7 +102,7 @@ class Permits:
         self._fresh = True
 
     def left(self, thread: ProgramThread) -> None:
-        """EEXIT has succeeded: give a permit if this is the first stop since the entry."""
+        """EEXIT has succeeded: give a permit if nothing was done since the entry."""
         entry = self._entry
         if entry is None or entry.thread is not thread:
             return
@@ -111,10 +113,15 @@ class Permits:
         words[_TCS] = entry.tcs
         self._given = self._fresh = True
 
+    def outlast(self, thread: ProgramThread) -> None:
+        """The stop at hand is over, and has changed nothing that the entry depends on."""
+        if self._entry is not None and self._entry.thread is thread:
+            self._fresh = True
+
     def going(self) -> None:
-        """The program is about to go on: end the permit if a page it needs has left meanwhile."""
+        """The program is about to go on: forget the entry if a page it needs has left meanwhile."""
         entry = self._entry
-        if entry is None or not self._given:
+        if entry is None or not self._fresh:
             return
         page_table = entry.thread.image.page_table
         if any(page_table.entry(needed) is None for needed in entry.needs):

@@ -34,7 +34,7 @@ def thread(code: bytes, *, before_next: int, there: tuple[int, ...] = (PAGE, NEX
             end += 1
         return bytes(memory[address - PAGE : end - PAGE])
 
-    device = SimpleNamespace(memory=SimpleNamespace(code=visible))
+    device = SimpleNamespace(memory=SimpleNamespace(own_code=visible))
     image = SimpleNamespace(device_at=lambda _address: device)
     regs = SimpleNamespace(rip=rip, rsp=0, rdi=0)
     return cast(ProgramThread, SimpleNamespace(regs=regs, image=image))

@@ -61,8 +61,9 @@ class Scene:
         stub = cast(Any, None)
         breakpoints = Breakpoints(lambda _thread, _memory: [])
         exits = AsynchronousExits(breakpoints)
-        leaves = EncluLeaves(exits, stub, cast(Any, SimpleNamespace()), breakpoints)
-        self.faults = EnclaveFaults(exits, leaves, stub, stub, stub)
+        permits = cast(Any, SimpleNamespace())
+        leaves = EncluLeaves(exits, stub, permits, breakpoints)
+        self.faults = EnclaveFaults(exits, leaves, permits, stub, stub, stub)
 
     def write(self, page: int, offset: int, data: bytes) -> None:
         """Write to the TCS (0), or a page behind it."""

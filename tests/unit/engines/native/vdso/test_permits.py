@@ -223,6 +223,44 @@ def test_a_call_that_stopped_in_between_earns_no_permit() -> None:
     assert scene.word("tcs") == 0
 
 
+def test_an_instruction_that_is_executed_in_another_way_costs_no_permit() -> None:
+    scene = called_once()
+    for _ in range(3):
+        scene.use()
+        scene.inside()
+        for _instruction in range(2):
+            scene.permits.stopped(scene.thread)
+            scene.permits.outlast(scene.thread)
+            scene.permits.going()
+        scene.exit()
+        assert scene.word("tcs") == scene.tcs
+    assert scene.inhabited.enclave.crossings.eenter == 4
+
+
+def test_a_page_that_leaves_at_such_a_stop_ends_the_permit_all_the_same() -> None:
+    scene = called_once()
+    needed = scene.tcs
+    scene.use()
+    scene.inside()
+    scene.permits.stopped(scene.thread)
+    scene.permits.outlast(scene.thread)
+    scene.gone.add(needed)
+    scene.permits.going()
+    scene.gone.clear()
+    scene.exit()
+    assert scene.word("tcs") == 0
+
+
+def test_such_a_stop_does_not_make_up_for_another_one() -> None:
+    scene = Scene()
+    scene.enter_with_a_stop()
+    scene.permits.stopped(scene.thread)  # a fault, say
+    scene.permits.stopped(scene.thread)
+    scene.permits.outlast(scene.thread)
+    scene.exit()
+    assert scene.word("tcs") == 0
+
+
 @pytest.mark.parametrize("why", ["not alone", "a listener", "no page"])
 def test_some_entries_always_stop(why: str) -> None:
     scene = Scene()
