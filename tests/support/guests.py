@@ -29,12 +29,11 @@ class GuestSystem:
     listen: bool = False
     ksgxd: bool = False
     defects: frozenset[Defect] = frozenset()
+    events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.runtime = self.host.runtime
-        self.events: list[Event] = []
         tracer: Tracer | None = self.events.append if self.listen else None
-        self.guest.listen(tracer)
         self.core = self.boot()
         self.driver = Driver(
             self.core,
@@ -150,6 +149,7 @@ class GuestHost:
         **options: Any,
     ) -> GuestSystem:
         """A new guest with an operating system in it."""
+        events: list[Event] = []
         guest = Guest(
             self.system.machine,
             self.device,
@@ -157,9 +157,10 @@ class GuestHost:
             epc_pages=epc_pages,
             group=group,
             tracer=self.events.append,
+            leaf_tracer=events.append if listen else None,
             **{"processors": 2} | options,
         )
-        made = GuestSystem(self, guest, policy=policy, listen=listen, ksgxd=ksgxd)
+        made = GuestSystem(self, guest, policy=policy, listen=listen, ksgxd=ksgxd, events=events)
         self.guests.append(made)
         return made
 

@@ -139,6 +139,7 @@ def make_machine(
     seed: int = 0,
     store: PageStore | None = None,
     tracer: Tracer | None = None,
+    optimised: bool = True,
     **config: object,
 ) -> Machine:
     """A machine with one EPC section; other keywords are fields of its configuration."""
@@ -147,7 +148,7 @@ def make_machine(
         RepeatingRuntime(seed) if runtime is None else runtime,
         store=store,
         tracer=tracer,
-        optimised=OPTIMISED,
+        optimised=OPTIMISED if optimised else None,
     )
 
 

@@ -24,7 +24,7 @@ from tests.support.hw import (
 from tests.support.paging import Blob, outcome, pattern
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, SecInfo, Status
-from softsgx.hw import EpcPage, Leaves, LogicalProcessor, Machine, PageInfoArgs, PageTables
+from softsgx.hw import EpcPage, LogicalProcessor, Machine, PageInfoArgs, PageTables
 from softsgx.hw.access import load, store
 from softsgx.hw.enclave import Enclave
 from softsgx.hw.leaves.aex import interrupt
@@ -56,7 +56,7 @@ class Inhabited:
 
     Attributes:
         threads: TCSs of the enclave and logical processors of the machine.
-        readable: use the readable leaves, which have points, even where there are fast ones.
+        readable: its machine has the readable leaves only, which have points.
         blobs: evicted pages by offset.
     """
 
@@ -72,7 +72,10 @@ class Inhabited:
     def __post_init__(self) -> None:
         if self.machine is None:
             self.machine = make_machine(
-                processors=self.threads, runtime=self.runtime, tracer=self.tracer
+                processors=self.threads,
+                runtime=self.runtime,
+                tracer=self.tracer,
+                optimised=not self.readable,
             )
         self.hw: Machine = self.machine
         flags = AttributesFlags.MODE64BIT | (AttributesFlags.DEBUG if self.debug else 0)
@@ -93,7 +96,7 @@ class Inhabited:
     @property
     def leaves(self) -> Any:
         """The operating system's leaves."""
-        return Leaves(self.hw.kernel) if self.readable else self.hw.leaves
+        return self.hw.leaves
 
     @property
     def enclave(self) -> Enclave:
@@ -128,10 +131,6 @@ class Inhabited:
     def cpu(self, number: int) -> LogicalProcessor:
         """Return a processor, in this enclave's process unless it is inside another."""
         cpu = self.hw.cpus[number]
-        if self.readable and self.hw.optimised is not None:
-            self.hw.optimised = None
-            for each in self.hw.cpus:
-                each.enclu.listen(self.hw.tracer)
         if cpu.inside is None:
             cpu.space, cpu.cpl = self.tables, 3
         return cpu

@@ -37,7 +37,7 @@ class GuestPlatform:
         guest: the virtual machine.
         policy: its core's.
         backing: makes the backing files of its enclaves, which are in its own memory.
-        tracer: receives the events of its leaves, core and driver: what the guest sees.
+        tracer: receives the events of its core and driver: what the guest sees.
 
     Attributes:
         guest, core, driver: the parts.
@@ -52,7 +52,6 @@ class GuestPlatform:
         tracer: Tracer | None = None,
     ) -> None:
         self.guest = guest
-        guest.listen(tracer)
         self.core = EpcCore(guest, guest.runtime, policy=policy, dirty=(), tracer=tracer)
         self.driver = Driver(self.core, guest.runtime, backing=backing, tracer=tracer)
         self._started = False

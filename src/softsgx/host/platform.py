@@ -21,7 +21,7 @@ from softsgx.driver import Driver, EnclaveFile
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import PlatformConfig, check_pages, configured_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
-from softsgx.hw import Machine, PageStore
+from softsgx.hw import Machine, PageStore, Ram
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.kvm import Guest, VepcDevice
 from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
@@ -40,6 +40,7 @@ class Platform:
         runtime: where it runs; an :class:`~softsgx.runtime.InlineRuntime` with the configured
             seed when ``None``.
         store: where the bytes of resident pages live; memory when ``None``.
+        ram: ordinary memory of the machine; an empty one when ``None``.
         make_backing: makes an enclave's backing file of so many pages, instead of the configured
             kind.
         tracer: receives every event of every layer.
@@ -59,6 +60,7 @@ class Platform:
         *,
         runtime: Runtime | None = None,
         store: PageStore | None = None,
+        ram: Ram | None = None,
         make_backing: Callable[[int], BackingFile] | None = None,
         tracer: Tracer | None = None,
         **keywords: Any,
@@ -72,6 +74,7 @@ class Platform:
             self.config.machine(),
             self.runtime,
             store=store,
+            ram=ram,
             tracer=self._tracer,
             optimised=OPTIMISED,
         )
@@ -239,6 +242,7 @@ class Platform:
                 ballast_pages=check_ballast(name, ballast, pays, guests, self.machine.config),
                 provisioning=provisioning,
                 tracer=self._tracer,
+                leaf_tracer=tracer,
             ),
             policy=self.config.paging_policy(),
             backing=self._backing,

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count
 
 from softsgx.arch import (
@@ -55,6 +56,7 @@ class Machine:
         config: sections, features, processors.
         runtime: where leaves may be interleaved, and the source of randomness.
         store: where the bytes of resident pages live.
+        ram: ordinary memory; an empty one when ``None``.
         tracer: receives an event for each leaf; ``None`` costs nothing.
         optimised: second implementations of hot leaves (``softsgx.hw.optimised``), which run where
             the runtime does not interleave and there is no listener; ``None``: the readable ones.
@@ -82,6 +84,7 @@ class Machine:
         runtime: Runtime,
         *,
         store: PageStore | None = None,
+        ram: Ram | None = None,
         tracer: Tracer | None = None,
         optimised: OptimisedLeaves | None = None,
     ) -> None:
@@ -90,7 +93,7 @@ class Machine:
         self.latch = runtime.latch()
         self.point = runtime.point
         self.secrets = Secrets(runtime.random, runtime.entropy)
-        self.ram = Ram()
+        self.ram = Ram() if ram is None else ram
         self.feature_control = int(FEATURE_CONTROL_READY)
         if config.launch_control:
             self.feature_control |= FeatureControl.SGX_LAUNCH_CONTROL
@@ -105,29 +108,23 @@ class Machine:
         self._eids = count(1)
         self.xsave = XsaveLayout(config)
         self.optimised = None if runtime.interleaves else optimised
-        self.tracer: Tracer | None = None
+        self.tracer = tracer
         self.cpus: list[LogicalProcessor] = []
         for _number in range(config.processors):
             self.add_processor()
         self.virtual_cpus: list[LogicalProcessor] = []
-        self.kernel = LogicalProcessor(self, 0)
-        self.leaves = Leaves(self.kernel, self.optimised)
-        self.listen(tracer)
+        self.kernel = LogicalProcessor(self, 0, EncluLeaves)
+        self.leaves = Leaves(self.kernel, tracer=tracer, optimised=self.optimised)
 
     def add_processor(self) -> LogicalProcessor:
         """Return one more logical processor, outside of any enclave."""
-        cpu = LogicalProcessor(self, len(self.cpus))
-        cpu.enclu = EncluLeaves(cpu)
-        cpu.enclu.listen(self.tracer)
+        cpu = LogicalProcessor(self, len(self.cpus), partial(EncluLeaves, tracer=self.tracer))
         self.cpus.append(cpu)
         return cpu
 
-    def listen(self, tracer: Tracer | None) -> None:
-        """Hand every event from now on to ``tracer``; ``None`` stops it."""
-        self.tracer = tracer
-        self.leaves.listen(tracer)
-        for cpu in self.cpus:
-            cpu.enclu.listen(tracer)
+    def add_virtual_processors(self, cpus: Iterable[LogicalProcessor]) -> None:
+        """Add the processors of a guest, which run its code on this machine."""
+        self.virtual_cpus.extend(cpus)
 
     def leaf_locks(self) -> LeafLocks:
         """Return a scope that takes page locks for one leaf and releases them at its end."""

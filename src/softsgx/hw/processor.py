@@ -8,7 +8,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from softsgx.arch import (
@@ -182,7 +182,7 @@ class LogicalProcessor:
 
     Attributes:
         hw: its machine.
-        number: which one it is.
+        number: its index among the processors of its machine or guest.
         regs: registers; an engine loads and stores them around leaves.
         space: the address space in force (CR3).
         cpl: current privilege level.
@@ -204,13 +204,18 @@ class LogicalProcessor:
         ssp, u_cet: shadow-stack pointer and IA32_U_CET, in force with CR4.CET.
         inside: enclave mode; ``None`` outside.
         tlb: translations by linear page.
-        busy: held for one ENCLU or one memory access, and by whoever interrupts the processor:
-            an interrupt waits for the end of the instruction.
-        enclu: the ENCLU leaves bound to this processor; the machine sets it.
+        busy: held for one ENCLU or one memory access, and by a task that interrupts the
+            processor: an interrupt waits for the end of the instruction.
+        name: in schedules; ``cpu`` and the number by default.
+        enclu: the ENCLU leaves bound to this processor.
+
+    Args:
+        enclu_leaves: makes ``enclu``.
     """
 
     hw: Machine
     number: int
+    enclu_leaves: InitVar[Callable[[LogicalProcessor], EncluLeaves]]
     regs: Registers = field(default_factory=Registers)
     space: AddressSpace = field(default_factory=DirectMap)
     cpl: int = 0
@@ -243,9 +248,12 @@ class LogicalProcessor:
     tlb: dict[int, Translation] = field(default_factory=dict)
     busy: Lock = field(init=False, repr=False)
     enclu: EncluLeaves = field(init=False, repr=False)
+    name: str = ""
 
-    def __post_init__(self) -> None:
-        self.busy = self.hw.runtime.lock(f"cpu{self.number}")
+    def __post_init__(self, enclu_leaves: Callable[[LogicalProcessor], EncluLeaves]) -> None:
+        self.name = self.name or f"cpu{self.number}"
+        self.busy = self.hw.runtime.lock(self.name)
+        self.enclu = enclu_leaves(self)
 
     @property
     def launch_key_hash(self) -> list[int]:

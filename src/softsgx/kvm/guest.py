@@ -86,6 +86,7 @@ class Guest(Monitor):
         provisioning: whether its enclaves may use the provisioning key.
         config: changes to what its CPUID says, by field of :class:`~softsgx.hw.MachineConfig`.
         tracer: receives the host's events about it.
+        leaf_tracer: receives the events of the guest's ENCLS leaves, as the guest sees them.
 
     Attributes:
         config, leaves, cpus, launch_key_hash: as of a machine.
@@ -110,6 +111,7 @@ class Guest(Monitor):
         provisioning: bool = False,
         config: dict[str, Any] | None = None,
         tracer: Tracer | None = None,
+        leaf_tracer: Tracer | None = None,
     ) -> None:
         sizes = [epc_pages] if isinstance(epc_pages, int) else list(epc_pages)
         if not machine.config.features & SgxFeature.SGX1:
@@ -130,7 +132,7 @@ class Guest(Monitor):
         bitmap = exiting_bitmap(machine.config, self.config)
         self.cpus = [GuestProcessor(self, number, bitmap) for number in range(processors)]
         self.kernel = GuestProcessor(self, 0, bitmap)
-        self.leaves = GuestLeaves(self, self.kernel)
+        self.leaves = GuestLeaves(self, self.kernel, tracer=leaf_tracer)
         self.mappings: list[VepcMapping] = []
         for section in self.config.sections:
             try:
@@ -139,7 +141,7 @@ class Guest(Monitor):
                 raise SoftSgxError(f"guest {name}: {error}") from error
             self.mappings.append(vepc.mmap(section.pages))
             vepc.close()  # the mapping references it
-        machine.virtual_cpus += self.cpus
+        machine.add_virtual_processors(self.cpus)
 
     # --- a machine ------------------------------------------------------------------------------
 
@@ -165,10 +167,6 @@ class Guest(Monitor):
     def ram_discard(self, physical: int) -> None:
         """Free the memory behind one page of its ordinary memory."""
         self.machine.ram_discard(physical + self.ram_base)
-
-    def listen(self, tracer: Tracer | None) -> None:
-        """Send the events of the guest's ENCLS leaves to ``tracer``, as the guest sees them."""
-        self.leaves.listen(tracer)
 
     # --- instructions ---------------------------------------------------------------------------
 

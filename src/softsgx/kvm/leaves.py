@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from softsgx.arch import (
     PAGE_BYTES,
     AttributesFlags,
     Encls,
+    Enclv,
     PageInfo,
     SecInfo,
     Secs,
@@ -27,8 +27,6 @@ from softsgx.arch import (
 )
 from softsgx.defects import Defect
 from softsgx.hw import (
-    ENCLS,
-    ENCLV,
     GeneralProtection,
     Leaf,
     Leaves,
@@ -36,7 +34,6 @@ from softsgx.hw import (
     MachineConfig,
     PageInfoArgs,
     UndefinedOpcode,
-    traced,
 )
 from softsgx.trace import Tracer
 
@@ -88,27 +85,28 @@ class GuestLeaves(Leaves):
     ERDINFO, ETRACKC, ELDBC, ELDUC and EUPDATESVN do not exist here (#GP), ENCLV neither (#UD).
     """
 
-    def __init__(self, guest: Guest, kernel: LogicalProcessor) -> None:
+    def __init__(
+        self, guest: Guest, kernel: LogicalProcessor, *, tracer: Tracer | None = None
+    ) -> None:
         self._guest = guest
-        super().__init__(kernel)
+        super().__init__(kernel, tracer=tracer)
 
-    def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf; one event a leaf, however often the guest executes it again."""
-        bitmap = self._cpu.encls_exiting
-        for leaf in ENCLV.values():
-            self._bind(leaf, _undefined(leaf.function), tracer)
-        for leaf in ENCLS.values():
-            exits = bitmap >> leaf.number & 1
-            self._bind(leaf, self.trapped(leaf) if exits else leaf.function, tracer)
-
-    def _bind(self, leaf: Leaf, function: Callable[..., Any], tracer: Tracer | None) -> None:
-        guest = self._guest
+    def _function(self, leaf: Leaf) -> Callable[..., Any]:
+        """Return what executes a leaf to its end: one event, however often it is repeated."""
+        guest, exits = self._guest, self._cpu.encls_exiting >> leaf.number & 1
+        if isinstance(leaf.number, Enclv):
+            function = _undefined(leaf.function)
+        else:
+            function = self.trapped(leaf) if exits else leaf.function
 
         def execute(cpu: LogicalProcessor, *operands: Any) -> Any:
             return guest.execute(cpu, function, *operands)
 
-        bound = execute if tracer is None else traced(leaf, execute, tracer, _no_eid)
-        setattr(self, leaf.name, MethodType(bound, self._cpu))
+        return execute
+
+    def _eid_of(self, cpu: LogicalProcessor, page: int) -> int:
+        """Return 0: an identifier would tell the guest how many enclaves the host has."""
+        return 0
 
     def trapped(self, leaf: Leaf) -> Callable[..., Any]:
         """Return the function that the host executes when the guest's ``leaf`` exits."""
@@ -119,11 +117,6 @@ class GuestLeaves(Leaves):
                 return partial(_einit, self._guest, leaf.function)
             case _:
                 return _not_enabled(leaf.function)
-
-
-def _no_eid(cpu: LogicalProcessor, page: int) -> int:
-    """A guest's events carry no enclave identifier: the host's enclaves are numbered with them."""
-    return 0
 
 
 # --- trapped leaves -------------------------------------------------------------------------------

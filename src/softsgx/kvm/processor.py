@@ -50,14 +50,14 @@ class GuestProcessor(LogicalProcessor):
         super().__init__(
             guest.machine,
             number,
+            EncluLeaves,
+            name=f"{guest.name}.cpu{number}",
             space=_GuestDirectMap(),
             vmx_operation=True,
             vmx_nonroot=True,
             epc_virtualization=True,
             encls_exiting=encls_exiting,
         )
-        self.busy = guest.runtime.lock(f"{guest.name}.cpu{number}")
-        self.enclu = EncluLeaves(self)
 
     @property
     def launch_key_hash(self) -> list[int]:

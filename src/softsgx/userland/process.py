@@ -87,6 +87,7 @@ class SoftProcess:
         name: for people and schedules.
         may_provision: whether it may open ``/dev/sgx_provision``, which is a right of the file
             system on Linux.
+        make_mm: makes its address space; an empty one when ``None``.
 
     Attributes:
         mm: its address space.
@@ -103,6 +104,7 @@ class SoftProcess:
         group: Group | None = None,
         name: str = "",
         may_provision: bool = True,
+        make_mm: Callable[[SoftProcess], Mm] | None = None,
     ) -> None:
         pid = driver.next_pid()
         self.name = name or f"process{pid}"
@@ -110,7 +112,11 @@ class SoftProcess:
         self.group: Group = driver.core.root if group is None else group
         self.ptes = SoftPtes(machine)
         self.memory = SoftMemory(machine, self.ptes, _FRAMES + pid * _FRAMES_BYTES)
-        self.mm = Mm(driver.runtime, self.ptes, owner=self, name=self.name)
+        self.mm = (
+            Mm(driver.runtime, self.ptes, owner=self, name=self.name)
+            if make_mm is None
+            else make_mm(self)
+        )
         self.may_provision = may_provision
         self.personality_read_implies_exec = False
         self._next_place = _PLACES
@@ -276,11 +282,11 @@ class SoftProcess:
             group=self.group,
             name=name,
             may_provision=self.may_provision,
+            make_mm=lambda child: self.mm.fork(
+                child.ptes, owner=child, name=child.name, copy_entries=True, fail=fail
+            ),
         )
         child._next_place = self._next_place
-        child.mm = self.mm.fork(
-            child.ptes, owner=child, name=child.name, copy_entries=True, fail=fail
-        )
         self.memory.copy_to(child.memory)
         for fd, file in self._files.items():
             file.hold()

@@ -69,8 +69,7 @@ class Churn:
     def task(self, number: int, steps: int) -> None:
         """Do ``steps`` random things."""
         rng = random.Random(number)
-        leaves = Leaves(self.bench.machine.cpus[number])
-        leaves.listen(self.bench.tracer)
+        leaves = Leaves(self.bench.machine.cpus[number], tracer=self.bench.tracer)
         for _ in range(steps):
             doing = rng.choice(
                 [self.evict, self.evict, self.load, self.load, self.track, self.look, self.scratch]

@@ -26,6 +26,7 @@ from softsgx.arch import (
     VmExitReason,
 )
 from softsgx.hw import Fault, LogicalProcessor, Machine, Segment, encls, enclu, enclv
+from softsgx.trace import Tracer
 
 CF, ZF, FLAGS = 1 << 0, 1 << 6, 0x8D5
 NOWHERE = 1 << 47
@@ -42,10 +43,11 @@ class Instruction:
 
     name: str
     mode64: bool = True
+    tracer: Tracer | None = None
     border: Border = field(init=False)
 
     def __post_init__(self) -> None:
-        self.border = Border(mode64=self.mode64)
+        self.border = Border(mode64=self.mode64, tracer=self.tracer)
         self.hw: Machine = self.border.hw
         built = self.border.built
         self.free = next(
@@ -324,14 +326,13 @@ def test_a_32_bit_processor_sees_the_lower_halves_of_its_registers() -> None:
 
 
 def test_instructions_are_heard_by_listeners_too() -> None:
-    scene = Instruction("enclu")
     events: list[Any] = []
-    scene.hw.listen(events.append)
+    scene = Instruction("enclu", tracer=events.append)
+    kernel = Instruction("encls", tracer=events.append)
+    events.clear()
     scene.run()
     scene.cpu.regs.rax, scene.cpu.regs.rbx = int(Enclu.EEXIT), AEP
     enclu(scene.cpu)
-    kernel = Instruction("encls")
-    kernel.hw.listen(events.append)
     kernel.run()
     assert [event.leaf for event in events] == ["eenter", "eexit", "epa"]
     assert state_of(kernel.hw)

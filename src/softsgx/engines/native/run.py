@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.memory.pagers import PAGERS
+from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
@@ -117,7 +118,12 @@ def native_platform(
 ) -> Platform:
     """Return a platform for a :class:`Supervisor`: made of ``config``, pages in memory files."""
     values = {item.name: getattr(config, item.name) for item in fields(PlatformConfig)}
-    return Platform(NativePlatformConfig(**values, cpuid=cpuid), store=NativeStore(), tracer=tracer)
+    return Platform(
+        NativePlatformConfig(**values, cpuid=cpuid),
+        store=NativeStore(),
+        ram=NativeRam(),
+        tracer=tracer,
+    )
 
 
 def cpuid_of(config: MachineConfig, source: str) -> Callable[[int, int], CpuidLeaf]:

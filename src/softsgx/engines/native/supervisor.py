@@ -108,6 +108,8 @@ class Supervisor(Lifecycle):
         injections: Injections | None = None,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
+        assert isinstance(machine.ram, NativeRam), "the program's memory is the machine's RAM"
+        self._images = machine.ram.images
         self._machine, self._driver = machine, driver
         self._store: NativeStore = machine.store
         assert isinstance(driver.runtime, InlineRuntime), "everything runs in the tracer's thread"
@@ -127,10 +129,8 @@ class Supervisor(Lifecycle):
         self._waits = Waits()
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
-        self._images: dict[int, ProcessImage] = {}
         self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
-        machine.ram = NativeRam(self._images)
         transitions = Transitions(
             cpuid,
             AbortPage(self._store, self._stop_other_users),

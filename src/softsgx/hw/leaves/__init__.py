@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
-from softsgx.hw.leaves.registry import ENCLS, ENCLV, OptimisedLeaves, eid_of, traced
+from softsgx.hw.leaves.registry import ENCLS, ENCLV, Leaf, OptimisedLeaves, eid_of, traced
 from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
@@ -27,7 +28,8 @@ class Leaves:
 
     Args:
         cpu: the processor; with ``optimised``, one that has the direct map.
-        optimised: second implementations, used while there is no listener.
+        tracer: receives an event at the end of each leaf.
+        optimised: second implementations, used where there is no tracer.
     """
 
     ecreate: Callable[[Ref | PageInfoArgs, int], None]
@@ -55,18 +57,25 @@ class Leaves:
     eincvirtchild: Callable[[int, int], Status]
     esetcontext: Callable[[int, Ref], Status]
 
-    def __init__(self, cpu: LogicalProcessor, optimised: OptimisedLeaves | None = None) -> None:
+    def __init__(
+        self,
+        cpu: LogicalProcessor,
+        *,
+        tracer: Tracer | None = None,
+        optimised: OptimisedLeaves | None = None,
+    ) -> None:
         self._cpu = cpu
-        self._optimised = {} if optimised is None else optimised.kernel(cpu)
-        self.listen(None)
-
-    def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf, with an event at its end for a listener, bare otherwise."""
+        fast = {} if optimised is None or tracer is not None else optimised.kernel(cpu)
         for leaf in (*ENCLS.values(), *ENCLV.values()):
-            function = leaf.function
+            function = self._function(leaf)
             if tracer is not None:
-                function = traced(leaf, function, tracer, eid_of)
-            setattr(self, leaf.name, MethodType(function, self._cpu))
-        if tracer is None:
-            for name, function in self._optimised.items():
-                setattr(self, name, function)
+                function = traced(leaf, function, tracer, self._eid_of)
+            setattr(self, leaf.name, fast.get(leaf.name) or MethodType(function, cpu))
+
+    def _function(self, leaf: Leaf) -> Callable[..., Any]:
+        """Return what executes a leaf here; the processor is its first parameter."""
+        return leaf.function
+
+    def _eid_of(self, cpu: LogicalProcessor, page: int) -> int:
+        """Return the enclave identifier that a leaf's event names."""
+        return eid_of(cpu, page)

@@ -16,13 +16,18 @@ __all__ = ["EncluLeaves"]
 
 
 class EncluLeaves:
-    """What user code of a processor can do about enclaves: ``cpu.enclu.eenter(tcs, aep)``.
+    """ENCLU leaves, bound to one logical processor: ``cpu.enclu.eenter(tcs, aep)``.
 
     Operands are linear addresses in the processor's address space.  Each attribute is the leaf's
     own function, whose docstring says what it takes, returns and raises; EENTER, ERESUME and
     EEXIT work on ``cpu.regs``.  An interrupt of the processor waits for the leaf's end.
 
-    The checks that come before any leaf, on mode and privilege, are ``hw.dispatch``'s.
+    ``hw.dispatch`` has the checks of mode and privilege that come before any leaf.
+
+    Args:
+        cpu: the processor.
+        tracer: receives an event at the end of each leaf; without one, the machine's second
+            implementations are used.
     """
 
     ereport: Callable[[int, int, int], None]
@@ -36,13 +41,7 @@ class EncluLeaves:
     everifyreport2: Callable[[int], Status]
     edeccssa: Callable[[], None]
 
-    def __init__(self, cpu: LogicalProcessor) -> None:
-        self._cpu = cpu
-        self.listen(None)
-
-    def listen(self, tracer: Tracer | None) -> None:
-        """Bind every leaf, with an event at its end for a listener, bare otherwise."""
-        cpu = self._cpu
+    def __init__(self, cpu: LogicalProcessor, *, tracer: Tracer | None = None) -> None:
         for leaf in ENCLU.values():
             function = leaf.function
             if tracer is not None:

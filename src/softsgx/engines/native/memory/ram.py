@@ -6,7 +6,6 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softsgx.arch import Pfec
@@ -23,13 +22,13 @@ __all__ = ["NativeRam"]
 class NativeRam(Ram):
     """RAM of a machine whose processors are threads of real processes.
 
-    Args:
-        images: address spaces by index; it may grow.
+    Attributes:
+        images: the processes' address spaces by index; the supervisor adds and removes them.
     """
 
-    def __init__(self, images: Mapping[int, ProcessImage]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._images = images
+        self.images: dict[int, ProcessImage] = {}
 
     def read(self, physical: int, size: int) -> bytes:
         """Return bytes of the program's memory.
@@ -39,7 +38,7 @@ class NativeRam(Ram):
         """
         index, linaddr = split_ordinary(physical)
         try:
-            return self._images[index].memory.read(linaddr, size)
+            return self.images[index].memory.read(linaddr, size)
         except BadAddress:
             raise PageFault(linaddr, Pfec.U) from None
 
@@ -51,6 +50,6 @@ class NativeRam(Ram):
         """
         index, linaddr = split_ordinary(physical)
         try:
-            self._images[index].memory.write(linaddr, data)
+            self.images[index].memory.write(linaddr, data)
         except BadAddress:
             raise PageFault(linaddr, Pfec.U | Pfec.W) from None
