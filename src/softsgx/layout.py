@@ -142,6 +142,8 @@ class Structure:
     ALIGN: ClassVar[int] = 1
     OFFSETS: ClassVar[dict[str, int]] = {}
     _fields: ClassVar[tuple[_Field[Any], ...]] = ()
+    _names: ClassVar[tuple[str, ...]] = ()
+    _converted: ClassVar[tuple[_Field[Any], ...]] = ()
     _codec: ClassVar[struct.Struct]
 
     def __init_subclass__(cls, *, size: int, align: int = 1) -> None:
@@ -161,6 +163,10 @@ class Structure:
         cls.SIZE, cls.ALIGN = size, align
         cls.OFFSETS = {field.name: field.offset for field in fields}
         cls._fields = tuple(fields)
+        cls._names = tuple(field.name for field in fields)
+        cls._converted = tuple(
+            field for field in fields if type(field.kind).from_wire is not FieldType.from_wire
+        )
         cls._codec = struct.Struct("<" + "".join(field.kind.code for field in fields))
 
     def __init__(self, **values: Any) -> None:
@@ -178,8 +184,10 @@ class Structure:
         """Read one from ``data`` at ``offset``; ``struct.error`` when it is too short."""
         wires = cls._codec.unpack_from(data, offset)
         self = cls.__new__(cls)
-        for field, wire in zip(cls._fields, wires, strict=True):
-            setattr(self, field.name, field.kind.from_wire(wire))
+        values = self.__dict__
+        values.update(zip(cls._names, wires, strict=True))
+        for field in cls._converted:  # the other kinds keep what struct gives
+            values[field.name] = field.kind.from_wire(values[field.name])
         return self
 
     def pack(self) -> bytes:
