@@ -391,11 +391,14 @@ class _Image:
                 f"{self._file.name}: {what}: no segment has {len(data)} bytes at {address:#x}; "
                 "the file is damaged"
             )
-        for nth, byte in enumerate(data):
-            page = address + nth & -PAGE_BYTES
+        done = 0
+        while done < len(data):
+            page, start = address + done & -PAGE_BYTES, address + done & PAGE_BYTES - 1
+            part = data[done : done + PAGE_BYTES - start]
             if page not in self._written:
                 self._written[page] = self._page(load, page)
-            self._written[page][address + nth - page] = byte
+            self._written[page][start : start + len(part)] = part
+            done += len(part)
 
     def _at(self, address: int, size: int) -> ProgramHeader | None:
         for load in self._loads:
