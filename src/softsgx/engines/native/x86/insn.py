@@ -173,7 +173,7 @@ def _decode(code: bytes) -> Insn | None:
         size, memory, _reg = _modrm(code, at)
         if opcode == 0x38:
             store = memory and third == 0xF1 and prefix != 0xF2
-            return Insn(at + size, third, opcode, store, False, False)
+            return _checked(code, Insn(at + size, third, opcode, store, False, False))
         store = memory and third in _STORE3A
         return _checked(code, Insn(at + size + 1, third, opcode, store, False, False))
     return _decode_second(code, at + 1, prefix)
@@ -255,7 +255,7 @@ def _decode_vector(code: bytes, at: int) -> Insn | None:
         store |= opcode in _STORE38_DOWN and pp == 2
     else:
         store = opcode in _STORE38_VEX
-    return Insn(at, opcode, 0x38, memory and store, False, False)
+    return _checked(code, Insn(at, opcode, 0x38, memory and store, False, False))
 
 
 def _modrm(code: bytes, at: int) -> tuple[int, bool, int]:
