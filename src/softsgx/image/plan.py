@@ -35,6 +35,7 @@ from softsgx.arch import (
 from softsgx.errors import SoftSgxError
 
 __all__ = [
+    "LARGEST_SECS_SIZE",
     "MASK_ALL",
     "MASK_NONE",
     "MOST_TCS",
@@ -70,7 +71,8 @@ _ADDABLE = {PageType.TCS, PageType.REG, PageType.SS_FIRST, PageType.SS_REST}
 # A plain number: inverting an IntFlag keeps only the bits that have names.
 _SETTABLE = SecInfoFlags.RWX.value | SecInfoFlags.TYPE_MASK.value
 _SMALLEST_SECS_SIZE = 8192
-_LARGEST_SECS_SIZE = 1 << 56  # no processor has more linear addresses: SECS.SIZE cannot pass it
+LARGEST_SECS_SIZE = 1 << 56
+"""SECS.SIZE in bytes: no processor has more linear addresses."""
 _SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
 _TOKEN_BYTES = 8
 MOST_TCS = 1 << 16
@@ -215,9 +217,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check what the instructions would."""
-        if not _SMALLEST_SECS_SIZE <= self.size <= _LARGEST_SECS_SIZE or self.size & (
-            self.size - 1
-        ):
+        if not _SMALLEST_SECS_SIZE <= self.size <= LARGEST_SECS_SIZE or self.size & (self.size - 1):
             raise SoftSgxError(
                 f"plan: enclave size {self.size:#x} is not a power of two from 0x2000 to 2**56"
             )

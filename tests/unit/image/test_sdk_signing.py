@@ -308,3 +308,10 @@ def test_a_library_without_the_variable_is_laid_out_all_the_same() -> None:
     file = lay_out_sdk(Bytes("lib", sdk_library().data), SdkLayout())
     _, (block,) = sdk_blocks(Bytes("lib", file))
     assert [patch.size for patch in block.patches()] == [2, 8, 2]
+
+
+@pytest.mark.parametrize("address", [1 << 60, 0xFFFF_FF00_0000_0000])
+def test_an_image_that_needs_more_addresses_than_an_enclave_has_is_refused(address: int) -> None:
+    file = sdk_library(segments=[Seg(0, code(0x1800), RX), Seg(address, b"", RW, offset=0x2000)])
+    with pytest.raises(SoftSgxError, match="an enclave has at most 0x100000000000000"):
+        blocks_of(SdkLayout(**SMALL), file.data)

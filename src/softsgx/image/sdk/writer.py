@@ -26,6 +26,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.image._file import Bytes
 from softsgx.image.blob import enclave_size
 from softsgx.image.elf import Elf
+from softsgx.image.plan import LARGEST_SECS_SIZE
 from softsgx.image.sdk.global_data import GlobalData
 from softsgx.image.sdk.metadata import (
     DATA_AT_2_DIRS,
@@ -208,6 +209,11 @@ def _specs(elf: Elf, layout: SdkLayout) -> list[BlockSpec]:
     region, books = user_region_pages(elf, layout, minor=minor) if run_time else (0, 0)
     table, end = layout_table(elf, layout, _behind_image(elf, older), region)
     size = enclave_size(end)
+    if size > LARGEST_SECS_SIZE:
+        raise SoftSgxError(
+            f"{elf.file.name}: takes {end:#x} bytes of addresses; an enclave has at most "
+            f"{LARGEST_SECS_SIZE:#x}"
+        )
     if (size - end) // PAGE_BYTES > _MOST_GUARD_PAGES:
         raise SoftSgxError(
             f"{elf.file.name}: takes {end:#x} bytes of addresses; an item of the layout table has "
