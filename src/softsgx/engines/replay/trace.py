@@ -12,12 +12,15 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from softsgx.errors import SoftSgxError
 
-__all__ = ["PageTrace", "read_trace", "write_trace"]
+__all__ = ["MOST_ACCESSES", "PageTrace", "parse_trace", "read_trace", "write_trace"]
 
 _WORD = struct.calcsize("<I")
+MOST_ACCESSES = 1 << 26
+"""How many accesses a file may have: a small file can unpack to a thousand times its size."""
 
 
 class PageTrace(Sequence[tuple[int, bool]]):
@@ -60,13 +63,27 @@ def read_trace(path: str | Path) -> PageTrace:
         SoftSgxError: the file cannot be read, or is no trace.
     """
     try:
-        data = gzip.decompress(Path(path).read_bytes())
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SoftSgxError(f"{path}: {error}; a trace is a gzip stream of u32 words") from error
+        with open(path, "rb") as file:
+            return parse_trace(file, str(path))
     except OSError as error:
         raise SoftSgxError(f"{path}: {error.strerror}") from error
+
+
+def parse_trace(file: BinaryIO, name: str) -> PageTrace:
+    """Read a trace from an open file; ``name`` is what messages call it.
+
+    Raises:
+        SoftSgxError: it is no trace, or has more than ``MOST_ACCESSES``.
+        OSError: it cannot be read.
+    """
+    try:
+        data = gzip.GzipFile(fileobj=file).read(MOST_ACCESSES * _WORD + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SoftSgxError(f"{name}: {error}; a trace is a gzip stream of u32 words") from error
+    if len(data) > MOST_ACCESSES * _WORD:
+        raise SoftSgxError(f"{name}: more than {MOST_ACCESSES} accesses; cut the trace in parts")
     if len(data) % _WORD:
-        raise SoftSgxError(f"{path}: {len(data)} bytes; a trace is whole u32 words")
+        raise SoftSgxError(f"{name}: {len(data)} bytes; a trace is whole u32 words")
     words = array("I")
     words.frombytes(data)
     if sys.byteorder == "big":
