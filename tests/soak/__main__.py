@@ -1,7 +1,8 @@
 """Random histories for some minutes: ``python -m tests.soak --minutes N --jobs N``.
 
 Each kind of history gets its turn, in slices with seeds that follow from the first one.  A slice
-that fails is told with its seed and, where the kind can, how little of it still fails.
+that fails is told with its seed and, where the kind can, how little of it still fails.  With
+``--record FILE`` what was done is added to a file, which several runs may share.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from typing import Any
 
-from tests.soak.parsers import Counts
+from tests.soak import KINDS, record
 
-KINDS = ("lifetimes", "models", "parsers")
 _SLICE_S = 20.0
 _SEEDS_A_SLICE = 1000
 _HANGS_S = 900
@@ -28,7 +28,7 @@ def _slice(kind: str, seed: int, seconds: float) -> None:
     """In a process of its own: run a kind, and print what was done as JSON."""
     module = importlib.import_module(f"tests.soak.{kind}")
     try:
-        print(json.dumps(_done(module.run(seconds, seed))))
+        print(json.dumps(module.run(seconds, seed)))
     except AssertionError as error:
         print(f"{kind}, from seed {seed}: {error}", file=sys.stderr)
         if hasattr(module, "minimise"):
@@ -36,40 +36,42 @@ def _slice(kind: str, seed: int, seconds: float) -> None:
         raise SystemExit(1) from None
 
 
-def _done(result: dict[str, int] | Counts) -> dict[str, int]:
-    if isinstance(result, Counts):
-        assert not result.faults, result.faults
-        return {"parser_inputs": result.inputs.total()}
-    return result
-
-
 class _Soak:
-    def __init__(self, until: float, seed: int, kinds: tuple[str, ...]) -> None:
-        self._until, self._lock = until, threading.Lock()
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self._until, self._lock = time.monotonic() + 60 * args.minutes, threading.Lock()
+        kinds = args.kind or KINDS
         self._slices = zip(itertools.cycle(kinds), itertools.count(seed, _SEEDS_A_SLICE))
-        self.done: Counter[str] = Counter()
-        self.failed: list[str] = []
+        self._slice_s, self._file, self._commit = args.slice_seconds, args.record, record.commit()
+        self.lines: list[record.Line] = []
 
     def work(self) -> None:
         """Run slices until the time is over."""
         while (left := self._until - time.monotonic()) > 0:
             with self._lock:
                 kind, seed = next(self._slices)
-            seconds = str(min(left, _SLICE_S))
-            command = [sys.executable, "-m", "tests.soak", "--slice", kind, str(seed), seconds]
-            try:
-                told = subprocess.run(
-                    command, capture_output=True, text=True, timeout=_HANGS_S, check=False
-                )
-                error = told.stderr if told.returncode else ""
-            except subprocess.TimeoutExpired:
-                error = f"no end after {_HANGS_S} s"
+            done, error = self._run(kind, seed, min(left, self._slice_s))
+            line = record.slice_done(kind, seed, self._commit, done, error)
             with self._lock:
-                if error:
-                    self.failed.append(f"{kind} {seed}")
-                    print(f"FAILED: {' '.join(command[1:])}\n{error}", flush=True)
-                else:
-                    self.done.update(json.loads(told.stdout.splitlines()[-1]))
+                self.lines.append(line)
+                if self._file:
+                    record.write(self._file, line)
+
+    def _run(self, kind: str, seed: int, seconds: float) -> tuple[dict[str, int], str]:
+        """Run a slice; return what was done and, when it failed, how."""
+        command = [sys.executable, "-m", "tests.soak", "--slice", kind, str(seed), str(seconds)]
+        try:
+            told = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds + _HANGS_S, check=False
+            )
+            error = f"status {told.returncode}: {told.stdout[-2000:]}{told.stderr[-6000:]}"
+        except subprocess.TimeoutExpired:
+            error = f"no end {_HANGS_S} s after its time"
+        else:
+            if told.returncode == 0:
+                done: dict[str, int] = json.loads(told.stdout.splitlines()[-1])
+                return done, ""
+        print(f"FAILED: {' '.join(command[1:])}\n{error}", file=sys.stderr, flush=True)
+        return {}, error
 
 
 def main() -> int:
@@ -79,24 +81,37 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, help="by default the time says")
     parser.add_argument("--kind", choices=KINDS, action="append", help="repeatable; default: all")
+    parser.add_argument("--slice-seconds", type=float, default=_SLICE_S, metavar="N")
+    parser.add_argument("--record", metavar="FILE", help="add what was done to this file")
+    parser.add_argument("--json", action="store_true", help="print the totals as JSON")
+    parser.add_argument("--totals", metavar="FILE", help="print what a file has, and do nothing")
     parser.add_argument("--slice", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.slice:
         _slice(args.slice[0], int(args.slice[1]), float(args.slice[2]))
         return 0
+    if args.totals:
+        return _tell(record.totals(record.read(args.totals)), as_json=True)
     seed = int(time.time()) if args.seed is None else args.seed
-    print(f"soak: seed {seed}, {args.minutes:g} min, {args.jobs} jobs", flush=True)
-    kinds = tuple(args.kind or KINDS)
-    soak = _Soak(time.monotonic() + 60 * args.minutes, seed, kinds)
+    print(f"soak: seed {seed}, {args.minutes:g} min, {args.jobs} jobs", file=sys.stderr, flush=True)
+    soak = _Soak(args, seed)
     jobs = [threading.Thread(target=soak.work) for _job in range(args.jobs)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
-    print("soak:", ", ".join(f"{count} {what}" for what, count in sorted(soak.done.items())))
-    if soak.failed:
-        print(f"soak: FAILED: {', '.join(soak.failed)}")
-    return 1 if soak.failed else 0
+    return _tell(record.totals(soak.lines), as_json=args.json)
+
+
+def _tell(totals: dict[str, Any], *, as_json: bool) -> int:
+    """Print totals; return the exit status that they stand for."""
+    if as_json:
+        print(json.dumps(totals, indent=2))
+    else:
+        print("soak:", ", ".join(f"{count} {what}" for what, count in totals["done"].items()))
+        if totals["failed"]:
+            print(f"soak: FAILED: {', '.join(totals['failed'])}")
+    return 1 if totals["failed"] else 0
 
 
 if __name__ == "__main__":

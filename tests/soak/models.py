@@ -32,4 +32,4 @@ def run(seconds: float, seed: int) -> dict[str, int]:
         assert told.returncode == 0, f"{' '.join(command[1:])}, {scale}:\n{told.stdout[-6000:]}"
         passed += sum(int(count) for count in re.findall(r"(\d+) passed", told.stdout))
         done += 1
-    return {"model_tests": passed}
+    return {"model tests": passed}

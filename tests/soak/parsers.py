@@ -1,43 +1,55 @@
 """Damaged input for every parser, for as long as there is time.
 
-Method: mutate valid inputs, and inputs that led somewhere new.  Where an input leads is told by the
-refusal without its numbers, or by the shape of what was read: each refusal is a branch of its own,
-so this is coverage without its cost.  A fault is any exception but SoftSgxError, a refusal of more
-than one line, an input that takes more than ``SLOW_SECONDS`` of processor time, or one that takes
-more than ``LARGE_BYTES`` of memory.  A fault is reduced and printed.
+Method: damage valid inputs, and inputs that led somewhere new (``mutate.py``).  Where an input
+leads is told by the lines that refuse it, or by the shape of what was read: each refusal is a
+branch of its own, so this is coverage without its cost; where Python can tell lines that were never
+executed before (``coverage.py``), a new line counts, too.  What is read from an image is
+measured and verified when the input led somewhere new, and else for one input in sixteen.
 
-The inputs depend on the seed alone.  ``python -m tests.soak.parsers --seconds 60 --seed 3`` runs it
-by hand; ``tests/soak/parsers_atheris.py`` gives the same parsers to a fuzzer that watches branches.
+A fault is any exception but SoftSgxError, a refusal of more than one line, an input that takes more
+than ``SLOW_SECONDS`` of processor time, or one that takes more than ``LARGE_BYTES`` of memory.  A
+fault is reduced and printed.
+
+The inputs depend on the seed alone; with lines watched, also on what the process has executed
+before.  ``python -m tests.soak.parsers --seconds 60 --seed 3`` runs it by hand;
+``parsers_atheris.py`` gives the same parsers to a fuzzer that watches branches.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import gzip
+import io
 import random
-import re
 import resource
 import struct
 import sys
-import tempfile
 import time
 import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 
-from tests.support.damage import FILES, NASTY, hot_places, original
+from tests.soak.coverage import NewLines
+from tests.soak.mutate import Mutator
+from tests.support.damage import FILES, SMALL, original, small_library, tables_of
 from tests.support.enclave_files import sdk_library
 from tests.unit.image.test_evidence import BODY, ecdsa_quote, epid_quote, token
 
 from softsgx.arch import SigStruct
+from softsgx.cgroup import EpcCgroup, Hierarchy, write_file
+from softsgx.engines.native.x86.insn import decode, is_illegal_inside, is_write
+from softsgx.engines.replay import parse_trace
 from softsgx.errors import SoftSgxError
 from softsgx.host import PlatformConfig
 from softsgx.image import (
     Bytes,
+    EnclaveImage,
     SdkLayout,
     lay_out_sdk,
     measure,
@@ -47,39 +59,51 @@ from softsgx.image import (
     read_sdk_config,
     verify,
 )
+from softsgx.runtime import InlineRuntime
+from softsgx.sizes import parse_size
 
-__all__ = ["PARSERS", "SEEDS", "Counts", "Fault", "Parser", "run", "try_one"]
+__all__ = ["PARSERS", "SEEDS", "Counts", "Fault", "Parser", "fuzz", "run", "try_one"]
 
 SLOW_SECONDS = 5.0
 LARGE_BYTES = 256 << 20
 _MEASURED_BYTES = 1 << 20
-_CORPUS_INPUTS, _INPUT_BYTES = 400, 1 << 17
+_CORPUS_INPUTS, _INPUT_BYTES = 1000, 1 << 16
+_CHEAP_SECONDS = 0.25  # more than that, and what follows from an input is not worth its time
+_ALSO_DEEPER = 16  # one in so many
 _MESSAGE_CHARACTERS = 1000
 _REDUCING_SECONDS = 20.0
-_NEAR_BYTES = 1024  # from either end of a file: headers and section tables
-_NUMBERS = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8,}|[0-9]+|'[^']*'|\"[^\"]*\"")
+_PLACE_FRAMES = 3
 
 Parser = Callable[[bytes], str]
 """Reads its input and returns the shape of what it read; refuses with SoftSgxError."""
 
 
-def _image(file_format: str | None) -> Parser:
-    def parse(data: bytes) -> str:
-        image = read_image(Bytes("input", data), file_format=file_format)
-        measure(image.plan, limit_bytes=_MEASURED_BYTES)
-        failed = []
-        if image.sigstruct is not None:
-            failed = [check.name for check in verify(image.sigstruct) if not check.ok]
-        runs = len(image.plan.runs).bit_length()
-        return f"{image.format} {runs} {len(image.variants)} {image.notes} {failed}"
-
-    return parse
+def _read(file_format: str | None, data: bytes) -> EnclaveImage:
+    return read_image(Bytes("input", data), file_format=file_format)
 
 
-def _laid_out(data: bytes) -> str:
+def _shape(image: EnclaveImage) -> str:
+    runs = len(image.plan.runs).bit_length()
+    return f"{image.format} {runs} {len(image.variants)} {image.notes}"
+
+
+def _used(image: EnclaveImage) -> str:
+    """Do with an image what commands do."""
+    measure(image.plan, limit_bytes=_MEASURED_BYTES)
+    if image.sigstruct is None:
+        return ""
+    return str([check.name for check in verify(image.sigstruct) if not check.ok])
+
+
+def _laid_out(data: bytes) -> EnclaveImage:
     dynamic = SdkLayout(threads=3, stack_max=4, miscselect=1, misc_mask=0, heap_max=8, heap_min=1)
-    made = lay_out_sdk(Bytes("input", data), dynamic)
-    return _image("sdk")(made)
+    return _read("sdk", lay_out_sdk(Bytes("input", data), dynamic))
+
+
+def _then(
+    use: Callable[[EnclaveImage], str], read: Callable[[bytes], EnclaveImage], data: bytes
+) -> str:
+    return use(read(data))
 
 
 def _evidence(data: bytes) -> str:
@@ -93,26 +117,61 @@ def _sigstruct(data: bytes) -> str:
 
 
 def _platform(data: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
-        file.write(data)
-        file.flush()
-        try:
-            config = PlatformConfig.load(file.name)
-        except SoftSgxError as error:
-            raise SoftSgxError(str(error).replace(file.name, "input")) from error
+    config = PlatformConfig.parse(data, "input")
     return f"{len(config.groups)} {len(config.section_bytes())} {config.backing}"
 
 
-PARSERS: dict[str, Parser] = {
-    **{name: _image(name) for name in FILES},
-    "any": _image(None),
+def _size(data: bytes) -> str:
+    try:
+        return str(parse_size(data.decode(errors="surrogateescape")).bit_length())
+    except ValueError as error:  # as it refuses
+        raise SoftSgxError(str(error)) from error
+
+
+@cache
+def _group() -> EpcCgroup:
+    return Hierarchy(100, InlineRuntime()).make("jobs")
+
+
+def _limit(data: bytes) -> str:
+    try:
+        write_file(_group(), "misc.max", data.decode(errors="surrogateescape"))
+    except OSError as error:  # as the file refuses
+        raise SoftSgxError(f"errno {error.errno}") from error
+    return str(_group().max_pages is None)
+
+
+def _instruction(data: bytes) -> str:
+    found, code = decode(data), data[:15]
+    write = is_write(code, 0x1000, 0x1008, 0x1000)
+    assert found is None or 0 < found.length <= len(code), f"{found} of {code.hex()}"
+    return f"{found and (found.length, found.map, found.store)} {write} {is_illegal_inside(data)}"
+
+
+def _trace(data: bytes) -> str:
+    return str(parse_trace(io.BytesIO(data), "input").pages.bit_length())
+
+
+_IMAGES: dict[str, Callable[[bytes], EnclaveImage]] = {
+    **{name: partial(_read, name) for name in FILES},
+    "any": partial(_read, None),
     "sdk layout": _laid_out,
+}
+
+PARSERS: dict[str, Parser] = {
+    **{name: partial(_then, _shape, read) for name, read in _IMAGES.items()},
     "sdk config": lambda data: str(read_sdk_config(Bytes("input", data)).layout.keys()),
     "oe config": lambda data: str(read_oe_config(Bytes("input", data), 6).keys()),
     "evidence": _evidence,
     "sigstruct": _sigstruct,
     "platform": _platform,
+    "size": _size,
+    "misc.max": _limit,
+    "instruction": _instruction,
+    "trace": _trace,
 }
+DEEPER: dict[str, Parser] = {name: partial(_then, _used, read) for name, read in _IMAGES.items()}
+"""What is done with some of the inputs of a parser besides."""
 
 _XML = (
     b"<EnclaveConfiguration><ProdID>0</ProdID><StackMaxSize>0x40000</StackMaxSize>"
@@ -129,21 +188,77 @@ _TOML = (
 )
 
 
+_KEYS = (
+    *(item.name.encode() for item in fields(PlatformConfig)),
+    *(b"sgx1-client", b"sgx2-server", b"memory", b"file", b"linux", b"groups", b"jobs/a"),
+    *(b"64KiB", b"93.5MiB", b"1TiB", b"0.0000001KiB", b"/tmp", b"'''", b'"""'),
+)
+_INSTRUCTIONS = (
+    bytes.fromhex("48890424"),
+    bytes.fromhex("660f6f050000000090"),
+    bytes.fromhex("f3a4"),
+    bytes.fromhex("c5f97f4508"),
+    bytes.fromhex("62f17c48118510000000"),
+    bytes.fromhex("f20f38f1c1"),
+    bytes.fromhex("0f01d7"),
+)
+_SDK_NAMES = b"""
+    EnclaveConfiguration ProdID ISVSVN ReleaseType IntelSigned ProvisionKey LaunchKey DisableDebug
+    HW TCSNum TCSMaxNum TCSMinPool TCSPolicy StackMaxSize StackMinSize HeapMaxSize HeapMinSize
+    HeapInitSize ReservedMemMaxSize ReservedMemMinSize ReservedMemInitSize ReservedMemExecutable
+    MiscSelect MiscMask EnableKSS ISVFAMILYID_H ISVFAMILYID_L ISVEXTPRODID_H ISVEXTPRODID_L
+    EnclaveImageAddress ELRangeStartAddress ELRangeSize PKRU AMX UserRegionSize EnableAEXNotify
+    EnableIPPFIPS EnableOSSLFIPS <!DOCTYPE <!ENTITY <![CDATA[ <!-- --> />
+"""
+_OE_NAMES = b"""
+    Debug NumHeapPages NumStackPages NumTCS ProductID SecurityVersion FamilyID ExtendedProductID
+    RequireKSS CreateZeroBaseEnclave StartAddress CapturePFGPExceptions
+"""
+WORDS: dict[str, tuple[bytes, ...]] = {
+    "sdk config": tuple(_SDK_NAMES.split()),
+    "oe config": tuple(_OE_NAMES.split()),
+    "platform": _KEYS,
+    "size": (b"B", b"KiB", b"MiB", b"GiB", b"TiB", b"Pi", b"MB", b"k", b".", b"kb"),
+    "misc.max": (b"sgx_epc", b"max", b"0x", b"0", b"8192", b"res_a"),
+}
+"""Names that the texts are about; a parser that is not here reads bytes."""
+
+
 def _valid(*names: str) -> list[bytes]:
-    return [original(name) for name in names]
+    return [make[name]() for name in names for make in (FILES, SMALL) if name in make]
+
+
+def _signature() -> bytes:
+    signed = _read("oe", original("oe")).sigstruct
+    assert signed is not None, "the file is signed"
+    return signed.pack()
 
 
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     **{name: partial(_valid, name) for name in FILES},
     "any": partial(_valid, *FILES),
-    "sdk layout": lambda: [sdk_library().data],
+    "sdk layout": lambda: [sdk_library().data, small_library()],
     "sdk config": lambda: [_XML],
     "oe config": lambda: [_CONF],
     "evidence": lambda: [token(), BODY.pack(), ecdsa_quote(), epid_quote()],
-    "sigstruct": lambda: [SigStruct(exponent=3).pack()],
+    "sigstruct": lambda: [SigStruct(exponent=3).pack(), _signature()],
     "platform": lambda: [_TOML],
+    "size": lambda: [b"93.5MiB", b"4096", b"1 GiB"],
+    "misc.max": lambda: [b"sgx_epc 8192\n", b"sgx_epc max", b"sgx_epc 0x4000"],
+    "instruction": lambda: list(_INSTRUCTIONS),
+    "trace": lambda: [gzip.compress(struct.pack("<8I", *range(8)), mtime=0)],
 }
-"""What is mutated first, by parser."""
+"""What is damaged first, by parser."""
+
+_TURNS = [
+    *["sdk layout"],
+    *["sdk", "oe", "any"] * 2,
+    *["sgxs", "raw", "selftest", "sdk config", "oe config"] * 4,
+    *["evidence", "sigstruct", "platform"] * 4,
+    *["size", "misc.max", "instruction", "trace"] * 6,
+]
+"""Who gets how many of the inputs: the less, the more time one takes."""
+assert set(_TURNS) == PARSERS.keys(), "a parser without its turn"
 
 
 @dataclass(frozen=True)
@@ -184,17 +299,20 @@ class Counts:
     faults: list[Fault] = field(default_factory=list)
 
 
-def try_one(parser: Parser, data: bytes) -> tuple[str, str]:
-    """Return (shape, fault): where the input led, and what is wrong there; empty for nothing."""
+def try_one(parser: Parser, data: bytes) -> tuple[str, str, float]:
+    """Return (shape, fault, seconds) of an input.
+
+    The shape says where it led, the fault what is wrong there, empty for nothing; the time is the
+    processor's.
+    """
     started = time.thread_time()
     memory = _peak_bytes()
     fault = ""
     try:
         shape = parser(data)
     except SoftSgxError as error:
-        text = str(error)
-        shape = _NUMBERS.sub("#", text)
-        if len(text.splitlines()) != 1 or len(text) > _MESSAGE_CHARACTERS:
+        text, shape = str(error), _place(error)
+        if len(text) > _MESSAGE_CHARACTERS or len(text.splitlines()) != 1:
             fault = f"a refusal of {len(text)} characters, {len(text.splitlines())} lines"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -204,81 +322,97 @@ def try_one(parser: Parser, data: bytes) -> tuple[str, str]:
         fault = "slow"
     if _peak_bytes() - memory > LARGE_BYTES:
         fault = "large"
-    return shape, fault
+    return shape, fault, seconds
+
+
+def _place(error: Exception) -> str:
+    """Return where an error was raised: the innermost lines, each a branch that was taken."""
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        lines.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " ".join(lines[-_PLACE_FRAMES:])
 
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def run(seconds: float, seed: int, *, inputs: int | None = None) -> Counts:
+class _Course:
+    """How far the inputs of one parser have come."""
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name = name
+        self._parser, self._deeper = PARSERS[name], DEEPER.get(name)
+        self.corpus = SEEDS[name]()
+        hot = tables_of(self.corpus[-1]) if self._deeper else ()
+        self._mutator = Mutator(rng, hot, text=name in WORDS, words=WORDS.get(name, ()))
+        self._rng, self.shapes = rng, set[str]()
+        self.faults: dict[str, Fault] = {}
+
+    def step(self, lines: NewLines | None) -> None:
+        """Try one more input."""
+        data = self._mutator.mutated(self.corpus)
+        before = lines.seen if lines else 0
+        shape, fault, seconds = try_one(self._parser, data)
+        found = shape not in self.shapes or (lines is not None and lines.seen != before)
+        if fault:
+            self._report(self._parser, data, fault)
+        elif self._deeper and (found or self._rng.random() * _ALSO_DEEPER < 1):
+            _, fault, more = try_one(self._deeper, data)
+            seconds += more
+            if fault:
+                self._report(self._deeper, data, fault)
+        if not found:
+            return
+        self.shapes.add(shape)
+        if seconds > _CHEAP_SECONDS or len(data) > _INPUT_BYTES:
+            return
+        if len(self.corpus) < _CORPUS_INPUTS:
+            self.corpus.append(data)
+
+    def _report(self, parser: Parser, data: bytes, fault: str) -> None:
+        if fault not in self.faults:
+            self.faults[fault] = Fault(self.name, fault, reduced(parser, data, fault))
+            print(self.faults[fault].text(), flush=True)
+
+
+def run(seconds: float, seed: int) -> dict[str, int]:
+    """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
+    counts = fuzz(seconds, seed)
+    assert not counts.faults, "\n".join(fault.text() for fault in counts.faults)
+    return {"parser inputs": counts.inputs.total()} | {
+        f"parser inputs, {name}": count for name, count in counts.inputs.items()
+    }
+
+
+def fuzz(
+    seconds: float, seed: int, *, inputs: int | None = None, watch_lines: bool = True
+) -> Counts:
     """Try inputs until the time is up or a number is reached; print faults.
 
     Args:
         seconds: of wall-clock time.
         seed: decides which inputs, in which order.
         inputs: how many at most.
+        watch_lines: whether lines that are executed for the first time count as something new.
     """
     rng = random.Random(seed)
-    corpus = {name: list(make()) for name, make in SEEDS.items()}
-    known: dict[str, set[str]] = {name: set() for name in PARSERS}
-    reported: set[tuple[str, str]] = set()
+    courses = {name: _Course(name, rng) for name in PARSERS}
+    turns = [courses[name] for name in _TURNS if name in courses]
     counts = Counts()
-    names = list(PARSERS)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and (inputs is None or counts.inputs.total() < inputs):
-        name = rng.choice(names)
-        data = mutated(rng, name, corpus[name])
-        shape, fault = try_one(PARSERS[name], data)
-        counts.inputs[name] += 1
-        if shape not in known[name]:
-            known[name].add(shape)
-            counts.shapes[name] += 1
-            if len(data) <= _INPUT_BYTES and len(corpus[name]) < _CORPUS_INPUTS:
-                corpus[name].append(data)
-        if fault and (name, fault) not in reported:
-            reported.add((name, fault))
-            found = Fault(name, fault, reduced(PARSERS[name], data, fault))
-            counts.faults.append(found)
-            print(found.text())
+    end, done = time.monotonic() + seconds, 0
+    with NewLines() if watch_lines else nullcontext() as lines:
+        while time.monotonic() < end and (inputs is None or done < inputs):
+            course = turns[int(rng.random() * len(turns))]
+            course.step(lines)
+            counts.inputs[course.name] += 1
+            done += 1
+    for name, course in courses.items():
+        counts.shapes[name] = len(course.shapes)
+        counts.faults += course.faults.values()
     return counts
-
-
-def mutated(rng: random.Random, name: str, corpus: list[bytes]) -> bytes:
-    """Return one of the inputs, damaged in up to four ways."""
-    data = bytearray(rng.choice(corpus))
-    for _ in range(rng.choice((1, 1, 2, 3, 4))):
-        kind = rng.choice(("number", "number", "number", "byte", "cut", "grow", "copy", "splice"))
-        at = _place(rng, name, data)
-        match kind:
-            case "number":
-                width = rng.choice((1, 2, 4, 8))
-                value = rng.choice((rng.choice(NASTY), rng.getrandbits(64), rng.randrange(64)))
-                data[at : at + width] = struct.pack("<Q", value)[:width]
-            case "byte" if data:
-                data[at % len(data)] ^= 1 << rng.randrange(8)
-            case "cut":
-                del data[at : at + rng.choice((1, 4, 32, 4096, len(data)))]
-            case "grow":
-                data[at:at] = bytes(rng.choice((1, 8, 256, 4096)))
-            case "copy":
-                size = rng.choice((8, 16, 32, 56, 64))
-                start = rng.randrange(len(data) + 1)
-                data[at : at + size] = data[start : start + size]
-            case _:
-                other = rng.choice(corpus)
-                start = rng.randrange(len(other) + 1)
-                data[at:] = other[start:] if rng.randrange(2) else other[at:]
-    return bytes(data[: 1 << 20])
-
-
-def _place(rng: random.Random, name: str, data: bytearray) -> int:
-    """Return an offset, more often one of a table than of the middle of some code."""
-    if name in FILES and rng.randrange(4):
-        return min(len(data), rng.choice(hot_places(name)))
-    near = rng.randrange(_NEAR_BYTES)
-    places = (near, max(0, len(data) - near), rng.randrange(len(data) + 1))
-    return min(len(data), rng.choice(places))
 
 
 def reduced(parser: Parser, data: bytes, fault: str) -> bytes:
@@ -312,9 +446,10 @@ def main(argv: list[str] | None = None) -> int:
     given = arguments.parse_args(argv)
     if given.again is not None:
         data = zlib.decompress(base64.b64decode(given.again))
-        print(PARSERS[given.parser or "any"](data))
+        name = given.parser or "any"
+        print(PARSERS[name](data), DEEPER[name](data) if name in DEEPER else "")
         return 0
-    counts = run(given.seconds, given.seed)
+    counts = fuzz(given.seconds, given.seed)
     for name in PARSERS:
         print(f"{name:12} {counts.inputs[name]:9} inputs, {counts.shapes[name]:5} different ends")
     print(f"{counts.inputs.total()} inputs, seed {given.seed}, {len(counts.faults)} faults")

@@ -24,7 +24,7 @@ def main() -> None:
     def one_input(data: bytes) -> None:
         if data:
             name = names[data[0] % len(names)]
-            _, fault = parsers.try_one(parsers.PARSERS[name], bytes(data[1:]))
+            _, fault, _ = parsers.try_one(parsers.PARSERS[name], bytes(data[1:]))
             if fault:
                 print(parsers.Fault(name, fault, bytes(data[1:])).text())
                 raise AssertionError(fault)

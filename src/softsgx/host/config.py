@@ -257,19 +257,33 @@ class PlatformConfig:
                 text = file.read(_FILE_BYTES + 1)
         except OSError as error:
             raise SoftSgxError(f"{path}: {error.strerror}") from error
+        return cls.parse(text, str(path), **changes)
+
+    @classmethod
+    def parse(cls, text: bytes, name: str, **changes: Any) -> Self:
+        """Read the contents of a TOML file; keyword arguments win over them.
+
+        Args:
+            text: the contents.
+            name: what messages call the file.
+            changes: values that replace those of the text.
+
+        Raises:
+            SoftSgxError: the text is not TOML, or says something impossible.
+        """
         if len(text) > _FILE_BYTES:
-            raise SoftSgxError(f"{path}: more than {_FILE_BYTES} bytes; no description of ours")
+            raise SoftSgxError(f"{name}: more than {_FILE_BYTES} bytes; no description of ours")
         try:
             values = tomllib.loads(text.decode())
         # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.
         except ValueError as error:
-            raise SoftSgxError(f"{path}: not TOML: {_first_line(error)}") from error
+            raise SoftSgxError(f"{name}: not TOML: {_first_line(error)}") from error
         except RecursionError as error:
-            raise SoftSgxError(f"{path}: not TOML that can be read: nested too deep") from error
+            raise SoftSgxError(f"{name}: not TOML that can be read: nested too deep") from error
         try:
             return cls.of(**{**values, **changes})
         except SoftSgxError as error:
-            raise SoftSgxError(f"{path}: {error}") from error
+            raise SoftSgxError(f"{name}: {error}") from error
 
     @classmethod
     def of(cls, **values: Any) -> Self:

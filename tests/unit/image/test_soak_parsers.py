@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.soak import parsers
-from tests.soak.parsers import Fault, main, reduced, run, try_one
+from tests.soak.parsers import Fault, fuzz, main, reduced, run, try_one
 
 from softsgx.errors import SoftSgxError
 
@@ -18,11 +18,11 @@ def test_every_parser_has_inputs_that_it_takes() -> None:
 
 
 def test_the_same_seed_gives_the_same_run_without_a_fault() -> None:
-    one, other = (run(600, 7, inputs=1500) for _ in range(2))
-    assert one.inputs.total() == 1500
+    one, other = (fuzz(600, 7, inputs=3000, watch_lines=False) for _ in range(2))
+    assert one.inputs.total() == 3000
     assert (one.inputs, one.shapes) == (other.inputs, other.shapes)
     assert one.faults == []
-    assert run(600, 8, inputs=300).inputs != run(600, 9, inputs=300).inputs
+    assert fuzz(600, 8, inputs=300).inputs != fuzz(600, 9, inputs=300).inputs
 
 
 def test_a_fault_is_found_reduced_and_printed(
@@ -34,7 +34,8 @@ def test_a_fault_is_found_reduced_and_printed(
         return "well"
 
     monkeypatch.setattr(parsers, "PARSERS", {"sgxs": fragile})
-    (fault,) = run(600, 1, inputs=3000).faults
+    monkeypatch.setattr(parsers, "DEEPER", {})
+    (fault,) = fuzz(600, 1, inputs=3000).faults
     assert "IndexError at test_soak_parsers.py" in fault.what
     assert len(fault.data) == 11
     assert fault.data[:8] == bytes(8)
@@ -42,6 +43,15 @@ def test_a_fault_is_found_reduced_and_printed(
     assert "--parser 'sgxs' --again" in printed
     with pytest.raises(IndexError, match="planted"):
         main(["--parser", "sgxs", "--again", printed.split()[-1]])
+
+
+def test_a_slice_says_how_many_inputs_there_were_and_fails_with_its_faults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(0.2, 1)["parser inputs"] > 0
+    monkeypatch.setattr(parsers, "PARSERS", {"raw": lambda data: str(1 // len(data[:0]))})
+    with pytest.raises(AssertionError, match="raw: ZeroDivisionError"):
+        run(0.2, 1)
 
 
 def test_a_refusal_of_several_lines_is_a_fault() -> None:
