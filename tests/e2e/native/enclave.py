@@ -6,7 +6,8 @@ SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store 
 RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, 11
 jump to RDI with R11 where to come back to, from 12 on the instructions of ``ILLEGAL`` and ``TIME``,
 and three on extended state: store XGETBV(0) at R8, XSAVE64 with every bit at RDI, XRSTOR64 with
-every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; then it exits.
+every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; the last one
+counts up the first words of RSI pages from RDI on, all of which must be R8.  Then it exits.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ ILLEGAL = {
 
 #: Instructions that are #UD in enclaves of machines without SGX2.
 TIME = {"rdtsc": "0f 31", "rdtscp": "0f 01 f9"}
-_STATE = ("getbv", "save", "restore")
+_STATE = ("getbv", "save", "restore", "sweep")
 
 
 def enclave_code() -> bytes:
@@ -117,6 +118,14 @@ def enclave_code() -> bytes:
         asm.emit("49 89 40 08 49 89 48 10")  # mov [r8+8], rax; mov [r8+16], rcx
         asm.emit("4d 89 50 28 49 89 50 18 66 49 0f 7e 00")  # r10 to r8+40, rdx to r8+24, xmm0
         asm.near("e9", "exit")
+    asm.label("sweep")
+    asm.emit("4c 39 07")  # cmp [rdi], r8
+    asm.near("0f 85", "ud2")
+    asm.emit("48 ff 07")  # inc qword [rdi]
+    asm.emit("48 81 c7 00 10 00 00")  # add rdi, 4096
+    asm.emit("48 ff ce")  # dec rsi
+    asm.short("75", "sweep")
+    asm.near("e9", "exit")
     for label, code in (ILLEGAL | TIME).items():
         asm.label(label)
         asm.emit("89 f0")  # mov eax, esi

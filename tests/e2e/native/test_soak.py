@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from tests.e2e.native.enclave import COMPILER
-from tests.soak import lifetimes
+from tests.soak import lifetimes, longrun
 from tests.support.native import needs_tracing
 
 pytestmark = [
@@ -23,3 +23,12 @@ def test_no_life_of_a_process_disturbs_the_others_or_the_supervisor(
     pager: str, strict: bool
 ) -> None:
     lifetimes.live(4, 60, {"pager": pager, "strict": strict, "epc": "128KiB"})
+
+
+@pytest.mark.parametrize("pager", lifetimes.usable_pagers())
+def test_no_fault_keeps_memory_or_descriptors(pager: str) -> None:
+    first, *_, last = longrun.faults(4000, 1000, pager)[1:]
+    assert last.faults >= 3000
+    assert last.descriptors == first.descriptors
+    assert last.memory_bytes - first.memory_bytes < 1 << 20
+    assert last.objects - first.objects < 1000
