@@ -20,6 +20,7 @@ from softsgx.report.tables import (
     seconds_text,
     status_line,
 )
+from softsgx.report.verdict import Fit, Verdict, verdict
 
 __all__ = [
     "COST_PROFILES",
@@ -30,6 +31,7 @@ __all__ = [
     "CpuTimes",
     "EnclaveSummary",
     "Estimate",
+    "Fit",
     "GroupSummary",
     "PerfettoWriter",
     "PlatformSummary",
@@ -39,6 +41,7 @@ __all__ = [
     "Sampler",
     "Ticker",
     "Totals",
+    "Verdict",
     "cycles_text",
     "document",
     "estimate",
@@ -47,4 +50,5 @@ __all__ = [
     "require_plotly",
     "seconds_text",
     "status_line",
+    "verdict",
 ]

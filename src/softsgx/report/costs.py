@@ -93,7 +93,7 @@ class Estimate:
     Attributes:
         profile: whose prices.
         items: each kind of event that happened.
-        unpriced: names of those among them that nobody has published a figure for.
+        unpriced: names of those among them for which no figure is published.
     """
 
     profile: CostProfile

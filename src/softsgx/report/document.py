@@ -10,6 +10,7 @@ from typing import Any
 
 from softsgx.report.costs import Estimate, Price
 from softsgx.report.summary import EnclaveSummary, RunSummary
+from softsgx.report.verdict import verdict
 
 __all__ = ["FORMAT", "document"]
 
@@ -18,8 +19,19 @@ FORMAT = "softsgx-run/1"
 
 def document(run: RunSummary) -> dict[str, Any]:
     """Return the object; everything in it is what :mod:`json` knows."""
+    judged = verdict(run)
     return {
         "format": FORMAT,
+        "verdict": {
+            "epc": judged.fit.value,
+            "text": judged.text,
+            "limited_by": list(judged.limited_by),
+            "evictions": judged.evictions,
+            "reloads": judged.reloads,
+            "fault_share_of_run": round(judged.here, 6),
+            "paging_share_on_silicon": round(judged.silicon, 6),
+            "next_option": judged.next_option,
+        },
         "command": list(run.command),
         "exit_status": run.exit_status,
         "signal": run.signal,
@@ -33,6 +45,7 @@ def document(run: RunSummary) -> dict[str, Any]:
             "profile": run.platform.profile,
             "engine": run.platform.engine,
             "pager": run.platform.pager,
+            "defects": list(run.platform.defects),
             "reclaim_seconds": round(run.platform.reclaim_s, 6),
             "counters": run.platform.counters,
         },
@@ -58,6 +71,7 @@ def _enclave(enclave: EnclaveSummary) -> dict[str, Any]:
         "number": enclave.number,
         "state": enclave.state,
         "group": enclave.group,
+        "mrenclave": enclave.mrenclave,
         "base": enclave.base,
         "size_bytes": enclave.size_bytes,
         "pages_added": enclave.pages_added,

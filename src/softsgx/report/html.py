@@ -20,6 +20,7 @@ from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import RunSummary
 from softsgx.report.tables import cycles_text, seconds_text
+from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
 
 __all__ = ["html_page", "require_plotly"]
@@ -42,6 +43,10 @@ h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 16px; margin: 0 0 2px; }
 p { margin: 2px 0; color: var(--dim); }
 code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
+p.verdict { color: var(--ink); font-size: 17px; font-weight: 600; margin: 10px 0 6px;
+  padding: 8px 14px; border-left: 5px solid #a3aab3; background: var(--paper); }
+p.verdict.fits, p.verdict.nearly { border-color: #4c956c; }
+p.verdict.small { border-color: #b5403b; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(126px, 1fr)); gap: 12px;
   margin: 20px 0; }
 .tile, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
@@ -78,9 +83,10 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
         SoftSgxError: the package ``plotly`` is missing.
     """
     go, io, offline = _plotly()
-    title = escape(shlex.join(run.command))
+    title, judged = escape(shlex.join(run.command)), verdict(run)
     parts = [
         f"<h1><code>{title}</code></h1>",
+        f"<p class='verdict {judged.fit}'>{escape(judged.text)}</p>",
         f"<p>{escape(_subtitle(run))}</p>",
         _tiles(run),
     ]
@@ -118,9 +124,11 @@ _TIME_NOTE = (
 def _subtitle(run: RunSummary) -> str:
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
     platform = run.platform
+    defects = f"; defects switched on: {', '.join(platform.defects)}" if platform.defects else ""
     return (
         f"{ended} after {seconds_text(run.wall_s)} on softsgx: {platform.profile}, "
         f"{size_text(platform.epc_bytes)} of EPC, engine {platform.engine}, pager {platform.pager}"
+        f"{defects}"
     )
 
 
@@ -300,7 +308,16 @@ def _mib(pages: int) -> float:
 
 def _enclaves(run: RunSummary) -> str:
     heads = (
-        *("enclave", "size", "peak resident", "pages added", "faults", "evictions", "reloads"),
+        *(
+            "enclave",
+            "MRENCLAVE",
+            "size",
+            "peak resident",
+            "pages added",
+            "faults",
+            "evictions",
+            "reloads",
+        ),
         *("EWB", "ETRACK", "IPI", "EENTER", "EEXIT", "AEX", "in faults", "cycles"),
     )
     rows = []
@@ -309,6 +326,7 @@ def _enclaves(run: RunSummary) -> str:
         rows.append(
             (
                 f"{enclave.number}{state}",
+                "" if enclave.mrenclave is None else f"{enclave.mrenclave[:8]}…",
                 size_text(enclave.size_bytes),
                 size_text(enclave.peak_resident_bytes),
                 *(f"{count:,}" for count in (enclave.pages_added, enclave.fault_count)),

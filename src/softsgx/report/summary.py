@@ -59,6 +59,7 @@ class EnclaveSummary:
         group: who pays for it.
         state: ``building``, ``initialized``, ``killed``.
         created_s, initialized_s, released_s: when, seconds since the program's start.
+        mrenclave: its measurement, hexadecimal; ``None`` before EINIT.
         pages_added: pages it had at EINIT.
         resident_bytes, peak_resident_bytes: its pages in the EPC, now and at most; its SECS and VA
             pages are not among them.
@@ -79,6 +80,7 @@ class EnclaveSummary:
     created_s: float
     initialized_s: float | None
     released_s: float | None
+    mrenclave: str | None
     pages_added: int
     resident_bytes: int
     peak_resident_bytes: int
@@ -127,6 +129,7 @@ class PlatformSummary:
         processors: logical processors that the machine began with.
         profile: features it has.
         engine, pager: what ran the program.
+        defects: ids of the defects that are switched on.
         reclaim_s: time spent in batches of reclaim; what a fault had to wait for is also in its
             own time.
         counters: every counter of the core by name.
@@ -138,6 +141,7 @@ class PlatformSummary:
     profile: str
     engine: str
     pager: str
+    defects: tuple[str, ...]
     reclaim_s: float
     counters: dict[str, object]
 
@@ -210,6 +214,7 @@ class _Record:
     crossings: Crossings | None
     created_ns: int
     initialized_ns: int | None = None
+    mrenclave: str | None = None
     pages_added: int = 0
     killed: bool = False
     final: EnclaveSummary | None = None
@@ -261,8 +266,7 @@ class Collector:
             case EnclaveCreated():
                 self._created(event)
             case EnclaveInitialized():
-                record = self._records[event.enclave]
-                record.initialized_ns, record.pages_added = self.clock_ns(), event.pages
+                self._initialized(event)
             case EnclaveKilled():
                 self._records[event.enclave].killed = True
             case Released() if event.enclave in self._records:  # else it was never created
@@ -283,6 +287,15 @@ class Collector:
         page = self.platform.machine.page_at(secs.addr)
         crossings = None if page is None or page.enclave is None else page.enclave.crossings
         self._records[event.enclave] = _Record(enclave, crossings, self.clock_ns())
+
+    def _initialized(self, event: EnclaveInitialized) -> None:
+        record = self._records[event.enclave]
+        record.initialized_ns, record.pages_added = self.clock_ns(), event.pages
+        assert self.platform is not None and record.enclave is not None, "EINIT of no enclave"
+        secs = record.enclave.swap.secs
+        page = None if secs is None else self.platform.machine.page_at(secs.addr)
+        if page is not None and page.enclave is not None:  # the SECS may have left since EINIT
+            record.mrenclave = page.enclave.mrenclave.hex()
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -338,6 +351,7 @@ class Collector:
                 profile=platform.config.profile,
                 engine="native",
                 pager=self.pager,
+                defects=tuple(sorted(platform.config.defects)),
                 reclaim_s=core.reclaim_ns / 1e9,
                 counters=core.counters.as_dict(),
             ),
@@ -375,6 +389,7 @@ class Collector:
             if record.initialized_ns is None
             else self._since_start(record.initialized_ns),
             released_s=None if released_ns is None else self._since_start(released_ns),
+            mrenclave=record.mrenclave,
             pages_added=record.pages_added,
             resident_bytes=0 if released_ns is not None else swap.children * PAGE_BYTES,
             peak_resident_bytes=swap.peak_children * PAGE_BYTES,

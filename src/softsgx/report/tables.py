@@ -16,9 +16,10 @@ from rich.text import Text
 from softsgx.arch import PAGE_BYTES
 from softsgx.report.costs import Estimate
 from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
+from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
 
-__all__ = ["cycles_text", "print_summary", "seconds_text", "status_line"]
+__all__ = ["cycles_text", "enclave_name", "print_summary", "seconds_text", "status_line"]
 
 _PARAGRAPHS = 3
 _ROWS = 20
@@ -43,13 +44,11 @@ def print_summary(run: RunSummary, console: Console) -> None:
         console.print(_paragraph(enclave, width))
     if len(run.enclaves) > _PARAGRAPHS:
         console.print(_rows(run))
-    if not run.enclaves:
-        console.print("no enclave was created")
-    elif len(run.enclaves) > 1:
+    if len(run.enclaves) > 1:
         console.print(_line("on silicon", _estimate_text(run.estimate), width, indent=0))
     if run.estimate.unpriced:
         unpriced = ", ".join(run.estimate.unpriced)
-        console.print(Text(f"not priced, since nobody has published a figure: {unpriced}", "dim"))
+        console.print(Text(f"not priced, since no figure is published: {unpriced}", "dim"))
 
 
 def status_line(collector: Collector) -> str:
@@ -62,6 +61,12 @@ def status_line(collector: Collector) -> str:
         f"{size_text(sum(resident.values()) * PAGE_BYTES)} of {size_text(epc_bytes)} EPC, "
         f"{totals.faults:,} faults, {totals.evictions:,} evictions"
     )
+
+
+def enclave_name(enclave: EnclaveSummary) -> str:
+    """Return ``enclave 3 (0a1b2c3d…)``: its number and how MRENCLAVE begins, if it has one."""
+    digest = "" if enclave.mrenclave is None else f" ({enclave.mrenclave[:8]}…)"
+    return f"enclave {enclave.number}{digest}"
 
 
 def seconds_text(seconds: float) -> str:
@@ -87,10 +92,11 @@ def _print_head(run: RunSummary, console: Console) -> None:
     head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
     head.append(f": {ended}", "not bold")
     console.print(head)
-    reclaim = seconds_text(platform.reclaim_s)
+    console.print(textwrap.fill(verdict(run).text, console.width))
     times = (
-        f"{seconds_text(run.wall_s)}; processor time: program {seconds_text(run.program_s)}, "
-        f"softsgx {seconds_text(run.supervisor_s)}, of which reclaim {reclaim}"
+        f"{seconds_text(run.wall_s)}, of which reclaim {seconds_text(platform.reclaim_s)}; "
+        f"processor time: program {seconds_text(run.program_s)}, "
+        f"softsgx {seconds_text(run.supervisor_s)}"
     )
     epc = (
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
@@ -98,6 +104,9 @@ def _print_head(run: RunSummary, console: Console) -> None:
     )
     console.print(textwrap.fill(times, console.width))
     console.print(textwrap.fill(epc, console.width))
+    if platform.defects:
+        defects = f"defects switched on: {', '.join(platform.defects)}"
+        console.print(Text(textwrap.fill(defects, console.width), "yellow"))
     for group in run.groups:
         if group.max_bytes is not None:
             refused = f", {_times(group.refused, 'charge')} refused" if group.refused else ""
@@ -108,7 +117,7 @@ def _print_head(run: RunSummary, console: Console) -> None:
 
 
 def _paragraph(enclave: EnclaveSummary, width: int) -> RenderableType:
-    title = Text(f"enclave {enclave.number}", "bold")
+    title = Text(enclave_name(enclave), "bold")
     title.append(
         f": {size_text(enclave.size_bytes)}, {enclave.pages_added:,} pages added, "
         f"peak resident {size_text(enclave.peak_resident_bytes)}",

@@ -49,7 +49,8 @@ def test_a_program_that_pages_is_told_of(program: list[str], tmp_path: Path) -> 
     path = tmp_path / "run.json"
     done = run("--epc", EPC, "--json", str(path), "--", *program, "paging")
     assert (done.returncode, done.stdout) == (0, "")
-    assert "enclave 1: " in done.stderr
+    assert "The EPC was too small: " in done.stderr
+    assert "enclave 1 (" in done.stderr
     document = json.loads(path.read_text())
     (enclave,) = document["enclaves"]
     # Three rounds, each of which writes and reads every page that does not fit.

@@ -93,7 +93,7 @@ def test_the_summary_goes_to_stderr_alone(
     run("--", "app")
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "enclave 1: " in printed.err
+    assert "enclave 1 (" in printed.err
     assert "reloads; EWB" in printed.err
 
 

@@ -78,11 +78,11 @@ def test_more_enclaves_than_rows_are_counted() -> None:
 
 
 def test_a_run_without_enclaves_says_so() -> None:
-    assert "no enclave was created" in printed(Story().summary())
+    assert "No enclave was created." in printed(Story().summary())
 
 
 def test_what_has_no_price_is_named() -> None:
-    assert "nobody has published a figure: ETRACK, IPI rounds" in printed(told().summary())
+    assert "no figure is published: ETRACK, IPI rounds" in printed(told().summary())
 
 
 def test_the_command_is_quoted_as_a_shell_would_take_it() -> None:

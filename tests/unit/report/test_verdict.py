@@ -1,0 +1,72 @@
+"""The verdict names what was too small, only if it was, and an option that changes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.support.report import Story, enclave_summary, made_up, told
+
+from softsgx.report import Fit, GroupSummary, RunSummary, verdict
+from softsgx.sizes import parse_size
+
+
+def without_limit(run: RunSummary) -> RunSummary:
+    return replace(run, groups=(GroupSummary("/", None, 1 << 20, 0),))
+
+
+def test_a_run_without_an_enclave_gets_no_advice() -> None:
+    judged = verdict(made_up())
+    assert (judged.fit, judged.next_option) == (Fit.NO_ENCLAVE, None)
+    assert judged.text == "No enclave was created."
+
+
+def test_an_epc_that_no_page_left_was_big_enough() -> None:
+    story = Story(epc_pages=256)
+    made = story.enclave()
+    story.touch(made)
+    made.process.exit()
+    run = story.summary()
+    judged = verdict(run)
+    assert judged.fit is Fit.FITS
+    assert judged.text.startswith("The EPC was big enough: no page left it.")
+    assert judged.next_option is not None
+    size = parse_size(judged.next_option.removeprefix("--epc "))
+    assert size < run.platform.peak_epc_bytes
+
+
+def test_an_epc_that_made_pages_come_back_was_too_small() -> None:
+    run = told().summary()
+    judged = verdict(run)
+    assert judged.fit is Fit.SMALL
+    assert judged.evictions == sum(enclave.evictions for enclave in run.enclaves) > 0
+    assert judged.next_option is not None
+    assert parse_size(judged.next_option.removeprefix("--epc ")) == 2 * run.platform.epc_bytes
+    assert 0 < judged.silicon < 1
+    assert "(estimated)" in judged.text
+
+
+def test_a_limit_that_refused_charges_is_named_instead_of_the_epc() -> None:
+    judged = verdict(made_up(enclave_summary(1, busy=100)))
+    assert judged.limited_by == ("/jobs/a",)
+    assert judged.text.startswith("The limit of /jobs/a was too small: 4,400 pages left it")
+    assert judged.next_option == "--limit jobs/a=2MiB"
+    assert verdict(without_limit(made_up(enclave_summary(1, busy=100)))).limited_by == ()
+
+
+@pytest.mark.parametrize(("reloads", "program_s"), [(0, 0.1), (1, 1000.0)])
+def test_pages_that_left_without_much_cost_are_no_reason_for_a_larger_epc(
+    reloads: int, program_s: float
+) -> None:
+    enclave = replace(enclave_summary(1, busy=1), reloads=reloads)
+    run = replace(without_limit(made_up(enclave)), program_s=program_s)
+    judged = verdict(run)
+    assert judged.fit is Fit.NEARLY
+    assert judged.text.startswith("The EPC was nearly big enough: 44 pages left it")
+
+
+def test_the_share_of_faults_is_of_the_run() -> None:
+    enclave = replace(enclave_summary(1, busy=10), fault_s=0.75)
+    run = replace(without_limit(made_up(enclave)), wall_s=1.5)
+    assert verdict(run).here == 0.5
+    assert verdict(replace(run, wall_s=0.5)).here == 1.0
