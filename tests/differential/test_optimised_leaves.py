@@ -15,8 +15,8 @@ from tests.support.hw import RepeatingRuntime
 
 from softsgx.arch import PageType, Secs, Status
 from softsgx.hw import EpcPage, Fault, Machine, MachineConfig, PageInfoArgs
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.optimised import OPTIMISED
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.tracking import count_in, count_out
 
 PAGES = 3
@@ -36,7 +36,7 @@ class Half:
         self.base = self.hw.config.sections[0].base
         secs = self.page(SECS)
         secs.fill(PageType.SECS)
-        secs.enclave = Enclave(Secs(size=ELRANGE, base=ELRANGE), self.hw.next_eid(), secs.addr)
+        secs.enclave = ResidentSecs(Secs(size=ELRANGE, base=ELRANGE), self.hw.next_eid(), secs.addr)
         self.hw.leaves.epa(int(PageType.VA), self.page(VA).addr)
         for n in range(PAGES):
             page = self.page(FIRST + n)

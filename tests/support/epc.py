@@ -14,7 +14,7 @@ from tests.support.hw import secs_of
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo
 from softsgx.hw import Machine, PageInfoArgs
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.tracking import count_in, count_out
 from softsgx.paging import (
     BackingFile,
@@ -178,7 +178,7 @@ class ToyEnclave:
     # --- processors -------------------------------------------------------------------------------
 
     @property
-    def hardware(self) -> Enclave:
+    def hardware(self) -> ResidentSecs:
         """The processor's view; the SECS must be resident."""
         assert self.swap.secs is not None, "the SECS is evicted"
         page = self.machine.page_at(self.swap.secs.addr)

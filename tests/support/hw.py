@@ -38,8 +38,8 @@ from softsgx.hw import (
     PageStore,
     PageTables,
 )
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.optimised import OPTIMISED
+from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
@@ -96,13 +96,13 @@ def sign_sigstruct(sig: SigStruct, key: rsa.RSAPrivateKey | None = None) -> SigS
 
 def signed(
     mrenclave: bytes,
-    secs: Secs | Enclave,
+    secs: Secs | ResidentSecs,
     *,
     key: rsa.RSAPrivateKey | None = None,
     **fields: object,
 ) -> SigStruct:
     """A SIGSTRUCT that fits ``secs``, every ATTRIBUTES and MISCSELECT bit compared."""
-    if isinstance(secs, Enclave):
+    if isinstance(secs, ResidentSecs):
         attributes = Attributes(flags=secs.flags, xfrm=secs.xfrm)
     else:
         attributes = secs.attributes
@@ -205,7 +205,7 @@ class Built:
     sigstruct: SigStruct | None = None
 
     @property
-    def enclave(self) -> Enclave:
+    def enclave(self) -> ResidentSecs:
         """Its live state."""
         return self.machine.pages[self.secs].owner
 

@@ -26,8 +26,8 @@ from tests.support.paging import Blob, outcome, pattern
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, SecInfo, Status
 from softsgx.hw import EpcPage, LogicalProcessor, Machine, PageInfoArgs, PageTables
 from softsgx.hw.access import load, store
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.leaves.aex import interrupt
+from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
@@ -99,7 +99,7 @@ class Inhabited:
         return self.hw.leaves
 
     @property
-    def enclave(self) -> Enclave:
+    def enclave(self) -> ResidentSecs:
         """The enclave, while its SECS is resident."""
         return self.built.enclave
 

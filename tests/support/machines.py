@@ -533,4 +533,4 @@ class Machines(RuleBasedStateMachine):
             inside = {cpu: enc.eid for cpu, enc in self.insiders()}
             for cpu in self.hw.cpus:
                 eid = None if cpu.inside is None else cpu.inside.enclave.eid
-                assert inside.get(cpu.number) == eid
+                assert inside.get(cpu.index) == eid

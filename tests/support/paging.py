@@ -37,8 +37,8 @@ from softsgx.hw import (
     PageInfoArgs,
     VmExit,
 )
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.optimised import OPTIMISED
+from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
@@ -183,10 +183,10 @@ class Bench:
         addr = self.free()
         page = self.page(addr)
         page.fill(PageType.SECS)
-        page.enclave = Enclave(secs, self.machine.next_eid(), addr)
+        page.enclave = ResidentSecs(secs, self.machine.next_eid(), addr)
         return addr
 
-    def enclave(self, secs: int) -> Enclave:
+    def enclave(self, secs: int) -> ResidentSecs:
         """Return the enclave whose SECS is at ``secs``."""
         enclave = self.page(secs).enclave
         assert enclave is not None, f"no SECS at {secs:#x}"
@@ -287,7 +287,9 @@ class Bench:
         state["secs"] = None if page.secs is None else page.secs.addr
         state["slots"] = None if page.slots is None else tuple(page.slots)
         if page.enclave is not None:
-            state["enclave"] = {name: getattr(page.enclave, name) for name in Enclave.__slots__}
+            state["enclave"] = {
+                name: getattr(page.enclave, name) for name in ResidentSecs.__slots__
+            }
         if page.secs is not None:
             state["bytes"] = self.store.read(page, 0, PAGE_BYTES)
         return state

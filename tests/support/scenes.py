@@ -20,7 +20,7 @@ from tests.support.tables import sampled
 
 from softsgx.arch import PAGE_BYTES, PageInfo, SecInfo
 from softsgx.hw import EpcPage, LogicalProcessor, Machine, PageInfoArgs
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.secs import ResidentSecs
 
 __all__ = [
     "INFO_AT",
@@ -66,7 +66,7 @@ def state_of(machine: Machine) -> list[object]:
                 page.bepoch,
                 page.secs and page.secs.addr,
                 page.slots and tuple(page.slots),
-                enclave and [(name, getattr(enclave, name)) for name in Enclave.__slots__],
+                enclave and [(name, getattr(enclave, name)) for name in ResidentSecs.__slots__],
                 page.secs and machine.store.read(page, 0, PAGE_BYTES),
             )
         )
@@ -113,7 +113,7 @@ class InfoScene:
         return page
 
     @property
-    def enclave(self) -> Enclave:
+    def enclave(self) -> ResidentSecs:
         """The enclave that the page goes to."""
         assert self.built is not None, "the scene has no enclave"
         return self.built.enclave
@@ -163,7 +163,7 @@ class CallScene:
         return self.machine.kernel
 
     @property
-    def enclave(self) -> Enclave:
+    def enclave(self) -> ResidentSecs:
         """Its enclave."""
         return self.built.enclave
 

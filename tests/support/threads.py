@@ -46,7 +46,7 @@ from softsgx.hw import (
     VmExit,
     aex,
 )
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
 
@@ -207,7 +207,7 @@ class Border:
         cpu.regs.xcr0 = max(self.xfrm, 7)
 
     @property
-    def enclave(self) -> Enclave:
+    def enclave(self) -> ResidentSecs:
         """Its live state."""
         return self.built.enclave
 

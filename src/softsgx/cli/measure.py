@@ -61,8 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and compare."""
     image = open_image(args.file, args.sigstruct, file_format=args.format)
-    told = _tell if sys.stderr.isatty() else None
-    mrenclave = measure(image.plan, limit_bytes=args.limit, progress=told)
+    progress = _print_progress if sys.stderr.isatty() else None
+    mrenclave = measure(image.plan, limit_bytes=args.limit, progress=progress)
     different = _different(image, args.limit)
     sig = image.sigstruct
     matches = None if sig is None else sig.enclave_hash == mrenclave
@@ -98,7 +98,7 @@ def _different(image: EnclaveImage, limit_bytes: int) -> list[str]:
     ]
 
 
-def _tell(done: int, total: int) -> None:
+def _print_progress(done: int, total: int) -> None:
     """Show how far a long measurement is, on one line of the terminal."""
     if total >= _TOLD_FROM_BYTES:
         end = "\n" if total - done < _TOLD_FROM_BYTES // 16 else ""

@@ -1,7 +1,7 @@
 """An address space as the driver sees it: its mappings of enclaves, and what may be done to them.
 
 Other mappings are not ours.  Page tables are behind :class:`Ptes`: of the simulated machine
-(:class:`SoftPtes`), or of a real process.
+(:class:`SoftPageTable`), or of a real process.
 
 Lock order: ``mmap_lock``, then an enclave's lock, then the core's.  Faults and the reclaimer's
 walks read-lock it, so neither may allocate with reclaim while they hold it; whatever changes

@@ -68,7 +68,7 @@ class Platform:
         self.config = config.but(**keywords) if config else PlatformConfig.of(**keywords)
         self.runtime: Runtime = InlineRuntime(self.config.seed) if runtime is None else runtime
         self._listeners: list[Tracer] = [] if tracer is None else [tracer]
-        self._tracer = self._tell if self._listeners else None
+        self._tracer = self._emit if self._listeners else None
         self._backing = make_backing or self._configured_backing
         self.machine = Machine(
             self.config.machine(),
@@ -275,7 +275,7 @@ class Platform:
 
     # --- what the parts ask of each other -------------------------------------------------------
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
 

@@ -9,7 +9,6 @@ from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.hw.cpuid import CpuidResult, cpuid
 from softsgx.hw.dispatch import encls, enclu, enclv, finish_leaf
-from softsgx.hw.enclave import Crossings
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
 from softsgx.hw.faults import (
@@ -31,8 +30,9 @@ from softsgx.hw.machine import Machine
 from softsgx.hw.msr import rdmsr, wrmsr
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
+from softsgx.hw.secs import Crossings
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
-from softsgx.hw.store import DictStore, PageStore, kept_bytes
+from softsgx.hw.store import DictStore, PageStore, share_zero_page
 
 __all__ = [
     "DEFAULT_EPC_BASE",
@@ -90,8 +90,8 @@ __all__ = [
     "extended_state",
     "finish_leaf",
     "interrupt",
-    "kept_bytes",
     "rdmsr",
+    "share_zero_page",
     "traced",
     "wrmsr",
 ]

@@ -138,7 +138,7 @@ def load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
     try:
         return _load(cpu, linaddr, size)
     except VmExit as exit:
-        return cpu.hosted(exit, lambda: _load(cpu, linaddr, size))
+        return cpu.handle_vm_exit(exit, lambda: _load(cpu, linaddr, size))
 
 
 def _load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
@@ -160,7 +160,7 @@ def store(cpu: LogicalProcessor, linaddr: int, data: bytes) -> None:
     try:
         _store(cpu, linaddr, data)
     except VmExit as exit:
-        cpu.hosted(exit, lambda: _store(cpu, linaddr, data))
+        cpu.handle_vm_exit(exit, lambda: _store(cpu, linaddr, data))
 
 
 def _store(cpu: LogicalProcessor, linaddr: int, data: bytes) -> None:
@@ -190,7 +190,7 @@ def fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
     try:
         return _fetch(cpu, linaddr, size)
     except VmExit as exit:
-        return cpu.hosted(exit, lambda: _fetch(cpu, linaddr, size))
+        return cpu.handle_vm_exit(exit, lambda: _fetch(cpu, linaddr, size))
 
 
 def _fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:

@@ -14,18 +14,18 @@ import struct
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, CetAttributes, PageType, Tcs
 from softsgx.hw.access import check, epc_operand, epc_refusal
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.space import READ, WRITE
 
 __all__ = [
     "CET_SLOT_BYTES",
     "expect_endbranch",
     "find_slot",
-    "keep_ssp",
     "read_slot",
+    "save_prevssp",
     "start",
     "waits_for_endbranch",
     "write_slot",
@@ -40,7 +40,7 @@ _CET = int(AttributesFlags.CET)
 
 
 def find_slot(
-    cpu: LogicalProcessor, secs: EpcPage, enclave: Enclave, ocetssa: int, index: int
+    cpu: LogicalProcessor, secs: EpcPage, enclave: ResidentSecs, ocetssa: int, index: int
 ) -> tuple[EpcPage, int] | None:
     """Return page and offset of the save slot of SSA frame ``index``; ``None`` without CET.
 
@@ -80,7 +80,7 @@ def write_slot(cpu: LogicalProcessor, slot: tuple[EpcPage, int]) -> None:
     cpu.hw.store.write(page, offset, _SLOT.pack(cpu.ssp, cpu.u_cet))
 
 
-def start(cpu: LogicalProcessor, enclave: Enclave, prevssp: int) -> None:
+def start(cpu: LogicalProcessor, enclave: ResidentSecs, prevssp: int) -> None:
     """Give a thread that starts at its entry point the enclave's CET state."""
     if not cpu.cr4_cet:
         return
@@ -93,7 +93,7 @@ def start(cpu: LogicalProcessor, enclave: Enclave, prevssp: int) -> None:
     expect_endbranch(cpu)
 
 
-def keep_ssp(cpu: LogicalProcessor, enclave: Enclave, tcs: EpcPage) -> None:
+def save_prevssp(cpu: LogicalProcessor, enclave: ResidentSecs, tcs: EpcPage) -> None:
     """Write TCS.PREVSSP, where the thread's next entry takes its shadow stack from."""
     if enclave.flags & _CET and enclave.cet_attributes & CetAttributes.SH_STK_EN:
         cpu.hw.store.write(tcs, Tcs.OFFSETS["prevssp"], cpu.ssp.to_bytes(8, "little"))

@@ -9,12 +9,12 @@ Source:
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, SecInfo, SecInfoFlags, Xfrm
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 
 __all__ = [
     "child_present",
-    "secinfo_ok",
+    "secinfo_reserved_zero",
     "shadow_stack_token",
     "svn_beyond",
     "touches_range_end",
@@ -26,7 +26,7 @@ _SECINFO_RESERVED = bytes(56)
 _AVX512 = Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
 
 
-def secinfo_ok(secinfo: SecInfo, more: int = 0) -> bool:
+def secinfo_reserved_zero(secinfo: SecInfo, more: int = 0) -> bool:
     """Return whether reserved bits and bytes of SECINFO are zero.
 
     Args:
@@ -63,7 +63,7 @@ def xfrm_legal(xfrm: int, supported: int, *, xsave_enabled: bool) -> bool:
     return all(xfrm & pair in (0, pair) for pair in pairs)
 
 
-def child_present(cpu: LogicalProcessor, enclave: Enclave) -> bool:
+def child_present(cpu: LogicalProcessor, enclave: ResidentSecs) -> bool:
     """Return whether a SECS has children that keep it in the EPC.
 
     Those are EPC-resident pages; in a guest with EPC virtualization also the ones that VIRTCHILDCNT
@@ -83,11 +83,11 @@ def svn_beyond(requested: bytes, current: bytes) -> bool:
     return any(mine > theirs for mine, theirs in zip(requested, current, strict=True))
 
 
-def touches_range_end(enclave: Enclave, linaddr: int) -> bool:
+def touches_range_end(enclave: ResidentSecs, linaddr: int) -> bool:
     """Return whether ``linaddr`` is the first or last page of the enclave's linear range."""
     return linaddr in (enclave.base, enclave.base + enclave.size - PAGE_BYTES)
 
 
-def shadow_stack_token(enclave: Enclave, linaddr: int) -> bytes:
+def shadow_stack_token(enclave: ResidentSecs, linaddr: int) -> bytes:
     """Return the last 8 bytes of an SS_FIRST page: its end, with MODE64BIT in bit 0."""
     return (linaddr + PAGE_BYTES | enclave.mode64).to_bytes(8, "little")

@@ -34,10 +34,10 @@ from softsgx.arch import (
 )
 from softsgx.hw import cet
 from softsgx.hw.access import check, epc_operand, epc_refusal
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
-from softsgx.hw.processor import EnclaveMode, Frame, LogicalProcessor, Outside, Segment
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor, SavedOutsideState, Segment, SsaFrame
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.space import READ, WRITE
 from softsgx.hw.tracking import count_in, count_out
 
@@ -48,14 +48,14 @@ __all__ = [
     "check_segments",
     "check_tcs",
     "check_thread_segments",
+    "enter_enclave_mode",
     "find_frame",
-    "go_inside",
-    "go_outside",
+    "leave_enclave_mode",
     "read_aep",
     "read_frame",
     "read_tcs",
     "ssa_address",
-    "start_afresh",
+    "start_at_entry_point",
     "write_cssa",
     "write_frame",
 ]
@@ -184,7 +184,7 @@ def check_segments(cpu: LogicalProcessor) -> None:
         raise GeneralProtection
 
 
-def check_tcs(cpu: LogicalProcessor, page: EpcPage, linaddr: int, enclave: Enclave) -> TcsHead:
+def check_tcs(cpu: LogicalProcessor, page: EpcPage, linaddr: int, enclave: ResidentSecs) -> TcsHead:
     """Check the TCS and whether this processor, as it is set up, may run the enclave.
 
     Raises:
@@ -213,12 +213,12 @@ def check_tcs(cpu: LogicalProcessor, page: EpcPage, linaddr: int, enclave: Encla
     return tcs
 
 
-def ssa_address(enclave: Enclave, tcs: TcsHead, index: int) -> int:
+def ssa_address(enclave: ResidentSecs, tcs: TcsHead, index: int) -> int:
     """Return the linear address of SSA frame ``index`` of a thread."""
     return enclave.base + tcs.ossa + PAGE_BYTES * enclave.ssa_frame_size * index
 
 
-def find_frame(cpu: LogicalProcessor, secs: EpcPage, enclave: Enclave, ssa: int) -> Frame:
+def find_frame(cpu: LogicalProcessor, secs: EpcPage, enclave: ResidentSecs, ssa: int) -> SsaFrame:
     """Check the pages of the SSA frame at ``ssa`` and return them; CET is not looked at.
 
     Raises:
@@ -235,7 +235,7 @@ def find_frame(cpu: LogicalProcessor, secs: EpcPage, enclave: Enclave, ssa: int)
         gpr = _ssa_page(cpu, secs, gpr_address)
     if not cpu.mode64 and gpr_address + GPRSGX_BYTES - 1 > cpu.ds.limit:
         raise GeneralProtection
-    return Frame(gpr, tuple(xsave))
+    return SsaFrame(gpr, tuple(xsave))
 
 
 def _ssa_page(cpu: LogicalProcessor, secs: EpcPage, linaddr: int) -> EpcPage:
@@ -276,12 +276,12 @@ def check_thread_segments(
 # --- changes of state ---------------------------------------------------------------------------
 
 
-def go_inside(
+def enter_enclave_mode(
     cpu: LogicalProcessor,
     page: EpcPage,
     admitted: Entry,
     tcs: TcsHead,
-    frame: Frame,
+    frame: SsaFrame,
     slot: tuple[EpcPage, int] | None,
     aep: int,
     fs_base: int,
@@ -305,7 +305,7 @@ def go_inside(
     hw, regs = cpu.hw, cpu.regs
     secs, enclave = admitted.secs, admitted.enclave
     opted_in = tcs.flags & _DBGOPTIN
-    outside = Outside(
+    outside = SavedOutsideState(
         cpu.fs,
         regs.fs_base,
         cpu.gs,
@@ -332,8 +332,8 @@ def go_inside(
     cpu.flush_tlb()
 
 
-def start_afresh(
-    cpu: LogicalProcessor, enclave: Enclave, tcs: TcsHead, frame: Frame, target: int
+def start_at_entry_point(
+    cpu: LogicalProcessor, enclave: ResidentSecs, tcs: TcsHead, frame: SsaFrame, target: int
 ) -> None:
     """Begin at the entry point, as EENTER does and ERESUME after a notified exit."""
     regs = cpu.regs
@@ -344,7 +344,7 @@ def start_afresh(
     cet.start(cpu, enclave, tcs.prevssp)
 
 
-def go_outside(cpu: LogicalProcessor) -> None:
+def leave_enclave_mode(cpu: LogicalProcessor) -> None:
     """Leave enclave mode: restore the outside's state, free the TCS, count out, flush the TLB."""
     inside, regs = cpu.inside, cpu.regs
     assert inside is not None, "an exit from nowhere"
@@ -383,7 +383,7 @@ def read_aep(cpu: LogicalProcessor, page: EpcPage) -> int:
     return int(aep)
 
 
-def read_frame(cpu: LogicalProcessor, frame: Frame, size: int) -> bytes:
+def read_frame(cpu: LogicalProcessor, frame: SsaFrame, size: int) -> bytes:
     """Return the first ``size`` bytes of a frame's XSAVE area."""
     store = cpu.hw.store
     return b"".join(
@@ -392,7 +392,7 @@ def read_frame(cpu: LogicalProcessor, frame: Frame, size: int) -> bytes:
     )
 
 
-def write_frame(cpu: LogicalProcessor, frame: Frame, offset: int, data: bytes) -> None:
+def write_frame(cpu: LogicalProcessor, frame: SsaFrame, offset: int, data: bytes) -> None:
     """Write into a frame's XSAVE area, through the cached pages: nothing is checked."""
     store = cpu.hw.store
     while data:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from softsgx.arch import VA_SLOTS, EpcAddr, PageType, SecInfoFlags
 
 if TYPE_CHECKING:
-    from softsgx.hw.enclave import Enclave
+    from softsgx.hw.secs import ResidentSecs
 
 __all__ = ["EpcPage", "pack_versions", "unpack_versions"]
 
@@ -29,7 +29,7 @@ class EpcPage:
     """One EPC page: its EPCM entry, its locks, and what only the processor keeps in it.
 
     The bytes of REG, TCS, TRIM and SS_* pages are in the machine's page store; a SECS is an
-    :class:`~softsgx.hw.enclave.Enclave`, a VA page a list of versions, and both turn into 4096
+    :class:`~softsgx.hw.secs.ResidentSecs`, a VA page a list of versions, and both turn into 4096
     bytes only on their way out.
 
     Attributes:
@@ -75,7 +75,7 @@ class EpcPage:
         self.linaddr = 0
         self.blocked = self.pending = self.modified = self.pr = False
         self.bepoch = 0
-        self.enclave: Enclave | None = None
+        self.enclave: ResidentSecs | None = None
         self.slots: list[int] | None = None
 
     def clear(self) -> None:
@@ -107,7 +107,7 @@ class EpcPage:
         return self.valid and self.pt is pt
 
     @property
-    def owner(self) -> Enclave:
+    def owner(self) -> ResidentSecs:
         """The enclave of a child page, or of a SECS page itself."""
         holder = self if self.secs is None else self.secs
         assert holder.enclave is not None, f"{self!r} belongs to no enclave"

@@ -20,7 +20,7 @@ from softsgx.arch import (
     KeyRequest,
     TargetInfo,
 )
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.signature import HARDCODED_PADDING
 from softsgx.layout import U8, U16, U32, Nested, Raw, Structure, at
 
@@ -77,7 +77,7 @@ def derive(hw: Machine, facts: KeyDependencies) -> bytes:
     return hw.secrets.derive(facts.pack())
 
 
-def seal_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies:
+def seal_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
     """EGETKEY, SEAL: an enclave's, or its signer's, own secrets."""
     policy = request.key_policy
     config = policy & KeyPolicy.CONFIGID
@@ -106,7 +106,7 @@ def seal_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies
     )
 
 
-def report_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies:
+def report_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
     """EGETKEY, REPORT: what an enclave verifies reports with that are meant for it."""
     return KeyDependencies(
         key_name=KeyName.REPORT,
@@ -124,7 +124,7 @@ def report_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependenci
     )
 
 
-def target_report_key(hw: Machine, secs: Enclave, target: TargetInfo) -> KeyDependencies:
+def target_report_key(hw: Machine, secs: ResidentSecs, target: TargetInfo) -> KeyDependencies:
     """EREPORT: the key that only ``target`` gets from EGETKEY."""
     return KeyDependencies(
         key_name=KeyName.REPORT,
@@ -142,7 +142,7 @@ def target_report_key(hw: Machine, secs: Enclave, target: TargetInfo) -> KeyDepe
     )
 
 
-def einit_token_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies:
+def einit_token_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
     """EGETKEY, EINITTOKEN: what a launch enclave MACs tokens with."""
     return KeyDependencies(
         key_name=KeyName.EINITTOKEN,
@@ -184,7 +184,7 @@ def launch_token_key(hw: Machine, token: EinitToken, launch_mrsigner: bytes) -> 
     )
 
 
-def provision_key(_hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies:
+def provision_key(_hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
     """EGETKEY, PROVISION: the same for every owner and every package of a kind.
 
     Deviation: on silicon this key comes from provisioning secrets that Intel knows; here from the
@@ -205,7 +205,7 @@ def provision_key(_hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDepend
     )
 
 
-def provision_seal_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDependencies:
+def provision_seal_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
     """EGETKEY, PROVISION_SEAL: a provisioning enclave's secrets, whoever owns the platform."""
     policy = request.key_policy
     config = policy & KeyPolicy.CONFIGID
@@ -230,7 +230,7 @@ def provision_seal_key(hw: Machine, secs: Enclave, request: KeyRequest) -> KeyDe
     )
 
 
-def _masked_attributes(secs: Enclave, request: KeyRequest) -> Attributes:
+def _masked_attributes(secs: ResidentSecs, request: KeyRequest) -> Attributes:
     mask = request.attribute_mask
     return Attributes(
         flags=(mask.flags | _REQUIRED_SEALING_FLAGS) & secs.flags, xfrm=mask.xfrm & secs.xfrm

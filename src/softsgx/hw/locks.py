@@ -14,8 +14,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
+from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import Lock
 
 __all__ = ["LatchedLeafLocks", "LeafLocks"]
@@ -33,8 +33,8 @@ class LeafLocks:
     def __init__(self) -> None:
         self._pages: list[EpcPage] = []
         self._modified: EpcPage | None = None
-        self._measured: Enclave | None = None
-        self._tracked: Enclave | None = None
+        self._measured: ResidentSecs | None = None
+        self._tracked: ResidentSecs | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +79,7 @@ class LeafLocks:
         self._modified = page
         return True
 
-    def measure(self, enclave: Enclave) -> bool:
+    def measure(self, enclave: ResidentSecs) -> bool:
         """Lock an enclave's measurement against EADD, EEXTEND and EINIT."""
         if enclave.measurement_lock:
             return False
@@ -87,7 +87,7 @@ class LeafLocks:
         self._measured = enclave
         return True
 
-    def track(self, enclave: Enclave) -> bool:
+    def track(self, enclave: ResidentSecs) -> bool:
         """Lock an enclave's tracking facility against ETRACK, ETRACKC and EWB."""
         if enclave.tracking_lock:
             return False
@@ -129,12 +129,12 @@ class LatchedLeafLocks(LeafLocks):
         with self._latch:
             return super().modify(page)
 
-    def measure(self, enclave: Enclave) -> bool:
+    def measure(self, enclave: ResidentSecs) -> bool:
         """As :meth:`LeafLocks.measure`, atomically."""
         with self._latch:
             return super().measure(enclave)
 
-    def track(self, enclave: Enclave) -> bool:
+    def track(self, enclave: ResidentSecs) -> bool:
         """As :meth:`LeafLocks.track`, atomically."""
         with self._latch:
             return super().track(enclave)

@@ -1,14 +1,14 @@
 """The machine: EPC sections, the EPCM, the package's secrets, its logical processors.
 
-This is the only package that can read or write the bytes of an EPC page.  What software has of it:
+``softsgx.hw`` alone reads and writes the bytes of EPC pages.  Software uses:
 
 * ``machine.leaves``: ENCLS and ENCLV leaves as typed functions for OS code in this process;
 * ``softsgx.hw.dispatch``: the same leaves by registers, over a processor's address space;
 * ``machine.cpus``: logical processors, with ENCLU, accesses and asynchronous exits;
-* ``machine.config``: what CPUID tells.
+* ``machine.config``: what CPUID reports.
 
-Invariants: a version is never used twice under one paging key; ``Enclave.children`` is the number
-of valid pages whose ``secs`` names it; page locks are held only for the duration of one leaf.
+Invariants: no version is used twice under one paging key; ``ResidentSecs.children`` is the number
+of valid pages whose ``secs`` names it; a page lock is held for the duration of one leaf at most.
 :meth:`Machine.check_invariants` compares.
 
 Source:
@@ -31,7 +31,6 @@ from softsgx.arch import (
     page_of,
 )
 from softsgx.hw.config import EpcSection, MachineConfig
-from softsgx.hw.enclave import Crossings, Enclave
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
 from softsgx.hw.leaves import Leaves
@@ -40,6 +39,7 @@ from softsgx.hw.leaves.registry import OptimisedLeaves
 from softsgx.hw.locks import LatchedLeafLocks, LeafLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
+from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.hw.space import Ram
 from softsgx.hw.store import DictStore, PageStore
 from softsgx.hw.xsave import XsaveLayout
@@ -149,7 +149,7 @@ class Machine:
             page = self.pages.setdefault(addr, EpcPage(addr))
         return page
 
-    def place(self, page: EpcPage, data: bytes) -> None:
+    def fill_page(self, page: EpcPage, data: bytes) -> None:
         """Store the 4096 bytes of a page whose entry is written but for VALID.
 
         Where the store has no room its error passes, and the page is free again.
@@ -175,7 +175,7 @@ class Machine:
         """Give the memory of one ordinary page back; it reads as zero then."""
         self.ram.discard(physical)
 
-    def count_child(self, enclave: Enclave, change: int) -> None:
+    def count_child(self, enclave: ResidentSecs, change: int) -> None:
         """Add ``change`` to the CHLDCNT of an enclave."""
         with self.latch:
             enclave.children += change
@@ -217,7 +217,7 @@ class Machine:
         """Yield every page with VALID=1."""
         return (page for page in list(self.pages.values()) if page.valid)
 
-    def enclaves(self) -> Iterator[tuple[EpcPage, Enclave]]:
+    def enclaves(self) -> Iterator[tuple[EpcPage, ResidentSecs]]:
         """Yield each resident SECS page with its enclave."""
         for page in self.valid_pages():
             if page.pt is PageType.SECS:

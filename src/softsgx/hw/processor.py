@@ -30,17 +30,17 @@ from softsgx.layout import Structure
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
-    from softsgx.hw.enclave import Enclave
     from softsgx.hw.leaves.enclu import EncluLeaves
     from softsgx.hw.machine import Machine
+    from softsgx.hw.secs import ResidentSecs
 
 __all__ = [
     "EnclaveMode",
-    "Frame",
     "LogicalProcessor",
-    "Outside",
     "Registers",
+    "SavedOutsideState",
     "Segment",
+    "SsaFrame",
     "Translation",
     "split_pages",
 ]
@@ -122,7 +122,7 @@ class Translation:
     epcm_rights: int = 0
 
 
-class Frame(NamedTuple):
+class SsaFrame(NamedTuple):
     """The SSA frame that the next asynchronous exit fills, by physical pages.
 
     Attributes:
@@ -134,8 +134,8 @@ class Frame(NamedTuple):
     xsave: tuple[EpcPage, ...]
 
 
-class Outside(NamedTuple):
-    """Outside state that exit restores: CR_SAVE_*.
+class SavedOutsideState(NamedTuple):
+    """SavedOutsideState state that exit restores: CR_SAVE_*.
 
     Attributes:
         tf: RFLAGS.TF; ``None`` when the thread opted in to debugging, which leaves TF alone.
@@ -167,13 +167,13 @@ class EnclaveMode:
     """
 
     secs: EpcPage
-    enclave: Enclave
+    enclave: ResidentSecs
     tcs: EpcPage
     tcs_linaddr: int
     entry_epoch: int
-    frame: Frame
+    frame: SsaFrame
     cet_slot: tuple[EpcPage, int] | None
-    outside: Outside
+    outside: SavedOutsideState
 
 
 @dataclass
@@ -182,7 +182,7 @@ class LogicalProcessor:
 
     Attributes:
         hw: its machine.
-        number: its index among the processors of its machine or guest.
+        index: its place among the processors of its machine or guest.
         regs: registers; an engine loads and stores them around leaves.
         space: the address space in force (CR3).
         cpl: current privilege level.
@@ -206,7 +206,7 @@ class LogicalProcessor:
         tlb: translations by linear page.
         busy: held for one ENCLU or one memory access, and by a task that interrupts the
             processor: an interrupt waits for the end of the instruction.
-        name: in schedules; ``cpu`` and the number by default.
+        name: in schedules; ``cpu`` and the index by default.
         enclu: the ENCLU leaves bound to this processor.
 
     Args:
@@ -214,7 +214,7 @@ class LogicalProcessor:
     """
 
     hw: Machine
-    number: int
+    index: int
     enclu_leaves: InitVar[Callable[[LogicalProcessor], EncluLeaves]]
     regs: Registers = field(default_factory=Registers)
     space: AddressSpace = field(default_factory=DirectMap)
@@ -251,7 +251,7 @@ class LogicalProcessor:
     name: str = ""
 
     def __post_init__(self, enclu_leaves: Callable[[LogicalProcessor], EncluLeaves]) -> None:
-        self.name = self.name or f"cpu{self.number}"
+        self.name = self.name or f"cpu{self.index}"
         self.busy = self.hw.runtime.lock(self.name)
         self.enclu = enclu_leaves(self)
 
@@ -260,15 +260,16 @@ class LogicalProcessor:
         """IA32_SGXLEPUBKEYHASH0–3 as this processor has them."""
         return self.hw.launch_key_hash
 
-    def hosted(self, exit: VmExit, again: Callable[[], T]) -> T:
-        """An ENCLU or an access ended with a VM exit: let the hypervisor go on.
+    def handle_vm_exit(self, exit: VmExit, retry: Callable[[], T]) -> T:
+        """Let the hypervisor handle the VM exit of an ENCLU or an access.
 
         Args:
-            exit: what happened; nothing architectural has changed, and the processor is not busy.
-            again: executes the instruction once more.
+            exit: why the instruction ended; nothing architectural has changed, and the processor
+                is not busy.
+            retry: executes the instruction once more.
 
         Raises:
-            VmExit: there is no hypervisor here; whoever executes instructions is its own.
+            VmExit: this processor has no hypervisor; its caller is one.
         """
         raise exit
 

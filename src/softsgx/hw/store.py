@@ -12,12 +12,12 @@ from typing import Protocol
 from softsgx.arch import PAGE_BYTES, EpcAddr
 from softsgx.hw.epcm import EpcPage
 
-__all__ = ["DictStore", "PageStore", "kept_bytes"]
+__all__ = ["DictStore", "PageStore", "share_zero_page"]
 
 _ZEROS = bytes(PAGE_BYTES)
 
 
-def kept_bytes(data: bytes) -> bytes:
+def share_zero_page(data: bytes) -> bytes:
     """Return what a store keeps of a page's bytes: one object for all pages of zeros.
 
     A heap that is added and not used yet then costs no memory but its EPCM entries.  Whoever
@@ -67,7 +67,7 @@ class DictStore:
 
     def fill(self, page: EpcPage, data: bytes) -> None:
         """Keep the object itself, or that of all pages of zeros: no copy until someone writes."""
-        self._pages[page.addr] = kept_bytes(data)
+        self._pages[page.addr] = share_zero_page(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Return the bytes; nobody can write behind the EPCM lock's back."""

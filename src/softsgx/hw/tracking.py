@@ -14,8 +14,8 @@ Source:
 
 from __future__ import annotations
 
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage
+from softsgx.hw.secs import ResidentSecs
 
 __all__ = ["TRACKED_AGE", "count_in", "count_out", "is_tracked", "start_cycle"]
 
@@ -23,13 +23,13 @@ TRACKED_AGE = 2
 """Epochs after which a page is tracked whoever is inside."""
 
 
-def count_in(enclave: Enclave) -> int:
+def count_in(enclave: ResidentSecs) -> int:
     """A processor enters: count it and return its entry epoch.  Call under the latch."""
     enclave.cur_count += 1
     return enclave.epoch
 
 
-def count_out(enclave: Enclave, entry_epoch: int) -> None:
+def count_out(enclave: ResidentSecs, entry_epoch: int) -> None:
     """A processor that entered in ``entry_epoch`` leaves.  Call under the latch."""
     if entry_epoch == enclave.epoch:
         enclave.cur_count -= 1
@@ -39,7 +39,7 @@ def count_out(enclave: Enclave, entry_epoch: int) -> None:
     assert enclave.cur_count >= 0 <= enclave.prev_count, "more exits than entries"
 
 
-def start_cycle(enclave: Enclave) -> bool:
+def start_cycle(enclave: ResidentSecs) -> bool:
     """Begin the next epoch; ``False``, unchanged, while the previous cycle is incomplete."""
     if enclave.prev_count:
         return False
@@ -48,7 +48,7 @@ def start_cycle(enclave: Enclave) -> bool:
     return True
 
 
-def is_tracked(page: EpcPage, enclave: Enclave) -> bool:
+def is_tracked(page: EpcPage, enclave: ResidentSecs) -> bool:
     """Return whether no processor can hold a translation older than the page's last block.
 
     An ETRACK that came before the block does not count, even if everybody has left since.

@@ -90,6 +90,6 @@ class GuestProcessor(LogicalProcessor):
         mapping.accessed.add(index)
         return at | gpa % PAGE_BYTES
 
-    def hosted(self, exit: VmExit, again: Callable[[], T]) -> T:
-        """As :meth:`LogicalProcessor.hosted`: the host handles the exit and the guest goes on."""
-        return self.guest.resume(self, exit, again)
+    def handle_vm_exit(self, exit: VmExit, retry: Callable[[], T]) -> T:
+        """Let the host handle the exit, then let the guest continue."""
+        return self.guest.resume(self, exit, retry)

@@ -4,7 +4,7 @@ A :class:`Collector` listens to nothing but the lives of enclaves; everything el
 the machine, the core and the driver when asked, so that paging does not pay for being reported.
 
 Source:
-    The counts: ``driver/counts.py``, ``hw/enclave.py`` (crossings), ``paging/counters.py``.
+    The counts: ``driver/counts.py``, ``hw/secs.py`` (crossings), ``paging/counters.py``.
 """
 
 from __future__ import annotations

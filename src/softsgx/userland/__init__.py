@@ -1,17 +1,17 @@
 """Simulated processes and threads: what runs on the driver where no real program does."""
 
 from softsgx.userland.enclave import EnclaveLoadError, LoadedEnclave, PageState, Residency
-from softsgx.userland.page_tables import Computer, SoftPtes
+from softsgx.userland.page_tables import MachineOrGuest, SoftPageTable
 from softsgx.userland.process import Signal, SoftProcess, SoftThread
 
 __all__ = [
-    "Computer",
     "EnclaveLoadError",
     "LoadedEnclave",
+    "MachineOrGuest",
     "PageState",
     "Residency",
     "Signal",
+    "SoftPageTable",
     "SoftProcess",
-    "SoftPtes",
     "SoftThread",
 ]

@@ -284,7 +284,7 @@ def load_enclave(
     config = process.driver.core.hw.config
     limits = SecsLimits(int(config.attributes), config.xfrm, int(config.miscselect))
     if base is None and image.plan.base is None:
-        base = process.place(image.plan.size)
+        base = process.free_range(image.plan.size)
     secs = choose_secs(image, base=base, debug=debug, limits=limits)
     _check_permissions(process, image, secs)
     mrenclave = measure(image.plan)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from softsgx.arch import PAGE_BYTES, page_of
 from softsgx.driver import PROT_READ, PROT_WRITE, BadAddress, VmaInfo
-from softsgx.userland.page_tables import Computer, SoftPtes
+from softsgx.userland.page_tables import MachineOrGuest, SoftPageTable
 
 __all__ = ["SoftMemory"]
 
@@ -24,7 +24,7 @@ class SoftMemory:
         frames: physical address of its first frame; it may have 64 GiB from there.
     """
 
-    def __init__(self, machine: Computer, ptes: SoftPtes, frames: int) -> None:
+    def __init__(self, machine: MachineOrGuest, ptes: SoftPageTable, frames: int) -> None:
         self._machine, self._ptes, self._next_frame = machine, ptes, frames
         self._latch = machine.runtime.latch()
         self._pages: dict[int, tuple[int, int, bool]] = {}
@@ -61,8 +61,8 @@ class SoftMemory:
                 self._machine.ram_discard(page[0])
 
     @contextmanager
-    def lend(self, data: bytes) -> Iterator[int]:
-        """Map pages that begin with ``data`` for the duration of a call; give where they are."""
+    def mapped(self, data: bytes) -> Iterator[int]:
+        """Map pages that begin with ``data`` for the duration of a call; yield their address."""
         at = self.put(data)
         try:
             yield at

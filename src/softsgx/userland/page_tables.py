@@ -10,10 +10,10 @@ from softsgx.driver import PROT_READ
 from softsgx.hw import LogicalProcessor, PageTables, interrupt
 from softsgx.runtime import Runtime
 
-__all__ = ["Computer", "SoftPtes"]
+__all__ = ["MachineOrGuest", "SoftPageTable"]
 
 
-class Computer(Protocol):
+class MachineOrGuest(Protocol):
     """What simulated processes run on: a :class:`softsgx.hw.Machine`, or a guest."""
 
     @property
@@ -34,7 +34,7 @@ class Computer(Protocol):
         """Give the memory of one ordinary page back; it reads as zero then."""
 
 
-class SoftPtes(PageTables):
+class SoftPageTable(PageTables):
     """The page tables of one simulated process; give it to a processor as its ``space``.
 
     It holds the process' other pages too (:meth:`map`).
@@ -47,7 +47,7 @@ class SoftPtes(PageTables):
         machine: whose processors may run it.
     """
 
-    def __init__(self, machine: Computer) -> None:
+    def __init__(self, machine: MachineOrGuest) -> None:
         super().__init__()
         self._machine = machine
         self._interleaves = machine.runtime.interleaves

@@ -47,7 +47,7 @@ from softsgx.layout import Structure
 from softsgx.paging import Claim, Group
 from softsgx.userland.enclave import LoadedEnclave, load_enclave
 from softsgx.userland.memory import SoftMemory
-from softsgx.userland.page_tables import Computer, SoftPtes
+from softsgx.userland.page_tables import MachineOrGuest, SoftPageTable
 
 if TYPE_CHECKING:
     from softsgx.driver import Driver
@@ -98,7 +98,7 @@ class SoftProcess:
 
     def __init__(
         self,
-        machine: Computer,
+        machine: MachineOrGuest,
         driver: Driver,
         *,
         group: Group | None = None,
@@ -110,7 +110,7 @@ class SoftProcess:
         self.name = name or f"process{pid}"
         self.machine, self.driver = machine, driver
         self.group: Group = driver.core.root if group is None else group
-        self.ptes = SoftPtes(machine)
+        self.ptes = SoftPageTable(machine)
         self.memory = SoftMemory(machine, self.ptes, _FRAMES + pid * _FRAMES_BYTES)
         self.mm = (
             Mm(driver.runtime, self.ptes, owner=self, name=self.name)
@@ -119,7 +119,7 @@ class SoftProcess:
         )
         self.may_provision = may_provision
         self.personality_read_implies_exec = False
-        self._next_place = _PLACES
+        self._next_base = _PLACES
         self.signal: bool | Callable[[], bool] = False
         self._files: dict[int, EnclaveFile | ProvisionFile] = {}
         self._latch = driver.runtime.latch()
@@ -177,7 +177,7 @@ class SoftProcess:
         Raises:
             OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated all the same.
         """
-        with self.memory.lend(args.pack()) as at:
+        with self.memory.mapped(args.pack()) as at:
             try:
                 self.enclave_file(fd).ioctl(self, cmd, at)
             finally:
@@ -187,15 +187,15 @@ class SoftProcess:
 
     def create(self, fd: int, secs: bytes) -> None:
         """SGX_IOC_ENCLAVE_CREATE with a SECS of 4096 bytes."""
-        with self.memory.lend(secs) as src:
+        with self.memory.mapped(secs) as src:
             self.ioctl(fd, Ioctl.ENCLAVE_CREATE, Create(src=src))
 
     def add_pages(
         self, fd: int, offset: int, data: bytes, flags: int, *, measure: bool = True
     ) -> AddPages:
         """SGX_IOC_ENCLAVE_ADD_PAGES of whole pages with SECINFO ``flags``."""
-        lend = self.memory.lend
-        with lend(data) as src, lend(SecInfo(flags=flags).pack()) as secinfo:
+        mapped = self.memory.mapped
+        with mapped(data) as src, mapped(SecInfo(flags=flags).pack()) as secinfo:
             args = AddPages(
                 src=src,
                 offset=offset,
@@ -208,7 +208,7 @@ class SoftProcess:
 
     def init(self, fd: int, sigstruct: bytes) -> None:
         """SGX_IOC_ENCLAVE_INIT with a SIGSTRUCT."""
-        with self.memory.lend(sigstruct) as at:
+        with self.memory.mapped(sigstruct) as at:
             self.ioctl(fd, Ioctl.ENCLAVE_INIT, Init(sigstruct=at))
 
     def provision(self, fd: int, provision_fd: int) -> None:
@@ -252,10 +252,10 @@ class SoftProcess:
         """Change the rights of mappings of enclaves."""
         self.mm.mprotect(addr, length, prot, task=self)
 
-    def place(self, size: int) -> int:
+    def free_range(self, size: int) -> int:
         """Return the base of a free range of addresses, aligned to its size, a power of two."""
-        base = -(-self._next_place // size) * size
-        self._next_place = base + size
+        base = -(-self._next_base // size) * size
+        self._next_base = base + size
         return base
 
     def load(
@@ -286,7 +286,7 @@ class SoftProcess:
                 child.ptes, owner=child, name=child.name, copy_entries=True, fail=fail
             ),
         )
-        child._next_place = self._next_place
+        child._next_base = self._next_base
         self.memory.copy_to(child.memory)
         for fd, file in self._files.items():
             file.hold()

@@ -142,7 +142,7 @@ def test_whatever_stops_a_thread_out_of_line_finds_it_at_its_instruction_or_behi
         if how is None or signal:
             resume(thread, signal)
             return
-        sites[thread.cpu.number] = how.rip, how.then
+        sites[thread.cpu.index] = how.rip, how.then
         thread.flush()
         steps, event = random.randrange(7), random.choice(list(places))
         for _step in range(steps):
@@ -159,7 +159,7 @@ def test_whatever_stops_a_thread_out_of_line_finds_it_at_its_instruction_or_behi
             thread.image.page_table.kick_all()
 
     def checked(cpu: LogicalProcessor, vector: int, code: int = 0, address: int = 0) -> None:
-        regs, (rip, then) = cpu.regs, sites.get(cpu.number, (0, 0))
+        regs, (rip, then) = cpu.regs, sites.get(cpu.index, (0, 0))
         if regs.rip in (rip, then):
             exits_seen.append(regs.rip - rip)
             assert (regs.rax, regs.rdx) == (BITS_64, BITS_64)

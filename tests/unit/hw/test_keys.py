@@ -18,7 +18,6 @@ from tests.support.hw import make_machine, secs_of
 
 from softsgx.arch import Attributes, EinitToken, KeyRequest, TargetInfo
 from softsgx.hw import Machine
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.keys import (
     KeyDependencies,
     derive,
@@ -30,6 +29,7 @@ from softsgx.hw.keys import (
     seal_key,
     target_report_key,
 )
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.signature import HARDCODED_PADDING
 
 COLUMNS = ("SEAL", "REPORT/get", "REPORT/make", "TOKEN/get", "TOKEN/init", "PROV", "PROVSEAL")
@@ -64,7 +64,7 @@ MSR = bytes(range(32))
 
 
 @st.composite
-def enclaves(draw: Callable[..., Any]) -> Enclave:
+def enclaves(draw: Callable[..., Any]) -> ResidentSecs:
     attributes = draw(ATTRIBUTES)
     secs = secs_of(
         0x4000,
@@ -79,7 +79,7 @@ def enclaves(draw: Callable[..., Any]) -> Enclave:
         isv_prod_id=draw(U16),
         isv_svn=draw(U16),
     )
-    enclave = Enclave(secs, 1, 0)
+    enclave = ResidentSecs(secs, 1, 0)
     enclave.isv_family_id, enclave.isv_ext_prod_id = draw(BYTES_16), draw(BYTES_16)
     enclave.padding = draw(st.sampled_from([HARDCODED_PADDING, b"\5" * 352]))
     return enclave
@@ -123,7 +123,7 @@ class Facts:
     def __init__(
         self,
         machine: Machine,
-        secs: Enclave,
+        secs: ResidentSecs,
         request: KeyRequest,
         target: TargetInfo,
         token: EinitToken,
@@ -221,7 +221,7 @@ MACHINE.secrets.owner_epoch = b"\3" * 16
 @given(enclaves(), REQUESTS, TARGETS, TOKENS)
 @settings(max_examples=60, deadline=None)
 def test_every_cell_of_the_table_is_what_the_manual_says(
-    secs: Enclave, request: KeyRequest, target: TargetInfo, token: EinitToken
+    secs: ResidentSecs, request: KeyRequest, target: TargetInfo, token: EinitToken
 ) -> None:
     facts = Facts(MACHINE, secs, request, target, token)
     made = facts.columns()

@@ -138,13 +138,13 @@ def _leave(
 
     # 3. Out: the frame is used up, and resuming takes the one before the TCS's CSSA.
     entry.write_cssa(cpu, inside.tcs, tcs.cssa + 1)
-    entry.go_outside(cpu)
+    entry.leave_enclave_mode(cpu)
     inside.enclave.crossings.aex += 1
     if vector == Vector.PF:
         cpu.cr2 = address & -PAGE_BYTES
     if hw.tracer is not None:
         number = int(vector) if vector < _FIRST_INTERRUPT else -1
-        hw.tracer(AsynchronousExit(cpu.number, inside.enclave.eid, inside.tcs_linaddr, number))
+        hw.tracer(AsynchronousExit(cpu.index, inside.enclave.eid, inside.tcs_linaddr, number))
 
 
 def _save_registers(cpu: LogicalProcessor, page: EpcPage, vector: int) -> None:

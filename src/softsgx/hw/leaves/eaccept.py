@@ -15,11 +15,11 @@ from softsgx.arch import (
     tcs_ok,
 )
 from softsgx.hw.access import enclave_operand, epc_operand, epc_refusal
-from softsgx.hw.checks import secinfo_ok
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.space import READ
 from softsgx.hw.tracking import is_tracked
 
@@ -66,7 +66,11 @@ def eaccept(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
         raise GeneralProtection
     wanted = enclave_operand(cpu, rbx, READ)
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
-    if not secinfo_ok(secinfo, STATE_BITS) or rcx % PAGE_BYTES or not enclave.covers(rcx):
+    if (
+        not secinfo_reserved_zero(secinfo, STATE_BITS)
+        or rcx % PAGE_BYTES
+        or not enclave.covers(rcx)
+    ):
         raise GeneralProtection
     page = epc_operand(cpu, rcx, READ)
     if not _legal(secinfo):
@@ -121,7 +125,7 @@ def _legal(secinfo: SecInfo) -> bool:
             return False
 
 
-def _becomes_tcs(cpu: LogicalProcessor, page: EpcPage, enclave: Enclave) -> bool:
+def _becomes_tcs(cpu: LogicalProcessor, page: EpcPage, enclave: ResidentSecs) -> bool:
     """Return whether the bytes of a page that EMODT retyped are a TCS that nobody has entered."""
     tcs = Tcs.unpack(cpu.hw.store.read(page, 0, PAGE_BYTES))
     cet = bool(enclave.flags & AttributesFlags.CET)

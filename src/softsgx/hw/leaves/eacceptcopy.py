@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, Status
 from softsgx.hw.access import check, epc_operand
-from softsgx.hw.checks import secinfo_ok
+from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.leaves.eaccept import STATE_BITS
@@ -56,7 +56,7 @@ def eacceptcopy(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> Status:
     if fault is not None:
         raise fault
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
-    if not secinfo_ok(secinfo, STATE_BITS) or secinfo.page_type != PageType.REG:
+    if not secinfo_reserved_zero(secinfo, STATE_BITS) or secinfo.page_type != PageType.REG:
         raise GeneralProtection
     if secinfo.flags & _RW == WRITE:
         raise GeneralProtection

@@ -13,12 +13,12 @@ from softsgx.arch import (
     tcs_as_added,
     tcs_ok,
 )
-from softsgx.hw.checks import secinfo_ok, shadow_stack_token, touches_range_end
-from softsgx.hw.enclave import Enclave
+from softsgx.hw.checks import secinfo_reserved_zero, shadow_stack_token, touches_range_end
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 
 __all__ = ["eadd"]
 
@@ -63,7 +63,7 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     secinfo = cpu.sec_info(info.secinfo)
     hw = cpu.hw
     pt = (_CET_TYPES if hw.config.cet else _TYPES).get(secinfo.page_type)
-    if pt is None or not secinfo_ok(secinfo):
+    if pt is None or not secinfo_reserved_zero(secinfo):
         raise GeneralProtection
     if pt in _SHADOW_STACK and not cpu.cr4_cet:
         raise GeneralProtection
@@ -94,7 +94,7 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
 
 
 def _checked(
-    cpu: LogicalProcessor, info: PageInfoArgs, pt: PageType, rwx: int, enclave: Enclave
+    cpu: LogicalProcessor, info: PageInfoArgs, pt: PageType, rwx: int, enclave: ResidentSecs
 ) -> tuple[bytes, int]:
     """Copy the source; return what the page will hold, and its rights.
 
@@ -133,7 +133,7 @@ def _commit(
     # Commit
     hw, enclave = cpu.hw, secs.owner
     page.fill(pt, rwx=rwx, secs=secs, linaddr=linaddr, valid=False)
-    hw.place(page, data)
+    hw.fill_page(page, data)
     hw.measurements[enclave.eid].update(eadd_block(linaddr - enclave.base, pt << 8 | rwx))
     hw.count_child(enclave, 1)
     page.valid = True

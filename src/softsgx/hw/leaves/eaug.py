@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageInfo, PageType, SecInfo, SecInfoFlags
-from softsgx.hw.checks import secinfo_ok, shadow_stack_token, touches_range_end
+from softsgx.hw.checks import secinfo_reserved_zero, shadow_stack_token, touches_range_end
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
@@ -75,7 +75,7 @@ def eaug(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         # Commit
         linaddr = info.linaddr
         page.fill(pt, rwx=int(_RW), secs=secs, linaddr=linaddr, pending=True, valid=False)
-        hw.place(page, data)
+        hw.fill_page(page, data)
         hw.count_child(enclave, 1)
         page.valid = True
 
@@ -90,7 +90,7 @@ def _page_type(cpu: LogicalProcessor, info: PageInfoArgs) -> PageType:
         return PageType.REG
     secinfo = cpu.sec_info(info.secinfo)
     pt = _SHADOW_STACK.get(secinfo.page_type)
-    if not secinfo_ok(secinfo) or not cpu.hw.config.cet or pt is None:
+    if not secinfo_reserved_zero(secinfo) or not cpu.hw.config.cet or pt is None:
         raise GeneralProtection
     if secinfo.flags & SecInfoFlags.RWX != _RW or not cpu.cr4_cet:
         raise GeneralProtection

@@ -18,11 +18,11 @@ from softsgx.arch import (
     ecreate_block,
     is_canonical,
 )
-from softsgx.hw.checks import secinfo_ok, xfrm_legal
-from softsgx.hw.enclave import Crossings, Enclave
+from softsgx.hw.checks import secinfo_reserved_zero, xfrm_legal
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import Crossings, ResidentSecs
 
 __all__ = ["ecreate"]
 
@@ -59,7 +59,7 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     if info.linaddr or info.secs:
         raise GeneralProtection
     secinfo = cpu.sec_info(info.secinfo)
-    if not secinfo_ok(secinfo) or secinfo.page_type != PageType.SECS:
+    if not secinfo_reserved_zero(secinfo) or secinfo.page_type != PageType.SECS:
         raise GeneralProtection
 
     hw = cpu.hw
@@ -79,7 +79,7 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         # Commit
         context = cpu.space.paging_address(rcx)
         eid = hw.next_eid()
-        enclave = Enclave(secs, eid, context, hw.crossings.setdefault(eid, Crossings()))
+        enclave = ResidentSecs(secs, eid, context, hw.crossings.setdefault(eid, Crossings()))
         enclave.mrenclave = bytes(32)
         enclave.isv_prod_id = enclave.isv_svn = 0
         # Without CET the offset is zero, which is what the block then has in its place.

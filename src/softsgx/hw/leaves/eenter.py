@@ -64,6 +64,6 @@ def eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
             slot = cet.find_slot(cpu, secs, enclave, tcs.ocetssa, tcs.cssa)
 
             # Commit
-            entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
-            entry.start_afresh(cpu, enclave, tcs, frame, target)
+            entry.enter_enclave_mode(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
+            entry.start_at_entry_point(cpu, enclave, tcs, frame, target)
             enclave.crossings.eenter += 1

@@ -36,8 +36,8 @@ def eexit(cpu: LogicalProcessor, rbx: int) -> None:
         raise GeneralProtection
 
     # Commit
-    cet.keep_ssp(cpu, inside.enclave, inside.tcs)
+    cet.save_prevssp(cpu, inside.enclave, inside.tcs)
     regs.rip, regs.rcx = rbx, entry.read_aep(cpu, inside.tcs)
-    entry.go_outside(cpu)
+    entry.leave_enclave_mode(cpu)
     inside.enclave.crossings.eexit += 1
     cet.expect_endbranch(cpu)

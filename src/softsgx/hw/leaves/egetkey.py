@@ -14,7 +14,6 @@ from softsgx.arch import (
 )
 from softsgx.hw.access import enclave_operand
 from softsgx.hw.checks import svn_beyond
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.keys import (
     derive,
@@ -25,6 +24,7 @@ from softsgx.hw.keys import (
     seal_key,
 )
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.space import READ, WRITE
 
 __all__ = ["egetkey"]
@@ -91,7 +91,7 @@ def egetkey(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
     return Status.SUCCESS
 
 
-def _request_legal(request: KeyRequest, secs: Enclave, *, cet: bool) -> bool:
+def _request_legal(request: KeyRequest, secs: ResidentSecs, *, cet: bool) -> bool:
     if any(request.reserved1 + request.reserved2) or request.key_policy & KeyPolicy.RESERVED:
         return False
     if request.cet_attributes_mask and not cet:
@@ -100,7 +100,9 @@ def _request_legal(request: KeyRequest, secs: Enclave, *, cet: bool) -> bool:
     return bool(secs.flags & AttributesFlags.KSS) or not separated
 
 
-def _refusal(cpu: LogicalProcessor, name: KeyName, secs: Enclave, request: KeyRequest) -> Status:
+def _refusal(
+    cpu: LogicalProcessor, name: KeyName, secs: ResidentSecs, request: KeyRequest
+) -> Status:
     """Return why the enclave does not get this key, ``SUCCESS`` when it does."""
     hw = cpu.hw
     match name:

@@ -16,12 +16,12 @@ from softsgx.arch import (
     Status,
 )
 from softsgx.hw.checks import svn_beyond
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.keys import derive, launch_token_key
 from softsgx.hw.operands import Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import cmac
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.signature import HARDCODED_PADDING, mrsigner_of, signature_valid
 
 __all__ = ["einit"]
@@ -102,7 +102,7 @@ def _well_formed(sig: SigStruct) -> bool:
 
 
 def _check_and_commit(
-    cpu: LogicalProcessor, enclave: Enclave, sig: SigStruct, token: EinitToken
+    cpu: LogicalProcessor, enclave: ResidentSecs, sig: SigStruct, token: EinitToken
 ) -> Status:
     """Compare SECS with SIGSTRUCT and EINITTOKEN; commit.  The locks are held."""
     hw = cpu.hw
@@ -134,7 +134,7 @@ def _check_and_commit(
     return Status.SUCCESS
 
 
-def _as_signed(enclave: Enclave, sig: SigStruct, *, cet: bool) -> bool:
+def _as_signed(enclave: ResidentSecs, sig: SigStruct, *, cet: bool) -> bool:
     """Return whether SECS has what the signer asked for, wherever a mask bit is set.
 
     INIT is still 0 in SECS, so a signer who asks for it never gets an enclave.
@@ -150,7 +150,7 @@ def _as_signed(enclave: Enclave, sig: SigStruct, *, cet: bool) -> bool:
 
 def _check_token(
     cpu: LogicalProcessor,
-    enclave: Enclave,
+    enclave: ResidentSecs,
     token: EinitToken,
     mrenclave: bytes,
     mrsigner: bytes,

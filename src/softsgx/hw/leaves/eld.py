@@ -15,11 +15,11 @@ from softsgx.arch import (
     Status,
     va_slot_index,
 )
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.epcm import EpcPage, unpack_versions
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["eldb", "eldbc", "eldu", "elduc"]
@@ -137,7 +137,7 @@ def _load(
         _write_entry(page, pcmd.secinfo, info.linaddr, secs)
         if secs is not None:
             try:
-                hw.place(page, plaintext)
+                hw.fill_page(page, plaintext)
             except Exception:  # the host has no memory for the page
                 with hw.latch:
                     va_page.versions[slot] = va_page.versions[slot] or version
@@ -150,7 +150,7 @@ def _load(
             hw.count_child(secs.owner, 1)
         elif page.pt is PageType.SECS:
             context = cpu.space.paging_address(rcx)
-            page.enclave = Enclave.from_image(plaintext, context, hw.crossings)
+            page.enclave = ResidentSecs.from_image(plaintext, context, hw.crossings)
         else:
             page.slots = unpack_versions(plaintext)
         page.valid = True

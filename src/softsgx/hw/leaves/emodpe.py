@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, SecInfoFlags
 from softsgx.hw.access import check, epc_operand, epc_refusal
-from softsgx.hw.checks import secinfo_ok
+from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.leaves.eaccept import STATE_BITS
@@ -49,7 +49,7 @@ def emodpe(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     if fault is not None:
         raise fault
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
-    if not secinfo_ok(secinfo, STATE_BITS):
+    if not secinfo_reserved_zero(secinfo, STATE_BITS):
         raise GeneralProtection
 
     # Checks before the lock

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, SecInfoFlags, Status
-from softsgx.hw.checks import secinfo_ok
+from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
@@ -41,7 +41,7 @@ def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
     secinfo = cpu.sec_info(rbx)
     rights = int(secinfo.flags & SecInfoFlags.RWX)
     w_without_r = rights & SecInfoFlags.W and not rights & SecInfoFlags.R
-    if not secinfo_ok(secinfo) or w_without_r:
+    if not secinfo_reserved_zero(secinfo) or w_without_r:
         raise GeneralProtection
 
     hw = cpu.hw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, Status
-from softsgx.hw.checks import secinfo_ok
+from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
@@ -41,7 +41,7 @@ def emodt(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
     page = cpu.resolve(rcx)
     secinfo = cpu.sec_info(rbx)
     target = _TARGETS.get(secinfo.page_type)
-    if not secinfo_ok(secinfo) or target is None:
+    if not secinfo_reserved_zero(secinfo) or target is None:
         raise GeneralProtection
 
     hw = cpu.hw

@@ -60,7 +60,7 @@ def _instruction(cpu: LogicalProcessor, leaf: Callable[..., Any]) -> Callable[..
             with busy:
                 return leaf(cpu, *operands)
         except VmExit as exit:
-            return cpu.hosted(exit, partial(once, *operands))
+            return cpu.handle_vm_exit(exit, partial(once, *operands))
 
     def once(*operands: int) -> Any:
         with busy:

@@ -12,11 +12,11 @@ from softsgx.arch import (
     TargetInfo,
 )
 from softsgx.hw.access import enclave_operand
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.keys import derive, target_report_key
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import cmac
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.space import READ, WRITE
 
 __all__ = ["ereport"]
@@ -69,7 +69,7 @@ def ereport(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> None:
     hw.store.write(output_page, rdx % PAGE_BYTES, report.pack())
 
 
-def _about(secs: Enclave) -> Report:
+def _about(secs: ResidentSecs) -> Report:
     """Return a REPORT with everything that SECS says."""
     return Report(
         miscselect=secs.miscselect,

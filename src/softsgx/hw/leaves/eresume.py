@@ -92,8 +92,8 @@ def _check_and_commit(
 
     # Commit of a notification
     if notify:
-        entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
-        entry.start_afresh(cpu, enclave, tcs, frame, target)
+        entry.enter_enclave_mode(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
+        entry.start_at_entry_point(cpu, enclave, tcs, frame, target)
         return
 
     # Checks: the XSAVE area
@@ -103,7 +103,7 @@ def _check_and_commit(
         raise GeneralProtection
 
     # Commit of a plain resume
-    entry.go_inside(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
+    entry.enter_enclave_mode(cpu, page, admitted, tcs, frame, slot, rcx, fs_base, gs_base)
     entry.write_cssa(cpu, page, index)
     cpu.regs.xsave = plan.restore(cpu.regs.xsave, area)
     _load_registers(cpu.regs, gpr, mode64=cpu.mode64)

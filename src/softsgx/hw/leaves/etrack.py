@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from softsgx.arch import CHILD_TYPES, PAGE_BYTES, ConflictCode, PageType, Status
-from softsgx.hw.enclave import Enclave
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.tracking import start_cycle
 
 __all__ = ["etrack", "etrackc"]
@@ -102,7 +102,7 @@ def etrackc(cpu: LogicalProcessor, rcx: int) -> Status:
         return _begin_cycle(cpu, enclave, "ETRACKC")
 
 
-def _begin_cycle(cpu: LogicalProcessor, enclave: Enclave, leaf: str) -> Status:
+def _begin_cycle(cpu: LogicalProcessor, enclave: ResidentSecs, leaf: str) -> Status:
     """Check that the previous cycle is complete and begin the next; the facility is locked."""
     hw = cpu.hw
     enclave.etrack_running = True

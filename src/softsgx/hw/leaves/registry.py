@@ -125,7 +125,7 @@ def traced(
             text = str(fault)
             raise
         finally:
-            tracer(LeafDone(name, cpu.number, page, before or eid(cpu, page), text))
+            tracer(LeafDone(name, cpu.index, page, before or eid(cpu, page), text))
         return result
 
     run.__name__, run.__doc__ = name, leaf.function.__doc__

@@ -21,7 +21,7 @@ from softsgx.arch import (
 )
 from softsgx.hw.entry import GPR_OFFSET
 from softsgx.hw.faults import Fault, VmExit
-from softsgx.hw.processor import EnclaveMode, Frame, LogicalProcessor, Outside, Segment
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor, SavedOutsideState, Segment, SsaFrame
 from softsgx.hw.space import READ, WRITE
 from softsgx.hw.tracking import count_in, count_out
 
@@ -142,7 +142,7 @@ def _eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> bool:
     rflags = regs.rflags
     enclave.cur_count += 1
     store.write(page, 0, _CHANGED.pack(_ACTIVE, flags, ossa, cssa, nssa, oentry, rcx))
-    outside = Outside(
+    outside = SavedOutsideState(
         cpu.fs, regs.fs_base, cpu.gs, regs.gs_base, xcr0, rflags & _TF, cpu.ssp, cpu.u_cet
     )
     if rflags & _TF:
@@ -150,7 +150,7 @@ def _eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> bool:
     regs.xcr0 = xfrm
     regs.fs_base, regs.gs_base = fs_base, gs_base
     cpu.fs = cpu.gs = _INSIDE
-    frame = Frame(gpr, (xsave,))
+    frame = SsaFrame(gpr, (xsave,))
     cpu.inside = EnclaveMode(secs, enclave, page, rbx, enclave.epoch, frame, None, outside)
     cpu.tlb.clear()
     store.write(gpr, _URSP, _TWO_QWORDS.pack(regs.rsp, regs.rbp))

@@ -71,8 +71,8 @@ class AsynchronousExits:
         crossings.eresume += 1
         if tracer is not None:
             eid, tcs = inside.enclave.eid, inside.tcs_linaddr
-            tracer(AsynchronousExit(cpu.number, eid, tcs, vector))
-            tracer(LeafDone("eresume", cpu.number, tcs, eid, "SGX_SUCCESS"))
+            tracer(AsynchronousExit(cpu.index, eid, tcs, vector))
+            tracer(LeafDone("eresume", cpu.index, tcs, eid, "SGX_SUCCESS"))
 
     def interrupt(self, thread: ProgramThread) -> bool:
         """Take an interrupt of a thread inside that resumes at once: no more moves than counts.

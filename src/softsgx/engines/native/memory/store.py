@@ -38,7 +38,7 @@ from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, PageType
 from softsgx.engines.native import abi, libc
-from softsgx.hw import EpcPage, kept_bytes
+from softsgx.hw import EpcPage, share_zero_page
 
 __all__ = ["EnclaveMemory", "Guard", "NativeStore", "runs"]
 
@@ -359,7 +359,7 @@ class NativeStore:
 
     def fill(self, page: EpcPage, data: bytes) -> None:
         """Keep the bytes, hidden until a page table maps the page."""
-        self._hidden[page.addr] = kept_bytes(data)
+        self._hidden[page.addr] = share_zero_page(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Hide the page, so that no thread can store to it, and return its bytes."""
@@ -440,7 +440,7 @@ class NativeStore:
             pages.sort()
             contents = memory.hide([linaddr for linaddr, _addr in pages])
             for (_linaddr, addr), data in zip(pages, contents, strict=True):
-                self._hidden[addr] = kept_bytes(data)
+                self._hidden[addr] = share_zero_page(data)
                 del self._shown[addr]
         leaving.clear()
 
@@ -495,6 +495,6 @@ class NativeStore:
         if shown is not None:
             memory, linaddr, _rights = shown
             (data,) = memory.hide([linaddr])
-            self._hidden[addr] = kept_bytes(data)
+            self._hidden[addr] = share_zero_page(data)
             del self._shown[addr]
             self._leaving.discard(addr)

@@ -1,9 +1,9 @@
-"""A resident SECS: the enclave as the processor knows it.
+"""A SECS in the EPC: an enclave as the processor knows it.
 
-The object exists while its SECS page is in the EPC.  On EWB it becomes 4096 bytes, hidden fields
-included, and on ELDU an equal object is made of them; only the tracking state starts afresh, and
-a measurement that is not finished waits in the machine under the enclave's EID, since a SHA-256
-state has no bytes here.
+The object exists while its SECS page is in the EPC.  EWB makes 4096 bytes of it, hidden fields
+included, and ELDU makes an equal object of those; only the tracking state starts anew.  A
+measurement in progress is a SHA-256 state, which has no bytes here: the machine keeps it under the
+enclave's EID.
 
 Source:
     SDM vol. 3D, "SGX Enclave Control Structure (SECS)", and the fields that the leaves'
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.layout import U64, Raw, Structure, at
 
-__all__ = ["Crossings", "Enclave", "HiddenSecs"]
+__all__ = ["Crossings", "HiddenSecs", "ResidentSecs"]
 
 # Plain integers: arithmetic on enums is ten times slower, and every entry asks.
 _INIT, _MODE64BIT = int(AttributesFlags.INIT), int(AttributesFlags.MODE64BIT)
@@ -44,7 +44,7 @@ assert Secs.OFFSETS["reserved4"] <= _HIDDEN_AT, "hidden fields lie on named ones
 
 @dataclass(slots=True)
 class Crossings:
-    """How often processors have entered and left an enclave, for whoever reports.
+    """How often processors have entered and left an enclave, for reports.
 
     One object for each EID, which outlives evictions of the SECS.
 
@@ -59,8 +59,8 @@ class Crossings:
     aex: int = 0
 
 
-class Enclave:
-    """The live state of one SECS.
+class ResidentSecs:
+    """One SECS that is in the EPC.
 
     Attributes:
         eid: never reused while the machine is powered; what an evicted page's MAC binds.
@@ -176,7 +176,7 @@ class Enclave:
     @classmethod
     def from_image(
         cls, data: bytes, context: int, crossings: Mapping[int, Crossings] | None = None
-    ) -> Enclave:
+    ) -> ResidentSecs:
         """Return the enclave of an authenticated page image, loaded where ``context`` says."""
         hidden = HiddenSecs.unpack(data, _HIDDEN_AT)
         self = cls(Secs.unpack(data), hidden.eid, context, (crossings or {}).get(hidden.eid))
