@@ -162,4 +162,5 @@ def made_up(*enclaves: EnclaveSummary, exit_code: int = 0) -> RunSummary:
             counters={"held": {"reg": 0}, "batches": 12},
         ),
         estimate=estimate(total, COST_PROFILES["sgx2-server"]),
+        injected={"power_losses": 1, "refused_inits": 0, "ticks": 1234},
     )

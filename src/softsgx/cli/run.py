@@ -102,7 +102,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="fail on demand: power-loss@N, init@N, provision, noexec; repeatable",
+        help="fail on demand: power-loss@N, power-loss@SIGUSR1, init@N, provision, noexec; "
+        "repeatable",
+    )
+    machine.add_argument(
+        "--tick",
+        metavar="TIME",
+        help="interrupt threads inside enclaves by a timer: 1ms to 1s (default: never)",
     )
     told = parser.add_argument_group("what is told")
     told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
@@ -164,10 +170,11 @@ def run(args: argparse.Namespace) -> int:
                 observer=watch,
                 strict=args.strict,
                 inject=args.inject,
+                tick=args.tick,
             )
         except RunFailed as failed:  # what it did is told all the same
             result, mistakes = failed.result, failed.errors
-    summary = collector.summary(argv, result.exit_code)
+    summary = collector.summary(argv, result.exit_code, result.injected)
     if sampler is not None:
         sampler.take()
         write_file(args.report, html_page(summary, sampler.samples).encode(), force=args.force)

@@ -59,6 +59,7 @@ def document(run: RunSummary) -> dict[str, Any]:
             for group in run.groups
         ],
         "enclaves": [_enclave(enclave) for enclave in run.enclaves],
+        "injected": dict(run.injected),
         "silicon": {
             **_estimate(run.estimate),
             "prices": [_price(item.price) for item in run.estimate.items],

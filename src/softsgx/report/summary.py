@@ -10,8 +10,9 @@ Source:
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
@@ -158,6 +159,7 @@ class RunSummary:
         groups: the root first.
         platform: see there.
         estimate: of all enclaves together.
+        injected: what happened because it was asked for, by name.
     """
 
     command: tuple[str, ...]
@@ -169,6 +171,7 @@ class RunSummary:
     groups: tuple[GroupSummary, ...]
     platform: PlatformSummary
     estimate: Estimate
+    injected: Mapping[str, int]
 
     @property
     def exit_status(self) -> int | None:
@@ -324,12 +327,18 @@ class Collector:
         """Return all enclaves as they are now."""
         return tuple(record.final or self._summary_of(record) for record in self._records.values())
 
-    def summary(self, command: Sequence[str], exit_code: int) -> RunSummary:
+    def summary(
+        self,
+        command: Sequence[str],
+        exit_code: int,
+        injected: Mapping[str, int] = MappingProxyType({}),
+    ) -> RunSummary:
         """Return everything.
 
         Args:
             command: program and arguments.
             exit_code: its exit status, or -n when signal n ended it.
+            injected: failures on demand and ticks, by name.
         """
         wall_s, cpu = self.elapsed_s, self.cpu_times()
         platform = self.platform
@@ -356,6 +365,7 @@ class Collector:
                 counters=core.counters.as_dict(),
             ),
             estimate=self._estimate(_total(enclaves)),
+            injected=injected,
         )
 
     def _summary_of(self, record: _Record, released_ns: int | None = None) -> EnclaveSummary:

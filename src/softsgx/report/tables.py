@@ -34,6 +34,11 @@ _NAMES = {
     "busy": "had to wait",
     "refused": "refused",
 }
+_INJECTED = {
+    "power_losses": "losses of power",
+    "refused_inits": "refused INITs",
+    "ticks": "exits by ticks",
+}
 
 
 def print_summary(run: RunSummary, console: Console) -> None:
@@ -44,6 +49,9 @@ def print_summary(run: RunSummary, console: Console) -> None:
         console.print(_paragraph(enclave, width))
     if len(run.enclaves) > _PARAGRAPHS:
         console.print(_rows(run))
+    injected = [f"{_INJECTED[what]} {count:,}" for what, count in run.injected.items() if count]
+    if injected:
+        console.print(_line("on demand", ", ".join(injected), width, indent=0))
     if len(run.enclaves) > 1:
         console.print(_line("on silicon", _estimate_text(run.estimate), width, indent=0))
     if run.estimate.unpriced:

@@ -21,7 +21,6 @@ from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.out_of_line import OutOfLine
 from softsgx.engines.native.x86.state import StateInsn
-from softsgx.errors import SoftSgxError
 from softsgx.hw import LogicalProcessor, aex
 
 DATA_PAGES = 20
@@ -226,31 +225,3 @@ def test_wild_arguments_fail_with_the_errno_of_linux_and_change_nothing(
     program: list[str], pager: str
 ) -> None:
     assert exit_code(program, "wild", strict=False, pager=pager) == 0
-
-
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
-@pytest.mark.parametrize("strict", [False, True])
-def test_enclaves_are_lost_with_the_power_and_new_ones_can_be_made(
-    program: list[str], strict: bool, pager: str
-) -> None:
-    argv = [*program, "lost", "2"]
-    inject = ("power-loss@10", "power-loss@70")
-    assert run(argv, epc="1MiB", strict=strict, pager=pager, inject=inject).exit_code == 0
-    result = run(argv, epc=28 * 4096, strict=strict, pager=pager, inject=inject)
-    assert result.exit_code == 0
-    assert set(result.counters["held"].values()) == {0}  # type: ignore[attr-defined]
-
-
-def test_init_and_the_provision_device_are_refused_on_demand(program: list[str]) -> None:
-    inject = ("init@1", "provision")
-    assert run([*program, "denied"], epc="1MiB", inject=inject).exit_code == 0
-
-
-def test_a_noexec_dev_lets_no_enclave_be_mapped_executable(program: list[str]) -> None:
-    assert run([*program, "noexec"], epc="1MiB", inject=["noexec"]).exit_code == 0
-
-
-@pytest.mark.parametrize("text", ["", "power", "init@0", "init@", "provision@1", "power-loss@x"])
-def test_an_injection_that_is_not_known_is_named(text: str) -> None:
-    with pytest.raises(SoftSgxError, match=f"injection {text!r}: not known; give"):
-        run(["/bin/true"], inject=[text])

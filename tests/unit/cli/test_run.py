@@ -56,7 +56,8 @@ class Engine:
             thread.exit()
             self.during()
             process.exit()
-            return RunResult(self.exit_code, "userfaultfd", platform.core.epc_pages, {})
+            pages = platform.core.epc_pages
+            return RunResult(self.exit_code, "userfaultfd", pages, {}, {"ticks": 3})
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""Failures on demand: what a program must survive, at a moment that the user names.
+"""What the user wants to go wrong in a run, and when: the values of ``--inject`` and ``--tick``.
 
-``power-loss@N``
-    The machine loses power when programs have entered enclaves N times: every enclave is lost, as
-    after suspend to memory.  Threads inside are at their asynchronous exit pointers; new enclaves
-    can be made.
+``power-loss@N``, ``power-loss@SIGUSR1``, ``power-loss@SIGUSR2``
+    The machine loses power when programs have entered enclaves N times, or each time that the
+    supervisor receives the signal: every enclave is lost, as after suspend to memory.
 ``init@N``
     The Nth SGX_IOC_ENCLAVE_INIT fails with EPERM, as EINIT's refusals do.
 ``provision``
@@ -18,37 +17,47 @@ Source:
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from softsgx.errors import SoftSgxError
 
-__all__ = ["INJECTIONS", "Injections"]
+__all__ = ["INJECTIONS", "Injections", "tick_period_ns"]
 
 INJECTIONS = ("power-loss", "init", "provision", "noexec")
 """What can be injected, by name."""
 
+_FORMS = "power-loss@N, power-loss@SIGUSR1, init@N, provision or noexec"
+_SIGNALS = {"SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_PERIOD = re.compile(r"([0-9]{1,9})(us|ms|s)")
+_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_SHORTEST_NS, _LONGEST_NS = 1_000_000, 1_000_000_000
+
 
 @dataclass(slots=True)
 class Injections:
-    """What is still to happen.
+    """What is to go wrong.
 
     Attributes:
         power_losses: after how many entries the power is lost, lowest first.
+        power_signals: signals to the supervisor that take the power.
         refused_inits: which INITs fail, counted from 1.
         provision: whether the provision device may be opened.
         noexec: whether devices cannot be mapped executable.
     """
 
     power_losses: list[int] = field(default_factory=list)
+    power_signals: set[int] = field(default_factory=set)
     refused_inits: set[int] = field(default_factory=set)
     provision: bool = True
     noexec: bool = False
-    _inits: int = 0
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Injections:
-        """Return what ``WHAT`` or ``WHAT@N`` of ``texts`` ask for; N is 1 by default.
+        """Return what ``WHAT`` or ``WHAT@WHEN`` of ``texts`` ask for; a number is 1 by default.
 
         Raises:
             SoftSgxError: one is not known.
@@ -56,34 +65,38 @@ class Injections:
         made = cls()
         for text in texts:
             what, at, when = text.partition("@")
-            number = int(when) if when.isascii() and when.isdecimal() else 0 if at else 1
-            if what not in INJECTIONS or number < 1 or (what in ("provision", "noexec") and at):
-                raise SoftSgxError(
-                    f"injection {text!r}: not known; give power-loss@N, init@N, provision or noexec"
-                )
-            if what == "power-loss":
-                made.power_losses.append(number)
-            elif what == "init":
-                made.refused_inits.add(number)
-            elif what == "provision":
-                made.provision = False
-            else:
-                made.noexec = True
+            if not made._add(what, when if at else None):
+                raise SoftSgxError(f"injection {text!r}: not known; give {_FORMS}")
         made.power_losses.sort()
         return made
 
-    def power_is_lost(self, entries: int) -> bool:
-        """Return whether the power is lost now, once for each time that it was asked for.
-
-        Args:
-            entries: how often enclaves were entered until now.
-        """
-        if not self.power_losses or entries < self.power_losses[0]:
-            return False
-        del self.power_losses[0]
+    def _add(self, what: str, when: str | None) -> bool:
+        """Add one; ``False``: it is not known."""
+        number = 1 if when is None else int(when) if _NUMBER.fullmatch(when) else 0
+        match what:
+            case "power-loss" if when in _SIGNALS:
+                self.power_signals.add(_SIGNALS[when])
+            case "power-loss" if number:
+                self.power_losses.append(number)
+            case "init" if number:
+                self.refused_inits.add(number)
+            case "provision" if when is None:
+                self.provision = False
+            case "noexec" if when is None:
+                self.noexec = True
+            case _:
+                return False
         return True
 
-    def init_is_refused(self) -> bool:
-        """Count an INIT; return whether it is to fail."""
-        self._inits += 1
-        return self._inits in self.refused_inits
+
+def tick_period_ns(text: str) -> int:
+    """Return the nanoseconds that ``4ms``, ``1500us`` or ``1s`` says.
+
+    Raises:
+        SoftSgxError: it is no such text, or not between a millisecond and a second.
+    """
+    match = _PERIOD.fullmatch(text)
+    period_ns = int(match[1]) * _NS[match[2]] if match else 0
+    if not _SHORTEST_NS <= period_ns <= _LONGEST_NS:
+        raise SoftSgxError(f"tick {text!r}: not the period of a timer; give 1ms to 1s, as 4ms")
+    return period_ns

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softsgx.engines.native.doctor import doctor
-from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
@@ -64,12 +64,14 @@ class RunResult:
         pager: the mechanism that was used.
         epc_pages: pages of the EPC.
         counters: how often things happened, by name (:class:`softsgx.paging.Counters`).
+        injected: how often what was asked for happened, by name: failures on demand and ticks.
     """
 
     exit_code: int
     pager: str
     epc_pages: int
     counters: dict[str, object]
+    injected: dict[str, int]
 
 
 class RunFailed(AssertionError):
@@ -156,6 +158,7 @@ def run(
     cpus: set[int] | None = None,
     strict: bool = False,
     inject: Sequence[str] = (),
+    tick: str | None = None,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -176,7 +179,10 @@ def run(
             has one thread, which is the fastest for it, and otherwise all that we may use.
         strict: code outside that touches an enclave's memory reads ones and stores nothing, as
             on hardware; by default the bytes are there, and everything is faster.
-        inject: failures on demand, ``WHAT`` or ``WHAT@N`` of :data:`INJECTIONS`.
+        inject: failures on demand, ``WHAT`` or ``WHAT@WHEN`` of :data:`INJECTIONS`.  A signal that
+            takes the power is blocked in this thread meanwhile; other threads of this process must
+            block it, too.
+        tick: period of timer interrupts for threads inside enclaves, as "4ms"; none by default.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
@@ -194,6 +200,7 @@ def run(
     if cpuid not in CPUID_SOURCES:
         raise SoftSgxError(f"cpuid = {cpuid!r}: not known; give {' or '.join(CPUID_SOURCES)}")
     injections = Injections.of(inject)
+    tick_ns = None if tick is None else tick_period_ns(tick)
     for finding in doctor():
         if finding.needed and not finding.ok:
             raise SoftSgxError(f"{finding.name}: {finding.text}")
@@ -212,6 +219,7 @@ def run(
             cpus=cpus,
             strict=strict,
             injections=injections,
+            tick_ns=tick_ns,
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)
@@ -223,7 +231,11 @@ def run(
         if not failures:  # else counts may be wrong, and that is no news
             platform.check()
         result = RunResult(
-            exit_code, supervisor.pager, platform.core.epc_pages, platform.core.counters.as_dict()
+            exit_code,
+            supervisor.pager,
+            platform.core.epc_pages,
+            platform.core.counters.as_dict(),
+            supervisor.injected.as_dict(),
         )
         if failures:
             raise RunFailed(result, failures) from failures[0]

@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.injector import Injected, Injector
 from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
@@ -89,6 +89,7 @@ class Supervisor(Lifecycle):
             program has one thread, and ours otherwise.
         strict: give the abort page to code outside that touches an enclave.
         injections: failures on demand.
+        tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
 
     Attributes:
         pager: the name of the pager in use.
@@ -106,6 +107,7 @@ class Supervisor(Lifecycle):
         cpus: set[int] | None = None,
         strict: bool = False,
         injections: Injections | None = None,
+        tick_ns: int | None = None,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
         assert isinstance(machine.ram, NativeRam), "the program's memory is the machine's RAM"
@@ -119,14 +121,15 @@ class Supervisor(Lifecycle):
         self._affinity: Affinity | None = None
         self._told = set[int]()
         self._injections = Injections() if injections is None else injections
-        self._lost_entries = 0
         self._faulting = can_fault_cpuid()
-        # In a strict run each entry changes what others may see; and entries may be counted.
-        self._permitting = not strict and can_write_fsbase() and not self._injections.power_losses
+        # In a strict run each entry changes what others may see; and entries may be counted, or
+        # threads inside be interrupted.
+        counting = self._injections.power_losses or self._injections.power_signals or tick_ns
+        self._permitting = not (strict or counting) and can_write_fsbase()
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
-        self._waits = Waits()
+        self._waits = Waits(self._injections.power_signals)
         self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._numbers = count(1)
@@ -138,10 +141,10 @@ class Supervisor(Lifecycle):
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
             Breakpoints(self._stopped_inside),
         )
-        self._loop: Loop = (
-            StrictLoop(self, self._waits, transitions, self._handlers(), time.monotonic_ns)
-            if strict
-            else Loop(self, self._waits, transitions, self._handlers())
+        make_loop = StrictLoop if strict else Loop
+        self._loop: Loop = make_loop(self, self._waits, transitions, self._handlers())
+        self._injector = Injector(
+            self._injections, tick_ns, machine, self._loop, self._waits, self._images
         )
         self._image_services = ImageServices(
             pager=self.pager,
@@ -155,6 +158,11 @@ class Supervisor(Lifecycle):
             kick=self._loop.kick,
             ended=self._image_ended,
         )
+
+    @property
+    def injected(self) -> Injected:
+        """What was done on demand until now."""
+        return self._injector.injected
 
     def run(
         self,
@@ -190,11 +198,12 @@ class Supervisor(Lifecycle):
                 limits=limits,
             )
             try:
-                thread = self._adopt_program(first, Process(first.tid, self._group))
-                if started is not None:
-                    started(first.tid)
-                self._loop.resume_thread(thread)
-                self._loop.run()
+                with self._waits.signals_blocked():
+                    thread = self._adopt_program(first, Process(first.tid, self._group))
+                    if started is not None:
+                        started(first.tid)
+                    self._loop.resume_thread(thread)
+                    self._loop.run()
                 self.background()  # what had begun ends
             except SoftSgxError:
                 self._end(first.tid)
@@ -285,7 +294,7 @@ class Supervisor(Lifecycle):
         file, command = device.file, regs.rsi & 0xFFFF_FFFF
         if not isinstance(file, EnclaveFile):
             return -25  # ENOTTY
-        if command == Ioctl.ENCLAVE_INIT and self._injections.init_is_refused():
+        if command == Ioctl.ENCLAVE_INIT and self._injector.init_is_refused():
             return -EPERM
         try:
             result = file.ioctl(thread, command, regs.rdx)
@@ -366,16 +375,9 @@ class Supervisor(Lifecycle):
             page_table.refresh_range(start, start + request.length)
             page_table.pager.flush()
 
-    def between(self) -> None:
-        """Lose power, if it is due."""
-        crossings = self._machine.crossings
-        entries = sum(each.eenter for each in crossings.values())
-        if not self._injections.power_is_lost(self._lost_entries + entries):
-            return
-        self._lost_entries += entries
-        for image in list(self._images.values()):
-            self._loop.evict(image)
-        self._machine.power_transition()
+    def between(self) -> int | None:
+        """Do what was asked to happen now."""
+        return self._injector.between()
 
     # --- life cycle of threads and images --------------------------------------------------------
 

@@ -626,55 +626,12 @@ static void wild(void)
 	check_untouched();
 }
 
-/* Power is lost NUMBER times: the enclave faults where it is entered, and a new one can be made. */
-static void lost(void)
-{
-	struct run run;
-	int losses = 0;
-	build();
-	for (int i = 0; i < 40; i++) {
-		CHECK(!call(0, SPIN, 100000, 0, 0, &run));
-		if (run.function == 4) continue;
-		CHECK((run.function == 2 || run.function == 3) && run.vector == 14);
-		CHECK(!call(0, NOP, 0, 0, 0, &run) && run.function == 2 && run.vector == 14);
-		losses++;
-		munmap((void *)base, size);
-		close(device);
-		build();
-		fill();
-		check_untouched();
-	}
-	CHECK(losses == number);
-}
-
-/* The first INIT is refused, and nobody may open the provision device. */
-static void denied(void)
-{
-	CHECK(open("/dev/sgx_provision", O_RDONLY) < 0 && errno == EACCES);
-	pid_t child = fork();
-	int status;
-	if (!child) { CHECK(freopen("/dev/null", "w", stderr)); build(); _exit(0); }
-	CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 1);
-	build();
-	put(0, data, 5);
-	CHECK(get(0, data) == 5);
-}
-
-static void noexec(void)
-{
-	int fd = open("/dev/sgx_enclave", O_RDWR);
-	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EPERM);
-	char *at = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
-	CHECK(at != MAP_FAILED && mprotect(at, PAGE, PROT_READ | PROT_EXEC) && errno == EACCES);
-	CHECK(!mprotect(at, PAGE, PROT_NONE));
-}
-
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"ones", ones}, {"fast", fast}, {"spies", spies}, {"neighbours", neighbours}, {"children", children},
 		{"illegal", illegal}, {"vector", vector}, {"state", state}, {"states", states}, {"ticks", ticks}, {"drowns", drowns}, {"refusals", refusals}, {"calls", calls}, {"sit", sit}, {"secrets", secrets}, {"locked", locked}, {"wild", wild},
-		{"interrupted", interrupted}, {"patchwork", patchwork}, {"lost", lost}, {"denied", denied}, {"noexec", noexec},
+		{"interrupted", interrupted}, {"patchwork", patchwork},
 	};
 	CHECK(argc >= 3);
 	file = argv[1]; enter = find_enter();

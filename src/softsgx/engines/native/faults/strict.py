@@ -18,9 +18,6 @@ Source:
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
-
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
@@ -43,15 +40,7 @@ class _Turns:
 
 
 class StrictLoop(Loop):
-    """See the module.
-
-    Args:
-        lifecycle: see :class:`Lifecycle`.
-        waits: where stops and ends are told.
-        transitions: signals and ENCLU.
-        calls: handlers of system calls, by number.
-        clock: returns nanoseconds, for how long a turn lasts.
-    """
+    """See the module; arguments as of :class:`Loop`."""
 
     def __init__(
         self,
@@ -59,20 +48,10 @@ class StrictLoop(Loop):
         waits: Waits,
         transitions: Transitions,
         calls: dict[int, Handler],
-        clock: Callable[[], int],
     ) -> None:
         super().__init__(lifecycle, waits, transitions, calls)
-        self._clock = clock
+        self._clock = waits.clock
         self._turns: dict[ProcessImage, _Turns] = {}
-
-    def run(self) -> None:
-        """As :meth:`Loop.run`."""
-        # Blocked, the signal that tells of stops can be waited for with a time limit.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        try:
-            super().run()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread when it is its turn."""
@@ -89,13 +68,15 @@ class StrictLoop(Loop):
             return
         self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
 
-    def _between(self) -> None:
-        super()._between()
+    def _between(self) -> int | None:
+        self._end_turns()
         for image in list(self._turns):
             try:
                 self._turn(image)
             except Exception as error:
                 self.image_failed(image, error)
+        due = [super()._between(), *(turns.until_ns for turns in self._turns.values())]
+        return min((until_ns for until_ns in due if until_ns is not None), default=None)
 
     def _turn(self, image: ProcessImage) -> None:
         """Change the view when no thread runs in the present one any more."""
@@ -127,23 +108,6 @@ class StrictLoop(Loop):
                 super().resume_thread(thread, number)
             except Exception as error:
                 self.failed(thread.process.pid, thread.tid, error)
-
-    def _wait(self) -> tuple[int, int] | None:
-        until_ns = min(
-            (turns.until_ns for turns in self._turns.values() if turns.until_ns is not None),
-            default=None,
-        )
-        if until_ns is None:
-            return super()._wait()
-        while True:
-            event = self._waits.next_now()
-            if event is not None:
-                return event
-            left_ns = until_ns - self._clock()
-            if left_ns <= 0:
-                self._end_turns()
-                return None
-            signal.sigtimedwait({signal.SIGCHLD}, left_ns / 1e9)
 
     def _end_turns(self) -> None:
         """Stop the threads whose turn is over; they wait when their stops are handled."""

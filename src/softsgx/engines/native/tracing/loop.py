@@ -77,8 +77,12 @@ class Lifecycle:
         """
         raise NotImplementedError
 
-    def between(self) -> None:
-        """No thread is being served."""
+    def between(self) -> int | None:
+        """No thread is being served: do what is due.
+
+        Returns:
+            When something is due next, on the clock of the waits; ``None``: nothing is.
+        """
         raise NotImplementedError
 
     def before_resume(self) -> None:
@@ -134,26 +138,22 @@ class Loop:
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
         while self.threads or self._dying:
-            self._between()
+            until_ns = self._between()
             if self._later:
                 thread = self._later.pop()
                 if thread.pending and self.threads.get(thread.tid) is thread:
                     self._guard(thread, thread.pending.pop(0))
                 continue
             try:
-                event = self._wait()
+                event = self._waits.next(until_ns)
             except ChildProcessError:
                 break
             if event is not None:
                 self._event(*event)
 
-    def _between(self) -> None:
-        """No thread is being served: do what waits for that."""
-        self._lifecycle.between()
-
-    def _wait(self) -> tuple[int, int] | None:
-        """Wait for an event, a thread's id and its status; ``None``: look again at what is due."""
-        return self._waits.next()
+    def _between(self) -> int | None:
+        """As :meth:`Lifecycle.between`."""
+        return self._lifecycle.between()
 
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
@@ -231,21 +231,27 @@ class Loop:
             if thread.cpu.inside is not None and not self._transitions.stays_inside(thread):
                 self._take_out(thread)
 
-    def evict(self, image: ProcessImage) -> None:
-        """As :meth:`kick`, and none of them resumes by itself."""
-        for thread in list(image.threads.values()):
-            if thread.cpu.inside is not None:
-                self._take_out(thread)
-                thread.kicked = False
+    def interrupt(self, thread: ProgramThread) -> bool:
+        """Interrupt a thread that is inside; the program executes what is at its AEP.
 
-    def _take_out(self, thread: ProgramThread) -> None:
-        if self.hold(thread) and thread.cpu.inside is not None:
-            stop = thread.pending[0] if thread.pending else None
-            try:
-                if self._transitions.kicked(thread, stop):
-                    thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
-            except Exception as error:  # its end takes it out as well
-                self.failed(thread.process.pid, thread.tid, error)
+        Returns:
+            Whether it has left its enclave by that, and lives.
+        """
+        left = self._take_out(thread)
+        thread.kicked = False
+        return left
+
+    def _take_out(self, thread: ProgramThread) -> bool:
+        if not self.hold(thread) or thread.cpu.inside is None:
+            return False
+        stop = thread.pending[0] if thread.pending else None
+        try:
+            if self._transitions.kicked(thread, stop):
+                thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
+        except Exception as error:  # its end takes it out as well
+            self.failed(thread.process.pid, thread.tid, error)
+            return False
+        return True
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -453,9 +459,12 @@ class Loop:
             kill(pid)
         while self.threads or self._dying:
             try:
-                tid, status = self._waits.next()
+                event = self._waits.next()
             except ChildProcessError:
                 return
+            if event is None:
+                continue
+            tid, status = event
             thread = self.threads.get(tid) or self._dying.get(tid)
             if not os.WIFSTOPPED(status):
                 if thread is not None:

@@ -4,43 +4,102 @@ A stop or an end is told once, and often while something else is waited for: wha
 asked to do can depend on the end of another.  So every wait listens to all of them, lets go what
 ends, and keeps the rest for later.
 
+A wait may have a time limit, and signals may end it: then the supervisor does what is due.  Such
+waits are for SIGCHLD, so it and those signals are blocked while the program runs.
+
 Deviation: every child of the calling process that ends while a program runs is reaped here.
 
 Source:
-    wait(2), ptrace(2): a leader that has ended is told of when its last thread was reaped.
+    wait(2), ptrace(2): a leader that has ended is told of when its last thread was reaped;
+    sigtimedwait(2).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import time
 from collections import deque
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 
 from softsgx.engines.native import abi, libc
 
 __all__ = ["Waits", "let_end", "stops_at_exit"]
 
 
+#: Another thread of the calling process that does not block SIGCHLD may take it: look again.
+_LONGEST_WAIT_NS = 100_000_000
+
+
 class Waits:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        signals: signals to the calling process that end a wait.
+        clock: returns nanoseconds.
+    """
+
+    def __init__(
+        self, signals: Set[int] = frozenset(), clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._signals, self.clock = frozenset(signals), clock
         self._kept: deque[tuple[int, int]] = deque()
+        self._received = 0
 
-    def next(self) -> tuple[int, int]:
+    @contextmanager
+    def signals_blocked(self) -> Iterator[None]:
+        """Block SIGCHLD and the signals that end waits; threads that start meanwhile inherit that.
+
+        Signals that nothing has asked for are forgotten at the end.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *self._signals})
+        try:
+            yield
+        finally:
+            while self.received():
+                pass
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def received(self) -> bool:
+        """Return whether one of the signals has come; each that comes is told once.
+
+        The kernel keeps one of each number, so two may be one.
+        """
+        if self._received:
+            self._received -= 1
+            return True
+        return bool(self._signals) and signal.sigtimedwait(self._signals, 0) is not None
+
+    def next(self, until_ns: int | None = None) -> tuple[int, int] | None:
         """Return a thread's id and its status, the earliest that nothing has asked for.
+
+        Args:
+            until_ns: a time on the clock that ends the wait.
+
+        Returns:
+            ``None``: it is ``until_ns``, or one of the signals has come.
 
         Raises:
             ChildProcessError: there is no thread, and no other child.
         """
-        return self._kept.popleft() if self._kept else os.waitpid(-1, abi.WALL)
-
-    def next_now(self) -> tuple[int, int] | None:
-        """As :meth:`next`, but ``None`` when there is nothing yet."""
         if self._kept:
             return self._kept.popleft()
-        tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
-        return (tid, status) if tid else None
+        if until_ns is None and not self._signals:
+            return os.waitpid(-1, abi.WALL)
+        while True:
+            tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
+            if tid:
+                return tid, status
+            left_ns = _LONGEST_WAIT_NS if until_ns is None else until_ns - self.clock()
+            if left_ns <= 0:
+                return None
+            limit_s = min(left_ns, _LONGEST_WAIT_NS) / 1e9
+            came = signal.sigtimedwait({signal.SIGCHLD, *self._signals}, limit_s)
+            if came is not None and came.si_signo in self._signals:
+                self._received += 1
+                return None
 
     def of(self, tid: int) -> int:
         """Return the next status of thread ``tid``.

@@ -1,0 +1,150 @@
+"""Doing what the user has asked to go wrong, at the moment that the user has named.
+
+Losses of power and timer interrupts happen between two events of the loop, when no thread is being
+served.  A timer interrupt makes each thread that executes enclave code leave by an asynchronous
+exit; what follows is the program's: the code at its AEP runs, and resumes the enclave or does not.
+
+Deviation: ticks come at multiples of the period in real time, for all processors together; a thread
+that has stopped for the supervisor when one is due does not get it, nor does one that is outside.
+The time that the supervisor needs passes for the program, too.
+
+Source:
+    SDM vol. 3D, "Intel SGX Interactions with S-States", "Asynchronous Enclave Exit".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.tracing.loop import Loop
+from softsgx.engines.native.tracing.process_image import ProcessImage
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.waits import Waits
+from softsgx.hw import Machine
+
+__all__ = ["Injected", "Injector", "Ticks"]
+
+
+@dataclass(slots=True)
+class Injected:
+    """What was done on demand, counted.
+
+    Attributes:
+        power_losses: losses of power.
+        refused_inits: INITs that failed.
+        ticks: asynchronous exits by timer interrupts.
+    """
+
+    power_losses: int = 0
+    refused_inits: int = 0
+    ticks: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return all of it by name."""
+        return asdict(self)
+
+
+class Ticks:
+    """When timer interrupts are due.
+
+    Args:
+        period_ns: from one to the next.
+    """
+
+    def __init__(self, period_ns: int) -> None:
+        self._period_ns = period_ns
+        self._due_ns: int | None = None
+
+    def is_due(self, now_ns: int) -> bool:
+        """Return whether a processor that was inside at :meth:`arm` is to be interrupted now."""
+        return self._due_ns is not None and now_ns >= self._due_ns
+
+    def arm(self, now_ns: int, *, inside: bool) -> int | None:
+        """Return when the next one is due, ``None`` while no processor is inside."""
+        period_ns = self._period_ns
+        self._due_ns = (now_ns // period_ns + 1) * period_ns if inside else None
+        return self._due_ns
+
+
+class Injector:
+    """See the module.
+
+    Args:
+        injections: what is to go wrong.
+        tick_ns: period of timer interrupts, ``None`` for none.
+        machine: the machine.
+        loop: interrupts threads.
+        waits: receives the signals that take the power, and has the clock.
+        images: the address spaces of the program, by number.
+
+    Attributes:
+        injected: what was done.
+        counts_entries: whether it must see every entry when it happens.
+    """
+
+    def __init__(
+        self,
+        injections: Injections,
+        tick_ns: int | None,
+        machine: Machine,
+        loop: Loop,
+        waits: Waits,
+        images: Mapping[int, ProcessImage],
+    ) -> None:
+        self.injected = Injected()
+        self._injections, self._machine = injections, machine
+        self._loop, self._waits, self._images = loop, waits, images
+        self._power_losses = list(injections.power_losses)
+        self._lost_entries = self._inits = 0
+        self._ticks = None if tick_ns is None else Ticks(tick_ns)
+
+    def between(self) -> int | None:
+        """No thread is being served: do what is due; return when something is due next."""
+        if self._power_losses and self._entries() >= self._power_losses[0]:
+            del self._power_losses[0]
+            self._lose_power()
+        if self._waits.received():
+            self._lose_power()
+        return None if self._ticks is None else self._tick(self._ticks)
+
+    def init_is_refused(self) -> bool:
+        """Count an INIT; return whether it is to fail."""
+        self._inits += 1
+        refused = self._inits in self._injections.refused_inits
+        self.injected.refused_inits += refused
+        return refused
+
+    # --- power ----------------------------------------------------------------------------------
+
+    def _entries(self) -> int:
+        """Return how often enclaves were entered until now."""
+        return self._lost_entries + sum(each.eenter for each in self._machine.crossings.values())
+
+    def _lose_power(self) -> None:
+        self._lost_entries = self._entries()
+        self._interrupt(thread for thread in self._threads() if thread.cpu.inside is not None)
+        self._machine.power_transition()
+        self.injected.power_losses += 1
+
+    # --- timer interrupts -----------------------------------------------------------------------
+
+    def _tick(self, ticks: Ticks) -> int | None:
+        clock = self._waits.clock
+        if ticks.is_due(clock()):
+            self.injected.ticks += self._interrupt(self._executing())
+        return ticks.arm(clock(), inside=bool(self._executing()))
+
+    def _executing(self) -> list[ProgramThread]:
+        """Return the threads that execute enclave code."""
+        return [
+            thread for thread in self._threads() if thread.cpu.inside is not None and thread.running
+        ]
+
+    def _threads(self) -> list[ProgramThread]:
+        return [thread for image in self._images.values() for thread in image.threads.values()]
+
+    def _interrupt(self, threads: Iterable[ProgramThread]) -> int:
+        """Interrupt threads that are inside; return how many have left by that."""
+        return sum(self._loop.interrupt(thread) for thread in threads)
