@@ -570,7 +570,7 @@ def _bare_core(runtime: Any, defects: Defects, **config: Any) -> EpcCore:
 def _more_pages_are_free_than_there_are(defects: Defects) -> bool:
     core = _bare_core(InlineRuntime(), defects)
     core.start()
-    core.settle()
+    core.wait_sanitized()
     core.stop()
     return core.free_pages != core.epc_pages
 

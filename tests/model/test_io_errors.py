@@ -94,7 +94,7 @@ def test_a_store_that_never_works_is_named_and_others_go_on(kind: str, why: str)
     with Platform(epc="128KiB", make_backing=fate.backing) as platform:
         small = launch(platform.process(), 4)
         thread = small.thread()
-        told = f"the EPC of 32 pages has no free page, and none can leave, because {why}"
+        told = f"the EPC of 32 pages has no free page, and none can be evicted, because {why}"
         large = platform.process()
         with pytest.raises(OSError, match=f"{told}$"):
             launch(large, 60)

@@ -59,7 +59,7 @@ class GuestPlatform:
     def start(self) -> None:
         """Start its ksgxd."""
         self.core.start()
-        self.core.settle()
+        self.core.wait_sanitized()
         self._started = True
 
     def stop(self) -> None:

@@ -109,7 +109,7 @@ class Platform:
         """Start ksgxd and load the driver."""
         assert not self._started, "the platform is started twice"
         self.core.start()
-        self.core.settle()
+        self.core.wait_sanitized()
         self._started = True
         self.load("driver")
 

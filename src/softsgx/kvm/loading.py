@@ -79,7 +79,7 @@ def _load(
     page.epc = epc
     if claim is not None:
         claims = monitor.host.claims
-        note = claims.fetched if secs_for_another else claims.loaded
+        note = claims.prerequisite_loaded if secs_for_another else claims.loaded
         note(claim, page, epc)
     monitor.resident += 1
     kind = "fresh"

@@ -3,7 +3,7 @@
 An instruction completes when all pages that it touches are resident together.  Where several
 threads fault, each load may evict what another thread has loaded and not used yet, and none of
 them completes.  So each thread has a :class:`Claim`, which remembers its latest loads.  A thread
-that must load a page again which is among them was robbed, and queues.  The first of the queue
+that must load a page again which is among them was thrashes, and queues.  The first of the queue
 *holds*: until its instruction has completed
 
 * the pages that it has loaded since, as many as an instruction can touch, are kept: the reclaimer
@@ -101,7 +101,7 @@ class Claims:
 
     Attributes:
         pages: as given.
-        holder: whose turn it is, ``None`` when no thread was robbed.
+        holder: whose turn it is, ``None`` when no thread was thrashes.
         short: the group in which the holder waits for a page; allocations of others that are
             charged there stand aside.
     """
@@ -125,21 +125,21 @@ class Claims:
 
     # --- of the thread itself ---------------------------------------------------------------------
 
-    def fetched(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
+    def prerequisite_loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
         """Note that a SECS or VA page was loaded, which the load in progress needs first."""
-        robbed = owner in claim.fetched
+        thrashes = owner in claim.fetched
         claim.fetched[owner] = page
         if claim is self.holder:
             claim.since_ns = self._runtime.now_ns()
             page.kept = True
             self._kept_fetched.append(page)
-        elif robbed:
+        elif thrashes:
             self._line_up(claim)
 
     def loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
         """Note that a page of its enclave was loaded for the thread of ``claim``."""
         loads = claim.loads
-        robbed = loads.pop(owner, None) is not None
+        thrashes = loads.pop(owner, None) is not None
         loads[owner] = page
         if len(loads) > self.pages:
             loads.popitem(last=False)
@@ -150,16 +150,16 @@ class Claims:
             claim.left -= 1
             page.kept = True
             self._kept.append(page)
-        elif robbed:
+        elif thrashes:
             self._line_up(claim)
 
-    def wants(self, claim: Claim | None) -> None:
+    def allocating(self, claim: Claim | None) -> None:
         """The thread of ``claim`` is about to allocate a page."""
         if claim is not None and claim is self.holder and not claim.left:
             # It has loaded what an instruction can touch, so one has completed.
             self.release(claim)
 
-    def waits(self, claim: Claim | None, group: Group) -> None:
+    def waiting(self, claim: Claim | None, group: Group) -> None:
         """The thread of ``claim`` waits until a page leaves in the subtree of ``group``."""
         if claim is not None and claim is self.holder:
             self.short = group
@@ -179,24 +179,24 @@ class Claims:
 
     # --- of others --------------------------------------------------------------------------------
 
-    def excludes(self, claim: Claim | None, group: Group) -> bool:
+    def must_stand_back(self, claim: Claim | None, group: Group) -> bool:
         """Return whether an allocation charged to ``group`` must leave the next page to others."""
         short = self.short
         return (
             short is not None
             and claim is not self.holder
             and group.is_below(short)
-            and self.others_hold(claim)
+            and self.held_by_other(claim)
         )
 
-    def others_hold(self, claim: Claim | None) -> bool:
+    def held_by_other(self, claim: Claim | None) -> bool:
         """Return whether pages are kept from the thread of ``claim``, which needs one."""
         holder = self.holder
         if holder is None or holder is claim:
             return False
         if self._runtime.now_ns() - holder.since_ns <= holder.grace_ns:
             return True
-        # It had time to execute; if that was not enough, it is robbed again and gets more.
+        # It had time to execute; if that was not enough, it is thrashes again and gets more.
         holder.grace_ns = min(2 * holder.grace_ns, _LONGEST_GRACE_NS)
         self._end(holder)
         return self.holder is not None

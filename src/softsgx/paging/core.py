@@ -1,15 +1,15 @@
-"""The EPC core: who has which page, and where the next one comes from.
+"""The EPC core: allocates, charges, tracks, reclaims and frees EPC pages.
 
-One place hands out EPC, charges it and takes it back, whoever uses it.  The core knows an owner as
-a :class:`~softsgx.paging.Reclaimable` and a group as a :class:`~softsgx.paging.Group`; it never
-asks what a page is for.
+Native enclaves and guests allocate from the same core.  It knows the owner of a page as a
+:class:`~softsgx.paging.Reclaimable` and a group as a :class:`~softsgx.paging.Group`, and does not
+ask what a page is used for.
 
 Lock order (an outer lock is left of an inner one)::
 
     mmap locks → an enclave's lock → the VA tree's lock → the core's "ksgxd" lock → latches
 
-``alloc`` with ``reclaim=True``, ``reclaim`` and ``wait_for_page`` take owners' locks, so nobody may
-call them with one held; everything else may be called with any lock held.
+``alloc`` with ``reclaim=True``, ``reclaim``, ``evict`` and ``wait_for_page`` take owners' locks, so
+a caller must hold none; all other methods may be called with any lock held.
 
 Invariants: a page is dirty, free, in quarantine, held or leaked; a held page is tracked on at most
 one list, or by one batch; each count equals the number of pages.  :meth:`EpcCore.check_invariants`
@@ -39,8 +39,8 @@ from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.policy import LinuxPolicy, Policy
 from softsgx.paging.reclaim import EVICT_POISONED, Batch, Reclaimer
-from softsgx.paging.relief import Relief, Request, no_signal
 from softsgx.paging.sanitize import Sanitizer
+from softsgx.paging.slowpath import AllocRequest, AllocSlowPath, no_signal
 from softsgx.paging.va import VaTree
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
@@ -54,21 +54,21 @@ class EpcCore:
     Args:
         hw: the machine.
         runtime: locks, tasks, points.
-        policy: which page leaves, when, how many at once.
+        policy: which pages are evicted, when, and how many at once.
         tracer: receives events; ``None`` costs nothing.
-        root: the group all others are below, charged when none is named.
-        dirty: addresses of pages that may hold something from before and need EREMOVE first;
-            ``None`` for all of them, which is all that a kernel knows.
-        va_backing: where evicted VA pages go; memory when ``None``.
+        root: the group above all others, charged when an allocation names none.
+        dirty: addresses of the pages that may be in use by an earlier system, so that they need
+            EREMOVE first; ``None``: all pages, since a kernel cannot know.
+        va_backing: backing file of evicted VA pages; memory when ``None``.
         defects: those to switch on; it has the broken forms of package ``paging``.
 
     Attributes:
-        counters: how often things happened.
-        reclaim_ns: how long batches of reclaim took, whoever waited for them.
+        counters: numbers of events.
+        reclaim_ns: time that reclaim batches took, of ksgxd and of other tasks.
         root: as given.
         policy: as given.
-        claims: which pages are kept for a thread that needs them all at once.
-        relief: what allocations do that find no page.
+        claims: the pages that are kept for a thread which needs them together.
+        slowpath: the slow path of allocations.
         va: the upper levels of VA pages.
     """
 
@@ -126,20 +126,21 @@ class EpcCore:
             counters=self.counters,
             released=self._ksgxd.candidate_added,
         )
-        self.relief = Relief(
+        self.slowpath = AllocSlowPath(
             self,
-            runtime,
+            self._pool,
             self._ksgxd,
-            self.claims,
-            patience_passes=None
-            if Defect.DIRECT_RECLAIM_WITHOUT_END in defects
-            else self.policy.patience_passes,
+            patience_passes=(
+                None
+                if Defect.DIRECT_RECLAIM_WITHOUT_END in defects
+                else self.policy.patience_passes
+            ),
             in_use=self._in_use,
         )
         self.va = VaTree(self, MemoryBacking() if va_backing is None else va_backing)
 
     def _make_sanitizer(self, dirty: Iterable[int] | None) -> Sanitizer:
-        """Sort the pages into those free at once and those to be sanitized."""
+        """Free the pages that need no EREMOVE; return a sanitizer for the others."""
         if dirty is None:
             ranges = [
                 (section.base, section.base + section.size) for section in self.hw.config.sections
@@ -156,16 +157,16 @@ class EpcCore:
             report_stopped=Defect.STOPPED_SANITIZE_REPORTED in self.defects,
         )
 
-    # --- what there is --------------------------------------------------------------------------
+    # --- the EPC --------------------------------------------------------------------------------
 
     @property
     def free_pages(self) -> int:
-        """EPC pages that can be handed out now."""
+        """EPC pages that can be allocated now."""
         return self._free.value
 
     @property
     def poisoned_pages(self) -> int:
-        """Poisoned pages, in use or in quarantine; counted from the records."""
+        """Poisoned pages, in use or in quarantine; counted from the page records."""
         return self._pool.poisoned_pages()
 
     @property
@@ -197,18 +198,18 @@ class EpcCore:
         """Return an EPC page whose EPCM entry is invalid, charged to ``group``.
 
         Args:
-            owner: whom the reclaimer will ask once :meth:`mark_reclaimable` was called.
-            reclaim: whether to evict pages, waiting, when there is none; then no owner's lock and
-                no mmap lock may be held.
-            group: who pays; the root when ``None``.
-            kind: what for, a label for counters.
-            cpu_node: NUMA node of the CPU that asks; its EPC is tried first.
-            signal_pending: asked before each batch; ``True`` gives up.
-            claim: the thread's that needs the page.
+            owner: the reclaimer calls it after :meth:`mark_reclaimable`.
+            reclaim: whether to evict pages if none is free, which may wait; then the caller holds
+                no owner's lock and no mmap lock.
+            group: the group to charge; the root when ``None``.
+            kind: a label for counters: what the page is used for.
+            cpu_node: NUMA node of the calling processor; its EPC is tried first.
+            signal_pending: called before each batch; ``True`` ends the allocation.
+            claim: of the thread that needs the page.
 
         Raises:
-            NoEpc: there is none and nothing can be reclaimed; says why.
-            EpcBusy: there is none, and ``reclaim`` is false; ksgxd was woken.
+            NoEpc: no page is free and none can be reclaimed; the text says why.
+            EpcBusy: no page is free, and ``reclaim`` is false; ksgxd was woken.
             Interrupted: a signal is pending.
 
         Source:
@@ -217,20 +218,21 @@ class EpcCore:
         group = self.root if group is None else group
         claims = self.claims
         if claims.holder is not None:
-            claims.wants(claim)
+            claims.allocating(claim)
         try:
             if claims.short is not None:
-                self.relief.stand_aside(group, Request(reclaim, signal_pending, claim))
+                self.slowpath.stand_back(group, AllocRequest(reclaim, signal_pending, claim))
             ksgxd = self._ksgxd
             seen = ksgxd.generation, ksgxd.outcomes
             refused = group.try_charge()
             if refused is not None:
-                request = Request(reclaim, signal_pending, claim)
-                self._charge_slowly(group, refused, seen, request)
+                request = AllocRequest(reclaim, signal_pending, claim)
+                self.slowpath.charge(group, refused, seen, request)
             try:
                 page = self._pool.take(cpu_node)
                 if page is None:
-                    page = self._take_slowly(cpu_node, Request(reclaim, signal_pending, claim))
+                    request = AllocRequest(reclaim, signal_pending, claim)
+                    page = self.slowpath.take(cpu_node, request)
             except BaseException:
                 group.uncharge()
                 raise
@@ -253,33 +255,6 @@ class EpcCore:
         held[kind] = held.get(kind, 0) + change
         self._held_latch.release()
 
-    def _charge_slowly(
-        self, group: Group, refused: Group | None, seen: tuple[int, int], request: Request
-    ) -> None:
-        """Relieve the group that refused and charge again, until that succeeds or is hopeless."""
-        relief = self.relief
-        pressure = relief.pressure()
-        while refused is not None:
-            if self.tracer is not None:
-                self.tracer(events.ChargeRefused("reclaim" if request.reclaim else "busy"))
-            try:
-                relief.step(refused, seen, pressure, request)
-            except NoEpc:
-                if not refused.reclaim_failed():
-                    raise
-            seen = relief.now()
-            refused = group.try_charge()
-
-    def _take_slowly(self, cpu_node: int, request: Request) -> SgxEpcPage:
-        relief = self.relief
-        pressure = relief.pressure()
-        while True:
-            seen = relief.now()
-            page = self._pool.take(cpu_node)
-            if page is not None:
-                return page
-            relief.step(self.root, seen, pressure, request)
-
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value
 
@@ -297,17 +272,17 @@ class EpcCore:
         if self.tracer is not None:
             self.tracer(events.Refused(kind, result))
 
-    # --- giving back ----------------------------------------------------------------------------
+    # --- freeing --------------------------------------------------------------------------------
 
     def free(self, page: SgxEpcPage) -> None:
-        """Take ``page`` back; its EPCM entry is invalid and it is not tracked.
+        """Free ``page``, whose EPCM entry is invalid and which is not tracked.
 
         Source:
             ``sgx_free_epc_page()``, main.c.
         """
         group = page.group
         assert not page.tracked, f"{page!r} is freed while it is tracked"
-        assert group is not None and not page.leaked, f"{page!r} is freed but nobody had it"
+        assert group is not None and not page.leaked, f"{page!r} is freed but not allocated"
         group.uncharge()
         page.owner = page.group = None
         page.blocked = page.kept = False
@@ -318,11 +293,11 @@ class EpcCore:
             self.tracer(events.Freed(page.addr, page.poisoned))
 
     def remove(self, page: SgxEpcPage) -> bool:
-        """EREMOVE ``page`` and take it back.
+        """EREMOVE ``page`` and free it.
 
         Returns:
-            ``False`` when the leaf refused: the page is lost for good, counted and reported, since
-            somebody has a bug and nobody knows what the page holds.
+            ``False`` when the leaf refused, which is a bug of the owner.  The page is leaked: it is
+            counted and traced, and never used again, since its content is unknown.
 
         Source:
             ``sgx_encl_free_epc_page()``, encl.c.
@@ -346,27 +321,27 @@ class EpcCore:
     # --- tracking -------------------------------------------------------------------------------
 
     def mark_reclaimable(self, page: SgxEpcPage) -> None:
-        """Put ``page`` on its group's list as the youngest; a poisoned page stays off it.
+        """Add ``page`` to its group's LRU list as the youngest; a poisoned page stays off it.
 
         Source:
             ``sgx_mark_page_reclaimable()``, main.c.
         """
-        assert page.group is not None, f"{page!r} is marked but nobody has it"
+        assert page.group is not None, f"{page!r} is marked but not allocated"
         if page.poisoned and Defect.POISONED_PAGE_STAYS_ON_LRU not in self.defects:
             return
         page.group.lru.add(page)
         self._ksgxd.candidate_added()
 
-    def note_use(self, page: SgxEpcPage) -> None:
-        """Make ``page`` the youngest of its list: for engines that see every access."""
+    def mark_accessed(self, page: SgxEpcPage) -> None:
+        """Make ``page`` the youngest of its LRU list: for engines that see every access."""
         if page.lru is not None:
-            page.lru.touch(page)
+            page.lru.mark_accessed(page)
 
     def unmark_reclaimable(self, page: SgxEpcPage) -> bool:
-        """Take ``page`` off its list.
+        """Take ``page`` off its LRU list.
 
         Returns:
-            ``False``, nothing changed, when a batch has it: EBUSY.
+            ``False``: a batch has isolated it; nothing has changed.  Linux: EBUSY.
 
         Source:
             ``sgx_unmark_page_reclaimable()``, main.c.
@@ -377,13 +352,13 @@ class EpcCore:
     # --- machine checks -------------------------------------------------------------------------
 
     def poison(self, physical: int) -> bool:
-        """A machine check has named this address: its page is never handed out again.
+        """A machine check has reported this address: its page is never allocated again.
 
-        A page in use stays with its owner, is not evicted any more, and goes into quarantine when
-        it is freed.
+        A page in use stays with its owner, is no longer evicted, and goes into quarantine when it
+        is freed.
 
         Returns:
-            ``False`` when it is no EPC (ENXIO).
+            ``False`` when it is not in the EPC (ENXIO).
 
         Source:
             ``arch_memory_failure()``, main.c; since ed16618c380c a tracked page leaves its list.
@@ -398,7 +373,7 @@ class EpcCore:
         page, was_free = found
         lru = page.lru
         if lru is not None and Defect.POISONED_PAGE_STAYS_ON_LRU not in self.defects:
-            lru.remove(page)  # in a batch: the batch will see that it is poisoned
+            lru.remove(page)  # a batch that has isolated the page sees that it is poisoned
         if self.tracer is not None:
             self.tracer(events.Poisoned(addr, was_free))
         return True
@@ -406,13 +381,13 @@ class EpcCore:
     # --- reclaim --------------------------------------------------------------------------------
 
     def reclaim(self, group: Group | None = None, *, force: bool = False) -> Batch:
-        """Run one batch in the subtree of ``group``; no owner's lock may be held.
+        """Run one batch in the subtree of ``group``; the caller holds no owner's lock.
 
-        Groups are asked in turn until one has had a page to look at.
+        The batch scans the first group in turn that has a reclaimable page.
 
         Args:
             group: the root when ``None``.
-            force: evict pages that are in use too.
+            force: whether to evict pages that were accessed too.
         """
         group = self.root if group is None else group
         batch, began_ns = Batch(0, 0), self.runtime.now_ns()
@@ -429,10 +404,11 @@ class EpcCore:
         return batch
 
     def evict(self, page: SgxEpcPage) -> bool:
-        """Evict one page, even if it is in use; no owner's lock may be held.
+        """Evict one page, even if it was accessed; the caller holds no owner's lock.
 
         Returns:
-            ``False`` when it stays: it is not reclaimable, a batch has it, or it cannot be written.
+            ``False``: it is still resident, since it is not reclaimable, a batch has it, or it
+            cannot be written.
         """
         lru = page.lru
         if lru is None:
@@ -457,10 +433,10 @@ class EpcCore:
     # --- ksgxd ----------------------------------------------------------------------------------
 
     def wait_for_page(self, busy: EpcBusy) -> None:
-        """Wait until an allocation that was refused is worth another try; hold no lock.
+        """Wait until a refused allocation may succeed; the caller holds no lock.
 
-        Without a ksgxd that runs, the caller does its work.  When everything was tried in vain,
-        the next allocation raises :class:`NoEpc`.
+        If ksgxd does not run, the caller reclaims in its place.  If no page can be evicted, the
+        next allocation raises :class:`NoEpc`.
         """
         self._ksgxd.wait_for_page(busy)
 
@@ -477,22 +453,22 @@ class EpcCore:
         self._ksgxd.start()
 
     def stop(self) -> None:
-        """Stop ksgxd and wait until it has ended; it can be started again."""
+        """Stop ksgxd and wait until it has ended; :meth:`start` may start it again."""
         self._ksgxd.stop()
 
-    def settle(self) -> None:
-        """Wait until every page was sanitized (or :meth:`stop` was called)."""
-        self._ksgxd.settle()
+    def wait_sanitized(self) -> None:
+        """Wait until every page is sanitized, or :meth:`stop` is called."""
+        self._ksgxd.wait_sanitized()
 
     def _give_sanitized(self, addr: EpcAddr) -> None:
-        """EREMOVE has said that ``addr`` is free, or it is poisoned and goes into quarantine."""
+        """EREMOVE has freed the page at ``addr``, or the page is poisoned."""
         self._pool.give_clean(addr)
         self._ksgxd.page_freed()
 
     # --- checking -------------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
-        """Compare every count with a recount from raw state; call while no task runs here.
+        """Compare every count with the pages themselves; call while no task runs here.
 
         Raises:
             AssertionError: says which count or page is wrong.

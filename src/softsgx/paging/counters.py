@@ -31,7 +31,7 @@ class Counters:
         lost: pages whose content no longer exists (power loss, or a defect).
         alloc_busy, alloc_none, alloc_interrupted: refused allocations.
         direct: batches that an allocation had to wait for.
-        claims: turns of threads that were robbed of what they had loaded.
+        claims: turns of threads that were thrashes of what they had loaded.
         wakeups: times that ksgxd was woken.
         leaked: pages that EREMOVE refused.
         unsanitized: pages left after sanitizing.

@@ -66,7 +66,7 @@ class IdleSecs:
                 return False
             return swap.write_secs(reservation)
 
-    def stay(self) -> None:
+    def cancel_eviction(self) -> None:
         """Somebody needs the SECS: give up evicting it; the enclave's lock is held."""
         if self.reservation is not None:
             self._swap.cancel(self.reservation)

@@ -1,8 +1,8 @@
-"""The core's background task, and waiting for what it achieves.
+"""ksgxd, the core's background task, and waiting for its outcomes.
 
-ksgxd sanitizes the EPC, then sleeps until free pages are few, or somebody who may not reclaim
-himself asks for a page.  It works on a request until a page was freed or everything was tried in
-vain; one of the two is the *outcome* that whoever asked waits for.
+ksgxd sanitizes the EPC, then sleeps until free pages are few, or until a task that must not reclaim
+requests a page.  It serves a request until a page was freed or no page can be evicted; either is an
+*outcome*, which the requesting task waits for.
 
 Lock order: the lock ``ksgxd`` is taken under any owner's lock, and nothing is taken under it.
 
@@ -30,25 +30,25 @@ __all__ = ["Ksgxd"]
 
 
 class Ksgxd:
-    """The task and what others know of it.
+    """The task, its requests, and the tasks that wait for it.
 
     Args:
-        runtime: where it runs.
-        root: the group it serves when nobody asks for another one.
+        runtime: runs the task.
+        root: the group that it reclaims in when there is no request.
         sanitizer: its first work.
-        reclaim: runs one batch in a group's subtree, by force or not.
-        scarce: whether free pages are below the high watermark.
-        in_use: how many EPC pages are not free: as many pages are tried before it gives up.
-        patience_passes: fruitless passes after which use is ignored.
-        counters: told of wake-ups.
-        tracer: as everywhere.
+        reclaim: runs one batch in a group's subtree, forced or not.
+        scarce: returns whether free pages are below the high watermark.
+        in_use: returns how many EPC pages are not free: it gives up after as many forced scans.
+        patience_passes: batches without a freed page after which accessed bits are ignored.
+        counters: the core's.
+        tracer: receives events; ``None`` for none.
 
     Attributes:
-        working: batches and sanitizing that run now and may free a page soon.
-        generation: changes when a page was freed and when a batch has ended: another look is
-            worth it.
-        outcomes: changes when a page was freed and when everything was tried in vain.
-        asleep: whether it waits to be woken.
+        working: number of batches and sanitizing runs in progress, of any task.
+        generation: changes when a page is freed and when a batch ends: a task that found no page
+            looks again.
+        outcomes: changes with each outcome.
+        asleep: whether the task sleeps.
     """
 
     def __init__(
@@ -75,30 +75,30 @@ class Ksgxd:
         self._wake = runtime.condition(self._lock)
         self._progress = runtime.condition(self._lock)
         self._requests: dict[Group, None] = {}
-        self._waiters = 0  # not counting those that were woken and have not run yet
-        self._faults: Counter[Group] = Counter()  # those in wait_for_page, by whom they wait for
-        # When everything was tried in vain, each of those who waited for it gets a ticket, for
-        # which the next allocation says that there is no memory. Others start anew.
-        self._tickets: Counter[Group] = Counter()
+        self._waiters = 0  # without those that were notified and have not run yet
+        self._faults: Counter[Group] = Counter()  # tasks in wait_for_page, by group
+        # When no page can be evicted, each task that waits for one gets a verdict, so that its next
+        # allocation fails with NoEpc. Tasks that come later start with a new request.
+        self._oom_verdicts: Counter[Group] = Counter()
         self._gave_up = False
         self._stopping = False
         self._task: Task | None = None
         self._failed = False
 
-    # --- news -------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------
 
     def page_freed(self) -> None:
-        """A page was freed."""
+        """A page was freed: an outcome."""
         self._gave_up = False
-        if self._tickets:
-            self._tickets.clear()
+        if self._oom_verdicts:
+            self._oom_verdicts.clear()
         self.outcomes += 1
         self.generation += 1
         if self._waiters:
             self._wake_waiters()
 
     def batch_ended(self) -> None:
-        """A batch has ended: whoever waits should look again."""
+        """A batch has ended: wake the waiting tasks, which look for a page again."""
         self.generation += 1
         if self._waiters:
             self._wake_waiters()
@@ -109,15 +109,15 @@ class Ksgxd:
             self._progress.notify_all()
 
     def candidate_added(self) -> None:
-        """A page has become reclaimable: that everything was tried is not true any more."""
+        """A page has become reclaimable: withdraw the verdicts."""
         self._gave_up = False
-        if self._tickets:
-            self._tickets.clear()
+        if self._oom_verdicts:
+            self._oom_verdicts.clear()
 
     # --- waiting ----------------------------------------------------------------------------------
 
     def request(self, group: Group | None = None) -> None:
-        """Wake it, to free a page in the subtree of ``group`` if one is given; never waits."""
+        """Wake the task; with ``group``, request a page of its subtree.  Never waits."""
         with self._lock:
             if group is not None:
                 self._requests[group] = None
@@ -125,11 +125,11 @@ class Ksgxd:
                 self._counters.wakeups += 1
                 self._wake.notify_all()
 
-    def take_ticket(self, group: Group) -> bool:
-        """Return whether the caller, who may not reclaim, has waited in vain for ``group``."""
-        if group not in self._tickets or not self._tickets[group]:
+    def take_oom_verdict(self, group: Group) -> bool:
+        """Return whether ksgxd found no page for a task that waited for ``group``; use it up."""
+        if group not in self._oom_verdicts or not self._oom_verdicts[group]:
             return False
-        self._tickets[group] -= 1
+        self._oom_verdicts[group] -= 1
         return True
 
     def wait_for_page(self, busy: EpcBusy) -> None:
@@ -153,10 +153,11 @@ class Ksgxd:
         """Wait until :attr:`generation` is another one."""
         self._wait_while(lambda: self.generation == generation)
 
-    def _wait_while(self, nothing_new: Callable[[], bool]) -> None:
+    def _wait_while(self, unchanged: Callable[[], bool]) -> None:
         with self._lock:
-            self._waiters += 1  # before the look: whoever comes after it will wake us
-            while nothing_new() and not self._stopping:
+            # Counted before the check, so that a change after it notifies this task.
+            self._waiters += 1
+            while unchanged() and not self._stopping:
                 self._progress.wait()
                 self._waiters += 1
             self._waiters -= 1
@@ -167,7 +168,7 @@ class Ksgxd:
         """As :meth:`EpcCore.start`."""
         assert self._task is None, "ksgxd is started twice"
         self._failed = False
-        self._sanitizer.stopping = False
+        self._sanitizer.allow()
         self.working.add(1)  # sanitizing
         self._task = self._runtime.spawn(self._run, "ksgxd", daemon=True)
 
@@ -176,18 +177,18 @@ class Ksgxd:
         task = self._task
         if task is None:
             return
-        self._sanitizer.stopping = True
+        self._sanitizer.stop()
         with self._lock:
             self._stopping = True
             self._wake.notify_all()
-        self.outcomes += 1  # who waits for it has to help himself from now on
+        self.outcomes += 1  # waiting tasks reclaim themselves from now on
         self.batch_ended()
         task.join()
         self._task = None
         self._stopping = False
 
-    def settle(self) -> None:
-        """As :meth:`EpcCore.settle`."""
+    def wait_sanitized(self) -> None:
+        """As :meth:`EpcCore.wait_sanitized`."""
         while self._sanitizer.pages() and self._task is not None and self.working.value:
             self.wait_for_batch(self.generation)
 
@@ -218,10 +219,10 @@ class Ksgxd:
             self._runtime.yield_now()
 
     def _next_work(self) -> list[Group] | None:
-        """Sleep until there is something to do; return the groups to reclaim in, ``None`` to end.
+        """Sleep until there is work; return the groups to reclaim in, ``None`` to end.
 
         Deviation: groups at their limit have a work queue of their own in the cgroup series; here
-        ksgxd serves them, in the order in which they asked.
+        ksgxd serves them, in the order of their requests.
         """
         with self._lock:
             self.asleep = True
@@ -241,25 +242,25 @@ class Ksgxd:
         return groups
 
     def _serve(self, group: Group) -> None:
-        """Run batches in the subtree of ``group`` until a page was freed or nothing will be."""
+        """Run batches in the subtree of ``group`` until there is an outcome."""
         pressure = Pressure(self._patience_passes)
         while not self._stopping:
             batch = self._reclaim(group, pressure.force)
             if batch.freed:
                 return
-            pressure.note(batch)
-            if pressure.hopeless(self._in_use()):
+            pressure.account(batch)
+            if pressure.exhausted(self._in_use()):
                 self._give_up(group)
                 return
-            if not group.has_reclaimable():  # all gone, or in a batch of somebody else
+            if not group.has_reclaimable():  # none left, or all in batches of other tasks
                 self.outcomes += 1
                 self.batch_ended()
                 return
             self._runtime.yield_now()
 
     def _give_up(self, group: Group) -> None:
-        """Everything was tried: until a page changes hands, there is no memory in ``group``."""
+        """No page of ``group`` can be evicted: give the waiting tasks their verdicts."""
         self._gave_up = self._gave_up or group is self._root
-        self._tickets[group] = self._faults[group]
+        self._oom_verdicts[group] = self._faults[group]
         self.outcomes += 1
         self.batch_ended()

@@ -1,8 +1,7 @@
-"""Lists of reclaimable pages, oldest first.
+"""LRU lists of reclaimable pages, oldest first: one list a group.
 
-One list a group.  A page on it has ``tracked`` set and stands in ``_pages``; a page that a batch
-has isolated keeps ``tracked`` and its ``lru``, but stands nowhere: that is how a batch's pages are
-told apart without another flag.
+A page on a list has ``tracked`` set and is in ``_pages``.  A page that a batch has isolated keeps
+``tracked`` and its ``lru``, but is not in ``_pages``; this distinguishes it without another flag.
 
 Lock order: the latch of a list is the innermost lock; ``Reclaimable.get`` is called under it.
 
@@ -23,7 +22,7 @@ __all__ = ["Lru"]
 
 
 class Lru:
-    """The reclaimable pages of one group, in the order in which they became so."""
+    """The reclaimable pages of one group, in the order in which they were added."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
@@ -49,8 +48,8 @@ class Lru:
         finally:
             self._latch.release()
 
-    def touch(self, page: SgxEpcPage) -> None:
-        """Make ``page`` the youngest if it is on the list."""
+    def mark_accessed(self, page: SgxEpcPage) -> None:
+        """Make ``page`` the youngest, if it is on the list."""
         with self._latch:
             if page in self._pages:
                 self._pages.move_to_end(page)
@@ -59,7 +58,7 @@ class Lru:
         """Stop tracking ``page``.
 
         Returns:
-            ``False`` when a batch has isolated it: nothing has changed, and the batch may evict it.
+            ``False``: a batch has isolated it and may evict it; nothing has changed.
         """
         with self._latch:
             if not page.tracked:
@@ -74,7 +73,8 @@ class Lru:
         """Take up to ``count`` of the oldest pages off the list and pin their owners.
 
         Returns:
-            The pages, and how many more were forgotten because their owner is dying.
+            The pages; and how many more were removed from the list because their owner is being
+            destroyed.
         """
         isolated: list[SgxEpcPage] = []
         dying = 0
@@ -86,7 +86,7 @@ class Lru:
                 if page.owner.get():
                     isolated.append(page)
                 else:
-                    # Its destructor frees it; a tracked page would look isolated to it.
+                    # The owner's destructor frees the page; a tracked page would seem isolated.
                     page.tracked, page.lru = False, None
                     dying += 1
         return isolated, dying
@@ -95,7 +95,7 @@ class Lru:
         """Take one page off the list and pin its owner.
 
         Returns:
-            ``False``, nothing has changed, when it is not on the list or its owner is dying.
+            ``False``: it is not on the list, or its owner is being destroyed; nothing has changed.
         """
         with self._latch:
             if page not in self._pages or page.owner is None or not page.owner.get():
@@ -104,10 +104,10 @@ class Lru:
             return True
 
     def put_back(self, page: SgxEpcPage) -> bool:
-        """Return an isolated page as the youngest; a poisoned one is forgotten instead.
+        """Put an isolated page back as the youngest; a poisoned one is no longer tracked.
 
         Returns:
-            Whether it is back on the list.
+            Whether it is on the list.
         """
         with self._latch:
             assert page.tracked and page.lru is self, f"{page!r} was not isolated from here"
@@ -118,7 +118,7 @@ class Lru:
             return True
 
     def forget(self, page: SgxEpcPage) -> None:
-        """An isolated page was evicted, or must not be looked at again."""
+        """Stop tracking an isolated page: it was evicted."""
         self._latch.acquire()
         try:
             assert page.tracked and page not in self._pages, f"{page!r} was not isolated"

@@ -84,10 +84,10 @@ class Fifo(Policy):
 
 @dataclass(frozen=True)
 class LeastRecentlyUsed(Fifo):
-    """The page that was not used for the longest time leaves, one at a time.
+    """Evicts the page that was not accessed for the longest time, one page a batch.
 
-    Exact where an engine sees every access and calls :meth:`EpcCore.note_use`, as a replayed trace
-    does; one page of the EPC stays free for the next fault.
+    It is exact where an engine sees every access and calls :meth:`EpcCore.mark_accessed`, as the
+    replay of a trace does.  One page of the EPC stays free for the next fault.
     """
 
     batch_pages: int = 1

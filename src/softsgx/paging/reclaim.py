@@ -1,10 +1,10 @@
-"""Taking EPC pages back: which pages leave, and in what order the work is done.
+"""Reclaim batches: which pages are evicted, and in which order the steps are done.
 
-Sees a page only as a :class:`~softsgx.paging.Reclaimable`; who owns it is not known here.  A batch
-has four phases, and each ends for all its pages before the next begins: one round of tracking then
-serves every victim of an enclave.
+The reclaimer knows a page only as a :class:`~softsgx.paging.Reclaimable`.  A batch has four phases.
+Each phase ends for all pages before the next begins, so that one tracking cycle and one round of
+interrupts serve all pages of an enclave.
 
-Lock order: no lock is held here; owners take theirs inside the calls.
+Lock order: the reclaimer holds no lock; owners take theirs inside the calls.
 
 Source:
     ``sgx_reclaim_pages()``, main.c.
@@ -38,8 +38,9 @@ class Batch:
     """What one batch did.
 
     Attributes:
-        scanned: pages that were looked at.
-        freed: EPC pages that became free, not counting SECS pages that followed their children.
+        scanned: pages that the batch isolated.
+        freed: pages of them that it evicted; a SECS that is evicted with its last child does not
+            count.
     """
 
     scanned: int
@@ -47,49 +48,52 @@ class Batch:
 
 
 class Pressure:
-    """How hard somebody who needs a page has tried so far.
+    """What a task that needs a page has tried so far.
 
-    Linux goes on for ever while every page is young; here use is ignored after some fruitless
-    passes, and when then every page has been looked at in vain, there is nothing to be had.
+    After some batches without a freed page, the task ignores accessed bits (``force``).  When such
+    batches have scanned as many pages as are in use, it gives up.
+
+    Deviation: Linux goes on while every page is young.
 
     Args:
-        patience_passes: fruitless passes after which use is ignored; ``None`` for never (L7).
+        patience_passes: batches without a freed page after which accessed bits are ignored;
+            ``None``: they never are (:attr:`Defect.DIRECT_RECLAIM_WITHOUT_END`).
     """
 
     def __init__(self, patience_passes: int | None) -> None:
         self._patience_passes = patience_passes
         self._fruitless = 0
-        self._forced_in_vain = 0
+        self._forced_scans = 0
 
     @property
     def force(self) -> bool:
-        """Whether use is to be ignored."""
+        """Whether the next batch ignores accessed bits."""
         return self._patience_passes is not None and self._fruitless >= self._patience_passes
 
-    def note(self, batch: Batch) -> None:
-        """Learn how a pass went."""
+    def account(self, batch: Batch) -> None:
+        """Take the result of a batch into account."""
         if batch.freed:
-            self._fruitless = self._forced_in_vain = 0
+            self._fruitless = self._forced_scans = 0
             return
         if self.force:
-            self._forced_in_vain += batch.scanned
+            self._forced_scans += batch.scanned
         self._fruitless += 1
 
-    def hopeless(self, pages: int) -> bool:
-        """Return whether every one of ``pages`` was looked at by force and none would leave."""
-        return self.force and self._fruitless > 1 and self._forced_in_vain >= pages
+    def exhausted(self, pages: int) -> bool:
+        """Return whether forced batches have scanned ``pages`` pages and evicted none."""
+        return self.force and self._fruitless > 1 and self._forced_scans >= pages
 
 
 class Reclaimer:
     """Runs batches.
 
     Args:
-        policy: which pages leave, how many.
-        epc_pages: size of the EPC, which small machines scale by.
-        runtime: for the points between the phases.
-        free: gives an evicted page back to the free lists.
-        counters: told what happened.
-        tracer: as everywhere.
+        policy: which pages are evicted, and how many.
+        epc_pages: size of the EPC, which limits the size of a batch.
+        runtime: for the scheduling points between the phases.
+        free: frees an evicted page.
+        counters: the core's.
+        tracer: receives events; ``None`` for none.
         ignore_poison: one of :data:`EVICT_POISONED` is on.
     """
 
@@ -111,17 +115,17 @@ class Reclaimer:
         self._ignore_poison = ignore_poison
 
     def batch(self, lru: Lru, *, force: bool = False) -> Batch:
-        """Evict the pages nobody uses among the oldest of ``lru``.
+        """Evict the pages that were not accessed among the oldest of ``lru``.
 
         Args:
             lru: the list.
-            force: evict pages that are in use too.
+            force: whether to evict pages that were accessed too.
         """
         scanned, victims = self._choose(lru, force=force)
         return self._evict(lru, scanned, victims)
 
     def evict(self, lru: Lru, page: SgxEpcPage) -> bool:
-        """Evict one page of ``lru``, even if it is in use; ``False`` when it stays."""
+        """Evict one page of ``lru``, even if it was accessed; ``False``: it is still resident."""
         if not lru.isolate_page(page):
             return False
         return bool(self._evict(lru, 1, self._prepare(lru, [page], force=True)).freed)
@@ -129,7 +133,7 @@ class Reclaimer:
     def _evict(self, lru: Lru, scanned: int, victims: list[SgxEpcPage]) -> Batch:
         """Phases C and D for pages that are prepared."""
         self._point("reclaim: block")
-        # Whole passes: one round of kicking CPUs then serves every victim.
+        # Phase by phase: one round of interrupts then serves every victim.
         victims = self._block(lru, victims)
         self._point("reclaim: write")
         freed = self._write(lru, victims)
@@ -159,7 +163,7 @@ class Reclaimer:
         return scanned, victims
 
     def _prepare(self, lru: Lru, pages: list[SgxEpcPage], *, force: bool) -> list[SgxEpcPage]:
-        """Age and prepare each; return those that leave."""
+        """Age and prepare each page; return the victims."""
         victims: list[SgxEpcPage] = []
         counters, old = self._counters, self._policy.old
         for page in pages:
@@ -185,7 +189,7 @@ class Reclaimer:
         return victims
 
     def _block(self, lru: Lru, pages: list[SgxEpcPage]) -> list[SgxEpcPage]:
-        """Phase C; return those that nobody can use any more."""
+        """Phase C; return the pages that no processor can reach any more."""
         blocked: list[SgxEpcPage] = []
         for page in pages:
             owner = _owner(page)
@@ -197,7 +201,7 @@ class Reclaimer:
         return blocked
 
     def _write(self, lru: Lru, pages: list[SgxEpcPage]) -> int:
-        """Phase D; return how many are out."""
+        """Phase D; return how many pages were evicted."""
         freed, free = 0, self._free
         for page in pages:
             owner = _owner(page)

@@ -1,8 +1,8 @@
-"""Making EPC pages free that may hold something from before: a kexec, an earlier kernel.
+"""Sanitizing: EREMOVE of EPC pages that an earlier kernel may have left in use.
 
-Two passes of EREMOVE: a SECS page refuses while it has children, so the second pass frees those
-whose children the first one has freed.  Pages become available one by one, while the system is
-already running.
+There are two passes.  EREMOVE refuses a SECS page that has children; the second pass frees the SECS
+pages whose children the first pass has freed.  Pages become available one by one, while the system
+runs.
 
 Source:
     ``__sgx_sanitize_pages()`` and the start of ``ksgxd()``, main.c.
@@ -23,18 +23,16 @@ _PAGES_PER_TURN = 32
 
 
 class Sanitizer:
-    """The pages that nobody may use before EREMOVE has said they are free.
+    """The dirty pages: they cannot be allocated before EREMOVE has freed them.
 
     Args:
-        ranges: (start, end) addresses of those pages.
+        ranges: (start, end) addresses of the dirty pages.
         eremove: the leaf.
-        clean: called with the address of each page that is free now.
-        poisoned: whether a page is to be left alone; ``clean`` is called for it all the same.
-        runtime: lets others run.
-        report_stopped: defect B18: what a stopped pass left is reported as a failure.
-
-    Attributes:
-        stopping: set it to end the work after the current page.
+        clean: called with the address of each page that is free now, or poisoned.
+        poisoned: returns whether a page is poisoned; EREMOVE is not executed on such a page.
+        runtime: lets other tasks run.
+        report_stopped: :attr:`Defect.STOPPED_SANITIZE_REPORTED`: pages that are left when the work
+            is stopped are reported as a failure.
     """
 
     def __init__(
@@ -53,14 +51,22 @@ class Sanitizer:
         self._eremove, self._clean, self._poisoned = eremove, clean, poisoned
         self._runtime = runtime
         self._report_stopped = report_stopped
-        self.stopping = False
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End :meth:`run` after the current page."""
+        self._stopping = True
+
+    def allow(self) -> None:
+        """Let :meth:`run` work again after :meth:`stop`."""
+        self._stopping = False
 
     def run(self) -> int:
         """Do both passes.
 
         Returns:
-            How many pages are left after the second one; 0 when it was stopped, since being asked
-            to stop is no failure.
+            How many pages are still dirty after the second pass; 0 when the work was stopped, which
+            is no failure.
         """
         for _pass in range(2):
             for done, addr in enumerate(self._take_dirty(), 1):
@@ -72,12 +78,12 @@ class Sanitizer:
                 self._current = None
                 if done % _PAGES_PER_TURN == 0:
                     self._runtime.yield_now()
-                if self.stopping:
+                if self._stopping:
                     return self.pages() if self._report_stopped else 0
         return self.pages()
 
     def _take_dirty(self) -> Iterator[EpcAddr]:
-        """Yield every dirty page once; it is ``_current`` until the next one is asked for."""
+        """Yield every dirty page once; each is ``_current`` until the next one is yielded."""
         while self._ranges:
             pair = self._ranges[0]
             self._current = EpcAddr(pair[0])

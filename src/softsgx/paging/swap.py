@@ -119,14 +119,14 @@ class EnclaveSwap(SwapSpace):
             LoadFailed: ELDU refused.
         """
         if self.secs is not None:
-            self._secs_page.stay()
+            self._secs_page.cancel_eviction()
             return self.secs
         entry = self.secs_entry
         assert entry is not None, "the SECS is neither in the EPC nor evicted"
         page = self._eldu(entry, 0, 0, self._secs_page, "secs", cpu_node, self._group, claim)
         self.secs, self.secs_entry = page, None
         if claim is not None:
-            self._core.claims.fetched(claim, self._secs_page, page)
+            self._core.claims.prerequisite_loaded(claim, self._secs_page, page)
         self._counters.secs_in += 1
         self.secs_idle()  # unless a child follows
         return page
@@ -315,7 +315,7 @@ class EnclaveSwap(SwapSpace):
             return False
         self.secs, self.secs_entry = None, entry
         self._counters.secs_out += 1
-        self.va.list_all()
+        self.va.mark_all_reclaimable()
         return True
 
     # --- in ---------------------------------------------------------------------------------------

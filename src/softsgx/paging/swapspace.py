@@ -26,7 +26,7 @@ from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.interfaces import BackingFile, Group
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
-from softsgx.paging.relief import no_signal
+from softsgx.paging.slowpath import no_signal
 from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
 from softsgx.paging.va import VaArray, VaSlot
 from softsgx.runtime import Lock
@@ -126,9 +126,9 @@ class SwapSpace:
             512, not the room there is (L4).
         """
         tree = self._core.va
-        if tree.needs_stock():
+        if tree.needs_spare_upper_page():
             with suppress(NoEpc, LoadFailed):
-                tree.stock(
+                tree.add_spare_upper_page(
                     self._core.alloc(None, reclaim=True, kind="va", signal_pending=signal_pending)
                 )
         with self.lock:
@@ -164,7 +164,7 @@ class SwapSpace:
         evicted = va.evicted_with_room() if va.needs_page() else None
         if evicted is not None:
             try:
-                va.bring_in(evicted)
+                va.make_resident(evicted)
             except (EpcBusy, NoEpc, LoadFailed):
                 return False
         if va.needs_page():
@@ -200,10 +200,10 @@ class SwapSpace:
             try:
                 pinned = self._file.reserve(index, announced=announced)
             except BackingError as error:
-                self._core.relief.backing_error = str(error)
+                self._core.slowpath.backing_error = str(error)
                 return None
-            self._core.relief.backing_error = ""
-        return Reservation(index, self.va.take(), pinned)
+            self._core.slowpath.backing_error = ""
+        return Reservation(index, self.va.alloc_slot(), pinned)
 
     def announce(self, reservation: Reservation) -> None:
         """Say that an eviction prepared without saying so is going on."""
@@ -214,13 +214,13 @@ class SwapSpace:
         """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""
         if reservation.pinned is not None:
             self._file.cancel(reservation.pinned)
-        self.va.give_back(reservation.slot)
+        self.va.cancel_slot(reservation.slot)
 
     def written(self, reservation: Reservation) -> SwapEntry:
         """EWB has evicted the page: end the reservation; return where the page is now."""
         assert reservation.pinned is not None, "EWB without backing"
         self._file.written(reservation.pinned)
-        self.va.keep(reservation.slot)
+        self.va.slot_written(reservation.slot)
         return SwapEntry(reservation.index, reservation.slot)
 
     # --- loads ------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class SwapSpace:
         slot = entry.slot
         if slot is None:
             raise LoadFailed("lost")
-        self.va.bring_in(slot.page, claim)
+        self.va.make_resident(slot.page, claim)
         return slot
 
     def pin_backing(self, entry: SwapEntry) -> Pinned:
@@ -253,7 +253,7 @@ class SwapSpace:
     def loaded(self, slot: VaSlot, pinned: Pinned) -> None:
         """ELDU has loaded the page: its slot and its backing are free again."""
         self._file.loaded(pinned)
-        self.va.emptied(slot)
+        self.va.slot_loaded(slot)
         self._counters.eldu += 1
 
     def not_loaded(self, pinned: Pinned) -> None:
@@ -265,7 +265,7 @@ class SwapSpace:
         """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
         if entry.slot is not None:
             self._file.discard(entry.index)
-            self.va.dropped(entry.slot)
+            self.va.slot_dropped(entry.slot)
         self.shrink()
 
     # --- the end ----------------------------------------------------------------------------------

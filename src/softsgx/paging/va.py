@@ -93,10 +93,10 @@ class VaArray:
 
     # --- slots ------------------------------------------------------------------------------------
 
-    def take(self) -> VaSlot:
+    def alloc_slot(self) -> VaSlot:
         """Take the lowest free slot of the first page and pin that page."""
         page = next(iter(self._pages), None)
-        assert page is not None and page.free and page.epc is not None and page.leaving is None, (
+        assert page is not None and page.free and page.epc is not None and page.eviction is None, (
             f"no free VA slot: {self.promised} promised, {self.used} used, {self.room} left;"
             " every page needs grow() before it is added"
         )
@@ -111,26 +111,26 @@ class VaArray:
             self._pages.move_to_end(page)
         return VaSlot(page, bit.bit_length() - 1)
 
-    def keep(self, slot: VaSlot) -> None:
+    def slot_written(self, slot: VaSlot) -> None:
         """EWB has filled ``slot``: its page need not stay for it any more."""
         page = slot.page
         page.pins -= 1
         if page.stale:
             page.stale &= ~(1 << slot.number)
         if not page.free or self.promised == self.used:
-            self.list_page(page)
+            self.mark_reclaimable(page)
 
-    def give_back(self, slot: VaSlot) -> None:
+    def cancel_slot(self, slot: VaSlot) -> None:
         """EWB was not done: ``slot``, taken by :meth:`take`, is free again."""
         slot.page.pins -= 1
         self._free(slot)
 
-    def emptied(self, slot: VaSlot) -> None:
+    def slot_loaded(self, slot: VaSlot) -> None:
         """ELDU has emptied ``slot``."""
         slot.page.accessed = True
         self._free(slot)
 
-    def dropped(self, slot: VaSlot) -> None:
+    def slot_dropped(self, slot: VaSlot) -> None:
         """The page whose version is in ``slot`` will never be loaded."""
         slot.page.stale |= 1 << slot.number
         self._free(slot)
@@ -139,7 +139,7 @@ class VaArray:
         page = slot.page
         page.free |= 1 << slot.number
         self.used -= 1
-        if page.epc is not None and page.leaving is None:
+        if page.epc is not None and page.eviction is None:
             self.room += 1
             self._pages.move_to_end(page, last=False)
 
@@ -174,7 +174,7 @@ class VaArray:
         except Fault as fault:
             core.remove(epc)
             raise LoadFailed(str(fault)) from fault
-        page = VaPage(self, self.tree.new_index())
+        page = VaPage(self, self.tree.alloc_index())
         page.epc, epc.owner = epc, page
         core.counters.va_made += 1
         return page
@@ -186,7 +186,7 @@ class VaArray:
         self.room += page.free_slots
         self.tree.count(self.level, 1)
 
-    def may_leave(self, page: VaPage) -> bool:
+    def can_evict(self, page: VaPage) -> bool:
         """Return whether the array can do without ``page``, just now."""
         if page.pins or not self.tree.core.policy.evict_va:
             return False
@@ -194,36 +194,36 @@ class VaArray:
             return not page.free
         return self.room - page.free_slots * page.usable >= self.promised - self.used
 
-    def list_page(self, page: VaPage) -> None:
+    def mark_reclaimable(self, page: VaPage) -> None:
         """Let the reclaimer have ``page`` if the array can do without it."""
         epc = page.epc
-        if epc is not None and not epc.tracked and page.leaving is None and self.may_leave(page):
+        if epc is not None and not epc.tracked and page.eviction is None and self.can_evict(page):
             self.tree.core.mark_reclaimable(epc)
 
-    def list_all(self) -> None:
+    def mark_all_reclaimable(self) -> None:
         """The enclave has no resident page left: let the reclaimer have the VA pages as well."""
         for page in self._pages:
-            self.list_page(page)
+            self.mark_reclaimable(page)
 
-    def leaves(self, page: VaPage) -> None:
+    def eviction_begun(self, page: VaPage) -> None:
         """``page`` was prepared for eviction: its slots cannot be taken."""
         self.room -= page.free_slots
         self._pages.move_to_end(page)
 
-    def stays(self, page: VaPage) -> None:
+    def made_usable(self, page: VaPage) -> None:
         """``page`` was not evicted after all."""
         self.room += page.free_slots
         if page.free:
             self._pages.move_to_end(page, last=False)
 
-    def gone(self, page: VaPage) -> None:
+    def evicted(self, page: VaPage) -> None:
         """``page`` was evicted, or lost while it was usable."""
         if page.lost:
             self.room -= page.free_slots
         page.epc = None
         self._pages.move_to_end(page)
 
-    def lose(self, page: VaPage) -> None:
+    def discard_invalid(self, page: VaPage) -> None:
         """``page`` is resident, but no VA page any more since power was lost: give its EPC back.
 
         What it holds versions of can never be loaded.  The array's lock is held.
@@ -236,10 +236,10 @@ class VaArray:
         core.remove(page.epc)
         core.counters.lost += 1
         page.lost = True
-        self.gone(page)
-        self.tree.retire(page)
+        self.evicted(page)
+        self.tree.free_if_unused(page)
 
-    def bring_in(self, page: VaPage, claim: Claim | None = None) -> None:
+    def make_resident(self, page: VaPage, claim: Claim | None = None) -> None:
         """Make ``page`` resident, after the pages above it; the array's lock is held.
 
         Raises:
@@ -248,20 +248,20 @@ class VaArray:
         """
         page.accessed = True
         if page.epc is not None:
-            if page.leaving is not None:
-                page.stay()
+            if page.eviction is not None:
+                page.cancel_eviction()
             return
         with self.tree_lock():
             self._load(page, claim)
-        self.stays(page)
-        self.list_page(page)
+        self.made_usable(page)
+        self.mark_reclaimable(page)
 
     def _load(self, page: VaPage, claim: Claim | None) -> None:
         """ELDU ``page``; the tree's lock is held."""
         tree, core, slot = self.tree, self.tree.core, page.parent
         if page.lost or slot is None:
             raise LoadFailed("lost")
-        slot.page.array.bring_in(slot.page, claim)
+        slot.page.array.make_resident(slot.page, claim)
         epc = core.alloc(page, reclaim=False, group=self.group, kind="va", claim=claim)
         try:
             pinned = tree.file.open(page.index)
@@ -269,21 +269,21 @@ class VaArray:
             core.free(epc)
             raise LoadFailed(str(error)) from error
         result = eldu(core.leaves, epc.addr, slot.addr, pinned, 0, 0)
-        tree.tell(Loaded(epc.addr, "va", page.index, result_name(result)))
+        tree.trace(Loaded(epc.addr, "va", page.index, result_name(result)))
         if result is not Status.SUCCESS:
             tree.file.close(pinned)
             core.counters.eldu_failed += 1
             core.remove(epc)
             if vanished(result, slot.addr):
-                slot.page.array.lose(slot.page)
+                slot.page.array.discard_invalid(slot.page)
             raise LoadFailed(result_name(result))
         tree.file.loaded(pinned)
-        slot.page.array.emptied(slot)
+        slot.page.array.slot_loaded(slot)
         page.parent, page.epc = None, epc
         core.counters.va_in += 1
         if claim is not None:
-            core.claims.fetched(claim, page, epc)
-        tree.retire(slot.page)
+            core.claims.prerequisite_loaded(claim, page, epc)
+        tree.free_if_unused(slot.page)
 
     def unlink(self, page: VaPage) -> None:
         """Remove ``page`` for good; nobody needs the versions it holds.  No batch may have it."""
@@ -300,11 +300,11 @@ class VaArray:
         with self.tree_lock():
             if page.parent is not None:
                 self.tree.file.discard(page.index)
-                page.parent.page.array.dropped(page.parent)
-                self.tree.retire(page.parent.page)
+                page.parent.page.array.slot_dropped(page.parent)
+                self.tree.free_if_unused(page.parent.page)
                 page.parent = None
-            self.tree.old_index(page.index)
-            self.tree.trim(self.level + 1)
+            self.tree.free_index(page.index)
+            self.tree.free_unused_level(self.level + 1)
 
     def check_invariants(self) -> None:
         """Compare the counts with a recount; call with the lock held or while no task runs."""
@@ -356,7 +356,7 @@ class VaTree:
         """Return the upper levels by number, from 2."""
         return dict(self._levels)
 
-    def tell(self, event: Evicted | Loaded) -> None:
+    def trace(self, event: Evicted | Loaded) -> None:
         """Hand ``event`` to the tracer."""
         if self.core.tracer is not None:
             self.core.tracer(event)
@@ -370,7 +370,7 @@ class VaTree:
         """Return whether there are pages of ``level`` enough to spend a page on evicting them."""
         return self._counts.get(level, 0) > 1
 
-    def new_index(self) -> int:
+    def alloc_index(self) -> int:
         """Return an index in the file that no VA page has."""
         with self._latch:
             if self._spare:
@@ -378,12 +378,12 @@ class VaTree:
             self._indices += 1
             return self._indices - 1
 
-    def old_index(self, index: int) -> None:
+    def free_index(self, index: int) -> None:
         """A VA page is gone for good."""
         with self._latch:
             self._spare.append(index)
 
-    def needs_stock(self) -> bool:
+    def needs_spare_upper_page(self) -> bool:
         """Return whether a slot for level-1 pages should be made while there is EPC for it.
 
         When nothing but VA pages is left in a small EPC, it would be too late.
@@ -393,10 +393,10 @@ class VaTree:
         above = self._levels.get(2)
         return above is None or not above.room
 
-    def stock(self, epc: SgxEpcPage) -> None:
+    def add_spare_upper_page(self, epc: SgxEpcPage) -> None:
         """Make an upper page of ``epc``, or give it back if others were faster; takes the lock."""
         with self.lock:
-            if self.needs_stock():
+            if self.needs_spare_upper_page():
                 array = self._above(1)
                 array.link(array.make(epc))
                 return
@@ -409,7 +409,7 @@ class VaTree:
             self._levels[level + 1] = array
         return array
 
-    def slot_above(self, level: int) -> VaSlot | None:
+    def alloc_upper_slot(self, level: int) -> VaSlot | None:
         """Take a slot for a page of ``level``; the lock is held.  Makes a page if it must.
 
         Returns:
@@ -421,7 +421,7 @@ class VaTree:
             try:
                 evicted = array.evicted_with_room()
                 if evicted is not None:
-                    array.bring_in(evicted)
+                    array.make_resident(evicted)
                 elif not self._worth_a_page(level):
                     return None
                 else:
@@ -429,16 +429,16 @@ class VaTree:
                     array.link(array.make(epc))
             except (NoEpc, EpcBusy, LoadFailed):
                 return None
-        return array.take()
+        return array.alloc_slot()
 
-    def trim(self, level: int) -> None:
+    def free_unused_level(self, level: int) -> None:
         """Give back an upper page that is not needed any more; the lock is held."""
         array = self._levels.get(level)
         if array is not None and not array.used:
             for page in array.pages():
-                self.retire(page)
+                self.free_if_unused(page)
 
-    def retire(self, page: VaPage) -> None:
+    def free_if_unused(self, page: VaPage) -> None:
         """Give an upper page back when it holds no version and none is to come; lock held."""
         array = page.array
         if page.lost and page.free == ALL_FREE:

@@ -70,7 +70,7 @@ class VaPage:
         pins: evictions that have reserved a slot here: it must stay.
         accessed: whether a slot was used since the last look.
         parent: the slot that holds its own version while it is evicted.
-        leaving: while it is about to leave: its backing, and the slot for its version.
+        eviction: while it is about to leave: its backing, and the slot for its version.
         lost: it was in the EPC when that lost power.
     """
 
@@ -78,9 +78,9 @@ class VaPage:
         "accessed",
         "array",
         "epc",
+        "eviction",
         "free",
         "index",
-        "leaving",
         "lost",
         "parent",
         "pins",
@@ -96,7 +96,7 @@ class VaPage:
         self.accessed = False
         self.parent: VaSlot | None = None
         self.lost = False
-        self.leaving: tuple[Pinned, VaSlot] | None = None
+        self.eviction: tuple[Pinned, VaSlot] | None = None
 
     @property
     def free_slots(self) -> int:
@@ -106,13 +106,13 @@ class VaPage:
     @property
     def usable(self) -> bool:
         """Whether its free slots can be taken: it is resident and not about to leave."""
-        return self.epc is not None and self.leaving is None
+        return self.epc is not None and self.eviction is None
 
     # --- Reclaimable ------------------------------------------------------------------------------
 
     def get(self) -> bool:
         """Pin the enclave; ``False`` also when it cannot leave now: it is listed again later."""
-        return self.array.may_leave(self) and self.array.pin.get()
+        return self.array.can_evict(self) and self.array.pin.get()
 
     def put(self) -> None:
         """Unpin the enclave."""
@@ -127,19 +127,19 @@ class VaPage:
         """Reserve backing and a slot one level up."""
         array, tree = self.array, self.array.tree
         with array.lock:
-            if self.epc is None or self.leaving is not None or not array.may_leave(self):
+            if self.epc is None or self.eviction is not None or not array.can_evict(self):
                 return False
             with array.tree_lock():
                 try:
                     pinned = tree.file.reserve(self.index)
                 except BackingError:
                     return False
-                slot = tree.slot_above(array.level)
+                slot = tree.alloc_upper_slot(array.level)
                 if slot is None:
                     tree.file.cancel(pinned)
                     return False
-            self.leaving = pinned, slot
-            array.leaves(self)
+            self.eviction = pinned, slot
+            array.eviction_begun(self)
             return True
 
     def block(self) -> bool:
@@ -150,44 +150,46 @@ class VaPage:
         """EWB, unless somebody has needed the page meanwhile."""
         array, tree = self.array, self.array.tree
         with array.lock:
-            if self.leaving is None:
+            if self.eviction is None:
                 return False
-            pinned, slot = self.leaving
+            pinned, slot = self.eviction
             epc = self.epc
             assert epc is not None, "a VA page on its way out is not there"
             if epc.poisoned:
-                self.stay()
+                self.cancel_eviction()
                 return False
             result = ewb(tree.core.leaves, epc.addr, slot.addr, pinned)
-            tree.tell(Evicted(epc.addr, "va", self.index, 1, result_name(result)))
+            tree.trace(Evicted(epc.addr, "va", self.index, 1, result_name(result)))
             if vanished(result, epc.addr):
-                self.stay()
+                self.cancel_eviction()
                 self.lost = True
                 tree.core.counters.lost += 1
-                array.gone(self)
+                array.evicted(self)
                 return True
             if not slot.accepted(result):
-                self.stay()
+                self.cancel_eviction()
                 tree.core.counters.ewb_failed += 1
                 if vanished(result, slot.addr):
                     with array.tree_lock():
-                        slot.page.array.lose(slot.page)  # the next try takes another page's slot
+                        slot.page.array.discard_invalid(
+                            slot.page
+                        )  # the next try takes another page's slot
                 return False
             with array.tree_lock():
                 tree.file.written(pinned)
-                slot.page.array.keep(slot)
-            self.leaving, self.parent = None, slot
-            array.gone(self)
+                slot.page.array.slot_written(slot)
+            self.eviction, self.parent = None, slot
+            array.evicted(self)
             tree.core.counters.va_out += 1
             return True
 
-    def stay(self) -> None:
-        """Give up leaving; the array's lock is held."""
-        assert self.leaving is not None, "a VA page that is not leaving cannot stay"
-        pinned, slot = self.leaving
+    def cancel_eviction(self) -> None:
+        """Give up eviction; the array's lock is held."""
+        assert self.eviction is not None, "a VA page that is not leaving cannot stay"
+        pinned, slot = self.eviction
         tree = self.array.tree
         with self.array.tree_lock():
             tree.file.cancel(pinned)
-            slot.page.array.give_back(slot)
-        self.leaving = None
-        self.array.stays(self)
+            slot.page.array.cancel_slot(slot)
+        self.eviction = None
+        self.array.made_usable(self)

@@ -217,7 +217,7 @@ def test_a_guest_that_boots_again_cleans_what_the_one_before_has_left() -> None:
     core = guest.boot(dirty=None)
     assert core.free_pages == 0
     core.start()
-    core.settle()
+    core.wait_sanitized()
     core.stop()
     assert core.free_pages == core.epc_pages
     assert core.counters.unsanitized == 0

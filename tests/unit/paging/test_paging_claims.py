@@ -72,7 +72,7 @@ def repeat(times: int, step: Callable[[], object]) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_instruction_completes_in_the_smallest_epc(seed: int) -> None:
     core = crowd(SeededRuntime(seed, step_limit=2_000_000))
-    assert core.counters.claims and core.counters.kept, "nobody was ever robbed"
+    assert core.counters.claims and core.counters.kept, "nobody was ever thrashes"
     assert core.counters.alloc_none == 0
 
 
@@ -132,7 +132,7 @@ def test_one_groups_thrashing_refuses_nobody_in_another() -> None:
 
     runtime.run(main)
     assert set(refusals) == {
-        f"group /tight, limited to {AT_ONCE} pages, has no free page, and none can leave"
+        f"group /tight, limited to {AT_ONCE} pages, has no free page, and none can be evicted"
     }
 
 
@@ -183,7 +183,7 @@ def test_a_page_for_the_thread_that_holds_is_not_taken_by_others() -> None:
     core = make_core(runtime, 64)
     holder, other = Claim(), Claim()
     core.claims._line_up(holder)
-    core.claims.waits(holder, core.root)
+    core.claims.waiting(holder, core.root)
     with pytest.raises(EpcBusy) as refused:
         core.alloc(None, reclaim=False, claim=other)
     assert refused.value.pause

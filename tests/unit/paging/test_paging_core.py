@@ -249,7 +249,7 @@ def test_ksgxd_can_be_stopped_and_started_again() -> None:
     def main() -> None:
         for _ in range(2):
             core.start()
-            core.settle()
+            core.wait_sanitized()
             core.stop()
 
     assert isinstance(core.runtime, InlineRuntime)
@@ -287,7 +287,7 @@ def test_every_page_is_dirty_first_and_free_after_two_passes() -> None:
 
     def main() -> None:
         core.start()
-        core.settle()
+        core.wait_sanitized()
         core.stop()
 
     runtime.run(main)
@@ -305,7 +305,7 @@ def test_an_allocation_waits_while_pages_are_being_sanitized() -> None:
         def main(core: EpcCore = core) -> None:
             core.start()
             core.alloc(None, reclaim=True)
-            core.settle()
+            core.wait_sanitized()
             core.stop()
 
         runtime.run(main)
@@ -346,7 +346,7 @@ def test_pages_are_counted_free_once(defects: tuple[Defect, ...], count: int) ->
 
     def main() -> None:
         core.start()
-        core.settle()
+        core.wait_sanitized()
         core.stop()
 
     runtime.run(main)
@@ -362,7 +362,7 @@ def test_a_poisoned_page_is_put_away_without_eremove(index: int, left: int) -> N
 
     def main() -> None:
         core.start()
-        core.settle()
+        core.wait_sanitized()
         core.stop()
 
     runtime.run(main)

@@ -170,18 +170,18 @@ def test_pressure_forces_after_fruitless_passes_and_ends_when_all_was_tried() ->
     pressure = Pressure(2)
     for _ in range(2):
         assert not pressure.force
-        pressure.note(Batch(16, 0))
-    assert pressure.force and not pressure.hopeless(32)
-    pressure.note(Batch(16, 0))
-    assert not pressure.hopeless(32)
-    pressure.note(Batch(16, 0))
-    assert pressure.hopeless(32)
-    pressure.note(Batch(16, 1))
-    assert not pressure.force and not pressure.hopeless(32)
+        pressure.account(Batch(16, 0))
+    assert pressure.force and not pressure.exhausted(32)
+    pressure.account(Batch(16, 0))
+    assert not pressure.exhausted(32)
+    pressure.account(Batch(16, 0))
+    assert pressure.exhausted(32)
+    pressure.account(Batch(16, 1))
+    assert not pressure.force and not pressure.exhausted(32)
 
 
 def test_pressure_without_patience_never_forces() -> None:
     pressure = Pressure(None)
     for _ in range(1000):
-        pressure.note(Batch(16, 0))
-    assert not pressure.force and not pressure.hopeless(1)
+        pressure.account(Batch(16, 0))
+    assert not pressure.force and not pressure.exhausted(1)

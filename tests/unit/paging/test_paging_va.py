@@ -86,9 +86,9 @@ def test_a_va_page_with_the_last_room_stays_while_pages_need_it() -> None:
     core = bench(64)
     encl = enclave(core, 4)
     (va_page,) = encl.swap.va.pages()
-    assert not encl.swap.va.may_leave(va_page)
+    assert not encl.swap.va.can_evict(va_page)
     evict_all(core)
-    assert encl.swap.va.may_leave(va_page)
+    assert encl.swap.va.can_evict(va_page)
 
 
 def test_a_single_va_page_is_not_evicted_for_another_one() -> None:
@@ -168,7 +168,7 @@ def test_a_va_page_that_somebody_needs_stays_although_it_was_prepared() -> None:
     (va_page,) = first.swap.va.pages()
     if va_page.epc is None:
         with first.lock:
-            first.swap.va.bring_in(va_page)
+            first.swap.va.make_resident(va_page)
     epc = va_page.epc
     assert epc is not None
     core.unmark_reclaimable(epc)
@@ -206,7 +206,7 @@ def test_a_page_without_a_promise_is_our_mistake() -> None:
     encl.swap.va.room = 0
     encl.swap.va._pages.clear()
     with pytest.raises(AssertionError, match="grow"):
-        encl.swap.va.take()
+        encl.swap.va.alloc_slot()
 
 
 def test_a_va_page_that_vanished_with_the_power_loads_nothing() -> None:

@@ -90,7 +90,7 @@ class Replay:
                 got = int.from_bytes(peek(mm, addr, 8, task), "little")
                 assert got == expected[page], f"page {page} holds {got}, not {expected[page]}"
             if entry.epc is not None:
-                self._core.note_use(entry.epc)
+                self._core.mark_accessed(entry.epc)
         resident = sum(entry.epc is not None for entry in self._pages.values())
         evicted = self._core.counters.reclaimed - evictions
         return ReplayResult(len(trace), misses, evicted, misses, resident)
