@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# No deadline: the time of one example says more about the load of the machine than about the code.
+settings.register_profile("softsgx", deadline=None)
+settings.load_profile("softsgx")
 
 pytest_plugins = ["softsgx.host.pytest_plugin"]
 
