@@ -202,7 +202,7 @@ class EnclaveSwap(SwapSpace):
             return None
         if pinned is None:  # defect B25: no way back from here
             try:
-                pinned = self._file.reserve(index)
+                pinned = reservation.pinned = self._file.reserve(index)
             except BackingError:
                 return self._lose(page, reservation)
         result, tries = ewb(self._leaves, page.addr, slot.addr, pinned), 1
@@ -212,7 +212,6 @@ class EnclaveSwap(SwapSpace):
         counters = self._counters
         if self._core.tracer is not None:
             self._core.tracer(Evicted(page.addr, kind, index, tries, result_name(result)))
-        reservation = Reservation(index, slot, pinned)
         if slot.accepted(result):
             if tries == 1:
                 counters.ewb_first += 1
