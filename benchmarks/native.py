@@ -10,8 +10,14 @@ One run of everything, in turn, several times over:
 ``c_fault``  rival of the fault: a C program whose thread fills pages by userfaultfd; no eviction,
              no crypto
 ``aesgcm_pair``  the crypto of a fault
+``add``, ``measured``  a page of ADD_PAGES, without and with EEXTEND
+``edmm_page``  a page that the enclave accepts (EAUG at the fault of EACCEPT) and touches at once
+``edmm_batch_page``  the same, when all pages are accepted before the first is touched
+``edmm_trim_page``  a page of a range that is trimmed, accepted and removed
+``copy``, ``sha256``  rivals of ADD_PAGES: the copy out of another process, and the hash of a page
 
-Best and median of all rounds, in microseconds.  Programs are compiled when it starts.
+Best and median of all rounds, in microseconds, or MiB/s where the name says so.  Programs are
+compiled when it starts.
 
     python benchmarks/native.py [--json] [--rounds N] [--pager NAME]
 """
@@ -19,6 +25,8 @@ Best and median of all rounds, in microseconds.  Programs are compiled when it s
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import json
 import os
 import signal
@@ -46,6 +54,9 @@ PAGES = 2048  # twice what the EPC has
 ECALLS = 4000
 TRAPS = 4000
 PASSES = 12_000
+ADDED = 4096  # pages of one ADD_PAGES
+GROWN = 512
+MEASURED_BYTES = PAGE_BYTES + 17 * 64  # hashed for a page: EADD, and EEXTEND of 16 chunks
 SLICES = 4
 
 # Inside and outside get the same instructions at the same places.
@@ -94,14 +105,23 @@ class Programs:
         (directory / "inside.sig").write_bytes(sign_plan(plan, throwaway_key()).pack())
         named.host([SOURCES / "host.c"], directory / "host")
         named.host([SOURCES / "rival.c"], directory / "rival")
+        named.host([SOURCES / "pages.c"], directory / "pages")
         return cls(directory, pager)
 
     def engine(self, *arguments: object, epc_bytes: int) -> tuple[list[list[float]], int]:
         """Run the host program under the engine; return the numbers it printed, and reloads."""
+        return self._run("host", self.directory / "inside.sgxs", *arguments, epc_bytes=epc_bytes)
+
+    def pages(self, *arguments: object) -> list[list[float]]:
+        """Run the program that adds pages; return the numbers it printed."""
+        return self._run("pages", *arguments, epc_bytes=64 << 20)[0]
+
+    def _run(
+        self, program: str, *arguments: object, epc_bytes: int
+    ) -> tuple[list[list[float]], int]:
         reading, writing = os.pipe()
         try:
-            argv = [str(self.directory / "host"), str(self.directory / "inside.sgxs")]
-            argv += map(str, arguments)
+            argv = [str(self.directory / program), *map(str, arguments)]
             result = run(argv, epc=epc_bytes, pager=self.pager, stdio=(0, writing, 2))
         finally:
             os.close(writing)
@@ -194,6 +214,35 @@ def _ecalls(programs: Programs, times: Times) -> None:
     times.add("ecall", [numbers[0] / ECALLS * 1e6 for numbers in slices])
 
 
+def _adding(programs: Programs, times: Times) -> None:
+    for name, kind in (("add", 1), ("measured", 2)):
+        slices = programs.pages("add", ADDED, kind, SLICES)
+        times.add(name, [numbers[0] / ADDED * 1e6 for numbers in slices])
+    source = ctypes.create_string_buffer(os.urandom(libc.MOST_PAGES * PAGE_BYTES))
+    times.add("copy", [_page_us(lambda: _copy(source)) for _ in range(SLICES)])
+    data = os.urandom(libc.MOST_PAGES * MEASURED_BYTES)
+    times.add("sha256", [_page_us(lambda: hashlib.sha256(data)) for _ in range(SLICES)])
+
+
+def _copy(source: ctypes.Array[ctypes.c_char]) -> None:
+    libc.read_pages(os.getpid(), addressof(source), libc.MOST_PAGES)
+
+
+def _page_us(work: Callable[[], object], count: int = 64) -> float:
+    """Return the microseconds of a page, where ``work`` does as many as are read at once."""
+    start = time.perf_counter()
+    for _ in range(count):
+        work()
+    return (time.perf_counter() - start) / count / libc.MOST_PAGES * 1e6
+
+
+def _growing(programs: Programs, times: Times) -> None:
+    for how, name in (("grow", "edmm_page"), ("grow-all", "edmm_batch_page")):
+        slices = programs.pages(how, programs.directory / "inside.sgxs", GROWN, SLICES)
+        times.add(name, [numbers[0] / GROWN * 1e6 for numbers in slices])
+        times.add("edmm_trim_page", [numbers[1] / GROWN * 1e6 for numbers in slices])
+
+
 def measure(programs: Programs, rounds: int) -> Times:
     """Run everything in turn."""
     times = Times()
@@ -204,6 +253,8 @@ def measure(programs: Programs, rounds: int) -> Times:
         lambda: times.add("c_fault", [t / PAGES * 1e6 for t in programs.rival()]),
         lambda: _faults(programs, times),
         lambda: _computing(programs, times),
+        lambda: _adding(programs, times),
+        lambda: _growing(programs, times),
     ]
     for _round in range(rounds):
         for step in steps:
@@ -214,7 +265,8 @@ def measure(programs: Programs, rounds: int) -> Times:
 def report(times: Times) -> dict[str, object]:
     """Return what is printed."""
     result: dict[str, object] = {}
-    for name in ("ecall", "trap", "fault", "c_fault", "aesgcm_pair"):
+    grown = ("edmm_page", "edmm_batch_page", "edmm_trim_page")
+    for name in ("ecall", "trap", "fault", "c_fault", "aesgcm_pair", *grown):
         if times.all.get(name):
             result[f"{name}_us"] = round(times.best(name), 2)
             result[f"{name}_median_us"] = round(times.median(name), 2)
@@ -224,6 +276,11 @@ def report(times: Times) -> dict[str, object]:
     result["compute_inside_s"] = round(sum(times.all["inside"]) / 1e6, 2)
     result["compute_outside_s"] = round(sum(times.all["outside"]) / 1e6, 2)
     result["ecall_per_two_traps"] = round(times.best("ecall") / (2 * times.best("trap")), 2)
+    names = {"add": "add_pages", "measured": "add_measured", "copy": "copy", "sha256": "sha256"}
+    for name, row in names.items():
+        result[f"{row}_mib_per_s"] = round(PAGE_BYTES / (1 << 20) / times.best(name) * 1e6, 1)
+    for name in grown:
+        result[f"{name}_per_trap"] = round(times.best(name) / times.best("trap"), 2)
     if times.all.get("c_fault"):
         floor = times.best("c_fault") + times.best("aesgcm_pair")
         result["fault_per_rival"] = round(times.best("fault") / floor, 2)

@@ -4,6 +4,9 @@
 
 #include "work.h"
 
+/* SECINFO.FLAGS: a regular page R W that is PENDING, a TRIM page that is MODIFIED. */
+enum { NEW = 0x20B, TRIMMED = 0x410 };
+
 static uint64_t words[WORDS] __attribute__((aligned(4096)));
 static unsigned char *pages;
 
@@ -35,6 +38,29 @@ static long touch(uint64_t count, uint64_t rounds)
     return 0;
 }
 
+/* EACCEPT of `count` pages from `at` on, each as `flags` say, and touch them: each at once, or all
+ * behind the last. */
+static long accept(uint64_t at, uint64_t count, uint64_t flags, int touch_at_once, int touch_later)
+{
+    uint64_t secinfo[8] __attribute__((aligned(64))) = {flags};
+
+    for (uint64_t i = 0; i < count; i++) {
+        long status = 5; /* EACCEPT */
+
+        __asm__ volatile("enclu"
+                         : "+a"(status)
+                         : "b"(secinfo), "c"(at + i * PAGE), "m"(secinfo)
+                         : "memory", "cc");
+        if (status)
+            return status;
+        if (touch_at_once)
+            *(volatile uint64_t *)(at + i * PAGE) = i;
+    }
+    for (uint64_t i = 0; touch_later && i < count; i++)
+        *(volatile uint64_t *)(at + i * PAGE) = i;
+    return 0;
+}
+
 long ecall(unsigned long function, void *argument, size_t size)
 {
     uint64_t numbers[2] = {0, 0};
@@ -51,6 +77,12 @@ long ecall(unsigned long function, void *argument, size_t size)
         return prepare(numbers[0]);
     case TOUCH:
         return touch(numbers[0], numbers[1]);
+    case GROW:
+        return accept(numbers[0], numbers[1], NEW, 1, 0);
+    case GROW_ALL:
+        return accept(numbers[0], numbers[1], NEW, 0, 1);
+    case ACCEPT_TRIM:
+        return accept(numbers[0], numbers[1], TRIMMED, 0, 0);
     }
     return -1;
 }

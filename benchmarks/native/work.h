@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
-enum { NOTHING, COMPUTE, PREPARE, TOUCH };
+enum { NOTHING, COMPUTE, PREPARE, TOUCH, GROW, GROW_ALL, ACCEPT_TRIM };
 enum { WORDS = 2048, PAGE = 4096 };
 
 /* Aligned, so that its loop lies on cache lines the same way in both programs. */
-static __attribute__((noinline, aligned(64))) uint64_t work(uint64_t *words, uint64_t passes)
+static __attribute__((unused, noinline, aligned(64))) uint64_t work(uint64_t *words, uint64_t passes)
 {
     uint64_t sum = 0;
 

@@ -447,7 +447,7 @@ def _a_page_that_was_not_measured_stays_counted(defects: Defects) -> bool:
     process = system.process()
     fd = process.open()
     process.create(fd, secs_bytes(SIZE))
-    _refusing(system, "eextend", 1)
+    _refusing(system, "eextend_page", 1)
     with suppress(OSError):
         process.add_pages(fd, 0, pattern(1), SECINFO_RW)
     return _fails(system.driver.check_invariants)

@@ -16,8 +16,6 @@ from struct import unpack
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from softsgx.arch import (
-    CHUNK_BYTES,
-    CHUNKS_PER_PAGE,
     PAGE_BYTES,
     PAGE_SHIFT,
     VENDOR_INTEL,
@@ -190,13 +188,15 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
     _check_secinfo(secinfo)
 
     args.count = 0
+    source = _Source(task, args.src, args.src + args.length)
+    template = _Template(secinfo, measure=bool(args.flags & AddPagesFlags.MEASURE))
     try:
         while args.count < args.length:
-            if task.signal_pending():
+            if not source.read_ahead and task.signal_pending():
                 if not args.count:
                     refuse(_interrupted(enclave))
                 break
-            _add_page(enclave, task, args, secinfo)
+            _add_page(enclave, task, (args.offset + args.count) >> PAGE_SHIFT, template, source)
             args.count += PAGE_BYTES
     except Interrupted:
         # Deviation: Linux gives ERESTARTSYS here whatever was done before, so that a restarted
@@ -206,6 +206,70 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
     finally:
         copy_out(task, arg, args)
     return args.count
+
+
+class _Template:
+    """What all pages of one ADD_PAGES have in common.
+
+    Attributes:
+        secinfo: as the caller gave it.
+        kind: the page type.
+        max_prot: the most a mapping may allow, PROT_*.
+        measure: whether the content is measured.
+    """
+
+    def __init__(self, secinfo: SecInfo, *, measure: bool) -> None:
+        self.secinfo, self.measure = secinfo, measure
+        self.kind = PageType(secinfo.page_type)
+        self.max_prot = PROT_READ | PROT_WRITE
+        if self.kind is PageType.REG:
+            self.max_prot = secinfo.flags & int(SecInfoFlags.RWX)
+
+
+class _Source:
+    """The memory that ADD_PAGES copies, page by page.
+
+    Deviation: pages are read ahead, as many as the caller's memory gives at once, and signals are
+    looked for before each such reading, where Linux does both for each page.
+
+    Args:
+        task: the caller.
+        start: the first page.
+        end: behind the last.
+
+    Attributes:
+        read_ahead: pages that were read and not taken yet, the next one last.
+    """
+
+    def __init__(self, task: Task, start: int, end: int) -> None:
+        self._task, self._next, self._end = task, start, end
+        self._vma_end = start  # up to where the mapping is known to be a legal source
+        self.read_ahead: list[bytes] = []
+
+    def take(self) -> bytes:
+        """Return the next page.
+
+        Raises:
+            OSError: EFAULT: nothing is mapped there; EACCES: it is from a noexec mount.
+            BadAddress: it cannot be read.
+        """
+        at = self._next
+        if not self.read_ahead:
+            if at >= self._vma_end:
+                self._vma_end = self._find_vma(at)
+            pages = (min(self._vma_end, self._end) - at) >> PAGE_SHIFT
+            self.read_ahead = self._task.memory.read_pages(at, pages)
+            self.read_ahead.reverse()
+        self._next = at + PAGE_BYTES
+        return self.read_ahead.pop()
+
+    def _find_vma(self, address: int) -> int:
+        vma = self._task.memory.vma_info(address)
+        if vma is None:
+            refuse(EFAULT, f"nothing is mapped at {address:#x}")
+        if not vma.may_exec:
+            refuse(EACCES, f"{address:#x} is mapped from a noexec mount")
+        return vma.end
 
 
 def _interrupted(enclave: Enclave) -> int:
@@ -227,20 +291,18 @@ def _check_secinfo(secinfo: SecInfo) -> None:
         refuse(EINVAL, f"SECINFO flags {secinfo.flags:#x}")
 
 
-def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) -> None:
-    """Add the page at ``args.count``; nothing is left of a failure, except in the measurement."""
+def _add_page(
+    enclave: Enclave, task: Task, index: int, template: _Template, source: _Source
+) -> None:
+    """Add one page; nothing is left of a failure, except in the measurement."""
     driver, core, swap = enclave.driver, enclave.driver.core, enclave.swap
-    kind = PageType(secinfo.page_type)
-    rights = PROT_READ | PROT_WRITE
-    if kind is PageType.REG:
-        rights = secinfo.flags & int(SecInfoFlags.RWX)
-    page = EnclavePage(enclave, (args.offset + args.count) >> PAGE_SHIFT, rights, kind)
+    page = EnclavePage(enclave, index, template.max_prot, template.kind)
     group, node = driver.charge(task)
     epc = core.alloc(
         page,
         reclaim=True,
         group=group,
-        kind=LABELS[kind],
+        kind=LABELS[template.kind],
         cpu_node=node,
         signal_pending=task.signal_pending,
     )
@@ -251,12 +313,9 @@ def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) ->
         with task.mm.mmap_lock.reading(), enclave.lock:
             if enclave.dead:
                 refuse(EFAULT, "the enclave was killed")
-            if page.index in enclave.pages:
-                refuse(EBUSY, f"page {page.index:#x} is added already")
-            data = _source(task, args.src + args.count)
-            _eadd(
-                enclave, page, epc, secinfo, data, measure=bool(args.flags & AddPagesFlags.MEASURE)
-            )
+            if index in enclave.pages:
+                refuse(EBUSY, f"page {index:#x} is added already")
+            _eadd(enclave, page, epc, template, source.take())
             added = True
     except LoadFailed as error:
         refuse(EFAULT, f"VA page: {error}")
@@ -268,23 +327,8 @@ def _add_page(enclave: Enclave, task: Task, args: AddPages, secinfo: SecInfo) ->
                     swap.shrink()
 
 
-def _source(task: Task, address: int) -> bytes:
-    vma = task.memory.vma_info(address)
-    if vma is None:
-        refuse(EFAULT, f"nothing is mapped at {address:#x}")
-    if not vma.may_exec:
-        refuse(EACCES, f"{address:#x} is mapped from a noexec mount")
-    return task.memory.read(address, PAGE_BYTES)
-
-
 def _eadd(
-    enclave: Enclave,
-    page: EnclavePage,
-    epc: SgxEpcPage,
-    secinfo: SecInfo,
-    data: bytes,
-    *,
-    measure: bool,
+    enclave: Enclave, page: EnclavePage, epc: SgxEpcPage, template: _Template, data: bytes
 ) -> None:
     """EADD, and EEXTEND every chunk; the lock is held."""
     driver, swap = enclave.driver, enclave.swap
@@ -292,13 +336,13 @@ def _eadd(
     assert swap.secs is not None, "the SECS of an enclave being built never leaves"
     secs = swap.secs.addr
     try:
-        leaves.eadd(PageInfoArgs(page.linaddr, data, secinfo, secs), epc.addr)
+        leaves.eadd(PageInfoArgs(page.linaddr, data, template.secinfo, secs), epc.addr)
     except Fault as fault:
         raise LeafRefused(EIO, "EADD", fault) from None
     swap.child_added()
     try:
-        for chunk in range(CHUNKS_PER_PAGE if measure else 0):
-            leaves.eextend(secs, epc.addr + chunk * CHUNK_BYTES)
+        if template.measure:
+            leaves.eextend_page(secs, epc.addr)
     except Fault as fault:
         # L3: the child stays counted, so that the SECS never leaves.
         if Defect.CHILD_COUNTED_AFTER_FAILED_EEXTEND not in driver.defects:

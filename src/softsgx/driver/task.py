@@ -26,9 +26,12 @@ class VmaInfo:
     """What ADD_PAGES wants to know of the mapping that holds a source page.
 
     Attributes:
+        start, end: a range of the mapping, as large as is known.
         may_exec: VM_MAYEXEC: the mapping could be made executable; false on a noexec mount.
     """
 
+    start: int
+    end: int
     may_exec: bool = True
 
 
@@ -40,6 +43,13 @@ class UserMemory(Protocol):
 
         Raises:
             BadAddress: some of it is not readable.
+        """
+
+    def read_pages(self, address: int, count: int) -> list[bytes]:
+        """Return the bytes of up to ``count`` pages, fewer where that is cheaper, but one at least.
+
+        Raises:
+            BadAddress: the first of them is not readable.
         """
 
     def write(self, address: int, data: bytes) -> None:

@@ -96,6 +96,10 @@ class SoftMemory:
             for at, length in _pieces(address, size)
         )
 
+    def read_pages(self, address: int, count: int) -> list[bytes]:
+        """As :meth:`UserMemory.read_pages`: one, so that each is read when it is needed."""
+        return [self.read(address, PAGE_BYTES)]
+
     def write(self, address: int, data: bytes) -> None:
         """As :meth:`UserMemory.write`."""
         self._check(address, len(data), PROT_WRITE)
@@ -116,7 +120,8 @@ class SoftMemory:
     def vma_info(self, address: int) -> VmaInfo | None:
         """As :meth:`UserMemory.vma_info`."""
         page = self._pages.get(page_of(address))
-        return None if page is None else VmaInfo(may_exec=page[2])
+        start = page_of(address)
+        return None if page is None else VmaInfo(start, start + PAGE_BYTES, may_exec=page[2])
 
 
 def _pieces(address: int, size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -32,11 +33,12 @@ from tests.support.driver import (
 )
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType, SecInfo, SigStruct, Status
-from softsgx.driver import AddPages, BadAddress, Create, Init, Ioctl
+from softsgx.driver import AddPages, BadAddress, Create, Init, Ioctl, VmaInfo
 from softsgx.driver import build as build_module
 from softsgx.hw import GeneralProtection
 from softsgx.paging import BackingError
 from softsgx.userland import SoftProcess
+from softsgx.userland.memory import SoftMemory
 
 SIZE = 16 * PAGE_BYTES
 NOWHERE = 0xDEAD_0000
@@ -287,14 +289,14 @@ def test_flags_other_than_measure_are_not_looked_at() -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaf", "nth"), [("eadd", 1), ("eadd", 3), ("eextend", 1), ("eextend", 37)]
+    ("leaf", "nth"), [("eadd", 1), ("eadd", 3), ("eextend_page", 1), ("eextend_page", 3)]
 )
 def test_a_leaf_that_faults_undoes_one_page_and_counts_those_before(leaf: str, nth: int) -> None:
     bench = Bench(created=True)
     fail_leaf(bench.system, leaf, nth)
     before = bench.system.free_pages
     assert bench.add() == "EIO"
-    done = nth - 1 if leaf == "eadd" else (nth - 1) // 16
+    done = nth - 1
     assert bench.args.count == done * PAGE_BYTES
     assert before - bench.system.free_pages == done
     bench.system.check_invariants()
@@ -312,6 +314,69 @@ def test_add_pages_goes_on_where_it_was_interrupted() -> None:
     bench.args.length -= bench.args.count
     assert bench.add() == "ok"
     assert len(bench.process.enclave_file(bench.fd).enclave.pages) == 4
+
+
+class _ReadingAhead(SoftMemory):
+    """Memory that gives up to three pages at once."""
+
+    def read_pages(self, address: int, count: int) -> list[bytes]:
+        pages = [self.read(address, PAGE_BYTES)]
+        with suppress(BadAddress):
+            while len(pages) < min(count, 3):
+                pages.append(self.read(address + len(pages) * PAGE_BYTES, PAGE_BYTES))
+        return pages
+
+    def vma_info(self, address: int) -> VmaInfo | None:
+        found = super().vma_info(address)
+        end = address
+        while found is not None:
+            end += PAGE_BYTES
+            following = super().vma_info(end)
+            if following is None or following.may_exec != found.may_exec:
+                return VmaInfo(address, end, may_exec=found.may_exec)
+        return None
+
+
+def _reading_ahead() -> Bench:
+    bench = Bench(created=True)
+    bench.process.memory.__class__ = _ReadingAhead
+    return bench
+
+
+@pytest.mark.parametrize("bad", range(4))
+@pytest.mark.parametrize("how", ["unreadable", "noexec", "unmapped"])
+def test_every_page_before_a_bad_source_is_added_however_far_it_was_read_ahead(
+    how: str, bad: int
+) -> None:
+    bench = _reading_ahead()
+    memory, at = bench.process.memory, bench.args.src + bad * PAGE_BYTES
+    if how == "unreadable":
+        memory.protect(at, PAGE_BYTES, 0)
+    else:
+        memory.unmap(at, PAGE_BYTES)
+        if how == "noexec":
+            memory.map(PAGE_BYTES, addr=at, may_exec=False)
+    assert bench.add() == ("EACCES" if how == "noexec" else "EFAULT")
+    assert bench.args.count == bad * PAGE_BYTES
+    bench.system.check_invariants()
+
+
+def test_pages_that_were_read_ahead_have_their_own_bytes() -> None:
+    bench = _reading_ahead()
+    assert bench.add() == "ok"
+    enclave, store = bench.process.enclave_file(bench.fd).enclave, bench.system.machine.store
+    for index, page in enclave.pages.items():
+        assert page.epc is not None
+        epc = bench.system.machine.page_at(page.epc.addr)
+        assert epc is not None and store.read(epc, 0, PAGE_BYTES) == pattern(index)
+
+
+def test_pages_that_were_read_ahead_are_added_before_a_signal_ends_the_call() -> None:
+    bench = _reading_ahead()
+    asked = iter([False, True])
+    bench.process.signal = lambda: next(asked)
+    assert bench.add() == "ok"
+    assert bench.args.count == 3 * PAGE_BYTES
 
 
 def test_a_signal_before_the_first_page_restarts_the_call() -> None:

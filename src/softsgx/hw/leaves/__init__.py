@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from softsgx.arch import EinitToken, RdInfo, SecInfo, SigStruct, Status
+from softsgx.arch import CHUNK_BYTES, PAGE_BYTES, EinitToken, RdInfo, SecInfo, SigStruct, Status
 from softsgx.hw.leaves.registry import ENCLS, ENCLV, Leaf, OptimisedLeaves, eid_of, traced
 from softsgx.hw.operands import PageInfoArgs, Ref
 from softsgx.hw.processor import LogicalProcessor
@@ -25,6 +25,9 @@ class Leaves:
     EPC operands are linear addresses (with the default address space: physical ones); operands in
     ordinary memory may be given as objects.  Each attribute is the leaf's own function, whose
     docstring says what it takes, returns and raises.
+
+    ``eextend_page`` is EEXTEND of each chunk of a page, lowest first; it ends with the first that
+    faults.
 
     Args:
         cpu: the processor; with ``optimised``, one that has the direct map.
@@ -56,6 +59,7 @@ class Leaves:
     edecvirtchild: Callable[[int, int], Status]
     eincvirtchild: Callable[[int, int], Status]
     esetcontext: Callable[[int, Ref], Status]
+    eextend_page: Callable[[int, int], None]
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Leaves:
             if tracer is not None:
                 function = traced(leaf, function, tracer, self._eid_of)
             setattr(self, leaf.name, fast.get(leaf.name) or MethodType(function, cpu))
+        self.eextend_page = fast.get("eextend_page") or self._eextend_page
 
     def _function(self, leaf: Leaf) -> Callable[..., Any]:
         """Return what executes a leaf here; the processor is its first parameter."""
@@ -79,3 +84,7 @@ class Leaves:
     def _eid_of(self, cpu: LogicalProcessor, page: int) -> int:
         """Return the enclave identifier that a leaf's event names."""
         return eid_of(cpu, page)
+
+    def _eextend_page(self, secs: int, page: int) -> None:
+        for chunk in range(page, page + PAGE_BYTES, CHUNK_BYTES):
+            self.eextend(secs, chunk)

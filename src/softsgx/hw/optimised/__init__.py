@@ -1,4 +1,4 @@
-"""Second implementations of leaves, where they are hot: EBLOCK, EWB, ELDU, EENTER, EEXIT.
+"""Second implementations of leaves, where they are hot: EADD, EBLOCK, EWB, ELDU, EENTER, EEXIT.
 
 The specification (``hw.leaves``, ``hw.entry`` …) does not import this package, which import-linter
 checks; a machine is given it.  Each function looks whether the case at hand is the plain one that
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from softsgx.hw.leaves.enclu import EncluLeaves
+from softsgx.hw.optimised.building import building_leaves
 from softsgx.hw.optimised.entry import entry_leaves, try_virtual_exit
 from softsgx.hw.optimised.paging import paging_leaves
 from softsgx.hw.processor import LogicalProcessor
@@ -21,7 +22,7 @@ __all__ = ["OPTIMISED", "try_virtual_exit"]
 
 class _Optimised:
     def kernel(self, cpu: LogicalProcessor) -> Mapping[str, Callable[..., Any]]:
-        return paging_leaves(cpu)
+        return {**paging_leaves(cpu), **building_leaves(cpu)}
 
     def user(self, cpu: LogicalProcessor, leaves: EncluLeaves) -> Mapping[str, Callable[..., Any]]:
         # A guest's processor exits to its host in the middle of leaves.

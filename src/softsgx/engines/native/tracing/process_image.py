@@ -392,6 +392,17 @@ class ImageMemory:
         except OSError as error:
             raise BadAddress(str(error)) from None
 
+    def read_pages(self, address: int, count: int) -> list[bytes]:
+        """Return the bytes of up to ``count`` pages from a page boundary, in one system call.
+
+        Raises:
+            BadAddress: the first of them is not readable.
+        """
+        try:
+            return libc.read_pages(self._image.any_pid(), address, min(count, libc.MOST_PAGES))
+        except OSError as error:
+            raise BadAddress(str(error)) from None
+
     def can_read(self, address: int) -> bool:
         """Return whether the byte at ``address`` is readable."""
         try:
@@ -417,7 +428,7 @@ class ImageMemory:
             self._maps = _read_maps(self._image.any_pid())
         for start, end, may_exec in self._maps:
             if start <= address < end:
-                return VmaInfo(may_exec=may_exec)
+                return VmaInfo(start, end, may_exec=may_exec)
         return None
 
 
