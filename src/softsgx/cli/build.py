@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise SoftSgxError(f"{output}: the signature goes there; end OUT with .sgxs")
     host = output.with_name(Path(args.host).stem) if args.host else None
     for file in (output, sigstruct_file, host):
-        if file is not None and file.exists() and not args.force:
+        if file is not None and os.path.exists(file) and not args.force:
             raise SoftSgxError(f"{file}: exists; add --force to overwrite it")
     key = load_key(read_file(args.key), args.key) if args.key else None
     options = BuildOptions(heap_bytes=args.heap, stack_bytes=args.stack, threads=args.threads)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _build_host(compiler: Compiler, source: Path, output: Path, *, force: bool) -> None:
     """Compile beside the place and move it there: a failed build leaves the old program."""
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise SoftSgxError(f"{source}: no such file; give the host program's C source")
     directory = output.parent
     if not os.access(directory, os.W_OK):
@@ -128,7 +128,7 @@ def _build_host(compiler: Compiler, source: Path, output: Path, *, force: bool) 
     with tempfile.TemporaryDirectory(prefix="softsgx-", dir=directory) as scratch:
         made = Path(scratch) / output.name
         compiler.host([source], made)
-        if output.exists() and not force:
+        if os.path.exists(output) and not force:
             raise SoftSgxError(f"{output}: exists; add --force to overwrite it")
         made.replace(output)
 

@@ -287,7 +287,11 @@ def _check_files(*paths: str | None, force: bool) -> None:
         if path is None:
             continue
         file = Path(path)
-        if file.exists() and not force:
+        try:
+            there = file.exists()
+        except OSError as error:  # no name of a file, or a directory that may not be searched
+            raise SoftSgxError(f"{path}: {error.strerror}; choose another file") from error
+        if there and not force:
             raise SoftSgxError(f"{path}: exists; add --force to overwrite it")
         if not os.access(file.parent, os.W_OK):
             raise SoftSgxError(f"{path}: cannot be written; choose another directory")

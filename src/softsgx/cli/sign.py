@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
         _report(args, job, job.sigstruct, args.gendata)
         return 0
     output = _output(args, job)
-    if Path(output).exists() and not args.force:
+    if os.path.exists(output) and not args.force:
         raise SoftSgxError(f"{output}: exists; add --force to overwrite it")
     signed = _attached(args, job) if args.catsig else sign(job.sigstruct, _key(args))
     write_file(output, _embedded(job, signed), force=args.force)

@@ -218,9 +218,7 @@ class PlatformConfig:
         directory = self.backing_directory
         if directory is None:
             return
-        # A NUL byte makes is_dir() raise instead of answer.
-        usable = "\0" not in directory and Path(directory).is_dir()
-        if not usable or not os.access(directory, os.W_OK | os.X_OK):
+        if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
             raise SoftSgxError(
                 f"backing_directory = {_shown(directory)}: not a directory that can be written; "
                 "make it, or name another one"

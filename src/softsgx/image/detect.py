@@ -58,7 +58,7 @@ def open_image(
     if image.sigstruct is None:
         for suffix in _SIG_SUFFIXES:
             beside = Path(path).with_suffix(suffix)
-            if beside.is_file():
+            if os.path.isfile(beside):
                 found = read_sigstruct(beside)
                 return replace(image, sigstruct=found, sigstruct_from=str(beside))
     return image

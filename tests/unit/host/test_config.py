@@ -59,6 +59,7 @@ def test_sizes_as_text_are_rounded_down_to_pages_and_that_is_told() -> None:
         ({"backing_limit": -5}, "backing_limit = -5"),
         ({"backing_directory": "/nowhere/at/all"}, "not a directory that can be written"),
         ({"backing_directory": "a\0b"}, "not a directory that can be written"),
+        ({"backing_directory": "a" * 256}, "not a directory that can be written"),
         ({"defects": ["B1", 5, "zz"]}, "is not known"),
         ({"defects": [["B1"]]}, "defects: (a list of 1) is not known"),
         ({"defects": [{"a": 1}]}, "defects: (a dict of 1) is not known"),

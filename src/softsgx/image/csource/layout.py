@@ -23,6 +23,7 @@ there, not what it holds.
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def build_enclave(
         SoftSgxError: a source does not compile or link, or asks for what an enclave has not.
     """
     for source in sources:
-        if not source.is_file():
+        if not os.path.isfile(source):
             raise SoftSgxError(f"{source}: no such file; give a C source")
     with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
         image = Path(scratch) / "image.elf"
