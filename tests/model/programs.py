@@ -52,6 +52,9 @@ class Actor:
         process: as whom.
         cpu: the processor that is its own.
         tolerant: whether a step may fail for want of memory; it is tried again and then skipped.
+
+    Attributes:
+        operations: steps that were done; of a visit, its accesses.
     """
 
     system: System
@@ -59,6 +62,7 @@ class Actor:
     cpu: int
     tolerant: bool = False
     shares: list[Share] = field(default_factory=list)
+    operations: int = 0
 
     # --- enclaves -------------------------------------------------------------------------------
 
@@ -147,6 +151,26 @@ class Actor:
             seen = self.thread.load(share.made.data(page) + at)
             wanted = bytes(share.pages[page][at : at + 8])
             assert seen == wanted, f"page {page} of {share.made.enclave}: {seen!r}, not {wanted!r}"
+
+        self.inside(share, step)
+
+    def visit(self, share: Share, seed: int, accesses: int) -> None:
+        """Load and store 8 bytes at random places, many times for one entry, and compare."""
+        rng, pages = random.Random(seed), list(share.pages.items())
+
+        def step() -> None:
+            for _ in range(accesses):
+                page, wanted = pages[int(rng.random() * len(pages))]
+                at, value = int(rng.random() * 512) * 8, rng.getrandbits(65)
+                addr = share.made.data(page) + at
+                if value & 1:
+                    data = (value >> 1).to_bytes(8, "little")
+                    self.thread.store(addr, data)
+                    wanted[at : at + 8] = data
+                else:
+                    seen, there = self.thread.load(addr), wanted[at : at + 8]
+                    assert seen == there, f"page {page} of {share.made.enclave}: {seen!r}"
+                self.operations += 1
 
         self.inside(share, step)
 
@@ -261,7 +285,10 @@ class Actor:
         grown = [page for page in share.pages if page >= share.made.data_pages]
         number //= len(self.shares)
         match kind:
-            case "store" | "load" | "fork" | "restrict" | "copy" if not share.pages:
+            case "store" | "load" | "fork" | "restrict" | "copy" | "visit" if not share.pages:
+                return
+            case "visit":
+                self.visit(share, value, 1 + number % 100)
                 return
             case "store":
                 self.store(share, list(share.pages)[number % len(share.pages)], value % 512, value)
@@ -280,6 +307,7 @@ class Actor:
                 self.fork(share, list(share.pages)[number % len(share.pages)])
             case "remap" if share.made.threads == 1:
                 self.remap(share)
+        self.operations += 1
 
     def _hole(self, share: Share, number: int) -> int | None:
         """Return a hole of this actor's: each has its own range behind the data pages."""
@@ -291,6 +319,9 @@ class Actor:
 
 STEPS = ("store", "store", "load", "load", "augment", "copy", "remove", "restrict", "fork", "remap")
 """Kinds of steps, the common ones twice."""
+
+VISITS = (*STEPS, *["visit"] * 10)
+"""The same for long runs: most accesses share an entry with others."""
 
 
 def run_steps(actor: Actor, seed: int, count: int, kinds: Sequence[str] = STEPS) -> None:

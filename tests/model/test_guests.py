@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -24,9 +24,10 @@ from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.kvm import GuestStoppedError
 from softsgx.runtime import Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
+from softsgx.trace import Tracer
 
 SCALE = int(os.environ.get("SOFTSGX_GUESTS", "1"))
-KINDS = [kind for kind in STEPS if kind != "remap"]
+KINDS = tuple(kind for kind in STEPS if kind != "remap")
 
 
 def _storm(host: GuestHost, seed: int, count: int) -> None:
@@ -80,9 +81,15 @@ def swarm(
     pages: int = 6,
     shared: bool = False,
     doomed: bool = False,
-) -> GuestHost:
-    """Let actors in guests and on the host run at the same time; everything must be free then."""
-    host = GuestHost(epc_pages=epc_pages, runtime=runtime, processors=3, ksgxd=True)
+    kinds: Sequence[str] = KINDS,
+    tracer: Tracer | None = None,
+) -> int:
+    """Let actors in guests and on the host run at the same time; everything must be free then.
+
+    Returns:
+        How many operations they did.
+    """
+    host = GuestHost(epc_pages=epc_pages, runtime=runtime, processors=3, ksgxd=True, tracer=tracer)
     limited = host.tree.make("native")
     limited.max_pages = 14
     native = Actor(host.system, host.system.process(group=limited), cpu=0, tolerant=True)
@@ -101,7 +108,7 @@ def swarm(
             actors.append(second)
         crew.append((guest, actors))
     tasks = [
-        runtime.spawn(partial(run_steps, native, seed, steps, KINDS), "native"),
+        runtime.spawn(partial(run_steps, native, seed, steps, kinds), "native"),
         runtime.spawn(partial(_storm, host, seed, 4 * steps), "storm"),
     ]
     for number, (guest, actors) in enumerate(crew):
@@ -109,7 +116,7 @@ def swarm(
         programs = {f"{name}.storm": partial(_guest_storm, guest, seed, steps)}
         for actor in actors:
             own = seed * 100 + 10 * number + actor.cpu
-            programs[f"{name}.{actor.cpu}"] = partial(run_steps, actor, own, steps, KINDS)
+            programs[f"{name}.{actor.cpu}"] = partial(run_steps, actor, own, steps, kinds)
         if doomed and not number:
             # A task of a machine that is no more may wait in it for ever.
             for at, program in programs.items():
@@ -134,7 +141,7 @@ def swarm(
     host.core.stop()
     host.check_invariants()
     _end(host, native, crew)
-    return host
+    return native.operations + sum(actor.operations for _, actors in crew for actor in actors)
 
 
 def _end(host: GuestHost, native: Actor, crew: list[tuple[GuestSystem, list[Actor]]]) -> None:

@@ -20,6 +20,7 @@ from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.kvm import GuestStoppedError
 from softsgx.paging import BackingFile, FailingBacking, MemoryBacking
+from softsgx.trace import Tracer
 
 SCALE = int(os.environ.get("SOFTSGX_GUESTS", "1"))
 WORLD = (
@@ -43,9 +44,16 @@ programs = st.lists(
 class World:
     """One machine with a guest that acts, and another one that comes and goes."""
 
-    def __init__(self, epc_pages: int, guest_pages: int, *, fail_every: int) -> None:
+    def __init__(
+        self,
+        epc_pages: int,
+        guest_pages: int,
+        *,
+        fail_every: int,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.fail_every, self.poisoned = fail_every, 0
-        self.host = GuestHost(epc_pages=epc_pages, backing=self._backing)
+        self.host = GuestHost(epc_pages=epc_pages, backing=self._backing, tracer=tracer)
         self.group = self.host.tree.make("guests")
         self.number = 0
         self.neighbour: GuestSystem | None = None
@@ -107,7 +115,7 @@ class World:
                 self._end(guest)
                 self.begin()
             case _:
-                if kind in STEPS:
+                if kind not in WORLD:
                     self.actor.step(kind, number, value)
 
     def _poison(self, number: int) -> None:

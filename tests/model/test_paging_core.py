@@ -27,6 +27,7 @@ from tests.support.hw import make_machine
 
 from softsgx.paging import EpcCore, FailingBacking, LoadFailed, MemoryBacking, NoEpc, Policy
 from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime
+from softsgx.trace import Tracer
 
 INDICES = st.integers(0, 40)
 
@@ -37,9 +38,9 @@ class EpcCoreHistories(RuleBasedStateMachine):
     enclaves = Bundle("enclaves")
 
     @initialize(epc_pages=st.sampled_from([16, 24, 48]), evict_va=st.booleans())
-    def start(self, epc_pages: int, evict_va: bool) -> None:
+    def start(self, epc_pages: int, evict_va: bool, tracer: Tracer | None = None) -> None:
         self.runtime = InlineRuntime()
-        self.machine = make_machine(epc_pages=epc_pages, runtime=self.runtime)
+        self.machine = make_machine(epc_pages=epc_pages, runtime=self.runtime, tracer=tracer)
         policy = Policy(evict_va=evict_va)
         self.core = EpcCore(self.machine, self.runtime, dirty=(), policy=policy)
         self.living: list[ToyEnclave] = []
@@ -172,9 +173,10 @@ def storm(
     pages: int = 10,
     steps: int = 12,
     policy: Policy | None = None,
+    tracer: Tracer | None = None,
 ) -> EpcCore:
     """Two tasks an enclave use it, one enclave dies early, ksgxd and a direct reclaimer run."""
-    machine = make_machine(epc_pages=epc_pages, runtime=runtime)
+    machine = make_machine(epc_pages=epc_pages, runtime=runtime, tracer=tracer)
     core = EpcCore(machine, runtime, dirty=(), policy=policy)
     made: list[ToyEnclave] = []
 

@@ -12,7 +12,7 @@ The long profile: ``SOFTSGX_PROGRAMS=20 pytest tests/model/test_random_programs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from softsgx.cgroup import Hierarchy
 from softsgx.defects import Defect
 from softsgx.paging import BackingFile, EpcCore, FailingBacking, MemoryBacking
 from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime, Uniform
+from softsgx.trace import Tracer
 from softsgx.userland import Signal
 
 SCALE = int(os.environ.get("SOFTSGX_PROGRAMS", "1"))
@@ -41,18 +42,30 @@ WORLD = (
     "kill",
     "power",
 )
+SHARED_STEPS = tuple(kind for kind in STEPS if kind != "remap")
 SMALL = st.integers(0, (1 << 24) - 1)
 
 
 class World:
     """One machine with one actor, and everything that may happen to it."""
 
-    def __init__(self, epc_pages: int, *, fail_every: int = 0, limited: bool = False) -> None:
+    def __init__(
+        self,
+        epc_pages: int,
+        *,
+        fail_every: int = 0,
+        limited: bool = False,
+        tracer: Tracer | None = None,
+    ) -> None:
         runtime = InlineRuntime()
         self.tree = Hierarchy(epc_pages, runtime)
         self.fail_every = fail_every
         self.system = System(
-            epc_pages=epc_pages, runtime=runtime, root=self.tree.root, backing=self._backing
+            epc_pages=epc_pages,
+            runtime=runtime,
+            root=self.tree.root,
+            backing=self._backing,
+            tracer=tracer,
         )
         self.group = self.tree.make("jobs")
         self.limited = limited
@@ -191,10 +204,21 @@ def test_memory_survives_limits(epc_pages: int, program: list[tuple[str, int, in
 # --- several actors -------------------------------------------------------------------------------
 
 
-def _together(system: System, seed: int, *, actors: int, steps: int, shared: bool) -> None:
-    """Let actors run at the same time, with ksgxd; then everything must be free again."""
+def together(
+    system: System,
+    seed: int,
+    *,
+    actors: int,
+    steps: int,
+    shared: bool,
+    kinds: Sequence[str] = SHARED_STEPS,
+) -> int:
+    """Let actors run at the same time, with ksgxd; then everything must be free again.
+
+    Returns:
+        How many operations they did.
+    """
     runtime = system.runtime
-    kinds = [kind for kind in STEPS if kind != "remap"]
     crew = [Actor(system, system.process(), cpu=cpu) for cpu in range(actors)]
     if shared:
         share = crew[0].launch(4, threads=actors, actors=actors)
@@ -225,6 +249,7 @@ def _together(system: System, seed: int, *, actors: int, steps: int, shared: boo
         runtime.yield_now()
     system.check_invariants()
     assert system.free_pages == system.epc_pages
+    return sum(actor.operations for actor in crew)
 
 
 @pytest.mark.slow
@@ -237,7 +262,7 @@ def test_actors_do_not_disturb_each_other_under_any_schedule(policy: str, shared
 
         def main(runtime: SeededRuntime = runtime, seed: int = seed) -> None:
             system = System(epc_pages=40, runtime=runtime, processors=3, ksgxd=True)
-            _together(system, seed, actors=3, steps=10, shared=shared)
+            together(system, seed, actors=3, steps=10, shared=shared)
 
         runtime.run(main)
 
@@ -247,7 +272,7 @@ def test_actors_do_not_disturb_each_other_under_any_schedule(policy: str, shared
 def test_actors_do_not_disturb_each_other_on_threads(shared: bool) -> None:
     runtime = ThreadsRuntime()
     system = System(epc_pages=48, runtime=runtime, processors=3, ksgxd=True)
-    runtime.run(lambda: _together(system, 1, actors=3, steps=40 * SCALE, shared=shared))
+    runtime.run(lambda: together(system, 1, actors=3, steps=40 * SCALE, shared=shared))
 
 
 @pytest.mark.slow
@@ -273,7 +298,7 @@ def test_random_programs_find_a_race_that_is_switched_on(defect: Defect) -> None
                 ksgxd=True,
                 defects=frozenset((defect,)),
             )
-            _together(system, seed, actors=3, steps=12, shared=seed % 2 == 0)
+            together(system, seed, actors=3, steps=12, shared=seed % 2 == 0)
 
         try:
             runtime.run(main)

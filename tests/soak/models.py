@@ -13,7 +13,10 @@ import time
 
 __all__ = ["run"]
 
-_FILES = ("test_random_programs", "test_guests_world", "test_guests_same", "test_hw_machine")
+_FILES = (
+    *("test_random_programs", "test_guests", "test_guests_world", "test_guests_same"),
+    *("test_hw_machine", "test_paging_core", "test_runtime"),
+)
 
 
 def run(seconds: float, seed: int) -> dict[str, int]:

@@ -70,11 +70,12 @@ class System:
     backing: Callable[[int], BackingFile] = lambda _pages: MemoryBacking()
     ksgxd: bool = False
     listen: bool = False
+    tracer: Tracer | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
-        tracer: Tracer | None = self.events.append if self.listen else None
+        tracer = self.events.append if self.listen else self.tracer
         self.machine: Machine = make_machine(
             epc_pages=self.epc_pages,
             runtime=self.runtime,
@@ -102,7 +103,7 @@ class System:
             self.runtime,
             defects=self.defects,
             backing=lambda pages: self.backing(pages),
-            tracer=self.events.append if self.listen else None,
+            tracer=self.events.append if self.listen else self.tracer,
         )
 
     def process(self, **options: object) -> SoftProcess:

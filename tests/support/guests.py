@@ -27,13 +27,14 @@ class GuestSystem:
     guest: Guest
     policy: Policy | None = None
     listen: bool = False
+    tracer: Tracer | None = None
     ksgxd: bool = False
     defects: frozenset[Defect] = frozenset()
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.runtime = self.host.runtime
-        tracer: Tracer | None = self.events.append if self.listen else None
+        tracer = self.events.append if self.listen else self.tracer
         self.core = self.boot()
         self.driver = Driver(
             self.core,
@@ -49,7 +50,7 @@ class GuestSystem:
             self.runtime,
             policy=self.policy,
             dirty=dirty,
-            tracer=self.events.append if self.listen else None,
+            tracer=self.events.append if self.listen else self.tracer,
         )
         if self.ksgxd:
             core.start()
@@ -110,6 +111,7 @@ class GuestHost:
     defects: frozenset[Defect] = frozenset()
     backing: Any = lambda _pages: MemoryBacking()
     policy: Policy | None = None
+    tracer: Tracer | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class GuestHost:
             ksgxd=self.ksgxd,
             root=self.tree.root,
             policy=self.policy,
+            tracer=self.tracer,
             config=self.config,
         )
         self.device = VepcDevice(
@@ -156,11 +159,19 @@ class GuestHost:
             name or f"guest{len(self.guests)}",
             epc_pages=epc_pages,
             group=group,
-            tracer=self.events.append,
-            leaf_tracer=events.append if listen else None,
+            tracer=self.tracer or self.events.append,
+            leaf_tracer=events.append if listen else self.tracer,
             **{"processors": 2} | options,
         )
-        made = GuestSystem(self, guest, policy=policy, listen=listen, ksgxd=ksgxd, events=events)
+        made = GuestSystem(
+            self,
+            guest,
+            policy=policy,
+            listen=listen,
+            tracer=self.tracer,
+            ksgxd=ksgxd,
+            events=events,
+        )
         self.guests.append(made)
         return made
 

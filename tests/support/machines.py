@@ -28,6 +28,7 @@ from softsgx.arch import PAGE_BYTES, PageType, RdInfo, SecInfo, Status
 from softsgx.hw import DEFAULT_EPC_BASE, Leaves, PageFault, PageInfoArgs
 from softsgx.hw.access import load, store
 from softsgx.hw.leaves.aex import deliver, interrupt
+from softsgx.trace import Tracer
 
 EPC = [DEFAULT_EPC_BASE + i * PAGE_BYTES for i in range(40)]
 CPUS, BASE, SIZE = 2, 0x7000_0000_0000, 0x2_0000
@@ -65,8 +66,8 @@ class Machines(RuleBasedStateMachine):
     """The machine under test and its reference, step by step."""
 
     @initialize(fast=st.booleans())
-    def start(self, fast: bool) -> None:
-        self.hw = make_machine(epc_pages=len(EPC), processors=CPUS)
+    def start(self, fast: bool, tracer: Tracer | None = None) -> None:
+        self.hw = make_machine(epc_pages=len(EPC), processors=CPUS, tracer=tracer)
         self.leaves: Any = self.hw.leaves if fast else Leaves(self.hw.kernel)
         self.model = Dictionary()
         self.tables: dict[int, Any] = {}
