@@ -40,20 +40,23 @@ def chosen(seed: int) -> dict[str, Any]:
     }
 
 
-def live(seed: int, lives: int, options: dict[str, Any]) -> None:
-    """Let ``lives`` processes live, some at once."""
+def live(seed: int, lives: int, options: dict[str, Any]) -> int:
+    """Let ``lives`` processes live, some at once; return how many SIGKILL has ended."""
     program = built("lifetimes")
     at_once = 1 + random.Random(seed).randrange(6)
-    check([program.program, program.enclave, str(seed), str(lives), str(at_once)], options)
+    argv = [program.program, program.enclave, str(seed), str(lives), str(at_once)]
+    ended, killed = map(int, check(argv, options).split())
+    assert ended == lives, f"{ended} of {lives} lives have ended"
+    return killed
 
 
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
-    until, done = time.monotonic() + seconds, 0
+    until, done, killed = time.monotonic() + seconds, 0, 0
     while not done or time.monotonic() < until:
-        live(seed + done, LIVES, chosen(seed + done))
+        killed += live(seed + done, LIVES, chosen(seed + done))
         done += 1
-    return {"lives": done * LIVES}
+    return {"lives": done * LIVES, "kills": killed}
 
 
 def minimise(seed: int, tries: int = 3) -> str:

@@ -1,6 +1,7 @@
 /*
  * Lives of processes that use enclaves, chosen by a seed: how each begins, what it does and how it ends.
  * usage: lifetimes ENCLAVE SEED LIVES AT_ONCE; exit status 0 says that every life went as hardware and Linux have it.
+ * Prints how many there were, and how many of them SIGKILL has ended.
  * A life that was executed: lifetimes ENCLAVE SEED live.
  */
 #include "sgx.h"
@@ -153,7 +154,7 @@ int main(int argc, char **argv)
 	CHECK(enter);
 	uint64_t seed = strtoull(argv[2], NULL, 0);
 	if (!strcmp(argv[3], "live")) { state = mixed(seed, 1); live(0); }
-	long lives = atol(argv[3]), at_once = atol(argv[4]), begun = 0, ended = 0, running = 0;
+	long lives = atol(argv[3]), at_once = atol(argv[4]), begun = 0, ended = 0, running = 0, killed = 0;
 	pid_t pids[64] = {0};
 	CHECK(at_once >= 1 && at_once <= 64);
 	state = mixed(seed, 0);
@@ -177,8 +178,9 @@ int main(int argc, char **argv)
 			if (!pids[slot] || waitpid(pids[slot], &status, WNOHANG) != pids[slot]) continue;
 			if (!expected(status)) { fprintf(stderr, "a life ended with status %x\n", status); exit(93); }
 			pids[slot] = 0; running--; ended++;
+			killed += WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
 		}
 	}
-	printf("%ld\n", ended);
+	printf("%ld %ld\n", ended, killed);
 	return 0;
 }
