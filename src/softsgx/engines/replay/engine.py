@@ -67,8 +67,14 @@ class Replay:
         self._pages = self._process.enclave_file(self._fd).enclave.pages
         self._expected = [0] * pages
         self._clock = 0
-        while self._core.root.has_reclaimable():
-            self._core.reclaim(force=True)
+        self._evict_all()
+
+    def _evict_all(self) -> None:
+        """Empty the EPC, but for pages that stay: a VA page may have no slot to go to."""
+        core, refused = self._core, 0
+        while core.root.has_reclaimable() and refused <= core.epc_pages:
+            batch = core.reclaim(force=True)
+            refused = 0 if batch.freed else refused + max(batch.scanned, 1)
 
     def run(self, trace: PageTrace) -> ReplayResult:
         """Make the accesses; each read is compared with what was last written there.
