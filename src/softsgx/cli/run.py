@@ -102,8 +102,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="fail on demand: power-loss@N, power-loss@SIGUSR1, init@N, provision, noexec; "
-        "repeatable",
+        help="fail on demand: power-loss@N, power-loss@SIGUSR1, init@N, init=STATUS@N, poison@N, "
+        "provision, noexec; repeatable",
     )
     machine.add_argument(
         "--tick",

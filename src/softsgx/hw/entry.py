@@ -202,6 +202,9 @@ def check_tcs(cpu: LogicalProcessor, page: EpcPage, linaddr: int, enclave: Resid
         raise GeneralProtection
     if not enclave.initialized or cpu.mode64 != enclave.mode64:
         raise GeneralProtection
+    # Deviation: which fault it is on hardware is not published.
+    if enclave.machine_check:
+        raise epc_refusal(linaddr, READ)
     if not cpu.cr4_osfxsr:
         raise GeneralProtection
     # Without XSAVE only x87 and SSE exist; with it the enclave runs on a subset of XCR0.

@@ -14,6 +14,7 @@ __all__ = [
     "EnclaveLeft",
     "Fault",
     "GeneralProtection",
+    "MachineCheck",
     "PageFault",
     "TsxAbort",
     "UndefinedOpcode",
@@ -76,6 +77,15 @@ class DeviceNotAvailable(Fault):
 
     def __str__(self) -> str:
         return "#NM"
+
+
+class MachineCheck(Fault):
+    """#MC: the memory of an EPC page that the instruction uses has an uncorrected error."""
+
+    vector = Vector.MC
+
+    def __str__(self) -> str:
+        return "#MC"
 
 
 class ControlProtection(Fault):

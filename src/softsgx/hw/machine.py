@@ -28,11 +28,13 @@ from softsgx.arch import (
     EpcAddr,
     FeatureControl,
     PageType,
+    Status,
     page_of,
 )
 from softsgx.hw.config import EpcSection, MachineConfig
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import PowerLost
+from softsgx.hw.faults import Fault
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.leaves.registry import OptimisedLeaves
@@ -75,6 +77,7 @@ class Machine:
         feature_control: IA32_FEATURE_CONTROL.
         cpusvn: CR_CPUSVN.
         microcode_svn: CPUSVN of the loaded microcode; EUPDATESVN adopts it once it is newer.
+        einit_outcome: how EINIT is to end without success; ``None``: as its checks say.
         entropy_failures: how many EUPDATESVN are to find the random number generator dry.
     """
 
@@ -100,6 +103,7 @@ class Machine:
         self.launch_key_hash = list(config.launch_key_hash)
         self.cpusvn, self.microcode_svn = config.cpusvn, config.microcode_svn
         self.entropy_failures = 0
+        self.einit_outcome: Status | Fault | None = None
         self.pages: dict[int, EpcPage] = {}
         self.measurements: dict[int, hashlib._Hash] = {}
         self.crossings: dict[int, Crossings] = {}

@@ -73,6 +73,7 @@ class ResidentSecs:
         crossings: how often it was entered and left.
         measurement_lock: one of EADD, EEXTEND, EINIT updates or closes the measurement.
         tracking_lock: one of ETRACK, ETRACKC, EWB holds the tracking facility.
+        machine_check: its code has met a machine check, and it cannot be entered again.
         etrack_running: ETRACK or ETRACKC is executing; EBLOCK then returns ENTRYEPOCH_LOCKED.
     """
 
@@ -94,6 +95,7 @@ class ResidentSecs:
         "isv_family_id",
         "isv_prod_id",
         "isv_svn",
+        "machine_check",
         "measurement_lock",
         "miscselect",
         "mrenclave",
@@ -125,6 +127,7 @@ class ResidentSecs:
         self.children = self.virt_children = 0
         self.epoch = self.cur_count = self.prev_count = 0
         self.measurement_lock = self.tracking_lock = self.etrack_running = False
+        self.machine_check = False
 
     @property
     def initialized(self) -> bool:

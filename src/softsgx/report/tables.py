@@ -37,6 +37,7 @@ _NAMES = {
 _INJECTED = {
     "power_losses": "losses of power",
     "refused_inits": "refused INITs",
+    "poisoned_pages": "poisoned pages",
     "ticks": "exits by ticks",
 }
 

@@ -6,6 +6,7 @@ Goal: each failure on demand, and timer interrupts, seen by the program itself. 
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -69,12 +70,53 @@ def test_init_and_the_provision_device_are_refused_on_demand(program: list[str])
     assert run([*program, "denied"], epc="1MiB", inject=inject).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("outcome", "number"),
+    [
+        ("init@1", errno.EPERM),
+        ("init=SGX_INVALID_MEASUREMENT@1", errno.EPERM),
+        ("init=#GP@1", errno.EIO),
+        ("init=#PF", errno.EIO),
+    ],
+)
+def test_an_init_that_fails_on_demand_has_the_errno_of_linux_and_can_be_repeated(
+    program: list[str], outcome: str, number: int
+) -> None:
+    result = run([*program, "refused", str(number)], epc="1MiB", inject=[outcome])
+    assert (result.exit_code, result.injected["refused_inits"]) == (0, 1)
+
+
+@pytest.mark.slow
+def test_an_event_that_stays_unmasked_is_waited_for_and_then_eperm(program: list[str]) -> None:
+    inject = ["init=SGX_UNMASKED_EVENT"]
+    result = run([*program, "refused", str(errno.EPERM)], epc="1MiB", inject=inject)
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("fault", "leaf"), [(1, 2), (10, 3)], ids=["thread", "data"])
+def test_a_poisoned_page_is_sigbus_for_its_user_and_is_never_handed_out_again(
+    program: list[str], fault: int, leaf: int, strict: bool, pager: str
+) -> None:
+    argv = [*program, "poisoned", str(leaf)]
+    inject = [f"poison@{fault}"]
+    for epc in ("1MiB", f"{(EPC_PAGES + 1) * 4}KiB"):
+        result = run(argv, epc=epc, strict=strict, pager=pager, inject=inject)
+        assert (result.exit_code, result.injected["poisoned_pages"]) == (0, 1)
+        assert set(result.counters["held"].values()) == {0}  # type: ignore[attr-defined]
+
+
 def test_a_noexec_dev_lets_no_enclave_be_mapped_executable(program: list[str]) -> None:
     assert run([*program, "noexec"], epc="1MiB", inject=["noexec"]).exit_code == 0
 
 
 @pytest.mark.parametrize(
-    "text", ["", "power", "init@0", "init@", "provision@1", "power-loss@x", "power-loss@SIGKILL"]
+    "text",
+    [
+        *("", "power", "power-loss@x", "power-loss@SIGKILL", "provision@1"),
+        *("init@0", "init@", "init=@1", "init=SGX_SUCCESS", "poison@", "poison=1@2"),
+    ],
 )
 def test_an_injection_that_is_not_known_is_named(text: str) -> None:
     with pytest.raises(SoftSgxError, match=f"injection {text!r}: not known; give"):

@@ -12,6 +12,7 @@ from dataclasses import fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.inhabited import Inhabited
 from tests.support.threads import (
     AEP,
     CODE,
@@ -534,3 +535,19 @@ def test_a_listener_hears_entries_exits_and_refusals() -> None:
         f"sgx:aex: cpu=1 eid={eid} tcs={at:#x} vector=-1",
         f"sgx:eenter: cpu=1 page={RAM:#x} eid=0 result=#PF({RAM:#x}, 0x8005)",
     ]
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_after_a_machine_check_inside_the_enclave_is_entered_no_more_and_others_are(
+    readable: bool,
+) -> None:
+    broken = Inhabited(2, readable=readable)
+    other = broken.another()
+    broken.enter(0)
+    aex(broken.cpu(0), Vector.MC)
+    for enter in (broken.enter, broken.resume):
+        for thread in (0, 1):
+            with pytest.raises(PageFault) as caught:
+                enter(0, thread)
+            assert caught.value.code & Pfec.SGX
+    other.enter(0)

@@ -27,6 +27,7 @@ from tests.support.paging import GP, OUTSIDE
 from tests.support.scenes import CallScene, check, memory, operand, pairs, put, rows
 
 from softsgx.arch import Attributes, AttributesFlags, EinitToken, Status
+from softsgx.hw import GeneralProtection
 from softsgx.hw.keys import derive, launch_token_key
 from softsgx.hw.secrets import cmac
 from softsgx.hw.signature import HARDCODED_PADDING, mrsigner_of
@@ -231,6 +232,16 @@ def test_a_refused_enclave_can_be_initialised_afterwards() -> None:
     not_the_launcher(call)
     assert call.run() is S.INVALID_EINITTOKEN
     call.machine.launch_key_hash[:] = right
+    assert call.run() is S.SUCCESS
+
+
+def test_an_outcome_that_the_machine_was_asked_for_changes_nothing() -> None:
+    call = Scene()
+    call.machine.einit_outcome = S.INVALID_MEASUREMENT
+    assert call.run() is S.INVALID_MEASUREMENT
+    call.machine.einit_outcome = GeneralProtection()
+    assert call.run() == GP
+    call.machine.einit_outcome = None
     assert call.run() is S.SUCCESS
 
 

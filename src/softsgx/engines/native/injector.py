@@ -4,25 +4,35 @@ Losses of power and timer interrupts happen between two events of the loop, when
 served.  A timer interrupt makes each thread that executes enclave code leave by an asynchronous
 exit; what follows is the program's: the code at its AEP runs, and resumes the enclave or does not.
 
+A page is poisoned when the driver has mapped it: the instruction that has faulted meets the machine
+check when it is executed again.
+
+Deviation: every use of a poisoned page is a machine check, also a store, which on hardware leaves
+the error for a later load.
+
 Deviation: ticks come at multiples of the period in real time, for all processors together; a thread
 that has stopped for the supervisor when one is due does not get it, nor does one that is outside.
 The time that the supervisor needs passes for the program, too.
 
 Source:
-    SDM vol. 3D, "Intel SGX Interactions with S-States", "Asynchronous Enclave Exit".
+    SDM vol. 3D, "Intel SGX Interactions with S-States", "Asynchronous Enclave Exit";
+    arch_memory_failure(), arch/x86/kernel/cpu/sgx/main.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.tracing.loop import Loop
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.waits import Waits
-from softsgx.hw import Machine
+from softsgx.hw import EpcPage, Machine
+from softsgx.paging import EpcCore
 
 __all__ = ["Injected", "Injector", "Ticks"]
 
@@ -33,12 +43,14 @@ class Injected:
 
     Attributes:
         power_losses: losses of power.
-        refused_inits: INITs that failed.
+        refused_inits: INITs whose EINIT did not succeed.
+        poisoned_pages: EPC pages that were poisoned.
         ticks: asynchronous exits by timer interrupts.
     """
 
     power_losses: int = 0
     refused_inits: int = 0
+    poisoned_pages: int = 0
     ticks: int = 0
 
     def as_dict(self) -> dict[str, int]:
@@ -75,13 +87,13 @@ class Injector:
         injections: what is to go wrong.
         tick_ns: period of timer interrupts, ``None`` for none.
         machine: the machine.
+        core: its EPC core.
         loop: interrupts threads.
         waits: receives the signals that take the power, and has the clock.
         images: the address spaces of the program, by number.
 
     Attributes:
         injected: what was done.
-        counts_entries: whether it must see every entry when it happens.
     """
 
     def __init__(
@@ -89,15 +101,16 @@ class Injector:
         injections: Injections,
         tick_ns: int | None,
         machine: Machine,
+        core: EpcCore,
         loop: Loop,
         waits: Waits,
         images: Mapping[int, ProcessImage],
     ) -> None:
         self.injected = Injected()
-        self._injections, self._machine = injections, machine
+        self._injections, self._machine, self._core = injections, machine, core
         self._loop, self._waits, self._images = loop, waits, images
         self._power_losses = list(injections.power_losses)
-        self._lost_entries = self._inits = 0
+        self._lost_entries = self._inits = self._mapped = 0
         self._ticks = None if tick_ns is None else Ticks(tick_ns)
 
     def between(self) -> int | None:
@@ -109,12 +122,28 @@ class Injector:
             self._lose_power()
         return None if self._ticks is None else self._tick(self._ticks)
 
-    def init_is_refused(self) -> bool:
-        """Count an INIT; return whether it is to fail."""
+    @contextmanager
+    def init(self) -> Iterator[None]:
+        """Let EINIT end as is asked for this INIT, which is counted."""
         self._inits += 1
-        refused = self._inits in self._injections.refused_inits
-        self.injected.refused_inits += refused
-        return refused
+        outcome = self._injections.refused_inits.get(self._inits)
+        self.injected.refused_inits += outcome is not None
+        self._machine.einit_outcome = outcome
+        try:
+            yield
+        finally:
+            self._machine.einit_outcome = None
+
+    def page_mapped(self, page: EpcPage) -> None:
+        """A page fault has mapped a page of an enclave: poison the page, if that is asked for."""
+        self._mapped += 1
+        if self._mapped not in self._injections.poisoned_faults:
+            return
+        store = self._machine.store
+        assert isinstance(store, NativeStore), "the native engine keeps the pages itself"
+        self._core.poison(page.addr)
+        store.poison(page)
+        self.injected.poisoned_pages += 1
 
     # --- power ----------------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from errno import EACCES, EIO, ENOMEM, EPERM
+from errno import EACCES, EIO, ENOMEM
 from itertools import count
 
 from softsgx.arch import SgxFeature
@@ -144,7 +144,13 @@ class Supervisor(Lifecycle):
         make_loop = StrictLoop if strict else Loop
         self._loop: Loop = make_loop(self, self._waits, transitions, self._handlers())
         self._injector = Injector(
-            self._injections, tick_ns, machine, self._loop, self._waits, self._images
+            self._injections,
+            tick_ns,
+            machine,
+            driver.core,
+            self._loop,
+            self._waits,
+            self._images,
         )
         self._image_services = ImageServices(
             pager=self.pager,
@@ -157,6 +163,7 @@ class Supervisor(Lifecycle):
             failed=self._loop.image_failed,
             kick=self._loop.kick,
             ended=self._image_ended,
+            installed=self._injector.page_mapped,
         )
 
     @property
@@ -294,10 +301,10 @@ class Supervisor(Lifecycle):
         file, command = device.file, regs.rsi & 0xFFFF_FFFF
         if not isinstance(file, EnclaveFile):
             return -25  # ENOTTY
-        if command == Ioctl.ENCLAVE_INIT and self._injector.init_is_refused():
-            return -EPERM
+        initializes = command == Ioctl.ENCLAVE_INIT
         try:
-            result = file.ioctl(thread, command, regs.rdx)
+            with self._injector.init() if initializes else nullcontext():
+                result = file.ioctl(thread, command, regs.rdx)
         except OSError as error:
             result = -(error.errno or EIO)
             if result == -ENOMEM:
@@ -305,7 +312,7 @@ class Supervisor(Lifecycle):
         if command == Ioctl.ENCLAVE_CREATE and result == 0:
             self._forbid(device, file)
             self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
-        if command == Ioctl.ENCLAVE_INIT and result == 0:
+        if initializes and result == 0:
             self._guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
             self._refresh(thread, file, regs.rdx)

@@ -140,6 +140,8 @@ def _leave(
     entry.write_cssa(cpu, inside.tcs, tcs.cssa + 1)
     entry.leave_enclave_mode(cpu)
     inside.enclave.crossings.aex += 1
+    if vector == Vector.MC:
+        inside.enclave.machine_check = True
     if vector == Vector.PF:
         cpu.cr2 = address & -PAGE_BYTES
     if hw.tracer is not None:

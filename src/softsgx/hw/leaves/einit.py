@@ -63,6 +63,13 @@ def einit(cpu: LogicalProcessor, rbx: Ref | SigStruct, rcx: int, rdx: Ref | Eini
     secs = cpu.resolve(rcx)
     sig, token = cpu.load(SigStruct, rbx), cpu.load(EinitToken, rdx)
 
+    # A failure that the machine was asked for
+    outcome = cpu.hw.einit_outcome
+    if isinstance(outcome, Status):
+        return outcome
+    if outcome is not None:
+        raise outcome
+
     # Checks of SIGSTRUCT alone
     if not _well_formed(sig):
         return Status.INVALID_SIG_STRUCT

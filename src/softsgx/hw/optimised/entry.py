@@ -103,6 +103,7 @@ def _eenter(cpu: LogicalProcessor, rbx: int, rcx: int) -> bool:
         )
         if (
             enclave.flags & _LOOKED_AT != _MUST
+            or enclave.machine_check
             or flags
             or state == _ACTIVE
             or cssa >= nssa

@@ -90,6 +90,60 @@ static void denied(void)
 	CHECK(get(0, data) == 5);
 }
 
+/* INIT fails once with the errno NUMBER; then the same enclave can be initialized. */
+static void refused(void)
+{
+	pid_t child = fork();
+	int status;
+	if (!child) {
+		CHECK(freopen("/dev/null", "w", stderr));
+		on_failed_init = number;
+		build();
+		_exit(99);
+	}
+	CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 0);
+	build();
+	put(0, data, 5);
+	CHECK(get(0, data) == 5);
+}
+
+static sigjmp_buf back;
+static siginfo_t told;
+static greg_t told_rip, told_rax;
+static void note(int signo, siginfo_t *info, void *context)
+{
+	ucontext_t *uc = context;
+	told = *info;
+	told_rip = uc->uc_mcontext.gregs[REG_RIP];
+	told_rax = uc->uc_mcontext.gregs[REG_RAX];
+	siglongjmp(back, signo);
+}
+#define SIGNAL(statement) ({ int signo_ = sigsetjmp(back, 1); if (!signo_) { statement; } signo_; })
+
+/*
+ * A page of an enclave is poisoned: the thread that uses it gets SIGBUS, at its AEP or (NUMBER = 2) at
+ * EENTER, and the enclave cannot be entered again; but a new one.
+ */
+static void poisoned(void)
+{
+	struct sigaction action = {.sa_sigaction = note, .sa_flags = SA_SIGINFO | SA_NODEFER};
+	struct run run;
+	int signo = 0;
+	CHECK(!sigaction(SIGBUS, &action, NULL) && !sigaction(SIGSEGV, &action, NULL));
+	build();
+	for (uint64_t i = 0; i < data_pages && !signo; i++) signo = SIGNAL(raw_enter(base, data + i * PAGE, 1, PUT, 0));
+	CHECK(signo == SIGBUS && told.si_code == SI_KERNEL && !told.si_addr && told_rax == number);
+	if (number == 3) {
+		CHECK(told_rip == (greg_t)raw_aep);
+		signo = SIGNAL(raw_enter(base + PAGE, 0, 0, NOP, 0));
+		CHECK(signo == SIGSEGV);
+		CHECK(!call(1, NOP, 0, 0, 0, &run) && run.function == 2 && run.vector == 14);
+	} else {
+		CHECK(SIGNAL(call(0, NOP, 0, 0, 0, &run)) == SIGBUS && told.si_code == SI_KERNEL && told_rax == 2);
+	}
+	build_again();
+}
+
 static void noexec(void)
 {
 	int fd = open("/dev/sgx_enclave", O_RDWR);
@@ -169,7 +223,7 @@ static void ticked_paging(void)
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"lost", lost}, {"signalled", signalled}, {"denied", denied}, {"noexec", noexec},
+		{"lost", lost}, {"signalled", signalled}, {"denied", denied}, {"refused", refused}, {"poisoned", poisoned}, {"noexec", noexec},
 		{"ticked", ticked}, {"ticked threads", ticked_threads},
 		{"ticked paging", ticked_paging},
 	};

@@ -185,6 +185,8 @@ class EnclaveFaults:
             refused = check_access(inside.secs, page, address, access)
             if refused is not None:
                 return self._exits.exception(thread, Vector.PF, refused.code, address)
+            if image.page_table.is_poisoned(address):
+                return self._exits.exception(thread, Vector.MC)
         elif image.is_covered(address) or access & ~image.page_table.rights(address):
             return self._aborted_inside(thread, address, access)
         if repeat(thread, address):

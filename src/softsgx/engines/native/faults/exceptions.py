@@ -7,9 +7,11 @@ Deviation: ``cr2`` in the frame of an exception that is no page fault, and ``tra
 ``cr2`` in those of signals that are no exceptions, are the last that the kernel has seen: there may
 have been faults since that only the supervisor knows of.
 
+Deviation: ``trapno`` in the frame of a #MC is 18, where Linux leaves what it is.
+
 Source:
-    arch/x86/kernel/traps.c and arch/x86/mm/fault.c for signals and codes; struct sigcontext,
-    asm/sigcontext.h.
+    arch/x86/kernel/traps.c and arch/x86/mm/fault.c for signals and codes; arch_memory_failure(),
+    arch/x86/kernel/cpu/sgx/main.c, for #MC; struct sigcontext, asm/sigcontext.h.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _SIGNALS = {
     int(Vector.UD): (abi.SIGILL, abi.ILL_ILLOPN),
     int(Vector.GP): (abi.SIGSEGV, abi.SI_KERNEL),
     int(Vector.AC): (abi.SIGBUS, abi.BUS_ADRALN),
+    int(Vector.MC): (abi.SIGBUS, abi.SI_KERNEL),
     int(Vector.BP): (abi.SIGTRAP, abi.SI_KERNEL),
 }
 #: These tell where they happened.

@@ -34,6 +34,8 @@ _PAGE_MASK = -PAGE_BYTES
 _AEP = Tcs.OFFSETS["aep"]
 _NO_VECTOR = -1  # how events show an interrupt
 _ERESUME = int(Enclu.ERESUME)
+#: Linux does not look for a fix-up in the vDSO for these.
+_NEVER_FIXED = frozenset({Vector.DB, Vector.BP, Vector.MC})
 _NOTIFIES = int(AttributesFlags.AEXNOTIFY)
 
 
@@ -120,7 +122,7 @@ class AsynchronousExits:
         """Enclave code raised an exception: leave the enclave, then mend or signal it."""
         self._breakpoints.exception(thread)
         self.leave(thread, vector, code, address)
-        fixable = vector not in (Vector.DB, Vector.BP)
+        fixable = vector not in _NEVER_FIXED
         if fixable and self.fix_up(thread, _ERESUME, vector, code, address & _PAGE_MASK):
             return 0
         if vector == Vector.PF:
@@ -131,7 +133,8 @@ class AsynchronousExits:
         """A leaf, or an instruction that the machine does, raised #GP, #UD or the like."""
         if thread.cpu.inside is not None:
             return self.exception(thread, fault.vector, fault.code)
-        if self.fix_up(thread, leaf, fault.vector, fault.code, 0):
+        fixable = fault.vector not in _NEVER_FIXED
+        if fixable and self.fix_up(thread, leaf, fault.vector, fault.code, 0):
             return 0
         thread.store()
         return send(thread, fault.vector, fault.code)

@@ -21,7 +21,6 @@ from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.faults.enclu import EncluLeaves
-from softsgx.engines.native.faults.exceptions import send
 from softsgx.engines.native.faults.exits import ENCLU, INTERRUPT, AsynchronousExits
 from softsgx.engines.native.faults.faulting_instruction import trap_vector
 from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
@@ -79,16 +78,20 @@ class Transitions:
         number = self._leaves.execute(thread)
         if outside and thread.cpu.inside is not None:
             self.permits.entered(thread, tcs)
-        return number
+        return self._at_call(thread, number)
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
-        image, regs = thread.image, thread.regs
-        _take_call_back(regs)
-        number = self._exits.exception(thread, Vector.UD)
+        _take_call_back(thread.regs)
+        return self._at_call(thread, self._exits.exception(thread, Vector.UD))
+
+    def _at_call(self, thread: ProgramThread, number: int) -> int:
+        """Signals can be delivered at signal stops only: at a seccomp stop, make the next one."""
         if number:
-            # Signals can be delivered at signal stops only: make the next one.
-            thread.illegal_at, regs.rip = regs.rip, image.vdso_base + image.vdso.illegal
+            image, regs = thread.image, thread.regs
+            assert thread.outgoing is not None, f"signal {number} at a system call of no exception"
+            thread.illegal_at = regs.rip, thread.outgoing
+            thread.outgoing, regs.rip = None, image.vdso_base + image.vdso.illegal
             thread.store()
         return 0
 
@@ -174,9 +177,11 @@ class Transitions:
             ours = info.code == abi.TRAP_HWBKPT and self._breakpoints.has(regs.rip)
             return 0 if ours else number
         if number == abi.SIGILL and regs.rip == image.vdso_base + image.vdso.illegal:
-            regs.rip = thread.illegal_at
+            assert thread.illegal_at is not None, "a thread is at our illegal instruction by itself"
+            regs.rip, thread.outgoing = thread.illegal_at
+            thread.illegal_at = None
             thread.store()
-            return send(thread, Vector.UD)
+            return int(thread.outgoing.info.signo)
         code = image.read(regs.rip, len(ENCLU))
         if code == ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
             return self._leaves.execute(thread)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore, runs
-from softsgx.hw import EXECUTE, WRITE, EpcPage, PageFault
+from softsgx.hw import EXECUTE, WRITE, EpcPage, MachineCheck, PageFault
 
 __all__ = ["EnclavePageTable", "Pager"]
 
@@ -73,6 +73,8 @@ class EnclavePageTable:
         memory_at: returns the memory file mapped at an address, ``None`` where none is.
         is_readable: returns whether ordinary memory can be read at an address.
         kick_all: interrupts every thread of this space that is inside an enclave.
+
+    ``installed`` is called with each page that the driver has mapped.
     """
 
     def __init__(
@@ -85,10 +87,11 @@ class EnclavePageTable:
         memory_at: Callable[[int], EnclaveMemory | None],
         is_readable: Callable[[int], bool],
         kick_all: Callable[[], None],
+        installed: Callable[[EpcPage], None],
     ) -> None:
         self.index, self.pager = index, pager
         self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
-        self._store, self._page_at = store, pages
+        self._store, self._page_at, self._installed = store, pages, installed
         self._entries: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()  # pages that a leaf has used since they were asked about
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
@@ -107,6 +110,7 @@ class EnclavePageTable:
         page, memory = self._page_at(epc_addr), self.memory_at(linaddr)
         assert page is not None and memory is not None, f"an entry for {linaddr:#x} of no enclave"
         self._store.mapped(page, memory, linaddr)
+        self._installed(page)
 
     def zap(self, linaddr: int) -> None:
         """Remove the page's entry, if there is one."""
@@ -151,6 +155,7 @@ class EnclavePageTable:
 
         Raises:
             PageFault: ordinary: no entry, or it does not allow the access.
+            MachineCheck: the page is poisoned.
         """
         page = linaddr & _PAGE_MASK
         entry = self._entries.get(page)
@@ -159,6 +164,8 @@ class EnclavePageTable:
                 present = Pfec.P if entry[1] else 0  # PROT_NONE makes entries that are not present
                 raise PageFault(linaddr, _code(access, user=user) | present)
             self._used.add(page)
+            if entry[0] in self._store.poisoned:
+                raise MachineCheck
             return entry[0] | linaddr & ~_PAGE_MASK
         if self.memory_at(linaddr) is not None or not self.is_readable(linaddr):
             raise PageFault(linaddr, _code(access, user=user))
@@ -187,6 +194,11 @@ class EnclavePageTable:
     def entry(self, linaddr: int) -> tuple[int, int] | None:
         """Return (EPC address, PROT_* rights) of the page that holds ``linaddr``."""
         return self._entries.get(linaddr & _PAGE_MASK)
+
+    def is_poisoned(self, linaddr: int) -> bool:
+        """Return whether the memory of the page that holds ``linaddr`` has an uncorrected error."""
+        entry = self.entry(linaddr)
+        return entry is not None and entry[0] in self._store.poisoned
 
     def is_shown(self, linaddr: int) -> bool:
         """Return whether the page that holds ``linaddr`` can be used without a fault."""

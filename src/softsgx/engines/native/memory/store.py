@@ -5,8 +5,8 @@ the offset that equals its linear address, so every mapping of the file has them
 them at native speed.  Hidden: its bytes are in this process, the file has a hole there, and each
 access of the program becomes a fault that we hear of.  A page is shown while some page table maps
 it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimmed pages never are,
-nor pages without any right.  In each address space a shown page can be used as far as both its
-mapping and its EPCM entry allow.
+nor pages without any right, nor poisoned ones.  In each address space a shown page can be used as
+far as both its mapping and its EPCM entry allow.
 
 Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
 
@@ -347,9 +347,14 @@ def _own_bytes(data: bytes, start: int, marks: dict[int, bytes]) -> bytes:
 
 
 class NativeStore:
-    """Where the bytes of resident pages live; see the module.  The machine's page store."""
+    """Where the bytes of resident pages live; see the module.  The machine's page store.
+
+    Attributes:
+        poisoned: EPC addresses of pages whose memory has an uncorrected error.
+    """
 
     def __init__(self) -> None:
+        self.poisoned: set[int] = set()
         self._hidden: dict[int, bytes | bytearray] = {}
         self._shown: dict[int, tuple[EnclaveMemory, int, int]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
@@ -397,6 +402,11 @@ class NativeStore:
         if not isinstance(kept, bytearray):
             kept = self._hidden[page.addr] = bytearray(kept)
         kept[offset : offset + len(data)] = data
+
+    def poison(self, page: EpcPage) -> None:
+        """The memory of ``page`` has an uncorrected error from now on: every use must trap."""
+        self.poisoned.add(page.addr)
+        self.refresh(page)
 
     def clear(self) -> None:
         """Power is lost: holes everywhere."""
@@ -471,6 +481,7 @@ class NativeStore:
         if rights & _EXECUTE:
             rights |= _READ
         usable = page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
+        usable = usable and addr not in self.poisoned
         where = self._maps.get(addr)
         if where is None or not usable or not rights:
             self._hide(addr)

@@ -51,6 +51,7 @@ class ImageServices:
         kick: makes the threads of an address space that are inside an enclave leave it.
         failed: ends the processes of an address space in which calls cannot be made.
         ended: called when the driver has let go of an address space.
+        installed: called when the driver has mapped a page of an enclave.
     """
 
     pager: str
@@ -63,6 +64,7 @@ class ImageServices:
     kick: Callable[[ProcessImage], None]
     failed: Callable[[ProcessImage, Exception], None]
     ended: Callable[[ProcessImage], None]
+    installed: Callable[[EpcPage], None]
 
 
 class ProcessImage:
@@ -134,6 +136,7 @@ class ProcessImage:
             memory_at=self.memory_at,
             is_readable=self.can_read,
             kick_all=partial(services.kick, self),
+            installed=services.installed,
         )
         ended, name = partial(services.ended, self), f"mm of {thread.tid}"
         if parent is None:

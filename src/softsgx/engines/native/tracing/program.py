@@ -75,7 +75,8 @@ class ProgramThread(Thread):
             of its process, have come to an end; an interrupt would be answered no earlier.
         again: the next seccomp stop only repeats a call that shall run.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
-        illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO.
+        illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO, and
+            the exception that it shall be told of there.
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         breakpoints: which set of breakpoints it has, 0 for none.
         outgoing: what goes with the signal we deliver, instead of what the kernel has for it.
@@ -93,7 +94,7 @@ class ProgramThread(Thread):
     blocked: int | None = None
     unstoppable: bool = False
     again: bool = False
-    illegal_at: int = 0
+    illegal_at: tuple[int, Trap] | None = None
     kicked: bool = False
     breakpoints: int = 0
     user_memory: ImageMemory | None = None
