@@ -7,6 +7,10 @@ Of its mappings those are uncovered that it has used lately, and others when it 
 A thread in a system call does not run code of the program, so it goes on, and stops when the call
 ends: that is why every system call stops here.
 
+A thread enters when its turn has come, not before: it waits in front of its EENTER or ERESUME.
+Inside it would be interrupted by every tracking cycle of the others, whose turn it is, and have to
+begin again at its AEP without having executed anything.
+
 Deviation: threads outside and inside never run at the same time; turns are short.
 
 Deviation: a system call that copies to or from an enclave's memory fails with EFAULT while the
@@ -18,11 +22,14 @@ Source:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.tracing.waits import Waits
 
 __all__ = ["StrictLoop"]
@@ -31,11 +38,33 @@ _NO_CALL = (1 << 64) - 1
 _TURN_NS = 2_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A thread that waits for its turn.
+
+    Attributes:
+        thread: it is stopped.
+        number: the signal to deliver when it goes on.
+        entry: its stop at an EENTER or ERESUME that is still to be done; ``None``: there is none.
+    """
+
+    thread: ProgramThread
+    number: int = 0
+    entry: Stop | None = None
+
+    @property
+    def wanted(self) -> EnclaveFile | None:
+        """The device whose memory it may use next."""
+        if self.entry is not None:
+            return _device_of(self.thread, self.thread.load().rbx)
+        return _wanted(self.thread)
+
+
 class _Turns:
     """Whose turn it is in one address space: the view of the image says; the others wait here."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[ProgramThread, int]] = []
+        self.waiting: list[_Waiting] = []
         self.until_ns: int | None = None
 
 
@@ -57,22 +86,35 @@ class StrictLoop(Loop):
         """Resume a stopped thread when it is its turn."""
         if thread.at_call and thread.load().orig_rax != _NO_CALL:
             thread.in_call = True
-        image = thread.image
-        if thread.in_call or thread.mid_call:
+        if thread.in_call or thread.mid_call or self._has_turn(thread, _wanted(thread)):
             super().resume_thread(thread, number)
-            return
-        turns = self._turns.get(image)
+        else:
+            self._wait_for_turn(_Waiting(thread, number))
+
+    def _handle(self, thread: ProgramThread, stop: Stop) -> None:
+        if self._transitions.is_entry(thread, stop):
+            device = _device_of(thread, thread.load().rbx)
+            if device is not None and not self._has_turn(thread, device):
+                self._wait_for_turn(_Waiting(thread, entry=stop))
+                return
+        super()._handle(thread, stop)
+
+    def _has_turn(self, thread: ProgramThread, wanted: EnclaveFile | None) -> bool:
+        """Return whether the thread may use the memory of ``wanted`` now."""
+        turns = self._turns.get(thread.image)
         over = turns is not None and turns.until_ns is not None and self._clock() >= turns.until_ns
-        if _wanted(thread) is image.view and not over:
-            super().resume_thread(thread, number)
-            return
-        self._turns.setdefault(image, _Turns()).waiting.append((thread, number))
+        return wanted is thread.image.view and not over
+
+    def _wait_for_turn(self, waiting: _Waiting) -> None:
+        self._turns.setdefault(waiting.thread.image, _Turns()).waiting.append(waiting)
 
     def _between(self) -> int | None:
         self._end_turns()
         for image in list(self._turns):
             try:
                 self._turn(image)
+                while image in self._turns and not _running(image):  # entries were refused
+                    self._turn(image)
             except Exception as error:
                 self.image_failed(image, error)
         due = [super()._between(), *(turns.until_ns for turns in self._turns.values())]
@@ -84,9 +126,7 @@ class StrictLoop(Loop):
         if turns is None:
             return
         turns.waiting = [
-            (thread, number)
-            for thread, number in turns.waiting
-            if self.threads.get(thread.tid) is thread
+            each for each in turns.waiting if self.threads.get(each.thread.tid) is each.thread
         ]
         if not turns.waiting:
             del self._turns[image]
@@ -95,19 +135,25 @@ class StrictLoop(Loop):
             if turns.until_ns is None:
                 turns.until_ns = self._clock() + _TURN_NS
             return
-        view = _wanted(turns.waiting[0][0])
+        view = turns.waiting[0].wanted
         if view is not image.view:
             image.uncover(view)
-        ready = [entry for entry in turns.waiting if _wanted(entry[0]) is view]
-        turns.waiting = [entry for entry in turns.waiting if _wanted(entry[0]) is not view]
-        turns.until_ns = self._clock() + _TURN_NS if turns.waiting else None
-        if not turns.waiting:
-            del self._turns[image]
-        for thread, number in ready:
+        ready = [each for each in turns.waiting if each.wanted is view]
+        turns.waiting = [each for each in turns.waiting if each.wanted is not view]
+        turns.until_ns = None  # the turn begins when they run
+        for each in ready:
+            thread = each.thread
+            if each.entry is not None:
+                self._guard(thread, each.entry)
+                continue
             try:
-                super().resume_thread(thread, number)
+                super().resume_thread(thread, each.number)
             except Exception as error:
                 self.failed(thread.process.pid, thread.tid, error)
+        if turns.waiting:
+            turns.until_ns = self._clock() + _TURN_NS
+        else:
+            del self._turns[image]
 
     def _end_turns(self) -> None:
         """Stop the threads whose turn is over; they wait when their stops are handled."""
@@ -120,9 +166,12 @@ class StrictLoop(Loop):
 def _wanted(thread: ProgramThread) -> EnclaveFile | None:
     """Return the device whose memory the thread may use now."""
     inside = thread.cpu.inside
-    if inside is None:
-        return None
-    vma = thread.image.mm.find(inside.tcs_linaddr)
+    return None if inside is None else _device_of(thread, inside.tcs_linaddr)
+
+
+def _device_of(thread: ProgramThread, tcs: int) -> EnclaveFile | None:
+    """Return the device that has a TCS."""
+    vma = thread.image.mm.find(tcs)
     return None if vma is None else vma.file
 
 

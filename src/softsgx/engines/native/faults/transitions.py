@@ -36,7 +36,7 @@ _CPUID = b"\x0f\xa2"
 _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _SYSCALL_BYTES = 2
-_EENTER = int(Enclu.EENTER)
+_EENTER, _ERESUME = int(Enclu.EENTER), int(Enclu.ERESUME)
 
 
 class Transitions:
@@ -79,6 +79,18 @@ class Transitions:
         if outside and thread.cpu.inside is not None:
             self.permits.entered(thread, tcs)
         return self._at_call(thread, number)
+
+    def is_entry(self, thread: ProgramThread, stop: Stop) -> bool:
+        """Return whether a thread outside is stopped in front of an EENTER or ERESUME."""
+        if thread.cpu.inside is not None:
+            return False
+        if stop.event == abi.PTRACE_EVENT_SECCOMP:
+            return thread.load().orig_rax == abi.SYS_SOFTSGX_EENTER
+        if stop.event or stop.signal not in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
+            return False
+        regs = thread.load()
+        is_enclu = thread.image.read(regs.rip, len(ENCLU)) == ENCLU
+        return is_enclu and regs.rax & _LOW_32 in (_EENTER, _ERESUME)
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
