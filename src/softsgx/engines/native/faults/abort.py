@@ -48,8 +48,8 @@ class AbortPage:
     def execute(self, thread: ProgramThread, address: int) -> int:
         """Execute the instruction of ``thread`` that faulted at ``address``.
 
-        The page has an entry in the page tables that allows the access.  Repeated string
-        instructions may end in the middle; they fault again.
+        The page has an entry in the page tables, or is foreign memory, and the access is allowed.
+        Repeated string instructions may end in the middle; they fault again.
 
         Returns:
             The signal to deliver, 0 when it was executed.
@@ -61,7 +61,8 @@ class AbortPage:
         thread.set_sigmask(_ALL_SIGNALS & ~abi.FAULT_SIGNALS)
         lent: dict[int, EnclaveMemory | None] = {}
         try:
-            self._lend(thread, address & _PAGE_MASK, lent)
+            found = self._lend(thread, address & _PAGE_MASK, lent)
+            assert found, f"no page at {address:#x} to take the place of"
             return self._steps(thread, lent)
         finally:
             for page, memory in lent.items():

@@ -28,6 +28,7 @@ from softsgx.engines.native.faults.faulting_instruction import (
     float_vector,
     pfec,
     repeat,
+    resolved,
     trap_vector,
 )
 from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
@@ -217,6 +218,7 @@ class EnclaveFaults:
 
     def _mended(self, thread: ProgramThread, code: int, address: int) -> int:
         """The driver has resolved a fault of enclave code: go on behind the exit it has caused."""
+        resolved(thread)
         if thread.cpu.inside is not None:  # else kicked meanwhile
             if self._exits.return_at_once(thread):
                 self._exits.skip(thread, Vector.PF)

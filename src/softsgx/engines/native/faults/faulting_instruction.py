@@ -22,6 +22,7 @@ __all__ = [
     "float_vector",
     "pfec",
     "repeat",
+    "resolved",
     "trap_vector",
 ]
 
@@ -29,8 +30,9 @@ LONGEST = 15
 """Bytes of an instruction at most."""
 
 _PAGE_MASK = -PAGE_BYTES
-#: A fault that finds nothing wrong is repeated; so often only a mistake of ours repeats.
+#: A fault that finds nothing wrong is repeated; so often in a row only a mistake of ours repeats.
 _SPURIOUS_LIMIT = 10_000
+_NONE = 0, (0, 0)
 
 
 def access_at(thread: ProgramThread, address: int) -> int | None:
@@ -74,8 +76,11 @@ def _bytes_at(thread: ProgramThread, rip: int) -> bytes:
 def again(thread: ProgramThread) -> bool:
     """What an instruction did cannot be told any more: whether to execute it again.
 
-    That brings its bytes back, by a fault of its own, and then the event itself.  ``False``: it has
-    been executed again so often that its bytes will never be there.
+    That brings its bytes back, by a fault of its own, and then the event itself.  If they leave
+    again, the thread has a claim to them in the end (:mod:`softsgx.paging.claims`).
+
+    ``False``: it was executed again so often, and no fault resolved, that its bytes will never be
+    there.
     """
     return repeat(thread, thread.regs.rip)
 
@@ -83,13 +88,20 @@ def again(thread: ProgramThread) -> bool:
 def repeat(thread: ProgramThread, address: int) -> bool:
     """A fault found nothing wrong any more: make sure of it; whether to repeat the instruction."""
     image, page = thread.image, address & _PAGE_MASK
+    if image.pager.touched(page):
+        resolved(thread)
+        return True
     spot = thread.regs.rip, address
     thread.spurious = thread.spurious[0] + 1 if thread.spurious[1] == spot else 1, spot
     if thread.spurious[0] > _SPURIOUS_LIMIT:
         return False
-    if not image.pager.touched(page):
-        image.page_table.reshow(page)
+    image.page_table.reshow(page)
     return True
+
+
+def resolved(thread: ProgramThread) -> None:
+    """A fault of the thread had a reason, which is gone: repetitions count from here."""
+    thread.spurious = _NONE
 
 
 def pfec(access: int) -> int:

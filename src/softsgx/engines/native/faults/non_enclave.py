@@ -13,7 +13,13 @@ from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
-from softsgx.engines.native.faults.faulting_instruction import access_at, again, pfec, repeat
+from softsgx.engines.native.faults.faulting_instruction import (
+    access_at,
+    again,
+    pfec,
+    repeat,
+    resolved,
+)
 from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE
@@ -94,6 +100,7 @@ class NonEnclaveFaults:
     ) -> int:
         """Return the signal that a fault handled by the driver ends with."""
         if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+            resolved(thread)
             return 0
         error = pfec(access)
         if result is FaultResult.SEGV:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native.faults.faulting_instruction import access_at
+from softsgx.engines.native.faults.faulting_instruction import access_at, again, repeat, resolved
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.hw import EXECUTE, READ, WRITE
 
@@ -63,3 +63,32 @@ def test_an_instruction_whose_own_bytes_are_gone_cannot_be_judged() -> None:
     gone = thread(code, before_next=4, there=(PAGE,))
     assert access_at(gone, PAGE + 8) is None
     assert access_at(thread(code, before_next=4, there=()), NEXT) is None
+
+
+OFTEN = 30_000
+
+
+def repeating(*, watched: bool) -> Any:
+    """A thread whose page is there; ``watched``: each fault only tells of its use."""
+    image = SimpleNamespace(
+        pager=SimpleNamespace(touched=lambda _page: watched),
+        page_table=SimpleNamespace(reshow=lambda _page: None),
+    )
+    return SimpleNamespace(image=image, regs=SimpleNamespace(rip=PAGE + 8), spurious=(0, (0, 0)))
+
+
+def test_faults_that_tell_of_use_never_count_as_repeated() -> None:
+    stopped = repeating(watched=True)
+    assert all(repeat(stopped, NEXT) for _ in range(OFTEN))
+
+
+def test_an_instruction_whose_bytes_always_come_back_is_repeated_without_end() -> None:
+    stopped = repeating(watched=False)
+    for _ in range(OFTEN):
+        assert again(stopped)
+        resolved(stopped)
+
+
+def test_a_fault_that_nothing_explains_ends_the_repetition() -> None:
+    stopped = repeating(watched=False)
+    assert not all(repeat(stopped, NEXT) for _ in range(OFTEN))

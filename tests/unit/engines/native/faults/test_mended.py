@@ -50,6 +50,7 @@ class Scene:
                 cpu=self.cpu,
                 regs=regs,
                 blocked=None,
+                spurious=(0, (0, 0)),
                 breakpoints=0,
                 load=lambda: regs,
                 store=lambda: None,
