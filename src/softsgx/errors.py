@@ -12,5 +12,5 @@ __all__ = ["SoftSgxError"]
 class SoftSgxError(Exception):
     """Bad input, told in one line: what was wrong, where, and what to do about it.
 
-    A command prints it after ``softsgx: `` and exits with status 2.
+    A command prints it behind the name of the program and exits with status 2.
     """

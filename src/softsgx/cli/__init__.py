@@ -17,7 +17,7 @@ from typing import Protocol, cast
 import softsgx
 from softsgx.errors import SoftSgxError
 
-__all__ = ["VERBS", "Command", "command_of", "main"]
+__all__ = ["VERBS", "Command", "command_of", "main", "parser_of"]
 
 _DESCRIPTION = """\
 SGX without the hardware: read, measure, sign and run enclaves on a software machine with a finite,
@@ -103,6 +103,19 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"softsgx {softsgx.__version__}")
+    _add_verbs(parser, names)
+    return parser
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of one verb, as ``softsgx VERB`` has it."""
+    return _add_verbs(argparse.ArgumentParser(prog="softsgx"), (verb,))[verb]
+
+
+def _add_verbs(
+    parser: argparse.ArgumentParser, names: tuple[str, ...]
+) -> dict[str, argparse.ArgumentParser]:
+    """Add the verbs' parsers; return them by name."""
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for command in map(command_of, names):
         summary, _, rest = (command.__doc__ or "").partition("\n")
@@ -115,4 +128,4 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
         )
         command.configure(verb)
         verb.set_defaults(command=command)
-    return parser
+    return verbs.choices
