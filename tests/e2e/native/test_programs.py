@@ -20,7 +20,7 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import PAGERS, RunResult, doctor, run
+from softsgx.engines.native import PAGERS, RunResult, doctor, libc, run
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
@@ -198,6 +198,34 @@ def test_exit_codes_and_signals_are_the_programs_own() -> None:
 def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(SoftSgxError, match="/no/such/program: No such file or directory"):
         run(["/no/such/program"])
+
+
+def test_a_supervisor_that_is_aborted_leaves_no_core_dump(program: Program, tmp_path: Path) -> None:
+    """Hidden pages and the paging key are in its memory."""
+    code = (
+        "import resource, sys; from softsgx.engines.native import run;"
+        "most = resource.getrlimit(resource.RLIMIT_CORE)[1];"
+        "resource.setrlimit(resource.RLIMIT_CORE, (most, most));"
+        "run(sys.argv[1:], epc=4 << 20)"
+    )
+    command = [sys.executable, "-c", code, *program.argv("endless")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline()
+        supervisor.send_signal(signal.SIGABRT)
+        _, status = os.waitpid(supervisor.pid, 0)
+        supervisor.returncode = os.waitstatus_to_exitcode(status)
+    assert supervisor.returncode == -signal.SIGABRT
+    assert not os.WCOREDUMP(status)
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_a_run_its_caller_can_be_dumped_as_before(program: Program) -> None:
+    seen: set[bool] = set()
+    before = libc.dumpable()
+    assert program.run("reopen", tracer=lambda _event: seen.add(libc.dumpable())).exit_code == 0
+    assert seen == {False}
+    assert libc.dumpable() == before
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

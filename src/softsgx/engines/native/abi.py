@@ -232,6 +232,8 @@ UCONTEXT_CR2: Final = 40 + 8 * 22
 
 # seccomp and its BPF.
 PR_SET_PDEATHSIG: Final = 1
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
 PR_SET_SECCOMP: Final = 22
 PR_SET_NO_NEW_PRIVS: Final = 38
 SECCOMP_MODE_FILTER: Final = 2

@@ -322,6 +322,7 @@ def _in_child(run: Callable[[], object]) -> int:
     if pid == 0:
         status = 1
         try:
+            libc.set_dumpable(False)  # a signal is an answer here, not an accident
             run()
             status = 0
         finally:

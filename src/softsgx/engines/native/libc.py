@@ -136,6 +136,16 @@ def hardware_capabilities() -> int:
     return int(_libc.getauxval(ctypes.c_ulong(abi.AT_HWCAP2)))
 
 
+def dumpable() -> bool:
+    """Return whether this process may leave a core dump, and be traced by others of its user."""
+    return bool(syscall(abi.SYS_PRCTL, abi.PR_GET_DUMPABLE, 0, 0, 0, 0))
+
+
+def set_dumpable(yes: bool) -> None:
+    """Say whether this process may leave a core dump, and be traced by others of its user."""
+    syscall(abi.SYS_PRCTL, abi.PR_SET_DUMPABLE, int(yes), 0, 0, 0)
+
+
 def end_with(parent: int | None) -> None:
     """Let SIGKILL end this process when the thread ends that made it in process ``parent``.
 

@@ -31,7 +31,7 @@ from softsgx.driver import (
     ProvisionFile,
     RestrictPermissions,
 )
-from softsgx.engines.native import abi
+from softsgx.engines.native import abi, libc
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
@@ -191,7 +191,7 @@ class Supervisor(Lifecycle):
         # The terminal's interrupt goes to the program as well; what it means is for it to say.
         main = threading.current_thread() is threading.main_thread()
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-        limits = raise_limits()
+        limits, dumpable = raise_limits(), libc.dumpable()
         try:
             bpf = build_filter(everything=self._strict)
             first = start_program(
@@ -206,6 +206,9 @@ class Supervisor(Lifecycle):
             )
             try:
                 with self._waits.signals_blocked():
+                    # Hidden pages and the paging key are in our memory.  Not earlier: a child
+                    # that has not executed yet would inherit it, and could not be traced.
+                    libc.set_dumpable(False)
                     thread = self._adopt_program(first, Process(first.tid, self._group))
                     if started is not None:
                         started(first.tid)
@@ -227,6 +230,7 @@ class Supervisor(Lifecycle):
             self._registry.close()
             self._affinity.close()
             set_limits(limits)
+            libc.set_dumpable(dumpable)
             if interrupt_handler is not None:
                 signal.signal(signal.SIGINT, interrupt_handler)
 
