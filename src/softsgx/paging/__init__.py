@@ -1,6 +1,6 @@
-"""The EPC core: allocate, charge, age, reclaim, fault back, back up.
+"""The EPC core: allocates, charges, ages, evicts and loads EPC pages, whatever their owner.
 
-Reclaim is core, and who owns a page is not the core's business.
+Owners, groups and backing files implement the protocols of :mod:`.interfaces`.
 """
 
 from softsgx.paging.backing import (

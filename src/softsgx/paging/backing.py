@@ -1,8 +1,8 @@
-"""Ordinary memory that evicted pages go to.
+"""Backing files of evicted pages.
 
-A backing file behaves as shmem does under memory pressure: what is not marked dirty may be dropped
-and read again as it was last written out.  Whoever writes and forgets to say so loses his bytes;
-only not at once, which is what makes it hard to see.
+A backing file behaves as shmem under memory pressure: it may drop a page that is not dirty, and
+reads it again as it was last written out.  Bytes that are written without :meth:`mark_dirty` are
+lost at some later time, so such a bug is hard to find.
 
 Source:
     ``sgx_encl_alloc_backing()`` and ``sgx_encl_put_backing()``, encl.c; shmem's write-out.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class _CachedPage:
-    """A page in memory; ``unpinned`` hears when its last pin is gone."""
+    """A page in memory; calls ``unpinned`` at the last unpin."""
 
     __slots__ = ("_unpinned", "_view", "data", "dirty", "index", "pins")
 
@@ -52,11 +52,11 @@ class _CachedPage:
         return view[start : start + size]
 
     def mark_dirty(self) -> None:
-        """Keep what was written."""
+        """As :meth:`BackingPage.mark_dirty`."""
         self.dirty = True
 
     def unpin(self) -> None:
-        """Give one pin back."""
+        """As :meth:`BackingPage.unpin`."""
         pins = self.pins = self.pins - 1
         assert pins >= 0, f"backing page {self.index} unpinned too often"
         if not pins and self._unpinned is not None:
@@ -64,11 +64,11 @@ class _CachedPage:
 
 
 class _CachingFile:
-    """What the kinds of backing share: pages in memory, and a limit on how many there are.
+    """Base of the backing files: a cache of pages in memory, and a limit on the pages.
 
     Args:
         limit_pages: the limit; ``None`` for none.
-        unpinned: told when the last pin of a page is gone; ``None``: it stays where it is.
+        unpinned: called at the last unpin of a page; ``None``: the page stays in memory.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class _CachingFile:
         return page
 
     def _stored(self, index: int) -> bytearray | None:
-        """Return a copy of a page that is not in memory, ``None`` when there is none."""
+        """Return a copy of a page that is not in memory; ``None``: the file does not have it."""
         raise NotImplementedError
 
     def _reserve(self, index: int) -> None:
-        """Make sure of room for a new page; ``BackingError``: there is none."""
+        """Reserve space for a new page; ``BackingError``: there is none."""
 
     def pages(self) -> int:
         """As :meth:`BackingFile.pages`."""
@@ -109,7 +109,7 @@ class _CachingFile:
 class MemoryBacking(_CachingFile):
     """A backing file in this process' memory.
 
-    Pages stay there when nobody pins them: there is no pressure until :meth:`drop_clean` says so.
+    Unpinned pages stay in memory until :meth:`drop_clean` simulates memory pressure.
 
     Args:
         limit_pages: how many pages it may hold; ``None`` for any number.
@@ -141,14 +141,14 @@ class MemoryBacking(_CachingFile):
         self._written_out.clear()
 
     def write_out(self) -> None:
-        """Memory pressure, first half: store dirty pages, pinned ones too; all are clean then."""
+        """Memory pressure, first half: store all dirty pages, which are clean then."""
         for index, page in self._cached.items():
             if page.dirty:
                 self._written_out[index] = bytes(page.data)
                 page.dirty = False
 
     def drop_clean(self) -> None:
-        """Memory pressure, second half: forget clean pages that nobody pins."""
+        """Memory pressure, second half: drop clean pages that are not pinned."""
         for index, page in list(self._cached.items()):
             if not page.dirty and not page.pins:
                 del self._cached[index]
@@ -156,7 +156,7 @@ class MemoryBacking(_CachingFile):
                 self._written_out.setdefault(index, bytes(PAGE_BYTES))
 
     def squeeze(self) -> None:
-        """Both halves."""
+        """Memory pressure: :meth:`write_out`, then :meth:`drop_clean`."""
         self.write_out()
         self.drop_clean()
 
@@ -170,7 +170,7 @@ class Disk(Protocol):
     """A file of numbered pages; every request may fail with ``OSError``."""
 
     def allocate(self, place: int) -> None:
-        """Make sure that page ``place`` can be written."""
+        """Reserve space for page ``place``."""
 
     def read(self, place: int) -> bytes:
         """Return page ``place``; fewer bytes where the file ends."""
@@ -179,17 +179,17 @@ class Disk(Protocol):
         """Write page ``place`` from byte ``done`` on; return how many bytes were written."""
 
     def close(self) -> None:
-        """Give the space back; never fails."""
+        """Free the space; never fails."""
 
 
 class TemporaryFile:
-    """An unnamed file of the system's: a :class:`Disk`.
+    """A :class:`Disk` in an unnamed temporary file.
 
     Args:
-        directory: where; the system's directory for temporary files when ``None``.
+        directory: its directory; the system's directory for temporary files when ``None``.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be made.
     """
 
     def __init__(self, directory: str | None) -> None:
@@ -210,19 +210,19 @@ class TemporaryFile:
 
     def close(self) -> None:
         """As :meth:`Disk.close`."""
-        with suppress(OSError):  # an error of the last write-out, of bytes that nobody needs
+        with suppress(OSError):  # the last write-out failed; the bytes are not needed
             self._file.close()
 
 
 class FileBacking(_CachingFile):
     """A backing file on disk: an unnamed temporary file that keeps nothing in memory.
 
-    A page that cannot be written stays in memory, so nothing is lost; as long as there is one, no
-    other page is taken, and each request for one tries again to write those that are left.
+    A page that cannot be written stays in memory, so no content is lost.  While there is such a
+    page, :meth:`pin` first tries to write it, and creates no other page if that fails.
 
     Args:
         limit_pages: how many pages it may hold; ``None`` for any number.
-        directory: where; the system's directory for temporary files when ``None``.
+        directory: its directory; the system's directory for temporary files when ``None``.
         open_disk: makes the file, given the directory.
 
     Raises:
@@ -265,7 +265,7 @@ class FileBacking(_CachingFile):
             error = self._write(page)
             if error is not None:
                 raise _failed("be written", error) from error
-        # Blocks of the disk are taken now: when the page is written, it is rarely too late.
+        # Allocate the blocks now, so that the later write rarely fails.
         place = self._holes[-1] if self._holes else len(self._places)
         try:
             self._disk.allocate(place)
@@ -285,7 +285,7 @@ class FileBacking(_CachingFile):
             del self._cached[page.index]
 
     def _write(self, page: _CachedPage) -> OSError | None:
-        """Write a dirty page and forget it if nobody pins it; it stays when that fails."""
+        """Write a dirty page, and drop it if it is not pinned; on an error it stays."""
         place, done = self._places[page.index], 0
         try:
             while done < PAGE_BYTES:
@@ -304,7 +304,7 @@ class FileBacking(_CachingFile):
         return None
 
     def truncate(self, index: int) -> None:
-        """As :meth:`BackingFile.truncate`; the place is used again, what is in it is never read."""
+        """As :meth:`BackingFile.truncate`; the place in the file is used again."""
         self._cached.pop(index, None)
         self._unwritten.pop(index, None)
         self._blank.discard(index)
@@ -329,11 +329,11 @@ def _failed(what: str, error: OSError) -> BackingError:
 
 
 class FailingBacking:
-    """A backing file that fails when told to.
+    """A backing file that fails on request, for tests.
 
     Args:
-        inner: where pages really go.
-        fail: asked with the number of each :meth:`pin`, counting from 1; ``True`` fails it.
+        inner: the backing file that holds the pages.
+        fail: called with the number of each :meth:`pin`, counting from 1; ``True`` fails it.
 
     Attributes:
         requests: calls of :meth:`pin` so far.

@@ -1,24 +1,24 @@
-"""Progress: a thread gets every page that its instruction needs at once, however small the EPC.
+"""Progress: a thread gets every page that its instruction needs together, however small the EPC.
 
-An instruction completes when all pages that it touches are resident together.  Where several
-threads fault, each load may evict what another thread has loaded and not used yet, and none of
-them completes.  So each thread has a :class:`Claim`, which remembers its latest loads.  A thread
-that must load a page again which is among them was thrashes, and queues.  The first of the queue
-*holds*: until its instruction has completed
+An instruction completes when all pages that it touches are resident together.  When several threads
+fault in a small EPC, each load may evict a page that another thread has loaded and not used yet, so
+that no instruction completes.  Therefore each thread has a :class:`Claim`, which records its latest
+loads.  A thread *thrashes* when it must load one of these pages again; it then joins a queue.  The
+first thread of the queue *holds* the EPC until its instruction has completed:
 
-* the pages that it has loaded since, as many as an instruction can touch, are kept: the reclaimer
-  passes over them;
-* while it loads one, what it has fetched for that (SECS, VA pages) is kept as well; afterwards the
-  loaded page itself keeps these in the EPC;
-* while it waits for a page, allocations of others in the group that is short stand aside.
+* the reclaimer keeps the pages that it loads, as many as an instruction can touch;
+* while it loads a page, the reclaimer also keeps the pages that must be loaded first (SECS, VA
+  pages); afterwards they stay because the loaded page needs them;
+* while it waits for a page, allocations of other threads in the group without pages stand back.
 
-One thread holds at a time, so what is kept is bounded, whatever the number of threads.  A turn ends
-when the engine says that the instruction has completed (:meth:`Claims.release`), when more was
-loaded than an instruction can touch, or when others need a page and the thread was given time to
-execute: an engine that runs threads on real processors does not hear of completed instructions.
+One thread holds at a time, so the number of kept pages is bounded, whatever the number of threads.
+A turn ends when the engine reports that the instruction has completed (:meth:`Claims.release`),
+when the thread has loaded more pages than an instruction can touch, or when another thread needs a
+page and the holder has had time to execute: an engine that runs threads on real processors does not
+learn of completed instructions.
 
-Modelled: Linux promises nothing of the kind.  Threads of one machine can rob each other there for
-as long as they like; with the EPC of real machines it is not seen.
+Deviation: Linux guarantees no progress.  Its threads can evict each other's pages without end; with
+the EPC of real machines this is not seen.
 
 Lock order: the latch is innermost.
 """
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 __all__ = ["PAUSE_NS", "Claim", "Claims", "needed_pages", "pages_at_once"]
 
 PAUSE_NS = 50_000
-"""How long others sleep at a time while a thread has its turn."""
+"""How long other threads sleep at a time while a thread holds."""
 
 _CODE_PAGES, _DATA_PAGES = 2, 4
-"""What one instruction touches at most: it, its source and its destination may each cross a page
-border; the largest operand is the area of XRSTOR with AMX state, of four pages.  String, gather and
-scatter instructions and tile loads keep what they have done when they fault."""
+"""Pages that one instruction touches at most.  Instruction, source and destination may each cross a
+page border; the largest operand is the area of XRSTOR with AMX state, of four pages.  String,
+gather and scatter instructions and tile loads keep their progress when they fault."""
 _UPPER_VA_PAGES = 2
 _FIRST_GRACE_NS, _LONGEST_GRACE_NS = 1_000_000, 1_000_000_000
 
@@ -54,8 +54,8 @@ _FIRST_GRACE_NS, _LONGEST_GRACE_NS = 1_000_000, 1_000_000_000
 def pages_at_once(config: MachineConfig) -> int:
     """Return how many pages of its enclave a thread needs together at most.
 
-    They are what one instruction touches, and TCS, XSAVE pages and GPR page of the SSA frame,
-    without which the thread cannot resume after an exit.
+    They are the pages that one instruction touches, and TCS, XSAVE pages and GPR page of the SSA
+    frame, which the thread needs to resume after an exit.
     """
     xsave_pages = -(-config.xsave_bytes(config.xfrm) // PAGE_BYTES)
     return _CODE_PAGES + _DATA_PAGES + 1 + xsave_pages + 1
@@ -64,8 +64,9 @@ def pages_at_once(config: MachineConfig) -> int:
 def needed_pages(config: MachineConfig) -> int:
     """Return how many EPC pages let every thread of every program make progress.
 
-    They are those of one thread, since threads take turns: the pages that it needs together; for
-    each of them a VA page, which stays for its version; the SECS; and two upper levels of VA pages.
+    They are the pages of one thread, since threads take turns: those that it needs together; for
+    each of them a VA page, which may have a slot for its version; the SECS; and two upper levels of
+    VA pages.
     """
     return 2 * pages_at_once(config) + 1 + _UPPER_VA_PAGES
 
@@ -74,36 +75,36 @@ class Claim:
     """One thread's latest loads.
 
     Attributes:
-        loads: the owner of each page of its enclave and where it was loaded, oldest first.
-        fetched: the same of what the load in progress needs first: SECS, VA pages.
-        since_ns: while it holds: when its thread was last seen to need a page.
+        loads: owner and EPC page of its latest loads of enclave pages, oldest first.
+        prerequisites: owner and EPC page of the SECS and VA pages that the load in progress needed.
+        since_ns: while it holds: when its thread last needed a page.
         grace_ns: how long the thread may take from then on to execute its instruction.
-        left: while it holds: loads until its instruction must have completed.
+        loads_left: while it holds: loads until its instruction must have completed.
     """
 
-    __slots__ = ("fetched", "grace_ns", "left", "loads", "since_ns")
+    __slots__ = ("grace_ns", "loads", "loads_left", "prerequisites", "since_ns")
 
     def __init__(self) -> None:
         self.loads: OrderedDict[Reclaimable, SgxEpcPage] = OrderedDict()
-        self.fetched: dict[Reclaimable, SgxEpcPage] = {}
-        self.since_ns = self.left = 0
+        self.prerequisites: dict[Reclaimable, SgxEpcPage] = {}
+        self.since_ns = self.loads_left = 0
         self.grace_ns = _FIRST_GRACE_NS
 
 
 class Claims:
-    """Who holds, and who comes next.
+    """The claim that holds, and the queue of those that wait for their turn.
 
     Args:
         runtime: for time and the latch.
         pages: how many pages a thread needs together.
-        counters: told of turns.
-        released: called when pages that were kept are candidates again.
+        counters: the core's.
+        released: called when pages that were kept can be evicted again.
 
     Attributes:
         pages: as given.
-        holder: whose turn it is, ``None`` when no thread was thrashes.
-        short: the group in which the holder waits for a page; allocations of others that are
-            charged there stand aside.
+        holder: the claim that holds; ``None`` while no thread thrashes.
+        short: the group in which the holder waits for a page; allocations of other threads that are
+            charged there stand back.
     """
 
     def __init__(
@@ -120,34 +121,34 @@ class Claims:
         self._runtime, self._counters, self._released = runtime, counters, released
         self._latch = runtime.latch()
         self._queue: deque[Claim] = deque()
-        self._kept: list[SgxEpcPage] = []  # of the holder's enclave
-        self._kept_fetched: list[SgxEpcPage] = []
+        self._kept: list[SgxEpcPage] = []  # pages of the holder's enclave
+        self._kept_prerequisites: list[SgxEpcPage] = []
 
-    # --- of the thread itself ---------------------------------------------------------------------
+    # --- calls for the thread of a claim ----------------------------------------------------------
 
     def prerequisite_loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
-        """Note that a SECS or VA page was loaded, which the load in progress needs first."""
-        thrashes = owner in claim.fetched
-        claim.fetched[owner] = page
+        """Record the load of a SECS or VA page that the load in progress needs first."""
+        thrashes = owner in claim.prerequisites
+        claim.prerequisites[owner] = page
         if claim is self.holder:
             claim.since_ns = self._runtime.now_ns()
             page.kept = True
-            self._kept_fetched.append(page)
+            self._kept_prerequisites.append(page)
         elif thrashes:
             self._line_up(claim)
 
     def loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
-        """Note that a page of its enclave was loaded for the thread of ``claim``."""
+        """Record the load of a page of its enclave for the thread of ``claim``."""
         loads = claim.loads
         thrashes = loads.pop(owner, None) is not None
         loads[owner] = page
         if len(loads) > self.pages:
             loads.popitem(last=False)
-        claim.fetched.clear()
+        claim.prerequisites.clear()
         if claim is self.holder:
-            self._let_go_of_fetched()
+            self._release_prerequisites()
             claim.since_ns = self._runtime.now_ns()
-            claim.left -= 1
+            claim.loads_left -= 1
             page.kept = True
             self._kept.append(page)
         elif thrashes:
@@ -155,8 +156,8 @@ class Claims:
 
     def allocating(self, claim: Claim | None) -> None:
         """The thread of ``claim`` is about to allocate a page."""
-        if claim is not None and claim is self.holder and not claim.left:
-            # It has loaded what an instruction can touch, so one has completed.
+        if claim is not None and claim is self.holder and not claim.loads_left:
+            # It has loaded as many pages as an instruction can touch, so one has completed.
             self.release(claim)
 
     def waiting(self, claim: Claim | None, group: Group) -> None:
@@ -166,21 +167,21 @@ class Claims:
             claim.since_ns = self._runtime.now_ns()
 
     def got_page(self, claim: Claim | None) -> None:
-        """The thread of ``claim`` waits no more."""
+        """The thread of ``claim`` no longer waits."""
         if claim is self.holder:
             self.short = None
 
     def release(self, claim: Claim) -> None:
-        """The thread's instruction has completed, or never will: it needs nothing any more."""
+        """The thread's instruction has completed, or never will: forget its loads, end its turn."""
         claim.loads.clear()
-        claim.fetched.clear()
+        claim.prerequisites.clear()
         claim.grace_ns = _FIRST_GRACE_NS
         self._end(claim)
 
-    # --- of others --------------------------------------------------------------------------------
+    # --- calls for other threads ------------------------------------------------------------------
 
     def must_stand_back(self, claim: Claim | None, group: Group) -> bool:
-        """Return whether an allocation charged to ``group`` must leave the next page to others."""
+        """Return whether an allocation charged to ``group`` must leave a page to the holder."""
         short = self.short
         return (
             short is not None
@@ -190,13 +191,13 @@ class Claims:
         )
 
     def held_by_other(self, claim: Claim | None) -> bool:
-        """Return whether pages are kept from the thread of ``claim``, which needs one."""
+        """Return whether another claim holds while the thread of ``claim`` needs a page."""
         holder = self.holder
         if holder is None or holder is claim:
             return False
         if self._runtime.now_ns() - holder.since_ns <= holder.grace_ns:
             return True
-        # It had time to execute; if that was not enough, it is thrashes again and gets more.
+        # The holder had time to execute. If that was too short, it thrashes again and gets more.
         holder.grace_ns = min(2 * holder.grace_ns, _LONGEST_GRACE_NS)
         self._end(holder)
         return self.holder is not None
@@ -220,20 +221,20 @@ class Claims:
             for page in self._kept:
                 page.kept = False
             self._kept.clear()
-            self._let_go_of_fetched()
+            self._release_prerequisites()
             self.holder = self.short = None
             self._next()
         self._released()
 
-    def _let_go_of_fetched(self) -> None:
-        for page in self._kept_fetched:
+    def _release_prerequisites(self) -> None:
+        for page in self._kept_prerequisites:
             page.kept = False
-        self._kept_fetched.clear()
+        self._kept_prerequisites.clear()
 
     def _next(self) -> None:
         """Begin the turn of the first in the queue; the latch is held."""
         if not self._queue:
             return
         claim = self.holder = self._queue.popleft()
-        claim.left, claim.since_ns = self.pages, self._runtime.now_ns()
+        claim.loads_left, claim.since_ns = self.pages, self._runtime.now_ns()
         self._counters.claims += 1

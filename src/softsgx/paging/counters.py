@@ -1,4 +1,4 @@
-"""What the core counts beside its state: how often things happened.
+"""Numbers of events in the core.
 
 Source:
     Mainline Linux counts none of this; the names are those its patches have proposed.
@@ -13,25 +13,26 @@ __all__ = ["Counters"]
 
 @dataclass(slots=True)
 class Counters:
-    """Events since the core was made; only ever grows, except ``held``.
+    """Events since the core was made; each number only grows, except ``held``.
 
     Attributes:
-        held: pages handed out now, by kind (``secs``, ``va``, ``reg``, ``tcs``, ``vepc``).
-        batches: batches of reclaim; ``scanned`` pages isolated, of which ``young`` and
+        held: pages allocated now, by kind (``secs``, ``va``, ``reg``, ``tcs``, ``vepc``).
+        batches: reclaim batches; ``scanned``: pages that they isolated.  Of these ``young``,
             ``not_prepared`` (no backing, no VA slot), ``kept`` (for a thread that holds),
-            ``not_blocked`` and ``not_written`` went back, ``dying`` were forgotten, ``reclaimed``
-            left.
-        ewb_first, ewb_second, ewb_third: evictions by the try that succeeded.
-        ewb_failed: evictions that did not.
-        etrack, prev_trk_incmpl, kicks: tracking cycles begun, refused, rounds of interrupts.
-        eldu, eldu_failed: pages loaded; refused by MAC, fault or backing.
-        secs_out, secs_in, va_out, va_in: those of them that were SECS and VA pages.
-        va_made: EPA.
-        truncated, pcmd_truncated: backing pages given back.
+            ``not_blocked`` and ``not_written`` went back to their list, ``dying`` had an owner that
+            was being destroyed, ``reclaimed`` were evicted.
+        ewb_first, ewb_second, ewb_third: evictions, by the try that succeeded.
+        ewb_failed: evictions that failed.
+        etrack, prev_trk_incmpl, kicks: ETRACKs, those that returned PREV_TRK_INCMPL, rounds of
+            interrupts.
+        eldu, eldu_failed: pages loaded; loads refused by MAC, fault or backing.
+        secs_out, secs_in, va_out, va_in: SECS and VA pages evicted and loaded.
+        va_made: VA pages made by EPA.
+        truncated, pcmd_truncated: backing pages freed; those of them that held PCMDs.
         lost: pages whose content no longer exists (power loss, or a defect).
         alloc_busy, alloc_none, alloc_interrupted: refused allocations.
-        direct: batches that an allocation had to wait for.
-        claims: turns of threads that were thrashes of what they had loaded.
+        direct: batches that an allocation ran itself.
+        claims: turns of threads that thrashed.
         wakeups: times that ksgxd was woken.
         leaked: pages that EREMOVE refused.
         unsanitized: pages left after sanitizing.
@@ -74,5 +75,5 @@ class Counters:
     unsanitized: int = 0
 
     def as_dict(self) -> dict[str, object]:
-        """Return all of them by name, a copy."""
+        """Return a copy of the counters by name."""
         return asdict(self)

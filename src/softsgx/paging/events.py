@@ -1,6 +1,6 @@
-"""What the core tells a listener.
+"""Events of the core.
 
-The hardware's own events (``sgx:ewb`` with its result) come from ``hw``; these say why.
+The events of the leaves themselves (``sgx:ewb`` with its result) come from ``hw``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Allocated(Event):
-    """A page was handed out."""
+    """A page was allocated."""
 
     NAME: ClassVar[str] = "sgx:alloc"
 
@@ -42,7 +42,7 @@ class Allocated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Freed(Event):
-    """A page is free again, or in quarantine."""
+    """A page was freed; a poisoned one goes into quarantine."""
 
     NAME: ClassVar[str] = "sgx:free"
 
@@ -62,7 +62,7 @@ class Refused(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChargeRefused(Event):
-    """A group is at its limit."""
+    """A group is at its limit: the caller reclaims (``reclaim``) or is refused (``busy``)."""
 
     NAME: ClassVar[str] = "sgx:charge"
 
@@ -71,7 +71,7 @@ class ChargeRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class Isolated(Event):
-    """Phase A: a batch has taken pages off a list."""
+    """Phase A: a batch has isolated pages of a list."""
 
     NAME: ClassVar[str] = "sgx:isolate"
 
@@ -82,7 +82,7 @@ class Isolated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Aged(Event):
-    """Phase B: a page was used since the last look, or not."""
+    """Phase B: ``young``: the page was accessed since the last scan, and stays."""
 
     NAME: ClassVar[str] = "sgx:age"
 
@@ -92,7 +92,7 @@ class Aged(Event):
 
 @dataclass(frozen=True, slots=True)
 class NotPrepared(Event):
-    """A page goes back to its list: ``prepare``, ``block`` or ``write`` said no."""
+    """A page goes back to its list; ``stage`` is the step that failed, ``poisoned`` or ``kept``."""
 
     NAME: ClassVar[str] = "sgx:skip"
 
@@ -113,7 +113,7 @@ class TrackingRound(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evicted(Event):
-    """EWB has ended for good.
+    """EWB has evicted a page, or failed for the last time.
 
     Attributes:
         page: the EPC page.
@@ -145,7 +145,7 @@ class Loaded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Truncated(Event):
-    """A backing page was given back."""
+    """A backing page with PCMDs was freed."""
 
     NAME: ClassVar[str] = "sgx:truncate"
 
@@ -164,7 +164,7 @@ class BatchDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class Poisoned(Event):
-    """A machine check named this page."""
+    """A machine check reported this page."""
 
     NAME: ClassVar[str] = "sgx:poison"
 
@@ -174,7 +174,7 @@ class Poisoned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Leaked(Event):
-    """EREMOVE refused a page, which can never be used again: somebody's bug."""
+    """EREMOVE refused a page, which is a bug of its owner: the page is never used again."""
 
     NAME: ClassVar[str] = "sgx:leak"
 
@@ -185,7 +185,7 @@ class Leaked(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sanitized(Event):
-    """Sanitizing has ended; ``left`` pages could not be freed."""
+    """Sanitizing has ended; EREMOVE could not free ``left`` pages."""
 
     NAME: ClassVar[str] = "sgx:sanitize"
 

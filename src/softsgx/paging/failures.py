@@ -1,7 +1,7 @@
-"""How the core refuses: what its callers turn into errno values.
+"""Refusals of the core, which its callers turn into errno values.
 
-None of these is an ``OSError``: which errno a shortage becomes is for whoever speaks to user space
-to say.  The usual one stands beside each.
+None of these is an ``OSError``: the code that serves user space chooses the errno.  The docstring
+of each names the usual one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class PagingError(Exception):
 
 
 class NoEpc(PagingError):
-    """There is no EPC page and none can be reclaimed: ENOMEM.  Its text says why."""
+    """No EPC page is free and none can be reclaimed: ENOMEM.  The text says why."""
 
 
 class EpcBusy(PagingError):
-    """There is no EPC page now, but reclaim may make one; try again: EBUSY.
+    """No EPC page is free now, but reclaim may free one; try again: EBUSY.
 
     Attributes:
-        outcomes: how often there had been news by then; for :meth:`EpcCore.wait_for_page`.
-        group: in whose subtree a page has to leave first; ``None`` is the root.
-        pause: whether another thread has its turn, so that the way to wait is a short sleep.
+        outcomes: ksgxd's ``outcomes`` at the refusal; for :meth:`EpcCore.wait_for_page`.
+        group: a page of its subtree has to be evicted first; ``None`` is the root.
+        pause: another thread holds its claim, so the caller sleeps for a short time.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class EpcBusy(PagingError):
 
 
 class Interrupted(PagingError):
-    """A signal is pending in a caller that would have had to reclaim: ERESTARTSYS."""
+    """A signal is pending and the caller would have to reclaim: ERESTARTSYS."""
 
 
 class BackingError(PagingError):
-    """The backing file has no room or no such page, or its disk fails: ENOMEM."""
+    """The backing file is full, has no such page, or its disk fails: ENOMEM."""
 
 
 class LoadFailed(PagingError):
-    """ELDU refused a page, or its bytes were lost before: EFAULT, and SIGBUS for the enclave.
+    """ELDU refused a page, or its content is lost: EFAULT; SIGBUS for an access of the enclave.
 
     Attributes:
         result: the code's name in the manual, the fault, or ``lost``.
@@ -67,7 +67,7 @@ class LoadFailed(PagingError):
 
 
 class MachineCheck(Exception):
-    """EWB read poisoned memory: on silicon a machine check that nobody survives.
+    """EWB read poisoned memory: on silicon a fatal machine check.
 
-    Only a machine with a defect switched on by name raises it.
+    Raised only with a :class:`~softsgx.defects.Defect` switched on.
     """

@@ -1,6 +1,7 @@
-"""The EPC pages nobody has: on which node each is, how many there are, which are broken.
+"""The free EPC pages of all nodes, their count, and the poisoned pages.
 
-Invariant: ``count`` is what the nodes can hand out, except with the defects that say otherwise.
+Invariant: ``count`` is the number of pages that can be taken from the nodes, unless a defect is
+switched on that breaks it.
 
 Source:
     ``__sgx_alloc_epc_page()``, ``sgx_free_epc_page()``, ``sgx_page_cache_init()``, main.c.
@@ -22,15 +23,15 @@ __all__ = ["FreePages"]
 
 
 class FreePages:
-    """The free pages of all nodes; at first none, until they are given.
+    """The free pages of all nodes; none until they are given.
 
     Args:
-        sections: where EPC is.
+        sections: the EPC sections.
         runtime: for latches.
-        defects: B15, B17, L5.
+        defects: those to switch on.
 
     Attributes:
-        records: every page that was ever handed out, or is poisoned, by address.
+        records: every page that was ever allocated or poisoned, by address.
         nodes: by number.
         count: pages that can be taken.
     """
@@ -51,18 +52,18 @@ class FreePages:
             if Defect.FREE_COUNT_WITHOUT_LOCK in defects
             else AtomicCount(runtime)
         )
-        self._walks_for_ever = Defect.NODE_WALK_WITHOUT_END in defects
+        self._walks_without_end = Defect.NODE_WALK_WITHOUT_END in defects
         self._counts_poisoned = Defect.POISONED_PAGES_COUNTED_FREE in defects
         walk: Walk = walk_once
-        if self._walks_for_ever:
+        if self._walks_without_end:
             walk = partial(walk_until_back, point=runtime.point)
         self._walk = walk
         self._orders: dict[int, tuple[Node, ...]] = {}
 
-    # --- out ------------------------------------------------------------------------------------
+    # --- taking ---------------------------------------------------------------------------------
 
     def take(self, cpu_node: int) -> SgxEpcPage | None:
-        """Return a page, of the nearest node that has one; ``None`` when there is none."""
+        """Return a page of the first node that has one; ``None``: no page is free."""
         for node in self._orders.get(cpu_node) or self._order(cpu_node):
             page = node.take()
             if page is not None:
@@ -72,27 +73,27 @@ class FreePages:
 
     def _order(self, cpu_node: int) -> Iterable[Node]:
         nodes = list(self.nodes.values())
-        if self._walks_for_ever:
+        if self._walks_without_end:
             return self._walk(nodes, cpu_node)
         order = self._orders[cpu_node] = tuple(self._walk(nodes, cpu_node))
         return order
 
-    # --- back -----------------------------------------------------------------------------------
+    # --- freeing --------------------------------------------------------------------------------
 
     def give(self, page: SgxEpcPage) -> None:
-        """Take a page back; a poisoned one goes into quarantine."""
+        """Free a page; a poisoned one goes into quarantine."""
         if self.nodes[page.node].give(page) or self._counts_poisoned:
             self.count.add(1)
 
     def give_clean(self, addr: EpcAddr) -> None:
-        """A page was sanitized: it is free, or poisoned and goes into quarantine."""
+        """Free a sanitized page; a poisoned one goes into quarantine."""
         section = self.section_of(addr)
         assert section is not None, f"sanitized {addr:#x} is no EPC page"
         if self.nodes[section.node].give_clean(addr):
             self.count.add(1)
 
     def give_all_but(self, dirty: Sequence[int]) -> None:
-        """Every page is free, except those at the addresses ``dirty``, which are sorted."""
+        """Free every page except those at the sorted addresses ``dirty``."""
         for section in self._sections:
             node = self.nodes[section.node]
             start, end = section.base, section.base + section.size
@@ -102,10 +103,10 @@ class FreePages:
                     self.count.add((addr - start) // PAGE_BYTES)
                 start = addr + PAGE_BYTES
 
-    # --- broken ---------------------------------------------------------------------------------
+    # --- poisoned pages -------------------------------------------------------------------------
 
     def poison(self, addr: EpcAddr, node: int, *, dirty: bool) -> tuple[SgxEpcPage, bool] | None:
-        """As :meth:`Node.poison`; a free page is not counted any more."""
+        """As :meth:`Node.poison`; a free page is no longer counted."""
         found = self.nodes[node].poison(addr, dirty=dirty)
         if found is not None and found[1] and not self._counts_poisoned:
             self.count.add(-1)
@@ -120,7 +121,7 @@ class FreePages:
         """Return how many pages are poisoned, counted from the records."""
         return sum(page.poisoned for page in list(self.records.values()))
 
-    # --- where ----------------------------------------------------------------------------------
+    # --- nodes and sections ---------------------------------------------------------------------
 
     def node_pages(self) -> dict[int, int]:
         """Return how many pages each node has, free or not."""

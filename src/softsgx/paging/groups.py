@@ -1,4 +1,4 @@
-"""The group there is when nobody groups: everything is charged to it, nothing is refused."""
+"""The group of a core without limits: every page is charged to it, no charge is refused."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Ungrouped:
         self.lru = Lru(runtime)
 
     def try_charge(self) -> Group | None:
-        """Charge nothing; never refuse."""
+        """Return ``None``: no charge is refused."""
         return None
 
     def uncharge(self) -> None:
-        """Nothing was charged."""
+        """Do nothing."""
 
     def walk(self) -> Iterator[Group]:
-        """Yield this group, for ever."""
+        """Yield this group without end."""
         return repeat(self)
 
     def is_below(self, other: Group) -> bool:
@@ -34,7 +34,7 @@ class Ungrouped:
         return other is self
 
     def describe(self) -> str:
-        """Return what it is."""
+        """Return what limits it, for messages."""
         return "the EPC"
 
     def has_reclaimable(self) -> bool:
@@ -42,5 +42,5 @@ class Ungrouped:
         return len(self.lru) > 0
 
     def reclaim_failed(self) -> bool:
-        """Return ``False``: nobody is killed."""
+        """Return ``False``: nothing can be killed."""
         return False

@@ -1,4 +1,4 @@
-"""A SECS whose last child has gone, waiting for the reclaimer.
+"""A SECS without resident children, as the reclaimer sees it.
 
 Lock order: the enclave's lock, as for any page of it.
 
@@ -19,13 +19,13 @@ __all__ = ["IdleSecs"]
 
 
 class IdleSecs:
-    """A SECS without resident children, to the reclaimer a page like any other.
+    """The :class:`~softsgx.paging.Reclaimable` of a SECS without resident children.
 
-    Linux never has one: it evicts a SECS with its last child.  Here it happens when that failed,
-    or when a SECS was loaded for a page that then was not.
+    Deviation: Linux evicts a SECS with its last child and never puts it on a list.  Here it is put
+    on its list when that eviction failed, or when it was loaded for a page whose load then failed.
 
     Attributes:
-        reservation: while it is about to leave.
+        reservation: backing and VA slot while it is being evicted; else ``None``.
     """
 
     def __init__(self, swap: EnclaveSwap) -> None:
@@ -33,7 +33,7 @@ class IdleSecs:
         self.reservation: Reservation | None = None
 
     def get(self) -> bool:
-        """Pin the enclave; ``False`` also when the SECS is needed: it is listed again later."""
+        """Pin the enclave; ``False`` also when the SECS has a resident child."""
         return not self._swap.children and self._swap.pin.get()
 
     def put(self) -> None:
@@ -41,11 +41,11 @@ class IdleSecs:
         self._swap.pin.put()
 
     def age(self) -> bool:
-        """Return ``True``: nobody uses it."""
+        """Return ``True``: no processor uses a SECS without resident children."""
         return True
 
     def prepare(self) -> bool:
-        """Reserve backing and a VA slot, unless a child has come."""
+        """Reserve backing and a VA slot, unless a child has become resident."""
         swap = self._swap
         with swap.lock:
             if swap.children or swap.secs is None:
@@ -58,7 +58,7 @@ class IdleSecs:
         return True
 
     def write(self) -> bool:
-        """EWB, unless somebody has needed it meanwhile."""
+        """EWB, unless the eviction was cancelled because a load needs the SECS."""
         swap = self._swap
         with swap.lock:
             reservation, self.reservation = self.reservation, None
@@ -67,7 +67,7 @@ class IdleSecs:
             return swap.write_secs(reservation)
 
     def cancel_eviction(self) -> None:
-        """Somebody needs the SECS: give up evicting it; the enclave's lock is held."""
+        """Keep the SECS resident for a load; the enclave's lock is held."""
         if self.reservation is not None:
             self._swap.cancel(self.reservation)
             self.reservation = None

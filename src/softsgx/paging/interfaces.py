@@ -1,8 +1,7 @@
-"""What the core asks of the parts it does not know.
+"""The protocols that owners, groups and backing files implement for the core.
 
-The core moves EPC pages between free lists, LRU lists and their owners.  Who owns a page, what
-accounts for it and where its bytes go when it leaves are the owner's, the group's and the backing
-file's business; here is what each must offer, with what holds when the core calls it.
+The core moves EPC pages between free lists, LRU lists and their owners.  Each method says which
+preconditions hold when the core calls it.
 
 Source:
     ``sgx_reclaim_pages()`` and its callees, arch/x86/kernel/cpu/sgx/main.c; the operations of the
@@ -23,11 +22,11 @@ __all__ = ["BackingFile", "BackingPage", "Group", "Hardware", "Reclaimable"]
 
 
 class Hardware(Protocol):
-    """What the core needs of a machine: a :class:`softsgx.hw.Machine`, or a guest's."""
+    """A machine: a :class:`softsgx.hw.Machine`, or a guest."""
 
     @property
     def config(self) -> MachineConfig:
-        """Sections, nodes, features: what CPUID tells."""
+        """Sections, nodes, features: what CPUID enumerates."""
 
     @property
     def leaves(self) -> Leaves:
@@ -35,19 +34,18 @@ class Hardware(Protocol):
 
 
 class Reclaimable(Protocol):
-    """One page's owner, as the reclaimer sees it.  Called in this order.
+    """The owner of one page, as the reclaimer calls it, in this order.
 
     ======== ===================== ===========================================================
     call     holds before          on ``True`` / ``False``
     ======== ===================== ===========================================================
-    get      LRU lock; page        pinned, it cannot be destroyed / it is dying: the core
-             just unlinked         forgets the page
-    age      pinned, no lock       old enough to leave / young: back to the LRU's tail
-    prepare  pinned, no lock       backing reserved, faults on the page back off /
-                                   back to the tail
+    get      LRU lock; page        pinned: it cannot be destroyed / it is being destroyed: the
+             just unlinked         core no longer tracks the page
+    age      pinned, no lock       old enough to be evicted / young: back to the LRU's tail
+    prepare  pinned, no lock       backing reserved, faults on the page wait / back to the tail
     block    prepared              no PTE maps it, EPCM.BLOCKED is set / undone: to the tail
-    write    blocked               bytes, PCMD and version are out and the owner has forgotten
-                                   the EPC page / the page is where it was, usable: to the tail
+    write    blocked               content, PCMD and version are written, the owner no longer
+                                   refers to the EPC page / the page stays, usable: to the tail
     put      pinned, no lock       always last; may run the owner's destructor
     ======== ===================== ===========================================================
 
@@ -55,13 +53,13 @@ class Reclaimable(Protocol):
     """
 
     def get(self) -> bool:
-        """Pin the owner so that it outlives this batch; never waits."""
+        """Pin the owner so that it outlives the batch; never waits."""
 
     def put(self) -> None:
         """Unpin."""
 
     def age(self) -> bool:
-        """Test and clear the accessed bits; ``True`` when nobody used the page since."""
+        """Test and clear the accessed bits; ``True``: no processor has accessed the page since."""
 
     def prepare(self) -> bool:
         """Reserve the backing and mark the page as being reclaimed, in one critical section."""
@@ -70,11 +68,11 @@ class Reclaimable(Protocol):
         """Remove every PTE, then EBLOCK."""
 
     def write(self) -> bool:
-        """EWB: as it is, after ETRACK, after kicking processors out."""
+        """EWB; if needed again after ETRACK, and again after an interrupt to each processor."""
 
 
 class Group(Protocol):
-    """Who is charged for an EPC page: the one place, whoever uses the page.
+    """The group that an EPC page is charged to.
 
     Attributes:
         lru: the reclaimable pages charged to exactly this group.
@@ -86,34 +84,34 @@ class Group(Protocol):
         """Charge one page to this group and its ancestors.
 
         Returns:
-            ``None`` when charged; otherwise nothing is charged and the result is the group whose
-            limit refused: reclaim has to happen in its subtree.
+            ``None`` when charged.  Otherwise nothing is charged, and the result is the group whose
+            limit refused: the caller reclaims in its subtree.
         """
 
     def uncharge(self) -> None:
-        """Take one page off this group and its ancestors."""
+        """Uncharge one page from this group and its ancestors."""
 
     def walk(self) -> Iterator[Group]:
-        """Yield the groups of the subtree, one endless fair round after the other.
+        """Yield the groups of the subtree in turn, without end.
 
-        The position is shared by all walkers of this group, so that siblings shrink evenly.
+        All walks from this group share one position, so that pages of siblings are evicted evenly.
         """
 
     def is_below(self, other: Group) -> bool:
-        """Return whether what is charged here is charged to ``other`` too."""
+        """Return whether a page charged here is charged to ``other`` too."""
 
     def describe(self) -> str:
-        """Return what has how many pages at most, for people."""
+        """Return the group and its limit, for messages."""
 
     def has_reclaimable(self) -> bool:
         """Return whether any LRU in the subtree has a page."""
 
     def reclaim_failed(self) -> bool:
-        """Nothing in the subtree can be reclaimed and a charge failed: a last resort.
+        """Free pages as a last resort: a charge failed and no page of the subtree can be evicted.
 
         Returns:
-            ``True`` when something was done that frees pages (an enclave was killed), so that the
-            charge is worth another try; ``False`` ends it with "no memory".
+            ``True``: an enclave was killed, so the core tries the charge again; ``False``: the
+            allocation fails.
         """
 
 
@@ -132,32 +130,32 @@ class BackingPage(Protocol):
         """Return ``size`` bytes of ``data`` from ``start``, writable while pinned."""
 
     def mark_dirty(self) -> None:
-        """Say that ``data`` was written; call after writing, or the bytes may be dropped."""
+        """Mark ``data`` as written; call after writing, or the file may drop the bytes."""
 
     def unpin(self) -> None:
-        """Give the pin back; a page that is not dirty may lose what was written to it."""
+        """Unpin the page; the file may drop the bytes of a page that is not dirty."""
 
 
 class BackingFile(Protocol):
-    """Ordinary memory that evicted pages go to: one file per enclave, sparse.
+    """The backing of evicted pages: one sparse file per enclave.
 
-    Only :meth:`pin` fails.  What was marked dirty is there afterwards, whatever a disk says: a page
-    that cannot be written stays in memory.
+    Only :meth:`pin` fails.  Dirty pages are never lost: a page that cannot be written to disk stays
+    in memory.
     """
 
     def pin(self, index: int, *, create: bool) -> BackingPage:
         """Return page ``index``, pinned.
 
         Raises:
-            BackingError: there is no room (``create``), no such page (not ``create``), or it
-                cannot be read or made; nothing has changed, and a later try may succeed.
+            BackingError: the file is full (``create``), has no such page (not ``create``), or its
+                disk fails; nothing has changed, and a later try may succeed.
         """
 
     def truncate(self, index: int) -> None:
-        """Drop page ``index``; pinned copies become detached from the file."""
+        """Free page ``index``; pinned copies are detached from the file."""
 
     def pages(self) -> int:
-        """Return how many pages it holds."""
+        """Return how many pages the file holds."""
 
     def close(self) -> None:
-        """Drop everything."""
+        """Free every page."""

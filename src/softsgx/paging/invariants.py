@@ -26,9 +26,9 @@ def check_pages(
     """Count the EPC pages again from raw state, and compare.
 
     Args:
-        pool: every page that has a record, the free lists, and their count to be checked.
-        dirty: the pages not sanitized yet.
-        counters: the counts of held and leaked pages to be checked.
+        pool: the page records, the free lists, and the free count.
+        dirty: the pages that are not sanitized yet.
+        counters: the counts of held and leaked pages.
         idle: whether no batch runs, so that every tracked page must be on a list.
 
     Raises:
@@ -82,4 +82,4 @@ def _check_lists(held: list[SgxEpcPage], *, idle: bool) -> None:
         else:
             assert not (page.tracked and idle), f"{page!r} is tracked, but on no list"
     stray = listed.keys() - set(held)
-    assert not stray, f"pages on a list that nobody has: {stray}"
+    assert not stray, f"pages on a list that are not allocated: {stray}"

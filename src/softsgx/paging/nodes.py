@@ -1,14 +1,14 @@
 """Free EPC pages: one list a NUMA node, and the walk over nodes when one is empty.
 
-A page that was never handed out is part of a range and costs nothing; it gets a record when it is
-first taken.  So a terabyte of EPC is a handful of ranges until somebody uses it.
+A page that was never allocated is part of a range and has no record; it gets one when it is first
+taken.  So a terabyte of unused EPC is a handful of ranges.
 
 Deviation: Linux keeps one list, first in, first out, so that a freed page comes last.  Here freed
-pages come first, among themselves in that order: the memory we take, and the time, follow the pages
-in use and not the size of the EPC.
+pages are taken first, in the order in which they were freed: memory and time depend on the pages in
+use, not on the size of the EPC.
 
-Invariants: a poisoned page is never taken.  ``free`` and
-``poisoned`` of a record are written under its node's latch.
+Invariants: a poisoned page is never taken; ``free`` and ``poisoned`` of a record are written under
+its node's latch.
 
 Source:
     ``sgx_numa_nodes``, ``__sgx_alloc_epc_page()``, ``sgx_free_epc_page()``, main.c.
@@ -43,21 +43,21 @@ class AtomicCount:
 
 
 class TornCount(AtomicCount):
-    """Defect B15: read and written back without a lock."""
+    """:attr:`Defect.FREE_COUNT_WITHOUT_LOCK`: read and written back without a lock."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
         self._point = runtime.point
 
     def add(self, change: int) -> None:
-        """Add ``change``, and undo what others add meanwhile."""
+        """Add ``change``; changes by other tasks at the same time are lost."""
         value = self.value
         self._point("free count")
         self.value = value + change
 
 
 class _Range:
-    """Pages that were never handed out, ``next`` up to ``end``."""
+    """Pages that were never allocated, from ``next`` up to ``end``."""
 
     __slots__ = ("end", "next")
 
@@ -69,13 +69,13 @@ class Node:
     """The free pages of one NUMA node.
 
     Args:
-        number: which node.
+        number: the node's number.
         runtime: for its latch.
-        pages: every record there is, by address; shared by all nodes.
+        pages: all page records by address; shared by all nodes.
 
     Attributes:
         epc_pages: pages of all its sections.
-        quarantine: poisoned pages that nobody uses.
+        quarantine: poisoned pages that are not in use.
     """
 
     def __init__(self, number: int, runtime: Runtime, pages: dict[int, SgxEpcPage]) -> None:
@@ -88,13 +88,13 @@ class Node:
         self._fresh: deque[_Range] = deque()
 
     def take(self) -> SgxEpcPage | None:
-        """Return the page that was freed first, or one never used; ``None`` when there is none."""
+        """Return the page that was freed first, or an unused one; ``None``: no page is free."""
         freed = self._freed
         self._latch.acquire()
         try:
             while freed:
                 page = freed.popleft()
-                # A poisoned page left the list when it was poisoned, except for its place here.
+                # A poisoned page is in quarantine already; only its place in the queue remains.
                 if not page.poisoned:
                     page.free = False
                     return page
@@ -181,7 +181,7 @@ class Node:
             return page, page.free
 
     def listed(self) -> Iterable[tuple[int, int]]:
-        """Yield (start, end) of everything on the list that can be taken; for checkers."""
+        """Yield (start, end) of all pages that can be taken; for checkers."""
         for page in list(self._freed):
             if not page.poisoned:
                 yield page.addr, page.addr + PAGE_BYTES
@@ -201,11 +201,11 @@ Walk = Callable[[Sequence[Node], int], Iterable[Node]]
 
 
 def walk_once(nodes: Sequence[Node], cpu_node: int) -> Iterable[Node]:
-    """Return every node once: the CPU's own, or the next one that has EPC, then round.
+    """Return every node once, beginning with the processor's own or the next one that has EPC.
 
     Args:
         nodes: the nodes that have EPC, by number.
-        cpu_node: the node of the CPU that asks.
+        cpu_node: the node of the calling processor.
     """
     start = next((at for at, node in enumerate(nodes) if node.number >= cpu_node), 0)
     return (*nodes[start:], *nodes[:start])
@@ -214,7 +214,7 @@ def walk_once(nodes: Sequence[Node], cpu_node: int) -> Iterable[Node]:
 def walk_until_back(
     nodes: Sequence[Node], cpu_node: int, point: Callable[[str], None]
 ) -> Iterable[Node]:
-    """Defect B17: go round until back at the CPU's node, which has no EPC and never comes."""
+    """:attr:`Defect.NODE_WALK_WITHOUT_END`: end only at ``cpu_node``, which may have no EPC."""
     at = next((at for at, node in enumerate(nodes) if node.number >= cpu_node), 0)
     while True:
         yield nodes[at]

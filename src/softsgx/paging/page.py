@@ -1,4 +1,4 @@
-"""What the core keeps of one EPC page: ``struct sgx_epc_page``.
+"""The core's record of one EPC page: ``struct sgx_epc_page``.
 
 Source:
     ``arch/x86/kernel/cpu/sgx/sgx.h``.
@@ -18,22 +18,22 @@ __all__ = ["SgxEpcPage"]
 
 
 class SgxEpcPage:
-    """One EPC page that was ever handed out.
+    """One EPC page that was ever allocated or poisoned.
 
     Attributes:
         addr: physical address.
         node: NUMA node it belongs to.
-        owner: whom the reclaimer asks about it; ``None`` for pages it never sees.
-        group: who is charged for it; ``None`` while it is free.
-        kind: what it is used for, a label for counters: ``secs``, ``va``, ``reg``, ``tcs``, …
+        owner: the reclaimer calls it; ``None``: the page is never reclaimed.
+        group: charged for it; ``None`` while it is free.
+        kind: a label for counters: ``secs``, ``va``, ``reg``, ``tcs``, …
         free: IS_FREE; written under the node's latch.
-        poisoned: its memory is broken; it is never handed out again.
+        poisoned: a machine check has reported it; it is never allocated again.
         tracked: TRACKED: on an LRU list, or isolated from it by a running batch.
         lru: the list it is tracked on; written under that list's latch.
-        blocked: EBLOCK was done to it and cannot be undone: no mapping of it may be made until it
-            has been evicted and loaded again.
-        kept: a thread needs it for its instruction: it stays until that has completed.
-        leaked: EREMOVE refused it, so it can never be used again.
+        blocked: EBLOCK was executed on it, which cannot be undone: it must not be mapped before it
+            was evicted and loaded again.
+        kept: the thread that holds needs it: it is not evicted until its instruction has completed.
+        leaked: EREMOVE refused it, so it is never used again.
     """
 
     __slots__ = (

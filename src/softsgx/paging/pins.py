@@ -1,6 +1,6 @@
-"""What keeps an owner of pages alive: references, the last of which destroys it.
+"""Reference counts: the last reference to an owner of pages destroys it.
 
-Lock order: the latch of the count is innermost, and not held when the last reference goes.
+Lock order: the latch of the count is innermost, and not held while the owner is destroyed.
 
 Source:
     ``struct kref``, include/linux/kref.h.
@@ -17,17 +17,17 @@ __all__ = ["Pin", "RefCounted"]
 
 
 class Pin(Protocol):
-    """The enclave's life: ``kref_get_unless_zero`` and ``kref_put``."""
+    """Keeps an owner alive: ``kref_get_unless_zero`` and ``kref_put``."""
 
     def get(self) -> bool:
-        """Keep the enclave from being destroyed; ``False`` when it is dying.  Never waits."""
+        """Keep the owner alive; ``False``: it is being destroyed.  Never waits."""
 
     def put(self) -> None:
-        """Give the pin back; may destroy the enclave.  Called without any lock."""
+        """Undo one :meth:`get`; may destroy the owner.  The caller holds no lock."""
 
 
 class RefCounted(ABC):
-    """A :class:`Pin` by counting; whoever makes it has the first reference.
+    """A :class:`Pin` that counts references; the constructor takes the first one.
 
     Args:
         runtime: for the latch.
@@ -35,17 +35,17 @@ class RefCounted(ABC):
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
-        self._quiet = not runtime.interleaves  # then nobody can come between two statements
+        self._uninterleaved = not runtime.interleaves  # no other task runs between two statements
         self._references = 1
 
     @property
     def referenced(self) -> bool:
-        """Whether there is a reference."""
+        """Whether there is a reference left."""
         return bool(self._references)
 
     def get(self) -> bool:
-        """Take a reference; ``False`` when the last one is gone.  Never waits."""
-        if self._quiet and self._references:
+        """Take a reference; ``False``: the last one was given back.  Never waits."""
+        if self._uninterleaved and self._references:
             self._references += 1
             return True
         with self._latch:
@@ -55,8 +55,8 @@ class RefCounted(ABC):
             return True
 
     def put(self) -> None:
-        """Give a reference back; the last one ends it.  No lock may be held."""
-        if self._quiet and self._references > 1:
+        """Give a reference back; the last one destroys the object.  The caller holds no lock."""
+        if self._uninterleaved and self._references > 1:
             self._references -= 1
             return
         with self._latch:
@@ -68,4 +68,4 @@ class RefCounted(ABC):
 
     @abstractmethod
     def _destroy(self) -> None:
-        """The last reference is gone."""
+        """Destroy the object: the last reference was given back."""

@@ -1,7 +1,7 @@
-"""Which page leaves, how many at once, when, and what comes back beside the page asked for.
+"""Policies: which pages are evicted, how many, when; and which pages are loaded ahead.
 
-A policy is an argument of the core; Linux's is the default.  What the core knows of use is only
-what owners tell through ``Reclaimable.age``, and the order in which pages came.
+A policy is an argument of the core; Linux's is the default.  A policy sees accessed bits, through
+``Reclaimable.age``, and the order in which pages were allocated or loaded.
 
 Source:
     ``SGX_NR_TO_SCAN``, ``SGX_NR_LOW_PAGES``, ``SGX_NR_HIGH_PAGES``, main.c; ageing is ignored
@@ -22,15 +22,15 @@ _SCALE = 16  # a batch is at most this part of the EPC
 
 @dataclass(frozen=True)
 class Policy:
-    """Linux's choices; a subclass changes some.
+    """Linux's policy; a subclass changes parts of it.
 
     Attributes:
-        batch_pages: pages evicted in one batch at most.
-        scan_pages: pages looked at for one batch at most.
+        batch_pages: pages that one batch evicts at most.
+        scan_pages: pages that one batch scans at most.
         low_pages: fewer free pages than this wake ksgxd.
         high_pages: free pages at which ksgxd goes back to sleep.
-        patience_passes: fruitless passes after which ageing is ignored.
-        evict_va: whether VA pages may leave.
+        patience_passes: batches without a freed page after which accessed bits are ignored.
+        evict_va: whether VA pages may be evicted.
     """
 
     batch_pages: int = 16
@@ -42,8 +42,8 @@ class Policy:
 
     def low(self, epc_pages: int) -> int:
         """Return the low watermark of an EPC of that size, in pages."""
-        # Deviation: Linux has the constants whatever the size. In an EPC of a few dozen pages its
-        # thread would evict every page as soon as it was loaded.
+        # Deviation: Linux uses the constants for every size. In an EPC of a few dozen pages its
+        # ksgxd would evict every page as soon as it was loaded.
         return max(1, min(self.low_pages, epc_pages // _SCALE))
 
     def high(self, epc_pages: int) -> int:
@@ -55,26 +55,26 @@ class Policy:
         return max(1, min(self.batch_pages, epc_pages // _SCALE))
 
     def old(self, owner: Reclaimable) -> bool:
-        """Return whether an isolated page may leave; ``False`` gives it another round."""
+        """Return whether an isolated page may be evicted; ``False`` puts it back on its list."""
         return owner.age()
 
     def neighbours(self, index: int, pages: int) -> Iterable[int]:
-        """Yield indices to load beside page ``index`` of an enclave of ``pages``, best first.
+        """Yield indices to load with page ``index`` of an enclave of ``pages``, best first.
 
-        The owner loads those that are evicted, as long as there are free EPC pages.
+        The driver loads those that are evicted, as long as EPC pages are free.
         """
         return ()
 
 
 class LinuxPolicy(Policy):
-    """Linux's: the oldest 16, those used since the last look go round again."""
+    """Linux's: scans the oldest 16 pages; those accessed since the last scan stay."""
 
 
 class Fifo(Policy):
-    """First in, first out: use does not matter.
+    """First in, first out: accessed bits are ignored.
 
-    Since the kernel sees an enclave's page when it faults and at no other time, this is also what
-    "least recently used" comes to without ageing.
+    A kernel learns of an access only by a fault, so this is also "least recently used" without
+    accessed bits.
     """
 
     def old(self, owner: Reclaimable) -> bool:
@@ -102,7 +102,7 @@ class LeastRecentlyUsed(Fifo):
 
 @dataclass(frozen=True)
 class Clock(Policy):
-    """The hand goes on until it has found a whole batch of pages nobody used.
+    """The clock hand goes on until it has found a whole batch of pages that were not accessed.
 
     Attributes:
         scan_pages: how far the hand goes for one batch.

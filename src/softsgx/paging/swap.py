@@ -1,14 +1,14 @@
-"""What one enclave needs to be swapped: EWB out, ELDU in, its SECS, its VA slots, its PCMDs.
+"""The swapping of one enclave: EBLOCK, ETRACK, EWB, ELDU, and its SECS.
 
-Whoever owns enclaves composes one of these with each, and calls it from its pages'
+The driver has one of these for each enclave, and calls it from its pages'
 :class:`~softsgx.paging.Reclaimable` methods and from its fault handler.  Every method is called
 with the enclave's lock held, unless it says otherwise.
 
-Lock order: the enclave's lock, then the VA tree's lock, then what the core takes.
+Lock order: the enclave's lock, then the VA tree's lock, then the core's locks.
 
-Invariants: ``children`` resident pages need the SECS, so it is resident while there are any; every
-evicted page has a VA slot, its content and its PCMD; an eviction or a load that fails leaves the
-page where it was, and may be tried again.
+Invariants: the SECS is resident while the enclave has resident pages (``children``); every evicted
+page has a VA slot, its content and its PCMD; an eviction or a load that fails leaves the page where
+it was, and can be tried again.
 
 Source:
     ``sgx_encl_ewb()``, ``sgx_reclaimer_write()``, main.c; ``__sgx_encl_eldu()``,
@@ -46,24 +46,25 @@ _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 
 
 class EnclaveSwap(SwapSpace):
-    """One enclave's half of paging; see the module for locks, :class:`SwapSpace` for the rest.
+    """The swapping of one enclave; see :class:`SwapSpace` for VA slots and backing.
 
     Args:
         core: the EPC core.
-        backing: where evicted pages go; :meth:`destroy` closes it.
+        backing: the backing file of its pages; :meth:`destroy` closes it.
         pages: the enclave's size in pages (a power of two); index ``pages`` is the SECS.
         base: the enclave's linear address.
         lock: the enclave's lock.
         pin: keeps the enclave alive while the reclaimer works on its SECS or VA pages.
-        kick: interrupt every processor that may be inside the enclave, now, and wait until each
-            has left.
-        group: who is charged for SECS and VA pages; ``None`` is the root.
+        kick: interrupts every processor that may be inside the enclave, and waits until each has
+            left.
+        group: charged for SECS and VA pages; ``None`` is the root.
 
     Attributes:
-        secs: the EPC page of the SECS, ``None`` before :meth:`set_secs` and while it is evicted.
+        secs: the EPC page of the SECS; ``None`` before :meth:`set_secs` and while it is evicted.
         secs_entry: where the SECS is while it is evicted.
-        children: resident pages of the enclave (secs_child_cnt); ``peak_children`` at most so far.
-        ewbs, etracks: leaves that were tried, SECS included.
+        children: resident pages of the enclave (secs_child_cnt); ``peak_children``: the highest so
+            far.
+        ewbs, etracks: EWBs and ETRACKs executed, those of the SECS included.
     """
 
     def __init__(
@@ -88,29 +89,29 @@ class EnclaveSwap(SwapSpace):
         self._secs_page = IdleSecs(self)
         self._frees_failed = Defect.PAGE_FREED_AFTER_FAILED_EWB in core.defects
         self._leaks_slots = Defect.VA_SLOT_LEAKED_BY_FAILED_EWB in core.defects
-        self._spends_failed = Defect.PAGE_DESTROYED_BY_FAILED_ELDU in core.defects
+        self._discards_failed = Defect.PAGE_DESTROYED_BY_FAILED_ELDU in core.defects
         self._ignores_poison = not core.defects.isdisjoint(EVICT_POISONED)
 
     @property
     def secs_may_leave(self) -> bool:
-        """Whether the SECS may be evicted: set once the enclave is initialised."""
+        """Whether the SECS may be evicted: set when the enclave is initialized."""
         return self._secs_may_leave
 
     @secs_may_leave.setter
     def secs_may_leave(self, may: bool) -> None:
         self._secs_may_leave = may
-        self.secs_idle()  # its pages may all have left before
+        self.secs_idle()  # all its pages may be evicted already
 
     # --- the SECS and the count of its children ---------------------------------------------------
 
     def set_secs(self, page: SgxEpcPage) -> None:
-        """ECREATE has made ``page`` the SECS (room for it was promised by :meth:`grow`)."""
+        """ECREATE has made ``page`` the SECS; :meth:`grow` has promised a VA slot for it."""
         assert self.secs is None, "the enclave has a SECS already"
         self.secs = page
         page.owner = self._secs_page
 
     def load_secs(self, *, cpu_node: int = 0, claim: Claim | None = None) -> SgxEpcPage:
-        """Return the SECS page, loaded if it was evicted; never reclaims.
+        """Return the SECS page; load it if it is evicted.  Never reclaims.
 
         Call :meth:`child_added` after a leaf that gave it a child.
 
@@ -134,19 +135,19 @@ class EnclaveSwap(SwapSpace):
     def child_added(self) -> None:
         """EADD or EAUG has given the enclave a resident page."""
         if not self.children and self.secs is not None:
-            self._core.unmark_reclaimable(self.secs)  # a batch that has it finds the child
+            self._core.unmark_reclaimable(self.secs)  # a batch that has it sees the child
         self.children += 1
         if self.children > self.peak_children:
             self.peak_children = self.children
 
     def child_removed(self) -> None:
-        """EREMOVE has taken a resident page from the enclave; the SECS stays for a while."""
+        """EREMOVE has removed a resident page of the enclave; the SECS stays until reclaim."""
         self.children -= 1
         assert self.children >= 0, "more pages removed than were resident"
         self.secs_idle()
 
     def secs_idle(self) -> None:
-        """Let the reclaimer have a SECS without resident children.
+        """Put a SECS without resident children on its LRU list.
 
         Deviation: Linux evicts a SECS with its last child and tries no second time.
         """
@@ -157,10 +158,10 @@ class EnclaveSwap(SwapSpace):
     # --- out --------------------------------------------------------------------------------------
 
     def block(self, page: SgxEpcPage) -> bool:
-        """EBLOCK ``page``; every mapping of it is gone.  Sets ``page.blocked``.
+        """EBLOCK ``page``, which no PTE maps; set ``page.blocked``.
 
         Returns:
-            ``False``: it is not blocked, the reservation still stands.
+            ``False``: it is not blocked; the reservation still stands.
         """
         eblock = self._leaves.eblock
         try:
@@ -169,21 +170,21 @@ class EnclaveSwap(SwapSpace):
             status = Status.PG_INVLD
         except Fault:
             return False
-        # Blocked before, by a try that did not get further; or gone with the power, and EWB will
-        # find that out.
+        # BLKSTATE: an earlier try has blocked it and failed. PG_INVLD: power was lost; EWB handles
+        # that.
         if status is _SUCCESS or status in (Status.BLKSTATE, Status.PG_INVLD):
             page.blocked = True
             return True
         return False
 
     def write(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry | None:
-        """EWB: as it is, after ETRACK, after kicking processors out.  Ends the reservation.
+        """EWB; again after ETRACK and after a kick if needed.  Ends the reservation.
 
-        The last child takes the SECS with it.  The caller forgets ``page``, which the core frees.
+        The SECS is evicted with the last child.  The reclaimer frees ``page``.
 
         Returns:
-            Where it is now.  ``None``: it is where it was, still blocked; fault handlers must back
-            off (``page.blocked``) until another try has evicted it.
+            Where the page is now.  ``None``: it is resident, still blocked; fault handlers wait
+            (``page.blocked``) until another try has evicted it.
         """
         entry = self._evict(page, reservation, "page")
         if entry is not None:
@@ -200,7 +201,7 @@ class EnclaveSwap(SwapSpace):
                 raise MachineCheck(f"EWB has read poisoned memory at {page.addr:#x}")
             self.cancel(reservation)
             return None
-        if pinned is None:  # defect B25: no way back from here
+        if pinned is None:  # Defect.BACKING_FETCHED_AFTER_BLOCK: a failure loses the page
             try:
                 pinned = reservation.pinned = self._file.reserve(index)
             except BackingError:
@@ -221,7 +222,7 @@ class EnclaveSwap(SwapSpace):
                 counters.ewb_third += 1
             return self.written(reservation)
         if vanished(result, page.addr):
-            # Power was lost: the EPC page is free already, its content is nowhere.
+            # Power was lost: the EPCM entry is invalid, and the content is lost.
             return self._lose(page, reservation)
         counters.ewb_failed += 1
         if self._leaks_slots:
@@ -240,21 +241,21 @@ class EnclaveSwap(SwapSpace):
         return SwapEntry(reservation.index, None)
 
     def _track(self, page: SgxEpcPage, slot: VaSlot, pinned: Pinned) -> tuple[LeafResult, int]:
-        """EWB once or twice more; return how the last one ended, and how many it took in all."""
+        """EWB once or twice more; return how the last one ended, and the number of EWBs in all."""
         leaves, slot_addr = self._leaves, slot.addr
         self._start_epoch()
         result = ewb(leaves, page.addr, slot_addr, pinned)
         if result is not _NOT_TRACKED:
             return result, 2
-        # Only after ETRACK: whoever enters in between is already in the new epoch.
+        # Only after ETRACK: a processor that enters in between is in the new epoch already.
         self._kick_cpus()
         return ewb(leaves, page.addr, slot_addr, pinned), 3
 
     def _start_epoch(self) -> None:
-        """ETRACK; a previous cycle that is incomplete is completed first.
+        """ETRACK; a previous tracking cycle that is incomplete is completed first.
 
-        Deviation: Linux warns on PREV_TRK_INCMPL and goes on to a third EWB that must then fail,
-        because the epoch in which the page was blocked never ends.
+        Deviation: Linux warns on PREV_TRK_INCMPL and executes a third EWB, which fails, because the
+        epoch in which the page was blocked has not ended.
         """
         result = self._etrack()
         if result is Status.PREV_TRK_INCMPL:
@@ -284,14 +285,14 @@ class EnclaveSwap(SwapSpace):
         self._kick()
 
     def _evict_secs(self) -> None:
-        """The last child has left: the SECS follows, and the VA pages may."""
+        """Evict the SECS after its last child; the VA pages may be evicted then."""
         secs = self.secs
         assert secs is not None, "the enclave had resident pages but no SECS"
         if secs.kept:
             self.secs_idle()
             return
         if not self._core.unmark_reclaimable(secs):
-            return  # a batch has it, and either evicts it or puts it back on its list
+            return  # a batch has it, and evicts it or puts it back on its list
         reservation = self.reserve_secs()
         if reservation is not None and self.write_secs(reservation):
             self._core.remove(secs)
@@ -303,12 +304,12 @@ class EnclaveSwap(SwapSpace):
         return self.prepare(self._pages)
 
     def write_secs(self, reservation: Reservation) -> bool:
-        """EWB the SECS, which no resident page needs; ends the reservation.
+        """EWB the SECS, which has no resident child; ends the reservation.
 
         Returns:
-            Whether it is out; then the caller gives its EPC page back.
+            Whether it was evicted; then the caller frees its EPC page.
         """
-        assert self.secs is not None, "the SECS to be evicted is not there"
+        assert self.secs is not None, "the SECS to be evicted is not resident"
         entry = self._evict(self.secs, reservation, "secs")
         if entry is None:
             return False
@@ -329,13 +330,13 @@ class EnclaveSwap(SwapSpace):
         group: Group | None = None,
         claim: Claim | None = None,
     ) -> SgxEpcPage:
-        """ELDU, after the SECS and the VA page: return the EPC page ``entry`` is now in.
+        """ELDU, after the SECS and the VA page; return the EPC page.
 
-        ``entry`` is spent.  The caller attaches the page, then marks it reclaimable.  Never
-        reclaims.  What is loaded is noted in ``claim``, the thread's that needs the page.
+        ``entry`` is used up.  The caller records the EPC page, then marks it reclaimable.  Never
+        reclaims.  ``claim``, of the thread that needs the page, records the loads.
 
         Raises:
-            EpcBusy: no EPC page now; whatever was loaded on the way stays.
+            EpcBusy: no EPC page now; pages that were loaded first stay.
             NoEpc: no EPC page at all.
             LoadFailed: ELDU refused; ``entry`` stays valid and a later try may succeed.
         """
@@ -378,7 +379,7 @@ class EnclaveSwap(SwapSpace):
         if result is _SUCCESS:
             self.loaded(slot, pinned)
             return page
-        if self._spends_failed:
+        if self._discards_failed:
             self._file.loaded(pinned)
             self._counters.eldu_failed += 1
         else:

@@ -1,10 +1,9 @@
 """Contents and PCMDs of evicted pages in one backing file.
 
-The content of page ``i`` takes a page of the file; 32 PCMDs share one.  So a PCMD page outlives the
-loading of its pages one by one, and may be given back only when it holds nothing and nobody is
-about to write into it.
+The content of a page takes one page of the file; 32 PCMDs share one.  A PCMD page is truncated when
+it holds no PCMD and no eviction is about to write to it.
 
-Called with one lock held, always the same: the enclave's, or the VA tree's.
+Lock order: one lock protects a file, and is held at each call: the enclave's, or the VA tree's.
 
 Source:
     ``sgx_encl_get_backing_page_pcmd_offset()``, ``__sgx_encl_get_backing()``,
@@ -48,7 +47,7 @@ def enclave_layout(pages: int) -> Layout:
 
 
 def va_layout(index: int) -> tuple[int, int]:
-    """Return the layout for pages without an end: after each PCMD page its 32 contents."""
+    """Return the layout for any number of pages: each PCMD page, then its 32 contents."""
     group, at = divmod(index, PCMDS_PER_PAGE)
     pcmd = group * (PCMDS_PER_PAGE + 1)
     return pcmd + 1 + at, pcmd
@@ -70,20 +69,20 @@ class Pinned:
         self.pcmd_bytes = pcmd.part(index % PCMDS_PER_PAGE * _PCMD_BYTES, _PCMD_BYTES)
 
     def unpin(self) -> None:
-        """Give both pins back."""
+        """Unpin both."""
         self.content.unpin()
         self.pcmd.unpin()
 
 
 class SwapFile:
-    """A backing file with a layout; closing it is the owner's business.
+    """A backing file with a layout; the owner closes the backing file.
 
     Args:
-        backing: where the bytes go.
-        layout: which pages of it belong to a page.
-        counters: told of truncations.
-        tracer: as everywhere.
-        defects: B1, B3, B4, B6.
+        backing: the backing file.
+        layout: which of its pages hold content and PCMD of a page.
+        counters: the core's.
+        tracer: receives events; ``None`` for none.
+        defects: those to switch on.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class SwapFile:
     ) -> None:
         self.backing = backing
         self._layout, self._counters, self._tracer = layout, counters, tracer
-        self._writers: dict[int, int] = {}  # PCMD page to reservations that will write into it
+        self._writers: dict[int, int] = {}  # PCMD page to evictions that will write to it
         self._truncates_shared = Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED in defects
         self._forgets_cleared = Defect.CLEARED_PCMD_NOT_DIRTY in defects
         self._dirties_early = Defect.BACKING_DIRTIED_BEFORE_EWB in defects
@@ -110,10 +109,11 @@ class SwapFile:
 
         Args:
             index: the page's index.
-            announced: whether the PCMD page must stay from now on; if not, :meth:`announce` it.
+            announced: whether the PCMD page is protected from truncation from now on; otherwise
+                from :meth:`announce` on.
 
         Raises:
-            BackingError: there is no room; nothing has changed.
+            BackingError: the file is full; nothing has changed.
         """
         layout, pin, writers = self._layout, self.backing.pin, self._writers
         content_at, pcmd_at = layout(index)
@@ -132,12 +132,12 @@ class SwapFile:
         return Pinned(index, content, pcmd)
 
     def announce(self, pinned: Pinned) -> None:
-        """The PCMD page must stay until this eviction has ended."""
+        """Protect the PCMD page from truncation until this eviction has ended."""
         pcmd_at = pinned.pcmd.index
         self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
 
     def written(self, pinned: Pinned) -> None:
-        """EWB has written both."""
+        """EWB has written content and PCMD."""
         content, pcmd = pinned.content, pinned.pcmd
         if not self._dirties_early:
             content.mark_dirty()
@@ -147,7 +147,7 @@ class SwapFile:
         pcmd.unpin()
 
     def cancel(self, pinned: Pinned) -> None:
-        """EWB was not done, or wrote nothing: give back what was only reserved."""
+        """EWB has written nothing: free what was reserved."""
         self._end_writing(pinned.pcmd)
         pinned.unpin()
         self.backing.truncate(pinned.content.index)
@@ -166,7 +166,7 @@ class SwapFile:
         """Pin both pages of an evicted page; end it with :meth:`loaded` or :meth:`close`.
 
         Raises:
-            BackingError: they are not there.
+            BackingError: the file does not have them, or cannot read them.
         """
         layout, pin = self._layout, self.backing.pin
         content_at, pcmd_at = layout(index)
@@ -179,11 +179,11 @@ class SwapFile:
         return Pinned(index, content, pcmd)
 
     def close(self, pinned: Pinned) -> None:
-        """The page was not loaded: everything stays for the next try."""
+        """The page was not loaded: unpin both pages, for the next try."""
         pinned.unpin()
 
     def loaded(self, pinned: Pinned) -> None:
-        """The page is in the EPC again, and its version spent: nobody can use these bytes."""
+        """ELDU has loaded the page and cleared its version: free content and PCMD."""
         content, pcmd = pinned.content, pinned.pcmd
         pinned.pcmd_bytes[:] = _NO_PCMD
         if not self._forgets_cleared:
@@ -196,7 +196,7 @@ class SwapFile:
         pcmd.unpin()
 
     def _truncate_pcmd(self, pcmd: BackingPage) -> None:
-        """Give a PCMD page back if it is empty and nobody is about to write into it."""
+        """Truncate a PCMD page if it is empty and no eviction is about to write to it."""
         if pcmd.data != _EMPTY_PAGE:
             return
         pcmd_at = pcmd.index
@@ -208,11 +208,11 @@ class SwapFile:
         self.backing.truncate(pcmd_at)
 
     def discard(self, index: int) -> None:
-        """An evicted page will never be loaded."""
+        """Free content and PCMD of an evicted page that will not be loaded."""
         try:
             pinned = self.open(index)
         except BackingError:
-            # Its PCMD cannot be cleared, so that this PCMD page stays until the file is closed.
+            # Its PCMD cannot be cleared, so the PCMD page stays until the file is closed.
             self.backing.truncate(self._layout(index)[0])
             return
         self.loaded(pinned)

@@ -39,12 +39,12 @@ __all__ = ["Reservation", "SwapEntry", "SwapSpace"]
 
 @dataclass(slots=True)
 class Reservation:
-    """Everything an eviction needs, held since :meth:`SwapSpace.prepare`.
+    """The resources of one eviction, reserved by :meth:`SwapSpace.prepare`.
 
     Attributes:
         index: page index in the enclave.
-        slot: the VA slot its version will go to.
-        pinned: its backing; ``None`` only with defect B25, before it is fetched too late.
+        slot: the VA slot for its version.
+        pinned: its backing; ``None`` only with :attr:`Defect.BACKING_FETCHED_AFTER_BLOCK`.
     """
 
     index: int
@@ -75,11 +75,11 @@ class SwapSpace:
 
     Args:
         core: the EPC core.
-        backing: where evicted pages go.
+        backing: the backing file of its pages.
         pages: how many pages the owner may have (a power of two); index ``pages`` is a SECS.
         lock: the owner's lock.
         pin: keeps the owner alive while the reclaimer works on its VA pages.
-        group: who is charged for VA pages; ``None`` is the root.
+        group: charged for VA pages; ``None`` is the root.
 
     Attributes:
         va: the VA pages.
@@ -122,8 +122,8 @@ class SwapSpace:
             LoadFailed: EPA refused.
 
         Source:
-            ``sgx_encl_grow()``, ioctl.c, which tests the number of pages against a multiple of
-            512, not the room there is (L4).
+            ``sgx_encl_grow()``, ioctl.c, which compares the number of pages with multiples of 512,
+            not with the free slots (:attr:`Defect.VA_PAGE_EVERY_512_PAGES`).
         """
         tree = self._core.va
         if tree.needs_spare_upper_page():
@@ -159,7 +159,7 @@ class SwapSpace:
             self._link(epc)
 
     def _promised(self) -> bool:
-        """Promise a slot of the VA pages there are, if one of them has it."""
+        """Promise a slot of an existing VA page, if one has room."""
         va = self.va
         evicted = va.evicted_with_room() if va.needs_page() else None
         if evicted is not None:
@@ -178,7 +178,7 @@ class SwapSpace:
         self.va.promised += 1
 
     def shrink(self) -> None:
-        """Take one promise back: a page was removed, or not added after all.  VA pages stay."""
+        """Undo one promise: a page was removed, or was not added.  VA pages stay."""
         assert self.va.promised > 0, "more pages removed than there were"
         self.va.promised -= 1
 
@@ -189,11 +189,11 @@ class SwapSpace:
 
         Args:
             index: the page's index.
-            announced: ``False`` (defect B2) leaves saying so to a later :meth:`announce`, and
-                until then the backing may be given back.
+            announced: ``False`` (:attr:`Defect.BACKING_RESERVED_BEFORE_MARK`) leaves it to a later
+                :meth:`announce` to protect the PCMD page from truncation.
 
         Returns:
-            ``None`` when there is no backing; nothing has changed.
+            ``None``: no backing; nothing has changed.
         """
         pinned = None
         if not self._late_backing:
@@ -206,12 +206,12 @@ class SwapSpace:
         return Reservation(index, self.va.alloc_slot(), pinned)
 
     def announce(self, reservation: Reservation) -> None:
-        """Say that an eviction prepared without saying so is going on."""
+        """Protect the PCMD page of an eviction that was prepared with ``announced=False``."""
         if reservation.pinned is not None:
             self._file.announce(reservation.pinned)
 
     def cancel(self, reservation: Reservation) -> None:
-        """Give back what :meth:`prepare` reserved; also after :meth:`block` failed."""
+        """Free what :meth:`prepare` reserved: the page is not evicted."""
         if reservation.pinned is not None:
             self._file.cancel(reservation.pinned)
         self.va.cancel_slot(reservation.slot)

@@ -1,15 +1,15 @@
-"""VA pages: where the versions of evicted pages are, and what becomes of VA pages themselves.
+"""VA pages: they hold the versions of evicted pages, and can be evicted themselves.
 
 Each enclave has an array of level-1 VA pages, whose slots hold the versions of its own pages.  A VA
-page can be evicted like any other page, its version going to a slot of a page one level up; the
-upper levels are shared by all enclaves and form the :class:`VaTree`.
+page can be evicted like any other page; its version then is in a slot of a page one level up.  All
+enclaves share the upper levels, the :class:`VaTree`.
 
-Invariants of a level-1 array, with *room* for the free slots of its resident pages:
+Invariants of a level-1 array, where *room* is the number of free slots of its usable pages:
 
-* room ≥ ``promised`` − ``used``: whatever is resident can be evicted without first loading or
-  making a VA page, so reclaim never waits for an EPC page.  A VA page whose departure would break
-  this stays.
-* full and evicted pages stand at the tail of the list, pages with room at its head.
+* room ≥ ``promised`` − ``used``: each resident page of the enclave can be evicted without loading
+  or making a VA page, so reclaim never waits for an EPC page.  A VA page whose eviction would break
+  this stays resident.
+* pages with room are at the head of the list, full and evicted pages at its tail.
 
 Lock order: the array's lock (its enclave's; the tree's own for upper levels), then the tree's lock,
 then what the core takes.
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["VaArray", "VaPage", "VaSlot", "VaTree"]
 
 
-class _NeverDies:
+class _AlwaysAlive:
+    """The pin of the upper levels, which live as long as the core."""
+
     def get(self) -> bool:
         return True
 
@@ -62,14 +64,14 @@ class VaArray:
     Args:
         tree: the upper levels.
         level: 1 for an enclave's.
-        lock: protects everything here; the tree's own for upper levels.
+        lock: protects the array; for upper levels the tree's own lock.
         pin: keeps the array alive while a page of it is in a batch.
-        group: who is charged for its pages.
+        group: charged for its pages; ``None`` is the root.
 
     Attributes:
-        promised: pages of the enclave that need a slot when they leave (page_cnt).
+        promised: pages of the enclave that need a slot when they are evicted (page_cnt).
         used: slots taken, by evicted pages and by reservations.
-        room: free slots of resident pages that are not about to leave.
+        room: free slots of usable pages: resident, and not being evicted.
     """
 
     def __init__(
@@ -84,21 +86,21 @@ class VaArray:
         return len(self._pages)
 
     def pages(self) -> list[VaPage]:
-        """Return the pages in list order: with room first, full and evicted ones last."""
+        """Return the pages in list order: those with room first, full and evicted ones last."""
         return list(self._pages)
 
     def tree_lock(self) -> AbstractContextManager[object]:
-        """Return the tree's lock, unless it is this array's own and held already."""
+        """Return the tree's lock; for an upper level a null context, since it is held already."""
         return nullcontext() if self.lock is self.tree.lock else self.tree.lock
 
     # --- slots ------------------------------------------------------------------------------------
 
     def alloc_slot(self) -> VaSlot:
-        """Take the lowest free slot of the first page and pin that page."""
+        """Take the lowest free slot of the first page; the page stays resident until EWB."""
         page = next(iter(self._pages), None)
         assert page is not None and page.free and page.epc is not None and page.eviction is None, (
             f"no free VA slot: {self.promised} promised, {self.used} used, {self.room} left;"
-            " every page needs grow() before it is added"
+            " call grow() before a page is added"
         )
         free = page.free
         rest = page.free = free & (free - 1)
@@ -112,7 +114,7 @@ class VaArray:
         return VaSlot(page, bit.bit_length() - 1)
 
     def slot_written(self, slot: VaSlot) -> None:
-        """EWB has filled ``slot``: its page need not stay for it any more."""
+        """EWB has written a version to ``slot``: unpin its page."""
         page = slot.page
         page.pins -= 1
         if page.stale:
@@ -121,17 +123,17 @@ class VaArray:
             self.mark_reclaimable(page)
 
     def cancel_slot(self, slot: VaSlot) -> None:
-        """EWB was not done: ``slot``, taken by :meth:`take`, is free again."""
+        """No version was written to ``slot``: free it and unpin its page."""
         slot.page.pins -= 1
         self._free(slot)
 
     def slot_loaded(self, slot: VaSlot) -> None:
-        """ELDU has emptied ``slot``."""
+        """ELDU has cleared ``slot``: free it."""
         slot.page.accessed = True
         self._free(slot)
 
     def slot_dropped(self, slot: VaSlot) -> None:
-        """The page whose version is in ``slot`` will never be loaded."""
+        """Free ``slot``, whose page will not be loaded: the version stays in it, stale."""
         slot.page.stale |= 1 << slot.number
         self._free(slot)
 
@@ -146,13 +148,13 @@ class VaArray:
     # --- pages ------------------------------------------------------------------------------------
 
     def needs_page(self) -> bool:
-        """Return whether one more page of the enclave could find no slot when it leaves."""
+        """Return whether one more page of the enclave needs another VA page."""
         if self._made_by_count:
             return self.promised % VA_SLOTS == 0
         return self.room < self.promised + 1 - self.used
 
     def evicted_with_room(self) -> VaPage | None:
-        """Return an evicted page with free slots, which is better than making another."""
+        """Return an evicted page with free slots: loading it saves making another page."""
         return next(
             (
                 page
@@ -163,10 +165,10 @@ class VaArray:
         )
 
     def make(self, epc: SgxEpcPage) -> VaPage:
-        """EPA: make a VA page of ``epc``, not linked yet; needs no lock.
+        """EPA: make a VA page of ``epc``, to be linked by :meth:`link`; needs no lock.
 
         Raises:
-            LoadFailed: the leaf faulted; ``epc`` was given back.
+            LoadFailed: the leaf faulted; ``epc`` was freed.
         """
         core = self.tree.core
         try:
@@ -180,14 +182,14 @@ class VaArray:
         return page
 
     def link(self, page: VaPage) -> None:
-        """Let slots be taken from ``page``."""
+        """Add ``page`` to the array: slots can be taken from it."""
         self._pages[page] = None
         self._pages.move_to_end(page, last=False)
         self.room += page.free_slots
         self.tree.count(self.level, 1)
 
     def can_evict(self, page: VaPage) -> bool:
-        """Return whether the array can do without ``page``, just now."""
+        """Return whether ``page`` can be evicted now without breaking the invariants."""
         if page.pins or not self.tree.core.policy.evict_va:
             return False
         if self.level > 1:
@@ -195,44 +197,44 @@ class VaArray:
         return self.room - page.free_slots * page.usable >= self.promised - self.used
 
     def mark_reclaimable(self, page: VaPage) -> None:
-        """Let the reclaimer have ``page`` if the array can do without it."""
+        """Put ``page`` on the LRU list if it can be evicted."""
         epc = page.epc
         if epc is not None and not epc.tracked and page.eviction is None and self.can_evict(page):
             self.tree.core.mark_reclaimable(epc)
 
     def mark_all_reclaimable(self) -> None:
-        """The enclave has no resident page left: let the reclaimer have the VA pages as well."""
+        """Put every VA page that can be evicted on the LRU list: the enclave has left the EPC."""
         for page in self._pages:
             self.mark_reclaimable(page)
 
     def eviction_begun(self, page: VaPage) -> None:
-        """``page`` was prepared for eviction: its slots cannot be taken."""
+        """``page`` is being evicted: its free slots cannot be taken."""
         self.room -= page.free_slots
         self._pages.move_to_end(page)
 
     def made_usable(self, page: VaPage) -> None:
-        """``page`` was not evicted after all."""
+        """``page`` was loaded, or its eviction was cancelled: its free slots can be taken."""
         self.room += page.free_slots
         if page.free:
             self._pages.move_to_end(page, last=False)
 
     def evicted(self, page: VaPage) -> None:
-        """``page`` was evicted, or lost while it was usable."""
+        """``page`` is no longer in the EPC: it was evicted, or lost."""
         if page.lost:
             self.room -= page.free_slots
         page.epc = None
         self._pages.move_to_end(page)
 
     def discard_invalid(self, page: VaPage) -> None:
-        """``page`` is resident, but no VA page any more since power was lost: give its EPC back.
+        """Free the EPC page of ``page``, whose EPCM entry a loss of power has invalidated.
 
-        What it holds versions of can never be loaded.  The array's lock is held.
+        The pages whose versions it held can never be loaded.  The array's lock is held.
         """
         core = self.tree.core
         if page.lost or page.pins or not page.usable or page.epc is None:
-            return  # the last eviction that has a slot of it reserved finds out too
+            return  # the last eviction with a slot of it reserved comes here again
         if not core.unmark_reclaimable(page.epc):
-            return  # a batch has it, and finds out
+            return  # a batch has it, whose EWB fails and comes here again
         core.remove(page.epc)
         core.counters.lost += 1
         page.lost = True
@@ -243,7 +245,7 @@ class VaArray:
         """Make ``page`` resident, after the pages above it; the array's lock is held.
 
         Raises:
-            EpcBusy, NoEpc: no EPC page; what was loaded on the way stays.
+            EpcBusy, NoEpc: no EPC page; pages that were loaded first stay.
             LoadFailed: ELDU refused.
         """
         page.accessed = True
@@ -286,7 +288,7 @@ class VaArray:
         tree.free_if_unused(slot.page)
 
     def unlink(self, page: VaPage) -> None:
-        """Remove ``page`` for good; nobody needs the versions it holds.  No batch may have it."""
+        """Remove ``page`` from the array for good, with its versions; no batch has it."""
         core = self.tree.core
         del self._pages[page]
         if page.epc is not None:
@@ -307,7 +309,7 @@ class VaArray:
             self.tree.free_unused_level(self.level + 1)
 
     def check_invariants(self) -> None:
-        """Compare the counts with a recount; call with the lock held or while no task runs."""
+        """Compare the counts with the pages; call with the lock held or while no task runs."""
         room = sum(page.free_slots for page in self._pages if page.usable)
         used = sum(VA_SLOTS - page.free_slots for page in self._pages)
         assert room == self.room, f"VA room is {self.room}, recounted {room}"
@@ -317,7 +319,7 @@ class VaArray:
                 f"{self.promised} pages promised a slot, {self.used} have one, {self.room} left"
             )
         full = [not (page.free and page.usable) for page in self._pages]
-        assert full == sorted(full), "a VA page with room stands behind one without"
+        assert full == sorted(full), "a VA page with room is behind one without"
 
 
 class VaTree:
@@ -325,7 +327,7 @@ class VaTree:
 
     Args:
         core: the EPC core.
-        backing: where evicted VA pages go.
+        backing: backing file of evicted VA pages.
 
     Attributes:
         lock: protects the upper levels and the file.
@@ -367,11 +369,11 @@ class VaTree:
             self._counts[level] = self._counts.get(level, 0) + change
 
     def _worth_a_page(self, level: int) -> bool:
-        """Return whether there are pages of ``level`` enough to spend a page on evicting them."""
+        """Return whether an upper page for ``level`` pays: it must let two pages be evicted."""
         return self._counts.get(level, 0) > 1
 
     def alloc_index(self) -> int:
-        """Return an index in the file that no VA page has."""
+        """Return an unused index in the file."""
         with self._latch:
             if self._spare:
                 return self._spare.pop()
@@ -379,14 +381,14 @@ class VaTree:
             return self._indices - 1
 
     def free_index(self, index: int) -> None:
-        """A VA page is gone for good."""
+        """The VA page of this index was removed: the index may be used again."""
         with self._latch:
             self._spare.append(index)
 
     def needs_spare_upper_page(self) -> bool:
-        """Return whether a slot for level-1 pages should be made while there is EPC for it.
+        """Return whether an upper page should be made now, before an eviction needs it.
 
-        When nothing but VA pages is left in a small EPC, it would be too late.
+        A small EPC that is full of VA pages could not make one.
         """
         if not self.core.policy.evict_va or not self._worth_a_page(1):
             return False
@@ -394,7 +396,7 @@ class VaTree:
         return above is None or not above.room
 
     def add_spare_upper_page(self, epc: SgxEpcPage) -> None:
-        """Make an upper page of ``epc``, or give it back if others were faster; takes the lock."""
+        """Make an upper page of ``epc``; free it if another task has made one.  Takes the lock."""
         with self.lock:
             if self.needs_spare_upper_page():
                 array = self._above(1)
@@ -405,16 +407,16 @@ class VaTree:
     def _above(self, level: int) -> VaArray:
         array = self._levels.get(level + 1)
         if array is None:
-            array = VaArray(self, level + 1, self.lock, pin=_NeverDies(), group=None)
+            array = VaArray(self, level + 1, self.lock, pin=_AlwaysAlive(), group=None)
             self._levels[level + 1] = array
         return array
 
     def alloc_upper_slot(self, level: int) -> VaSlot | None:
-        """Take a slot for a page of ``level``; the lock is held.  Makes a page if it must.
+        """Take a slot one level above ``level``, from a new page if need be; the lock is held.
 
         Returns:
-            ``None`` when there is none and no EPC page is free to make one of, or when that would
-            be a page spent to free a page.
+            ``None``: there is no slot, and no EPC page is free for a new page, or a new page would
+            only serve to evict one page.
         """
         array = self._above(level)
         if not array.room:
@@ -432,14 +434,14 @@ class VaTree:
         return array.alloc_slot()
 
     def free_unused_level(self, level: int) -> None:
-        """Give back an upper page that is not needed any more; the lock is held."""
+        """Free the upper pages of ``level`` that hold no version; the lock is held."""
         array = self._levels.get(level)
         if array is not None and not array.used:
             for page in array.pages():
                 self.free_if_unused(page)
 
     def free_if_unused(self, page: VaPage) -> None:
-        """Give an upper page back when it holds no version and none is to come; lock held."""
+        """Free an upper page that holds no version and is not needed; the lock is held."""
         array = page.array
         if page.lost and page.free == ALL_FREE:
             array.unlink(page)
@@ -447,11 +449,11 @@ class VaTree:
         if page.free != ALL_FREE or page.pins or not page.usable or page.epc is None:
             return
         if array.room <= VA_SLOTS and self._worth_a_page(array.level - 1):
-            return  # the only one there is
-        if self.core.unmark_reclaimable(page.epc):  # else a batch has it, which will put it back
+            return  # the only upper page, and there are pages to evict with it
+        if self.core.unmark_reclaimable(page.epc):  # otherwise a batch has it
             array.unlink(page)
 
     def check_invariants(self) -> None:
-        """Compare the counts of the upper levels with a recount."""
+        """Compare the counts of the upper levels with their pages."""
         for array in self._levels.values():
             array.check_invariants()

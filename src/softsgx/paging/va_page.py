@@ -1,4 +1,4 @@
-"""One VA page and its slots; to the reclaimer, a page like any other.
+"""One VA page and its slots.  The reclaimer evicts it like any other page.
 
 Lock order: the lock of the array it belongs to, then the VA tree's.
 
@@ -27,10 +27,10 @@ ALL_FREE = (1 << VA_SLOTS) - 1
 
 
 class VaSlot:
-    """One slot, taken.
+    """One VA slot in use.
 
     Attributes:
-        page: the VA page it is in.
+        page: its VA page.
         number: 0 to 511.
     """
 
@@ -47,31 +47,31 @@ class VaSlot:
         return epc.addr + self.number * VA_SLOT_BYTES
 
     def accepted(self, result: LeafResult) -> bool:
-        """Return whether EWB has evicted a page with its version here."""
+        """Return whether EWB has evicted a page and written its version to this slot."""
         if result is _SUCCESS:
             return True
         if result is Status.VA_SLOT_OCCUPIED:
-            # The page is gone all the same; what the slot held before must be nobody's.
+            # EWB has evicted the page all the same; the version that it has overwritten is stale.
             assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
             return True
         return False
 
 
 class VaPage:
-    """One VA page; to the reclaimer, a page like any other.
+    """One VA page, a :class:`~softsgx.paging.Reclaimable`.
 
     Attributes:
-        array: what it belongs to.
+        array: the array it belongs to.
         index: its index in the tree's swap file.
         epc: the EPC page, ``None`` while it is evicted.
         free: bitmap of free slots.
-        stale: bitmap of free slots that still hold the version of a page that was dropped; EWB
-            into one says VA_SLOT_OCCUPIED, and no harm is done.
-        pins: evictions that have reserved a slot here: it must stay.
-        accessed: whether a slot was used since the last look.
+        stale: bitmap of free slots that hold the version of a dropped page; EWB to such a slot
+            returns VA_SLOT_OCCUPIED, which is harmless.
+        pins: evictions that have reserved a slot here: the page must stay resident.
+        accessed: whether a slot was used since the last :meth:`age`.
         parent: the slot that holds its own version while it is evicted.
-        eviction: while it is about to leave: its backing, and the slot for its version.
-        lost: it was in the EPC when that lost power.
+        eviction: while it is being evicted: its backing, and the slot for its version.
+        lost: it was resident when the machine lost power.
     """
 
     __slots__ = (
@@ -105,13 +105,13 @@ class VaPage:
 
     @property
     def usable(self) -> bool:
-        """Whether its free slots can be taken: it is resident and not about to leave."""
+        """Whether its free slots can be taken: it is resident and not being evicted."""
         return self.epc is not None and self.eviction is None
 
     # --- Reclaimable ------------------------------------------------------------------------------
 
     def get(self) -> bool:
-        """Pin the enclave; ``False`` also when it cannot leave now: it is listed again later."""
+        """Pin the enclave; ``False`` also when the page cannot be evicted now."""
         return self.array.can_evict(self) and self.array.pin.get()
 
     def put(self) -> None:
@@ -147,14 +147,14 @@ class VaPage:
         return True
 
     def write(self) -> bool:
-        """EWB, unless somebody has needed the page meanwhile."""
+        """EWB, unless the eviction was cancelled because a task needs the page."""
         array, tree = self.array, self.array.tree
         with array.lock:
             if self.eviction is None:
                 return False
             pinned, slot = self.eviction
             epc = self.epc
-            assert epc is not None, "a VA page on its way out is not there"
+            assert epc is not None, "a VA page that is being evicted is not resident"
             if epc.poisoned:
                 self.cancel_eviction()
                 return False
@@ -184,8 +184,8 @@ class VaPage:
             return True
 
     def cancel_eviction(self) -> None:
-        """Give up eviction; the array's lock is held."""
-        assert self.eviction is not None, "a VA page that is not leaving cannot stay"
+        """Keep the page resident; the array's lock is held."""
+        assert self.eviction is not None, "a VA page is not being evicted"
         pinned, slot = self.eviction
         tree = self.array.tree
         with self.array.tree_lock():
