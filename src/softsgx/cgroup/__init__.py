@@ -1,6 +1,6 @@
 """Limits on EPC for groups of processes: charging, ``misc.*`` files, the last resort.
 
-Implements what the core calls a :class:`~softsgx.paging.Group`; knows no driver and no guest.
+Implements :class:`~softsgx.paging.Group`, a protocol of the core; knows neither driver nor guests.
 """
 
 from softsgx.cgroup.events import ChargeRefused, VictimKilled

@@ -1,4 +1,4 @@
-"""What the accountant tells a listener."""
+"""Events of the groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["ChargeRefused", "VictimKilled"]
 
 @dataclass(frozen=True, slots=True)
 class ChargeRefused(Event):
-    """A page was not charged: a limit was reached.
+    """A charge was refused at a limit.
 
     Attributes:
-        group: path of the group that was to pay.
-        limit: path of the group whose ``misc.max``, or whose capacity, refused.
+        group: path of the group to be charged.
+        limit: path of the group whose ``misc.max`` refused; the root for the capacity.
         usage: bytes charged there.
     """
 
@@ -29,12 +29,12 @@ class ChargeRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class VictimKilled(Event):
-    """The last resort: an enclave lost everything so that others can go on.
+    """An enclave or a guest was killed as a last resort.
 
     Attributes:
-        group: path of the group whose limit could not be kept otherwise.
-        victim: the enclave or virtual EPC, as its owner names it.
-        pages: EPC pages it had there.
+        group: path of the group in whose subtree no page could be evicted.
+        victim: the name of the enclave or guest.
+        pages: EPC pages that it had in that subtree.
     """
 
     NAME: ClassVar[str] = "sgx:victim_killed"

@@ -1,6 +1,6 @@
-"""The ``misc.*`` files of a group, as text: what operators read and write.
+"""The ``misc.*`` files of a group, as text that operators read and write.
 
-Writing and reading them are system calls, so what they refuse is an ``OSError``.
+Reading and writing them are system calls, so errors are ``OSError``.
 
 Source:
     ``misc_cg_*_show()`` and ``misc_cg_max_write()``, kernel/cgroup/misc.c; "Miscellaneous
@@ -22,7 +22,7 @@ KEY = "sgx_epc"
 _U64_MAX = (1 << 64) - 1
 _MOST_DIGITS = 22  # of a number of 64 bits, in base 8
 _SPACES = " \t\n\v\f\r"
-#: As many digits as there are in the base that the prefix tells.
+#: The digits of the base that the prefix selects.
 _DIGITS = re.compile(r"0[xX](?P<hex>[0-9a-fA-F]+)|0[0-7]*|[1-9][0-9]*")
 
 
@@ -37,7 +37,7 @@ def read_file(group: EpcCgroup, name: str) -> str:
     """Return a file's text, each line ``key value``; no line when the machine has no EPC.
 
     Raises:
-        OSError: ENOENT, no such file in this group.
+        OSError: ENOENT: the group has no such file.
     """
     if name not in file_names(group):
         raise _error(errno.ENOENT, name)
@@ -64,8 +64,8 @@ def write_file(group: EpcCgroup, name: str, text: str) -> None:
     White space around the line is ignored, between key and number there is one space, and the
     number is decimal, ``0x`` hexadecimal or ``0`` octal, with ``+`` before it or not.
 
-    A limit below the usage takes effect with the next charge, which has to reclaim first; a batch
-    is asked for at once.
+    If the limit is below the usage, ksgxd is asked for a batch at once, and the next charge has to
+    reclaim first.
 
     Raises:
         OSError: EINVAL (no such key, no number), ERANGE (beyond 64 bits), E2BIG (more than a
@@ -89,11 +89,11 @@ def write_file(group: EpcCgroup, name: str, text: str) -> None:
 
 
 def _kstrtou64(text: str, name: str) -> int:
-    """Return the number of ``text``, its base told by its prefix.
+    """Return the number in ``text``; its prefix selects the base.
 
     Raises:
-        OSError: ERANGE: its digits are more than 64 bits, whatever follows them; EINVAL: it does
-            not begin with a digit, or not all of it is digits.
+        OSError: ERANGE: the digits exceed 64 bits, whatever follows them; EINVAL: the text does not
+            begin with a digit, or has other characters.
 
     Source:
         ``kstrtou64()`` with base 0, lib/kstrtox.c.
@@ -104,7 +104,7 @@ def _kstrtou64(text: str, name: str) -> int:
         raise _error(errno.EINVAL, name)
     base = 16 if digits["hex"] else 8 if text[0] == "0" else 10
     value = digits["hex"] or digits[0]
-    # Counted first, since Python refuses to convert thousands of decimal digits.
+    # Count the digits first, since Python refuses to convert thousands of them.
     if len(value.lstrip("0")) > _MOST_DIGITS or int(value, base) > _U64_MAX:
         raise _error(errno.ERANGE, name)
     if text[digits.end() :] not in ("", "\n"):

@@ -1,13 +1,12 @@
-"""A group that pays for EPC pages, and the tree that groups form.
+"""Groups that EPC pages are charged to, and their tree.
 
-Charging a page charges the group and all its ancestors, or nobody.  Walks for reclaim share one
-position for each group they start from, so that in the long run every descendant is asked as often
-as its sibling.
+A charge is to a group and all its ancestors, or to none.  The walks for reclaim that start at a
+group share one position, so that all groups of a subtree are reclaimed from equally often.
 
-Lock order: the hierarchy's latch is innermost but for the latch of an LRU list.
+Lock order: the hierarchy's latch, then the latch of an LRU list, which is innermost.
 
-Invariant: a group's ``usage_pages`` is what was charged to it and its descendants and not yet
-uncharged; :meth:`Hierarchy.check_invariants` compares.
+Invariant: ``usage_pages`` of a group is the number of pages charged to it and its descendants;
+:meth:`Hierarchy.check_invariants` compares.
 
 Source:
     ``misc_cg_try_charge()``, kernel/cgroup/misc.c; ``sgx_cgroup_*`` in the EPC cgroup series, v17.
@@ -30,12 +29,12 @@ from softsgx.trace import Tracer
 __all__ = ["EpcCgroup", "Hierarchy", "Victim", "group_name_ok"]
 
 _NAME_MAX = 255
-_MARGIN_PAGES = 32  # start reclaim this much below the limit …
-_THRESHOLD_PAGES = 128  # … unless the limit is so small that the margin would hurt
+_MARGIN_PAGES = 32  # reclaim ahead begins this much below the limit …
+_THRESHOLD_PAGES = 128  # … except below this limit, where the margin would be too large a part
 
 
 def group_name_ok(name: str) -> bool:
-    """Return whether a group can have this name: what a directory of cgroup v2 can be called.
+    """Return whether a group can have this name: the rules for a directory of cgroup v2.
 
     Source:
         cgroup_mkdir(), kernel/cgroup/cgroup.c: no newlines; a path component has 255 bytes.
@@ -49,27 +48,27 @@ def group_name_ok(name: str) -> bool:
 
 
 class Victim(Protocol):
-    """Somebody who can be killed for its EPC: an enclave, a guest's virtual EPC."""
+    """An enclave or a guest that can be killed for its EPC pages."""
 
     name: str
 
     def pages_in(self, group: EpcCgroup) -> int:
-        """Return how many EPC pages it holds that are charged in the subtree of ``group``."""
+        """Return how many of its EPC pages are charged in the subtree of ``group``."""
 
     def kill(self) -> None:
-        """Take all its EPC away; whoever uses it gets SIGBUS."""
+        """Free all its EPC pages; later accesses are SIGBUS."""
 
 
 class Hierarchy:
     """The tree of groups over one EPC.
 
     Args:
-        capacity_pages: EPC pages there are.
+        capacity_pages: EPC pages of the machine.
         runtime: for locks.
         tracer: receives events.
-        request_reclaim: asks the core for a batch in a group's subtree, later; never waits.
-        victims: who could be killed; asked only when ``kill`` is set and all else has failed.
-        kill: whether killing the largest victim is the last resort; otherwise "no memory" is.
+        request_reclaim: requests a batch in a group's subtree from ksgxd; never waits.
+        victims: returns what can be killed; called only when ``kill`` is set and reclaim failed.
+        kill: whether to kill the largest victim as a last resort; otherwise the charge fails.
         defects: those to switch on; it has the broken forms of package ``cgroup``.
     """
 
@@ -109,14 +108,14 @@ class Hierarchy:
         return group
 
     def make(self, path: str) -> EpcCgroup:
-        """Return the group at ``path``, making what is not there."""
+        """Return the group at ``path``; make the missing groups on the way."""
         group = self.root
         for name in path.strip("/").split("/"):
             group = group.children.get(name) or group.mkdir(name)
         return group
 
     def check_invariants(self) -> None:
-        """Compare every group's usage with its own charges and its children's."""
+        """Compare every group's usage with its own pages and its children's usage."""
         for group in self.root.subtree():
             below = sum(child.usage_pages for child in group.all_children())
             assert group.usage_pages == group.own_pages + below, (
@@ -132,25 +131,25 @@ class EpcCgroup:
     Attributes:
         path: from the root, ``/jobs/a``; the root is ``/``.
         lru: reclaimable pages charged to exactly this group.
-        usage_pages, peak_pages: of the subtree.
-        own_pages: charged to exactly this group.
-        events, events_local: charges that a limit refused, in the subtree and here.
-        removed: ``rmdir`` was done; the group lives on until its last page is uncharged.
+        usage_pages, peak_pages: pages charged to the subtree; the highest number so far.
+        own_pages: pages charged to exactly this group.
+        events, events_local: charges that a limit refused, of the subtree and of this group.
+        removed: ``rmdir`` has succeeded; the group lives on until its last page is uncharged.
     """
 
     def __init__(self, hierarchy: Hierarchy, name: str, parent: EpcCgroup | None) -> None:
         self.hierarchy, self.name, self.parent = hierarchy, name, parent
         self.path: str = "/" if parent is None else f"{parent.path.rstrip('/')}/{name}"
-        # From here to the root, which never changes: every charge goes along it.
+        # From here to the root; it never changes, and every charge goes along it.
         self._ancestry: tuple[EpcCgroup, ...] = (self, *(parent._ancestry if parent else ()))
         self.lru = Lru(hierarchy.runtime)
         self.children: dict[str, EpcCgroup] = {}
         self._max_pages: int | None = None
-        self._ceiling_pages = hierarchy.capacity_pages  # the lower of it and the limit
+        self._ceiling_pages = hierarchy.capacity_pages  # the lower of capacity and limit
         self.usage_pages = self.peak_pages = self.own_pages = 0
         self.events = self.events_local = 0
         self.removed = False
-        self._leaving: list[EpcCgroup] = []
+        self._dying: list[EpcCgroup] = []
         self._order: list[EpcCgroup] = []
         self._position = 0
 
@@ -160,7 +159,7 @@ class EpcCgroup:
 
     @property
     def max_pages(self) -> int | None:
-        """``misc.max``; ``None`` is "max"."""
+        """``misc.max`` in pages; ``None`` is "max"."""
         return self._max_pages
 
     @max_pages.setter
@@ -188,7 +187,7 @@ class EpcCgroup:
         return child
 
     def rmdir(self) -> None:
-        """Remove this group; pages charged to it stay charged and reclaimable until they go.
+        """Remove this group; its pages stay charged and reclaimable until they are freed.
 
         Raises:
             OSError: EBUSY when it has children or is the root.
@@ -199,12 +198,12 @@ class EpcCgroup:
             del self.parent.children[self.name]
             self.removed = True
             if self.usage_pages:
-                self.parent._leaving.append(self)
+                self.parent._dying.append(self)
         self.parent._tree_changed()
 
     def all_children(self) -> list[EpcCgroup]:
-        """Return children, removed ones that still hold pages too."""
-        return [*self.children.values(), *self._leaving]
+        """Return the children, including removed ones that still have pages."""
+        return [*self.children.values(), *self._dying]
 
     def subtree(self) -> Iterator[EpcCgroup]:
         """Yield this group and everything below it, parents first."""
@@ -217,17 +216,17 @@ class EpcCgroup:
         return self._ancestry
 
     def _tree_changed(self) -> None:
-        """Let every walk that covers this group see its new members from the next step on."""
+        """Make every walk that covers this group list its members anew at the next step."""
         for group in self._ancestry:
             group._order = []
 
     # --- charging -------------------------------------------------------------------------------
 
     def try_charge(self) -> EpcCgroup | None:
-        """Charge one page here and at every ancestor, or nowhere.
+        """Charge one page to this group and every ancestor, or to none.
 
         Returns:
-            ``None`` when charged, else the lowest group whose limit refused.
+            ``None``: charged; otherwise the lowest group whose limit refused.
         """
         tree, ancestry = self.hierarchy, self._ancestry
         tree.latch.acquire()
@@ -246,18 +245,18 @@ class EpcCgroup:
         finally:
             tree.latch.release()
         if refused is not None:
-            self._note_refusal(refused)
+            self._count_refusal(refused)
         elif tree.reclaim_ahead is not None:
             for group in ancestry:
                 if group._max_pages is not None and group.should_reclaim():
                     tree.reclaim_ahead(group)
         return refused
 
-    def _note_refusal(self, refused: EpcCgroup) -> None:
-        """Count it: locally where it happened, hierarchically up to but not at the root."""
+    def _count_refusal(self, refused: EpcCgroup) -> None:
+        """Count a refused charge at ``refused``, and in ``events`` of all groups below the root."""
         tree = self.hierarchy
         with tree.latch:
-            if tree.raises_refused:  # L8
+            if tree.raises_refused:
                 for group in self._ancestry[: self._ancestry.index(refused)]:
                     group.peak_pages = max(group.peak_pages, group.usage_pages + 1)
             refused.events_local += 1
@@ -269,7 +268,7 @@ class EpcCgroup:
             tree.tracer(ChargeRefused(self.path, refused.path, usage))
 
     def uncharge(self) -> None:
-        """Take one page off this group and its ancestors."""
+        """Uncharge one page from this group and its ancestors."""
         latch = self.hierarchy.latch
         latch.acquire()
         try:
@@ -282,13 +281,13 @@ class EpcCgroup:
             latch.release()
         if gone:
             assert self.parent is not None, "the root cannot be removed"
-            self.parent._leaving.remove(self)
+            self.parent._dying.remove(self)
             self.parent._tree_changed()
 
     # --- reclaim --------------------------------------------------------------------------------
 
     def walk(self) -> Iterator[EpcCgroup]:
-        """Yield the subtree for ever, from where the last walk from this group stopped."""
+        """Yield the groups of the subtree without end, from where the last walk stopped."""
         if Defect.GROUP_WALK_STARTS_AT_TOP in self.hierarchy.defects:
             while True:
                 yield from list(self.subtree())
@@ -305,13 +304,13 @@ class EpcCgroup:
         return other in self._ancestry
 
     def describe(self) -> str:
-        """Return which limit it is."""
+        """Return the group and its limit, for messages."""
         if self._max_pages is None:
             return f"the EPC of {self.hierarchy.capacity_pages} pages"
         return f"group {self.path}, limited to {self._max_pages} pages,"
 
     def has_reclaimable(self) -> bool:
-        """Return whether any list in the subtree has a page."""
+        """Return whether any LRU list in the subtree has a page."""
         if self.lru:
             return True
         return any(child.has_reclaimable() for child in self.all_children())
@@ -325,14 +324,14 @@ class EpcCgroup:
         return lowest
 
     def should_reclaim(self) -> bool:
-        """Return whether usage is so near the limit that pages should leave ahead of need."""
+        """Return whether usage is so near the limit that pages should be evicted ahead."""
         limit = self.limit_pages()
         if limit > _THRESHOLD_PAGES:
             limit -= _MARGIN_PAGES
         return self.usage_pages >= limit and self.has_reclaimable()
 
     def reclaim_failed(self) -> bool:
-        """Kill the victim with the most pages here, if killing is allowed and there is one."""
+        """Kill the victim with the most pages in the subtree, if killing is allowed."""
         tree = self.hierarchy
         if not tree.kill or tree.victims is None:
             return False

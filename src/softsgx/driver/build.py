@@ -1,8 +1,8 @@
 """The ioctls that build an enclave: CREATE, ADD_PAGES, INIT, PROVISION.
 
-Each takes the enclave, the calling task and the address of its structure, and returns the bytes
-done.  Besides ``OSError`` they let the core's refusals and ``BadAddress`` through, which
-:mod:`.file` turns into errno values.
+Each takes the enclave, the calling task and the address of its structure, and returns the number of
+bytes processed.  They raise ``OSError``, ``BadAddress`` and the refusals of the core;
+:mod:`.file` turns the latter two into errno values.
 
 Source:
     arch/x86/kernel/cpu/sgx/ioctl.c.
@@ -70,7 +70,7 @@ def copy_in(task: Task, kind: type[S], address: int) -> S:
     """Return a structure from the task's memory.
 
     Raises:
-        BadAddress: it is not there.
+        BadAddress: the address is not readable.
     """
     return kind.unpack(task.memory.read(address, kind.SIZE))
 
@@ -79,20 +79,20 @@ def copy_out(task: Task, address: int, value: Structure) -> None:
     """Store a structure into the task's memory.
 
     Raises:
-        BadAddress: it cannot be written there.
+        BadAddress: the address is not writable.
     """
     task.memory.write(address, value.pack())
 
 
 def check_range(enclave: Enclave, offset: int, length: int) -> None:
-    """Check the pages that an ioctl names.
+    """Check the range of pages of an ioctl.
 
     Raises:
-        OSError: EINVAL: not page aligned, none, or not all in the enclave.
+        OSError: EINVAL: not page aligned, empty, or not all in the enclave.
     """
     end = offset + length
     if Defect.PAGE_RANGE_OVERFLOW in enclave.driver.defects:
-        end %= _U64  # B21: the sum wraps round
+        end %= _U64
     if offset % PAGE_BYTES or length % PAGE_BYTES or not length or end > enclave.size:
         refuse(EINVAL, f"{length:#x} bytes at offset {offset:#x}")
 
@@ -111,7 +111,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
         refuse(EINVAL, f"enclave size {secs.size:#x} is no power of two")
 
     driver = enclave.driver
-    group, node = driver.charge(task)
+    group, node = driver.group_and_node(task)
     pages = secs.size >> PAGE_SHIFT
     try:
         backing = driver.backing(pages)
@@ -139,20 +139,17 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
             with enclave.lock:
                 swap.destroy()
 
-    enclave.swap, enclave.group = swap, group
-    enclave.base, enclave.size = secs.base, secs.size
-    enclave.attributes, enclave.xfrm = secs.attributes.flags, secs.attributes.xfrm
+    enclave.create(swap, secs, group, driver.new_number())
     if Defect.ALLOWED_ATTRIBUTES_RESET_BY_CREATE in driver.defects:
-        enclave.allowed = driver.unprivileged  # L13: an earlier PROVISION is forgotten
-    enclave.created, enclave.number = True, driver.new_number()
-    driver.announce(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
+        enclave.allowed = driver.unprivileged
+    driver.trace_lifecycle(EnclaveCreated(enclave.number, secs.base, secs.size, enclave.attributes))
     return 0
 
 
 def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> None:
-    """Make the SECS; nothing is left of a failure."""
+    """ECREATE; undone completely if it fails."""
     driver = enclave.driver
-    group, node = driver.charge(task)
+    group, node = driver.group_and_node(task)
     epc = driver.core.alloc(
         None,
         reclaim=True,
@@ -164,7 +161,6 @@ def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> N
     try:
         driver.core.leaves.ecreate(PageInfoArgs(0, image, SecInfo.of(PageType.SECS), 0), epc.addr)
     except Fault as fault:
-        # B31: nobody freed the page that was to be the SECS.
         if Defect.SECS_LEAKED_BY_FAILED_ECREATE not in driver.defects:
             driver.core.remove(epc)
         raise LeafRefused(EIO, "ECREATE", fault) from None
@@ -199,8 +195,8 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
             _add_page(enclave, task, (args.offset + args.count) >> PAGE_SHIFT, template, source)
             args.count += PAGE_BYTES
     except Interrupted:
-        # Deviation: Linux gives ERESTARTSYS here whatever was done before, so that a restarted
-        # call finds its first page added already (EBUSY).
+        # Deviation: Linux returns ERESTARTSYS here even after some pages were added, so that the
+        # restarted call fails with EBUSY at its first page.
         if not args.count:
             refuse(_interrupted(enclave))
     finally:
@@ -229,8 +225,8 @@ class _Template:
 class _Source:
     """The memory that ADD_PAGES copies, page by page.
 
-    Deviation: pages are read ahead, as many as the caller's memory gives at once, and signals are
-    looked for before each such reading, where Linux does both for each page.
+    Deviation: several pages are read at once, as many as the caller's memory gives, and signals are
+    checked before each such read; Linux does both for each page.
 
     Args:
         task: the caller.
@@ -294,10 +290,10 @@ def _check_secinfo(secinfo: SecInfo) -> None:
 def _add_page(
     enclave: Enclave, task: Task, index: int, template: _Template, source: _Source
 ) -> None:
-    """Add one page; nothing is left of a failure, except in the measurement."""
+    """Add one page; a failure is undone, except for the measurement."""
     driver, core, swap = enclave.driver, enclave.driver.core, enclave.swap
     page = EnclavePage(enclave, index, template.max_prot, template.kind)
-    group, node = driver.charge(task)
+    group, node = driver.group_and_node(task)
     epc = core.alloc(
         page,
         reclaim=True,
@@ -344,7 +340,6 @@ def _eadd(
         if template.measure:
             leaves.eextend_page(secs, epc.addr)
     except Fault as fault:
-        # L3: the child stays counted, so that the SECS never leaves.
         if Defect.CHILD_COUNTED_AFTER_FAILED_EEXTEND not in driver.defects:
             swap.child_removed()
         raise LeafRefused(EIO, "EEXTEND", fault) from None
@@ -381,9 +376,9 @@ def _check_attributes(enclave: Enclave, sigstruct: SigStruct) -> None:
         (sigstruct.attributes.xfrm & sigstruct.attribute_mask.xfrm, config.xfrm),
         (sigstruct.miscselect & sigstruct.misc_mask, int(config.miscselect)),
     )
-    for wanted, there in wants:
-        if wanted & ~there:
-            refuse(EINVAL, f"SIGSTRUCT wants {wanted:#x}, the machine has {there:#x}")
+    for wanted, supported in wants:
+        if wanted & ~supported:
+            refuse(EINVAL, f"SIGSTRUCT wants {wanted:#x}, the machine has {supported:#x}")
 
 
 def _einit(enclave: Enclave, task: Task, sigstruct: SigStruct) -> Status:
@@ -406,12 +401,12 @@ def _einit(enclave: Enclave, task: Task, sigstruct: SigStruct) -> Status:
         if status is Status.SUCCESS:
             enclave.initialized = True
             swap.secs_may_leave = True
-            driver.announce(EnclaveInitialized(enclave.number, len(enclave.pages)))
+            driver.trace_lifecycle(EnclaveInitialized(enclave.number, len(enclave.pages)))
     return status
 
 
 def _einit_once(enclave: Enclave, sigstruct: SigStruct, secs: int, token: EinitToken) -> Status:
-    """Write the launch key hash, which others may have written since, and try."""
+    """Write the launch key hash, which another task may have changed, and execute EINIT."""
     driver = enclave.driver
     with driver.launch_lock:
         if driver.launch_control:

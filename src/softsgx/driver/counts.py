@@ -1,7 +1,4 @@
-"""How often things happened to one enclave: plain numbers that only ever grow.
-
-Kept by whoever makes them happen, so that reports cost next to nothing and need no events.
-"""
+"""Numbers of events of one enclave, for reports that need no tracer."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ __all__ = ["EnclaveCounts"]
 
 @dataclass(slots=True)
 class EnclaveCounts:
-    """See the module.
+    """Events of one enclave since it was opened; each number only grows.
 
-    Deviation: on several threads an increment can be lost where no lock of the enclave is held
-    (``faults``, ``fault_ns``, ``kicks``); nothing but reports reads them.
+    With several threads an increment can be lost where the enclave's lock is not held (``faults``,
+    ``fault_ns``, ``kicks``); only reports read these numbers.
 
     Attributes:
         faults: page faults by kind: ``minor``, ``major``, ``augment``, ``busy``, ``refused``.
-        fault_ns: runtime time spent in page faults, waiting included.
-        evictions: pages that left by EWB; SECS and VA pages are not counted.
-        reloads: pages that came back by ELDU; likewise.
+        fault_ns: time spent in page faults, waiting included.
+        evictions: pages evicted by EWB, without SECS and VA pages.
+        reloads: pages loaded by ELDU, without SECS and VA pages.
         kicks: rounds of interrupts.
     """
 

@@ -10,7 +10,7 @@ from errno import EFAULT, EIO
 from typing import TYPE_CHECKING
 
 from softsgx.arch import Status, page_of
-from softsgx.driver.fault import PageInMotion, load, wait_for
+from softsgx.driver.fault import PageBusy, load, wait_while_busy
 from softsgx.driver.uapi import refuse
 from softsgx.hw import Fault
 from softsgx.paging import BackingError, EpcBusy, LoadFailed, NoEpc, SgxEpcPage
@@ -32,7 +32,7 @@ def peek(mm: Mm, addr: int, size: int, task: Task | None = None) -> bytes:
         mm: the address space that maps it.
         addr: the first byte.
         size: bytes.
-        task: whose group pays for pages that must be loaded.
+        task: its group is charged for pages that must be loaded.
 
     Raises:
         OSError: nothing could be read.  EFAULT: no debug enclave is mapped there, or it has no
@@ -51,10 +51,10 @@ def peek(mm: Mm, addr: int, size: int, task: Task | None = None) -> bytes:
 
 
 def poke(mm: Mm, addr: int, data: bytes, task: Task | None = None) -> int:
-    """Store ``data`` into a debug enclave; return how many bytes were.
+    """Write ``data`` to a debug enclave; return how many bytes were written.
 
     Raises:
-        OSError: as for :func:`peek`, when none were.
+        OSError: as for :func:`peek`, when no byte was written.
     """
     done = 0
     try:
@@ -82,8 +82,8 @@ def _word(mm: Mm, addr: int, part: bytes | None, task: Task | None) -> bytes:
                 with enclave.lock:
                     epc = _page(enclave, addr, vma.prot, task)
                     return _access(enclave, epc, addr, part)
-            except PageInMotion as error:
-                wait, busy = wait_for, error.page
+            except PageBusy as error:
+                wait, busy = wait_while_busy, error.page
             except EpcBusy as error:
                 epc_busy = error
                 busy = None

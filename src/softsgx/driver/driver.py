@@ -1,6 +1,6 @@
-"""The driver: two devices, and every enclave that was opened through them.
+"""The driver: its two devices, and every enclave that was opened through them.
 
-It can be unloaded while the core goes on serving others, and loaded again.
+It can be unloaded and loaded again; the core goes on meanwhile and serves guests.
 
 Source:
     sgx_drv_init(), sgx_open(), arch/x86/kernel/cpu/sgx/driver.c; sgx_set_attribute(), main.c.
@@ -40,20 +40,16 @@ class Driver:
     Args:
         core: the EPC core of the machine.
         runtime: locks, waiting.
-        group_of: who pays for what a task makes the driver allocate.
+        group_of: returns the group that is charged for the EPC pages of a task.
         node_of: NUMA node of the processor that a task runs on.
         tracer: receives events; ``None`` costs nothing.
         defects: those to switch on; it has the broken forms of package ``driver``.
         launch_control: whether to write the launch key hash of the signer before each EINIT, as
-            Linux does; without, EINIT takes what the hash of the machine allows.
-        backing: makes the backing file of an enclave of so many pages; ``BackingError`` is ENOMEM.
+            Linux does; otherwise EINIT checks the hash that the machine has.
+        backing: makes the backing file of an enclave, given its pages; ``BackingError`` is ENOMEM.
         unprivileged: attributes that need no permission.
-        tokens: by MRENCLAVE, the EINITTOKEN that INIT gives to EINIT.  Linux's driver gives an
-            empty one; Intel's earlier driver took it from its caller.
-
-    Attributes:
-        lives: receives only what is told of the lives of enclaves (made, initialized, killed,
-            released): few enough to listen always.
+        tokens: EINITTOKEN for EINIT by MRENCLAVE.  Linux's driver passes an empty one; Intel's
+            earlier driver took it from its caller.
 
     Raises:
         OSError: ENODEV: the machine has no SGX, or a launch key hash that cannot be written.
@@ -83,7 +79,7 @@ class Driver:
         self.sgx2 = bool(config.features & SgxFeature.SGX2)
         self.launch_control, self.launch_lock = launch_control, runtime.lock("launch key hash")
         self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens
-        self.lives: Tracer | None = None
+        self._lifecycle_listeners: list[Tracer] = []
         self._group_of, self._node_of = group_of, node_of
         self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
@@ -112,7 +108,7 @@ class Driver:
         return file
 
     def open_provision(self, task: Task) -> ProvisionFile:
-        """Open ``/dev/sgx_provision``; who may is for whoever has the file system to say.
+        """Open ``/dev/sgx_provision``; the caller checks the file's permissions.
 
         Raises:
             OSError: ENODEV: the driver is not loaded.
@@ -131,20 +127,20 @@ class Driver:
         if not self._loaded:
             refuse(ENODEV, "the driver is not loaded")
 
-    def closed(self, file: EnclaveFile | ProvisionFile) -> None:
-        """A file has lost its last reference."""
+    def forget_file(self, file: EnclaveFile | ProvisionFile) -> None:
+        """Forget a file without references."""
         with self._latch:
             del self._files[file]
 
-    def announce(self, event: Event) -> None:
-        """Tell of an enclave's life."""
-        if self.lives is not None:
-            self.lives(event)
+    def trace_lifecycle(self, event: Event) -> None:
+        """Send an event of an enclave's life cycle to the listeners and to the tracer."""
+        for listener in self._lifecycle_listeners:
+            listener(event)
         if self.tracer is not None:
             self.tracer(event)
 
-    def destroyed(self, enclave: Enclave) -> None:
-        """An enclave is gone."""
+    def forget_enclave(self, enclave: Enclave) -> None:
+        """Forget an enclave that was destroyed."""
         with self._latch:
             del self._enclaves[enclave]
 
@@ -170,26 +166,33 @@ class Driver:
         """Whether the devices can be opened."""
         return self._loaded
 
-    # --- what others ask ------------------------------------------------------------------------
+    # --- enclaves -------------------------------------------------------------------------------
+
+    def add_lifecycle_listener(self, listener: Tracer) -> None:
+        """Send the events of enclaves' life cycles (create, init, kill, release) to ``listener``.
+
+        They are few; a listener costs nothing at other events.
+        """
+        self._lifecycle_listeners.append(listener)
 
     @property
     def enclaves(self) -> list[Enclave]:
-        """Every enclave that is not gone, oldest first."""
+        """Every enclave that is not destroyed, oldest first."""
         return list(self._enclaves)
 
     def victims(self, group: Group | None = None) -> list[EnclaveFile]:
-        """Return the enclaves that could be killed for their memory, the largest first.
+        """Return the files of the enclaves that can be killed for their memory, largest first.
 
         Args:
-            group: only those that were created by this group; all when ``None``.
+            group: only enclaves that are charged to this group; all when ``None``.
         """
         files = [file for file in list(self._files) if isinstance(file, EnclaveFile)]
         alive = [file for file in files if file.enclave.created and not file.enclave.dead]
         chosen = [file for file in alive if group is None or file.enclave.group is group]
         return sorted(chosen, key=lambda file: file.enclave.resident_pages, reverse=True)
 
-    def charge(self, task: Task | None) -> tuple[Group | None, int]:
-        """Return who pays for what ``task`` needs, and the NUMA node it runs on."""
+    def group_and_node(self, task: Task | None) -> tuple[Group | None, int]:
+        """Return the group that ``task`` is charged to, and the NUMA node it runs on."""
         if task is None:
             return None, 0
         group_of, node_of = self._group_of, self._node_of
@@ -200,6 +203,6 @@ class Driver:
         return next(self._pids)
 
     def check_invariants(self) -> None:
-        """Compare every enclave's counts with a recount; call while nothing runs."""
+        """Check every enclave; call while no task runs."""
         for enclave in self.enclaves:
             enclave.check_invariants()

@@ -1,15 +1,15 @@
-"""One enclave: its pages, the address spaces that map it, and how long it lives.
+"""One enclave: its pages, the address spaces that map it, and its life time.
 
-Each page is an :class:`EnclavePage`, which the reclaimer asks; how it is written out and loaded is
-the core's business (:class:`~softsgx.paging.EnclaveSwap`).
+Each page is an :class:`EnclavePage`, which the reclaimer calls;
+:class:`~softsgx.paging.EnclaveSwap` evicts and loads it.
 
 Lock order: ``mmap_lock`` of an address space, ``Enclave.lock``, the core's locks.  So PTEs are
-removed and accessed bits read without ``Enclave.lock``; a page whose PTEs go is marked first
-(``reclaiming``, ``busy``), so that a fault does not put one back.
+removed and accessed bits read without ``Enclave.lock``; a page is marked before its PTEs are
+removed (``being_reclaimed``, ``being_modified``), so that a fault does not insert one.
 
-Invariants: a page is resident (``epc``), evicted (``entry``), or gone with a killed enclave;
-``swap.children`` counts the resident ones; the enclave is referenced by its file, by each address
-space it is registered with, and by each page in a reclaim batch.
+Invariants: a page is resident (``epc``), evicted (``entry``), or freed by :meth:`Enclave.kill`;
+``swap.children`` is the number of resident pages; the enclave is referenced by its file, by each
+address space it is registered with, and by each page in a reclaim batch.
 
 Source:
     arch/x86/kernel/cpu/sgx/encl.c, encl.h; sgx_reclaim_pages() of main.c.
@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from errno import EACCES
 from typing import TYPE_CHECKING
 
-from softsgx.arch import PAGE_SHIFT, AttributesFlags, Status
+from softsgx.arch import PAGE_SHIFT, AttributesFlags, Secs, Status
 from softsgx.defects import Defect
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
+from softsgx.driver.fault import Outcome
 from softsgx.driver.fault import handle as handle_fault
-from softsgx.driver.mm import Mm
+from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import Srcu
 from softsgx.driver.uapi import refuse
@@ -49,11 +50,11 @@ UNPRIVILEGED = int(
 """SECS.ATTRIBUTES that need no permission."""
 
 CHECK_SCHED_PAGES = 4096
-"""Pages after which a long walk lets others run: XA_CHECK_SCHED."""
+"""Pages after which a long walk lets other tasks run: XA_CHECK_SCHED."""
 
 
 class EnclaveMm:
-    """An enclave is registered with an address space: ``struct sgx_encl_mm`` and its notifier."""
+    """The registration of an enclave with an address space: ``struct sgx_encl_mm``."""
 
     __slots__ = ("enclave", "mm")
 
@@ -61,11 +62,10 @@ class EnclaveMm:
         self.enclave, self.mm = enclave, mm
 
     def release(self) -> None:
-        """The address space ends: nobody may walk into it any more."""
+        """The address space ends: unregister it, so that no walk enters it any more."""
         enclave, mm = self.enclave, self.mm
         mm.forget(self)
         found = enclave._unlink(self)
-        # B14: whether the entry was found was asked of the loop's cursor, which is never null.
         if found or Defect.MM_ENTRY_DROPPED_TWICE in enclave.driver.defects:
             enclave.srcu.synchronize()
             enclave._put_mm()
@@ -76,27 +76,24 @@ class Enclave(RefCounted):
 
     Args:
         driver: the driver.
-        opening: which opening of the device it is from; its locks are called by it.
+        opening: number of the opening of the device; names its locks.
 
     Attributes:
-        number: its name in events, 0 before CREATE: openings that create nothing are not counted.
-        lock: guards pages, ``swap``, attributes and flags.
-        changed: a page is no longer in motion; ``waiting`` tasks wait for that.
-        base, size: its linear range, 0 before CREATE.
+        number: its number in events; 0 before CREATE.
+        lock: protects pages, swapping, attributes and flags.
+        changed: notified when a page is no longer busy; ``waiting`` tasks wait for that.
+        base, size: its linear range; 0 before CREATE.
         attributes, xfrm: SECS.ATTRIBUTES.
-        allowed: attributes INIT accepts.
-        swap: its half of paging; only after CREATE.
-        created, initialized: how far its building is.
+        allowed: attributes that INIT accepts.
+        created, initialized: whether CREATE and INIT have succeeded.
         dead: it was killed.
         pages: its pages by index.
-        srcu: guards walks over its address spaces.
-        group: who pays for SECS and VA pages: whoever created it.
-        counts: how often things happened to it.
+        srcu: protects walks over its address spaces.
+        group: charged for SECS and VA pages: that of the task that called CREATE.
+        counts: numbers of events.
         refusal: why the last fault that ended with SIGBUS found no EPC page or could not load;
-            empty when the enclave itself was the reason.
+            empty when the access itself was wrong.
     """
-
-    swap: EnclaveSwap
 
     def __init__(self, driver: Driver, opening: int) -> None:
         self.driver, self.number = driver, 0
@@ -113,6 +110,7 @@ class Enclave(RefCounted):
         self.group: Group | None = None
         self.counts = EnclaveCounts()
         self.refusal = ""
+        self._swap: EnclaveSwap | None = None
         self._mms: tuple[EnclaveMm, ...] = ()
         self._mm_version = 0
 
@@ -120,22 +118,36 @@ class Enclave(RefCounted):
         return f"<enclave {self.number}>"
 
     @property
+    def swap(self) -> EnclaveSwap:
+        """Its swapping; there is none before CREATE."""
+        swap = self._swap
+        assert swap is not None, f"{self!r} is not created"
+        return swap
+
+    def create(self, swap: EnclaveSwap, secs: Secs, group: Group | None, number: int) -> None:
+        """ECREATE has succeeded: the enclave has a SECS, a range and a number from now on."""
+        self._swap, self.group, self.number = swap, group, number
+        self.base, self.size = secs.base, secs.size
+        self.attributes, self.xfrm = secs.attributes.flags, secs.attributes.xfrm
+        self.created = True
+
+    @property
     def debug(self) -> bool:
         """Whether it is a debug enclave."""
         return bool(self.attributes & AttributesFlags.DEBUG)
 
     def index_of(self, linaddr: int) -> int:
-        """Return the page index of an address, which may be outside."""
+        """Return the page index of an address, which may be outside the enclave."""
         return linaddr - self.base >> PAGE_SHIFT
 
     def covers(self, index: int) -> bool:
         """Return whether a page index is in the enclave's range."""
         return 0 <= index < self.size >> PAGE_SHIFT
 
-    # --- life -----------------------------------------------------------------------------------
+    # --- life time ------------------------------------------------------------------------------
 
     def release_file(self) -> None:
-        """The file is gone: unregister from every address space, then drop its reference."""
+        """Unregister from every address space, then drop the reference of the file."""
         while True:
             with self._latch:
                 entry = self._mms[0] if self._mms else None
@@ -149,18 +161,17 @@ class Enclave(RefCounted):
         self.put()
 
     def _put_mm(self) -> None:
-        # B13: only the file had a reference, so the end of an address space could outlive it.
         if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
             self.put()
 
     def _destroy(self) -> None:
-        """Free everything; nobody else knows the enclave any more."""
+        """Free every page: the last reference was given back."""
         assert not self._mms, f"{self!r} destroyed with address spaces registered"
         yields = Defect.RELEASE_WITHOUT_RESCHED not in self.driver.defects
         if self.created:
             for done, page in enumerate(list(self.pages.values()), 1):
                 with self.lock:
-                    freed = self._free(page)
+                    freed = self._free_page(page)
                 assert freed, f"{page!r} is in a batch that does not pin its enclave"
                 if done % CHECK_SCHED_PAGES == 0 and yields:
                     self.driver.runtime.yield_now()
@@ -168,15 +179,15 @@ class Enclave(RefCounted):
             with self.lock:
                 self.swap.destroy()
         self.srcu.cleanup()
-        self.driver.destroyed(self)
-        self.driver.announce(EnclaveReleased(self.number))
+        self.driver.forget_enclave(self)
+        self.driver.trace_lifecycle(EnclaveReleased(self.number))
 
-    def _free(self, page: EnclavePage) -> bool:
-        """Give back what a page has, resident or not; ``False`` when a batch has it."""
+    def _free_page(self, page: EnclavePage) -> bool:
+        """Free a page, resident or evicted; ``False``: a batch has it."""
         if page.epc is not None:
             if not self.driver.core.unmark_reclaimable(page.epc):
                 return False
-            self.remove(page.epc)
+            self.free_epc_page(page.epc)
             self.swap.shrink()
             page.epc = None
         elif page.entry is not None:
@@ -184,19 +195,19 @@ class Enclave(RefCounted):
             page.entry = None
         return True
 
-    def remove(self, epc: SgxEpcPage) -> None:
-        """EREMOVE a page of it that is on no list and free it; ``lock`` is held."""
+    def free_epc_page(self, epc: SgxEpcPage) -> None:
+        """EREMOVE and free an EPC page of it that is on no LRU list; ``lock`` is held."""
         removed = self.driver.core.remove(epc)
         assert removed or Defect.EREMOVE_FAILURE_FATAL not in self.driver.defects, (
             f"BUG: EREMOVE refused {epc!r}"
         )
         self.swap.child_removed()
 
-    def discard(self, epc: SgxEpcPage) -> bool:
-        """EREMOVE a page of a killed enclave that a batch has; ``lock`` is held.
+    def remove_killed(self, epc: SgxEpcPage) -> bool:
+        """EREMOVE a page of a killed enclave that a batch has isolated; ``lock`` is held.
 
         Returns:
-            ``False`` when somebody is inside again: the page stays, for the next batch.
+            ``False``: a thread is inside the enclave; the page stays for the next batch.
         """
         for _try in range(2):
             try:
@@ -205,17 +216,17 @@ class Enclave(RefCounted):
                     self.swap.shrink()
                     return True
             except Fault:
-                pass  # its PTEs are gone, but a leaf may still hold it
+                pass  # another leaf holds the page, although it has no PTE any more
             self.kick()
         return False
 
     def kill(self) -> int:
-        """Take its memory: every later access is SIGBUS, every later ioctl EFAULT.
+        """Free its pages: every later access is SIGBUS, every later ioctl EFAULT.
 
-        No lock may be held.
+        The caller holds no lock.
 
         Returns:
-            EPC pages freed now; those in a batch follow when it ends.
+            EPC pages freed now; pages in a batch are freed when it ends.
         """
         if not self.get():
             return 0
@@ -230,17 +241,17 @@ class Enclave(RefCounted):
                     with mm.mmap_lock.reading():
                         for page in pages:
                             mm.ptes.zap(page.linaddr)
-            # Their TCS pages are unmapped: whoever leaves now cannot come back.
+            # The TCS pages are unmapped: a thread that leaves now cannot enter again.
             self.kick()
             with self.lock:
-                freed = sum(page.epc is not None and self._free(page) for page in pages)
+                freed = sum(page.epc is not None and self._free_page(page) for page in pages)
                 for page in pages:
                     if page.epc is None:
-                        self._free(page)
+                        self._free_page(page)
                 self.changed.notify_all()
         finally:
             self.put()
-        self.driver.announce(EnclaveKilled(self.number, freed))
+        self.driver.trace_lifecycle(EnclaveKilled(self.number, freed))
         return freed
 
     # --- address spaces -------------------------------------------------------------------------
@@ -249,7 +260,7 @@ class Enclave(RefCounted):
         """Register with an address space whose ``mmap_lock`` is held for writing.
 
         Returns:
-            ``False`` when it has ended.
+            ``False``: the address space has ended.
         """
         if any(entry.mm is mm for entry in self._mms):
             return True
@@ -260,8 +271,8 @@ class Enclave(RefCounted):
         with self._latch:
             if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
                 self._references += 1
-            # The version is read before a walk and after it: the newcomer is either walked into,
-            # or its faults find the page marked.
+            # A walk compares the version before and after: either it enters the new address space,
+            # or faults of that find the page marked.
             self._mms = (entry, *self._mms)
             self._mm_version += 1
         return True
@@ -275,7 +286,7 @@ class Enclave(RefCounted):
 
     @contextmanager
     def walk(self) -> Iterator[Iterator[Mm]]:
-        """Walk over the address spaces that have not ended, each pinned while it is looked at."""
+        """Yield the address spaces that have not ended, each pinned while it is visited."""
         reading = self.srcu.enter()
         try:
             yield self._spaces()
@@ -291,10 +302,10 @@ class Enclave(RefCounted):
                 finally:
                     mm.unpin()
 
-    # Two walks as any other, without generators: each page that is to leave goes through them.
+    # The next two methods walk without generators, since each page in a batch goes through them.
 
     def test_and_clear_accessed(self, page: EnclavePage) -> bool:
-        """Return whether any address space has used a page; each one's accessed bit is cleared."""
+        """Test and clear a page's accessed bits in every address space; ``True``: one was set."""
         linaddr = self.base + (page.index << PAGE_SHIFT)
         stops_early = Defect.ACCESSED_BITS_OF_FIRST_MM_ONLY in self.driver.defects
         young = False
@@ -302,7 +313,7 @@ class Enclave(RefCounted):
         try:
             for entry in self._mms:
                 if young and stops_early:
-                    break  # L10: the others keep their bits, and the page some more rounds
+                    break
                 mm = entry.mm
                 if mm.pin():
                     try:
@@ -330,14 +341,13 @@ class Enclave(RefCounted):
                             mm.unpin()
             finally:
                 self.srcu.leave(reading)
-            # B24: whoever was added meanwhile keeps its PTE.
             if version == self._mm_version or Defect.MM_WALK_NOT_REPEATED in self.driver.defects:
                 return
 
     def kick(self) -> None:
-        """Interrupt every processor that may run it, and wait until each has been.
+        """Interrupt every processor that may run the enclave, and wait for each.
 
-        Asked for after ETRACK, so that whoever enters later is in the new epoch.
+        After ETRACK: a thread that enters later is in the new epoch.
         """
         self.counts.kicks += 1
         spaces = 0
@@ -372,7 +382,6 @@ class Enclave(RefCounted):
         if task is not None and task.personality_read_implies_exec:
             refuse(EACCES, "READ_IMPLIES_EXEC would make enclave pages executable")
         outside = start < self.base or end > self.base + self.size
-        # B22: there was no such check.
         if self.initialized and outside and Defect.MMAP_BEYOND_ENCLAVE not in self.driver.defects:
             refuse(EACCES, f"{start:#x}-{end:#x} is not inside the enclave")
         pages = self.pages_in(start, end)
@@ -384,11 +393,11 @@ class Enclave(RefCounted):
 
     @property
     def resident_pages(self) -> int:
-        """EPC pages its pages take now, without SECS and VA pages."""
+        """EPC pages that it has now, without SECS and VA pages."""
         return sum(page.epc is not None for page in list(self.pages.values()))
 
     def check_invariants(self) -> None:
-        """Compare its counts with a recount from its pages; call while nothing runs."""
+        """Compare its counts with its pages; call while no task runs."""
         if not self.created or self.dead:
             return
         with self.lock:
@@ -396,12 +405,16 @@ class Enclave(RefCounted):
             children = self.swap.children
             assert children == resident, f"{self!r}: {children} children, {resident} are resident"
             for index, page in self.pages.items():
-                assert page.index == index, f"{page!r} stands at {index:#x}"
+                assert page.index == index, f"{page!r} is at index {index:#x}"
                 assert (page.epc is None) != (page.entry is None), f"{page!r} is in two places"
-                assert not page.reclaiming and not page.busy, f"{page!r} is still marked"
+                assert not page.being_reclaimed and not page.being_modified, (
+                    f"{page!r} is still marked"
+                )
                 assert page.reservation is None, f"{page!r} still has a reservation"
             self.swap.check_invariants()
 
     # --- faults ---------------------------------------------------------------------------------
 
-    fault = handle_fault
+    def fault(self, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None) -> Outcome:
+        """As :func:`softsgx.driver.fault.handle`."""
+        return handle_fault(self, mm, vma, linaddr, task)

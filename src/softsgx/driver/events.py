@@ -1,7 +1,7 @@
-"""What the driver tells a listener.
+"""Events of the driver.
 
-Enclaves are named by the number the driver gave them when they were created, 0 before; it is never
-used again while the driver is loaded.
+An enclave is named by the number that CREATE gives it; 0 before CREATE.  A number is never used
+again while the driver is loaded.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class IoctlDone(Event):
     """An ioctl has ended.
 
     Attributes:
-        enclave: whose file it was.
+        enclave: the enclave of the file.
         command: the name of the command, or its number.
-        errno: 0, or why it was refused.
-        count: bytes done, of commands that tell.
+        errno: 0, or the error.
+        count: bytes processed, of commands that report them.
     """
 
     NAME: ClassVar[str] = "sgx:ioctl"
@@ -47,11 +47,11 @@ class FaultHandled(Event):
     """A page fault in an enclave's mapping was handled.
 
     Attributes:
-        enclave: whose page it is.
-        linaddr: the page.
-        kind: ``minor`` (the page was resident), ``major`` (it was loaded), ``augment`` (it was
-            made), ``busy`` (to be repeated), ``refused``.
-        result: what the task saw: ``nopage``, ``retry``, ``sigbus``, ``oom``.
+        enclave: the enclave of the page.
+        linaddr: the page's address.
+        kind: ``minor`` (the page was resident), ``major`` (it was loaded), ``augment`` (EAUG made
+            it), ``busy`` (the access is repeated), ``refused``.
+        result: ``nopage``, ``retry``, ``sigbus``, ``oom``.
     """
 
     NAME: ClassVar[str] = "sgx:fault"
@@ -116,7 +116,7 @@ class EnclaveKilled(Event):
 
     Attributes:
         enclave: its number.
-        freed: EPC pages that came back at once.
+        freed: EPC pages that were freed at once.
     """
 
     NAME: ClassVar[str] = "sgx:enclave_kill"
@@ -127,7 +127,7 @@ class EnclaveKilled(Event):
 
 @dataclass(frozen=True, slots=True)
 class EnclaveReleased(Event):
-    """Nobody has the enclave any more; its pages are free.
+    """The last reference to an enclave was given back; its pages are free.
 
     Attributes:
         enclave: its number.
@@ -144,7 +144,7 @@ class ProcessorsKicked(Event):
 
     Attributes:
         enclave: its number.
-        spaces: address spaces whose processors were meant.
+        spaces: number of address spaces whose processors were interrupted.
     """
 
     NAME: ClassVar[str] = "sgx:ipi"

@@ -1,8 +1,7 @@
-"""Page faults: a page comes back, or is made.
+"""Page faults: an evicted page is loaded, or EAUG makes a page.
 
-Everything here runs with the address space's ``mmap_lock`` held for reading, so it never reclaims.
-What cannot be done now ends with "repeat the instruction"; by default after a wait that starts
-once no lock is held.
+The handlers run with the address space's ``mmap_lock`` held for reading, so they never reclaim.  If
+a fault cannot be served now, the task releases its locks, waits, and repeats the instruction.
 
 Source:
     sgx_vma_fault(), sgx_encl_eaug_page(), sgx_encl_load_page(), arch/x86/kernel/cpu/sgx/encl.c.
@@ -37,16 +36,16 @@ if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
     from softsgx.driver.task import Task
 
-__all__ = ["PageInMotion", "handle", "load", "wait_for"]
+__all__ = ["Outcome", "PageBusy", "handle", "load", "wait_while_busy"]
 
 Outcome: TypeAlias = tuple[FaultResult, Callable[[], None] | None]
 
-_NOPAGE = FaultResult.NOPAGE  # an enumeration takes its time to find a member
+_NOPAGE = FaultResult.NOPAGE  # the lookup of an enumeration's member is slow
 _RWX = PROT_READ | PROT_WRITE | PROT_EXEC
 
 
-class PageInMotion(Exception):
-    """The page is being evicted or changed: EBUSY.
+class PageBusy(Exception):
+    """The page is being evicted or modified: EBUSY.
 
     Attributes:
         page: the page.
@@ -61,29 +60,29 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
     """Handle a fault on a page of an enclave; ``mmap_lock`` of ``mm`` is held for reading.
 
     Returns:
-        What the task sees; and when it should repeat the instruction only after waiting, how to
-        wait, with no lock held.
+        The result; and, if the task must wait before it repeats the instruction, a function that
+        waits and is called with no lock held.
     """
     driver = enclave.driver
     index = linaddr - enclave.base >> PAGE_SHIFT
     try:
-        # Looked up without the lock; both ways look again under it.
+        # Looked up without the lock; both functions look it up again under the lock.
         if index not in enclave.pages and _can_augment(enclave):
             kind, result = _augment(enclave, mm, vma, linaddr, task)
         else:
             kind, result = _fault_in(enclave, mm, vma, linaddr, index, task)
         wait = None
-    except PageInMotion as error:
+    except PageBusy as error:
         kind, result = "busy", FaultResult.NOPAGE
-        wait = partial(wait_for, error.page)
+        wait = partial(wait_while_busy, error.page)
     except EpcBusy as error:
         kind, result = "busy", FaultResult.NOPAGE
-        # Its traceback names this frame, which would make a cycle of the two for gc to find.
+        # The traceback refers to this frame, which refers to the error: a reference cycle.
         wait = partial(driver.core.wait_for_page, error.with_traceback(None))
     faults = enclave.counts.faults
     faults[kind] = faults.get(kind, 0) + 1
     if wait is not None and Defect.FAULT_REPEATED_WITHOUT_WAITING in driver.defects:
-        wait = None  # L9: the processor faults again at once, until ksgxd gets somewhere
+        wait = None
     if driver.tracer is not None:
         seen = result if wait is None else FaultResult.RETRY
         driver.tracer(FaultHandled(enclave.number, linaddr, kind, seen.value))
@@ -102,8 +101,8 @@ def _fault_in(
     try:
         page = enclave.pages.get(index)
         if page is None and _can_augment(enclave) and not enclave.dead:
-            # Deviation: Linux gives SIGBUS. The page was removed since the lookup without the
-            # lock, so it is a hole again; the next fault fills it.
+            # Deviation: Linux sends SIGBUS. The page was removed after the lookup without the
+            # lock; the next fault makes it again.
             return "busy", _NOPAGE
         if page is None or enclave.dead or vma.prot & ~page.max_prot:
             return _refused(enclave)
@@ -122,27 +121,27 @@ def _refused(enclave: Enclave, error: PagingError | None = None) -> tuple[str, F
 
 
 def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
-    """Return where a page is, loading it if it was evicted; ``lock`` of its enclave is held.
+    """Return the EPC page of a page; load it if it is evicted.  The enclave's lock is held.
 
     Raises:
-        PageInMotion: it is being evicted or changed.
+        PageBusy: it is being evicted or modified.
         EpcBusy, NoEpc: no EPC page for it now, or at all.
         LoadFailed, BackingError: it cannot be loaded.
     """
     epc = page.epc
-    if page.reclaiming or page.busy or (epc is not None and epc.blocked):
-        raise PageInMotion(page)
+    if page.being_reclaimed or page.being_modified or (epc is not None and epc.blocked):
+        raise PageBusy(page)
     if epc is not None:
         return epc
     if page.entry is None:
         raise LoadFailed("lost")
     epc = _reload(page, page.entry, task, claim_of(task))
     enclave = page.enclave
-    # What the policy wants beside this page is loaded while there is free EPC.
+    # Load the pages that the policy wants ahead, while EPC pages are free.
     policy = enclave.driver.core.policy
     for index in policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
         other = enclave.pages.get(index)
-        if other is None or other.entry is None or other.in_motion:
+        if other is None or other.entry is None or other.busy:
             continue
         try:
             _reload(other, other.entry, task, None)
@@ -152,7 +151,7 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
 
 
 def claim_of(task: Task | None) -> Claim | None:
-    """Return what the thread that a page is loaded for has a claim to."""
+    """Return the claim of the task that a page is loaded for."""
     return None if task is None else task.claim
 
 
@@ -161,8 +160,8 @@ def _reload(
 ) -> SgxEpcPage:
     enclave = page.enclave
     driver = enclave.driver
-    group, node = driver.charge(task)
-    epc = enclave.swap.load(
+    group, node = driver.group_and_node(task)
+    epc = page.swap.load(
         entry, page, kind=LABELS[page.kind], cpu_node=node, group=group, claim=claim
     )
     page.epc, page.entry = epc, None
@@ -172,7 +171,7 @@ def _reload(
 
 
 def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: SgxEpcPage) -> FaultResult:
-    """Insert the PTE, not accessed: the fault itself is no use of the page."""
+    """Insert the PTE, not accessed: the fault itself is not an access."""
     try:
         mm.ptes.install(linaddr, epc.addr, vma.prot)
     except MemoryError:
@@ -183,14 +182,14 @@ def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: SgxEpcPage) -> FaultResult:
 def _augment(
     enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
 ) -> tuple[str, FaultResult]:
-    """Make a page of an initialized enclave: the enclave limits its rights by EACCEPT."""
+    """EAUG a page of an initialized enclave, which then accepts it by EACCEPT."""
     defects = enclave.driver.defects
     with enclave.lock:
         if enclave.dead or not enclave.covers(enclave.index_of(linaddr)):
             return _refused(enclave)
         exists = enclave.index_of(linaddr) in enclave.pages
         if exists and Defect.CONCURRENT_EAUG_REFUSED not in defects:
-            # Another thread was first: its page is there, and mapped or to be faulted in.
+            # Another thread has made the page; if it is not mapped here, the next fault maps it.
             return "augment", FaultResult.NOPAGE
         try:
             epc = _eaug(enclave, linaddr, task)
@@ -204,14 +203,14 @@ def _augment(
 
 
 def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | None:
-    """Do EAUG; ``None`` when the leaf refused.  The lock is held, and everything undone then."""
+    """EAUG; ``None``: the leaf refused, and everything is undone.  The lock is held."""
     driver, swap = enclave.driver, enclave.swap
     core = driver.core
-    group, node = driver.charge(task)
+    group, node = driver.group_and_node(task)
     claim = claim_of(task)
     if Defect.EAUG_ASSUMES_RESIDENT_SECS in driver.defects:
         secs = swap.secs
-        assert secs is not None, "B8: NULL pointer dereference, the SECS is evicted"
+        assert secs is not None, "NULL pointer dereference: the SECS is evicted"
     else:
         secs = swap.load_secs(cpu_node=node, claim=claim)
     page = EnclavePage(enclave, enclave.index_of(linaddr), _RWX, PageType.REG)
@@ -227,7 +226,7 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | Non
             raise
         try:
             if page.index in enclave.pages:
-                return None  # B11
+                return None  # only with Defect.CONCURRENT_EAUG_REFUSED
             core.leaves.eaug(PageInfoArgs(linaddr, 0, 0, secs.addr), epc.addr)
             added = True
         except Fault:
@@ -249,17 +248,17 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | Non
     return epc
 
 
-def wait_for(page: EnclavePage) -> None:
-    """Wait until a page is no longer in motion; no lock is held."""
+def wait_while_busy(page: EnclavePage) -> None:
+    """Wait until a page is no longer busy; the caller holds no lock."""
     enclave = page.enclave
     with enclave.lock:
-        while page.reclaiming or page.busy:
+        while page.being_reclaimed or page.being_modified:
             enclave.waiting += 1
             try:
                 enclave.changed.wait()
             finally:
                 enclave.waiting -= 1
-        stuck = page.in_motion
-    if stuck:
-        # Blocked for good by an eviction that failed: only another one makes it usable.
+        blocked = page.busy
+    if blocked:
+        # An eviction has failed after EBLOCK; the page is usable after another one.
         enclave.driver.core.reclaim(force=True)

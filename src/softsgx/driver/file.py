@@ -40,35 +40,35 @@ _MAP_TYPE = 3
 
 
 class _File(RefCounted):
-    """An open file: descriptors reference it, and what it was asked to stay for."""
+    """An open file; descriptor tables and mappings reference it."""
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver.runtime)
         self._driver = driver
 
     def hold(self) -> None:
-        """Take a reference; there is one already."""
+        """Take another reference."""
         alive = self.get()
-        assert alive, "a file that is gone is referenced"
+        assert alive, "a file without references is referenced"
 
 
 class ProvisionFile(_File):
-    """An open ``/dev/sgx_provision``: holding it is the permission, and nothing else."""
+    """An open ``/dev/sgx_provision``: a descriptor of it is the permission for PROVISION."""
 
     def release(self) -> None:
-        """The last descriptor of it in one table was closed."""
+        """Close it: the last descriptor in one table was closed."""
         self.put()
 
     def _destroy(self) -> None:
-        self._driver.closed(self)
+        self._driver.forget_file(self)
 
 
 class EnclaveFile(_File):
     """An open ``/dev/sgx_enclave``: one enclave.
 
-    It is referenced by the descriptor table it was opened into (:meth:`release` drops that) and by
-    each mapping; the last reference gives the enclave back, which itself lives on while an address
-    space or a reclaim batch has it.
+    Its descriptor table references it (:meth:`release` drops that), and so does each mapping.  The
+    last reference releases the enclave, which lives on while an address space or a reclaim batch
+    references it.
 
     Attributes:
         enclave: the enclave, created or not.
@@ -83,28 +83,28 @@ class EnclaveFile(_File):
 
     def _destroy(self) -> None:
         self.enclave.release_file()
-        self._driver.closed(self)
+        self._driver.forget_file(self)
 
     def release(self) -> None:
-        """The last descriptor of it in one table was closed; mappings keep it."""
+        """Close it: the last descriptor in one table was closed; mappings still reference it."""
         self.put()
 
     # --- system calls ---------------------------------------------------------------------------
 
     def ioctl(self, task: Task, cmd: int, arg: int) -> int:
-        """Do an ioctl.
+        """Execute an ioctl.
 
         Args:
-            task: who calls.
+            task: the calling task.
             cmd: the command's number.
             arg: address of its structure.
 
         Returns:
-            0; results are in the structure.
+            0; the results are in the structure.
 
         Raises:
-            OSError: refused; ``errno`` may be :data:`~softsgx.driver.ERESTARTSYS`.  Counts in the
-                structure are valid then too.
+            OSError: ``errno`` may be :data:`~softsgx.driver.ERESTARTSYS`.  Counts in the structure
+                are valid then too.
         """
         with self._latch:
             busy, self._in_ioctl = self._in_ioctl, True
@@ -136,7 +136,7 @@ class EnclaveFile(_File):
         except EpcBusy:
             refuse(EBUSY, "no EPC page is free without reclaim")
         except Interrupted:
-            # B29: returned as it is, nothing restarts the system call.
+            # EINTR instead of ERESTARTSYS: the kernel does not restart the system call.
             errno = EINTR if Defect.CREATE_NOT_RESTARTED in self._driver.defects else ERESTARTSYS
             refuse(errno)
 
@@ -154,11 +154,11 @@ class EnclaveFile(_File):
 
         Args:
             mm: the address space.
-            addr: where, or a hint.
+            addr: the address, or a hint.
             length: bytes; rounded up to whole pages.
             prot: PROT_* rights.
             flags: MAP_SHARED, with MAP_FIXED or MAP_FIXED_NOREPLACE.
-            task: whose personality counts; by default the owner of ``mm``.
+            task: the calling task; by default the owner of ``mm``.
 
         Returns:
             The address.
@@ -174,12 +174,12 @@ class EnclaveFile(_File):
         if length <= 0 or kind not in (MAP_SHARED, MAP_SHARED_VALIDATE, MAP_PRIVATE):
             refuse(EINVAL, f"mmap of {length:#x} bytes with flags {flags:#x}")
         if kind == MAP_PRIVATE and not private_is_fine:
-            refuse(EINVAL, "an enclave is mapped MAP_SHARED or not at all")
+            refuse(EINVAL, "an enclave can only be mapped MAP_SHARED")
         prot &= PROT_READ | PROT_WRITE | PROT_EXEC
         with mm.mmap_lock.writing():
             start = mm.place(addr, length, flags)
-            # Deviation: Linux has removed what was mapped there before it asks; here a refused
-            # mapping leaves it alone.
+            # Deviation: Linux removes the old mapping before this check; here a refused mapping
+            # leaves it in place.
             self.enclave.may_map(start, start + length, prot, task or mm.owner)
             if not self.enclave.add_mm(mm):
                 refuse(ENOMEM, "the address space cannot be registered")
@@ -191,7 +191,7 @@ class EnclaveFile(_File):
     # --- control --------------------------------------------------------------------------------
 
     def kill(self) -> int:
-        """Take every EPC page from the enclave; its users get SIGBUS from now on.
+        """Free every EPC page of the enclave; accesses are SIGBUS from now on.
 
         Returns:
             EPC pages freed at once.  Pages in a reclaim batch follow when it ends.
@@ -215,4 +215,4 @@ _COMMANDS: dict[int, Callable[[Enclave, Task, int], int]] = {
     Ioctl.ENCLAVE_MODIFY_TYPES: sgx2.modify_types,
     Ioctl.ENCLAVE_REMOVE_PAGES: sgx2.remove_pages,
 }
-"""What does each command: returns the bytes done, 0 where the command does not count."""
+"""The function of each command; it returns the bytes processed, or 0 if it does not count."""

@@ -1,11 +1,11 @@
-"""An address space as the driver sees it: its mappings of enclaves, and what may be done to them.
+"""An address space as the driver sees it: its mappings of enclaves and their system calls.
 
-Other mappings are not ours.  Page tables are behind :class:`Ptes`: of the simulated machine
-(:class:`SoftPageTable`), or of a real process.
+It has no other mappings.  :class:`Ptes` stands for the page tables, of a simulated process or of a
+real one.
 
 Lock order: ``mmap_lock``, then an enclave's lock, then the core's.  Faults and the reclaimer's
-walks read-lock it, so neither may allocate with reclaim while they hold it; whatever changes
-mappings write-locks it.
+walks hold it for reading, so they must not allocate with reclaim; system calls that change mappings
+hold it for writing.
 
 Source:
     arch/x86/kernel/cpu/sgx/{driver,encl}.c; mm/mmap.c, mm/mremap.c for what every mapping obeys.
@@ -48,10 +48,10 @@ class Ptes(Protocol):
     """The page-table entries of one address space, as far as they map enclaves."""
 
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
-        """Map the page at ``linaddr`` with PROT_* rights, not accessed; replaces what was there.
+        """Map the page at ``linaddr`` with PROT_* rights, not accessed; replaces an old entry.
 
         Raises:
-            MemoryError: there is no memory for page tables: the fault ends with SIGBUS.
+            MemoryError: no memory for page tables; the fault ends with SIGBUS.
         """
 
     def zap(self, linaddr: int) -> None:
@@ -61,15 +61,15 @@ class Ptes(Protocol):
         """Return (EPC address, rights) of the page's entry, if there is one."""
 
     def protect(self, start: int, end: int, prot: int) -> None:
-        """Give the entries that exist in a range other rights."""
+        """Change the rights of the existing entries in a range."""
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """Return whether the page was used since this was asked last, or since it was mapped."""
+        """Return whether the page was accessed since the last call, or since it was mapped."""
 
     def kick(self) -> None:
-        """Interrupt every processor that may run this address space, and wait until each has been.
+        """Interrupt every processor that may run this address space, and wait for each.
 
-        Whoever was inside an enclave has left it, so its translations are gone.
+        A thread inside an enclave leaves it, which flushes its translations.
         """
 
 
@@ -80,8 +80,8 @@ class EnclaveVma:
     Attributes:
         start, end: its range, page aligned.
         prot: PROT_* rights.
-        file: what it maps; it holds a reference.
-        enclave: the enclave, or ``None`` after a fork that could not register the child.
+        file: the file that it maps and references.
+        enclave: the enclave; ``None`` after a fork that could not register the child.
     """
 
     start: int
@@ -97,15 +97,15 @@ class Mm:
     Args:
         runtime: of the driver.
         ptes: its page tables.
-        owner: whose group pays for faults that name no task.
-        pick: returns where a mapping of a length goes, given a hint; by default below the lowest
-            enclave mapping.
-        ended: called when it has given everything back.
-        name: for people and schedules.
+        owner: the task for faults that name none.
+        pick: returns the address of a mapping, given a hint and a length; by default below the
+            lowest enclave mapping.
+        ended: called when it has ended and released its mappings.
+        name: its name, in messages and schedules.
 
     Attributes:
         mmap_lock: see the module.
-        notifiers: one entry for each enclave whose pages this space may map.
+        notifiers: one entry for each enclave that is registered with it.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class Mm:
         self.notifiers: list[EnclaveMm] = []
         self._pick, self._ended = pick, ended
         self._latch = runtime.latch()
-        self._quiet = not runtime.interleaves  # then nobody can come between two statements
+        self._uninterleaved = not runtime.interleaves  # no other task runs between two statements
         self._users = 1
         self._starts: list[int] = []
         self._vmas: list[EnclaveVma] = []
-        self._found: EnclaveVma | None = None  # what :meth:`find` found last; cutting forgets it
+        self._found: EnclaveVma | None = None  # the last result of :meth:`find`
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -135,8 +135,8 @@ class Mm:
     # --- lifetime -------------------------------------------------------------------------------
 
     def pin(self) -> bool:
-        """Keep it from ending while its mappings are walked; ``False`` when it has ended."""
-        if self._quiet and self._users:
+        """Keep it alive while its mappings are walked; ``False``: it has ended."""
+        if self._uninterleaved and self._users:
             self._users += 1
             return True
         with self._latch:
@@ -146,22 +146,21 @@ class Mm:
             return True
 
     def unpin(self) -> None:
-        """Undo :meth:`pin`; when the space has ended meanwhile, a task of its own does the rest.
+        """Undo :meth:`pin`; the last user's address space ends in a task of its own.
 
-        A walker holds locks that the rest takes, and is itself what the rest waits for: hence
-        mmput_async().
+        The end takes locks that a walker holds, and waits for the walk itself: hence mmput_async().
         """
-        if self._quiet and self._users > 1:
+        if self._uninterleaved and self._users > 1:
             self._users -= 1
         elif self._drop():
             self.runtime.spawn(self._end, f"{self.name}.mmput")
 
     def exit(self) -> None:
-        """The process has ended, or executes another program: give everything back.
+        """The process has ended, or executes another program: release the mappings.
 
-        That is put off while somebody has it pinned.
+        That is deferred while a walker has it pinned.
         """
-        assert self._users, f"{self.name} has ended before"
+        assert self._users, f"{self.name} has ended already"
         if self._drop():
             self._end()
 
@@ -176,7 +175,7 @@ class Mm:
         return bool(self._users)
 
     def forget(self, entry: EnclaveMm) -> None:
-        """An enclave is no longer registered."""
+        """Unregister an enclave."""
         with self._latch:
             if entry in self.notifiers:
                 self.notifiers.remove(entry)
@@ -194,10 +193,10 @@ class Mm:
     # --- system calls ---------------------------------------------------------------------------
 
     def place(self, addr: int, length: int, flags: int) -> int:
-        """Return where a mapping goes; ``mmap_lock`` is held.
+        """Return the address for a mapping; ``mmap_lock`` is held.
 
         Raises:
-            OSError: EINVAL, ENOMEM, EEXIST as mmap(2) says.
+            OSError: EINVAL, ENOMEM, EEXIST as documented by mmap(2).
         """
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
             if addr % PAGE_BYTES:
@@ -218,10 +217,10 @@ class Mm:
         return start
 
     def insert(self, vma: EnclaveVma) -> list[EnclaveVma]:
-        """Add a mapping in place of what was there; ``mmap_lock`` is held for writing.
+        """Add a mapping, replacing older ones; ``mmap_lock`` is held for writing.
 
         Returns:
-            Mappings that are gone; give them to :func:`put_files` after the lock.
+            The mappings that were removed; pass them to :func:`put_files` without the lock.
         """
         gone = self._cut(vma.start, vma.end)
         at = bisect_right(self._starts, vma.start)
@@ -233,7 +232,7 @@ class Mm:
         """Remove mappings of enclaves in a range.
 
         Raises:
-            OSError: EINVAL: not page aligned, or no length.
+            OSError: EINVAL: not page aligned, or length 0.
         """
         end = addr + _round_up(length)
         if addr % PAGE_BYTES or length <= 0 or end > _TASK_SIZE:
@@ -246,9 +245,9 @@ class Mm:
         """Change the rights of mappings of enclaves in a range.
 
         Raises:
-            OSError: EINVAL: not page aligned, or no such right; EACCES: an enclave's page does
-                not allow the right, the range leaves the enclave, or the personality has
-                READ_IMPLIES_EXEC.  Mappings below the refusing one keep their new rights, as in
+            OSError: EINVAL: not page aligned, or an unknown right; EACCES: a page of the enclave
+                does not allow the right, the range leaves the enclave, or the personality has
+                READ_IMPLIES_EXEC.  Mappings below the refused one keep their new rights, as in
                 Linux.
         """
         end = addr + _round_up(length)
@@ -272,18 +271,18 @@ class Mm:
         """Shrink or move a mapping of an enclave; growing is refused.
 
         Args:
-            old: where it is.
-            old_length: bytes of it.
-            new_length: bytes it shall have.
-            new: where it shall go; ``None``: it stays.
+            old: its address.
+            old_length: its length in bytes.
+            new_length: its new length in bytes.
+            new: its new address; ``None``: it is not moved.
 
         Returns:
-            Where it is now.
+            Its address now.
 
         Raises:
-            OSError: EFAULT: there is none, it is not that long, or it would grow (these mappings
-                are VM_DONTEXPAND and VM_PFNMAP); EINVAL: not aligned, no length, overlapping, or
-                beyond the address space.
+            OSError: EFAULT: no such mapping, it is shorter, or it would grow (these mappings are
+                VM_DONTEXPAND and VM_PFNMAP); EINVAL: not aligned, length 0, overlapping, or beyond
+                the address space.
         """
         old_length, new_length = _round_up(old_length), _round_up(new_length)
         if old % PAGE_BYTES or new_length <= 0:
@@ -307,8 +306,8 @@ class Mm:
                 assert new is not None
                 vma.file.hold()
                 moved = replace(vma, start=new, end=new + new_length)
-                # Deviation: Linux moves the entries too; at the new address they would only make
-                # the processor report EPCM faults instead of the fault that finds no page.
+                # Deviation: Linux moves the PTEs too. At the new address they only cause EPCM
+                # faults; without them, accesses cause faults that find no page.
                 gone += self._cut(old, old + new_length)
                 gone += self.insert(moved)
         put_files(gone)
@@ -329,11 +328,12 @@ class Mm:
         Args:
             ptes: the child's page tables, empty.
             owner: the child's :attr:`owner`.
-            ended: called when the child has given everything back.
+            ended: called when the child has ended and released its mappings.
             name: the child's name.
-            copy_entries: whether the child begins with the parent's entries, as Linux does it for
-                PFN mappings; otherwise it faults for each.
-            fail: no memory to register the child with its enclaves: each access is SIGBUS.
+            copy_entries: whether the child gets the parent's PTEs, as Linux does it for PFN
+                mappings; otherwise it faults for each.
+            fail: simulate that the child cannot be registered with its enclaves for want of
+                memory: each access of it is SIGBUS.
         """
         name = name or f"{self.name}'"
         child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name)
@@ -347,7 +347,7 @@ class Mm:
                     continue
                 if copy_entries:
                     self._copy_entries(vma, ptes)
-                # A walk that began before this sees that the list has changed and begins again.
+                # A walk that began earlier sees that the list has changed, and starts again.
                 vma.enclave.add_mm(child)
         return child
 
@@ -361,15 +361,15 @@ class Mm:
     # --- faults ---------------------------------------------------------------------------------
 
     def fault(self, addr: int, access: int, task: Task | None = None) -> FaultResult:
-        """Handle a page fault that paging raised: one without the SGX bit.
+        """Handle a page fault of the page tables, which is one without the SGX bit.
 
         Args:
             addr: the address.
             access: PROT_READ, PROT_WRITE or PROT_EXEC.
-            task: who caused it; by default the owner.
+            task: the faulting task; by default the owner.
 
         Returns:
-            What the task sees; nothing is locked then.
+            How it ended; no lock is held then.
         """
         busy = enclave = None
         began = self.runtime.now_ns()
@@ -438,7 +438,7 @@ class Mm:
         return found
 
     def _split(self, addr: int) -> None:
-        """Make ``addr`` a border between mappings, if it is inside one."""
+        """Split the mapping at ``addr``, if it is inside one."""
         vma = self.find(addr)
         if vma is None or vma.start == addr:
             return
@@ -450,7 +450,7 @@ class Mm:
         self._vmas.insert(at, above)
 
     def _cut(self, start: int, end: int) -> list[EnclaveVma]:
-        """Take the mappings of a range out, entries included; their files still are referenced."""
+        """Remove the mappings of a range and their PTEs; they still reference their files."""
         self._split(start)
         self._split(end)
         gone = self.vmas(start, end)
@@ -467,7 +467,7 @@ class Mm:
 
 
 def put_files(gone: list[EnclaveVma]) -> None:
-    """Let go of the files of mappings that are gone; no lock may be held."""
+    """Drop the file references of removed mappings; the caller holds no lock."""
     for vma in gone:
         vma.file.put()
 

@@ -18,42 +18,46 @@ if TYPE_CHECKING:
 __all__ = ["LABELS", "EnclavePage"]
 
 LABELS = {kind: kind.name.lower() for kind in PageType}
-"""What the core's counters call an EPC page of each type."""
+"""The label of an EPC page of each type in the core's counters."""
 
 
 class EnclavePage:
     """One page of an enclave, resident or not: ``struct sgx_encl_page``.
 
     Attributes:
-        enclave: whose page it is.
+        enclave: its enclave.
+        swap: the enclave's swapping.
         index: page index in the enclave.
-        max_prot: the most a mapping may allow, PROT_*; only REG to TCS changes it.
+        max_prot: the PROT_* rights that a mapping may have at most; only MODIFY_TYPES from REG to
+            TCS changes them.
         kind: the page type as the driver knows it.
-        epc: where it is, ``None`` while it is evicted.
-        entry: where it was written to, ``None`` while it is resident.
-        reclaiming: a batch is about to evict it: BEING_RECLAIMED.
-        busy: an ioctl has let go of the lock in the middle of changing it.
+        epc: its EPC page; ``None`` while it is evicted.
+        entry: where it is while it is evicted; ``None`` while it is resident.
+        reservation: backing and VA slot of an eviction that is prepared.
+        being_reclaimed: a batch is about to evict it: SGX_ENCL_PAGE_BEING_RECLAIMED.
+        being_modified: an ioctl that changes it has released the enclave's lock for a while.
     """
 
     __slots__ = (
-        "busy",
+        "being_modified",
+        "being_reclaimed",
         "enclave",
         "entry",
         "epc",
         "index",
         "kind",
         "max_prot",
-        "reclaiming",
         "reservation",
+        "swap",
     )
 
     def __init__(self, enclave: Enclave, index: int, max_prot: int, kind: PageType) -> None:
-        self.enclave, self.index = enclave, index
+        self.enclave, self.index, self.swap = enclave, index, enclave.swap
         self.max_prot, self.kind = max_prot, kind
         self.epc: SgxEpcPage | None = None
         self.entry: SwapEntry | None = None
         self.reservation: Reservation | None = None
-        self.reclaiming = self.busy = False
+        self.being_reclaimed = self.being_modified = False
 
     @property
     def linaddr(self) -> int:
@@ -61,9 +65,13 @@ class EnclavePage:
         return self.enclave.base + (self.index << PAGE_SHIFT)
 
     @property
-    def in_motion(self) -> bool:
-        """Whether faults must wait: it is being evicted or changed, or blocked for good."""
-        return self.reclaiming or self.busy or (self.epc is not None and self.epc.blocked)
+    def busy(self) -> bool:
+        """Whether faults must wait: it is being evicted or modified, or is blocked."""
+        return (
+            self.being_reclaimed
+            or self.being_modified
+            or (self.epc is not None and self.epc.blocked)
+        )
 
     def __repr__(self) -> str:
         return f"<page {self.linaddr:#x} of {self.enclave!r}>"
@@ -75,7 +83,7 @@ class EnclavePage:
         return self.enclave.get()
 
     def put(self) -> None:
-        """Unpin it; may destroy it."""
+        """Unpin the enclave; may destroy it."""
         self.enclave.put()
 
     def age(self) -> bool:
@@ -90,10 +98,10 @@ class EnclavePage:
         enclave.lock.acquire()
         try:
             if not enclave.dead:
-                self.reservation = enclave.swap.prepare(self.index, announced=at_once)
+                self.reservation = self.swap.prepare(self.index, announced=at_once)
                 if self.reservation is None:
                     return False
-            self.reclaiming = at_once
+            self.being_reclaimed = at_once
         finally:
             enclave.lock.release()
         if not at_once:
@@ -101,12 +109,12 @@ class EnclavePage:
         return True
 
     def _mark_late(self) -> None:
-        """B2: what was reserved may have been given back before the page was marked."""
+        """Mark the page in a critical section of its own: BACKING_RESERVED_BEFORE_MARK."""
         enclave = self.enclave
         with enclave.lock:
             if self.reservation is not None:
-                enclave.swap.announce(self.reservation)
-            self.reclaiming = True
+                self.swap.announce(self.reservation)
+            self.being_reclaimed = True
 
     def block(self) -> bool:
         """Remove every PTE, then EBLOCK."""
@@ -117,11 +125,11 @@ class EnclavePage:
             if enclave.dead:
                 return True
             assert self.epc is not None and self.reservation is not None, f"{self!r} not prepared"
-            if enclave.swap.block(self.epc):
+            if self.swap.block(self.epc):
                 return True
-            enclave.swap.cancel(self.reservation)
+            self.swap.cancel(self.reservation)
             self.reservation = None
-            self.reclaiming = False
+            self.being_reclaimed = False
             if enclave.waiting:
                 enclave.changed.notify_all()
             return False
@@ -129,7 +137,7 @@ class EnclavePage:
             enclave.lock.release()
 
     def write(self) -> bool:
-        """EWB; or EREMOVE, when the enclave was killed meanwhile."""
+        """EWB; EREMOVE if the enclave was killed."""
         enclave = self.enclave
         enclave.lock.acquire()
         try:
@@ -138,17 +146,17 @@ class EnclavePage:
             self.reservation = None
             if enclave.dead:
                 if reservation is not None:
-                    enclave.swap.cancel(reservation)
-                written = enclave.discard(epc)
+                    self.swap.cancel(reservation)
+                written = enclave.remove_killed(epc)
             else:
                 assert reservation is not None, f"{self!r} has no reservation"
-                entry = self.entry = enclave.swap.write(epc, reservation)
+                entry = self.entry = self.swap.write(epc, reservation)
                 written = entry is not None
                 if written:
                     enclave.counts.evictions += 1
             if written:
                 self.epc = None
-            self.reclaiming = False
+            self.being_reclaimed = False
             if enclave.waiting:
                 enclave.changed.notify_all()
             return written

@@ -1,7 +1,7 @@
-"""The ioctls that change an enclave while it runs: permissions, types, removal.
+"""The ioctls that change an initialized enclave: permissions, types, removal.
 
-Each page is its own step, with a round of tracking and interrupts of its own; the first refusal
-ends the ioctl, and ``count`` says how far it came.
+Each page has its own tracking cycle and round of interrupts.  The first refusal ends the ioctl;
+``count`` says how many bytes were processed.
 
 Source:
     sgx_ioc_enclave_{restrict_permissions,modify_types,remove_pages}(), ioctl.c.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, SecInfo, SecInfoFlags, Status
 from softsgx.defects import Defect
 from softsgx.driver.build import check_range, copy_in, copy_out
-from softsgx.driver.fault import PageInMotion, load
+from softsgx.driver.fault import PageBusy, load
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import (
     PROT_READ,
@@ -43,7 +43,7 @@ Args = RestrictPermissions | ModifyTypes | RemovePages
 
 
 class _LeafRefused(Exception):
-    """A leaf gave a code, which the caller is to see: EFAULT."""
+    """A leaf returned a code, which the ioctl reports in ``result``: EFAULT."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status)
@@ -101,7 +101,7 @@ def modify_types(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 def _make_room_for_tcs(page: EnclavePage, epc: SgxEpcPage) -> None:
-    """A TCS is mapped RW at most: take every mapping of the page away.  The lock is held."""
+    """Remove every PTE of the page: a TCS is mapped RW at most.  The lock is held."""
     if ~page.max_prot & _RW:
         refuse(EPERM, f"page {page.linaddr:#x} is not readable and writable")
     page.max_prot = _RW
@@ -110,10 +110,10 @@ def _make_room_for_tcs(page: EnclavePage, epc: SgxEpcPage) -> None:
 
 
 def _unmap(page: EnclavePage, epc: SgxEpcPage, being_reclaimed: int) -> None:
-    """Take a page off its list and out of every address space.  The lock is held.
+    """Take a page off its LRU list and remove its PTEs in every address space; lock held.
 
     Raises:
-        OSError: ``being_reclaimed``: a batch has it; EFAULT: its enclave is gone.
+        OSError: ``being_reclaimed``: a batch has it; EFAULT: the enclave was killed.
     """
     if not page.enclave.driver.core.unmark_reclaimable(epc):
         refuse(being_reclaimed, f"page {page.linaddr:#x} is being reclaimed")
@@ -124,19 +124,21 @@ def _unmap(page: EnclavePage, epc: SgxEpcPage, being_reclaimed: int) -> None:
 
 
 class _Unlocked:
-    """Let go of the enclave's lock, since PTEs are removed without it, with the page marked."""
+    """Releases the enclave's lock, since PTEs are removed without it, and marks the page."""
 
     def __init__(self, page: EnclavePage) -> None:
         self._page = page
 
     def __enter__(self) -> None:
-        # B10: without the mark, a fault put a PTE back that nobody removed any more.
-        self._page.busy = Defect.PAGE_NOT_BUSY_WHILE_ZAPPED not in self._page.enclave.driver.defects
+        # Without the mark, a fault could insert a PTE after the zap.
+        self._page.being_modified = (
+            Defect.PAGE_NOT_BUSY_WHILE_ZAPPED not in self._page.enclave.driver.defects
+        )
         self._page.enclave.lock.release()
 
     def __exit__(self, *_error: object) -> None:
         self._page.enclave.lock.acquire()
-        self._page.busy = False
+        self._page.being_modified = False
         self._page.enclave.changed.notify_all()
 
 
@@ -154,7 +156,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
         if not _accepted(enclave, epc):
             refuse(EPERM, f"page {page.linaddr:#x}: the enclave has not accepted that it goes")
         _unmap(page, epc, EBUSY)
-        enclave.remove(epc)
+        enclave.free_epc_page(epc)
         page.epc = None
         del enclave.pages[page.index]
         enclave.swap.shrink()
@@ -173,7 +175,7 @@ def _accepted(enclave: Enclave, epc: SgxEpcPage) -> bool:
     return False
 
 
-# --- what they share ------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _check_ready(enclave: Enclave) -> None:
@@ -184,9 +186,9 @@ def _check_ready(enclave: Enclave) -> None:
 
 
 def _each(enclave: Enclave, task: Task, arg: int, args: Args, step: Step) -> int:
-    """Do ``step`` for every page of the range, under the enclave's lock."""
+    """Call ``step`` for every page of the range, with the enclave's lock held."""
     core = enclave.driver.core
-    group, _node = enclave.driver.charge(task)
+    group, _node = enclave.driver.group_and_node(task)
     try:
         while args.count < args.length:
             core.reclaim_direct(group)
@@ -196,7 +198,7 @@ def _each(enclave: Enclave, task: Task, arg: int, args: Args, step: Step) -> int
                     refuse(EFAULT, f"no page at offset {args.offset + args.count:#x}")
                 try:
                     epc = load(page, task)
-                except (PageInMotion, EpcBusy):
+                except (PageBusy, EpcBusy):
                     refuse(EAGAIN, f"page {page.linaddr:#x} cannot be loaded just now")
                 except (NoEpc, LoadFailed, BackingError) as error:
                     refuse(EFAULT, f"page {page.linaddr:#x}: {error}")
@@ -212,10 +214,10 @@ def _each(enclave: Enclave, task: Task, arg: int, args: Args, step: Step) -> int
 
 
 def _code(leaf: Callable[[], Status]) -> None:
-    """Run a leaf that gives a code.
+    """Execute a leaf that returns a code.
 
     Raises:
-        _LeafRefused: it gave one.
+        _LeafRefused: the code is not SUCCESS.
         OSError: EFAULT: it faulted.
     """
     try:
@@ -227,12 +229,12 @@ def _code(leaf: Callable[[], Status]) -> None:
 
 
 def _track(enclave: Enclave) -> None:
-    """ETRACK, once more after a round of interrupts; then always a round of interrupts.
+    """ETRACK, again after a round of interrupts if needed; then a round of interrupts.
 
-    So whoever was inside before has left when this returns, and EACCEPT finds the page tracked.
+    When this returns, every thread that was inside has left, and EACCEPT finds the page tracked.
 
     Raises:
-        OSError: EFAULT: no cycle could be begun.
+        OSError: EFAULT: ETRACK refused to begin a tracking cycle.
     """
     for last in (False, True):
         secs = enclave.swap.secs

@@ -1,7 +1,7 @@
-"""Two locks of the kernel that a runtime does not have: reader-writer locks and SRCU.
+"""Reader-writer locks and SRCU, built on the locks of a runtime.
 
-Where a runtime does not interleave, nobody can come between two statements, and a reader counts
-itself in and out without a lock.
+If the runtime does not interleave tasks, no other task runs between two statements, so a reader
+counts itself in and out without taking a lock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["RwLock", "Srcu"]
 
 
 class _Reading:
-    """Holds an :class:`RwLock` for reading; one object for all who do."""
+    """Holds an :class:`RwLock` for reading; all readers share one object."""
 
     __slots__ = ("_acquire", "_release")
 
@@ -35,15 +35,15 @@ class RwLock:
     def __init__(self, runtime: Runtime, name: str) -> None:
         self._lock = runtime.lock(name)
         self._changed = runtime.condition(self._lock)
-        self._quiet = not runtime.interleaves
+        self._uninterleaved = not runtime.interleaves
         self._readers = 0
         self._writing = False
         self._waiting = 0
         self._reading = _Reading(self)
 
     def acquire_read(self) -> None:
-        """Wait until nobody writes, then hold it with other readers."""
-        if self._quiet and not self._writing:
+        """Wait until no writer holds it, then hold it with other readers."""
+        if self._uninterleaved and not self._writing:
             self._readers += 1
             return
         with self._lock:
@@ -52,9 +52,9 @@ class RwLock:
             self._readers += 1
 
     def release_read(self) -> None:
-        """Give a reader's hold back."""
+        """Release it as a reader."""
         assert self._readers, f"{self._lock.name} has no reader"
-        if self._quiet and not self._waiting:
+        if self._uninterleaved and not self._waiting:
             self._readers -= 1
             return
         with self._lock:
@@ -86,29 +86,29 @@ class RwLock:
                 self._changed.notify_all()
 
     def held(self) -> bool:
-        """Return whether anyone holds it: for assertions only."""
+        """Return whether a task holds it: for assertions only."""
         return self._writing or bool(self._readers)
 
 
 class Srcu:
-    """Sleepable read-copy-update: a writer that has unlinked something waits for old readers.
+    """Sleepable read-copy-update: a writer that has unlinked an entry waits for old readers.
 
-    Two counters, one of which new readers use; :meth:`synchronize` turns them over and waits for
-    the other one to drain.
+    There are two counters of readers; :meth:`synchronize` switches new readers to the other one and
+    waits until the old one is 0.
     """
 
     def __init__(self, runtime: Runtime, name: str) -> None:
         self._lock = runtime.lock(name)
         self._drained = runtime.condition(self._lock)
         self._turn = runtime.lock(f"{name} grace period")
-        self._quiet = not runtime.interleaves
+        self._uninterleaved = not runtime.interleaves
         self._readers = [0, 0]
         self._index = 0
         self._turning = self._gone = False
 
     def enter(self) -> int:
-        """Begin to read; give the result to :meth:`leave`."""
-        if self._quiet and not self._gone:
+        """Begin to read; pass the result to :meth:`leave`."""
+        if self._uninterleaved and not self._gone:
             self._readers[self._index] += 1
             return self._index
         with self._lock:
@@ -118,7 +118,7 @@ class Srcu:
 
     def leave(self, index: int) -> None:
         """End reading."""
-        if self._quiet and not self._turning:
+        if self._uninterleaved and not self._turning:
             self._readers[index] -= 1
             return
         with self._lock:
@@ -138,7 +138,7 @@ class Srcu:
             assert not self._gone, "SRCU cleaned up during a grace period"
 
     def cleanup(self) -> None:
-        """The owner is destroyed: nobody may use it any more, or still do."""
+        """End its use: the owner is destroyed, and no reader is left."""
         assert not any(self._readers), "SRCU cleaned up with readers"
         assert not self._turn.held(), "SRCU cleaned up during a grace period"
         self._gone = True

@@ -1,8 +1,7 @@
-"""What the driver asks of whoever made a system call or caused a fault.
+"""The task that makes a system call or causes a fault, as the driver sees it.
 
-A task belongs to an address space, has memory that ``copy_from_user`` reads, descriptors, signals
-and a control group.  The native engine implements it with a real thread, ``userland`` with a
-simulated one.
+A task has an address space, memory that ``copy_from_user`` reads, descriptors, signals and a
+control group.  The native engine implements it for real threads, ``userland`` for simulated ones.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ __all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo"]
 
 
 class BadAddress(Exception):
-    """User memory is not there, or not accessible so: the system call fails with EFAULT."""
+    """User memory is not mapped or does not allow the access: EFAULT."""
 
 
 @dataclass(frozen=True, slots=True)
 class VmaInfo:
-    """What ADD_PAGES wants to know of the mapping that holds a source page.
+    """The mapping that holds a source page of ADD_PAGES.
 
     Attributes:
         start, end: a range of the mapping, as large as is known.
-        may_exec: VM_MAYEXEC: the mapping could be made executable; false on a noexec mount.
+        may_exec: VM_MAYEXEC: mprotect may make it executable; false on a noexec mount.
     """
 
     start: int
@@ -60,11 +59,11 @@ class UserMemory(Protocol):
         """
 
     def vma_info(self, address: int) -> VmaInfo | None:
-        """Return the mapping that holds ``address``, ``None`` where there is none."""
+        """Return the mapping that holds ``address``; ``None``: nothing is mapped there."""
 
 
 class Task(Protocol):
-    """A thread of a process, as system calls see ``current``.
+    """A thread of a process: ``current`` of a system call.
 
     The attributes are read-only for the driver.
     """
@@ -79,18 +78,18 @@ class Task(Protocol):
 
     @property
     def group(self) -> Group:
-        """Who pays for the EPC pages that it makes the driver allocate."""
+        """The group that is charged for its EPC pages."""
 
     @property
     def claim(self) -> Claim | None:
-        """What this thread needs resident at once; ``None`` for what executes no instructions."""
+        """The claim of this thread; ``None`` for a task that executes no enclave code."""
 
     @property
     def personality_read_implies_exec(self) -> bool:
         """Whether its personality has READ_IMPLIES_EXEC."""
 
     def file(self, fd: int) -> object | None:
-        """Return what ``fd`` stands for, ``None`` when it is not open."""
+        """Return the open file of ``fd``; ``None``: it is not open."""
 
     def signal_pending(self) -> bool:
         """Return whether a signal is waiting to be delivered."""

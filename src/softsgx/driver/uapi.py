@@ -1,4 +1,4 @@
-"""The ioctl interface in bytes: numbers, structures, flags, and the one errno libc does not name.
+"""The ioctl interface in bytes: numbers, structures, flags, and ERESTARTSYS.
 
 Source:
     arch/x86/include/uapi/asm/sgx.h; include/uapi/asm-generic/ioctl.h; include/linux/errno.h.
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 ERESTARTSYS = 512
-"""A signal came before anything was done: the system call may be restarted, or becomes EINTR."""
+"""A signal is pending and nothing was done: the kernel restarts the call or returns EINTR."""
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE = 1, 2, 3
@@ -52,18 +52,18 @@ def refuse(errno: int, why: str = "") -> NoReturn:
     """Refuse a system call.
 
     Raises:
-        OSError: with ``errno`` positive; ``why`` says it in words, for people only.
+        OSError: with ``errno`` positive; ``why`` is the reason, for messages.
     """
     text = "interrupted by a signal" if errno == ERESTARTSYS else os.strerror(errno)
     raise OSError(errno, f"{text}: {why}" if why else text)
 
 
 class LeafRefused(OSError):
-    """A system call fails because a leaf of its did.
+    """A system call fails because a leaf failed.
 
     Attributes:
         leaf: the leaf's name: ``EINIT``.
-        status: the name of its return code, empty when it has faulted.
+        status: the name of its return code; empty if it faulted.
     """
 
     def __init__(self, errno: int, leaf: str, outcome: Status | Fault) -> None:
@@ -103,7 +103,7 @@ class AddPages(Structure, size=48):
 
 
 class AddPagesFlags(IntFlag):
-    """``flags`` of :class:`AddPages`; the other bits are not looked at."""
+    """``flags`` of :class:`AddPages`; other bits are ignored."""
 
     MEASURE = 1
 

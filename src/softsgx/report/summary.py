@@ -257,7 +257,7 @@ class Collector:
         """Follow the enclaves of ``platform``, whose driver is loaded."""
         assert platform.driver is not None, "a platform without its driver has no enclaves"
         self.platform, self.pager = platform, pager
-        platform.driver.lives = self._listen
+        platform.driver.add_lifecycle_listener(self._listen)
         self._began_ns, self._began_cpu = self.clock_ns(), self.cpu_times()
 
     def started(self, pid: int) -> None:

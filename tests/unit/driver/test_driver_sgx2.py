@@ -282,10 +282,10 @@ def test_a_page_in_a_batch_is_tried_again_and_keeps_its_rights(made: Launched) -
     args = ModifyTypes(offset=made.offset(1), length=PAGE_BYTES, page_type=PageType.TCS)
     assert _try(made, Ioctl.ENCLAVE_MODIFY_TYPES, args) == "EAGAIN"
     assert page.max_prot == 7
-    page.reclaiming = True
+    page.being_reclaimed = True
     restrict = RestrictPermissions(offset=made.offset(1), length=PAGE_BYTES, permissions=R)
     assert _try(made, Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, restrict) == "EAGAIN"
-    page.reclaiming = False
+    page.being_reclaimed = False
     for epc in isolated:
         page.epc.lru.put_back(epc)
         page.put()
