@@ -10,7 +10,7 @@ __all__ = ["SoftSgxError"]
 
 
 class SoftSgxError(Exception):
-    """Bad input, told in one line: what was wrong, where, and what to do about it.
+    """Bad input, reported in one line: what was wrong, where, and what to do about it.
 
     A command prints it behind the name of the program and exits with status 2.
     """

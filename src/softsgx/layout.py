@@ -45,7 +45,7 @@ class FieldType(Generic[T]):
     code: str
 
     def blank(self) -> T:
-        """Return the value of all-zero bytes, not shared with anyone."""
+        """Return the value of all-zero bytes, a new object each time."""
         raise NotImplementedError
 
     def to_wire(self, value: T) -> Any:

@@ -1,4 +1,4 @@
-"""Events: what happened, as small frozen dataclasses handed to whoever listens.
+"""Events: what happened, as small frozen dataclasses handed to a tracer.
 
 A layer never prints and never logs; it hands an event to the :class:`Tracer` it was given.  With
 nobody listening the tracer is ``None`` and an event is not even made, so the price is one test.

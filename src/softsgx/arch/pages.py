@@ -115,7 +115,7 @@ class Pcmd(Structure, size=128, align=128):
     """Paging Crypto Metadata: what travels with one evicted page.
 
     The MAC also covers the page's linear address and version, which are not stored here: the
-    first comes back in PAGEINFO, the second from a slot of a VA page.
+    first is an operand of ELD* (PAGEINFO.LINADDR), the second from a slot of a VA page.
 
     Source:
         SDM vol. 3D, "Paging Crypto MetaData (PCMD)"; struct sgx_pcmd, asm/sgx.h.
@@ -163,7 +163,7 @@ class RdInfoFlags(IntFlag):
 
 
 class RdInfo(Structure, size=32, align=32):
-    """What ERDINFO tells of an EPC page.
+    """What ERDINFO reports about an EPC page.
 
     Attributes:
         status: :class:`RdInfoStatus`.

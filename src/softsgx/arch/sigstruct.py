@@ -30,7 +30,7 @@ class SigStruct(Structure, size=1808, align=4096):
     """The enclave's certificate; all big numbers are little-endian.
 
     Attributes:
-        date: BCD yyyymmdd; no one checks it.
+        date: BCD yyyymmdd; no leaf checks it.
         attribute_mask: which ATTRIBUTES bits EINIT compares.
         enclave_hash: the MRENCLAVE it is for.
         q1: floor(S² / N).

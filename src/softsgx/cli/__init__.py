@@ -37,7 +37,7 @@ examples:
                                           make a key, sign with it, write enclave.sig
 
 exit status: 0 fine, 1 something was found, 2 bad input.
-softsgx VERB --help tells more."""
+softsgx VERB --help explains a verb."""
 
 
 class Command(Protocol):
@@ -81,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; the interpreter must not complain while it exits.
+        # The reader of the output has closed it; the interpreter must not report that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
 
 
 def _wanted(argv: Sequence[str]) -> tuple[str, ...]:
-    """Return the verbs to know; importing those nobody asks for takes half a second."""
+    """Return the verbs to parse; importing all of them takes half a second."""
     first = argv[0] if argv else ""
     if first == "--version":
         return ()

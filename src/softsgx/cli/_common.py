@@ -22,7 +22,7 @@ def size_bytes(text: str) -> int:
 
 
 def size_as_written(text: str) -> str:
-    """Return a size as it is written, once it is one; an argparse type.
+    """Return the text of a size after checking it; an argparse type.
 
     The platform's configuration rounds it down to pages and names it in its messages.
     """
@@ -52,7 +52,7 @@ def read_file(path: str) -> bytes:
 
 
 def write_file(path: str, data: bytes, *, force: bool, private: bool = False) -> None:
-    """Write a file that is not there yet; with ``force``, whatever is there.
+    """Write a new file; with ``force``, replace an existing one.
 
     Args:
         path: where.

@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--cflags",
         metavar="FLAGS",
         default="",
-        help="for SOURCE.c, after ours: --cflags='-O3 -DN=4'",
+        help="for SOURCE.c, after the default ones: --cflags='-O3 -DN=4'",
     )
     parser.add_argument(
         "--host",

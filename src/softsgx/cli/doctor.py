@@ -1,7 +1,7 @@
-"""Say what this machine allows, and which engine and pager programs would run on.
+"""Show what this machine allows, and which engine and pager programs would use.
 
-Every line is a fact that was tried out just now; where something is missing it says what that
-means and what to change for better.
+Every line is the result of a probe.  Where something is missing the line says what follows from it
+and what to change.
 
 Examples:
   softsgx doctor
@@ -61,7 +61,7 @@ def _print(findings: list[Finding], missing: list[Finding], pager: str | None) -
     console.print(table)
     if missing:
         names = ", ".join(finding.name for finding in missing)
-        console.print(f"softsgx run: not on this machine, for want of {names}", style="bold red")
+        console.print(f"softsgx run: cannot run here; missing: {names}", style="bold red")
     else:
         console.print(f"softsgx run: engine native, pager {pager}", style="bold green")
 
@@ -69,4 +69,4 @@ def _print(findings: list[Finding], missing: list[Finding], pager: str | None) -
 def _verdict(finding: Finding) -> tuple[str, str]:
     if finding.ok:
         return "ok", finding.name
-    return "MISSING" if finding.needed else "worse", finding.name
+    return "MISSING" if finding.needed else "degraded", finding.name

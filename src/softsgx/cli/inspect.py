@@ -1,8 +1,9 @@
 """Show what is in an enclave file: pages, threads, signature, metadata.
 
-All formats are told alike, as what a loader would do: runs of pages in the order in which they are
-added, which of them are measured, the threads, the SIGSTRUCT field by field.  Files about enclaves
-are known as well: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA or EPID).
+All formats are printed alike, as what a loader would do: runs of pages in the order in which they
+are added, which of them are measured, the threads, the SIGSTRUCT field by field.  Files about
+enclaves are known as well: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA
+or EPID).
 
 Examples:
   softsgx inspect enclave.signed.so

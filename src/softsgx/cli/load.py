@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load it and tell."""
+    """Load the enclave and print the result."""
     image = open_image(args.file, args.sigstruct, file_format=args.format)
     with Platform(_config(args)) as platform:
         process = platform.process("loader", may_provision=args.provision)

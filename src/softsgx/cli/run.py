@@ -1,8 +1,8 @@
 """Run a program that uses SGX, unmodified, on a machine without SGX.
 
 The program finds /dev/sgx_enclave and a finite EPC, and runs at native speed.  Its exit status,
-output and signals are its own: 128 + n when signal n ended it.  What paging it did, and what that
-would have cost on silicon, is told on stderr when it has ended.
+output and signals are its own: 128 + n when signal n ended it.  A summary on stderr says what
+paging it did and what that would have cost on silicon.
 
 Examples:
   softsgx run -- ./app --its-own options
@@ -10,7 +10,7 @@ Examples:
   softsgx run --limit jobs/a=8MiB -- ./app        the program runs in that group
   softsgx run --quiet --report run.html -- ./app  a page that opens offline
 
-exit status: the program's; 2 when it could not be run, 125 when softsgx made a mistake.
+exit status: the program's; 2 when it could not be run, 125 after an error in softsgx.
 This is an emulation: it protects nothing from the owner of this machine.
 """
 
@@ -110,24 +110,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="interrupt threads inside enclaves by a timer: 1ms to 1s (default: never)",
     )
-    told = parser.add_argument_group("what is told")
-    told.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
-    told.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
+    output.add_argument(
         "--trace", metavar="FILE", help="write every event as a Perfetto trace; paging gets slower"
     )
-    told.add_argument(
+    output.add_argument(
         "--report", metavar="FILE", help="write a page with charts that opens offline"
     )
-    told.add_argument(
+    output.add_argument(
         "--status",
         action="store_true",
         help="show a status line even if the program writes to the same terminal",
     )
-    told.add_argument(
+    output.add_argument(
         "--costs", choices=list(COST_PROFILES), help="prices (default: the profile's)"
     )
-    told.add_argument("--quiet", action="store_true", help="say nothing at the end")
-    told.add_argument("--force", action="store_true", help="overwrite files")
+    output.add_argument("--quiet", action="store_true", help="print no summary at the end")
+    output.add_argument("--force", action="store_true", help="overwrite files")
     parser.add_argument(
         "argv", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARG", help="what to run"
     )
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
                 inject=args.inject,
                 tick=args.tick,
             )
-        except RunFailed as failed:  # what it did is told all the same
+        except RunFailed as failed:  # the summary covers a failed run, too
             result, mistakes = failed.result, failed.errors
     summary = collector.summary(argv, result.exit_code, result.injected)
     if sampler is not None:
@@ -251,7 +251,7 @@ class _Watch:
 
 
 def _terminal_width(descriptor: int) -> int:
-    """Return the columns of the terminal behind a descriptor, 80 where there is none."""
+    """Return the columns of a descriptor's terminal, 80 where there is none."""
     try:
         return os.get_terminal_size(descriptor).columns or _DEFAULT_WIDTH
     except OSError:
@@ -259,7 +259,7 @@ def _terminal_width(descriptor: int) -> int:
 
 
 def _status_wanted(args: argparse.Namespace) -> bool:
-    """Return whether a status line disturbs nobody, or is wanted all the same."""
+    """Return whether to show a status line: its terminal is free, or the user asked for it."""
     if args.status:
         return True
     return not args.quiet and os.isatty(2) and not os.isatty(1)

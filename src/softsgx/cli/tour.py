@@ -1,4 +1,4 @@
-"""Watch one page leave the EPC and come back, leaf by leaf.
+"""Show how one page is evicted from the EPC and loaded again, leaf by leaf.
 
 A real signed enclave on a software machine of 64 EPC pages: it is built and entered, one of its
 pages is evicted under the running thread, tampered with, and loaded again.  Every line is what

@@ -109,7 +109,7 @@ def _hexadecimal(text: str, size: int, what: str) -> bytes:
 
 
 def _shown(value: object) -> str:
-    """Return ``value`` for a message of one line, whatever it is."""
+    """Return any ``value`` as text for a message of one line."""
     if isinstance(value, int) and value.bit_length() > 2 * _NUMBER_BITS:
         return f"(a number of {value.bit_length()} bits)"
     if isinstance(value, str):

@@ -154,7 +154,7 @@ class Platform:
         )
 
     def unload(self, module: str) -> None:
-        """Unload a module; the core goes on.
+        """Unload a module; the core keeps running.
 
         Raises:
             OSError: EBUSY, an enclave is open; ENOENT, it is not loaded.
@@ -171,7 +171,7 @@ class Platform:
             raise SoftSgxError(f"module {module!r}: only driver can be loaded and unloaded")
 
     def power_loss(self) -> None:
-        """Suspend and resume, or reset: everything in the EPC is gone, evicted pages are dead."""
+        """Lose power (suspend or reset): the EPC is lost, evicted pages cannot be loaded again."""
         self.machine.power_transition()
         self.vepc.power_lost()
 
@@ -209,8 +209,8 @@ class Platform:
 
         Args:
             name: for people.
-            epc: size of its virtual EPC, whatever the machine has; a sequence gives one section
-                each.
+            epc: size of its virtual EPC, which may exceed the machine's; a sequence gives one
+                section each.
             processors: how many it has.
             ballast: EPC that is never taken from it once it has it.
             group: path of the group that pays, made if need be.
@@ -273,7 +273,7 @@ class Platform:
         for guest in self.guests:
             guest.check()
 
-    # --- what the parts ask of each other -------------------------------------------------------
+    # --- callbacks of the parts -----------------------------------------------------------------
 
     def _emit(self, event: Event) -> None:
         for listener in self._listeners:
@@ -297,7 +297,7 @@ class Platform:
 
 
 class _EnclaveVictim:
-    """An enclave as the accountant sees it."""
+    """An enclave as the cgroup's out-of-memory handling sees it."""
 
     def __init__(self, file: EnclaveFile) -> None:
         self._file = file

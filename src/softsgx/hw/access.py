@@ -2,10 +2,10 @@
 
 A translation is made at a miss and kept until the TLB is flushed, which every enclave entry and
 exit does.  A kind of access (read, write, fetch) that was granted once is not checked again: a
-page that is blocked, restricted or evicted meanwhile stays usable through it.  That is what ETRACK
-and EWB exist for.
+page that is then blocked, restricted or evicted stays usable through it.  ETRACK and EWB exist for
+this case.
 
-:func:`check` is the EPCM's verdict alone, for engines whose TLB is the real one.
+:func:`check` is the EPCM's verdict alone, for engines that run on a real TLB.
 
 Source:
     SDM vol. 3D, "Enclave Access Control and Data Structures", "Access-control for accesses that
@@ -38,11 +38,11 @@ def epc_refusal(linaddr: int, access: int) -> PageFault:
 def check(
     secs: EpcPage, page: EpcPage | None, linaddr: int, access: int, *, shadow_stack: bool = False
 ) -> PageFault | None:
-    """Judge one direct enclave access that paging has allowed; nothing changes.
+    """Check one direct enclave access that paging has allowed; nothing changes.
 
     Args:
         secs: CR_ACTIVE_SECS of the processor.
-        page: the EPC page behind ``linaddr``; ``None`` when it is no EPC.
+        page: the EPC page that ``linaddr`` translates to; ``None`` for ordinary memory.
         linaddr: the address accessed, inside ELRANGE.
         access: ``READ``, ``WRITE`` or ``EXECUTE``.
         shadow_stack: it is a shadow-stack access, which needs a page of type SS_*.
@@ -75,7 +75,7 @@ def check(
 def epc_operand(
     cpu: LogicalProcessor, linaddr: int, access: int, *, stores: bool = False
 ) -> EpcPage:
-    """Return the EPC page behind an operand of an ENCLU leaf: "resolves within an EPC".
+    """Return the EPC page of an operand of an ENCLU leaf: "resolves within an EPC".
 
     Args:
         cpu: the processor.
@@ -99,8 +99,8 @@ def epc_operand(
 def enclave_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage:
     """Return the page of the running enclave that holds an operand of an ENCLU leaf.
 
-    The leaf itself checks first that ``linaddr`` is aligned and inside ELRANGE.  The TLB is not
-    asked: leaves look at the EPCM each time.
+    The leaf itself checks first that ``linaddr`` is aligned and inside ELRANGE.  The leaf
+    does not use the TLB: it checks the EPCM each time.
 
     Args:
         cpu: the processor, inside an enclave.
@@ -129,7 +129,7 @@ def enclave_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage
 def load(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
     """Return ``size`` bytes at ``linaddr``, as an instruction of ``cpu`` would see them.
 
-    A range that crosses pages, or the end of the enclave, is judged piece by piece.
+    A range that crosses pages, or the end of the enclave, is checked piece by piece.
 
     Raises:
         GeneralProtection: an address is not canonical.
@@ -184,7 +184,7 @@ def fetch(cpu: LogicalProcessor, linaddr: int, size: int) -> bytes:
 
     Raises:
         GeneralProtection: an address is not canonical; or, inside an enclave, any byte is outside
-            ELRANGE and paging had no objection.
+            ELRANGE and paging allows the access.
         PageFault: the first byte's address that cannot be fetched.
     """
     try:
@@ -233,7 +233,7 @@ def _miss(
     page = cpu.hw.page_at(physical)
 
     if inside is None or not inside.enclave.covers(linaddr):
-        # Not a direct enclave access: whatever the EPC holds, nobody sees it from here.
+        # Not a direct enclave access: EPC looks like the abort page.
         made = Translation(physical, access, abort=page is not None)
     else:
         if known is not None and known.page is page and not known.epcm_rights & access:
@@ -248,7 +248,7 @@ def _miss(
         made = Translation(physical, access, page=page, epcm_rights=page.rwx)
 
     if known is not None and known.physical == made.physical:
-        # Grants accumulate: a TLB holds each kind on its own, and none is taken back here.
+        # Rights accumulate: a TLB holds each kind on its own, and a miss removes none.
         known.rights |= access
         return known
     cpu.tlb[linaddr & -PAGE_BYTES] = made

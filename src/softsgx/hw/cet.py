@@ -1,6 +1,6 @@
 """Control-flow enforcement at the border of an enclave: save slots, SSP, IA32_U_CET.
 
-Everything here does nothing where the enclave, or CR4, has no CET.
+Every function does nothing when the enclave or CR4 has no CET.
 
 Source:
     SDM vol. 3D, "EENTER", "ERESUME", "EEXIT", Operation, the parts under CPUID's CET bits.  The

@@ -1,4 +1,4 @@
-"""CPUID as far as it tells of SGX: leaves 07H, 0DH and 12H of a configuration.
+"""The parts of CPUID that describe SGX: leaves 07H, 0DH and 12H of a configuration.
 
 Source:
     SDM vol. 2A, "CPUID"; vol. 3D, "Discovering Support for Intel SGX".

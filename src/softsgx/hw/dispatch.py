@@ -2,7 +2,7 @@
 
 The same leaf functions as the typed ones, after the checks that come before any leaf.  When a
 fault, a VM exit or a transaction's abort is raised, nothing architectural has changed.  Prefixes
-that make the instruction undefined (LOCK, 66H, REP, VEX) are the decoder's business.
+that make the instruction undefined (LOCK, 66H, REP, VEX) are left to the decoder.
 
 Source:
     SDM vol. 3D, "ENCLS", "ENCLU", "ENCLV": Operation and exceptions.
@@ -49,13 +49,13 @@ _LAST_BIT = 63
 def encls(cpu: LogicalProcessor) -> None:
     """Execute ENCLS: leaf in EAX, operands in RBX, RCX and RDX.
 
-    On success RIP is behind the instruction; a leaf that reports has its code in RAX and in ZF or
-    CF; EDBGRD has its data in RBX.
+    On success RIP is the address after the instruction; a leaf that reports has its code in RAX and
+    in ZF or CF; EDBGRD has its data in RBX.
 
     Raises:
         TsxAbort: inside a transaction.
         UndefinedOpcode: no SGX in this mode or on this machine, or CPL above 0.
-        VmExit: the hypervisor wants this leaf; or what the leaf itself raises.
+        VmExit: the exiting bitmap has this leaf; or what the leaf itself raises.
         GeneralProtection: SGX is not enabled, EAX names no leaf, paging is off, DS expands down;
             or what the leaf itself raises.
         PageFault: what the leaf itself raises.
@@ -80,8 +80,8 @@ def encls(cpu: LogicalProcessor) -> None:
 def enclu(cpu: LogicalProcessor) -> None:
     """Execute ENCLU: leaf in EAX, operands in RBX, RCX and RDX.
 
-    On success RIP is behind the instruction, or where EENTER, ERESUME or EEXIT went; a leaf that
-    reports has its code in RAX and in ZF.
+    On success RIP is the address after the instruction, or the target of EENTER, ERESUME or EEXIT;
+    a leaf that reports has its code in RAX and in ZF.
 
     Raises:
         TsxAbort: inside a transaction.
@@ -89,8 +89,8 @@ def enclu(cpu: LogicalProcessor) -> None:
         UndefinedOpcode: no SGX in this mode or on this machine, or CPL below 3.
         DeviceNotAvailable: CR0.TS is set.
         GeneralProtection: SGX is not enabled, EAX names no leaf, paging or CR0.NE is off, 16-bit
-            code, or the leaf belongs on the other side of the enclave's border; or what the leaf
-            itself raises.
+            code, or the leaf needs enclave mode and the processor is outside, or the reverse; or
+            what the leaf itself raises.
         PageFault: what the leaf itself raises.
 
     Source:
@@ -126,13 +126,13 @@ def enclu(cpu: LogicalProcessor) -> None:
 def enclv(cpu: LogicalProcessor) -> None:
     """Execute ENCLV: leaf in EAX, operands in RBX, RCX and RDX.
 
-    On success RIP is behind the instruction and the code in RAX and ZF.
+    On success RIP is the address after the instruction; RAX and ZF have the code.
 
     Raises:
         TsxAbort: inside a transaction.
         UndefinedOpcode: no ENCLV in this mode or on this machine, not in VMX operation, CPL above
-            0, or a guest whose hypervisor has not switched ENCLV on.
-        VmExit: the hypervisor wants this leaf.
+            0, or a guest whose hypervisor has not enabled ENCLV.
+        VmExit: the exiting bitmap has this leaf.
         GeneralProtection: SGX is not enabled, EAX names no leaf, paging is off, DS expands down;
             or what the leaf itself raises.
         PageFault: what the leaf itself raises.
@@ -201,7 +201,7 @@ def _run(cpu: LogicalProcessor, leaf: Leaf, eid: Callable[[LogicalProcessor, int
 
 
 def finish_leaf(cpu: LogicalProcessor, leaf: Leaf, result: object) -> None:
-    """Write a leaf's result to the registers, and advance RIP behind the instruction."""
+    """Write a leaf's result to the registers and advance RIP past the instruction."""
     regs = cpu.regs
     if isinstance(result, tuple):  # EDBGRD
         result, data = result

@@ -1,4 +1,4 @@
-"""What the processor tells a listener: one event for each leaf, exit and loss of power."""
+"""Events of the processor: each leaf, asynchronous exit and loss of power."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ class AsynchronousExit(Event):
 
 @dataclass(frozen=True, slots=True)
 class PowerLost(Event):
-    """All EPC content and the paging key are gone."""
+    """All EPC content and the paging key are lost."""
 
     NAME: ClassVar[str] = "sgx:power_lost"

@@ -1,4 +1,4 @@
-"""XGETBV, XSAVE and XRSTOR of enclave code: XCR0 is the enclave's XFRM, whatever the system's is.
+"""XGETBV, XSAVE and XRSTOR of enclave code: XCR0 is the enclave's XFRM.
 
 For engines whose processor keeps the system's XCR0 while it is in an enclave.  State is what
 ``cpu.regs.xsave`` holds, in the non-compacted form; memory is accessed as any instruction does.
@@ -30,7 +30,7 @@ _XMM = (160, 416)
 _XINUSE_REGISTER = 1
 # Plain integers: these are asked for often, and flags of an enumeration are slow.
 _BIT_X87, _BIT_SSE = int(Xfrm.X87), int(Xfrm.SSE)
-#: State whose components know of MXCSR: SSE and AVX.
+#: Components that MXCSR belongs to: SSE and AVX.
 _USES_MXCSR = int(Xfrm.SSE | Xfrm.AVX)
 
 
@@ -200,7 +200,7 @@ def _standard(config: MachineConfig, components: int) -> dict[int, tuple[int, in
 
 
 def _compacted(config: MachineConfig, components: int) -> dict[int, tuple[int, int]]:
-    """Return (bytes, offset) of the components of XCOMP_BV, one behind the other."""
+    """Return (bytes, offset) of the components of XCOMP_BV, one after the other."""
     places, at = {}, _HEADER_END
     for number, (size, _offset) in sorted(config.xsave.items()):
         if components >> number & 1:

@@ -46,7 +46,7 @@ _ALL_32 = 0xFFFF_FFFF
 class KeyDependencies(Structure, size=644):
     """The facts that a key depends on; what a column leaves out is zero.
 
-    Deviation: only the set of facts is architectural; their order is ours.
+    Deviation: only the set of inputs is architectural; we choose their order.
     """
 
     key_name: int = at(0, U16)

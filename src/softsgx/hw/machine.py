@@ -59,9 +59,9 @@ class Machine:
         runtime: where leaves may be interleaved, and the source of randomness.
         store: where the bytes of resident pages live.
         ram: ordinary memory; an empty one when ``None``.
-        tracer: receives an event for each leaf; ``None`` costs nothing.
+        tracer: receives an event for each leaf; ``None`` for none, at no cost.
         optimised: second implementations of hot leaves (``softsgx.hw.optimised``), which run where
-            the runtime does not interleave and there is no listener; ``None``: the readable ones.
+            the runtime does not interleave and there is no tracer; ``None``: the readable ones.
 
     Attributes:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
@@ -77,8 +77,8 @@ class Machine:
         feature_control: IA32_FEATURE_CONTROL.
         cpusvn: CR_CPUSVN.
         microcode_svn: CPUSVN of the loaded microcode; EUPDATESVN adopts it once it is newer.
-        einit_outcome: how EINIT is to end without success; ``None``: as its checks say.
-        entropy_failures: how many EUPDATESVN are to find the random number generator dry.
+        einit_outcome: an error that every EINIT returns instead of its result; ``None``: none.
+        entropy_failures: how many EUPDATESVN find too little entropy.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class Machine:
         addr = EpcAddr(page_of(physical))
         page = self.pages.get(addr)
         if page is None and self.section_of(addr) is not None:
-            # setdefault: two threads may come here for one page, and must leave with one object.
+            # setdefault: two threads that ask for one page must get one object.
             page = self.pages.setdefault(addr, EpcPage(addr))
         return page
 
     def fill_page(self, page: EpcPage, data: bytes) -> None:
-        """Store the 4096 bytes of a page whose entry is written but for VALID.
+        """Store the 4096 bytes of a page; its EPCM entry is complete except for VALID.
 
-        Where the store has no room its error passes, and the page is free again.
+        When the store has no room, the page is free again and the error of the store propagates.
         """
         try:
             self.store.fill(page, data)
@@ -165,18 +165,18 @@ class Machine:
             raise
 
     def ram_read(self, physical: int, size: int) -> bytes:
-        """Return bytes as software sees physical memory: ones where it is EPC."""
+        """Read physical memory as software does: EPC reads as ones."""
         if self.section_of(physical) is not None:
             return b"\xff" * size
         return self.ram.read(physical, size)
 
     def ram_write(self, physical: int, data: bytes) -> None:
-        """Store as software does: dropped where it is EPC."""
+        """Write physical memory as software does: EPC ignores the write."""
         if self.section_of(physical) is None:
             self.ram.write(physical, data)
 
     def ram_discard(self, physical: int) -> None:
-        """Give the memory of one ordinary page back; it reads as zero then."""
+        """Free the memory of one ordinary page, which then reads as zero."""
         self.ram.discard(physical)
 
     def count_child(self, enclave: ResidentSecs, change: int) -> None:
@@ -192,7 +192,7 @@ class Machine:
     # --- power ----------------------------------------------------------------------------------
 
     def power_transition(self) -> None:
-        """S3, S4, S5 or reset: EPC, EPCM and paging key are gone; seal keys stay.
+        """S3, S4, S5 or reset: EPC, EPCM and paging key are lost; seal keys stay.
 
         Every processor is outside afterwards.  Evicted pages and VA trees can never be loaded
         again, since no version of the new key ever sealed them.

@@ -86,7 +86,7 @@ class Registers:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What entry looks at in a segment register; flat and usable unless told otherwise.
+    """What entry checks of a segment register; flat and usable by default.
 
     Attributes:
         base: 0 for FS and GS, whose bases are in :class:`Registers`.
@@ -274,7 +274,7 @@ class LogicalProcessor:
         raise exit
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
-        """Return the physical address behind ``linaddr``: segmentation, then paging.
+        """Translate ``linaddr`` to a physical address: segmentation, then paging.
 
         Raises:
             GeneralProtection: not canonical, or in 32-bit mode beyond the segment's limit.
@@ -294,7 +294,7 @@ class LogicalProcessor:
             GeneralProtection: not canonical.
             PageFault: ordinary, from paging; or with the SGX bit, when it is no EPC.
         """
-        # The kernel's own mapping needs no walk; it is the hot path of all OS code.
+        # The kernel's own mapping needs no walk; all OS code takes this path.
         physical = linaddr & -PAGE_BYTES
         if type(self.space) is not DirectMap:
             physical = page_of(self.translate(linaddr, READ, user=self.cpl == 3))
@@ -329,7 +329,7 @@ class LogicalProcessor:
             done += length
 
     def probe_write(self, ref: Ref, size: int) -> None:
-        """Raise the page fault that :meth:`write` would raise, and change nothing."""
+        """Raise the page fault that :meth:`write` would raise; nothing changes."""
         if type(ref) is int:
             for at, _length in split_pages(ref, size):
                 self.translate(at, WRITE, user=self.cpl == 3)
@@ -393,7 +393,7 @@ class LogicalProcessor:
             raise VmExit(VmExitReason.SGX_CONFLICT, code, guest_physical=context)
 
     def flush_tlb(self) -> None:
-        """Forget every translation: each enclave entry and exit does."""
+        """Drop every translation, as each enclave entry and exit does."""
         self.tlb.clear()
 
 

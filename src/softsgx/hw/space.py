@@ -1,7 +1,7 @@
 """Linear addresses: how an operand's address becomes a physical one.
 
-ENCLS reaches EPC pages through whatever mapping the kernel has; an enclave's own accesses go
-through its process' page tables.  Both are an :class:`AddressSpace`.  Ordinary memory is a
+ENCLS reaches EPC pages through the kernel's mapping; an enclave's own accesses go through the page
+tables of its process.  Both are an :class:`AddressSpace`.  Ordinary memory is a
 :class:`Ram`, sparse and unencrypted.
 """
 
@@ -19,19 +19,19 @@ READ, WRITE, EXECUTE = 1, 2, 4
 
 
 class AddressSpace(Protocol):
-    """What paging says of linear addresses."""
+    """How paging translates linear addresses."""
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
-        """Return the physical address behind ``linaddr`` for one kind of access.
+        """Translate ``linaddr`` to a physical address for one kind of access.
 
         Raises:
             PageFault: ordinary, without the SGX bit: not present, or not allowed.
         """
 
     def paging_address(self, linaddr: int) -> int:
-        """Return what this space's own paging makes of ``linaddr``: guest-physical in a guest.
+        """Translate ``linaddr`` by this space's own paging: to guest-physical in a guest.
 
-        It becomes ENCLAVECONTEXT and the address of SGX_CONFLICT exits.
+        The result becomes ENCLAVECONTEXT and the address of SGX_CONFLICT exits.
         """
 
 
@@ -108,5 +108,5 @@ class Ram:
             done += length
 
     def discard(self, physical: int) -> None:
-        """Give the memory of one page back; it reads as zero then."""
+        """Free the memory of one page, which then reads as zero."""
         self._pages.pop(page_of(physical), None)

@@ -20,8 +20,8 @@ _ZEROS = bytes(PAGE_BYTES)
 def share_zero_page(data: bytes) -> bytes:
     """Return what a store keeps of a page's bytes: one object for all pages of zeros.
 
-    A heap that is added and not used yet then costs no memory but its EPCM entries.  Whoever
-    writes to a page makes a copy first.
+    A heap that is added and not used yet then costs no memory but its EPCM entries.  A store copies
+    the bytes before the first write to a page.
     """
     return _ZEROS if data == _ZEROS else data
 
@@ -35,7 +35,7 @@ class PageStore(Protocol):
     """
 
     def fill(self, page: EpcPage, data: bytes) -> None:
-        """Make ``page`` resident with 4096 bytes; no one sees it half filled."""
+        """Make ``page`` resident with 4096 bytes; no access sees it half filled."""
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Return the 4096 bytes of a page about to leave; later stores to it must not succeed.
@@ -70,7 +70,7 @@ class DictStore:
         self._pages[page.addr] = share_zero_page(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
-        """Return the bytes; nobody can write behind the EPCM lock's back."""
+        """Return the bytes; the leaf holds the page exclusively, so no other one writes."""
         return self._pages[page.addr]
 
     def thaw(self, page: EpcPage) -> None:
@@ -81,7 +81,7 @@ class DictStore:
         del self._pages[page.addr]
 
     def read(self, page: EpcPage, offset: int, size: int) -> bytes:
-        """Return a copy; a page that is gone reads as abort page.
+        """Return a copy; a page that was dropped reads as the abort page.
 
         That happens to an access through a translation that outlived its page, which is what
         the tracking of ``spec`` forbids and a checker reports.

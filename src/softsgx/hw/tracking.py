@@ -20,7 +20,7 @@ from softsgx.hw.secs import ResidentSecs
 __all__ = ["TRACKED_AGE", "count_in", "count_out", "is_tracked", "start_cycle"]
 
 TRACKED_AGE = 2
-"""Epochs after which a page is tracked whoever is inside."""
+"""Epochs after which a page is tracked, whichever processors are inside."""
 
 
 def count_in(enclave: ResidentSecs) -> int:
@@ -51,7 +51,7 @@ def start_cycle(enclave: ResidentSecs) -> bool:
 def is_tracked(page: EpcPage, enclave: ResidentSecs) -> bool:
     """Return whether no processor can hold a translation older than the page's last block.
 
-    An ETRACK that came before the block does not count, even if everybody has left since.
+    An ETRACK that came before the block does not count, even if every processor has left since.
     """
     cycles = enclave.epoch - page.bepoch
     return cycles >= TRACKED_AGE or (cycles == 1 and enclave.prev_count == 0)

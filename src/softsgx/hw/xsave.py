@@ -1,7 +1,7 @@
 """XSAVE state: what an asynchronous exit stores in an SSA frame, and what ERESUME loads.
 
 Pure functions over bytes in the non-compacted form.  A component whose XSTATE_BV bit is clear is
-in its initial state, whatever its bytes say; MXCSR is the exception, which the standard form
+in its initial state, and its bytes mean nothing; MXCSR is the exception, which the standard form
 carries in any case.
 
 Source:

@@ -58,7 +58,7 @@ def tcs_page(
 class Blob:
     r"""Collects pages in the order in which they are to be added.
 
-    Each method takes the offset to put things at, or goes on behind what came last.
+    Each method takes the offset to put things at, or continues after the previous one.
 
     Example:
         >>> blob = Blob()

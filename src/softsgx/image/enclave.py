@@ -1,4 +1,4 @@
-"""What reading an enclave file gives, whatever its format."""
+"""An enclave file after reading, in one form for all formats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What enclaves and platforms say about enclaves: launch tokens, reports, quotes.
 
-They are told by their size and reserved bytes: none has a magic number.  Of a quote, what it holds
+Their size and reserved bytes identify them: none has a magic number.  Of a quote, what it holds
 itself is checked: its signature against the attestation key in it, and that key against the quoting
 enclave's report.  Certificates and EPID signatures are not.
 

@@ -26,7 +26,9 @@ from softsgx.image.plan import (
 __all__ = ["looks_like_tcs", "page_flags", "read_raw", "read_selftest"]
 
 _SECINFO_REG = SECINFO_RW & ~SecInfoFlags.RWX.value
-_LARGEST_NSSA = 1 << 16  # nobody nests exceptions that deep; a guard against reading text as a TCS
+_LARGEST_NSSA = (
+    1 << 16
+)  # no program nests exceptions that deep; a guard against reading text as a TCS
 
 
 def page_flags(p_flags: int) -> int:
@@ -61,7 +63,7 @@ def read_selftest(file: Bytes, *, heap_pages: int = 1) -> EnclaveImage:
 
     Args:
         file: the ELF file; needs no section headers.
-        heap_pages: unmeasured pages behind the last segment.
+        heap_pages: unmeasured pages after the last segment.
 
     Raises:
         SoftSgxError: it has no segments, or the first is not readable and writable only.

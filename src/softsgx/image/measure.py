@@ -29,7 +29,7 @@ from softsgx.image.plan import Data, Plan, Run
 __all__ = ["MEASURE_LIMIT_BYTES", "hashed_bytes", "measure", "same_measurement"]
 
 MEASURE_LIMIT_BYTES: Final = 1 << 37
-"""What ``measure`` hashes at most, unless told otherwise: about two minutes of work."""
+"""The default limit of what ``measure`` hashes: about two minutes of work."""
 
 _BLOCK = 64
 _PROGRESS_BYTES = 64 << 20
@@ -66,7 +66,7 @@ def measure(
     Args:
         plan: what to build.
         limit_bytes: refuse to hash more than this; sizes in files are not to be trusted.
-        progress: told how many bytes are hashed, of how many, about every 64 MiB.
+        progress: called with the bytes hashed and all bytes, about every 64 MiB.
 
     Raises:
         SoftSgxError: the plan asks for more hashing than ``limit_bytes``.

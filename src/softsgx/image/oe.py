@@ -68,7 +68,7 @@ class OeProperties(Structure, size=1960):
 
     Attributes:
         size: bytes of this structure.
-        heap_pages: unmeasured pages behind the relocations.
+        heap_pages: unmeasured pages after the relocations.
         stack_pages: of each thread.
         flags: bit 0 report #PF and #GP, bit 1 base address 0.
         start_address: where the image begins in an enclave with base address 0.
@@ -444,5 +444,5 @@ class _Image:
 
 
 def _span(load: ProgramHeader) -> tuple[int, int]:
-    """Return the addresses of a segment's first page and behind its last."""
+    """Return the addresses of a segment's first page and of the end of its last."""
     return load.p_vaddr & -PAGE_BYTES, _up(load.p_vaddr + load.p_memsz, PAGE_BYTES)

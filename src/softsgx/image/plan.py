@@ -7,7 +7,7 @@ with a terabyte of heap costs as much as one with a page.
 
 A plan that exists is one EADD would accept: aligned, inside the enclave, without overlap, with
 a page type, rights and contents the instruction takes; the bytes of a TCS are those that EADD
-stores, whatever the file had.  What a *file format* allows beyond that is the readers' business.
+stores, whatever the file had.  The readers check what a *file format* allows beyond that.
 
 Deviation: a plan does not know on which machine it will be built.  It takes what a processor with
 CET takes, and its enclaves are 64-bit.
@@ -81,7 +81,7 @@ MOST_TCS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Pages whose bytes are there.
+    """Pages with their bytes.
 
     Attributes:
         view: a whole number of pages.
@@ -175,7 +175,7 @@ class Run:
 
     @property
     def end(self) -> int:
-        """Return the offset behind the last page."""
+        """Return the offset after the last page."""
         return self.offset + self.pages * PAGE_BYTES
 
     @property
@@ -271,7 +271,7 @@ def _check_run(run: Run, size: int) -> None:
     if run.pages <= 0 or run.offset < 0 or run.offset % PAGE_BYTES:
         raise SoftSgxError(f"{where}: {run.pages} pages; offsets are page aligned, counts positive")
     if run.end > size:
-        raise SoftSgxError(f"{where}: end at {run.end:#x}, behind the enclave's size {size:#x}")
+        raise SoftSgxError(f"{where}: end at {run.end:#x}, beyond the enclave's size {size:#x}")
     if isinstance(run.source, Data):
         have = run.source.view.nbytes
         assert have == run.pages * PAGE_BYTES, f"{have} bytes for {run.pages} pages"

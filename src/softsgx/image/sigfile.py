@@ -1,6 +1,6 @@
 """SIGSTRUCT as it lies in files: recognising, reading, naming.
 
-Reading is tolerant: whatever has the two headers is a SIGSTRUCT, and ``verify`` says what is wrong
+Reading is tolerant: a file with the two headers is a SIGSTRUCT, and ``verify`` says what is wrong
 with it.
 
 Source:
@@ -47,7 +47,7 @@ def has_sigstruct(file: Bytes, offset: int = 0) -> bool:
 
 
 def sigstruct_at(file: Bytes, offset: int = 0) -> SigStruct:
-    """Return the SIGSTRUCT at ``offset``, whatever its fields say."""
+    """Return the SIGSTRUCT at ``offset``; its fields are not checked."""
     return file.structure(SigStruct, offset, "SIGSTRUCT")
 
 

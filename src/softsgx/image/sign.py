@@ -256,7 +256,7 @@ def new_key() -> rsa.RSAPrivateKey:
 
 @cache
 def throwaway_key() -> rsa.RSAPrivateKey:
-    """Return a key of this process, made once: for enclaves that nobody else will load."""
+    """Return a key of this process, made once: for enclaves that only this process loads."""
     return new_key()
 
 

@@ -35,7 +35,7 @@ class Check:
 
     Attributes:
         name: what, in the manual's words.
-        ok: whether EINIT would go on.
+        ok: whether EINIT would continue.
         detail: what is wrong; empty when nothing is.
     """
 

@@ -101,16 +101,16 @@ class CoTask:
             raise self.error
 
     def blocker(self) -> CoTask | None:
-        """Return itself: who joins a task waits for it."""
+        """Return itself: a task that joins another waits for that."""
         return self
 
     def describe_wait(self) -> str:
-        """Return what somebody who joins it waits for."""
+        """Return what a task that joins it waits for."""
         return f"task {self.name!r} to end"
 
 
 class Cooperative(ABC):
-    """Greenlets in one thread; a subclass decides who runs."""
+    """Greenlets in one thread; a subclass decides which task runs."""
 
     concurrent = False
     interleaves = True
@@ -123,7 +123,7 @@ class Cooperative(ABC):
         self._timers: list[tuple[int, int, CoTask, int]] = []  # due, tie-break, task, ticket
         self._tie_break = itertools.count()
         # Over: the program has failed or is being closed. Nothing is scheduled any more; code
-        # that unwinds may release locks, and whoever would have to wait gets an exception.
+        # that unwinds may release locks, and a task that would have to wait gets an exception.
         self._over = False
         self._closed = False
         self._failure: BaseException | None = None
@@ -163,7 +163,7 @@ class Cooperative(ABC):
         task = CoTask(self, unique_name(self._names, name), daemon=daemon)
         if self._current is self._main:
             self._main.greenlet = greenlet.getcurrent()
-        # A greenlet that ends passes its result, which nobody wants, to the one it leaves for.
+        # A greenlet that ends passes its result to the next one, which ignores it.
         task.greenlet = greenlet.greenlet(
             lambda *_: self._body(task, run), parent=self._main.greenlet
         )
@@ -195,7 +195,7 @@ class Cooperative(ABC):
         self._leave_for(following)
 
     def _after_end(self, task: CoTask) -> CoTask:
-        """Return who runs when ``task`` has ended."""
+        """Return which task runs when ``task`` has ended."""
         return self._next()
 
     def _leave_for(self, following: CoTask) -> None:
@@ -291,7 +291,7 @@ class Cooperative(ABC):
         while blocker is not None:
             if blocker is task:
                 return Deadlock(self._describe_deadlock(chain[1:], describe_wait(task, what)))
-            if blocker in chain:  # somebody else's cycle
+            if blocker in chain:  # a cycle of other tasks
                 return None
             chain.append(blocker)
             wait = blocker.waits_for
@@ -323,7 +323,7 @@ class Cooperative(ABC):
         return "deadlock: " + "; ".join(waits + ended)
 
     def _deadlock(self) -> Deadlock:
-        """Return what to raise when everybody waits and nothing can wake anybody."""
+        """Return what to raise when every task waits and nothing can wake one."""
         error = Deadlock(self._describe_deadlock([self._main, *self._tasks]))
         for task in self._tasks:
             if task.error is not None:
@@ -344,7 +344,8 @@ class Cooperative(ABC):
 
         Raises:
             AssertionError: a task that is no daemon was left; it has been killed.
-            BaseException: what a task raised and nobody joined; several as an ``ExceptionGroup``.
+            BaseException: what a task raised that no task has joined; several as an
+                ``ExceptionGroup``.
         """
         assert self._current is self._main, f"close() called by task {self.task_name()!r}"
         if self._closed:
@@ -354,7 +355,7 @@ class Cooperative(ABC):
         end_of_tasks(self._kill_all(), self._errors(), self._failure)
 
     def _kill_all(self) -> list[str]:
-        """Kill what still lives; return a description of each that is no daemon."""
+        """Kill every task that has not ended; describe each that is no daemon."""
         self._over = self._closed = True
         alive = [task for task in self._tasks if not task.finished]
         left = [describe_task(task) for task in alive if not task.daemon]
@@ -403,7 +404,7 @@ def describe_task(task: CoTask) -> str:
 
 
 def describe_wait(task: CoTask, what: Waitable) -> str:
-    """Return who waits for what."""
+    """Return which task waits for what."""
     return f"{task.name} waits for {what.describe_wait()}"
 
 

@@ -136,5 +136,6 @@ class Runtime(Protocol):
 
         Raises:
             AssertionError: a task that is no daemon was left; it has been killed.
-            BaseException: what a task raised and nobody joined; several as an ``ExceptionGroup``.
+            BaseException: what a task raised that no task has joined; several as an
+                ``ExceptionGroup``.
         """

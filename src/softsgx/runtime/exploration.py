@@ -100,14 +100,14 @@ def explore_all(
 ) -> Exploration:
     """Run a program under every schedule with at most ``preemptions`` preemptions.
 
-    A preemption is a switch away from a task that could have gone on.  Switches where a task waits,
-    yields or ends are free, and all ways to make them are tried.
+    A preemption is a switch away from a task that could have continued.  Switches where a task
+    waits, yields or ends are free, and all ways to make them are tried.
 
     Args:
         make_program: the program.
         preemptions: the bound; 2 finds most races of small programs.
         seed: of the program's own random choices.
-        max_runs: stop after so many; :attr:`Exploration.complete` tells.
+        max_runs: stop after so many; :attr:`Exploration.complete` is then ``False``.
         step_limit: see :class:`SeededRuntime`.
         point_ns: see :class:`SeededRuntime`.
         attempts: how many runs may be spent on cutting a failing schedule down.
@@ -206,7 +206,7 @@ def _measure(conditions: _Conditions, seed: int) -> int:
 def _report(
     conditions: _Conditions, run: _Run, policy: str, repeat: str, attempts: int
 ) -> ExplorationFailed:
-    """Return the exception that tells of a failed run."""
+    """Return the exception that reports a failed run."""
     error = run.error
     assert error is not None, "the run has failed"
     schedule = _minimise(conditions, run, attempts)

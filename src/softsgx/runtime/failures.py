@@ -14,7 +14,7 @@ __all__ = ["Deadlock", "ExplorationFailed", "Livelock", "ReplayDiverged", "Scrip
 
 
 class Deadlock(AssertionError):
-    """Tasks wait for each other, or for a notification nobody is left to send.
+    """Tasks wait for each other, or for a notification that no task is left to send.
 
     The text names every waiting task, what it waits for, and who holds that.
     """

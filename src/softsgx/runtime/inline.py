@@ -155,7 +155,7 @@ class _NoLatch:
 
 
 class InlineRuntime(Cooperative):
-    """One thread; tasks run when somebody waits, and real time passes.
+    """One thread; other tasks run while the current one waits, and real time passes.
 
     It belongs to the thread that uses it.  :meth:`run_pending` is what an event loop calls to give
     background tasks their turn.
@@ -196,14 +196,14 @@ class InlineRuntime(Cooperative):
         return _InlineCondition(self, lock)
 
     def latch(self) -> base.Lock:
-        """Return what does nothing: nobody else can run while it is held."""
+        """Return a latch that does nothing: no other task can run while it is held."""
         return _NoLatch()
 
     def point(self, where: str) -> None:
-        """Do nothing: nobody is waiting for a turn."""
+        """Do nothing: no other task runs here."""
 
     def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
-        """Make ``run`` a task, which runs when somebody waits."""
+        """Make ``run`` a task, which runs while the current task waits."""
         task = self._new_task(run, name, daemon=daemon)
         self._ready.append(task)
         return task
@@ -273,7 +273,7 @@ class InlineRuntime(Cooperative):
             self._sleep_ns(max(0, due_ns - self._clock_ns()))
 
     def _wake_due(self) -> None:
-        """Make ready whose lock is free and whose time has come."""
+        """Make each task ready whose lock is free or whose timer is due."""
         for task in list(self._lock_waiters):
             lock = task.waits_for
             if lock is not None and lock.blocker() is None:

@@ -129,8 +129,8 @@ class Pct:
         self._passed += 1
         if fall is not None:
             priorities[current] = fall
-        # Deviation: the paper has no yields. Whoever yields falls below everybody: a task that
-        # polls would otherwise run for ever.
+        # Deviation: the paper has no yields.  A task that yields gets the lowest priority: one
+        # that polls would otherwise keep every other task from running.
         if where == YIELD:
             self._lowest -= 1
             priorities[current] = self._lowest

@@ -52,7 +52,7 @@ class _SeededLock:
         self._take(me)
 
     def _take(self, me: CoTask) -> None:
-        """Hold the lock, which is free; whoever waits for it cannot run now."""
+        """Hold the lock, which is free; tasks that wait for it cannot run now."""
         assert self._holder is None, f"{me.name!r} was chosen but {self.name!r} is held"
         runtime = self._runtime
         runtime._unpark(me)
@@ -61,7 +61,7 @@ class _SeededLock:
             runtime._ready.pop(task.name, None)
 
     def _give_up(self) -> None:
-        """Leave the lock free; whoever waits for it can run."""
+        """Leave the lock free; tasks that wait for it can run."""
         self._holder = None
         ready = self._runtime._ready
         for task in self._waiters:
@@ -156,7 +156,7 @@ class _SeededCondition:
 
 
 class _Latch:
-    """A lock that nobody may wait for: it asserts what :meth:`base.Runtime.latch` promises."""
+    """A lock that no task may wait for: it asserts what :meth:`base.Runtime.latch` promises."""
 
     def __init__(self, runtime: SeededRuntime) -> None:
         self._runtime = runtime
@@ -258,7 +258,7 @@ class SeededRuntime(Cooperative):
         return _Latch(self)
 
     def point(self, where: str) -> None:
-        """Let the policy choose who runs, perhaps still the current task."""
+        """Let the policy choose which task runs, perhaps still the current one."""
         self._reach(where)
 
     def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> base.Task:
@@ -315,7 +315,7 @@ class SeededRuntime(Cooperative):
     # Scheduling.
 
     def _reach(self, where: str, *, blocked: bool = False) -> None:
-        """The current task is at ``where``, and cannot go on at once if ``blocked``."""
+        """Let the policy choose at ``where``; the current task cannot continue if ``blocked``."""
         me = self._current
         if self._over:
             if blocked:
@@ -349,7 +349,7 @@ class SeededRuntime(Cooperative):
         if self._point_ns:
             self._clock_ns += self._point_ns
             self._wake_due()
-        while not ready:  # a timeout alone makes nobody ready while the lock is held
+        while not ready:  # a timeout alone makes no task ready while the lock is held
             due_ns = self._next_due_ns()
             if due_ns is None:
                 raise self._deadlock()

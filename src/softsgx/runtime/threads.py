@@ -135,8 +135,8 @@ class _ThreadCondition:
             except Deadlock:
                 me.forfeited.append(lock)
                 raise
-            # Whoever notified took the place off the list. After a timeout it may have done so
-            # before the lock was ours again; then it was a notification after all.
+            # The notifying task takes the place off the list.  After a timeout it may do so before
+            # this task has the lock again; then the wait ended with a notification.
             notified = place not in self._places
             if not notified:
                 self._places.remove(place)
@@ -281,7 +281,7 @@ class ThreadsRuntime:
     def _park(
         self, me: _ThreadTask, place: threading.Lock, timeout_ns: int | None, what: str
     ) -> None:
-        """Wait until somebody opens ``place`` or the time is over."""
+        """Wait until another thread opens ``place`` or the time is over."""
         with self._mutex:
             if self._killing and me.thread is not None:
                 raise GreenletExit
@@ -375,7 +375,8 @@ class ThreadsRuntime:
 
         Raises:
             AssertionError: a task was left; if it was waiting it has been killed.
-            BaseException: what a task raised and nobody joined; several as an ``ExceptionGroup``.
+            BaseException: what a task raised that no task has joined; several as an
+                ``ExceptionGroup``.
         """
         if self._closed:
             return
@@ -383,7 +384,7 @@ class ThreadsRuntime:
         end_of_tasks(left, self._errors(), None)
 
     def _end(self, *, grace_ns: int) -> list[str]:
-        """Join what ends, kill what waits; return a description of what should not be there."""
+        """Join tasks that end, kill those that wait; describe the ones that should have ended."""
         with self._mutex:
             self._closed = True
             tasks = list(self._tasks)
@@ -411,14 +412,14 @@ class ThreadsRuntime:
 
 
 def _new_place() -> threading.Lock:
-    """Return a parking place: a lock that is taken until somebody opens it."""
+    """Return a parking place: a lock that is taken until another thread opens it."""
     place = threading.Lock()
     place.acquire()
     return place
 
 
 def _open(place: threading.Lock) -> None:
-    """Let the one who is parked there go; opening it twice is one opening."""
+    """Wake the thread that is parked there; opening a place twice is the same as once."""
     if place.locked():
         place.release()
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EnclaveLoadError", "LoadedEnclave", "PageState", "Residency", "load_enclave"]
 
-_BATCH_PAGES = 256  # of one ADD_PAGES: its source is a copy, freed behind the call
+_BATCH_PAGES = 256  # of one ADD_PAGES: its source is a copy, freed after the call
 _REASONS = {
     Status.INVALID_EINITTOKEN.manual_name: "the launch key hash is another signer's, and no valid "
     "token permits this enclave",
@@ -112,7 +112,7 @@ class LoadedEnclave:
     """An initialised enclave in a process; a context manager that closes it.
 
     Attributes:
-        process: whose address space maps it.
+        process: the process that maps it.
         image: the file it was made of.
         secs: the SECS it was created with.
         sigstruct: the SIGSTRUCT it was initialised with.
@@ -269,7 +269,7 @@ def load_enclave(
     """Create, fill and initialise an enclave, and map its pages.
 
     Args:
-        process: whose address space it goes to.
+        process: the process that maps it.
         file: an enclave file of any format that ``softsgx.image`` reads, or what it has read.
         sigstruct: a bare SIGSTRUCT to use instead of the file's.  A file that has none anywhere is
             signed with a key that is made for this and thrown away.
@@ -348,7 +348,7 @@ def _throwaway(mrenclave: bytes, secs: Secs) -> SigStruct:
 
 
 def _add(process: SoftProcess, image: EnclaveImage, fd: int, run: Run) -> None:
-    """ADD_PAGES for a run, in calls whose sources are freed behind them."""
+    """ADD_PAGES for a run, in calls; the source of each is freed after it."""
     if run.mask not in (MASK_ALL, MASK_NONE):
         raise SoftSgxError(
             f"{image.name}: pages at {run.offset:#x} measure some of their chunks; "

@@ -19,7 +19,7 @@ class SoftMemory:
     """The ordinary memory of one process: mappings onto frames of the machine's RAM.
 
     Args:
-        machine: whose RAM it is.
+        machine: the machine that has the RAM.
         ptes: the process' page tables.
         frames: physical address of its first frame; it may have 64 GiB from there.
     """

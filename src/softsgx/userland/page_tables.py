@@ -31,7 +31,7 @@ class MachineOrGuest(Protocol):
         """Store to its memory; dropped where it is EPC."""
 
     def ram_discard(self, physical: int) -> None:
-        """Give the memory of one ordinary page back; it reads as zero then."""
+        """Free the memory of one ordinary page, which then reads as zero."""
 
 
 class SoftPageTable(PageTables):
@@ -44,7 +44,7 @@ class SoftPageTable(PageTables):
     begun, so what keeps stale translations harmless is the tracking of the hardware alone.
 
     Args:
-        machine: whose processors may run it.
+        machine: its processors may run it.
     """
 
     def __init__(self, machine: MachineOrGuest) -> None:
@@ -65,8 +65,8 @@ class SoftPageTable(PageTables):
             return
         self._accessed.discard(linaddr)
         if self._interleaves:
-            # What is left of the shoot-down: a leaf that walked before must not find the EPC page
-            # blocked, which would be a fault that nobody mends.
+            # A leaf that has read the entry must end before the EPC page is blocked: its fault
+            # would find no entry to repair.
             for cpu in self._running():
                 with cpu.busy:
                     pass

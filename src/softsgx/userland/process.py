@@ -1,8 +1,7 @@
 """A process of a simulated machine: memory, descriptors, threads that enter enclaves.
 
-It is a task to the driver, and code to the processors: a thread loads, stores and executes ENCLU
-on a logical processor; faults go where a kernel sends them, and what the kernel cannot mend
-becomes a :class:`Signal`.
+The driver sees a task.  A thread loads, stores and executes ENCLU on a logical processor; the
+driver handles its faults, and a fault that it cannot handle becomes a :class:`Signal`.
 """
 
 from __future__ import annotations
@@ -82,9 +81,9 @@ class SoftProcess:
 
     Args:
         machine: where it runs.
-        driver: whose devices it opens; another one's after it was loaded again.
-        group: who pays for its EPC pages; the core's root when ``None``.
-        name: for people and schedules.
+        driver: it opens the devices of this driver.
+        group: its EPC pages are charged to this group; the core's root when ``None``.
+        name: in messages and schedules.
         may_provision: whether it may open ``/dev/sgx_provision``, which is a right of the file
             system on Linux.
         make_mm: makes its address space; an empty one when ``None``.
@@ -307,15 +306,15 @@ class SoftProcess:
 class SoftThread:
     """A thread of execution on one logical processor.
 
-    An instruction that faults is repeated after the kernel has mended the fault; the enclave is
-    left and resumed meanwhile, as on silicon.  So it is when another processor's interrupt has
-    made it leave.
+    When an instruction faults, the processor leaves the enclave, the kernel handles the fault, and
+    the thread resumes and repeats the instruction, as on silicon.  The same happens when another
+    processor's interrupt makes it leave.
 
     Threads that share a processor must not run at the same time.
 
     Attributes:
-        process: whose thread it is.
-        cpu: where it runs.
+        process: its process.
+        cpu: its processor.
         tcs: the TCS it has entered, 0 outside.
         exits: asynchronous exits it has resumed from.
         claim: pages that it needs at once.
@@ -497,7 +496,7 @@ class SoftThread:
             in_a_row = self._patience(in_a_row)
 
     def _patience(self, in_a_row: int) -> int:
-        assert in_a_row < _FAULTS_IN_A_ROW, "one instruction faults for ever"
+        assert in_a_row < _FAULTS_IN_A_ROW, "one instruction faults again and again"
         if in_a_row:
             # The timer would give others the processor sooner or later.
             self.process.driver.runtime.yield_now()

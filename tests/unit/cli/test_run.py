@@ -331,7 +331,7 @@ def test_doctor_says_whether_programs_can_be_run(
     assert main(["doctor"]) == status
     printed = capsys.readouterr().out
     assert all(finding.text.split(":")[0] in printed for finding in findings)
-    last = "engine native, pager mprotect" if engine_name else "not on this machine, for want of"
+    last = "engine native, pager mprotect" if engine_name else "cannot run here; missing:"
     assert last in printed.splitlines()[-1]
 
 

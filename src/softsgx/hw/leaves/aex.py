@@ -30,7 +30,7 @@ from softsgx.hw.processor import EnclaveMode, LogicalProcessor
 __all__ = ["RESCHEDULE_VECTOR", "aex", "deliver", "interrupt"]
 
 RESCHEDULE_VECTOR = 0xFD
-"""What an inter-processor interrupt carries unless told otherwise."""
+"""The default vector of an inter-processor interrupt."""
 
 _FIRST_INTERRUPT = 32
 _ALWAYS_REPORTED = frozenset(
@@ -96,7 +96,7 @@ def deliver(cpu: LogicalProcessor, fault: Fault) -> bool:
 def interrupt(cpu: LogicalProcessor, vector: int = RESCHEDULE_VECTOR) -> bool:
     """Send an interrupt and wait until it is taken: an ENCLU in flight completes first.
 
-    A processor outside takes it without anything that matters here.
+    On a processor outside an enclave it has no effect here.
 
     Returns:
         Whether an enclave was left.
@@ -125,7 +125,7 @@ def _leave(
     if inside.cet_slot is not None:
         cet.write_slot(cpu, inside.cet_slot)
 
-    # 2. The synthetic state: nothing of the enclave's is left in a register.
+    # 2. The synthetic state: no register keeps a value of the enclave.
     at = entry.GPR_OFFSET + GprSgx.OFFSETS["ursp"]
     ursp, urbp = _PAIR.unpack(hw.store.read(gpr, at, _PAIR.size))
     regs.rax, regs.rbx, regs.rcx = 3, inside.tcs_linaddr, tcs.aep
@@ -136,7 +136,7 @@ def _leave(
     regs.rflags &= ~_CLEARED
     regs.xsave = plan.initialise(regs.xsave, vector)
 
-    # 3. Out: the frame is used up, and resuming takes the one before the TCS's CSSA.
+    # 3. Exit: the frame is in use now, so CSSA grows; ERESUME takes the frame at CSSA - 1.
     entry.write_cssa(cpu, inside.tcs, tcs.cssa + 1)
     entry.leave_enclave_mode(cpu)
     inside.enclave.crossings.aex += 1
@@ -175,7 +175,7 @@ def _save_reason(
         case Vector.GP:
             reported = bool(selected & MiscSelect.EXINFO)
         case Vector.PF:
-            # A supervisor's fault is none of the enclave's business.
+            # The enclave is not told of a fault of supervisor code.
             reported = bool(selected & MiscSelect.EXINFO and code & Pfec.U)
         case Vector.CP:
             reported = bool(selected & MiscSelect.CPINFO)
@@ -187,7 +187,7 @@ def _save_reason(
         exitinfo = _VALID | kind << 8 | vector
         if vector in (Vector.GP, Vector.PF, Vector.CP) and selected & MiscSelect.EXINFO:
             exact = address if vector == Vector.PF else 0
-            told = ExInfo(maddr=exact, errcd=code & _ERRCD if vector == Vector.PF else code)
-            store.write(page, _EXINFO_OFFSET, told.pack())
+            exinfo = ExInfo(maddr=exact, errcd=code & _ERRCD if vector == Vector.PF else code)
+            store.write(page, _EXINFO_OFFSET, exinfo.pack())
     at = entry.GPR_OFFSET + GprSgx.OFFSETS["exitinfo"]
     store.write(page, at, _DWORD.pack(exitinfo))

@@ -1,4 +1,4 @@
-"""ENCLU[EACCEPT]: the enclave agrees to what the OS did to one of its pages."""
+"""ENCLU[EACCEPT]: the enclave accepts what the OS has changed of one of its pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from softsgx.hw.tracking import is_tracked
 __all__ = ["STATE_BITS", "eaccept"]
 
 STATE_BITS = int(SecInfoFlags.PENDING | SecInfoFlags.MODIFIED | SecInfoFlags.PR)
-"""SECINFO flags that leaves of the enclave's side may be given."""
+"""SECINFO flags that EACCEPT, EACCEPTCOPY and EMODPE take beside R, W, X and the type."""
 
 # PR is not compared: EMODPR may have been repeated.
 _COMPARED = int(
@@ -48,8 +48,9 @@ def eaccept(cpu: LogicalProcessor, rbx: int, rcx: int) -> Status:
         processor, this one included, may hold an older translation).
 
     Raises:
-        GeneralProtection: an operand is misaligned or outside ELRANGE, SECINFO asks for what
-            cannot be, another leaf works on the page, or a page that becomes a TCS is none.
+        GeneralProtection: an operand is misaligned or outside ELRANGE, SECINFO names a
+            state that no page has, another leaf works on the page, or a page that becomes a TCS is
+            none.
         PageFault: SECINFO cannot be read, or ``rcx`` is no page of this enclave or blocked.
 
     Source:
@@ -111,7 +112,7 @@ def _is_own(page: EpcPage, secs: EpcPage) -> bool:
 
 
 def _legal(secinfo: SecInfo) -> bool:
-    """Return whether there is a state of a page that the enclave could accept so."""
+    """Return whether EACCEPT takes this page type with these state flags."""
     state = secinfo.flags & STATE_BITS
     match secinfo.page_type:
         case PageType.REG:
@@ -126,7 +127,7 @@ def _legal(secinfo: SecInfo) -> bool:
 
 
 def _becomes_tcs(cpu: LogicalProcessor, page: EpcPage, enclave: ResidentSecs) -> bool:
-    """Return whether the bytes of a page that EMODT retyped are a TCS that nobody has entered."""
+    """Return whether a page that EMODT retyped holds a TCS that no processor has entered."""
     tcs = Tcs.unpack(cpu.hw.store.read(page, 0, PAGE_BYTES))
     cet = bool(enclave.flags & AttributesFlags.CET)
     return (

@@ -99,7 +99,7 @@ def _checked(
     """Copy the source; return what the page will hold, and its rights.
 
     Raises:
-        GeneralProtection: no page of this type may look like that.
+        GeneralProtection: the content is not legal for this page type.
     """
     data = bytes(cpu.read(info.srcpge, PAGE_BYTES))
     if pt is PageType.REG:
@@ -110,7 +110,7 @@ def _checked(
         tcs = Tcs.unpack(data)
         if not tcs_ok(tcs, mode64=enclave.mode64, cet=cpu.hw.config.cet):
             raise GeneralProtection
-        # Software reaches a TCS through leaves only, whatever rights SECINFO had.
+        # A TCS has no rights, whatever SECINFO says: only leaves access it.
         return tcs_as_added(tcs).pack(), 0
     token = shadow_stack_token(enclave, info.linaddr) if pt is PageType.SS_FIRST else bytes(8)
     if touches_range_end(enclave, info.linaddr) or data != bytes(PAGE_BYTES - 8) + token:

@@ -45,9 +45,9 @@ def ecreate(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
         VmExit: in a guest with EPC virtualization, instead of #GP for a held page.
 
     Source:
-        SDM vol. 3D, "ECREATE", Operation.  MISCSELECT is printed as a negated AND; what is meant
-        is a subset.  An enclave of exactly the size that CPUID gives as the maximum is refused,
-        as printed.
+        SDM vol. 3D, "ECREATE", Operation.  The check of MISCSELECT is printed as a negated AND;
+        a subset is meant.  An enclave of exactly the size that CPUID gives as the maximum is
+        refused, as printed.
     """
     # Operands
     if misaligned(rbx, PageInfo.ALIGN) or rcx % PAGE_BYTES:

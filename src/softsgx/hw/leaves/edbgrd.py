@@ -25,15 +25,15 @@ _VERSION_BITS = ~7
 def edbgrd(cpu: LogicalProcessor, rcx: int) -> tuple[Status, int]:
     """Read 8 bytes (4 in 32-bit mode) of an EPC page; rights and BLOCKED do not matter.
 
-    Of a VA page it tells only whether the slot is in use: all ones, or zero.
+    Of a VA page it reads only whether the slot is in use: all ones, or zero.
 
     Args:
         cpu: the processor it runs on.
         rcx: the address in EPC, 8-byte aligned (4 in 32-bit mode).
 
     Returns:
-        ``SUCCESS`` and the new RBX; or ``PAGE_NOT_DEBUGGABLE`` (pending or modified) and 0, which
-        is no value: RBX stays as it is.
+        ``SUCCESS`` and the new RBX; or ``PAGE_NOT_DEBUGGABLE`` (pending or modified) and 0: RBX
+        keeps its value.
 
     Raises:
         GeneralProtection: ``rcx`` is misaligned or in a TCS' reserved part, the enclave is not a

@@ -44,8 +44,8 @@ def einit(cpu: LogicalProcessor, rbx: Ref | SigStruct, rcx: int, rdx: Ref | Eini
         ``SUCCESS``.  Unchanged otherwise: ``INVALID_SIG_STRUCT`` (form), ``UNMASKED_EVENT``
         (an event is pending: deliver it and repeat), ``INVALID_SIGNATURE``,
         ``INVALID_MEASUREMENT`` (not the enclave that was signed, or that the token is for),
-        ``INVALID_ATTRIBUTE`` (SECS is not as signed, or wants the launch key and may not),
-        ``INVALID_EINITTOKEN`` (the signer may not launch, or the token is no good),
+        ``INVALID_ATTRIBUTE`` (SECS is not as signed, or asks for the launch key without the right
+        to it), ``INVALID_EINITTOKEN`` (the signer may not launch, or the token is not valid),
         ``INVALID_CPUSVN`` (the token is of a later microcode).
 
     Raises:

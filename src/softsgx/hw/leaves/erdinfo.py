@@ -11,7 +11,7 @@ __all__ = ["erdinfo"]
 
 
 def erdinfo(cpu: LogicalProcessor, rbx: Ref | RdInfo, rcx: int) -> Status:
-    """Tell type, rights, state and enclave context of the EPC page at ``rcx``.
+    """Report type, rights, state and enclave context of the EPC page at ``rcx``.
 
     Args:
         cpu: the processor it runs on.

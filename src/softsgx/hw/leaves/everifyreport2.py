@@ -18,7 +18,7 @@ _MACED_BYTES = ReportMacStruct.OFFSETS["mac"]
 
 
 def everifyreport2(cpu: LogicalProcessor, rbx: int) -> Status:
-    """Tell whether this package made the REPORTMACSTRUCT at ``rbx``.
+    """Check whether this package made the REPORTMACSTRUCT at ``rbx``.
 
     Args:
         cpu: the processor, inside an enclave.

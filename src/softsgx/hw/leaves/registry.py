@@ -1,7 +1,6 @@
-"""The registry of leaves: what each is called, which registers hold its operands, what it needs.
+"""The registry of leaves: their names, the registers of their operands, the features they need.
 
-Typed functions, the three instructions and guests take their leaves from here, and one wrapper
-makes the event of each.
+Typed functions, the three instructions and guests use this registry and one tracing wrapper.
 
 Source:
     SDM vol. 3D, tables "Supervisor and User Mode Enclave Instruction Leaf Functions".
@@ -83,7 +82,8 @@ class Leaf:
 class OptimisedLeaves(Protocol):
     """Second implementations of leaves, for a machine whose leaves do not interleave.
 
-    Each falls back to the readable leaf, with no state changed, where it is not at home.
+    Each falls back to the readable leaf, and changes no state then, in cases that it does not
+    handle.
     """
 
     def kernel(self, cpu: LogicalProcessor) -> Mapping[str, _Function]:
@@ -99,14 +99,14 @@ def traced(
     tracer: Tracer,
     eid: Callable[[LogicalProcessor, int], int],
 ) -> _Function:
-    """Return ``function`` with a :class:`LeafDone` at its end, whatever the end is.
+    """Return ``function`` with a :class:`LeafDone` at its end, also when it raises.
 
     Args:
         leaf: the leaf that ``function`` carries out.
         function: takes the processor and the operands.
         tracer: receives the event.
         eid: returns the identifier of the enclave from the processor and the leaf's page, 0 where
-            none is known; asked before the leaf and, if it was 0 then, behind it.
+            none is known; called before the leaf and, if that gives 0, after it.
     """
     name, place = leaf.name, leaf.page
     register = None if place is None else leaf.registers[place]

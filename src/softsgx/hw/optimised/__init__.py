@@ -1,9 +1,9 @@
 """Second implementations of leaves, where they are hot: EADD, EBLOCK, EWB, ELDU, EENTER, EEXIT.
 
 The specification (``hw.leaves``, ``hw.entry`` …) does not import this package, which import-linter
-checks; a machine is given it.  Each function looks whether the case at hand is the plain one that
-succeeds and does it in one piece; otherwise it falls back to the readable leaf, with no state
-changed.  ``tests/differential`` runs both on the same histories.
+checks; a machine takes it as an argument.  Each function handles the plain case that succeeds in
+one step; otherwise it falls back to the readable leaf, and no state has changed.
+``tests/differential`` runs both on the same histories.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Optimised:
         return {**paging_leaves(cpu), **building_leaves(cpu)}
 
     def user(self, cpu: LogicalProcessor, leaves: EncluLeaves) -> Mapping[str, Callable[..., Any]]:
-        # A guest's processor exits to its host in the middle of leaves.
+        # The leaves of a guest's processor end with VM exits.
         return entry_leaves(cpu, leaves.eenter, leaves.eexit) if not cpu.vmx_nonroot else {}
 
 

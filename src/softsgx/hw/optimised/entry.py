@@ -184,7 +184,7 @@ def _eexit(cpu: LogicalProcessor, rbx: int) -> bool:
 
 
 def try_virtual_exit(cpu: LogicalProcessor) -> bool:
-    """Do an interrupt's exit and the ERESUME behind it, as far as other software can tell.
+    """Do the exit of an interrupt and the ERESUME after it in one step.
 
     Afterwards the processor is inside as of the present epoch, without older translations.
 
@@ -192,7 +192,7 @@ def try_virtual_exit(cpu: LogicalProcessor) -> bool:
     were resumed does not see this one.
 
     Args:
-        cpu: a processor inside an enclave, whose AEP holds an ENCLU.
+        cpu: a processor inside an enclave; its AEP is the address of an ENCLU.
 
     Returns:
         ``False``, nothing has changed, when ERESUME could fault or would go elsewhere.

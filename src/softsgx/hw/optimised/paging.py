@@ -1,4 +1,4 @@
-"""EBLOCK, EWB and ELDU for the hot path of a page that leaves the EPC and comes back.
+"""EBLOCK, EWB and ELDU for the hot path: a page is evicted and loaded again.
 
 These serve one thread, operands that are objects, and child pages: the cases that succeed, and an
 EWB before its ETRACK, with which every batch begins.
@@ -21,7 +21,7 @@ from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["paging_leaves"]
 
-_CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # leaves the MAC behind it out
+_CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # without the MAC that follows it
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _MAC_HEADER = struct.Struct("<QQQ104x")  # EID, LINADDR, SECINFO.FLAGS; the rest is zero

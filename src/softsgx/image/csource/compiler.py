@@ -1,6 +1,6 @@
 """Finding a C compiler and calling it: for the inside of an enclave, and for its host program.
 
-The compiler's own messages go to standard error as they come; a refusal is told in one line.
+The compiler's own messages go to standard error; a refusal is one line.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Compiler:
     """A C compiler.
 
     Attributes:
-        command: how it is called, without arguments of ours.
+        command: how it is called, without the arguments that softsgx adds.
         linker: how a linker is called directly, where the compiler cannot be trusted to pass
             everything on; otherwise empty and the compiler links.
         baseline: asks for no more than SSE2: XFRM is 3, so an AVX instruction would be #UD.
@@ -88,7 +88,7 @@ class Compiler:
             own = tuple(RUNTIME / name for name in _OWN_SOURCES)
             for number, source in enumerate((*own, *sources)):
                 objects.append(str(Path(scratch) / f"{number}.o"))
-                # __FILE__ must not tell where the source lay, or two checkouts would differ.
+                # __FILE__ must not name the directory of the source, or two checkouts would differ.
                 where = f"-ffile-prefix-map={source.parent}=."
                 ours = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}"]
                 theirs = flags if number >= len(own) else ()

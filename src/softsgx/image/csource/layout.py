@@ -17,7 +17,7 @@ heap               ``heap_bytes``          R W        no
 =================  ======================  =========  ========
 
 The stack of a thread ends where its TCS begins, and its thread page lies behind its SSA frames: the
-runtime finds both from RBX.  A heap is zeros that nobody vouches for: EADD measures that it is
+runtime finds both from RBX.  A heap is zeros that are not measured: EADD measures that it is
 there, not what it holds.
 """
 
@@ -131,8 +131,8 @@ def lay_out(file: Bytes, options: BuildOptions) -> Plan:
         blob.tcs(tcs_page(ossa=ossa, oentry=elf.header.e_entry, nssa=_NSSA, ogs_base=page))
         blob.zeros(_NSSA, label="SSA")
         assert blob.end == page, f"the thread page belongs at {page:#x}, not {blob.end:#x}"
-        told = _THREAD_PAGE.pack(page, size, heap, options.heap_bytes, number)
-        blob.data(told, flags=SECINFO_R, label="thread page")
+        page_bytes = _THREAD_PAGE.pack(page, size, heap, options.heap_bytes, number)
+        blob.data(page_bytes, flags=SECINFO_R, label="thread page")
     blob.gap(1)
     assert blob.end == heap, f"the heap belongs at {heap:#x}, not {blob.end:#x}"
     return blob.heap(options.heap_bytes // PAGE_BYTES).plan(size)

@@ -1,7 +1,7 @@
 """The variable ``g_global_data`` of the SDK's trusted runtime, which a signer fills in.
 
 The runtime inside the enclave finds its heap, its threads and the layout table there.  The
-variable has grown with the SDK; its size tells which form a library has.
+variable has grown with the SDK; its size shows which form a library has.
 
 Source:
     Intel SGX SDK, common/inc/internal/global_data.h, thread_data.h;

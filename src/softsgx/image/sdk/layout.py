@@ -1,4 +1,4 @@
-"""Expanding a layout table: which pages are added behind the image, and how.
+"""Expanding a layout table: which pages are added after the image, and how.
 
 Everything is decided by attributes, SECINFO flags and content: the numbering of ids changed
 without a new version.

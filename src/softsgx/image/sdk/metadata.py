@@ -98,7 +98,7 @@ class BlockHeader(Structure, size=1888):
 
 
 class LayoutEntry(Structure, size=32):
-    """Pages behind the image: heap, stacks, threads, guards.
+    """Pages after the image: heap, stacks, threads, guards.
 
     Attributes:
         item_id: what the signer calls them; numbering changed, so for people only.
@@ -291,7 +291,7 @@ def metadata_area(elf: Elf) -> Bytes:
             f"section of {header.sh_size} bytes holds a note of {used}",
             f"the SDK's loader wants it padded to its alignment of {align}, and no further",
         )
-    # No padding behind the name, unlike what ELF says of notes.
+    # No padding after the name, unlike what ELF says of notes.
     return file.part(start + _NOTE_HEADER_BYTES + namesz, descsz, "metadata")
 
 

@@ -167,7 +167,7 @@ def _require_inside(block: Block, runs: list[Run]) -> None:
     for run in runs:
         if run.end > block.header.enclave_size:
             raise SoftSgxError(
-                f"{block.bytes.name}: {run.label} ends at {run.end:#x}, behind the enclave's size "
+                f"{block.bytes.name}: {run.label} ends at {run.end:#x}, beyond the enclave's size "
                 f"{block.header.enclave_size:#x} in metadata {block.version}"
             )
 

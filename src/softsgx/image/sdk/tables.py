@@ -1,4 +1,4 @@
-"""The layout table that a signer writes: what lies behind the image, and in what order.
+"""The layout table that a signer writes: what follows the image, and in what order.
 
 Source:
     Intel SGX SDK, sdk/sign_tool/SignTool/manage_metadata.cpp, build_layout_table; sign_tool.cpp,
@@ -81,7 +81,7 @@ def layout_table(
     Args:
         elf: the library.
         layout: what it is laid out for.
-        behind: the address behind the image, page aligned.
+        behind: the address after the image, page aligned.
         user_region: pages of the region for run-time paging, 0 for none.
     """
     items = [*_heap(layout), *_thread(layout, _tls_pages(elf), first=True)]

@@ -151,7 +151,7 @@ def write_blocks(file: Bytes, specs: Sequence[BlockSpec]) -> bytes:
 def embed_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
     """Return the library with ``sigstruct`` in every metadata block.
 
-    A block's own ATTRIBUTES follow it: they tell the loader which XFRM bits it may set.
+    A block's own ATTRIBUTES follow it: they name the XFRM bits that the loader may set.
     """
     blocks = read_blocks(metadata_area(Elf(file)))
     if not blocks:
