@@ -31,8 +31,8 @@ from softsgx.image import (
     [
         (Run(0x1001, 1, 0x203), "aligned"),
         (Run(0x1000, 0, 0x203), "positive"),
-        (Run(0, 17, 0x203), "behind the enclave's size"),
-        (Run(0x10000, 1, 0x203), "behind the enclave's size"),
+        (Run(0, 17, 0x203), "beyond the enclave's size"),
+        (Run(0x10000, 1, 0x203), "beyond the enclave's size"),
         (Run(0, 1, 0x101), "a TCS has no R, W or X"),
         (Run(0, 1, 0x202), "W needs R"),
         (Run(0, 1, 0x20B), "none that EADD takes"),

@@ -320,9 +320,9 @@ def test_the_ssa_frame_size_is_in_the_plan(pages: int) -> None:
 
 
 def test_segments_end_inside_the_enclave() -> None:
-    with pytest.raises(SoftSgxError, match="behind the enclave's size"):
+    with pytest.raises(SoftSgxError, match="beyond the enclave's size"):
         plan_for(spec(enclave_size=0x2000))
-    with pytest.raises(SoftSgxError, match="behind the enclave's size"):
+    with pytest.raises(SoftSgxError, match="beyond the enclave's size"):
         plan_for(spec(), sdk_library(segments=[Seg(0, b"x", RX, memsz=1 << 62)]).data)
 
 
