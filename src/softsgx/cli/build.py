@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if host is not None:
         _build_host(compiler, Path(args.host).absolute(), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()
-    # XFRM as compiled for: SSE2 and no more, whatever the machine has.
+    # XFRM as compiled for: SSE2 and no more.
     sigstruct = sign_plan(plan, key or new_key(), SignOptions(date=today, xfrm_mask=(1 << 64) - 1))
     write_file(str(output), b"".join(write_sgxs(plan)), force=args.force)
     write_file(str(sigstruct_file), sigstruct.pack(), force=args.force)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build_host(compiler: Compiler, source: Path, output: Path, *, force: bool) -> None:
-    """Compile beside the place and move it there: a failed build leaves the old program."""
+    """Compile to a temporary file and rename it: a failed build keeps the old program."""
     if not os.path.isfile(source):
         raise SoftSgxError(f"{source}: no such file; give the host program's C source")
     directory = output.parent

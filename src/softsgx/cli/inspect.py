@@ -2,7 +2,7 @@
 
 All formats are printed alike, as what a loader would do: runs of pages in the order in which they
 are added, which of them are measured, the threads, the SIGSTRUCT field by field.  Files about
-enclaves are known as well: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA
+enclaves can be read, too: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA
 or EPID).
 
 Examples:
@@ -108,12 +108,12 @@ def _show_evidence(args: argparse.Namespace, evidence: Evidence) -> int:
 
 
 def _problems(image: EnclaveImage, *, given: bool) -> Iterator[str]:
-    """Yield what contradicts itself; only a SIGSTRUCT that was given is compared."""
+    """Yield contradictions; of SIGSTRUCTs only one given by --sigstruct is compared."""
     for variant in image.variants:
         if variant.plan is not None and not same_measurement(image.plan, variant.plan):
             yield (
                 f"metadata {variant.name} describes another enclave than {image.chosen}: "
-                "loaders of another age would refuse it"
+                "loaders of another version would refuse it"
             )
     if given and image.sigstruct is not None:
         failed = check_signature(image.sigstruct)

@@ -2,7 +2,7 @@
 
 Every page is added as an untrusted runtime adds it, with real measurement and real paging; no code
 of the enclave runs.  The SIGSTRUCT is the one in the file, the one beside it (name.sig), or the one
-given; a file without any is signed with a key that is made for this and thrown away.
+given; a file without any is signed with a throw-away key.
 
 Examples:
   softsgx load enclave.signed.so
@@ -138,7 +138,7 @@ def _document(enclave: LoadedEnclave, platform: Platform, seconds: float) -> dic
 
 
 def _print(document: dict[str, object], found: str) -> None:
-    signed = "with a key made for this and thrown away" if document["signed_for_this"] else found
+    signed = "with a throw-away key" if document["signed_for_this"] else found
     print(f"EINIT      SGX_SUCCESS in {document['seconds']:.2f} s")
     print(f"mrenclave  {document['mrenclave']}")
     print(f"mrsigner   {document['mrsigner']}")

@@ -8,8 +8,8 @@ Examples:
   softsgx measure enclave.sgxs --sigstruct release.sig
   softsgx measure --json enclave.signed.so | jq -r .mrenclave
 
-A file decides how much there is to hash; more than --limit (128 GiB, about two minutes) is refused.
-On a terminal, long measurements show how far they are.
+More than --limit (128 GiB, about two minutes) is refused.
+On a terminal, long measurements show their progress.
 
 With --json: format, mrenclave, mrsigner, enclavehash (what the SIGSTRUCT expects), matches,
 signature_valid, blocks_agree (all metadata blocks of an SDK library give the same mrenclave), size
@@ -99,7 +99,7 @@ def _different(image: EnclaveImage, limit_bytes: int) -> list[str]:
 
 
 def _print_progress(done: int, total: int) -> None:
-    """Show how far a long measurement is, on one line of the terminal."""
+    """Show the progress of a long measurement on one line of the terminal."""
     if total >= _TOLD_FROM_BYTES:
         end = "\n" if total - done < _TOLD_FROM_BYTES // 16 else ""
         share = done * 100 // total

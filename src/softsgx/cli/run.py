@@ -95,7 +95,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--strict",
         action="store_true",
-        help="show accesses from outside an enclave the abort page, as hardware; slower",
+        help="accesses to an enclave from outside hit the abort page, as on hardware; slower",
     )
     machine.add_argument(
         "--inject",
@@ -194,9 +194,9 @@ class _Watch:
     """Follows the run for the reports, and passes signals on to the program.
 
     Args:
-        collector: of what happens.
+        collector: receives the events.
         sampler: takes samples while the program runs.
-        status: whether to show a status line once it takes long.
+        status: whether to show a status line after two seconds.
     """
 
     def __init__(self, collector: Collector, sampler: Sampler | None, *, status: bool) -> None:
@@ -209,15 +209,15 @@ class _Watch:
         self._collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
-        """From here on signals mean the program; before, they end us."""
+        """Pass signals on to the program from now on; before, they end softsgx."""
         self._pid = pid
-        # The terminal sends its own to the program as well.
+        # The terminal sends these to the program, too.
         for number in _FROM_TERMINAL:
             signal.signal(number, signal.SIG_IGN)
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
         self._collector.started(pid)
-        # No thread before this: a fork would copy half of it.
+        # No thread may exist before the program's fork.
         if self._sampler is not None:
             self._sampler.take()
             self._tickers.append(Ticker(self._sampler.tick, self._sampler.interval_s))
@@ -225,7 +225,7 @@ class _Watch:
             self._tickers.append(Ticker(self._show_status, _STATUS_AFTER_S))
 
     def stop(self) -> None:
-        """End threads, and take the status line away."""
+        """End threads and clear the status line."""
         for ticker in self._tickers:
             ticker.stop()
         self._tickers.clear()
@@ -278,11 +278,11 @@ def _handlers_kept() -> Iterator[None]:
 def _check_machine() -> None:
     for finding in doctor():
         if finding.needed and not finding.ok:
-            raise SoftSgxError(f"{finding.name}: {finding.text}; softsgx doctor says more")
+            raise SoftSgxError(f"{finding.name}: {finding.text}; see softsgx doctor")
 
 
 def _check_files(*paths: str | None, force: bool) -> None:
-    """Refuse before the program runs what could not be written after it."""
+    """Refuse files that could not be written, before the program runs."""
     for path in paths:
         if path is None:
             continue

@@ -2,8 +2,8 @@
 
 Libraries of Intel's SDK and of Open Enclave get the SIGSTRUCT inside, in a copy (-o); an SDK
 library without metadata is laid out first.  All other formats get a bare SIGSTRUCT beside them,
-name.sig.  --config reads what the signing tools of both read, Enclave.config.xml or enclave.conf;
-options win over it.  Every mask has a bit set where EINIT compares.  The same key, options and
+name.sig.  --config reads the files of both signing tools, Enclave.config.xml or enclave.conf;
+options override it.  Every mask has a bit set where EINIT compares.  The same key, options and
 --date give the same bytes.
 
 Examples:
@@ -12,7 +12,7 @@ Examples:
   softsgx sign --key key.pem enclave.so -o enclave.signed.so --config Enclave.config.xml
   softsgx sign --key key.pem enclave.signed.so -o again.signed.so --no-debug --isvsvn 3
 
-two steps, when the key is in a safe place:
+two steps, when the key is on another machine:
   softsgx sign enclave.sgxs --gendata data.bin
   openssl dgst -sha256 -sign key.pem -out data.sig data.bin        (there)
   softsgx sign enclave.sgxs --catsig data.sig --data data.bin --public-key pub.pem
@@ -123,7 +123,7 @@ class _Job:
         file: its bytes, laid out.
         file_format: a name of ``FORMATS``.
         sigstruct: all fields but the key's.
-        notes: what a person should know, one sentence each.
+        notes: hints for the user, one sentence each.
     """
 
     file: Bytes
@@ -239,7 +239,7 @@ def _laid_out_sdk(
 
 
 def _notes(file: Bytes, image: EnclaveImage, options: SignOptions) -> Iterator[str]:
-    """Yield what would surprise a person who loads the enclave."""
+    """Yield properties that may keep the enclave from loading or running."""
     if image.format == "sdk" and not sdk_runtime_is_known(file):
         yield "no g_global_data that is known: a runtime of the SDK does not find its heap"
     # A machine may choose states that do not fit the enclave's SSA frames.
@@ -261,7 +261,7 @@ def _notes(file: Bytes, image: EnclaveImage, options: SignOptions) -> Iterator[s
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line sets of SignOptions."""
+    """Return the fields of SignOptions that the command line sets."""
     names = (*_NUMBERS, *_SWITCHES, "pkru", "amx")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in _IDS:
@@ -275,7 +275,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line sets of SdkLayout, in pages."""
+    """Return the fields of SdkLayout that the command line sets, in pages."""
     given: dict[str, Any] = {}
     for name in _SIZES:
         value = getattr(args, name)
@@ -328,7 +328,7 @@ def _oe_changes(
 
 
 def _attached(args: argparse.Namespace, job: _Job) -> SigStruct:
-    """Return the SIGSTRUCT with a signature made elsewhere; it must be over what we would sign."""
+    """Return the SIGSTRUCT with a signature made elsewhere; it must be over the same bytes."""
     if not args.data or not args.public_key:
         raise SoftSgxError("sign: --catsig needs --data and --public-key")
     data = read_file(args.data)

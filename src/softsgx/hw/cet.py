@@ -1,11 +1,11 @@
-"""Control-flow enforcement at the border of an enclave: save slots, SSP, IA32_U_CET.
+"""Control-flow enforcement at entry and exit: save slots, SSP, IA32_U_CET.
 
 Every function does nothing when the enclave or CR4 has no CET.
 
 Source:
     SDM vol. 3D, "EENTER", "ERESUME", "EEXIT", Operation, the parts under CPUID's CET bits.  The
-    order of the two fields of a save slot, and where the tracker waits for ENDBRANCH, are from
-    knowledge of the SDM rather than from a page at hand.
+    order of the two fields of a save slot, and where the tracker waits for ENDBRANCH, were not
+    checked against a page of the SDM.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write_slot(cpu: LogicalProcessor, slot: tuple[EpcPage, int]) -> None:
 
 
 def start(cpu: LogicalProcessor, enclave: ResidentSecs, prevssp: int) -> None:
-    """Give a thread that starts at its entry point the enclave's CET state."""
+    """Set the enclave's CET state for a thread that starts at its entry point."""
     if not cpu.cr4_cet:
         return
     attributes = enclave.cet_attributes
@@ -94,17 +94,17 @@ def start(cpu: LogicalProcessor, enclave: ResidentSecs, prevssp: int) -> None:
 
 
 def save_prevssp(cpu: LogicalProcessor, enclave: ResidentSecs, tcs: EpcPage) -> None:
-    """Write TCS.PREVSSP, where the thread's next entry takes its shadow stack from."""
+    """Write TCS.PREVSSP, from which the thread's next entry loads SSP."""
     if enclave.flags & _CET and enclave.cet_attributes & CetAttributes.SH_STK_EN:
         cpu.hw.store.write(tcs, Tcs.OFFSETS["prevssp"], cpu.ssp.to_bytes(8, "little"))
 
 
 def expect_endbranch(cpu: LogicalProcessor) -> None:
-    """Let the indirect-branch tracker wait, as after any indirect jump."""
+    """Make the indirect-branch tracker wait for ENDBRANCH, as after an indirect jump."""
     if cpu.cr4_cet and cpu.u_cet & CetAttributes.ENDBR_EN:
         cpu.u_cet = cpu.u_cet & ~_SUPPRESS | _TRACKER_WAITS
 
 
 def waits_for_endbranch(cpu: LogicalProcessor) -> bool:
-    """Return whether anything but ENDBRANCH is a #CP now."""
+    """Return whether the next instruction must be ENDBRANCH or raise #CP."""
     return bool(cpu.cr4_cet and cpu.u_cet & CetAttributes.ENDBR_EN and cpu.u_cet & _TRACKER_WAITS)

@@ -1,4 +1,4 @@
-"""What a machine is made of: EPC sections, features, processors.
+"""The configuration of a machine: EPC sections, features, processors.
 
 Source:
     SDM vol. 3D, "Discovering Support for Intel SGX": CPUID.12H.
@@ -89,23 +89,23 @@ _ALL_ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """The facts of one machine; checked when made.
+    """The configuration of one machine; the constructor checks it.
 
     Attributes:
         sections: EPC sections in CPUID order, 1 to 8, page aligned, not overlapping.
         processors: logical processors.
         features: CPUID.12H.0:EAX.
         miscselect: CPUID.12H.0:EBX.
-        attributes: settable SECS.ATTRIBUTES flags; CET here switches the CET rules on.
+        attributes: settable SECS.ATTRIBUTES flags; CET here enables the CET rules.
         xfrm: settable SECS.ATTRIBUTES.XFRM.
         max_size_32, max_size_64: log2 of the CPUID limits on SECS.SIZE.
         xsave: XSAVE component number to (bytes, offset).
         cpusvn: the current CPUSVN, 16 components.
-        microcode_svn: what EUPDATESVN would make it.
+        microcode_svn: CPUSVN of the loaded microcode, which EUPDATESVN adopts.
         launch_key_hash: reset value of IA32_SGXLEPUBKEYHASH0–3.
         launch_control: whether those MSRs are writable (CPUID SGX_LC and FEATURE_CONTROL).
         cpu_nodes: NUMA node of each processor; node 0 where it is shorter.
-        model: what CPUID says beside SGX.
+        model: the parts of CPUID that do not describe SGX.
     """
 
     sections: tuple[EpcSection, ...] = (EpcSection(DEFAULT_EPC_BASE, 0x05D80000),)

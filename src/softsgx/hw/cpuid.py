@@ -37,9 +37,9 @@ class CpuidResult(NamedTuple):
 
 
 def cpuid(config: MachineConfig, leaf: int, subleaf: int = 0, *, xcr0: int = 3) -> CpuidResult:
-    """Return what CPUID gives; zeros for a leaf or bit that is not SGX's business.
+    """Return what CPUID gives; zeros for a leaf or bit that does not describe SGX.
 
-    What firmware enabled in IA32_FEATURE_CONTROL does not show here.
+    The result does not depend on IA32_FEATURE_CONTROL.
 
     Args:
         config: the machine.

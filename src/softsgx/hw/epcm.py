@@ -1,7 +1,7 @@
-"""The EPC Page Cache Map: what the processor knows of each EPC page.
+"""The Enclave Page Cache Map: one entry for each EPC page.
 
-An :class:`EpcPage` stands for one physical page for as long as the machine lives; the fields of
-its EPCM entry come and go.  Only the leaves and the access checks of this package look inside.
+An :class:`EpcPage` stands for one physical page during the whole life of the machine; leaves write
+and clear the fields of its EPCM entry.  Only leaves and access checks of this package read them.
 
 Source:
     SDM vol. 3D, "Enclave Page Cache Map (EPCM)".
@@ -26,11 +26,11 @@ _PENDING, _MODIFIED, _PR = map(int, (SecInfoFlags.PENDING, SecInfoFlags.MODIFIED
 
 
 class EpcPage:
-    """One EPC page: its EPCM entry, its locks, and what only the processor keeps in it.
+    """One EPC page: its EPCM entry, its locks, and the content of SECS and VA pages.
 
     The bytes of REG, TCS, TRIM and SS_* pages are in the machine's page store; a SECS is an
-    :class:`~softsgx.hw.secs.ResidentSecs`, a VA page a list of versions, and both turn into 4096
-    bytes only on their way out.
+    :class:`~softsgx.hw.secs.ResidentSecs`, a VA page a list of versions; EWB makes 4096 bytes of
+    them.
 
     Attributes:
         addr: physical address.
@@ -79,7 +79,7 @@ class EpcPage:
         self.slots: list[int] | None = None
 
     def clear(self) -> None:
-        """Make the entry invalid and forget what the page held."""
+        """Make the entry invalid and drop the page's content."""
         self.valid = False
         self.secs = self.enclave = self.slots = None
 
@@ -93,7 +93,7 @@ class EpcPage:
         pending: bool = False,
         valid: bool = True,
     ) -> None:
-        """Write a fresh entry; VALID last, or not at all where the caller has more to write."""
+        """Write a new entry, VALID last; with ``valid=False`` the caller sets VALID itself."""
         self.pt, self.rwx, self.secs, self.linaddr = pt, rwx, secs, linaddr
         self.blocked = self.modified = self.pr = False
         self.pending = pending

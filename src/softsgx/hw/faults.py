@@ -48,7 +48,7 @@ class PageFault(Fault):
 
     Attributes:
         address: the linear address that could not be used.
-        code: :class:`~softsgx.arch.Pfec` bits; SGX with P when the EPC or EPCM said no.
+        code: :class:`~softsgx.arch.Pfec` bits; SGX with P when the EPC or EPCM refuses the access.
     """
 
     vector = Vector.PF
@@ -100,8 +100,8 @@ class ControlProtection(Fault):
 class EnclaveLeft(Fault):
     """A VM exit has made the processor leave the enclave; the instruction has not completed.
 
-    No exception of the guest's: to it, an interrupt came before the instruction.  The processor
-    stands at the AEP, outside.
+    The guest sees an interrupt before the instruction, not an exception.  The processor is outside,
+    at the AEP.
     """
 
     def __str__(self) -> str:

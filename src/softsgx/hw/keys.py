@@ -1,7 +1,7 @@
-"""Key derivation: which facts go into which key.
+"""Key derivation: the inputs of each key.
 
 One function for each column of the manual's table, all of them pure; a key is the package's
-derivation function over a fixed serialisation of the facts.
+derivation function over a fixed serialisation of the inputs.
 
 Source:
     SDM vol. 3D, "EGETKEY", table "Key Derivation"; "EREPORT" and "EINIT", TMP_KEYDEPENDENCIES.
@@ -44,7 +44,7 @@ _ALL_32 = 0xFFFF_FFFF
 
 
 class KeyDependencies(Structure, size=644):
-    """The facts that a key depends on; what a column leaves out is zero.
+    """The inputs of a key; a field that a column leaves out is zero.
 
     Deviation: only the set of inputs is architectural; we choose their order.
     """
@@ -78,7 +78,7 @@ def derive(hw: Machine, facts: KeyDependencies) -> bytes:
 
 
 def seal_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
-    """EGETKEY, SEAL: an enclave's, or its signer's, own secrets."""
+    """EGETKEY, SEAL: seals secrets of an enclave, or of all enclaves of its signer."""
     policy = request.key_policy
     config = policy & KeyPolicy.CONFIGID
     return KeyDependencies(
@@ -107,7 +107,7 @@ def seal_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDepende
 
 
 def report_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
-    """EGETKEY, REPORT: what an enclave verifies reports with that are meant for it."""
+    """EGETKEY, REPORT: an enclave verifies reports with it that name it as their target."""
     return KeyDependencies(
         key_name=KeyName.REPORT,
         owner_epoch=hw.secrets.owner_epoch,
@@ -143,7 +143,7 @@ def target_report_key(hw: Machine, secs: ResidentSecs, target: TargetInfo) -> Ke
 
 
 def einit_token_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
-    """EGETKEY, EINITTOKEN: what a launch enclave MACs tokens with."""
+    """EGETKEY, EINITTOKEN: a launch enclave computes the MAC of tokens with it."""
     return KeyDependencies(
         key_name=KeyName.EINITTOKEN,
         isv_prod_id=secs.isv_prod_id,
@@ -161,7 +161,7 @@ def einit_token_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> Key
 
 
 def launch_token_key(hw: Machine, token: EinitToken, launch_mrsigner: bytes) -> KeyDependencies:
-    """EINIT: the key that the launch enclave named by ``token`` had.
+    """EINIT: the key of the launch enclave that ``token`` names.
 
     Args:
         hw: the machine.
@@ -206,7 +206,7 @@ def provision_key(_hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyD
 
 
 def provision_seal_key(hw: Machine, secs: ResidentSecs, request: KeyRequest) -> KeyDependencies:
-    """EGETKEY, PROVISION_SEAL: a provisioning enclave's secrets, whoever owns the platform."""
+    """EGETKEY, PROVISION_SEAL: seals secrets of a provisioning enclave, for any platform owner."""
     policy = request.key_policy
     config = policy & KeyPolicy.CONFIGID
     return KeyDependencies(

@@ -1,6 +1,6 @@
 """RDMSR and WRMSR for the registers that SGX uses.
 
-Any other register does not exist here, which is #GP(0).
+Any other register raises #GP(0).
 
 Source:
     SDM vol. 4, "Model-Specific Registers"; vol. 3D, "Intel SGX Launch Control Configuration",

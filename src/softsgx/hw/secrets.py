@@ -1,6 +1,6 @@
-"""The package's secrets, and what is sealed with them.
+"""The package's secrets, and sealing of evicted pages.
 
-Nothing here ever leaves ``hw``.  AES-GCM, AES-CMAC and SHA-256 are the ``cryptography`` library's.
+No secret leaves ``hw``.  AES-GCM and AES-CMAC come from the ``cryptography`` library.
 
 Source:
     SDM vol. 3D, "EWB", "ELDB/ELDU", Operation; tables "Key derivation" in "EGETKEY".
@@ -38,8 +38,8 @@ def cmac(key: bytes, message: bytes) -> bytes:
 class PagingKey:
     """CR_BASE_PK with its version counter: seals pages that leave the EPC.
 
-    The two live and die together, because a version used twice under one key would be a GCM
-    nonce used twice.
+    A new key has a new counter: a version used twice under one key would be a GCM nonce used
+    twice.
 
     Modelled: the byte order of the counter block.
     """
@@ -83,10 +83,10 @@ class Secrets:
     ``report_key_id``.  Set by the platform: ``owner_epoch``.
 
     Args:
-        rng: what the permanent ones are drawn from: a seed makes the same package again, so that
-            data sealed on it can be unsealed.
-        entropy: returns so many random bytes, for what lives for one power cycle.  With a paging
-            key that came twice, the same versions would seal different pages under it.
+        rng: source of the permanent keys: the same seed makes the same package, which can unseal
+            data that was sealed on it.
+        entropy: returns a number of random bytes, for keys of one power cycle.  A paging key that
+            came twice would seal different pages under the same versions.
     """
 
     def __init__(self, rng: random.Random, entropy: Callable[[int], bytes]) -> None:
@@ -98,7 +98,7 @@ class Secrets:
         self.power_up()
 
     def power_up(self) -> None:
-        """Draw everything that lives for one power cycle."""
+        """Draw all keys of one power cycle."""
         self.paging = PagingKey(self._entropy(16))
         self.report_key_id = self._entropy(32)
 

@@ -20,15 +20,15 @@ from softsgx.layout import U64, Raw, Structure, at
 
 __all__ = ["Crossings", "HiddenSecs", "ResidentSecs"]
 
-# Plain integers: arithmetic on enums is ten times slower, and every entry asks.
+# Plain integers: arithmetic on enums is ten times slower, and every entry reads these.
 _INIT, _MODE64BIT = int(AttributesFlags.INIT), int(AttributesFlags.MODE64BIT)
 
 
 class HiddenSecs(Structure, size=400):
-    """What a SECS holds beyond the fields that the manual names.
+    """The fields of a SECS that the manual does not name.
 
-    Deviation: the place of hidden fields is implementation-specific; ours begin at
-    ``_HIDDEN_AT`` of the page, in what ECREATE takes as reserved.
+    Deviation: the place of hidden fields is implementation-specific; they begin at
+    ``_HIDDEN_AT`` here, in bytes that are reserved for ECREATE.
     """
 
     eid: int = at(0, U64)
@@ -63,14 +63,14 @@ class ResidentSecs:
     """One SECS that is in the EPC.
 
     Attributes:
-        eid: never reused while the machine is powered; what an evicted page's MAC binds.
+        eid: never reused while the machine is powered; the MAC of an evicted page binds it.
         size, base: the enclave's linear range, bytes.
         flags, xfrm: ATTRIBUTES.
-        context: ENCLAVECONTEXT, where paging put the SECS.
+        context: ENCLAVECONTEXT, the address of the SECS when it was loaded.
         children: CHLDCNT, valid EPC-resident pages whose ENCLAVESECS this is; EWB needs 0.
         virt_children: VIRTCHILDCNT, children that a guest believes to be resident.
         epoch, cur_count, prev_count: tracking; see ``tracking.py``.
-        crossings: how often it was entered and left.
+        crossings: counts of its entries and exits.
         measurement_lock: one of EADD, EEXTEND, EINIT updates or closes the measurement.
         tracking_lock: one of ETRACK, ETRACKC, EWB holds the tracking facility.
         machine_check: its code has met a machine check, and it cannot be entered again.
@@ -149,7 +149,7 @@ class ResidentSecs:
         return self.base <= linaddr < self.base + self.size
 
     def to_image(self) -> bytes:
-        """Return the 4096 bytes that leave with the page."""
+        """Return the 4096 bytes that EWB seals."""
         image = bytearray(
             Secs(
                 size=self.size,
@@ -180,7 +180,7 @@ class ResidentSecs:
     def from_image(
         cls, data: bytes, context: int, crossings: Mapping[int, Crossings] | None = None
     ) -> ResidentSecs:
-        """Return the enclave of an authenticated page image, loaded where ``context`` says."""
+        """Return the SECS of an authenticated page image, loaded at ``context``."""
         hidden = HiddenSecs.unpack(data, _HIDDEN_AT)
         self = cls(Secs.unpack(data), hidden.eid, context, (crossings or {}).get(hidden.eid))
         self.virt_children = hidden.virt_children

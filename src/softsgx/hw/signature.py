@@ -17,13 +17,13 @@ _SHA256_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
 HARDCODED_PADDING = (
     b"\x00\x01" + b"\xff" * (PADDING_BYTES - 3 - len(_SHA256_INFO)) + b"\x00" + _SHA256_INFO
 )
-"""PKCS #1 v1.5 padding of a SHA-256 digest in 3072 bits: all but the digest."""
+"""PKCS #1 v1.5 padding of a SHA-256 digest in 3072 bits, without the digest."""
 
 assert len(HARDCODED_PADDING) == PADDING_BYTES, "padding and digest fill 384 bytes"
 
 
 def signature_valid(sig: SigStruct) -> bool:
-    """Return whether SIGNATURE is the key's over the 256 signed bytes, and Q1 and Q2 are right.
+    """Return whether SIGNATURE is valid for the 256 signed bytes, and Q1 and Q2 fit it.
 
     The quotients let the processor reduce by multiplying: S² − Q1·N is S² mod N, and times S
     − Q2·N it is S³ mod N, provided that either lies in [0, N).  So a wrong quotient is a wrong

@@ -1,8 +1,8 @@
-"""Where the bytes of resident pages live.
+"""Page stores: the bytes of resident pages.
 
 A store is an argument of the machine: a dictionary here, a memfd per enclave in the native
-engine.  It is asked about a page only while the page is valid and of a type with an owner, so it
-may place a page by its enclave and linear address as well as by its physical one.
+engine.  The machine calls it for valid pages of a type with an owner only, so a store may place a
+page by its enclave and linear address as well as by its physical one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ZEROS = bytes(PAGE_BYTES)
 
 
 def share_zero_page(data: bytes) -> bytes:
-    """Return what a store keeps of a page's bytes: one object for all pages of zeros.
+    """Return ``data``, or one object that all pages of zeros share.
 
     A heap that is added and not used yet then costs no memory but its EPCM entries.  A store copies
     the bytes before the first write to a page.
@@ -38,7 +38,7 @@ class PageStore(Protocol):
         """Make ``page`` resident with 4096 bytes; no access sees it half filled."""
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
-        """Return the 4096 bytes of a page about to leave; later stores to it must not succeed.
+        """Return the 4096 bytes of a page that EWB evicts; later stores to it must not succeed.
 
         Followed by ``drop``, or by ``thaw`` when the leaf refuses after all.
         """
@@ -60,13 +60,13 @@ class PageStore(Protocol):
 
 
 class DictStore:
-    """Bytes in a dictionary: memory grows with the pages in use and shrinks with them."""
+    """Bytes in a dictionary; its memory grows and shrinks with the pages in use."""
 
     def __init__(self) -> None:
         self._pages: dict[EpcAddr, bytes | bytearray] = {}
 
     def fill(self, page: EpcPage, data: bytes) -> None:
-        """Keep the object itself, or that of all pages of zeros: no copy until someone writes."""
+        """Keep the object itself, or the shared page of zeros; the first write copies it."""
         self._pages[page.addr] = share_zero_page(data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
@@ -77,14 +77,14 @@ class DictStore:
         """Nothing was frozen."""
 
     def drop(self, page: EpcPage) -> None:
-        """Let go of the bytes."""
+        """Drop the bytes."""
         del self._pages[page.addr]
 
     def read(self, page: EpcPage, offset: int, size: int) -> bytes:
         """Return a copy; a page that was dropped reads as the abort page.
 
-        That happens to an access through a translation that outlived its page, which is what
-        the tracking of ``spec`` forbids and a checker reports.
+        An access through a stale translation comes here; tracking rules that out, and a checker
+        reports it.
         """
         data = self._pages.get(page.addr)
         if data is None:

@@ -30,14 +30,14 @@ _MXCSR_RESERVED = 0xFFFF_0000
 
 @dataclass(frozen=True, slots=True)
 class XsavePlan:
-    """The places of one XFRM.
+    """The XSAVE layout of one XFRM.
 
     Attributes:
         xfrm: the components.
         size: bytes of the area.
         components: (number, offset, bytes) of the extended ones.
-        spans: (offset, bytes) of what XSAVE writes, merged where they touch; everything between
-            them keeps what it held.
+        spans: (offset, bytes) of what XSAVE writes, merged where they touch; bytes between
+            them keep their values.
     """
 
     xfrm: int
@@ -72,7 +72,7 @@ class XsavePlan:
     def initialise(self, xsave: bytes, vector: int) -> bytes:
         """Return the synthetic state after an exit by ``vector``.
 
-        Components outside XFRM keep theirs.
+        Components outside XFRM keep their state.
         """
         area = bytearray(self.size)
         state_bv = int(Xfrm.SSE)  # MXCSR has not its reset value

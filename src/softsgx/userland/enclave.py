@@ -1,6 +1,6 @@
-"""Loading an enclave file into a simulated process, and looking at it afterwards.
+"""Loading an enclave file into a simulated process, and inspecting the enclave.
 
-The loader makes the system calls that an untrusted runtime makes: open, CREATE, ADD_PAGES, INIT,
+The loader makes the system calls of an untrusted runtime: open, CREATE, ADD_PAGES, INIT,
 mmap.  It runs no code of the enclave; a :class:`~softsgx.userland.SoftThread` enters it.
 
 Source:
@@ -68,7 +68,7 @@ class EnclaveLoadError(SoftSgxError):
         leaf: the leaf's name, or the ioctl's where no leaf has refused: ``EINIT``.
         status: the name of its return code, ``SGX_INVALID_MEASUREMENT``; empty for a fault or an
             errno.
-        differences: what of the SIGSTRUCT does not fit, one sentence each.
+        differences: fields of the SIGSTRUCT that do not fit, one sentence each.
     """
 
     def __init__(self, text: str, leaf: str, status: str, differences: tuple[str, ...]) -> None:
@@ -95,7 +95,7 @@ class PageState:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Where the pages of an enclave are.
+    """How many pages of an enclave are resident and evicted.
 
     Attributes:
         resident: pages in the EPC.
@@ -113,7 +113,7 @@ class LoadedEnclave:
 
     Attributes:
         process: the process that maps it.
-        image: the file it was made of.
+        image: the file that was loaded.
         secs: the SECS it was created with.
         sigstruct: the SIGSTRUCT it was initialised with.
         mrenclave: its measurement, 32 bytes.
@@ -198,8 +198,8 @@ class LoadedEnclave:
         """Evict the page at ``offset``, even if it is in use: EBLOCK, ETRACK, IPI, EWB.
 
         Returns:
-            ``False`` when it stays: it is not in the EPC, in motion, poisoned, or there is no room
-            in the backing store.
+            ``False`` when it stays: it is not in the EPC, it is being loaded or evicted, it is
+            poisoned, or the backing store has no room.
 
         Raises:
             SoftSgxError: the enclave has no page there.
@@ -272,12 +272,12 @@ def load_enclave(
         process: the process that maps it.
         file: an enclave file of any format that ``softsgx.image`` reads, or what it has read.
         sigstruct: a bare SIGSTRUCT to use instead of the file's.  A file that has none anywhere is
-            signed with a key that is made for this and thrown away.
+            signed with a key that is used once.
         base: its linear address, a multiple of its size; by default a free place.
         debug: whether to set ATTRIBUTES.DEBUG; by default as the SIGSTRUCT has it.
 
     Raises:
-        SoftSgxError: the file cannot be read, or the SIGSTRUCT forbids what the machine can give.
+        SoftSgxError: the file cannot be read, or the SIGSTRUCT forbids attributes of this machine.
         EnclaveLoadError: a leaf or a system call refuses it.
     """
     image = file if isinstance(file, EnclaveImage) else open_image(file, sigstruct)
@@ -316,7 +316,7 @@ def load_enclave(
 
 
 def _check_permissions(process: SoftProcess, image: EnclaveImage, secs: Secs) -> None:
-    """Say before any page is added what INIT would refuse after all of them."""
+    """Raise before any page is added, if INIT would refuse the attributes."""
     flags, allowed = secs.attributes.flags, process.driver.unprivileged
     if flags & _EINITTOKENKEY & ~allowed:
         raise SoftSgxError(
@@ -371,7 +371,7 @@ def _step(
     call: Callable[[], object],
     differences: Callable[[], tuple[str, ...]] = tuple,
 ) -> None:
-    """Make a system call; its refusal names the leaf, what it returned and what differs."""
+    """Make a system call; its error names the leaf, the status and what differs."""
     try:
         call()
     except OSError as error:

@@ -33,12 +33,12 @@ class SoftMemory:
     def map(
         self, size: int, prot: int = _RW, *, addr: int | None = None, may_exec: bool = True
     ) -> int:
-        """Map zeroed pages and return where; page aligned."""
+        """Map zeroed pages; return their address, page aligned."""
         pages = -(-size // PAGE_BYTES)
         with self._latch:
             start = self._top if addr is None else addr
             if addr is None:
-                self._top += (pages + 1) * PAGE_BYTES  # a gap, so that running over is noticed
+                self._top += (pages + 1) * PAGE_BYTES  # a guard page
             frame = self._next_frame
             self._next_frame += pages * PAGE_BYTES
         for number in range(pages):
@@ -47,13 +47,13 @@ class SoftMemory:
         return start
 
     def put(self, data: bytes, *, may_exec: bool = True) -> int:
-        """Map pages that begin with ``data`` and return where; page aligned."""
+        """Map pages that begin with ``data``; return their address, page aligned."""
         start = self.map(max(len(data), 1), may_exec=may_exec)
         self.write(start, data)
         return start
 
     def unmap(self, addr: int, size: int) -> None:
-        """Remove pages and give their memory back."""
+        """Unmap pages and free their memory."""
         for at in range(addr, addr + size, PAGE_BYTES):
             page = self._pages.pop(at, None)
             if page is not None:
@@ -70,7 +70,7 @@ class SoftMemory:
             self.unmap(at, max(len(data), 1))
 
     def protect(self, addr: int, size: int, prot: int) -> None:
-        """Change what may be done with pages."""
+        """Change the rights of pages."""
         for at in range(addr, addr + size, PAGE_BYTES):
             frame, _prot, may_exec = self._pages[at]
             self._set(at, frame, prot, may_exec=may_exec)

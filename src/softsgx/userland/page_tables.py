@@ -22,13 +22,13 @@ class MachineOrGuest(Protocol):
 
     @property
     def runtime(self) -> Runtime:
-        """Where it runs."""
+        """Its runtime."""
 
     def ram_read(self, physical: int, size: int) -> bytes:
-        """Return bytes of its memory: ones where it is EPC."""
+        """Read its memory: EPC reads as ones."""
 
     def ram_write(self, physical: int, data: bytes) -> None:
-        """Store to its memory; dropped where it is EPC."""
+        """Write its memory: EPC ignores the write."""
 
     def ram_discard(self, physical: int) -> None:
         """Free the memory of one ordinary page, which then reads as zero."""
@@ -39,9 +39,9 @@ class SoftPageTable(PageTables):
 
     It holds the process' other pages too (:meth:`map`).
 
-    Deviation: Linux flushes a page's translations when it removes its entry, which makes every
-    thread leave the enclave then.  Here removing an entry only waits for instructions that have
-    begun, so what keeps stale translations harmless is the tracking of the hardware alone.
+    Deviation: Linux flushes a page's translations when it removes its entry, and the interrupt
+        makes every thread leave the enclave.  Here removing an entry only waits for instructions in
+        flight; stale translations are harmless because of the tracking of the hardware.
 
     Args:
         machine: its processors may run it.

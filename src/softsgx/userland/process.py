@@ -64,10 +64,10 @@ class Signal(Exception):
     """A thread was sent a signal for a fault; it is outside any enclave then.
 
     Attributes:
-        name: ``SIGSEGV`` or ``SIGBUS``, or ``SIGKILL`` where memory for the kernel was lacking.
-        vector: of the exception.
+        name: ``SIGSEGV`` or ``SIGBUS``, or ``SIGKILL`` when the kernel has no memory.
+        vector: the exception's vector.
         code: its error code.
-        address: where, exact.
+        address: the address of a page fault, else 0.
     """
 
     def __init__(self, name: str, fault: Fault) -> None:
@@ -80,7 +80,7 @@ class SoftProcess:
     """A process: a task to the driver, with memory, descriptors and threads.
 
     Args:
-        machine: where it runs.
+        machine: the machine or guest that it runs on.
         driver: it opens the devices of this driver.
         group: its EPC pages are charged to this group; the core's root when ``None``.
         name: in messages and schedules.
@@ -148,7 +148,7 @@ class SoftProcess:
         """Open ``/dev/sgx_provision``; return the descriptor.
 
         Raises:
-            OSError: EACCES: the process may not.
+            OSError: EACCES: the process has no right to it.
         """
         if not self.may_provision:
             raise OSError(EACCES, "/dev/sgx_provision: the process may not open it")
@@ -171,7 +171,7 @@ class SoftProcess:
         self._files.pop(fd).release()
 
     def ioctl(self, fd: int, cmd: int, args: Structure) -> None:
-        """Do an ioctl with its structure in memory of its own; ``args`` gets what is there after.
+        """Make an ioctl whose structure lies in the process' memory; ``args`` receives the result.
 
         Raises:
             OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated all the same.
@@ -299,7 +299,7 @@ class SoftProcess:
             self.close(fd)
 
     def thread(self, cpu: int = 0) -> SoftThread:
-        """Return a thread on a logical processor, which is its alone while it is used."""
+        """Return a thread on a logical processor; no other thread may use that at the time."""
         return SoftThread(self, self.machine.cpus[cpu])
 
 
@@ -317,7 +317,7 @@ class SoftThread:
         cpu: its processor.
         tcs: the TCS it has entered, 0 outside.
         exits: asynchronous exits it has resumed from.
-        claim: pages that it needs at once.
+        claim: pages that its current instruction needs together.
     """
 
     def __init__(self, process: SoftProcess, cpu: LogicalProcessor) -> None:
@@ -327,7 +327,8 @@ class SoftThread:
         self.claim = Claim()
         self._mode: EnclaveMode | None = None
 
-    # --- Task: the process', but for the claim --------------------------------------------------
+    # --- Task: that of the process, except the claim
+    # --------------------------------------------------
 
     @property
     def mm(self) -> Mm:
@@ -341,7 +342,7 @@ class SoftThread:
 
     @property
     def group(self) -> Group:
-        """Who pays for its EPC pages."""
+        """The group that its EPC pages are charged to."""
         return self.process.group
 
     @property
@@ -359,10 +360,10 @@ class SoftThread:
 
     @property
     def inside(self) -> bool:
-        """Whether it is between entry and exit, be it interrupted or not."""
+        """Whether it is between entry and exit, interrupted or not."""
         return self.tcs != 0
 
-    # --- crossing the border --------------------------------------------------------------------
+    # --- enclave transitions --------------------------------------------------------------------
 
     def enter(self, tcs: int) -> None:
         """EENTER.
@@ -389,11 +390,11 @@ class SoftThread:
         self.tcs, self._mode = 0, None
 
     def abandon(self) -> None:
-        """Stay outside after a signal; the frame of the interrupted entry stays used."""
+        """Stay outside after a signal; the SSA frame of the interrupted entry stays in use."""
         self.tcs, self._mode = 0, None
 
     def _schedule(self) -> None:
-        """Be the processor's current thread."""
+        """Make this the current thread of the processor."""
         cpu = self.cpu
         if cpu.space is not self.process.ptes:
             interrupt(cpu)
@@ -404,7 +405,7 @@ class SoftThread:
                 cpu.regs.xcr0 = self.process.driver.core.hw.config.xcr0
 
     def _resume(self) -> EnclaveMode:
-        """Be inside; ERESUME if an event has made it leave."""
+        """Make the processor be in the enclave: ERESUME after an asynchronous exit."""
         cpu = self.cpu
         while True:
             self._schedule()
@@ -449,11 +450,11 @@ class SoftThread:
         """Execute an instruction to its end.
 
         Args:
-            instruction: what it does on the processor.
-            again: whether it may be repeated although it was done.
+            instruction: executes on the processor.
+            again: whether it may be repeated after it was executed outside.
 
         Raises:
-            Signal: a fault that the kernel cannot mend.
+            Signal: a fault that the kernel cannot handle.
         """
         try:
             return self._repeat(instruction, again=again)
@@ -474,7 +475,7 @@ class SoftThread:
             try:
                 result = instruction(cpu)
             except Fault as fault:
-                # An interrupt in between has made it run outside, where its outcome means nothing.
+                # An interrupt made it execute outside, so its result is void.
                 if cpu.inside is mode:
                     self._fault(fault)
             else:
@@ -498,12 +499,12 @@ class SoftThread:
     def _patience(self, in_a_row: int) -> int:
         assert in_a_row < _FAULTS_IN_A_ROW, "one instruction faults again and again"
         if in_a_row:
-            # The timer would give others the processor sooner or later.
+            # A timer interrupt would let other threads run.
             self.process.driver.runtime.yield_now()
         return in_a_row + 1
 
     def _fault(self, fault: Fault) -> None:
-        """What the processor and then the kernel do about a fault."""
+        """Deliver a fault to the processor, then to the kernel."""
         deliver(self.cpu, fault)
         if not isinstance(fault, PageFault) or fault.code & Pfec.SGX:
             raise Signal("SIGSEGV", fault)

@@ -1,7 +1,7 @@
 """Asynchronous enclave exit: what an event does to a processor that is inside an enclave.
 
-No leaf, but the third way across the border: it checks nothing and cannot fault, because entry has
-checked the frame and tracking keeps its pages in the EPC while anybody is inside.
+It is no leaf.  It checks nothing and cannot fault: the entry has checked the SSA frame, and
+tracking keeps the frame's pages in the EPC while a processor is inside.
 
 Source:
     SDM vol. 3D, "Asynchronous Enclave Exit", Operation and "Synthetic State".
@@ -56,7 +56,7 @@ def aex(
 ) -> None:
     """Leave the enclave for an event; afterwards ``cpu.regs`` holds the synthetic state.
 
-    The event itself is then delivered by the caller as if it had hit the AEP; for #PF,
+    The caller then delivers the event as if the processor had been at the AEP; for #PF,
     ``cpu.cr2`` has the address without its low 12 bits.
 
     Args:
@@ -78,7 +78,7 @@ def aex(
 
 
 def deliver(cpu: LogicalProcessor, fault: Fault) -> bool:
-    """Take a fault where the processor is: leave the enclave if it is in one, and set CR2.
+    """Deliver a fault: leave the enclave if the processor is in one, and set CR2.
 
     Returns:
         Whether an enclave was left.
@@ -150,7 +150,7 @@ def _leave(
 
 
 def _save_registers(cpu: LogicalProcessor, page: EpcPage, vector: int) -> None:
-    """Fill GPRSGX but for what entry and the enclave itself keep there: URSP, URBP, AEXNOTIFY."""
+    """Fill GPRSGX except URSP and URBP, which the entry wrote, and AEXNOTIFY."""
     regs, store = cpu.regs, cpu.hw.store
     rflags = regs.rflags & ~_TF
     if vector in _FAULTS:
@@ -168,14 +168,14 @@ def _save_registers(cpu: LogicalProcessor, page: EpcPage, vector: int) -> None:
 def _save_reason(
     cpu: LogicalProcessor, inside: EnclaveMode, vector: int, code: int, address: int
 ) -> None:
-    """Write EXITINFO, and EXINFO where MISCSELECT asks for it."""
+    """Write EXITINFO, and EXINFO if MISCSELECT has it."""
     store, page = cpu.hw.store, inside.frame.gpr
     selected = inside.enclave.miscselect
     match vector:
         case Vector.GP:
             reported = bool(selected & MiscSelect.EXINFO)
         case Vector.PF:
-            # The enclave is not told of a fault of supervisor code.
+            # A fault of supervisor code is not reported to the enclave.
             reported = bool(selected & MiscSelect.EXINFO and code & Pfec.U)
         case Vector.CP:
             reported = bool(selected & MiscSelect.CPINFO)
