@@ -1,4 +1,4 @@
-"""Failures that a person caused and can mend: bad input.
+"""Bad input: failures that the user causes and can correct.
 
 The other kinds have their own forms: a leaf's code is an ``IntEnum`` value (``arch``), a fault is
 an exception of ``hw``, a refused system call is an ``OSError``, our own mistake is an ``assert``.
@@ -6,7 +6,7 @@ an exception of ``hw``, a refused system call is an ``OSError``, our own mistake
 
 from __future__ import annotations
 
-__all__ = ["SoftSgxError"]
+__all__ = ["SoftSgxError", "first_line"]
 
 
 class SoftSgxError(Exception):
@@ -14,3 +14,8 @@ class SoftSgxError(Exception):
 
     A command prints it behind the name of the program and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, for a message of one line."""
+    return (str(error).splitlines() or ["?"])[0]

@@ -21,6 +21,7 @@ from softsgx.arch.measurement import (
 )
 from softsgx.arch.pages import (
     CHILD_TYPES,
+    SHADOW_STACK_TYPES,
     VA_SLOT_BYTES,
     VA_SLOTS,
     MacHeader,
@@ -86,7 +87,15 @@ from softsgx.arch.tcs import (
     tcs_as_added,
     tcs_ok,
 )
-from softsgx.arch.units import PAGE_BYTES, PAGE_SHIFT, EpcAddr, LinAddr, is_canonical, page_of
+from softsgx.arch.units import (
+    PAGE_BYTES,
+    PAGE_SHIFT,
+    EpcAddr,
+    LinAddr,
+    is_canonical,
+    page_of,
+    split_pages,
+)
 
 __all__ = [
     "CHILD_TYPES",
@@ -108,6 +117,7 @@ __all__ = [
     "REPORT_MACED_BYTES",
     "RSA_BYTES",
     "SAPPHIRE_RAPIDS",
+    "SHADOW_STACK_TYPES",
     "SIGSTRUCT_HEADER",
     "SIGSTRUCT_HEADER2",
     "SKYLAKE_CLIENT",
@@ -173,6 +183,7 @@ __all__ = [
     "page_of",
     "reports_code",
     "reports_in_cf",
+    "split_pages",
     "tcs_as_added",
     "tcs_ok",
     "va_slot_index",

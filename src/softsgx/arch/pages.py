@@ -13,6 +13,7 @@ from softsgx.layout import U64, Nested, Raw, Structure, at
 
 __all__ = [
     "CHILD_TYPES",
+    "SHADOW_STACK_TYPES",
     "VA_SLOTS",
     "VA_SLOT_BYTES",
     "MacHeader",
@@ -48,9 +49,10 @@ class PageType(IntEnum):
     SS_REST = 6
 
 
-CHILD_TYPES = frozenset(
-    {PageType.TCS, PageType.REG, PageType.TRIM, PageType.SS_FIRST, PageType.SS_REST}
-)
+SHADOW_STACK_TYPES = frozenset({PageType.SS_FIRST, PageType.SS_REST})
+"""Types that only shadow-stack accesses reach."""
+
+CHILD_TYPES = frozenset({PageType.TCS, PageType.REG, PageType.TRIM}) | SHADOW_STACK_TYPES
 """Types that belong to a SECS."""
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "LinAddr",
     "is_canonical",
     "page_of",
+    "split_pages",
 ]
 
 PAGE_SHIFT = 12
@@ -31,3 +32,13 @@ def page_of(address: int) -> int:
 def is_canonical(address: int) -> bool:
     """Return whether a 64-bit address is canonical for 48 bits: bits 63:47 all equal."""
     return address >> 47 in (0, 0x1FFFF)
+
+
+def split_pages(address: int, size: int) -> list[tuple[int, int]]:
+    """Return (address, bytes) of the parts of a range, one for each page."""
+    parts = []
+    while size > 0:
+        length = min(size, PAGE_BYTES - address % PAGE_BYTES)
+        parts.append((address, length))
+        address, size = address + length, size - length
+    return parts

@@ -33,7 +33,7 @@ from softsgx.arch import (
 )
 from softsgx.cgroup import group_name_ok
 from softsgx.defects import Defect
-from softsgx.errors import SoftSgxError
+from softsgx.errors import SoftSgxError, first_line
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.paging import (
     Clock,
@@ -68,7 +68,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "sgx2-server": {},
 }
-"""A Skylake client without SGX2, and a Sapphire Rapids server with everything we model."""
+"""A Skylake client without SGX2, and a Sapphire Rapids server with all modelled features."""
 
 _POLICIES: dict[str, type[Policy]] = {
     "linux": LinuxPolicy,
@@ -121,7 +121,7 @@ def _shown(value: object) -> str:
 
 
 def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
-    """Check that every program makes progress with so many EPC pages.
+    """Check that every program makes progress with this number of EPC pages.
 
     Raises:
         SoftSgxError: they are too few.
@@ -136,23 +136,23 @@ def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
 
 @dataclass(frozen=True)
 class PlatformConfig:
-    """What a :class:`~softsgx.host.Platform` is made of.
+    """The description of a :class:`~softsgx.host.Platform`.
 
-    Sizes are bytes or text with a unit; everything is checked when the object is made.
+    Sizes are bytes or text with a unit; the constructor checks every field.
 
     Attributes:
         epc: size of the EPC; a sequence gives one section each, on NUMA nodes 0, 1, ….
         processors: logical processors, spread over the nodes in turn.
         profile: a name from ``PROFILES``.
-        seed: of everything that decides what happens; the same seed gives the same events, and,
-            in every version, the same keys by EGETKEY.  Keys of one power cycle (paging key,
+        seed: seed of all pseudo-random decisions; the same seed gives the same events, and, in
+            every version, the same keys by EGETKEY.  Keys of one power cycle (paging key,
             report key id) come from the system's randomness, except on a seeded runtime.
         backing: "memory", or "file" for unnamed temporary files.
-        backing_limit: bytes that all evicted pages of one enclave may take; ``None`` for any.
-        backing_directory: where files go.
-        policy: "linux", "fifo", "clock", "prefetching", or "lru" where every access is seen;
-            in Python also a policy object.
-        groups: path to ``{"max": SIZE}``; made before anything runs.
+        backing_limit: bytes that all evicted pages of one enclave may take; ``None``: no limit.
+        backing_directory: directory of the files.
+        policy: "linux", "fifo", "clock", "prefetching", or "lru" where the engine sees every
+            access; in Python also a policy object.
+        groups: path to ``{"max": SIZE}``; made with the platform.
         launch_control: whether the launch key hash can be written, so that every signer may launch;
             without, the driver behaves as Intel's did before Linux had one: an enclave needs the
             signer of ``launch_key_hash``, or a token.
@@ -161,9 +161,9 @@ class PlatformConfig:
         cpusvn: CPUSVN as 32 hexadecimal digits.
         tokens: files with one EINITTOKEN of 304 bytes each, which INIT gives to EINIT.
         kill: whether killing the largest enclave is the last resort of a group over its limit.
-        sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as a kernel must that does
-            not know what ran before; a machine that was just made has an empty EPC.
-        defects: known defects to switch on: members of :class:`~softsgx.defects.Defect`, or their
+        sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as Linux does after kexec;
+            the EPC of a new machine is empty.
+        defects: known defects to enable: members of :class:`~softsgx.defects.Defect`, or their
             identifiers.
     """
 
@@ -211,7 +211,7 @@ class PlatformConfig:
         self.machine()
 
     def _check_backing(self) -> None:
-        """Refuse a store that could not be opened."""
+        """Refuse a backing store that could not be opened."""
         if self.backing not in ("memory", "file"):
             raise SoftSgxError(f"backing = {_shown(self.backing)}: give memory or file")
         self.backing_limit_pages()
@@ -225,7 +225,7 @@ class PlatformConfig:
             )
 
     def _check_groups(self) -> None:
-        """Refuse groups that could not be made, and settings that they do not have."""
+        """Refuse group paths that are not legal, and unknown settings."""
         for path, settings in self.groups.items():
             where = f"groups.{_named(path)}"
             if not all(group_name_ok(name) for name in path.strip("/").split("/")):
@@ -240,15 +240,15 @@ class PlatformConfig:
                 check_pages(f"{where}.max = {_shown(settings['max'])}", limit, self._profile())
 
     def _profile(self) -> MachineConfig:
-        """Return the machine of the profile, for what does not depend on the rest."""
+        """Return the machine of the profile, without the other fields."""
         return MachineConfig(**PROFILES[self.profile])
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Self:
-        """Read a TOML file; keyword arguments win over it.
+        """Read a TOML file; keyword arguments override it.
 
         Raises:
-            SoftSgxError: the file cannot be read, is not TOML, or says something impossible.
+            SoftSgxError: the file cannot be read, is not TOML, or has an impossible value.
         """
         try:
             with open(path, "rb") as file:
@@ -259,7 +259,7 @@ class PlatformConfig:
 
     @classmethod
     def parse(cls, text: bytes, name: str, **changes: Any) -> Self:
-        """Read the contents of a TOML file; keyword arguments win over them.
+        """Read the contents of a TOML file; keyword arguments override them.
 
         Args:
             text: the contents.
@@ -267,7 +267,7 @@ class PlatformConfig:
             changes: values that replace those of the text.
 
         Raises:
-            SoftSgxError: the text is not TOML, or says something impossible.
+            SoftSgxError: the text is not TOML, or has an impossible value.
         """
         if len(text) > _FILE_BYTES:
             raise SoftSgxError(f"{name}: more than {_FILE_BYTES} bytes; no description of ours")
@@ -275,7 +275,7 @@ class PlatformConfig:
             values = tomllib.loads(text.decode())
         # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.
         except ValueError as error:
-            raise SoftSgxError(f"{name}: not TOML: {_first_line(error)}") from error
+            raise SoftSgxError(f"{name}: not TOML: {first_line(error)}") from error
         except RecursionError as error:
             raise SoftSgxError(f"{name}: not TOML that can be read: nested too deep") from error
         try:
@@ -396,13 +396,9 @@ class PlatformConfig:
 
 
 def _named(name: str) -> str:
-    """Return a key for a message: as it is, unless it would break the line."""
+    """Return a key for a message, quoted if it would break the line."""
     plain = name and name.isprintable() and len(name) <= _SHOWN_CHARACTERS
     return name if plain else _shown(name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["?"])[0]
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -31,7 +31,7 @@ __all__ = ["GuestPlatform", "GuestVictim", "check_ballast"]
 
 
 class GuestPlatform:
-    """What runs in a guest.
+    """A guest with an operating system in it.
 
     Args:
         guest: the virtual machine.
@@ -74,7 +74,7 @@ class GuestPlatform:
         return SoftProcess(self.guest, self.driver, name=name)
 
     def power_loss(self) -> None:
-        """Suspend and resume, or reset, of this guest alone."""
+        """Suspend and resume, or reset, this guest alone."""
         self.guest.power_transition()
 
     def check(self) -> None:
@@ -89,7 +89,7 @@ class GuestPlatform:
 
 
 class GuestVictim:
-    """A guest as the accountant sees it."""
+    """A guest as the cgroup's out-of-memory handling sees it."""
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
@@ -116,7 +116,7 @@ def check_ballast(
     """Return a ballast in pages.
 
     Raises:
-        SoftSgxError: with it the machine, or the guest's group, would have no page to give away.
+        SoftSgxError: with it the machine, or the guest's group, would have no page left for others.
     """
     pages = configured_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
     others = sum(guest.ballast_pages for guest in guests)

@@ -36,8 +36,8 @@ class Platform:
     """A machine with its operating-system half.
 
     Args:
-        config: what it is made of; or give its fields as keywords.
-        runtime: where it runs; an :class:`~softsgx.runtime.InlineRuntime` with the configured
+        config: its description; or give the fields as keywords.
+        runtime: runs its tasks; an :class:`~softsgx.runtime.InlineRuntime` with the configured
             seed when ``None``.
         store: where the bytes of resident pages live; memory when ``None``.
         ram: ordinary memory of the machine; an empty one when ``None``.
@@ -134,10 +134,10 @@ class Platform:
         self.stop()
 
     def load(self, module: str) -> None:
-        """Load a module; only ``"driver"`` can come and go.
+        """Load a module; ``"driver"`` is the only one.
 
         Raises:
-            OSError: EEXIST, it is loaded; ENODEV, the machine does not have what it needs.
+            OSError: EEXIST, it is loaded; ENODEV, the machine lacks a feature that it needs.
         """
         self._require_driver(module)
         if self.driver is not None:
@@ -175,7 +175,8 @@ class Platform:
         self.machine.power_transition()
         self.vepc.power_lost()
 
-    # --- who uses it ----------------------------------------------------------------------------
+    # --- processes and guests
+    # ----------------------------------------------------------------------------
 
     def process(
         self, name: str = "", *, group: str = "/", may_provision: bool = True
@@ -183,15 +184,15 @@ class Platform:
         """Return a new simulated process.
 
         Args:
-            name: for people.
-            group: path of the group that pays for its EPC, made if need be.
+            name: in messages and schedules.
+            group: path of the group that its EPC is charged to; made if it does not exist.
             may_provision: whether it may open ``/dev/sgx_provision``.
         """
         if self.driver is None:
             raise OSError(errno.ENODEV, "the driver is not loaded")
-        pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
+        charged = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
         return SoftProcess(
-            self.machine, self.driver, group=pays, name=name, may_provision=may_provision
+            self.machine, self.driver, group=charged, name=name, may_provision=may_provision
         )
 
     def guest(
@@ -208,18 +209,17 @@ class Platform:
         """Return a new guest with an operating system in it; its pages are charged to a group.
 
         Args:
-            name: for people.
+            name: in messages and schedules.
             epc: size of its virtual EPC, which may exceed the machine's; a sequence gives one
                 section each.
             processors: how many it has.
-            ballast: EPC that is never taken from it once it has it.
-            group: path of the group that pays, made if need be.
+            ballast: resident EPC that the host never evicts.
+            group: path of the group that its EPC is charged to; made if it does not exist.
             provisioning: whether its enclaves may have the provisioning key.
-            tracer: receives what happens in the guest; what the host does about it goes to the
-                platform's.
+            tracer: receives the events in the guest; events of the host go to the platform's.
 
         Raises:
-            SoftSgxError: it cannot be made so.
+            SoftSgxError: an argument is impossible.
         """
         sizes = epc if isinstance(epc, tuple) else (epc,)
         pages = [configured_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
@@ -229,7 +229,7 @@ class Platform:
                 " section, and one processor"
             )
         check_pages(f"guest {name}: epc = {epc!r}", sum(pages), self.machine.config)
-        pays = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
+        charged = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
         guests = [made.guest for made in self.guests]
         made = GuestPlatform(
             Guest(
@@ -238,8 +238,8 @@ class Platform:
                 name,
                 epc_pages=pages,
                 processors=processors,
-                group=pays,
-                ballast_pages=check_ballast(name, ballast, pays, guests, self.machine.config),
+                group=charged,
+                ballast_pages=check_ballast(name, ballast, charged, guests, self.machine.config),
                 provisioning=provisioning,
                 tracer=self._tracer,
                 leaf_tracer=tracer,

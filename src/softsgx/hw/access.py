@@ -14,16 +14,20 @@ Source:
 
 from __future__ import annotations
 
-from softsgx.arch import CHILD_TYPES, PAGE_BYTES, PageType, Pfec, page_of
+from softsgx.arch import (
+    PAGE_BYTES,
+    SHADOW_STACK_TYPES,
+    PageType,
+    Pfec,
+    page_of,
+    split_pages,
+)
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
-from softsgx.hw.processor import LogicalProcessor, Translation, split_pages
+from softsgx.hw.processor import LogicalProcessor, Translation
 from softsgx.hw.space import EXECUTE, READ, WRITE
 
 __all__ = ["check", "enclave_operand", "epc_operand", "epc_refusal", "fetch", "load", "store"]
-
-_SHADOW_STACK_TYPES = frozenset({PageType.SS_FIRST, PageType.SS_REST})
-assert _SHADOW_STACK_TYPES < CHILD_TYPES, "shadow stack pages belong to an enclave"
 
 # An enclave runs at CPL 3, and so does every ENCLU.
 _REFUSAL = int(Pfec.P | Pfec.SGX | Pfec.U)
@@ -57,7 +61,7 @@ def check(
         page is not None
         and page.valid
         and not (page.blocked or page.pending or page.modified)
-        and (page.pt in _SHADOW_STACK_TYPES if shadow_stack else page.pt is PageType.REG)
+        and (page.pt in SHADOW_STACK_TYPES if shadow_stack else page.pt is PageType.REG)
         and page.secs is secs
         and page.linaddr == linaddr & -PAGE_BYTES
         and page.rwx & access

@@ -31,6 +31,7 @@ from softsgx.arch import (
     Xfrm,
     is_canonical,
     page_of,
+    split_pages,
 )
 from softsgx.hw import cet
 from softsgx.hw.access import check, epc_operand, epc_refusal
@@ -398,11 +399,9 @@ def read_frame(cpu: LogicalProcessor, frame: SsaFrame, size: int) -> bytes:
 def write_frame(cpu: LogicalProcessor, frame: SsaFrame, offset: int, data: bytes) -> None:
     """Write into a frame's XSAVE area, through the cached pages: nothing is checked."""
     store = cpu.hw.store
-    while data:
-        page, start = frame.xsave[offset // PAGE_BYTES], offset % PAGE_BYTES
-        part = data[: PAGE_BYTES - start]
-        store.write(page, start, part)
-        data, offset = data[len(part) :], offset + len(part)
+    for at, length in split_pages(offset, len(data)):
+        part = data[at - offset : at - offset + length]
+        store.write(frame.xsave[at // PAGE_BYTES], at % PAGE_BYTES, part)
 
 
 def write_cssa(cpu: LogicalProcessor, page: EpcPage, cssa: int) -> None:

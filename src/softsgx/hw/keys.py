@@ -9,6 +9,8 @@ Source:
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from softsgx.arch import (
@@ -31,6 +33,7 @@ __all__ = [
     "KeyDependencies",
     "derive",
     "einit_token_key",
+    "launch_hash",
     "launch_token_key",
     "provision_key",
     "provision_seal_key",
@@ -41,6 +44,7 @@ __all__ = [
 
 _REQUIRED_SEALING_FLAGS = 3  # INIT and DEBUG are in every key
 _ALL_32 = 0xFFFF_FFFF
+_LAUNCH_HASH = struct.Struct("<4Q")
 
 
 class KeyDependencies(Structure, size=644):
@@ -70,6 +74,11 @@ class KeyDependencies(Structure, size=644):
     key_id: bytes = at(196, Raw(32))
     config_id: bytes = at(228, Raw(64))
     padding: bytes = at(292, Raw(PADDING_BYTES))
+
+
+def launch_hash(registers: Sequence[int]) -> bytes:
+    """Return IA32_SGXLEPUBKEYHASH0–3 as the 32 bytes of an MRSIGNER."""
+    return _LAUNCH_HASH.pack(*registers)
 
 
 def derive(hw: Machine, facts: KeyDependencies) -> bytes:

@@ -20,6 +20,7 @@ from softsgx.arch import (
     VmExitReason,
     is_canonical,
     page_of,
+    split_pages,
 )
 from softsgx.arch import PageInfo as PageInfoBytes
 from softsgx.hw.epcm import EpcPage
@@ -42,7 +43,6 @@ __all__ = [
     "Segment",
     "SsaFrame",
     "Translation",
-    "split_pages",
 ]
 
 S = TypeVar("S", bound=Structure)
@@ -395,13 +395,3 @@ class LogicalProcessor:
     def flush_tlb(self) -> None:
         """Drop every translation, as each enclave entry and exit does."""
         self.tlb.clear()
-
-
-def split_pages(linaddr: int, size: int) -> list[tuple[int, int]]:
-    """Return (address, length) pieces of a range, one a page."""
-    pieces = []
-    while size:
-        length = min(size, PAGE_BYTES - linaddr % PAGE_BYTES)
-        pieces.append((linaddr, length))
-        linaddr, size = linaddr + length, size - length
-    return pieces

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from softsgx.arch import PAGE_BYTES, Pfec, page_of
+from softsgx.arch import PAGE_BYTES, Pfec, page_of, split_pages
 from softsgx.hw.faults import PageFault
 
 __all__ = ["EXECUTE", "READ", "WRITE", "AddressSpace", "DirectMap", "PageTables", "Ram"]
@@ -89,23 +89,19 @@ class Ram:
     def read(self, physical: int, size: int) -> bytes:
         """Return ``size`` bytes; they may cross pages."""
         parts = []
-        while size:
-            start = physical % PAGE_BYTES
-            length = min(size, PAGE_BYTES - start)
-            page = self._pages.get(physical - start)
+        for at, length in split_pages(physical, size):
+            page, start = self._pages.get(page_of(at)), at % PAGE_BYTES
             parts.append(bytes(length) if page is None else bytes(page[start : start + length]))
-            physical, size = physical + length, size - length
         return b"".join(parts)
 
     def write(self, physical: int, data: bytes) -> None:
         """Write ``data``; it may cross pages."""
-        done = 0
-        while done < len(data):
-            start = (physical + done) % PAGE_BYTES
-            length = min(len(data) - done, PAGE_BYTES - start)
-            page = self._pages.setdefault(physical + done - start, bytearray(PAGE_BYTES))
-            page[start : start + length] = data[done : done + length]
-            done += length
+        for at, length in split_pages(physical, len(data)):
+            page, start = (
+                self._pages.setdefault(page_of(at), bytearray(PAGE_BYTES)),
+                at % PAGE_BYTES,
+            )
+            page[start : start + length] = data[at - physical : at - physical + length]
 
     def discard(self, physical: int) -> None:
         """Free the memory of one page, which then reads as zero."""

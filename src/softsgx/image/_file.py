@@ -34,7 +34,7 @@ class Bytes:
         return self.view.nbytes
 
     def bad(self, offset: int, what: str, remedy: str = "the file is damaged") -> SoftSgxError:
-        """Return the error that says ``what`` is wrong at ``offset``."""
+        """Return the error for ``what`` at ``offset``."""
         return SoftSgxError(f"{self.name}: offset {self.origin + offset:#x}: {what}; {remedy}")
 
     def take(self, offset: int, size: int, what: str) -> memoryview:
@@ -48,7 +48,7 @@ class Bytes:
         return self.view[offset : offset + size]
 
     def part(self, offset: int, size: int, what: str) -> Bytes:
-        """Return the same, as something to read from."""
+        """Return the bytes as a binary stream."""
         return Bytes(self.name, self.take(offset, size, what), origin=self.origin + offset)
 
     def u32(self, offset: int, what: str) -> int:

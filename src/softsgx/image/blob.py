@@ -1,7 +1,7 @@
 """Enclaves from parts: code here, data there, a thread, some heap.
 
-What tests, examples and the simulator build their enclaves with, and what a format without a
-reader of its own can be expressed in.
+Tests, examples and the simulator build their enclaves with it; a format without a reader of its own
+can be expressed in it.
 """
 
 from __future__ import annotations

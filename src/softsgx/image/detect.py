@@ -48,7 +48,7 @@ def open_image(
         file_format: a name of ``FORMATS``, instead of recognising it.
 
     Raises:
-        SoftSgxError: the file is none that is known, or is damaged; one line says where.
+        SoftSgxError: the format is not known, or the file is damaged; the message names the offset.
     """
     image = read_image(read_bytes(path), file_format=file_format)
     if sigstruct is not None:

@@ -1,4 +1,4 @@
-"""As much ELF as enclave files need, read with every bound checked.
+"""The parts of ELF that enclave files need, read with every bound checked.
 
 64-bit, little-endian, x86-64.  Nothing is loaded or resolved; names are cut after 256 bytes; work
 and memory are linear in the file, and what its segments hold together is at most twice the file.

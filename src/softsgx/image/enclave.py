@@ -18,10 +18,10 @@ class Variant:
 
     Attributes:
         name: what the file calls it: a metadata version.
-        plan: what it builds, or None when it cannot be read.
+        plan: the plan that it describes, or None when it cannot be read.
         problem: why not; empty otherwise.
-        facts: pairs of name and value for people, in the file's order.
-        layout: rows for people: name, attributes, pages, offset, flags, what is done with it.
+        facts: pairs of name and value for output, in the file's order.
+        layout: rows for output: name, attributes, pages, offset, flags, what is done with it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class EnclaveImage:
         sigstruct_from: where ``sigstruct`` was found.
         variants: all descriptions in the file, the chosen one included.
         chosen: the name of the variant that ``plan`` is.
-        notes: what a person should know, one sentence each.
+        notes: hints for the user, one sentence each.
         attributes: ATTRIBUTES.FLAGS and XFRM that the file asks for outside its SIGSTRUCT, or None.
     """
 

@@ -1,4 +1,4 @@
-"""What enclaves and platforms say about enclaves: launch tokens, reports, quotes.
+"""Launch tokens, reports and quotes: statements of enclaves and platforms about enclaves.
 
 Their size and reserved bytes identify them: none has a magic number.  Of a quote, what it holds
 itself is checked: its signature against the attestation key in it, and that key against the quoting
@@ -48,9 +48,9 @@ class Evidence:
 
     Attributes:
         kind: ``einittoken``, ``report`` or ``quote``.
-        title: what it is, for people.
+        title: what it is, for output.
         fields: names and values in the structure's order; bytes in hexadecimal.
-        problems: what contradicts itself in it.
+        problems: its contradictions, one sentence each.
     """
 
     kind: str
@@ -139,7 +139,7 @@ def _is_body(report: Report) -> bool:
 
 
 def _body(report: Report, prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Yield what a report says, but for its MAC."""
+    """Yield the fields of a report, except its MAC."""
     flags = report.attributes.flags
     debug = " (debug)" if flags & AttributesFlags.DEBUG else ""
     yield f"{prefix}cpusvn", report.cpusvn.hex()

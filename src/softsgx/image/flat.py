@@ -1,6 +1,6 @@
-"""Two formats that say little: the kernel selftest's ELF file and raw flat images.
+"""Two formats without metadata: the kernel selftest's ELF file and raw flat images.
 
-Both leave the signature out: it lies beside them, or is made at run time.
+Neither has a signature: that is a file beside them, or is made at run time.
 
 Source:
     tools/testing/selftests/sgx/load.c, Linux v6.12.

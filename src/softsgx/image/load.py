@@ -1,4 +1,4 @@
-"""Which SECS a loader makes for a plan on a given machine.
+"""The SECS that a loader makes for a plan on a given machine.
 
 MRENCLAVE does not cover ATTRIBUTES and MISCSELECT: one file gives another SECS on another machine,
 and only the SIGSTRUCT's masks say how far it may differ.
@@ -58,7 +58,7 @@ def ssa_frame_pages(xfrm: int, miscselect: int = 0) -> int:
 
 @dataclass(frozen=True)
 class SecsLimits:
-    """What a machine lets an enclave have.
+    """The attributes that a machine allows an enclave.
 
     Attributes:
         flags: ATTRIBUTES.FLAGS, CPUID.12H.1:EBX:EAX.
@@ -93,7 +93,7 @@ def choose_secs(
         limits: what the machine has.
 
     Raises:
-        SoftSgxError: the SIGSTRUCT forbids what this machine and caller can give.
+        SoftSgxError: the SIGSTRUCT forbids attributes of this machine, or ``debug``.
     """
     limits = limits or SecsLimits()
     plan, sigstruct = image.plan, image.sigstruct

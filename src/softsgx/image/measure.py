@@ -2,7 +2,7 @@
 
 The digest covers, for each page, an EADD block and for each measured chunk an EEXTEND block and its
 256 bytes.  Headers differ only in their offsets, so a batch of pages has one template whose offsets
-are patched with strided writes; a run of equal pages is nothing but that.
+are patched with strided writes; a run of equal pages is hashed from the template alone.
 
 Source:
     SDM vol. 3D, "ECREATE", "EADD", "EEXTEND", "EINIT", Operation.

@@ -1,11 +1,11 @@
-"""The build plan: what every enclave file is reduced to.
+"""The build plan: the common form of all enclave files.
 
 A plan is the SECS fields that are measured and an ordered list of *runs*: pages that follow each
 other and share SECINFO, content rule and chunk mask.  Its order is the order of EADD, hence of the
-hash.  Pages of zeros and of a repeated word are never made before someone asks for one, so a plan
-with a terabyte of heap costs as much as one with a page.
+hash.  Pages of zeros and of a repeated word are made on access only, so a plan with a terabyte of
+heap costs as much as one with a page.
 
-A plan that exists is one EADD would accept: aligned, inside the enclave, without overlap, with
+The constructor accepts only what EADD accepts: aligned, inside the enclave, without overlap, with
 a page type, rights and contents the instruction takes; the bytes of a TCS are those that EADD
 stores, whatever the file had.  The readers check what a *file format* allows beyond that.
 
@@ -26,6 +26,7 @@ from itertools import pairwise
 from softsgx.arch import (
     CHUNKS_PER_PAGE,
     PAGE_BYTES,
+    SHADOW_STACK_TYPES,
     PageType,
     SecInfoFlags,
     Tcs,
@@ -73,7 +74,6 @@ _SETTABLE = SecInfoFlags.RWX.value | SecInfoFlags.TYPE_MASK.value
 _SMALLEST_SECS_SIZE = 8192
 LARGEST_SECS_SIZE = 1 << 56
 """SECS.SIZE in bytes: no processor has more linear addresses."""
-_SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
 _TOKEN_BYTES = 8
 MOST_TCS = 1 << 16
 """How many threads a plan may have: a run of TCS pages without content costs a file nothing."""
@@ -127,7 +127,7 @@ class Padded:
     lead: int = 0
 
     def page(self, index: int) -> bytes:
-        """Return its 4096 bytes, made now: many such pages must not cost a page each."""
+        """Return its 4096 bytes, made now: many such pages must not take a page of memory each."""
         assert index == 0, f"page {index} of one"
         return (bytes(self.lead) + self.view).ljust(PAGE_BYTES, b"\0")
 
@@ -163,7 +163,7 @@ class Run:
         flags: SECINFO.FLAGS of each.
         source: where their bytes come from.
         mask: which 256-byte chunks of each page EEXTEND measures: bit i, chunk i.
-        label: what the file calls them; for people only.
+        label: their name in the file; for output only.
     """
 
     offset: int
@@ -294,7 +294,7 @@ def _check_run(run: Run, size: int) -> None:
 def _as_added(run: Run, size: int) -> Run:
     """Return the pages as EADD stores them, or refuse contents that it refuses."""
     where = f"plan: pages at {run.offset:#x}" + (f" ({run.label})" if run.label else "")
-    if run.page_type in _SHADOW_STACK:
+    if run.page_type in SHADOW_STACK_TYPES:
         _check_shadow_stack(run, size, where)
     if not run.is_tcs:
         return run

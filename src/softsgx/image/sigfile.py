@@ -1,4 +1,4 @@
-"""SIGSTRUCT as it lies in files: recognising, reading, naming.
+"""SIGSTRUCT in files: recognising, reading, naming.
 
 Reading is tolerant: a file with the two headers is a SIGSTRUCT, and ``verify`` says what is wrong
 with it.

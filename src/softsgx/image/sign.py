@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from softsgx.arch import RSA_BYTES, Attributes, AttributesFlags, SigStruct, Xfrm
-from softsgx.errors import SoftSgxError
+from softsgx.errors import SoftSgxError, first_line
 from softsgx.image.measure import measure
 from softsgx.image.plan import Plan
 from softsgx.image.sigfile import bcd_date
@@ -62,7 +62,7 @@ _MUST_SET = {
 
 @dataclass(frozen=True, kw_only=True)
 class SignOptions:
-    """What a signer decides; the defaults let a loader choose DEBUG, AVX and AVX-512.
+    """The choices of a signer; the defaults let a loader choose DEBUG, AVX and AVX-512.
 
     All masks have a bit set where EINIT compares SECS with SIGSTRUCT.
 
@@ -115,7 +115,7 @@ class SignOptions:
     amx: Choice = "off"
 
     def __post_init__(self) -> None:
-        """Refuse what no SIGSTRUCT can say.
+        """Refuse values that no SIGSTRUCT can hold.
 
         Raises:
             SoftSgxError: a number is too large, or KSS fields are set without ``kss``.
@@ -200,7 +200,7 @@ def sign(sigstruct: SigStruct, key: rsa.RSAPrivateKey) -> SigStruct:
 
 
 def sign_plan(plan: Plan, key: rsa.RSAPrivateKey, options: SignOptions | None = None) -> SigStruct:
-    """Measure ``plan`` and sign it: what makes a plan an enclave."""
+    """Measure ``plan`` and return its SIGSTRUCT, signed."""
     return sign(unsigned_sigstruct(measure(plan), options or SignOptions()), key)
 
 
@@ -285,7 +285,7 @@ def load_key(pem: bytes, name: str = "key", password: bytes | None = None) -> rs
     try:
         key = serialization.load_pem_private_key(pem, password)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SoftSgxError(f"{name}: no private key in PEM: {_first_line(error)}") from error
+        raise SoftSgxError(f"{name}: no private key in PEM: {first_line(error)}") from error
     if not isinstance(key, rsa.RSAPrivateKey):
         raise SoftSgxError(f"{name}: a {type(key).__name__}; SGX needs RSA-3072, exponent 3")
     _require_sgx_key(key.public_key(), name)
@@ -301,7 +301,7 @@ def load_public_key(pem: bytes, name: str = "public key") -> rsa.RSAPublicKey:
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SoftSgxError(f"{name}: no public key in PEM: {_first_line(error)}") from error
+        raise SoftSgxError(f"{name}: no public key in PEM: {first_line(error)}") from error
     if not isinstance(key, rsa.RSAPublicKey):
         raise SoftSgxError(f"{name}: a {type(key).__name__}; SGX needs RSA-3072, exponent 3")
     _require_sgx_key(key, name)
@@ -329,7 +329,3 @@ def _require_sgx_key(key: rsa.RSAPublicKey, name: str) -> None:
             f"{name}: RSA-{key.key_size} with exponent {exponent}; SGX needs RSA-3072 with "
             "exponent 3: softsgx sign --new-key makes one"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["?"])[0]

@@ -1,4 +1,4 @@
-"""Is this SIGSTRUCT well made, and is it this enclave's?
+"""Checking a SIGSTRUCT: its form, its signature, and whether it fits an enclave.
 
 The checks come in the order of EINIT: form, signature, hash, attributes.
 
@@ -31,10 +31,10 @@ _DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what, in the manual's words.
+        name: the checked field, by its name in the manual.
         ok: whether EINIT would continue.
         detail: what is wrong; empty when nothing is.
     """
@@ -71,7 +71,7 @@ def verify(
 
 
 def check_form(sigstruct: SigStruct) -> Iterator[Check]:
-    """Yield what EINIT looks at before any arithmetic."""
+    """Yield the checks that EINIT makes before any arithmetic."""
     sig = sigstruct
     yield _check("HEADER", sig.header == SIGSTRUCT_HEADER, sig.header.hex())
     yield _check("VENDOR", sig.vendor in (0, VENDOR_INTEL), f"{sig.vendor:#x}")
@@ -89,7 +89,7 @@ def check_form(sigstruct: SigStruct) -> Iterator[Check]:
 def check_signature(sigstruct: SigStruct) -> str | None:
     """Return what is wrong with key, signature, Q1 or Q2, or None.
 
-    Every field is untrusted; nothing here takes longer for a bad one.
+    Every field is untrusted; a bad one does not make the check slower.
     """
     n, s, q1, q2 = (
         int.from_bytes(field, "little")
@@ -114,7 +114,7 @@ def check_signature(sigstruct: SigStruct) -> str | None:
 
 
 def check_against(sigstruct: SigStruct, secs: Secs) -> Iterator[Check]:
-    """Yield what EINIT compares with SECS, and the fields that need KSS."""
+    """Yield the comparisons of EINIT with SECS, and the fields that need KSS."""
     kss = secs.attributes.flags & AttributesFlags.KSS
     yield _check(
         "ISVFAMILYID",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from softsgx.arch import PAGE_BYTES, page_of
+from softsgx.arch import PAGE_BYTES, page_of, split_pages
 from softsgx.driver import PROT_READ, PROT_WRITE, BadAddress, VmaInfo
 from softsgx.userland.page_tables import MachineOrGuest, SoftPageTable
 
@@ -93,7 +93,7 @@ class SoftMemory:
         self._check(address, size, PROT_READ)
         return b"".join(
             self._machine.ram_read(self._pages[page_of(at)][0] + at % PAGE_BYTES, length)
-            for at, length in _pieces(address, size)
+            for at, length in split_pages(address, size)
         )
 
     def read_pages(self, address: int, count: int) -> list[bytes]:
@@ -106,13 +106,13 @@ class SoftMemory:
         self._store(address, data)
 
     def _store(self, address: int, data: bytes) -> None:
-        for at, length in _pieces(address, len(data)):
+        for at, length in split_pages(address, len(data)):
             frame = self._pages[page_of(at)][0]
             start = at - address
             self._machine.ram_write(frame + at % PAGE_BYTES, data[start : start + length])
 
     def _check(self, address: int, size: int, prot: int) -> None:
-        for at, _length in _pieces(address, size):
+        for at, _length in split_pages(address, size):
             page = self._pages.get(page_of(at))
             if page is None or not page[1] & prot:
                 raise BadAddress(f"{at:#x}")
@@ -122,13 +122,3 @@ class SoftMemory:
         page = self._pages.get(page_of(address))
         start = page_of(address)
         return None if page is None else VmaInfo(start, start + PAGE_BYTES, may_exec=page[2])
-
-
-def _pieces(address: int, size: int) -> list[tuple[int, int]]:
-    """Return (address, length) of the parts of a range, one a page."""
-    pieces = []
-    while size > 0:
-        length = min(size, PAGE_BYTES - address % PAGE_BYTES)
-        pieces.append((address, length))
-        address, size = address + length, size - length
-    return pieces

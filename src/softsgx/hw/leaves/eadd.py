@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from softsgx.arch import (
     PAGE_BYTES,
+    SHADOW_STACK_TYPES,
     PageInfo,
     PageType,
     SecInfo,
@@ -23,8 +24,7 @@ from softsgx.hw.secs import ResidentSecs
 __all__ = ["eadd"]
 
 _TYPES = {int(pt): pt for pt in (PageType.REG, PageType.TCS)}
-_CET_TYPES = _TYPES | {int(pt): pt for pt in (PageType.SS_FIRST, PageType.SS_REST)}
-_SHADOW_STACK = (PageType.SS_FIRST, PageType.SS_REST)
+_CET_TYPES = _TYPES | {int(pt): pt for pt in SHADOW_STACK_TYPES}
 _RWX = int(SecInfoFlags.RWX)
 _W_WITHOUT_R = (SecInfoFlags.W, SecInfoFlags.W | SecInfoFlags.X)
 
@@ -65,7 +65,7 @@ def eadd(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int) -> None:
     pt = (_CET_TYPES if hw.config.cet else _TYPES).get(secinfo.page_type)
     if pt is None or not secinfo_reserved_zero(secinfo):
         raise GeneralProtection
-    if pt in _SHADOW_STACK and not cpu.cr4_cet:
+    if pt in SHADOW_STACK_TYPES and not cpu.cr4_cet:
         raise GeneralProtection
 
     with hw.leaf_locks() as locks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_BYTES, PageInfo, PageType, SecInfo, SecInfoFlags
+from softsgx.arch import PAGE_BYTES, SHADOW_STACK_TYPES, PageInfo, PageType, SecInfo, SecInfoFlags
 from softsgx.hw.checks import secinfo_reserved_zero, shadow_stack_token, touches_range_end
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import PageInfoArgs, Ref, misaligned
@@ -11,7 +11,7 @@ from softsgx.hw.processor import LogicalProcessor
 __all__ = ["eaug"]
 
 _RW = SecInfoFlags.R | SecInfoFlags.W
-_SHADOW_STACK = {int(pt): pt for pt in (PageType.SS_FIRST, PageType.SS_REST)}
+_SHADOW_STACK = {int(pt): pt for pt in SHADOW_STACK_TYPES}
 _ZEROES = bytes(PAGE_BYTES)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from softsgx.arch import (
     PAGE_BYTES,
     AttributesFlags,
@@ -18,6 +16,7 @@ from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.keys import (
     derive,
     einit_token_key,
+    launch_hash,
     provision_key,
     provision_seal_key,
     report_key,
@@ -30,7 +29,6 @@ from softsgx.hw.space import READ, WRITE
 __all__ = ["egetkey"]
 
 _KEY_BYTES = 16
-_HASH_MSRS = struct.Struct("<4Q")
 _KEYS = {int(name): name for name in KeyName}
 _COLUMNS = {
     KeyName.SEAL: seal_key,
@@ -114,7 +112,7 @@ def _refusal(
             if not secs.flags & AttributesFlags.EINITTOKENKEY:
                 return Status.INVALID_ATTRIBUTE
             # The text asks for this, the flow does not print it; the code is modelled.
-            if secs.mrsigner != _HASH_MSRS.pack(*hw.launch_key_hash):
+            if secs.mrsigner != launch_hash(hw.launch_key_hash):
                 return Status.INVALID_ATTRIBUTE
         case KeyName.PROVISION | KeyName.PROVISION_SEAL:
             if not secs.flags & AttributesFlags.PROVISIONKEY:

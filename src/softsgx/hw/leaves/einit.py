@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from softsgx.arch import (
     PAGE_BYTES,
     SIGSTRUCT_HEADER,
@@ -17,7 +15,7 @@ from softsgx.arch import (
 )
 from softsgx.hw.checks import svn_beyond
 from softsgx.hw.faults import GeneralProtection, PageFault
-from softsgx.hw.keys import derive, launch_token_key
+from softsgx.hw.keys import derive, launch_hash, launch_token_key
 from softsgx.hw.operands import Ref, misaligned
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import cmac
@@ -26,7 +24,6 @@ from softsgx.hw.signature import HARDCODED_PADDING, mrsigner_of, signature_valid
 
 __all__ = ["einit"]
 
-_HASH_MSRS = struct.Struct("<4Q")
 _EXPONENT = 3
 _TOKEN_VALID = 1
 
@@ -115,7 +112,7 @@ def _check_and_commit(
     hw = cpu.hw
     mrenclave = hw.measurements[enclave.eid].copy().digest()
     mrsigner = mrsigner_of(sig)
-    launcher = _HASH_MSRS.pack(*cpu.launch_key_hash)
+    launcher = launch_hash(cpu.launch_key_hash)
 
     if sig.enclave_hash != mrenclave:
         return Status.INVALID_MEASUREMENT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_BYTES, PageType, SecInfo, Status
+from softsgx.arch import PAGE_BYTES, SHADOW_STACK_TYPES, PageType, SecInfo, Status
 from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.faults import GeneralProtection, PageFault
 from softsgx.hw.operands import Ref, misaligned
@@ -11,7 +11,7 @@ from softsgx.hw.processor import LogicalProcessor
 __all__ = ["emodt"]
 
 _TARGETS = {int(pt): pt for pt in (PageType.TCS, PageType.TRIM)}
-_TRIMMABLE = frozenset({PageType.TCS, PageType.SS_FIRST, PageType.SS_REST})
+_TRIMMABLE = SHADOW_STACK_TYPES | {PageType.TCS}
 
 
 def emodt(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
