@@ -109,6 +109,20 @@ class EnclaveFaults:
 
     def enclu(self, thread: ProgramThread) -> int:
         """Enclave code executes ENCLU; registers are loaded."""
+        at = thread.regs.rip
+        number = self._enclu_once(thread)
+        if not number and thread.regs.rip == at:  # a page fault that the driver has resolved
+            number = self.resumed(thread)
+        return number
+
+    def resumed(self, thread: ProgramThread) -> int:
+        """The thread goes on in its enclave: do the ENCLU there at once, as it would only trap."""
+        inside = thread.cpu.inside is not None
+        if inside and thread.image.page_table.traps_at(thread.regs.rip):
+            return self._enclu_once(thread)
+        return 0
+
+    def _enclu_once(self, thread: ProgramThread) -> int:
         try:
             return self._leaves.execute(thread)
         except PageFault as fault:

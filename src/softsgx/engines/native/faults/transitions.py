@@ -117,7 +117,7 @@ class Transitions:
             regs = thread.load()
             if thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
                 if not inside:
-                    return self._leaves.execute(thread)
+                    return self._enclu_outside(thread)
                 thread.image.page_table.mark(regs.rip)
                 return self._enclave.enclu(thread)
             if inside and thread.image.page_table.is_marked(regs.rip):
@@ -180,6 +180,13 @@ class Transitions:
         """As :meth:`AsynchronousExits.interrupt`."""
         return self._exits.interrupt(thread)
 
+    def _enclu_outside(self, thread: ProgramThread) -> int:
+        """Code of the program executes ENCLU; where it leads to another one, that is done too."""
+        number = self._leaves.execute(thread)
+        if not number and not thread.image.strict:  # where a thread inside waits for its turn
+            number = self._enclave.resumed(thread)
+        return number
+
     def _outside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
         image, regs = thread.image, thread.regs
         if number == abi.SIGTRAP:
@@ -196,7 +203,7 @@ class Transitions:
             return int(thread.outgoing.info.signo)
         code = image.read(regs.rip, len(ENCLU))
         if code == ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
-            return self._leaves.execute(thread)
+            return self._enclu_outside(thread)
         if number == abi.SIGSEGV and info.code == abi.SI_KERNEL and code[:2] == _CPUID:
             self._emulate_cpuid(thread, regs.rip + 2)
             return 0

@@ -225,6 +225,14 @@ class EnclavePageTable:
         memory = self._marked.get(address & _PAGE_MASK) or self.memory_at(address)
         return memory is not None and memory.is_marked(address)
 
+    def traps_at(self, address: int) -> bool:
+        """Return whether the code at ``address`` can be executed here and is a marked ENCLU."""
+        entry = self.entry(address)
+        if entry is None or not entry[1] & self._store.rights(entry[0]) & EXECUTE:
+            return False
+        memory = self.memory_at(address)
+        return memory is not None and memory.is_enclu(address)
+
     def refresh(self, linaddr: int) -> None:
         """The EPCM entry of the page at ``linaddr`` may have changed."""
         entry = self.entry(linaddr)

@@ -237,6 +237,11 @@ class EnclaveMemory:
         """Return whether the instruction at ``address`` is marked."""
         return address % PAGE_BYTES in self.marked.get(address & -PAGE_BYTES, ())
 
+    def is_enclu(self, address: int) -> bool:
+        """Return whether the instruction at ``address`` is a marked ENCLU."""
+        marks = self.marked.get(address & -PAGE_BYTES)
+        return marks is not None and marks.get(address % PAGE_BYTES) == _ENCLU_BYTE
+
     def unmark(self, linaddr: int) -> None:
         """Give the marked instructions of a page their own bytes back."""
         for offset, byte in self.marked.pop(linaddr, {}).items():

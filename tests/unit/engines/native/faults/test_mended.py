@@ -11,13 +11,14 @@ from typing import Any, cast
 import pytest
 from tests.support.inhabited import Inhabited
 
-from softsgx.arch import AttributesFlags, GprSgx, Tcs, TcsFlags
+from softsgx.arch import AttributesFlags, GprSgx, Pfec, Tcs, TcsFlags
+from softsgx.driver import FaultResult
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.faults.enclu import EncluLeaves
 from softsgx.engines.native.faults.exits import AsynchronousExits
 from softsgx.engines.native.tracing.registers import NativeRegisters
-from softsgx.hw import Machine, MachineConfig
+from softsgx.hw import Machine, MachineConfig, PageFault
 from softsgx.hw.entry import GPR_OFFSET
 from softsgx.runtime import InlineRuntime
 
@@ -99,3 +100,48 @@ def test_code_of_the_program_at_the_aep_is_executed(code: bytes) -> None:
     scene.mend()
     assert scene.cpu.inside is None
     assert (scene.regs.rip, scene.regs.rax) == (AEP, 3)
+
+
+class Leaves:
+    """Does ENCLU; its operand faults as often as is wanted."""
+
+    def __init__(self, scene: Scene, faults: int) -> None:
+        self.scene, self.left, self.tries, self.leaf_ran = scene, faults, 0, False
+
+    def execute(self, thread: Any) -> int:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            raise PageFault(0x5000, int(Pfec.U))
+        self.leaf_ran = True
+        thread.regs.rip += 3
+        return 0
+
+
+def _enclu(faults: int, *, traps: bool = True) -> tuple[Scene, Leaves]:
+    scene = Scene()
+    leaves = Leaves(scene, faults)
+    scene.faults._leaves = cast(Any, leaves)
+    image = scene.thread.image
+    image.mm = SimpleNamespace(find=lambda _at: 1, fault=lambda *_fault: FaultResult.NOPAGE)
+    image.page_table = SimpleNamespace(traps_at=lambda at: traps and at == INSIDE)
+    assert scene.faults.enclu(scene.thread) == 0
+    return scene, leaves
+
+
+def test_an_enclu_whose_page_fault_is_mended_is_executed_in_the_same_stop() -> None:
+    scene, leaves = _enclu(1)
+    assert leaves.leaf_ran and scene.regs.rip == INSIDE + 3
+    crossings = scene.inhabited.enclave.crossings
+    assert (crossings.aex, crossings.eresume) == (1, 1)
+
+
+def test_an_enclu_that_faults_again_lets_other_threads_run_before_it_is_repeated() -> None:
+    scene, leaves = _enclu(2)
+    assert leaves.tries == 2 and not leaves.leaf_ran
+    assert scene.regs.rip == INSIDE
+
+
+def test_an_enclu_whose_own_page_may_have_left_is_not_executed_for_the_thread() -> None:
+    scene, leaves = _enclu(1, traps=False)
+    assert leaves.tries == 1 and scene.regs.rip == INSIDE
