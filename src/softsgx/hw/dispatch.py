@@ -40,6 +40,9 @@ INSTRUCTION_BYTES = 3
 
 _ENTERING = frozenset({Enclu.EENTER, Enclu.ERESUME})
 
+# Plain integers: arithmetic on enums is ten times slower, and every leaf asks.
+_SGX1, _ENCLV = int(SgxFeature.SGX1), int(SgxFeature.ENCLV)
+_READY = int(FEATURE_CONTROL_READY)
 _CF, _ZF = 1 << 0, 1 << 6
 _STATUS_FLAGS = 0x8D5  # CF PF AF ZF SF OF
 _MODE32 = 0xFFFF_FFFF
@@ -71,7 +74,7 @@ def encls(cpu: LogicalProcessor) -> None:
         raise VmExit(VmExitReason.ENCLS, number)
     _check_enabled(cpu)
     leaf = ENCLS.get(number)
-    if leaf is None or not cpu.hw.config.features & leaf.needs:
+    if leaf is None or not cpu.hw.features & leaf.needs:
         raise GeneralProtection
     _check_memory(cpu)
     finish_leaf(cpu, leaf, _run(cpu, leaf, eid_of))
@@ -109,7 +112,7 @@ def enclu(cpu: LogicalProcessor) -> None:
             raise UndefinedOpcode
         _check_enabled(cpu)
         leaf = ENCLU.get(number)
-        if leaf is None or not cpu.hw.config.features & leaf.needs:
+        if leaf is None or not cpu.hw.features & leaf.needs:
             raise GeneralProtection
         if not cpu.paging or not cpu.cr0_ne:
             raise GeneralProtection
@@ -142,7 +145,7 @@ def enclv(cpu: LogicalProcessor) -> None:
     """
     number = cpu.regs.rax & _MODE32
     _check_available(cpu)
-    if not cpu.hw.config.features & SgxFeature.ENCLV:
+    if not cpu.hw.features & _ENCLV:
         raise UndefinedOpcode
     if not cpu.vmx_operation or cpu.compatibility_mode:
         raise UndefinedOpcode
@@ -167,12 +170,12 @@ def enclv(cpu: LogicalProcessor) -> None:
 def _check_available(cpu: LogicalProcessor) -> None:
     if cpu.in_tsx:
         raise TsxAbort
-    if cpu.real_mode or not cpu.hw.config.features & SgxFeature.SGX1:
+    if cpu.real_mode or not cpu.hw.features & _SGX1:
         raise UndefinedOpcode
 
 
 def _check_enabled(cpu: LogicalProcessor) -> None:
-    if cpu.hw.feature_control & FEATURE_CONTROL_READY != FEATURE_CONTROL_READY:
+    if cpu.hw.feature_control & _READY != _READY:
         raise GeneralProtection
 
 

@@ -74,6 +74,7 @@ class Machine:
         measurements: SHA-256 of enclaves between ECREATE and EINIT, by EID.
         crossings: how often each enclave was entered and left, by EID.
         launch_key_hash: IA32_SGXLEPUBKEYHASH0–3.
+        features: CPUID.12H.0:EAX.
         feature_control: IA32_FEATURE_CONTROL.
         cpusvn: CR_CPUSVN.
         microcode_svn: CPUSVN of the loaded microcode; EUPDATESVN adopts it once it is newer.
@@ -97,6 +98,7 @@ class Machine:
         self.point = runtime.point
         self.secrets = Secrets(runtime.random, runtime.entropy)
         self.ram = Ram() if ram is None else ram
+        self.features = int(config.features)
         self.feature_control = int(FEATURE_CONTROL_READY)
         if config.launch_control:
             self.feature_control |= FeatureControl.SGX_LAUNCH_CONTROL

@@ -86,6 +86,7 @@ def _without(feature: SgxFeature) -> Callable[[Any], None]:
     def violate(scene: Any) -> None:
         config = scene.hw.config
         scene.hw.config = replace(config, features=config.features & ~feature)
+        scene.hw.features = int(scene.hw.config.features)
 
     return violate
 

@@ -28,6 +28,9 @@ __all__ = ["STATE_BITS", "eaccept"]
 STATE_BITS = int(SecInfoFlags.PENDING | SecInfoFlags.MODIFIED | SecInfoFlags.PR)
 """SECINFO flags that EACCEPT, EACCEPTCOPY and EMODPE take beside R, W, X and the type."""
 
+_PENDING, _MODIFIED = int(SecInfoFlags.PENDING), int(SecInfoFlags.MODIFIED)
+_NEW_OR_RESTRICTED = int(SecInfoFlags.PR | SecInfoFlags.PENDING)
+
 # PR is not compared: EMODPR may have been repeated.
 _COMPARED = int(
     SecInfoFlags.RWX | SecInfoFlags.PENDING | SecInfoFlags.MODIFIED | SecInfoFlags.TYPE_MASK
@@ -116,12 +119,11 @@ def _legal(secinfo: SecInfo) -> bool:
     state = secinfo.flags & STATE_BITS
     match secinfo.page_type:
         case PageType.REG:
-            new_or_restricted = state & (SecInfoFlags.PR | SecInfoFlags.PENDING)
-            return bool(new_or_restricted) and not state & SecInfoFlags.MODIFIED
+            return bool(state & _NEW_OR_RESTRICTED) and not state & _MODIFIED
         case PageType.TCS | PageType.TRIM:
-            return state == SecInfoFlags.MODIFIED
+            return state == _MODIFIED
         case PageType.SS_FIRST | PageType.SS_REST:
-            return state == SecInfoFlags.PENDING
+            return state == _PENDING
         case _:
             return False
 

@@ -10,6 +10,8 @@ from softsgx.hw.processor import LogicalProcessor
 
 __all__ = ["emodpr"]
 
+_R, _W, _RWX = int(SecInfoFlags.R), int(SecInfoFlags.W), int(SecInfoFlags.RWX)
+
 
 def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
     """Take away every right of the page at ``rcx`` that SECINFO does not have.
@@ -39,8 +41,8 @@ def emodpr(cpu: LogicalProcessor, rbx: Ref | SecInfo, rcx: int) -> Status:
         raise GeneralProtection
     page = cpu.resolve(rcx)
     secinfo = cpu.sec_info(rbx)
-    rights = int(secinfo.flags & SecInfoFlags.RWX)
-    w_without_r = rights & SecInfoFlags.W and not rights & SecInfoFlags.R
+    rights = secinfo.flags & _RWX
+    w_without_r = rights & _W and not rights & _R
     if not secinfo_reserved_zero(secinfo) or w_without_r:
         raise GeneralProtection
 

@@ -62,14 +62,14 @@ class Leaf:
         number: its number, a member of its instruction's enumeration.
         function: the readable implementation; the processor is its first parameter, the others
             have the names of the registers that hold them.
-        needs: the feature of CPUID that brings it.
+        needs: the feature of CPUID.12H.0:EAX that brings it.
         registers: the names of its operands' registers, in the function's order.
         page: which of them holds the EPC page or TCS that its event names; ``None`` without one.
     """
 
     number: _Number
     function: _Function
-    needs: SgxFeature
+    needs: int
     registers: tuple[str, ...]
     page: int | None
 
@@ -148,12 +148,14 @@ def eid_inside(cpu: LogicalProcessor, page: int) -> int:
 def _kernel(number: Encls | Enclv, function: _Function, needs: SgxFeature) -> Leaf:
     registers = tuple(signature(function).parameters)[1:]
     page = registers.index("rcx") if "rcx" in registers else 0 if registers else None
-    return Leaf(number, function, needs, registers, page)
+    return Leaf(number, function, int(needs), registers, page)
 
 
 def _user(number: Enclu, function: _Function, needs: SgxFeature, page: str | None = None) -> Leaf:
     registers = tuple(signature(function).parameters)[1:]
-    return Leaf(number, function, needs, registers, None if page is None else registers.index(page))
+    return Leaf(
+        number, function, int(needs), registers, None if page is None else registers.index(page)
+    )
 
 
 def _by_number(*leaves: Leaf) -> Mapping[int, Leaf]:

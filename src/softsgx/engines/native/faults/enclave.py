@@ -43,6 +43,7 @@ __all__ = ["EnclaveFaults"]
 _PAGE_MASK = -PAGE_BYTES
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 _ERESUME = int(Enclu.ERESUME)
+_W, _SGX = int(Pfec.W), int(Pfec.SGX)
 #: Signals of faults whose meaning depends on the instruction; of SIGSEGV those of no page fault.
 _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
@@ -145,9 +146,9 @@ class EnclaveFaults:
 
     def _operand_fault(self, thread: ProgramThread, fault: PageFault) -> int:
         """An operand of what the machine does for the enclave is not there, or not allowed."""
-        if fault.code & Pfec.SGX:
+        if fault.code & _SGX:
             return self._exits.exception(thread, Vector.PF, fault.code, fault.address)
-        access = WRITE if fault.code & Pfec.W else READ
+        access = WRITE if fault.code & _W else READ
         return self._ordinary_fault(thread, fault.address, access, fault.code)
 
     def page_fault(self, thread: ProgramThread, address: int, signal_code: int) -> int:
