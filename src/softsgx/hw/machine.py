@@ -25,6 +25,7 @@ from itertools import count
 
 from softsgx.arch import (
     FEATURE_CONTROL_READY,
+    PAGE_BYTES,
     EpcAddr,
     FeatureControl,
     PageType,
@@ -148,7 +149,8 @@ class Machine:
 
     def page_at(self, physical: int) -> EpcPage | None:
         """Return the EPC page that holds a physical address, ``None`` outside the EPC."""
-        addr = EpcAddr(page_of(physical))
+        # The kernel's object for a page's address is kept, not an equal one.
+        addr = EpcAddr(physical if physical % PAGE_BYTES == 0 else page_of(physical))
         page = self.pages.get(addr)
         if page is None and self.section_of(addr) is not None:
             # setdefault: two threads that ask for one page must get one object.

@@ -8,7 +8,8 @@ it and its EPCM entry lets enclave code use it; TCS, pending, modified and trimm
 nor pages without any right, nor poisoned ones.  In each address space a shown page can be used as
 far as both its mapping and its EPCM entry allow.
 
-Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does.
+Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does,
+unless they are zeros: a heap that is added and not used yet costs no more than its EPCM entries.
 
 A page that no page table maps any more may stay shown until its bytes are needed, or until the
 program goes on: pages leave in batches, and hiding sixteen neighbours costs little more than hiding
@@ -38,7 +39,7 @@ from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, PageType
 from softsgx.engines.native import abi, libc
-from softsgx.hw import EpcPage, share_zero_page
+from softsgx.hw import EpcPage
 
 __all__ = ["EnclaveMemory", "Guard", "NativeStore", "runs"]
 
@@ -50,7 +51,7 @@ _HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
 _UD2_END = b"\x0b"
 _READ, _WRITE, _EXECUTE = 1, 2, 4
 _ALL = _READ | _WRITE | _EXECUTE
-_ONES = b"\xff" * PAGE_BYTES
+_ONES, _ZEROS = b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES)
 
 
 class Guard(Protocol):
@@ -369,7 +370,7 @@ class NativeStore:
 
     def fill(self, page: EpcPage, data: bytes) -> None:
         """Keep the bytes, hidden until a page table maps the page."""
-        self._hidden[page.addr] = share_zero_page(data)
+        self._keep(page.addr, data)
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Hide the page, so that no thread can store to it, and return its bytes."""
@@ -378,7 +379,7 @@ class NativeStore:
             self.hide_unmapped()
         elif addr in self._shown:
             self._hide(addr)
-        return self._hidden[addr]
+        return self._hidden.get(addr, _ZEROS)
 
     def thaw(self, page: EpcPage) -> None:
         """The page stays after all: show it again if it was."""
@@ -387,23 +388,24 @@ class NativeStore:
     def drop(self, page: EpcPage) -> None:
         """Forget the bytes."""
         self._hide(page.addr)
-        del self._hidden[page.addr]
+        self._hidden.pop(page.addr, None)
 
     def read(self, page: EpcPage, offset: int, size: int) -> bytes:
         """Return bytes of a page, wherever they are."""
-        data = self._hidden.get(page.addr)
-        if data is not None:
-            return bytes(data[offset : offset + size])
-        memory, linaddr, _rights = self._shown[page.addr]
+        shown = self._shown.get(page.addr)
+        if shown is None:
+            return bytes(self._hidden.get(page.addr, _ZEROS)[offset : offset + size])
+        memory, linaddr, _rights = shown
         return memory.read(linaddr + offset, size)
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
         """Replace bytes of a page, wherever they are."""
-        kept = self._hidden.get(page.addr)
-        if kept is None:
-            memory, linaddr, _rights = self._shown[page.addr]
+        shown = self._shown.get(page.addr)
+        if shown is not None:
+            memory, linaddr, _rights = shown
             memory.write(linaddr + offset, data)
             return
+        kept = self._hidden.get(page.addr, _ZEROS)
         if not isinstance(kept, bytearray):
             kept = self._hidden[page.addr] = bytearray(kept)
         kept[offset : offset + len(data)] = data
@@ -455,7 +457,7 @@ class NativeStore:
             pages.sort()
             contents = memory.hide([linaddr for linaddr, _addr in pages])
             for (_linaddr, addr), data in zip(pages, contents, strict=True):
-                self._hidden[addr] = share_zero_page(data)
+                self._keep(addr, data)
                 del self._shown[addr]
         leaving.clear()
 
@@ -494,7 +496,7 @@ class NativeStore:
         memory, linaddr, _count = where
         shown = self._shown.get(addr)
         if shown is None:
-            data = self._hidden.pop(addr)
+            data = self._hidden.pop(addr, _ZEROS)
             self._shown[addr] = memory, linaddr, rights
             if rights & ~_READ == _EXECUTE:
                 data = memory.forbid(linaddr, bytes(data))
@@ -506,11 +508,17 @@ class NativeStore:
             if rights & ~_READ == _EXECUTE:
                 memory.forbid_shown(linaddr)
 
+    def _keep(self, addr: int, data: bytes | bytearray) -> None:
+        if data == _ZEROS:
+            self._hidden.pop(addr, None)
+        else:
+            self._hidden[addr] = data
+
     def _hide(self, addr: int) -> None:
         shown = self._shown.get(addr)
         if shown is not None:
             memory, linaddr, _rights = shown
             (data,) = memory.hide([linaddr])
-            self._hidden[addr] = share_zero_page(data)
+            self._keep(addr, data)
             del self._shown[addr]
             self._leaving.discard(addr)
