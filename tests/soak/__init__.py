@@ -6,4 +6,4 @@ AssertionError when something went wrong; and it may have ``minimise(seed)``, wh
 little still fails, as a sentence.
 """
 
-KINDS = ("lifetimes", "longrun", "models", "operations", "parsers")
+KINDS = ("calls", "lifetimes", "longrun", "models", "operations", "parsers")

@@ -89,7 +89,7 @@ def test_every_byte_comes_back_from_an_epc_that_is_too_small(
             "registers",
             "counted",
         ),
-        *("dynamic", "execs", "names", "reopen"),
+        *("dynamic", "execs", "names", "reopen", "untraced"),
     ],
 )
 def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scenario: str) -> None:
@@ -98,7 +98,7 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pager", usable_pagers())
-@pytest.mark.parametrize("scenario", ["rights", "unreadable", "foreign"])
+@pytest.mark.parametrize("scenario", ["rights", "unreadable", "foreign", "moved"])
 def test_a_page_can_be_used_as_far_as_its_epcm_entry_and_its_mapping_allow(
     program: Program, scenario: str, pager: str, strict: bool
 ) -> None:

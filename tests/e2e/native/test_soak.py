@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from tests.e2e.native.enclave import COMPILER
-from tests.soak import lifetimes, longrun
+from tests.soak import calls, lifetimes, longrun
 from tests.support.native import needs_tracing
 
 pytestmark = [
@@ -23,6 +23,14 @@ def test_no_life_of_a_process_disturbs_the_others_or_the_supervisor(
     pager: str, strict: bool
 ) -> None:
     lifetimes.live(4, 60, {"pager": pager, "strict": strict, "epc": "128KiB"})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("pager", lifetimes.usable_pagers())
+def test_no_system_call_harms_an_enclave_or_gives_another_result_than_the_kernels(
+    pager: str, strict: bool
+) -> None:
+    calls.call(7, range(100), {"pager": pager, "strict": strict, "epc": "128KiB"})
 
 
 @pytest.mark.parametrize("pager", lifetimes.usable_pagers())

@@ -43,6 +43,7 @@ from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
+from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
 from softsgx.engines.native.syscalls.nodes import Nodes
@@ -265,6 +266,8 @@ class Supervisor(Lifecycle):
             self._descriptors.handlers()
             | files.handlers()
             | {
+                abi.SYS_CLONE: clone,
+                abi.SYS_CLONE3: clone3,
                 abi.SYS_MMAP: mappings.mmap,
                 abi.SYS_MPROTECT: mappings.mprotect,
                 abi.SYS_PKEY_MPROTECT: mappings.mprotect,

@@ -3,6 +3,7 @@
  * usage: host ENCLAVE SCENARIO; exit status 0 says it went well.
  */
 #include "sgx.h"
+#include <sched.h>
 
 static const char *self;
 
@@ -586,6 +587,52 @@ static void foreign(void)
 	CHECK(mapped[0] == 1);
 }
 
+/* No child is out of sight, and the first process of a namespace ends by its fault. */
+static void untraced(void)
+{
+	uint64_t flags[8] = {CLONE_UNTRACED, 0, 0, 0, SIGCHLD};
+	int status;
+	build();
+	put(0, data, 5);
+	for (int way = 0; way < 2; way++) {
+		pid_t child = way ? syscall(SYS_clone3, flags, sizeof flags) : syscall(SYS_clone, CLONE_UNTRACED | SIGCHLD, 0, 0, 0, 0);
+		if (!child) _exit(get(0, data) == 5 && access("/dev/sgx_enclave", R_OK) == 0 ? 0 : 1);
+		CHECK(child > 0 && waitpid(child, &status, 0) == child && !status);
+	}
+	pid_t first = syscall(SYS_clone, CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0);
+	if (!first) { *(volatile int *)8 = 1; _exit(0); }
+	CHECK((first < 0 && errno == EPERM) || (waitpid(first, &status, 0) == first && WIFSIGNALED(status)));
+}
+
+/* So is memory that is moved there, with the rights it has. */
+static void moved(void)
+{
+	struct run run;
+	uint64_t value, page;
+	build();
+	page = data + 3 * PAGE;
+	char *mapped = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	strcpy(mapped, "moved");
+	CHECK(mremap(mapped, 2 * PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)page) == (void *)page);
+	CHECK(!call(0, GET, page, 0, (uint64_t)&value, &run) && run.function == 3 && run.vector == 14 && run.code == 0x8005);
+	CHECK(!strcmp((char *)page, "moved"));
+	/* moving it away fails, then succeeds */
+	CHECK(mremap((void *)page, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)8) == MAP_FAILED && errno == EINVAL);
+	CHECK(mremap((void *)page, PAGE, 1ul << 45, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)(1ul << 45)) == MAP_FAILED && errno == ENOMEM);
+	CHECK(!call(0, GET, page, 0, (uint64_t)&value, &run) && run.function == 3 && run.code == 0x8005);
+	CHECK(mremap((void *)page, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, mapped) == mapped && !strcmp(mapped, "moved"));
+	strcpy(mapped, "again");
+	/* a mapping that is refused unmaps nothing where it should have been */
+	CHECK(mmap(mapped, PAGE, PROT_READ, MAP_PRIVATE, device, 0) == MAP_FAILED && errno == EINVAL);
+	CHECK(!strcmp(mapped, "again"));
+	/* the order of checks: what the arguments say comes before what is mapped */
+	CHECK(mremap((void *)data, PAGE, 0, 0) == MAP_FAILED && errno == EINVAL);
+	CHECK(mremap((void *)data, PAGE, PAGE, MREMAP_FIXED, (void *)page) == MAP_FAILED && errno == EINVAL);
+	CHECK(mremap((void *)data, PAGE, PAGE, MREMAP_MAYMOVE | 4, 0) == MAP_FAILED && errno == EINVAL);
+	put(1, data, 7);
+	CHECK(get(1, data) == 7);
+}
+
 static void endless(void)
 {
 	struct run run;
@@ -600,7 +647,7 @@ int main(int argc, char **argv)
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"foreign", foreign}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"foreign", foreign}, {"moved", moved}, {"untraced", untraced}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

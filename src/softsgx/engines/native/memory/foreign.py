@@ -7,8 +7,9 @@ the real page tables, and each instruction of code outside that uses it is execu
 
 Deviation: system calls fail with EFAULT on such memory.
 
-Deviation: only memory that mmap with MAP_FIXED has put in the place of a mapping of an enclave is
-found, not what mremap moves there, nor what the kernel places in a hole of its range.
+Deviation: only memory that mmap with MAP_FIXED or mremap has put in the place of a mapping of an
+enclave is found, not what is mapped in a hole of its range: there enclave code reads ordinary
+memory.
 
 Source:
     SDM vol. 3D, "Access Control Requirements": a linear address in ELRANGE must be an EPC page.

@@ -17,6 +17,7 @@ from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.foreign import ForeignMapping
+from softsgx.engines.native.syscalls.advice import drop_left_behind
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
@@ -24,7 +25,9 @@ from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
 __all__ = ["Mappings", "rewrite_cpuid"]
 
 _NO_FD = (1 << 64) - 1
-_MREMAP_FIXED = 2
+_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
+_MREMAP_FLAGS = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
+_LETTERS = ((0, abi.PROT_READ), (1, abi.PROT_WRITE), (2, abi.PROT_EXEC))
 _RIGHTS = abi.PROT_READ | abi.PROT_WRITE | abi.PROT_EXEC
 
 
@@ -58,7 +61,7 @@ class Mappings:
         address = thread.finish_syscall()
         if not -4096 < address < 0:
             if displaces:
-                self._displaced(thread, address, length, prot)
+                self._displaced(thread, address, length)
             if rewrites:
                 rewrite_cpuid(thread, address, length)
         return address
@@ -73,10 +76,11 @@ class Mappings:
         descriptor = regs.r8
         length = -(-length // abi.PAGE) * abi.PAGE
         image, file = thread.image, device.file
-        if flags & abi.MAP_TYPE != abi.MAP_PRIVATE and not _allows(device, prot):
+        shared = flags & abi.MAP_TYPE != abi.MAP_PRIVATE
+        if shared and not _allows(device, prot):
             return -EACCES
-        placed = flags & (abi.MAP_FIXED | abi.MAP_FIXED_NOREPLACE)
-        if not flags & abi.MAP_FIXED and length and flags & abi.MAP_TYPE != abi.MAP_PRIVATE:
+        reserved = bool(not flags & abi.MAP_FIXED and length and shared)
+        if reserved:
             # The kernel chooses; what it chose is reserved until the driver has agreed.
             anonymous = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS
             anonymous |= flags & abi.MAP_FIXED_NOREPLACE
@@ -89,7 +93,7 @@ class Mappings:
             kind = flags & ~(abi.MAP_FIXED | abi.MAP_FIXED_NOREPLACE) | abi.MAP_FIXED
             file.mmap(image.mm, address, length, prot, kind, task=thread)
         except OSError as error:
-            if not placed & abi.MAP_FIXED and length:
+            if reserved:
                 thread.syscall(abi.SYS_MUNMAP, address, length)
             return -(error.errno or EINVAL)
         if image.page_table not in device.memory.users:
@@ -121,16 +125,13 @@ class Mappings:
         )
         return address
 
-    def _displaced(
-        self, thread: ProgramThread, address: int, length: int, prot: int | None
-    ) -> None:
+    def _displaced(self, thread: ProgramThread, address: int, length: int) -> None:
         """The kernel has put something else where mappings of enclaves were.
 
         Args:
             thread: which has asked for it.
             address: where it is.
             length: its bytes.
-            prot: its rights; ``None``: it was moved there, and keeps those it has.
         """
         image, end = thread.image, address + -(-length // abi.PAGE) * abi.PAGE
         taken = image.foreign_mappings.within(address, end)
@@ -141,14 +142,9 @@ class Mappings:
         image.mm.munmap(address, length)
         self._registry.sweep()
         image.foreign_mappings.forget(address, end)
-        if prot is not None:
-            image.foreign_mappings.place(
-                [
-                    replace(each, prot=prot & _RIGHTS)
-                    for each in taken
-                    if self._registry.has(each.device)
-                ]
-            )
+        taken = [each for each in taken if self._registry.has(each.device)]
+        if taken:
+            image.foreign_mappings.place(_with_rights(taken, thread.tid))
 
     # --- the others -----------------------------------------------------------------------------
 
@@ -222,19 +218,16 @@ class Mappings:
     def mremap(self, thread: ProgramThread) -> int | None:
         """Do ``mremap`` (old, old length, new length, flags, new)."""
         regs, image = thread.regs, thread.image
-        old, old_length, new_length, flags, new = (
-            *(regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8),
-        )
-        fixed = bool(flags & _MREMAP_FIXED)
-        if not image.mm.vmas(old, old + max(old_length, 1)):
-            image.foreign_mappings.give_back(old, old + old_length)
-            if not fixed or not _overlaps(thread, new, new_length):
-                return None
-            result = thread.finish_syscall()
-            if not -4096 < result < 0:
-                self._displaced(thread, new, new_length, None)
-            return result
-        if fixed and new != old:
+        old, old_length, new_length = regs.rdi, _rounded(regs.rsi), _rounded(regs.rdx)
+        flags, new = regs.r10, regs.r8
+        if _is_invalid(old, old_length, new_length, flags, new):
+            return None
+        if image.mm.find(old) is None:
+            target = new if flags & _MREMAP_FIXED else None
+            return self._mremap_ordinary(thread, old, old_length, new_length, target)
+        if flags & _MREMAP_DONTUNMAP:
+            return -EINVAL  # VM_PFNMAP
+        if flags & _MREMAP_FIXED:
             # Deviation: pages of an enclave are usable at their own address only, so a moved
             # mapping would be good for nothing; it is refused instead.
             return -EFAULT
@@ -243,6 +236,37 @@ class Mappings:
         except OSError as error:
             return -(error.errno or EFAULT)
         result = thread.finish_syscall()
+        self._registry.sweep()
+        return result
+
+    def _mremap_ordinary(
+        self, thread: ProgramThread, old: int, old_length: int, new_length: int, new: int | None
+    ) -> int | None:
+        """Move or resize what is no enclave's; ``new`` is where it shall go.
+
+        Enclaves are unmapped at its target, and where what shrinks reaches over them, also by a
+        call that fails after that.
+        """
+        image = thread.image
+        foreign = image.foreign_mappings.within(old, old + old_length)
+        replaces = new is not None and _overlaps(thread, new, new_length)
+        if not (foreign or replaces or image.mm.vmas(old + new_length, old + old_length)):
+            return None
+        image.foreign_mappings.give_back(old, old + old_length)
+        result = thread.finish_syscall()
+        if -4096 < result < 0:
+            image.foreign_mappings.place(foreign)
+        elif result == old:
+            image.foreign_mappings.place(
+                [
+                    replace(each, end=min(each.end, old + new_length))
+                    for each in foreign
+                    if each.start < old + new_length
+                ]
+            )
+        else:
+            self._displaced(thread, result, new_length)
+        drop_left_behind(image, thread.tid, self._registry)
         self._registry.sweep()
         return result
 
@@ -267,6 +291,42 @@ def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
     end, image = address + length, thread.image
     fits = bool(length) and address % abi.PAGE == 0 and end <= abi.TASK_SIZE
     return fits and bool(image.mm.vmas(address, end) or image.foreign_mappings.within(address, end))
+
+
+def _rounded(length: int) -> int:
+    """Return a length in whole pages, as the kernel rounds it: the longest become 0."""
+    return -(-length // abi.PAGE) * abi.PAGE & (1 << 64) - 1
+
+
+def _is_invalid(old: int, old_length: int, new_length: int, flags: int, new: int) -> bool:
+    """Return whether mremap fails with EINVAL whatever is mapped; lengths are whole pages."""
+    placed = flags & (_MREMAP_FIXED | _MREMAP_DONTUNMAP)
+    if flags & ~_MREMAP_FLAGS or old % abi.PAGE or not new_length:
+        return True
+    if placed and not flags & _MREMAP_MAYMOVE:
+        return True
+    if flags & _MREMAP_DONTUNMAP and old_length != new_length:
+        return True
+    if not flags & _MREMAP_FIXED:
+        return False
+    overlaps = new < old + old_length and old < new + new_length
+    return bool(new % abi.PAGE or overlaps or new + new_length > abi.TASK_SIZE - abi.PAGE)
+
+
+def _with_rights(ranges: list[ForeignMapping], tid: int) -> list[ForeignMapping]:
+    """Return the parts of ranges where something is mapped, with the rights it has."""
+    found = []
+    with open(f"/proc/{tid}/maps") as maps:
+        for line in maps:
+            place, rights = line.split(maxsplit=2)[:2]
+            start, end = (int(part, 16) for part in place.split("-"))
+            prot = sum(right for at, right in _LETTERS if rights[at] != "-")
+            found += [
+                replace(each, start=max(each.start, start), end=min(each.end, end), prot=prot)
+                for each in ranges
+                if each.start < end and start < each.end
+            ]
+    return found
 
 
 def _int32(value: int) -> int:

@@ -62,6 +62,7 @@ _ALWAYS = (
     abi.SYS_PKEY_MPROTECT,
     abi.SYS_MUNMAP,
     abi.SYS_MREMAP,
+    abi.SYS_CLONE3,
     abi.SYS_EXECVE,
     abi.SYS_EXECVEAT,
     abi.SYS_PROCESS_VM_READV,
@@ -211,6 +212,14 @@ def build_filter(*, everything: bool = False) -> bytes:
     load(_ARGUMENTS + 8)
     code.append((_AND, 0, 0, 0xFF00))
     code.append((_JEQ, 0, 1, 0xA400))
+    done(abi.SECCOMP_RET_TRACE)
+    done(abi.SECCOMP_RET_ALLOW)
+
+    # clone: what would not be traced.
+    code.append((_JEQ, 0, 5, abi.SYS_CLONE))
+    load(_ARGUMENTS)
+    code.append((_AND, 0, 0, abi.CLONE_UNTRACED))
+    code.append((_JEQ, 1, 0, 0))
     done(abi.SECCOMP_RET_TRACE)
     done(abi.SECCOMP_RET_ALLOW)
 

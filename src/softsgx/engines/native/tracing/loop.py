@@ -35,8 +35,6 @@ __all__ = ["Lifecycle", "Loop"]
 
 _NO_CALL = (1 << 64) - 1
 _TWO_QWORDS = struct.Struct("<QQ")
-_CLONE_VM, _CLONE_THREAD = 0x100, 0x10000
-_SYS_CLONE, _SYS_CLONE3 = 56, 435
 _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
@@ -181,8 +179,10 @@ class Loop:
             thread.set_siginfo(trap.info)
         if number and (trap or thread.process.guarded) and thread.handles(number):
             self._into_handler(thread, number, trap)
-        else:
-            thread.resume(number)
+            return
+        if number and thread.survives_fault(number):
+            kill(thread.process.pid)
+        thread.resume(number)
 
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
         """Deliver a signal to its handler in a process with enclaves.
@@ -380,7 +380,7 @@ class Loop:
         try:
             thread = self._child(tid, parent, event, flags)
         except Exception as error:
-            self.failed(parent.process.pid if flags & _CLONE_THREAD else tid, tid, error)
+            self.failed(parent.process.pid if flags & abi.CLONE_THREAD else tid, tid, error)
             return
         stop = decode_stop(status)  # calls have been made in its name since
         if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
@@ -392,11 +392,11 @@ class Loop:
     def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
         """Know the thread that ``parent`` has made; it is stopped before its first step."""
         lifecycle = self._lifecycle
-        if flags & _CLONE_THREAD:
+        if flags & abi.CLONE_THREAD:
             process, shares = parent.process, True
         else:
             process = lifecycle.new_process(tid, parent.process)
-            shares = bool(flags & _CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
+            shares = bool(flags & abi.CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
         image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
         thread = self.threads[tid] = lifecycle.new_thread(tid, process, image)
         if not shares:
@@ -476,8 +476,8 @@ class Loop:
 
 def _clone_flags(parent: ProgramThread) -> int:
     regs = parent.load()
-    if regs.orig_rax == _SYS_CLONE:
+    if regs.orig_rax == abi.SYS_CLONE:
         return regs.rdi
-    if regs.orig_rax == _SYS_CLONE3:
+    if regs.orig_rax == abi.SYS_CLONE3:
         return int.from_bytes(parent.image.read(regs.rdi, 8), "little")
     return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from softsgx.driver import Mm
+from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.tracing.process_image import ImageMemory, ProcessImage
 from softsgx.engines.native.tracing.registers import NativeRegisters
@@ -159,9 +160,26 @@ class ProgramThread(Thread):
         """Return whether signal ``number``, delivered now, has a handler to run."""
         if self.sigmask() >> number - 1 & 1:
             return False
+        return bool(int(self._status("SigCgt")[0], 16) >> number - 1 & 1)
+
+    def survives_fault(self, number: int) -> bool:
+        """Return whether it would meet its fault again, since signal ``number`` does nothing.
+
+        The kernel keeps the first process of a process namespace from the default action of a
+        signal, and of that of a fault only while it is traced.  Without us the fault ends it.
+        """
+        if not abi.FAULT_SIGNALS >> number - 1 & 1:
+            return False
+        made_by_fault = self.siginfo().code > 0
+        return made_by_fault and self._status("NSpid")[-1] == "1" and not self.handles(number)
+
+    def _status(self, name: str) -> list[str]:
+        """Return the words of a line of ``/proc/PID/status``; none where it has no such line."""
         with open(f"/proc/{self.tid}/status") as file:
-            caught = next(line for line in file if line.startswith("SigCgt:"))
-        return bool(int(caught.split()[1], 16) >> number - 1 & 1)
+            for line in file:
+                if line.startswith(f"{name}:"):
+                    return line.split()[1:]
+        return [""]
 
     def signal_pending(self) -> bool:
         """Return whether a signal waits that it does not block."""
