@@ -80,7 +80,8 @@ class RemoteMemory:
         if image is None or not 0 < regs.r8 <= _MOST_PARTS:
             return None
         for index, (start, size) in enumerate(_parts(thread, regs.r10, regs.r8)):
-            if size and image.mm.vmas(start, start + size):
+            touched = image.mm.vmas(start, start + size) if size else []
+            if touched and image.is_mapped_up_to(start, touched[0].start):
                 if not index:
                     return -EFAULT
                 arguments = (regs.rdi, regs.rsi, regs.rdx, regs.r10, index, regs.r9)

@@ -205,6 +205,16 @@ class ProcessImage:
         """Return whether anything is mapped at an address."""
         return self.mm.find(linaddr) is not None or self.memory.vma_info(linaddr) is not None
 
+    def is_mapped_up_to(self, start: int, end: int) -> bool:
+        """Return whether something is mapped everywhere in ``[start, end)``."""
+        with open(f"/proc/{self.any_pid()}/maps") as maps:
+            for line in maps:
+                low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+                if start >= end or start < low:
+                    break
+                start = max(start, high)
+        return start >= end
+
     def is_present(self, linaddr: int) -> bool:
         """Return whether the processor's page tables have a present entry for ordinary memory."""
         pid = self.any_pid()
