@@ -20,7 +20,7 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import PAGERS, RunResult, doctor, libc, run
+from softsgx.engines.native import PAGERS, RunFailed, RunResult, doctor, libc, run
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
@@ -254,7 +254,7 @@ def test_a_failure_of_ours_ends_the_program_and_is_told(program: Program) -> Non
             raise Mistake
 
     read, write = os.pipe()
-    with pytest.raises(Mistake):
+    with pytest.raises(RunFailed):
         program.run("endless", tracer=listen, stdio=(0, write, 2))
     os.close(write)
     with os.fdopen(read, "rb") as out:
