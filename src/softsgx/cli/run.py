@@ -34,6 +34,7 @@ from rich.console import Console
 from softsgx.cli._common import size_as_written, write_file
 from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunFailed, doctor
 from softsgx.engines.native import run as run_natively
+from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.report import (
@@ -138,6 +139,10 @@ def run(args: argparse.Namespace) -> int:
     argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not argv:
         raise SoftSgxError("run: no program; write softsgx run [options] -- PROGRAM ARG…")
+    # Before a file is written: the engine finds what is wrong with these after that.
+    Injections.of(args.inject)
+    if args.tick is not None:
+        tick_period_ns(args.tick)
     _check_machine()
     _check_files(args.json, args.trace, args.report, force=args.force)
     if args.report:

@@ -115,6 +115,20 @@ def test_json_holds_one_object(engine: Engine, tmp_path: Path) -> None:
     assert enclave["peak_resident_bytes"] <= 112 << 10
 
 
+@pytest.mark.parametrize(
+    "words", [("--inject", "poison@x"), ("--inject", "init=SGX_SUCCESS@1"), ("--tick", "4")]
+)
+def test_what_cannot_be_injected_is_one_line_and_leaves_no_file(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str]
+) -> None:
+    path = tmp_path / "trace"
+    assert run(*words, "--trace", str(path), "--", "app") == 2
+    assert not engine.calls
+    assert not path.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert repr(words[1]) in line
+
+
 @pytest.mark.parametrize("option", ["--json", "--trace", "--report"])
 def test_a_file_that_is_there_is_refused_before_the_program_runs(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str

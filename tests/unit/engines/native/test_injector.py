@@ -5,14 +5,38 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from softsgx.engines.native.injections import tick_period_ns
+from softsgx.engines.native.injections import (
+    EINIT_OUTCOMES,
+    INJECTIONS,
+    Injections,
+    tick_period_ns,
+)
 from softsgx.engines.native.injector import Ticks
 from softsgx.engines.native.tracing.waits import Waits
 
 PERIOD_NS = 4_000_000
+GUIDE = Path(__file__).parents[4] / "docs" / "how-to" / "faults.md"
+
+
+def test_the_guide_names_no_option_that_is_not_there() -> None:
+    words = GUIDE.read_text().split()
+    asked = [after for word, after in pairwise(words) if word == "--inject"]
+    ticks = [after for word, after in pairwise(words) if word == "--tick" and after[0].isdigit()]
+    assert len(asked) > len(INJECTIONS)
+    assert ticks
+    Injections.of(asked)
+    for tick in ticks:
+        tick_period_ns(tick)
+
+
+def test_every_failure_of_einit_is_in_the_guide() -> None:
+    guide = GUIDE.read_text()
+    assert [name for name in EINIT_OUTCOMES if name not in guide] == []
 
 
 def test_no_tick_is_due_while_no_processor_is_inside() -> None:
