@@ -80,7 +80,7 @@ def doctor() -> list[Finding]:
             needed=True,
             good="memory of programs can be read and written",
             bad="process_vm_readv and process_vm_writev are missing or forbidden: the kernel needs "
-            "CONFIG_CROSS_MEMORY_ATTACH, a container a profile that allows them",
+            "CONFIG_CROSS_MEMORY_ATTACH, a container --cap-add=SYS_PTRACE",
         ),
         _finding(
             "memory files",
@@ -95,15 +95,16 @@ def doctor() -> list[Finding]:
             can_getfd(),
             needed=True,
             good="descriptors can be taken over",
-            bad="pidfd_getfd is missing or forbidden: Linux 5.6, and a container profile that "
-            "allows it",
+            bad="pidfd_getfd is missing (Linux before 5.6) or forbidden (container: "
+            "--cap-add=SYS_PTRACE)",
         ),
         _finding(
             "userfaultfd",
             can_userfaultfd(),
             needed=False,
             good="pager: userfaultfd",
-            bad="not usable; pager: mprotect, about three times slower",
+            bad="not usable; pager: mprotect, about three times slower (container: "
+            "--security-opt seccomp=unconfined, or a profile that allows userfaultfd)",
         ),
         _finding(
             "CPUID faulting",
