@@ -6,7 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "softsgx"
-author = "the softsgx developers"
+author = copyright = "the softsgx developers"
+smartquotes = False  # options begin with two hyphens
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -24,7 +25,9 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 napoleon_custom_sections = [("Source", "returns_style")]
 napoleon_use_ivar = True  # an attribute is described once, in its class
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
 viewcode_line_numbers = True
 nitpicky = False

@@ -37,16 +37,21 @@ class Commands(SphinxDirective):
         section = nodes.section(ids=[nodes.make_id(title)], names=[title])
         section += nodes.title(text=title)
         section += nodes.paragraph(text=parser.description or "")
-        section += nodes.literal_block(text=parser.format_usage().removeprefix("usage: "))
+        section += _verbatim(parser.format_usage().removeprefix("usage: "))
         for group in parser._action_groups:
             actions = [action for action in group._group_actions if _shown(action)]
             if actions:
                 section += nodes.rubric(text=(group.title or "").capitalize())
                 section += _options(parser, actions)
-        if parser.epilog:
-            section += nodes.literal_block(text=parser.epilog)
+        for part in (parser.epilog or "").split("\n\n"):
+            indented = any(line.startswith(" ") for line in part.splitlines())
+            section += _verbatim(part) if indented else nodes.paragraph(text=part)
         self.env.note_dependency(str(import_module(command_of(verb).__name__).__file__))
         return section
+
+
+def _verbatim(text: str) -> nodes.literal_block:
+    return nodes.literal_block(text=text.strip("\n"), language="text")
 
 
 def _shown(action: argparse.Action) -> bool:
@@ -87,8 +92,10 @@ class Events(SphinxDirective):
                 [
                     nodes.paragraph("", "", nodes.literal(text=event.NAME)),
                     nodes.paragraph("", "", nodes.literal(text=event.__name__)),
-                    nodes.paragraph(text=summary),
-                    nodes.paragraph("", "", nodes.literal(text=names)),
+                    _marked(summary),
+                    nodes.paragraph(
+                        "", "", nodes.literal(text=names) if names else nodes.Text("–")
+                    ),
                 ]
             )
         return [table]
@@ -99,6 +106,14 @@ def _events() -> Iterator[type[Event]]:
         for made in vars(import_module(module)).values():
             if isinstance(made, type) and made.__module__ == module and issubclass(made, Event):
                 yield made
+
+
+def _marked(text: str) -> nodes.paragraph:
+    """Return a paragraph in which text between double backquotes is literal."""
+    parts = enumerate(text.split("``"))
+    return nodes.paragraph(
+        "", "", *(nodes.literal(text=part) if odd % 2 else nodes.Text(part) for odd, part in parts)
+    )
 
 
 def _row(cells: list[nodes.Node]) -> nodes.row:

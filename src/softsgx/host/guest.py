@@ -40,7 +40,9 @@ class GuestPlatform:
         tracer: receives the events of its core and driver: what the guest sees.
 
     Attributes:
-        guest, core, driver: the parts.
+        guest: the virtual machine.
+        core: the paging core in it.
+        driver: the driver in it.
     """
 
     def __init__(

@@ -46,7 +46,10 @@ class Platform:
         tracer: receives every event of every layer.
 
     Attributes:
-        machine, core, cgroups, vepc: the parts.
+        machine: the processor and its EPC.
+        core: the paging core.
+        cgroups: the tree of groups.
+        vepc: the device of guests' virtual EPC.
         guests: guests that were not removed, oldest first.
         driver: the loaded driver, ``None`` while it is unloaded.
 
