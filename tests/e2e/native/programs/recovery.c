@@ -197,6 +197,16 @@ static void ticked(void)
 	CHECK(get(0, data) == 1);
 }
 
+/* Nothing interrupts an enclave that has its pages. */
+static void quiet(void)
+{
+	build();
+	watched_enter(base, 1, 0, SPIN);
+	exits[0] = 0;
+	watched_enter(base, 50000000, 0, SPIN);
+	CHECK(!exits[0]);
+}
+
 /* Each of two threads gets NUMBER ticks. */
 static void ticked_threads(void)
 {
@@ -224,7 +234,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"lost", lost}, {"signalled", signalled}, {"denied", denied}, {"refused", refused}, {"poisoned", poisoned}, {"noexec", noexec},
-		{"ticked", ticked}, {"ticked threads", ticked_threads},
+		{"quiet", quiet}, {"ticked", ticked}, {"ticked threads", ticked_threads},
 		{"ticked paging", ticked_paging},
 	};
 	CHECK(argc >= 3);
