@@ -7,7 +7,6 @@ sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "softsgx"
 author = copyright = "the softsgx developers"
-smartquotes = False  # options begin with two hyphens
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
@@ -15,6 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 from softsgx.cli import VERBS, command_of, parser_of
 from softsgx.trace import Event
 
+_OPTION = re.compile(r"(--[a-z]\S*)")
 EVENT_MODULES = {
     "hw": "softsgx.hw.events",
     "paging": "softsgx.paging.events",
@@ -67,7 +69,7 @@ def _options(parser: argparse.ArgumentParser, actions: list[argparse.Action]) ->
         text = formatter._expand_help(action) if action.help else ""
         if action.choices is not None:
             text += f" (one of {', '.join(map(str, action.choices))})"
-        definition = nodes.definition("", nodes.paragraph(text=text))
+        definition = nodes.definition("", _marked(_OPTION.sub(r"``\1``", text)))
         listed += nodes.definition_list_item("", term, definition)
     return listed
 
