@@ -110,6 +110,31 @@ def test_more_processes_run_than_the_supervisor_began_with_descriptors_for() -> 
         os.close(write)
 
 
+@pytest.mark.slow
+def test_hundreds_of_processes_run_at_once_with_a_thousand_descriptors() -> None:
+    shell = "for i in $(seq 200); do sleep 1000 & done; kill $(jobs -p); wait; exit 7"
+    command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--", "/bin/bash", "-c", shell]
+    limited = ["/bin/bash", "-c", 'ulimit -n 1024; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.slow
+def test_a_proc_of_other_processes_is_named() -> None:
+    """In a process namespace of its own, /proc still shows the outer one."""
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine makes no process namespaces")
+    command = [*apart, sys.executable, "-m", "softsgx"]
+    refused = subprocess.run(
+        [*command, "run", "--", "/bin/true"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("softsgx: /proc: /proc is missing or shows another")
+    found = subprocess.run([*command, "doctor"], capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "/proc" in found.stdout
+
+
 def test_a_directory_that_is_not_there_is_named() -> None:
     with pytest.raises(SoftSgxError, match="No such file or directory"):
         run(["/bin/true"], cwd="/no/such/directory")
