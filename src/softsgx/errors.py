@@ -16,6 +16,13 @@ class SoftSgxError(Exception):
     """
 
 
+_MOST_CHARACTERS = 200
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, for a message of one line."""
-    return (str(error).splitlines() or ["?"])[0]
+    """Return the first line of another library's error, for a message of one line.
+
+    It is cut where it is long: libraries quote their input, whose names can have any length.
+    """
+    line = (str(error).splitlines() or ["?"])[0]
+    return line[:_MOST_CHARACTERS] + ("…" if len(line) > _MOST_CHARACTERS else "")

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from tests.soak import KINDS, record
+from tests.soak import KINDS, Found, record
 
 _SLICE_S = 20.0
 _SEEDS_A_SLICE = 1000
@@ -30,6 +30,7 @@ def _slice(kind: str, seed: int, seconds: float) -> None:
     try:
         print(json.dumps(module.run(seconds, seed)))
     except AssertionError as error:
+        print(json.dumps(error.done if isinstance(error, Found) else {}))
         print(f"{kind}, from seed {seed}: {error}", file=sys.stderr)
         if hasattr(module, "minimise"):
             print(module.minimise(seed), file=sys.stderr)
@@ -63,15 +64,16 @@ class _Soak:
             told = subprocess.run(
                 command, capture_output=True, text=True, timeout=seconds + _HANGS_S, check=False
             )
-            error = f"status {told.returncode}: {told.stdout[-2000:]}{told.stderr[-6000:]}"
         except subprocess.TimeoutExpired:
-            error = f"no end {_HANGS_S} s after its time"
+            done, error = dict[str, int](), f"no end {_HANGS_S} s after its time"
         else:
-            if told.returncode == 0:
-                done: dict[str, int] = json.loads(told.stdout.splitlines()[-1])
-                return done, ""
-        print(f"FAILED: {' '.join(command[1:])}\n{error}", file=sys.stderr, flush=True)
-        return {}, error
+            # What a kind prints itself is before; a slice that was killed prints nothing.
+            last = (told.stdout.splitlines() or ["{}"])[-1]
+            done = json.loads(last) if last.startswith("{") else {}
+            error = f"status {told.returncode}: {told.stderr[-6000:]}" if told.returncode else ""
+        if error:
+            print(f"FAILED: {' '.join(command[1:])}\n{error}", file=sys.stderr, flush=True)
+        return done, error
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 
+from tests.soak import Found
 from tests.soak.coverage import NewLines
 from tests.soak.mutate import Mutator
 from tests.support.damage import FILES, SMALL, original, small_library, tables_of
@@ -381,10 +382,12 @@ class _Course:
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
     counts = fuzz(seconds, seed)
-    assert not counts.faults, "\n".join(fault.text() for fault in counts.faults)
-    return {"parser inputs": counts.inputs.total()} | {
+    done = {"parser inputs": counts.inputs.total()} | {
         f"parser inputs, {name}": count for name, count in counts.inputs.items()
     }
+    if counts.faults:
+        raise Found("\n".join(fault.text() for fault in counts.faults), done)
+    return done
 
 
 def fuzz(
