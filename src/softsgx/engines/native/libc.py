@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from typing import Any
 
 from softsgx.engines.native import abi
@@ -51,6 +53,11 @@ MOST_PAGES = 64
 
 _PAGES = ctypes.create_string_buffer(MOST_PAGES * abi.PAGE)
 _PAGES_VIEW = memoryview(_PAGES).cast("B")
+
+
+_PROCMAP_QUERY = struct.Struct("<5Q40xI4xQ8x")
+_PROCMAP_QUERY_COMMAND = 0xC0686611
+_NAME_BYTES = 4096
 
 
 def _failure(what: str) -> OSError:
@@ -114,6 +121,29 @@ def read_pages(pid: int, address: int, count: int) -> list[bytes]:
     return [
         bytes(_PAGES_VIEW[at : at + abi.PAGE]) for at in range(0, done - abi.PAGE + 1, abi.PAGE)
     ]
+
+
+def find_mapping(maps: int, address: int) -> tuple[int, int, str] | None:
+    """Return (start, end, path or other name) of the mapping that holds ``address``, if any.
+
+    Args:
+        maps: a descriptor of ``/proc/PID/maps``.
+        address: where.
+
+    Raises:
+        OSError: ENOTTY: this kernel cannot be asked (before Linux 6.11); ENAMETOOLONG: the path
+            is longer than a path may be.
+    """
+    request = bytearray(_PROCMAP_QUERY.size)
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    fields = (_PROCMAP_QUERY.size, 0, address, 0, 0, _NAME_BYTES, ctypes.addressof(name))
+    _PROCMAP_QUERY.pack_into(request, 0, *fields)
+    try:
+        fcntl.ioctl(maps, _PROCMAP_QUERY_COMMAND, request)
+    except FileNotFoundError:
+        return None
+    _size, _flags, _address, start, end, _name_bytes, _name = _PROCMAP_QUERY.unpack(request)
+    return start, end, os.fsdecode(name.value)
 
 
 def write_memory(pid: int, address: int, data: bytes) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENAMETOOLONG, ENOTTY
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -436,9 +437,25 @@ class ImageMemory:
             raise BadAddress(str(error)) from None
 
     def vma_info(self, address: int) -> VmaInfo | None:
-        """Return the mapping that holds ``address``; mappings are read once for this object."""
+        """Return the mapping that holds ``address``.
+
+        Where the kernel cannot be asked for one, all are read, once for this object: loaders that
+        add their pages one by one would read them for each page.
+        """
         if self._maps is None:
-            self._maps = _read_maps(self._image.any_pid())
+            try:
+                with open(f"/proc/{self._image.any_pid()}/maps", "rb", buffering=0) as maps:
+                    found = libc.find_mapping(maps.fileno(), address)
+            except OSError as error:
+                if error.errno not in (ENOTTY, ENAMETOOLONG):
+                    raise
+                self._maps = _read_maps(self._image.any_pid())
+            else:
+                if found is None:
+                    return None
+                start, end, path = found
+                noexec = path.startswith("/") and _on_noexec_mount(path)
+                return VmaInfo(start, end, may_exec=not noexec)
         for start, end, may_exec in self._maps:
             if start <= address < end:
                 return VmaInfo(start, end, may_exec=may_exec)
