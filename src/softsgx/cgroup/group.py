@@ -182,8 +182,10 @@ class EpcCgroup:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.path)
         if name in self.children:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-        child = self.children[name] = EpcCgroup(self.hierarchy, name, self)
-        self._tree_changed()
+        child = EpcCgroup(self.hierarchy, name, self)
+        with self.hierarchy.latch:
+            self.children[name] = child
+            self._tree_changed()
         return child
 
     def rmdir(self) -> None:
@@ -199,7 +201,7 @@ class EpcCgroup:
             self.removed = True
             if self.usage_pages:
                 self.parent._dying.append(self)
-        self.parent._tree_changed()
+            self.parent._tree_changed()
 
     def all_children(self) -> list[EpcCgroup]:
         """Return the children, including removed ones that still have pages."""
@@ -216,7 +218,10 @@ class EpcCgroup:
         return self._ancestry
 
     def _tree_changed(self) -> None:
-        """Make every walk that covers this group list its members anew at the next step."""
+        """Make every walk that covers this group list its members anew at the next step.
+
+        The latch is held, as while a walk looks at its list.
+        """
         for group in self._ancestry:
             group._order = []
 
@@ -276,13 +281,12 @@ class EpcCgroup:
             self.own_pages -= 1
             for group in self._ancestry:
                 group.usage_pages -= 1
-            gone = self.removed and not self.usage_pages
+            if self.removed and not self.usage_pages:
+                assert self.parent is not None, "the root cannot be removed"
+                self.parent._dying.remove(self)
+                self.parent._tree_changed()
         finally:
             latch.release()
-        if gone:
-            assert self.parent is not None, "the root cannot be removed"
-            self.parent._dying.remove(self)
-            self.parent._tree_changed()
 
     # --- reclaim --------------------------------------------------------------------------------
 
