@@ -143,7 +143,8 @@ def _limit(data: bytes) -> str:
 
 
 def _instruction(data: bytes) -> str:
-    found, code = decode(data), data[:15]
+    code = data[:15]
+    found = decode(code)
     write = is_write(code, 0x1000, 0x1008, 0x1000)
     assert found is None or 0 < found.length <= len(code), f"{found} of {code.hex()}"
     return f"{found and (found.length, found.map, found.store)} {write} {is_illegal_inside(data)}"
