@@ -71,7 +71,7 @@ class Machines(RuleBasedStateMachine):
         self.leaves: Any = self.hw.leaves if fast else Leaves(self.hw.kernel)
         self.model = Dictionary()
         self.tables: dict[int, Any] = {}
-        self.tokens = 0
+        self.tokens = self.built = 0
         self.build()
         self.make_va(0)
 
@@ -134,7 +134,9 @@ class Machines(RuleBasedStateMachine):
         for at in TCS_PAGES:
             layout += [tcs(ossa=at + PAGE_BYTES), reg()]
         # Each has addresses of its own: a TCS is entered through any page tables that lead to it.
-        base = BASE + SIZE * len(self.model.enclaves)
+        # Not by the number of enclaves: identifiers begin anew after a loss of power.
+        base = BASE + SIZE * self.built
+        self.built += 1
         built = build_enclave(self.hw, layout, secs=secs_of(SIZE, base))
         eid = built.enclave.eid
         threads = [Thread(offset) for offset in TCS_PAGES]
