@@ -456,7 +456,8 @@ def test_the_guides_example_of_keys_compiles_without_a_warning(tmp_path: Path) -
     guide = Path(__file__).parents[3] / "docs" / "how-to" / "build.md"
     _, example = guide.read_text().split("## Keys and reports")
     source = tmp_path / "enclave.c"
-    source.write_text(example.split("```c\n")[1].split("```")[0])
+    block = example.split("```{code-block} c\n:caption: keys.c\n")[1]
+    source.write_text(block.split("```")[0])
     chosen = find_compiler()
     assert build_enclave([source], chosen, flags=["-Werror", "-Wextra"]).page_count
 

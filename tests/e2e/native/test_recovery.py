@@ -140,10 +140,11 @@ def test_a_tick_is_an_exit_that_the_program_and_its_enclave_see(
 def test_ticks_hit_every_thread_that_is_inside(
     program: list[str], strict: bool, pager: str
 ) -> None:
+    # Each thread goes on until it has seen five exits; a fault may be one of them.
     argv = [*program, "ticked threads", "5"]
     result = run(argv, epc="1MiB", strict=strict, pager=pager, tick="2ms")
     assert result.exit_code == 0
-    assert result.injected["ticks"] >= 10
+    assert result.injected["ticks"] > 5
 
 
 @pytest.mark.parametrize("pager", EACH_PAGER)

@@ -175,6 +175,8 @@ __asm__(".text\nwatched_enter:\n push %rbp\n mov %rsp,%rbp\n push %rbx\n push %r
 static void *spin(void *thread)
 {
 	uint64_t tcs = base + (uint64_t)thread * PAGE, *own = &exits[(uint64_t)thread];
+	watched_enter(tcs, 1, 0, SPIN);
+	*own = 0;
 	for (int i = 0; i < 1000 && *own < (uint64_t)number; i++) watched_enter(tcs, 10000000, 0, SPIN);
 	CHECK(*own >= (uint64_t)number);
 	return NULL;
