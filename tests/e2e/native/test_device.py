@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.arch import AttributesFlags
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor, run
+from softsgx.engines.native import CPUID_SOURCES, run
 from softsgx.host import PROFILES
 
 DATA_PAGES = 30
 EPC_PAGES = 26
-FOUND = {finding.name: finding.ok for finding in doctor()}
-USABLE = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -34,7 +32,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(compile_host(directory, "device")), str(enclave)]
 
 
-@pytest.mark.parametrize("pager", USABLE)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize(
     "scenario", ["calls", "links", "modes", "advice", "dumps", "heirs", "maps"]
 )
@@ -49,7 +47,7 @@ def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: s
     assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
 
 
-@pytest.mark.parametrize("pager", USABLE)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_memory_past_page_tables_is_the_drivers(
     program: list[str], tmp_path: Path, pager: str
 ) -> None:
@@ -59,7 +57,7 @@ def test_memory_past_page_tables_is_the_drivers(
     assert run([*program, "closed"], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
 
-@pytest.mark.parametrize("pager", USABLE)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["thread", "orphan"])
 def test_any_thread_can_open_the_device(program: list[str], scenario: str, pager: str) -> None:
     assert run([*program, scenario], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0

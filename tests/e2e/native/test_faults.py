@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run
-
-FOUND = {finding.name: finding.ok for finding in doctor()}
+from softsgx.engines.native import run
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -29,7 +27,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["codes", "frames"])
 def test_a_fault_is_told_as_hardware_and_linux_tell_it(
     program: list[str], scenario: str, pager: str, strict: bool, tmp_path: Path

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run, supervisor
+from softsgx.engines.native import run, supervisor
 
-FOUND = {finding.name: finding.ok for finding in doctor()}
-USABLE_PAGERS = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
 DATA_PAGES = 20
 
 pytestmark = [

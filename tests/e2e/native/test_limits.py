@@ -13,9 +13,9 @@ from signal import SIGUSR1
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import PAGERS, abi, doctor, libc, run
+from softsgx.engines.native import abi, libc, run
 from softsgx.engines.native.faults import exits, extended
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -26,7 +26,6 @@ from softsgx.hw import LogicalProcessor, aex
 DATA_PAGES = 20
 EPC_PAGES = 28
 BITS_64 = (1 << 64) - 1
-FOUND = {finding.name: finding.ok for finding in doctor()}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -46,7 +45,7 @@ def exit_code(program: list[str], *arguments: str, strict: bool, pager: str | No
     return run(argv, epc=EPC_PAGES * 4096, strict=strict, pager=pager).exit_code
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["ones", "neighbours", "children"])
 def test_in_strict_runs_whoever_is_outside_reads_ones_and_stores_nothing(
     program: list[str], scenario: str, pager: str
@@ -54,7 +53,7 @@ def test_in_strict_runs_whoever_is_outside_reads_ones_and_stores_nothing(
     assert exit_code(program, scenario, strict=True, pager=pager) == 0
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_an_entry_of_a_strict_run_changes_the_rights_of_few_mappings_however_many_there_are(
     program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pager: str
 ) -> None:
@@ -75,7 +74,7 @@ def test_an_entry_of_a_strict_run_changes_the_rights_of_few_mappings_however_man
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_in_strict_runs_a_thread_outside_sees_nothing_of_those_inside(
     program: list[str], pager: str
 ) -> None:
@@ -105,7 +104,7 @@ def test_the_time_stamp_counter_is_read_inside_with_sgx2_only(
     assert exit_code(program, "ticks", str(number), strict=False) == 0
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("by", ["the thread", "the model"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_xcr0_is_xfrm_inside(
@@ -125,7 +124,7 @@ def test_xcr0_is_xfrm_inside(
     assert any(done) == (by == "the thread") and not all(done)
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_whatever_stops_a_thread_out_of_line_finds_it_at_its_instruction_or_behind(
     program: list[str], pager: str, strict: bool, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +208,7 @@ def test_an_ioctl_that_a_signal_came_before_is_made_again_or_eintr_as_its_handle
     assert exit_code(program, "interrupted", str(int(restart)), strict=False) == 0
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("before", [False, True])
 def test_locking_all_memory_leaves_the_pages_of_enclaves_to_the_epc(
     program: list[str], before: bool, pager: str
@@ -220,7 +219,7 @@ def test_locking_all_memory_leaves_the_pages_of_enclaves_to_the_epc(
     assert result.counters["reclaimed"] and result.counters["eldu"], "nothing was paged"
 
 
-@pytest.mark.parametrize("pager", PAGERS if FOUND["userfaultfd"] else ("mprotect",))
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_wild_arguments_fail_with_the_errno_of_linux_and_change_nothing(
     program: list[str], pager: str
 ) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import PAGERS, RunFailed, RunResult, doctor, libc, run
+from softsgx.engines.native import RunFailed, RunResult, libc, run
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.errors import SoftSgxError
@@ -56,12 +56,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return Program(tmp_path_factory.mktemp("native"))
 
 
-def usable_pagers() -> tuple[str, ...]:
-    works = {finding.name: finding.ok for finding in doctor()}
-    return PAGERS if works["userfaultfd"] else ("mprotect",)
-
-
-@pytest.mark.parametrize("pager", usable_pagers())
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["paging", "threads", "forks"])
 def test_every_byte_comes_back_from_an_epc_that_is_too_small(
     program: Program, scenario: str, pager: str
@@ -97,7 +92,7 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pager", usable_pagers())
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["rights", "unreadable", "foreign", "moved"])
 def test_a_page_can_be_used_as_far_as_its_epcm_entry_and_its_mapping_allow(
     program: Program, scenario: str, pager: str, strict: bool
@@ -105,7 +100,7 @@ def test_a_page_can_be_used_as_far_as_its_epcm_entry_and_its_mapping_allow(
     assert program.run(scenario, pager=pager, strict=strict).exit_code == 0
 
 
-@pytest.mark.parametrize("pager", usable_pagers())
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
     program: Program, pager: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,15 +14,13 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import PAGERS, doctor, run
+from softsgx.engines.native import run
 from softsgx.errors import SoftSgxError
 
 DATA_PAGES = 20
 EPC_PAGES = 28
-FOUND = {finding.name: finding.ok for finding in doctor()}
-EACH_PAGER = PAGERS if FOUND["userfaultfd"] else ("mprotect",)
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -37,7 +35,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(compile_host(directory, "recovery")), str(enclave)]
 
 
-@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_enclaves_are_lost_with_the_power_and_new_ones_can_be_made(
     program: list[str], strict: bool, pager: str
@@ -93,7 +91,7 @@ def test_an_event_that_stays_unmasked_is_waited_for_and_then_eperm(program: list
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("fault", "leaf"), [(1, 2), (10, 3)], ids=["thread", "data"])
 def test_a_poisoned_page_is_sigbus_for_its_user_and_is_never_handed_out_again(
@@ -123,7 +121,7 @@ def test_an_injection_that_is_not_known_is_named(text: str) -> None:
         run(["/bin/true"], inject=[text])
 
 
-@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_tick_is_an_exit_that_the_program_and_its_enclave_see(
     program: list[str], strict: bool, pager: str
@@ -135,7 +133,7 @@ def test_a_tick_is_an_exit_that_the_program_and_its_enclave_see(
     assert result.injected["ticks"] >= ticks
 
 
-@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_ticks_hit_every_thread_that_is_inside(
     program: list[str], strict: bool, pager: str
@@ -147,7 +145,7 @@ def test_ticks_hit_every_thread_that_is_inside(
     assert result.injected["ticks"] > 5
 
 
-@pytest.mark.parametrize("pager", EACH_PAGER)
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_ticks_change_nothing_that_is_paged(program: list[str], pager: str) -> None:
     argv = [*program, "ticked paging", "5"]
     result = run(argv, epc=EPC_PAGES * 4096, pager=pager, tick="1ms")

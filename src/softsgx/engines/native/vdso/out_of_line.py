@@ -2,8 +2,8 @@
 
 A slot has a copy of one instruction, with its operand at RCX, and behind it code that puts RAX, RCX
 and RDX back and jumps to the next instruction of the enclave; neither changes flags.  While a
-thread is in its slot, whoever loads its registers finds it at the enclave's instruction, or behind
-it: nothing tells that from its execution in place.
+thread is in its slot, the supervisor loads its registers as those at the enclave's instruction, or
+behind it: nothing tells that from its execution in place.
 
 Source:
     SDM vol. 2, MOV, JMP; Linux kernel/events/uprobes.c for the method.
