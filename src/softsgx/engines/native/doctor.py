@@ -21,7 +21,7 @@ from functools import cache
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import file_bytes
-from softsgx.engines.native.memory.store import MEMORY_FILE_BYTES
+from softsgx.engines.native.memory.memory_file import MEMORY_FILE_BYTES
 from softsgx.engines.native.memory.uffd import open_userfaultfd
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL

@@ -40,8 +40,9 @@ from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.injector import Injected, Injector
 from softsgx.engines.native.limits import raise_limits, set_limits
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from softsgx.arch import PAGE_BYTES
 from softsgx.driver import PROT_READ, FaultResult
 from softsgx.engines.native import abi
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.syscalls.registry import Device
 from softsgx.engines.native.tracing.program import ProgramThread
 

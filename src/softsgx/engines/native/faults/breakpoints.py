@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native.faults.faulting_instruction import LONGEST
-from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Gone
 

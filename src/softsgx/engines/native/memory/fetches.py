@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
-from softsgx.engines.native.memory.store import runs
+from softsgx.engines.native.memory.memory_file import EXECUTE, runs
 
 __all__ = ["Fetches"]
 
-_EXECUTE = 4
 _BLOCK_BYTES = 64 * PAGE_BYTES
 
 Call = tuple[int, ...]
@@ -45,7 +44,7 @@ class Fetches:
     def shown(self, page: int, rights: int) -> None:
         """A page is shown."""
         self.rights[page] = rights
-        if (page in self._taken) == bool(rights & _EXECUTE):
+        if (page in self._taken) == bool(rights & EXECUTE):
             self._owe(page)
 
     def changed(self, page: int, rights: int) -> None:
@@ -70,7 +69,7 @@ class Fetches:
         self.hidden(self.within(start, end))
         self.rights.update(shown)
         for page, rights in shown.items():
-            if not rights & _EXECUTE:
+            if not rights & EXECUTE:
                 self._owe(page)
 
     def within(self, start: int, end: int) -> list[int]:
@@ -85,10 +84,10 @@ class Fetches:
         if not self._due:
             return []
         due, self._due = self._due, set()
-        lose = {page for page in due if not self.rights.get(page, 0) & _EXECUTE}
+        lose = {page for page in due if not self.rights.get(page, 0) & EXECUTE}
         for block in {page & -_BLOCK_BYTES for page in lose}:
             for page in range(block, block + _BLOCK_BYTES, PAGE_BYTES):
-                if page not in self._taken and not self.rights.get(page, 0) & _EXECUTE:
+                if page not in self._taken and not self.rights.get(page, 0) & EXECUTE:
                     lose.add(page)
         self._taken |= lose
         self._taken -= due - lose
@@ -106,7 +105,7 @@ class Fetches:
         """Return the calls that give a range ``prot`` as far as its pages allow."""
         calls: list[Call] = [(abi.SYS_MPROTECT, start, end - start, prot)]
         if prot & abi.PROT_EXEC:
-            lose = [page for page in self.within(start, end) if not self.rights[page] & _EXECUTE]
+            lose = [page for page in self.within(start, end) if not self.rights[page] & EXECUTE]
             self._taken = {page for page in self._taken if not start <= page < end}
             self._taken.update(lose)
             calls += _protect({prot & ~abi.PROT_EXEC: lose})

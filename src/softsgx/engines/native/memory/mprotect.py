@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
-from softsgx.engines.native.memory.store import runs
+from softsgx.engines.native.memory.memory_file import runs
 
 __all__ = ["MprotectPager"]
 

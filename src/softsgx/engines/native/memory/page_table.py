@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, Pfec
-from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore, runs
+from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard, runs
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.hw import EXECUTE, WRITE, EpcPage, MachineCheck, PageFault
 
 __all__ = ["EnclavePageTable", "Pager"]

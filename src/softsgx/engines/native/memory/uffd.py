@@ -23,7 +23,7 @@ from errno import EAGAIN, EINVAL, ENOENT, ESRCH
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.fetches import Fetches
-from softsgx.engines.native.memory.store import runs
+from softsgx.engines.native.memory.memory_file import runs
 from softsgx.errors import SoftSgxError
 
 __all__ = ["UffdPager", "open_userfaultfd"]

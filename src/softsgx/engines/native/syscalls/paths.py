@@ -25,7 +25,7 @@ from typing import Protocol
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry

@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass
 
 from softsgx.driver import EnclaveFile, ProvisionFile
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.store import NativeStore
 
 __all__ = ["Device", "Registry"]
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.foreign import ForeignMappings
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.pagers import make_pager
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.elf import Vdso

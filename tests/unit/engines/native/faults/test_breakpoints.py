@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.memory.store import EnclaveMemory
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.hw import EXECUTE, READ
 
 PAGE_AT = 1 << 32

@@ -9,8 +9,9 @@ from typing import Any, cast
 import pytest
 
 from softsgx.arch import EpcAddr, PageType
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.store import EnclaveMemory, NativeStore
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.hw import EpcPage
 
 BASE, READ_EXECUTE = 0x7000_0000_0000, 5

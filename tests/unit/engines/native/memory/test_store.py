@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softsgx.arch import EpcAddr, PageType
-from softsgx.engines.native.memory.store import EnclaveMemory, Guard, NativeStore
+from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard
+from softsgx.engines.native.memory.store import NativeStore
 from softsgx.hw import EpcPage
 
 BASE = 0x7000_0000_0000

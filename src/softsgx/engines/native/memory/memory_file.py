@@ -1,0 +1,348 @@
+"""The memory file behind one open ``/dev/sgx_enclave``: bytes that the program's mappings share.
+
+Every mapping of the device in the program is a mapping of this file, at the offset that equals the
+linear address.  The store (:mod:`.store`) decides which pages are in it.  Where a page is not, the
+file has a hole, and each access of the program faults.
+
+In shown pages of code that cannot be written, single bytes can be *marked*: they differ from the
+enclave's own bytes, so that an instruction traps.  Reads through this class return the enclave's
+own bytes.
+
+Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
+with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Pages
+that leave, or are read through the machine, have their own bytes, and so has an instruction that
+raised an exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself,
+reading code that did not, could tell.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.engines.native import abi, libc
+
+__all__ = [
+    "ALL_RIGHTS",
+    "EXECUTE",
+    "MEMORY_FILE_BYTES",
+    "READ",
+    "WRITE",
+    "EnclaveMemory",
+    "Guard",
+    "User",
+    "runs",
+]
+
+MEMORY_FILE_BYTES = 1 << 47
+#: Rights of an EPCM entry; a page has the sum of them.
+READ, WRITE, EXECUTE = 1, 2, 4
+ALL_RIGHTS = READ | WRITE | EXECUTE
+
+_SEALS = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW
+_WINDOW_SHIFT = 21
+_WINDOW_MASK = (1 << _WINDOW_SHIFT) - 1
+_HLT, _ENCLU_BYTE = b"\xf4", b"\x0f"
+_UD2_END = b"\x0b"
+
+
+class Guard(Protocol):
+    """What must happen in an address space around a change of a memory file that it maps.
+
+    Rights are those of EPCM entries: the sum of READ (1), WRITE (2) and EXECUTE (4).
+    """
+
+    def before_hide(self, start: int, end: int) -> None:
+        """Make stores to the pages of a range impossible; loads may go on."""
+
+    def after_hide(self, start: int, end: int) -> None:
+        """The pages are holes in the file now: every access must fault."""
+
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
+        """Fill the hole and make the page usable here, in one step.
+
+        Returns:
+            ``False`` when this pager cannot fill it; nothing has happened then.
+        """
+
+    def shown(self, linaddr: int, rights: int) -> None:
+        """The hole was filled through another page table: make the page usable here too."""
+
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """The EPCM entry of a shown page has these rights now."""
+
+    def flush(self) -> None:
+        """The program goes on: do what was put off."""
+
+
+class User(Protocol):
+    """One address space that maps a memory file, or has mapped it."""
+
+    @property
+    def pager(self) -> Guard:
+        """Its guard."""
+
+    def maps(self, memory: EnclaveMemory, linaddr: int) -> bool:
+        """Return whether ``memory`` is mapped at ``linaddr``."""
+
+    def parts(self, memory: EnclaveMemory, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the ranges of ``[start, end)`` where no other memory file is mapped."""
+
+    def refresh_range(self, start: int, end: int) -> None:
+        """EPCM entries of the pages in a range may have changed."""
+
+
+class EnclaveMemory:
+    """The memory file behind one open ``/dev/sgx_enclave``.
+
+    The program's descriptor is the same file by another opening.  That opening holds a lock that we
+    put on it, so when the program has closed and unmapped it everywhere, the lock is free: exactly
+    when Linux would release a device file.
+
+    Attributes:
+        fd: our descriptor.
+        key: (device, inode), which every descriptor of the file shows.
+        users: the address spaces that map it, or have mapped it and may again.
+        pages: rights of the pages whose bytes are in the file, by linear address.
+        marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
+            ENCLU instructions that start with HLT, and forbidden ones that are UD2.
+        forbidden: returns the offsets of the second opcode byte of each instruction in a page of
+            code that the enclave may not execute as this machine would; ``None``: there are none.
+        trapped: addresses of such bytes that keep their value: a breakpoint is at the instruction.
+    """
+
+    def __init__(self, theirs: int) -> None:
+        """Take over ``theirs``, our duplicate of the program's descriptor; it is closed.
+
+        It allows sealing: no process can change the file's size afterwards.
+        """
+        self.users: list[User] = []
+        self.pages: dict[int, int] = {}
+        self.marked: dict[int, dict[int, bytes]] = {}
+        self.forbidden: Callable[[bytes], list[int]] | None = None
+        self.trapped: set[int] = set()
+        self._windows: dict[int, mmap.mmap] = {}
+        try:
+            self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.fd, MEMORY_FILE_BYTES)
+            fcntl.fcntl(self.fd, abi.F_ADD_SEALS, _SEALS)
+            info = os.fstat(self.fd)
+            self.key = info.st_dev, info.st_ino
+        finally:
+            os.close(theirs)
+
+    def released(self) -> bool:
+        """Return whether the program has no descriptor and no mapping of it left, anywhere."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        return True
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for window in self._windows.values():
+            window.close()
+        self._windows.clear()
+        os.close(self.fd)
+
+    def hide(self, pages: list[int]) -> list[bytes]:
+        """Take pages out of the file and return their bytes; no store is lost in between.
+
+        Args:
+            pages: their linear addresses, rising.
+        """
+        contents: list[bytes] = []
+        parts = runs(pages)
+        guarded = [
+            (user.pager, *part)
+            for start, end in parts
+            for user in self.users
+            for part in user.parts(self, start, end)
+        ]
+        # Guards may find threads that have ended inside, whose state is still to be stored: every
+        # page is where it was until they are through.
+        for guard, low, high in guarded:
+            guard.before_hide(low, high)
+        for linaddr in pages:
+            self.pages.pop(linaddr, None)
+        for start, end in parts:
+            data = os.pread(self.fd, end - start, start)
+            libc.punch_hole(self.fd, start, end - start)
+            if end - start == PAGE_BYTES:
+                contents.append(data)
+            else:
+                contents += [data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)]
+        for guard, low, high in guarded:
+            guard.after_hide(low, high)
+        if self.marked:
+            for index, linaddr in enumerate(pages):
+                offsets = self.marked.pop(linaddr, None)
+                if offsets is not None:
+                    contents[index] = _own_bytes(contents[index], 0, offsets)
+        return contents
+
+    def mark(self, address: int) -> None:
+        """Make the ENCLU at ``address``, in a shown page, trap faster.
+
+        One byte is written, so a thread that executes it meanwhile sees the one or the other.
+        """
+        os.pwrite(self.fd, _HLT, address)
+        marks = self.marked.setdefault(address & -PAGE_BYTES, {})
+        marks[address % PAGE_BYTES] = _ENCLU_BYTE
+
+    def forbid(self, linaddr: int, data: bytes) -> bytes:
+        """Return a page of code as it is to be shown: forbidden instructions (0F xx) are UD2."""
+        sites = [] if self.forbidden is None else self.forbidden(data)
+        if self.trapped:
+            sites = [site for site in sites if linaddr + site not in self.trapped]
+        if not sites:
+            return data
+        marks = self.marked.setdefault(linaddr, {})
+        shown = bytearray(data)
+        for site in sites:
+            shown[site : site + 1] = _UD2_END
+            marks[site] = data[site : site + 1]
+        return bytes(shown)
+
+    def forbid_shown(self, linaddr: int) -> None:
+        """Make forbidden instructions of a shown page UD2, a byte at a time."""
+        data = self.read(linaddr, PAGE_BYTES)
+        shown = self.forbid(linaddr, data)
+        for site in self.marked.get(linaddr, ()):
+            os.pwrite(self.fd, shown[site : site + 1], linaddr + site)
+
+    def forbid_again(self, address: int) -> None:
+        """The instruction with its second opcode byte at ``address`` has lost its breakpoint."""
+        self.trapped.discard(address)
+        page = address & -PAGE_BYTES
+        if not self.pages.get(page, WRITE) & WRITE:
+            self.forbid_shown(page)
+
+    def unmark_at(self, address: int) -> None:
+        """Give the byte at ``address`` of a shown page, which is marked, its own value back."""
+        marks = self.marked[address & -PAGE_BYTES]
+        os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
+
+    def is_marked(self, address: int) -> bool:
+        """Return whether the instruction at ``address`` is marked."""
+        return address % PAGE_BYTES in self.marked.get(address & -PAGE_BYTES, ())
+
+    def is_enclu(self, address: int) -> bool:
+        """Return whether the instruction at ``address`` is a marked ENCLU."""
+        marks = self.marked.get(address & -PAGE_BYTES)
+        return marks is not None and marks.get(address % PAGE_BYTES) == _ENCLU_BYTE
+
+    def unmark(self, linaddr: int) -> None:
+        """Give the marked instructions of a page their own bytes back."""
+        for offset, byte in self.marked.pop(linaddr, {}).items():
+            os.pwrite(self.fd, byte, linaddr + offset)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return the enclave's own bytes of a shown page; only of one."""
+        start = address & _WINDOW_MASK
+        data = self._window(address)[start : start + size]
+        offsets = self.marked.get(address & -PAGE_BYTES)
+        return data if offsets is None else _own_bytes(data, address % PAGE_BYTES, offsets)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Replace bytes of a shown page."""
+        if self.marked:
+            self.unmark(address & -PAGE_BYTES)
+        start = address & _WINDOW_MASK
+        self._window(address)[start : start + len(data)] = data
+
+    def code(self, address: int, size: int) -> bytes:
+        """Return bytes at ``address`` as the program sees them, fewer where a page is a hole.
+
+        Args:
+            address: where they begin.
+            size: a page at most.
+        """
+        rest = -address % PAGE_BYTES or PAGE_BYTES
+        if address & -PAGE_BYTES not in self.pages:
+            return b""
+        if rest < size and address + rest not in self.pages:
+            size = rest
+        return os.pread(self.fd, size, address)
+
+    def own_code(self, address: int, size: int) -> bytes:
+        """As :meth:`code`, the enclave's own bytes."""
+        data = self.code(address, size)
+        if self.marked:
+            for page in (address & -PAGE_BYTES, address + len(data) - 1 & -PAGE_BYTES):
+                marks = self.marked.get(page)
+                if marks is not None:
+                    data = _own_bytes(data, address - page, marks)
+        return data
+
+    def _window(self, address: int) -> mmap.mmap:
+        """Return our own mapping around ``address``, for bytes that are shown.
+
+        A hole must never be touched through it: that would fill the hole with zeros.
+        """
+        number = address >> _WINDOW_SHIFT
+        window = self._windows.get(number)
+        if window is None:
+            start = number << _WINDOW_SHIFT
+            window = self._windows[number] = mmap.mmap(self.fd, 1 << _WINDOW_SHIFT, offset=start)
+        return window
+
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> None:
+        """Put the page into the file at once: no thread sees it half filled."""
+        self.pages[linaddr] = rights
+        filler, guards = None, self._guards_at(linaddr)
+        for guard in guards:
+            if guard.show(linaddr, data, rights):
+                filler = guard
+                break
+        else:
+            # A whole page written through the descriptor appears at once: the kernel holds it
+            # locked, and faults wait, until it is full.
+            os.pwrite(self.fd, data, linaddr)
+        for guard in guards:
+            if guard is not filler:
+                guard.shown(linaddr, rights)
+
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """Let a shown page be used as far as its EPCM entry allows now."""
+        self.pages[linaddr] = rights
+        for guard in self._guards_at(linaddr):
+            guard.set_rights(linaddr, rights)
+
+    def within(self, start: int, end: int) -> dict[int, int]:
+        """Return :attr:`pages` of a range."""
+        pages = self.pages
+        if (end - start) // PAGE_BYTES < len(pages):
+            return {at: pages[at] for at in range(start, end, PAGE_BYTES) if at in pages}
+        return {at: rights for at, rights in pages.items() if start <= at < end}
+
+    def _guards_at(self, linaddr: int) -> list[Guard]:
+        """Return the guards of the spaces that map the file there, and not another one."""
+        return [user.pager for user in self.users if user.maps(self, linaddr)]
+
+
+def runs(pages: list[int]) -> list[tuple[int, int]]:
+    """Return (start, end) of each run of adjacent pages; ``pages`` rise."""
+    found: list[tuple[int, int]] = []
+    for page in pages:
+        if found and found[-1][1] == page:
+            found[-1] = found[-1][0], page + PAGE_BYTES
+        else:
+            found.append((page, page + PAGE_BYTES))
+    return found
+
+
+def _own_bytes(data: bytes, start: int, marks: dict[int, bytes]) -> bytes:
+    """Return ``data``, the bytes of a page from ``start`` on, without marks."""
+    own = bytearray(data)
+    for offset, byte in marks.items():
+        if start <= offset < start + len(own):
+            own[offset - start : offset - start + 1] = byte
+    return bytes(own)
