@@ -34,7 +34,7 @@ from softsgx.engines.native.tracing.waits import Waits
 from softsgx.hw import EpcPage, Machine
 from softsgx.paging import EpcCore
 
-__all__ = ["Injected", "Injector", "Ticks"]
+__all__ = ["Injected", "Injector", "RefusedInits", "Ticks"]
 
 
 @dataclass(slots=True)
@@ -80,6 +80,32 @@ class Ticks:
         return self._due_ns
 
 
+class RefusedInits:
+    """Makes EINIT end as is asked for some INITs.
+
+    Args:
+        injections: which INITs, by number from 1, and how their EINIT ends.
+        machine: the machine that executes EINIT.
+        injected: what was done, which counts them.
+    """
+
+    def __init__(self, injections: Injections, machine: Machine, injected: Injected) -> None:
+        self._outcomes, self._machine, self._injected = injections.refused_inits, machine, injected
+        self._inits = 0
+
+    @contextmanager
+    def around_init(self) -> Iterator[None]:
+        """Count one INIT, and let its EINIT end as is asked."""
+        self._inits += 1
+        outcome = self._outcomes.get(self._inits)
+        self._injected.refused_inits += outcome is not None
+        self._machine.einit_outcome = outcome
+        try:
+            yield
+        finally:
+            self._machine.einit_outcome = None
+
+
 class Injector:
     """See the module.
 
@@ -91,8 +117,6 @@ class Injector:
         loop: interrupts threads.
         waits: receives the signals that take the power, and has the clock.
         images: the address spaces of the program, by number.
-
-    Attributes:
         injected: what was done.
     """
 
@@ -105,12 +129,13 @@ class Injector:
         loop: Loop,
         waits: Waits,
         images: Mapping[int, ProcessImage],
+        injected: Injected,
     ) -> None:
-        self.injected = Injected()
+        self._injected = injected
         self._injections, self._machine, self._core = injections, machine, core
         self._loop, self._waits, self._images = loop, waits, images
         self._power_losses = list(injections.power_losses)
-        self._lost_entries = self._inits = self._mapped = 0
+        self._lost_entries = self._mapped = 0
         self._ticks = None if tick_ns is None else Ticks(tick_ns)
 
     def between(self) -> int | None:
@@ -122,18 +147,6 @@ class Injector:
             self._lose_power()
         return None if self._ticks is None else self._tick(self._ticks)
 
-    @contextmanager
-    def init(self) -> Iterator[None]:
-        """Let EINIT end as is asked for this INIT, which is counted."""
-        self._inits += 1
-        outcome = self._injections.refused_inits.get(self._inits)
-        self.injected.refused_inits += outcome is not None
-        self._machine.einit_outcome = outcome
-        try:
-            yield
-        finally:
-            self._machine.einit_outcome = None
-
     def page_mapped(self, page: EpcPage) -> None:
         """A page fault has mapped a page of an enclave: poison the page, if that is asked for."""
         self._mapped += 1
@@ -143,7 +156,7 @@ class Injector:
         assert isinstance(store, NativeStore), "the native engine keeps the pages itself"
         self._core.poison(page.addr)
         store.poison(page)
-        self.injected.poisoned_pages += 1
+        self._injected.poisoned_pages += 1
 
     # --- power ----------------------------------------------------------------------------------
 
@@ -155,14 +168,14 @@ class Injector:
         self._lost_entries = self._entries()
         self._interrupt(thread for thread in self._threads() if thread.cpu.inside is not None)
         self._machine.power_transition()
-        self.injected.power_losses += 1
+        self._injected.power_losses += 1
 
     # --- timer interrupts -----------------------------------------------------------------------
 
     def _tick(self, ticks: Ticks) -> int | None:
         clock = self._waits.clock
         if ticks.is_due(clock()):
-            self.injected.ticks += self._interrupt(self._executing())
+            self._injected.ticks += self._interrupt(self._executing())
         return ticks.arm(clock(), inside=bool(self._executing()))
 
     def _executing(self) -> list[ProgramThread]:

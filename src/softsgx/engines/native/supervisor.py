@@ -12,25 +12,16 @@ Source:
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from errno import EACCES, EIO, ENOMEM
+from errno import EACCES
 from itertools import count
 
-from softsgx.arch import SgxFeature
-from softsgx.driver import (
-    BadAddress,
-    Driver,
-    EnclaveFile,
-    Ioctl,
-    ProvisionFile,
-    RestrictPermissions,
-)
+from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
@@ -38,22 +29,23 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.injections import Injections
-from softsgx.engines.native.injector import Injected, Injector
+from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
+from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
 from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
 from softsgx.engines.native.syscalls.nodes import Nodes
 from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.syscalls.sched import Affinity
-from softsgx.engines.native.tracing.bpf import build_filter, build_guard
-from softsgx.engines.native.tracing.filters import add_filter
+from softsgx.engines.native.tracing.bpf import build_filter
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
@@ -63,18 +55,12 @@ from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
-from softsgx.engines.native.x86.forbidden import ForbiddenCode
 from softsgx.errors import SoftSgxError
 from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
 __all__ = ["Supervisor"]
-
-_LOG = logging.getLogger(__name__)
-
-#: Every filter makes each system call slower; enclaves beyond this number have none.
-_MOST_GUARDED = 64
 
 
 class Supervisor(Lifecycle):
@@ -95,6 +81,7 @@ class Supervisor(Lifecycle):
 
     Attributes:
         pager: the name of the pager in use.
+        injected: what was done on demand until now.
     """
 
     def __init__(
@@ -121,8 +108,8 @@ class Supervisor(Lifecycle):
         self.pager = pager or choose_pager()
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
-        self._told = set[int]()
         self._injections = Injections() if injections is None else injections
+        self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         # In a strict run each entry changes what others may see; and entries may be counted, or
         # threads inside be interrupted.
@@ -132,19 +119,29 @@ class Supervisor(Lifecycle):
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
         self._waits = Waits(self._injections.power_signals)
-        self._xcr0, real = xsave_components(host_cpuid())
+        xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         transitions = Transitions(
             cpuid,
             AbortPage(self._store, self._stop_other_users),
-            self._tell_refused,
+            shortages.report_refused,
             Permits(lambda: self._permitting and len(self._loop.threads) == 1),
             Breakpoints(self._stopped_inside),
         )
+        ioctls = EnclaveIoctls(
+            machine,
+            self._registry,
+            self._descriptors,
+            shortages,
+            around_init=RefusedInits(self._injections, machine, self.injected).around_init,
+            cpuid_faults=self._faulting,
+            xcr0=xcr0,
+            areas=self._areas,
+        )
         make_loop = StrictLoop if strict else Loop
-        self._loop: Loop = make_loop(self, self._waits, transitions, self._handlers())
+        self._loop: Loop = make_loop(self, self._waits, transitions, self._handlers(ioctls))
         self._injector = Injector(
             self._injections,
             tick_ns,
@@ -153,6 +150,7 @@ class Supervisor(Lifecycle):
             self._loop,
             self._waits,
             self._images,
+            self.injected,
         )
         self._image_services = ImageServices(
             pager=self.pager,
@@ -167,11 +165,6 @@ class Supervisor(Lifecycle):
             ended=self._image_ended,
             installed=self._injector.page_mapped,
         )
-
-    @property
-    def injected(self) -> Injected:
-        """What was done on demand until now."""
-        return self._injector.injected
 
     def run(
         self,
@@ -254,7 +247,7 @@ class Supervisor(Lifecycle):
 
     # --- system calls ---------------------------------------------------------------------------
 
-    def _handlers(self) -> dict[int, Handler]:
+    def _handlers(self, ioctls: EnclaveIoctls) -> dict[int, Handler]:
         opener, opens_memory = (
             _Opener(self._driver, self._injections.provision),
             self._descriptors.open_memory,
@@ -279,7 +272,7 @@ class Supervisor(Lifecycle):
                 abi.SYS_MLOCK2: mlock,
                 abi.SYS_PROCESS_VM_READV: self._remote.process_vm,
                 abi.SYS_PROCESS_VM_WRITEV: self._remote.process_vm,
-                abi.SYS_IOCTL: self._ioctl,
+                abi.SYS_IOCTL: ioctls.ioctl,
                 abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
                 abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
             }
@@ -300,63 +293,6 @@ class Supervisor(Lifecycle):
         assert self._affinity is not None, "a program runs without its processors being seen to"
         return self._affinity.setaffinity(thread)
 
-    def _ioctl(self, thread: ProgramThread) -> int | None:
-        """ioctl(descriptor, command, argument) with a command of type 0xA4."""
-        regs = thread.regs
-        device = self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF)
-        if device is None:
-            return None
-        file, command = device.file, regs.rsi & 0xFFFF_FFFF
-        if not isinstance(file, EnclaveFile):
-            return -25  # ENOTTY
-        initializes = command == Ioctl.ENCLAVE_INIT
-        try:
-            with self._injector.init() if initializes else nullcontext():
-                result = file.ioctl(thread, command, regs.rdx)
-        except OSError as error:
-            result = -(error.errno or EIO)
-            if result == -ENOMEM:
-                self._tell(thread, "an ioctl fails", error.strerror or "")
-        if command == Ioctl.ENCLAVE_CREATE and result == 0:
-            self._forbid(device, file)
-            self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
-        if initializes and result == 0:
-            self._guard(thread, file)
-        if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
-            self._refresh(thread, file, regs.rdx)
-        return result
-
-    def _tell_refused(self, thread: ProgramThread, address: int) -> None:
-        """Say why a page of an enclave was refused with SIGBUS, if not for its own reasons."""
-        device = thread.image.device_at(address)
-        if device is not None and isinstance(device.file, EnclaveFile):
-            self._tell(thread, f"SIGBUS at {address:#x}", device.file.enclave.refusal)
-
-    def _tell(self, thread: ProgramThread, what: str, why: str) -> None:
-        """Log a shortage; once for each process."""
-        if why and thread.process.pid not in self._told:
-            self._told.add(thread.process.pid)
-            _LOG.warning("process %d: %s: %s", thread.process.pid, what, why)
-
-    def _forbid(self, device: Device, file: EnclaveFile) -> None:
-        """Name the instructions that code of a new enclave may not execute as this machine does."""
-        config = self._machine.config
-        forbidden = ForbiddenCode(
-            cpuid=not self._faulting,
-            time=not config.features & SgxFeature.SGX2,
-            state=file.enclave.xfrm != self._xcr0 or not self._areas.same,
-        )
-        device.memory.forbidden = forbidden or None
-
-    def _guard(self, thread: ProgramThread, file: EnclaveFile) -> None:
-        """System calls of the enclave's code shall stop, so that they can be #UD."""
-        enclave, guarded = file.enclave, thread.process.guarded
-        place = enclave.base, enclave.size
-        if place in guarded or len(guarded) >= _MOST_GUARDED:
-            return
-        guarded.add(place)
-        add_filter(thread, build_guard(*place))
-
     def _stop_other_users(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
         for image in list(self._images.values()):
@@ -376,19 +312,6 @@ class Supervisor(Lifecycle):
             for other in list(image.threads.values())
             if other is not thread and other.cpu.inside is not None and self._loop.hold(other)
         ]
-
-    def _refresh(self, thread: ProgramThread, file: EnclaveFile, argument: int) -> None:
-        """EPCM entries of a range have changed: the program's view follows."""
-        size = RestrictPermissions.SIZE
-        try:
-            request = RestrictPermissions.unpack(thread.memory.read(argument, size))
-        except BadAddress:
-            return  # nothing was done either
-        start = file.enclave.base + request.offset
-        device = self._registry.of_file(file)
-        for page_table in device.memory.users:
-            page_table.refresh_range(start, start + request.length)
-            page_table.pager.flush()
 
     def between(self) -> int | None:
         """Do what was asked to happen now."""
