@@ -143,7 +143,9 @@ class Structure:
     OFFSETS: ClassVar[dict[str, int]] = {}
     _fields: ClassVar[tuple[_Field[Any], ...]] = ()
     _names: ClassVar[tuple[str, ...]] = ()
-    _converted: ClassVar[tuple[_Field[Any], ...]] = ()
+    _defaults: ClassVar[dict[str, Any]] = {}
+    _nested: ClassVar[tuple[_Field[Any], ...]] = ()
+    _packed: ClassVar[tuple[tuple[int, FieldType[Any]], ...]] = ()
     _codec: ClassVar[struct.Struct]
 
     def __init_subclass__(cls, *, size: int, align: int = 1) -> None:
@@ -164,20 +166,29 @@ class Structure:
         cls.OFFSETS = {field.name: field.offset for field in fields}
         cls._fields = tuple(fields)
         cls._names = tuple(field.name for field in fields)
-        cls._converted = tuple(
-            field for field in fields if type(field.kind).from_wire is not FieldType.from_wire
+        # Only some kinds convert their values; the others are what struct takes and gives.
+        cls._nested = tuple(field for field in fields if isinstance(field.kind, Nested))
+        cls._packed = tuple(
+            (index, field.kind)
+            for index, field in enumerate(fields)
+            if type(field.kind).to_wire is not FieldType.to_wire
         )
+        cls._defaults = {
+            field.name: field.kind.blank() if field.default is None else field.default
+            for field in fields
+        }
         cls._codec = struct.Struct("<" + "".join(field.kind.code for field in fields))
 
     def __init__(self, **values: Any) -> None:
-        for field in self._fields:
-            if field.name in values:
-                value = values.pop(field.name)
-            else:
-                value = field.kind.blank() if field.default is None else field.default
-            setattr(self, field.name, value)
-        if values:
-            raise TypeError(f"{type(self).__name__} has no field {next(iter(values))!r}")
+        own = self.__dict__
+        own.update(self._defaults)
+        own.update(values)
+        if len(own) != len(self._names):
+            unknown = next(name for name in values if name not in self._defaults)
+            raise TypeError(f"{type(self).__name__} has no field {unknown!r}")
+        for field in self._nested:
+            if field.name not in values and field.default is None:
+                own[field.name] = field.kind.blank()  # a structure can change: one for each
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:
@@ -186,15 +197,17 @@ class Structure:
         self = cls.__new__(cls)
         values = self.__dict__
         values.update(zip(cls._names, wires, strict=True))
-        for field in cls._converted:  # the other kinds keep what struct gives
+        for field in cls._nested:
             values[field.name] = field.kind.from_wire(values[field.name])
         return self
 
     def pack(self) -> bytes:
         """Return its ``SIZE`` bytes."""
-        return self._codec.pack(
-            *(field.kind.to_wire(getattr(self, field.name)) for field in self._fields)
-        )
+        own = self.__dict__
+        values = [own[name] for name in self._names]
+        for index, kind in self._packed:
+            values[index] = kind.to_wire(values[index])
+        return self._codec.pack(*values)
 
     def replace(self, **values: Any) -> Self:
         """Return a copy with some fields changed."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
 
@@ -68,6 +68,7 @@ class Machine:
         pages: EPC pages that were ever used, by physical address; :meth:`page_at` makes more.
         point: ``runtime.point``; every leaf calls it once, while it holds its page locks.
         latch: makes a commit atomic on real threads; never held across a point.
+        leaf_locks: makes the scope that takes page locks for one leaf and releases them at its end.
         virtual_cpus: processors of guests, each the state that its VMCS keeps; they are not in
             ``cpus``, but enter enclaves on them.
         kernel: the processor that ``leaves`` run on: CPL 0, direct map, never inside an enclave.
@@ -96,6 +97,9 @@ class Machine:
         self.config, self.runtime = config, runtime
         self.store: PageStore = DictStore() if store is None else store
         self.latch = runtime.latch()
+        self.leaf_locks: Callable[[], LeafLocks] = (
+            partial(LatchedLeafLocks, self.latch) if runtime.concurrent else LeafLocks
+        )
         self.point = runtime.point
         self.secrets = Secrets(runtime.random, runtime.entropy)
         self.ram = Ram() if ram is None else ram
@@ -132,10 +136,6 @@ class Machine:
     def add_virtual_processors(self, cpus: Iterable[LogicalProcessor]) -> None:
         """Add the processors of a guest, which run its code on this machine."""
         self.virtual_cpus.extend(cpus)
-
-    def leaf_locks(self) -> LeafLocks:
-        """Return a scope that takes page locks for one leaf and releases them at its end."""
-        return LatchedLeafLocks(self.latch) if self.runtime.concurrent else LeafLocks()
 
     # --- EPC ------------------------------------------------------------------------------------
 

@@ -24,7 +24,9 @@ from softsgx.hw.tracking import TRACKED_AGE
 
 __all__ = ["eldb", "eldbc", "eldu", "elduc"]
 
-_RWX = int(SecInfoFlags.RWX)
+# As integers: operators of enumerations cost more than the rest of an EPCM entry.
+_RWX, _PENDING = int(SecInfoFlags.RWX), int(SecInfoFlags.PENDING)
+_MODIFIED, _PR = int(SecInfoFlags.MODIFIED), int(SecInfoFlags.PR)
 
 
 def eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
@@ -174,6 +176,6 @@ def _write_entry(page: EpcPage, secinfo: SecInfo, linaddr: int, secs: EpcPage | 
     page.fill(
         PageType(secinfo.page_type), rwx=flags & _RWX, secs=secs, linaddr=linaddr, valid=False
     )
-    page.pending = bool(flags & SecInfoFlags.PENDING)
-    page.modified = bool(flags & SecInfoFlags.MODIFIED)
-    page.pr = bool(flags & SecInfoFlags.PR)
+    page.pending = bool(flags & _PENDING)
+    page.modified = bool(flags & _MODIFIED)
+    page.pr = bool(flags & _PR)
