@@ -27,7 +27,7 @@ SWITCHABLE = """\
 """
 
 OTHERS = """
-The others cannot be switched on:
+The others cannot be switched on; a platform that is given one is refused:
 
 | id | name | what goes wrong | why softsgx cannot express it |
 |---|---|---|---|

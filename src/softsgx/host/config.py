@@ -120,6 +120,27 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
+def _check_defects(given: Iterable[object]) -> frozenset[Defect]:
+    """Return the defects with these identifiers; members of ``given`` may not be hashable.
+
+    Raises:
+        SoftSgxError: an identifier is unknown, or softsgx cannot express the defect.
+    """
+    known = {str(defect): defect for defect in Defect}
+    found = set[Defect]()
+    for name in given:
+        defect = known.get(name) if isinstance(name, str) else None
+        if defect is None:
+            names = ", ".join(defect for defect in Defect if defect.can_be_switched_on)
+            raise SoftSgxError(f"defects: {_shown(name)} is not known; names are {names}")
+        if not defect.can_be_switched_on:
+            raise SoftSgxError(
+                f"defects: {defect} cannot be switched on; leave it out: {defect.explanation}"
+            )
+        found.add(defect)
+    return frozenset(found)
+
+
 def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
     """Check that every program makes progress with this number of EPC pages.
 
@@ -185,13 +206,7 @@ class PlatformConfig:
     defects: frozenset[Defect] = frozenset()
 
     def __post_init__(self) -> None:
-        given: Iterable[object] = self.defects  # from a file: not necessarily hashable
-        for name in given:
-            if not isinstance(name, str) or name not in frozenset(Defect):
-                raise SoftSgxError(
-                    f"defects: {_shown(name)} is not known; names are {', '.join(Defect)}"
-                )
-        object.__setattr__(self, "defects", frozenset(d for d in Defect if d in self.defects))
+        object.__setattr__(self, "defects", _check_defects(self.defects))
         for name, wanted in (("profile", PROFILES), ("policy", _POLICIES)):
             value = getattr(self, name)
             if isinstance(value, str) and value not in wanted:

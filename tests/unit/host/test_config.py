@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.defects import Defect
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.paging import needed_pages
@@ -72,6 +73,23 @@ def test_the_impossible_is_refused_in_one_line_that_names_it(
         PlatformConfig.of(**values)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("defect", [each for each in Defect if not each.can_be_switched_on])
+def test_a_defect_that_cannot_be_switched_on_is_refused_with_the_reason(defect: Defect) -> None:
+    for given in (defect, str(defect)):
+        with pytest.raises(SoftSgxError) as refused:
+            PlatformConfig.of(defects=["B1", given])
+        assert str(refused.value) == (
+            f"defects: {defect} cannot be switched on; leave it out: {defect.explanation}"
+        )
+
+
+def test_defects_are_given_as_members_or_identifiers_and_kept_as_members() -> None:
+    every = frozenset(defect for defect in Defect if defect.can_be_switched_on)
+    assert PlatformConfig(defects=every) == PlatformConfig.of(defects=sorted(map(str, every)))
+    (kept,) = PlatformConfig.of(defects=["B1"]).defects
+    assert type(kept) is Defect
 
 
 @pytest.mark.parametrize("profile", PROFILES)
