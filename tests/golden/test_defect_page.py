@@ -17,32 +17,33 @@ By default softsgx has the fixed behaviour. `Platform(defects={"B1"})`, or
 `Platform(defects={Defect.PCMD_PAGE_TRUNCATED_WHILE_SHARED})` with `Defect` from `softsgx.defects`,
 brings one back, for tests that must find it and for people who study it. B1–B36 were fixed at some
 time, or never merged; L1–L13 were found by reading and are unconfirmed upstream.
-`tests/model/test_defects.py` shows each that can be switched on, and its absence by default.
+`softsgx defects run B1` runs a small program with the defect and without it, and shows the property
+that the defect violates and a schedule that does.
 
 """
 
 SWITCHABLE = """\
-| id | name | what goes wrong | package | what the broken form does |
-|---|---|---|---|---|
+| id | name | what goes wrong | package | what the broken form does | fix |
+|---|---|---|---|---|---|
 """
 
 OTHERS = """
 The others cannot be switched on; a platform that is given one is refused:
 
-| id | name | what goes wrong | why softsgx cannot express it |
-|---|---|---|---|
+| id | name | what goes wrong | why softsgx cannot express it | fix |
+|---|---|---|---|---|
 """
 
 
 def page() -> str:
     switchable = [
         f"| {defect} | `{defect.name}` | {defect.symptom} | `{defect.package}` |"
-        f" {defect.explanation} |\n"
+        f" {defect.explanation} | {defect.fix} |\n"
         for defect in Defect
         if defect.can_be_switched_on
     ]
     others = [
-        f"| {defect} | `{defect.name}` | {defect.symptom} | {defect.explanation} |\n"
+        f"| {defect} | `{defect.name}` | {defect.symptom} | {defect.explanation} | {defect.fix} |\n"
         for defect in Defect
         if not defect.can_be_switched_on
     ]

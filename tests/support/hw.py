@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 
 from cryptography.hazmat.primitives import hashes
@@ -40,6 +40,7 @@ from softsgx.hw import (
 )
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.hw.secs import ResidentSecs
+from softsgx.image import throwaway_key
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Tracer
 
@@ -68,10 +69,9 @@ AEP = 0x40_0000
 _RW = 3
 
 
-@cache
 def session_key() -> rsa.RSAPrivateKey:
-    """A throw-away RSA-3072 key with exponent 3; making one takes most of a second."""
-    return rsa.generate_private_key(public_exponent=3, key_size=8 * RSA_BYTES)
+    """The throw-away key of this process, which the system of the stories uses as well."""
+    return throwaway_key()
 
 
 @lru_cache(maxsize=256)
