@@ -61,7 +61,11 @@ class GuestProcessor(LogicalProcessor):
 
     @property
     def launch_key_hash(self) -> list[int]:
-        """The guest's launch key hash; the host loads it into the registers before EINIT."""
+        """The guest's launch key hash: what its RDMSR, EINIT and EGETKEY read.
+
+        Deviation: KVM loads it into the processor before EINIT only, so EGETKEY of a launch key
+        fails on hardware after another EINIT on the same processor, of the host or another guest.
+        """
         return self.guest.launch_key_hash
 
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:

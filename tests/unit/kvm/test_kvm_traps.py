@@ -9,7 +9,16 @@ from hashlib import sha256
 from struct import unpack
 
 import pytest
-from tests.support.driver import BASE, build, launch, plan_for, secs_bytes, sigstruct_for
+from tests.support.driver import (
+    BASE,
+    RW,
+    Launched,
+    build,
+    launch,
+    plan_for,
+    secs_bytes,
+    sigstruct_for,
+)
 from tests.support.guests import GuestHost, GuestSystem
 
 from softsgx.arch import (
@@ -17,6 +26,8 @@ from softsgx.arch import (
     AttributesFlags,
     EinitToken,
     Encls,
+    KeyName,
+    KeyRequest,
     MiscSelect,
     Msr,
     PageInfo,
@@ -140,6 +151,36 @@ def test_each_guest_has_a_launch_key_hash_of_its_own() -> None:
             )
         )
     assert outcomes == [Status.SUCCESS, Status.INVALID_EINITTOKEN]
+
+
+def test_a_launch_enclave_in_a_guest_gets_the_key_that_its_guests_hash_allows() -> None:
+    """Linux's driver refuses launch enclaves, so the guest's leaves initialise this one."""
+    host = GuestHost(epc_pages=80)
+    guest = host.guest()
+    flags = AttributesFlags.MODE64BIT | AttributesFlags.EINITTOKENKEY
+    plan = plan_for(2)
+    process = guest.process()
+    fd = build(process, plan, flags=flags, init=False)
+    sigstruct = SigStruct.unpack(sigstruct_for(plan, flags))
+    guest.guest.launch_key_hash[:] = unpack("<4Q", sha256(sigstruct.modulus).digest())
+    secs = process.enclave_file(fd).enclave.swap.secs
+    assert secs is not None
+    assert guest.guest.leaves.einit(sigstruct, secs.addr, EinitToken()) is Status.SUCCESS
+    made = Launched(process, fd, BASE, plan.size, 1, 2)
+    process.mmap(fd, BASE, plan.size, RW)
+    thread = made.thread()
+    thread.store(made.data(0), KeyRequest(key_name=KeyName.EINITTOKEN).pack())
+
+    def request() -> Status:
+        return thread.run(lambda cpu: cpu.enclu.egetkey(made.data(0), made.data(1)))
+
+    assert request() is Status.SUCCESS
+    key = thread.load(made.data(1), 16)
+    assert any(key)
+    host.system.machine.launch_key_hash[:] = [1, 2, 3, 4]
+    assert request() is Status.SUCCESS, "the host launches enclaves of other signers meanwhile"
+    guest.guest.launch_key_hash[0] ^= 1
+    assert request() is Status.INVALID_ATTRIBUTE
 
 
 def test_launches_on_the_host_and_in_guests_do_not_disturb_each_other() -> None:

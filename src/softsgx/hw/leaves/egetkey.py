@@ -112,7 +112,7 @@ def _refusal(
             if not secs.flags & AttributesFlags.EINITTOKENKEY:
                 return Status.INVALID_ATTRIBUTE
             # The text asks for this, the flow does not print it; the code is modelled.
-            if secs.mrsigner != launch_hash(hw.launch_key_hash):
+            if secs.mrsigner != launch_hash(cpu.launch_key_hash):
                 return Status.INVALID_ATTRIBUTE
         case KeyName.PROVISION | KeyName.PROVISION_SEAL:
             if not secs.flags & AttributesFlags.PROVISIONKEY:
