@@ -7,7 +7,15 @@ history), whose schedules :func:`explore` searches for failures.
 """
 
 from softsgx.runtime.base import Condition, Lock, Runtime, Task
-from softsgx.runtime.exploration import Exploration, Program, explore, explore_all, minimise
+from softsgx.runtime.exploration import (
+    Exploration,
+    Program,
+    Run,
+    explore,
+    explore_all,
+    minimise,
+    shrink,
+)
 from softsgx.runtime.failures import (
     Deadlock,
     ExplorationFailed,
@@ -16,9 +24,18 @@ from softsgx.runtime.failures import (
     ScriptNotFollowed,
 )
 from softsgx.runtime.inline import InlineRuntime
-from softsgx.runtime.policies import Pct, Policy, Replay, Script, Uniform, Uninterrupted
-from softsgx.runtime.schedule import Schedule, Step
+from softsgx.runtime.policies import (
+    Pct,
+    Policy,
+    Replay,
+    Script,
+    Stretches,
+    Uniform,
+    Uninterrupted,
+)
+from softsgx.runtime.schedule import Schedule, Step, Stretch
 from softsgx.runtime.seeded import SeededRuntime
+from softsgx.runtime.systematic import Systematic
 from softsgx.runtime.threads import ThreadsRuntime
 
 __all__ = [
@@ -34,12 +51,16 @@ __all__ = [
     "Program",
     "Replay",
     "ReplayDiverged",
+    "Run",
     "Runtime",
     "Schedule",
     "Script",
     "ScriptNotFollowed",
     "SeededRuntime",
     "Step",
+    "Stretch",
+    "Stretches",
+    "Systematic",
     "Task",
     "ThreadsRuntime",
     "Uniform",
@@ -47,4 +68,5 @@ __all__ = [
     "explore",
     "explore_all",
     "minimise",
+    "shrink",
 ]

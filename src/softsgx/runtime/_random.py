@@ -23,14 +23,20 @@ class TaskRandom(random.Random):
     def __init__(self, seed: int, current_name: Callable[[], str]) -> None:
         self._seed = seed
         self._current_name = current_name
-        self._streams: dict[str, random.Random] = {MAIN: random.Random(seed)}
+        self._streams: dict[str, random.Random] = {}
         super().__init__(seed)
+
+    def restart(self, seed: int) -> None:
+        """Begin every stream anew, those of another seed."""
+        self._seed = seed
+        self._streams = {}
 
     def _stream(self) -> random.Random:
         name = self._current_name()
         stream = self._streams.get(name)
         if stream is None:
-            stream = self._streams[name] = random.Random(f"{self._seed}:{name}")
+            seed = self._seed if name == MAIN else f"{self._seed}:{name}"
+            stream = self._streams[name] = random.Random(seed)
         return stream
 
     def random(self) -> float:

@@ -6,18 +6,17 @@ does; it must build all its state anew each time and depend on nothing but the r
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TypeAlias
 
 from softsgx.runtime.failures import ExplorationFailed
-from softsgx.runtime.policies import END, YIELD, Policy, Replay, Uniform, Uninterrupted
+from softsgx.runtime.policies import Policy, Replay, Stretches, Uniform, Uninterrupted
 from softsgx.runtime.schedule import Schedule
 from softsgx.runtime.seeded import SeededRuntime
+from softsgx.runtime.systematic import Systematic
 
-__all__ = ["Exploration", "Program", "explore", "explore_all", "minimise"]
+__all__ = ["Exploration", "Program", "Run", "explore", "explore_all", "minimise", "shrink"]
 
 Program: TypeAlias = Callable[[SeededRuntime], Callable[[], object]]
 """Builds a program on a runtime; returns its main task."""
@@ -121,24 +120,18 @@ def explore_all(
     """
     conditions = _Conditions(make_program, step_limit, point_ns)
     longest = runs = 0
-    # What is left to try, by the preemptions it has: schedules with few come first.
-    left: list[list[tuple[str, ...]]] = [[] for _ in range(preemptions + 1)]
-    left[0].append(())
+    search = Systematic(preemptions)
     while runs < max_runs:
-        used = next((used for used, prefixes in enumerate(left) if prefixes), None)
-        if used is None:
+        policy = search.next()
+        if policy is None:
             return Exploration(runs, runs, longest, complete=True)
-        prefix = left[used].pop()
-        run = conditions.run(seed, _Prefix(prefix))
+        run = conditions.run(seed, policy)
         runs += 1
         longest = max(longest, len(run.schedule))
         if run.error is not None:
             again = f"explore_all({_name(make_program)}, preemptions={preemptions}, seed={seed})"
             raise _report(conditions, run, f"schedule {runs} of explore_all", again, attempts)
-        assert isinstance(run.policy, _Prefix), "a run keeps its kind of policy"
-        for other, cost in run.policy.alternatives:
-            if used + cost <= preemptions:
-                left[used + cost].append(other)
+        search.ran(run.policy)
     return Exploration(runs, runs, longest)
 
 
@@ -166,16 +159,25 @@ def minimise(
     conditions = _Conditions(make_program, step_limit, point_ns)
     first = conditions.run(schedule.seed, Replay(schedule))
     assert first.error is not None, "the schedule does not make the program fail"
-    return _minimise(conditions, first, attempts)
+    return shrink(conditions.run, first, attempts=attempts).schedule
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
+    """One run of a program.
+
+    Attributes:
+        schedule: what happened.
+        policy: which has chosen it, with the state that it has now.
+        error: what the program raised.
+    """
+
     schedule: Schedule
     policy: Policy
     error: Exception | None
 
     def cost(self) -> tuple[int, int]:
+        """Return what :func:`shrink` makes small: switches, then steps."""
         return len(self.schedule.switches()), len(self.schedule)
 
 
@@ -187,7 +189,7 @@ class _Conditions:
     step_limit: int
     point_ns: int
 
-    def run(self, seed: int, policy: Policy) -> _Run:
+    def run(self, seed: int, policy: Policy) -> Run:
         runtime = SeededRuntime(
             seed, policy=policy, step_limit=self.step_limit, point_ns=self.point_ns
         )
@@ -196,7 +198,7 @@ class _Conditions:
             runtime.run(self.make_program(runtime))
         except Exception as raised:
             error = raised
-        return _Run(runtime.schedule, runtime.policy, error)
+        return Run(runtime.schedule, runtime.policy, error)
 
 
 def _measure(conditions: _Conditions, seed: int) -> int:
@@ -204,12 +206,12 @@ def _measure(conditions: _Conditions, seed: int) -> int:
 
 
 def _report(
-    conditions: _Conditions, run: _Run, policy: str, repeat: str, attempts: int
+    conditions: _Conditions, run: Run, policy: str, repeat: str, attempts: int
 ) -> ExplorationFailed:
     """Return the exception that reports a failed run."""
     error = run.error
     assert error is not None, "the run has failed"
-    schedule = _minimise(conditions, run, attempts)
+    schedule = shrink(conditions.run, run, attempts=attempts).schedule
     switches = [f"{task} at {where!r}" for task, where in schedule.switches()]
     if len(switches) > _SHOWN_SWITCHES:
         switches[_SHOWN_SWITCHES:] = [f"… {len(switches) - _SHOWN_SWITCHES} more"]
@@ -224,88 +226,42 @@ def _report(
     return failed
 
 
-def _minimise(conditions: _Conditions, best: _Run, attempts: int) -> Schedule:
-    """Delta debugging over the stretches in which one task ran."""
-    kind = type(best.error)
-    stretches = _stretches(best.schedule)
+def shrink(
+    repeat: Callable[[int, Policy], Run],
+    failed: Run,
+    *,
+    attempts: int,
+    kind: Callable[[BaseException], object] = type,
+) -> Run:
+    """Cut switches from a failed run, by delta debugging over the stretches in which one task ran.
+
+    Args:
+        repeat: runs the program under a seed and a policy.
+        failed: the run.
+        attempts: how often the program may be run.
+        kind: of a failure: a shorter run must fail in the same way.
+    """
+    best = failed
+    assert best.error is not None, "the run has not failed"
+    wanted = kind(best.error)
+    stretches = best.schedule.stretches()
     size = max(1, len(stretches) // 2)
     while attempts > 0:
         start, shrunk = 0, False
         while start < len(stretches) and attempts > 0:
             attempts -= 1
             candidate = stretches[:start] + stretches[start + size :]
-            run = conditions.run(best.schedule.seed, _Stretches(candidate))
-            if type(run.error) is kind and run.cost() < best.cost():
+            run = repeat(best.schedule.seed, Stretches(candidate))
+            same = run.error is not None and kind(run.error) == wanted
+            if same and run.cost() < best.cost():
                 best, shrunk = run, True
-                stretches = _stretches(best.schedule)
+                stretches = best.schedule.stretches()
             else:
                 start += size
         if size == 1 and not shrunk:
             break
         size = max(1, min(size // 2, len(stretches) // 2))
-    return best.schedule
-
-
-_Stretch: TypeAlias = tuple[str, int]
-"""A task, and how many places it has reached, counted from its start, when another one ran."""
-
-
-def _stretches(schedule: Schedule) -> list[_Stretch]:
-    reached: dict[str, int] = {}
-    stretches = []
-    for task, group in groupby(schedule, key=lambda step: step[0]):
-        reached[task] = reached.get(task, 0) + sum(1 for _ in group)
-        stretches.append((task, reached[task]))
-    return stretches
-
-
-class _Stretches(Uninterrupted):
-    """Follows stretches as far as they can be followed; where they cannot, a task runs on."""
-
-    def __init__(self, stretches: Sequence[_Stretch]) -> None:
-        self._stretches = stretches
-
-    def begin(self, rng: random.Random) -> None:
-        self._at = 0
-        self._reached: dict[str, int] = {}
-        self._ended: set[str] = set()
-
-    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
-        self._reached[current] = self._reached.get(current, 0) + 1
-        if where == END:
-            self._ended.add(current)
-        while self._at < len(self._stretches):
-            task, until = self._stretches[self._at]
-            if task not in self._ended and self._reached.get(task, 0) < until:
-                if task in ready:
-                    return task
-                break
-            self._at += 1
-        return super().choose(current, where, ready)
-
-
-class _Prefix(Uninterrupted):
-    """Makes the choices it is given, then none; notes what else could have been chosen there."""
-
-    def __init__(self, prefix: tuple[str, ...]) -> None:
-        self._prefix = prefix
-
-    def begin(self, rng: random.Random) -> None:
-        self._chosen: list[str] = []
-        self.alternatives: list[tuple[tuple[str, ...], int]] = []
-
-    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
-        at = len(self._chosen)
-        if at < len(self._prefix):
-            choice = self._prefix[at]
-        else:
-            choice = super().choose(current, where, ready)
-            cost = int(current in ready and where != YIELD)
-            if len(ready) > 1:
-                before = tuple(self._chosen)
-                self.alternatives += [((*before, n), cost) for n in ready if n != choice]
-        self._chosen.append(choice)
-        return choice
+    return best
 
 
 def _name(make_program: Program) -> str:

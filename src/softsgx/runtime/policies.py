@@ -12,22 +12,25 @@ from fnmatch import fnmatchcase
 from typing import Protocol
 
 from softsgx.runtime.failures import ReplayDiverged, ScriptNotFollowed
-from softsgx.runtime.schedule import Schedule, Step
+from softsgx.runtime.schedule import Schedule, Step, Stretch
 
 __all__ = [
     "END",
+    "RACE",
     "SLEEP",
     "YIELD",
     "Pct",
     "Policy",
     "Replay",
     "Script",
+    "Stretches",
     "Uniform",
     "Uninterrupted",
 ]
 
 YIELD = "yield"
 END = "end"
+RACE = "race"
 SLEEP = "sleep"
 
 
@@ -247,3 +250,33 @@ class Replay:
 
     def __repr__(self) -> str:
         return f"Replay({len(self._steps)} steps)"
+
+
+class Stretches(Uninterrupted):
+    """Follows stretches as far as they can be followed; where they cannot, a task runs on."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self._stretches = stretches
+
+    def begin(self, rng: random.Random) -> None:
+        """Start with the first stretch."""
+        self._at = 0
+        self._reached: dict[str, int] = {}
+        self._ended: set[str] = set()
+
+    def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
+        """Return the task of the stretch, if it can run."""
+        self._reached[current] = self._reached.get(current, 0) + 1
+        if where == END:
+            self._ended.add(current)
+        while self._at < len(self._stretches):
+            task, until = self._stretches[self._at]
+            if task not in self._ended and self._reached.get(task, 0) < until:
+                if task in ready:
+                    return task
+                break
+            self._at += 1
+        return super().choose(current, where, ready)
+
+    def __repr__(self) -> str:
+        return f"Stretches({len(self._stretches)})"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Self, TypeAlias, overload
 
-__all__ = ["Schedule", "Step"]
+__all__ = ["Schedule", "Step", "Stretch"]
 
 Step: TypeAlias = tuple[str, str]
 """A task's name and the place it reached."""
+
+Stretch: TypeAlias = tuple[str, int]
+"""A task, and how many places it has reached, counted from its start, when another one ran."""
 
 _HEADER = "schedule of seed "
 
@@ -50,6 +53,15 @@ class Schedule(Sequence[Step]):
         """Return the steps after which another task ran: the schedule in short."""
         steps = self.steps
         return [step for step, after in pairwise(steps) if step[0] != after[0]]
+
+    def stretches(self) -> list[Stretch]:
+        """Return the stretches in which one task ran, in order."""
+        reached: dict[str, int] = {}
+        found = []
+        for task, group in groupby(self.steps, key=lambda step: step[0]):
+            reached[task] = reached.get(task, 0) + sum(1 for _ in group)
+            found.append((task, reached[task]))
+        return found
 
     def text(self) -> str:
         """Return the schedule as text: a header, then ``task<TAB>place`` a line."""

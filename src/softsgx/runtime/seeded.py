@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,7 @@ from softsgx.runtime import base, policies
 from softsgx.runtime._random import TaskRandom
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
 from softsgx.runtime.failures import Livelock
-from softsgx.runtime.policies import Policy, Replay, Uniform
+from softsgx.runtime.policies import Policy, Replay, Uniform, Uninterrupted
 from softsgx.runtime.schedule import Schedule, Step
 
 __all__ = ["SeededRuntime"]
@@ -43,6 +44,9 @@ class _SeededLock:
         me = runtime._current
         holder = self._holder
         assert holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
+        if runtime._quiet and holder is None and not self._waiters:
+            self._holder = me
+            return
         if holder is not None:
             me.place = self._at_acquire
             runtime._refuse_cycle(self)
@@ -80,8 +84,12 @@ class _SeededLock:
         if self._holder is not runtime._current:
             runtime._release_without_holding(self, self.name)
             return
-        self._give_up()
-        runtime._reach(self._at_release)
+        if self._waiters:
+            self._give_up()
+        else:
+            self._holder = None
+        if not runtime._quiet:
+            runtime._reach(self._at_release)
 
     def held(self) -> bool:
         return self._holder is not None
@@ -192,6 +200,19 @@ class _Latch:
         self.release()
 
 
+class _Race:
+    """What the main task waits for while tasks race."""
+
+    def blocker(self) -> CoTask | None:
+        return None
+
+    def describe_wait(self) -> str:
+        return "the race to end"
+
+
+_RACE = _Race()
+
+
 class SeededRuntime(Cooperative):
     """Tasks interleaved by a policy; the same seed and program give the same schedule.
 
@@ -226,6 +247,9 @@ class SeededRuntime(Cooperative):
         self._ready: dict[str, CoTask] = {self._main.name: self._main}
         self._latched = 0
         self._settling = False
+        self._quiet = False
+        self._racing: set[CoTask] = set()
+        self._watch: Callable[[], None] | None = None
 
     @classmethod
     def replay(cls, schedule: Schedule, *, step_limit: int = 1_000_000, point_ns: int = 0) -> Self:
@@ -287,6 +311,68 @@ class SeededRuntime(Cooperative):
         """Return virtual nanoseconds since the start."""
         return self._clock_ns
 
+    # Races on one state, round by round.
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Run what is inside without schedule: no step is recorded, no policy is asked.
+
+        Other tasks run only while the main task waits or yields; each until it waits.
+        """
+        assert self._current is self._main, f"quiet() called by task {self.task_name()!r}"
+        policy, steps, quiet = self.policy, self._steps, self._quiet
+        self.policy, self._steps, self._quiet = Uninterrupted(), [], True
+        try:
+            yield
+        finally:
+            self.policy, self._steps, self._quiet = policy, steps, quiet
+
+    def restart(self, seed: int, policy: Policy) -> None:
+        """Begin another schedule with the state that the program has now.
+
+        The random streams begin anew, so a round depends on the state, the seed and the policy.
+        """
+        assert self._current is self._main and not self._over, "a race is running, or has failed"
+        self.seed = seed
+        assert isinstance(self.random, TaskRandom), "the runtime keeps its kind of stream"
+        self.random.restart(seed)
+        self.policy = copy(policy)
+        self.policy.begin(random.Random(f"schedule {seed}"))
+        self._steps = []
+        self._names = {task.name: 1 for task in self._tasks}
+
+    def race(
+        self, runs: Mapping[str, Callable[[], None]], *, watch: Callable[[], None] | None = None
+    ) -> None:
+        """Run tasks against each other until all of them have ended.
+
+        The main task is no part of the schedule.  The first exception ends the race and the
+        program: it is raised here, and no other task runs any more.
+
+        Args:
+            runs: what each task does, by its name.
+            watch: called at every place, by no task in particular; it must not reach a place.
+        """
+        main = self._main
+        assert self._current is main and runs, "a race needs the main task and at least one other"
+        tasks = [self._new_task(run, name, daemon=False) for name, run in runs.items()]
+        self._racing = set(tasks)
+        del self._ready[main.name]
+        self._ready.update((task.name, task) for task in tasks)
+        self._watch = watch
+        self._enlist(None, _RACE)
+        try:
+            self._reach(policies.RACE, blocked=True)
+        finally:
+            self._unpark(main)
+            self._watch = None
+            self._racing = set()
+
+    def settle(self) -> None:
+        """Let the other tasks run until each of them waits."""
+        if len(self._ready) > 1:
+            self._settle()
+
     def close(self) -> None:
         """As :meth:`Cooperative.close`; then the policy says whether it was its program."""
         already = self._closed
@@ -321,6 +407,8 @@ class SeededRuntime(Cooperative):
             if blocked:
                 self._raise_over(me)
             return
+        if self._quiet and not blocked and where != policies.YIELD:
+            return
         assert not self._latched, f"task {me.name!r} reached {where!r} with a latch held"
         me.place = where
         # As _park does, but this is passed often, and mostly nothing changes.
@@ -334,7 +422,28 @@ class SeededRuntime(Cooperative):
     def _after_end(self, task: CoTask) -> CoTask:
         self._ready.pop(task.name, None)
         task.place = policies.END
+        if task in self._racing:
+            if task.error is not None:
+                task.joined = True  # the race raises it
+                self._record(task)
+                raise task.error
+            self._racing.discard(task)
+            if not self._racing:
+                return self._end_race(task)
         return self._next()
+
+    def _end_race(self, last: CoTask) -> CoTask:
+        """Return the main task, which goes on alone: other tasks may be ready, but are daemons."""
+        self._record(last)
+        main = self._main
+        self._ready[main.name] = main
+        self.policy.choose(last.name, policies.END, [main.name])
+        return main
+
+    def _record(self, task: CoTask) -> None:
+        self._steps.append((task.name, task.place))
+        if self._watch is not None:
+            self._watch()
 
     def _next(self) -> CoTask:
         """Record the step, let time pass, and ask the policy."""
@@ -343,7 +452,7 @@ class SeededRuntime(Cooperative):
         ready = self._ready
         if self._settling and not ready:  # the program is over: nothing to choose
             return self._main
-        self._steps.append((me.name, where))
+        self._record(me)
         if len(self._steps) > self._step_limit:
             raise Livelock(self._describe_livelock())
         if self._point_ns:
