@@ -35,6 +35,7 @@ examples:
   softsgx load enclave.signed.so          would the driver and EINIT take it?
   softsgx sign --new-key key.pem enclave.sgxs
                                           make a key, sign with it, write enclave.sig
+  softsgx defects run B11                 a known defect of Linux, and the schedule that shows it
 
 exit status: 0 fine, 1 something was found, 2 bad input.
 softsgx VERB --help explains a verb."""
@@ -55,7 +56,7 @@ class Command(Protocol):
 
 _INTERRUPTED = 128 + signal.SIGINT
 
-VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign", "load")
+VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign", "load", "defects")
 
 
 def command_of(verb: str) -> Command:
