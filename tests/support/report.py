@@ -163,4 +163,7 @@ def made_up(*enclaves: EnclaveSummary, exit_code: int = 0) -> RunSummary:
         ),
         estimate=estimate(total, COST_PROFILES["sgx2-server"]),
         injected={"power_losses": 1, "refused_inits": 0, "ticks": 1234},
+        began="2026-01-02T03:04:05+00:00",
+        version="1.2.3",
+        options=("--epc", "93.5MiB"),
     )

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(_wanted(argv))
     args = parser.parse_args(argv)
+    args.words = list(argv)
     if not hasattr(args, "command"):
         parser.print_help()
         return 2

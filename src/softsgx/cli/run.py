@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from types import FrameType
@@ -47,7 +48,6 @@ from softsgx.report import (
     document,
     html_page,
     print_summary,
-    require_plotly,
     status_line,
 )
 
@@ -145,8 +145,6 @@ def run(args: argparse.Namespace) -> int:
         tick_period_ns(args.tick)
     _check_machine()
     _check_files(args.json, args.trace, args.report, force=args.force)
-    if args.report:
-        require_plotly()
     config = _config(args)
     group = _group(args, config)
     if not args.quiet:
@@ -155,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
     sampler = Sampler(collector) if args.report else None
     watch = _Watch(collector, sampler, status=_status_wanted(args))
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
         tracer = None
         if args.trace:
@@ -179,7 +178,9 @@ def run(args: argparse.Namespace) -> int:
             )
         except RunFailed as failed:  # the summary covers a failed run, too
             result, mistakes = failed.result, failed.errors
-    summary = collector.summary(argv, result.exit_code, result.injected)
+    summary = collector.summary(
+        argv, result.exit_code, result.injected, began=began, options=_options(args)
+    )
     if sampler is not None:
         sampler.take()
         write_file(args.report, html_page(summary, sampler.samples).encode(), force=args.force)
@@ -253,6 +254,12 @@ class _Watch:
             os.kill(self._pid, number)
         except ProcessLookupError:
             return
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    """Return the words of the command line between the verb and the program."""
+    words: list[str] = args.words
+    return words[1 : len(words) - len(args.argv)]
 
 
 def _terminal_width(descriptor: int) -> int:

@@ -2,7 +2,7 @@
 
 from softsgx.report.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.report.document import FORMAT, document
-from softsgx.report.html import html_page, require_plotly
+from softsgx.report.html import html_page
 from softsgx.report.perfetto import PerfettoWriter
 from softsgx.report.sampler import Sample, Sampler, Ticker
 from softsgx.report.summary import (
@@ -47,7 +47,6 @@ __all__ = [
     "estimate",
     "html_page",
     "print_summary",
-    "require_plotly",
     "seconds_text",
     "status_line",
     "verdict",

@@ -1,7 +1,6 @@
-"""A run as one page that opens offline: residency over time, fault rate, where the time went.
+"""A run as one page that opens offline: verdict, residency and paging over time, costs.
 
-Source:
-    plotly, whose JavaScript is written into the page.
+The page loads nothing and needs no library; style sheet and script are files beside this module.
 """
 
 from __future__ import annotations
@@ -10,66 +9,29 @@ import shlex
 from bisect import bisect_left
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.errors import SoftSgxError
+from softsgx.report.charts import COLOURS, Bar, Mark, Series, bars, lines, shares
 from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
-from softsgx.report.summary import RunSummary
+from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary
 from softsgx.report.tables import cycles_text, seconds_text
 from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
 
-__all__ = ["html_page", "require_plotly"]
+__all__ = ["html_page"]
 
 _MIB = 1 << 20
-_SHOWN = 12
+_SHOWN = 11
+_MOST_ROWS = 100
 _MOST_BINS = 120
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3566a8", "#d98324", "#4c956c", "#b5403b", "#a3aab3"
-_COLOURS = (
-    *(_BLUE, _ORANGE, _GREEN, _RED, "#7b5ea7", "#8c6d46"),
-    *("#c86fa0", "#5a6b7b", "#a9a13c", "#3c9aa9", "#6a8fd0", "#e2a76a"),
-)
-_STYLE = """
-:root { --ink: #1d2733; --dim: #5d6a78; --line: #dde3ea; --paper: #fff; --back: #f4f6f8; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 48px; }
-h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 16px; margin: 0 0 2px; }
-p { margin: 2px 0; color: var(--dim); }
-code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
-p.verdict { color: var(--ink); font-size: 17px; font-weight: 600; margin: 10px 0 6px;
-  padding: 8px 14px; border-left: 5px solid #a3aab3; background: var(--paper); }
-p.verdict.fits, p.verdict.nearly { border-color: #4c956c; }
-p.verdict.small { border-color: #b5403b; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(126px, 1fr)); gap: 12px;
-  margin: 20px 0; }
-.tile, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
-.tile { padding: 12px 14px; }
-.tile b { display: block; font-size: 20px; font-weight: 600; white-space: nowrap; }
-.tile span { color: var(--dim); font-size: 13px; }
-section { padding: 16px 18px; margin: 14px 0; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-th { color: var(--dim); font-weight: 500; }
-th.text, td.text { text-align: left; white-space: normal; }
-tr:last-child td { border-bottom: 0; }
-"""
-
-
-def require_plotly() -> None:
-    """Raise before a run what would be raised after it.
-
-    Raises:
-        SoftSgxError: the package is missing.
-    """
-    _plotly()
+_BLUE, _ORANGE, _GREEN, _RED = COLOURS[:4]
+_GREY = "var(--quiet)"
+_FIRST_TOUCHES = ("minor", "augment")
+"""Kinds of faults that load nothing: the page is resident and not mapped yet, or EAUG makes it."""
 
 
 def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
@@ -78,140 +40,155 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
     Args:
         run: the summary.
         samples: in order of time; without two of them there are no charts over time.
-
-    Raises:
-        SoftSgxError: the package ``plotly`` is missing.
     """
-    go, io, offline = _plotly()
     title, judged = escape(shlex.join(run.command)), verdict(run)
     parts = [
         f"<h1><code>{title}</code></h1>",
+        f"<p>{escape(_ended(run))}</p>",
         f"<p class='verdict {judged.fit}'>{escape(judged.text)}</p>",
-        f"<p>{escape(_subtitle(run))}</p>",
+        _warning(run),
         _tiles(run),
+        _residency(run, samples),
+        _rates(run, samples),
+        _times(run),
+        _silicon(run.estimate),
+        _enclaves(run),
+        _groups(run),
+        _prices(run.estimate),
+        _circumstances(run),
     ]
-    charts = [
-        ("Resident in the EPC", _RESIDENT_NOTE, _residency(go, run, samples)),
-        ("Paging", _RATE_NOTE, _rates(go, samples)),
-        ("Where the time went here", _TIME_NOTE, _times(go, run)),
-        ("On silicon", _silicon_note(run.estimate), _silicon(go, run.estimate)),
-    ]
-    for heading, note, figure in charts:
-        if figure is None:
-            continue
-        chart = io.to_html(
-            figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False}
-        )
-        parts.append(_section(heading, note, chart))
-    parts += [_section("Enclaves", "", _enclaves(run)), _prices(run.estimate)]
+    style, script = (
+        resources.files(__package__).joinpath(name).read_text() for name in ("page.css", "page.js")
+    )
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>softsgx: {title}</title><style>{_STYLE}</style>"
-        f"<script>{offline.get_plotlyjs()}</script></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<title>softsgx: {title}</title><style>\n{style}</style></head>\n"
+        f"<body><main>{''.join(parts)}</main>\n<script>\n{script}</script></body></html>\n"
     )
 
 
-_RESIDENT_NOTE = "Pages of each enclave, and all that is in use: SECS and VA pages too."
-_RATE_NOTE = "Pages of enclaves, per second."
-_TIME_NOTE = (
-    "Page faults and reclaim are softsgx at work while the program waits; the rest of softsgx is "
-    "tracing, crossings and ioctls."
-)
-
-
-def _subtitle(run: RunSummary) -> str:
+def _ended(run: RunSummary) -> str:
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
-    platform = run.platform
-    defects = f"; defects switched on: {', '.join(platform.defects)}" if platform.defects else ""
-    return (
-        f"{ended} after {seconds_text(run.wall_s)} on softsgx: {platform.profile}, "
-        f"{size_text(platform.epc_bytes)} of EPC, engine {platform.engine}, pager {platform.pager}"
-        f"{defects}"
-    )
+    began = run.began.replace("T", " ").replace("+00:00", " UTC")
+    return f"{ended} after {seconds_text(run.wall_s)}" + (f"; began {began}" if began else "")
+
+
+def _warning(run: RunSummary) -> str:
+    defects = ", ".join(run.platform.defects)
+    return f"<p class='warn'>Defects switched on: {escape(defects)}</p>" if defects else ""
 
 
 def _tiles(run: RunSummary) -> str:
-    enclaves = run.enclaves
+    platform, judged = run.platform, verdict(run)
+    entries = sum(enclave.eenter for enclave in run.enclaves)
+    used = 100 * platform.peak_epc_bytes / platform.epc_bytes if platform.epc_bytes else 0
+    fault_s = sum(enclave.fault_s for enclave in run.enclaves)
+    silicon = "of SGX events on silicon, estimated"
+    if judged.evictions:
+        silicon += f"; paging: {_percent(100 * judged.silicon)} of that run"
     tiles = [
-        (f"{len(enclaves):,}", "enclave" if len(enclaves) == 1 else "enclaves"),
-        (size_text(run.platform.peak_epc_bytes), "EPC at most"),
-        (f"{sum(enclave.fault_count for enclave in enclaves):,}", "page faults"),
-        (f"{sum(enclave.evictions for enclave in enclaves):,}", "evictions"),
-        (f"{sum(enclave.reloads for enclave in enclaves):,}", "reloads"),
-        (f"{sum(enclave.eenter for enclave in enclaves):,}", "entries"),
-        (cycles_text(run.estimate.typical), "cycles on silicon"),
+        (
+            size_text(platform.peak_epc_bytes),
+            f"of {size_text(platform.epc_bytes)} EPC used at most ({_percent(used)})",
+        ),
+        _pages_tile(judged.evictions, "left the EPC", "no page left the EPC"),
+        _pages_tile(judged.reloads, "came back", "no page was loaded again"),
+        _faults_tile(run),
+        (seconds_text(fault_s), f"in page faults: {_percent(100 * judged.here)} of the run here"),
+        (f"{entries:,}", "calls into enclaves (EENTER)"),
+        (seconds_text(run.estimate.seconds), silicon),
+        (seconds_text(run.program_s), "of processor time of the program"),
     ]
-    cells = "".join(f"<div class='tile'><b>{b}</b><span>{what}</span></div>" for b, what in tiles)
-    return f"<div class='tiles'>{cells}</div>"
+    cells = "".join(f"<li><b>{b}</b><span>{escape(what)}</span></li>" for b, what in tiles)
+    return f"<ul class='tiles'>{cells}</ul>"
 
 
-def _section(heading: str, note: str, content: str) -> str:
-    told = f"<p>{escape(note)}</p>" if note else ""
-    return f"<section><h2>{escape(heading)}</h2>{told}{content}</section>"
+def _pages_tile(pages: int, what: str, none: str) -> tuple[str, str]:
+    if not pages:
+        return "0", none
+    return f"{pages:,}", f"pages {what}: {size_text(pages * PAGE_BYTES)} in all"
+
+
+def _faults_tile(run: RunSummary) -> tuple[str, str]:
+    """Tell page faults by what they did: a first touch costs little, a reload is paging."""
+    faults = sum(enclave.fault_count for enclave in run.enclaves)
+    touches = sum(enclave.faults[kind] for enclave in run.enclaves for kind in _FIRST_TOUCHES)
+    reloads = sum(enclave.faults["major"] for enclave in run.enclaves)
+    kinds = [f"{touches:,} first touches", f"{reloads:,} reloads"]
+    if faults > touches + reloads:
+        kinds.append(f"{faults - touches - reloads:,} others")
+    return f"{faults:,}", f"page faults: {', '.join(kinds)}"
+
+
+def _percent(percent: float) -> str:
+    return f"{percent:.0f} %" if percent >= 10 or not percent else f"{percent:.1f} %"
+
+
+def _figure(heading: str, note: str, chart: str) -> str:
+    return (
+        f"<section><h2>{escape(heading)}</h2><figure>"
+        f"<figcaption>{escape(note)}</figcaption>{chart}</figure></section>"
+    )
 
 
 # --- charts -------------------------------------------------------------------------------------
 
 
-def _residency(go: Any, run: RunSummary, samples: Sequence[Sample]) -> Any:
-    if len(samples) < 2:
-        return None
+def _residency(run: RunSummary, samples: Sequence[Sample]) -> str:
+    if len(samples) < 2 or samples[-1].time_s <= 0:
+        return ""
     times = [sample.time_s for sample in samples]
     ranked = sorted(run.enclaves, key=lambda enclave: enclave.peak_resident_bytes, reverse=True)
     shown = sorted(enclave.number for enclave in ranked[:_SHOWN])
-    figure = go.Figure()
-    for colour, number in zip(_COLOURS, shown, strict=False):
-        figure.add_scatter(
-            x=times,
-            y=[_mib(sample.resident.get(number, 0)) for sample in samples],
-            name=f"enclave {number}",
-            mode="lines",
-            line={"color": colour, "width": 1.8},
+    series = [
+        Series(
+            f"enclave {number}",
+            [_mib(sample.resident.get(number, 0)) for sample in samples],
+            colour,
         )
-    figure.add_scatter(
-        x=times,
-        y=[_mib(sample.used_pages) for sample in samples],
-        name="all in use",
-        mode="lines",
-        line={"color": _GREY, "width": 1.2},
-    )
-    limit = run.platform.epc_bytes / _MIB
-    highest = max(_mib(sample.used_pages) for sample in samples)
-    if limit < 3 * highest:
-        figure.add_hline(
-            y=limit,
-            line={"color": _RED, "width": 1.2, "dash": "dash"},
-            annotation_text=f"EPC {size_text(run.platform.epc_bytes)}",
-            annotation_position="top left",
-        )
-    figure.update_yaxes(title_text="MiB", rangemode="tozero")
-    figure.update_xaxes(range=[0, times[-1]])
-    return _dressed(figure, "seconds since the program's start")
+        for colour, number in zip(COLOURS, shown, strict=False)
+    ]
+    series.append(Series("all in use", [_mib(sample.used_pages) for sample in samples], _GREY))
+    limit = run.platform.epc_bytes
+    highest = max(sample.used_pages for sample in samples) * PAGE_BYTES
+    near = limit < 3 * highest
+    mark = Mark(f"EPC {size_text(limit)}", limit / _MIB) if near else None
+    note = "Pages of each enclave, and all that is in use: SECS and VA pages too."
+    if len(ranked) > _SHOWN:
+        note += f" The {_SHOWN} largest of {len(ranked)} enclaves."
+    if not near:
+        note += f" The EPC of {size_text(limit)} is far above."
+    return _figure("Resident in the EPC", note, lines(times, series, unit="MiB", mark=mark))
 
 
-def _rates(go: Any, samples: Sequence[Sample]) -> Any:
+def _rates(run: RunSummary, samples: Sequence[Sample]) -> str:
     if len(samples) < 2 or samples[-1].time_s <= 0:
-        return None
+        return ""
     # Coarser than the samples, and even: single faults would only be noise.
     end = samples[-1].time_s
-    bins = max(1, min(_MOST_BINS, len(samples) // 2))
-    times = [(number + 0.5) * end / bins for number in range(bins)]
-    figure = go.Figure()
-    for name, colour in (("faults", _BLUE), ("evictions", _ORANGE), ("reloads", _GREEN)):
-        known = [(sample.time_s, getattr(sample, name)) for sample in samples]
+    bins = max(2, min(_MOST_BINS, len(samples) // 2))
+    times = [number * end / (bins - 1) for number in range(bins)]
+    paged = any(enclave.evictions for enclave in run.enclaves)
+    counts = [
+        ("other faults", [max(0, one.faults - one.reloads) for one in samples], _BLUE),
+        ("evictions", [one.evictions for one in samples], _ORANGE),
+        ("reloads", [one.reloads for one in samples], _GREEN),
+    ]
+    series = []
+    for name, sums, colour in counts if paged else [("faults", counts[0][1], _BLUE)]:
+        known = [(one.time_s, count) for one, count in zip(samples, sums, strict=True)]
         borders = [_interpolated(known, number * end / bins) for number in range(bins + 1)]
         rates = [(after - before) * bins / end for before, after in pairwise(borders)]
-        figure.add_scatter(
-            x=times, y=rates, name=name, mode="lines", line={"color": colour, "width": 1.8}
-        )
-    figure.update_yaxes(title_text="per second", rangemode="tozero")
-    figure.update_xaxes(range=[0, samples[-1].time_s])
-    return _dressed(figure, "seconds since the program's start")
+        series.append(Series(name, rates, colour))
+    heading = "Paging" if paged else "First touches"
+    note = "Pages of enclaves, per second. Other faults load nothing: first touches, and waits."
+    if not paged:
+        note = "No page left the EPC: these page faults map pages that are there, per second."
+    return _figure(heading, note, lines(times, series, unit="/s"))
 
 
-def _interpolated(known: Sequence[tuple[float, float]], at: float) -> float:
+def _interpolated(known: Sequence[tuple[float, int]], at: float) -> float:
     """Return the value at a time, on the straight line between the known ones around it."""
     index = bisect_left(known, at, key=itemgetter(0))
     if index == 0 or index == len(known):
@@ -222,7 +199,7 @@ def _interpolated(known: Sequence[tuple[float, float]], at: float) -> float:
     return before + (after - before) * (at - before_s) / (after_s - before_s)
 
 
-def _times(go: Any, run: RunSummary) -> Any:
+def _times(run: RunSummary) -> str:
     faults = sum(enclave.fault_s for enclave in run.enclaves)
     faults, reclaim = min(faults, run.wall_s), min(run.platform.reclaim_s, run.wall_s)
     ours = max(run.supervisor_s - faults - reclaim, 0.0)
@@ -234,69 +211,38 @@ def _times(go: Any, run: RunSummary) -> Any:
         ("rest of softsgx", ours, _BLUE),
         ("waiting", idle, _GREY),
     )
-    figure = go.Figure()
-    for name, seconds, colour in parts:
-        figure.add_bar(
-            x=[seconds],
-            y=[""],
-            name=f"{name} {seconds_text(seconds)}",
-            orientation="h",
-            marker_color=colour,
-        )
-    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
-    figure.update_yaxes(showticklabels=False)
-    return _dressed(figure, "seconds", height=170)
+    note = (
+        "Page faults and reclaim are softsgx at work while the program waits; the rest of softsgx "
+        "is tracing, crossings and ioctls."
+    )
+    chart = shares([(f"{name} {seconds_text(s)}", s, colour) for name, s, colour in parts])
+    return _figure("Where the time went here", note, chart)
 
 
-def _silicon(go: Any, estimate: Estimate) -> Any:
+def _silicon(estimate: Estimate) -> str:
     items = [item for item in estimate.items if item.price.typical is not None]
     if not items:
-        return None
-    items.sort(key=lambda item: item.typical)
-    figure = go.Figure()
-    figure.add_bar(
-        x=[item.typical for item in items],
-        y=[f"{item.price.what} × {item.count:,}" for item in items],
-        orientation="h",
-        marker_color=_BLUE,
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [item.high - item.typical for item in items],
-            "arrayminus": [item.typical - item.low for item in items],
-            "color": "#333",
-            "thickness": 1.2,
-        },
-        showlegend=False,
-    )
-    figure.update_yaxes(automargin=True, ticksuffix="  ")
-    return _dressed(
-        figure, "cycles; the line is the band of what is published", 90 + 34 * len(items), top=8
-    )
-
-
-def _silicon_note(estimate: Estimate) -> str:
+        return ""
+    items.sort(key=lambda item: item.typical, reverse=True)
+    rows = [
+        Bar(
+            f"{item.price.what} × {item.count:,}",
+            item.low,
+            item.typical,
+            item.high,
+            f"{cycles_text(item.typical)} cycles",
+        )
+        for item in items
+    ]
     note = (
         f"About {cycles_text(estimate.typical)} cycles, {cycles_text(estimate.low)} to "
         f"{cycles_text(estimate.high)}: {seconds_text(estimate.seconds)} at "
-        f"{estimate.profile.hertz / 1e9:g} GHz, beside what the code itself computes."
+        f"{estimate.profile.hertz / 1e9:g} GHz, beside what the code itself computes. The thin "
+        "line on a bar is the band of what is published."
     )
     if estimate.unpriced:
-        note += f" Nobody has published a figure for {', '.join(estimate.unpriced)}."
-    return note
-
-
-def _dressed(figure: Any, below: str, height: int = 300, top: int = 40) -> Any:
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 60, "r": 16, "t": top, "b": 44},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-        font={"size": 13, "color": "#1d2733"},
-        hovermode="x unified" if height == 300 else "closest",
-    )
-    figure.update_xaxes(title_text=below)
-    return figure
+        note += f" No figure is published for {', '.join(estimate.unpriced)}."
+    return _figure("On silicon (estimated)", note, bars(rows))
 
 
 def _mib(pages: int) -> float:
@@ -307,69 +253,137 @@ def _mib(pages: int) -> float:
 
 
 def _enclaves(run: RunSummary) -> str:
-    heads = (
-        *(
-            "enclave",
-            "MRENCLAVE",
-            "size",
-            "peak resident",
-            "pages added",
-            "faults",
-            "evictions",
-            "reloads",
-        ),
-        *("EWB", "ETRACK", "IPI", "EENTER", "EEXIT", "AEX", "in faults", "cycles"),
+    if not run.enclaves:
+        return ""
+    paging = (
+        *("enclave", "MRENCLAVE", "group", "size", "pages added", "peak resident"),
+        *("first touches", "evictions", "reloads", "other faults", "in faults"),
     )
-    rows = []
-    for enclave in run.enclaves:
-        state = "" if enclave.state == "initialized" else f" ({enclave.state})"
-        rows.append(
-            (
-                f"{enclave.number}{state}",
-                "" if enclave.mrenclave is None else f"{enclave.mrenclave[:8]}…",
-                size_text(enclave.size_bytes),
-                size_text(enclave.peak_resident_bytes),
-                *(f"{count:,}" for count in (enclave.pages_added, enclave.fault_count)),
-                *(f"{count:,}" for count in (enclave.evictions, enclave.reloads, enclave.ewb)),
-                *(f"{count:,}" for count in (enclave.etrack, enclave.ipi, enclave.eenter)),
-                *(f"{count:,}" for count in (enclave.eexit, enclave.aex)),
-                seconds_text(enclave.fault_s),
-                cycles_text(enclave.estimate.typical),
-            )
+    leaves = (
+        *("enclave", "EENTER", "EEXIT", "AEX", "ERESUME", "EWB", "ETRACK", "IPI"),
+        "cycles on silicon",
+    )
+    ranked = sorted(run.enclaves, key=lambda enclave: enclave.fault_count, reverse=True)
+    shown = sorted(ranked[:_MOST_ROWS], key=lambda enclave: enclave.number)
+    note = "Faults are counted by what they did: first touches load nothing, reloads load a page."
+    if len(ranked) > _MOST_ROWS:
+        note += f" The {_MOST_ROWS} of {len(ranked)} enclaves with the most faults; JSON has all."
+    first = _table("Enclaves", note, paging, [_paging_row(one) for one in shown], text=(0, 1, 2))
+    note = "How often each leaf was executed; IPI counts rounds of interrupts."
+    rows = [_leaves_row(one) for one in shown]
+    return first + _table("Crossings and leaves", note, leaves, rows, text=(0,))
+
+
+def _paging_row(enclave: EnclaveSummary) -> tuple[str, ...]:
+    state = "" if enclave.state == "initialized" else f" ({enclave.state})"
+    touches = sum(enclave.faults[kind] for kind in _FIRST_TOUCHES)
+    others = enclave.fault_count - touches - enclave.faults["major"]
+    return (
+        f"{enclave.number}{state}",
+        "" if enclave.mrenclave is None else f"{enclave.mrenclave[:8]}…",
+        enclave.group,
+        size_text(enclave.size_bytes),
+        f"{enclave.pages_added:,}",
+        size_text(enclave.peak_resident_bytes),
+        *(f"{count:,}" for count in (touches, enclave.evictions, enclave.reloads, others)),
+        seconds_text(enclave.fault_s),
+    )
+
+
+def _leaves_row(enclave: EnclaveSummary) -> tuple[str, ...]:
+    crossings = (enclave.eenter, enclave.eexit, enclave.aex, enclave.eresume)
+    counts = (*crossings, enclave.ewb, enclave.etrack, enclave.ipi)
+    cycles = cycles_text(enclave.estimate.typical)
+    return f"{enclave.number}", *(f"{count:,}" for count in counts), cycles
+
+
+def _groups(run: RunSummary) -> str:
+    rows = [
+        (
+            group.path,
+            _limit(group, run),
+            size_text(group.peak_bytes),
+            f"{group.refused:,}",
         )
-    return _table(heads, rows)
+        for group in run.groups
+    ]
+    note = "A charge that a limit refuses makes a page of the group leave."
+    return _table("Limits", note, ("group", "limit", "peak", "charges refused"), rows, text=(0,))
+
+
+def _limit(group: GroupSummary, run: RunSummary) -> str:
+    if group.max_bytes is not None:
+        return size_text(group.max_bytes)
+    root = group.path == "/"
+    return f"the EPC: {size_text(run.platform.epc_bytes)}" if root else "none"
 
 
 def _prices(estimate: Estimate) -> str:
     rows = []
     for item in estimate.items:
         price = item.price
-        band = "none" if price.typical is None else f"{price.typical:,}"
+        each = "none" if price.typical is None else f"{price.typical:,}"
         ends = "" if price.low == price.high else f"{price.low:,} to {price.high:,}"
         sure = "" if price.checked or price.typical is None else " (quoted from memory)"
-        rows.append((price.what, f"{item.count:,}", band, ends, price.source + sure))
+        rows.append((price.what, f"{item.count:,}", each, ends, price.source + sure))
+    if not rows:
+        return ""
     heads = ("event", "count", "cycles each", "band", "source")
     note = f"The profile {estimate.profile.name}."
-    return _section("Prices", note, _table(heads, rows, text=(0, 4)))
+    return _table("Prices", note, heads, rows, text=(0, 4), long=4)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
-    def cell(tag: str, column: int, value: str) -> str:
-        kind = " class='text'" if column in text else ""
-        return f"<{tag}{kind}>{escape(value)}</{tag}>"
+def _circumstances(run: RunSummary) -> str:
+    platform = run.platform
+    facts = [
+        ("began", run.began),
+        ("softsgx", run.version),
+        ("options", shlex.join(run.options) or "none"),
+        ("machine", f"{platform.profile}, {size_text(platform.epc_bytes)} of EPC"),
+        ("processors", str(platform.processors)),
+        ("engine", f"{platform.engine}, pager {platform.pager}"),
+        ("defects", ", ".join(platform.defects) or "none switched on"),
+        *(
+            (f"MRENCLAVE of {enclave.number}", enclave.mrenclave)
+            for enclave in run.enclaves[:_MOST_ROWS]
+            if enclave.mrenclave
+        ),
+    ]
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>"
+        for name, value in facts
+        if value
+    )
+    return (
+        f"<section><h2>This run</h2><dl>{items}</dl><p>softsgx is an emulation: it protects "
+        "nothing from the owner of the machine.</p></section>"
+    )
 
-    lines = ["".join(cell("th", column, head) for column, head in enumerate(heads))]
-    lines += ["".join(cell("td", column, value) for column, value in enumerate(r)) for r in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
+def _table(
+    heading: str,
+    note: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text: Sequence[int],
+    long: int | None = None,
+) -> str:
+    """Return a section with a table; ``text`` and ``long``: columns of words, of sentences."""
 
-def _plotly() -> tuple[Any, Any, Any]:
-    try:
-        import plotly.graph_objects
-        import plotly.io
-        import plotly.offline
-    except ImportError as error:
-        raise SoftSgxError(
-            "a report needs the package plotly: pip install 'softsgx[report]'"
-        ) from error
-    return plotly.graph_objects, plotly.io, plotly.offline
+    def kind(column: int) -> str:
+        names = ["text"] * (column in text) + ["long"] * (column == long)
+        return f" class='{' '.join(names)}'" if names else ""
+
+    def row(values: Sequence[str]) -> str:
+        first, *rest = values
+        cells = "".join(f"<td{kind(n)}>{escape(value)}</td>" for n, value in enumerate(rest, 1))
+        return f"<tr><th scope='row'{kind(0)}>{escape(first)}</th>{cells}</tr>"
+
+    head = "".join(f"<th scope='col'{kind(n)}>{escape(name)}</th>" for n, name in enumerate(heads))
+    return (
+        f"<section><h2>{escape(heading)}</h2><figure><figcaption>{escape(note)}</figcaption>"
+        f"<div class='scroll' role='region' tabindex='0' aria-label='{escape(heading)}'><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(row, rows))}</tbody></table></div>"
+        "</figure></section>"
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import softsgx
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver import Enclave, EnclaveCreated, EnclaveInitialized, EnclaveKilled
@@ -160,6 +161,9 @@ class RunSummary:
         platform: see there.
         estimate: of all enclaves together.
         injected: what happened because it was asked for, by name.
+        began: date and time of the program's start, ISO 8601 in UTC; empty where none was given.
+        version: of softsgx.
+        options: of the command line, without program and arguments.
     """
 
     command: tuple[str, ...]
@@ -172,6 +176,9 @@ class RunSummary:
     platform: PlatformSummary
     estimate: Estimate
     injected: Mapping[str, int]
+    began: str = ""
+    version: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def exit_status(self) -> int | None:
@@ -332,6 +339,9 @@ class Collector:
         command: Sequence[str],
         exit_code: int,
         injected: Mapping[str, int] = MappingProxyType({}),
+        *,
+        began: str = "",
+        options: Sequence[str] = (),
     ) -> RunSummary:
         """Return everything.
 
@@ -339,6 +349,8 @@ class Collector:
             command: program and arguments.
             exit_code: its exit status, or -n when signal n ended it.
             injected: failures on demand and ticks, by name.
+            began: date and time of the program's start.
+            options: of the command line.
         """
         wall_s, cpu = self.elapsed_s, self.cpu_times()
         platform = self.platform
@@ -366,6 +378,9 @@ class Collector:
             ),
             estimate=self._estimate(_total(enclaves)),
             injected=injected,
+            began=began,
+            version=softsgx.__version__,
+            options=tuple(options),
         )
 
     def _summary_of(self, record: _Record, released_ns: int | None = None) -> EnclaveSummary:

@@ -82,7 +82,6 @@ def test_counts_with_a_trace_are_those_without(program: list[str], tmp_path: Pat
 
 
 def test_a_report_shows_the_run(program: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     page = tmp_path / "run.html"
     run("--epc", EPC, "--quiet", "--report", str(page), "--", *program, "paging")
     assert "Resident in the EPC" in page.read_text()
