@@ -2,7 +2,8 @@
 
 from softsgx.userland.enclave import EnclaveLoadError, LoadedEnclave, PageState, Residency
 from softsgx.userland.page_tables import MachineOrGuest, SoftPageTable
-from softsgx.userland.process import Signal, SoftProcess, SoftThread
+from softsgx.userland.process import SoftProcess
+from softsgx.userland.thread import Signal, SoftThread
 
 __all__ = [
     "EnclaveLoadError",
