@@ -25,8 +25,9 @@ from tests.support.driver import System
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
 from softsgx.defects import Defect
-from softsgx.paging import BackingFile, EpcCore, FailingBacking, MemoryBacking
-from softsgx.runtime import InlineRuntime, Pct, SeededRuntime, ThreadsRuntime, Uniform
+from softsgx.paging import Backing, EpcCore, FailingBacking, FlatBacking, MemoryBacking
+from softsgx.paging.optimised import PlainCore
+from softsgx.runtime import InlineRuntime, Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
 from softsgx.trace import Tracer
 from softsgx.userland import Signal
 
@@ -56,8 +57,13 @@ class World:
         fail_every: int = 0,
         limited: bool = False,
         tracer: Tracer | None = None,
+        runtime: Runtime | None = None,
+        optimised: bool = False,
+        backing_limit: int | None = None,
     ) -> None:
-        runtime = InlineRuntime()
+        runtime = InlineRuntime() if runtime is None else runtime
+        self.optimised, self.backing_limit = optimised, backing_limit
+        self.backings: list[Backing] = []
         self.tree = Hierarchy(epc_pages, runtime)
         self.fail_every = fail_every
         self.system = System(
@@ -66,6 +72,7 @@ class World:
             root=self.tree.root,
             backing=self._backing,
             tracer=tracer,
+            core_type=PlainCore if optimised else EpcCore,
         )
         self.group = self.tree.make("jobs")
         self.limited = limited
@@ -74,14 +81,16 @@ class World:
             self.system,
             self.system.process(group=self.group),
             cpu=0,
-            tolerant=bool(fail_every) or limited,
+            tolerant=bool(fail_every) or limited or backing_limit is not None,
         )
         self.launch()
 
-    def _backing(self, _pages: int) -> BackingFile:
-        if not self.fail_every:
-            return MemoryBacking()
-        return FailingBacking(MemoryBacking(), self._fails)
+    def _backing(self, _pages: int) -> Backing:
+        if self.fail_every:
+            return FailingBacking(MemoryBacking(), self._fails)
+        kind = FlatBacking if self.optimised else MemoryBacking
+        self.backings.append(kind(self.backing_limit))
+        return self.backings[-1]
 
     def _fails(self, request: int) -> bool:
         return bool(self.fail_every) and request % self.fail_every == 0

@@ -117,7 +117,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
         backing = driver.backing(pages)
     except BackingError as error:
         refuse(ENOMEM, str(error))
-    swap = EnclaveSwap(
+    swap = driver.swap_type(
         driver.core,
         backing,
         pages=pages,
@@ -292,7 +292,7 @@ def _add_page(
 ) -> None:
     """Add one page; a failure is undone, except for the measurement."""
     driver, core, swap = enclave.driver, enclave.driver.core, enclave.swap
-    page = EnclavePage(enclave, index, template.max_prot, template.kind)
+    page = driver.page_type(enclave, index, template.max_prot, template.kind)
     group, node = driver.group_and_node(task)
     epc = core.alloc(
         page,

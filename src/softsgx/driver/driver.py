@@ -11,23 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from errno import EBUSY, ENODEV
 from itertools import count
+from operator import attrgetter
 from types import MappingProxyType
 
 from softsgx.arch import EinitToken, SgxFeature
 from softsgx.defects import Defect
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
+from softsgx.driver.optimised import PlainPage
+from softsgx.driver.page import EnclavePage
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import refuse
-from softsgx.paging import BackingFile, EpcCore, Group, memory_backing
+from softsgx.paging import Backing, EnclaveSwap, EpcCore, Group, memory_backing
+from softsgx.paging.optimised import PlainSwap
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
 
 __all__ = ["Driver"]
-
-
-def _group_of(task: Task) -> Group:
-    return task.group
 
 
 def _node_of(task: Task) -> int:
@@ -51,6 +51,10 @@ class Driver:
         tokens: EINITTOKEN for EINIT by MRENCLAVE.  Linux's driver passes an empty one; Intel's
             earlier driver took it from its caller.
 
+    Attributes:
+        page_type: class of the pages of enclaves.
+        swap_type: class of their swapping.
+
     Raises:
         OSError: ENODEV: the machine has no SGX, or a launch key hash that cannot be written.
     """
@@ -60,12 +64,12 @@ class Driver:
         core: EpcCore,
         runtime: Runtime,
         *,
-        group_of: Callable[[Task], Group] = _group_of,
+        group_of: Callable[[Task], Group] = attrgetter("group"),
         node_of: Callable[[Task], int] = _node_of,
         tracer: Tracer | None = None,
         defects: frozenset[Defect] = frozenset(),
         launch_control: bool = True,
-        backing: Callable[[int], BackingFile] = memory_backing,
+        backing: Callable[[int], Backing] = memory_backing,
         unprivileged: int = UNPRIVILEGED,
         tokens: Mapping[bytes, EinitToken] = MappingProxyType({}),
     ) -> None:
@@ -81,6 +85,9 @@ class Driver:
         self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens
         self._lifecycle_listeners: list[Tracer] = []
         self._group_of, self._node_of = group_of, node_of
+        optimised = core.optimised and tracer is None and not defects
+        self.page_type: type[EnclavePage] = PlainPage if optimised else EnclavePage
+        self.swap_type: type[EnclaveSwap] = PlainSwap if optimised else EnclaveSwap
         self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
         self._loaded = True

@@ -88,7 +88,8 @@ class Enclave(RefCounted):
         created, initialized: whether CREATE and INIT have succeeded.
         dead: it was killed.
         pages: its pages by index.
-        srcu: protects walks over its address spaces.
+        mms: its registrations with address spaces; a change replaces the tuple.
+        srcu: protects walks over them.
         group: charged for SECS and VA pages: that of the task that called CREATE.
         counts: numbers of events.
         refusal: why the last fault that ended with SIGBUS found no EPC page or could not load;
@@ -111,7 +112,7 @@ class Enclave(RefCounted):
         self.counts = EnclaveCounts()
         self.refusal = ""
         self._swap: EnclaveSwap | None = None
-        self._mms: tuple[EnclaveMm, ...] = ()
+        self.mms: tuple[EnclaveMm, ...] = ()
         self._mm_version = 0
 
     def __repr__(self) -> str:
@@ -150,9 +151,9 @@ class Enclave(RefCounted):
         """Unregister from every address space, then drop the reference of the file."""
         while True:
             with self._latch:
-                entry = self._mms[0] if self._mms else None
+                entry = self.mms[0] if self.mms else None
                 if entry is not None:
-                    self._mms = self._mms[1:]
+                    self.mms = self.mms[1:]
             if entry is None:
                 break
             self.srcu.synchronize()
@@ -166,7 +167,7 @@ class Enclave(RefCounted):
 
     def _destroy(self) -> None:
         """Free every page: the last reference was given back."""
-        assert not self._mms, f"{self!r} destroyed with address spaces registered"
+        assert not self.mms, f"{self!r} destroyed with address spaces registered"
         yields = Defect.RELEASE_WITHOUT_RESCHED not in self.driver.defects
         if self.created:
             for done, page in enumerate(list(self.pages.values()), 1):
@@ -262,7 +263,7 @@ class Enclave(RefCounted):
         Returns:
             ``False``: the address space has ended.
         """
-        if any(entry.mm is mm for entry in self._mms):
+        if any(entry.mm is mm for entry in self.mms):
             return True
         if not mm.alive:
             return False
@@ -273,15 +274,15 @@ class Enclave(RefCounted):
                 self._references += 1
             # A walk compares the version before and after: either it enters the new address space,
             # or faults of that find the page marked.
-            self._mms = (entry, *self._mms)
+            self.mms = (entry, *self.mms)
             self._mm_version += 1
         return True
 
     def _unlink(self, entry: EnclaveMm) -> bool:
         with self._latch:
-            found = entry in self._mms
+            found = entry in self.mms
             if found:
-                self._mms = tuple(other for other in self._mms if other is not entry)
+                self.mms = tuple(other for other in self.mms if other is not entry)
         return found
 
     @contextmanager
@@ -294,7 +295,7 @@ class Enclave(RefCounted):
             self.srcu.leave(reading)
 
     def _spaces(self) -> Iterator[Mm]:
-        for entry in self._mms:
+        for entry in self.mms:
             mm = entry.mm
             if mm.pin():
                 try:
@@ -311,7 +312,7 @@ class Enclave(RefCounted):
         young = False
         reading = self.srcu.enter()
         try:
-            for entry in self._mms:
+            for entry in self.mms:
                 if young and stops_early:
                     break
                 mm = entry.mm
@@ -332,7 +333,7 @@ class Enclave(RefCounted):
             version = self._mm_version
             reading = self.srcu.enter()
             try:
-                for entry in self._mms:
+                for entry in self.mms:
                     mm = entry.mm
                     if mm.pin():
                         try:

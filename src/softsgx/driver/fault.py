@@ -135,7 +135,7 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
         return epc
     if page.entry is None:
         raise LoadFailed("lost")
-    epc = _reload(page, page.entry, task, claim_of(task))
+    epc = _reload(page, page.entry, task, None if task is None else task.claim)
     enclave = page.enclave
     # Load the pages that the policy wants ahead, while EPC pages are free.
     policy = enclave.driver.core.policy
@@ -213,7 +213,7 @@ def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | Non
         assert secs is not None, "NULL pointer dereference: the SECS is evicted"
     else:
         secs = swap.load_secs(cpu_node=node, claim=claim)
-    page = EnclavePage(enclave, enclave.index_of(linaddr), _RWX, PageType.REG)
+    page = driver.page_type(enclave, enclave.index_of(linaddr), _RWX, PageType.REG)
     epc = None
     added = False
     try:

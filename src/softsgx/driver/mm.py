@@ -106,6 +106,8 @@ class Mm:
     Attributes:
         mmap_lock: see the module.
         notifiers: one entry for each enclave that is registered with it.
+        users: its process, and each walk that has it pinned; 0: it has ended.
+        found: the last result of :meth:`find`, which may be of any address.
     """
 
     def __init__(
@@ -124,10 +126,10 @@ class Mm:
         self._pick, self._ended = pick, ended
         self._latch = runtime.latch()
         self._uninterleaved = not runtime.interleaves  # no other task runs between two statements
-        self._users = 1
+        self.users = 1
         self._starts: list[int] = []
         self._vmas: list[EnclaveVma] = []
-        self._found: EnclaveVma | None = None  # the last result of :meth:`find`
+        self.found: EnclaveVma | None = None
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -136,13 +138,13 @@ class Mm:
 
     def pin(self) -> bool:
         """Keep it alive while its mappings are walked; ``False``: it has ended."""
-        if self._uninterleaved and self._users:
-            self._users += 1
+        if self._uninterleaved and self.users:
+            self.users += 1
             return True
         with self._latch:
-            if not self._users:
+            if not self.users:
                 return False
-            self._users += 1
+            self.users += 1
             return True
 
     def unpin(self) -> None:
@@ -150,8 +152,8 @@ class Mm:
 
         The end takes locks that a walker holds, and waits for the walk itself: hence mmput_async().
         """
-        if self._uninterleaved and self._users > 1:
-            self._users -= 1
+        if self._uninterleaved and self.users > 1:
+            self.users -= 1
         elif self._drop():
             self.runtime.spawn(self._end, f"{self.name}.mmput")
 
@@ -160,19 +162,19 @@ class Mm:
 
         That is deferred while a walker has it pinned.
         """
-        assert self._users, f"{self.name} has ended already"
+        assert self.users, f"{self.name} has ended already"
         if self._drop():
             self._end()
 
     def _drop(self) -> bool:
         with self._latch:
-            self._users -= 1
-            return not self._users
+            self.users -= 1
+            return not self.users
 
     @property
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return bool(self._users)
+        return bool(self.users)
 
     def forget(self, entry: EnclaveMm) -> None:
         """Unregister an enclave."""
@@ -415,14 +417,14 @@ class Mm:
 
     def find(self, addr: int) -> EnclaveVma | None:
         """Return the mapping that holds ``addr``; ``mmap_lock`` is held."""
-        vma = self._found
+        vma = self.found
         if vma is not None and vma.start <= addr < vma.end:
             return vma
         after = bisect_right(self._starts, addr)
         if after:
             vma = self._vmas[after - 1]
             if addr < vma.end:
-                self._found = vma
+                self.found = vma
                 return vma
         return None
 
@@ -454,7 +456,7 @@ class Mm:
         self._split(start)
         self._split(end)
         gone = self.vmas(start, end)
-        self._found = None
+        self.found = None
         for vma in gone:
             at = self._vmas.index(vma)
             del self._vmas[at], self._starts[at]

@@ -30,24 +30,28 @@ class _Reading:
 
 
 class RwLock:
-    """A sleeping reader-writer lock; readers may nest: they never wait for a waiting writer."""
+    """A sleeping reader-writer lock; readers may nest: they never wait for a waiting writer.
+
+    Attributes:
+        has_writer: whether a writer holds it.
+    """
 
     def __init__(self, runtime: Runtime, name: str) -> None:
         self._lock = runtime.lock(name)
         self._changed = runtime.condition(self._lock)
         self._uninterleaved = not runtime.interleaves
         self._readers = 0
-        self._writing = False
+        self.has_writer = False
         self._waiting = 0
         self._reading = _Reading(self)
 
     def acquire_read(self) -> None:
         """Wait until no writer holds it, then hold it with other readers."""
-        if self._uninterleaved and not self._writing:
+        if self._uninterleaved and not self.has_writer:
             self._readers += 1
             return
         with self._lock:
-            while self._writing:
+            while self.has_writer:
                 self._wait()
             self._readers += 1
 
@@ -75,19 +79,19 @@ class RwLock:
     def writing(self) -> Iterator[None]:
         """Hold it alone."""
         with self._lock:
-            while self._writing or self._readers:
+            while self.has_writer or self._readers:
                 self._wait()
-            self._writing = True
+            self.has_writer = True
         try:
             yield
         finally:
             with self._lock:
-                self._writing = False
+                self.has_writer = False
                 self._changed.notify_all()
 
     def held(self) -> bool:
         """Return whether a task holds it: for assertions only."""
-        return self._writing or bool(self._readers)
+        return self.has_writer or bool(self._readers)
 
 
 class Srcu:

@@ -20,7 +20,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.host.config import configured_size
 from softsgx.hw import MachineConfig
 from softsgx.kvm import Guest, GuestStoppedError
-from softsgx.paging import BackingFile, EpcCore, Policy, needed_pages
+from softsgx.paging import Backing, EpcCore, Policy, needed_pages
 from softsgx.trace import Tracer
 from softsgx.userland import SoftProcess
 
@@ -50,7 +50,7 @@ class GuestPlatform:
         guest: Guest,
         *,
         policy: Policy,
-        backing: Callable[[int], BackingFile],
+        backing: Callable[[int], Backing],
         tracer: Tracer | None = None,
     ) -> None:
         self.guest = guest

@@ -24,7 +24,8 @@ from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore, Ram
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.kvm import Guest, VepcDevice
-from softsgx.paging import BackingFile, EpcCore, FileBacking, Group, MemoryBacking
+from softsgx.paging import Backing, EpcCore, FileBacking, FlatBacking, Group, MemoryBacking
+from softsgx.paging.optimised import PlainCore
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
 from softsgx.userland import SoftProcess
@@ -44,6 +45,8 @@ class Platform:
         make_backing: makes an enclave's backing file of so many pages, instead of the configured
             kind.
         tracer: receives every event of every layer.
+        optimised: whether second implementations of hot leaves and of paging may run; they do the
+            same as the readable ones.
 
     Attributes:
         machine: the processor and its EPC.
@@ -64,8 +67,9 @@ class Platform:
         runtime: Runtime | None = None,
         store: PageStore | None = None,
         ram: Ram | None = None,
-        make_backing: Callable[[int], BackingFile] | None = None,
+        make_backing: Callable[[int], Backing] | None = None,
         tracer: Tracer | None = None,
+        optimised: bool = True,
         **keywords: Any,
     ) -> None:
         self.config = config.but(**keywords) if config else PlatformConfig.of(**keywords)
@@ -79,7 +83,7 @@ class Platform:
             store=store,
             ram=ram,
             tracer=self._tracer,
-            optimised=OPTIMISED,
+            optimised=OPTIMISED if optimised else None,
         )
         self.cgroups = Hierarchy(
             sum(section.pages for section in self.machine.config.sections),
@@ -92,7 +96,9 @@ class Platform:
         )
         for path in self.config.groups:
             self.cgroups.make(path).max_pages = self.config.group_max_pages(path)
-        self.core = EpcCore(
+        plain = optimised and self._tracer is None and not self.config.defects
+        core = PlainCore if plain and not self.runtime.interleaves else EpcCore
+        self.core: EpcCore = core(
             self.machine,
             self.runtime,
             policy=self.config.paging_policy(),
@@ -282,11 +288,11 @@ class Platform:
         for listener in self._listeners:
             listener(event)
 
-    def _configured_backing(self, pages: int) -> BackingFile:
+    def _configured_backing(self, pages: int) -> Backing:
         limit = self.config.backing_limit_pages()
         if self.config.backing == "file":
             return FileBacking(limit, directory=self.config.backing_directory)
-        return MemoryBacking(limit)
+        return FlatBacking(limit) if self.core.optimised else MemoryBacking(limit)
 
     def _request_reclaim(self, group: Group) -> None:
         self.core.request_reclaim(group)

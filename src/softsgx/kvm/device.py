@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.defects import Defect
 from softsgx.kvm.vepc import Vepc
-from softsgx.paging import BackingFile, EpcCore, memory_backing
+from softsgx.paging import Backing, EpcCore, memory_backing
 
 if TYPE_CHECKING:
     from softsgx.kvm.monitor import Monitor
@@ -39,7 +39,7 @@ class VepcDevice:
         self,
         core: EpcCore,
         *,
-        backing: Callable[[int], BackingFile] = memory_backing,
+        backing: Callable[[int], Backing] = memory_backing,
         defects: frozenset[Defect] = frozenset(),
     ) -> None:
         self.core, self.backing = core, backing

@@ -34,7 +34,7 @@ class VepcSwap(SwapSpace):
         """
         pinned, slot = reservation.pinned, reservation.slot
         assert pinned is not None, "a reservation without backing"
-        info = PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0)
+        info = PageInfoArgs(0, pinned.data, pinned.pcmd_bytes, 0)
         result = run(lambda: self._leaves.ewb(info, addr, slot.addr))
         if slot.accepted(result):
             return Status.SUCCESS, info.linaddr
@@ -65,7 +65,7 @@ class VepcSwap(SwapSpace):
             raise LoadFailed("lost")
         pinned = self.pin_backing(entry)
         leaf = self._leaves.eldbc if blocked else self._leaves.elduc
-        info = PageInfoArgs(linaddr, pinned.content.data, pinned.pcmd_bytes, secs)
+        info = PageInfoArgs(linaddr, pinned.data, pinned.pcmd_bytes, secs)
         result = run(lambda: leaf(info, addr, slot.addr))
         if result is Status.SUCCESS:
             self.loaded(slot, pinned)

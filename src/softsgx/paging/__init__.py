@@ -23,6 +23,7 @@ from softsgx.paging.failures import (
     NoEpc,
     PagingError,
 )
+from softsgx.paging.flat import Backing, FlatBacking
 from softsgx.paging.groups import Ungrouped
 from softsgx.paging.interfaces import BackingFile, BackingPage, Group, Hardware, Reclaimable
 from softsgx.paging.leafio import LeafResult, result_name
@@ -43,6 +44,7 @@ from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
 from softsgx.paging.vm_fault import FaultResult
 
 __all__ = [
+    "Backing",
     "BackingError",
     "BackingFile",
     "BackingPage",
@@ -58,6 +60,7 @@ __all__ = [
     "FaultResult",
     "Fifo",
     "FileBacking",
+    "FlatBacking",
     "Group",
     "Hardware",
     "Interrupted",

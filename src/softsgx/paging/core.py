@@ -70,7 +70,10 @@ class EpcCore:
         claims: the pages that are kept for a thread which needs them together.
         slowpath: the slow path of allocations.
         va: the upper levels of VA pages.
+        optimised: whether second implementations run here, and may run in the driver.
     """
+
+    optimised = False
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class EpcCore:
         self.root: Group = Ungrouped(runtime) if root is None else root
         self.counters = Counters()
         self.reclaim_ns = 0
-        self._held_latch = runtime.latch()
+        self._held_latch = runtime.latch() if runtime.concurrent else None
         self.tracer = tracer
         self.epc_pages = sum(section.pages for section in hw.config.sections)
         self._low = self.policy.low(self.epc_pages)
@@ -219,25 +222,13 @@ class EpcCore:
         claims = self.claims
         if claims.holder is not None:
             claims.allocating(claim)
+        request = AllocRequest(reclaim, signal_pending, claim)
         try:
             if claims.short is not None:
-                self.slowpath.stand_back(group, AllocRequest(reclaim, signal_pending, claim))
+                self.slowpath.stand_back(group, request)
             ksgxd = self._ksgxd
             seen = ksgxd.generation, ksgxd.outcomes
-            refused = group.try_charge()
-            if refused is not None:
-                request = AllocRequest(reclaim, signal_pending, claim)
-                self.slowpath.charge(group, refused, seen, request)
-            try:
-                page = self._pool.take(cpu_node)
-                if page is None:
-                    request = AllocRequest(reclaim, signal_pending, claim)
-                    page = self.slowpath.take(cpu_node, request)
-            except BaseException:
-                group.uncharge()
-                raise
-            if claims.short is not None:
-                claims.got_page(claim)
+            page = self._take_page(group, group.try_charge(), seen, cpu_node, request)
         except (NoEpc, EpcBusy, Interrupted) as error:
             self._refused(kind, error)
             raise
@@ -249,11 +240,46 @@ class EpcCore:
             self.tracer(events.Allocated(page.addr, kind, page.node))
         return page
 
+    def _take_page(
+        self,
+        group: Group,
+        refused: Group | None,
+        seen: tuple[int, int],
+        cpu_node: int,
+        request: AllocRequest,
+    ) -> SgxEpcPage:
+        """Return a free page after :meth:`Group.try_charge` has returned ``refused``.
+
+        Args:
+            group: to be charged.
+            refused: ``None``: it is charged already.
+            seen: ksgxd's ``generation`` and ``outcomes`` before that.
+            cpu_node: as for :meth:`alloc`.
+            request: what the caller may do.
+
+        Raises:
+            NoEpc, EpcBusy, Interrupted: as for :meth:`alloc`; nothing is charged.
+        """
+        if refused is not None:
+            self.slowpath.charge(group, refused, seen, request)
+        try:
+            page = self._pool.take(cpu_node)
+            if page is None:
+                page = self.slowpath.take(cpu_node, request)
+        except BaseException:
+            group.uncharge()
+            raise
+        if self.claims.short is not None:
+            self.claims.got_page(request.claim)
+        return page
+
     def _count_held(self, kind: str, change: int) -> None:
         held = self.counters.held
-        self._held_latch.acquire()
-        held[kind] = held.get(kind, 0) + change
-        self._held_latch.release()
+        if self._held_latch is None:
+            held[kind] = held.get(kind, 0) + change
+        else:
+            with self._held_latch:
+                held[kind] = held.get(kind, 0) + change
 
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value

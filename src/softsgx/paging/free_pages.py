@@ -62,6 +62,11 @@ class FreePages:
 
     # --- taking ---------------------------------------------------------------------------------
 
+    def first(self, cpu_node: int) -> Node:
+        """Return the node whose pages are taken first."""
+        order = self._orders.get(cpu_node)
+        return next(iter(self._order(cpu_node))) if order is None else order[0]
+
     def take(self, cpu_node: int) -> SgxEpcPage | None:
         """Return a page of the first node that has one; ``None``: no page is free."""
         for node in self._orders.get(cpu_node) or self._order(cpu_node):

@@ -21,7 +21,7 @@ def ewb(leaves: Leaves, addr: int, slot_addr: int, pinned: Pinned) -> LeafResult
     """Evict the page at ``addr``, its version going to ``slot_addr``."""
     leaf = leaves.ewb
     try:
-        return leaf(PageInfoArgs(0, pinned.content.data, pinned.pcmd_bytes, 0), addr, slot_addr)
+        return leaf(PageInfoArgs(0, pinned.data, pinned.pcmd_bytes, 0), addr, slot_addr)
     except Fault as fault:
         return fault
 
@@ -32,9 +32,7 @@ def eldu(
     """Load a page into the free EPC page at ``addr``."""
     leaf = leaves.eldu
     try:
-        return leaf(
-            PageInfoArgs(linaddr, pinned.content.data, pinned.pcmd_bytes, secs), addr, slot_addr
-        )
+        return leaf(PageInfoArgs(linaddr, pinned.data, pinned.pcmd_bytes, secs), addr, slot_addr)
     except Fault as fault:
         return fault
 

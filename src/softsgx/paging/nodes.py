@@ -75,6 +75,8 @@ class Node:
 
     Attributes:
         epc_pages: pages of all its sections.
+        freed: pages that were in use, in the order in which they were freed; a page that was
+            poisoned meanwhile is still among them.
         quarantine: poisoned pages that are not in use.
     """
 
@@ -84,12 +86,12 @@ class Node:
         self.quarantine: list[SgxEpcPage] = []
         self._latch = runtime.latch()
         self._pages = pages
-        self._freed: deque[SgxEpcPage] = deque()
+        self.freed: deque[SgxEpcPage] = deque()
         self._fresh: deque[_Range] = deque()
 
     def take(self) -> SgxEpcPage | None:
         """Return the page that was freed first, or an unused one; ``None``: no page is free."""
-        freed = self._freed
+        freed = self.freed
         self._latch.acquire()
         try:
             while freed:
@@ -129,7 +131,7 @@ class Node:
             if page.poisoned:
                 self.quarantine.append(page)
                 return False
-            self._freed.append(page)
+            self.freed.append(page)
             return True
         finally:
             self._latch.release()
@@ -182,7 +184,7 @@ class Node:
 
     def listed(self) -> Iterable[tuple[int, int]]:
         """Yield (start, end) of all pages that can be taken; for checkers."""
-        for page in list(self._freed):
+        for page in list(self.freed):
             if not page.poisoned:
                 yield page.addr, page.addr + PAGE_BYTES
         poisoned = sorted(page.addr for page in self.quarantine)

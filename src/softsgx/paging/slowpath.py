@@ -32,7 +32,7 @@ def no_signal() -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AllocRequest:
     """How an allocation may be served.
 

@@ -26,8 +26,9 @@ from softsgx.hw import Fault, PageFault
 from softsgx.paging.claims import Claim
 from softsgx.paging.events import Evicted, Loaded, TrackingRound
 from softsgx.paging.failures import BackingError, LoadFailed, MachineCheck
+from softsgx.paging.flat import Backing
 from softsgx.paging.idle_secs import IdleSecs
-from softsgx.paging.interfaces import BackingFile, Group, Reclaimable
+from softsgx.paging.interfaces import Group, Reclaimable
 from softsgx.paging.leafio import LeafResult, eldu, ewb, result_name, vanished
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
@@ -70,7 +71,7 @@ class EnclaveSwap(SwapSpace):
     def __init__(
         self,
         core: EpcCore,
-        backing: BackingFile,
+        backing: Backing,
         *,
         pages: int,
         base: int,
@@ -195,7 +196,7 @@ class EnclaveSwap(SwapSpace):
         return entry
 
     def _evict(self, page: SgxEpcPage, reservation: Reservation, kind: str) -> SwapEntry | None:
-        index, slot, pinned = reservation.index, reservation.slot, reservation.pinned
+        slot, pinned = reservation.slot, reservation.pinned
         if page.poisoned:
             if self._ignores_poison:
                 raise MachineCheck(f"EWB has read poisoned memory at {page.addr:#x}")
@@ -203,10 +204,22 @@ class EnclaveSwap(SwapSpace):
             return None
         if pinned is None:  # Defect.BACKING_FETCHED_AFTER_BLOCK: a failure loses the page
             try:
-                pinned = reservation.pinned = self._file.reserve(index)
+                pinned = reservation.pinned = self._file.reserve(reservation.index)
             except BackingError:
                 return self._lose(page, reservation)
-        result, tries = ewb(self._leaves, page.addr, slot.addr, pinned), 1
+        result = ewb(self._leaves, page.addr, slot.addr, pinned)
+        return self._concluded(page, reservation, kind, pinned, result)
+
+    def _concluded(
+        self,
+        page: SgxEpcPage,
+        reservation: Reservation,
+        kind: str,
+        pinned: Pinned,
+        result: LeafResult,
+    ) -> SwapEntry | None:
+        """The first EWB of ``page`` has ended with ``result``: do what is left of its eviction."""
+        index, slot, tries = reservation.index, reservation.slot, 1
         if result is _NOT_TRACKED:
             result, tries = self._track(page, slot, pinned)
         self.ewbs += tries
@@ -376,16 +389,20 @@ class EnclaveSwap(SwapSpace):
         result = eldu(self._leaves, page.addr, slot.addr, pinned, linaddr, secs)
         if core.tracer is not None:
             core.tracer(Loaded(page.addr, kind, entry.index, result_name(result)))
-        if result is _SUCCESS:
-            self.loaded(slot, pinned)
-            return page
+        if result is not _SUCCESS:
+            raise self._refused(page, pinned, result)
+        self.loaded(slot, pinned)
+        return page
+
+    def _refused(self, page: SgxEpcPage, pinned: Pinned, result: LeafResult) -> LoadFailed:
+        """ELDU has refused: free the EPC page; return what the load ends with."""
         if self._discards_failed:
             self._file.loaded(pinned)
             self._counters.eldu_failed += 1
         else:
             self.not_loaded(pinned)
-        core.remove(page)
-        raise LoadFailed(result_name(result))
+        self._core.remove(page)
+        return LoadFailed(result_name(result))
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -54,19 +54,36 @@ def va_layout(index: int) -> tuple[int, int]:
 
 
 class Pinned:
-    """The two backing pages of one page, pinned.
+    """Where the content and the PCMD of one page are while the page is evicted or loaded.
 
     Attributes:
-        content: 4096 bytes of ciphertext.
-        pcmd: the page that holds its PCMD among others.
-        pcmd_bytes: the 128 bytes of it.
+        index: the page's index.
+        data: 4096 bytes of ciphertext.
+        pcmd_bytes: the 128 bytes of its PCMD.
     """
 
-    __slots__ = ("content", "pcmd", "pcmd_bytes")
+    __slots__ = ("data", "index", "pcmd_bytes")
+
+    def __init__(
+        self, index: int, data: bytearray | memoryview, pcmd_bytes: bytearray | memoryview
+    ) -> None:
+        self.index, self.data, self.pcmd_bytes = index, data, pcmd_bytes
+
+
+class _PinnedPages(Pinned):
+    """Two pages of a backing file, pinned.
+
+    Attributes:
+        content: holds the content.
+        pcmd: holds the PCMD among others.
+    """
+
+    __slots__ = ("content", "pcmd")
 
     def __init__(self, index: int, content: BackingPage, pcmd: BackingPage) -> None:
+        at = index % PCMDS_PER_PAGE * _PCMD_BYTES
+        super().__init__(index, content.data, pcmd.part(at, _PCMD_BYTES))
         self.content, self.pcmd = content, pcmd
-        self.pcmd_bytes = pcmd.part(index % PCMDS_PER_PAGE * _PCMD_BYTES, _PCMD_BYTES)
 
     def unpin(self) -> None:
         """Unpin both."""
@@ -75,7 +92,7 @@ class Pinned:
 
 
 class SwapFile:
-    """A backing file with a layout; the owner closes the backing file.
+    """Contents and PCMDs in a backing file with a layout; the owner closes the backing file.
 
     Args:
         backing: the backing file.
@@ -129,16 +146,17 @@ class SwapFile:
         if self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
-        return Pinned(index, content, pcmd)
+        return _PinnedPages(index, content, pcmd)
 
     def announce(self, pinned: Pinned) -> None:
         """Protect the PCMD page from truncation until this eviction has ended."""
-        pcmd_at = pinned.pcmd.index
+        pcmd_at = _pages(pinned).pcmd.index
         self._writers[pcmd_at] = self._writers.get(pcmd_at, 0) + 1
 
     def written(self, pinned: Pinned) -> None:
         """EWB has written content and PCMD."""
-        content, pcmd = pinned.content, pinned.pcmd
+        pages = _pages(pinned)
+        content, pcmd = pages.content, pages.pcmd
         if not self._dirties_early:
             content.mark_dirty()
             pcmd.mark_dirty()
@@ -148,10 +166,11 @@ class SwapFile:
 
     def cancel(self, pinned: Pinned) -> None:
         """EWB has written nothing: free what was reserved."""
-        self._end_writing(pinned.pcmd)
-        pinned.unpin()
-        self.backing.truncate(pinned.content.index)
-        self._truncate_pcmd(pinned.pcmd)
+        pages = _pages(pinned)
+        self._end_writing(pages.pcmd)
+        pages.unpin()
+        self.backing.truncate(pages.content.index)
+        self._truncate_pcmd(pages.pcmd)
 
     def _end_writing(self, pcmd: BackingPage) -> None:
         writers, pcmd_at = self._writers, pcmd.index
@@ -176,16 +195,18 @@ class SwapFile:
         except BackingError:
             content.unpin()
             raise
-        return Pinned(index, content, pcmd)
+        return _PinnedPages(index, content, pcmd)
 
     def close(self, pinned: Pinned) -> None:
         """The page was not loaded: unpin both pages, for the next try."""
-        pinned.unpin()
+        _pages(pinned).unpin()
 
     def loaded(self, pinned: Pinned) -> None:
         """ELDU has loaded the page and cleared its version: free content and PCMD."""
-        content, pcmd = pinned.content, pinned.pcmd
-        pinned.pcmd_bytes[:] = _NO_PCMD
+        pages = _pages(pinned)
+        content, pcmd = pages.content, pages.pcmd
+        at = pinned.index % PCMDS_PER_PAGE * _PCMD_BYTES
+        pcmd.data[at : at + _PCMD_BYTES] = _NO_PCMD
         if not self._forgets_cleared:
             pcmd.mark_dirty()
         if not self._keeps_loaded:
@@ -216,3 +237,8 @@ class SwapFile:
             self.backing.truncate(self._layout(index)[0])
             return
         self.loaded(pinned)
+
+
+def _pages(pinned: Pinned) -> _PinnedPages:
+    assert isinstance(pinned, _PinnedPages), "a page of another kind of file"
+    return pinned

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 from softsgx.defects import Defect
 from softsgx.paging.claims import Claim
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
-from softsgx.paging.interfaces import BackingFile, Group
+from softsgx.paging.flat import Backing, open_swap_file
+from softsgx.paging.interfaces import Group
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.slowpath import no_signal
-from softsgx.paging.swapfile import Pinned, SwapFile, enclave_layout
+from softsgx.paging.swapfile import Pinned, enclave_layout
 from softsgx.paging.va import VaArray, VaSlot
 from softsgx.runtime import Lock
 
@@ -90,7 +91,7 @@ class SwapSpace:
     def __init__(
         self,
         core: EpcCore,
-        backing: BackingFile,
+        backing: Backing,
         *,
         pages: int,
         lock: Lock,
@@ -101,7 +102,7 @@ class SwapSpace:
         self.va: VaArray = core.va.array(lock, pin=pin, group=group)
         self._core, self._leaves, self._counters = core, core.leaves, core.counters
         self._backing, self._pages, self._group = backing, pages, group
-        self._file = SwapFile(
+        self._file = open_swap_file(
             backing,
             enclave_layout(pages),
             counters=core.counters,

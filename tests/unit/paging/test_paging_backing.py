@@ -183,7 +183,8 @@ def test_a_pcmd_is_128_bytes_at_its_place(index: int) -> None:
     pinned = file.reserve(index)
     pinned.pcmd_bytes[:] = b"\xff" * 128
     at = index % 32 * 128
-    assert bytes(pinned.pcmd.data) == bytes(at) + b"\xff" * 128 + bytes(PAGE_BYTES - at - 128)
+    backed = _backing.pin(65 + index // 32, create=False)
+    assert bytes(backed.data) == bytes(at) + b"\xff" * 128 + bytes(PAGE_BYTES - at - 128)
 
 
 # --- PCMD pages -----------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def swap_file(*defects: Defect) -> tuple[MemoryBacking, SwapFile]:
 
 def fill(pinned: Pinned, byte: int) -> None:
     """What EWB does."""
-    pinned.content.data[:] = bytes([byte]) * PAGE_BYTES
+    pinned.data[:] = bytes([byte]) * PAGE_BYTES
     pinned.pcmd_bytes[:] = bytes([byte]) * 128
 
 
@@ -216,7 +217,7 @@ def evict(file: SwapFile, index: int, byte: int = 1) -> None:
 def load(file: SwapFile, index: int) -> tuple[int, int]:
     """What ELDU does; return the first bytes of content and PCMD."""
     pinned = file.open(index)
-    seen = pinned.content.data[0], pinned.pcmd_bytes[0]
+    seen = pinned.data[0], pinned.pcmd_bytes[0]
     file.loaded(pinned)
     return seen
 

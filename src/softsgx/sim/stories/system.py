@@ -28,7 +28,7 @@ from softsgx.image import (
     throwaway_key,
 )
 from softsgx.image.sign import MASK_64
-from softsgx.paging import BackingFile, EpcCore, Group, Hardware, MemoryBacking, Policy
+from softsgx.paging import Backing, EpcCore, Group, Hardware, MemoryBacking, Policy
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
 from softsgx.userland import SoftProcess, SoftThread
@@ -99,7 +99,8 @@ class System:
         defects: the broken forms of core and driver.
         policy: of reclaim; ``None``: Linux's.
         root: of the groups that pay for pages; ``None``: pages are charged to no group.
-        backing: makes the backing file of an enclave of so many pages.
+        backing: makes the backing of an enclave of so many pages.
+        core_type: class of the core.
         ksgxd: whether it runs.
         listen: whether events are kept in ``events``.
         tracer: hears the events, where they are not kept.
@@ -113,7 +114,8 @@ class System:
     defects: frozenset[Defect] = frozenset()
     policy: Policy | None = None
     root: Group | None = None
-    backing: Callable[[int], BackingFile] = lambda _pages: MemoryBacking()
+    backing: Callable[[int], Backing] = lambda _pages: MemoryBacking()
+    core_type: type[EpcCore] = EpcCore
     ksgxd: bool = False
     listen: bool = False
     tracer: Tracer | None = None
@@ -131,7 +133,7 @@ class System:
             tracer=tracer,
             optimised=OPTIMISED,
         )
-        self.core = EpcCore(
+        self.core = self.core_type(
             self._hardware(),
             self.runtime,
             policy=self.policy,

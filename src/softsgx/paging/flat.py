@@ -1,0 +1,153 @@
+"""Contents and PCMDs of evicted pages in memory, each page's in one object.
+
+A second implementation of a :class:`~softsgx.paging.swapfile.SwapFile` over a
+:class:`~softsgx.paging.MemoryBacking`: counts, limits and events are those of its backing pages,
+but no page of 32 PCMDs exists.  It has no broken forms, so defects need the other one.
+``tests/differential`` runs both on the same histories.
+
+Lock order: one lock protects a file, and is held at each call.
+"""
+
+from __future__ import annotations
+
+from softsgx.arch import PAGE_BYTES, Pcmd
+from softsgx.defects import Defect
+from softsgx.paging.counters import Counters
+from softsgx.paging.events import Truncated
+from softsgx.paging.failures import BackingError
+from softsgx.paging.interfaces import BackingFile
+from softsgx.paging.swapfile import PCMDS_PER_PAGE, Layout, Pinned, SwapFile
+from softsgx.trace import Tracer
+
+__all__ = ["Backing", "FlatBacking", "FlatFile", "open_swap_file"]
+
+
+class FlatBacking:
+    """The backing of one owner's evicted pages in this process' memory.
+
+    Args:
+        limit_pages: how many backing pages it may hold, as Linux would count them: one for each
+            content, one for each 32 PCMDs; ``None`` for any number.
+
+    Attributes:
+        sealed: 4096 bytes of ciphertext and 128 of PCMD of each evicted page, by index.
+        reserved: evictions that have reserved their backing.
+        sharers: of each PCMD page that Linux would have, the PCMDs in it, and the evictions that
+            are about to write one.
+    """
+
+    def __init__(self, limit_pages: int | None = None) -> None:
+        self.limit_pages = limit_pages
+        self.sealed: dict[int, bytes] = {}
+        self.reserved = 0
+        self.sharers: dict[int, int] = {}
+
+    def pages(self) -> int:
+        """As :meth:`BackingFile.pages`."""
+        return len(self.sealed) + self.reserved + len(self.sharers)
+
+    def close(self) -> None:
+        """As :meth:`BackingFile.close`."""
+        self.sealed.clear()
+        self.sharers.clear()
+
+
+Backing = BackingFile | FlatBacking
+"""What evicted pages go to."""
+
+
+class FlatFile:
+    """See the module.
+
+    Args:
+        backing: the backing.
+        layout: which backing page has the PCMD of a page.
+        counters: the core's.
+        tracer: receives events; ``None`` for none.
+    """
+
+    def __init__(
+        self, backing: FlatBacking, layout: Layout, *, counters: Counters, tracer: Tracer | None
+    ) -> None:
+        self._flat, self._layout, self._counters, self._tracer = backing, layout, counters, tracer
+        self._sealed, self._sharers = backing.sealed, backing.sharers
+        self._buffers: list[Pinned] = []
+
+    def reserve(self, index: int, *, announced: bool = True) -> Pinned:
+        """As :meth:`SwapFile.reserve`."""
+        flat, sharers = self._flat, self._sharers
+        group = index // PCMDS_PER_PAGE
+        count = sharers.get(group, 0)
+        limit = flat.limit_pages
+        if limit is not None and flat.pages() + (1 if count else 2) > limit:
+            raise BackingError(f"backing file is full: {limit} pages")
+        sharers[group] = count + 1
+        flat.reserved += 1
+        if self._buffers:
+            pinned = self._buffers.pop()
+            pinned.index = index
+            return pinned
+        return Pinned(index, bytearray(PAGE_BYTES), bytearray(Pcmd.SIZE))
+
+    def announce(self, pinned: Pinned) -> None:
+        """As :meth:`SwapFile.announce`: :meth:`reserve` has done it."""
+
+    def written(self, pinned: Pinned) -> None:
+        """As :meth:`SwapFile.written`."""
+        self._flat.reserved -= 1
+        self._sealed[pinned.index] = b"".join((pinned.data, pinned.pcmd_bytes))
+        self._buffers.append(pinned)
+
+    def cancel(self, pinned: Pinned) -> None:
+        """As :meth:`SwapFile.cancel`."""
+        self._flat.reserved -= 1
+        self._buffers.append(pinned)
+        self._leave(pinned.index)
+
+    def open(self, index: int) -> Pinned:
+        """As :meth:`SwapFile.open`."""
+        sealed = self._sealed.get(index)
+        if sealed is None:
+            raise BackingError(f"no backing page {self._layout(index)[0]}")
+        view = memoryview(sealed)
+        return Pinned(index, view[:PAGE_BYTES], view[PAGE_BYTES:])
+
+    def close(self, pinned: Pinned) -> None:
+        """As :meth:`SwapFile.close`."""
+
+    def loaded(self, pinned: Pinned) -> None:
+        """As :meth:`SwapFile.loaded`."""
+        del self._sealed[pinned.index]
+        self._counters.truncated += 1
+        self._leave(pinned.index)
+
+    def discard(self, index: int) -> None:
+        """As :meth:`SwapFile.discard`."""
+        if index in self._sealed:
+            self.loaded(self.open(index))
+
+    def _leave(self, index: int) -> None:
+        """A PCMD page has one sharer fewer: truncate it when that was the last."""
+        sharers, group = self._sharers, index // PCMDS_PER_PAGE
+        count = sharers[group] - 1
+        if count:
+            sharers[group] = count
+            return
+        del sharers[group]
+        self._counters.pcmd_truncated += 1
+        if self._tracer is not None:
+            self._tracer(Truncated(self._layout(index)[1]))
+
+
+def open_swap_file(
+    backing: Backing,
+    layout: Layout,
+    *,
+    counters: Counters,
+    tracer: Tracer | None,
+    defects: frozenset[Defect],
+) -> SwapFile | FlatFile:
+    """Return the swap file on ``backing``; as :class:`SwapFile`."""
+    if isinstance(backing, FlatBacking):
+        return FlatFile(backing, layout, counters=counters, tracer=tracer)
+    return SwapFile(backing, layout, counters=counters, tracer=tracer, defects=defects)

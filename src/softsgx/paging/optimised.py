@@ -1,0 +1,193 @@
+"""Second implementations of the hot paths: allocating and freeing a page, EWB and ELDU of a page.
+
+Each method handles the common case: a page is free, nothing is missing, the first EWB or ELDU
+succeeds.  It does in one function what the readable one does in many, in the same order.  Otherwise
+it falls back to the readable method before any state has changed, or continues in the middle of it,
+from the result of the charge or of the leaf.  These classes are for runtimes that do not interleave
+tasks, so they take no latch, and for cores without tracer and defects.  ``tests/differential`` runs
+both implementations on the same histories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softsgx.arch import PAGE_BYTES, VA_SLOT_BYTES, Status
+from softsgx.hw import Fault, PageInfoArgs
+from softsgx.paging.claims import Claim
+from softsgx.paging.core import EpcCore
+from softsgx.paging.failures import BackingError, EpcBusy, Interrupted, LoadFailed, NoEpc
+from softsgx.paging.interfaces import Group, Reclaimable
+from softsgx.paging.leafio import LeafResult
+from softsgx.paging.page import SgxEpcPage
+from softsgx.paging.slowpath import AllocRequest, no_signal
+from softsgx.paging.swap import EnclaveSwap
+from softsgx.paging.swapspace import Reservation, SwapEntry
+
+__all__ = ["PlainCore", "PlainSwap"]
+
+_SUCCESS = Status.SUCCESS
+
+
+class PlainCore(EpcCore):
+    """See the module."""
+
+    optimised = True
+
+    def alloc(
+        self,
+        owner: Reclaimable | None,
+        *,
+        reclaim: bool,
+        group: Group | None = None,
+        kind: str = "reg",
+        cpu_node: int = 0,
+        signal_pending: Callable[[], bool] = no_signal,
+        claim: Claim | None = None,
+    ) -> SgxEpcPage:
+        """As :meth:`EpcCore.alloc`."""
+        claims = self.claims
+        freed = self._pool.first(cpu_node).freed
+        if claims.holder is not None or not freed or freed[0].poisoned:
+            return super().alloc(
+                owner,
+                reclaim=reclaim,
+                group=group,
+                kind=kind,
+                cpu_node=cpu_node,
+                signal_pending=signal_pending,
+                claim=claim,
+            )
+        if group is None:
+            group = self.root
+        ksgxd, free = self._ksgxd, self._free
+        seen = ksgxd.generation, ksgxd.outcomes
+        refused = group.try_charge()
+        if refused is None:
+            page = freed.popleft()
+            page.free = False
+            free.value -= 1
+        else:
+            request = AllocRequest(reclaim, signal_pending, claim)
+            try:
+                page = self._take_page(group, refused, seen, cpu_node, request)
+            except (NoEpc, EpcBusy, Interrupted) as error:
+                self._refused(kind, error)
+                raise
+        page.owner, page.group, page.kind = owner, group, kind
+        held = self.counters.held
+        held[kind] = held.get(kind, 0) + 1
+        if free.value < self._low and ksgxd.asleep and self.root.has_reclaimable():
+            ksgxd.request()
+        return page
+
+    def free(self, page: SgxEpcPage) -> None:
+        """As :meth:`EpcCore.free`."""
+        group, kind = page.group, page.kind
+        if page.poisoned:
+            super().free(page)
+            return
+        assert not page.tracked, f"{page!r} is freed while it is tracked"
+        assert group is not None and not page.leaked, f"{page!r} is freed but not allocated"
+        assert not page.free, f"{page!r} is freed twice"
+        group.uncharge()
+        page.owner = page.group = None
+        page.blocked = page.kept = False
+        self.counters.held[kind] -= 1
+        page.free = True
+        self._pool.nodes[page.node].freed.append(page)
+        self._free.value += 1
+        self._ksgxd.page_freed()
+
+
+class PlainSwap(EnclaveSwap):
+    """See the module."""
+
+    def write(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry | None:
+        """As :meth:`EnclaveSwap.write`."""
+        slot, pinned = reservation.slot, reservation.pinned
+        va_page = slot.page
+        va_epc = va_page.epc
+        if page.poisoned or pinned is None or va_epc is None or self.children == 1:
+            return super().write(page, reservation)
+        result: LeafResult
+        ewb = self._leaves.ewb
+        try:
+            result = ewb(
+                PageInfoArgs(0, pinned.data, pinned.pcmd_bytes, 0),
+                page.addr,
+                va_epc.addr + slot.number * VA_SLOT_BYTES,
+            )
+        except Fault as fault:
+            result = fault
+        if result is not _SUCCESS:
+            entry = self._concluded(page, reservation, "page", pinned, result)
+            if entry is not None:
+                self.children -= 1
+            return entry
+        self.ewbs += 1
+        self._counters.ewb_first += 1
+        self._file.written(pinned)
+        self.va.slot_written(slot)
+        self.children -= 1
+        return SwapEntry(reservation.index, slot)
+
+    def load(
+        self,
+        entry: SwapEntry,
+        owner: Reclaimable | None,
+        *,
+        kind: str = "reg",
+        cpu_node: int = 0,
+        group: Group | None = None,
+        claim: Claim | None = None,
+    ) -> SgxEpcPage:
+        """As :meth:`EnclaveSwap.load`."""
+        slot, secs = entry.slot, self.secs
+        if slot is None or secs is None or not self.children:
+            return super().load(
+                entry, owner, kind=kind, cpu_node=cpu_node, group=group, claim=claim
+            )
+        va_page = slot.page
+        va_epc = va_page.epc
+        if va_epc is None or va_page.eviction is not None:
+            return super().load(
+                entry, owner, kind=kind, cpu_node=cpu_node, group=group, claim=claim
+            )
+        core, index = self._core, entry.index
+        va_page.accessed = True
+        page = core.alloc(
+            owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node, claim=claim
+        )
+        try:
+            pinned = self._file.open(index)
+        except BackingError as error:
+            core.free(page)
+            self._counters.eldu_failed += 1
+            raise LoadFailed(str(error)) from error
+        result: LeafResult
+        eldu = self._leaves.eldu
+        try:
+            result = eldu(
+                PageInfoArgs(
+                    self._base + index * PAGE_BYTES,
+                    pinned.data,
+                    pinned.pcmd_bytes,
+                    secs.addr,
+                ),
+                page.addr,
+                va_epc.addr + slot.number * VA_SLOT_BYTES,
+            )
+        except Fault as fault:
+            result = fault
+        if result is not _SUCCESS:
+            raise self._refused(page, pinned, result)
+        self._file.loaded(pinned)
+        self.va.slot_loaded(slot)
+        self._counters.eldu += 1
+        children = self.children = self.children + 1
+        if children > self.peak_children:
+            self.peak_children = children
+        if claim is not None and owner is not None:
+            core.claims.loaded(claim, owner, page)
+        return page

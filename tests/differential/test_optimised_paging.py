@@ -1,0 +1,313 @@
+"""The fast paths of paging against the readable ones, on the same histories.
+
+Method: two systems with the same secrets, one with readable classes and backing pages, one with the
+optimised classes and a flat backing, execute the same random programs, in small EPCs and under all
+that may happen to them (``tests/model``): reclaim, poison, limits, full backing, loss of power, a
+kill.  After each step everything that paging can have changed must be equal: EPCM entries, VA
+slots, bytes in the EPC and in the backing, LRU order, free lists, records, charges, counters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.model.programs import STEPS
+from tests.model.test_random_programs import SMALL, WORLD, World
+from tests.support.hw import RepeatingRuntime
+
+from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.driver.optimised import PlainPage
+from softsgx.paging import (
+    Backing,
+    BackingError,
+    Counters,
+    FlatBacking,
+    MemoryBacking,
+    SgxEpcPage,
+    SwapEntry,
+)
+from softsgx.paging.flat import FlatFile, open_swap_file
+from softsgx.paging.optimised import PlainCore, PlainSwap
+from softsgx.paging.swapfile import PCMDS_PER_PAGE, SwapFile, enclave_layout
+from softsgx.paging.va_page import VaSlot
+
+_PCMD_BYTES = PAGE_BYTES // PCMDS_PER_PAGE
+
+
+def epcm(world: World) -> list[object]:
+    """EPCM entries and contents of the EPC."""
+    hw = world.system.machine
+    seen: list[object] = []
+    for addr in sorted(hw.pages):
+        page = hw.pages[addr]
+        content: Any = None
+        if page.valid and page.pt is PageType.VA:
+            content = list(page.versions)
+        elif page.valid and page.pt is PageType.SECS:
+            enclave = page.owner
+            content = enclave.children, enclave.epoch, enclave.cur_count, enclave.prev_count
+        elif page.valid:
+            content = page.bepoch, hw.store.read(page, 0, PAGE_BYTES)
+        seen.append((repr(page), page.lock, content))
+    return seen
+
+
+def record(page: SgxEpcPage) -> object:
+    """The core's record of an EPC page."""
+    group = page.group
+    return repr(page), group and group.describe(), page.lru is not None
+
+
+def swapped(entry: SwapEntry | None) -> object:
+    """Where an evicted page is."""
+    return entry and (entry.index, placed(entry.slot))
+
+
+def placed(slot: VaSlot | None) -> object:
+    """Which slot it is."""
+    return slot and (slot.page.index, slot.number)
+
+
+def backed(backing: Backing, pages: int) -> object:
+    """The number of backing pages, and bytes of each evicted page."""
+    if isinstance(backing, FlatBacking):
+        found = {
+            index: (data[:PAGE_BYTES], data[PAGE_BYTES:]) for index, data in backing.sealed.items()
+        }
+        return backing.pages(), found
+    layout, found = enclave_layout(pages), {}
+    for index in range(pages + 1):
+        content, pcmd = layout(index)
+        try:
+            data = bytes(backing.pin(content, create=False).data)
+        except BackingError:
+            continue
+        at = index % PCMDS_PER_PAGE * _PCMD_BYTES
+        found[index] = data, bytes(backing.pin(pcmd, create=False).data[at : at + _PCMD_BYTES])
+    return backing.pages(), found
+
+
+def state(world: World) -> dict[str, object]:
+    """Everything that paging can have changed."""
+    system, core = world.system, world.system.core
+    pool = core._pool
+    groups = [world.tree.root, world.group]
+    seen: dict[str, object] = {
+        "epcm": epcm(world),
+        "counters": core.counters.as_dict(),
+        "records": [record(pool.records[addr]) for addr in sorted(pool.records)],
+        "free": [[page.addr for page in node.freed] for node in pool.nodes.values()],
+        "free pages": core.free_pages,
+        "lru": [[page.addr for page in group.lru] for group in groups],
+        "groups": [
+            (g.usage_pages, g.own_pages, g.peak_pages, g.events, g.events_local) for g in groups
+        ],
+        "claims": (core.claims.holder is None, core.claims.short is None),
+        "kept": [page.addr for page in pool.records.values() if page.kept],
+    }
+    for number, enclave in enumerate(system.driver.enclaves):
+        if not enclave.created:
+            continue
+        swap, counts = enclave.swap, enclave.counts
+        seen[f"enclave {number}"] = (
+            enclave.dead,
+            enclave.referenced and enclave._references,
+            replace(counts, fault_ns=0),
+            enclave.refusal,
+            [mm.users for mm in (entry.mm for entry in enclave.mms)],
+        )
+        seen[f"swap {number}"] = (
+            swap.children,
+            swap.peak_children,
+            swap.ewbs,
+            swap.etracks,
+            swap.secs and swap.secs.addr,
+            swapped(swap.secs_entry),
+        )
+        seen[f"va {number}"] = (
+            (swap.va.promised, swap.va.used, swap.va.room),
+            [
+                (
+                    (page.index, page.epc and page.epc.addr, page.free, page.stale, page.pins),
+                    (page.accessed, page.lost, placed(page.parent)),
+                )
+                for page in swap.va.pages()
+            ],
+        )
+        seen[f"pages {number}"] = [
+            (
+                (page.index, page.epc and page.epc.addr, swapped(page.entry)),
+                (page.busy, page.reservation is None),
+            )
+            for page in enclave.pages.values()
+        ]
+        if not world.fail_every:
+            seen[f"backing {number}"] = backed(swap._backing, enclave.size // PAGE_BYTES)
+    return seen
+
+
+def pair(epc_pages: int, **options: Any) -> tuple[World, World]:
+    """Two worlds that differ in nothing but the implementation."""
+    plain, readable = (
+        World(epc_pages, runtime=RepeatingRuntime(seed=7), optimised=optimised, **options)
+        for optimised in (True, False)
+    )
+    return plain, readable
+
+
+def same(worlds: tuple[World, World], where: object) -> None:
+    """Compare the two."""
+    fast, readable = (state(world) for world in worlds)
+    assert fast.keys() == readable.keys(), where
+    for name, value in fast.items():
+        assert value == readable[name], (name, where)
+
+
+programs = st.lists(
+    st.tuples(
+        st.sampled_from(STEPS + WORLD + ("visit",) * 12 + ("reclaim", "evict") * 3), SMALL, SMALL
+    ),
+    max_size=25,
+)
+
+
+def run_both(worlds: tuple[World, World], program: list[tuple[str, int, int]]) -> None:
+    same(worlds, "start")
+    for step in program:
+        for world in worlds:
+            world.do(*step)
+            world.check()
+        same(worlds, step)
+    for world in worlds:
+        world.finish()
+    fast, readable = (world.system.core.counters.as_dict() for world in worlds)
+    assert fast == readable
+
+
+@settings(max_examples=40, deadline=None)
+@given(epc_pages=st.sampled_from((25, 32, 40, 80)), program=programs)
+def test_fast_and_readable_paging_do_the_same(
+    epc_pages: int, program: list[tuple[str, int, int]]
+) -> None:
+    run_both(pair(epc_pages), program)
+
+
+@settings(max_examples=25, deadline=None)
+@given(epc_pages=st.sampled_from((25, 40)), program=programs)
+def test_fast_and_readable_paging_do_the_same_under_limits(
+    epc_pages: int, program: list[tuple[str, int, int]]
+) -> None:
+    run_both(pair(epc_pages, limited=True), program)
+
+
+@settings(max_examples=25, deadline=None)
+@given(limit=st.integers(2, 12), program=programs)
+def test_fast_and_readable_paging_do_the_same_when_backing_is_full(
+    limit: int, program: list[tuple[str, int, int]]
+) -> None:
+    run_both(pair(32, backing_limit=limit), program)
+
+
+@settings(max_examples=25, deadline=None)
+@given(fail_every=st.integers(1, 7), program=programs)
+def test_fast_and_readable_paging_do_the_same_when_backing_fails(
+    fail_every: int, program: list[tuple[str, int, int]]
+) -> None:
+    run_both(pair(32, fail_every=fail_every), program)
+
+
+def test_the_fast_paths_are_those_that_run() -> None:
+    fast, readable = pair(40)
+    for world, kinds in ((fast, (PlainCore, PlainSwap, PlainPage)),):
+        enclave = world.system.driver.enclaves[0]
+        found = world.system.core, enclave.swap, next(iter(enclave.pages.values()))
+        assert all(type(one) is kind for one, kind in zip(found, kinds, strict=True))
+    enclave = readable.system.driver.enclaves[0]
+    found = readable.system.core, enclave.swap, next(iter(enclave.pages.values()))
+    assert not any("Plain" in type(one).__name__ for one in found)
+
+
+# --- backing --------------------------------------------------------------------------------------
+
+
+class Half:
+    """One swap file, and the evictions that have reserved their backing in it."""
+
+    def __init__(self, backing: Backing) -> None:
+        self.backing, self.counters = backing, Counters()
+        self.events: list[object] = []
+        self.file: SwapFile | FlatFile = open_swap_file(
+            backing,
+            enclave_layout(64),
+            counters=self.counters,
+            tracer=self.events.append,
+            defects=frozenset(),
+        )
+        self.reserved: dict[int, Any] = {}
+
+    def do(self, kind: str, index: int) -> object:
+        file, reserved = self.file, self.reserved
+        try:
+            match kind:
+                case "reserve" if index not in reserved and not self.holds(index):
+                    reserved[index] = file.reserve(index)
+                case "write" if index in reserved:
+                    pinned = reserved.pop(index)
+                    pinned.data[:] = bytes([index + 1]) * PAGE_BYTES
+                    pinned.pcmd_bytes[:] = bytes([index + 2]) * _PCMD_BYTES
+                    file.written(pinned)
+                case "cancel" if index in reserved:
+                    file.cancel(reserved.pop(index))
+                case "load" | "fail" if index not in reserved:
+                    pinned = file.open(index)
+                    seen = bytes(pinned.data), bytes(pinned.pcmd_bytes)
+                    (file.loaded if kind == "load" else file.close)(pinned)
+                    return seen
+                case "discard" if index not in reserved:
+                    file.discard(index)
+                case _:
+                    pass
+        except BackingError as error:
+            return str(error)
+        return None
+
+    def holds(self, index: int) -> bool:
+        try:
+            self.file.close(self.file.open(index))
+        except BackingError:
+            return False
+        return True
+
+
+KINDS = ("reserve", "reserve", "write", "write", "cancel", "load", "load", "fail", "discard")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    limit=st.none() | st.integers(1, 12),
+    history=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 64)), max_size=60),
+    near=st.sampled_from([2, 5, 40, 65]),
+)
+def test_flat_backing_and_backing_pages_do_the_same(
+    limit: int | None, history: list[tuple[str, int]], near: int
+) -> None:
+    flat, paged = Half(FlatBacking(limit)), Half(MemoryBacking(limit))
+    for kind, index in history:
+        assert flat.do(kind, index % near) == paged.do(kind, index % near)
+        assert flat.backing.pages() == paged.backing.pages()
+        assert flat.counters == paged.counters and flat.events == paged.events
+
+
+@pytest.mark.parametrize("kind", [FlatBacking, MemoryBacking])
+def test_a_closed_backing_holds_nothing(kind: type[FlatBacking | MemoryBacking]) -> None:
+    half = Half(kind(None))
+    for index in range(40):
+        half.do("reserve", index)
+        half.do("write", index)
+    assert half.backing.pages() == 42
+    half.backing.close()
+    assert half.backing.pages() == 0
