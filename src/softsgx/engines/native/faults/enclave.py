@@ -43,7 +43,7 @@ __all__ = ["EnclaveFaults"]
 _PAGE_MASK = -PAGE_BYTES
 _READ_WRITE, _ALL = READ | WRITE, READ | WRITE | EXECUTE
 _ERESUME = int(Enclu.ERESUME)
-_W, _SGX = int(Pfec.W), int(Pfec.SGX)
+_U, _W, _SGX = int(Pfec.U), int(Pfec.W), int(Pfec.SGX)
 #: Signals of faults whose meaning depends on the instruction; of SIGSEGV those of no page fault.
 _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
@@ -158,14 +158,18 @@ class EnclaveFaults:
             return 0
         if image.page_table.entry(address) is None:
             prot = image.prot_at(address)
-            if self._exits.return_at_once(thread) and (
+            if (
                 prot == _READ_WRITE
                 or (prot == _ALL and not 0 <= address - thread.load().rip < LONGEST)
-            ):
+            ) and self._exits.return_at_once(thread):
                 # Load or store, the mapping allows it: no need to decode the instruction.
                 result = image.mm.fault(address, READ, thread)
                 if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
-                    return self._mended(thread, int(Pfec.U), address)
+                    if thread.cpu.inside is None:  # kicked meanwhile
+                        return self._mended(thread, _U, address)
+                    resolved(thread)
+                    self._exits.skip(thread, Vector.PF)  # its TCS is in use, and the same
+                    return 0
         thread.load()
         access = access_at(thread, address)
         if access is None:

@@ -297,18 +297,21 @@ class EnclaveMemory:
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> None:
         """Put the page into the file at once: no thread sees it half filled."""
         self.pages[linaddr] = rights
-        filler, guards = None, self._guards_at(linaddr)
-        for guard in guards:
-            if guard.show(linaddr, data, rights):
-                filler = guard
-                break
-        else:
+        filled = False
+        others: list[Guard] = []
+        for user in self.users:
+            if user.maps(self, linaddr):
+                guard = user.pager
+                if not filled and guard.show(linaddr, data, rights):
+                    filled = True
+                else:
+                    others.append(guard)
+        if not filled:
             # A whole page written through the descriptor appears at once: the kernel holds it
             # locked, and faults wait, until it is full.
             os.pwrite(self.fd, data, linaddr)
-        for guard in guards:
-            if guard is not filler:
-                guard.shown(linaddr, rights)
+        for guard in others:
+            guard.shown(linaddr, rights)
 
     def set_rights(self, linaddr: int, rights: int) -> None:
         """Let a shown page be used as far as its EPCM entry allows now."""

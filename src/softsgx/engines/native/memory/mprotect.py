@@ -96,14 +96,13 @@ class MprotectPager:
         """As when it is shown."""
         self.shown(linaddr, rights)
 
-    def accessed(self, linaddr: int) -> bool:
-        """A page that is not watched has been used: that is why it was shown."""
-        return linaddr in self._shown and linaddr not in self._watched
-
-    def clear_accessed(self, linaddr: int) -> None:
-        """Take the rights away until the page is used."""
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """A page that is not watched has been used: take its rights away until the next use."""
+        if linaddr in self._watched or linaddr not in self._shown:
+            return False
         self._watched.add(linaddr)
         self._set(linaddr, abi.PROT_NONE)
+        return True
 
     def flush(self) -> None:
         """Nothing is put off."""

@@ -52,11 +52,11 @@ class Pager(Guard, Protocol):
         The program's threads in this space are stopped, or in system calls.
         """
 
-    def accessed(self, linaddr: int) -> bool:
-        """Return whether the shown page was used since :meth:`clear_accessed` or since shown."""
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """Return whether the shown page was used since it was shown, or since the last ``True``.
 
-    def clear_accessed(self, linaddr: int) -> None:
-        """Begin to watch the page for use; may be done late, but before the program goes on."""
+        From then on it is watched for use, at the latest when the program goes on.
+        """
 
     def touched(self, linaddr: int) -> bool:
         """A fault hit a shown page: return whether it only told of a watched page's use."""
@@ -136,9 +136,8 @@ class EnclavePageTable:
         used = linaddr in self._used
         if used:
             self._used.discard(linaddr)
-        if self._store.is_shown(entry[0]) and self.pager.accessed(linaddr):
-            self.pager.clear_accessed(linaddr)
-            used = True
+        if self._store.is_shown(entry[0]):
+            return self.pager.test_and_clear_accessed(linaddr) or used
         return used
 
     def kick(self) -> None:

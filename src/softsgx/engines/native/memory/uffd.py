@@ -72,6 +72,7 @@ class UffdPager:
     ) -> None:
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._source = ctypes.create_string_buffer(PAGE_BYTES)
+        self._source_view = memoryview(self._source).cast("B")
         self._copy = (ctypes.c_uint64 * 5)()
         self._copy_at = ctypes.addressof(self._copy)
         self._copy[1] = self._source_at = ctypes.addressof(self._source)
@@ -124,7 +125,7 @@ class UffdPager:
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """UFFDIO_COPY: page and entry appear together."""
-        ctypes.memmove(self._source_at, data if type(data) is bytes else bytes(data), PAGE_BYTES)
+        self._source_view[:] = data
         request = self._copy
         request[0], request[3], request[4] = linaddr, 0 if rights & _WRITE else _COPY_MODE_WP, 0
         while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
@@ -167,8 +168,11 @@ class UffdPager:
 
     # --- accessed bits --------------------------------------------------------------------------
 
-    def accessed(self, linaddr: int) -> bool:
-        """Return whether the page has an entry again."""
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """Return whether the page has an entry; drop it before the program goes on.
+
+        The file keeps the page.
+        """
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
         # Neighbours are asked about next: one reading serves them until the program goes on.
@@ -180,12 +184,11 @@ class UffdPager:
             except OSError:
                 words = b""
             self._present[block] = words
-        last = words[8 * at + 7 : 8 * at + 8]
-        return bool(last) and last[0] >= _PRESENT
-
-    def clear_accessed(self, linaddr: int) -> None:
-        """Drop the entry before the program goes on; the file keeps the page."""
+        last = 8 * at + 7
+        if last >= len(words) or words[last] < _PRESENT:
+            return False
         self._watched.add(linaddr)
+        return True
 
     def flush(self) -> None:
         """Change rights, drop entries of watched pages; a thread of this space is stopped."""

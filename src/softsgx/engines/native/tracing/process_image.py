@@ -190,8 +190,8 @@ class ProcessImage:
 
     def memory_at(self, linaddr: int) -> EnclaveMemory | None:
         """Return the memory file of the enclave mapped at an address."""
-        device = self.device_at(linaddr)
-        return None if device is None else device.memory
+        vma = self.mm.find(linaddr)
+        return None if vma is None else self.registry.of_file(vma.file).memory
 
     def prot_at(self, linaddr: int) -> int | None:
         """Return the rights the program asked for where an enclave is mapped."""
@@ -251,7 +251,9 @@ class ProcessImage:
 
     def usable_prot_at(self, linaddr: int) -> int | None:
         """Return the rights that the mapping of an enclave may have now."""
-        return abi.PROT_NONE if self.is_covered(linaddr) else self.prot_at(linaddr)
+        if self.strict and self.is_covered(linaddr):
+            return abi.PROT_NONE
+        return self.prot_at(linaddr)
 
     def uncover(self, view: EnclaveFile | None) -> None:
         """Make the mappings of one device usable instead of those that are; no thread runs.
