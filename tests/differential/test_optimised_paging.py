@@ -24,6 +24,7 @@ from softsgx.driver.optimised import PlainPage
 from softsgx.paging import (
     Backing,
     BackingError,
+    Claim,
     Counters,
     FlatBacking,
     MemoryBacking,
@@ -229,6 +230,29 @@ def test_the_fast_paths_are_those_that_run() -> None:
     enclave = readable.system.driver.enclaves[0]
     found = readable.system.core, enclave.swap, next(iter(enclave.pages.values()))
     assert not any("Plain" in type(one).__name__ for one in found)
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_that_was_poisoned_while_it_was_free_is_not_allocated(optimised: bool) -> None:
+    core = World(40, optimised=optimised).system.core
+    pages = [core.alloc(None, reclaim=False) for _ in range(2)]
+    for page in pages:
+        core.free(page)
+    core.poison(pages[0].addr)
+    assert core.alloc(None, reclaim=False) is pages[1]
+    core.check_invariants()
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_turn_ends_when_its_thread_has_loaded_all_that_an_instruction_needs(
+    optimised: bool,
+) -> None:
+    core = World(40, optimised=optimised).system.core
+    core.free(core.alloc(None, reclaim=False))
+    claim = core.claims.holder = Claim()
+    claim.loads_left = 0
+    core.alloc(None, reclaim=False, claim=claim)
+    assert core.claims.holder is None
 
 
 # --- backing --------------------------------------------------------------------------------------
