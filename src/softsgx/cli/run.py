@@ -30,8 +30,7 @@ from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-
+from softsgx import report
 from softsgx.cli._common import size_as_written, write_file
 from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunFailed, doctor
 from softsgx.engines.native import run as run_natively
@@ -42,13 +41,9 @@ from softsgx.report import (
     COST_PROFILES,
     Collector,
     CpuTimes,
-    PerfettoWriter,
     Sampler,
     Ticker,
     document,
-    html_page,
-    print_summary,
-    status_line,
 )
 
 __all__ = ["NAME", "configure", "run"]
@@ -157,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         tracer = None
         if args.trace:
-            writer = PerfettoWriter(args.trace, time.monotonic_ns, collector.resident)
+            writer = report.PerfettoWriter(args.trace, time.monotonic_ns, collector.resident)
             tracer = stack.enter_context(writer)
         stack.callback(watch.stop)
         stack.enter_context(_handlers_kept())
@@ -183,12 +178,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if sampler is not None:
         sampler.take()
-        write_file(args.report, html_page(summary, sampler.samples).encode(), force=args.force)
+        write_file(
+            args.report, report.html_page(summary, sampler.samples).encode(), force=args.force
+        )
     if args.json:
         text = json.dumps(document(summary), indent=2) + "\n"
         write_file(args.json, text.encode(), force=args.force)
     if not args.quiet:
-        print_summary(summary, Console(stderr=True, highlight=False, markup=False))
+        report.print_summary(summary, report.error_console())
     for mistake in mistakes:
         print(f"softsgx: {mistake!r}: a mistake of softsgx; please report it", file=sys.stderr)
     if mistakes:
@@ -241,7 +238,7 @@ class _Watch:
     def _show_status(self) -> float:
         self._shown = True
         width = _terminal_width(2)
-        self._write(status_line(self._collector)[: width - 1])
+        self._write(report.status_line(self._collector)[: width - 1])
         return _STATUS_EVERY_S
 
     @staticmethod

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from softsgx import kvm, userland
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver import Driver
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import configured_size
 from softsgx.hw import MachineConfig
-from softsgx.kvm import Guest, GuestStoppedError
 from softsgx.paging import Backing, EpcCore, Policy, needed_pages
 from softsgx.trace import Tracer
-from softsgx.userland import SoftProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,7 +46,7 @@ class GuestPlatform:
 
     def __init__(
         self,
-        guest: Guest,
+        guest: kvm.Guest,
         *,
         policy: Policy,
         backing: Callable[[int], Backing],
@@ -68,12 +67,12 @@ class GuestPlatform:
         """Stop its ksgxd; its enclaves are left as they are."""
         if self._started:
             self._started = False
-            with suppress(GuestStoppedError):  # which has ended it already
+            with suppress(kvm.GuestStoppedError):  # which has ended it already
                 self.core.stop()
 
-    def process(self, name: str = "") -> SoftProcess:
+    def process(self, name: str = "") -> userland.SoftProcess:
         """Return a new simulated process in it."""
-        return SoftProcess(self.guest, self.driver, name=name)
+        return userland.SoftProcess(self.guest, self.driver, name=name)
 
     def power_loss(self) -> None:
         """Suspend and resume, or reset, this guest alone."""
@@ -93,7 +92,7 @@ class GuestPlatform:
 class GuestVictim:
     """A guest as the cgroup's out-of-memory handling sees it."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: kvm.Guest) -> None:
         self._guest = guest
         self.name = repr(guest)
 
@@ -112,7 +111,7 @@ def check_ballast(
     name: str,
     ballast: int | str,
     group: EpcCgroup,
-    guests: Iterable[Guest],
+    guests: Iterable[kvm.Guest],
     machine: MachineConfig,
 ) -> int:
     """Return a ballast in pages.

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
+from softsgx import kvm, userland
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
 from softsgx.driver import Driver, EnclaveFile
@@ -23,12 +25,10 @@ from softsgx.host.config import PlatformConfig, check_pages, configured_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore, Ram
 from softsgx.hw.optimised import OPTIMISED
-from softsgx.kvm import Guest, VepcDevice
 from softsgx.paging import Backing, EpcCore, FileBacking, FlatBacking, Group, MemoryBacking
 from softsgx.paging.optimised import PlainCore
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
-from softsgx.userland import SoftProcess
 
 __all__ = ["Platform"]
 
@@ -52,7 +52,6 @@ class Platform:
         machine: the processor and its EPC.
         core: the paging core.
         cgroups: the tree of groups.
-        vepc: the device of guests' virtual EPC.
         guests: guests that were not removed, oldest first.
         driver: the loaded driver, ``None`` while it is unloaded.
 
@@ -107,10 +106,14 @@ class Platform:
             dirty=None if self.config.sanitize else (),
             defects=self.config.defects,
         )
-        self.vepc = VepcDevice(self.core, backing=self._backing, defects=self.config.defects)
         self.driver: Driver | None = None
         self.guests: list[GuestPlatform] = []
         self._started = False
+
+    @cached_property
+    def vepc(self) -> kvm.VepcDevice:
+        """The device of guests' virtual EPC."""
+        return kvm.VepcDevice(self.core, backing=self._backing, defects=self.config.defects)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -189,7 +192,7 @@ class Platform:
 
     def process(
         self, name: str = "", *, group: str = "/", may_provision: bool = True
-    ) -> SoftProcess:
+    ) -> userland.SoftProcess:
         """Return a new simulated process.
 
         Args:
@@ -200,7 +203,7 @@ class Platform:
         if self.driver is None:
             raise OSError(errno.ENODEV, "the driver is not loaded")
         charged = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
-        return SoftProcess(
+        return userland.SoftProcess(
             self.machine, self.driver, group=charged, name=name, may_provision=may_provision
         )
 
@@ -241,7 +244,7 @@ class Platform:
         charged = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
         guests = [made.guest for made in self.guests]
         made = GuestPlatform(
-            Guest(
+            kvm.Guest(
                 self.machine,
                 self.vepc,
                 name,

@@ -1,9 +1,10 @@
 """Runs as text, JSON, traces and pages: what happened, and what it would have cost on silicon."""
 
+from typing import TYPE_CHECKING
+
+from softsgx.ondemand import on_demand
 from softsgx.report.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.report.document import FORMAT, document
-from softsgx.report.html import html_page
-from softsgx.report.perfetto import PerfettoWriter
 from softsgx.report.sampler import Sample, Sampler, Ticker
 from softsgx.report.summary import (
     Collector,
@@ -14,13 +15,18 @@ from softsgx.report.summary import (
     RunSummary,
     Totals,
 )
-from softsgx.report.tables import (
-    cycles_text,
-    print_summary,
-    seconds_text,
-    status_line,
-)
 from softsgx.report.verdict import Fit, Verdict, verdict
+
+if TYPE_CHECKING:
+    from softsgx.report.html import html_page
+    from softsgx.report.perfetto import PerfettoWriter
+    from softsgx.report.tables import (
+        cycles_text,
+        error_console,
+        print_summary,
+        seconds_text,
+        status_line,
+    )
 
 __all__ = [
     "COST_PROFILES",
@@ -44,6 +50,7 @@ __all__ = [
     "Verdict",
     "cycles_text",
     "document",
+    "error_console",
     "estimate",
     "html_page",
     "print_summary",
@@ -51,3 +58,18 @@ __all__ = [
     "status_line",
     "verdict",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "html": ("html_page",),
+        "perfetto": ("PerfettoWriter",),
+        "tables": (
+            "cycles_text",
+            "error_console",
+            "print_summary",
+            "seconds_text",
+            "status_line",
+        ),
+    },
+)

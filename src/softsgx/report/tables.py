@@ -19,7 +19,14 @@ from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
 from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
 
-__all__ = ["cycles_text", "enclave_name", "print_summary", "seconds_text", "status_line"]
+__all__ = [
+    "cycles_text",
+    "enclave_name",
+    "error_console",
+    "print_summary",
+    "seconds_text",
+    "status_line",
+]
 
 _PARAGRAPHS = 3
 _ROWS = 20
@@ -40,6 +47,11 @@ _INJECTED = {
     "poisoned_pages": "poisoned pages",
     "ticks": "exits by ticks",
 }
+
+
+def error_console() -> Console:
+    """Return a console on stderr that prints summaries as they are."""
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def print_summary(run: RunSummary, console: Console) -> None:

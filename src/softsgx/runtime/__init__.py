@@ -6,16 +6,10 @@ threads) and :class:`SeededRuntime` (cooperative tasks in one thread; the same s
 history), whose schedules :func:`explore` searches for failures.
 """
 
+from typing import TYPE_CHECKING
+
+from softsgx.ondemand import on_demand
 from softsgx.runtime.base import Condition, Lock, Runtime, Task
-from softsgx.runtime.exploration import (
-    Exploration,
-    Program,
-    Run,
-    explore,
-    explore_all,
-    minimise,
-    shrink,
-)
 from softsgx.runtime.failures import (
     Deadlock,
     ExplorationFailed,
@@ -24,19 +18,30 @@ from softsgx.runtime.failures import (
     ScriptNotFollowed,
 )
 from softsgx.runtime.inline import InlineRuntime
-from softsgx.runtime.policies import (
-    Pct,
-    Policy,
-    Replay,
-    Script,
-    Stretches,
-    Uniform,
-    Uninterrupted,
-)
-from softsgx.runtime.schedule import Schedule, Step, Stretch
-from softsgx.runtime.seeded import SeededRuntime
-from softsgx.runtime.systematic import Systematic
-from softsgx.runtime.threads import ThreadsRuntime
+
+if TYPE_CHECKING:
+    from softsgx.runtime.exploration import (
+        Exploration,
+        Program,
+        Run,
+        explore,
+        explore_all,
+        minimise,
+        shrink,
+    )
+    from softsgx.runtime.policies import (
+        Pct,
+        Policy,
+        Replay,
+        Script,
+        Stretches,
+        Uniform,
+        Uninterrupted,
+    )
+    from softsgx.runtime.schedule import Schedule, Step, Stretch
+    from softsgx.runtime.seeded import SeededRuntime
+    from softsgx.runtime.systematic import Systematic
+    from softsgx.runtime.threads import ThreadsRuntime
 
 __all__ = [
     "Condition",
@@ -70,3 +75,35 @@ __all__ = [
     "minimise",
     "shrink",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "exploration": (
+            "Exploration",
+            "Program",
+            "Run",
+            "explore",
+            "explore_all",
+            "minimise",
+            "shrink",
+        ),
+        "policies": (
+            "Pct",
+            "Policy",
+            "Replay",
+            "Script",
+            "Stretches",
+            "Uniform",
+            "Uninterrupted",
+        ),
+        "schedule": (
+            "Schedule",
+            "Step",
+            "Stretch",
+        ),
+        "seeded": ("SeededRuntime",),
+        "systematic": ("Systematic",),
+        "threads": ("ThreadsRuntime",),
+    },
+)
