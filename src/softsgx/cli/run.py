@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         tracer = None
         if args.trace:
-            writer = report.PerfettoWriter(args.trace, time.monotonic_ns, collector.resident)
+            writer = report.PerfettoWriter(args.trace, time.monotonic_ns, collector.levels)
             tracer = stack.enter_context(writer)
         stack.callback(watch.stop)
         stack.enter_context(_handlers_kept())

@@ -6,7 +6,7 @@ again while the driver is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from softsgx.trace import Event
@@ -52,6 +52,9 @@ class FaultHandled(Event):
         kind: ``minor`` (the page was resident), ``major`` (it was loaded), ``augment`` (EAUG made
             it), ``busy`` (the access is repeated), ``refused``.
         result: ``nopage``, ``retry``, ``sigbus``, ``oom``.
+        duration_ns: how long the driver handled it, without what a repeated access waits for.
+            Time that passes for real differs from run to run: it is no part of the text, and two
+            events that differ in nothing else are equal.
     """
 
     NAME: ClassVar[str] = "sgx:fault"
@@ -60,6 +63,14 @@ class FaultHandled(Event):
     linaddr: int
     kind: str
     result: str
+    duration_ns: int = field(default=0, compare=False)
+
+    def line(self) -> str:
+        """Return the Linux-like form, without the duration."""
+        return (
+            f"{self.NAME}: enclave={self.enclave} linaddr={self.linaddr:#x} kind={self.kind} "
+            f"result={self.result}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

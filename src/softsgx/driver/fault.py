@@ -64,6 +64,7 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         waits and is called with no lock held.
     """
     driver = enclave.driver
+    began_ns = 0 if driver.tracer is None else driver.runtime.now_ns()
     index = linaddr - enclave.base >> PAGE_SHIFT
     try:
         # Looked up without the lock; both functions look it up again under the lock.
@@ -85,7 +86,8 @@ def handle(enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task |
         wait = None
     if driver.tracer is not None:
         seen = result if wait is None else FaultResult.RETRY
-        driver.tracer(FaultHandled(enclave.number, linaddr, kind, seen.value))
+        duration_ns = driver.runtime.now_ns() - began_ns
+        driver.tracer(FaultHandled(enclave.number, linaddr, kind, seen.value, duration_ns))
     return result, wait
 
 

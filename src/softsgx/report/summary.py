@@ -323,6 +323,21 @@ class Collector:
         """Return the resident pages of each enclave that exists now, by its number."""
         return {enclave.number: enclave.swap.children for enclave in self.living()}
 
+    def levels(self) -> dict[str, int]:
+        """Return pages now: in the EPC, of each living enclave, charged to each group but the root.
+
+        The keys are ``EPC``, ``enclave 1``, ``group /jobs``.
+        """
+        assert self.platform is not None, "nothing was attached"
+        core = self.platform.core
+        levels = {"EPC": core.epc_pages - core.free_pages}
+        for number, pages in self.resident().items():
+            levels[f"enclave {number}"] = pages
+        for group in self.platform.cgroups.root.subtree():
+            if group.path != "/":
+                levels[f"group {group.path}"] = group.usage_pages
+        return levels
+
     def totals(self) -> Totals:
         """Return sums over all enclaves, living or not; may be called from another thread."""
         total = self._gone

@@ -78,7 +78,7 @@ def test_counts_with_a_trace_are_those_without(program: list[str], tmp_path: Pat
     plain, traced = found
     assert plain["eenter"] == traced["eenter"]
     assert abs(plain["reloads"] - traced["reloads"]) < 0.2 * plain["reloads"]
-    assert (tmp_path / "trace").stat().st_size > 100_000
+    assert (tmp_path / "trace").stat().st_size > 10_000
 
 
 def test_a_report_shows_the_run(program: list[str], tmp_path: Path) -> None:
