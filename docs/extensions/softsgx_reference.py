@@ -1,4 +1,8 @@
-"""Reference pages made from the code: the commands' parsers, and the events of every layer."""
+"""Reference pages made from the code: the commands' parsers, and the events of every layer.
+
+Docstrings may describe several names in one entry (``base, size: its range``).  Sphinx takes the
+last word of such an entry as the name and the others as its type; here each name is a name.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,14 @@ from importlib import import_module
 from typing import Any
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from softsgx.cli import VERBS, command_of, parser_of
 from softsgx.trace import Event
 
+_NAMES = re.compile(r":(ivar|param) (\w+(?:, \w+)+):")
 _OPTION = re.compile(r"(--[a-z]\S*)")
 EVENT_MODULES = {
     "hw": "softsgx.hw.events",
@@ -122,8 +128,29 @@ def _row(cells: list[nodes.Node]) -> nodes.row:
     return nodes.row("", *(nodes.entry("", cell) for cell in cells))
 
 
+def _join_names(
+    app: Sphinx, what: str, name: str, made: object, options: object, lines: list[str]
+) -> None:
+    """Join the names of an entry by commas alone, so that Sphinx sees one name and no type."""
+    for index, line in enumerate(lines):
+        found = _NAMES.match(line)
+        if found is not None:
+            names = found[2].replace(", ", ",")
+            lines[index] = f":{found[1]} {names}:{line[found.end() :]}"
+
+
+def _space_names(app: Sphinx, doctree: nodes.document) -> None:
+    """Put a space after the commas of such an entry."""
+    for comma in list(doctree.findall(addnodes.literal_strong)):
+        if comma.astext() == ",":
+            comma.replace_self(nodes.Text(", "))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("softsgx-commands", Commands)
     app.add_directive("softsgx-events", Events)
+    # After Napoleon, which turns sections into fields.
+    app.connect("autodoc-process-docstring", _join_names, priority=600)
+    app.connect("doctree-read", _space_names)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
