@@ -1,0 +1,11 @@
+"""A gdb remote stub in the supervisor: gdb debugs the program, and debug enclaves in it.
+
+=============== ===================================================================
+:mod:`.packets`  the framing of gdb's remote protocol
+:mod:`.session`  what each packet asks for, and its answer
+:mod:`.loop`     the tracer's loop with stops that gdb is told of
+:mod:`.target`   registers, memory and breakpoints of the program's threads
+=============== ===================================================================
+
+A process has one tracer, the supervisor, so gdb cannot attach to the program itself.
+"""
