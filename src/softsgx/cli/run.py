@@ -32,7 +32,7 @@ from typing import Any
 
 from softsgx import report
 from softsgx.cli._common import size_as_written, write_file
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunFailed, doctor
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, GdbServer, RunFailed, doctor
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.errors import SoftSgxError
@@ -106,6 +106,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="interrupt threads inside enclaves by a timer: 1ms to 1s (default: never)",
     )
+    debugging = parser.add_argument_group("debugging")
+    debugging.add_argument(
+        "--gdb",
+        metavar="[HOST:]PORT|SOCKET",
+        help="wait for a gdb at a port of 127.0.0.1 (0: any) or a Unix socket, and let it debug "
+        "the program and its debug enclaves; who reaches another HOST can run code as you",
+    )
+    debugging.add_argument(
+        "--enclave-file",
+        action="append",
+        default=[],
+        metavar="ELF",
+        help="for --gdb: a file with the code of an enclave, with symbols, where the program does "
+        "not open it; repeatable",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
     output.add_argument(
@@ -157,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(watch.stop)
         stack.enter_context(_handlers_kept())
         mistakes: list[Exception] = []
+        gdb = _gdb_server(args, stack)
         try:
             result = run_natively(
                 argv,
@@ -170,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
                 strict=args.strict,
                 inject=args.inject,
                 tick=args.tick,
+                gdb=gdb,
             )
         except RunFailed as failed:  # the summary covers a failed run, too
             result, mistakes = failed.result, failed.errors
@@ -191,6 +208,26 @@ def run(args: argparse.Namespace) -> int:
     if mistakes:
         return _FAILED
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+
+
+def _gdb_server(args: argparse.Namespace, stack: ExitStack) -> GdbServer | None:
+    """Listen for a gdb, and say where."""
+    if args.gdb is None:
+        return None
+    server = GdbServer(args.gdb, args.enclave_file)
+    stack.callback(server.close)
+    if server.is_public:
+        print(
+            f"softsgx: --gdb {args.gdb}: other machines may reach this port, and whoever connects "
+            "first can run any code as you; the protocol has no password",
+            file=sys.stderr,
+        )
+    print(
+        f"softsgx: the program waits for gdb; in gdb: target remote {server.address}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return server
 
 
 class _Watch:

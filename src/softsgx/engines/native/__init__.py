@@ -5,6 +5,7 @@ x86-64 only; no root needed.
 """
 
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor
+from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import INJECTIONS
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
@@ -25,6 +26,7 @@ __all__ = [
     "INJECTIONS",
     "PAGERS",
     "Finding",
+    "GdbServer",
     "NativePlatformConfig",
     "NativeStore",
     "Observer",

@@ -229,6 +229,8 @@ BUS_ADRALN: Final = 1
 BUS_ADRERR: Final = 2
 FPE_INTDIV: Final = 1
 SI_KERNEL: Final = 0x80
+TRAP_BRKPT: Final = 1
+TRAP_TRACE: Final = 2
 TRAP_HWBKPT: Final = 4
 
 # struct ucontext, the argument of a handler: err, then trapno, of its struct sigcontext; cr2.

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softsgx.engines.native.doctor import doctor
+from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.supervisor import Supervisor
+from softsgx.engines.native.supervisor import Instruments, Supervisor
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
 from softsgx.engines.native.x86.cpuid import (
     CpuidLeaf,
@@ -159,6 +160,7 @@ def run(
     strict: bool = False,
     inject: Sequence[str] = (),
     tick: str | None = None,
+    gdb: GdbServer | None = None,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -183,6 +185,8 @@ def run(
             takes the power is blocked in this thread meanwhile; other threads of this process must
             block it, too.
         tick: period of timer interrupts for threads inside enclaves, as "4ms"; none by default.
+        gdb: where a gdb connects that debugs the program, which waits for it before its first
+            step; not with ``strict``.  The caller closes it.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
@@ -199,6 +203,8 @@ def run(
         raise SoftSgxError(f"pager = {pager!r}: not known; give one of {', '.join(PAGERS)}")
     if cpuid not in CPUID_SOURCES:
         raise SoftSgxError(f"cpuid = {cpuid!r}: not known; give {' or '.join(CPUID_SOURCES)}")
+    if gdb is not None and strict:
+        raise SoftSgxError("gdb: does not go with a strict run; leave one of them out")
     injections = Injections.of(inject)
     tick_ns = None if tick is None else tick_period_ns(tick)
     for finding in doctor():
@@ -218,8 +224,7 @@ def run(
             pager=pager,
             cpus=cpus,
             strict=strict,
-            injections=injections,
-            tick_ns=tick_ns,
+            instruments=Instruments(injections, tick_ns, gdb),
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)

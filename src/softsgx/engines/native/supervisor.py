@@ -17,8 +17,9 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EACCES
+from functools import partial
 from itertools import count
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
@@ -28,6 +29,9 @@ from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.gdb.loop import DebugLoop
+from softsgx.engines.native.gdb.server import GdbServer
+from softsgx.engines.native.gdb.symbols import EnclaveFiles
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.limits import raise_limits, set_limits
@@ -60,7 +64,22 @@ from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
-__all__ = ["Supervisor"]
+__all__ = ["Instruments", "Supervisor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """What a run is examined with.
+
+    Attributes:
+        injections: failures on demand.
+        tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
+        gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
+    """
+
+    injections: Injections = field(default_factory=Injections)
+    tick_ns: int | None = None
+    gdb: GdbServer | None = None
 
 
 class Supervisor(Lifecycle):
@@ -76,8 +95,7 @@ class Supervisor(Lifecycle):
         cpus: the processors that program and supervisor may run on; by default one while the
             program has one thread, and ours otherwise.
         strict: give the abort page to code outside that touches an enclave.
-        injections: failures on demand.
-        tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
+        instruments: what the run is examined with.
 
     Attributes:
         pager: the name of the pager in use.
@@ -95,8 +113,7 @@ class Supervisor(Lifecycle):
         pager: str | None = None,
         cpus: set[int] | None = None,
         strict: bool = False,
-        injections: Injections | None = None,
-        tick_ns: int | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
         assert isinstance(machine.ram, NativeRam), "the program's memory is the machine's RAM"
@@ -108,17 +125,20 @@ class Supervisor(Lifecycle):
         self.pager = pager or choose_pager()
         self._group, self._cpus, self._strict = group, cpus, strict
         self._affinity: Affinity | None = None
-        self._injections = Injections() if injections is None else injections
+        instruments = Instruments() if instruments is None else instruments
+        self._injections, gdb = instruments.injections, instruments.gdb
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
-        # In a strict run each entry changes what others may see; and entries may be counted, or
-        # threads inside be interrupted.
-        counting = self._injections.power_losses or self._injections.power_signals or tick_ns
-        self._permitting = not (strict or counting) and can_write_fsbase()
+        # In a strict run each entry changes what others may see; and entries may be counted,
+        # stepped or searched for breakpoints, or threads inside be interrupted.
+        counting = self._injections.power_losses or self._injections.power_signals
+        stopping = strict or counting or gdb or instruments.tick_ns
+        self._permitting = not stopping and can_write_fsbase()
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
-        self._waits = Waits(self._injections.power_signals)
+        wakes = set() if gdb is None else {signal.SIGIO}
+        self._waits = Waits(self._injections.power_signals, wakes=wakes)
         xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._numbers = count(1)
@@ -140,11 +160,14 @@ class Supervisor(Lifecycle):
             xcr0=xcr0,
             areas=self._areas,
         )
-        make_loop = StrictLoop if strict else Loop
-        self._loop: Loop = make_loop(self, self._waits, transitions, self._handlers(ioctls))
+        make_loop: Callable[..., Loop] = StrictLoop if strict else Loop
+        if gdb is not None:
+            assert not strict, "gdb lets threads run that have to wait for their turn"
+            make_loop = partial(DebugLoop, server=gdb, files=EnclaveFiles(gdb.enclave_files))
+        self._loop = make_loop(self, self._waits, transitions, self._handlers(ioctls))
         self._injector = Injector(
             self._injections,
-            tick_ns,
+            instruments.tick_ns,
             machine,
             driver.core,
             self._loop,

@@ -137,8 +137,8 @@ class Loop:
         """Serve the program until its last thread is gone."""
         while self.threads or self._dying:
             until_ns = self._between()
-            if self._later:
-                thread = self._later.pop()
+            thread = self._next_held()
+            if thread is not None:
                 if thread.pending and self.threads.get(thread.tid) is thread:
                     self._guard(thread, thread.pending.pop(0))
                 continue
@@ -153,13 +153,17 @@ class Loop:
         """As :meth:`Lifecycle.between`."""
         return self._lifecycle.between()
 
+    def _next_held(self) -> ProgramThread | None:
+        """Return a thread that was held, whose stop is to be handled now."""
+        return self._later.pop() if self._later else None
+
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
         if thread.mid_call:  # it stops again at the end of the call
             image.current = None
             thread.running = thread.in_call = True
-            thread.resume(number)
+            self._go(thread, number)
             return
         image.current = thread
         if thread.borrowable:
@@ -182,6 +186,10 @@ class Loop:
             return
         if number and thread.survives_fault(number):
             kill(thread.process.pid)
+        self._go(thread, number)
+
+    def _go(self, thread: ProgramThread, number: int = 0) -> None:
+        """Let a thread run for which everything is prepared."""
         thread.resume(number)
 
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
@@ -207,7 +215,7 @@ class Loop:
             os.pwrite(memory, _TWO_QWORDS.pack(trap.error, trap.vector), frame + abi.UCONTEXT_ERR)
             if trap.address is not None:
                 os.pwrite(memory, trap.address.to_bytes(8, "little"), frame + abi.UCONTEXT_CR2)
-        thread.resume()
+        self._go(thread)
 
     def hold(self, thread: ProgramThread) -> bool:
         """Stop a running thread; what stopped it is handled later.  ``False``: it has died."""

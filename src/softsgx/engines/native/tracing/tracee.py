@@ -233,6 +233,11 @@ class Thread:
         return buffer.value
 
     @property
+    def at_signal(self) -> bool:
+        """Whether it is at the stop of a signal, which can be delivered, exchanged or dropped."""
+        return self._at_signal
+
+    @property
     def borrowable(self) -> bool:
         """Whether :meth:`borrow` changes nothing: nothing of the kernel's is half done.
 
@@ -242,10 +247,15 @@ class Thread:
 
     # --- going on -------------------------------------------------------------------------------
 
-    def resume(self, signal: int = 0) -> None:
-        """Let it run until something concerns us; deliver ``signal`` first."""
+    def resume(self, signal: int = 0, *, step: bool = False) -> None:
+        """Let it run until something concerns us; deliver ``signal`` first.
+
+        With ``step`` it stops by SIGTRAP after one instruction, at the latest.
+        """
         self._prepare(signal)
         request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
+        if step:
+            request = abi.PTRACE_SINGLESTEP
         if _ptrace(request, self.tid, 0, signal) == -1:
             raise Gone(self.tid)
 

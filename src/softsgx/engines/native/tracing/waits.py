@@ -37,14 +37,20 @@ class Waits:
     """See the module.
 
     Args:
-        signals: signals to the calling process that end a wait.
+        signals: signals to the calling process that end a wait, and are counted.
         clock: returns nanoseconds.
+        wakes: signals that end a wait, and mean no more than that.
     """
 
     def __init__(
-        self, signals: Set[int] = frozenset(), clock: Callable[[], int] = time.monotonic_ns
+        self,
+        signals: Set[int] = frozenset(),
+        clock: Callable[[], int] = time.monotonic_ns,
+        *,
+        wakes: Set[int] = frozenset(),
     ) -> None:
         self._signals, self.clock = frozenset(signals), clock
+        self._wakes = frozenset(wakes)
         self._kept: deque[tuple[int, int]] = deque()
         self._received = 0
 
@@ -54,11 +60,12 @@ class Waits:
 
         Signals that nothing has asked for are forgotten at the end.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *self._signals})
+        ended_by = {*self._signals, *self._wakes}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *ended_by})
         try:
             yield
         finally:
-            while self.received():
+            while ended_by and signal.sigtimedwait(ended_by, 0) is not None:
                 pass
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -86,7 +93,8 @@ class Waits:
         """
         if self._kept:
             return self._kept.popleft()
-        if until_ns is None and not self._signals:
+        ended_by = self._signals | self._wakes
+        if until_ns is None and not ended_by:
             return os.waitpid(-1, abi.WALL)
         while True:
             tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
@@ -96,9 +104,9 @@ class Waits:
             if left_ns <= 0:
                 return None
             limit_s = min(left_ns, _LONGEST_WAIT_NS) / 1e9
-            came = signal.sigtimedwait({signal.SIGCHLD, *self._signals}, limit_s)
-            if came is not None and came.si_signo in self._signals:
-                self._received += 1
+            came = signal.sigtimedwait({signal.SIGCHLD, *ended_by}, limit_s)
+            if came is not None and came.si_signo in ended_by:
+                self._received += came.si_signo in self._signals
                 return None
 
     def of(self, tid: int) -> int:

@@ -1,0 +1,98 @@
+"""The connection with gdb while a program runs: bytes to packets, packets to answers."""
+
+from __future__ import annotations
+
+import logging
+
+from softsgx.engines.native.gdb.packets import INTERRUPT, Connection
+from softsgx.engines.native.gdb.server import GdbServer
+from softsgx.engines.native.gdb.session import Session
+from softsgx.engines.native.gdb.target import Debugged
+
+__all__ = ["Link"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class Link:
+    """See the module.
+
+    Args:
+        server: where gdb connects.
+        target: the program.
+    """
+
+    def __init__(self, server: GdbServer, target: Debugged) -> None:
+        self._server, self._target = server, target
+        self._connection = Connection()
+        self._session: Session | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a gdb."""
+        return self._session is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether gdb waits for the program to stop."""
+        return self._session is not None and self._session.waits
+
+    @property
+    def knows_exec(self) -> bool:
+        """Whether gdb can be told of a program that was executed."""
+        return self._session is not None and self._session.knows_exec
+
+    def poll(self) -> bool:
+        """Do what gdb has asked for since the last call; whether there was anything."""
+        if self._server.accept():
+            self._connection, self._session = Connection(), Session(self._target)
+            self._target.attach()
+            return True
+        data = self._server.receive()
+        if data is None:
+            self._hang_up()
+            return True
+        for packet in self._connection.receive(data):
+            if packet is INTERRUPT:
+                self._target.break_in()
+                continue
+            session = self._session
+            assert session is not None and packet is not None, "a packet without a connection"
+            answer = session.answer(packet)
+            if answer is not None:
+                self._connection.send(answer)
+            self._send()
+            self._connection.acknowledges = session.acknowledges
+        self._send()
+        return bool(data)
+
+    def tell_stop(self) -> None:
+        """The program has stopped."""
+        if self._session is not None:
+            self._tell(self._session, self._session.stop_reply())
+
+    def tell_end(self, status: int) -> None:
+        """The process has ended, with this status of wait(2)."""
+        if self._session is not None and self._session.waits:
+            self._tell(self._session, self._session.end_reply(status))
+
+    def tell_none_runs(self) -> None:
+        """The threads that gdb has let run have ended; others are stopped."""
+        if self._session is not None:
+            self._tell(self._session, b"N")
+
+    def _tell(self, session: Session, reply: bytes) -> None:
+        session.waits = False
+        self._connection.send(reply)
+        self._send()
+
+    def _send(self) -> None:
+        self._server.send(self._connection.take_output())
+        if self._session is not None and not self._server.connected:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+            _LOG.info("gdb has gone")
