@@ -23,7 +23,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from softsgx.arch import PAGE_BYTES
+from softsgx.arch import PAGE_BYTES, AttributesFlags
 from softsgx.cli._common import number, print_json, read_file, size_bytes, write_file
 from softsgx.errors import SoftSgxError
 from softsgx.image import Plan, SignOptions, load_key, mrsigner, new_key, sign_plan, write_sgxs
@@ -62,6 +62,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="for SOURCE.c, after the default ones: --cflags='-O3 -DN=4'",
     )
     parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="a debug enclave, and beside OUT its code with debug information, for gdb: OUT with "
+        ".elf at its end; add --cflags=-O0 to step by lines",
+    )
+    parser.add_argument(
         "--host",
         metavar="HOST.c",
         help="compile this program too, to a file beside OUT called HOST",
@@ -86,19 +92,22 @@ def run(args: argparse.Namespace) -> int:
     if output == sigstruct_file:
         raise SoftSgxError(f"{output}: the signature goes there; end OUT with .sgxs")
     host = output.with_name(Path(args.host).stem) if args.host else None
-    for file in (output, sigstruct_file, host):
+    elf = output.with_suffix(".elf") if args.debug else None
+    for file in (output, sigstruct_file, host, elf):
         if file is not None and os.path.exists(file) and not args.force:
             raise SoftSgxError(f"{file}: exists; add --force to overwrite it")
     key = load_key(read_file(args.key), args.key) if args.key else None
     options = BuildOptions(heap_bytes=args.heap, stack_bytes=args.stack, threads=args.threads)
 
     compiler = find_compiler(args.cc)
-    plan = build_enclave(sources, compiler, options, shlex.split(args.cflags))
+    plan = build_enclave(sources, compiler, options, shlex.split(args.cflags), elf)
     if host is not None:
         _build_host(compiler, Path(args.host).absolute(), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()
     # XFRM as compiled for: SSE2 and no more.
-    sigstruct = sign_plan(plan, key or new_key(), SignOptions(date=today, xfrm_mask=(1 << 64) - 1))
+    attributes = AttributesFlags.MODE64BIT | (AttributesFlags.DEBUG if args.debug else 0)
+    signed_with = SignOptions(date=today, xfrm_mask=(1 << 64) - 1, attributes=int(attributes))
+    sigstruct = sign_plan(plan, key or new_key(), signed_with)
     write_file(str(output), b"".join(write_sgxs(plan)), force=args.force)
     write_file(str(sigstruct_file), sigstruct.pack(), force=args.force)
 
@@ -110,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         "output": str(output),
         "sigstruct": str(sigstruct_file),
         "host": None if host is None else str(host),
+        "elf": None if elf is None else str(elf),
     }
     if args.json:
         print_json(document)
@@ -137,6 +147,6 @@ def _print(document: dict[str, object], plan: Plan) -> None:
     print(f"mrenclave  {document['mrenclave']}")
     print(f"mrsigner   {document['mrsigner']}")
     print(f"pages      {plan.page_count} ({plan.page_count * PAGE_BYTES / (1 << 20):.1f} MiB)")
-    for name in ("output", "sigstruct", "host"):
+    for name in ("output", "sigstruct", "host", "elf"):
         if document[name] is not None:
             print(f"wrote      {document[name]}")

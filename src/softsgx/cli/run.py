@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
@@ -162,9 +162,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"softsgx: {line}", file=sys.stderr)
     collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
     sampler = Sampler(collector) if args.report else None
-    watch = _Watch(collector, sampler, status=_status_wanted(args))
     began = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
+        gdb = None
+        if args.gdb is not None:
+            gdb = stack.enter_context(closing(GdbServer(args.gdb, args.enclave_file)))
+        watch = _Watch(collector, sampler, status=_status_wanted(args), gdb=gdb)
         tracer = None
         if args.trace:
             writer = report.PerfettoWriter(args.trace, time.monotonic_ns, collector.levels)
@@ -172,7 +175,6 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(watch.stop)
         stack.enter_context(_handlers_kept())
         mistakes: list[Exception] = []
-        gdb = _gdb_server(args, stack)
         try:
             result = run_natively(
                 argv,
@@ -210,26 +212,6 @@ def run(args: argparse.Namespace) -> int:
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
 
 
-def _gdb_server(args: argparse.Namespace, stack: ExitStack) -> GdbServer | None:
-    """Listen for a gdb, and say where."""
-    if args.gdb is None:
-        return None
-    server = GdbServer(args.gdb, args.enclave_file)
-    stack.callback(server.close)
-    if server.is_public:
-        print(
-            f"softsgx: --gdb {args.gdb}: other machines may reach this port, and whoever connects "
-            "first can run any code as you; the protocol has no password",
-            file=sys.stderr,
-        )
-    print(
-        f"softsgx: the program waits for gdb; in gdb: target remote {server.address}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return server
-
-
 class _Watch:
     """Follows the run for the reports, and passes signals on to the program.
 
@@ -237,10 +219,19 @@ class _Watch:
         collector: receives the events.
         sampler: takes samples while the program runs.
         status: whether to show a status line after two seconds.
+        gdb: where the program waits for a gdb, which the user is told.
     """
 
-    def __init__(self, collector: Collector, sampler: Sampler | None, *, status: bool) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        sampler: Sampler | None,
+        *,
+        status: bool,
+        gdb: GdbServer | None = None,
+    ) -> None:
         self._collector, self._sampler, self._status = collector, sampler, status
+        self._gdb = gdb
         self._tickers: list[Ticker] = []
         self._shown = False
         self._pid = 0
@@ -257,6 +248,8 @@ class _Watch:
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
         self._collector.started(pid)
+        if self._gdb is not None:
+            _say_where(self._gdb)
         # No thread may exist before the program's fork.
         if self._sampler is not None:
             self._sampler.take()
@@ -294,6 +287,21 @@ def _options(args: argparse.Namespace) -> list[str]:
     """Return the words of the command line between the verb and the program."""
     words: list[str] = args.words
     return words[1 : len(words) - len(args.argv)]
+
+
+def _say_where(gdb: GdbServer) -> None:
+    """Say where the program waits for gdb."""
+    if gdb.is_public:
+        print(
+            f"softsgx: --gdb {gdb.address}: other machines may reach this port, and who connects "
+            "first can run any code as you; gdb's protocol has no password",
+            file=sys.stderr,
+        )
+    print(
+        f"softsgx: the program waits for gdb; in gdb: target remote {gdb.address}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _terminal_width(descriptor: int) -> int:

@@ -72,13 +72,21 @@ class Compiler:
     linker: tuple[str, ...] = ()
     baseline: tuple[str, ...] = ("-march=x86-64",)
 
-    def enclave(self, sources: Sequence[Path], output: Path, flags: Sequence[str] = ()) -> None:
+    def enclave(
+        self,
+        sources: Sequence[Path],
+        output: Path,
+        flags: Sequence[str] = (),
+        *,
+        debug_info: bool = False,
+    ) -> None:
         """Compile and link what goes inside, with our runtime, to a position-independent ELF file.
 
         Args:
             sources: C files.
             output: the ELF file.
             flags: after our own, for ``sources`` alone.
+            debug_info: for a debugger; the code is the same.
 
         Raises:
             SoftSgxError: the compiler or the linker refused.
@@ -89,10 +97,12 @@ class Compiler:
             for number, source in enumerate((*own, *sources)):
                 objects.append(str(Path(scratch) / f"{number}.o"))
                 # __FILE__ must not name the directory of the source, or two checkouts would differ.
-                where = f"-ffile-prefix-map={source.parent}=."
+                # A debugger wants it.
+                mapped = "macro" if debug_info else "file"
+                where = f"-f{mapped}-prefix-map={source.parent}=."
                 ours = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}"]
                 theirs = flags if number >= len(own) else ()
-                what = ["-c", str(source), "-o", objects[-1]]
+                what = ["-g"] * debug_info + ["-c", str(source), "-o", objects[-1]]
                 self._call([*self.command, *ours, *theirs, *what], str(source))
             self._link(objects, output, ", ".join(map(str, sources)))
 

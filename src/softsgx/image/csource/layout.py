@@ -24,6 +24,7 @@ there, not what it holds.
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def build_enclave(
     compiler: Compiler,
     options: BuildOptions | None = None,
     flags: Sequence[str] = (),
+    elf: Path | None = None,
 ) -> Plan:
     """Compile ``sources`` with the runtime and return the enclave's plan.
 
@@ -92,6 +94,7 @@ def build_enclave(
         compiler: what compiles them.
         options: the sizes.
         flags: for the compiler, after our own.
+        elf: where the linked image is kept, with debug information.
 
     Raises:
         SoftSgxError: a source does not compile or link, or asks for what an enclave has not.
@@ -101,8 +104,10 @@ def build_enclave(
             raise SoftSgxError(f"{source}: no such file; give a C source")
     with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
         image = Path(scratch) / "image.elf"
-        compiler.enclave(sources, image, flags)
+        compiler.enclave(sources, image, flags, debug_info=elf is not None)
         linked = read_bytes(image)
+        if elf is not None:
+            shutil.copyfile(image, elf)
     return lay_out(Bytes(str(sources[0]), linked.view), options or BuildOptions())
 
 

@@ -117,8 +117,8 @@ class DebugLoop(Loop):
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
         self.reason = StopReason(self.pid, abi.SIGTRAP)
-        self._server.attach()
-        super().run()
+        with self._server.telling():
+            super().run()
 
     # --- what a session asks for ----------------------------------------------------------------
 

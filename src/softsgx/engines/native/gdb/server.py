@@ -13,8 +13,8 @@ import fcntl
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from softsgx.errors import SoftSgxError
 
@@ -62,9 +62,16 @@ class GdbServer:
         self._peer: socket.socket | None = None
         self._listener.setblocking(False)
 
-    def attach(self) -> None:
-        """Let SIGIO tell the calling process of what gdb does, from now on."""
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let SIGIO tell the calling process, which blocks it, of what gdb does meanwhile."""
         _tell_by_signal(self._listener)
+        try:
+            yield
+        finally:
+            _tell_no_more(self._listener)
+            if self._peer is not None:
+                _tell_no_more(self._peer)
 
     @property
     def connected(self) -> bool:
@@ -130,6 +137,11 @@ def _tell_by_signal(endpoint: socket.socket) -> None:
     fcntl.fcntl(endpoint, fcntl.F_SETOWN, os.getpid())
     flags = fcntl.fcntl(endpoint, fcntl.F_GETFL)
     fcntl.fcntl(endpoint, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+
+def _tell_no_more(endpoint: socket.socket) -> None:
+    flags = fcntl.fcntl(endpoint, fcntl.F_GETFL)
+    fcntl.fcntl(endpoint, fcntl.F_SETFL, flags & ~os.O_ASYNC)
 
 
 def _listen_at(path: str) -> socket.socket:

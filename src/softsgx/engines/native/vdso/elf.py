@@ -136,6 +136,7 @@ def build_vdso(original: dict[str, int]) -> Vdso:
 
 
 _GNU_BUCKETS = 4
+_FORWARD_BYTES = 18  # of a function that leads to the kernel's vDSO
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
     *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
@@ -185,7 +186,7 @@ class _Image:
                 0,
                 list(parts).index(".text") + 1,
                 self.text + labels[name],
-                16,
+                labels["enter_enclave_end"] - labels[name] if name == _ENTER else _FORWARD_BYTES,
             )
             for name in names
         )

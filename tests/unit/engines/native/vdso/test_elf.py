@@ -53,6 +53,17 @@ def test_every_symbol_is_found_by_both_hash_tables(elf: ELFFile, vdso: Vdso) -> 
             assert table.get_symbol(symbol)["st_value"] == value, (name, symbol)
 
 
+def test_a_debugger_finds_the_asynchronous_exit_pointer_in_its_function(
+    elf: ELFFile, vdso: Vdso
+) -> None:
+    sizes = {each.name: each["st_size"] for each in section(elf, ".dynsym").iter_symbols()}
+    places = sorted(vdso.symbols.values())
+    for name, start in vdso.symbols.items():
+        behind = [place for place in places if place > start]
+        assert 0 < sizes[name] <= min(behind, default=len(vdso.image)) - start, name
+    assert vdso.aep < vdso.symbols[ENTER] + sizes[ENTER]
+
+
 def test_the_dynamic_segment_names_what_loaders_need(elf: ELFFile) -> None:
     dynamic = next(s for s in elf.iter_segments() if isinstance(s, DynamicSegment))
     tags = {tag.entry.d_tag for tag in dynamic.iter_tags()}

@@ -1,0 +1,282 @@
+"""``softsgx run --gdb`` with a real gdb.
+
+Goal: a user of gdb sees host and debug enclave as one program, a production enclave as on hardware,
+and the program ends as it would without gdb.  Method: a program and an enclave with debug
+information, and gdb's own commands in a file.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, PROGRAMS
+
+from softsgx.engines.native import doctor
+from softsgx.image.csource import INCLUDE
+
+SOFTSGX = [sys.executable, "-m", "softsgx"]
+GDB = shutil.which("gdb")
+_LACKING = [finding.text for finding in doctor() if finding.needed and not finding.ok]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    pytest.mark.skipif(GDB is None, reason="needs gdb, which is not installed"),
+    pytest.mark.skipif(bool(_LACKING), reason=f"this machine cannot: {'; '.join(_LACKING)}"),
+]
+
+QUIETLY = [
+    *("set pagination off", "set confirm off", "set debuginfod enabled off", "set width 0"),
+    *("set breakpoint pending on", "set sysroot /"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of ``host``, ``debug.sgxs`` and ``production.sgxs``."""
+    directory = tmp_path_factory.mktemp("gdb")
+    assert COMPILER is not None
+    source = PROGRAMS / "debugged_host.c"
+    flags = ["-g", "-O0", "-pthread", f"-I{INCLUDE}"]
+    host = [COMPILER, *flags, str(source), "-o", str(directory / "host")]
+    subprocess.run(host, check=True)
+    enclave = str(PROGRAMS / "debugged_enclave.c")
+    for name, options in (("debug", ["--debug"]), ("production", [])):
+        output = ["-o", str(directory / f"{name}.sgxs"), "--cflags=-O0"]
+        subprocess.run([*SOFTSGX, "build", enclave, *options, *output], check=True)
+    return directory
+
+
+@dataclass
+class Run:
+    """A run that a gdb debugs.
+
+    Attributes:
+        gdb: what gdb has said.
+        output: what the program has said.
+        status: the program's exit status.
+    """
+
+    gdb: str
+    output: str
+    status: int
+
+
+class Debugged:
+    """``softsgx run --gdb`` of a program, which waits for its gdb."""
+
+    def __init__(self, program: Path, enclave: str, *arguments: str) -> None:
+        self.socket = program / "socket"
+        words = ["--quiet", "--gdb", str(self.socket), "--", str(program / "host")]
+        self.softsgx = subprocess.Popen(
+            [*SOFTSGX, "run", *words, str(program / f"{enclave}.sgxs"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.softsgx.stderr is not None
+        assert "target remote" in self.softsgx.stderr.readline()
+
+    def gdb(self, *commands: str) -> subprocess.Popen[str]:
+        """Start a gdb that does ``commands``."""
+        assert GDB is not None
+        lines = [*QUIETLY, f"target remote {self.socket}", *commands]
+        options = [word for line in lines for word in ("-ex", line)]
+        return subprocess.Popen(
+            [GDB, "-nx", "-batch", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, gdb: subprocess.Popen[str]) -> Run:
+        """Return how it was, at the end of both."""
+        said, _nothing = gdb.communicate(timeout=60)
+        output, _errors = self.softsgx.communicate(timeout=60)
+        return Run(said, output, self.softsgx.returncode)
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self.softsgx.poll() is None:
+            self.softsgx.kill()
+            self.softsgx.communicate()
+
+
+Start = Callable[..., Debugged]
+
+
+@pytest.fixture
+def start(program: Path) -> Iterator[Start]:
+    started: list[Debugged] = []
+
+    def begin(enclave: str, *arguments: str) -> Debugged:
+        started.append(Debugged(program, enclave, *arguments))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.end()
+
+
+def test_a_breakpoint_inside_a_debug_enclave_shows_its_function(start: Start) -> None:
+    debugged = start("debug", "call")
+    run = debugged.finish(
+        debugged.gdb(
+            *("break triple", "continue", "print value", "backtrace", "next"),
+            *("print result", "info sharedlibrary", "monitor enclaves", "set var result = 40"),
+            *("x/2i $pc", "continue"),
+        )
+    )
+    assert "triple (value=14)" in run.gdb
+    assert "$1 = 14\n" in run.gdb
+    assert re.search(r"#1 .* in ecall \(function=0, argument=0x0, size=14\)", run.gdb)
+    assert "$2 = 42\n" in run.gdb
+    assert "debug.elf" in run.gdb
+    assert re.search(r"enclave 1: 0x\w+ to 0x\w+, debug, initialized, \d+ of \d+ pages", run.gdb)
+    assert "exited with code 050" in run.gdb
+    assert run.status == 40, run.gdb
+
+
+def test_a_breakpoint_in_the_host_shows_its_function(start: Start) -> None:
+    debugged = start("debug", "fork")
+    run = debugged.finish(
+        debugged.gdb(
+            *("break main", "continue", "print argc", "break twice", "continue"),
+            *("print value", "backtrace", "finish", "continue"),
+        )
+    )
+    assert "$1 = 3\n" in run.gdb
+    # The child has no breakpoint: its status is that of twice(3), and gdb sees twice(1) only.
+    assert "$2 = 1\n" in run.gdb
+    assert re.search(r"#1 .* in main \(", run.gdb)
+    assert "Value returned is $3 = 2" in run.gdb
+    assert run.status == 8, run.gdb
+
+
+def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start) -> None:
+    debugged = start("debug", "call")
+    run = debugged.finish(
+        debugged.gdb(
+            *("break __vdso_sgx_enter_enclave", "continue", "info symbol $pc"),
+            "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
+            "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x1000",
+            "python\nwhile not inside(): gdb.execute('stepi', to_string=True)\nend",
+            "info symbol $pc",
+            "python\nwhile inside(): gdb.execute('stepi', to_string=True)\nend",
+            "python print('back outside')",
+            *("delete", "continue"),
+        )
+    )
+    assert "sgx_entry in section .text" in run.gdb
+    assert "back outside" in run.gdb
+    assert run.status == 42, run.gdb
+
+
+def test_a_production_enclave_shows_nothing(start: Start) -> None:
+    debugged = start("production", "call")
+    run = debugged.finish(
+        debugged.gdb(
+            *("break __vdso_sgx_enter_enclave", "continue"),
+            "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
+            "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x400000",
+            "python\nseen = []\nfor turn in range(120):\n    gdb.execute('stepi', to_string=True)\n"
+            "    seen.append(inside())\nend",
+            "python print('inside' if any(seen) else 'never inside')",
+            "python\ntry: gdb.execute('x/4xb %#x' % base)\nexcept gdb.error as e: print(e)\nend",
+            *("info sharedlibrary", "delete", "continue"),
+        )
+    )
+    assert "never inside" in run.gdb
+    assert "Cannot access memory at address" in run.gdb
+    assert ".elf" not in run.gdb
+    assert run.status == 42, run.gdb
+
+
+@pytest.mark.parametrize("kind", ["debug", "production"])
+def test_an_interrupt_stops_threads_inside_and_outside(start: Start, kind: str) -> None:
+    debugged = start(kind, "spin")
+    gdb = debugged.gdb(
+        *("continue", "info threads", "thread apply all print $rip", "thread 1", "info registers"),
+        *("print shared.stop = 1", "continue"),
+    )
+    assert debugged.softsgx.stdout is not None
+    assert debugged.softsgx.stdout.readline() == "ready\n"
+    gdb.send_signal(signal.SIGINT)
+    run = debugged.finish(gdb)
+    assert "received signal SIGINT" in run.gdb
+    assert "wait_outside" in run.gdb
+    if kind == "debug":
+        assert "(in debug enclave 1)" in run.gdb
+        assert re.search(r"spin \(stop=0x", run.gdb)
+    else:
+        assert "(left production enclave 1)" in run.gdb
+        assert re.search(r"rax +0x3 ", run.gdb), "RAX of the synthetic state is ERESUME"
+        assert re.search(r"rdi +0x0 ", run.gdb)
+        assert "__vdso_sgx_enter_enclave" in run.gdb
+    assert run.status == 5, run.gdb
+
+
+def test_signals_are_told_and_delivered(start: Start) -> None:
+    debugged = start("debug", "signal")
+    run = debugged.finish(debugged.gdb("continue", "signal 0", "continue"))
+    assert run.gdb.count("received signal SIGUSR1") == 2
+    assert run.status == 1, "the first was dropped, the second delivered"
+
+
+def test_another_program_is_followed_over_execve(start: Start) -> None:
+    debugged = start("debug", "exec")
+    run = debugged.finish(debugged.gdb("break triple", "continue", "print value", "continue"))
+    assert "is executing new program" in run.gdb
+    assert "$1 = 14\n" in run.gdb
+    assert run.status == 42, run.gdb
+
+
+def test_a_program_goes_on_when_gdb_detaches(start: Start) -> None:
+    debugged = start("debug", "call")
+    run = debugged.finish(debugged.gdb("break triple", "continue", "detach"))
+    assert run.status == 42, run.gdb
+
+
+def test_a_program_waits_for_another_gdb_when_one_is_disconnected(start: Start) -> None:
+    debugged = start("debug", "call")
+    first, _nothing = debugged.gdb("break triple", "continue", "disconnect").communicate(timeout=60)
+    assert "triple (value=14)" in first
+    run = debugged.finish(debugged.gdb("backtrace 1", "continue"))
+    assert "triple (value=14)" in run.gdb
+    assert run.status == 42, run.gdb
+
+
+def test_gdb_ends_the_program_when_it_quits(start: Start) -> None:
+    debugged = start("debug", "spin")
+    run = debugged.finish(debugged.gdb("break triple", "kill"))
+    assert run.status == 128 + signal.SIGKILL, run.gdb
+
+
+def test_a_page_can_be_evicted_and_its_breakpoint_stays(start: Start) -> None:
+    debugged = start("debug", "call")
+    run = debugged.finish(
+        debugged.gdb(
+            *("break sgx__dispatch", "continue", "break triple"),
+            "python address = int(gdb.parse_and_eval('(long)&triple'))",
+            "python print(gdb.execute('monitor evict %#x' % address, to_string=True))",
+            *("continue", "print value", "continue"),
+        )
+    )
+    assert "has left the EPC" in run.gdb
+    assert "$1 = 14\n" in run.gdb
+    assert run.status == 42, run.gdb
+
+
+def test_a_signal_ends_a_program_that_no_gdb_comes_for(start: Start) -> None:
+    debugged = start("debug", "spin")
+    debugged.softsgx.send_signal(signal.SIGTERM)
+    debugged.softsgx.communicate(timeout=60)
+    assert debugged.softsgx.returncode == 128 + signal.SIGTERM
