@@ -22,9 +22,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from types import FrameType
@@ -53,6 +54,7 @@ NAME = "run"
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _FAILED = 125  # as env and timeout have it
+_STDERR = "-"
 _STATUS_AFTER_S = 2.0
 _STATUS_EVERY_S = 0.5
 _DEFAULT_WIDTH = 80
@@ -121,6 +123,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="for --gdb: a file with the code of an enclave, with symbols, where the program does "
         "not open it; repeatable",
     )
+    debugging.add_argument(
+        "--syscalls",
+        nargs="?",
+        const=_STDERR,
+        metavar="FILE",
+        help="print what the program asks of SGX, as strace does: ioctls, mappings, entries by the "
+        "vDSO; to stderr, or to FILE",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
     output.add_argument(
@@ -154,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tick is not None:
         tick_period_ns(args.tick)
     _check_machine()
-    _check_files(args.json, args.trace, args.report, force=args.force)
+    log = None if args.syscalls == _STDERR else args.syscalls
+    _check_files(args.json, args.trace, args.report, log, force=args.force)
     config = _config(args)
     group = _group(args, config)
     if not args.quiet:
@@ -189,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
                 inject=args.inject,
                 tick=args.tick,
                 gdb=gdb,
+                syscalls=stack.enter_context(_call_log(args.syscalls)),
             )
         except RunFailed as failed:  # the summary covers a failed run, too
             result, mistakes = failed.result, failed.errors
@@ -210,6 +222,21 @@ def run(args: argparse.Namespace) -> int:
     if mistakes:
         return _FAILED
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+
+
+@contextmanager
+def _call_log(path: str | None) -> Iterator[Callable[[str], None] | None]:
+    """Give what takes the lines of --syscalls, ``None`` without it.
+
+    Each is written at once, so that it stands where it belongs among the lines of the program.
+    """
+    if path is None:
+        yield None
+    elif path == _STDERR:
+        yield partial(print, file=sys.stderr, flush=True)
+    else:
+        with open(path, "w") as file:
+            yield partial(print, file=file, flush=True)
 
 
 class _Watch:

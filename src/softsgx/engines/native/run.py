@@ -22,6 +22,7 @@ from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Instruments, Supervisor
+from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
 from softsgx.engines.native.x86.cpuid import (
     CpuidLeaf,
@@ -161,6 +162,7 @@ def run(
     inject: Sequence[str] = (),
     tick: str | None = None,
     gdb: GdbServer | None = None,
+    syscalls: Callable[[str], None] | None = None,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -187,6 +189,7 @@ def run(
         tick: period of timer interrupts for threads inside enclaves, as "4ms"; none by default.
         gdb: where a gdb connects that debugs the program, which waits for it before its first
             step; not with ``strict``.  The caller closes it.
+        syscalls: receives a line, as strace prints it, for each call that the program makes to SGX.
         tracer: receives every event of every layer.
         observer: is told of the platform and of the program's start.
         env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
@@ -224,7 +227,9 @@ def run(
             pager=pager,
             cpus=cpus,
             strict=strict,
-            instruments=Instruments(injections, tick_ns, gdb),
+            instruments=Instruments(
+                injections, tick_ns, gdb, None if syscalls is None else CallLog(syscalls)
+            ),
         )
         if observer is not None:
             observer.attached(platform, supervisor.pager)

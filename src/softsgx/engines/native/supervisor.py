@@ -27,6 +27,7 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
+from softsgx.engines.native.faults.logged import LoggedTransitions
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.gdb.loop import DebugLoop
@@ -40,6 +41,7 @@ from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
+from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
@@ -75,11 +77,13 @@ class Instruments:
         injections: failures on demand.
         tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
         gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
+        calls: is told what the program asks of SGX; ``None``: nothing is.
     """
 
     injections: Injections = field(default_factory=Injections)
     tick_ns: int | None = None
     gdb: GdbServer | None = None
+    calls: CallLog | None = None
 
 
 class Supervisor(Lifecycle):
@@ -130,9 +134,9 @@ class Supervisor(Lifecycle):
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         # In a strict run each entry changes what others may see; and entries may be counted,
-        # stepped or searched for breakpoints, or threads inside be interrupted.
+        # logged, stepped or stopped by breakpoints, or threads inside be interrupted.
         counting = self._injections.power_losses or self._injections.power_signals
-        stopping = strict or counting or gdb or instruments.tick_ns
+        stopping = strict or counting or gdb or instruments.calls or instruments.tick_ns
         self._permitting = not stopping and can_write_fsbase()
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
@@ -143,7 +147,8 @@ class Supervisor(Lifecycle):
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
-        transitions = Transitions(
+        log = instruments.calls
+        transitions = (Transitions if log is None else partial(LoggedTransitions, log))(
             cpuid,
             AbortPage(self._store, self._stop_other_users),
             shortages.report_refused,
@@ -164,7 +169,10 @@ class Supervisor(Lifecycle):
         if gdb is not None:
             assert not strict, "gdb lets threads run that have to wait for their turn"
             make_loop = partial(DebugLoop, server=gdb, files=EnclaveFiles(gdb.enclave_files))
-        self._loop = make_loop(self, self._waits, transitions, self._handlers(ioctls))
+        handlers = self._handlers(ioctls)
+        if log is not None:
+            handlers = log.watching(handlers, self._registry)
+        self._loop = make_loop(self, self._waits, transitions, handlers)
         self._injector = Injector(
             self._injections,
             instruments.tick_ns,

@@ -63,6 +63,8 @@ int main(int argc, char **argv)
         pthread_join(thread, NULL);
         return 5;
     }
+    if (!strcmp(mode, "trap")) /* 99, after #UD inside */
+        return (int)call(2, NULL, 0);
     if (!strcmp(mode, "signal")) { /* as often as the handler has run */
         signal(SIGUSR1, count);
         raise(SIGUSR1);
