@@ -10,9 +10,9 @@ __all__ = ["SoftSgxError", "first_line"]
 
 
 class SoftSgxError(Exception):
-    """Bad input, reported in one line: what was wrong, where, and what to do about it.
+    """Bad input, reported in one line: the object, the problem, the remedy.
 
-    A command prints it behind the name of the program and exits with status 2.
+    A command prints the line after the name of the program and exits with status 2.
     """
 
 

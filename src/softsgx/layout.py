@@ -1,8 +1,7 @@
 """Declared binary structures: a table of offsets that is checked when its class is made.
 
 A structure lists its fields with :func:`at`; reserved bytes are fields too.  A gap, an overlap or
-a size that does not come out raises :class:`LayoutError` at import, so a layout that loads is a
-layout that adds up.  All integers are little-endian, as everything in the SDM is.
+a wrong size raises :class:`LayoutError` at import.  All integers are little-endian, as in the SDM.
 
 This module knows nothing of SGX.
 """
@@ -34,7 +33,7 @@ class LayoutError(TypeError):
 
 
 class FieldType(Generic[T]):
-    """How one field is stored.
+    """The encoding of one field.
 
     Attributes:
         size: bytes it takes.
@@ -49,11 +48,11 @@ class FieldType(Generic[T]):
         raise NotImplementedError
 
     def to_wire(self, value: T) -> Any:
-        """Return what ``struct.pack`` takes for ``value``."""
+        """Return ``value`` as ``struct.pack`` takes it."""
         return value
 
     def from_wire(self, wire: Any) -> T:
-        """Return the value of what ``struct.unpack`` gave."""
+        """Return the value of a field that ``struct.unpack`` has returned as ``wire``."""
         value: T = wire
         return value
 
@@ -149,7 +148,7 @@ class Structure:
     _codec: ClassVar[struct.Struct]
 
     def __init_subclass__(cls, *, size: int, align: int = 1) -> None:
-        """Check the table; raise :class:`LayoutError` where it does not add up."""
+        """Check the table; raise :class:`LayoutError` for a gap, an overlap or a wrong size."""
         super().__init_subclass__()
         fields = [value for value in vars(cls).values() if isinstance(value, _Field)]
         end = 0
@@ -166,7 +165,7 @@ class Structure:
         cls.OFFSETS = {field.name: field.offset for field in fields}
         cls._fields = tuple(fields)
         cls._names = tuple(field.name for field in fields)
-        # Only some kinds convert their values; the others are what struct takes and gives.
+        # Only some kinds convert their values; struct packs and unpacks the others as they are.
         cls._nested = tuple(field for field in fields if isinstance(field.kind, Nested))
         cls._packed = tuple(
             (index, field.kind)
@@ -188,11 +187,15 @@ class Structure:
             raise TypeError(f"{type(self).__name__} has no field {unknown!r}")
         for field in self._nested:
             if field.name not in values and field.default is None:
-                own[field.name] = field.kind.blank()  # a structure can change: one for each
+                own[field.name] = field.kind.blank()  # mutable: each instance needs its own
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:
-        """Read one from ``data`` at ``offset``; ``struct.error`` when it is too short."""
+        """Return the structure at ``offset`` of ``data``.
+
+        Raises:
+            struct.error: ``data`` ends before the structure does.
+        """
         wires = cls._codec.unpack_from(data, offset)
         self = cls.__new__(cls)
         values = self.__dict__

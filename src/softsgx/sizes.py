@@ -58,7 +58,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """Return a size of so many bytes for people, with one decimal; :func:`parse_size` reads it.
+    """Return a size in bytes as text for people, with one decimal; :func:`parse_size` reads it.
 
     >>> size_text(98041856), size_text(512)
     ('93.5 MiB', '512 bytes')

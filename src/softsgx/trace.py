@@ -1,8 +1,8 @@
 """Events: what happened, as small frozen dataclasses handed to a tracer.
 
-A layer never prints and never logs; it hands an event to the :class:`Tracer` it was given.  With
-nobody listening the tracer is ``None`` and an event is not even made, so the price is one test.
-Each layer declares its own event classes beside the code that emits them.
+A layer never prints and never logs; it calls the :class:`Tracer` that it was given with an event.
+Without a listener the tracer is ``None``, the layer makes no event, and the cost is one test.  Each
+layer declares its event classes beside the code that emits them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Event:
     """Base of all events.
 
     Attributes:
-        NAME: what it is called in text form, ``subsystem:event`` as in Linux (``sgx:ewb``).
+        NAME: its name in text form, ``subsystem:event`` as in Linux (``sgx:ewb``).
     """
 
     NAME: ClassVar[str] = "softsgx:event"

@@ -53,7 +53,7 @@ class KeyPolicy(IntFlag):
 
 
 class Report(Structure, size=432, align=512):
-    """What one enclave says of itself to another on the same machine.
+    """The identity of an enclave, MACed for another enclave on the same machine.
 
     Source:
         SDM vol. 3D, "Report (REPORT)".
@@ -81,7 +81,7 @@ class Report(Structure, size=432, align=512):
 
 
 class TargetInfo(Structure, size=512, align=512):
-    """Whom a report is for.
+    """The enclave that a report is for.
 
     Source:
         SDM vol. 3D, "Report Target Info (TARGETINFO)".

@@ -1,4 +1,4 @@
-"""What MRENCLAVE is the digest of: 64-byte blocks, one kind for each building leaf.
+"""The input of the digest MRENCLAVE: 64-byte blocks, one kind for each building leaf.
 
 Source:
     SDM vol. 3D, "ECREATE", "EADD", "EEXTEND", Operation: TMPUPDATEFIELD.

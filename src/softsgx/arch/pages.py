@@ -70,7 +70,7 @@ class SecInfoFlags(IntFlag):
 
 
 class SecInfo(Structure, size=64, align=64):
-    """What a page is and who may do what with it: FLAGS and 56 reserved bytes.
+    """A page's type and access rights: FLAGS and 56 reserved bytes.
 
     Attributes:
         flags: :class:`SecInfoFlags` in bits 5:0, the page type in bits 15:8.
@@ -114,10 +114,10 @@ class PageInfo(Structure, size=32, align=32):
 
 
 class Pcmd(Structure, size=128, align=128):
-    """Paging Crypto Metadata: what travels with one evicted page.
+    """Paging Crypto Metadata: stored in memory beside each evicted page.
 
-    The MAC also covers the page's linear address and version, which are not stored here: the
-    first is an operand of ELD* (PAGEINFO.LINADDR), the second from a slot of a VA page.
+    The MAC also covers the page's linear address and version, which are not stored here: ELD*
+    takes the address as an operand (PAGEINFO.LINADDR) and the version from a slot of a VA page.
 
     Source:
         SDM vol. 3D, "Paging Crypto MetaData (PCMD)"; struct sgx_pcmd, asm/sgx.h.
@@ -130,7 +130,7 @@ class Pcmd(Structure, size=128, align=128):
 
 
 class MacHeader(Structure, size=128, align=128):
-    """What the MAC of an evicted page covers beside its bytes and its version.
+    """The data that the MAC of an evicted page covers beside its bytes and its version.
 
     Deviation: only the coverage is architectural; the order of the fields is ours.
 

@@ -1,6 +1,6 @@
-"""The Intel processors that profiles describe: what their CPUID says beside SGX.
+"""The Intel processors that profiles describe: their CPUID, except for SGX.
 
-Feature words hold what user mode can make use of, and what systems pass on to their users: no
+Feature words hold the features that user mode can use and that operating systems enable: no
 performance counters, no processor trace, no resource directory, no key locker.
 
 Source:
@@ -75,13 +75,13 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class ProcessorModel:
-    """What a processor says of itself, but for what follows from its system and its SGX.
+    """The CPUID of a processor, without the bits that depend on the system and on SGX.
 
     Attributes:
         signature: CPUID.01H:EAX: family, model, stepping.
         brand: its name, without the frequency.
         highest_basic: CPUID.00H:EAX.
-        features: feature words; what is not listed is zero.
+        features: feature words; those that are not listed are zero.
         caches: in the order of leaf 4.
         crystal_hz: CPUID.15H:ECX.
         max_mhz: CPUID.16H:EBX.

@@ -1,4 +1,4 @@
-"""The enclave's control structure and the bits that it is made of.
+"""The enclave's control structure and the bits of its fields.
 
 Source:
     SDM vol. 3D, "SGX Enclave Control Structure (SECS)", "ATTRIBUTES", "MISCSELECT".
@@ -75,7 +75,7 @@ class Attributes(Structure, size=16):
 
 
 class Secs(Structure, size=4096, align=4096):
-    """SGX Enclave Control Structure: the part that ECREATE takes and the manual names.
+    """SGX Enclave Control Structure: the fields that the manual names and ECREATE reads.
 
     Attributes:
         size: bytes of the enclave's linear range, a power of two.

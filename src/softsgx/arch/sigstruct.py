@@ -76,7 +76,7 @@ class EinitToken(Structure, size=304, align=512):
     """Permission of a launch enclave; all zero when the signer itself is allowed to launch.
 
     Attributes:
-        valid: bit 0 says that the token is there.
+        valid: bit 0 is 1 when there is a token.
         mac: AES-CMAC of bytes 0–191 under the EINITTOKEN key.
 
     Source:

@@ -1,4 +1,4 @@
-"""What a leaf reports in RAX, and in which flag.
+"""Codes that leaves report in RAX, and the flag that each of them sets.
 
 Source:
     SDM vol. 3D, "Error and information codes"; the leaves' Operation sections for the flag.

@@ -1,4 +1,4 @@
-"""Thread control structures, SSA frames and what an asynchronous exit leaves in them.
+"""Thread control structures, SSA frames, and the state that an asynchronous exit saves in them.
 
 Source:
     SDM vol. 3D, "Thread Control Structure (TCS)", "State Save Area (SSA) Frame".
@@ -79,10 +79,12 @@ _LIMIT_BITS = 0xFFF
 
 
 def tcs_ok(tcs: Tcs, *, mode64: bool, cet: bool) -> bool:
-    """Return whether a page may become a TCS: reserved zero, PREVSSP zero, 32-bit limits whole.
+    """Return whether EADD or EACCEPT accepts a page as a TCS.
+
+    Reserved bytes and PREVSSP must be zero, limits of a 32-bit enclave must be whole pages.
 
     Args:
-        tcs: what the page holds.
+        tcs: the content of the page.
         mode64: whether the enclave is a 64-bit one.
         cet: whether the machine has CET; without it the two CET fields are reserved.
 

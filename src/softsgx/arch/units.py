@@ -1,4 +1,4 @@
-"""Sizes, addresses and small arithmetic that every other table uses."""
+"""Sizes, addresses and arithmetic on them, which all other tables use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Enclave files: reading, laying out, measuring, signing, verifying.
 
-Every format is reduced to one :class:`Plan`, which one routine measures and one loader builds, and
-to SIGSTRUCTs.  Knows the manual (``arch``) and files, and neither processors nor systems.
+Readers turn every format into a :class:`Plan` and SIGSTRUCTs.  One routine measures plans, one
+loader builds them.  The package imports the manual (``arch``); it knows no processor and no system.
 """
 
 from softsgx.image._file import Bytes, read_bytes

@@ -1,4 +1,4 @@
-"""Bytes from outside: every read is bounded, every refusal names file, offset and value."""
+"""Untrusted bytes: every read is bounded, every error names file, offset and value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Bytes:
     """A file's contents, or part of them, under the file's name.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         view: the bytes, read-only.
         origin: where ``view`` begins in the file; messages give offsets in the file.
     """
@@ -38,7 +38,7 @@ class Bytes:
         return SoftSgxError(f"{self.name}: offset {self.origin + offset:#x}: {what}; {remedy}")
 
     def take(self, offset: int, size: int, what: str) -> memoryview:
-        """Return ``size`` bytes at ``offset``; ``what`` names them when they are not all there."""
+        """Return ``size`` bytes at ``offset``; errors name them ``what``."""
         if offset < 0 or size < 0 or offset + size > len(self):
             raise self.bad(
                 offset,
@@ -89,5 +89,5 @@ def read_bytes(path: str | os.PathLike[str]) -> Bytes:
 
 
 def _without_blocking(path: str, flags: int) -> int:
-    """Open so that a FIFO is refused instead of waited for."""
+    """Open without waiting: the caller refuses a FIFO, which could otherwise block the open."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

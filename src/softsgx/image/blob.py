@@ -1,7 +1,7 @@
-"""Enclaves from parts: code here, data there, a thread, some heap.
+"""Plans built from parts: code, data, threads, heap.
 
-Tests, examples and the simulator build their enclaves with it; a format without a reader of its own
-can be expressed in it.
+Tests, examples and the C builder use it.  A program that reads a format which softsgx does not know
+can use it, too.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def tcs_page(
 
 
 class Blob:
-    r"""Collects pages in the order in which they are to be added.
+    r"""Collects pages in the order of EADD.
 
-    Each method takes the offset to put things at, or continues after the previous one.
+    Each method takes the offset of its pages; by default they follow the previous ones.
 
     Example:
         >>> blob = Blob()
@@ -97,7 +97,7 @@ class Blob:
         word: int = 0,
         label: str = "zeros",
     ) -> Self:
-        """Add pages that repeat a 32-bit word, zero unless given."""
+        """Add pages that repeat a 32-bit word, by default zero."""
         at = self.end if offset is None else offset
         source = Fill(word) if word else ZERO
         return self._add(Run(at, pages, flags, source, mask, label)) if pages else self
@@ -107,7 +107,7 @@ class Blob:
         return self.zeros(pages, offset=offset, mask=MASK_NONE, label="heap")
 
     def gap(self, pages: int) -> Self:
-        """Leave pages out, as a guard."""
+        """Leave a gap of ``pages`` pages, as a guard."""
         self.end += pages * PAGE_BYTES
         return self
 
@@ -129,7 +129,7 @@ class Blob:
     ) -> int:
         """Add stack, TCS, SSA frames and a thread-data page; return the offset of the TCS.
 
-        FS and GS base are the thread-data page, the stack ends where the TCS begins.
+        The bases of FS and GS are the thread-data page.  The stack ends where the TCS begins.
         """
         if offset is not None:
             self.end = offset
@@ -145,7 +145,7 @@ class Blob:
         return at
 
     def plan(self, size: int | None = None) -> Plan:
-        """Return the plan; its size is the smallest that fits unless given."""
+        """Return the plan; without ``size`` it has the smallest SECS.SIZE that holds all pages."""
         end = max((run.end for run in self._runs), default=0)
         return Plan(size or enclave_size(end), tuple(self._runs), self._ssa_frame_size)
 

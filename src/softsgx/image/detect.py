@@ -39,13 +39,13 @@ def open_image(
     *,
     file_format: str | None = None,
 ) -> EnclaveImage:
-    """Read an enclave file, and the SIGSTRUCT that lies beside it when it has none in it.
+    """Read an enclave file, and the SIGSTRUCT beside it if the file itself has none.
 
     Args:
         path: the enclave file.
-        sigstruct: a bare SIGSTRUCT file to use instead of any other; without one, ``name.sig``,
-            ``name.css`` or ``name.ss`` beside ``name.sgxs`` is taken.
-        file_format: a name of ``FORMATS``, instead of recognising it.
+        sigstruct: a bare SIGSTRUCT file, which replaces any other; by default ``name.sig``,
+            ``name.css`` or ``name.ss`` beside ``name.sgxs``.
+        file_format: a name of ``FORMATS``; by default the content decides.
 
     Raises:
         SoftSgxError: the format is not known, or the file is damaged; the message names the offset.

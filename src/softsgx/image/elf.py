@@ -1,7 +1,8 @@
-"""The parts of ELF that enclave files need, read with every bound checked.
+"""A reader of the parts of ELF that enclave files need, with all bounds checked.
 
-64-bit, little-endian, x86-64.  Nothing is loaded or resolved; names are cut after 256 bytes; work
-and memory are linear in the file, and what its segments hold together is at most twice the file.
+It takes 64-bit little-endian x86-64 files, loads nothing and resolves no symbol.  Names are cut
+after 256 bytes.  Time and memory are linear in the size of the file: its segments together hold at
+most twice as many bytes.
 
 Source:
     System V ABI, "Object Files", "Program Loading and Dynamic Linking"; its AMD64 supplement.
@@ -49,7 +50,7 @@ DT_REL, DT_TEXTREL, DT_JMPREL = 17, 22, 23
 _SHN_UNDEF = 0
 _STB_WEAK = 2
 _NAME_LIMIT = 256
-_SHARED_BYTES = 2  # segments may share bytes of the file, but not all share all of them
+_SHARED_BYTES = 2  # segments may share bytes: together they hold at most twice the file
 _SYMBOL = struct.Struct("<IBBHQQ")
 _RELA = struct.Struct("<QQq")
 _DYN = struct.Struct("<QQ")
@@ -133,8 +134,8 @@ class Elf:
         header: the file header.
 
     Raises:
-        SoftSgxError: it is no 64-bit little-endian x86-64 ELF file, or a table is not all there;
-            tables are read when they are asked for.
+        SoftSgxError: the file is no 64-bit little-endian x86-64 ELF file, or a table is cut short;
+            each property reads its table at its first use.
     """
 
     def __init__(self, file: Bytes) -> None:
@@ -164,7 +165,7 @@ class Elf:
 
     @cached_property
     def loads(self) -> tuple[ProgramHeader, ...]:
-        """Return the PT_LOAD segments in file order, their bytes known to be in the file."""
+        """Return the PT_LOAD segments in file order; the file has all of their bytes."""
         loads = tuple(ph for ph in self.program_headers if ph.p_type == _PT_LOAD)
         for index, load in enumerate(loads):
             self.file.take(load.p_offset, load.p_filesz, f"PT_LOAD {index}")

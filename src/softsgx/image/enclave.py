@@ -1,4 +1,4 @@
-"""An enclave file after reading, in one form for all formats."""
+"""The content of an enclave file, in one form for all formats."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Variant:
     """One of several descriptions of the same enclave in one file.
 
     Attributes:
-        name: what the file calls it: a metadata version.
-        plan: the plan that it describes, or None when it cannot be read.
-        problem: why not; empty otherwise.
+        name: its name in the file, a metadata version.
+        plan: the plan that it describes; None when the reader cannot read it.
+        problem: the reason why the plan is missing, else empty.
         facts: pairs of name and value for output, in the file's order.
-        layout: rows for output: name, attributes, pages, offset, flags, what is done with it.
+        layout: rows for output: name, attributes, pages, offset, flags, what a loader does with it.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class EnclaveImage:
-    """An enclave file, reduced to what builds it.
+    """An enclave file, reduced to the data that a loader needs.
 
     Attributes:
         name: the file.
         format: ``sgxs``, ``sdk``, ``oe``, ``selftest`` or ``raw``.
-        plan: how to build it.
-        sigstruct: what came with it, or None.
-        sigstruct_from: where ``sigstruct`` was found.
+        plan: the pages and the measured fields of SECS.
+        sigstruct: the SIGSTRUCT in the file or beside it, or None.
+        sigstruct_from: the place where the reader found ``sigstruct``.
         variants: all descriptions in the file, the chosen one included.
         chosen: the name of the variant that ``plan`` is.
         notes: hints for the user, one sentence each.
@@ -67,7 +67,7 @@ def plan_of(
     ssa_frame_size: int = 1,
     base: int | None = None,
 ) -> Plan:
-    """Return the plan, or its refusal in the name of the file it comes from."""
+    """Return the plan; an error of the plan names the file ``name``."""
     try:
         return Plan(size, tuple(runs), ssa_frame_size, base)
     except SoftSgxError as error:

@@ -1,8 +1,8 @@
 """Launch tokens, reports and quotes: statements of enclaves and platforms about enclaves.
 
-Their size and reserved bytes identify them: none has a magic number.  Of a quote, what it holds
-itself is checked: its signature against the attestation key in it, and that key against the quoting
-enclave's report.  Certificates and EPID signatures are not.
+None has a magic number, so size and reserved bytes identify them.  The reader checks of a quote
+what the quote itself allows to check: its signature against the attestation key in it, and that key
+against the quoting enclave's report.  It checks no certificate and no EPID signature.
 
 Source:
     SDM vol. 3D, "EINIT Token Structure (EINITTOKEN)", "Report (REPORT)"; Intel SGX ECDSA Quote
@@ -26,7 +26,7 @@ from softsgx.layout import U16, U32, Raw, Structure, at
 
 __all__ = ["Evidence", "read_evidence"]
 
-_TOKEN_FILE_BYTES = 1024  # the SDK keeps a token in a file with what it was made for
+_TOKEN_FILE_BYTES = 1024  # the SDK's token file: the token and data about its enclave
 _BODY_BYTES = 384
 _SIGNED_AT, _SIGNED_BYTES = 0, 48 + _BODY_BYTES
 _ECDSA_VERSION, _ECDSA_P256 = 3, 2
@@ -48,7 +48,7 @@ class Evidence:
 
     Attributes:
         kind: ``einittoken``, ``report`` or ``quote``.
-        title: what it is, for output.
+        title: its heading in output.
         fields: names and values in the structure's order; bytes in hexadecimal.
         problems: its contradictions, one sentence each.
     """
@@ -84,7 +84,7 @@ class _EpidHeader(Structure, size=48):
 
 
 def read_evidence(file: Bytes) -> Evidence | None:
-    """Return the token, report or quote that a file consists of, None when it is something else."""
+    """Return the token, report or quote that a file consists of; None for any other file."""
     for read in (_token, _report, _quote):
         found = read(file)
         if found is not None:

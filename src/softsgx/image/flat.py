@@ -1,6 +1,6 @@
 """Two formats without metadata: the kernel selftest's ELF file and raw flat images.
 
-Neither has a signature: that is a file beside them, or is made at run time.
+Neither holds a signature.  It is in a file beside them, or a loader makes one.
 
 Source:
     tools/testing/selftests/sgx/load.c, Linux v6.12.
@@ -28,7 +28,7 @@ __all__ = ["looks_like_tcs", "page_flags", "read_raw", "read_selftest"]
 _SECINFO_REG = SECINFO_RW & ~SecInfoFlags.RWX.value
 _LARGEST_NSSA = (
     1 << 16
-)  # no program nests exceptions that deep; a guard against reading text as a TCS
+)  # no program nests exceptions so deep: a larger number means that the page is no TCS
 
 
 def page_flags(p_flags: int) -> int:
@@ -41,7 +41,7 @@ def page_flags(p_flags: int) -> int:
 
 
 def looks_like_tcs(page: Buffer) -> bool:
-    """Return whether 4096 bytes could be entered as a TCS."""
+    """Return whether EENTER could accept 4096 bytes as a TCS."""
     if len(page) != PAGE_BYTES:
         return False
     tcs = Tcs.unpack(page)
@@ -58,8 +58,8 @@ def looks_like_tcs(page: Buffer) -> bool:
 def read_selftest(file: Bytes, *, heap_pages: int = 1) -> EnclaveImage:
     """Read an enclave of the kernel's selftests.
 
-    Segments are laid out by their place in the file, not in memory, and take raw file bytes up to
-    the end of their last page.
+    Its loader places segments by their offset in the file, not by their address, and maps the raw
+    bytes of the file up to the end of their last page.
 
     Args:
         file: the ELF file; needs no section headers.

@@ -1,7 +1,7 @@
 """The SECS that a loader makes for a plan on a given machine.
 
-MRENCLAVE does not cover ATTRIBUTES and MISCSELECT: one file gives another SECS on another machine,
-and only the SIGSTRUCT's masks say how far it may differ.
+MRENCLAVE does not cover ATTRIBUTES and MISCSELECT, so a loader may choose them differently on each
+machine.  The masks of the SIGSTRUCT limit the choice.
 
 Source:
     Intel SGX SDK, psw/urts/enclave_creator_hw_com.cpp; SDM vol. 3D, "EINIT".
@@ -87,10 +87,10 @@ def choose_secs(
     """Return the SECS to build ``image`` with.
 
     Args:
-        image: what to build.
-        base: where, a multiple of the size; the plan's own base when it has one.
-        debug: whether to set ATTRIBUTES.DEBUG; by default as the SIGSTRUCT has it.
-        limits: what the machine has.
+        image: the enclave.
+        base: its BASEADDR, a multiple of the size; the plan's base has priority if it has one.
+        debug: whether to set ATTRIBUTES.DEBUG; by default as in the SIGSTRUCT.
+        limits: the attributes that the machine allows.
 
     Raises:
         SoftSgxError: the SIGSTRUCT forbids attributes of this machine, or ``debug``.

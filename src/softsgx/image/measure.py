@@ -1,4 +1,4 @@
-"""MRENCLAVE of a build plan, at close to the speed of SHA-256.
+"""MRENCLAVE of a build plan, almost as fast as SHA-256 itself.
 
 The digest covers, for each page, an EADD block and for each measured chunk an EEXTEND block and its
 256 bytes.  Headers differ only in their offsets, so a batch of pages has one template whose offsets
@@ -39,7 +39,7 @@ _U64 = 8
 
 
 def hashed_bytes(plan: Plan) -> int:
-    """Return how many bytes the digest covers: known without making any of them."""
+    """Return how many bytes the digest covers, without producing them."""
     per_run = (run.pages * (_BLOCK + _chunk_bytes(run.mask)) for run in plan.runs)
     return _BLOCK + sum(per_run)
 
@@ -64,9 +64,9 @@ def measure(
     """Return the MRENCLAVE that building ``plan`` gives.
 
     Args:
-        plan: what to build.
-        limit_bytes: refuse to hash more than this; sizes in files are not to be trusted.
-        progress: called with the bytes hashed and all bytes, about every 64 MiB.
+        plan: the enclave.
+        limit_bytes: the most bytes to hash; a small file can ask for terabytes.
+        progress: called about every 64 MiB with the number of bytes hashed and of all bytes.
 
     Raises:
         SoftSgxError: the plan asks for more hashing than ``limit_bytes``.
@@ -94,13 +94,13 @@ def _chunk_bytes(mask: int) -> int:
 
 
 class _Template:
-    """What the digest covers of a batch of pages, with offsets yet to be patched.
+    """The digest's input for a batch of pages, whose offsets are patched for each batch.
 
     Attributes:
         words: per page one EADD block, then for each measured chunk an EEXTEND block and, in runs
             of equal pages, its bytes.
         chunks: the indices of the measured chunks.
-        page_bytes: how much of ``words`` is one page's.
+        page_bytes: the part of ``words`` that belongs to one page.
     """
 
     def __init__(self, run: Run, pages: int) -> None:
@@ -126,8 +126,8 @@ class _Template:
 
 
 def _batches(run: Run) -> Iterator[array[int] | bytes]:
-    """Yield what the digest covers of ``run``, a batch of pages at a time."""
-    if run.pages == 1:  # a template would cost more than the page
+    """Yield the digest's input for ``run``, a batch of pages at a time."""
+    if run.pages == 1:  # making a template would cost more than hashing the page
         yield _one_page(run)
         return
     batch = _BATCH_PAGES if run.mask else _BARE_BATCH_PAGES
@@ -152,7 +152,7 @@ def _one_page(run: Run) -> bytes:
 
 
 def _patched(run: Run, starts: range) -> Iterator[array[int]]:
-    """Yield batches of pages that differ in nothing but their offsets."""
+    """Yield batches of pages that differ only in their offsets."""
     template = _Template(run, starts.step)
     for start in starts:
         template.move_to(start)

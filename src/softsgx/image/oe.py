@@ -1,7 +1,7 @@
 """Enclaves signed by Open Enclave: an ELF file with its properties in section ``.oeinfo``.
 
-The layout is not stored but derived from a few numbers, and the loader writes what it derived into
-the image before measuring it.
+The file does not store the layout.  The loader derives it from a few numbers, and writes the result
+into the image before it measures the image.
 
 Source:
     Open Enclave SDK, host/sgx/create.c, host/sgx/loadelf.c, include/openenclave/bits/properties.h.
@@ -64,7 +64,7 @@ _Value = Callable[[int], int]
 
 
 class OeProperties(Structure, size=1960):
-    """What ``.oeinfo`` holds.
+    """The content of ``.oeinfo``.
 
     Attributes:
         size: bytes of this structure.
@@ -72,7 +72,7 @@ class OeProperties(Structure, size=1960):
         stack_pages: of each thread.
         flags: bit 0 report #PF and #GP, bit 1 base address 0.
         start_address: where the image begins in an enclave with base address 0.
-        oeinfo_rva: this and the next five are written at load time.
+        oeinfo_rva: the loader writes this field and the next five.
     """
 
     size: int = at(0, U32, default=1960)
@@ -142,7 +142,7 @@ def oe_properties(file: Bytes, **changes: int | bytes) -> bytes:
         changes: fields of :class:`OeProperties` up to ``start_address``, by name.
 
     Raises:
-        SoftSgxError: it is no such library, or a field is unknown or too large.
+        SoftSgxError: the file is no such library, or a field is unknown or too large.
     """
     properties, offset, _ = _properties(Elf(file))
     unknown = [
@@ -191,7 +191,7 @@ def embed_oe_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
 
 
 def oe_sign_options(file: Bytes, date: datetime.date | None = None) -> SignOptions:
-    """Return what Open Enclave's tool puts into a SIGSTRUCT for these properties."""
+    """Return the options with which Open Enclave's tool signs a library with these properties."""
     properties, _, _ = _properties(Elf(file))
     flags = properties.attributes
     mask = MASK_64 & ~_UNCHECKED
@@ -234,7 +234,7 @@ def _plan(elf: Elf) -> Plan:
             f"{elf.file.name}: needs another library, which its loader would add as a second "
             "module; that is not supported here: link it statically"
         )
-    # Not a fault of the section's: a library to be signed has 65535 here until it is configured.
+    # The number is 65535 until the library is configured and signed, which is no damage.
     if not 0 < properties.num_tcs <= _MOST_TCS:
         raise elf.file.bad(
             offset + OeProperties.OFFSETS["num_tcs"],
@@ -341,7 +341,7 @@ def _relocations(elf: Elf) -> bytes:
 
 
 class _Tls:
-    """The thread-local sections; what is missing is 0."""
+    """The thread-local sections; the numbers of a missing one are 0."""
 
     def __init__(self, elf: Elf) -> None:
         tdata, tbss = elf.section(".tdata"), elf.section(".tbss")
@@ -362,7 +362,7 @@ def _up(value: int, align: int) -> int:
 
 
 class _Image:
-    """The library's segments in memory: views of the file, and the few pages that get written.
+    """The library's segments in memory: views of the file, and copies of the pages that change.
 
     Attributes:
         size: bytes from address 0 to the end of the last segment, whole pages.
@@ -384,7 +384,7 @@ class _Image:
         self._written: dict[int, bytearray] = {}  # by address
 
     def write(self, address: int, data: bytes, what: str) -> None:
-        """Write over the image; ``what`` names it when it lies outside."""
+        """Overwrite bytes of the image; ``what`` names them in the error if they lie outside."""
         load = self._at(address, len(data))
         if load is None:
             raise SoftSgxError(
@@ -408,7 +408,7 @@ class _Image:
         return None
 
     def _page(self, load: ProgramHeader, page: int) -> bytearray:
-        """Return a page as the file has it, zeros where the file has nothing."""
+        """Return a page with the bytes of the file, and zeros where the file has none."""
         first = max(page, load.p_vaddr)
         last = max(first, min(page + PAGE_BYTES, load.p_vaddr + load.p_filesz))
         at = load.p_offset + first - load.p_vaddr

@@ -1,7 +1,6 @@
 """Configuration files of Open Enclave's signing tool: lines of ``Key=Value``.
 
-Deviation: CapturePFGPExceptions=0 leaves the flag clear; Open Enclave's tool sets it whatever the
-value is.
+Deviation: CapturePFGPExceptions=0 leaves the flag clear; Open Enclave's tool sets it for any value.
 
 Source:
     Open Enclave SDK, tools/oesign/oesign.c.
@@ -76,7 +75,8 @@ def read_oe_config(file: Bytes, attributes: int) -> dict[str, int | bytes]:
         attributes: ATTRIBUTES.FLAGS of the library.
 
     Raises:
-        SoftSgxError: a line is none, a key is unknown or comes twice, or a value is impossible.
+        SoftSgxError: a line is not ``Key=Value``, a key is unknown or appears twice, or a value is
+            impossible.
     """
     values = _values(file)
     changes = {_KEYS[key][0]: value for key, value in values.items() if _KEYS[key][0]}

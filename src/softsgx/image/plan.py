@@ -1,16 +1,17 @@
 """The build plan: the common form of all enclave files.
 
-A plan is the SECS fields that are measured and an ordered list of *runs*: pages that follow each
-other and share SECINFO, content rule and chunk mask.  Its order is the order of EADD, hence of the
-hash.  Pages of zeros and of a repeated word are made on access only, so a plan with a terabyte of
-heap costs as much as one with a page.
+A plan has the measured fields of SECS and an ordered list of *runs*: adjacent pages with the same
+SECINFO, content rule and chunk mask.  Its order is the order of EADD, and therefore of the hash.
+Pages of zeros and of a repeated word exist on access only, so a plan with a terabyte of heap takes
+as much memory as one with a page.
 
-The constructor accepts only what EADD accepts: aligned, inside the enclave, without overlap, with
-a page type, rights and contents the instruction takes; the bytes of a TCS are those that EADD
-stores, whatever the file had.  The readers check what a *file format* allows beyond that.
+The constructor accepts only what EADD accepts: aligned pages inside the enclave, without overlap,
+with a page type, rights and contents that the instruction takes.  A TCS has the bytes that EADD
+stores, which may differ from those of the file.  The readers check the further rules of their
+*file format*.
 
-Deviation: a plan does not know on which machine it will be built.  It takes what a processor with
-CET takes, and its enclaves are 64-bit.
+Deviation: a plan does not depend on the machine that builds it.  It accepts everything that a
+processor with CET accepts, and its enclaves are 64-bit.
 
 Source:
     SDM vol. 3D, "EADD", "EEXTEND", Operation.
@@ -76,7 +77,7 @@ LARGEST_SECS_SIZE = 1 << 56
 """SECS.SIZE in bytes: no processor has more linear addresses."""
 _TOKEN_BYTES = 8
 MOST_TCS = 1 << 16
-"""How many threads a plan may have: a run of TCS pages without content costs a file nothing."""
+"""The most threads of a plan: a small file could otherwise ask for any number of TCS pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Fill:
     """Pages that repeat one 32-bit little-endian word.
 
     Attributes:
-        word: what they repeat; 0 for pages of zeros.
+        word: the repeated word; 0 for pages of zeros.
     """
 
     word: int = 0
@@ -116,7 +117,7 @@ _ZERO_PAGE = bytes(PAGE_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """One page of which only some bytes are there, the rest zero.
+    """One page with bytes of a file in some part, and zeros elsewhere.
 
     Attributes:
         view: at most a page of bytes.
@@ -127,7 +128,7 @@ class Padded:
     lead: int = 0
 
     def page(self, index: int) -> bytes:
-        """Return its 4096 bytes, made now: many such pages must not take a page of memory each."""
+        """Return its 4096 bytes, built on each call: many such pages must not take a page each."""
         assert index == 0, f"page {index} of one"
         return (bytes(self.lead) + self.view).ljust(PAGE_BYTES, b"\0")
 
@@ -155,13 +156,13 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Pages that follow each other and are added alike.
+    """Adjacent pages that EADD adds with the same SECINFO.
 
     Attributes:
         offset: bytes from BASEADDR to the first page.
         pages: how many.
         flags: SECINFO.FLAGS of each.
-        source: where their bytes come from.
+        source: provides their bytes.
         mask: which 256-byte chunks of each page EEXTEND measures: bit i, chunk i.
         label: their name in the file; for output only.
     """
@@ -204,7 +205,7 @@ class Plan:
         size: SECS.SIZE in bytes, a power of two.
         runs: the pages.
         ssa_frame_size: SECS.SSAFRAMESIZE in pages.
-        base: the BASEADDR that the file insists on, or None when any aligned one does.
+        base: the BASEADDR that the file requires; None: any aligned one.
 
     Raises:
         SoftSgxError: EADD or ECREATE would refuse the plan.
@@ -216,7 +217,7 @@ class Plan:
     base: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what the instructions would."""
+        """Make the checks of ECREATE and EADD."""
         if not _SMALLEST_SECS_SIZE <= self.size <= LARGEST_SECS_SIZE or self.size & (self.size - 1):
             raise SoftSgxError(
                 f"plan: enclave size {self.size:#x} is not a power of two from 0x2000 to 2**56"
@@ -292,7 +293,11 @@ def _check_run(run: Run, size: int) -> None:
 
 
 def _as_added(run: Run, size: int) -> Run:
-    """Return the pages as EADD stores them, or refuse contents that it refuses."""
+    """Return the pages as EADD stores them.
+
+    Raises:
+        SoftSgxError: EADD refuses their content.
+    """
     where = f"plan: pages at {run.offset:#x}" + (f" ({run.label})" if run.label else "")
     if run.page_type in SHADOW_STACK_TYPES:
         _check_shadow_stack(run, size, where)
@@ -347,7 +352,7 @@ def lay(
         data: any number of bytes; none gives no run.
         flags: SECINFO.FLAGS.
         mask: chunks to measure in each page.
-        label: what the file calls them.
+        label: the name of the pages in the file.
     """
     view = memoryview(data).cast("B").toreadonly()
     runs: list[Run] = []

@@ -1,7 +1,7 @@
-"""SGXS streams: the measured records of an enclave, one after the other.
+"""SGXS streams: the measured records of an enclave in the order of the hash.
 
-A plain stream's SHA-256 is its MRENCLAVE, so a reader has to be strict: what is not canonical
-would hash differently when loaded.
+The SHA-256 of a plain stream is its MRENCLAVE.  The reader therefore refuses a stream that is not
+canonical: the loaded enclave would have another hash.
 
 Source:
     Fortanix SGXS tools, the format's description and its reader.
@@ -114,8 +114,8 @@ def read_sgxs(file: Bytes, *, size: int | None = None) -> EnclaveImage:
 
     Args:
         file: the stream.
-        size: what SECS.SIZE an UNSIZED stream is to have; it is written into the enclave's memory
-            where the stream says.
+        size: SECS.SIZE for an UNSIZED stream; the reader writes it into the enclave's memory at the
+            place that the stream names.
 
     Raises:
         SoftSgxError: the stream is not canonical, or its size is open and none was given.
@@ -204,7 +204,7 @@ def _read_chunk(
 
 
 def _require_zero(file: Bytes, at: int, record: memoryview, start: int) -> None:
-    """Refuse what the instruction would hash as zero."""
+    """Refuse bytes other than zero where the instruction hashes zeros."""
     rest = bytes(record[start:])
     if any(rest):
         raise file.bad(at + start, f"reserved bytes {rest.hex()}", "they are hashed as zero")
@@ -214,7 +214,7 @@ def write_sgxs(plan: Plan) -> Iterator[bytes]:
     """Yield the stream of ``plan``, a page at a time; unmeasured bytes go into UNMEASRD records.
 
     Raises:
-        SoftSgxError: the plan's pages do not rise, which a canonical stream cannot say.
+        SoftSgxError: the plan's pages are not in rising order, as a canonical stream needs them.
     """
     for before, after in zip(plan.runs, plan.runs[1:], strict=False):
         if after.offset < before.end:

@@ -1,7 +1,6 @@
 """SIGSTRUCT in files: recognising, reading, naming.
 
-Reading is tolerant: a file with the two headers is a SIGSTRUCT, and ``verify`` says what is wrong
-with it.
+Reading is tolerant: a file with the two headers is a SIGSTRUCT.  ``verify`` finds its errors.
 
 Source:
     SDM vol. 3D, "Enclave Signature Structure (SIGSTRUCT)".
@@ -36,7 +35,7 @@ def mrsigner(sigstruct: SigStruct) -> bytes:
 
 
 def has_sigstruct(file: Bytes, offset: int = 0) -> bool:
-    """Return whether both headers of a SIGSTRUCT are at ``offset`` and all of it is there."""
+    """Return whether a whole SIGSTRUCT with both headers is at ``offset``."""
     if offset < 0 or offset + SigStruct.SIZE > len(file):
         return False
     header2 = offset + _HEADER2_AT
@@ -55,7 +54,7 @@ def read_sigstruct(path: str | os.PathLike[str]) -> SigStruct:
     """Read a bare SIGSTRUCT file: ``.sig``, ``.css``.
 
     Raises:
-        SoftSgxError: it has not 1808 bytes, or not a SIGSTRUCT's headers.
+        SoftSgxError: the file does not have 1808 bytes, or not the headers of a SIGSTRUCT.
     """
     file = read_bytes(path)
     if len(file) != SigStruct.SIZE:
@@ -68,7 +67,7 @@ def read_sigstruct(path: str | os.PathLike[str]) -> SigStruct:
 
 
 def bare_sigstruct(path: str | os.PathLike[str]) -> SigStruct | None:
-    """Return the SIGSTRUCT that a file consists of, None when it is some other file."""
+    """Return the SIGSTRUCT that a file consists of; None for any other file."""
     file = read_bytes(path)
     if len(file) == SigStruct.SIZE and has_sigstruct(file):
         return sigstruct_at(file)
@@ -83,7 +82,7 @@ def bcd_date(date: datetime.date | None) -> int:
 
 
 def date_text(field: int) -> str:
-    """Return DATE as yyyy-mm-dd when it is one; some signers wrote plain binary, so in hex else."""
+    """Return DATE as yyyy-mm-dd, or in hexadecimal if it is no date: some signers store binary."""
     digits = f"{field:08x}"
     try:
         return datetime.date(int(digits[:4]), int(digits[4:6]), int(digits[6:])).isoformat()

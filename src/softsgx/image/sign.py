@@ -1,7 +1,7 @@
-"""Making SIGSTRUCTs: with a key at hand, or in two steps with a key elsewhere.
+"""Making SIGSTRUCTs: in one step with a private key, or in two steps with a key elsewhere.
 
-Everything is deterministic: the same key, fields and date give the same bytes.  RSA is
-``cryptography``'s; what SGX adds, the little-endian order and Q1 and Q2, is integer arithmetic.
+Signing is deterministic: the same key, fields and date give the same bytes.  The library
+``cryptography`` computes RSA; this module adds what SGX needs: little-endian order, Q1 and Q2.
 
 Source:
     SDM vol. 3D, "Enclave Signature Structure (SIGSTRUCT)".
@@ -48,7 +48,7 @@ _RSA_BITS = RSA_BYTES * 8
 _EXPONENT = 3
 
 Choice = Literal["off", "on", "any"]
-"""Must be clear, must be set, or as the loader likes."""
+"""A state component: must be clear, must be set, or the loader chooses."""
 
 _AVX_STATES = Xfrm.AVX | Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
 _AMX_STATES = Xfrm.TILECFG | Xfrm.TILEDATA
@@ -67,19 +67,19 @@ class SignOptions:
     All masks have a bit set where EINIT compares SECS with SIGSTRUCT.
 
     Attributes:
-        attributes: ATTRIBUTES.FLAGS wanted.
-        attribute_mask: which of them are compared.
-        xfrm: ATTRIBUTES.XFRM wanted.
-        xfrm_mask: which of them are compared.
-        miscselect: MISCSELECT wanted; stored ANDed with its mask.
-        misc_mask: which of them are compared.
-        cet_attributes: CET_ATTRIBUTES wanted.
-        cet_attributes_mask: which of them are compared.
+        attributes: ATTRIBUTES.FLAGS.
+        attribute_mask: the bits of them that EINIT compares.
+        xfrm: ATTRIBUTES.XFRM.
+        xfrm_mask: the bits of them that EINIT compares.
+        miscselect: MISCSELECT; stored ANDed with its mask.
+        misc_mask: the bits of them that EINIT compares.
+        cet_attributes: CET_ATTRIBUTES.
+        cet_attributes_mask: the bits of them that EINIT compares.
         isv_prod_id: product, 16 bits.
         isv_svn: security version, 16 bits.
         isv_family_id: 16 bytes; only with ``kss``.
         isv_ext_prod_id: 16 bytes; only with ``kss``.
-        date: goes into DATE as BCD; None is 0.
+        date: the date of signing, stored as BCD; None stores 0.
         vendor: 0 or 0x8086.
         swdefined: SWDEFINED.
         kss: set KSS in attributes and mask.
@@ -166,7 +166,7 @@ class SignOptions:
                 case "any":
                     mask &= ~bits
                 case "off":
-                    pass  # as xfrm and xfrm_mask say
+                    pass  # xfrm and xfrm_mask already have it
         return int(value), int(mask)
 
 
@@ -224,7 +224,7 @@ def split_signed(data: bytes, name: str = "signing data") -> SigStruct:
 def attach_signature(
     sigstruct: SigStruct, public_key: rsa.RSAPublicKey, signature: bytes
 ) -> SigStruct:
-    """Return a copy of ``sigstruct`` with a signature that was made elsewhere.
+    """Return a copy of ``sigstruct`` with a signature from another tool or device.
 
     Args:
         sigstruct: the fields that were signed.
@@ -256,7 +256,7 @@ def new_key() -> rsa.RSAPrivateKey:
 
 @cache
 def throwaway_key() -> rsa.RSAPrivateKey:
-    """Return a key of this process, made once: for enclaves that only this process loads."""
+    """Return the key of this process, generated once, for enclaves that only it loads."""
     return new_key()
 
 

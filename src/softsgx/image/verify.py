@@ -36,7 +36,7 @@ class Check:
     Attributes:
         name: the checked field, by its name in the manual.
         ok: whether EINIT would continue.
-        detail: what is wrong; empty when nothing is.
+        detail: the problem; empty if there is none.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Check:
 def verify(
     sigstruct: SigStruct, *, mrenclave: bytes | None = None, secs: Secs | None = None
 ) -> list[Check]:
-    """Return all checks of ``sigstruct``: form, signature, then what it is to be compared with.
+    """Return all checks of ``sigstruct``: form, signature, then the comparisons with an enclave.
 
     Args:
-        sigstruct: what to check.
-        mrenclave: the measurement it is for, if there is one.
-        secs: the enclave's SECS, if there is one.
+        sigstruct: the SIGSTRUCT.
+        mrenclave: the measurement to compare with; None: no comparison.
+        secs: the SECS to compare with; None: no comparison.
     """
     checks = list(check_form(sigstruct))
     failed = check_signature(sigstruct)
@@ -87,9 +87,9 @@ def check_form(sigstruct: SigStruct) -> Iterator[Check]:
 
 
 def check_signature(sigstruct: SigStruct) -> str | None:
-    """Return what is wrong with key, signature, Q1 or Q2, or None.
+    """Return the problem with key, signature, Q1 or Q2; None if there is none.
 
-    Every field is untrusted; a bad one does not make the check slower.
+    Every field is untrusted; no value makes the check slower than another.
     """
     n, s, q1, q2 = (
         int.from_bytes(field, "little")

@@ -1,7 +1,7 @@
 """Enclaves from C: a compiler, a small runtime of our own, and a layout that is measured.
 
-Nothing of a C library or an SDK goes in.  The compiler is the machine's, or ziglang's; what it made
-becomes a :class:`~softsgx.image.Plan` like any other enclave.
+The enclave contains no part of a C library or an SDK.  The compiler is that of the machine or
+ziglang's.  Its output becomes a :class:`~softsgx.image.Plan` like that of any other enclave.
 """
 
 from softsgx.image.csource.compiler import INCLUDE, Compiler, find_compiler

@@ -1,6 +1,6 @@
-"""Finding a C compiler and calling it: for the inside of an enclave, and for its host program.
+"""Finding a C compiler and calling it, for enclaves and for host programs.
 
-The compiler's own messages go to standard error; a refusal is one line.
+The compiler's own messages go to standard error.  A failure is an error of one line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ENCLAVE_FLAGS = (
     "-ffreestanding",
     "-fPIE",
     "-fvisibility=hidden",
-    # There is neither a canary in FS, nor an unwinder, nor CET.
+    # The runtime has no canary in FS, no unwinder and no CET.
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
     "-fno-unwind-tables",
@@ -62,10 +62,10 @@ class Compiler:
     """A C compiler.
 
     Attributes:
-        command: how it is called, without the arguments that softsgx adds.
-        linker: how a linker is called directly, where the compiler cannot be trusted to pass
-            everything on; otherwise empty and the compiler links.
-        baseline: asks for no more than SSE2: XFRM is 3, so an AVX instruction would be #UD.
+        command: the command, without the arguments that softsgx adds.
+        linker: the command of a linker, if the compiler does not pass all arguments to one; empty:
+            the compiler links.
+        baseline: arguments that limit the code to SSE2: XFRM is 3, so AVX would raise #UD.
     """
 
     command: tuple[str, ...]
@@ -80,24 +80,24 @@ class Compiler:
         *,
         debug_info: bool = False,
     ) -> None:
-        """Compile and link what goes inside, with our runtime, to a position-independent ELF file.
+        """Compile and link an enclave with our runtime to a position-independent ELF file.
 
         Args:
             sources: C files.
             output: the ELF file.
-            flags: after our own, for ``sources`` alone.
-            debug_info: for a debugger; the code is the same.
+            flags: further arguments for ``sources``; they follow our own.
+            debug_info: whether the file has debug information; the code is the same.
 
         Raises:
-            SoftSgxError: the compiler or the linker refused.
+            SoftSgxError: the compiler or the linker failed.
         """
         with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
             objects = []
             own = tuple(RUNTIME / name for name in _OWN_SOURCES)
             for number, source in enumerate((*own, *sources)):
                 objects.append(str(Path(scratch) / f"{number}.o"))
-                # __FILE__ must not name the directory of the source, or two checkouts would differ.
-                # A debugger wants it.
+                # __FILE__ must not name the directory of the source: two checkouts would differ.
+                # A debugger needs the directory.
                 mapped = "macro" if debug_info else "file"
                 where = f"-f{mapped}-prefix-map={source.parent}=."
                 ours = [*_ENCLAVE_FLAGS, *self.baseline, where, f"-I{INCLUDE}"]
@@ -110,7 +110,7 @@ class Compiler:
         """Compile and link a host program.
 
         Raises:
-            SoftSgxError: the compiler refused.
+            SoftSgxError: the compiler failed.
         """
         names = list(map(str, sources))
         flags = ["-std=gnu11", "-O2", "-Wall", f"-I{INCLUDE}", *names, "-o", str(output)]
@@ -143,13 +143,13 @@ class Compiler:
 
 
 def find_compiler(named: str | None = None) -> Compiler:
-    """Return the compiler to use: the one that is named, else ``cc``, else ziglang's.
+    """Return the compiler: the named one, else ``cc``, else ziglang's.
 
     Args:
         named: a command, such as ``"ccache gcc"``.
 
     Raises:
-        SoftSgxError: there is none; the message says how to get one.
+        SoftSgxError: there is none; the message names ways to install one.
     """
     if named is not None:
         words = tuple(shlex.split(named))
@@ -160,8 +160,8 @@ def find_compiler(named: str | None = None) -> Compiler:
         return Compiler(("cc",))
     if find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")
-        # Zig makes the C library that a host program is linked with, at its first use: musl takes
-        # it a minute, the few stubs of glibc some seconds.
+        # Zig builds the C library of a host program at its first use: musl takes a minute, the
+        # stubs of glibc take some seconds.
         libc = "gnu" if platform.libc_ver()[0] == "glibc" else "musl"
         target = ("-target", f"x86_64-linux-{libc}", "-fno-sanitize=all")
         return Compiler((*zig, "cc", *target), (*zig, "ld.lld"), ("-mcpu=x86_64",))

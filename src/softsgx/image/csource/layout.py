@@ -1,4 +1,4 @@
-"""From the linked image to a build plan: image, threads, heap.
+"""The layout of an enclave from C: image, threads, heap.
 
 =================  ======================  =========  ========
 what               pages                   rights     measured
@@ -16,9 +16,9 @@ guard              1                       none       absent
 heap               ``heap_bytes``          R W        no
 =================  ======================  =========  ========
 
-The stack of a thread ends where its TCS begins, and its thread page lies behind its SSA frames: the
-runtime finds both from RBX.  A heap is zeros that are not measured: EADD measures that it is
-there, not what it holds.
+The stack of a thread ends where its TCS begins, and its thread page follows its SSA frames: the
+runtime computes both addresses from RBX.  A heap is zeros whose content is not measured: EADD
+measures only that the pages exist.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from softsgx.image.plan import SECINFO_R, Plan
 
 __all__ = ["BuildOptions", "build_enclave", "lay_out"]
 
-_NSSA: Final = 2  # runtime.c finds the thread page by it
+_NSSA: Final = 2  # runtime.c computes the address of the thread page from it
 _THREAD_PAGE: Final = struct.Struct("<5Q")  # struct thread_page, runtime.c
-_RELATIVE: Final = 8  # R_X86_64_RELATIVE, the only relocation runtime.c knows
+_RELATIVE: Final = 8  # R_X86_64_RELATIVE, the only relocation that runtime.c applies
 _MAX_BYTES: Final = 1 << 40
 _MAX_THREADS: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What an enclave from C has besides its code.
+    """The sizes of an enclave from C, besides its code.
 
     Attributes:
-        heap_bytes: of the heap all threads share; whole pages.
-        stack_bytes: of each thread's stack; whole pages, at least one.
-        threads: how many TCS.
+        heap_bytes: size of the heap that all threads share; whole pages.
+        stack_bytes: size of each thread's stack; whole pages, at least one.
+        threads: number of TCS.
 
     Raises:
         SoftSgxError: a size is no whole number of pages, or out of range.
@@ -87,17 +87,17 @@ def build_enclave(
 ) -> Plan:
     """Compile ``sources`` with the runtime and return the enclave's plan.
 
-    The same sources, options, flags and compiler give the same plan, wherever the sources lie.
+    The same sources, options, flags and compiler give the same plan in every directory.
 
     Args:
         sources: C files; one of them has ``ecall``.
-        compiler: what compiles them.
+        compiler: the compiler.
         options: the sizes.
-        flags: for the compiler, after our own.
-        elf: where the linked image is kept, with debug information.
+        flags: further arguments for the compiler; they follow our own.
+        elf: path for the linked image with debug information; None: it is not kept.
 
     Raises:
-        SoftSgxError: a source does not compile or link, or asks for what an enclave has not.
+        SoftSgxError: a source does not compile or link, or needs something that enclaves lack.
     """
     for source in sources:
         if not os.path.isfile(source):
@@ -112,7 +112,7 @@ def build_enclave(
 
 
 def lay_out(file: Bytes, options: BuildOptions) -> Plan:
-    """Return the plan of a linked image: position independent, from offset 0.
+    """Return the plan of a linked image, which is position independent and begins at offset 0.
 
     Raises:
         SoftSgxError: a segment overlaps another, or there is a relocation that the runtime
@@ -144,7 +144,7 @@ def lay_out(file: Bytes, options: BuildOptions) -> Plan:
 
 
 def _size(image_end: int, options: BuildOptions) -> int:
-    """Return SECS.SIZE: what all of it needs, before any of it is laid."""
+    """Return the SECS.SIZE that holds the image, the threads and the heap."""
     stack_pages = options.stack_bytes // PAGE_BYTES
     threads = options.threads * (1 + stack_pages + 1 + _NSSA + 1) * PAGE_BYTES
     return enclave_size(image_end + threads + PAGE_BYTES + options.heap_bytes)
@@ -175,7 +175,7 @@ def _require_entry(elf: Elf) -> None:
 
 
 def _require_relative(elf: Elf) -> None:
-    """Refuse relocations that the runtime would skip or misapply."""
+    """Refuse relocations that the runtime does not apply."""
     for offset, info, _ in elf.relocations():
         if info != _RELATIVE:
             raise SoftSgxError(

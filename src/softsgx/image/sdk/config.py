@@ -1,7 +1,7 @@
 """Configuration files of the SDK's signing tool, ``Enclave.config.xml``.
 
-Every key of the tool is read with its range; numbers are decimal, hexadecimal or octal as
-``strtoull`` reads them.  What is not in the file has the tool's default.
+The reader knows every key of the tool and its range.  Numbers are decimal, hexadecimal or octal, as
+``strtoull`` reads them.  A missing key has the tool's default.
 
 Source:
     Intel SGX SDK, sdk/sign_tool/SignTool/sign_tool.cpp, manage_metadata.cpp, parse_metadata_file.
@@ -56,17 +56,17 @@ _SIZES = {
 }  # fmt: skip
 """Fields of ``SdkLayout`` that are sizes: key and default in bytes."""
 
-# Bits 55:48 are software's own: the tool leaves them, and DEBUG, to the loader.
+# Bits 55:48 are for software: the tool lets the loader choose them, and DEBUG.
 _UNCHECKED_FLAGS = 0x00FF_0000_0000_0000 | AttributesFlags.DEBUG.value
 _AVX_STATES = Xfrm.AVX | Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.HI16_ZMM
 
 
 @dataclass(frozen=True)
 class SdkConfig:
-    """What a configuration file says.
+    """The settings in a configuration file.
 
     Attributes:
-        layout: fields of :class:`~softsgx.image.SdkLayout` that do not follow from ``options``.
+        layout: fields of :class:`~softsgx.image.SdkLayout` that ``options`` do not determine.
         options: fields of :class:`~softsgx.image.SignOptions`.
     """
 
@@ -78,8 +78,8 @@ def read_sdk_config(file: Bytes) -> SdkConfig:
     """Read a configuration file.
 
     Raises:
-        SoftSgxError: it is no such file, a key is unknown or comes twice, a number is out of its
-            range, or two contradict each other.
+        SoftSgxError: the file is no configuration file, a key is unknown or appears twice, a number
+            is out of range, or two settings contradict each other.
     """
     return _settings(file.name, _values(file))
 
@@ -87,7 +87,7 @@ def read_sdk_config(file: Bytes) -> SdkConfig:
 def _values(file: Bytes) -> dict[str, int]:
     if len(file) > _FILE_BYTES:
         raise SoftSgxError(f"{file.name}: {len(file)} bytes; no configuration file of the SDK")
-    # Entities could make a small file large, and the SDK's own reader knows none.
+    # Entities could expand a small file without bound, and the SDK's reader supports none.
     if b"<!DOCTYPE" in bytes(file.view):
         raise SoftSgxError(f"{file.name}: has a document type; configuration files have none")
     try:
@@ -114,7 +114,7 @@ def _values(file: Bytes) -> dict[str, int]:
 
 
 def _number(text: str) -> int | None:
-    """Return what strtoull with base 0 makes of the text."""
+    """Return the number that strtoull with base 0 reads from the text."""
     if _NUMBER.fullmatch(text) is None:
         return None
     octal = len(text) > 1 and text[0] == "0" and text[1] not in "xX"

@@ -1,7 +1,7 @@
 """The variable ``g_global_data`` of the SDK's trusted runtime, which a signer fills in.
 
-The runtime inside the enclave finds its heap, its threads and the layout table there.  The
-variable has grown with the SDK; its size shows which form a library has.
+The runtime inside the enclave reads the places of its heap, its threads and the layout table from
+it.  The variable grew with the SDK; its size identifies the form that a library has.
 
 Source:
     Intel SGX SDK, common/inc/internal/global_data.h, thread_data.h;
@@ -30,14 +30,14 @@ _LAYOUT_ITEM_BYTES = 32
 
 @dataclass(frozen=True)
 class _Form:
-    """What one form of the variable has.
+    """The fields that one form of the variable has.
 
     Attributes:
         tcs_num: a word for the number of threads.
         items: places in its copy of the layout table.
         elrange: three words for an enclave range.
         aex_notify: three more words and two half words in the thread's data.
-        bookkeeping: a word for what run-time paging takes.
+        bookkeeping: a word for the memory that run-time paging needs for itself.
         fips: two half words.
     """
 
@@ -68,12 +68,12 @@ _BLOCK_VERSIONS = (
 
 @dataclass(frozen=True)
 class GlobalData:
-    """The variable as a library has it before it is signed.
+    """The variable in a library that is not signed yet.
 
     Attributes:
-        at: where it lies in the file.
-        size: its bytes.
-        sdk_version: what the runtime wrote there: major in bits 63:32, minor in 31:16.
+        at: its offset in the file.
+        size: its size in bytes.
+        sdk_version: the SDK's version that it holds: major in bits 63:32, minor in 31:16.
     """
 
     at: int
@@ -82,7 +82,7 @@ class GlobalData:
 
     @classmethod
     def of(cls, elf: Elf) -> GlobalData | None:
-        """Return the variable of a library, None when it has none that is known here.
+        """Return the variable of a library; None if the library has none of a known form.
 
         Raises:
             SoftSgxError: it lies outside the file's bytes.
@@ -104,7 +104,7 @@ class GlobalData:
 
     @property
     def versions(self) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-        """Return which blocks a signer of the same SDK writes; None for one that is not known."""
+        """Return which blocks a signer of the same SDK writes; None for an unknown one."""
         for minor, versions in _BLOCK_VERSIONS:
             if self.minor >= minor:
                 return versions
@@ -124,11 +124,11 @@ class GlobalData:
 
         Args:
             elf: the library.
-            layout: what it is laid out for.
+            layout: the settings of the layout.
             enclave_size: SECS.SIZE.
-            table: the layout table as the block has it.
+            table: the layout table of the block.
             tcs: the template of a TCS.
-            bookkeeping: bytes that run-time paging takes.
+            bookkeeping: bytes that run-time paging needs for itself.
 
         Raises:
             SoftSgxError: the table has more items than the variable has places.
@@ -159,7 +159,7 @@ class GlobalData:
         copy = b"".join(item.pack() for item in table)
         data += copy.ljust(form.items * _LAYOUT_ITEM_BYTES, b"\0")
         if form.elrange:
-            size = 0 if form.fips else enclave_size  # what it says without an enclave range
+            size = 0 if form.fips else enclave_size  # the value without an enclave range
             data += (layout.elrange or Elrange(elrange_size=size)).pack()
         if form.bookkeeping:
             data += struct.pack("<Q", bookkeeping)

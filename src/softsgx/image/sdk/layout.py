@@ -1,7 +1,7 @@
-"""Expanding a layout table: which pages are added after the image, and how.
+"""Expanding a layout table: the pages that a loader adds after the image.
 
-Everything is decided by attributes, SECINFO flags and content: the numbering of ids changed
-without a new version.
+Attributes, SECINFO flags and content decide how a page is added.  Ids do not: their numbering
+changed without a new version of the metadata.
 
 Source:
     Intel SGX SDK, psw/urts/loader.cpp, build_context and validate_layout_table.
@@ -47,7 +47,7 @@ ATTRIBUTE_NAMES = (
     "EADD", "EEXTEND", "EREMOVE", "POST_ADD", "POST_REMOVE", "DYN_THREAD", "GROW_DOWN",
 )  # fmt: skip
 MAX_EXPANDED = 1 << 16
-"""How many items a table may expand to; load_times alone could say 2**32."""
+"""The most items that a table may expand to; load_times alone could ask for 2**32."""
 
 _U64 = (1 << 64) - 1
 _TCS_FIELDS_BYTES = Tcs.OFFSETS["reserved"]
@@ -72,7 +72,7 @@ def has_old_ids(table: Sequence[LayoutEntry | LayoutGroup]) -> bool:
 
 
 def entry_name(item_id: int, *, old: bool) -> str:
-    """Return what the signer calls an item; for people."""
+    """Return the signer's name of an item, for output."""
     return (_OLD_NAMES if old else _NEW_NAMES).get(item_id, f"id {item_id}")
 
 
@@ -80,8 +80,8 @@ def expand(block: Block) -> Iterator[tuple[LayoutEntry, int]]:
     """Yield each entry with the offset to add to its address; groups repeated.
 
     Raises:
-        SoftSgxError: a group reaches before the table or over another, or the table expands to
-            more than ``MAX_EXPANDED`` items.
+        SoftSgxError: a group covers entries before the table or in another group, or the table
+            expands to more than ``MAX_EXPANDED`` items.
     """
     table = block.layout()
     where = block.header.dir_layout.offset
@@ -119,7 +119,7 @@ def layout_runs(block: Block) -> list[Run]:
     """Return the pages that the table adds, in its order.
 
     Raises:
-        SoftSgxError: an item is misaligned, outside the enclave or over another.
+        SoftSgxError: an item is misaligned, outside the enclave or overlaps another.
     """
     runs: list[Run] = []
     spans: list[tuple[int, int]] = []
@@ -147,7 +147,7 @@ def layout_runs(block: Block) -> list[Run]:
 
 
 def _entry_runs(block: Block, entry: LayoutEntry, rva: int, name: str) -> list[Run]:
-    """Return the pages of one entry: the rule of the SDK's loader."""
+    """Return the pages of one entry, by the rule of the SDK's loader."""
     mask = MASK_ALL if entry.attributes & EEXTEND else MASK_NONE
     if not entry.attributes & EADD:
         return []
@@ -170,7 +170,7 @@ def _entry_runs(block: Block, entry: LayoutEntry, rva: int, name: str) -> list[R
 
 
 def _tcs_run(block: Block, entry: LayoutEntry, rva: int, mask: int, name: str) -> Run:
-    """Return a TCS made of the block's template, its three addresses moved to where it is."""
+    """Return a TCS made from the block's template, with its three addresses relocated."""
     template = block.content(entry.content_offset, entry.content_size, name)
     if entry.page_count != 1 or template.nbytes > PAGE_BYTES:
         raise block.bytes.bad(

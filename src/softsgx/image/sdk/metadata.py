@@ -1,8 +1,8 @@
 """The metadata of a signed Intel SDK library: note, blocks, tables.
 
-A file has one or more *blocks* back to back in its section ``.note.sgxmeta``; each describes the
-same enclave for loaders of another age.  Version 1.x has no run-time paging, 2.x and 3.x do;
-11.x to 13.x are the same with an ELRANGE directory.
+A file has one or more adjacent *blocks* in its section ``.note.sgxmeta``.  All describe the same
+enclave, each for loaders of other versions.  Version 1.x has no run-time paging; 2.x and 3.x have
+it; 11.x to 13.x are the same with an ELRANGE directory.
 
 Source:
     Intel SGX SDK, common/inc/internal/metadata.h.
@@ -56,7 +56,7 @@ SIGSTRUCT_AT = 64
 DATA_AT_2_DIRS, DATA_AT_4_DIRS = 1888, 1904
 EXTEND_SIGNATURE, EXTEND_MODULE = 0x1001, 0x1002
 MAX_BLOCKS = 4
-"""How many blocks are taken; signers write at most three."""
+"""The most blocks that the reader accepts; signers write at most three."""
 _GROUP_BIT = 1 << 12
 ELRANGE_MAJORS = 10
 
@@ -77,9 +77,9 @@ class BlockHeader(Structure, size=1888):
         tcs_policy: 0 a TCS is bound to a thread, 1 it is not.
         ssa_frame_size: pages.
         max_save_buffer_size: bytes of XSAVE area that the signer assumed.
-        desired_misc_select: MISCSELECT wished for beyond the SIGSTRUCT's.
-        tcs_min_pool: threads to make at start.
-        attributes: FLAGS, and every XFRM bit that may be set.
+        desired_misc_select: MISCSELECT bits that the enclave asks for beyond the SIGSTRUCT's.
+        tcs_min_pool: threads that the runtime creates at start.
+        attributes: FLAGS, and every XFRM bit that the loader may set.
     """
 
     magic_num: int = at(0, U64, default=METADATA_MAGIC)
@@ -101,11 +101,12 @@ class LayoutEntry(Structure, size=32):
     """Pages after the image: heap, stacks, threads, guards.
 
     Attributes:
-        item_id: what the signer calls them; numbering changed, so for people only.
+        item_id: the signer's number for them; the numbering changed, so for output only.
         attributes: EADD 1, EEXTEND 2, EREMOVE 4, POST_ADD 8, POST_REMOVE 16, DYN_THREAD 32,
             GROW_DOWN 64.
         rva: from the image's base.
-        content_size: bytes at ``content_offset``; with no offset, the 32-bit word that fills them.
+        content_size: bytes at ``content_offset``; if the offset is 0, the 32-bit word that fills
+            the pages.
     """
 
     item_id: int = at(0, U16)
@@ -122,7 +123,7 @@ class LayoutGroup(Structure, size=32):
 
     Attributes:
         entry_count: how many of them.
-        load_times: how often, beside the entries themselves.
+        load_times: the number of further copies.
         load_step: bytes between two copies.
     """
 
@@ -180,10 +181,10 @@ def version_text(version: int) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """One block; tables are read, and refused, when asked for.
+    """One block; each method reads and checks its table when it is called.
 
     Attributes:
-        bytes: the block and nothing else.
+        bytes: the bytes of the block alone.
         header: its fixed part.
     """
 
@@ -192,7 +193,7 @@ class Block:
 
     @property
     def major(self) -> int:
-        """Return the major version as written."""
+        """Return the major version as stored."""
         return self.header.version >> 32
 
     @property
@@ -262,10 +263,10 @@ class Block:
 
 
 def metadata_area(elf: Elf) -> Bytes:
-    """Return what the metadata note holds.
+    """Return the content of the metadata note.
 
     Raises:
-        SoftSgxError: there is no such section, or it is not the note it should be.
+        SoftSgxError: there is no such section, or its note has another form.
     """
     header = elf.section(NOTE_SECTION)
     file = elf.file
@@ -291,7 +292,7 @@ def metadata_area(elf: Elf) -> Bytes:
             f"section of {header.sh_size} bytes holds a note of {used}",
             f"the SDK's loader wants it padded to its alignment of {align}, and no further",
         )
-    # No padding after the name, unlike what ELF says of notes.
+    # The name has no padding, although ELF requires it for notes.
     return file.part(start + _NOTE_HEADER_BYTES + namesz, descsz, "metadata")
 
 
@@ -334,7 +335,7 @@ def choose_block(
         sgx2: whether the processor reports SGX2.
         driver_edmm: whether the driver passes the runtime's probe for run-time paging.
         simulation: whether the runtime is one of simulation mode.
-        takes_2x: whether it is older than 2.18, which skip 2.x.
+        takes_2x: whether the runtime is older than 2.18; later ones skip 2.x.
     """
     limit = newest_major if sgx2 and driver_edmm and not simulation else min(1, newest_major)
     usable = [b for b in blocks if b.family <= limit and (takes_2x or b.family != 2)]

@@ -41,7 +41,7 @@ def sdk_blocks(file: Bytes) -> tuple[Elf, list[Block]]:
 
 
 def sdk_is_laid_out(file: Bytes) -> bool:
-    """Return whether a library of the SDK has metadata already."""
+    """Return whether a library of the SDK has metadata."""
     return bool(sdk_blocks(file)[1])
 
 
@@ -63,7 +63,7 @@ def read_sdk(
         takes_2x: whether the runtime is older than 2.18.
 
     Raises:
-        SoftSgxError: it has no metadata that such a runtime takes, or that is damaged.
+        SoftSgxError: it has no metadata for such a runtime, or the metadata is damaged.
     """
     elf, blocks = sdk_blocks(file)
     if not blocks:
@@ -101,7 +101,7 @@ def read_sdk(
 
 
 def block_plan(elf: Elf, block: Block) -> Plan:
-    """Return how one block says the enclave is built: image first, then its layout table.
+    """Return the plan that one block describes: the image, then its layout table.
 
     Raises:
         SoftSgxError: a table points outside the file, the block or the enclave.
@@ -134,7 +134,7 @@ def block_plan(elf: Elf, block: Block) -> Plan:
 
 
 def _patched(file: Bytes, block: Block) -> Bytes:
-    """Return a copy of the file with the block's patches, which must not outgrow the file."""
+    """Return a copy of the file with the block's patches; they must not be larger than the file."""
     patches = block.patches()
     if not patches:
         return file
@@ -173,7 +173,7 @@ def _require_inside(block: Block, runs: list[Run]) -> None:
 
 
 def _variant(elf: Elf, block: Block, chosen: Block, plan: Plan) -> Variant:
-    """Return a block for people; one that cannot be read says why."""
+    """Return a block for output, with the problem of a block that cannot be read."""
     try:
         own = plan if block is chosen else block_plan(elf, block)
         return Variant(block.version, own, facts=_facts(block), layout=_rows(block))

@@ -44,10 +44,10 @@ def round_up(value: int, step: int = PAGE_BYTES) -> int:
 
 
 def require_loadable(elf: Elf) -> None:
-    """Refuse what the SDK's loader would.
+    """Refuse a library that the SDK's loader refuses.
 
     Raises:
-        SoftSgxError: naming the first thing that it does not take.
+        SoftSgxError: it names the first reason.
     """
     file, end = elf.file, 0
     if elf.header.e_type != ET_DYN:
@@ -81,12 +81,12 @@ def require_loadable(elf: Elf) -> None:
 
 
 def require_signable(elf: Elf, *, init: bool = False, text_relocations: bool = False) -> None:
-    """Refuse what the SDK's signing tool would, beyond what its loader does.
+    """Refuse a library that the SDK's signing tool refuses, although its loader does not.
 
     Args:
         elf: the library.
-        init: take a section ``.init``, whose code nothing would run.
-        text_relocations: take relocations of code, whose pages then are writable.
+        init: accept a section ``.init``, whose code an enclave never runs.
+        text_relocations: accept relocations of code, which make its pages writable.
 
     Raises:
         SoftSgxError: the library has one.
@@ -131,9 +131,9 @@ def image_runs(elf: Elf, contents: Bytes, *, tail_pages: bool, shift: int = 0) -
     """Return the measured pages of all segments, in program-header order.
 
     Args:
-        elf: the tables of the file as it lies on the disk.
+        elf: the tables of the file on disk.
         contents: its bytes with patches applied.
-        tail_pages: add version 1.3's zero page behind segments that its loader miscounts.
+        tail_pages: add the zero page that loaders of version 1.3 add after some segments.
         shift: added to all addresses.
     """
     runs: list[Run] = []
@@ -168,7 +168,7 @@ def _segment(
 
 
 def _split_marked(run: Run, marked: tuple[int, ...], shift: int) -> list[Run]:
-    """Return ``run`` in parts, so that pages with text relocations may be written."""
+    """Return ``run`` in parts; pages with text relocations are writable."""
     first, behind = (bisect_left(marked, at - shift) for at in (run.offset, run.end))
     parts: list[Run] = []
     start = 0
@@ -194,9 +194,9 @@ def _split_marked(run: Run, marked: tuple[int, ...], shift: int) -> list[Run]:
 def _tail_page(
     last: ProgramHeader | None, following: ProgramHeader | None, shift: int
 ) -> list[Run]:
-    """Return the zero page that loaders of version 1.3 add behind ``last``, if they do.
+    """Return the zero page that loaders of version 1.3 add after ``last``, if there is one.
 
-    They round a segment's size and add its address, instead of rounding its end.
+    They round the size of a segment and add its address, where they should round its end.
     """
     if last is None:
         return []

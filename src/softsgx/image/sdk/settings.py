@@ -1,4 +1,4 @@
-"""What an enclave of the SDK is laid out for: threads, stacks, heap, and what follows from them.
+"""The settings of an SDK enclave's layout: threads, stacks, heap.
 
 Source:
     Intel SGX SDK, sdk/sign_tool/SignTool/manage_metadata.cpp.
@@ -23,32 +23,32 @@ _STATES = Xfrm.X87 | Xfrm.SSE | Xfrm.AVX | Xfrm.OPMASK | Xfrm.ZMM_HI256 | Xfrm.H
 
 @dataclass(frozen=True, kw_only=True)
 class SdkLayout:
-    """What an SDK configuration file says about memory; all sizes in pages.
+    """The settings of an SDK configuration file about memory; all sizes in pages.
 
     Attributes:
         threads: TCS pages that are added and measured (TCSNum).
-        threads_max: threads there may be with run-time paging (TCSMaxNum); None for ``threads``.
-        threads_pool: threads beside the first that are always there (TCSMinPool); the others are
-            removed after EINIT where run-time paging allows it, and made when they are needed.
-        stack_min: pages of each stack added at build time whatever the runtime.
+        threads_max: the most threads with run-time paging (TCSMaxNum); None for ``threads``.
+        threads_pool: threads beside the first that always exist (TCSMinPool).  With run-time paging
+            the runtime removes the others after EINIT and adds them when it needs them.
+        stack_min: pages of each stack that every loader adds.
         stack_max: pages of each stack.
-        heap_min: pages that are always there.
-        heap_init: pages there at start, ``heap_min`` of them included; None for ``heap_max``.
-        heap_max: pages there may be; more than ``heap_init`` needs run-time paging.
-        reserved_min: as ``heap_min``, of memory that code may be loaded into.
+        heap_min: pages that always exist.
+        heap_init: pages at start, those of ``heap_min`` included; None for ``heap_max``.
+        heap_max: the most pages; more than ``heap_init`` needs run-time paging.
+        reserved_min: as ``heap_min``, for memory that the enclave may load code into.
         reserved_init: as ``heap_init``.
         reserved_max: as ``heap_max``.
-        reserved_executable: whether reserved memory is added with X.
+        reserved_executable: whether reserved memory has X.
         user_region: pages that the enclave's own code manages by run-time paging.
-        unbound: whether any thread may use any TCS.
-        xfrm: every XFRM bit that a loader may set; sizes the SSA frames.
+        unbound: whether every thread may use every TCS.
+        xfrm: every XFRM bit that a loader may set; it determines the size of SSA frames.
         ssa_frame_size: pages; None for as many as ``xfrm`` and ``miscselect`` need.
-        miscselect: MISCSELECT wished for.
-        misc_mask: which of its bits EINIT compares.
-        aex_notify: set TCS.FLAGS.AEXNOTIFY in every thread.
+        miscselect: MISCSELECT.
+        misc_mask: the bits of MISCSELECT that EINIT compares.
+        aex_notify: whether every thread has TCS.FLAGS.AEXNOTIFY.
         elrange: an enclave range that is larger than the image, or None.
-        versions: of the block for run-time paging, and of the other; None for those of the SDK that
-            the library was built with.
+        versions: versions of the block for run-time paging and of the other block; None for those
+            that the SDK of the library writes.
     """
 
     threads: int = 1
@@ -77,7 +77,7 @@ class SdkLayout:
         """Refuse sizes that contradict each other.
 
         Raises:
-            SoftSgxError: naming the first that does.
+            SoftSgxError: it names the first contradiction.
         """
         heap_init, reserved_init = self.heap_at_start, self.reserved_at_start
         ordered = (

@@ -80,7 +80,7 @@ def layout_table(
 
     Args:
         elf: the library.
-        layout: what it is laid out for.
+        layout: the settings of the layout.
         behind: the address after the image, page aligned.
         user_region: pages of the region for run-time paging, 0 for none.
     """
@@ -116,9 +116,9 @@ def guard(start: int, end: int) -> LayoutEntry:
 
 
 def static_table(table: Sequence[Item], threads: int) -> list[Item]:
-    """Return what the table is for runtimes without run-time paging.
+    """Return the table for runtimes without run-time paging.
 
-    All threads become one group, and what would come later never comes.
+    All threads are one group, and the table has no items that a runtime would add later.
     """
     names = [item.item_id for item in table]
     start, end = names.index(_GUARD), names.index(TD) + 1
@@ -153,7 +153,7 @@ def _reserved(layout: SdkLayout) -> list[Item]:
 
 
 def _thread(layout: SdkLayout, tls_pages: int, *, first: bool = False) -> list[LayoutEntry]:
-    """Return one thread's items; part of the first thread's stack can come and go."""
+    """Return one thread's items; some pages of the first stack can be removed at run time."""
     measured = EADD | EEXTEND
     more_stack = layout.stack_max - layout.stack_min
     items = [_item(_GUARD, 0, GUARD_PAGES, flags=0)]
@@ -193,7 +193,7 @@ def _with(item: LayoutEntry, attributes: int) -> LayoutEntry:
 
 
 def _made_later(item: LayoutEntry) -> LayoutEntry:
-    """Return an item of a thread as one of threads that are made at run time."""
+    """Return an item of a thread as an item of threads that the runtime adds later."""
     if item.item_id == _GUARD:
         return item.replace()
     later = GROW_DOWN if item.item_id == _STACK_MAX else DYN_THREAD
@@ -224,7 +224,7 @@ def user_region_pages(elf: Elf, layout: SdkLayout, *, minor: int) -> tuple[int, 
 
     Args:
         elf: the library.
-        layout: what it is laid out for.
+        layout: the settings of the layout.
         minor: the SDK's minor version, of major 2.
     """
     user = layout.user_region * PAGE_BYTES
@@ -245,12 +245,12 @@ def user_region_pages(elf: Elf, layout: SdkLayout, *, minor: int) -> tuple[int, 
 
 
 def _allocated(size: int) -> int:
-    """Return what an allocation of ``size`` bytes takes."""
+    """Return the bytes of heap that an allocation of ``size`` bytes takes."""
     return max(_SMALLEST_ALLOCATION, round_up(size + _ALLOCATION_HEADER, _ALLOCATION_ALIGN))
 
 
 def _bookkeeping(elf: Elf, layout: SdkLayout, taken: Callable[[int], int]) -> int:
-    """Return the bytes that the runtime's memory manager needs for what the table holds."""
+    """Return the bytes that the runtime's memory manager needs to manage the table's items."""
     node = taken(_NODE_BYTES)
 
     def pages(count: int) -> int:

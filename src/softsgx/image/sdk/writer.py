@@ -1,7 +1,7 @@
-"""Writing metadata: laying out an unsigned SDK library, and putting a SIGSTRUCT into every block.
+"""Writing metadata: laying out an unsigned SDK library, and storing a SIGSTRUCT in every block.
 
-Deviation: ``g_global_data`` is filled in for libraries of SDK 2.13 and later.  Others, and
-libraries without the variable, are measured and signed, but their runtime would not find its heap.
+Deviation: the writer fills in ``g_global_data`` for libraries of SDK 2.13 and later.  It measures
+and signs other libraries, too, but without the variable their runtime does not find its heap.
 
 Source:
     Intel SGX SDK, sdk/sign_tool/SignTool/manage_metadata.cpp.
@@ -78,14 +78,14 @@ _ATTRIBUTES_AT = BlockHeader.OFFSETS["attributes"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """One block to be written.
+    """The content of one block.
 
     Attributes:
         version: major and minor.
-        layout: its table; ``content_offset`` counts from the start of ``data``, with bit 31 set
-            to tell it from none.
-        data: what the table points to.
-        patches: offset in the file, and the bytes to put there.
+        layout: its table; ``content_offset`` counts from the start of ``data``, with bit 31 set:
+            0 means no content.
+        data: the content that the table points to.
+        patches: offset in the file, and the bytes for it.
         elrange: only with majors 11 to 13.
         extends: id and payload of entries of the EXTEND directory.
     """
@@ -136,7 +136,7 @@ def write_blocks(file: Bytes, specs: Sequence[BlockSpec]) -> bytes:
     """Return the library with these metadata blocks, and nothing else, in its note.
 
     Raises:
-        SoftSgxError: it has no note, or one too small.
+        SoftSgxError: the library has no note, or the note is too small.
     """
     area = metadata_area(Elf(file))
     content = b"".join(_block_bytes(spec) for spec in specs)
@@ -151,7 +151,8 @@ def write_blocks(file: Bytes, specs: Sequence[BlockSpec]) -> bytes:
 def embed_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
     """Return the library with ``sigstruct`` in every metadata block.
 
-    A block's own ATTRIBUTES follow it: they name the XFRM bits that the loader may set.
+    The ATTRIBUTES of each block follow the SIGSTRUCT: they name the XFRM bits that the loader may
+    set.
     """
     blocks = read_blocks(metadata_area(Elf(file)))
     if not blocks:
@@ -169,23 +170,23 @@ def embed_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
 
 
 def sdk_runtime_is_known(file: Bytes) -> bool:
-    """Return whether the library's runtime has a ``g_global_data`` that is filled in here."""
+    """Return whether the library has a ``g_global_data`` of a form that this module fills in."""
     return GlobalData.of(Elf(file)) is not None
 
 
 def lay_out_sdk(
     file: Bytes, layout: SdkLayout, *, init: bool = False, text_relocations: bool = False
 ) -> bytes:
-    """Return an unsigned library with metadata for ``layout``, its SIGSTRUCT still blank.
+    """Return an unsigned library with metadata for ``layout`` and a blank SIGSTRUCT.
 
     Args:
         file: the library.
-        layout: what it is laid out for.
-        init: take a library with a section ``.init``.
-        text_relocations: take a library whose code is relocated.
+        layout: the settings of the layout.
+        init: accept a library with a section ``.init``.
+        text_relocations: accept a library with relocations of code.
 
     Raises:
-        SoftSgxError: it has metadata, or no room for it, or is not loadable.
+        SoftSgxError: the library has metadata, has no room for it, or cannot be loaded.
     """
     elf = Elf(file)
     if read_blocks(metadata_area(elf)):
@@ -250,7 +251,7 @@ def _behind_image(elf: Elf, version: tuple[int, int]) -> int:
 
 
 def _template(elf: Elf, layout: SdkLayout, table: Sequence[Item]) -> bytes:
-    """Return the TCS of all threads, its addresses counted from itself."""
+    """Return the TCS template of all threads; its addresses count from the TCS itself."""
     first = {item.item_id: item for item in reversed(table) if isinstance(item, LayoutEntry)}
     entry = elf.symbol(_ENTRY_SYMBOL)
     thread_data = first[TD].rva + (first[TD].page_count - 1) * PAGE_BYTES - first[TCS].rva
@@ -265,7 +266,7 @@ def _template(elf: Elf, layout: SdkLayout, table: Sequence[Item]) -> bytes:
 
 
 def _checked_elrange(elf: Elf, elrange: Elrange | None, image_bytes: int) -> Elrange | None:
-    """Refuse a range that could not be, or does not hold the image."""
+    """Refuse an enclave range that is impossible or does not hold the image."""
     if elrange is None:
         return None
     start, image, size = (
@@ -347,7 +348,7 @@ def _block_bytes(spec: BlockSpec) -> bytes:
         body.extend(data)
         return Directory(offset=at, size=len(data)) if data else Directory()
 
-    # All patches with zeros share the same ones, as signers of the SDK write them.
+    # All patches with zeros share the same bytes, as in blocks that the SDK's signer writes.
     filled = [patch for patch in spec.patches if any(patch[1])]
     zeros = [patch for patch in spec.patches if patch[1] and not any(patch[1])]
     patches = [Patch(dst=dst, src=put(data).offset, size=len(data)) for dst, data in filled]
