@@ -16,188 +16,17 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from types import TracebackType
 from typing import Self
 
 from softsgx.runtime import base, policies
 from softsgx.runtime._random import TaskRandom
+from softsgx.runtime._seeded_locks import Latch, SeededCondition, SeededLock
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
 from softsgx.runtime.failures import Livelock
 from softsgx.runtime.policies import Policy, Replay, Uniform, Uninterrupted
 from softsgx.runtime.schedule import Schedule, Step
 
 __all__ = ["SeededRuntime"]
-
-
-class _SeededLock:
-    def __init__(self, runtime: SeededRuntime, name: str) -> None:
-        self._runtime = runtime
-        self.name = name
-        self._holder: CoTask | None = None
-        self._waiters: list[CoTask] = []
-        self._at_acquire = f"acquire {name}"
-        self._at_try = f"try_acquire {name}"
-        self._at_release = f"release {name}"
-
-    def acquire(self) -> None:
-        runtime = self._runtime
-        me = runtime._current
-        holder = self._holder
-        assert holder is not me, f"lock {self.name!r} taken twice by task {me.name!r}"
-        if runtime._quiet and holder is None and not self._waiters:
-            self._holder = me
-            return
-        if holder is not None:
-            me.place = self._at_acquire
-            runtime._refuse_cycle(self)
-            del runtime._ready[me.name]
-        runtime._enlist(self._waiters, self)
-        runtime._reach(self._at_acquire, blocked=holder is not None)
-        self._take(me)
-
-    def _take(self, me: CoTask) -> None:
-        """Hold the lock, which is free; tasks that wait for it cannot run now."""
-        assert self._holder is None, f"{me.name!r} was chosen but {self.name!r} is held"
-        runtime = self._runtime
-        runtime._unpark(me)
-        self._holder = me
-        for task in self._waiters:
-            runtime._ready.pop(task.name, None)
-
-    def _give_up(self) -> None:
-        """Leave the lock free; tasks that wait for it can run."""
-        self._holder = None
-        ready = self._runtime._ready
-        for task in self._waiters:
-            ready[task.name] = task
-
-    def try_acquire(self) -> bool:
-        runtime = self._runtime
-        runtime._reach(self._at_try)
-        if self._holder is not None:
-            return False
-        self._take(runtime._current)
-        return True
-
-    def release(self) -> None:
-        runtime = self._runtime
-        if self._holder is not runtime._current:
-            runtime._release_without_holding(self, self.name)
-            return
-        if self._waiters:
-            self._give_up()
-        else:
-            self._holder = None
-        if not runtime._quiet:
-            runtime._reach(self._at_release)
-
-    def held(self) -> bool:
-        return self._holder is not None
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
-
-    def blocker(self) -> CoTask | None:
-        return self._holder
-
-    def describe_wait(self) -> str:
-        holder = self._holder
-        return f"lock {self.name!r}, " + (f"held by {holder.name}" if holder else "which is free")
-
-
-class _SeededCondition:
-    def __init__(self, runtime: SeededRuntime, lock: _SeededLock) -> None:
-        self._runtime = runtime
-        self._lock = lock
-        self._waiters: list[CoTask] = []
-        self._at_wait = f"wait {lock.name}"
-        self._at_notify = f"notify {lock.name}"
-
-    def wait(self, timeout_ns: int | None = None) -> bool:
-        runtime, lock = self._runtime, self._lock
-        me = runtime._current
-        assert lock._holder is me, _not_yours(lock)
-        lock._give_up()
-        del runtime._ready[me.name]
-        runtime._enlist(self._waiters, self, timeout_ns)
-        runtime._reach(self._at_wait, blocked=True)
-        timed_out = me.timed_out
-        lock._take(me)
-        return not timed_out
-
-    def notify_all(self) -> None:
-        runtime, lock = self._runtime, self._lock
-        assert lock._holder is runtime._current, _not_yours(lock)
-        for task in list(self._waiters):
-            self.wake(task, timed_out=False)
-        runtime._reach(self._at_notify)
-
-    def wake(self, task: CoTask, *, timed_out: bool) -> None:
-        """Let ``task``, which waits here, wait for the lock instead, or refuse it the lock."""
-        runtime, lock = self._runtime, self._lock
-        runtime._unpark(task)
-        task.inject = runtime._cycle(task, lock)
-        if task.inject is not None:
-            task.forfeited.append(lock)
-            runtime._ready[task.name] = task
-            return
-        task.timed_out = timed_out
-        task.waits_for = lock
-        task.parked_in = lock._waiters
-        lock._waiters.append(task)
-        if lock._holder is None:
-            runtime._ready[task.name] = task
-
-    def blocker(self) -> CoTask | None:
-        return None
-
-    def describe_wait(self) -> str:
-        return f"a notification under lock {self._lock.name!r}"
-
-
-class _Latch:
-    """A lock that no task may wait for: it asserts what :meth:`base.Runtime.latch` promises."""
-
-    def __init__(self, runtime: SeededRuntime) -> None:
-        self._runtime = runtime
-        self.name = "latch"
-        self._holder: CoTask | None = None
-
-    def acquire(self) -> None:
-        assert self._holder is None, "a latch is taken while it is held"
-        self._holder = self._runtime._current
-        self._runtime._latched += 1
-
-    def try_acquire(self) -> bool:
-        self.acquire()
-        return True
-
-    def release(self) -> None:
-        assert self._holder is self._runtime._current, "a latch is released by another task"
-        self._holder = None
-        self._runtime._latched -= 1
-
-    def held(self) -> bool:
-        return self._holder is not None
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class _Race:
@@ -248,6 +77,7 @@ class SeededRuntime(Cooperative):
         self._latched = 0
         self._settling = False
         self._quiet = False
+        self._scheduled = self.policy, self._steps  # what quiet code has put aside
         self._racing: set[CoTask] = set()
         self._watch: Callable[[], None] | None = None
 
@@ -270,16 +100,16 @@ class SeededRuntime(Cooperative):
 
     def lock(self, name: str) -> base.Lock:
         """Return a new sleeping mutex."""
-        return _SeededLock(self, name)
+        return SeededLock(self, name)
 
     def condition(self, lock: base.Lock) -> base.Condition:
         """Return a new condition variable over ``lock``."""
-        assert isinstance(lock, _SeededLock), "a condition needs a lock of its own runtime"
-        return _SeededCondition(self, lock)
+        assert isinstance(lock, SeededLock), "a condition needs a lock of its own runtime"
+        return SeededCondition(self, lock)
 
     def latch(self) -> base.Lock:
         """Return a mutex that asserts that no place is reached while it is held."""
-        return _Latch(self)
+        return Latch(self)
 
     def point(self, where: str) -> None:
         """Let the policy choose which task runs, perhaps still the current one."""
@@ -320,12 +150,19 @@ class SeededRuntime(Cooperative):
         Other tasks run only while the main task waits or yields; each until it waits.
         """
         assert self._current is self._main, f"quiet() called by task {self.task_name()!r}"
-        policy, steps, quiet = self.policy, self._steps, self._quiet
-        self.policy, self._steps, self._quiet = Uninterrupted(), [], True
+        with self._scheduling(Uninterrupted(), [], quiet=True):
+            yield
+
+    @contextmanager
+    def _scheduling(self, policy: Policy, steps: list[Step], *, quiet: bool) -> Iterator[None]:
+        before = self.policy, self._steps, self._quiet
+        if not self._quiet:
+            self._scheduled = self.policy, self._steps
+        self.policy, self._steps, self._quiet = policy, steps, quiet
         try:
             yield
         finally:
-            self.policy, self._steps, self._quiet = policy, steps, quiet
+            self.policy, self._steps, self._quiet = before
 
     def restart(self, seed: int, policy: Policy) -> None:
         """Begin another schedule with the state that the program has now.
@@ -344,7 +181,7 @@ class SeededRuntime(Cooperative):
     def race(
         self, runs: Mapping[str, Callable[[], None]], *, watch: Callable[[], None] | None = None
     ) -> None:
-        """Run tasks against each other until all of them have ended.
+        """Run tasks against each other until all of them have ended; scheduled also in quiet code.
 
         The main task is no part of the schedule.  The first exception ends the race and the
         program: it is raised here, and no other task runs any more.
@@ -361,8 +198,10 @@ class SeededRuntime(Cooperative):
         self._ready.update((task.name, task) for task in tasks)
         self._watch = watch
         self._enlist(None, _RACE)
+        policy, steps = self._scheduled if self._quiet else (self.policy, self._steps)
         try:
-            self._reach(policies.RACE, blocked=True)
+            with self._scheduling(policy, steps, quiet=False):
+                self._reach(policies.RACE, blocked=True)
         finally:
             self._unpark(main)
             self._watch = None
@@ -470,7 +309,7 @@ class SeededRuntime(Cooperative):
         while (due_ns := self._next_due_ns()) is not None and due_ns <= self._clock_ns:
             task = heapq.heappop(self._timers)[2]
             wait = task.waits_for
-            if isinstance(wait, _SeededCondition):
+            if isinstance(wait, SeededCondition):
                 wait.wake(task, timed_out=True)
             else:
                 self._unpark(task)
@@ -487,8 +326,3 @@ class SeededRuntime(Cooperative):
                 places.insert(0, where)
         places_text = "; ".join(f"{task}: {', '.join(last[task])}" for task in sorted(last))
         return f"livelock: {self._step_limit} places passed; the last of each task: {places_text}"
-
-
-def _not_yours(lock: _SeededLock) -> str:
-    holder, me = lock._holder, lock._runtime._current
-    return f"lock {lock.name!r} is held by {holder and holder.name}, not by task {me.name!r}"

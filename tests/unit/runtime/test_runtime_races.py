@@ -148,3 +148,17 @@ def test_stretches_of_a_schedule_repeat_it() -> None:
     other.restart(3, Stretches(runtime.schedule.stretches()))
     other.race(_two(other, []))
     assert other.schedule == runtime.schedule
+
+
+def test_a_race_in_quiet_code_is_scheduled() -> None:
+    runtime = SeededRuntime(0)
+    with runtime.quiet():
+        runtime.point("before")
+        runtime.race({"a": lambda: runtime.point("here")})
+        runtime.point("after")
+        runtime.race({"b": lambda: None})
+    assert [step for step in runtime.schedule if step[0] != "main"] == [
+        ("a", "here"),
+        ("a", "end"),
+        ("b", "end"),
+    ]
