@@ -56,7 +56,18 @@ class Command(Protocol):
 
 _INTERRUPTED = 128 + signal.SIGINT
 
-VERBS = ("tour", "build", "run", "doctor", "inspect", "measure", "sign", "load", "defects")
+VERBS = (
+    "tour",
+    "build",
+    "run",
+    "doctor",
+    "inspect",
+    "measure",
+    "sign",
+    "load",
+    "defects",
+    "explore",
+)
 
 
 def command_of(verb: str) -> Command:

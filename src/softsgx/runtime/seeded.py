@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Self
 
 from softsgx.runtime import base, policies
@@ -40,6 +41,10 @@ class _Race:
 
 
 _RACE = _Race()
+
+
+def _call(run: Callable[[], object]) -> None:
+    run()
 
 
 class SeededRuntime(Cooperative):
@@ -77,6 +82,7 @@ class SeededRuntime(Cooperative):
         self._latched = 0
         self._settling = False
         self._quiet = False
+        self._passed = 0  # places in quiet code
         self._scheduled = self.policy, self._steps  # what quiet code has put aside
         self._racing: set[CoTask] = set()
         self._watch: Callable[[], None] | None = None
@@ -150,6 +156,7 @@ class SeededRuntime(Cooperative):
         Other tasks run only while the main task waits or yields; each until it waits.
         """
         assert self._current is self._main, f"quiet() called by task {self.task_name()!r}"
+        self._passed = 0
         with self._scheduling(Uninterrupted(), [], quiet=True):
             yield
 
@@ -179,7 +186,7 @@ class SeededRuntime(Cooperative):
         self._names = {task.name: 1 for task in self._tasks}
 
     def race(
-        self, runs: Mapping[str, Callable[[], None]], *, watch: Callable[[], None] | None = None
+        self, runs: Mapping[str, Callable[[], object]], *, watch: Callable[[], None] | None = None
     ) -> None:
         """Run tasks against each other until all of them have ended; scheduled also in quiet code.
 
@@ -192,7 +199,9 @@ class SeededRuntime(Cooperative):
         """
         main = self._main
         assert self._current is main and runs, "a race needs the main task and at least one other"
-        tasks = [self._new_task(run, name, daemon=False) for name, run in runs.items()]
+        tasks = [
+            self._new_task(partial(_call, run), name, daemon=False) for name, run in runs.items()
+        ]
         self._racing = set(tasks)
         del self._ready[main.name]
         self._ready.update((task.name, task) for task in tasks)
@@ -247,6 +256,9 @@ class SeededRuntime(Cooperative):
                 self._raise_over(me)
             return
         if self._quiet and not blocked and where != policies.YIELD:
+            self._passed += 1
+            if self._passed > self._step_limit:
+                raise Livelock(f"livelock: {self._step_limit} places passed; the last is {where!r}")
             return
         assert not self._latched, f"task {me.name!r} reached {where!r} with a latch held"
         me.place = where

@@ -1,0 +1,148 @@
+"""Runs one scenario under many schedules: setting the stage, racing, checking, restoring.
+
+Setting a stage takes milliseconds, a race less than one.  So where a scenario can restore its
+state, one stage serves many rounds.  A round depends on the restored state, its seed and its
+policy; what fails in a round is run again on a new stage before it is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from softsgx.defects import Defect
+from softsgx.explore.stage import Scenario, Stage
+from softsgx.host import Platform
+from softsgx.paging import EpcCore
+from softsgx.runtime import Policy, Run, SeededRuntime
+from softsgx.trace import Tracer
+
+__all__ = ["STEP_LIMIT", "Arena"]
+
+STEP_LIMIT = 5_000
+"""Places after which a race is taken to be in a livelock; a race of the built-in scenarios passes
+some hundred."""
+
+_MOST_ROUNDS = 1000  # on one stage
+
+
+class Arena:
+    """A scenario and the stage it plays on now.
+
+    Args:
+        scenario: sets the stage.
+        defects: known defects that the platform has.
+        step_limit: bounded progress: a race that passes more places is in a livelock.
+        rounds: the most rounds on one stage; 1: every schedule has a stage of its own.
+        watch: whether the core is recounted at every place where its counts have changed.
+        tracer: receives the events of the platform, of setting the stage as well.
+        reached: called at every place of a race.
+
+    Attributes:
+        stages: how many stages were set.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        defects: frozenset[Defect] = frozenset(),
+        *,
+        step_limit: int = STEP_LIMIT,
+        rounds: int = _MOST_ROUNDS,
+        watch: bool = True,
+        tracer: Tracer | None = None,
+        reached: Callable[[], None] | None = None,
+    ) -> None:
+        self._scenario, self._defects = scenario, defects
+        self._step_limit, self._rounds, self._watching = step_limit, rounds, watch
+        self._tracer, self._reached = tracer, reached
+        self._stage: Stage | None = None
+        self._left = 0
+        self.stages = 0
+
+    def run(self, seed: int, policy: Policy) -> Run:
+        """Run the scenario once.
+
+        Args:
+            seed: of the tasks' own random numbers, and of the policy's.
+            policy: who runs next.
+        """
+        stage = self._stage
+        runtime = SeededRuntime(0, step_limit=self._step_limit) if stage is None else stage.runtime
+        error: Exception | None = None
+        try:
+            if stage is None:
+                stage = self._set(runtime)
+            runtime.restart(seed, policy)
+            self._play(stage)
+        except Exception as raised:
+            error = raised
+        run = Run(runtime.schedule, runtime.policy, error)
+        self._left -= 1
+        if error is not None:
+            self._leave(error)
+            runtime.__exit__(type(error), error, error.__traceback__)
+        elif stage is not None:
+            self._restore(stage)
+        return run
+
+    def close(self) -> None:
+        """End the stage."""
+        self._leave(None)
+
+    def _set(self, runtime: SeededRuntime) -> Stage:
+        """Set a new stage; nothing of that is scheduled."""
+        stage = Stage(runtime, defects=self._defects, tracer=self._tracer)
+        stage.watch = partial(self._watch, stage, {})
+        with runtime.quiet():
+            self._scenario(stage)
+            for restore in stage.restores:  # so that the first round begins as every other
+                restore()
+        self._stage, self._left = stage, self._rounds
+        self.stages += 1
+        return stage
+
+    def _play(self, stage: Stage) -> None:
+        """Race and check."""
+        runtime = stage.runtime
+        if stage.body is not None:
+            with runtime.quiet():
+                stage.body()
+            return
+        runtime.race(stage.tasks, watch=stage.watch)
+        with runtime.quiet():
+            runtime.settle()
+            for check in stage.checks:
+                check()
+            stage.recount()
+
+    def _restore(self, stage: Stage) -> None:
+        """Make the stage ready for another round, or end it."""
+        if not stage.restores or self._left <= 0:
+            self._leave(None)
+            return
+        with stage.runtime.quiet():
+            for restore in stage.restores:
+                restore()
+
+    def _leave(self, error: Exception | None) -> None:
+        stage, self._stage = self._stage, None
+        if stage is not None and error is None:
+            with stage.runtime.quiet():
+                stage.end()
+            stage.runtime.close()
+
+    def _watch(self, stage: Stage, seen: dict[EpcCore, tuple[int, ...]]) -> None:
+        """Recount a core whose counts have changed since the last place."""
+        if self._reached is not None:
+            self._reached()
+        if self._watching and stage.booted:
+            for core in _cores(stage.platform):
+                counts = core.free_pages, len(core.root.lru), *core.counters.held.values()
+                if seen.get(core) != counts:
+                    core.check_invariants()
+                    seen[core] = counts
+
+
+def _cores(platform: Platform) -> list[EpcCore]:
+    return [platform.core, *(guest.core for guest in platform.guests)]

@@ -1,0 +1,120 @@
+"""A violated property: what, where, and the token that repeats it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from softsgx.defects import Defect
+from softsgx.errors import SoftSgxError
+from softsgx.runtime import Stretch
+
+__all__ = ["Finding", "Token"]
+
+_PREFIX = "x1-"
+
+
+@dataclass(frozen=True)
+class Token:
+    """What repeats one schedule.
+
+    Attributes:
+        scenario: its name.
+        defects: identifiers of the defects that were on.
+        seed: of the tasks' own random numbers.
+        stretches: which task runs how far, in order.
+        digest: CRC-32 of the places that were passed: another one says that the program has
+            changed since.
+    """
+
+    scenario: str
+    defects: tuple[str, ...]
+    seed: int
+    stretches: tuple[Stretch, ...]
+    digest: int
+
+    def text(self) -> str:
+        """Return it as one word."""
+        names = sorted({task for task, _until in self.stretches})
+        short = [[names.index(task), until] for task, until in self.stretches]
+        document = [self.scenario, self.defects, self.seed, names, short, self.digest]
+        packed = zlib.compress(json.dumps(document, separators=(",", ":")).encode(), 9)
+        return _PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the token that :meth:`text` wrote.
+
+        Raises:
+            SoftSgxError: it is none.
+        """
+        body = text.strip().removeprefix(_PREFIX)
+        try:
+            if body == text.strip():
+                raise ValueError("no prefix")
+            packed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+            unpacked = zlib.decompressobj().decompress(packed, 1 << 20)
+            scenario, defects, seed, names, short, digest = json.loads(unpacked)
+            stretches = tuple((str(names[task]), int(until)) for task, until in short)
+            if not set(defects) <= set(Defect):
+                raise ValueError("it names a defect that is not known")
+            return cls(str(scenario), tuple(map(str, defects)), int(seed), stretches, int(digest))
+        except (ValueError, TypeError, IndexError, zlib.error) as error:
+            raise SoftSgxError(
+                f"token {text[:20]!r}…: not one that softsgx explore has printed ({error})"
+            ) from None
+
+    @property
+    def defect_set(self) -> frozenset[Defect]:
+        """The defects that were on."""
+        return frozenset(defect for defect in Defect if defect in self.defects)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A schedule that violates a property.
+
+    Attributes:
+        violated: which property: ``lost page``.
+        text: what was seen.
+        signature: what findings of the same kind have in common.
+        page: address of the page that it is about, 0 for none.
+        token: what repeats it.
+        strategy: which has found it.
+        run: how many schedules of the unit of work came before.
+        steps: places of the schedule.
+        switches: of the schedule.
+        times: how many schedules were found to violate it.
+        repeats: whether it was seen again on a new stage; if not, the state that earlier rounds
+            have left matters, and the token may not repeat it.
+        minimal: whether the schedule was cut down.
+    """
+
+    violated: str
+    text: str
+    signature: str
+    page: int
+    token: Token
+    strategy: str
+    run: int
+    steps: int
+    switches: int
+    times: int = 1
+    repeats: bool = True
+    minimal: bool = False
+
+    def seen(self, times: int) -> Finding:
+        """Return it, seen so many times more."""
+        return replace(self, times=self.times + times)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, for output and files; ``token`` as its word."""
+        return {**asdict(self), "token": self.token.text()}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        """Return what :meth:`to_json` wrote."""
+        return cls(**{**document, "token": Token.parse(document["token"])})

@@ -1,0 +1,85 @@
+"""The directory of a campaign: results are appended, so that it can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from softsgx.errors import SoftSgxError
+from softsgx.explore.campaign import Campaign
+from softsgx.explore.work import UnitResult
+
+__all__ = ["Store"]
+
+
+class Store:
+    """A directory with ``campaign.json``, what is tried, and ``units.jsonl``, one result a line.
+
+    Args:
+        directory: made if it does not exist.
+        campaign: what is tried; one that is in the directory already must be the same, except for
+            its budget.
+
+    Raises:
+        SoftSgxError: another campaign is in the directory, or it cannot be written.
+    """
+
+    def __init__(self, directory: str, campaign: Campaign) -> None:
+        self._path = Path(directory)
+        self._units = self._path / "units.jsonl"
+        wanted = _without_budget(campaign)
+        about = self._path / "campaign.json"
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            if about.exists():
+                self._compare(json.loads(about.read_text()), wanted)
+            else:
+                about.write_text(json.dumps(wanted, indent=2) + "\n")
+        except (OSError, ValueError) as error:
+            raise SoftSgxError(f"{directory}: {error}; give another directory") from error
+
+    def _compare(self, found: Any, wanted: dict[str, Any]) -> None:
+        different = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted[key]))]
+        if different:
+            raise SoftSgxError(
+                f"{self._path}: has a campaign with other {', '.join(different)}; give the same"
+                " arguments, or another directory"
+            )
+
+    def results(self) -> list[UnitResult]:
+        """Return what is there; a last line that was cut off is left out."""
+        if not self._units.exists():
+            return []
+        found = []
+        lines = self._units.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(UnitResult.from_json(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(lines):
+                    raise SoftSgxError(f"{self._units}:{number}: no result of explore") from error
+        return found
+
+    def append(self, result: UnitResult) -> None:
+        """Add one result; it is in the file when this returns."""
+        text = json.dumps(result.to_json(), separators=(",", ":"))
+        with self._units.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # the last line was cut off: end it
+                    self._drop_last_line(file)
+            file.write(text.encode() + b"\n")
+
+    @staticmethod
+    def _drop_last_line(file: Any) -> None:
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0]) + len(whole[1]))
+
+
+def _without_budget(campaign: Campaign) -> dict[str, Any]:
+    document = asdict(campaign)
+    del document["budget"]
+    return document
