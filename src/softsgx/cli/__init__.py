@@ -17,7 +17,7 @@ from typing import Protocol, cast
 import softsgx
 from softsgx.errors import SoftSgxError
 
-__all__ = ["VERBS", "Command", "command_of", "main", "parser_of"]
+__all__ = ["VERBS", "Command", "command_of", "main", "parser_of", "whole_parser"]
 
 _DESCRIPTION = """\
 SGX without the hardware: read, measure, sign and run enclaves on a software machine with a finite,
@@ -118,6 +118,11 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"softsgx {softsgx.__version__}")
     _add_verbs(parser, names)
     return parser
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, with every verb."""
+    return _parser(VERBS)
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""The pytest plugin: a fixture with a running platform, checked when the test ends.
+"""The pytest plugin: fixtures with a simulated platform, and with real programs that use SGX.
 
-Not found by itself, since pytest would then rewrite the assertions of all of softsgx::
+The distribution ``pytest-softsgx`` (``plugins/pytest-softsgx`` of a checkout) lets pytest find it
+by itself; without that, name it in ``conftest.py``::
 
-    # conftest.py
     pytest_plugins = ["softsgx.host.pytest_plugin"]
 
     def test_my_library(sgx_platform):
@@ -10,19 +10,34 @@ Not found by itself, since pytest would then rewrite the assertions of all of so
 
     @pytest.mark.sgx_platform(epc="112KiB")
     def test_my_library_under_pressure(sgx_platform): ...
+
+    def test_my_program_fits(sgx_run):
+        done = sgx_run("./app", "--fast", epc="16MiB")
+        assert done.returncode == 0 and not done.report["verdict"]["evictions"]
+
+It is a distribution of its own because pytest rewrites the assertions of every module of a
+distribution in which it finds a plugin; softsgx has thousands, which are on in every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from softsgx.host.platform import Platform
 
-__all__ = ["pytest_configure", "sgx_platform"]
+__all__ = ["SgxRun", "SgxRunner", "pytest_configure", "sgx_platform", "sgx_run"]
+
+_TIMEOUT_S = 120.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,3 +58,85 @@ def sgx_platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
     with Platform(**keywords) as platform:
         yield platform
         platform.check()
+
+
+@dataclass(frozen=True, slots=True)
+class SgxRun:
+    """How a program ended.
+
+    Attributes:
+        returncode: the program's exit status, -n when signal n ended it.
+        stdout, stderr: what it wrote.
+        report: the object that ``softsgx run --json`` writes.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    report: Mapping[str, Any]
+
+
+class SgxRunner:
+    """Runs programs under ``softsgx run``.
+
+    Args:
+        directory: for the reports.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._numbers = directory, count(1)
+
+    def __call__(
+        self,
+        *argv: str | Path,
+        epc: str | None = None,
+        options: Sequence[str] = (),
+        input: str | None = None,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = _TIMEOUT_S,
+    ) -> SgxRun:
+        """Run a program; return how it ended.
+
+        A program that fails is no failure of the test by itself: assert the ``returncode``.
+
+        Args:
+            argv: the program and its arguments.
+            epc: size of the EPC.
+            options: of ``softsgx run``, as on its command line.
+            input: what the program reads.
+            cwd: its working directory.
+            env: its environment instead of this process' own.
+            timeout: seconds; a program that takes longer is killed.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer.
+            Failed: the program could not be run; the test fails with the reason.
+        """
+        file = self._directory / f"run{next(self._numbers)}.json"
+        size = [] if epc is None else ["--epc", epc]
+        command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--json", str(file)]
+        done = subprocess.run(
+            [*command, *size, *options, "--", *map(str, argv)],
+            input=input,
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=env,
+            timeout=timeout,
+            check=False,
+        )
+        if not file.exists() or not file.read_bytes():  # nothing was run
+            reason = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+            pytest.fail(f"sgx_run: {reason} (status {done.returncode})")
+        report = json.loads(file.read_text())
+        status = report["exit_status"]
+        code = done.returncode if status is None else int(status)
+        ended = code if status is not None or code < 0 else 128 - code
+        return SgxRun(ended, done.stdout, done.stderr, report)
+
+
+@pytest.fixture
+def sgx_run(tmp_path_factory: pytest.TempPathFactory) -> SgxRunner:
+    """Runs a program under ``softsgx run``: see :class:`SgxRunner`."""
+    return SgxRunner(tmp_path_factory.mktemp("softsgx"))
