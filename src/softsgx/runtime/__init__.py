@@ -1,9 +1,9 @@
-"""Waiting, tasks, time and randomness: everything that may differ from run to run.
+"""Waiting, tasks, time and randomness: everything that can differ between two runs.
 
-Code above takes a :class:`Runtime` as an argument and waits through nothing else.  Three exist:
-:class:`InlineRuntime` (one thread, locks cost next to nothing), :class:`ThreadsRuntime` (real
-threads) and :class:`SeededRuntime` (cooperative tasks in one thread; the same seed gives the same
-history), whose schedules :func:`explore` searches for failures.
+Higher layers take a :class:`Runtime` as an argument and wait only through it.  There are three:
+:class:`InlineRuntime` (one thread, cheap locks), :class:`ThreadsRuntime` (real threads) and
+:class:`SeededRuntime` (cooperative tasks in one thread; the same seed gives the same history).
+:func:`explore` searches the schedules of the seeded runtime for failures.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""A random stream for each task, so that what a task draws does not depend on the schedule."""
+"""A random stream for each task, so that a task's random numbers do not depend on the schedule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAIN = "main"
 class TaskRandom(random.Random):
     """Draws from the current task's own stream.
 
-    The main task's stream is ``random.Random(seed)``; another task's depends on the seed and its
-    name.  With one stream for all, a task would draw different numbers as soon as another ran
-    earlier, and two schedules of a seed would no longer be schedules of one program.  It also
-    makes drawing safe on threads: no stream is shared.
+    The main task's stream is ``random.Random(seed)``; the stream of another task depends on the
+    seed and the task's name.  With one common stream, a task would draw different numbers when
+    another task ran earlier, and two schedules of a seed would be schedules of different programs.
+    Threads do not share a stream, so drawing is safe on threads.
     """
 
     def __init__(self, seed: int, current_name: Callable[[], str]) -> None:
@@ -27,7 +27,7 @@ class TaskRandom(random.Random):
         super().__init__(seed)
 
     def restart(self, seed: int) -> None:
-        """Begin every stream anew, those of another seed."""
+        """Replace every stream by that of another seed."""
         self._seed = seed
         self._streams = {}
 

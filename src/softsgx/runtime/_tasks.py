@@ -1,8 +1,8 @@
-"""What the two cooperative runtimes share: tasks as greenlets, their errors, and their end.
+"""The common part of the two cooperative runtimes: tasks as greenlets, their errors, their end.
 
-Knows no scheduling: which task runs next is decided by ``_next`` of the runtime.  A task is parked
-in at most one list at a time (of a lock's, a condition's or a task's waiters); ``_unpark`` takes it
-out, whatever woke it.
+This module does not schedule: ``_next`` of the runtime chooses the task that runs next.  A task is
+parked in at most one list at a time (the waiters of a lock, a condition or a task).  ``_unpark``
+removes it from there, for every kind of wakeup.
 
 Invariant: ``_current`` is the task whose greenlet runs; only :meth:`Cooperative._switch_to` and the
 end of a task change it.
@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 
 class Waitable(Protocol):
-    """What a task can wait for."""
+    """A lock, a condition, a task or anything else that a task can wait for."""
 
     def blocker(self) -> CoTask | None:
         """Return the one task that can end the wait, if it is one."""
@@ -38,7 +38,7 @@ class Waitable(Protocol):
 
 
 class _Sleep:
-    """What a sleeping task waits for."""
+    """The object that a sleeping task waits for."""
 
     def blocker(self) -> CoTask | None:
         return None
@@ -51,7 +51,7 @@ SLEEP = _Sleep()
 
 
 class CoTask:
-    """A cooperative task; also what a runtime knows of the main task."""
+    """A cooperative task; a runtime has one for its main task, too."""
 
     __slots__ = (
         "_runtime",
@@ -85,8 +85,8 @@ class CoTask:
         self.parked_in: list[CoTask] | None = None
         self.ticket = 0  # of its latest wait: a timer with another one is stale
         self.timed_out = False
-        self.inject: BaseException | None = None  # raised in it when it runs next
-        self.forfeited: list[Waitable] = []  # locks that a refused wait has not taken again
+        self.inject: BaseException | None = None  # raised in the task when it runs next
+        self.forfeited: list[Waitable] = []  # locks that a failed wait has not taken again
         self.place = "start"
 
     def done(self) -> bool:
@@ -94,18 +94,18 @@ class CoTask:
         return self.finished
 
     def join(self) -> None:
-        """Wait until it is done; raise what it raised."""
+        """Wait until it is done; raise its exception if it ended with one."""
         self._runtime._join(self)
         self.joined = True
         if self.error is not None:
             raise self.error
 
     def blocker(self) -> CoTask | None:
-        """Return itself: a task that joins another waits for that."""
+        """Return this task: the task that joins it waits for it."""
         return self
 
     def describe_wait(self) -> str:
-        """Return what a task that joins it waits for."""
+        """Return the text for a task that joins this one."""
         return f"task {self.name!r} to end"
 
 
@@ -122,8 +122,8 @@ class Cooperative(ABC):
         self._names: dict[str, int] = {}
         self._timers: list[tuple[int, int, CoTask, int]] = []  # due, tie-break, task, ticket
         self._tie_break = itertools.count()
-        # Over: the program has failed or is being closed. Nothing is scheduled any more; code
-        # that unwinds may release locks, and a task that would have to wait gets an exception.
+        # Over: the program has failed or is being closed.  No task is scheduled any more.  Code
+        # that unwinds may release locks; a task that would have to wait gets an exception.
         self._over = False
         self._closed = False
         self._failure: BaseException | None = None
@@ -136,7 +136,7 @@ class Cooperative(ABC):
 
     @abstractmethod
     def _make_ready(self, task: CoTask) -> None:
-        """``task`` is parked nowhere any more and can run."""
+        """``task`` is no longer parked and can run."""
 
     @abstractmethod
     def _join(self, task: CoTask) -> None:
@@ -199,14 +199,14 @@ class Cooperative(ABC):
         return self._next()
 
     def _leave_for(self, following: CoTask) -> None:
-        """Let the ending greenlet's control pass to ``following``."""
+        """Let ``following`` run after the end of the current greenlet."""
         self._current = following
         target = following.greenlet
         assert target is not None, f"task {following.name!r} has no greenlet"
         greenlet.getcurrent().parent = target
 
     def _stop(self, error: BaseException) -> CoTask:
-        """The program has failed: main is to raise ``error`` when it runs, which is now."""
+        """The program has failed: return the main task, which raises ``error`` when it runs."""
         self._over = True
         if self._failure is None:
             self._failure = error
@@ -240,7 +240,7 @@ class Cooperative(ABC):
             raise error
 
     def _raise_over(self, me: CoTask) -> NoReturn:
-        """End a wait that cannot be waited: the program is over."""
+        """Raise instead of waiting: the program is over."""
         self._unpark(me)
         if me is self._main and self._failure is not None:
             raise self._failure
@@ -251,7 +251,7 @@ class Cooperative(ABC):
     def _enlist(
         self, place: list[CoTask] | None, what: Waitable | None, timeout_ns: int | None = None
     ) -> None:
-        """Note that the current task waits for ``what``, in the list ``place``."""
+        """Record that the current task waits for ``what``, in the list ``place``."""
         me = self._current
         me.ticket += 1
         me.waits_for = what
@@ -264,7 +264,7 @@ class Cooperative(ABC):
             heapq.heappush(self._timers, (due_ns, next(self._tie_break), me, me.ticket))
 
     def _unpark(self, task: CoTask) -> None:
-        """Take ``task`` out of wherever it waits; its timers become stale."""
+        """Remove ``task`` from the list where it waits; its timers become stale."""
         if task.parked_in is not None:
             task.parked_in.remove(task)
             task.parked_in = None
@@ -285,7 +285,7 @@ class Cooperative(ABC):
             raise error
 
     def _cycle(self, task: CoTask, what: Waitable) -> Deadlock | None:
-        """Return what to raise when ``task``, waiting for ``what``, would wait for itself."""
+        """Return the error if ``task``, waiting for ``what``, would wait for itself."""
         chain = [task]
         blocker = what.blocker()
         while blocker is not None:
@@ -301,8 +301,8 @@ class Cooperative(ABC):
     def _release_without_holding(self, lock: Waitable, name: str) -> None:
         """Assert that a task which does not hold ``lock`` has a reason to release it.
 
-        It has when its wait on a condition ended with an exception and without the lock: the
-        ``with`` around the wait does not know.
+        The reason is a wait on a condition that ended with an exception and without the lock: the
+        ``with`` around the wait still releases it.
         """
         me = self._current
         if lock in me.forfeited:
@@ -323,7 +323,7 @@ class Cooperative(ABC):
         return "deadlock: " + "; ".join(waits + ended)
 
     def _deadlock(self) -> Deadlock:
-        """Return what to raise when every task waits and nothing can wake one."""
+        """Return the error for the state where every task waits and nothing can wake one."""
         error = Deadlock(self._describe_deadlock([self._main, *self._tasks]))
         for task in self._tasks:
             if task.error is not None:
@@ -333,18 +333,18 @@ class Cooperative(ABC):
     # The end.
 
     def run(self, main: Callable[[], _Result]) -> _Result:
-        """Run ``main`` as the main task, :meth:`close`, and return what ``main`` returned."""
+        """Run ``main`` as the main task, then :meth:`close`; return the result of ``main``."""
         with self:
             return main()
 
     def close(self) -> None:
-        """End everything that was spawned; called by the main task.
+        """End all spawned tasks; the main task calls it.
 
-        Daemons first run until each waits, and are then killed.
+        Daemons first run until each of them waits, and are then killed.
 
         Raises:
-            AssertionError: a task that is no daemon was left; it has been killed.
-            BaseException: what a task raised that no task has joined; several as an
+            AssertionError: a task that is no daemon had not ended; it has been killed.
+            BaseException: the exception of a task that no task has joined; several as an
                 ``ExceptionGroup``.
         """
         assert self._current is self._main, f"close() called by task {self.task_name()!r}"
@@ -391,27 +391,27 @@ class Cooperative(ABC):
 
 
 def unique_name(counts: dict[str, int], name: str) -> str:
-    """Return ``name``, or ``name#2`` the second time it is asked for."""
+    """Return ``name`` for its first task, ``name#2`` for its second, and so on."""
     count = counts[name] = counts.get(name, 0) + 1
     assert name != MAIN, "a task cannot be called main"
     return name if count == 1 else f"{name}#{count}"
 
 
 def describe_task(task: CoTask) -> str:
-    """Return what a task waits for, or that it could run."""
+    """Return the state of a task as text: what it waits for, or that it can run."""
     what = task.waits_for
     return describe_wait(task, what) if what else f"{task.name} could run, at {task.place!r}"
 
 
 def describe_wait(task: CoTask, what: Waitable) -> str:
-    """Return which task waits for what."""
+    """Return as text which task waits for ``what``."""
     return f"{task.name} waits for {what.describe_wait()}"
 
 
 def end_of_tasks(
     left: list[str], errors: list[BaseException], failure: BaseException | None
 ) -> None:
-    """Raise what closing a runtime has to say, the most telling first."""
+    """Raise the errors of closing a runtime, the most important one first."""
     complaint = f"tasks left: {'; '.join(left)}" if left else None
     first: BaseException | None = failure
     if first is None and len(errors) == 1:

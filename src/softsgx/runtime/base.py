@@ -13,7 +13,7 @@ _Result = TypeVar("_Result")
 
 
 class Lock(Protocol):
-    """A sleeping mutex: held by one task, not re-entrant (taking it twice is an assertion)."""
+    """A sleeping mutex: one task holds it; a task that takes it twice fails an assertion."""
 
     name: str
 
@@ -24,7 +24,7 @@ class Lock(Protocol):
         """Hold it if it is free; never wait."""
 
     def release(self) -> None:
-        """Give it up; only its holder may."""
+        """Release it; the caller must be its holder."""
 
     def held(self) -> bool:
         """Return whether any task holds it: for assertions only."""
@@ -41,7 +41,7 @@ class Lock(Protocol):
 class Condition(Protocol):
     """A condition variable over a lock of the same runtime.
 
-    The lock is given at creation, must be held by every caller, and is released while waiting.
+    The lock is an argument of its creation.  Every caller must hold it; a wait releases it.
     """
 
     def wait(self, timeout_ns: int | None = None) -> bool:
@@ -60,18 +60,18 @@ class Task(Protocol):
         """Return whether it has returned or raised."""
 
     def join(self) -> None:
-        """Wait until it is done; raise what it raised."""
+        """Wait until it is done; raise its exception if it ended with one."""
 
 
 class Runtime(Protocol):
     """Locks, tasks, time and randomness.
 
     Attributes:
-        random: the only source of randomness that decides what happens; a function of a seed.
+        random: the only source of random decisions; a function of a seed.
         concurrent: whether tasks run at the same time on several threads, so that even a single
             read-modify-write needs the :meth:`latch`.
-        interleaves: whether another task may run at a :meth:`point`; where it is False, what lies
-            between two waits happens as one.
+        interleaves: whether another task may run at a :meth:`point`; if not, the code between two
+            waits is atomic.
     """
 
     random: random.Random
@@ -79,9 +79,9 @@ class Runtime(Protocol):
     interleaves: bool
 
     def entropy(self, size: int) -> bytes:
-        """Return ``size`` random bytes for a key that nothing outside may predict.
+        """Return ``size`` random bytes for a key, which must not be predictable.
 
-        They come from the system; on the seeded runtime from :attr:`random`, because there the
+        The system provides them.  The seeded runtime takes them from :attr:`random`, because the
         same seed must repeat everything, ciphertext included.
         """
 
@@ -94,26 +94,26 @@ class Runtime(Protocol):
     def latch(self) -> Lock:
         """Return a new mutex for a few instructions: never held across a wait or a point.
 
-        Where tasks are cooperative it costs nothing, and it is not a scheduling point; there
-        ``acquire`` and ``release`` take a third of the time of a ``with``, which counts where
-        every page that comes or goes passes.  Its ``held`` is for asserting that it is held, not
-        that it is free.
+        It is no scheduling point, and costs nothing where tasks are cooperative.  There, calling
+        ``acquire`` and ``release`` takes a third of the time of a ``with``, which matters on the
+        path of every page.  ``held`` may only be used to assert that the latch is held, not that
+        it is free.
         """
 
     def point(self, where: str) -> None:
-        """Say that another task may run here: ``where`` names the place in schedules and traces.
+        """Let another task run here; ``where`` is the name of the place in schedules and traces.
 
-        Called by every leaf while it holds its EPC page locks, and by every lock operation.
+        Every leaf calls it while it holds its EPC page locks, and so does every lock operation.
         """
 
     def spawn(self, run: Callable[[], None], name: str, *, daemon: bool = False) -> Task:
         """Start ``run`` as a task.
 
         Args:
-            run: what it does; what it raises is kept for :meth:`Task.join`, or for :meth:`close`.
+            run: the function of the task; :meth:`Task.join` or :meth:`close` raises its exception.
             name: its name; the second task of a name is called ``name#2``.
-            daemon: it may still be waiting when the runtime is closed, and is then killed: the
-                call it waits in raises ``greenlet.GreenletExit``.
+            daemon: whether the task may still wait when the runtime is closed.  It is then killed:
+                the call that it waits in raises ``greenlet.GreenletExit``.
         """
 
     def yield_now(self) -> None:
@@ -123,19 +123,19 @@ class Runtime(Protocol):
         """Wait for ``duration_ns`` nanoseconds of runtime time."""
 
     def now_ns(self) -> int:
-        """Return nanoseconds since an arbitrary start; virtual time where schedules are seeded."""
+        """Return nanoseconds since an arbitrary start; virtual time on the seeded runtime."""
 
     def task_name(self) -> str:
         """Return the current task's name, ``main`` outside any task."""
 
     def run(self, main: Callable[[], _Result]) -> _Result:
-        """Run ``main`` as the main task, :meth:`close`, and return what ``main`` returned."""
+        """Run ``main`` as the main task, then :meth:`close`; return the result of ``main``."""
 
     def close(self) -> None:
-        """End everything that was spawned; called by the main task.
+        """End all spawned tasks; the main task calls it.
 
         Raises:
-            AssertionError: a task that is no daemon was left; it has been killed.
-            BaseException: what a task raised that no task has joined; several as an
+            AssertionError: a task that is no daemon had not ended; it has been killed.
+            BaseException: the exception of a task that no task has joined; several as an
                 ``ExceptionGroup``.
         """

@@ -1,6 +1,6 @@
-"""How a program of tasks can fail as a whole, and how an exploration of it does.
+"""Failures of a whole program of tasks, and of an exploration of it.
 
-All are our own mistakes, never a user's input, hence assertions.
+They are mistakes of ours, never bad input, and therefore assertions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["Deadlock", "ExplorationFailed", "Livelock", "ReplayDiverged", "Scrip
 
 
 class Deadlock(AssertionError):
-    """Tasks wait for each other, or for a notification that no task is left to send.
+    """Tasks wait for each other, or for a notification that no remaining task can send.
 
-    The text names every waiting task, what it waits for, and who holds that.
+    The text names every waiting task, the object that it waits for, and the holder of that object.
     """
 
 
 class Livelock(AssertionError):
-    """The program passed more points than it was allowed to; names each task's last places."""
+    """The program passed more points than the limit; the text has each task's last places."""
 
 
 class ReplayDiverged(AssertionError):
@@ -36,9 +36,9 @@ class ExplorationFailed(AssertionError):
     """A program failed under one of the explored schedules.
 
     Attributes:
-        seed: the seed under which it failed.
-        schedule: what happened, for :meth:`SeededRuntime.replay`.
-        error: what it raised.
+        seed: the seed of the failing run.
+        schedule: the schedule of that run, for :meth:`SeededRuntime.replay`.
+        error: the exception of the program.
     """
 
     def __init__(self, text: str, *, seed: int, schedule: Schedule, error: BaseException) -> None:

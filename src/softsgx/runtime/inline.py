@@ -1,8 +1,8 @@
-"""The inline runtime: one thread, locks that cost next to nothing, tasks that run when one waits.
+"""The inline runtime: one thread, cheap locks, tasks that run while the current one waits.
 
-For production with one thread, as the native engine is.  A lock is an attribute: another task can
-find it held only when its holder waited meanwhile, so release wakes nobody; the scheduler looks at
-the few who wait for a lock whenever it has to choose.
+The native engine uses it.  A lock is an attribute: another task can find it held only if its holder
+waits.  Release therefore wakes no task; when the scheduler chooses, it checks the locks of the few
+tasks that wait for one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _InlineLock:
         self.name = name
         self._holder: CoTask | None = None
 
-    # The same as acquire and release, without a further call.  Where it counts, these are called:
-    # Python calls them in half the time that a ``with`` takes.
+    # The same as acquire and release, without a further call.  Hot code calls acquire and release
+    # itself: the two calls take half the time of a ``with``.
 
     def __enter__(self) -> None:
         if self._holder is None:
@@ -127,10 +127,10 @@ class _InlineCondition:
 
 
 class _NoLatch:
-    """A latch among tasks that cannot be interrupted: nothing to do, in as little time as possible.
+    """A latch among tasks that cannot be interrupted: it does nothing, as fast as possible.
 
-    ``with`` calls two C functions that do nothing, which halves the price of two Python methods.
-    Misuse is found by the seeded runtime, whose latch checks.
+    ``with`` calls two C functions that do nothing, in half the time of two Python methods.  Tests
+    on the seeded runtime find misuse: its latch checks.
     """
 
     __slots__ = ("name",)
@@ -151,19 +151,20 @@ class _NoLatch:
         pass
 
     def held(self) -> bool:
-        return True  # as far as an assertion that it is held is concerned
+        return True  # used only to assert that the latch is held
 
 
 class InlineRuntime(Cooperative):
     """One thread; other tasks run while the current one waits, and real time passes.
 
-    It belongs to the thread that uses it.  :meth:`run_pending` is what an event loop calls to give
-    background tasks their turn.
+    It belongs to the thread that uses it.  An event loop calls :meth:`run_pending` to let
+    background tasks run.
 
     Args:
         seed: of :attr:`random`, where each task has a stream of its own.
         clock_ns: a monotonic clock.
-        sleep_ns: waits that long on ``clock_ns``; called when every task waits and one will wake.
+        sleep_ns: sleeps for a time on ``clock_ns``; called when all tasks wait, one of them for a
+            time.
     """
 
     interleaves = False
@@ -216,7 +217,7 @@ class InlineRuntime(Cooperative):
             self._park()
 
     def run_pending(self) -> None:
-        """Let the tasks run until each of them waits; called by the main task between events."""
+        """Let the tasks run until each of them waits; the main task calls it between events."""
         assert self._current is self._main, f"run_pending() called by {self.task_name()!r}"
         while True:
             if self._lock_waiters or self._timers:
@@ -229,7 +230,7 @@ class InlineRuntime(Cooperative):
     _settle = run_pending
 
     def take_failures(self) -> list[tuple[str, Exception]]:
-        """Return name and exception of each task that has failed since this was called last.
+        """Return name and exception of each task that has failed since the previous call.
 
         Neither joining such a task nor :meth:`close` raises its exception again.
         """

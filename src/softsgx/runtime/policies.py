@@ -1,7 +1,7 @@
-"""Who runs next: the policies of the seeded runtime.
+"""The policies of the seeded runtime: they choose the task that runs next.
 
-A policy sees names only.  It is asked at every place a task reaches, and must be a pure function
-of what it has seen and of the random stream given to :meth:`Policy.begin`.
+A policy sees only names.  The runtime calls it at every place that a task reaches.  Its choice must
+depend only on the arguments of its calls and on the random stream given to :meth:`Policy.begin`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Policy(Protocol):
     """Chooses the next task."""
 
     def begin(self, rng: random.Random) -> None:
-        """Forget everything; draw from ``rng`` from now on.
+        """Reset the state; draw from ``rng`` from now on.
 
-        Called on a shallow copy: it makes new containers and leaves those it finds alone.
+        The runtime calls it on a shallow copy, so it must make new containers, not change old ones.
         """
 
     def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
@@ -49,19 +49,19 @@ class Policy(Protocol):
         Args:
             current: the task that has just reached ``where``.
             where: the place; ``end`` when the task has ended.
-            ready: the tasks that can run, at least one; ``current`` is among them unless it has
-                to wait or has ended.  Who became ready first comes first.
+            ready: the tasks that can run, at least one, in the order in which they became ready;
+                ``current`` is among them unless it has to wait or has ended.
         """
 
     def finish(self) -> None:
-        """The program has returned; raise if it was not the one the policy is for."""
+        """The program has returned; raise if it was another program than the policy's."""
 
 
 class Uninterrupted:
     """A task runs until it waits or yields: the fewest switches a program allows."""
 
     def begin(self, rng: random.Random) -> None:
-        """Nothing to forget."""
+        """Do nothing: the policy has no state."""
 
     def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
         """Stay; after a yield or when ``current`` cannot run, take the first."""
@@ -75,7 +75,7 @@ class Uninterrupted:
 
 
 class Uniform:
-    """Every task that can run is as likely as every other, at every place."""
+    """Chooses among the tasks that can run with equal probability, at every place."""
 
     def begin(self, rng: random.Random) -> None:
         """Draw from ``rng``."""
@@ -96,13 +96,13 @@ class Uniform:
 class Pct:
     """Random priorities with a few random changes: finds bugs that need few switches.
 
-    Every task gets a random priority, and the highest one that can run does.  At ``depth - 1``
-    places drawn from the whole run the running task falls below all others.  A bug that needs
-    ``depth`` ordering constraints is found with a probability of at least
-    ``1 / (tasks * steps ** (depth - 1))`` a run, however long the program is.
+    Every task gets a random priority; of the tasks that can run, the one with the highest priority
+    runs.  At ``depth - 1`` random places of the whole run, the running task gets a priority below
+    all others.  A run finds a bug that needs ``depth`` ordering constraints with a probability of
+    at least ``1 / (tasks * steps ** (depth - 1))``.
 
     Args:
-        depth: the ordering constraints to aim at; 1 changes no priorities, 2 finds most races.
+        depth: the number of ordering constraints; 1 changes no priorities, 2 finds most races.
         steps: about how many places the program passes (:func:`explore` measures it).
 
     Source:
@@ -120,7 +120,7 @@ class Pct:
         self._random = rng.random
         self._priorities: dict[str, float] = {}
         places = rng.sample(range(self._steps), self._depth - 1)
-        # Later changes fall deeper or less deep in no order: the paper's random permutation.
+        # The new priorities are a random permutation, as in the paper.
         self._falls = {place: float(fall) for fall, place in enumerate(places)}
         self._passed = 0
         self._lowest = 0.0
@@ -152,17 +152,17 @@ class Pct:
 
 
 class Script:
-    """A scenario: run this task until it reaches that place, then that one until that.
+    """A scenario: run one task until it reaches a place, then another one until another place.
 
     ``Script(("reclaim", "EWB"), ("fault", "ELDU"))`` runs ``reclaim`` until it is about to do EWB,
-    stops it there, and runs ``fault`` until it is about to do ELDU; from there on a task runs
-    until it waits.  A place may be a pattern (``"acquire *"``).  While a task of the script sleeps
-    or has not been spawned yet, those run that the script has not stopped.
+    stops it there, and runs ``fault`` until it is about to do ELDU; after that a task runs until it
+    waits.  A place may be a pattern (``"acquire *"``).  While a task of the script sleeps or has
+    not been spawned, tasks run that the script has not stopped.
 
     Args:
         steps: tasks and places, in order.
-        strict: whether it is an error that a task has to wait for another one before it reaches
-            its place.  If not, the others run meanwhile, stopped or not.
+        strict: whether it is an error if a task has to wait for another one before it reaches its
+            place.  If not, the other tasks run meanwhile, including stopped ones.
 
     Raises:
         ScriptNotFollowed: from the run, when a task could not reach its place.
@@ -179,7 +179,7 @@ class Script:
         self._rest = Uninterrupted()
 
     def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
-        """Return the task whose turn the script says it is."""
+        """Return the task of the script's current step."""
         self._last[current] = where
         if self._at < len(self._steps):
             task, place = self._steps[self._at]
@@ -214,7 +214,7 @@ class Script:
 
 
 class Replay:
-    """Exactly a recorded schedule; where it was cut short, a task then runs until it waits.
+    """Repeats a recorded schedule; after its end a task runs until it waits.
 
     Raises:
         ReplayDiverged: from the run, when the program does not reach the recorded places.
@@ -229,7 +229,7 @@ class Replay:
         self._rest = Uninterrupted()
 
     def choose(self, current: str, where: str, ready: Sequence[str]) -> str:
-        """Return the task that ran next when the schedule was recorded."""
+        """Return the task that ran next in the recorded schedule."""
         at = self._at
         self._at += 1
         if at < len(self._steps) and self._steps[at] != (current, where):
@@ -253,7 +253,7 @@ class Replay:
 
 
 class Stretches(Uninterrupted):
-    """Follows stretches as far as they can be followed; where they cannot, a task runs on."""
+    """Follows stretches; when the task of a stretch cannot run, the running task continues."""
 
     def __init__(self, stretches: Sequence[Stretch]) -> None:
         self._stretches = stretches

@@ -1,4 +1,4 @@
-"""A schedule: which task reached which place, one after the other."""
+"""A schedule: the sequence of tasks and the places that they reached."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Step: TypeAlias = tuple[str, str]
 """A task's name and the place it reached."""
 
 Stretch: TypeAlias = tuple[str, int]
-"""A task, and how many places it has reached, counted from its start, when another one ran."""
+"""A task, and the number of places it had reached since its start when another task ran."""
 
 _HEADER = "schedule of seed "
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule(Sequence[Step]):
-    """What happened in a :class:`SeededRuntime`, complete enough to make it happen again.
+    """The history of a :class:`SeededRuntime`, complete enough to repeat it.
 
-    Step ``n`` says that a task reached a place; the task of step ``n + 1`` is the one that was
-    chosen to run from there.
+    Step ``n`` is a task and the place that it reached; the policy then chose the task of step
+    ``n + 1``.
 
     Attributes:
-        seed: of the program's own random choices.
-        steps: the places reached.
+        seed: seed of the program's own random choices.
+        steps: the steps in order.
     """
 
     seed: int

@@ -1,8 +1,8 @@
 """The threads runtime: a task is a thread, a lock is a real one.
 
-Everything a task can wait for is either a lock, which its holder gives up sooner or later, or a
-*parking place*, a private lock that the waker releases.  So closing can end every wait: it releases
-all parking places, and a killed task raises ``GreenletExit`` as it does in the other runtimes.
+A task waits either for a lock, which its holder releases at some time, or at a *parking place*, a
+private lock that the waker releases.  So closing can end every wait: it releases all parking
+places, and a killed task raises ``GreenletExit`` as in the other runtimes.
 
 Lock order: a runtime lock, then ``_mutex``.  ``_mutex`` is held for a few instructions.
 """
@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 
 
 class _ThreadTask:
-    """A task; also what is known of a thread that the runtime did not start."""
+    """A task, or a thread that the runtime did not start."""
 
     def __init__(self, runtime: ThreadsRuntime, name: str, *, daemon: bool) -> None:
         self._runtime = runtime
@@ -86,7 +86,7 @@ class _ThreadLock:
         me = self._local.task
         holder = self._holder
         if holder is not me and self in me.forfeited:
-            # A refused wait has not taken it again; the ``with`` around it does not know.
+            # A failed wait has not taken it again; the ``with`` around the wait still releases it.
             me.forfeited.remove(self)
             return
         assert holder is me, (
@@ -135,8 +135,8 @@ class _ThreadCondition:
             except Deadlock:
                 me.forfeited.append(lock)
                 raise
-            # The notifying task takes the place off the list.  After a timeout it may do so before
-            # this task has the lock again; then the wait ended with a notification.
+            # The notifying task removes the place from the list.  It may do so after the timeout
+            # and before this task has the lock again; then the wait ended with a notification.
             notified = place not in self._places
             if not notified:
                 self._places.remove(place)
@@ -151,7 +151,7 @@ class _ThreadCondition:
 
 
 class _Latch:
-    """A mutex for a few instructions: the C lock itself, which knows no holder."""
+    """A mutex for a few instructions: the C lock itself, which records no holder."""
 
     __slots__ = ("__enter__", "__exit__", "_raw", "held", "name", "release")
 
@@ -159,7 +159,7 @@ class _Latch:
         raw = allocate_lock()
         self.name = "latch"
         self._raw = raw
-        # ``with`` finds these through the class's slots and calls C functions.
+        # ``with`` finds these in the class's slots and calls C functions.
         self.__enter__: Callable[[], object] = raw.__enter__
         self.__exit__: Callable[..., None] = raw.__exit__
         self.release = raw.release
@@ -173,7 +173,7 @@ class _Latch:
 
 
 class _Local(threading.local):
-    """The current thread's task; a thread the runtime did not start gets one when it first asks."""
+    """The current thread's task; a thread that the runtime did not start gets one at first use."""
 
     def __init__(self, runtime: ThreadsRuntime) -> None:
         self.task = _ThreadTask(runtime, MAIN, daemon=False)
@@ -187,8 +187,8 @@ class ThreadsRuntime:
 
     Args:
         seed: of :attr:`random`, where each task has a stream of its own.
-        clock_ns: a monotonic clock, for :meth:`now_ns` only; waits last real time.
-        grace_ns: how long :meth:`close` waits for tasks before it complains.
+        clock_ns: a monotonic clock, for :meth:`now_ns` only; waits take real time.
+        grace_ns: time that :meth:`close` waits for tasks before it fails.
     """
 
     concurrent = True
@@ -226,7 +226,7 @@ class ThreadsRuntime:
         return _ThreadCondition(self, lock)
 
     def latch(self) -> base.Lock:
-        """Return a new cheap mutex; it does not know its holder."""
+        """Return a new cheap mutex, which records no holder."""
         return _Latch()
 
     def point(self, where: str) -> None:
@@ -236,7 +236,7 @@ class ThreadsRuntime:
         """Start a thread."""
         me = self._local.task
         with self._mutex:
-            if self._closed and me.thread is not None:  # a daemon that does not know it yet
+            if self._closed and me.thread is not None:  # a daemon that was killed and still runs
                 raise GreenletExit
             assert not self._closed, f"task {name!r} spawned on a closed runtime"
             task = _ThreadTask(self, unique_name(self._names, name), daemon=daemon)
@@ -249,7 +249,7 @@ class ThreadsRuntime:
         return task
 
     def yield_now(self) -> None:
-        """Give up the processor."""
+        """Let the system run another thread."""
         time.sleep(0)
 
     def sleep(self, duration_ns: int) -> None:
@@ -281,7 +281,7 @@ class ThreadsRuntime:
     def _park(
         self, me: _ThreadTask, place: threading.Lock, timeout_ns: int | None, what: str
     ) -> None:
-        """Wait until another thread opens ``place`` or the time is over."""
+        """Wait until another thread opens ``place`` or ``timeout_ns`` have passed."""
         with self._mutex:
             if self._killing and me.thread is not None:
                 raise GreenletExit
@@ -297,7 +297,7 @@ class ThreadsRuntime:
             raise GreenletExit
 
     def _wait_for_lock(self, lock: _ThreadLock) -> None:
-        """Take a lock that was held a moment ago; raise if that would close a cycle of waits."""
+        """Take a lock that another task holds; raise if the wait would close a cycle of waits."""
         me = self._local.task
         assert lock._holder is not me, f"lock {lock.name!r} taken twice by task {me.name!r}"
         with self._mutex:
@@ -331,10 +331,10 @@ class ThreadsRuntime:
             me.waits_for = None
 
     def _cycle(self, me: _ThreadTask) -> str | None:
-        """Return what to say if ``me`` waits for itself; called with ``_mutex`` held.
+        """Return the message if ``me`` waits for itself, else None; the caller holds ``_mutex``.
 
-        A holder is read without its lock. It cannot deceive: a task on the chain is waiting, so it
-        gives up nothing, and the chain closes only over tasks that have announced their wait.
+        A holder is read without its lock.  That is safe: a task in the chain waits, so it releases
+        no lock, and the chain closes only over tasks that have recorded their wait.
         """
         chain = [me]
         while (wait := chain[-1].waits_for) is not None:
@@ -349,7 +349,7 @@ class ThreadsRuntime:
     # The end.
 
     def run(self, main: Callable[[], _Result]) -> _Result:
-        """Run ``main`` in this thread, :meth:`close`, and return what ``main`` returned."""
+        """Run ``main`` in this thread, then :meth:`close`; return the result of ``main``."""
         with self:
             return main()
 
@@ -374,8 +374,8 @@ class ThreadsRuntime:
         """Wait for the tasks that are no daemons, then kill the waiting daemons.
 
         Raises:
-            AssertionError: a task was left; if it was waiting it has been killed.
-            BaseException: what a task raised that no task has joined; several as an
+            AssertionError: a task had not ended; if it was waiting, it has been killed.
+            BaseException: the exception of a task that no task has joined; several as an
                 ``ExceptionGroup``.
         """
         if self._closed:
@@ -384,7 +384,7 @@ class ThreadsRuntime:
         end_of_tasks(left, self._errors(), None)
 
     def _end(self, *, grace_ns: int) -> list[str]:
-        """Join tasks that end, kill those that wait; describe the ones that should have ended."""
+        """Join tasks that end, kill those that wait; return a text for each that did not end."""
         with self._mutex:
             self._closed = True
             tasks = list(self._tasks)
@@ -412,14 +412,14 @@ class ThreadsRuntime:
 
 
 def _new_place() -> threading.Lock:
-    """Return a parking place: a lock that is taken until another thread opens it."""
+    """Return a parking place: a lock that is held until another thread opens it."""
     place = threading.Lock()
     place.acquire()
     return place
 
 
 def _open(place: threading.Lock) -> None:
-    """Wake the thread that is parked there; opening a place twice is the same as once."""
+    """Wake the thread that is parked at ``place``; opening a place twice has no further effect."""
     if place.locked():
         place.release()
 
