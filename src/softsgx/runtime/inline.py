@@ -216,6 +216,12 @@ class InlineRuntime(Cooperative):
             self._ready.append(self._current)
             self._park()
 
+    def has_pending(self) -> bool:
+        """Return whether :meth:`run_pending` would let a task run."""
+        if self._lock_waiters or self._timers:
+            self._wake_due()
+        return bool(self._ready)
+
     def run_pending(self) -> None:
         """Let the tasks run until each of them waits; the main task calls it between events."""
         assert self._current is self._main, f"run_pending() called by {self.task_name()!r}"

@@ -144,6 +144,7 @@ def enclave_plan(data_pages: int, threads: int = THREADS) -> Plan:
             ossa=ssa_offset + thread * FRAMES * PAGE,
             nssa=FRAMES,
             oentry=code_offset,
+            ogs_base=thread * PAGE,
             fs_limit=0xFFF,
             gs_limit=0xFFF,
         ).pack()

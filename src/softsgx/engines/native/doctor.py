@@ -23,11 +23,12 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import file_bytes
 from softsgx.engines.native.memory.memory_file import MEMORY_FILE_BYTES
 from softsgx.engines.native.memory.uffd import open_userfaultfd
+from softsgx.engines.native.x86.cpuid import host_cpuid
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
 _DESCRIPTORS = 4096  # enough for a thousand processes
 
-__all__ = ["Finding", "can_fault_cpuid", "can_write_fsbase", "choose_pager", "doctor"]
+__all__ = ["Finding", "can_cross_unseen", "can_fault_cpuid", "choose_pager", "doctor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,11 @@ def doctor() -> list[Finding]:
         ),
         _finding(
             "FSGSBASE",
-            can_write_fsbase(),
+            can_cross_unseen(),
             needed=False,
-            good="a program of one thread enters an enclave again without a stop",
-            bad="this kernel (5.9 at least) or processor keeps WRFSBASE from programs: each entry "
-            "of an enclave stops the thread, which makes calls slower",
+            good="threads enter and leave enclaves again without a stop",
+            bad="this kernel (5.9 at least) or processor keeps WRFSBASE from programs, or lacks "
+            "BMI2: each entry and exit of an enclave stops the thread, which makes calls slower",
         ),
         _finding(
             "sched_setaffinity",
@@ -267,9 +268,14 @@ def can_fault_cpuid() -> bool:
     return _in_child(child) == 0
 
 
-def can_write_fsbase() -> bool:
-    """Return whether programs may execute WRFSBASE and WRGSBASE."""
-    return bool(libc.hardware_capabilities() & abi.HWCAP2_FSGSBASE)
+def can_cross_unseen() -> bool:
+    """Return whether programs may execute what ``vdso/permit_code.py`` does.
+
+    That is WRFSBASE and WRGSBASE, RORX (BMI2), and LAHF in 64-bit mode.
+    """
+    host = host_cpuid()
+    rorx, lahf = host(7, 0)[1] >> 8 & 1, host(0x8000_0001, 0)[2] & 1
+    return bool(libc.hardware_capabilities() & abi.HWCAP2_FSGSBASE and rorx and lahf)
 
 
 @cache

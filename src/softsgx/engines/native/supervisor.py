@@ -24,7 +24,7 @@ from itertools import count
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.doctor import can_fault_cpuid, can_write_fsbase, choose_pager
+from softsgx.engines.native.doctor import can_cross_unseen, can_fault_cpuid, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.logged import LoggedTransitions
@@ -58,6 +58,7 @@ from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.native.vdso.permit_table import reserve_table
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
@@ -137,7 +138,8 @@ class Supervisor(Lifecycle):
         # logged, stepped or stopped by breakpoints, or threads inside be interrupted.
         counting = self._injections.power_losses or self._injections.power_signals
         stopping = strict or counting or gdb or instruments.calls or instruments.tick_ns
-        self._permitting = not stopping and can_write_fsbase()
+        permitting = not stopping and can_cross_unseen()
+        self._permits = Permits(permitting, lambda thread: self._loop.hold(thread))
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
@@ -152,7 +154,7 @@ class Supervisor(Lifecycle):
             cpuid,
             AbortPage(self._store, self._stop_other_users),
             shortages.report_refused,
-            Permits(lambda: self._permitting and len(self._loop.threads) == 1),
+            self._permits,
             Breakpoints(self._stopped_inside),
         )
         ioctls = EnclaveIoctls(
@@ -272,7 +274,9 @@ class Supervisor(Lifecycle):
 
     def background(self) -> None:
         """Let ksgxd get to its high watermark, and the ends of address spaces to theirs."""
-        self._runtime.run_pending()
+        if self._runtime.has_pending():
+            self._permits.settle()
+            self._runtime.run_pending()
         for name, error in self._runtime.take_failures():
             self._loop.failures.note(f"task {name} has failed: {error!r}", error)
 
@@ -394,6 +398,8 @@ class Supervisor(Lifecycle):
                 page=parent.page,
                 parent=parent,
             )
+            if image.permits_at:
+                reserve_table(thread, image)
             thread.flush()
             undo.pop_all()
         self._images[image.index] = image
@@ -446,6 +452,8 @@ class Supervisor(Lifecycle):
         self._registry.forget_page_table(image.page_table)
         image.pager.close()
         os.close(image.memory_fd)
+        if image.permits is not None:
+            image.permits.close()
         del self._images[image.index]
         page = image.page
         if page and all(other.page is not page for other in self._images.values()):

@@ -54,7 +54,7 @@ class EnclaveFaults:
     Args:
         exits: how threads leave with an exception.
         leaves: does ENCLU.
-        permits: entries that do not stop.
+        permits: crossings that do not stop.
         non_enclave: faults on memory that is not the enclave's.
         abort_page: executes what may not have a page it touches.
         refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
@@ -93,6 +93,8 @@ class EnclaveFaults:
         match number:
             case abi.SIGSEGV if page_fault:
                 return self.page_fault(thread, info.addr, info.code)
+            case abi.SIGSEGV if _was_jump(thread):
+                return 0
             case abi.SIGSEGV:
                 # What needs privileges that no enclave can have is #UD inside.
                 vector = Vector.UD if is_illegal_inside(code) else Vector.GP
@@ -138,10 +140,11 @@ class EnclaveFaults:
             try:
                 extended.execute_by_model(thread, insn)
             except PageFault as fault:
+                self._permits.settle()
                 return self._operand_fault(thread, fault)
             except Fault as fault:
+                self._permits.settle()
                 return self._exits.refused(thread, 0, fault)
-        self._permits.outlast(thread)
         return 0
 
     def _operand_fault(self, thread: ProgramThread, fault: PageFault) -> int:
@@ -245,3 +248,9 @@ class EnclaveFaults:
             thread.load()
             self._exits.leave(thread, Vector.PF, code, address, comes_back=True)
         return self._leaves.resume(thread)
+
+
+def _was_jump(thread: ProgramThread) -> bool:
+    """Whether an instruction has trapped because it was being put back in place of a jump."""
+    memory = thread.image.page_table.memory_at(thread.regs.rip)
+    return memory is not None and thread.regs.rip in memory.former_exits

@@ -60,7 +60,9 @@ class EncluLeaves:
         """
         cpu, regs = thread.cpu, thread.regs
         leaf = regs.rax & _LOW_32
-        operand = regs.rcx
+        operand, at, inside = regs.rcx, regs.rip, cpu.inside
+        if leaf in _ENTRIES:
+            self._permits.entering(regs.rbx)
         while True:
             if leaf == _ERESUME:
                 cpu.regs.xsave = thread.machine_xstate()
@@ -74,6 +76,7 @@ class EncluLeaves:
                 if failed is not None:
                     return failed
             except Fault as fault:
+                self._permits.settle()
                 return self._exits.refused(thread, leaf, fault)
         if leaf == _ERESUME:
             thread.set_machine_xstate(cpu.regs.xsave)
@@ -82,7 +85,8 @@ class EncluLeaves:
             self._went_in(thread)
         elif leaf == _EEXIT:
             block_signals_again(thread)
-            self._permits.left(thread)
+            assert inside is not None, "EEXIT has succeeded outside an enclave"
+            self._permits.left(thread, inside, at)
         elif leaf in _EPCM_CHANGES:
             thread.image.page_table.refresh(operand)
         return 0
@@ -100,6 +104,7 @@ class EncluLeaves:
 
     def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
         """EENTER or ERESUME met a page that is not there; ``None`` to try again."""
+        self._permits.settle()
         mm, result = thread.image.mm, FaultResult.SEGV
         if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
             access = WRITE if fault.code & Pfec.W else READ

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from softsgx.arch import Enclu, Vector
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo, UserRegs
+from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.enclave import EnclaveFaults
@@ -36,7 +37,8 @@ _CPUID = b"\x0f\xa2"
 _LOW_32 = 0xFFFF_FFFF
 _NO_CALL = (1 << 64) - 1
 _SYSCALL_BYTES = 2
-_EENTER, _ERESUME = int(Enclu.EENTER), int(Enclu.ERESUME)
+_EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
+_CROSSING_SIGNALS = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGTRAP})
 
 
 class Transitions:
@@ -46,7 +48,7 @@ class Transitions:
         cpuid: what CPUID (leaf, sub-leaf) gives.
         abort_page: executes what may not have a page it touches.
         refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
-        permits: entries that do not stop.
+        permits: crossings that do not stop.
         breakpoints: see there.
     """
 
@@ -74,10 +76,10 @@ class Transitions:
         regs.rax, regs.rcx = _EENTER, image.aep
         regs.r11 = int.from_bytes(image.read(regs.rsp + KEPT_R11, 8), "little")
         regs.rip = image.eenter
-        tcs, outside = regs.rbx, thread.cpu.inside is None
+        outside = thread.cpu.inside is None
         number = self._leaves.execute(thread)
         if outside and thread.cpu.inside is not None:
-            self.permits.entered(thread, tcs)
+            self.permits.entered(thread)
         return self._at_call(thread, number)
 
     def is_entry(self, thread: ProgramThread, stop: Stop) -> bool:
@@ -91,6 +93,23 @@ class Transitions:
         regs = thread.load()
         is_enclu = thread.image.read(regs.rip, len(ENCLU)) == ENCLU
         return is_enclu and regs.rax & _LOW_32 in (_EENTER, _ERESUME)
+
+    def only_crosses(self, thread: ProgramThread, stop: Stop) -> bool:
+        """Return whether a stop is an EENTER or an EEXIT, or an instruction on extended state.
+
+        If such a stop does more than that, what does it settles all permits before.
+        """
+        if stop.event == abi.PTRACE_EVENT_SECCOMP:
+            return thread.cpu.inside is None and thread.load().orig_rax == abi.SYS_SOFTSGX_EENTER
+        if stop.event or stop.signal not in _CROSSING_SIGNALS:
+            return False
+        regs, page_table = thread.load(), thread.image.page_table
+        leaf, is_enclu = regs.rax & _LOW_32, thread.image.read(regs.rip, len(ENCLU)) == ENCLU
+        if thread.cpu.inside is None:
+            return is_enclu and leaf == _EENTER
+        if is_enclu or page_table.is_marked(regs.rip):
+            return leaf == _EEXIT
+        return extended.replaced(thread) is not None and thread.siginfo().code > 0
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""

@@ -9,10 +9,11 @@ enclave's own bytes, so that an instruction traps.  Reads through this class ret
 own bytes.
 
 Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
-with HLT, which traps faster, and CPUID is UD2 where the processor cannot make it fault.  Pages
-that leave, or are read through the machine, have their own bytes, and so has an instruction that
-raised an exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself,
-reading code that did not, could tell.
+with HLT, which traps faster, MOV EAX, 4 in front of one is a jump to code that does EEXIT
+(``vdso/permits.py``), and CPUID is UD2 where the processor cannot make it fault.  Pages that leave,
+or are read through the machine, have their own bytes, and so has an instruction that raised an
+exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself, reading code
+that did not, could tell.
 """
 
 from __future__ import annotations
@@ -109,10 +110,13 @@ class EnclaveMemory:
         users: the address spaces that map it, or have mapped it and may again.
         pages: rights of the pages whose bytes are in the file, by linear address.
         marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
-            ENCLU instructions that start with HLT, and forbidden ones that are UD2.
+            ENCLU instructions that start with HLT, forbidden ones that are UD2, and jumps.
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
             code that the enclave may not execute as this machine would; ``None``: there are none.
         trapped: addresses of such bytes that keep their value: a breakpoint is at the instruction.
+        exits: where MOV EAX, 4 in front of an ENCLU is a jump now, with the bytes that are not the
+            enclave's own.
+        former_exits: where that has ended while threads may have been executing it.
     """
 
     def __init__(self, theirs: int) -> None:
@@ -125,6 +129,8 @@ class EnclaveMemory:
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self.trapped: set[int] = set()
+        self.exits: dict[int, int] = {}
+        self.former_exits: set[int] = set()
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
@@ -186,6 +192,7 @@ class EnclaveMemory:
                 offsets = self.marked.pop(linaddr, None)
                 if offsets is not None:
                     contents[index] = _own_bytes(contents[index], 0, offsets)
+                    self._forget_exits(linaddr)
         return contents
 
     def mark(self, address: int) -> None:
@@ -213,10 +220,12 @@ class EnclaveMemory:
 
     def forbid_shown(self, linaddr: int) -> None:
         """Make forbidden instructions of a shown page UD2, a byte at a time."""
+        before = set(self.marked.get(linaddr, ()))
         data = self.read(linaddr, PAGE_BYTES)
         shown = self.forbid(linaddr, data)
         for site in self.marked.get(linaddr, ()):
-            os.pwrite(self.fd, shown[site : site + 1], linaddr + site)
+            if site not in before:
+                os.pwrite(self.fd, shown[site : site + 1], linaddr + site)
 
     def forbid_again(self, address: int) -> None:
         """The instruction with its second opcode byte at ``address`` has lost its breakpoint."""
@@ -225,14 +234,44 @@ class EnclaveMemory:
         if not self.pages.get(page, WRITE) & WRITE:
             self.forbid_shown(page)
 
-    def unmark_at(self, address: int) -> None:
-        """Give the byte at ``address`` of a shown page, which is marked, its own value back."""
-        marks = self.marked[address & -PAGE_BYTES]
-        os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
+    def jump_at(self, address: int, jump: bytes) -> None:
+        """Replace the bytes at ``address``, in a shown page of code, by a jump.
 
-    def is_marked(self, address: int) -> bool:
-        """Return whether the instruction at ``address`` is marked."""
-        return address % PAGE_BYTES in self.marked.get(address & -PAGE_BYTES, ())
+        No thread executes code of the enclave meanwhile.
+        """
+        page, offset = address & -PAGE_BYTES, address % PAGE_BYTES
+        own = self.read(address, len(jump))
+        os.pwrite(self.fd, jump, address)
+        marks = self.marked.setdefault(page, {})
+        for index in range(len(jump)):
+            marks[offset + index] = own[index : index + 1]
+        self.exits[address] = len(jump)
+
+    def unmark_at(self, address: int) -> None:
+        """Give the instruction at ``address`` of a shown page, which is marked, its own bytes."""
+        marks = self.marked[address & -PAGE_BYTES]
+        if address in self.exits:
+            self._end_jump(address, marks)
+        else:
+            os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
+
+    def _end_jump(self, address: int, marks: dict[int, bytes]) -> None:
+        """Put back what a jump has replaced: its first byte traps until the others are there."""
+        offset, size = address % PAGE_BYTES, self.exits.pop(address)
+        own = b"".join(marks.pop(offset + index) for index in range(size))
+        self.former_exits.add(address)
+        os.pwrite(self.fd, _HLT, address)
+        os.pwrite(self.fd, own[1:], address + 1)
+        os.pwrite(self.fd, own[:1], address)
+
+    def end_jumps(self) -> None:
+        """Put back what all jumps have replaced."""
+        for address in list(self.exits):
+            self._end_jump(address, self.marked[address & -PAGE_BYTES])
+
+    def _forget_exits(self, page: int) -> None:
+        for address in [at for at in self.exits if at & -PAGE_BYTES == page]:
+            del self.exits[address]
 
     def is_enclu(self, address: int) -> bool:
         """Return whether the instruction at ``address`` is a marked ENCLU."""
@@ -241,7 +280,10 @@ class EnclaveMemory:
 
     def unmark(self, linaddr: int) -> None:
         """Give the marked instructions of a page their own bytes back."""
-        for offset, byte in self.marked.pop(linaddr, {}).items():
+        marks = self.marked.pop(linaddr, {})
+        for address in [at for at in self.exits if at & -PAGE_BYTES == linaddr]:
+            self._end_jump(address, marks)
+        for offset, byte in marks.items():
             os.pwrite(self.fd, byte, linaddr + offset)
 
     def read(self, address: int, size: int) -> bytes:

@@ -212,18 +212,24 @@ class EnclavePageTable:
 
     def mark(self, address: int) -> None:
         """Let the ENCLU at ``address`` trap faster from now on, if it is in read-only code."""
-        entry, memory = self.entry(address), self.memory_at(address)
-        if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - _ENCLU_BYTES:
-            return
-        page = self._page_at(entry[0])
-        if page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0]):
+        memory = self.read_only_code(address, _ENCLU_BYTES)
+        if memory is not None:
             memory.mark(address)
             self._marked[address & _PAGE_MASK] = memory
+
+    def read_only_code(self, address: int, size: int) -> EnclaveMemory | None:
+        """Return the memory file of an instruction in one shown page that cannot be written."""
+        entry, memory = self.entry(address), self.memory_at(address)
+        if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - size:
+            return None
+        page = self._page_at(entry[0])
+        usable = page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0])
+        return memory if usable else None
 
     def is_marked(self, address: int) -> bool:
         """Return whether :meth:`mark` has changed the instruction at ``address``."""
         memory = self._marked.get(address & _PAGE_MASK) or self.memory_at(address)
-        return memory is not None and memory.is_marked(address)
+        return memory is not None and memory.is_enclu(address)
 
     def traps_at(self, address: int) -> bool:
         """Return whether the code at ``address`` can be executed here and is a marked ENCLU."""

@@ -97,6 +97,7 @@ class Mappings:
                 thread.syscall(abi.SYS_MUNMAP, address, length)
             return -(error.errno or EINVAL)
         if image.page_table not in device.memory.users:
+            device.memory.end_jumps()  # they lead to the vDSO of those who have it already
             device.memory.users.append(image.page_table)
         # Without rights at first: after mlockall the kernel fills what it maps, if it may be used,
         # and nothing may be used before the pager knows of it.

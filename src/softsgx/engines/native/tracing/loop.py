@@ -169,13 +169,13 @@ class Loop:
         if thread.borrowable:
             # Now, while it is stopped anyway: ksgxd works ahead for it.
             self._background()
-            self._permits.going()
         if thread.kicked:
             thread.kicked = False
             if not number and not image.strict:  # where it would have to wait for its turn
                 number = self._transitions.resumed(thread)
         self._before_resume()
         image.flush()
+        self._permits.going(thread)
         trap, thread.outgoing = thread.outgoing, None
         thread.running = True
         image.current = None
@@ -235,6 +235,7 @@ class Loop:
 
     def kick(self, image: ProcessImage) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
+        self._permits.settle()
         for thread in list(image.threads.values()):
             if thread.cpu.inside is not None and not self._transitions.stays_inside(thread):
                 self._take_out(thread)
@@ -290,6 +291,8 @@ class Loop:
                 return
             stop = thread.behind(stop)
             self._permits.stopped(thread)
+            if not self._transitions.only_crosses(thread, stop):
+                self._permits.settle()
             self._handle(thread, stop)
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)

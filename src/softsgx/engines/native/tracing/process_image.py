@@ -24,6 +24,7 @@ from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
+from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.hw import EpcPage
 from softsgx.runtime import Runtime
@@ -89,6 +90,10 @@ class ProcessImage:
         current: the thread whose stop is being handled.
         view: the device whose mappings are uncovered now, in a strict run.
         slots: where its threads execute instructions out of line.
+        permits: the table of permits, once there is one; permits_at: where it is, or will be.
+        has_room_for_permits: whether there may be one.
+        exit_stubs: the code that does EEXIT, in the order of its places.
+        plain_exits: the ENCLU instructions that do EEXIT and always stop.
 
     Raises:
         Gone: the thread has ended.
@@ -110,6 +115,12 @@ class ProcessImage:
         self.index, self.memory_fd, self.page = index, memory_fd, page
         self.vdso_base, self.vdso = vdso_base, vdso
         self.slots = OutOfLineSlots(memory_fd, vdso_base + vdso.slots)
+        self.permits: PermitTable | None = None
+        self.has_room_for_permits = True
+        # What fork has copied is where it was.
+        self.permits_at: int = 0 if parent is None else parent.permits_at
+        self.exit_stubs: list[ExitStub] = [] if parent is None else list(parent.exit_stubs)
+        self.plain_exits: set[int] = set()
         self.registry, self.strict = services.registry, services.strict
         self._hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}

@@ -102,6 +102,7 @@ class ProgramThread(Thread):
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None
     claim: Claim = field(default_factory=Claim)
+    _own_tid: int = 0
 
     def __post_init__(self) -> None:
         regs = NativeRegisters()
@@ -180,6 +181,13 @@ class ProgramThread(Thread):
                 if line.startswith(f"{name}:"):
                     return line.split()[1:]
         return [""]
+
+    @property
+    def own_tid(self) -> int:
+        """Its id as gettid() gives it there, which depends on its process namespace."""
+        if not self._own_tid:
+            self._own_tid = int(self._status("NSpid")[-1] or self.tid)
+        return self._own_tid
 
     def signal_pending(self) -> bool:
         """Return whether a signal waits that it does not block."""

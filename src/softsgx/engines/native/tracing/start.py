@@ -198,7 +198,7 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     base = thread.syscall(
         abi.SYS_MMAP,
         0,
-        vdso.slots + abi.PAGE,
+        vdso.end,
         abi.PROT_READ | abi.PROT_EXEC,
         abi.MAP_PRIVATE | abi.MAP_ANONYMOUS,
         (1 << 64) - 1,
@@ -235,7 +235,6 @@ def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage
         page.close()
         return None
     page.address = at
-    os.pwrite(memory, struct.pack("<Q", at), base + vdso.shared_at)
     return page
 
 

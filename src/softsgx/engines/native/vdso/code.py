@@ -13,13 +13,13 @@ Source:
 from __future__ import annotations
 
 from softsgx.engines.native import abi
+from softsgx.engines.native.vdso.permit_code import emit_permitted_entry
 from softsgx.engines.native.x86.asm import Assembler
 
 __all__ = [
     "CALLS_AT",
     "CALL_WORDS",
     "KEPT_R11",
-    "PERMIT",
     "SCRATCH_BYTES",
     "emit_enter_enclave",
     "emit_forward",
@@ -28,17 +28,6 @@ __all__ = [
 
 _EINVAL = -22
 SCRATCH_BYTES = 512
-
-PERMIT = {
-    name: 8 * number
-    for number, name in enumerate(
-        (
-            *("tcs", "entry", "cssa", "fs", "gs", "ursp"),
-            *("used", "outside_fs", "outside_gs"),
-        )
-    )
-}
-"""Offsets of the quadwords of a permit in the shared page; the second line the program writes."""
 
 KEPT_R11 = -8
 """Where R11 is, from RSP, at the system call that asks for EENTER."""
@@ -61,7 +50,7 @@ def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
     ``illegal`` is an illegal instruction; at ``scratch`` are bytes that arguments of calls
-    point at, and at ``shared_at`` the address of the shared page, or zero.
+    point at, and at ``permits_at`` the address of the table of permits, or zero.
 
     From ``calls`` to ``called`` the RBP calls of the table at RBX are made, each result stored in
     place of its number.
@@ -86,7 +75,7 @@ def emit_injection(asm: Assembler) -> None:
     asm.label("scratch")
     asm.emit("cc" * SCRATCH_BYTES)
     asm.align(8)
-    asm.label("shared_at")
+    asm.label("permits_at")
     asm.quad(0)
 
 
@@ -131,7 +120,7 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.emit("48 8b 1b")  # mov rbx, [rbx]: tcs
     asm.emit("83 f8 03")  # cmp eax, 3
     asm.near("0f 84", "resume")  # je
-    _emit_permitted_entry(asm)
+    emit_permitted_entry(asm)
     asm.label("ask")
     asm.emit(f"4c 89 5c 24 {KEPT_R11 & 0xFF:02x}")  # mov [rsp-8], r11: the call overwrites it
     asm.word("b8", abi.SYS_SOFTSGX_EENTER)  # mov eax, number
@@ -180,48 +169,3 @@ def emit_enter_enclave(asm: Assembler) -> None:
     asm.word("b8", _EINVAL)  # mov eax, -EINVAL
     asm.short("eb", "done")
     asm.label("enter_enclave_end")
-
-
-def _emit_permitted_entry(asm: Assembler) -> None:
-    """EENTER of RBX if there is a permit for it, else go on at ``ask``.
-
-    From ``permit`` on the permit counts, as long as nothing stops the thread; at ``permitted`` it
-    has been used, and what is left to do until ``permit_end`` is loading registers.
-    """
-    at = PERMIT
-    asm.near("48 8b 0d", "shared_at")  # mov rcx, [rip+shared_at]
-    asm.emit("48 85 c9")  # test rcx, rcx
-    asm.near("0f 84", "ask")  # jz
-    asm.emit("48 39 19")  # cmp [rcx], rbx: tcs
-    asm.near("0f 85", "ask")  # jne
-
-    # rt_sigprocmask(SIG_BLOCK, NULL, rsp, 8): is a signal of faults blocked?
-    asm.emit("57 56 52 41 52 41 53 50")  # push rdi, rsi, rdx, r10, r11, rax
-    asm.emit("31 ff 31 f6")  # xor edi, edi; xor esi, esi
-    asm.emit("48 89 e2")  # mov rdx, rsp
-    asm.word("41 ba", 8)  # mov r10d, 8
-    asm.word("b8", abi.SYS_RT_SIGPROCMASK)  # mov eax, number
-    asm.emit("0f 05")  # syscall
-    asm.emit("58 41 5b 41 5a 5a 5e 5f")  # pop rax, r11, r10, rdx, rsi, rdi
-    asm.word("a9", abi.FAULT_SIGNALS)  # test eax, faults
-    asm.near("0f 85", "ask")  # jnz
-
-    asm.label("permit")
-    asm.near("48 8b 0d", "shared_at")  # mov rcx, [rip+shared_at]
-    asm.emit("48 39 19")  # cmp [rcx], rbx
-    asm.near("0f 85", "ask")  # jne
-    asm.emit(f"48 8b 41 {at['ursp']:02x}")  # mov rax, [rcx+ursp]
-    asm.emit("48 89 20 48 89 68 08")  # mov [rax], rsp; mov [rax+8], rbp
-    asm.emit("f3 48 0f ae c0")  # rdfsbase rax
-    asm.emit(f"48 89 41 {at['outside_fs']:02x}")  # mov [rcx+outside_fs], rax
-    asm.emit("f3 48 0f ae c8")  # rdgsbase rax
-    asm.emit(f"48 89 41 {at['outside_gs']:02x}")  # mov [rcx+outside_gs], rax
-    asm.word(f"48 c7 41 {at['used']:02x}", 1)  # mov qword [rcx+used], 1
-    asm.label("permitted")
-    asm.emit(f"48 8b 41 {at['fs']:02x} f3 48 0f ae d0")  # mov rax, [rcx+fs]; wrfsbase rax
-    asm.emit(f"48 8b 41 {at['gs']:02x} f3 48 0f ae d8")  # mov rax, [rcx+gs]; wrgsbase rax
-    asm.emit(f"48 8b 41 {at['entry']:02x} 48 89 44 24 f8")  # mov rax, [rcx+entry]; mov [rsp-8], rax
-    asm.emit(f"48 8b 41 {at['cssa']:02x}")  # mov rax, [rcx+cssa]
-    asm.near("48 8d 0d", "eenter_after")  # lea rcx, [rip+eenter_after]
-    asm.emit("ff 64 24 f8")  # jmp [rsp-8]
-    asm.label("permit_end")

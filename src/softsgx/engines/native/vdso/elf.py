@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.vdso.code import emit_enter_enclave, emit_forward, emit_injection
+from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 
 __all__ = ["DEVICE_NAME", "Vdso", "build_vdso", "read_symbols"]
@@ -58,8 +59,9 @@ class Vdso:
         scratch: bytes that only the supervisor writes, for calls that take pointers.
         calls: makes a table of calls; called: RIP after its int3.
         slots: a page behind the image, for ``vdso/out_of_line.py``.
-        shared_at: where the address of the shared page belongs.
-        permit, permitted, permit_end: as ``vdso/code.py`` has them.
+        stubs: place for ``most_stubs`` pieces of code that do EEXIT, behind the slots; end: of it.
+        permits_at: where the address of the table of permits belongs.
+        ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
     """
 
@@ -75,10 +77,17 @@ class Vdso:
     calls: int
     called: int
     slots: int
-    shared_at: int
-    permit: int
-    permitted: int
+    stubs: int
+    most_stubs: int
+    end: int
+    permits_at: int
+    ask: int
+    pushed: int
+    popping: int
+    popped: int
+    added: int
     permit_end: int
+    undo: int
     symbols: dict[str, int]
 
 
@@ -127,9 +136,14 @@ def build_vdso(original: dict[str, int]) -> Vdso:
     names = sorted({*original, _ENTER}, key=lambda name: _gnu_hash(name) % _GNU_BUCKETS)
     layout = _Image(names, code, asm.labels)
     base = layout.text
+    slots = len(layout.image)
+    stubs = slots + abi.PAGE
     return Vdso(
         image=layout.image,
-        slots=len(layout.image),
+        slots=slots,
+        stubs=stubs,
+        most_stubs=_STUB_PAGES * abi.PAGE // STUB_BYTES,
+        end=stubs + _STUB_PAGES * abi.PAGE,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
     )
@@ -137,9 +151,11 @@ def build_vdso(original: dict[str, int]) -> Vdso:
 
 _GNU_BUCKETS = 4
 _FORWARD_BYTES = 18  # of a function that leads to the kernel's vDSO
+_STUB_PAGES = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
-    *("calls", "called", "shared_at", "permit", "permitted", "permit_end"),
+    *("calls", "called", "permits_at"),
+    *("ask", "pushed", "popping", "popped", "added", "permit_end", "undo"),
 )
 
 

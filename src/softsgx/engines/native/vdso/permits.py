@@ -1,132 +1,187 @@
-"""Permits: entering an enclave again without a stop.
+"""Permits: entering and leaving enclaves without a stop.
 
-When a thread has entered an enclave through our vDSO and left it with EEXIT, and nothing else has
-happened since, the same EENTER would succeed again, with the same outcome.  A permit says so to
-the vDSO, in a page that the program shares with us: the vDSO of a thread that finds one for its TCS
-stores RSP and RBP in the SSA frame and loads FS, GS, RAX, RCX and RIP, as EENTER does, notes that
-the permit was used, and is inside.  At the thread's next stop, whatever the reason, the EENTER is
-done in the machine, with the registers of then, before anything else is; to the machine it has
-happened now.  That is half the stops of a call.
+When a thread has entered an enclave through our vDSO, and nothing but entries and exits has
+happened in the machine since, the same EENTER would succeed again, with the same outcome; and
+EEXIT of a thread inside always succeeds.  The supervisor writes that down in the slot of the TCS
+and opens its gate (``vdso/permit_code.py``).  Our vDSO then does the EENTER, and code that a jump
+leads to from the enclave's ``mov eax, 4; enclu`` does the EEXIT, in the program.
 
-A permit is given only while the program has one thread, so that nothing of ours can run between its
-use and that stop; and it ends with every stop, and when one of the pages that EENTER needs leaves.
-A stop at which an instruction of enclave code is executed in another way, and nothing else is done,
-does not keep the EEXIT that follows from giving a permit.
+What threads have done so is told to the machine before anything else depends on it.  To *settle* is
+to close all gates and to tell: all crossings are counted, and the last exit and the last entry of
+each TCS are done by their leaves, with the registers of then.  That comes before each stop is
+handled, but for stops that only cross, and before background tasks run.  A stop that only crosses
+closes the gates that its thread or its TCS have to do with.  So eviction, tracking cycles, ioctls
+and faults find every thread where it is; and what they change ends all permits, but EEXIT of
+threads that are inside.
 
-What the frame holds as URSP and URBP at that stop is what EENTER stores there: what the vDSO has
-stored, or the enclave since, which may move the stack of its host.
+A thread that is stopped in the middle of a crossing is moved to where it would be before or behind
+it.
+
+What the frame holds as URSP and URBP at an entry that is told is what EENTER stores there: what the
+vDSO has stored, or the enclave since, which may move the stack of its host.
 
 Source:
-    SDM vol. 3D, "EENTER", Operation, for what the vDSO must store and load.
+    SDM vol. 3D, "EENTER" and "EEXIT", Operation.
 """
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
-from softsgx.arch import GprSgx
+from softsgx.arch import GprSgx, Tcs
 from softsgx.engines.native.tracing.registers import NativeRegisters
-from softsgx.engines.native.vdso.code import PERMIT
-from softsgx.engines.native.vdso.shared_page import SharedPage
-from softsgx.hw import EpcPage, Registers
+from softsgx.engines.native.vdso import crossing
+from softsgx.engines.native.vdso.permit_code import BUSY, IN, STUB_BYTES, exit_stub
+from softsgx.engines.native.vdso.permit_table import Entry, ExitStub, Gate, Slot, make_table
+from softsgx.engines.native.x86.rewrite import in_step
+from softsgx.hw import Registers
 from softsgx.hw.entry import GPR_OFFSET
+from softsgx.hw.processor import EnclaveMode
 
 if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
 
 __all__ = ["Permits"]
 
-_WORD_BYTES = 8
-_TCS, _ENTRY, _CSSA, _FS, _GS, _URSP, _USED, _OUT_FS, _OUT_GS = (
-    PERMIT[name] // _WORD_BYTES
-    for name in (
-        *("tcs", "entry", "cssa", "fs", "gs", "ursp"),
-        *("used", "outside_fs", "outside_gs"),
-    )
-)
+_PAGE_BYTES = 4096
 _URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
+_AEP = Tcs.OFFSETS["aep"]
 _PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
-
-
-@dataclass(slots=True)
-class _Entry:
-    """An EENTER that succeeded: who, what, and the outcome.
-
-    Attributes:
-        gpr: the page that has GPRSGX of the frame.
-        needs: the addresses of the pages without which it would fault.
-    """
-
-    thread: ProgramThread
-    page: SharedPage
-    gpr: EpcPage
-    needs: tuple[int, ...]
-    tcs: int
-    rip: int
-    cssa: int
-    fs_base: int
-    gs_base: int
+_ENCLU = b"\x0f\x01\xd7"
+#: mov eax, 4 and mov rax, 4, as compilers and authors write them in front of EEXIT.
+_LOADS = (b"\xb8\x04\0\0\0", b"\x48\xc7\xc0\x04\0\0\0")
+_JUMP_BYTES = 5
+_TOO_NEAR = 16  # to the start of a page, for finding out where instructions begin
 
 
 class Permits:
     """See the module.
 
     Args:
-        allowed: returns whether the program has one thread, and the vDSO can do it on this machine.
+        usable: whether there are permits in this run, and the processor has what they use.
+        hold: stops a running thread; returns whether it is stopped and alive.
     """
 
-    def __init__(self, allowed: Callable[[], bool]) -> None:
-        self._allowed = allowed
-        self._entry: _Entry | None = None  # the last, if it would succeed again once it has ended
-        self._fresh = False  # nothing was done since the entry, or since the permit
-        self._given = False
+    def __init__(self, usable: bool, hold: Callable[[ProgramThread], bool]) -> None:
+        self._usable, self._hold = usable, hold
+        self._open: set[Slot] = set()
+        self._recorded: set[Slot] = set()  # those that have an entry
+        self._left: tuple[ProgramThread, Slot] | None = None  # by the EEXIT of the stop at hand
         self._scratch = NativeRegisters()
         self._then = cast(Registers, self._scratch)  # what the machine sees of them
 
-    def entered(self, thread: ProgramThread, tcs: int) -> None:
-        """EENTER of ``tcs`` from our vDSO has succeeded; the thread has its new registers."""
-        page = thread.image.page
-        # A tracer of events must see an entry when it happens.
-        if page is None or thread.cpu.hw.tracer is not None or not self._allowed():
-            return
-        regs, inside = thread.regs, thread.cpu.inside
+    # --- crossings that stop --------------------------------------------------------------------
+
+    def entering(self, tcs: int) -> None:
+        """A thread is about to enter by a TCS, at a stop."""
+        if self._open:
+            self._tell([slot for slot in self._open if slot.tcs == tcs])
+
+    def entered(self, thread: ProgramThread) -> None:
+        """EENTER from our vDSO has succeeded; the thread has its new registers."""
+        inside, regs, table = thread.cpu.inside, thread.regs, thread.image.permits
         assert inside is not None, "the thread is in no enclave after EENTER"
-        frame = inside.frame
-        needs = tcs, frame.gpr.linaddr, *(part.linaddr for part in frame.xsave)
-        outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
-        self._entry = _Entry(thread, page, frame.gpr, needs, tcs, *outcome)
-        self._fresh = True
-
-    def left(self, thread: ProgramThread) -> None:
-        """EEXIT has succeeded: give a permit if nothing was done since the entry."""
-        entry = self._entry
-        if entry is None or entry.thread is not thread:
+        if table is None or not self._has_permits(thread) or inside.outside.tf != 0:
             return
-        words = entry.page.words
-        words[_ENTRY], words[_CSSA] = entry.rip, entry.cssa
-        words[_FS], words[_GS] = entry.fs_base, entry.gs_base
-        words[_URSP], words[_USED] = entry.gpr.linaddr + _URSP_OFFSET, 0
-        words[_TCS] = entry.tcs
-        self._given = self._fresh = True
+        slot = self._slot(thread, inside)
+        if slot is not None:
+            gpr = inside.frame.gpr
+            outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
+            slot.entry = Entry(gpr, gpr.linaddr + _URSP_OFFSET, *outcome)
+            self._recorded.add(slot)
 
-    def outlast(self, thread: ProgramThread) -> None:
-        """The stop at hand is over, and has changed nothing that the entry depends on."""
-        if self._entry is not None and self._entry.thread is thread:
-            self._fresh = True
-
-    def going(self) -> None:
-        """The program is about to go on: forget the entry if a page it needs has left meanwhile."""
-        entry = self._entry
-        if entry is None or not self._fresh:
+    def left(self, thread: ProgramThread, inside: EnclaveMode, enclu: int) -> None:
+        """The EEXIT at address ``enclu`` has succeeded at a stop, and ended ``inside``."""
+        if not self._has_permits(thread):
             return
-        page_table = entry.thread.image.page_table
-        if any(page_table.entry(needed) is None for needed in entry.needs):
-            entry.page.words[_TCS] = 0
-            self._given, self._entry = False, None
+        image = thread.image
+        if image.permits is None:
+            if image.has_room_for_permits:
+                image.permits = make_table(thread, image)
+                image.has_room_for_permits = image.permits is not None
+            return
+        if enclu not in image.plain_exits and self._is_not_replaced(image, enclu):
+            self._replace(thread, enclu)
+        slot = image.permits.slot(inside.tcs_linaddr)
+        if slot is not None and slot.entry is not None:
+            self._left = thread, slot
+
+    def going(self, thread: ProgramThread) -> None:
+        """A thread is about to go on to code of the program: give it its permits."""
+        table, inside = thread.image.permits, thread.cpu.inside
+        if table is None or not self._has_permits(thread):
+            return
+        if inside is None:
+            left, self._left = self._left, None
+            if left is None or left[0] is not thread:
+                return
+            slot: Slot | None = left[1]
+            assert slot is not None, "EEXIT by a TCS without a slot"
+            slot.open_out(thread.image.aep)
+        else:
+            slot, outside = self._slot(thread, inside), inside.outside
+            if slot is None or slot.memory is None or not slot.memory.exits:
+                return  # EEXIT stops all the same
+            if outside.tf != 0 or thread.blocked is not None:
+                return  # EEXIT has something to do that code of the program cannot do
+            aep = int.from_bytes(thread.cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
+            slot.open_in(thread, thread.own_tid, aep, outside.fs_base, outside.gs_base)
+        table.set_alone(thread.own_tid if len(thread.image.threads) == 1 else 0)
+        self._open.add(slot)
+
+    def _has_permits(self, thread: ProgramThread) -> bool:
+        """Whether there are permits; a listener must hear of each crossing when it happens."""
+        return self._usable and thread.cpu.hw.tracer is None
+
+    def _slot(self, thread: ProgramThread, inside: EnclaveMode) -> Slot | None:
+        """Return the slot of the TCS that a thread is inside by, if there is one for it."""
+        image, tcs = thread.image, inside.tcs_linaddr
+        assert image.permits is not None, "a slot without a table of permits"
+        slot = image.permits.slot(tcs)
+        if slot is None:
+            slot = image.permits.give_slot(tcs, thread.load().gs_base)
+        if slot is not None and slot.enclave is not inside.enclave:
+            slot.belongs_to(inside.enclave, image.page_table.memory_at(tcs))
+        return slot
+
+    # --- code of the enclave --------------------------------------------------------------------
+
+    def _is_not_replaced(self, image: ProcessImage, enclu: int) -> bool:
+        memory = image.page_table.memory_at(enclu)
+        return memory is not None and not any(enclu - len(load) in memory.exits for load in _LOADS)
+
+    def _replace(self, thread: ProgramThread, enclu: int) -> None:
+        """Let the load of EAX in front of an EEXIT be a jump to code that does it, if possible."""
+        image = thread.image
+        start = _load_in_front(image, enclu)
+        number = next((n for n, stub in enumerate(image.exit_stubs) if stub.enclu == enclu), None)
+        if number is None:
+            number = len(image.exit_stubs)
+        base = image.vdso_base + image.vdso.stubs + STUB_BYTES * number
+        # A process with another vDSO may map the enclave, too; one that has forked has the same.
+        if start is None or number == image.vdso.most_stubs or abs(base - start) >> 31:
+            image.plain_exits.add(enclu)
+            return
+        memory = image.page_table.read_only_code(start, enclu + len(_ENCLU) - start)
+        if memory is None or memory.users != [image.page_table]:
+            return
+        self.settle()
+        for other in list(image.threads.values()):
+            if other is not thread and other.cpu.inside is not None:
+                self._hold(other)
+        if number == len(image.exit_stubs):
+            code, labels = exit_stub(base, enclu, image.permits_at)
+            os.pwrite(image.memory_fd, code, base)
+            image.exit_stubs.append(ExitStub(enclu, labels))
+        distance = base - (start + _JUMP_BYTES)
+        memory.jump_at(start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
+
+    # --- telling the machine --------------------------------------------------------------------
 
     def stopped(self, thread: ProgramThread) -> None:
         """A thread has stopped: call this before anything else is done about it.
@@ -134,59 +189,124 @@ class Permits:
         Raises:
             Gone: it has died meanwhile.
         """
-        entry = self._entry
-        if entry is None:
-            return
-        if not self._fresh:
-            self._entry = None
-            return
-        self._fresh = False
-        if not self._given:
-            return
-        regs, image = thread.load(), entry.thread.image
-        place = regs.rip - image.vdso_base
-        if self._take(entry):
-            if image.vdso.permitted <= place < image.vdso.permit_end:
-                # It is about to load what EENTER has given it in the machine.
-                regs.rip, regs.rax = entry.rip, entry.cssa
-                regs.rcx = image.vdso_base + image.vdso.eenter_after
-                regs.fs_base, regs.gs_base = entry.fs_base, entry.gs_base
-                thread.store()
-            return
-        self._entry = None
-        if image.vdso.permit <= place < image.vdso.permitted:
-            # It may have seen the permit that is no more.
-            regs.rip = image.vdso_base + image.vdso.permit
-            thread.store()
+        self._left = None
+        if self._open:
+            self._tell(self._slots_of(thread), thread)
+        if thread.image.permits_at:
+            crossing.straighten(thread)
+
+    def settle(self) -> None:
+        """Tell the machine of all crossings; what happens next may change what EENTER does."""
+        if self._open:
+            self._tell(list(self._open))
+        if self._recorded:
+            for slot in self._recorded:
+                slot.entry = None
+            self._recorded.clear()
+        self._left = None
 
     def ended(self, thread: ProgramThread) -> None:
         """A thread is gone, wherever it was."""
-        entry, self._entry = self._entry, None
-        if entry is not None and entry.thread is thread and self._given:
-            self._take(entry)
+        self.settle()
+        table = thread.image.permits
+        if table is not None:
+            table.forget(thread)
 
-    def _take(self, entry: _Entry) -> bool:
-        """End the permit; if it was used, do its EENTER and return ``True``."""
-        words = entry.page.words
-        self._given, words[_TCS] = False, 0
-        if not words[_USED]:
-            return False
-        thread, regs = entry.thread, self._scratch
-        image, cpu = thread.image, thread.cpu
-        regs.rip = image.eenter
+    def _slots_of(self, thread: ProgramThread) -> list[Slot]:
+        """Return the open slots of TCSs that a thread has crossed by, or may be inside by."""
+        table = thread.image.permits
+        return [
+            slot
+            for slot in self._open
+            if slot.inside is thread
+            or (slot.table is table and slot.peek().thread == thread.own_tid)
+        ]
+
+    def _tell(self, slots: Iterable[Slot], at_hand: ProgramThread | None = None) -> None:
+        """Close gates, and those of the other slots that their threads have crossed by, and tell.
+
+        Args:
+            slots: whose gates are closed.
+            at_hand: a thread that is stopped, and is moved out of its crossing later.
+        """
+        closed: list[tuple[Slot, Gate, ProgramThread | None]] = []
+        rest = list(slots)
+        while rest:
+            slot = rest.pop()
+            if slot not in self._open:
+                continue
+            self._open.discard(slot)
+            gate = slot.close()
+            owner = slot.table.thread(gate.thread) if gate.thread else None
+            closed.append((slot, gate, owner))
+            for thread in {slot.inside, owner} - {None, at_hand}:
+                assert thread is not None, "a set without None has it"
+                rest += self._slots_of(thread)
+        left = {slot: self._tell_exit(slot, gate) for slot, gate, _owner in closed}
+        for slot, gate, owner in closed:
+            self._tell_entry(slot, gate, owner, left[slot])
+        for _slot, gate, owner in closed:
+            if gate.state == BUSY and owner is not None and owner is not at_hand:
+                self._hold(owner)  # or it would write to the slot when somebody else has it
+
+    def _tell_exit(self, slot: Slot, gate: Gate) -> int:
+        """Do the EEXIT that came first, if one did; return how many crossings are left to tell."""
+        thread = slot.inside
+        if thread is None or not gate.crossings:
+            return 0 if thread is not None else gate.crossings
+        cpu, regs = thread.cpu, self._scratch
+        regs.rip = regs.rax = regs.rflags = 0
+        real = cpu.regs
+        cpu.regs = self._then
+        try:
+            cpu.enclu.eexit(0)
+        finally:
+            cpu.regs = real
+        real.xcr0 = regs.xcr0
+        slot.inside = None
+        return gate.crossings - 1
+
+    def _tell_entry(
+        self, slot: Slot, gate: Gate, owner: ProgramThread | None, crossings: int
+    ) -> None:
+        """Count what came after that, and do the EENTER that came last, if it has no EEXIT yet."""
+        enclave = slot.enclave
+        assert enclave is not None, "a gate was open for no enclave"
+        pairs = crossings // 2
+        enclave.crossings.eenter += pairs
+        enclave.crossings.eexit += pairs
+        if not crossings & 1:
+            return
+        assert gate.state == IN and owner is not None, f"an entry by {slot.tcs:#x} of no thread"
+        entry, cpu, regs = slot.entry, owner.cpu, self._scratch
+        assert entry is not None, f"an entry by {slot.tcs:#x} that was not permitted"
+        regs.rip = owner.image.eenter
         regs.rsp, regs.rbp = _PAIR.unpack(cpu.hw.store.read(entry.gpr, _URSP_OFFSET, _PAIR.size))
         regs.rflags = _RFLAGS
-        regs.fs_base, regs.gs_base = words[_OUT_FS], words[_OUT_GS]
+        regs.fs_base, regs.gs_base = slot.word("outside_fs"), slot.word("outside_gs")
         real = cpu.regs
         regs.xcr0 = real.xcr0
         cpu.regs = self._then
         try:
-            cpu.enclu.eenter(entry.tcs, image.aep)
+            cpu.enclu.eenter(slot.tcs, owner.image.aep)
         finally:
             cpu.regs = real
         real.xcr0 = regs.xcr0
         outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
         assert outcome == (entry.rip, entry.cssa, entry.fs_base, entry.gs_base), (
-            f"an entry by permit at {entry.tcs:#x} is not as the one before"
+            f"an entry by permit at {slot.tcs:#x} is not as the one before"
         )
-        return True
+
+
+def _load_in_front(image: ProcessImage, enclu: int) -> int | None:
+    """Return where EAX is loaded with 4 right in front of an ENCLU, in the same page."""
+    page, offset = enclu & -_PAGE_BYTES, enclu % _PAGE_BYTES
+    memory = image.page_table.read_only_code(page, 1)
+    if memory is None:
+        return None
+    code = memory.own_code(page, _PAGE_BYTES)
+    for load in _LOADS:
+        start = offset - len(load)
+        if start >= _TOO_NEAR and code[start:].startswith(load + _ENCLU) and in_step(code, start):
+            return page + start
+    return None

@@ -63,7 +63,8 @@ class Scene:
         stub = cast(Any, None)
         breakpoints = Breakpoints(lambda _thread, _memory: [])
         exits = AsynchronousExits(breakpoints)
-        permits = cast(Any, SimpleNamespace())
+        nothing = lambda *_arguments: None  # noqa: E731
+        permits = cast(Any, SimpleNamespace(entering=nothing, settle=nothing))
         leaves = EncluLeaves(exits, stub, permits, breakpoints)
         self.faults = EnclaveFaults(exits, leaves, permits, stub, stub, stub)
 

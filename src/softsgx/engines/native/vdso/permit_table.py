@@ -1,0 +1,339 @@
+"""The table of permits of one address space, as the supervisor sees it; and what is in its slots.
+
+The program has the table below 2 GiB, where its code can address it without a free register.  A
+slot belongs to one TCS for as long as the address space lives.
+
+Source:
+    ``vdso/permit_code.py`` for who reads and writes what.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.vdso.permit_code import (
+    ALONE_AT,
+    CLOSED,
+    CROSSING,
+    EXITS_AT,
+    IN,
+    OUT,
+    SLOT,
+    SLOT_BYTES,
+    SLOTS,
+    SLOTS_AT,
+    STATE_MASK,
+    TABLE_BYTES,
+    THREAD_MASK,
+    THREAD_SHIFT,
+    hashed,
+)
+from softsgx.hw import EpcPage
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.memory.memory_file import EnclaveMemory
+    from softsgx.engines.native.tracing.process_image import ProcessImage
+    from softsgx.engines.native.tracing.program import ProgramThread
+    from softsgx.engines.native.tracing.tracee import Thread
+    from softsgx.hw.secs import ResidentSecs
+
+__all__ = ["Entry", "ExitStub", "Gate", "PermitTable", "Slot", "make_table", "reserve_table"]
+
+_WORD_BYTES = 8
+_MIDDLE = -SLOT["gate"]
+_WORDS = {name: offset // _WORD_BYTES for name, offset in SLOT.items()}
+_NAME = b"softsgx\0"
+
+
+@dataclass(slots=True, frozen=True)
+class ExitStub:
+    """Code that is executed in place of ``mov eax, 4; enclu`` of an enclave.
+
+    Attributes:
+        enclu: where the ENCLU is.
+        labels: as :func:`.permit_code.exit_stub` has them.
+    """
+
+    enclu: int
+    labels: dict[str, int]
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """The outcome of an EENTER that succeeded, and would succeed again.
+
+    Attributes:
+        gpr: the page that has GPRSGX of the frame.
+        ursp: the address of URSP in it.
+        rip, cssa, fs_base, gs_base: what the thread got.
+    """
+
+    gpr: EpcPage
+    ursp: int
+    rip: int
+    cssa: int
+    fs_base: int
+    gs_base: int
+
+
+@dataclass(slots=True, frozen=True)
+class Gate:
+    """What a gate said when it was closed.
+
+    Attributes:
+        state: OUT, BUSY, IN, or CLOSED.
+        thread: the id of the thread in it, 0 for none.
+        crossings: how many there were since it was opened.
+    """
+
+    state: int
+    thread: int
+    crossings: int
+
+    @classmethod
+    def unpack(cls, word: int) -> Gate:
+        """Return what a word says."""
+        return cls(
+            min(word & STATE_MASK, CLOSED), word >> THREAD_SHIFT & THREAD_MASK, word // CROSSING
+        )
+
+
+class Slot:
+    """The slot of one TCS.
+
+    Attributes:
+        table: where it is.
+        address: where the program has it: where pointers to it point.
+        tcs: the address of the TCS.
+        entry: what EENTER gives, ``None`` when that has to be found out again.
+        inside: the thread that is inside by this TCS as far as the machine knows, since the gate
+            was opened.
+        enclave: the enclave of the TCS when the gate was opened.
+        memory: its memory file.
+    """
+
+    __slots__ = (
+        *("_at", "_words", "address", "enclave", "entry", "inside", "memory"),
+        *("table", "tcs"),
+    )
+
+    def __init__(self, table: PermitTable, number: int, tcs: int) -> None:
+        self.table, self.tcs = table, tcs
+        offset = SLOTS_AT + number * SLOT_BYTES + _MIDDLE
+        self._words, self._at = table.words, offset // _WORD_BYTES
+        self.address = table.address + offset
+        self.entry: Entry | None = None
+        self.inside: ProgramThread | None = None
+        self.enclave: ResidentSecs | None = None
+        self.memory: EnclaveMemory | None = None
+
+    def word(self, name: str) -> int:
+        """Return a word of it."""
+        return self._words[self._at + _WORDS[name]]
+
+    def set(self, name: str, value: int) -> None:
+        """Replace a word of it."""
+        self._words[self._at + _WORDS[name]] = value
+
+    def peek(self) -> Gate:
+        """Return what the gate says; it may say something else by now."""
+        return Gate.unpack(self.word("gate"))
+
+    def belongs_to(self, enclave: ResidentSecs, memory: EnclaveMemory | None) -> None:
+        """Note whose TCS it is now."""
+        self.enclave, self.memory = enclave, memory
+
+    def open_out(self, aep: int) -> None:
+        """Permit EENTER with the outcome of :attr:`entry`, and what follows it.
+
+        Args:
+            aep: what EENTER has in RCX.
+        """
+        self.inside = None
+        self._put_entry(aep)
+        self.set("gate", OUT)
+
+    def open_in(self, thread: ProgramThread, own_tid: int, aep: int, fs: int, gs: int) -> None:
+        """Permit EEXIT to a thread inside; with :attr:`entry` what follows it, too.
+
+        Args:
+            thread: the thread.
+            own_tid: its id as it sees it.
+            aep: what EEXIT gives it in RCX.
+            fs: FS base of the outside.
+            gs: GS base of the outside.
+        """
+        self.inside = thread
+        if self.entry is None:
+            self.set("aep", aep)
+            self.set("exited", CROSSING + CLOSED)
+        else:
+            self._put_entry(aep)
+        self.set("outside_fs", fs)
+        self.set("outside_gs", gs)
+        self.set("gate", own_tid << THREAD_SHIFT | IN)
+
+    def _put_entry(self, aep: int) -> None:
+        entry = self.entry
+        assert entry is not None, "EENTER is permitted without an outcome"
+        self.set("entry", entry.rip)
+        self.set("cssa", entry.cssa)
+        self.set("fs", entry.fs_base)
+        self.set("gs", entry.gs_base)
+        self.set("ursp", entry.ursp)
+        self.set("aep", aep)
+        self.set("exited", CROSSING + OUT)
+
+    def close(self) -> Gate:
+        """Permit nothing any more; return how it was at that moment."""
+        at = self.table.mapped_at + (self._at * _WORD_BYTES) + SLOT["gate"]
+        return Gate.unpack(_exchange()(at, CLOSED))
+
+
+class PermitTable:
+    """See the module.
+
+    Args:
+        fd: a memory file of the table; it is closed.
+        address: where the program has it.
+        threads: those of the address space, by id.
+
+    Attributes:
+        words: its quadwords.
+        mapped_at: where we have it.
+    """
+
+    def __init__(self, fd: int, address: int, threads: Mapping[int, ProgramThread]) -> None:
+        try:
+            os.ftruncate(fd, TABLE_BYTES)
+            self._memory = mmap.mmap(fd, TABLE_BYTES)
+        finally:
+            os.close(fd)
+        self.address, self._threads = address, threads
+        self.words = memoryview(self._memory).cast("Q")
+        self._anchor = ctypes.c_char.from_buffer(self._memory)
+        self.mapped_at = ctypes.addressof(self._anchor)
+        self._by_own_tid: dict[int, ProgramThread] = {}
+        self._slots: dict[int, Slot] = {}
+
+    def slot(self, tcs: int) -> Slot | None:
+        """Return the slot of a TCS, if it has one."""
+        return self._slots.get(tcs)
+
+    def give_slot(self, tcs: int, gs: int) -> Slot | None:
+        """Return the slot of a TCS whose thread has GS base ``gs``; ``None``: there is none left.
+
+        Pointers are never replaced, since threads use them while they run: of TCSs with the same
+        place in a list of pointers, the first has it.
+        """
+        slot, words = self._slots.get(tcs), self.words
+        if slot is None:
+            if len(self._slots) == SLOTS or words[hashed(tcs)]:
+                return None
+            slot = self._slots[tcs] = Slot(self, len(self._slots), tcs)
+            slot.set("tcs", tcs)
+            slot.set("gate", CLOSED)
+            words[hashed(tcs)] = slot.address
+        at = EXITS_AT // _WORD_BYTES + hashed(gs)
+        words[at] = words[at] or slot.address
+        return slot
+
+    def slot_at(self, pointer: int) -> Slot:
+        """Return the slot that a pointer of the program points at."""
+        for slot in self._slots.values():
+            if slot.address == pointer:
+                return slot
+        raise AssertionError(f"no slot of permits is at {pointer:#x}")
+
+    def slot_of_gs(self, gs: int) -> Slot:
+        """Return the slot that an EEXIT with this GS base finds."""
+        return self.slot_at(self.words[EXITS_AT // _WORD_BYTES + hashed(gs)])
+
+    def thread(self, own_tid: int) -> ProgramThread | None:
+        """Return the thread with an id as it sees it itself."""
+        known = self._by_own_tid.get(own_tid)
+        if known is None:
+            for thread in self._threads.values():
+                if thread.own_tid == own_tid:
+                    known = self._by_own_tid[own_tid] = thread
+        return known
+
+    def forget(self, thread: ProgramThread) -> None:
+        """The thread executes nothing any more."""
+        self._by_own_tid = {
+            own_tid: each for own_tid, each in self._by_own_tid.items() if each is not thread
+        }
+
+    def set_alone(self, own_tid: int) -> None:
+        """Tell the only thread of the address space its id; 0: there are several."""
+        self.words[ALONE_AT // _WORD_BYTES] = own_tid
+
+    def close(self) -> None:
+        """The address space is gone."""
+        self.words.release()
+        del self._anchor
+        self._memory.close()
+
+
+def make_table(thread: Thread, image: ProcessImage) -> PermitTable | None:
+    """Share a table with the address space of a stopped thread; ``None``: there is no room.
+
+    Raises:
+        Gone: the thread has died.
+    """
+    vdso, base, memory = image.vdso, image.vdso_base, image.memory_fd
+    os.pwrite(memory, _NAME, base + vdso.scratch)
+    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
+    if theirs < 0:
+        return None
+    try:
+        fd = libc.take_descriptor(thread.tid, theirs)
+        kind = abi.MAP_SHARED | (abi.MAP_FIXED if image.permits_at else abi.MAP_32BIT)
+        rights = abi.PROT_READ | abi.PROT_WRITE
+        at = thread.syscall(abi.SYS_MMAP, image.permits_at, TABLE_BYTES, rights, kind, theirs, 0)
+    finally:
+        thread.syscall(abi.SYS_CLOSE, theirs)
+    if at < 0:
+        os.close(fd)
+        return None
+    table = PermitTable(fd, at, image.threads)
+    image.permits_at = at
+    os.pwrite(memory, struct.pack("<Q", at), base + vdso.permits_at)
+    return table
+
+
+def reserve_table(thread: Thread, image: ProcessImage) -> None:
+    """Take the table of its parent from a child, which has inherited it; the place stays its."""
+    os.pwrite(image.memory_fd, bytes(8), image.vdso_base + image.vdso.permits_at)
+    kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
+    thread.syscall(abi.SYS_MMAP, image.permits_at, TABLE_BYTES, abi.PROT_NONE, kind, -1, 0)
+
+
+# mov rax, rsi; xchg [rdi], rax; ret
+_XCHG = bytes.fromhex("4889f0 488707 c3".replace(" ", ""))
+
+
+_pages: list[object] = []
+
+
+@cache
+def _exchange() -> Callable[[int, int], int]:
+    """Return a function that exchanges the quadword at an address, atomically.
+
+    Source:
+        SDM vol. 2D, "XCHG".
+    """
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(_XCHG)
+    anchor = ctypes.c_char.from_buffer(page)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
+    _pages.append(anchor)  # it lives as long as the function
+    return prototype(ctypes.addressof(anchor))

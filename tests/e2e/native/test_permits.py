@@ -1,0 +1,148 @@
+"""Crossings by permit are crossings: what threads find on both sides, and how many there are.
+
+Method: a program whose enclave code notes its registers, and that notes them again behind EEXIT,
+compares each crossing with its first, which stops twice.  Meanwhile the thread is stopped at each
+instruction of the code that crosses, one crossing after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import RunResult, abi, libc, run
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import decode_stop
+from softsgx.engines.native.vdso.permits import Permits
+from softsgx.report import Collector
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+    needs_tracing,
+]
+
+
+class Program:
+    """The program, with an enclave of eight threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host = compile_host(directory, "crossings")
+        self.enclave = write_enclave(directory / "enclave", 4, threads=8)
+        self.two = write_enclave(directory / "two", 4)
+        self.out = directory / "out"
+        self.collector = Collector(time.monotonic_ns)
+
+    def run(self, *arguments: object, enclave: Path | None = None) -> RunResult:
+        argv = [str(self.host), str(enclave or self.enclave), *map(str, arguments)]
+        self.collector = Collector(time.monotonic_ns)
+        with self.out.open("wb") as out:
+            return run(argv, epc=256 * 4096, stdio=(0, out.fileno(), 2), observer=self.collector)
+
+    def printed(self) -> list[int]:
+        return [int(word) for word in self.out.read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program(tmp_path_factory.mktemp("crossings"))
+
+
+class Stepper:
+    """Lets threads go on a step at a time, to stop one at each instruction that crosses, in turn.
+
+    Attributes:
+        stops: how often that was.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number, self.stops = number, 0
+        self._target, self._seen = 0, 0
+        self.resume = ProgramThread.resume
+
+    def __call__(self, thread: ProgramThread, number: int = 0) -> None:
+        image = thread.image
+        if number or image.permits is None or thread.in_call:
+            self.resume(thread, number)
+            return
+        while True:
+            thread.flush()
+            libc.ptrace(abi.PTRACE_SINGLESTEP, thread.tid, 0, 0)
+            status = thread.waits.of(thread.tid)
+            stop = decode_stop(status)
+            if stop.event or stop.signal != signal.SIGTRAP or not os.WIFSTOPPED(status):
+                thread.waits.keep(thread.tid, status)
+                return
+            thread.stopped(status)
+            vdso, place = image.vdso, thread.load().rip - image.vdso_base
+            if not (vdso.pushed <= place < vdso.undo or vdso.stubs <= place < vdso.end):
+                continue
+            self._seen += 1
+            if self._seen > self._target:
+                self._target, self._seen, self.stops = self._target + 1, 0, self.stops + 1
+                if self.number:
+                    os.kill(thread.tid, self.number)
+                else:
+                    thread.interrupt()
+                self.resume(thread)
+                return
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, signal.SIGUSR1])
+def test_a_thread_may_be_stopped_at_each_instruction_of_a_crossing(
+    program: Program, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    stepper = Stepper(number)
+    monkeypatch.setattr(ProgramThread, "resume", lambda *arguments: stepper(*arguments))
+    crossings = 400
+    assert program.run("same", crossings, enclave=program.two).exit_code == 0
+    assert stepper.stops > 100
+    made, handled = program.printed()
+    (enclave,) = program.collector.enclaves()
+    assert (enclave.eenter, enclave.eexit) == (crossings, crossings)
+    assert (made, handled) == (crossings, stepper.stops if number else 0)
+
+
+def test_crossings_by_permit_are_as_those_that_stop(program: Program) -> None:
+    crossings = 20_000
+    assert program.run("same", crossings, enclave=program.two).exit_code == 0
+    (enclave,) = program.collector.enclaves()
+    assert (enclave.eenter, enclave.eexit) == (crossings, crossings)
+
+
+@pytest.mark.parametrize(
+    ("threads", "rounds", "calls"),
+    [(1, 3, 20_000), (2, 4, 8000), pytest.param(8, 6, 20_000, marks=pytest.mark.slow)],
+)
+def test_calls_of_threads_that_come_and_go_are_counted_exactly(
+    program: Program, threads: int, rounds: int, calls: int
+) -> None:
+    assert program.run("many", threads, rounds, calls).exit_code == 0
+    made, handled = program.printed()
+    (enclave,) = program.collector.enclaves()
+    assert handled > threads * rounds
+    assert (enclave.eenter, enclave.eexit) == (made, made)
+    assert enclave.aex == enclave.eresume
+
+
+def test_calls_of_one_thread_do_not_stop_it(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = 0
+    stopped = Permits.stopped
+
+    def counted(permits: Permits, thread: Any) -> None:
+        nonlocal stops
+        stops += 1
+        stopped(permits, thread)
+
+    monkeypatch.setattr(Permits, "stopped", counted)
+    assert program.run("same", 4000, enclave=program.two).exit_code == 0
+    assert stops < 400, "of 8000 crossings"
