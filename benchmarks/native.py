@@ -4,6 +4,8 @@ One run of everything, in turn, several times over:
 
 ``compute``  the same C code inside an enclave and outside, over a second each
 ``ecall``    a call into an enclave that does nothing
+``ecall_threads``  calls in a second by 1, 2, 4, 8 threads at once, each by a TCS of its own; beside
+             them what the same loop does with a C function, and what two stops would allow
 ``fault``    an EPC fault, with the eviction and the two AES-GCM calls that go with it: an enclave
              larger than its EPC touches its pages in order, so that each touch is a fault
 ``trap``     floor of both: a breakpoint that bare Python handles as tracer, registers in and out
@@ -52,6 +54,8 @@ SOURCES = Path(__file__).parent / "native"
 EPC_BYTES = 4 << 20
 PAGES = 2048  # twice what the EPC has
 ECALLS = 4000
+THREADS = (1, 2, 4, 8)
+THREAD_CALLS = 40_000
 TRAPS = 4000
 PASSES = 12_000
 ADDED = 4096  # pages of one ADD_PAGES
@@ -98,7 +102,7 @@ class Programs:
         """
         found = find_compiler()
         named = type(found)((*found.command, *found.baseline, *_SAME), found.linker, found.baseline)
-        options = BuildOptions(heap_bytes=(PAGES + 16) * PAGE_BYTES)
+        options = BuildOptions(heap_bytes=(PAGES + 16) * PAGE_BYTES, threads=max(THREADS))
         plan = build_enclave([SOURCES / "inside.c"], named, options)
         with (directory / "inside.sgxs").open("wb") as file:
             file.writelines(write_sgxs(plan))
@@ -214,6 +218,15 @@ def _ecalls(programs: Programs, times: Times) -> None:
     times.add("ecall", [numbers[0] / ECALLS * 1e6 for numbers in slices])
 
 
+def _threads(programs: Programs, times: Times) -> None:
+    for threads in THREADS:
+        for mode, name in (("threads", "ecall"), ("functions", "function")):
+            arguments = mode, threads, THREAD_CALLS, 2
+            slices, _reloads = programs.engine(*arguments, epc_bytes=4 * EPC_BYTES)
+            calls = threads * THREAD_CALLS
+            times.add(f"{name}_{threads}", [numbers[0] / calls * 1e6 for numbers in slices])
+
+
 def _adding(programs: Programs, times: Times) -> None:
     for name, kind in (("add", 1), ("measured", 2)):
         slices = programs.pages("add", ADDED, kind, SLICES)
@@ -249,6 +262,7 @@ def measure(programs: Programs, rounds: int) -> Times:
     steps: list[Callable[[], None]] = [
         lambda: times.add("trap", [programs.trap() * 1e6]),
         lambda: _ecalls(programs, times),
+        lambda: _threads(programs, times),
         lambda: times.add("aesgcm_pair", [_crypto() * 1e6]),
         lambda: times.add("c_fault", [t / PAGES * 1e6 for t in programs.rival()]),
         lambda: _faults(programs, times),
@@ -276,6 +290,11 @@ def report(times: Times) -> dict[str, object]:
     result["compute_inside_s"] = round(sum(times.all["inside"]) / 1e6, 2)
     result["compute_outside_s"] = round(sum(times.all["outside"]) / 1e6, 2)
     result["ecall_per_two_traps"] = round(times.best("ecall") / (2 * times.best("trap")), 2)
+    for name in ("ecall", "function"):
+        result[f"{name}_threads_per_s"] = {
+            threads: round(1e6 / times.best(f"{name}_{threads}")) for threads in THREADS
+        }
+    result["two_stops_per_s"] = round(1e6 / (2 * times.best("trap")))
     names = {"add": "add_pages", "measured": "add_measured", "copy": "copy", "sha256": "sha256"}
     for name, row in names.items():
         result[f"{row}_mib_per_s"] = round(PAGE_BYTES / (1 << 20) / times.best(name) * 1e6, 1)

@@ -1,11 +1,16 @@
 /* host ENCLAVE compute SLICES PASSES: seconds of each slice of work, inside and outside in turn
  * host ENCLAVE ecall COUNT SLICES: seconds of COUNT calls that do nothing, for each slice
+ * host ENCLAVE threads THREADS COUNT SLICES: seconds of COUNT calls by each of THREADS at once
+ * host ENCLAVE functions THREADS COUNT SLICES: the same with a C function by its address
  * host ENCLAVE touch PAGES ROUNDS SLICES: seconds of touching so many pages so often, for each */
 
 #include <softsgx_host.h>
+#include <pthread.h>
 #include <time.h>
 
 #include "work.h"
+
+enum { MOST_THREADS = 8 };
 
 static struct sgx_enclave enclave;
 static uint64_t words[WORDS] __attribute__((aligned(4096)));
@@ -62,6 +67,60 @@ static void ecalls(uint64_t count, uint64_t slices)
     }
 }
 
+/* One of several threads that do the same at once, from the barrier on. */
+struct member {
+    pthread_t thread;
+    pthread_barrier_t *start;
+    unsigned number;
+    uint64_t count;
+    int inside;
+};
+
+static __attribute__((noinline)) void nothing(void)
+{
+    __asm__ volatile("");
+}
+
+static void (*volatile function)(void) = nothing;
+
+static void *work_along(void *argument)
+{
+    struct member *member = argument;
+    long result;
+
+    pthread_barrier_wait(member->start);
+    for (uint64_t n = 0; n < member->count; n++) {
+        if (!member->inside)
+            function();
+        else if (sgx_call(&enclave, member->number, NOTHING, NULL, 0, &result))
+            exit(1);
+    }
+    return NULL;
+}
+
+static void together(unsigned threads, uint64_t count, uint64_t slices, int inside)
+{
+    struct member members[MOST_THREADS];
+    pthread_barrier_t start;
+
+    pthread_barrier_init(&start, NULL, threads + 1);
+    for (uint64_t i = 0; i < slices; i++) {
+        double before;
+
+        for (unsigned n = 0; n < threads; n++) {
+            members[n] = (struct member){.start = &start, .number = n, .count = count,
+                                         .inside = inside};
+            if (pthread_create(&members[n].thread, NULL, work_along, &members[n]))
+                exit(1);
+        }
+        pthread_barrier_wait(&start);
+        before = now();
+        for (unsigned n = 0; n < threads; n++)
+            pthread_join(members[n].thread, NULL);
+        printf("%.9f\n", now() - before);
+    }
+}
+
 static void touch(uint64_t pages, uint64_t rounds, uint64_t slices)
 {
     call(PREPARE, pages, 0);
@@ -90,6 +149,8 @@ int main(int argc, char **argv)
         compute(numbers[0], numbers[1]);
     else if (!strcmp(argv[2], "ecall"))
         ecalls(numbers[0], numbers[1]);
+    else if (!strcmp(argv[2], "threads") || !strcmp(argv[2], "functions"))
+        together((unsigned)numbers[0], numbers[1], numbers[2], !strcmp(argv[2], "threads"));
     else
         touch(numbers[0], numbers[1], numbers[2]);
     sgx_unload(&enclave);

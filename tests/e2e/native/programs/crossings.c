@@ -7,7 +7,7 @@ uint64_t record[WORDS], kept_rsp;
 void cross(uint64_t seed, enter_t *fn, struct run *run);
 /* RUN executes `inside` as enclave code; it goes on at the enclave's EEXIT, behind what scrubs. */
 __asm__(".text\ncross:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n sub $8,%rsp\n"
-	" mov %rsp,kept_rsp(%rip)\n mov %rsi,%rax\n push %rdx\n push %rdx\n"
+	" mov %rsp,kept_rsp(%rip)\n mov %edi,%eax\n and $1,%eax\n shl $6,%eax\n sub %rax,%rsp\n mov %rsi,%rax\n push %rdx\n push %rdx\n"
 	" lea 1(%rdi),%rsi\n lea 2(%rdi),%r9\n lea 3(%rdi),%r10\n lea 4(%rdi),%r11\n lea 5(%rdi),%r12\n"
 	" lea 6(%rdi),%r13\n lea 7(%rdi),%r14\n mov %rdi,%r15\n lea 8(%rdi),%rbp\n lea 9(%rdi),%rbx\n"
 	" lea record(%rip),%r8\n lea inside(%rip),%rdi\n mov $11,%edx\n mov $2,%ecx\n call *%rax\n ud2\n"
