@@ -277,7 +277,7 @@ FALLOC_FL_PUNCH_HOLE: Final = 2
 
 
 class UserRegs(ctypes.Structure):
-    """``struct user_regs_struct``; ``eflags`` goes by the manual's name."""
+    """``struct user_regs_struct``; ``eflags`` has the manual's name."""
 
     _fields_ = [
         (name, ctypes.c_uint64)

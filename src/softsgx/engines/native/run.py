@@ -77,7 +77,7 @@ class RunResult:
 
 
 class RunFailed(AssertionError):
-    """Mistakes of ours have ended processes, or left a task undone; the others ran on.
+    """Mistakes of ours have ended processes or a background task; the other processes continued.
 
     Attributes:
         result: how the run ended.
@@ -191,9 +191,10 @@ def run(
             step; not with ``strict``.  The caller closes it.
         syscalls: receives a line, as strace prints it, for each call that the program makes to SGX.
         tracer: receives every event of every layer.
-        observer: is told of the platform and of the program's start.
-        env: the program's environment; ours by default.  :data:`GROUP_VARIABLE` is added.
-        cwd: the program's working directory; ours by default.
+        observer: receives the platform and the program's start.
+        env: the program's environment; by default that of this process.  :data:`GROUP_VARIABLE` is
+            added.
+        cwd: the program's working directory; by default that of this process.
         stdio: descriptors to be its standard input, output and error.
         keywords: fields of :class:`~softsgx.host.PlatformConfig`.
 

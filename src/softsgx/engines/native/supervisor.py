@@ -1,10 +1,9 @@
-"""``run``: a program, a software SGX machine, and the Linux side between them.
+"""The supervisor: assembles the parts that run a program, and follows its threads and processes.
 
-Everything runs in the calling OS thread, which is the program's tracer: the machine, the EPC core
-and the driver on an inline runtime.  Nothing is left behind: when the supervisor ends,
-also by SIGKILL, the kernel ends the program.
+Machine, EPC core and driver run on an inline runtime in the calling OS thread, which is the
+program's tracer.  When the supervisor ends, also by SIGKILL, the kernel ends the program.
 
-Deviation: while a program runs, every child of the calling process that ends is reaped here.
+Deviation: while a program runs, the supervisor reaps every child of the calling process that ends.
 
 Source:
     ptrace(2), PTRACE_O_EXITKILL.
@@ -78,7 +77,7 @@ class Instruments:
         injections: failures on demand.
         tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
         gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
-        calls: is told what the program asks of SGX; ``None``: nothing is.
+        calls: logs what the program asks of SGX; ``None``: no log.
     """
 
     injections: Injections = field(default_factory=Injections)
@@ -98,7 +97,7 @@ class Supervisor(Lifecycle):
         nodes: names that exist for the program only.
         pager: which pager to use; the best one by default.
         cpus: the processors that program and supervisor may run on; by default one while the
-            program has one thread, and ours otherwise.
+            program has one thread, and otherwise those of the calling process.
         strict: give the abort page to code outside that touches an enclave.
         instruments: what the run is examined with.
 
@@ -264,7 +263,7 @@ class Supervisor(Lifecycle):
 
     @property
     def failures(self) -> list[Exception]:
-        """What went wrong by a mistake of ours; see :mod:`.tracing.failures`."""
+        """Exceptions that are mistakes of ours; see :mod:`.tracing.failures`."""
         return self._loop.failures.errors
 
     def _end(self, first: int) -> None:
@@ -273,7 +272,7 @@ class Supervisor(Lifecycle):
         _kill(first)
 
     def background(self) -> None:
-        """Let ksgxd get to its high watermark, and the ends of address spaces to theirs."""
+        """Let ksgxd evict up to its high watermark, and address spaces end that have no user."""
         if self._runtime.has_pending():
             self._permits.settle()
             self._runtime.run_pending()
@@ -420,7 +419,7 @@ class Supervisor(Lifecycle):
                 image.pager.reveal(vma.start, vma.end, abi.PROT_NONE)
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
-        """Dress the new program."""
+        """Prepare the program that execve has loaded."""
         return self._adopt_program(Thread(tid, self._waits), process)
 
     def before_resume(self) -> None:
@@ -463,7 +462,7 @@ class Supervisor(Lifecycle):
     # --- images ---------------------------------------------------------------------------------
 
     def _adopt_program(self, bare: Thread, process: Process) -> ProgramThread:
-        """Make a fresh program image ours; ``bare`` is stopped at the end of its execve."""
+        """Prepare a new program image; ``bare`` is stopped at the end of its execve."""
         memory = _open_memory(bare.tid)
         with ExitStack() as undo:
             undo.callback(os.close, memory)

@@ -27,7 +27,7 @@ __all__ = ["AbortPage"]
 
 _ALL_SIGNALS = (1 << 64) - 1
 _PAGE_MASK = -PAGE_BYTES
-_TRACE_CODES = (1, 2)  # TRAP_BRKPT, TRAP_TRACE: how a single step is told
+_TRACE_CODES = (1, 2)  # TRAP_BRKPT, TRAP_TRACE: codes of a single step
 _MENDED = (FaultResult.NOPAGE, FaultResult.RETRY)
 _MOST_STEPS = 4096
 _MOST_PAGES = 64

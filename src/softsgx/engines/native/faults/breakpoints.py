@@ -108,7 +108,7 @@ class Breakpoints:
         return any(place.start == address for place in self._places)
 
     def stopped(self, thread: ProgramThread) -> None:
-        """Enclave code was stopped: let no breakpoint be ignored when it goes on.
+        """Enclave code was stopped: let no breakpoint be ignored when it is resumed.
 
         After a fault the processor would ignore that of the instruction that is executed again.
         """

@@ -49,7 +49,7 @@ _BY_CODE = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGFPE})
 
 
 class EnclaveFaults:
-    """Each method returns the signal to deliver when the thread goes on, 0 for none.
+    """Each method returns the signal to deliver when the thread is resumed, 0 for none.
 
     Args:
         exits: how threads leave with an exception.
@@ -57,7 +57,7 @@ class EnclaveFaults:
         permits: crossings that do not stop.
         non_enclave: faults on memory that is not the enclave's.
         abort_page: executes what may not have a page it touches.
-        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        refused: called for a SIGBUS on a page of an enclave, with thread and address.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class EnclaveFaults:
                 return self._extended_state(thread, state)
         code = code_at(thread, regs.rip)
         if code is None:
-            # Not even whether it was an ENCLU that we had marked can be told now.
+            # Whether it was a marked ENCLU is not known any more either.
             if number in _BY_CODE and not page_fault and again(thread):
                 return 0
             code = b""
@@ -119,7 +119,7 @@ class EnclaveFaults:
         return number
 
     def resumed(self, thread: ProgramThread) -> int:
-        """The thread goes on in its enclave: do the ENCLU there at once, as it would only trap."""
+        """The thread is about to continue in its enclave: do the ENCLU there, which would trap."""
         inside = thread.cpu.inside is not None
         if inside and thread.image.page_table.traps_at(thread.regs.rip):
             return self._enclu_once(thread)
@@ -224,7 +224,7 @@ class EnclaveFaults:
         return self.signal(thread, number, thread.siginfo()) if number else 0
 
     def _ordinary_fault(self, thread: ProgramThread, address: int, access: int, code: int) -> int:
-        """Paging itself refused: out of the enclave, and let the driver see to it."""
+        """Page tables refuse the access: leave the enclave and let the driver handle the fault."""
         image = thread.image
         known = image.mm.find(address) is not None
         result = image.mm.fault(address, access, thread) if known else FaultResult.SEGV
@@ -239,7 +239,7 @@ class EnclaveFaults:
         return self._exits.page_fault(thread, result, code, address & _PAGE_MASK)
 
     def _mended(self, thread: ProgramThread, code: int, address: int) -> int:
-        """The driver has resolved a fault of enclave code: go on behind the exit it has caused."""
+        """The driver has resolved a fault of enclave code: continue after its exit."""
         resolved(thread)
         if thread.cpu.inside is not None:  # else kicked meanwhile
             if self._exits.return_at_once(thread):

@@ -1,4 +1,4 @@
-"""ENCLU of the program: the machine does the leaves, and what they fault with is told here.
+"""ENCLU of the program: the machine executes the leaf, and the program gets its fault.
 
 Deviation: signals of faults that a thread blocks are unblocked from EENTER to EEXIT, also in the
 handler of another signal that interrupts it, since the ENCLU that leads back in traps.  In a
@@ -34,7 +34,7 @@ class EncluLeaves:
 
     Args:
         exits: what becomes of a leaf's exception.
-        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: entries that do not stop.
         breakpoints: see there.
     """
@@ -53,7 +53,7 @@ class EncluLeaves:
         """Do the ENCLU at RIP; registers are loaded.
 
         Returns:
-            The signal to deliver when the thread goes on, 0 for none.
+            The signal to deliver when the thread is resumed, 0 for none.
 
         Raises:
             PageFault: an operand of a leaf inside the enclave is not there, or not allowed.
@@ -92,10 +92,10 @@ class EncluLeaves:
         return 0
 
     def resume(self, thread: ProgramThread) -> int:
-        """At the AEP after an exit whose reason is gone: do the ENCLU there, if there is one.
+        """At the AEP after an exit whose reason was removed: do the ENCLU there, if there is one.
 
         Returns:
-            The signal to deliver when the thread goes on, 0 for none.
+            The signal to deliver when the thread is resumed, 0 for none.
         """
         image, regs = thread.image, thread.regs
         if regs.rip == image.aep or image.read(regs.rip, len(ENCLU)) == ENCLU:

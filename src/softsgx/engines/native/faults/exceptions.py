@@ -1,4 +1,4 @@
-"""Exceptions as Linux hands them to programs: the signal, its information, what the frame tells.
+"""Exceptions as Linux delivers them to programs: the signal, its information, its frame.
 
 The kernel writes the frame with what it knows of the fault that has stopped the thread.  So the
 thread is stopped again at the first instruction of its handler, and the frame is corrected there.
@@ -32,7 +32,7 @@ _SIGNALS = {
     int(Vector.MC): (abi.SIGBUS, abi.SI_KERNEL),
     int(Vector.BP): (abi.SIGTRAP, abi.SI_KERNEL),
 }
-#: These tell where they happened.
+#: Vectors whose signal information has the address of the instruction.
 _AT_RIP = frozenset({Vector.DE, Vector.UD, Vector.DB, Vector.MF, Vector.XM})
 
 
@@ -45,7 +45,7 @@ def send(thread: ProgramThread, vector: int, error: int = 0) -> int:
         error: its error code.
 
     Returns:
-        The signal to deliver when the thread goes on.
+        The signal to deliver when the thread is resumed.
     """
     place = thread.regs.rip if vector in _AT_RIP else 0
     if vector in _SIGNALS:

@@ -1,12 +1,12 @@
-"""Asynchronous exits: how threads leave enclaves without EEXIT, and what the program is told.
+"""Asynchronous exits: threads leave enclaves without EEXIT, and the program gets a signal or none.
 
 Deviation: a page fault that the driver resolves does not leave the enclave, if its AEP is an ENCLU
-and the enclave does not ask for AEX-Notify.  The thread is stopped in any case; when its pages or
-an epoch need it to be out, it is kicked, which is a real exit.  Else exit and ERESUME would only
-copy state out and back, and listeners are told of both: an enclave that looks for exits in its SSA
-frame does not find those.  The same goes for an interrupt whose thread would resume at once; when
-it could not, because a page that ERESUME needs is on its way out, the exit is a real one, and
-execution goes on at the AEP.
+and the enclave does not ask for AEX-Notify.  Exit and ERESUME would only copy state out and back.
+Listeners receive both events, but an enclave that looks for exits in its SSA frame does not find
+these.  When the thread's pages or an epoch need it to be outside, the supervisor kicks it, which is
+a real exit.  An interrupt of a thread that would resume at once is treated in the same way.  When
+the thread cannot resume, because a page that ERESUME needs is being evicted, the exit is a real
+one, and the thread continues at the AEP.
 
 Source:
     SDM vol. 3D, "Asynchronous Enclave Exit"; arch/x86/mm/fault.c, arch/x86/kernel/traps.c for what
@@ -105,7 +105,7 @@ class AsynchronousExits:
             vector: the exception, or an interrupt.
             code: its error code.
             address: of a page fault.
-            comes_back: the reason is gone; the thread goes on at the AEP, which leads back in.
+            comes_back: the reason was removed; the thread continues at the AEP, which resumes.
         """
         cpu = thread.cpu
         cpu.regs.xsave = thread.machine_xstate()
@@ -116,7 +116,7 @@ class AsynchronousExits:
             block_signals_again(thread)
 
     # --- what the program is told ---------------------------------------------------------------
-    # Each returns the signal to deliver when the thread goes on, 0 for none.
+    # Each returns the signal to deliver when the thread is resumed, 0 for none.
 
     def exception(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> int:
         """Enclave code raised an exception: leave the enclave, then mend or signal it."""

@@ -30,7 +30,7 @@ LONGEST = 15
 """Bytes of an instruction at most."""
 
 _PAGE_MASK = -PAGE_BYTES
-#: A fault that finds nothing wrong is repeated; so often in a row only a mistake of ours repeats.
+#: The most repetitions in a row of a fault without a reason: more are a mistake of ours.
 _SPURIOUS_LIMIT = 10_000
 _NONE = 0, (0, 0)
 
@@ -74,7 +74,7 @@ def _bytes_at(thread: ProgramThread, rip: int) -> bytes:
 
 
 def again(thread: ProgramThread) -> bool:
-    """What an instruction did cannot be told any more: whether to execute it again.
+    """The access of a fault is no longer known: return whether to execute the instruction again.
 
     That brings its bytes back, by a fault of its own, and then the event itself.  If they leave
     again, the thread has a claim to them in the end (:mod:`softsgx.paging.claims`).
@@ -100,7 +100,7 @@ def repeat(thread: ProgramThread, address: int) -> bool:
 
 
 def resolved(thread: ProgramThread) -> None:
-    """A fault of the thread had a reason, which is gone: repetitions count from here."""
+    """A fault of the thread had a reason, which was removed: start counting repetitions again."""
     thread.spurious = _NONE
 
 

@@ -28,11 +28,11 @@ __all__ = ["NonEnclaveFaults"]
 
 
 class NonEnclaveFaults:
-    """Each method returns the signal to deliver when the thread goes on, 0 for none.
+    """Each method returns the signal to deliver when the thread is resumed, 0 for none.
 
     Args:
         abort_page: executes what may not have a page it touches.
-        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        refused: called for a SIGBUS on a page of an enclave, with thread and address.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class _Waiting:
 
     Attributes:
         thread: it is stopped.
-        number: the signal to deliver when it goes on.
+        number: the signal to deliver when it is resumed.
         entry: its stop at an EENTER or ERESUME that is still to be done; ``None``: there is none.
     """
 

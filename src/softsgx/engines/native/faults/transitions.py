@@ -42,12 +42,12 @@ _CROSSING_SIGNALS = frozenset({abi.SIGILL, abi.SIGSEGV, abi.SIGTRAP})
 
 
 class Transitions:
-    """Handlers of stops.  Each returns the signal to deliver when the thread goes on, 0 for none.
+    """Handlers of stops.  Each returns the signal to deliver at the resumption, 0 for none.
 
     Args:
         cpuid: what CPUID (leaf, sub-leaf) gives.
         abort_page: executes what may not have a page it touches.
-        refused: is told of SIGBUS for a page of an enclave: who gets it, and where.
+        refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
         breakpoints: see there.
     """
@@ -132,7 +132,7 @@ class Transitions:
         if inside:
             self._breakpoints.stopped(thread)
         if number == abi.SIGILL:
-            # By far the most frequent stop; the bytes tell more than the signal's information.
+            # By far the most frequent stop; the bytes decide, the signal's information does not.
             regs = thread.load()
             if thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
                 if not inside:

@@ -1,7 +1,7 @@
 """Pages that must not be executed although their mapping may be: EPCM entries without X.
 
 Write protection and holes are userfaultfd's; to keep fetches out, ``mprotect`` takes PROT_EXEC from
-the page in the program's name.  Such calls are put off until the program goes on, and neighbours
+the page in the program's name.  Such calls are put off until the program is resumed, and neighbours
 that nothing is shown of yet lose the right in the same call, so that a heap that grows page by page
 in a mapping with all rights needs one call for each block.
 

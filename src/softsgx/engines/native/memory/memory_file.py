@@ -12,8 +12,8 @@ Deviation: in shown pages of code that cannot be written, an ENCLU that was exec
 with HLT, which traps faster, MOV EAX, 4 in front of one is a jump to code that does EEXIT
 (``vdso/permits.py``), and CPUID is UD2 where the processor cannot make it fault.  Pages that leave,
 or are read through the machine, have their own bytes, and so has an instruction that raised an
-exception (:mod:`softsgx.engines.native.faults.breakpoints`); only the enclave itself, reading code
-that did not, could tell.
+exception (:mod:`softsgx.engines.native.faults.breakpoints`).  Only the enclave itself can see the
+difference, when it reads code that has raised none.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Guard(Protocol):
     """
 
     def before_hide(self, start: int, end: int) -> None:
-        """Make stores to the pages of a range impossible; loads may go on."""
+        """Make stores to the pages of a range impossible; loads may continue."""
 
     def after_hide(self, start: int, end: int) -> None:
         """The pages are holes in the file now: every access must fault."""
@@ -77,7 +77,7 @@ class Guard(Protocol):
         """The EPCM entry of a shown page has these rights now."""
 
     def flush(self) -> None:
-        """The program goes on: do what was put off."""
+        """The program is about to be resumed: make the deferred calls."""
 
 
 class User(Protocol):
@@ -143,7 +143,7 @@ class EnclaveMemory:
             os.close(theirs)
 
     def released(self) -> bool:
-        """Return whether the program has no descriptor and no mapping of it left, anywhere."""
+        """Return whether no process of the program has a descriptor or a mapping of it."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,7 +152,7 @@ class EnclaveMemory:
         return True
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         for window in self._windows.values():
             window.close()
         self._windows.clear()

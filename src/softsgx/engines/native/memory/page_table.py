@@ -1,8 +1,8 @@
 """One address space of the program: page tables of enclaves, as driver and processor see them.
 
 It is the driver's :class:`~softsgx.driver.Ptes` and the processor's
-:class:`~softsgx.hw.AddressSpace`.  Entries are ours; the real page tables follow, lazily, through
-what the memory file shows.
+:class:`~softsgx.hw.AddressSpace`.  The entries exist in this process only.  The real page tables
+follow lazily, through the content of the memory file.
 
 Source:
     Linux mm/memory.c for what an access without an entry becomes.
@@ -55,14 +55,14 @@ class Pager(Guard, Protocol):
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """Return whether the shown page was used since it was shown, or since the last ``True``.
 
-        From then on it is watched for use, at the latest when the program goes on.
+        From then on it is watched for use, at the latest when the program is resumed.
         """
 
     def touched(self, linaddr: int) -> bool:
-        """A fault hit a shown page: return whether it only told of a watched page's use."""
+        """A fault hit a shown page: return whether it only reports the use of a watched page."""
 
     def close(self) -> None:
-        """The address space is gone."""
+        """The address space has ended."""
 
 
 class EnclavePageTable:

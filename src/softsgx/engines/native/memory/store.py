@@ -126,7 +126,7 @@ class NativeStore:
     def hide_unmapped(self) -> None:
         """Hide the pages that no page table maps any more.
 
-        Call before the program goes on, and when it must be certain that they cannot be used.
+        Call before the program is resumed, and when it must be certain that they cannot be used.
         """
         leaving = self._leaving
         if not leaving:

@@ -55,7 +55,7 @@ class UffdPager:
         uffd: our descriptor of the program's userfaultfd, negotiated.
         pagemap: a descriptor of ``/proc/PID/pagemap``.
         inject: makes system calls in the program's name, each (number, arguments…); called at the
-            latest before the program goes on.
+            latest before the program is resumed.
         running: returns whether any thread of the address space may be executing.
         prot_at: see :class:`~.fetches.Fetches`.
     """
@@ -169,13 +169,13 @@ class UffdPager:
     # --- accessed bits --------------------------------------------------------------------------
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """Return whether the page has an entry; drop it before the program goes on.
+        """Return whether the page has an entry; drop it before the program is resumed.
 
         The file keeps the page.
         """
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
-        # Neighbours are asked about next: one reading serves them until the program goes on.
+        # Queries for neighbours follow: one reading serves them until the program is resumed.
         block, at = linaddr >> _BLOCK_SHIFT, (linaddr >> _PAGE_SHIFT) % _BLOCK_PAGES
         words = self._present.get(block)
         if words is None:
@@ -204,7 +204,7 @@ class UffdPager:
             self._inject(calls)
 
     def touched(self, linaddr: int) -> bool:
-        """Page tables tell of uses without a fault."""
+        """Page tables record uses without a fault."""
         return False
 
     def close(self) -> None:

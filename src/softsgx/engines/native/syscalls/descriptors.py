@@ -1,14 +1,14 @@
 """Descriptors of devices: what Linux answers for a character device with ioctl and mmap only.
 
 The program's descriptor is a memory file, whose bytes are those of resident pages, so no call may
-read, write, cut or extend it.  Calls that are seldom made stop always.  For those that move data a
+read, write, cut or extend it.  Rare calls always stop.  For those that move data a
 filter on the descriptor's number is added when an enclave is created through it, and for each
 duplicate: programs without an enclave never pay for it.
 
 Deviation: a descriptor received from another process (SCM_RIGHTS, pidfd_getfd) with a number that
 is not filtered yet can be read and written.
 
-Deviation: F_GETFL tells O_RDWR, however the device was opened.
+Deviation: F_GETFL returns O_RDWR for every mode of open.
 
 Deviation: flock of a device always succeeds, and locks nothing.
 

@@ -43,7 +43,7 @@ class Node:
         uid, gid: its owner, as the program sees ids.
         minor: of a device.
         text: returns what a file holds at the moment; ``None`` where opening is not reading.
-        shadows: whether the real file tells everything but its text.
+        shadows: whether the real file provides everything except its text.
     """
 
     name: bytes

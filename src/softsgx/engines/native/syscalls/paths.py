@@ -5,7 +5,7 @@ moment it is opened, sealed against changes.
 
 Deviation: the nodes are not listed in ``/dev``, and the directories cannot be opened.
 
-Deviation: permissions that chmod sets are told, and not enforced.
+Deviation: stat returns permissions that chmod has set, but they are not enforced.
 
 Source:
     open(2), stat(2), statx(2), access(2), readlink(2), chmod(2), chown(2), utimensat(2),
@@ -62,7 +62,7 @@ class NamedFiles:
         registry: which descriptors are devices.
         nodes: the names that exist for the program only.
         open_memory: lets an open of ``/proc/PID/mem`` be made, and returns its result.
-        image_of: returns the address space of a process or thread, ``None`` if it is not ours.
+        image_of: returns the address space of a process or thread, ``None`` for other programs.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class NamedFiles:
 
     def _node(self, thread: ProgramThread, path: int) -> Node | None:
         """Return the node that a path in the program's memory names."""
-        # Most paths are not ours: eight bytes tell.
+        # Most paths name other files: their first eight bytes show it.
         if not self._nodes.may_name(thread.image.read(path, 8)):
             return None
         return self._nodes.find(thread.image.read_string(path))

@@ -94,7 +94,7 @@ class Registry:
                 self._remove(device)
 
     def close(self) -> None:
-        """Release everything: the program is gone."""
+        """Release everything: the program has ended."""
         for device in list(self._by_inode.values()):
             if not device.closed:
                 self._release(device)

@@ -1,11 +1,13 @@
 """Reading and writing memory past page tables: ``/proc/PID/mem`` and process_vm_readv.
 
-Linux maps enclaves without pages of its own.  ``/proc/PID/mem`` asks the driver, which reads and
-writes debug enclaves by EDBGRD and EDBGWR and refuses others; process_vm_readv and its kin refuse
-all.  Here the memory file would answer: with an enclave's bytes, or with zeros, which would fill
-the hole of a page that is not resident.
+Linux maps enclaves without pages of its own.  ``/proc/PID/mem`` calls the driver, which reads and
+writes debug enclaves by EDBGRD and EDBGWR and refuses others; process_vm_readv and
+process_vm_writev refuse all.  Without the handlers of this module the kernel would access the
+memory file: it would return an enclave's bytes, or zeros, which would fill the hole of a page that
+is not resident.
 
-A descriptor of ``/proc/PID/mem`` is noted when it is opened, and its reads and writes stop.
+The supervisor records a descriptor of ``/proc/PID/mem`` when it is opened; its reads and writes
+stop.
 
 Deviation: process_vm_readv ends before the first remote part that touches an enclave, where Linux
 transfers the pages of that part before the enclave.
@@ -67,7 +69,7 @@ class RemoteMemory:
     """Handlers: a result, or ``None`` to let the call run.
 
     Args:
-        image_of: returns the address space of a process or thread, ``None`` if it is not ours.
+        image_of: returns the address space of a process or thread, ``None`` for other programs.
     """
 
     def __init__(self, image_of: Callable[[int], ProcessImage | None]) -> None:
@@ -89,7 +91,7 @@ class RemoteMemory:
         return None
 
     def transfer(self, thread: ProgramThread) -> int | None:
-        """Do read, pwrite and their kin on a descriptor of ``/proc/PID/mem``."""
+        """Do read, write and their variants on a descriptor of ``/proc/PID/mem``."""
         regs = thread.regs
         descriptor, number = regs.rdi & _INT32, regs.orig_rax
         link = _MEMORY.fullmatch(_link(thread, descriptor))

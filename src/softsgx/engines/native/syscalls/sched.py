@@ -5,8 +5,8 @@ three times as much as on one, because the idle one must be woken each time.  So
 program has one thread, both stay on one processor; as soon as there is a second thread, supervisor
 and program may run on all processors again.
 
-The program does not see it: asked for its processors, the kernel names all of them; and once
-the program has chosen processors itself, they are its own business for good.
+The program does not see it: sched_getaffinity returns the processors that it would have without
+the supervisor.  Once the program has chosen processors itself, the supervisor changes them no more.
 
 Source:
     sched_setaffinity(2), sched(7).
@@ -72,7 +72,7 @@ class Affinity:
         return result
 
     def setaffinity(self, thread: ProgramThread) -> int | None:
-        """Do ``sched_setaffinity``: from now on the program sees to it."""
+        """Do ``sched_setaffinity``: from now on the program chooses its processors."""
         if self._together is not None:
             self._together = None
             self._apply(self._before)
@@ -91,4 +91,4 @@ class Affinity:
             try:
                 os.sched_setaffinity(tid, cpus)
             except OSError:
-                continue  # it has ended, or its processors were taken away: it stays where it is
+                continue  # it has ended, or its processors are offline: it stays where it is

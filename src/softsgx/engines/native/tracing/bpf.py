@@ -80,7 +80,7 @@ _ALWAYS = (
     abi.SYS_SOFTSGX_EENTER,
 )
 
-#: Stop when this argument is the descriptor of a device: they move data, or tell where it is.
+#: Stop when this argument is the descriptor of a device: they move data, or return a position.
 _ON_DESCRIPTOR = (
     (0, abi.SYS_READ),
     (0, abi.SYS_WRITE),
@@ -139,7 +139,7 @@ def build_guard(base: int, size: int) -> bytes:
     code: list[tuple[int, int, int, int]] = []
 
     def stop_inside(field: int) -> None:
-        """Stop if a 64-bit field is in the range, else go on behind."""
+        """Stop if a 64-bit field is in the range, else continue after this code."""
         for offset, shift, past in ((field + 4, 32, 4), (field, 0, 1)):
             code.append((_LD_ABS, 0, 0, offset))
             code.append((_AND, 0, 0, mask >> shift & 0xFFFF_FFFF))
@@ -194,7 +194,7 @@ def build_filter(*, everything: bool = False) -> bytes:
 
     load(_ARCH)
     code.append((_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64))
-    done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not ours
+    done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not supervised
     code += _OURS_PASS
     load(_NR)
     if everything:

@@ -1,18 +1,18 @@
-"""Where exceptions of our own end: the smallest part of the program that one can concern.
+"""Boundaries for exceptions that are mistakes of ours: each ends the smallest part of the program.
 
-What a thread of the program does, or what the kernel says of it, may meet a mistake of ours.  The
-exception is caught at the first of these places that it passes, and the others go on:
+The first of these places that the exception reaches catches it, and the rest of the program
+continues:
 
-*A thread that is served or stopped for somebody else* (:class:`~.loop.Loop`): its process is ended.
+*A thread that is served, or stopped for another thread* (:class:`~.loop.Loop`): its process ends.
 
-*An address space in which calls are made for somebody else*
-(:class:`~.process_image.ProcessImage`): its processes are ended, and the caller goes on as if they
-had ended by themselves.
+*An address space in which calls are made for another process*
+(:class:`~.process_image.ProcessImage`): its processes end, and the caller continues as if they had
+ended by themselves.
 
-*What has ended and is taken apart*, and *background tasks*: no process is ended.  Without ksgxd
+*The release of what a dead thread held*, and *background tasks*: no process ends.  Without ksgxd
 each thread that needs a page evicts one itself, so its next exception concerns a process.
 
-*The platform*: what passes all of these ends every process.
+*The platform*: an exception that passes all of these ends every process.
 
 Each exception is logged once with its traceback and kept, and the run fails with
 :class:`RunFailed` when the program has ended.  What is no mistake (a limit of this machine, bad
@@ -45,7 +45,7 @@ class Failures:
         self._ended: set[int] = set()
 
     def end_process(self, pid: int, error: Exception) -> None:
-        """End process ``pid`` because of ``error``; the reason is told once."""
+        """End process ``pid`` because of ``error``; the reason is logged once."""
         told = pid in self._ended
         self._ended.add(pid)
         if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):

@@ -1,16 +1,16 @@
 """The tracer's loop: waits for stops of the program's threads and hands each to its handler.
 
-Everything happens in one OS thread.  A thread of the program that is stopped stays so until the
-loop, or the code that holds it, resumes it; what stopped it meanwhile waits in its ``pending``.
+Everything happens in one OS thread.  A stopped thread of the program stays stopped until the loop,
+or the code that holds it, resumes it; further stops of it wait in its ``pending``.
 
-A thread ends in two steps.  It *dies* when it runs no code of the program any more: at the event of
-its exit, or when a ptrace request or wait(2) says so, possibly while another thread is served; then
-it leaves its enclave and is no longer asked for anything, and nothing else happens.  It is *gone*
-when wait(2) has reaped it: the kernel has released all that it held, and the loop, serving no
-thread, gives back what we hold for it.
+A thread ends in two steps.  It *dies* when it runs no more code of the program: at the event of its
+exit, or when a ptrace request or wait(2) reports the end, possibly while another thread is served.
+It then leaves its enclave; the loop makes no more requests to it.  It is *gone* when wait(2) has
+reaped it: the kernel has released all that it held, and the loop, between two stops, releases what
+the supervisor holds for it.
 
-What goes wrong in serving a thread, or in stopping it while another one is served, ends its
-process, and no other (see :mod:`.failures`).
+An exception while a thread is served, or while it is stopped for another thread, ends the process
+of that thread, and no other (see :mod:`.failures`).
 
 Source:
     ptrace(2).
@@ -39,11 +39,14 @@ _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
-"""Does a system call: its result, -ERESTARTSYS included, or ``None``: the kernel shall do it."""
+"""Does a system call: returns its result, or -ERESTARTSYS; ``None``: let the kernel do it."""
 
 
 class Lifecycle:
-    """What the loop asks for when the program's shape changes; the supervisor implements it."""
+    """Calls of the loop when threads, processes and address spaces come and go.
+
+    The supervisor implements it.
+    """
 
     def background(self) -> None:
         """Let background tasks run until each of them waits."""
@@ -84,15 +87,15 @@ class Lifecycle:
         raise NotImplementedError
 
     def before_resume(self) -> None:
-        """The program is about to go on: what was put off that it could notice is done now."""
+        """The program is about to be resumed: do the deferred work that it could notice."""
         raise NotImplementedError
 
     def thread_died(self, thread: ProgramThread) -> None:
-        """A thread runs no code of its program any more; anything may be going on."""
+        """A thread runs no more code of its program; the loop may be serving another thread."""
         raise NotImplementedError
 
     def thread_gone(self, thread: ProgramThread) -> None:
-        """A thread that died was reaped, or its image was replaced; nothing else is going on."""
+        """A thread that died was reaped, or its image was replaced; no thread is being served."""
         raise NotImplementedError
 
 
@@ -101,14 +104,14 @@ class Loop:
 
     Args:
         lifecycle: see :class:`Lifecycle`.
-        waits: where stops and ends are told.
+        waits: receives stops and ends.
         transitions: signals and ENCLU.
         calls: handlers of system calls that stop, by number.
 
     Attributes:
         threads: living threads by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
-        failures: what went wrong by a mistake of ours.
+        failures: exceptions that are mistakes of ours.
     """
 
     def __init__(
@@ -195,7 +198,7 @@ class Loop:
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
         """Deliver a signal to its handler in a process with enclaves.
 
-        The frame of an exception tells of that, not of what stopped us.  Handlers enter enclaves
+        The frame of an exception describes the exception, not our stop.  Handlers enter enclaves
         and execute CPUID, which trap here, so signals of faults are not blocked in them: the kernel
         would reset what it must force on a blocked one.
         """
@@ -244,7 +247,7 @@ class Loop:
         """Interrupt a thread that is inside; the program executes what is at its AEP.
 
         Returns:
-            Whether it has left its enclave by that, and lives.
+            Whether it has left its enclave because of this call, and has not died.
         """
         left = self._take_out(thread)
         thread.kicked = False
@@ -275,7 +278,7 @@ class Loop:
             self._guard(thread, thread.stopped(status))
 
     def _stranger(self, tid: int, status: int) -> None:
-        """A child that stops, or ends, before its parent's event tells of it; or none of ours."""
+        """A child that stops or ends before its parent's event reports it; or another process."""
         if stops_at_exit(status):
             let_end(tid)
         elif os.WIFSTOPPED(status) or tid in self._early:
@@ -362,7 +365,7 @@ class Loop:
 
     def _make_call(self, thread: ProgramThread) -> None:
         """Let the call of this stop be made, by the program itself."""
-        # What was put off may make calls of ours, and use the stop up.
+        # Deferred work may make calls in the thread, which use up the stop.
         self._lifecycle.before_resume()
         thread.image.flush()
         if not thread.at_call:
@@ -481,7 +484,7 @@ class Loop:
                 if thread is not None:
                     self._gone(thread, status)
             else:
-                kill(tid)  # it may be a child that was not told of yet
+                kill(tid)  # it may be a child whose event has not arrived yet
                 let_end(tid)
 
 

@@ -349,7 +349,7 @@ class ProcessImage:
             self._deferred_calls = calls
 
     def flush(self) -> None:
-        """The thread at hand goes on to code of the program: make the calls that were put off."""
+        """The current thread is about to run code of the program: make the deferred calls."""
         self.pager.flush()
         if self._deferred_calls:
             self.inject([])

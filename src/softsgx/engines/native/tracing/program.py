@@ -45,7 +45,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Trap:
-    """What the handler of the signal of an exception is told.
+    """The information for the handler of the signal of an exception.
 
     Attributes:
         info: the signal's information.
@@ -68,7 +68,7 @@ class ProgramThread(Thread):
         process: its thread group.
         image: its address space.
         cpu: the logical processor it is.
-        areas: where XSAVE components are on this machine, and where the program is told they are.
+        areas: where XSAVE components are on this machine, and where CPUID of the program puts them.
         running: whether it may be executing; ``False`` while stopped by us.
         pending: a stop that came while we wanted something else of it.
         blocked: its signal mask from before it entered an enclave, when we changed it.

@@ -59,12 +59,12 @@ def start_program(
     Args:
         argv: program, looked up in PATH, and its arguments.
         bpf: the seccomp filter, an array of ``struct sock_filter``.
-        waits: where its stops are told.
-        env: its environment; ours by default.
-        cwd: its working directory; ours by default.
-        cpus: the processors it may run on; ours by default.
+        waits: receives its stops.
+        env: its environment; by default the supervisor's.
+        cwd: its working directory; by default the supervisor's.
+        cpus: the processors it may run on; by default the supervisor's.
         stdio: descriptors to be its standard input, output and error.
-        limits: its resource limits, where they are not to be ours.
+        limits: its resource limits, those that differ from the supervisor's.
 
     Raises:
         SoftSgxError: there is no such program, or this machine forbids tracing.
@@ -165,7 +165,7 @@ def _follow_to_exec(thread: Thread) -> None:
 
 
 def finish_exec(thread: Thread) -> None:
-    """From the execve event go on to the end of the call, whose return would overwrite RAX."""
+    """Resume the thread from the execve event to the end of the call, which overwrites RAX."""
     libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)
     while not thread.wait().syscall:
         libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)

@@ -38,7 +38,7 @@ _MID_CALL = frozenset(
 
 
 class Gone(Exception):
-    """The thread runs no code of the program any more; wait(2) tells, or will tell, of its end.
+    """The thread runs no more code of the program; wait(2) reports, or will report, its end.
 
     Attributes:
         tid: its id.
@@ -70,7 +70,7 @@ class Thread:
 
     Args:
         tid: its id.
-        waits: where its stops are told.
+        waits: receives its stops.
         regs: where its registers are kept; in an object of its own by default.
 
     Attributes:
@@ -114,7 +114,7 @@ class Thread:
         return self.regs
 
     def store(self) -> None:
-        """Put ``regs`` into the thread, at the latest when it goes on."""
+        """Set the thread's registers to ``regs``, at the latest when it is resumed."""
         self._changed = True
         self._next = self._elsewhere = None
 
@@ -154,7 +154,7 @@ class Thread:
         return self._real_xstate
 
     def set_xstate(self, area: bytes) -> None:
-        """Replace the XSAVE area, at the latest when it goes on.
+        """Replace the XSAVE area, at the latest when it is resumed.
 
         Args:
             area: as large as what :meth:`xstate` gave.
@@ -227,7 +227,7 @@ class Thread:
         )
 
     def event_message(self) -> int:
-        """Return what PTRACE_GETEVENTMSG tells: a new thread's id, an exit status."""
+        """Return the result of PTRACE_GETEVENTMSG: a new thread's id, an exit status."""
         buffer = ctypes.c_uint64()
         self._request(abi.PTRACE_GETEVENTMSG, 0, ctypes.addressof(buffer))
         return buffer.value
@@ -328,7 +328,7 @@ class Thread:
         return stop
 
     def stopped(self, status: int) -> Stop:
-        """Take note of a stop that wait(2) told of."""
+        """Record a stop that wait(2) has reported."""
         stop = decode_stop(status)
         self._loaded, self._real_xstate = False, None
         self._at_signal = stop.event == 0 and not stop.syscall

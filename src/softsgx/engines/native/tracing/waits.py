@@ -1,8 +1,8 @@
 """wait(2) for all threads of the program, in one place.
 
-A stop or an end is told once, and often while something else is waited for: what one thread is
-asked to do can depend on the end of another.  So every wait listens to all of them, lets go what
-ends, and keeps the rest for later.
+wait(2) reports a stop or an end once, often while the supervisor waits for another thread: a
+request to one thread can depend on the end of another one.  So every wait accepts reports of all
+threads, lets ending threads end, and keeps the other reports for later.
 
 A wait may have a time limit, and signals may end it: then the supervisor does what is due.  Such
 waits are for SIGCHLD, so it and those signals are blocked while the program runs.
@@ -10,7 +10,7 @@ waits are for SIGCHLD, so it and those signals are blocked while the program run
 Deviation: every child of the calling process that ends while a program runs is reaped here.
 
 Source:
-    wait(2), ptrace(2): a leader that has ended is told of when its last thread was reaped;
+    wait(2), ptrace(2): the end of a leader is reported after its last thread was reaped;
     sigtimedwait(2).
 """
 
@@ -70,7 +70,7 @@ class Waits:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def received(self) -> bool:
-        """Return whether one of the signals has come; each that comes is told once.
+        """Return whether one of the signals has arrived; each of them is reported once.
 
         The kernel keeps one of each number, so two may be one.
         """
@@ -150,10 +150,10 @@ _PEEK = os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG | abi.WALL
 
 
 def stops_at_exit(status: int) -> bool:
-    """Return whether a status tells of the stop that comes before a thread's end."""
+    """Return whether a status is that of the stop before a thread's end."""
     return os.WIFSTOPPED(status) and status >> 16 == abi.PTRACE_EVENT_EXIT
 
 
 def let_end(tid: int) -> None:
-    """Let a thread go on from the stop before its end; nothing happens when it is not there."""
+    """Resume a thread from the stop before its end; do nothing if it is not in that stop."""
     libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, 0)

@@ -42,7 +42,7 @@ _FLAGS = {
     (0x8000_0008, 0, _EBX): "- - - - - - - - - wbnoinvd",
 }
 _SGX_FLAGS = ("sgx", "sgx_lc")
-#: What other vendors' processors tell, and no Intel one.
+#: Lines that only processors of other vendors have.
 _FOREIGN = ("TLB size",)
 
 

@@ -1,6 +1,6 @@
 """Decoding one x86-64 instruction: how long it is, and whether its memory operand is written.
 
-Linux does not tell a tracer whether a fault was a read or a write, so the instruction is asked.
+Linux does not report to a tracer whether a fault was a load or a store; the instruction shows it.
 Legacy, VEX and EVEX encodings of 64-bit mode are covered; what is unknown counts as a read.
 
 Source:

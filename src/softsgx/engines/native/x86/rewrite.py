@@ -64,7 +64,7 @@ def _is_instruction(code: bytes, at: int) -> bool:
 def in_step(code: bytes, at: int) -> bool:
     """Return whether an instruction starts at ``at``: decoding from most places before arrives.
 
-    Close to the start of ``code`` there are too few of them to tell: what goes on counts there.
+    Close to the start of ``code`` there are too few of them; there the bytes after ``at`` decide.
     """
     arrived, _loaded, starts = _arrivals(code, at)
     return (starts < _TOO_FEW or arrived >= _IN_STEP * starts) and _goes_on(code, at)
