@@ -113,6 +113,7 @@ def enclave_summary(number: int, *, busy: int, state: str = "initialized") -> En
         released_s=1.5,
         mrenclave=None if state == "building" else f"{number:02x}" * 32,
         pages_added=607,
+        pages_touched=301,
         resident_bytes=0,
         peak_resident_bytes=254 * 4096,
         faults={

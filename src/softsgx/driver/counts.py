@@ -16,6 +16,8 @@ class EnclaveCounts:
 
     Attributes:
         faults: page faults by kind: ``minor``, ``major``, ``augment``, ``busy``, ``refused``.
+        touched: pages that a fault has mapped at least once; one that is removed and made anew
+            counts again.
         fault_ns: time spent in page faults, waiting included.
         evictions: pages evicted by EWB, without SECS and VA pages.
         reloads: pages loaded by ELDU, without SECS and VA pages.
@@ -23,6 +25,7 @@ class EnclaveCounts:
     """
 
     faults: dict[str, int] = field(default_factory=dict)
+    touched: int = 0
     fault_ns: int = 0
     evictions: int = 0
     reloads: int = 0

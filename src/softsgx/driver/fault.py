@@ -110,7 +110,7 @@ def _fault_in(
             return _refused(enclave)
         kind = "minor" if page.epc is not None else "major"
         epc = load(page, task)
-        return kind, _map(mm, vma, linaddr, epc)
+        return kind, _map(mm, vma, page, epc)
     except (NoEpc, LoadFailed, BackingError) as error:
         return _refused(enclave, error)
     finally:
@@ -172,12 +172,15 @@ def _reload(
     return epc
 
 
-def _map(mm: Mm, vma: EnclaveVma, linaddr: int, epc: SgxEpcPage) -> FaultResult:
+def _map(mm: Mm, vma: EnclaveVma, page: EnclavePage, epc: SgxEpcPage) -> FaultResult:
     """Insert the PTE, not accessed: the fault itself is not an access."""
     try:
-        mm.ptes.install(linaddr, epc.addr, vma.prot)
+        mm.ptes.install(page.linaddr, epc.addr, vma.prot)
     except MemoryError:
         return FaultResult.SIGBUS
+    if not page.touched:
+        page.touched = True
+        page.enclave.counts.touched += 1
     return _NOPAGE
 
 
@@ -201,7 +204,8 @@ def _augment(
             return _refused(enclave)
         if enclave.driver.tracer is not None:
             enclave.driver.tracer(Augmented(enclave.number, linaddr))
-        return "augment", _map(mm, vma, linaddr, epc)
+        page = enclave.pages[enclave.index_of(linaddr)]
+        return "augment", _map(mm, vma, page, epc)
 
 
 def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | None:

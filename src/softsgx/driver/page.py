@@ -36,6 +36,7 @@ class EnclavePage:
         reservation: backing and VA slot of an eviction that is prepared.
         being_reclaimed: a batch is about to evict it: SGX_ENCL_PAGE_BEING_RECLAIMED.
         being_modified: an ioctl that changes it has released the enclave's lock for a while.
+        touched: a fault has mapped it at some time.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class EnclavePage:
         "max_prot",
         "reservation",
         "swap",
+        "touched",
     )
 
     def __init__(self, enclave: Enclave, index: int, max_prot: int, kind: PageType) -> None:
@@ -57,7 +59,7 @@ class EnclavePage:
         self.epc: SgxEpcPage | None = None
         self.entry: SwapEntry | None = None
         self.reservation: Reservation | None = None
-        self.being_reclaimed = self.being_modified = False
+        self.being_reclaimed = self.being_modified = self.touched = False
 
     @property
     def linaddr(self) -> int:

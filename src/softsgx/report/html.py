@@ -98,7 +98,7 @@ def _tiles(run: RunSummary) -> str:
         (seconds_text(fault_s), f"in page faults: {_percent(100 * judged.here)} of the run here"),
         (f"{entries:,}", "calls into enclaves (EENTER)"),
         (seconds_text(run.estimate.seconds), silicon),
-        (seconds_text(run.program_s), "of processor time of the program"),
+        (f"{judged.touched:,}", f"pages touched; {judged.added:,} were added"),
     ]
     cells = "".join(f"<li><b>{b}</b><span>{escape(what)}</span></li>" for b, what in tiles)
     return f"<ul class='tiles'>{cells}</ul>"
@@ -256,7 +256,7 @@ def _enclaves(run: RunSummary) -> str:
     if not run.enclaves:
         return ""
     paging = (
-        *("enclave", "MRENCLAVE", "group", "size", "pages added", "peak resident"),
+        *("enclave", "MRENCLAVE", "group", "size", "pages added", "touched", "peak resident"),
         *("first touches", "evictions", "reloads", "other faults", "in faults"),
     )
     leaves = (
@@ -284,6 +284,7 @@ def _paging_row(enclave: EnclaveSummary) -> tuple[str, ...]:
         enclave.group,
         size_text(enclave.size_bytes),
         f"{enclave.pages_added:,}",
+        f"{enclave.pages_touched:,}",
         size_text(enclave.peak_resident_bytes),
         *(f"{count:,}" for count in (touches, enclave.evictions, enclave.reloads, others)),
         seconds_text(enclave.fault_s),

@@ -63,6 +63,7 @@ class EnclaveSummary:
         created_s, initialized_s, released_s: when, seconds since the program's start.
         mrenclave: its measurement, hexadecimal; ``None`` before EINIT.
         pages_added: pages it had at EINIT.
+        pages_touched: pages that were used: a page fault has mapped them.
         resident_bytes, peak_resident_bytes: its pages in the EPC, now and at most; its SECS and VA
             pages are not among them.
         faults: page faults by kind.
@@ -84,6 +85,7 @@ class EnclaveSummary:
     released_s: float | None
     mrenclave: str | None
     pages_added: int
+    pages_touched: int
     resident_bytes: int
     peak_resident_bytes: int
     faults: dict[str, int]
@@ -431,6 +433,7 @@ class Collector:
             released_s=None if released_ns is None else self._since_start(released_ns),
             mrenclave=record.mrenclave,
             pages_added=record.pages_added,
+            pages_touched=counts.touched,
             resident_bytes=0 if released_ns is not None else swap.children * PAGE_BYTES,
             peak_resident_bytes=swap.peak_children * PAGE_BYTES,
             faults=faults,

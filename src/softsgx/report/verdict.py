@@ -39,6 +39,7 @@ class Verdict:
         limited_by: paths of the groups whose limit made pages leave; empty if it was the EPC's
             size, or if none left.
         evictions, reloads: of pages of enclaves.
+        touched, added: pages of enclaves that were used, and that were added before EINIT.
         here: time spent in page faults as a share of the run under softsgx.
         silicon: estimated time of page faults and paging as a share of the run on silicon: the
             program's processor time here and the estimate of all its SGX events.
@@ -49,6 +50,8 @@ class Verdict:
     limited_by: tuple[str, ...]
     evictions: int
     reloads: int
+    touched: int
+    added: int
     here: float
     silicon: float
     next_option: str | None
@@ -59,15 +62,17 @@ class Verdict:
         if self.fit is Fit.NO_ENCLAVE:
             return "No enclave was created."
         advice = f" To see what less costs, try {self.next_option}."
+        used = f"{self.touched:,} pages were touched, {self.added:,} were added"
         what = "limit of " + ", ".join(self.limited_by) if self.limited_by else "EPC"
         if self.fit is Fit.FITS:
-            return f"The {what} was big enough: no page left it.{advice}"
+            return f"The {what} was big enough: no page left it; {used}.{advice}"
         counts = f"{self.evictions:,} pages left it, {self.reloads:,} came back"
         if self.fit is Fit.NEARLY:
-            return f"The {what} was nearly big enough: {counts}.{advice}"
+            return f"The {what} was nearly big enough: {counts}; {used}.{advice}"
         return (
-            f"The {what} was too small: {counts}. Page faults took {_percent(self.here)} of the "
-            f"run here; on silicon paging would take about {_percent(self.silicon)} (estimated). "
+            f"The {what} was too small: {counts}; {used}. Page faults took "
+            f"{_percent(self.here)} of the run here; on silicon paging would take about "
+            f"{_percent(self.silicon)} (estimated). "
             f"Try {self.next_option}."
         )
 
@@ -101,7 +106,9 @@ def verdict(run: RunSummary) -> Verdict:
     else:
         option = f"--epc {_option(run.platform.peak_epc_bytes / 2)}"
     here = min(1.0, _share(fault_s, run.wall_s))  # threads may fault at the same time
-    return Verdict(fit, limited, evictions, reloads, here, silicon, option)
+    touched = sum(enclave.pages_touched for enclave in run.enclaves)
+    added = sum(enclave.pages_added for enclave in run.enclaves)
+    return Verdict(fit, limited, evictions, reloads, touched, added, here, silicon, option)
 
 
 def _share(part: float, whole: float) -> float:

@@ -32,7 +32,7 @@ def test_a_dropped_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             epc = fault_module.load(page, task)
         except (NoEpc, LoadFailed):
             return "refused", FaultResult.SIGBUS
-        return "major", fault_module._map(mm, vma, linaddr, epc)
+        return "major", fault_module._map(mm, vma, page, epc)
 
     assert not _explored("two-faults").findings
     monkeypatch.setattr(fault_module, "_fault_in", unlocked)

@@ -173,3 +173,27 @@ def test_a_program_ended_by_a_signal_has_no_exit_status() -> None:
     assert (run.exit_status, run.signal) == (None, "SIGTERM")
     assert Story().summary(-35).signal == "SIGRTMIN+1"
     assert (Story().summary(3).exit_status, Story().summary(3).signal) == (3, None)
+
+
+def test_pages_that_were_touched_are_counted_once_each() -> None:
+    """First touches, reloads and a second process that maps the page: one page each."""
+    story = Story()
+    made = story.enclave()
+    thread = made.thread()
+    for _round in range(5):
+        for page in range(0, made.data_pages, 2):
+            thread.store(made.data(page), b"x")
+        while made.enclave.resident_pages > 4:
+            story.platform.core.reclaim(force=True)
+    thread.exit()
+    child = made.process.fork()
+    other = child.thread(1)
+    other.enter(made.tcs())
+    other.load(made.data(0))
+    other.exit()
+    (enclave,) = story.collector.enclaves()
+    assert enclave.reloads > 2 * made.data_pages
+    inside = {made.data(page) for page in range(0, made.data_pages, 2)}
+    framework = {made.tcs() + at * PAGE for at in range(2)}  # the TCS, and the SSA frame in use
+    assert enclave.pages_touched == len(inside | framework)
+    assert enclave.pages_added == made.data_pages + 3

@@ -29,7 +29,8 @@ def test_an_epc_that_no_page_left_was_big_enough() -> None:
     run = story.summary()
     judged = verdict(run)
     assert judged.fit is Fit.FITS
-    assert judged.text.startswith("The EPC was big enough: no page left it.")
+    assert judged.text.startswith("The EPC was big enough: no page left it; ")
+    assert f"{judged.touched} pages were touched, {judged.added} were added" in judged.text
     assert judged.next_option is not None
     size = parse_size(judged.next_option.removeprefix("--epc "))
     assert size < run.platform.peak_epc_bytes
