@@ -15,11 +15,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from errno import EACCES
 from functools import partial
-from itertools import count
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
@@ -32,6 +30,7 @@ from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.gdb.loop import DebugLoop
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.gdb.symbols import EnclaveFiles
+from softsgx.engines.native.images import AddressSpaces
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.limits import raise_limits, set_limits
@@ -39,12 +38,12 @@ from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.shortages import Shortages
-from softsgx.engines.native.syscalls.advice import drop_left_behind, madvise, mlock
+from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
-from softsgx.engines.native.syscalls.mman import Mappings, rewrite_cpuid
+from softsgx.engines.native.syscalls.mman import Mappings, rewrite_program
 from softsgx.engines.native.syscalls.nodes import Nodes
 from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.registry import Device, Registry
@@ -54,10 +53,9 @@ from softsgx.engines.native.tracing.bpf import build_filter
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
-from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
+from softsgx.engines.native.tracing.start import start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
-from softsgx.engines.native.vdso.permit_table import reserve_table
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
@@ -146,7 +144,6 @@ class Supervisor(Lifecycle):
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
         xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
-        self._numbers = count(1)
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         log = instruments.calls
         transitions = (Transitions if log is None else partial(LoggedTransitions, log))(
@@ -184,7 +181,8 @@ class Supervisor(Lifecycle):
             self._images,
             self.injected,
         )
-        self._image_services = ImageServices(
+        make_services = partial(
+            ImageServices,
             pager=self.pager,
             strict=strict,
             runtime=driver.runtime,
@@ -194,9 +192,9 @@ class Supervisor(Lifecycle):
             hold=self._loop.hold,
             failed=self._loop.image_failed,
             kick=self._loop.kick,
-            ended=self._image_ended,
             installed=self._injector.page_mapped,
         )
+        self._address_spaces = AddressSpaces(self._images, self._registry, make_services)
 
     def run(
         self,
@@ -381,42 +379,12 @@ class Supervisor(Lifecycle):
         )
 
     def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
-        """Copy an image: same vDSO, same replaced code, its own page tables."""
-        thread = Thread(tid, self._waits)
-        thread.inject_at = parent.vdso_base + parent.vdso.inject
-        memory = _open_memory(tid)
-        with ExitStack() as undo:
-            undo.callback(os.close, memory)
-            image = ProcessImage(
-                next(self._numbers),
-                thread,
-                memory,
-                parent.vdso_base,
-                parent.vdso,
-                self._image_services,
-                page=parent.page,
-                parent=parent,
-            )
-            if image.permits_at:
-                reserve_table(thread, image)
-            thread.flush()
-            undo.pop_all()
-        self._images[image.index] = image
-        return image
+        """Copy an image; see :meth:`.images.AddressSpaces.fork`."""
+        return self._address_spaces.fork(Thread(tid, self._waits), parent)
 
     def adopt_fork(self, thread: ProgramThread) -> None:
-        """Set up paging in a fork child, which has inherited mappings but not their watching."""
-        image = thread.image
-        drop_left_behind(image, thread.tid, self._registry)
-        for vma in image.mm.vmas():
-            device = self._registry.of_file(vma.file)
-            if image.page_table not in device.memory.users:
-                device.memory.users.append(image.page_table)
-            image.mapped(vma.start, vma.end, vma.prot)
-            if image.is_covered(vma.start) or image.pager.map_prot(vma.prot) != vma.prot:
-                # It has the rights that the parent had when it was made, also those to pages that
-                # were hidden since.
-                image.pager.reveal(vma.start, vma.end, abi.PROT_NONE)
+        """Set up paging in a fork child; see :meth:`.images.AddressSpaces.adopt_fork`."""
+        self._address_spaces.adopt_fork(thread)
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
         """Prepare the program that execve has loaded."""
@@ -446,42 +414,14 @@ class Supervisor(Lifecycle):
         if not process.alive:  # its descriptors are closed
             self._registry.sweep()
 
-    def _image_ended(self, image: ProcessImage) -> None:
-        """The driver has let go of an address space."""
-        self._registry.forget_page_table(image.page_table)
-        image.pager.close()
-        os.close(image.memory_fd)
-        if image.permits is not None:
-            image.permits.close()
-        del self._images[image.index]
-        page = image.page
-        if page and all(other.page is not page for other in self._images.values()):
-            page.close()
-        self._registry.sweep()
-
-    # --- images ---------------------------------------------------------------------------------
-
     def _adopt_program(self, bare: Thread, process: Process) -> ProgramThread:
-        """Prepare a new program image; ``bare`` is stopped at the end of its execve."""
-        memory = _open_memory(bare.tid)
-        with ExitStack() as undo:
-            undo.callback(os.close, memory)
-            base, vdso = install_vdso(bare, memory)
-            page = share_page(bare, memory, base, vdso)
-            if page is not None:
-                undo.callback(page.close)
-            if self._faulting:
-                bare.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
-            number, services = next(self._numbers), self._image_services
-            image = ProcessImage(number, bare, memory, base, vdso, services, page=page)
-            bare.flush()
-            undo.pop_all()
-        self._images[image.index] = image
+        """Prepare a new program; ``bare`` is stopped at the end of its execve."""
+        image = self._address_spaces.load(bare, cpuid_faults=self._faulting)
         thread = self.new_thread(bare.tid, process, image)
         self._loop.add(thread)
         image.current = thread
         if not self._faulting:
-            _rewrite_image(thread)
+            rewrite_program(thread)
         return thread
 
 
@@ -497,20 +437,6 @@ class _Opener:
         if not self.provision:
             raise OSError(EACCES, "refused on demand")
         return self.driver.open_provision(thread)
-
-
-def _open_memory(pid: int) -> int:
-    return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-
-
-def _rewrite_image(thread: ProgramThread) -> None:
-    """Replace CPUID in what execve has mapped: the program and its loader."""
-    with open(f"/proc/{thread.tid}/maps") as maps:
-        for line in maps:
-            words = line.split(maxsplit=5)
-            if "x" in words[1] and len(words) > 5 and words[5].startswith("/"):
-                start, end = (int(part, 16) for part in words[0].split("-"))
-                rewrite_cpuid(thread, start, end - start)
 
 
 def _kill(pid: int) -> None:

@@ -22,7 +22,7 @@ from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
 
-__all__ = ["Mappings", "rewrite_cpuid"]
+__all__ = ["Mappings", "rewrite_program"]
 
 _NO_FD = (1 << 64) - 1
 _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
@@ -63,7 +63,7 @@ class Mappings:
             if displaces:
                 self._displaced(thread, address, length)
             if rewrites:
-                rewrite_cpuid(thread, address, length)
+                _rewrite_cpuid(thread, address, length)
         return address
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
@@ -277,7 +277,7 @@ def _allows(device: Device, prot: int) -> bool:
     return device.mode == abi.O_RDWR or (device.mode == abi.O_RDONLY and not prot & abi.PROT_WRITE)
 
 
-def rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
+def _rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
     """Replace the CPUID instructions of freshly mapped code, and remember where they were."""
     image = thread.image
     code = image.read(address, length)
@@ -333,3 +333,13 @@ def _with_rights(ranges: list[ForeignMapping], tid: int) -> list[ForeignMapping]
 def _int32(value: int) -> int:
     value &= 0xFFFF_FFFF
     return value - (1 << 32) if value >> 31 else value
+
+
+def rewrite_program(thread: ProgramThread) -> None:
+    """Replace CPUID in the files that execve has mapped: the program and its loader."""
+    with open(f"/proc/{thread.tid}/maps") as maps:
+        for line in maps:
+            words = line.split(maxsplit=5)
+            if "x" in words[1] and len(words) > 5 and words[5].startswith("/"):
+                start, end = (int(part, 16) for part in words[0].split("-"))
+                _rewrite_cpuid(thread, start, end - start)
