@@ -19,7 +19,7 @@ from tests.model.programs import STEPS
 from tests.model.test_random_programs import SMALL, WORLD, World
 from tests.support.hw import RepeatingRuntime
 
-from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
 from softsgx.driver.optimised import PlainPage
 from softsgx.paging import (
     Backing,
@@ -76,10 +76,7 @@ def placed(slot: VaSlot | None) -> object:
 def backed(backing: Backing, pages: int) -> object:
     """The number of backing pages, and bytes of each evicted page."""
     if isinstance(backing, FlatBacking):
-        found = {
-            index: (data[:PAGE_BYTES], data[PAGE_BYTES:]) for index, data in backing.sealed.items()
-        }
-        return backing.pages(), found
+        return backing.pages(), dict(backing.sealed)
     layout, found = enclave_layout(pages), {}
     for index in range(pages + 1):
         content, pcmd = layout(index)
@@ -88,7 +85,9 @@ def backed(backing: Backing, pages: int) -> object:
         except BackingError:
             continue
         at = index % PCMDS_PER_PAGE * _PCMD_BYTES
-        found[index] = data, bytes(backing.pin(pcmd, create=False).data[at : at + _PCMD_BYTES])
+        sealed = Pcmd.unpack(bytes(backing.pin(pcmd, create=False).data[at : at + _PCMD_BYTES]))
+        eid = sealed.enclave_id.to_bytes(8, "little")
+        found[index] = data + sealed.secinfo.flags.to_bytes(8, "little") + eid + sealed.mac
     return backing.pages(), found
 
 
@@ -116,7 +115,7 @@ def state(world: World) -> dict[str, object]:
         swap, counts = enclave.swap, enclave.counts
         seen[f"enclave {number}"] = (
             enclave.dead,
-            enclave.referenced and enclave._references,
+            enclave.referenced and enclave.references,
             replace(counts, fault_ns=0),
             enclave.refusal,
             [mm.users for mm in (entry.mm for entry in enclave.mms)],
@@ -282,7 +281,9 @@ class Half:
                 case "write" if index in reserved:
                     pinned = reserved.pop(index)
                     pinned.data[:] = bytes([index + 1]) * PAGE_BYTES
-                    pinned.pcmd_bytes[:] = bytes([index + 2]) * _PCMD_BYTES
+                    secinfo = SecInfo.of(PageType.REG, index % 8)
+                    pcmd = Pcmd(secinfo=secinfo, enclave_id=index, mac=bytes([index]) * 16)
+                    pinned.pcmd_bytes[:] = pcmd.pack()
                     file.written(pinned)
                 case "cancel" if index in reserved:
                     file.cancel(reserved.pop(index))

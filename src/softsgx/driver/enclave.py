@@ -271,7 +271,7 @@ class Enclave(RefCounted):
         mm.notifiers.append(entry)
         with self._latch:
             if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
-                self._references += 1
+                self.references += 1
             # A walk compares the version before and after: either it enters the new address space,
             # or faults of that find the page marked.
             self.mms = (entry, *self.mms)

@@ -24,6 +24,22 @@ class PlainPage(EnclavePage):
 
     __slots__ = ()
 
+    def get(self) -> bool:
+        """As :meth:`EnclavePage.get`."""
+        enclave = self.enclave
+        if enclave.references:
+            enclave.references += 1
+            return True
+        return False
+
+    def put(self) -> None:
+        """As :meth:`EnclavePage.put`."""
+        enclave = self.enclave
+        if enclave.references > 1:
+            enclave.references -= 1
+        else:
+            enclave.put()
+
     def age(self) -> bool:
         """As :meth:`EnclavePage.age`."""
         enclave = self.enclave

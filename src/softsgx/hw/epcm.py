@@ -10,6 +10,8 @@ Source:
 from __future__ import annotations
 
 import struct
+from array import array
+from collections.abc import MutableSequence
 from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOTS, EpcAddr, PageType, SecInfoFlags
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["EpcPage", "pack_versions", "unpack_versions"]
 
 _VERSIONS = struct.Struct(f"<{VA_SLOTS}Q")
+_NO_VERSIONS = bytes(_VERSIONS.size)
 
 # Plain integers: arithmetic on enums is ten times slower.
 _PENDING, _MODIFIED, _PR = map(int, (SecInfoFlags.PENDING, SecInfoFlags.MODIFIED, SecInfoFlags.PR))
@@ -76,7 +79,7 @@ class EpcPage:
         self.blocked = self.pending = self.modified = self.pr = False
         self.bepoch = 0
         self.enclave: ResidentSecs | None = None
-        self.slots: list[int] | None = None
+        self.slots: MutableSequence[int] | None = None
 
     def clear(self) -> None:
         """Make the entry invalid and drop the page's content."""
@@ -99,7 +102,7 @@ class EpcPage:
         self.pending = pending
         self.bepoch = 0
         self.enclave = None
-        self.slots = [0] * VA_SLOTS if pt is PageType.VA else None
+        self.slots = array("Q", _NO_VERSIONS) if pt is PageType.VA else None
         self.valid = valid
 
     def valid_as(self, pt: PageType) -> bool:
@@ -114,7 +117,7 @@ class EpcPage:
         return holder.enclave
 
     @property
-    def versions(self) -> list[int]:
+    def versions(self) -> MutableSequence[int]:
         """The slots of a VA page."""
         assert self.slots is not None, f"{self!r} is no VA page"
         return self.slots
@@ -138,11 +141,11 @@ class EpcPage:
         return f"<EPC {self.addr:#x} {' '.join(words)}>"
 
 
-def pack_versions(slots: list[int]) -> bytes:
+def pack_versions(slots: MutableSequence[int]) -> bytes:
     """Return the 4096 bytes of a VA page with these 512 versions."""
     return _VERSIONS.pack(*slots)
 
 
-def unpack_versions(data: bytes) -> list[int]:
+def unpack_versions(data: bytes) -> MutableSequence[int]:
     """Return the 512 versions in the 4096 bytes of a VA page."""
-    return list(_VERSIONS.unpack(data))
+    return array("Q", _VERSIONS.unpack(data))

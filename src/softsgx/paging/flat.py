@@ -10,6 +10,8 @@ Lock order: one lock protects a file, and is held at each call.
 
 from __future__ import annotations
 
+import struct
+
 from softsgx.arch import PAGE_BYTES, Pcmd
 from softsgx.defects import Defect
 from softsgx.paging.counters import Counters
@@ -21,6 +23,13 @@ from softsgx.trace import Tracer
 
 __all__ = ["Backing", "FlatBacking", "FlatFile", "open_swap_file"]
 
+_FLAGS, _MAC = 8, Pcmd.OFFSETS["mac"]
+_EID = Pcmd.OFFSETS["enclave_id"]
+_EID_END = _EID + 8
+_KEPT = struct.Struct("<QQ16s")
+_PCMD = struct.Struct("<Q56xQ40x16s")
+assert _PCMD.size == Pcmd.SIZE, "a PCMD is 128 bytes"
+
 
 class FlatBacking:
     """The backing of one owner's evicted pages in this process' memory.
@@ -30,7 +39,8 @@ class FlatBacking:
             content, one for each 32 PCMDs; ``None`` for any number.
 
     Attributes:
-        sealed: 4096 bytes of ciphertext and 128 of PCMD of each evicted page, by index.
+        sealed: by index, 4096 bytes of ciphertext of each evicted page, and of its PCMD SECINFO
+            flags, enclave identifier and MAC.
         reserved: evictions that have reserved their backing.
         sharers: of each PCMD page that Linux would have, the PCMDs in it, and the evictions that
             are about to write one.
@@ -95,7 +105,11 @@ class FlatFile:
     def written(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.written`."""
         self._flat.reserved -= 1
-        self._sealed[pinned.index] = b"".join((pinned.data, pinned.pcmd_bytes))
+        pcmd = pinned.pcmd_bytes
+        # In 96 of its 128 bytes a PCMD has reserved fields, which EWB writes as zeros.
+        self._sealed[pinned.index] = b"".join(
+            (pinned.data, pcmd[:_FLAGS], pcmd[_EID:_EID_END], pcmd[_MAC:])
+        )
         self._buffers.append(pinned)
 
     def cancel(self, pinned: Pinned) -> None:
@@ -109,8 +123,8 @@ class FlatFile:
         sealed = self._sealed.get(index)
         if sealed is None:
             raise BackingError(f"no backing page {self._layout(index)[0]}")
-        view = memoryview(sealed)
-        return Pinned(index, view[:PAGE_BYTES], view[PAGE_BYTES:])
+        pcmd = _PCMD.pack(*_KEPT.unpack_from(sealed, PAGE_BYTES))
+        return Pinned(index, memoryview(sealed)[:PAGE_BYTES], memoryview(pcmd))
 
     def close(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.close`."""

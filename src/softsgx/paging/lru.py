@@ -22,21 +22,25 @@ __all__ = ["Lru"]
 
 
 class Lru:
-    """The reclaimable pages of one group, in the order in which they were added."""
+    """The reclaimable pages of one group, in the order in which they were added.
+
+    Attributes:
+        pages: the pages, oldest first.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
-        self._pages: OrderedDict[SgxEpcPage, None] = OrderedDict()
+        self.pages: OrderedDict[SgxEpcPage, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self.pages)
 
     def __iter__(self) -> Iterator[SgxEpcPage]:
         """Yield the pages, oldest first; for checkers."""
-        return iter(list(self._pages))
+        return iter(list(self.pages))
 
     def __contains__(self, page: SgxEpcPage) -> bool:
-        return page in self._pages
+        return page in self.pages
 
     def add(self, page: SgxEpcPage) -> None:
         """Track ``page`` as the youngest; it must not be tracked yet."""
@@ -44,15 +48,15 @@ class Lru:
         try:
             assert not page.tracked, f"{page!r} is tracked already"
             page.tracked, page.lru = True, self
-            self._pages[page] = None
+            self.pages[page] = None
         finally:
             self._latch.release()
 
     def mark_accessed(self, page: SgxEpcPage) -> None:
         """Make ``page`` the youngest, if it is on the list."""
         with self._latch:
-            if page in self._pages:
-                self._pages.move_to_end(page)
+            if page in self.pages:
+                self.pages.move_to_end(page)
 
     def remove(self, page: SgxEpcPage) -> bool:
         """Stop tracking ``page``.
@@ -63,9 +67,9 @@ class Lru:
         with self._latch:
             if not page.tracked:
                 return True
-            if page not in self._pages:
+            if page not in self.pages:
                 return False
-            del self._pages[page]
+            del self.pages[page]
             page.tracked, page.lru = False, None
             return True
 
@@ -78,7 +82,7 @@ class Lru:
         """
         isolated: list[SgxEpcPage] = []
         dying = 0
-        pages = self._pages
+        pages = self.pages
         with self._latch:
             for _ in range(min(count, len(pages))):
                 page, _none = pages.popitem(last=False)
@@ -98,9 +102,9 @@ class Lru:
             ``False``: it is not on the list, or its owner is being destroyed; nothing has changed.
         """
         with self._latch:
-            if page not in self._pages or page.owner is None or not page.owner.get():
+            if page not in self.pages or page.owner is None or not page.owner.get():
                 return False
-            del self._pages[page]
+            del self.pages[page]
             return True
 
     def put_back(self, page: SgxEpcPage) -> bool:
@@ -114,14 +118,14 @@ class Lru:
             if page.poisoned:
                 page.tracked, page.lru = False, None
                 return False
-            self._pages[page] = None
+            self.pages[page] = None
             return True
 
     def forget(self, page: SgxEpcPage) -> None:
         """Stop tracking an isolated page: it was evicted."""
         self._latch.acquire()
         try:
-            assert page.tracked and page not in self._pages, f"{page!r} was not isolated"
+            assert page.tracked and page not in self.pages, f"{page!r} was not isolated"
             page.tracked, page.lru = False, None
         finally:
             self._latch.release()

@@ -99,6 +99,17 @@ class PlainCore(EpcCore):
         self._free.value += 1
         self._ksgxd.page_freed()
 
+    def mark_reclaimable(self, page: SgxEpcPage) -> None:
+        """As :meth:`EpcCore.mark_reclaimable`."""
+        assert page.group is not None, f"{page!r} is marked but not allocated"
+        if page.poisoned:
+            return
+        assert not page.tracked, f"{page!r} is tracked already"
+        lru = page.lru = page.group.lru
+        page.tracked = True
+        lru.pages[page] = None
+        self._ksgxd.candidate_added()
+
 
 class PlainSwap(EnclaveSwap):
     """See the module."""

@@ -31,38 +31,41 @@ class RefCounted(ABC):
 
     Args:
         runtime: for the latch.
+
+    Attributes:
+        references: how many there are.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
         self._uninterleaved = not runtime.interleaves  # no other task runs between two statements
-        self._references = 1
+        self.references = 1
 
     @property
     def referenced(self) -> bool:
         """Whether there is a reference left."""
-        return bool(self._references)
+        return bool(self.references)
 
     def get(self) -> bool:
         """Take a reference; ``False``: the last one was given back.  Never waits."""
-        if self._uninterleaved and self._references:
-            self._references += 1
+        if self._uninterleaved and self.references:
+            self.references += 1
             return True
         with self._latch:
-            if not self._references:
+            if not self.references:
                 return False
-            self._references += 1
+            self.references += 1
             return True
 
     def put(self) -> None:
         """Give a reference back; the last one destroys the object.  The caller holds no lock."""
-        if self._uninterleaved and self._references > 1:
-            self._references -= 1
+        if self._uninterleaved and self.references > 1:
+            self.references -= 1
             return
         with self._latch:
-            assert self._references > 0, f"{self!r}: more references given back than taken"
-            self._references -= 1
-            last = not self._references
+            assert self.references > 0, f"{self!r}: more references given back than taken"
+            self.references -= 1
+            last = not self.references
         if last:
             self._destroy()
 

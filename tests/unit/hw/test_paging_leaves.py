@@ -246,7 +246,7 @@ def test_epa_makes_a_va_page_of_512_empty_slots() -> None:
     assert scene.run() is None
     page = scene.page
     assert page.valid and page.pt is PageType.VA
-    assert page.slots == [0] * 512
+    assert list(page.versions) == [0] * 512
     assert (page.rwx, page.linaddr, page.secs) == (0, 0, None)
     assert (page.blocked, page.pending, page.modified, page.pr) == (False,) * 4
     assert page.lock == 0
