@@ -8,6 +8,7 @@ One run of everything, in turn, several times over:
              them what the same loop does with a C function, and what two stops would allow
 ``fault``    an EPC fault, with the eviction and the two AES-GCM calls that go with it: an enclave
              larger than its EPC touches its pages in order, so that each touch is a fault
+``fault_random``  the same in an order in which no page follows its neighbour
 ``trap``     floor of both: a breakpoint that bare Python handles as tracer, registers in and out
 ``c_fault``  rival of the fault: a C program whose thread fills pages by userfaultfd; no eviction,
              no crypto
@@ -200,11 +201,12 @@ def _crypto(count: int = 1000) -> float:
 
 def _faults(programs: Programs, times: Times) -> None:
     rounds = 2
-    slices, reloads = programs.engine("touch", PAGES, rounds, SLICES, epc_bytes=EPC_BYTES)
     touches = PAGES * (rounds + 1)  # the last pass puts the pages back
-    if reloads < 0.95 * touches * SLICES:
-        raise SoftSgxError(f"touch: {reloads} reloads for {touches * SLICES} touches")
-    times.add("fault", [numbers[0] / touches * 1e6 for numbers in slices])
+    for how, name in (("touch", "fault"), ("scatter", "fault_random")):
+        slices, reloads = programs.engine(how, PAGES, rounds, SLICES, epc_bytes=EPC_BYTES)
+        if reloads < 0.95 * touches * SLICES:
+            raise SoftSgxError(f"{how}: {reloads} reloads for {touches * SLICES} touches")
+        times.add(name, [numbers[0] / touches * 1e6 for numbers in slices])
 
 
 def _computing(programs: Programs, times: Times) -> None:
@@ -280,7 +282,7 @@ def report(times: Times) -> dict[str, object]:
     """Return what is printed."""
     result: dict[str, object] = {}
     grown = ("edmm_page", "edmm_batch_page", "edmm_trim_page")
-    for name in ("ecall", "trap", "fault", "c_fault", "aesgcm_pair", *grown):
+    for name in ("ecall", "trap", "fault", "fault_random", "c_fault", "aesgcm_pair", *grown):
         if times.all.get(name):
             result[f"{name}_us"] = round(times.best(name), 2)
             result[f"{name}_median_us"] = round(times.median(name), 2)
@@ -302,7 +304,8 @@ def report(times: Times) -> dict[str, object]:
         result[f"{name}_per_trap"] = round(times.best(name) / times.best("trap"), 2)
     if times.all.get("c_fault"):
         floor = times.best("c_fault") + times.best("aesgcm_pair")
-        result["fault_per_rival"] = round(times.best("fault") / floor, 2)
+        for name in ("fault", "fault_random"):
+            result[f"{name}_per_rival"] = round(times.best(name) / floor, 2)
     return result
 
 

@@ -2,7 +2,8 @@
  * host ENCLAVE ecall COUNT SLICES: seconds of COUNT calls that do nothing, for each slice
  * host ENCLAVE threads THREADS COUNT SLICES: seconds of COUNT calls by each of THREADS at once
  * host ENCLAVE functions THREADS COUNT SLICES: the same with a C function by its address
- * host ENCLAVE touch PAGES ROUNDS SLICES: seconds of touching so many pages so often, for each */
+ * host ENCLAVE touch PAGES ROUNDS SLICES: seconds of touching so many pages so often, for each
+ * host ENCLAVE scatter PAGES ROUNDS SLICES: the same in another order than theirs */
 
 #include <softsgx_host.h>
 #include <pthread.h>
@@ -121,14 +122,14 @@ static void together(unsigned threads, uint64_t count, uint64_t slices, int insi
     }
 }
 
-static void touch(uint64_t pages, uint64_t rounds, uint64_t slices)
+static void touch(unsigned long how, uint64_t pages, uint64_t rounds, uint64_t slices)
 {
     call(PREPARE, pages, 0);
-    call(TOUCH, pages, 1);
+    call(how, pages, 1);
     for (uint64_t i = 0; i < slices; i++) {
         double start = now();
 
-        call(TOUCH, pages, rounds);
+        call(how, pages, rounds);
         printf("%.9f\n", now() - start);
     }
 }
@@ -152,7 +153,7 @@ int main(int argc, char **argv)
     else if (!strcmp(argv[2], "threads") || !strcmp(argv[2], "functions"))
         together((unsigned)numbers[0], numbers[1], numbers[2], !strcmp(argv[2], "threads"));
     else
-        touch(numbers[0], numbers[1], numbers[2]);
+        touch(strcmp(argv[2], "scatter") ? TOUCH : SCATTER, numbers[0], numbers[1], numbers[2]);
     sgx_unload(&enclave);
     return 0;
 }

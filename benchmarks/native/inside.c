@@ -1,4 +1,4 @@
-/* The enclave of the benchmark: nothing at all, arithmetic, and touching many pages in order. */
+/* The enclave of the benchmark: nothing at all, arithmetic, and touching many pages. */
 
 #include <softsgx.h>
 
@@ -22,19 +22,28 @@ static long prepare(uint64_t count)
     return 0;
 }
 
-/* Touch `count` pages in order, `rounds` times; each must hold what was stored. */
-static long touch(uint64_t count, uint64_t rounds)
+/* The page after `page`: its neighbour, or one anywhere, by a linear congruential generator.  `count`
+ * is a power of two, so that either way each page has its turn. */
+static uint64_t next(uint64_t page, uint64_t count, int scattered)
 {
-    for (uint64_t round = 0; round < rounds; round++)
-        for (uint64_t i = 0; i < count; i++) {
-            uint64_t *first = (uint64_t *)(pages + i * PAGE);
+    return (scattered ? page * 1664525 + 1013904223 : page + 1) % count;
+}
 
-            if (*first != i + round)
+/* Touch `count` pages `rounds` times; each must hold what was stored. */
+static long touch(uint64_t count, uint64_t rounds, int scattered)
+{
+    uint64_t page = 0;
+
+    for (uint64_t round = 0; round < rounds; round++)
+        for (uint64_t i = 0; i < count; i++, page = next(page, count, scattered)) {
+            uint64_t *first = (uint64_t *)(pages + page * PAGE);
+
+            if (*first != page + round)
                 return -1;
-            *first = i + round + 1;
+            *first = page + round + 1;
         }
-    for (uint64_t i = 0; i < count; i++)
-        *(uint64_t *)(pages + i * PAGE) = i;
+    for (uint64_t i = 0; i < count; i++, page = next(page, count, scattered))
+        *(uint64_t *)(pages + page * PAGE) = page;
     return 0;
 }
 
@@ -76,7 +85,9 @@ long ecall(unsigned long function, void *argument, size_t size)
     case PREPARE:
         return prepare(numbers[0]);
     case TOUCH:
-        return touch(numbers[0], numbers[1]);
+        return touch(numbers[0], numbers[1], 0);
+    case SCATTER:
+        return touch(numbers[0], numbers[1], 1);
     case GROW:
         return accept(numbers[0], numbers[1], NEW, 1, 0);
     case GROW_ALL:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.model.programs import STEPS
 from tests.model.test_random_programs import SMALL, WORLD, World
 from tests.support.hw import RepeatingRuntime
+from tests.support.owners import FakeOwner
 
 from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
 from softsgx.driver.optimised import PlainPage
@@ -26,6 +27,7 @@ from softsgx.paging import (
     BackingError,
     Claim,
     Counters,
+    EpcBusy,
     FlatBacking,
     MemoryBacking,
     SgxEpcPage,
@@ -35,6 +37,7 @@ from softsgx.paging.flat import FlatFile, open_swap_file
 from softsgx.paging.optimised import PlainCore, PlainSwap
 from softsgx.paging.swapfile import PCMDS_PER_PAGE, SwapFile, enclave_layout
 from softsgx.paging.va_page import VaSlot
+from softsgx.runtime import InlineRuntime
 
 _PCMD_BYTES = PAGE_BYTES // PCMDS_PER_PAGE
 
@@ -252,6 +255,58 @@ def test_a_turn_ends_when_its_thread_has_loaded_all_that_an_instruction_needs(
     claim.loads_left = 0
     core.alloc(None, reclaim=False, claim=claim)
     assert core.claims.holder is None
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_refused_charge_is_counted(optimised: bool) -> None:
+    world = World(40, optimised=optimised)
+    core = world.system.core
+    core.free(core.alloc(None, reclaim=False))
+    world.group.max_pages = world.group.usage_pages
+    with pytest.raises(EpcBusy):
+        core.alloc(None, reclaim=False, group=world.group)
+    assert core.counters.alloc_busy == 1 and world.group.events == 1
+    core.check_invariants()
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_freed_page_has_no_marks(optimised: bool) -> None:
+    core = World(40, optimised=optimised).system.core
+    page = core.alloc(None, reclaim=False)
+    page.kept = page.blocked = True
+    core.free(page)
+    assert not page.kept and not page.blocked and page.group is None
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_an_allocation_below_the_low_watermark_wakes_ksgxd(optimised: bool) -> None:
+    runtime = InlineRuntime()
+    core = World(40, optimised=optimised, runtime=runtime).system.core
+    core.start()
+    runtime.run_pending()
+    pages = [core.alloc(None, reclaim=False) for _ in range(core.free_pages)]
+    for page in pages:
+        core.free(page)
+    runtime.run_pending()
+    before = core.counters.wakeups
+    for _ in pages:
+        core.alloc(None, reclaim=False)
+    assert core.counters.wakeups > before
+    core.stop()
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_new_candidate_withdraws_the_verdict_that_no_page_can_be_evicted(
+    optimised: bool,
+) -> None:
+    core = World(40, optimised=optimised).system.core
+    page, poisoned = (core.alloc(FakeOwner(""), reclaim=False) for _ in range(2))
+    core.poison(poisoned.addr)
+    core._ksgxd._oom_verdicts[core.root] = 1
+    core.mark_reclaimable(poisoned)
+    assert not poisoned.tracked and core._ksgxd._oom_verdicts[core.root]
+    core.mark_reclaimable(page)
+    assert page.tracked and not core._ksgxd.take_oom_verdict(core.root)
 
 
 # --- backing --------------------------------------------------------------------------------------

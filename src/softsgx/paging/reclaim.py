@@ -167,7 +167,8 @@ class Reclaimer:
         victims: list[SgxEpcPage] = []
         counters, old = self._counters, self._policy.old
         for page in pages:
-            owner = _owner(page)
+            owner = page.owner
+            assert owner is not None, f"{page!r} in a batch has no owner"
             if page.poisoned and not self._ignore_poison:
                 self._skip(lru, page, owner, "poisoned")
                 continue
@@ -192,7 +193,8 @@ class Reclaimer:
         """Phase C; return the pages that no processor can reach any more."""
         blocked: list[SgxEpcPage] = []
         for page in pages:
-            owner = _owner(page)
+            owner = page.owner
+            assert owner is not None, f"{page!r} in a batch has no owner"
             if owner.block():
                 blocked.append(page)
             else:
@@ -204,7 +206,8 @@ class Reclaimer:
         """Phase D; return how many pages were evicted."""
         freed, free = 0, self._free
         for page in pages:
-            owner = _owner(page)
+            owner = page.owner
+            assert owner is not None, f"{page!r} in a batch has no owner"
             if owner.write():
                 lru.forget(page)
                 free(page)
@@ -224,8 +227,3 @@ class Reclaimer:
 def _requeue(lru: Lru, page: SgxEpcPage, owner: Reclaimable) -> None:
     lru.put_back(page)
     owner.put()  # last: it may destroy the owner, which takes its pages off their lists
-
-
-def _owner(page: SgxEpcPage) -> Reclaimable:
-    assert page.owner is not None, f"{page!r} in a batch has no owner"
-    return page.owner
