@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
     from softsgx.engines.native.tracing.tracee import Thread
+    from softsgx.hw.processor import EnclaveMode
     from softsgx.hw.secs import ResidentSecs
 
 __all__ = ["Entry", "ExitStub", "Gate", "PermitTable", "Slot", "make_table", "reserve_table"]
@@ -115,14 +116,14 @@ class Slot:
         tcs: the address of the TCS.
         entry: what EENTER gives, ``None`` when that has to be found out again.
         inside: the thread that is inside by this TCS as far as the machine knows, since the gate
-            was opened.
+            was opened; stay: its stay there.
         enclave: the enclave of the TCS when the gate was opened.
         memory: its memory file.
     """
 
     __slots__ = (
-        *("_at", "_words", "address", "enclave", "entry", "inside", "memory"),
-        *("table", "tcs"),
+        *("_at", "_opened", "_words", "address", "enclave", "entry", "inside", "memory"),
+        *("stay", "table", "tcs"),
     )
 
     def __init__(self, table: PermitTable, number: int, tcs: int) -> None:
@@ -132,6 +133,8 @@ class Slot:
         self.address = table.address + offset
         self.entry: Entry | None = None
         self.inside: ProgramThread | None = None
+        self.stay: EnclaveMode | None = None
+        self._opened = CLOSED
         self.enclave: ResidentSecs | None = None
         self.memory: EnclaveMemory | None = None
 
@@ -157,7 +160,7 @@ class Slot:
         Args:
             aep: what EENTER has in RCX.
         """
-        self.inside = None
+        self.inside = self.stay = None
         self._put_entry(aep)
         self.set("gate", OUT)
 
@@ -171,15 +174,27 @@ class Slot:
             fs: FS base of the outside.
             gs: GS base of the outside.
         """
-        self.inside = thread
+        self.inside, self.stay = thread, thread.cpu.inside
         if self.entry is None:
             self.set("aep", aep)
-            self.set("exited", CROSSING + CLOSED)
+            self.close_behind()
         else:
             self._put_entry(aep)
         self.set("outside_fs", fs)
         self.set("outside_gs", gs)
-        self.set("gate", own_tid << THREAD_SHIFT | IN)
+        self._opened = own_tid << THREAD_SHIFT | IN
+        self.set("gate", self._opened)
+
+    def close_behind(self) -> None:
+        """Permit nothing after the next EEXIT."""
+        self.set("exited", CROSSING + CLOSED)
+
+    def has_only(self, thread: ProgramThread) -> bool:
+        """Return whether ``thread`` has been inside ever since the gate was opened.
+
+        Only it can use the gate then.
+        """
+        return self.inside is thread and self.word("gate") == self._opened
 
     def _put_entry(self, aep: int) -> None:
         entry = self.entry

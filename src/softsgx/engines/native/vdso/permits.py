@@ -71,6 +71,8 @@ class Permits:
         self._usable, self._hold = usable, hold
         self._open: set[Slot] = set()
         self._recorded: set[Slot] = set()  # those that have an entry
+        # Open gates of threads that are stopped inside; the threads have not used them.
+        self._unused: dict[ProgramThread, Slot] = {}
         self._left: tuple[ProgramThread, Slot] | None = None  # by the EEXIT of the stop at hand
         self._scratch = NativeRegisters()
         self._then = cast(Registers, self._scratch)  # what the machine sees of them
@@ -116,6 +118,11 @@ class Permits:
         table, inside = thread.image.permits, thread.cpu.inside
         if table is None or not self._has_permits(thread):
             return
+        unused = self._unused.pop(thread, None)
+        if unused is not None:
+            if unused.stay is inside and thread.blocked is None:
+                return  # it is still so
+            self._tell([unused])
         if inside is None:
             left, self._left = self._left, None
             if left is None or left[0] is not thread:
@@ -191,14 +198,23 @@ class Permits:
         """
         self._left = None
         if self._open:
-            self._tell(self._slots_of(thread), thread)
+            inside = thread.cpu.inside
+            table = thread.image.permits
+            slot = None if inside is None or table is None else table.slot(inside.tcs_linaddr)
+            if slot is not None and slot in self._open and slot.has_only(thread):
+                self._unused[thread] = slot
+            else:
+                self._tell(self._slots_of(thread), thread)
         if thread.image.permits_at:
             crossing.straighten(thread)
 
     def settle(self) -> None:
         """Tell the machine of all crossings; what happens next may change what EENTER does."""
-        if self._open:
-            self._tell(list(self._open))
+        unused = self._unused.values()
+        if len(self._open) > len(unused):
+            self._tell([slot for slot in self._open if slot not in unused])
+        for slot in unused:
+            slot.close_behind()
         if self._recorded:
             for slot in self._recorded:
                 slot.entry = None
@@ -208,6 +224,9 @@ class Permits:
     def ended(self, thread: ProgramThread) -> None:
         """A thread is gone, wherever it was."""
         self.settle()
+        unused = self._unused.pop(thread, None)
+        if unused is not None:
+            self._tell([unused])
         table = thread.image.permits
         if table is not None:
             table.forget(thread)
@@ -236,6 +255,8 @@ class Permits:
             if slot not in self._open:
                 continue
             self._open.discard(slot)
+            if slot.inside is not None and self._unused.get(slot.inside) is slot:
+                del self._unused[slot.inside]
             gate = slot.close()
             owner = slot.table.thread(gate.thread) if gate.thread else None
             closed.append((slot, gate, owner))

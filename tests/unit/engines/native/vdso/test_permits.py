@@ -274,6 +274,52 @@ def test_what_may_change_the_machine_ends_permits_to_enter_and_keeps_those_to_le
     assert (actor.cpu.inside, scene.crossings) == (None, (2, 2))
 
 
+def test_a_stop_inside_that_changes_nothing_costs_no_permit() -> None:
+    scene = Scene()
+    actor = scene.at().called_once()
+    actor.enter()
+    scene.permits.stopped(actor.thread)
+    scene.permits.going(actor.thread)
+    for _ in range(2):
+        scene.permits.stopped(actor.thread)
+        scene.permits.going(actor.thread)
+    actor.exit()
+    actor.enter()
+    scene.permits.settle()
+    assert scene.crossings == (3, 2)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_asynchronous_exit_ends_the_permit_to_leave(settled: bool) -> None:
+    scene = Scene()
+    actor = scene.at()
+    actor.enter_with_a_stop()
+    scene.permits.stopped(actor.thread)
+    if settled:
+        scene.permits.settle()
+    aex(actor.cpu, 32)
+    scene.permits.going(actor.thread)
+    assert actor.slot.peek().state == CLOSED
+
+
+def test_another_entry_by_the_tcs_of_a_thread_that_is_stopped_ends_its_permit() -> None:
+    scene = Scene(2)
+    actor = scene.at(0)
+    actor.enter_with_a_stop()
+    scene.permits.stopped(actor.thread)
+    scene.permits.entering(actor.tcs)
+    assert actor.slot.peek().state == CLOSED
+
+
+def test_a_thread_that_ends_at_a_stop_inside_leaves_no_permit() -> None:
+    scene = Scene()
+    actor = scene.at()
+    actor.enter_with_a_stop()
+    scene.permits.stopped(actor.thread)
+    scene.permits.ended(actor.thread)
+    assert actor.slot.peek().state == CLOSED
+
+
 def test_settling_finds_threads_that_run_where_they_are() -> None:
     scene = Scene(3)
     actors = [scene.at(number) for number in range(3)]
