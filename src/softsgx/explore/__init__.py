@@ -2,7 +2,7 @@
 
 A *scenario* sets a stage: a platform, enclaves whose content is known, tasks.  The tasks race under
 the schedules of a *strategy*, and every property that the model has is checked: counts at every
-place where they change, everything when the race is over.
+place where pages were allocated or freed, everything when the race is over.
 """
 
 from softsgx.explore.finding import Finding, Token

@@ -12,7 +12,6 @@ from functools import partial
 
 from softsgx.defects import Defect
 from softsgx.explore.stage import Scenario, Stage
-from softsgx.host import Platform
 from softsgx.paging import EpcCore
 from softsgx.runtime import Policy, Run, SeededRuntime
 from softsgx.trace import Tracer
@@ -34,7 +33,7 @@ class Arena:
         defects: known defects that the platform has.
         step_limit: bounded progress: a race that passes more places is in a livelock.
         rounds: the most rounds on one stage; 1: every schedule has a stage of its own.
-        watch: whether the core is recounted at every place where its counts have changed.
+        watch: whether a core is recounted at every place where its counts have changed.
         tracer: receives the events of the platform, of setting the stage as well.
         reached: called at every place of a race.
 
@@ -93,11 +92,11 @@ class Arena:
     def _set(self, runtime: SeededRuntime) -> Stage:
         """Set a new stage; nothing of that is scheduled."""
         stage = Stage(runtime, defects=self._defects, tracer=self._tracer)
-        stage.watch = partial(self._watch, stage, {})
         with runtime.quiet():
             self._scenario(stage)
             for restore in stage.restores:  # so that the first round begins as every other
                 restore()
+        stage.watch = partial(self._watch, _cores(stage) if self._watching else {})
         self._stage, self._left = stage, self._rounds
         self.stages += 1
         return stage
@@ -132,17 +131,25 @@ class Arena:
                 stage.end()
             stage.runtime.close()
 
-    def _watch(self, stage: Stage, seen: dict[EpcCore, tuple[int, ...]]) -> None:
-        """Recount a core whose counts have changed since the last place."""
+    def _watch(self, cores: dict[EpcCore, tuple[int, int]]) -> None:
+        """Recount a core that has other counts than at the last place."""
         if self._reached is not None:
             self._reached()
-        if self._watching and stage.booted:
-            for core in _cores(stage.platform):
-                counts = core.free_pages, len(core.root.lru), *core.counters.held.values()
-                if seen.get(core) != counts:
-                    core.check_invariants()
-                    seen[core] = counts
+        for core, before in cores.items():
+            counts = _counts(core)
+            if counts != before:
+                cores[core] = counts
+                core.check_invariants()
 
 
-def _cores(platform: Platform) -> list[EpcCore]:
-    return [platform.core, *(guest.core for guest in platform.guests)]
+def _cores(stage: Stage) -> dict[EpcCore, tuple[int, int]]:
+    """Return the cores of a stage that is set, each with its counts; a story has none."""
+    if not stage.booted:
+        return {}
+    guests = (guest.core for guest in stage.platform.guests)
+    return {core: _counts(core) for core in (stage.platform.core, *guests)}
+
+
+def _counts(core: EpcCore) -> tuple[int, int]:
+    """Return how many pages are free, and how many can be reclaimed."""
+    return core.free_pages, len(core.root.lru)

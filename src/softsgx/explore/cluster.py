@@ -46,7 +46,7 @@ class DaskCluster:
         from distributed import as_completed
 
         with self._client as client:
-            pending = as_completed(with_results=True)
+            pending = as_completed(loop=client.loop, with_results=True)
             more = self._submit(client, pending, units, self._wanted(client))
             while not pending.is_empty():
                 _future, result = next(pending)
