@@ -134,7 +134,7 @@ class EpcCgroup:
         usage_pages, peak_pages: pages charged to the subtree; the highest number so far.
         own_pages: pages charged to exactly this group.
         events, events_local: charges that a limit refused, of the subtree and of this group.
-        removed: ``rmdir`` has succeeded; the group lives on until its last page is uncharged.
+        removed: ``rmdir`` has succeeded; the group exists until its last page is uncharged.
     """
 
     def __init__(self, hierarchy: Hierarchy, name: str, parent: EpcCgroup | None) -> None:

@@ -1,6 +1,6 @@
 """The driver: its two devices, and every enclave that was opened through them.
 
-It can be unloaded and loaded again; the core goes on meanwhile and serves guests.
+It can be unloaded and loaded again; meanwhile the core still serves guests.
 
 Source:
     sgx_drv_init(), sgx_open(), arch/x86/kernel/cpu/sgx/driver.c; sgx_set_attribute(), main.c.
@@ -154,7 +154,7 @@ class Driver:
     # --- the module -----------------------------------------------------------------------------
 
     def unload(self) -> None:
-        """Remove the devices; the core goes on.
+        """Remove the devices; the core keeps running.
 
         Raises:
             OSError: EBUSY: a file is open or mapped, or a reclaim batch still has an enclave.

@@ -67,7 +67,7 @@ class EnclaveFile(_File):
     """An open ``/dev/sgx_enclave``: one enclave.
 
     Its descriptor table references it (:meth:`release` drops that), and so does each mapping.  The
-    last reference releases the enclave, which lives on while an address space or a reclaim batch
+    last reference releases the enclave, which exists while an address space or a reclaim batch
     references it.
 
     Attributes:

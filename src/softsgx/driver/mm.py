@@ -334,8 +334,8 @@ class Mm:
             name: the child's name.
             copy_entries: whether the child gets the parent's PTEs, as Linux does it for PFN
                 mappings; otherwise it faults for each.
-            fail: simulate that the child cannot be registered with its enclaves for want of
-                memory: each access of it is SIGBUS.
+            fail: simulate that there is no memory to register the child with its enclaves: each of
+                its accesses raises SIGBUS.
         """
         name = name or f"{self.name}'"
         child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name)

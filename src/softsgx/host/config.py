@@ -285,7 +285,9 @@ class PlatformConfig:
             SoftSgxError: the text is not TOML, or has an impossible value.
         """
         if len(text) > _FILE_BYTES:
-            raise SoftSgxError(f"{name}: more than {_FILE_BYTES} bytes; no description of ours")
+            raise SoftSgxError(
+                f"{name}: more than {_FILE_BYTES} bytes; give a description of a platform in TOML"
+            )
         try:
             values = tomllib.loads(text.decode())
         # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.

@@ -64,7 +64,7 @@ class VepcDevice:
     def power_lost(self) -> None:
         """Empty every virtual EPC after the machine has lost power.
 
-        Called while no task runs, as a kernel's resume callback is.  Guests go on, and see what
+        Called while no task runs, as a kernel's resume callback is.  Guests continue, and see what
         they see after their own loss of power.
         """
         for vepc in list(self.vepcs):

@@ -34,7 +34,7 @@ class EvictedPage:
         linaddr: its linear address in its enclave, as EWB returned it.
         kind: what it is.
         secs: the page that holds or held its enclave's SECS; ``None`` where it has none.
-        blocked: the guest had blocked it, so it comes back blocked.
+        blocked: the guest had blocked it, so the host loads it blocked.
     """
 
     entry: SwapEntry

@@ -68,7 +68,7 @@ def block(page: VepcPage) -> bool:
             page.kind, page.secs = PageKind.CHILD, secs
     if info.flags & RdInfoFlags.BLOCKED:
         # The guest has blocked it, unless an earlier try of the host failed after EBLOCK. The host
-        # evicts it all the same: otherwise a guest could block pages to keep them.
+        # evicts it nevertheless: otherwise a guest could keep pages by blocking them.
         page.guest_blocked = not epc.blocked
         return True
     result = monitor.host_leaf(lambda: leaves.eblock(epc.addr))

@@ -4,7 +4,7 @@ It offers to an operating system what a :class:`~softsgx.hw.Machine` offers (``c
 ``cpus``, memory), so that ``paging`` and ``driver`` run in it unchanged, with a reclaimer of their
 own.
 
-This module decides how an instruction of the guest goes on after a VM exit or a conflict.  If a
+This module decides how an instruction of the guest continues after a VM exit or a conflict.  If a
 page is not resident, the host loads it and the guest executes the instruction again.  If a leaf
 failed while the host was at work, the guest executes it again.  Conflicts among the guest's own
 leaves are reflected to the guest.

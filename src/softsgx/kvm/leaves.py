@@ -105,7 +105,7 @@ class GuestLeaves(Leaves):
         return execute
 
     def _eid_of(self, cpu: LogicalProcessor, page: int) -> int:
-        """Return 0: an identifier would tell the guest how many enclaves the host has."""
+        """Return 0: an identifier would show the guest how many enclaves the host has."""
         return 0
 
     def trapped(self, leaf: Leaf) -> Callable[..., Any]:

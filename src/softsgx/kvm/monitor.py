@@ -140,7 +140,7 @@ class Monitor:
     Attributes:
         lock: protects its virtual EPC: pages, mappings, counts.
         host: the host's EPC core.
-        changed: notified when an eviction has ended, and when the guest is stopped or goes on.
+        changed: notified when an eviction has ended, and when the guest is stopped or continues.
         stopped: why it was stopped; ``None`` while it runs.
         paused: its processors execute nothing.
         resident: virtual EPC pages that are in the EPC.
@@ -257,7 +257,7 @@ class Monitor:
     # --- the end --------------------------------------------------------------------------------
 
     def stop(self, reason: str) -> None:
-        """Stop the guest and give all its EPC back; other guests go on.
+        """Stop the guest and release all its EPC; other guests continue.
 
         May be called with any lock held: if ``lock`` is not free, a task of its own waits for it.
         """

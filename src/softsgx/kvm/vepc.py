@@ -117,7 +117,7 @@ class Vepc(RefCounted):
         device.vepcs.append(self)
 
     def close(self) -> None:
-        """Close its descriptor; it lives on while it is mapped."""
+        """Close its descriptor; the device exists until it is no longer mapped."""
         assert not self._closed, "a virtual EPC is closed twice"
         self._closed = True
         self.put()

@@ -102,7 +102,7 @@ class LeastRecentlyUsed(Fifo):
 
 @dataclass(frozen=True)
 class Clock(Policy):
-    """The clock hand goes on until it has found a whole batch of pages that were not accessed.
+    """The clock hand moves until it has found a whole batch of pages that were not accessed.
 
     Attributes:
         scan_pages: how far the hand goes for one batch.

@@ -53,7 +53,7 @@ class Pressure:
     After some batches without a freed page, the task ignores accessed bits (``force``).  When such
     batches have scanned as many pages as are in use, it gives up.
 
-    Deviation: Linux goes on while every page is young.
+    Deviation: Linux does not stop while every page is young.
 
     Args:
         patience_passes: batches without a freed page after which accessed bits are ignored;

@@ -59,7 +59,7 @@ class SwapEntry:
 
     Attributes:
         index: page index in the enclave; the enclave's size in pages stands for the SECS.
-        slot: the VA slot with its version; ``None`` when the page is lost for good.
+        slot: the VA slot with its version; ``None`` when the page can never be loaded again.
     """
 
     index: int
@@ -263,7 +263,7 @@ class SwapSpace:
         self._counters.eldu_failed += 1
 
     def drop(self, entry: SwapEntry) -> None:
-        """Forget an evicted page for good, and shrink: its slot and its backing are free again."""
+        """Discard an evicted page, and shrink: its slot and its backing are free again."""
         if entry.slot is not None:
             self._file.discard(entry.index)
             self.va.slot_dropped(entry.slot)

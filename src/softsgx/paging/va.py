@@ -288,7 +288,7 @@ class VaArray:
         tree.free_if_unused(slot.page)
 
     def unlink(self, page: VaPage) -> None:
-        """Remove ``page`` from the array for good, with its versions; no batch has it."""
+        """Remove ``page`` from the array and discard its versions; no batch has it."""
         core = self.tree.core
         del self._pages[page]
         if page.epc is not None:

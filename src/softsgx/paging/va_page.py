@@ -51,7 +51,7 @@ class VaSlot:
         if result is _SUCCESS:
             return True
         if result is Status.VA_SLOT_OCCUPIED:
-            # EWB has evicted the page all the same; the version that it has overwritten is stale.
+            # EWB has evicted the page nevertheless; the version that it has overwritten is stale.
             assert self.page.stale >> self.number & 1, "EWB has overwritten another page's version"
             return True
         return False

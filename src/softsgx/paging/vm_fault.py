@@ -19,7 +19,7 @@ class FaultResult(Enum):
     RETRY = "retry"
     """Repeat the access: the fault has waited for an EPC page with no lock held."""
     SIGBUS = "sigbus"
-    """There is no EPC page, the page cannot be loaded, or its owner is gone."""
+    """There is no EPC page, the page cannot be loaded, or its owner was destroyed."""
     OOM = "oom"
     SEGV = "segv"
     """No mapping there, or it does not allow the access."""

@@ -145,7 +145,7 @@ class SoftProcess:
         """Make an ioctl whose structure lies in the process' memory; ``args`` receives the result.
 
         Raises:
-            OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated all the same.
+            OSError: as :meth:`EnclaveFile.ioctl`; ``args`` is updated in this case, too.
         """
         with self.memory.mapped(args.pack()) as at:
             try:

@@ -37,7 +37,7 @@ def ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> S
 
     Returns:
         ``SUCCESS``.  ``PAGE_NOT_BLOCKED``, ``NOT_TRACKED``, ``CHILD_PRESENT``: nothing changed.
-        ``VA_SLOT_OCCUPIED``: the page is evicted all the same, and the slot's old version is lost.
+        ``VA_SLOT_OCCUPIED``: the page is evicted nevertheless, and the slot's old version is lost.
 
     Raises:
         GeneralProtection: an operand is misaligned, or another leaf holds a page or the enclave's

@@ -1,11 +1,11 @@
-"""The abort page: what code sees at an address of the EPC that it may not use.
+"""The abort page: the result of accesses to EPC addresses that code may not use.
 
-Loads give ones, stores are dropped, and nothing faults.  One instruction at a time gets that: the
-pages it touches hold ones in the memory file while it is executed alone, by single step; then they
-get their own bytes back.  So every kind of instruction works, and none is emulated.
+Loads return ones, stores are dropped, and no access faults.  The thread executes one instruction
+alone, by single step, while the pages that it touches hold ones in the memory file.  Afterwards the
+pages get their own bytes back.  So every kind of instruction works, and none is emulated.
 
-Deviation: a system call whose buffer is such a page fails with EFAULT, where the kernel on hardware
-would copy ones out, and in nothing.
+Deviation: a system call whose buffer is such a page fails with EFAULT.  On hardware the kernel
+copies ones from it, and its stores are dropped.
 
 Source:
     SDM vol. 3D, "Access Control Requirements": "abort page semantics"; ptrace(2).
@@ -98,7 +98,7 @@ class AbortPage:
     def _lend(
         self, thread: ProgramThread, page: int, lent: dict[int, EnclaveMemory | None]
     ) -> bool:
-        """Let ``page`` hold ones, or be used if it is foreign memory; ``False``: it is neither."""
+        """Make ``page`` hold ones, or usable if it is foreign memory; ``False``: it is neither."""
         image = thread.image
         device = image.device_at(page)
         if device is None:

@@ -1,4 +1,4 @@
-"""Signals of faults of enclave code: what the processor would have raised, and what comes of it.
+"""Signals of faults of enclave code: the exception that the processor would raise, and its effect.
 
 Deviation: enclave code that jumps out of its ELRANGE executes what is there, where hardware raises
 #GP.
@@ -56,7 +56,7 @@ class EnclaveFaults:
         leaves: does ENCLU.
         permits: crossings that do not stop.
         non_enclave: faults on memory that is not the enclave's.
-        abort_page: executes what may not have a page it touches.
+        abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
     """
 
@@ -96,7 +96,7 @@ class EnclaveFaults:
             case abi.SIGSEGV if _was_jump(thread):
                 return 0
             case abi.SIGSEGV:
-                # What needs privileges that no enclave can have is #UD inside.
+                # An instruction that needs privileges of the kernel raises #UD inside.
                 vector = Vector.UD if is_illegal_inside(code) else Vector.GP
             case abi.SIGBUS:
                 vector = Vector.AC
@@ -148,7 +148,7 @@ class EnclaveFaults:
         return 0
 
     def _operand_fault(self, thread: ProgramThread, fault: PageFault) -> int:
-        """An operand of what the machine does for the enclave is not there, or not allowed."""
+        """The machine executes an instruction of the enclave, and an operand raises #PF."""
         if fault.code & _SGX:
             return self._exits.exception(thread, Vector.PF, fault.code, fault.address)
         access = WRITE if fault.code & _W else READ

@@ -33,7 +33,7 @@ class EncluLeaves:
     """Does the leaves that threads ask for.
 
     Args:
-        exits: what becomes of a leaf's exception.
+        exits: delivers a leaf's exception.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: entries that do not stop.
         breakpoints: see there.
@@ -103,7 +103,7 @@ class EncluLeaves:
         return 0
 
     def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
-        """EENTER or ERESUME met a page that is not there; ``None`` to try again."""
+        """EENTER or ERESUME needs a page that is not resident; return ``None`` to try again."""
         self._permits.settle()
         mm, result = thread.image.mm, FaultResult.SEGV
         if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
@@ -119,7 +119,7 @@ class EncluLeaves:
         return self._exits.page_fault(thread, result, fault.code, fault.address)
 
     def _went_in(self, thread: ProgramThread) -> None:
-        """Fault signals must reach us: the kernel resets what it forces on a blocked one."""
+        """Unblock signals of faults: the kernel resets the handler of one that it must force."""
         self._breakpoints.arm(thread)
         self._breakpoints.stopped(thread)
         mask = thread.sigmask()

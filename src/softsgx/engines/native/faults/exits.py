@@ -50,10 +50,10 @@ class AsynchronousExits:
         self._breakpoints = breakpoints
 
     def return_at_once(self, thread: ProgramThread) -> bool:
-        """Return whether an exit now would be invisible, since it leads straight back.
+        """Return whether an exit now would be invisible, because the thread would resume at once.
 
-        Not so where the AEP has other code than ENCLU, which belongs to the program, nor where the
-        enclave asks to be notified, since ERESUME would go to its handler.
+        It is visible if the AEP has other code than ENCLU, which belongs to the program, and if the
+        enclave asks for AEX-Notify, since ERESUME would then go to its handler.
         """
         cpu, image = thread.cpu, thread.image
         inside = cpu.inside
@@ -64,7 +64,7 @@ class AsynchronousExits:
         return aep == image.aep or image.read(aep, len(ENCLU)) == ENCLU
 
     def skip(self, thread: ProgramThread, vector: int) -> None:
-        """Count and report an exit and an ERESUME that are not done, since nothing would differ."""
+        """Count and report an exit and an ERESUME that are skipped, since no state would differ."""
         cpu = thread.cpu
         tracer, inside = cpu.hw.tracer, cpu.inside
         assert inside is not None, "a mended fault of enclave code outside an enclave"
@@ -77,7 +77,7 @@ class AsynchronousExits:
             tracer(LeafDone("eresume", cpu.index, tcs, eid, "SGX_SUCCESS"))
 
     def interrupt(self, thread: ProgramThread) -> bool:
-        """Take an interrupt of a thread inside that resumes at once: no more moves than counts.
+        """Serve an interrupt of a thread inside that would resume at once: only counts change.
 
         The thread may be running.  ``False``: it must be stopped and leave; nothing has changed.
         """
@@ -115,11 +115,11 @@ class AsynchronousExits:
         if not comes_back and vector != INTERRUPT:  # else an ENCLU that leads back may trap
             block_signals_again(thread)
 
-    # --- what the program is told ---------------------------------------------------------------
+    # --- exceptions of the program --------------------------------------------------------------
     # Each returns the signal to deliver when the thread is resumed, 0 for none.
 
     def exception(self, thread: ProgramThread, vector: int, code: int = 0, address: int = 0) -> int:
-        """Enclave code raised an exception: leave the enclave, then mend or signal it."""
+        """Enclave code raised an exception: leave the enclave, then resolve or signal it."""
         self._breakpoints.exception(thread)
         self.leave(thread, vector, code, address)
         fixable = vector not in _NEVER_FIXED
@@ -130,7 +130,7 @@ class AsynchronousExits:
         return send(thread, vector, code)
 
     def refused(self, thread: ProgramThread, leaf: int, fault: Fault) -> int:
-        """A leaf, or an instruction that the machine does, raised #GP, #UD or the like."""
+        """A leaf, or an instruction that the machine executes, raised #GP, #UD or another fault."""
         if thread.cpu.inside is not None:
             return self.exception(thread, fault.vector, fault.code)
         fixable = fault.vector not in _NEVER_FIXED
@@ -142,7 +142,7 @@ class AsynchronousExits:
     def page_fault(
         self, thread: ProgramThread, result: FaultResult, error: int, address: int
     ) -> int:
-        """Return the signal for a #PF that nothing has mended; the thread is outside."""
+        """Return the signal for a #PF that is not resolved; the thread is outside."""
         if result is FaultResult.SEGV:
             mapped = thread.image.is_mapped(address)
             code = abi.SEGV_ACCERR if mapped else abi.SEGV_MAPERR
@@ -152,7 +152,7 @@ class AsynchronousExits:
     def fix_up(
         self, thread: ProgramThread, leaf: int, vector: int, code: int, address: int
     ) -> bool:
-        """Report an exception through our vDSO, if that is where it is seen to have happened."""
+        """Report an exception through our vDSO, if it is reported at the vDSO's ENCLU."""
         image, regs = thread.image, thread.regs
         if regs.rip not in (image.aep, image.eenter):
             return False
@@ -163,7 +163,7 @@ class AsynchronousExits:
 
 
 def block_signals_again(thread: ProgramThread) -> None:
-    """A thread has left its enclave: it blocks the signals of faults that it did outside."""
+    """A thread has left its enclave: block the signals of faults again that it blocks outside."""
     if thread.blocked is not None:
         thread.set_sigmask(thread.blocked)
         thread.blocked = None

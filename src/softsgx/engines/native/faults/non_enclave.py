@@ -31,7 +31,7 @@ class NonEnclaveFaults:
     """Each method returns the signal to deliver when the thread is resumed, 0 for none.
 
     Args:
-        abort_page: executes what may not have a page it touches.
+        abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
     """
 
@@ -78,7 +78,7 @@ class NonEnclaveFaults:
         number = self._abort_page.execute(thread, address)
         if number not in (abi.SIGSEGV, abi.SIGBUS) or thread.siginfo().code not in (1, 2):
             return number
-        # It also touches something that it may not, or that is not there yet.
+        # It also touches memory that it may not use, or that has no page yet.
         image, other = thread.image, thread.siginfo().addr
         if image.mm.find(other) is None:
             return number

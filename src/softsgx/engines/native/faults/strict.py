@@ -1,15 +1,15 @@
-"""Strict mode: who is not inside an enclave gets the abort page in place of its memory.
+"""Strict mode: accesses from outside an enclave hit the abort page instead of its memory.
 
-Mappings of enclaves are *covered*: every right is taken from them, so an access from outside is a
-fault, and :mod:`.abort` does what hardware does.  In each address space one enclave at most is
-uncovered at a time, and then only threads inside that enclave run; the others wait for their turn.
-Of its mappings those are uncovered that it has used lately, and others when it uses them.
-A thread in a system call does not run code of the program, so it goes on, and stops when the call
-ends: that is why every system call stops here.
+Mappings of enclaves are *covered*: they have no rights, so an access from outside faults, and
+:mod:`.abort` does what hardware does.  In each address space at most one enclave is uncovered at a
+time, and then only threads inside that enclave run; the others wait for their turn.  An entry
+uncovers the mappings that the enclave has used lately; the use of another one uncovers that.  A
+thread in a system call runs no code of the program, so it keeps running and stops when the call
+ends: for that every system call stops.
 
-A thread enters when its turn has come, not before: it waits in front of its EENTER or ERESUME.
-Inside it would be interrupted by every tracking cycle of the others, whose turn it is, and have to
-begin again at its AEP without having executed anything.
+A thread waits for its turn in front of its EENTER or ERESUME.  If it waited inside, every tracking
+cycle of the running threads would interrupt it, and it would start again at its AEP without having
+executed an instruction.
 
 Deviation: threads outside and inside never run at the same time; turns are short.
 
@@ -61,7 +61,7 @@ class _Waiting:
 
 
 class _Turns:
-    """Whose turn it is in one address space: the view of the image says; the others wait here."""
+    """The turns of one address space: the view of its image has the turn, other threads wait."""
 
     def __init__(self) -> None:
         self.waiting: list[_Waiting] = []
@@ -121,7 +121,7 @@ class StrictLoop(Loop):
         return min((until_ns for until_ns in due if until_ns is not None), default=None)
 
     def _turn(self, image: ProcessImage) -> None:
-        """Change the view when no thread runs in the present one any more."""
+        """Change the view when no thread runs in the current one."""
         turns = self._turns.get(image)
         if turns is None:
             return

@@ -46,7 +46,7 @@ class Transitions:
 
     Args:
         cpuid: what CPUID (leaf, sub-leaf) gives.
-        abort_page: executes what may not have a page it touches.
+        abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
         breakpoints: see there.
@@ -70,7 +70,7 @@ class Transitions:
         )
 
     def enter(self, thread: ProgramThread) -> int:
-        """Our vDSO asks for EENTER: the seccomp stop of its magic call, registers loaded."""
+        """Our vDSO executes EENTER: the seccomp stop of its special call, registers loaded."""
         image, regs = thread.image, thread.regs
         regs.orig_rax = _NO_CALL
         regs.rax, regs.rcx = _EENTER, image.aep

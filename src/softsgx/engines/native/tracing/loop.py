@@ -133,7 +133,7 @@ class Loop:
         self._dying: dict[int, ProgramThread] = {}
 
     def add(self, thread: ProgramThread) -> None:
-        """Know a thread that is stopped."""
+        """Add a stopped thread."""
         self.threads[thread.tid] = thread
 
     def run(self) -> None:
@@ -157,7 +157,7 @@ class Loop:
         return self._lifecycle.between()
 
     def _next_held(self) -> ProgramThread | None:
-        """Return a thread that was held, whose stop is to be handled now."""
+        """Return a held thread whose stop the loop must handle now."""
         return self._later.pop() if self._later else None
 
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
@@ -170,7 +170,7 @@ class Loop:
             return
         image.current = thread
         if thread.borrowable:
-            # Now, while it is stopped anyway: ksgxd works ahead for it.
+            # The thread is stopped: ksgxd evicts now, before its next fault needs a page.
             self._background()
         if thread.kicked:
             thread.kicked = False
@@ -192,7 +192,7 @@ class Loop:
         self._go(thread, number)
 
     def _go(self, thread: ProgramThread, number: int = 0) -> None:
-        """Let a thread run for which everything is prepared."""
+        """Resume a thread; the deferred work for it has been done."""
         thread.resume(number)
 
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
@@ -205,7 +205,7 @@ class Loop:
         stop = thread.step(number)
         entered = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
         if not entered or thread.load().rdi != number:
-            # There is no room for the frame, or something else came first.
+            # There is no room for the frame, or the thread stopped for another reason first.
             thread.running = False
             thread.pending.append(stop)
             self._later.append(thread)
@@ -244,7 +244,7 @@ class Loop:
                 self._take_out(thread)
 
     def interrupt(self, thread: ProgramThread) -> bool:
-        """Interrupt a thread that is inside; the program executes what is at its AEP.
+        """Interrupt a thread that is inside; the program executes the code at its AEP.
 
         Returns:
             Whether it has left its enclave because of this call, and has not died.
@@ -260,7 +260,7 @@ class Loop:
         try:
             if self._transitions.kicked(thread, stop):
                 thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
-        except Exception as error:  # its end takes it out as well
+        except Exception as error:  # the thread ends, and leaves its enclave by that
             self.failed(thread.process.pid, thread.tid, error)
             return False
         return True
@@ -303,11 +303,11 @@ class Loop:
             image.current = None
 
     def failed(self, pid: int, tid: int, error: Exception) -> None:
-        """Serving thread ``tid`` has failed: end its process, unless the thread's end is why."""
+        """Serving thread ``tid`` has failed: end its process, unless the thread had ended."""
         if isinstance(error, Gone):
             self._note(error)
         elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
-            self._note(Gone(tid))  # what the kernel has said of it is not what it is by now
+            self._note(Gone(tid))  # it ended after the report that was being served
         else:
             self.failures.end_process(pid, error)
 
@@ -364,7 +364,7 @@ class Loop:
         self.resume_thread(thread)
 
     def _make_call(self, thread: ProgramThread) -> None:
-        """Let the call of this stop be made, by the program itself."""
+        """Let the program make the call of this stop itself."""
         # Deferred work may make calls in the thread, which use up the stop.
         self._lifecycle.before_resume()
         thread.image.flush()
@@ -404,7 +404,7 @@ class Loop:
             self._later.append(thread)
 
     def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
-        """Know the thread that ``parent`` has made; it is stopped before its first step."""
+        """Add the thread that ``parent`` has made; it is stopped before its first step."""
         lifecycle = self._lifecycle
         if flags & abi.CLONE_THREAD:
             process, shares = parent.process, True
@@ -419,7 +419,7 @@ class Loop:
         return thread
 
     def _exec(self, thread: ProgramThread) -> None:
-        """The other threads have come to an end; the one that remains has the leader's id."""
+        """The other threads have ended; the remaining thread has the leader's id."""
         process = thread.process
         known = [*self.threads.values(), *self._dying.values()]
         former = [other for other in known if other.process is process and other is not thread]
@@ -433,13 +433,13 @@ class Loop:
         self.resume_thread(fresh)
 
     def _note(self, gone: Gone) -> None:
-        """A thread has ended while something was wanted of it."""
+        """A thread has ended during a request to it."""
         thread = self.threads.get(gone.tid)
         if thread is not None:
             self._die(thread)
 
     def _die(self, thread: ProgramThread) -> None:
-        """The first step of a thread's end: it runs no code of the program any more."""
+        """The first step of a thread's end: it runs no more code of the program."""
         if self.threads.get(thread.tid) is not thread:
             return
         del self.threads[thread.tid]
@@ -461,7 +461,7 @@ class Loop:
             self._ended(thread, self._lifecycle.thread_gone)
 
     def _ended(self, thread: ProgramThread, tell: Callable[[ProgramThread], None]) -> None:
-        """Tell of the end of a thread; a mistake then concerns nothing that still runs."""
+        """Report the end of a thread; an exception then ends no process."""
         try:
             tell(thread)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""One address space of the program, with all that belongs to it: threads, vDSO, pager, driver side.
+"""One address space of the program: its threads, vDSO, pager and the driver's view of it.
 
 Threads of one process share an image, and so does a vfork child until it executes a program.
 """
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["ImageMemory", "ImageServices", "ProcessImage"]
 
 _ENCLU_BYTES = 3
-#: How many mappings of an enclave are uncovered at once at most when it is entered.
+#: The most mappings of an enclave that are uncovered when it is entered.
 _MOST_UNCOVERED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ImageServices:
-    """What all address spaces of a run use.
+    """Objects and callbacks that all address spaces of a run share.
 
     Attributes:
         pager: the name of the pager.
@@ -50,10 +50,10 @@ class ImageServices:
         registry: open devices.
         store: content of the EPC.
         page_at: returns the EPC page at an EPC address.
-        hold: stops a running thread for us; returns whether it is stopped and alive.
+        hold: stops a running thread; returns whether it is stopped and has not died.
         kick: makes the threads of an address space that are inside an enclave leave it.
         failed: ends the processes of an address space in which calls cannot be made.
-        ended: called when the driver has let go of an address space.
+        ended: called when the driver has released an address space.
         installed: called when the driver has mapped a page of an enclave.
     """
 

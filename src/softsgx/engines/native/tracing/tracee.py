@@ -60,7 +60,7 @@ class Stop:
 
 @cache
 def decode_stop(status: int) -> Stop:
-    """Return what the stop ``status`` of wait(2) means."""
+    """Return the stop that ``status`` of wait(2) stands for."""
     signal = status >> 8 & 0xFF
     return Stop(signal & 0x7F, status >> 16, signal == abi.SIGTRAP | 0x80)
 
@@ -71,7 +71,7 @@ class Thread:
     Args:
         tid: its id.
         waits: receives its stops.
-        regs: where its registers are kept; in an object of its own by default.
+        regs: receives its registers; by default an object of its own.
 
     Attributes:
         tid: its id.
@@ -79,7 +79,7 @@ class Thread:
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
         in_call: whether it is in the kernel and stops before it runs code of the program again.
-        mid_call: whether it is stopped in the middle of a system call that goes on when it is
+        mid_call: whether it is stopped in the middle of a system call that continues when it is
             resumed, as at the events of fork and execve: no call can be made in its name.
     """
 
@@ -93,8 +93,8 @@ class Thread:
         self.at_call = self.in_call = self.mid_call = False
         self._at_signal = self._borrowed = False
         self._kept: SigInfo | None = None
-        self._next: OutOfLine | None = None  # what it does when it is resumed
-        self._elsewhere: OutOfLine | None = None  # what it may be doing since
+        self._next: OutOfLine | None = None  # the instruction that it executes when resumed
+        self._elsewhere: OutOfLine | None = None  # the instruction that it may be executing since
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
         self._real_xstate: bytes | None = None
@@ -119,15 +119,15 @@ class Thread:
         self._next = self._elsewhere = None
 
     def execute_out_of_line(self, how: OutOfLine) -> None:
-        """Let the instruction at RIP be executed elsewhere when the thread goes on.
+        """Let the thread execute the instruction at RIP elsewhere when it is resumed.
 
-        Who stores registers before that calls it off.
+        Storing registers before that cancels it.
         """
         self.store()
         self._next = how
 
     def flush(self) -> None:
-        """Put everything that changed into the thread now."""
+        """Store all changed state in the thread now."""
         if self._changed:
             self._changed, regs_at = False, self._regs_at
             how, self._next = self._next, None
@@ -157,7 +157,7 @@ class Thread:
         """Replace the XSAVE area, at the latest when it is resumed.
 
         Args:
-            area: as large as what :meth:`xstate` gave.
+            area: as large as the result of :meth:`xstate`.
         """
         self._new_xstate = None if area == self._real_xstate else area
 
@@ -205,7 +205,7 @@ class Thread:
         self._request(abi.PTRACE_SETSIGMASK, 8, ctypes.addressof(buffer))
 
     def waiting_signals(self) -> list[int]:
-        """Return the numbers of signals that wait to be delivered to it, some of many."""
+        """Return the numbers of signals that are pending for it; of many signals, some."""
         found = []
         for shared in (0, 1):
             _PEEK[0], _PEEK[1] = 0, shared | _PEEKED << 32
@@ -216,7 +216,7 @@ class Thread:
         return found
 
     def fault_waits(self) -> bool:
-        """Return whether it has met a fault whose signal has not stopped it yet."""
+        """Return whether it has faulted and the signal of the fault has not stopped it yet."""
         _PEEK[0], _PEEK[1] = 0, _PEEKED << 32
         count = _ptrace(
             abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
@@ -239,16 +239,16 @@ class Thread:
 
     @property
     def borrowable(self) -> bool:
-        """Whether :meth:`borrow` changes nothing: nothing of the kernel's is half done.
+        """Whether :meth:`borrow` changes nothing: the kernel is between two operations.
 
         At other stops a system call is about to be made, or about to return.
         """
         return self._at_signal or (self.at_call and self.load().orig_rax == _MINUS_ONE)
 
-    # --- going on -------------------------------------------------------------------------------
+    # --- resuming -------------------------------------------------------------------------------
 
     def resume(self, signal: int = 0, *, step: bool = False) -> None:
-        """Let it run until something concerns us; deliver ``signal`` first.
+        """Resume it until its next stop; deliver ``signal`` first.
 
         With ``step`` it stops by SIGTRAP after one instruction, at the latest.
         """
@@ -278,10 +278,10 @@ class Thread:
         return self.wait()
 
     def listen(self) -> None:
-        """Leave it in its group stop, but hear when it ends."""
+        """Leave it in its group stop; wait(2) still reports its end."""
         self.flush()
         self.in_call = True
-        if self._borrowed:  # it has left the stop: it is stopped again before it executes anything
+        if self._borrowed:  # it has left the stop: stop it again before it executes an instruction
             self.interrupt()
             self.resume()
         else:
@@ -312,8 +312,8 @@ class Thread:
     def behind(self, stop: Stop) -> Stop:
         """Return the stop of a fault that ``stop``, an interrupt, came before; else ``stop``.
 
-        The kernel reports an interrupt first, with the registers of the fault.  Who changes them
-        then would find the signal of the fault delivered to another place.
+        The kernel reports an interrupt first, with the registers of the fault.  If the supervisor
+        changed them at that stop, the kernel would deliver the signal of the fault elsewhere.
 
         Raises:
             Gone: it died instead.
@@ -321,7 +321,7 @@ class Thread:
         grouped = False
         while stop.event == abi.PTRACE_EVENT_STOP and self.fault_waits():
             grouped = stop.signal != abi.SIGTRAP
-            self.resume()  # the kernel takes up the signal before the thread executes anything
+            self.resume()  # the kernel delivers the signal before the thread executes anything
             stop = self.wait()
         if grouped:
             self.interrupt()  # the group stop is reported again, behind the signal
@@ -352,27 +352,27 @@ class Thread:
     def restart_syscall(self) -> None:
         """At a seccomp stop with registers loaded: end the call with ERESTARTSYS.
 
-        The kernel does the rest when it lets the thread go on.  With a signal that has a handler
-        without SA_RESTART the call fails with EINTR, else it is made again.
+        The kernel does the rest when the thread is resumed.  With a signal that has a handler
+        without SA_RESTART the call fails with EINTR, otherwise it is made again.
         """
         number = self.regs.orig_rax
-        # A call that was skipped cannot be restarted: one that changes nothing is made instead.
+        # A skipped call cannot be restarted: the thread makes a call that changes nothing instead.
         self.finish_syscall(abi.SYS_GETPID)
         self.regs.orig_rax, self.regs.rax = number, -abi.ERESTARTSYS & _MINUS_ONE
         self.store()
-        # Only a thread with a signal or an interrupt takes that way, and another thread may have
-        # taken the signal.
+        # The kernel restarts the call only for a thread with a signal or an interrupt, and another
+        # thread may have taken the signal.
         self.interrupt()
 
     def finish_syscall(self, number: int | None = None, *arguments: int) -> int:
         """At a seccomp stop with registers loaded: make the call, or another in its place.
 
-        Where the stop's own call is used up, one is injected instead.
+        If the stop's own call has been made already, another one is injected.
 
-        The program finds its own values in the argument registers, as compilers rely on.
+        The argument registers have the program's values afterwards, as compilers rely on.
 
         Returns:
-            The result; the thread is stopped behind the call, registers loaded.
+            The result; the thread is stopped after the call, registers loaded.
         """
         regs = self.regs
         kept = regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9
@@ -400,14 +400,14 @@ class Thread:
     def syscall(self, number: int, *arguments: int) -> int:
         """Make a system call in the thread's name; afterwards it has the registers of ``regs``.
 
-        Works in any stop outside the kernel's innards: signal stops, ends of system calls, seccomp
-        stops whose call has been skipped, and a new thread's first stop.
+        The thread must not be in the middle of a system call.  It is at a signal stop, at the end
+        of a call, at a seccomp stop whose call has been skipped, or at a new thread's first stop.
 
         Returns:
             The result; ``-errno`` for a failure.
 
         Raises:
-            Gone: the thread died of it.
+            Gone: the thread died during the call.
         """
         assert self.inject_at, f"thread {self.tid} has no place to inject calls into yet"
         six = (*arguments, 0, 0, 0, 0, 0)[:5] + (arguments[5:] or (abi.OUR_CALL,))
@@ -418,9 +418,9 @@ class Thread:
         """Run code of ours in the thread; as :meth:`syscall` otherwise.
 
         Args:
-            start: where it begins.
-            end: behind the int3 that ends it.
-            registers: what it begins with.
+            start: address of its first instruction.
+            end: address after the int3 that ends it.
+            registers: its initial registers.
 
         Returns:
             RAX at its end, signed.
@@ -431,7 +431,7 @@ class Thread:
             self.load()
         out_of_line = self._next or self._elsewhere
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
-        # The kernel forgets why the thread stopped; the handlers of the stop still need to know.
+        # The kernel forgets the reason of the stop; the handlers of the stop still need it.
         kept, at_signal = self._kept, self._at_signal
         if at_signal and kept is None:
             kept = SigInfo.from_buffer_copy(self.siginfo())
@@ -457,7 +457,7 @@ class Thread:
         return result
 
     def _run_to(self, end: int) -> bool:
-        """Run borrowed code; return whether a SIGSTOP came meanwhile and must be sent again."""
+        """Run borrowed code; return whether a SIGSTOP arrived meanwhile and must be sent again."""
         stopped_by_signal = False
         self.resume()
         while True:
