@@ -81,7 +81,11 @@ def enclave_code() -> bytes:
     asm.label("spin")
     asm.emit("48 ff cf")  # dec rdi
     asm.short("75", "spin")
-    asm.near("e9", "exit")
+    # As some runtimes leave: they scrub registers and flags behind the load of EAX.
+    asm.emit("4c 89 d3")  # mov rbx, r10
+    asm.emit("48 c7 c0 04 00 00 00")  # mov rax, 4
+    asm.emit("48 31 c9 48 31 d2 4d 31 d2 48 01 d2 fc")  # xor rcx, rcx; …; add rdx, rdx; cld
+    asm.emit("0f 01 d7")
     for label, leaf in (("accept", 5), ("extend", 6)):
         asm.label(label)
         asm.emit("48 89 f3 48 89 f9")  # mov rbx, rsi; mov rcx, rdi

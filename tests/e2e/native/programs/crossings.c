@@ -42,6 +42,7 @@ static void same(uint64_t count)
 		memset(record, 0, sizeof record);
 		__asm__ volatile("movq %0, %%xmm15" : : "r"(i) : "xmm15");
 		cross(0x1122334455667780 + (i & 1), enter, &run);
+		CHECK(!call(0, SPIN, 3, 0, 0, &run) && run.function == 4); /* by another EEXIT */
 		__asm__ volatile("movq %%xmm15, %0" : "=r"(*(uint64_t *)&y));
 		CHECK(*(uint64_t *)&y == i && x == 1.5);
 		if (i < 2) memcpy(first[i], record, sizeof record);

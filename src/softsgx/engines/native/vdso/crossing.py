@@ -73,7 +73,7 @@ def _exit(thread: ProgramThread, number: int, at: int) -> None:
         regs.rip = regs.rbx
     else:
         _undo_exit(thread, at, label)
-        regs.rip = stub.enclu
+        regs.rip = stub.enclu - max(0, label["begun"] - at)
     regs.rax = _EEXIT
     thread.store()
 

@@ -185,11 +185,14 @@ _POP_ALL = "41 5b 41 5b 41 5a 41 59 5a 5e 5f"
 """pop r11 twice, r10, r9, rdx, rsi, rdi: what ``pushed`` has put there; flags and RCX stay."""
 
 
-def exit_stub(base: int, enclu: int, table: int) -> tuple[bytes, dict[str, int]]:
-    """Return what is executed in place of ``mov eax, 4; enclu`` in an enclave.
+def exit_stub(
+    base: int, enclu: int, table: int, between: bytes = b""
+) -> tuple[bytes, dict[str, int]]:
+    """Return what is executed in place of ``mov eax, 4 … enclu`` in an enclave.
 
     The labels, with what has to be undone or done for a thread that is stopped there:
 
+    - until ``begun`` what is between the two is executed
     - until ``locked`` nothing is changed but RAX; there RAX is zero if the thread has the lock
     - at ``swapped`` RAX and RCX are exchanged
     - at ``busy`` too, without the lock; from ``free`` on RCX is back
@@ -203,9 +206,12 @@ def exit_stub(base: int, enclu: int, table: int) -> tuple[bytes, dict[str, int]]
         base: where the stub is.
         enclu: where the ENCLU is, which stops the thread.
         table: where the table is, below 2 GiB.
+        between: instructions between the two, which do not use RAX and may be anywhere.
     """
     slot, asm = _BYTES, Assembler()
     asm.labels["enclu"] = enclu - base
+    asm.emit(between.hex())
+    asm.label("begun")
     asm.emit("f3 48 0f ae c8")  # rdgsbase rax
     asm.emit("c4 e3 7b f0 c0 0c 0f b7 c0")  # rorx eax, eax, 12; movzx eax, ax
     asm.word("48 8b 04 c5", table + EXITS_AT)  # mov rax, [8*rax+exits]

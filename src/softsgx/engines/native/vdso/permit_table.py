@@ -56,15 +56,23 @@ _NAME = b"softsgx\0"
 
 @dataclass(slots=True, frozen=True)
 class ExitStub:
-    """Code that is executed in place of ``mov eax, 4; enclu`` of an enclave.
+    """Code that is executed in place of ``mov eax, 4 … enclu`` of an enclave.
 
     Attributes:
+        start: where the jump to it is, instead of the load of EAX.
+        between: what is between the two.
         enclu: where the ENCLU is.
         labels: as :func:`.permit_code.exit_stub` has them.
     """
 
+    start: int
+    between: bytes
     enclu: int
     labels: dict[str, int]
+
+    def replaces(self, start: int, between: bytes, enclu: int) -> bool:
+        """Return whether it does what this code does; enclaves come and go at one address."""
+        return (self.start, self.between, self.enclu) == (start, between, enclu)
 
 
 @dataclass(slots=True, frozen=True)

@@ -4,7 +4,7 @@ When a thread has entered an enclave through our vDSO, and nothing but entries a
 happened in the machine since, the same EENTER would succeed again, with the same outcome; and
 EEXIT of a thread inside always succeeds.  The supervisor writes that down in the slot of the TCS
 and opens its gate (``vdso/permit_code.py``).  Our vDSO then does the EENTER, and code that a jump
-leads to from the enclave's ``mov eax, 4; enclu`` does the EEXIT, in the program.
+leads to from the enclave's ``mov eax, 4 … enclu`` does the EEXIT, in the program.
 
 What threads have done so is told to the machine before anything else depends on it.  To *settle* is
 to close all gates and to tell: all crossings are counted, and the last exit and the last entry of
@@ -27,6 +27,7 @@ Source:
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["Permits"]
+__all__ = ["Permits", "load_in_front"]
 
 _PAGE_BYTES = 4096
 _URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
@@ -53,8 +54,15 @@ _AEP = Tcs.OFFSETS["aep"]
 _PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
 _ENCLU = b"\x0f\x01\xd7"
-#: mov eax, 4 and mov rax, 4, as compilers and authors write them in front of EEXIT.
-_LOADS = (b"\xb8\x04\0\0\0", b"\x48\xc7\xc0\x04\0\0\0")
+#: mov eax, 4 or mov rax, 4, and what may come between it and EEXIT: registers but RAX and RSP are
+#: scrubbed by XOR with themselves, flags by add rdx, rdx and cld.
+_LOAD = re.compile(
+    rb"(?:\xb8\x04\0\0\0|\x48\xc7\xc0\x04\0\0\0)"
+    rb"((?:\x48?\x31[\xc9\xd2\xdb\xed\xf6\xff]"
+    rb"|[\x45\x4d]\x31[\xc0\xc9\xd2\xdb\xe4\xed\xf6\xff]"
+    rb"|\x48\x01\xd2|\xfc)*)\x0f\x01\xd7\Z"
+)
+_LONGEST_LOAD = 64
 _JUMP_BYTES = 5
 _TOO_NEAR = 16  # to the start of a page, for finding out where instructions begin
 
@@ -107,7 +115,7 @@ class Permits:
                 image.permits = make_table(thread, image)
                 image.has_room_for_permits = image.permits is not None
             return
-        if enclu not in image.plain_exits and self._is_not_replaced(image, enclu):
+        if enclu not in image.plain_exits:
             self._replace(thread, enclu)
         slot = image.permits.slot(inside.tcs_linaddr)
         if slot is not None and slot.entry is not None:
@@ -158,33 +166,30 @@ class Permits:
 
     # --- code of the enclave --------------------------------------------------------------------
 
-    def _is_not_replaced(self, image: ProcessImage, enclu: int) -> bool:
-        memory = image.page_table.memory_at(enclu)
-        return memory is not None and not any(enclu - len(load) in memory.exits for load in _LOADS)
-
     def _replace(self, thread: ProgramThread, enclu: int) -> None:
         """Let the load of EAX in front of an EEXIT be a jump to code that does it, if possible."""
         image = thread.image
-        start = _load_in_front(image, enclu)
-        number = next((n for n, stub in enumerate(image.exit_stubs) if stub.enclu == enclu), None)
-        if number is None:
-            number = len(image.exit_stubs)
+        memory, stubs = image.page_table.memory_at(enclu), image.exit_stubs
+        if memory is None or any(s.enclu == enclu and s.start in memory.exits for s in stubs):
+            return
+        found = load_in_front(image, enclu)
+        start, between = found or (0, b"")
+        number = next((n for n, s in enumerate(stubs) if s.replaces(start, between, enclu)), None)
+        number = len(stubs) if number is None else number
         base = image.vdso_base + image.vdso.stubs + STUB_BYTES * number
-        # A process with another vDSO may map the enclave, too; one that has forked has the same.
-        if start is None or number == image.vdso.most_stubs or abs(base - start) >> 31:
+        if found is None or number == image.vdso.most_stubs or abs(base - enclu) >> 30:
             image.plain_exits.add(enclu)
             return
-        memory = image.page_table.read_only_code(start, enclu + len(_ENCLU) - start)
-        if memory is None or memory.users != [image.page_table]:
-            return
+        if memory.users != [image.page_table]:
+            return  # a process with another vDSO may map it, too; one that has forked has the same
         self.settle()
         for other in list(image.threads.values()):
             if other is not thread and other.cpu.inside is not None:
                 self._hold(other)
-        if number == len(image.exit_stubs):
-            code, labels = exit_stub(base, enclu, image.permits_at)
+        if number == len(stubs):
+            code, labels = exit_stub(base, enclu, image.permits_at, between)
             os.pwrite(image.memory_fd, code, base)
-            image.exit_stubs.append(ExitStub(enclu, labels))
+            stubs.append(ExitStub(start, between, enclu, labels))
         distance = base - (start + _JUMP_BYTES)
         memory.jump_at(start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
 
@@ -319,15 +324,17 @@ class Permits:
         )
 
 
-def _load_in_front(image: ProcessImage, enclu: int) -> int | None:
-    """Return where EAX is loaded with 4 right in front of an ENCLU, in the same page."""
-    page, offset = enclu & -_PAGE_BYTES, enclu % _PAGE_BYTES
+def load_in_front(image: ProcessImage, enclu: int) -> tuple[int, bytes] | None:
+    """Return where EAX is loaded with 4 in front of an ENCLU, and what is in between.
+
+    All of that is in one page.
+    """
+    page, behind = enclu & -_PAGE_BYTES, enclu % _PAGE_BYTES + len(_ENCLU)
     memory = image.page_table.read_only_code(page, 1)
-    if memory is None:
+    if memory is None or behind > _PAGE_BYTES:
         return None
-    code = memory.own_code(page, _PAGE_BYTES)
-    for load in _LOADS:
-        start = offset - len(load)
-        if start >= _TOO_NEAR and code[start:].startswith(load + _ENCLU) and in_step(code, start):
-            return page + start
-    return None
+    code = memory.own_code(page, behind)
+    found = _LOAD.search(code, max(_TOO_NEAR, behind - _LONGEST_LOAD))
+    if found is None or not in_step(code, found.start()):
+        return None
+    return page + found.start(), found[1]

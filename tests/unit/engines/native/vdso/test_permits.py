@@ -30,7 +30,7 @@ from softsgx.engines.native.vdso.permit_code import (
     exit_stub,
 )
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable, Slot
-from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.vdso.permits import Permits, load_in_front
 from softsgx.hw import Machine, MachineConfig, aex
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime
@@ -82,7 +82,7 @@ class Scene:
             permits=None,
             permits_at=TABLE,
             has_room_for_permits=False,
-            exit_stubs=[ExitStub(ENCLU, STUB)],
+            exit_stubs=[ExitStub(ENCLU - 5, b"", ENCLU, STUB)],
             plain_exits={ENCLU},
         )
         if table:
@@ -351,6 +351,19 @@ def test_threads_may_change_their_tcs() -> None:
     assert scene.crossings == (5, 3)
 
 
+def test_whoever_has_taken_over_a_tcs_has_left_its_own_before() -> None:
+    scene = Scene(2)
+    one, other = scene.at(0), scene.at(1)
+    for actor in (one, other):
+        actor.called_once()
+        actor.enter_with_a_stop()
+        actor.exit()
+    scene.at(1, tcs=0).enter()
+    scene.permits.stopped(one.thread)
+    assert one.cpu.inside is None
+    assert other.cpu.inside.tcs_linaddr == one.tcs
+
+
 def test_a_stop_that_only_crosses_leaves_the_permits_of_others() -> None:
     scene = Scene(2)
     one, other = scene.at(0).called_once(), scene.at(1).called_once()
@@ -467,6 +480,42 @@ def test_whoever_is_stopped_behind_the_exit_is_at_its_target(place: str) -> None
     actor.stop()
     assert (regs.rip, regs.rax, regs.rcx, regs.rdx, regs.r11) == (AFTER, 4, 7, 2, 3)
     assert (regs.rflags, slot.word("lock"), actor.cpu.inside) == (0x246, 0, None)
+
+
+@pytest.mark.parametrize("done", [0, 3, 6])
+def test_what_is_between_the_load_and_the_exit_is_executed_once(done: int) -> None:
+    actor = Scene().at()
+    actor.enter_with_a_stop()
+    between = bytes.fromhex("4831c9 4831d2 fc")
+    labels = exit_stub(BASE + VDSO.stubs, ENCLU, TABLE, between)[1]
+    actor.scene.image.exit_stubs[0] = ExitStub(ENCLU - 12, between, ENCLU, labels)
+    actor.regs.rip, actor.regs.rax = BASE + VDSO.stubs + done, 0xBAD
+    actor.stop()
+    assert (actor.regs.rip, actor.regs.rax) == (ENCLU - len(between) + done, 4)
+
+
+#: Code in front of ENCLU, as runtimes have it, and how much of that is behind the load of EAX.
+@pytest.mark.parametrize(
+    ("code", "between"),
+    [
+        ("4889cb b804000000", 0),
+        ("01d2fc 48c7c004000000", 0),
+        ("48c7c004000000 4831c9 4831d2 4d31c0 4d31ff 4801d2 fc", 16),
+        ("b804000000 31d2 4531db", 5),
+        ("b804000000 31c0", None),
+        ("b804000000 4831e4", None),
+        ("b804000000 90", None),
+        ("b805000000", None),
+        ("41b804000000", None),
+    ],
+)
+def test_loads_of_eax_in_front_of_an_exit_are_found(code: str, between: int | None) -> None:
+    front = bytes.fromhex("4889c3" * 40) + bytes.fromhex(code)
+    page = (front + b"\x0f\x01\xd7" + b"\x0f\x0b" * 8).ljust(4096, b"\xcc")
+    memory = SimpleNamespace(own_code=lambda address, size: page[:size])
+    table = SimpleNamespace(read_only_code=lambda address, size: memory)
+    found = load_in_front(cast(Any, SimpleNamespace(page_table=table)), 0x5000 + len(front))
+    assert (None if found is None else len(found[1])) == between
 
 
 def test_a_lock_of_another_thread_is_left_alone() -> None:
