@@ -12,9 +12,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, TextIO, cast
 
 import softsgx
+from softsgx.cli._common import discard, tell
+from softsgx.cli._signals import EndedBySignal
 from softsgx.errors import SoftSgxError
 
 __all__ = ["VERBS", "Command", "command_of", "main", "parser_of", "whole_parser"]
@@ -54,8 +56,6 @@ class Command(Protocol):
         """Do it; return the exit status."""
 
 
-_INTERRUPTED = 128 + signal.SIGINT
-
 VERBS = (
     "tour",
     "build",
@@ -76,8 +76,25 @@ def command_of(verb: str) -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command line; return the exit status, 128 + n where signal n ends the command.
+
+    Args:
+        argv: the words behind the command's name; by default those that this process was started
+            with, and a signal that ends the command ends the process.
+    """
+    _complete_standard_files()
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        number = int(signal.SIGINT)
+    except EndedBySignal as ended:
+        number = ended.number
+    finally:
+        _end_output(sys.stderr, 2)
+    return 128 + number if argv is not None else _end_by(number)
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = _parser(_wanted(argv))
     args = parser.parse_args(argv)
     args.words = list(argv)
@@ -89,15 +106,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = command.run(args)
         sys.stdout.flush()
     except SoftSgxError as error:
-        print(f"softsgx: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the output has closed it; the interpreter must not report that at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tell(f"softsgx: {error}")
+        return error.exit_status
+    except OSError as error:
+        if not _end_output(sys.stdout, 1):
+            raise
+        if not isinstance(error, BrokenPipeError):  # a reader that has enough is no failure
+            tell(f"softsgx: standard output: {error.strerror}")
         return 1
     return status
+
+
+def _complete_standard_files() -> None:
+    """Open what was closed when we were started, or other files would get these numbers.
+
+    In programs that we run they are closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _end_output(file: TextIO, descriptor: int) -> bool:
+    """Write what is left of an output; return whether that has failed.
+
+    What is left then is thrown away, or the interpreter would fail on it at its exit.
+    """
+    try:
+        file.flush()
+    except OSError:
+        discard(descriptor)
+        return True
+    return False
+
+
+def _end_by(number: int) -> int:
+    """End this process by a signal; return an exit status where that does not end it."""
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    return 128 + number  # the first process of a process namespace survives it
 
 
 def _wanted(argv: Sequence[str]) -> tuple[str, ...]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from softsgx.errors import SoftSgxError
 from softsgx.sizes import parse_size
 
-__all__ = ["number", "print_json", "read_file", "size_as_written", "size_bytes", "write_file"]
+__all__ = [
+    "discard",
+    "number",
+    "print_json",
+    "read_file",
+    "size_as_written",
+    "size_bytes",
+    "tell",
+    "write_file",
+]
 
 
 def size_bytes(text: str) -> int:
@@ -36,6 +46,21 @@ def number(text: str) -> int:
         return int(text, 0)
     except ValueError:
         raise argparse.ArgumentTypeError(f"number {text!r}; write 4 or 0x4") from None
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error, if that can be written to."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(2)
+
+
+def discard(descriptor: int) -> None:
+    """Throw away what is written to a descriptor from now on, and what its file still holds."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def print_json(document: dict[str, object]) -> None:

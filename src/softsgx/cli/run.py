@@ -10,7 +10,9 @@ Examples:
   softsgx run --limit jobs/a=8MiB -- ./app        the program runs in that group
   softsgx run --quiet --report run.html -- ./app  a page that opens offline
 
-exit status: the program's; 2 when it could not be run, 125 after an error in softsgx.
+exit status: the program's; 2 when the command line or a file it names is wrong, 127 when there
+is no such program, 126 when it cannot be executed, 125 when this machine lacks something and
+after an error in softsgx.
 This is an emulation: it protects nothing from the owner of this machine.
 """
 
@@ -19,29 +21,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-from types import FrameType
 from typing import Any
 
 from softsgx import report
-from softsgx.cli._common import size_as_written, write_file
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, GdbServer, RunFailed, doctor
+from softsgx.cli._common import discard, size_as_written, tell
+from softsgx.cli._outputs import Outputs
+from softsgx.cli._signals import EndedBySignal, ProgramSignals
+from softsgx.engines.native import (
+    CPUID_SOURCES,
+    PAGERS,
+    GdbServer,
+    RunFailed,
+    RunResult,
+    doctor,
+    libc,
+)
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import Injections, tick_period_ns
-from softsgx.errors import SoftSgxError
+from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.report import (
     COST_PROFILES,
     Collector,
     CpuTimes,
+    RunSummary,
     Sampler,
     Ticker,
     document,
@@ -51,8 +61,7 @@ __all__ = ["NAME", "configure", "run"]
 
 NAME = "run"
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_STANDARD_OUTPUT = "-"
 _FAILED = 125  # as env and timeout have it
 _STDERR = "-"
 _STATUS_AFTER_S = 2.0
@@ -132,7 +141,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "vDSO; to stderr, or to FILE",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write the summary as one JSON object")
+    output.add_argument(
+        "--json", metavar="FILE", help="write the summary as one JSON object; - is standard output"
+    )
     output.add_argument(
         "--trace", metavar="FILE", help="write every event as a Perfetto trace; paging gets slower"
     )
@@ -155,37 +166,66 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it; return its exit status."""
+    """Run it; return its exit status.
+
+    Raises:
+        EndedBySignal: a signal has ended the program, or comes when it does not run.
+    """
     argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not argv:
         raise SoftSgxError("run: no program; write softsgx run [options] -- PROGRAM ARG…")
-    # Before a file is written: the engine finds what is wrong with these after that.
-    Injections.of(args.inject)
+    # Before a file is made: the engine finds what is wrong with these after that.
+    taken = Injections.of(args.inject).power_signals
     if args.tick is not None:
         tick_period_ns(args.tick)
-    _check_machine()
-    log = None if args.syscalls == _STDERR else args.syscalls
-    _check_files(args.json, args.trace, args.report, log, force=args.force)
-    config = _config(args)
-    group = _group(args, config)
-    if not args.quiet:
-        for line in config.roundings():
-            print(f"softsgx: {line}", file=sys.stderr)
-    collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
-    sampler = Sampler(collector) if args.report else None
-    began = datetime.now(UTC).isoformat(timespec="seconds")
+    with ProgramSignals(taken) as signals:
+        _check_machine()
+        config = _config(args)
+        group = _group(args, config)
+        with _outputs(args) as outputs, _gdb_server(args) as gdb:
+            if not args.quiet:
+                for line in config.roundings():
+                    tell(f"softsgx: {line}")
+            collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
+            sampler = Sampler(collector) if args.report else None
+            watch = _Watch(collector, sampler, signals, status=_status_wanted(args), gdb=gdb)
+            began = datetime.now(UTC).isoformat(timespec="seconds")
+            result, mistakes = _run_watched(args, argv, config, group, watch)
+            outputs.keep(args.trace, args.syscalls)
+            summary = collector.summary(
+                argv, result.exit_code, result.injected, began=began, options=_options(args)
+            )
+            _report(args, outputs, summary, sampler)
+    for mistake in mistakes:
+        tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
+    if mistakes:
+        return _FAILED
+    if result.exit_code < 0:
+        libc.set_dumpable(False)  # the core to look at is the program's
+        raise EndedBySignal(-result.exit_code)
+    return result.exit_code
+
+
+@contextmanager
+def _gdb_server(args: argparse.Namespace) -> Iterator[GdbServer | None]:
+    if args.gdb is None:
+        yield None
+        return
+    with closing(GdbServer(args.gdb, args.enclave_file)) as server:
+        yield server
+
+
+def _run_watched(
+    args: argparse.Namespace, argv: list[str], config: PlatformConfig, group: str, watch: _Watch
+) -> tuple[RunResult, list[Exception]]:
+    """Run the program; return how it ended, and mistakes of ours."""
     with ExitStack() as stack:
-        gdb = None
-        if args.gdb is not None:
-            gdb = stack.enter_context(closing(GdbServer(args.gdb, args.enclave_file)))
-        watch = _Watch(collector, sampler, status=_status_wanted(args), gdb=gdb)
         tracer = None
         if args.trace:
-            writer = report.PerfettoWriter(args.trace, time.monotonic_ns, collector.levels)
+            writer = report.PerfettoWriter(args.trace, time.monotonic_ns, watch.collector.levels)
             tracer = stack.enter_context(writer)
+        stack.enter_context(watch.signals.waiting())
         stack.callback(watch.stop)
-        stack.enter_context(_handlers_kept())
-        mistakes: list[Exception] = []
         try:
             result = run_natively(
                 argv,
@@ -199,29 +239,51 @@ def run(args: argparse.Namespace) -> int:
                 strict=args.strict,
                 inject=args.inject,
                 tick=args.tick,
-                gdb=gdb,
+                gdb=watch.gdb,
                 syscalls=stack.enter_context(_call_log(args.syscalls)),
             )
         except RunFailed as failed:  # the summary covers a failed run, too
-            result, mistakes = failed.result, failed.errors
-    summary = collector.summary(
-        argv, result.exit_code, result.injected, began=began, options=_options(args)
-    )
+            return failed.result, failed.errors
+    return result, []
+
+
+def _report(
+    args: argparse.Namespace, outputs: Outputs, summary: RunSummary, sampler: Sampler | None
+) -> None:
+    """Write what was asked for.  What cannot be written is told; the status stays the program's."""
     if sampler is not None:
         sampler.take()
-        write_file(
-            args.report, report.html_page(summary, sampler.samples).encode(), force=args.force
-        )
+        with _failure_told():
+            outputs.write(args.report, report.html_page(summary, sampler.samples).encode())
     if args.json:
         text = json.dumps(document(summary), indent=2) + "\n"
-        write_file(args.json, text.encode(), force=args.force)
+        with _failure_told():
+            if args.json == _STANDARD_OUTPUT:
+                _print(text)
+            else:
+                outputs.write(args.json, text.encode())
     if not args.quiet:
-        report.print_summary(summary, report.error_console())
-    for mistake in mistakes:
-        print(f"softsgx: {mistake!r}: a mistake of softsgx; please report it", file=sys.stderr)
-    if mistakes:
-        return _FAILED
-    return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+        try:
+            report.print_summary(summary, report.error_console())
+        except OSError:
+            discard(2)
+
+
+@contextmanager
+def _failure_told() -> Iterator[None]:
+    try:
+        yield
+    except SoftSgxError as error:
+        tell(f"softsgx: {error}")
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        discard(1)
+        raise SoftSgxError(f"standard output: {error.strerror}; it is not complete") from error
 
 
 @contextmanager
@@ -233,7 +295,7 @@ def _call_log(path: str | None) -> Iterator[Callable[[str], None] | None]:
     if path is None:
         yield None
     elif path == _STDERR:
-        yield partial(print, file=sys.stderr, flush=True)
+        yield tell
     else:
         with open(path, "w") as file:
             yield partial(print, file=file, flush=True)
@@ -245,6 +307,7 @@ class _Watch:
     Args:
         collector: receives the events.
         sampler: takes samples while the program runs.
+        signals: what is sent to the command.
         status: whether to show a status line after two seconds.
         gdb: where the program waits for a gdb, which the user is told.
     """
@@ -253,30 +316,26 @@ class _Watch:
         self,
         collector: Collector,
         sampler: Sampler | None,
+        signals: ProgramSignals,
         *,
         status: bool,
         gdb: GdbServer | None = None,
     ) -> None:
-        self._collector, self._sampler, self._status = collector, sampler, status
-        self._gdb = gdb
+        self.collector, self.signals = collector, signals
+        self._sampler, self._status = sampler, status
+        self.gdb = gdb
         self._tickers: list[Ticker] = []
         self._shown = False
-        self._pid = 0
 
     def attached(self, platform: Platform, pager: str) -> None:
-        self._collector.attached(platform, pager)
+        self.collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
-        """Pass signals on to the program from now on; before, they end softsgx."""
-        self._pid = pid
-        # The terminal sends these to the program, too.
-        for number in _FROM_TERMINAL:
-            signal.signal(number, signal.SIG_IGN)
-        for number in _PASSED_ON:
-            signal.signal(number, self._pass_on)
-        self._collector.started(pid)
-        if self._gdb is not None:
-            _say_where(self._gdb)
+        """Begin to pass signals on, and to look at the run."""
+        self.signals.started(pid)
+        self.collector.started(pid)
+        if self.gdb is not None:
+            _say_where(self.gdb)
         # No thread may exist before the program's fork.
         if self._sampler is not None:
             self._sampler.take()
@@ -295,19 +354,13 @@ class _Watch:
     def _show_status(self) -> float:
         self._shown = True
         width = _terminal_width(2)
-        self._write(report.status_line(self._collector)[: width - 1])
+        self._write(report.status_line(self.collector)[: width - 1])
         return _STATUS_EVERY_S
 
     @staticmethod
     def _write(text: str) -> None:
         with suppress(OSError):
             os.write(2, f"\r{text}\x1b[K".encode())
-
-    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        try:
-            os.kill(self._pid, number)
-        except ProcessLookupError:
-            return
 
 
 def _options(args: argparse.Namespace) -> list[str]:
@@ -319,16 +372,11 @@ def _options(args: argparse.Namespace) -> list[str]:
 def _say_where(gdb: GdbServer) -> None:
     """Say where the program waits for gdb."""
     if gdb.is_public:
-        print(
+        tell(
             f"softsgx: --gdb {gdb.address}: other machines may reach this port, and who connects "
-            "first can run any code as you; gdb's protocol has no password",
-            file=sys.stderr,
+            "first can run any code as you; gdb's protocol has no password"
         )
-    print(
-        f"softsgx: the program waits for gdb; in gdb: target remote {gdb.address}",
-        file=sys.stderr,
-        flush=True,
-    )
+    tell(f"softsgx: the program waits for gdb; in gdb: target remote {gdb.address}")
 
 
 def _terminal_width(descriptor: int) -> int:
@@ -346,36 +394,19 @@ def _status_wanted(args: argparse.Namespace) -> bool:
     return not args.quiet and os.isatty(2) and not os.isatty(1)
 
 
-@contextmanager
-def _handlers_kept() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (*_PASSED_ON, *_FROM_TERMINAL)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _check_machine() -> None:
     for finding in doctor():
         if finding.needed and not finding.ok:
-            raise SoftSgxError(f"{finding.name}: {finding.text}; see softsgx doctor")
+            raise NotRun(f"{finding.name}: {finding.text}; see softsgx doctor")
 
 
-def _check_files(*paths: str | None, force: bool) -> None:
-    """Refuse files that could not be written, before the program runs."""
-    for path in paths:
-        if path is None:
-            continue
-        file = Path(path)
-        try:
-            there = file.exists()
-        except OSError as error:  # no name of a file, or a directory that may not be searched
-            raise SoftSgxError(f"{path}: {error.strerror}; choose another file") from error
-        if there and not force:
-            raise SoftSgxError(f"{path}: exists; add --force to overwrite it")
-        if not os.access(file.parent, os.W_OK):
-            raise SoftSgxError(f"{path}: cannot be written; choose another directory")
+def _outputs(args: argparse.Namespace) -> Outputs:
+    """Open the files that were asked for; only the summary's object can go to standard output."""
+    if _STANDARD_OUTPUT in (args.trace, args.report):
+        raise SoftSgxError("-: only --json can be written to standard output; give a file")
+    log = None if args.syscalls == _STDERR else args.syscalls
+    paths = [args.trace, args.report, log, None if args.json == _STANDARD_OUTPUT else args.json]
+    return Outputs([path for path in paths if path is not None], force=args.force)
 
 
 def _config(args: argparse.Namespace) -> PlatformConfig:

@@ -7,9 +7,6 @@ enclave, started as a user starts it.
 from __future__ import annotations
 
 import json
-import os
-import pty
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,30 +90,33 @@ def test_output_input_and_status_are_the_programs() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "got word\n", "bad\n")
 
 
-def test_a_signal_sent_to_the_command_reaches_the_program() -> None:
-    script = 'trap "exit 9" TERM; echo ready; while :; do read x; done'
-    command = [*COMMAND, "--quiet", "--", "sh", "-c", script]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as started:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "ready\n"
-        started.send_signal(signal.SIGTERM)
-        assert started.wait() == 9
+@pytest.mark.parametrize("program", ["/no/such/program", "no-such-program", "/", "", "{}"])
+def test_a_program_that_cannot_be_run_has_the_status_that_env_gives(
+    program: str, tmp_path: Path
+) -> None:
+    name = program.format(tmp_path / "not-executable")
+    (tmp_path / "not-executable").write_text("exit 5")
+    plain = subprocess.run(["env", name], capture_output=True, check=False)
+    done = run("--", name)
+    assert done.returncode == plain.returncode in (126, 127)
+    assert done.stderr.startswith(f"softsgx: {name or repr(name)}: ")
+    assert done.stderr.count("\n") == 1
 
 
-def test_interrupt_on_a_terminal_is_for_the_program() -> None:
-    script = 'trap "exit 9" INT; echo ready; while :; do read x; done'
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", "sh", "-c", script])
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(terminal, 100)
-    os.write(terminal, b"\x03")
-    _, status = os.waitpid(pid, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 9
+def test_a_script_that_names_no_interpreter_is_run_by_the_shell(tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text("exit $1")
+    path.chmod(0o755)
+    assert run("--quiet", "--", str(path), "5").returncode == 5
 
 
-def test_a_program_that_dies_by_a_signal_gives_the_shells_status() -> None:
-    assert run("--quiet", "--", "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
+@pytest.mark.parametrize("where", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", "2>&1 | :"])
+def test_the_status_is_the_programs_wherever_output_goes(where: str) -> None:
+    line = f"{' '.join(COMMAND)} --json - -- sh -c 'exit 7' {where}"
+    shell = ["/bin/bash", "-o", "pipefail", "-c", line]
+    assert subprocess.run(shell, check=False).returncode == 7
+
+
+def test_what_is_closed_is_closed_in_the_program() -> None:
+    line = f"{' '.join(COMMAND)} --quiet -- sh -c '[ -e /proc/$$/fd/0 ] || exit 6' <&-"
+    assert subprocess.run(["/bin/bash", "-c", line], check=False).returncode == 6

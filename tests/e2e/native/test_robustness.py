@@ -21,7 +21,7 @@ from tests.support.native import needs_tracing
 from softsgx.engines.native import RunFailed, Supervisor, abi, run
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.errors import SoftSgxError
+from softsgx.errors import NotRun
 from softsgx.paging import Group
 from softsgx.paging.ksgxd import Ksgxd
 from softsgx.trace import Event
@@ -69,7 +69,7 @@ def softsgx_without(call: int, *words: str) -> subprocess.CompletedProcess[str]:
 )
 def test_a_call_that_the_supervisor_cannot_do_without_is_named(call: int, name: str) -> None:
     refused = softsgx_without(call, "run", "--", "/bin/true")
-    assert refused.returncode == 2
+    assert refused.returncode == 125
     assert refused.stderr.startswith(f"softsgx: {name}: ") and refused.stderr.count("\n") == 1
     found = softsgx_without(call, "doctor")
     assert found.returncode == 1
@@ -129,15 +129,16 @@ def test_a_proc_of_other_processes_is_named() -> None:
     refused = subprocess.run(
         [*command, "run", "--", "/bin/true"], capture_output=True, text=True, check=False
     )
-    assert refused.returncode == 2
+    assert refused.returncode == 125
     assert refused.stderr.startswith("softsgx: /proc: /proc is missing or shows another")
     found = subprocess.run([*command, "doctor"], capture_output=True, text=True, check=False)
     assert found.returncode == 1 and "/proc" in found.stdout
 
 
 def test_a_directory_that_is_not_there_is_named() -> None:
-    with pytest.raises(SoftSgxError, match="No such file or directory"):
+    with pytest.raises(NotRun, match=r"^/no/such/directory: No such file or directory") as failed:
         run(["/bin/true"], cwd="/no/such/directory")
+    assert failed.value.exit_status == 125
 
 
 _KILLED = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from softsgx.cli import main
 from softsgx.cli import run as run_command
 from softsgx.engines.native import Finding, RunResult
 from softsgx.engines.native.run import Observer
-from softsgx.errors import SoftSgxError
+from softsgx.errors import NotRun
 from softsgx.host import Platform, PlatformConfig
 
 FINE = [Finding("ptrace", True, True, "programs can be traced")]
@@ -149,9 +150,46 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_program_runs(
     assert not engine.calls
 
 
+def test_outputs_that_would_be_lost_are_refused_before_the_program_runs(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    path, again = tmp_path / "file", tmp_path / "x" / ".." / "file"
+    assert run("--force", "--json", str(tmp_path), "--", "app") == 2
+    assert run("--json", str(path), "--report", str(again), "--", "app") == 2
+    assert run("--trace", "-", "--", "app") == 2
+    with socket.socket(socket.AF_UNIX) as listener:  # root can write what is read-only
+        listener.bind(str(tmp_path / "socket"))
+    assert run("--json", str(tmp_path / "socket"), "--force", "--", "app") == 2
+    directory, twice, dash, unwritable = capsys.readouterr().err.splitlines()
+    assert directory.endswith(": is a directory; choose a file")
+    assert twice.endswith(": given twice; choose another file")
+    assert dash == "softsgx: -: only --json can be written to standard output; give a file"
+    assert unwritable.endswith(
+        "socket: cannot be written (No such device or address); choose another file"
+    )
+    assert not engine.calls
+    assert not path.exists()
+
+
+def test_a_dash_is_standard_output(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--quiet", "--json", "-", "--", "app") == 0
+    assert json.loads(capsys.readouterr().out)["exit_status"] == 0
+
+
+def test_a_file_that_takes_no_more_is_told_and_the_status_stays_the_programs(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.exit_code = 3
+    assert run("--quiet", "--force", "--json", "/dev/full", "--", "app") == 3
+    assert capsys.readouterr().err == (
+        "softsgx: /dev/full: No space left on device; it is not complete\n"
+    )
+
+
 def test_force_overwrites(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "there"
-    path.write_text("old")
+    path.write_text("old" * 10_000)
     assert run("--quiet", "--json", str(path), "--force", "--", "app") == 0
     assert json.loads(path.read_text())["exit_status"] == 0
 
@@ -233,14 +271,19 @@ def test_a_program_is_needed(engine: Engine, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("softsgx: run: no program")
 
 
-def test_a_program_that_cannot_start_is_told_in_one_line(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_program_that_cannot_start_is_told_in_one_line_and_leaves_no_file(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def refuse(*_args: object, **_options: object) -> RunResult:
-        raise SoftSgxError("/no/app: No such file or directory")
+        raise NotRun("/no/app: No such file or directory", 127)
 
     monkeypatch.setattr(run_command, "run_natively", refuse)
-    assert run("--", "/no/app") == 2
+    path = tmp_path / "run.json"
+    assert run("--json", str(path), "--", "/no/app") == 127
+    assert not path.exists()
     assert capsys.readouterr().err == "softsgx: /no/app: No such file or directory\n"
 
 
@@ -248,7 +291,7 @@ def test_a_machine_that_cannot_is_sent_to_the_doctor(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_command, "doctor", lambda: MISSING)
-    assert run("--", "app") == 2
+    assert run("--", "app") == 125
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("softsgx: ptrace: programs cannot be traced")
     assert "softsgx doctor" in line
@@ -266,8 +309,9 @@ def test_strict_is_for_the_engine(engine: Engine) -> None:
     assert [call.get("strict", False) for call in engine.calls] == [False, True]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_are_passed_on(engine: Engine, number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["TERM", "USR1", "USR2", "INT", "QUIT", "HUP"])
+def test_signals_are_passed_on(engine: Engine, name: str) -> None:
+    number = getattr(signal, f"SIG{name}")
     with subprocess.Popen(["sleep", "1000"]) as program:
         engine.pid = program.pid
 
@@ -278,14 +322,6 @@ def test_signals_are_passed_on(engine: Engine, number: signal.Signals) -> None:
         engine.during = during
         assert run("--quiet", "--", "app") == 0
         assert program.returncode == -number
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
-def test_what_a_terminal_sends_is_left_to_the_program(
-    engine: Engine, number: signal.Signals
-) -> None:
-    engine.during = lambda: os.kill(os.getpid(), number)
-    assert run("--quiet", "--", "app") == 0
 
 
 def test_handlers_are_as_before_afterwards(engine: Engine) -> None:

@@ -33,7 +33,7 @@ from softsgx.engines.native.x86.cpuid import (
 from softsgx.engines.native.x86.cpuinfo import rewrite_cpuinfo
 from softsgx.engines.native.x86.profile import ProfileCpuid, intel_layout
 from softsgx.engines.native.x86.tsc import tsc_khz
-from softsgx.errors import SoftSgxError
+from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
 from softsgx.trace import Tracer
@@ -199,8 +199,8 @@ def run(
         keywords: fields of :class:`~softsgx.host.PlatformConfig`.
 
     Raises:
-        SoftSgxError: the program cannot be started, the configuration is impossible, or this
-            machine lacks something the engine needs.
+        NotRun: the program cannot be started, or this machine lacks something the engine needs.
+        SoftSgxError: the configuration is impossible.
         RunFailed: the program has ended, and we have made mistakes.
     """
     if pager is not None and pager not in PAGERS:
@@ -213,7 +213,7 @@ def run(
     tick_ns = None if tick is None else tick_period_ns(tick)
     for finding in doctor():
         if finding.needed and not finding.ok:
-            raise SoftSgxError(f"{finding.name}: {finding.text}")
+            raise NotRun(f"{finding.name}: {finding.text}")
     described = config.but(**keywords) if config else PlatformConfig.of(**keywords)
     with native_platform(described, tracer, cpuid=cpuid) as platform:
         assert platform.driver is not None, "a platform that runs has its driver"

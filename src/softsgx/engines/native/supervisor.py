@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from errno import EACCES
 from functools import partial
+from types import FrameType
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
@@ -53,7 +54,7 @@ from softsgx.engines.native.tracing.bpf import build_filter
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
-from softsgx.engines.native.tracing.start import start_program
+from softsgx.engines.native.tracing.start import EndedEarly, start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.permits import Permits
@@ -215,7 +216,8 @@ class Supervisor(Lifecycle):
         self._affinity = Affinity(self._cpus)
         # The terminal's interrupt goes to the program as well; what it means is for it to say.
         main = threading.current_thread() is threading.main_thread()
-        interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+        handled = main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+        interrupt_handler = signal.signal(signal.SIGINT, _left_to_program) if handled else None
         limits, dumpable = raise_limits(), libc.dumpable()
         try:
             bpf = build_filter(everything=self._strict)
@@ -251,6 +253,8 @@ class Supervisor(Lifecycle):
                 raise
             status = self._loop.statuses.get(first.tid)
             return -9 if status is None else os.waitstatus_to_exitcode(status)
+        except EndedEarly as ended:
+            return -ended.number
         finally:
             self._registry.close()
             self._affinity.close()
@@ -437,6 +441,10 @@ class _Opener:
         if not self.provision:
             raise OSError(EACCES, "refused on demand")
         return self.driver.open_provision(thread)
+
+
+def _left_to_program(_number: int, _frame: FrameType | None) -> None:
+    """Handle a signal that is the program's.  If it were ignored, the program would begin so."""
 
 
 def _kill(pid: int) -> None:

@@ -15,6 +15,7 @@ import os
 import signal
 import struct
 from collections.abc import Mapping, Sequence
+from errno import ENOENT, ENOEXEC
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import Limits, set_limits
@@ -22,9 +23,9 @@ from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso.elf import Vdso, build_vdso, read_symbols
 from softsgx.engines.native.vdso.shared_page import SharedPage
-from softsgx.errors import SoftSgxError
+from softsgx.errors import NotRun, SoftSgxError
 
-__all__ = ["TRACE_OPTIONS", "install_vdso", "share_page", "start_program"]
+__all__ = ["TRACE_OPTIONS", "EndedEarly", "install_vdso", "share_page", "start_program"]
 
 TRACE_OPTIONS = (
     abi.PTRACE_O_TRACESYSGOOD
@@ -37,10 +38,22 @@ TRACE_OPTIONS = (
     | abi.PTRACE_O_EXITKILL
 )
 
-#: Exit status of a child that could not become the program, as shells have it.
-_CANNOT_EXECUTE = 127
+#: Exit statuses for a child that could not become the program, as env(1) has them.
+_NOT_FOUND, _NOT_EXECUTABLE, _NOT_PREPARED = 127, 126, 125
 #: The shared page in ``/proc/PID/maps``.
 _SHARED_NAME = b"softsgx\0"
+
+
+class EndedEarly(Exception):
+    """A signal has ended the child before it was the program.
+
+    Attributes:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def start_program(
@@ -57,7 +70,7 @@ def start_program(
     """Start ``argv`` traced, and return its first thread stopped at the end of its execve.
 
     Args:
-        argv: program, looked up in PATH, and its arguments.
+        argv: program, looked up as execvp(3) does, and its arguments.
         bpf: the seccomp filter, an array of ``struct sock_filter``.
         waits: receives its stops.
         env: its environment; by default the supervisor's.
@@ -67,30 +80,35 @@ def start_program(
         limits: its resource limits, those that differ from the supervisor's.
 
     Raises:
-        SoftSgxError: there is no such program, or this machine forbids tracing.
+        NotRun: there is no such program, or this machine forbids tracing.
+        EndedEarly: a signal has ended the child.
     """
     failed_read, failed_write = os.pipe()
     supervisor = os.getpid()
+    # A handler of ours that ran in the child would keep a signal from the program.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid == 0:
         _become(supervisor, argv, bpf, failed_write, env, cwd, cpus, stdio, limits)
-    os.close(failed_write)
-    _pid, status = os.waitpid(pid, os.WUNTRACED)
     thread = Thread(pid, waits)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(failed_write)
+        _pid, status = os.waitpid(pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
+            waits.keep(pid, status)
             raise Gone(pid)
         libc.ptrace(abi.PTRACE_SEIZE, pid, 0, TRACE_OPTIONS)
         os.kill(pid, signal.SIGCONT)
         _follow_to_exec(thread)
     except Gone:
-        reason = os.read(failed_read, 4096).decode(errors="replace")
-        _reap(pid)
-        raise SoftSgxError(reason or f"{argv[0]}: ended before it started") from None
-    except OSError as error:
+        raise _why_it_ended(_end(thread), os.read(failed_read, 4096), argv[0]) from None
+    except BaseException as error:
         os.kill(pid, signal.SIGKILL)
-        _reap(pid)
-        raise SoftSgxError(
+        _end(thread)
+        if not isinstance(error, OSError):
+            raise
+        raise NotRun(
             f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children"
         ) from None
     finally:
@@ -98,13 +116,19 @@ def start_program(
     return thread
 
 
-def _reap(pid: int) -> None:
-    """Wait for the end of a child that ends."""
-    try:
-        while os.WIFSTOPPED(os.waitpid(pid, abi.WALL)[1]):
-            let_end(pid)
-    except ChildProcessError:
-        return
+def _end(thread: Thread) -> int:
+    """Wait for the end of a child that ends; return its status."""
+    while os.WIFSTOPPED(status := thread.waits.of(thread.tid)):
+        let_end(thread.tid)
+    return status
+
+
+def _why_it_ended(status: int, report: bytes, program: str) -> Exception:
+    """Return what a child's status, and its report, say of why it did not become the program."""
+    if os.WIFSIGNALED(status):
+        return EndedEarly(os.WTERMSIG(status))
+    reason = report.decode(errors="replace") or f"{program}: ended before it started"
+    return NotRun(reason, os.WEXITSTATUS(status))
 
 
 def _become(
@@ -119,26 +143,53 @@ def _become(
     limits: Limits | None,
 ) -> None:
     """In the child: wait for the tracer, then filter and execute; never returns."""
+    program = argv[0] or repr(argv[0])
+    status, what = _NOT_PREPARED, program
     try:
         libc.end_with(supervisor)  # until it is traced, and EXITKILL sees to that
-        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        _reset_signals()
         for target, descriptor in enumerate(stdio or ()):
             os.dup2(descriptor, target)
         if cwd is not None:
+            what = cwd
             os.chdir(cwd)
+            what = program
         if cpus is not None:
             os.sched_setaffinity(0, cpus)
         set_limits(limits or {})
         os.kill(os.getpid(), signal.SIGSTOP)
         libc.end_with(None)
         _install_filter(bpf)
-        os.execvpe(argv[0], list(argv), dict(os.environ if env is None else env))
+        status = _NOT_EXECUTABLE
+        _execute(list(argv), dict(os.environ if env is None else env))
     except OSError as error:
-        os.write(report, f"{argv[0]}: {error.strerror or error}".encode())
+        if error.errno == ENOENT and status == _NOT_EXECUTABLE:
+            status = _NOT_FOUND
+        os.write(report, f"{what}: {error.strerror or error}".encode())
     finally:
-        os._exit(_CANNOT_EXECUTE)
+        os._exit(status)
+
+
+def _execute(argv: list[str], env: dict[str, str]) -> None:
+    """Execute a program as execvp(3) does: what names no interpreter is for the shell."""
+    if not argv[0]:  # PATH would make a directory of it
+        raise OSError(ENOENT, os.strerror(ENOENT))
+    try:
+        os.execvpe(argv[0], argv, env)
+    except OSError as error:
+        if error.errno != ENOEXEC:
+            raise
+        os.execve("/bin/sh", ["/bin/sh", error.filename, *argv[1:]], env)
+
+
+def _reset_signals() -> None:
+    """Give the child what a program begins with; what is ignored stays so, but for Python."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
 
 
 class _Program(ctypes.Structure):
@@ -159,8 +210,9 @@ def _follow_to_exec(thread: Thread) -> None:
         stop = thread.wait()
         if stop.event == abi.PTRACE_EVENT_EXEC:
             break
-        # The stop signal it began with, SIGCONT, and the calls Python makes before execve.
-        thread.resume()
+        # The stop it began with, signals, and the calls Python makes before execve.
+        delivers = not stop.event and not stop.syscall
+        thread.resume(stop.signal if delivers else 0)
     finish_exec(thread)
 
 

@@ -1,0 +1,176 @@
+"""Signals to ``softsgx run``: the program gets what it would get without us, whenever they come.
+
+Method: a command that is sent a signal at a chosen step of its start, of its run, or of its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+from tests.support.native import needs_tracing
+
+pytestmark = needs_tracing
+
+COMMAND = [sys.executable, "-m", "softsgx", "run", "--epc", "1MiB"]
+NAMES = ["INT", "TERM", "HUP", "QUIT"]
+
+#: The command, which is sent a signal in the given call of itself.
+_SIGNALLED = """
+import os, sys
+from importlib import import_module
+place, name, number, group = sys.argv.pop(1).split()
+module = import_module(place)
+call = getattr(module, name)
+def signalled(*arguments, **options):
+    setattr(module, name, call)
+    result = call(*arguments, **options)
+    (os.killpg if int(group) else os.kill)(0 if int(group) else os.getpid(), int(number))
+    return result
+setattr(module, name, signalled)
+from softsgx.cli import main
+sys.exit(main())
+"""
+
+_BEFORE = [
+    "softsgx.cli.run _config",
+    "softsgx.engines.native.run native_platform",
+    "softsgx.engines.native.supervisor build_filter",
+    "softsgx.engines.native.tracing.start Thread",
+    "softsgx.engines.native.tracing.start finish_exec",
+    "softsgx.engines.native.supervisor install_vdso",
+]
+
+
+def signalled(
+    place: str, name: str, *words: str, group: bool = False
+) -> subprocess.CompletedProcess[str]:
+    number = getattr(signal, f"SIG{name}")
+    command = [sys.executable, "-c", _SIGNALLED, f"{place} {number:d} {group:d}", "run", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "name"), [*zip(_BEFORE, [*NAMES, *NAMES], strict=False), (_BEFORE[2], "INT")]
+)
+def test_a_signal_before_the_program_runs_ends_it_before_its_first_step(
+    place: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    words = ["--quiet", "--json", str(path), "--", "/bin/echo", "ran"]
+    done = signalled(place, name, *words)
+    assert done.returncode == -getattr(signal, f"SIG{name}")
+    assert (done.stdout, done.stderr) == ("", "")  # the pipes end: there is no process left
+    assert not path.exists() or json.loads(path.read_text())["signal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", _BEFORE)
+def test_a_key_before_the_program_runs_ends_it_before_its_first_step(place: str) -> None:
+    done = signalled(place, "INT", "--quiet", "--", "/bin/echo", "ran", group=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["softsgx.cli.run document", "softsgx.engines.native.run RunResult"]
+)
+def test_a_signal_behind_the_programs_end_ends_the_command_and_leaves_no_half_of_a_file(
+    place: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    done = signalled(place, "TERM", "--json", str(path), "--", "/bin/echo", "ran")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "ran\n", "")
+    assert not path.exists()
+
+
+def test_what_is_ignored_when_the_command_starts_is_ignored_by_the_program() -> None:
+    shell = 'trap "" INT HUP; exec "$@"'
+    script = "kill -INT $$; kill -HUP $$; exit 4"
+    words = ["/bin/sh", "-c", shell, "sh", *COMMAND, "--quiet", "--", "/bin/sh", "-c", script]
+    assert subprocess.run(words, check=False).returncode == 4
+
+
+def said(stream: IO[str] | None) -> str:
+    assert stream is not None
+    return stream.readline().strip()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "USR1"])
+def test_a_signal_sent_to_the_command_alone_reaches_the_program_once(name: str) -> None:
+    script = f'trap "echo got" {name}; echo ready; read x; read y; echo $y; exit 9'
+    command = [*COMMAND, "--quiet", "--", "bash", "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as started:
+        assert started.stdin is not None
+        assert said(started.stdout) == "ready"
+        started.send_signal(getattr(signal, f"SIG{name}"))
+        assert said(started.stdout) == "got"
+        started.stdin.write("one\ntwo\n")
+        started.stdin.close()
+        assert said(started.stdout) in ("one", "two")
+        assert started.wait() == 9
+
+
+@pytest.mark.parametrize("name", [*NAMES, "KILL", "SEGV"])
+def test_the_command_ends_by_the_signal_that_ended_the_program(name: str) -> None:
+    command = [*COMMAND, "--quiet", "--", "/bin/sh", "-c", f"kill -{name} $$"]
+    assert subprocess.run(command, check=False).returncode == -getattr(signal, f"SIG{name}")
+
+
+def test_a_signal_behind_the_end_of_the_first_process_reaches_those_that_run_on() -> None:
+    script = '(trap "echo got; exit" TERM; echo ready; while :; do read x; done) <&3 & exit 6'
+    command = [*COMMAND, "--quiet", "--", "bash", "-c", script]
+    read, write = os.pipe()
+    shell = ["/bin/bash", "-c", f'exec 3<&{read}; exec "$@"', "bash", *command]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True, pass_fds=[read]) as started:
+        assert said(started.stdout) == "ready"
+        while Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text():
+            pass
+        started.send_signal(signal.SIGTERM)
+        assert said(started.stdout) == "got"
+        assert started.wait() == 6
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\x1c"])
+def test_a_key_of_the_terminal_reaches_the_program_once(key: bytes) -> None:
+    script = 'trap "echo got" INT QUIT; echo ready; read x; read x; exit 9'
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", "bash", "-c", script])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 100)
+    os.write(terminal, key)
+    while b"got" not in shown:
+        shown += os.read(terminal, 100)
+    os.write(terminal, b"\n\n")
+    _, status = os.waitpid(pid, 0)
+    shown += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 9
+    assert shown.count(b"got") == 1
+
+
+def test_the_end_of_its_terminal_ends_the_program() -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, "--", "sh", "-c", "echo ready; exec sleep 600"])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 100)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGHUP
