@@ -317,7 +317,7 @@ def test_signals_are_passed_on(engine: Engine, name: str) -> None:
 
         def during() -> None:
             os.kill(os.getpid(), number)
-            program.wait()
+            program.wait(60)  # not in one call: another thread may receive the signal
 
         engine.during = during
         assert run("--quiet", "--", "app") == 0
