@@ -7,11 +7,15 @@ enclave and counts.
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import run, supervisor
+from softsgx.engines.native.tracing.program import ProgramThread
 
 DATA_PAGES = 20
 
@@ -77,3 +81,22 @@ def test_a_handler_that_enters_while_every_signal_is_blocked_leaves_others_alone
     program: list[str],
 ) -> None:
     assert run([*program, "masked", "ud2", "20"], epc="1MiB").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["ILL", "SEGV", "BUS"])
+def test_a_signal_of_faults_that_a_process_sends_at_an_enclu_reaches_its_handler(
+    program: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    resume = ProgramThread.resume
+    sent: list[int] = []
+
+    def sending(self: ProgramThread, number: int = 0) -> None:
+        # At the AEP after a tick; the thread meets the signal before it executes the instruction.
+        if not (sent or number) and self.image.read(self.load().rip, 3) == b"\x0f\x01\xd7":
+            sent.append(self.tid)
+            os.kill(self.tid, getattr(signal, f"SIG{name}"))
+        resume(self, number)
+
+    monkeypatch.setattr(ProgramThread, "resume", sending)
+    assert run([*program, "sent", "ud2", "1"], epc="1MiB", tick="1ms").exit_code == 0
+    assert sent

@@ -6,6 +6,8 @@ process of several.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import struct
@@ -16,9 +18,10 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.native import needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import RunFailed, Supervisor, abi, run
+from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.errors import NotRun
@@ -117,6 +120,33 @@ def test_hundreds_of_processes_run_at_once_with_a_thousand_descriptors() -> None
     limited = ["/bin/bash", "-c", 'ulimit -n 1024; exec "$@"', "bash", *command]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.slow
+def test_where_descriptors_run_out_only_the_new_process_is_ended_and_told() -> None:
+    shell = 'for i in $(seq 500); do sleep 1000 & p="$p $!"; done; kill $p; wait; exit 7'
+    command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--", "/bin/bash", "-c", shell]
+    limited = ["/bin/bash", "-c", 'ulimit -n 1024; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    told = [line for line in done.stderr.splitlines() if "is ended" in line]
+    assert done.returncode == 7
+    assert 0 < len(told) < 300
+    assert all("too few descriptors are left to serve it" in line for line in told)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hard_limit_on_file_sizes_is_named() -> None:
+    command = [sys.executable, "-m", "softsgx"]
+    limited = ["/bin/bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command]
+    refused = subprocess.run(
+        [*limited, "run", "--", "/bin/true"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 125
+    assert refused.stderr.startswith("softsgx: memory files: ") and "ulimit -Hf" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    found = subprocess.run([*limited, "doctor"], capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "ulimit -Hf" in found.stdout
 
 
 @pytest.mark.slow
@@ -244,6 +274,49 @@ def test_a_process_in_which_no_call_can_be_made_ends_and_not_the_one_that_needs_
         run(argv, epc=_TIGHT, pager="mprotect", stdio=(0, out.fileno(), 2))
     assert victims and failed.value.result.exit_code == 0
     assert sorted((tmp_path / "out").read_bytes().split()) == [b"0", b"0", b"137"]
+
+
+@pytest.mark.skipif("userfaultfd" not in USABLE_PAGERS, reason="needs userfaultfd")
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM])
+def test_a_request_on_an_address_space_that_the_kernel_refuses_ends_its_process_and_no_other(
+    program: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+) -> None:
+    adopt, ioctl = Supervisor._adopt_program, fcntl.ioctl
+    pagers: dict[str, UffdPager] = {}
+
+    def adopting(self: Supervisor, *arguments: Any) -> ProgramThread:
+        thread = adopt(self, *arguments)
+        assert isinstance(thread.image.pager, UffdPager)
+        pagers[Path(f"/proc/{thread.tid}/comm").read_text().strip()] = thread.image.pager
+        return thread
+
+    def refusing(descriptor: int, request: int, argument: bytes) -> Any:
+        if request == abi.UFFDIO_WRITEPROTECT and descriptor == pagers["sleep"]._uffd:
+            raise OSError(code, os.strerror(code))
+        return ioctl(descriptor, request, argument)
+
+    def listen(event: Event) -> None:
+        if event.NAME == "sgx:enclave_init":
+            pagers["sleep"].before_hide(1 << 20, 3 << 20)
+
+    monkeypatch.setattr(Supervisor, "_adopt_program", adopting)
+    monkeypatch.setattr(fcntl, "ioctl", refusing)
+    begun = 'sleep 1000 & while [ "$(cat /proc/$!/comm)" != sleep ]; do :; done'
+    argv = ["/bin/bash", "-c", f"{begun}; {' '.join(program)} secrets; echo $?; wait $!; echo $?"]
+    with (tmp_path / "out").open("w+b") as out:
+        try:
+            status = run(argv, epc=1 << 20, stdio=(0, out.fileno(), 2), tracer=listen).exit_code
+        except RunFailed as failed:
+            assert code == errno.EPERM, "a shortage is no mistake of ours"
+            status = failed.result.exit_code
+    assert status == 0
+    assert (tmp_path / "out").read_bytes() == b"0\n137\n"
+    reason = "UFFDIO_WRITEPROTECT" if code == errno.EPERM else "no memory left for its enclaves"
+    assert [reason in message for message in caplog.messages] == [True]
 
 
 def test_a_failure_of_the_platform_ends_every_process_and_is_summed_up(

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import count
 
 from softsgx.engines.native import abi
+from softsgx.engines.native.limits import keep_spare
 from softsgx.engines.native.syscalls.advice import drop_left_behind
 from softsgx.engines.native.syscalls.registry import Registry
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
@@ -122,4 +123,4 @@ class AddressSpaces:
 
 
 def _open_memory(pid: int) -> int:
-    return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    return keep_spare(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))

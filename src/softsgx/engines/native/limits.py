@@ -9,9 +9,11 @@ Source:
 
 from __future__ import annotations
 
+import os
 import resource
+from errno import EMFILE
 
-__all__ = ["Limits", "file_bytes", "raise_limits", "set_limits"]
+__all__ = ["Limits", "file_bytes", "keep_spare", "raise_limits", "set_limits"]
 
 Limits = dict[int, tuple[int, int]]
 """(soft, hard) by number of the limit."""
@@ -37,3 +39,22 @@ def file_bytes() -> int | None:
     """Return how long a file may be at most once the limit is raised; ``None``: any length."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     return None if hard == resource.RLIM_INFINITY else hard
+
+
+#: Descriptors that are needed for moments, to serve any process, and for what a new one has.
+_SPARE = 32
+
+
+def keep_spare(descriptor: int) -> int:
+    """Return a descriptor of a new process, if enough are left to serve those that run.
+
+    The kernel gives out the lowest number that is free, so a high one says that few are.
+
+    Raises:
+        OSError: EMFILE: it is closed, as too few are left.
+    """
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and descriptor >= soft - _SPARE:
+        os.close(descriptor)
+        raise OSError(EMFILE, os.strerror(EMFILE))
+    return descriptor

@@ -148,10 +148,28 @@ static void masked(void)
 	CHECK(!sigaction(SIGILL, NULL, &now) && now.sa_sigaction == skip && !handled);
 }
 
+/* A signal of faults that another process has sent, when the next instruction is an ENCLU that traps. */
+static void count_sent(int number, siginfo_t *info, void *context)
+{
+	(void)context;
+	CHECK(info->si_signo == number && info->si_code <= 0);
+	handled++;
+}
+
+static void sent(void)
+{
+	struct sigaction action = {.sa_sigaction = count_sent, .sa_flags = SA_SIGINFO};
+	build();
+	CHECK(!sigaction(SIGILL, &action, NULL) && !sigaction(SIGSEGV, &action, NULL) && !sigaction(SIGBUS, &action, NULL));
+	for (int i = 0; i < 1000 && handled < times; i++) raw_enter(base, 100000, 0, SPIN, 0);
+	CHECK(handled == times);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"kicked", kicked}, {"bytes", bytes}, {"shared-bytes", shared_bytes}, {"deferred", deferred}, {"masked", masked},
+		{"sent", sent},
 	};
 	CHECK(argc == 5);
 	file = argv[1]; enter = find_enter();

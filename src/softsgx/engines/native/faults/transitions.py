@@ -131,8 +131,14 @@ class Transitions:
         inside = thread.cpu.inside is not None
         if inside:
             self._breakpoints.stopped(thread)
+        info = thread.siginfo()
+        if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:  # sent by a process
+            if inside:
+                thread.load()
+                self._exits.leave(thread, INTERRUPT)
+            return number
         if number == abi.SIGILL:
-            # By far the most frequent stop; the bytes decide, the signal's information does not.
+            # By far the most frequent stop.
             regs = thread.load()
             if thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
                 if not inside:
@@ -146,14 +152,8 @@ class Transitions:
             regs = thread.load()
             if thread.image.page_table.is_marked(regs.rip):
                 return self._enclave.enclu(thread)
-        info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
             return self._enclave.page_fault(thread, info.addr, info.code)
-        if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:
-            if inside:
-                thread.load()
-                self._exits.leave(thread, INTERRUPT)
-            return number
         thread.load()
         if inside:
             return self._enclave.signal(thread, number, info)

@@ -29,6 +29,7 @@ def make_pager(
     inject: Callable[[list[tuple[int, ...]]], None],
     is_running: Callable[[], bool],
     prot_at: Callable[[int], int | None],
+    failed: Callable[[Exception], None],
 ) -> Pager:
     """Set up a pager in an address space.
 
@@ -39,6 +40,7 @@ def make_pager(
         is_running: returns whether any thread of the address space may be executing.
         prot_at: returns the rights that the mapping of an enclave may have now, ``None`` where no
             enclave is mapped.
+        failed: ends the processes of the address space, as it cannot be kept right.
 
     Raises:
         SoftSgxError: this machine forbids it.
@@ -67,4 +69,4 @@ def make_pager(
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    return UffdPager(ours, pagemap, inject, is_running, prot_at)
+    return UffdPager(ours, pagemap, inject, is_running, prot_at, failed)

@@ -34,6 +34,7 @@ _WRITE = 2
 _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 )
+_UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})  # not mapped here, or the process is gone
 _PRESENT = 0x80  # bit 63, seen in the word's last byte
 _PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_SHIFT = 12, 64, 18
 _PACK_RANGE = struct.Struct("<QQQ")
@@ -58,6 +59,8 @@ class UffdPager:
             latest before the program is resumed.
         running: returns whether any thread of the address space may be executing.
         prot_at: see :class:`~.fetches.Fetches`.
+        failed: ends the processes of the address space; called when the kernel refuses what it has
+            no reason to refuse, as without memory, while another process may be served.
     """
 
     name = "userfaultfd"
@@ -69,7 +72,9 @@ class UffdPager:
         inject: Callable[[list[tuple[int, ...]]], None],
         running: Callable[[], bool],
         prot_at: Callable[[int], int | None],
+        failed: Callable[[Exception], None],
     ) -> None:
+        self._failed = failed
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._source = ctypes.create_string_buffer(PAGE_BYTES)
         self._source_view = memoryview(self._source).cast("B")
@@ -132,9 +137,9 @@ class UffdPager:
             code = ctypes.get_errno()
             if code == EAGAIN:  # the mappings are changing this moment
                 continue
-            if code in (ENOENT, ESRCH, EINVAL):
-                return False  # not mapped here
-            raise OSError(code, f"UFFDIO_COPY: {os.strerror(code)}")
+            if code not in _UNMAPPED:
+                self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
+            return False
         self._fetches.shown(linaddr, rights)
         return True
 
@@ -161,8 +166,8 @@ class UffdPager:
             except OSError as error:
                 if error.errno == EAGAIN:
                     continue
-                if error.errno not in (ENOENT, ESRCH, EINVAL):  # not mapped here, or gone
-                    raise
+                if error.errno not in _UNMAPPED:
+                    self._failed(OSError(error.errno, f"UFFDIO_WRITEPROTECT: {error.strerror}"))
                 return False
             return True
 

@@ -24,13 +24,24 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from errno import EMFILE, ENFILE
+from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 
 from softsgx.errors import SoftSgxError
 
 __all__ = ["Failures", "kill"]
 
 _LOG = logging.getLogger(__name__)
+
+_NO_DESCRIPTOR = (
+    "too few descriptors are left to serve it; raise the limit on open files (ulimit -Hn)"
+)
+_NO_MEMORY = "this machine has no memory left for its enclaves; choose a smaller EPC"
+_SHORTAGES = {
+    EMFILE: _NO_DESCRIPTOR,
+    ENFILE: _NO_DESCRIPTOR,
+    ENOMEM: _NO_MEMORY,
+    ENOSPC: _NO_MEMORY,
+}
 
 
 class Failures:
@@ -48,13 +59,9 @@ class Failures:
         """End process ``pid`` because of ``error``; the reason is logged once."""
         told = pid in self._ended
         self._ended.add(pid)
-        if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
             if not told:
-                _LOG.error(
-                    "process %d is ended: no descriptor is left to serve it; raise the limit on "
-                    "open files (ulimit -Hn)",
-                    pid,
-                )
+                _LOG.error("process %d is ended: %s", pid, _SHORTAGES[error.errno])
         elif isinstance(error, SoftSgxError):
             if not told:
                 _LOG.error("process %d is ended: %s", pid, error)

@@ -314,7 +314,10 @@ class Loop:
     def image_failed(self, image: ProcessImage, error: Exception) -> None:
         """Calls in an address space have failed: end its processes."""
         for thread in list(image.threads.values()):
-            self.failed(thread.process.pid, thread.tid, error)
+            if thread.running:  # and has moved by that, not by its end
+                self.failures.end_process(thread.process.pid, error)
+            else:
+                self.failed(thread.process.pid, thread.tid, error)
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if not stop.event and not stop.syscall:

@@ -140,6 +140,7 @@ class ProcessImage:
             inject=self.inject,
             is_running=self.is_running,
             prot_at=self.usable_prot_at,
+            failed=partial(services.failed, self),
         )
         self.page_table = EnclavePageTable(
             index,
