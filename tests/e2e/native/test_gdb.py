@@ -49,7 +49,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(host, check=True)
     enclave = str(PROGRAMS / "debugged_enclave.c")
     for name, options in (("debug", ["--debug"]), ("production", [])):
-        output = ["-o", str(directory / f"{name}.sgxs"), "--cflags=-O0"]
+        output = ["-o", str(directory / f"{name}.sgxs"), "--cflags=-O0", "--threads=3"]
         subprocess.run([*SOFTSGX, "build", enclave, *options, *output], check=True)
     return directory
 
@@ -224,6 +224,15 @@ def test_an_interrupt_stops_threads_inside_and_outside(start: Start, kind: str) 
     assert run.status == 5, run.gdb
 
 
+def test_each_thread_meets_a_breakpoint_as_often_as_it_executes_it(start: Start) -> None:
+    debugged = start("debug", "threads")
+    run = debugged.finish(
+        debugged.gdb("break tally", "ignore 1 1000", "continue", "info breakpoints")
+    )
+    assert "already hit 60 times" in run.gdb
+    assert run.status == 60, run.gdb
+
+
 def test_signals_are_told_and_delivered(start: Start) -> None:
     debugged = start("debug", "signal")
     run = debugged.finish(debugged.gdb("continue", "signal 0", "continue"))
@@ -280,3 +289,10 @@ def test_a_signal_ends_a_program_that_no_gdb_comes_for(start: Start) -> None:
     debugged.softsgx.send_signal(signal.SIGTERM)
     debugged.softsgx.communicate(timeout=60)
     assert debugged.softsgx.returncode == 128 + signal.SIGTERM
+
+
+def test_a_strict_run_cannot_be_debugged(program: Path) -> None:
+    command = [*SOFTSGX, "run", "--strict", "--gdb", "0", "--", str(program / "host")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "gdb: does not go with a strict run; leave one of them out" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

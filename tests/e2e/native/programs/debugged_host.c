@@ -11,15 +11,25 @@ static volatile struct {
 } shared;
 static volatile int signals;
 
-static long call(unsigned long function, void *argument, size_t size)
+static long call_on(unsigned thread, unsigned long function, void *argument, size_t size)
 {
     long result = 0;
 
-    if (sgx_call(&enclave, 0, function, argument, size, &result)) {
+    if (sgx_call(&enclave, thread, function, argument, size, &result)) {
         fprintf(stderr, "%s\n", enclave.problem);
         exit(99);
     }
     return result;
+}
+
+static long call(unsigned long function, void *argument, size_t size)
+{
+    return call_on(0, function, argument, size);
+}
+
+static void *count_inside(void *number)
+{
+    return (void *)call_on((unsigned)(uintptr_t)number, 3, NULL, 20);
 }
 
 static void *wait_outside(void *unused)
@@ -62,6 +72,19 @@ int main(int argc, char **argv)
         call(1, (void *)&shared, 0);
         pthread_join(thread, NULL);
         return 5;
+    }
+    if (!strcmp(mode, "threads")) { /* 60, three threads that count inside at the same time */
+        pthread_t threads[3];
+        void *turns;
+        long sum = 0;
+
+        for (uintptr_t i = 0; i < 3; i++)
+            pthread_create(threads + i, NULL, count_inside, (void *)i);
+        for (int i = 0; i < 3; i++) {
+            pthread_join(threads[i], &turns);
+            sum += (long)turns;
+        }
+        return (int)sum;
     }
     if (!strcmp(mode, "trap")) /* 99, after #UD inside */
         return (int)call(2, NULL, 0);

@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from softsgx.arch import AttributesFlags
@@ -44,7 +45,7 @@ from softsgx.engines.native.gdb.target import Action, StopReason
 from softsgx.engines.native.tracing.failures import kill
 from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.tracee import Stop
+from softsgx.engines.native.tracing.tracee import Gone, Stop
 from softsgx.engines.native.tracing.waits import Waits
 
 __all__ = ["DebugLoop"]
@@ -161,7 +162,8 @@ class DebugLoop(Loop):
         for tid, thread in threads.items():
             action = actions.get(tid) or (None if default is None else replace(default))
             if action is not None:
-                action.returning = action.step and SsaFrame.of(thread) is not None
+                with suppress(Gone):  # its end is the next that is heard of it
+                    action.returning = action.step and SsaFrame.of(thread) is not None
                 self._actions[tid] = action
         if self._next:  # something has happened that gdb is told of before anything runs
             return

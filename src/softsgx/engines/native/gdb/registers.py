@@ -15,7 +15,14 @@ import struct
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
-__all__ = ["REGISTERS", "RegisterFile", "description", "pack_tag_word", "unpack_tag_word"]
+__all__ = [
+    "REGISTERS",
+    "RegisterFile",
+    "description",
+    "has_avx",
+    "pack_tag_word",
+    "unpack_tag_word",
+]
 
 _GENERAL = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
@@ -159,6 +166,11 @@ def description(*, avx: bool) -> bytes:
     ).encode()
 
 
+def has_avx(xsave: bytes) -> bool:
+    """Return whether an XSAVE area in standard form has AVX state."""
+    return len(xsave) >= _LEGACY_BYTES + _AVX_BYTES
+
+
 def _present(*, avx: bool) -> tuple[Register, ...]:
     return tuple(register for register in REGISTERS if avx or register.component != _AVX)
 
@@ -169,20 +181,17 @@ class RegisterFile:
     Args:
         general: general registers by the names of ``struct user_regs_struct``.
         xsave: the XSAVE area in standard form, at least the legacy region and the header.
+        avx: as for :func:`description`; registers that the area does not have are zeros.
     """
 
-    def __init__(self, general: MutableMapping[str, int], xsave: bytes) -> None:
+    def __init__(self, general: MutableMapping[str, int], xsave: bytes, *, avx: bool) -> None:
         assert len(xsave) >= _LEGACY_BYTES, f"an XSAVE area of {len(xsave)} bytes"
-        self.general, self._xsave = general, bytearray(xsave)
+        self.general, self._xsave, self._avx = general, bytearray(xsave), avx
 
     @property
     def xsave(self) -> bytes:
         """The XSAVE area as it is now."""
         return bytes(self._xsave)
-
-    @property
-    def _avx(self) -> bool:
-        return len(self._xsave) >= _LEGACY_BYTES + _AVX_BYTES
 
     def get(self, number: int) -> bytes:
         """Return the bytes of register ``number``.

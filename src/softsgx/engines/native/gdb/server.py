@@ -1,10 +1,11 @@
 """Where gdb connects: a TCP port of this machine, or a Unix socket.
 
 SIGIO comes when gdb connects, sends or goes, and ends the waits of the tracer; nothing polls.  It
-is blocked while a program runs (:mod:`softsgx.engines.native.tracing.waits`).
+goes to the tracer's thread, which blocks it while a program runs
+(:mod:`softsgx.engines.native.tracing.waits`), and to no other thread of the process.
 
 Source:
-    fcntl(2), O_ASYNC; socket(7); unix(7).
+    fcntl(2), O_ASYNC, F_SETOWN_EX; socket(7); unix(7).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import fcntl
 import ipaddress
 import os
 import socket
+import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -25,6 +28,8 @@ _PORTS = 1 << 16
 _AT_ONCE = 1 << 16
 _LONGEST_SEND_S = 10.0
 _ONLY_OWNER = 0o177
+_F_SETOWN_EX, _F_OWNER_TID = 15, 0
+_OWNER = struct.Struct("ii")  # struct f_owner_ex
 
 
 class GdbServer:
@@ -64,7 +69,7 @@ class GdbServer:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Let SIGIO tell the calling process, which blocks it, of what gdb does meanwhile."""
+        """Let SIGIO tell the calling thread, which blocks it, of what gdb does meanwhile."""
         _tell_by_signal(self._listener)
         try:
             yield
@@ -134,7 +139,7 @@ class GdbServer:
 
 
 def _tell_by_signal(endpoint: socket.socket) -> None:
-    fcntl.fcntl(endpoint, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(endpoint, _F_SETOWN_EX, _OWNER.pack(_F_OWNER_TID, threading.get_native_id()))
     flags = fcntl.fcntl(endpoint, fcntl.F_GETFL)
     fcntl.fcntl(endpoint, fcntl.F_SETFL, flags | os.O_ASYNC)
 

@@ -20,7 +20,7 @@ from softsgx.engines.native.gdb import monitor
 from softsgx.engines.native.gdb.files import HostFiles
 from softsgx.engines.native.gdb.libraries import libraries_xml
 from softsgx.engines.native.gdb.packets import escape, unescape
-from softsgx.engines.native.gdb.registers import REGISTERS, description
+from softsgx.engines.native.gdb.registers import REGISTERS, description, has_avx
 from softsgx.engines.native.gdb.signals import from_gdb, to_gdb
 from softsgx.engines.native.gdb.ssa import SsaFrame
 from softsgx.engines.native.gdb.target import (
@@ -30,13 +30,13 @@ from softsgx.engines.native.gdb.target import (
     set_registers_of,
 )
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import Gone
 
 __all__ = ["Session"]
 
 _PACKET_BYTES = 1 << 17
 _AT_SYSINFO_EHDR = 33
 _AUXV_ENTRY_BYTES = 16
-_AVX_AREA_BYTES = 832
 #: Registers that a stop reply has, since gdb asks for them after every stop.
 _EXPEDITED = tuple(
     number for number, each in enumerate(REGISTERS) if each.name in ("rbp", "rsp", "rip")
@@ -105,6 +105,8 @@ class Session:
             return handler(packet[1:])
         except _Refused as refused:
             return b"E%02x" % refused.errno
+        except Gone:
+            return b"E%02x" % ESRCH
         except OSError as error:
             return b"E%02x" % (error.errno if error.errno and error.errno < 256 else EIO)
         except (ValueError, IndexError):
@@ -118,11 +120,15 @@ class Session:
         self._selected = reason.tid
         reply = b"T%02x%b" % (to_gdb(reason.number), reason.detail)
         thread = self._target.program_threads().get(reason.tid)
-        if thread is not None:
+        if thread is None:
+            return reply
+        reply += b"thread:%b;" % self._name(reason.tid)
+        try:
             file = registers_of(thread)
-            reply += b"thread:%b;" % self._name(reason.tid)
-            for number in _EXPEDITED:
-                reply += b"%02x:%b;" % (number, file.get(number).hex().encode())
+        except (Gone, OSError):  # gdb hears of its end next
+            return reply
+        for number in _EXPEDITED:
+            reply += b"%02x:%b;" % (number, file.get(number).hex().encode())
         return reply
 
     def end_reply(self, status: int) -> bytes:
@@ -332,7 +338,7 @@ class Session:
         thread = self._thread()
         match name, annex:
             case b"features", b"target.xml":
-                return description(avx=len(thread.xstate()) >= _AVX_AREA_BYTES)
+                return description(avx=has_avx(thread.xstate()))
             case b"auxv", b"":
                 return _auxiliary_vector(thread)
             case b"exec-file", _:

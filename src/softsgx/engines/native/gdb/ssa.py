@@ -20,7 +20,7 @@ import struct
 
 from softsgx.arch import GPRSGX_BYTES, PAGE_BYTES, XSAVE_LEGACY_BYTES, GprSgx, PageType, Tcs
 from softsgx.driver import peek, poke
-from softsgx.engines.native.gdb.registers import RegisterFile
+from softsgx.engines.native.gdb.registers import RegisterFile, has_avx
 from softsgx.engines.native.tracing.program import ProgramThread
 
 __all__ = ["SsaFrame"]
@@ -111,7 +111,8 @@ class SsaFrame:
         general = {name: int(getattr(saved, name)) for name in _FIELDS}
         general |= {name: getattr(self._thread.regs, name) for name in _SHARED_WITH_OUTSIDE}
         general["orig_rax"] = _NO_CALL
-        return RegisterFile(general, self._read(self._start, self._xsave_size))
+        area = self._read(self._start, self._xsave_size)
+        return RegisterFile(general, area, avx=has_avx(self._thread.xstate()))
 
     def set_registers(self, file: RegisterFile) -> None:
         """Replace the registers of the inside; only what has changed is written.

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from softsgx.engines.native.gdb.libraries import Library
 from softsgx.engines.native.gdb.memory import DebuggedMemory
-from softsgx.engines.native.gdb.registers import RegisterFile
+from softsgx.engines.native.gdb.registers import RegisterFile, has_avx
 from softsgx.engines.native.gdb.ssa import SsaFrame
 from softsgx.engines.native.tracing.program import ProgramThread
 
@@ -113,7 +113,8 @@ def registers_of(thread: ProgramThread) -> RegisterFile:
     if frame is not None:
         return frame.registers()
     regs = thread.load()
-    return RegisterFile({name: getattr(regs, name) for name in _FIELDS}, thread.xstate())
+    area = thread.xstate()
+    return RegisterFile({name: getattr(regs, name) for name in _FIELDS}, area, avx=has_avx(area))
 
 
 def set_registers_of(thread: ProgramThread, file: RegisterFile) -> None:
