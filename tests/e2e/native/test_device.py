@@ -63,6 +63,21 @@ def test_any_thread_can_open_the_device(program: list[str], scenario: str, pager
     assert run([*program, scenario], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(compile_host(tmp_path_factory.mktemp("watched"), "watched"))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+@pytest.mark.parametrize(
+    "way", ["opened", "thread", "filtered", "vfork", "clone", "message", "fork", "execve"]
+)
+def test_calls_on_a_device_are_the_drivers_however_a_process_came_to_it(
+    watched: str, way: str, strict: bool
+) -> None:
+    assert run([watched, way], epc=EPC_PAGES * 4096, strict=strict).exit_code == 0
+
+
 def test_the_nodes_are_those_of_a_file_system(program: list[str]) -> None:
     assert run([*program, "nodes"], epc=EPC_PAGES * 4096).exit_code == 0
 

@@ -42,9 +42,10 @@ from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.clone import clone, clone3
+from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
-from softsgx.engines.native.syscalls.mman import Mappings, rewrite_program
+from softsgx.engines.native.syscalls.mman import Mappings
 from softsgx.engines.native.syscalls.nodes import Nodes
 from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.registry import Device, Registry
@@ -132,6 +133,7 @@ class Supervisor(Lifecycle):
         self._injections, gdb = instruments.injections, instruments.gdb
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
+        self._code = None if self._faulting else NewCode()
         # In a strict run each entry changes what others may see; and entries may be counted,
         # logged, stepped or stopped by breakpoints, or threads inside be interrupted.
         counting = self._injections.power_losses or self._injections.power_signals
@@ -289,9 +291,7 @@ class Supervisor(Lifecycle):
             self._descriptors.open_memory,
         )
         files = NamedFiles(opener, self._registry, self._nodes, opens_memory, self._image_of)
-        mappings = Mappings(
-            self._registry, rewrite=not self._faulting, noexec=self._injections.noexec
-        )
+        mappings = Mappings(self._registry, code=self._code, noexec=self._injections.noexec)
         return (
             self._descriptors.handlers()
             | files.handlers()
@@ -424,8 +424,8 @@ class Supervisor(Lifecycle):
         thread = self.new_thread(bare.tid, process, image)
         self._loop.add(thread)
         image.current = thread
-        if not self._faulting:
-            rewrite_program(thread)
+        if self._code is not None:
+            self._code.executed(thread)
         return thread
 
 

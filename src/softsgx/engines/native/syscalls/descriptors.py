@@ -6,7 +6,8 @@ filter on the descriptor's number is added when an enclave is created through it
 duplicate: programs without an enclave never pay for it.
 
 Deviation: a descriptor received from another process (SCM_RIGHTS, pidfd_getfd) with a number that
-is not filtered yet can be read and written.
+is not filtered yet can be read and written.  Before the receiver maps it shared, or makes an SGX
+ioctl on it, fstat tells of a memory file, and a private mapping of it succeeds.
 
 Deviation: F_GETFL returns O_RDWR for every mode of open.
 
@@ -26,7 +27,7 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.tracing.bpf import build_descriptor_guard
-from softsgx.engines.native.tracing.filters import add_filter
+from softsgx.engines.native.tracing.filters import add_filter, watch_devices
 from softsgx.engines.native.tracing.loop import Handler
 from softsgx.engines.native.tracing.program import ProgramThread
 
@@ -82,7 +83,8 @@ class DeviceDescriptors:
         return found
 
     def guard(self, thread: ProgramThread, descriptor: int) -> None:
-        """Let calls that move data of a descriptor stop, from now on."""
+        """Let calls that move data of a descriptor, or duplicate it, stop from now on."""
+        watch_devices(thread)
         guarded = thread.process.guarded_descriptors
         if descriptor not in guarded and len(guarded) < _MOST_GUARDED:
             guarded.add(descriptor)

@@ -20,7 +20,7 @@ from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.bpf import build_guard
-from softsgx.engines.native.tracing.filters import add_filter
+from softsgx.engines.native.tracing.filters import add_filter, watch_devices
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.forbidden import ForbiddenCode
@@ -69,6 +69,9 @@ class EnclaveIoctls:
         device = self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF)
         if device is None:
             return None
+        unwatched = watch_devices(thread)  # it may have received the descriptor
+        if unwatched:
+            return unwatched
         file, command = device.file, regs.rsi & 0xFFFF_FFFF
         if not isinstance(file, EnclaveFile):
             return -ENOTTY

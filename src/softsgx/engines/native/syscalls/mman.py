@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
 
@@ -18,11 +17,12 @@ from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.syscalls.advice import drop_left_behind
+from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.x86.rewrite import TRAP, cpuid_sites
 
-__all__ = ["Mappings", "rewrite_program"]
+__all__ = ["Mappings"]
 
 _NO_FD = (1 << 64) - 1
 _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
@@ -36,12 +36,12 @@ class Mappings:
 
     Args:
         registry: which descriptors are devices.
-        rewrite: whether CPUID must be replaced in new code.
+        code: replaces CPUID in new code; ``None`` where it traps by itself.
         noexec: whether /dev is to be as if mounted so.
     """
 
-    def __init__(self, registry: Registry, *, rewrite: bool, noexec: bool = False) -> None:
-        self._registry, self._rewrite, self._noexec = registry, rewrite, noexec
+    def __init__(self, registry: Registry, *, code: NewCode | None, noexec: bool = False) -> None:
+        self._registry, self._code, self._noexec = registry, code, noexec
 
     # --- mmap -----------------------------------------------------------------------------------
 
@@ -53,17 +53,18 @@ class Mappings:
             device = self._registry.of_descriptor(thread.tid, _int32(regs.r8))
             if device is not None:
                 return self._map_device(thread, device)
-        rewrites = self._rewrite and prot & abi.PROT_EXEC and not flags & abi.MAP_ANONYMOUS
-        length = regs.rsi
+        private_file = flags & (abi.MAP_TYPE | abi.MAP_ANONYMOUS) == abi.MAP_PRIVATE
+        code = self._code if private_file and prot & abi.PROT_EXEC else None
+        length, descriptor, offset = regs.rsi, _int32(regs.r8), regs.r9
         displaces = flags & abi.MAP_FIXED and _overlaps(thread, regs.rdi, length)
-        if not rewrites and not displaces:
+        if code is None and not displaces:
             return None
         address = thread.finish_syscall()
         if not -4096 < address < 0:
             if displaces:
                 self._displaced(thread, address, length)
-            if rewrites:
-                _rewrite_cpuid(thread, address, length)
+            if code is not None:
+                code.mapped(thread, address, length, descriptor, offset)
         return address
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
@@ -71,6 +72,9 @@ class Mappings:
             return -EPERM
         if not isinstance(device.file, EnclaveFile):
             return -ENODEV  # its file operations have no mmap
+        unwatched = watch_devices(thread)  # it may have received the descriptor
+        if unwatched:
+            return unwatched
         regs = thread.regs
         address, length, prot, flags = regs.rdi, regs.rsi, regs.rdx, regs.r10
         descriptor = regs.r8
@@ -277,16 +281,6 @@ def _allows(device: Device, prot: int) -> bool:
     return device.mode == abi.O_RDWR or (device.mode == abi.O_RDONLY and not prot & abi.PROT_WRITE)
 
 
-def _rewrite_cpuid(thread: ProgramThread, address: int, length: int) -> None:
-    """Replace the CPUID instructions of freshly mapped code, and remember where they were."""
-    image = thread.image
-    code = image.read(address, length)
-    for site in cpuid_sites(code):
-        if address + site not in image.cpuid_sites:
-            os.pwrite(image.memory_fd, TRAP, address + site)
-            image.cpuid_sites.add(address + site)
-
-
 def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
     """Return whether enclaves are, or were, mapped in a range that the kernel would replace."""
     end, image = address + length, thread.image
@@ -333,13 +327,3 @@ def _with_rights(ranges: list[ForeignMapping], tid: int) -> list[ForeignMapping]
 def _int32(value: int) -> int:
     value &= 0xFFFF_FFFF
     return value - (1 << 32) if value >> 31 else value
-
-
-def rewrite_program(thread: ProgramThread) -> None:
-    """Replace CPUID in the files that execve has mapped: the program and its loader."""
-    with open(f"/proc/{thread.tid}/maps") as maps:
-        for line in maps:
-            words = line.split(maxsplit=5)
-            if "x" in words[1] and len(words) > 5 and words[5].startswith("/"):
-                start, end = (int(part, 16) for part in words[0].split("-"))
-                _rewrite_cpuid(thread, start, end - start)

@@ -29,6 +29,7 @@ from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.loop import Handler
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -172,7 +173,7 @@ class NamedFiles:
 
     def _open_device(self, thread: ProgramThread, node: Node, flags: int) -> int:
         self._registry.sweep()
-        descriptor = _make_file(thread, flags)
+        descriptor = watch_devices(thread) or _make_file(thread, flags)
         if descriptor < 0:
             return descriptor
         try:

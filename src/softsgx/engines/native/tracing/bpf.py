@@ -1,9 +1,15 @@
-"""The seccomp filter: which system calls of the program stop for the supervisor.
+"""The seccomp filters: which system calls of the program stop for the supervisor.
 
-Everything else runs untouched and costs a few nanoseconds.
+One filter is there from the start.  It stops calls that may name a device, and those by which a
+process can come to one.  A second one is added to a process that has come to a device: it stops
+calls that concern open devices and mappings of them.  Everything else runs untouched.
+
+A number is looked at before any argument: the kernel keeps for each filter a table of the numbers
+that it always allows, and does not run the filter for them.
 
 Source:
-    seccomp(2); uapi/linux/filter.h; uapi/linux/seccomp.h (``struct seccomp_data``).
+    seccomp(2); uapi/linux/filter.h; uapi/linux/seccomp.h (``struct seccomp_data``);
+    ``seccomp_is_const_allow()``, kernel/seccomp.c.
 """
 
 from __future__ import annotations
@@ -18,16 +24,20 @@ _AND = 0x54
 _RET = 0x06
 _JA = 0x05
 
+#: One instruction: operation, jumps if true and if false, operand.
+_Instruction = tuple[int, int, int, int]
+#: Targets of jumps: the ends of a filter.
+_ALLOW, _STOP = -1, -2
+
 _NR, _ARCH, _POINTER, _ARGUMENTS = 0, 4, 8, 16
 
-#: Stop always: their arguments say by a string, a descriptor or a range whether they concern us.
+#: Stop always: a string, another process or a new one says whether they concern us.
 _ALWAYS = (
     abi.SYS_OPENAT,
     abi.SYS_OPEN,
     abi.SYS_OPENAT2,
     abi.SYS_STAT,
     abi.SYS_LSTAT,
-    abi.SYS_FSTAT,
     abi.SYS_NEWFSTATAT,
     abi.SYS_STATX,
     abi.SYS_ACCESS,
@@ -58,26 +68,24 @@ _ALWAYS = (
     abi.SYS_FCHMODAT,
     abi.SYS_UTIMENSAT,
     abi.SYS_FCHMODAT2,
-    abi.SYS_MPROTECT,
-    abi.SYS_PKEY_MPROTECT,
-    abi.SYS_MUNMAP,
-    abi.SYS_MREMAP,
     abi.SYS_CLONE3,
     abi.SYS_EXECVE,
     abi.SYS_EXECVEAT,
     abi.SYS_PROCESS_VM_READV,
     abi.SYS_PROCESS_VM_WRITEV,
-    abi.SYS_MLOCK,
-    abi.SYS_MLOCK2,
     abi.SYS_FTRUNCATE,
     abi.SYS_FALLOCATE,
     abi.SYS_FLOCK,
-    abi.SYS_DUP,
-    abi.SYS_DUP2,
-    abi.SYS_DUP3,
     abi.SYS_SCHED_SETAFFINITY,
     abi.SYS_SCHED_GETAFFINITY,
     abi.SYS_SOFTSGX_EENTER,
+)
+
+#: Stop in a process that has come to a device: they concern its descriptors and mappings.
+_WITH_DEVICES = (
+    *(abi.SYS_FSTAT, abi.SYS_DUP, abi.SYS_DUP2, abi.SYS_DUP3),
+    *(abi.SYS_MPROTECT, abi.SYS_PKEY_MPROTECT, abi.SYS_MUNMAP, abi.SYS_MREMAP),
+    *(abi.SYS_MLOCK, abi.SYS_MLOCK2),
 )
 
 #: Stop when this argument is the descriptor of a device: they move data, or return a position.
@@ -176,7 +184,7 @@ def build_descriptor_guard(descriptor: int) -> bytes:
 
 
 def build_filter(*, everything: bool = False) -> bytes:
-    """Return the filter as an array of ``struct sock_filter``.
+    """Return the filter of the start as an array of ``struct sock_filter``.
 
     Calls that the supervisor makes in the program's name carry a mark, where they have a register
     free for it, and do not stop.
@@ -184,70 +192,105 @@ def build_filter(*, everything: bool = False) -> bytes:
     Args:
         everything: stop every call that can return, for those who must know when it is made.
     """
-    code: list[tuple[int, int, int, int]] = []
-
-    def load(offset: int) -> None:
-        code.append((_LD_ABS, 0, 0, offset))
-
-    def done(action: int) -> None:
-        code.append((_RET, 0, 0, action))
-
-    load(_ARCH)
-    code.append((_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64))
-    done(abi.SECCOMP_RET_ALLOW)  # 32-bit programs are not supervised
-    code += _OURS_PASS
-    load(_NR)
+    code = _of_this_architecture()
     if everything:
-        for number in _NEVER:
-            code.append((_JEQ, 0, 1, number))
-            done(abi.SECCOMP_RET_ALLOW)
-        done(abi.SECCOMP_RET_TRACE)
-        return _pack(code)
-    for number in _ALWAYS:
-        code.append((_JEQ, 0, 1, number))
-        done(abi.SECCOMP_RET_TRACE)
-
+        code += [(_JEQ, _ALLOW, 0, number) for number in _NEVER]
+        return _assemble([*code, (_JA, 0, 0, _STOP)])
+    code += [(_JEQ, _STOP, 0, number) for number in _ALWAYS]
     # ioctl: only commands of type 0xA4, SGX's own.
-    code.append((_JEQ, 0, 5, abi.SYS_IOCTL))
-    load(_ARGUMENTS + 8)
-    code.append((_AND, 0, 0, 0xFF00))
-    code.append((_JEQ, 0, 1, 0xA400))
-    done(abi.SECCOMP_RET_TRACE)
-    done(abi.SECCOMP_RET_ALLOW)
-
+    code += _if_call(
+        abi.SYS_IOCTL,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 8),
+        (_AND, 0, 0, 0xFF00),
+        (_JEQ, _STOP, _ALLOW, 0xA400),
+    )
     # clone: what would not be traced.
-    code.append((_JEQ, 0, 5, abi.SYS_CLONE))
-    load(_ARGUMENTS)
-    code.append((_AND, 0, 0, abi.CLONE_UNTRACED))
-    code.append((_JEQ, 1, 0, 0))
-    done(abi.SECCOMP_RET_TRACE)
-    done(abi.SECCOMP_RET_ALLOW)
+    code += _if_call(
+        abi.SYS_CLONE,
+        (_LD_ABS, 0, 0, _ARGUMENTS),
+        (_AND, 0, 0, abi.CLONE_UNTRACED),
+        (_JEQ, _ALLOW, _STOP, 0),
+    )
+    # fcntl: seals, which devices do not have.
+    code += _if_call(
+        abi.SYS_FCNTL,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 8),
+        (_JEQ, _STOP, 0, abi.F_ADD_SEALS),
+        (_JEQ, _STOP, _ALLOW, abi.F_GET_SEALS),
+    )
+    # mmap: code from files, and shared files, one of which may be a device that was received.
+    code += _if_call(
+        abi.SYS_MMAP,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 24),
+        (_AND, 0, 0, abi.MAP_ANONYMOUS | abi.MAP_TYPE),
+        (_JEQ, 1, 0, abi.MAP_PRIVATE),
+        (_JEQ, _ALLOW, 3, abi.MAP_ANONYMOUS | abi.MAP_PRIVATE),
+        (_LD_ABS, 0, 0, _ARGUMENTS + 16),
+        (_AND, 0, 0, abi.PROT_EXEC),
+        (_JEQ, _ALLOW, _STOP, 0),
+        (_AND, 0, 0, abi.MAP_ANONYMOUS),
+        (_JEQ, _STOP, _ALLOW, 0),
+    )
+    return _assemble([*code, (_JA, 0, 0, _ALLOW)])
 
-    # fcntl: what makes another descriptor, and seals, which devices do not have.
-    code.append((_JEQ, 0, 7, abi.SYS_FCNTL))
-    load(_ARGUMENTS + 8)
-    for left, command in ((3, abi.F_DUPFD), (2, abi.F_DUPFD_CLOEXEC), (1, abi.F_ADD_SEALS)):
-        code.append((_JEQ, left, 0, command))
-    code.append((_JEQ, 0, 1, abi.F_GET_SEALS))
-    done(abi.SECCOMP_RET_TRACE)
-    done(abi.SECCOMP_RET_ALLOW)
 
+def build_device_filter() -> bytes:
+    """Return the filter of a process that has come to a device."""
+    code = _of_this_architecture()
+    code += [(_JEQ, _STOP, 0, number) for number in _WITH_DEVICES]
+    # fcntl: what makes another descriptor.
+    code += _if_call(
+        abi.SYS_FCNTL,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 8),
+        (_JEQ, _STOP, 0, abi.F_DUPFD),
+        (_JEQ, _STOP, _ALLOW, abi.F_DUPFD_CLOEXEC),
+    )
     # madvise: what takes pages from a file or fills it, wherever the range begins.
-    code.append((_JEQ, 0, 3 + len(_RARE_ADVICE), abi.SYS_MADVISE))
-    load(_ARGUMENTS + 16)
-    for left, advice in zip(range(len(_RARE_ADVICE), 0, -1), _RARE_ADVICE, strict=True):
-        code.append((_JEQ, left, 0, advice))
-    done(abi.SECCOMP_RET_ALLOW)
-    done(abi.SECCOMP_RET_TRACE)
-
+    code += _if_call(
+        abi.SYS_MADVISE,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 16),
+        *((_JEQ, _STOP, 0, advice) for advice in _RARE_ADVICE),
+        (_JA, 0, 0, _ALLOW),
+    )
     # mmap: files, since one may be a device, and calls that may replace an existing mapping.
-    code.append((_JEQ, 0, 4, abi.SYS_MMAP))
-    load(_ARGUMENTS + 24)
-    code.append((_AND, 0, 0, abi.MAP_FIXED | abi.MAP_ANONYMOUS))
-    code.append((_JEQ, 1, 0, abi.MAP_ANONYMOUS))
-    done(abi.SECCOMP_RET_TRACE)
-    done(abi.SECCOMP_RET_ALLOW)
-    return _pack(code)
+    code += _if_call(
+        abi.SYS_MMAP,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 24),
+        (_AND, 0, 0, abi.MAP_FIXED | abi.MAP_ANONYMOUS),
+        (_JEQ, _ALLOW, _STOP, abi.MAP_ANONYMOUS),
+    )
+    return _assemble([*code, (_JA, 0, 0, _ALLOW)])
+
+
+def _of_this_architecture() -> list[_Instruction]:
+    """Allow calls of 32-bit programs, which are not supervised; load the number of others."""
+    return [
+        (_LD_ABS, 0, 0, _ARCH),
+        (_JEQ, 0, _ALLOW, abi.AUDIT_ARCH_X86_64),
+        (_LD_ABS, 0, 0, _NR),
+    ]
+
+
+def _if_call(number: int, *then: _Instruction) -> list[_Instruction]:
+    """Do ``then``, which has to end in jumps, for one call."""
+    return [(_JEQ, 0, len(then), number), *then]
+
+
+def _assemble(code: list[_Instruction]) -> bytes:
+    """Add the two ends, allow and stop, and resolve jumps to them."""
+    ends = {_ALLOW: len(code), _STOP: len(code) + 1}
+
+    def resolved(at: int, target: int) -> int:
+        return ends[target] - at - 1 if target in ends else target
+
+    jumps = [
+        (operation, 0, 0, resolved(at, operand))
+        if operation == _JA
+        else (operation, resolved(at, true), resolved(at, false), operand)
+        for at, (operation, true, false, operand) in enumerate(code)
+    ]
+    allow, stop = (_RET, 0, 0, abi.SECCOMP_RET_ALLOW), (_RET, 0, 0, abi.SECCOMP_RET_TRACE)
+    return _pack([*jumps, allow, *_OURS_PASS, stop])
 
 
 def _pack(code: list[tuple[int, int, int, int]]) -> bytes:

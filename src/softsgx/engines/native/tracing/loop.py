@@ -25,6 +25,7 @@ from collections.abc import Callable
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.failures import Failures, kill
+from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
@@ -294,8 +295,11 @@ class Loop:
                 return
             stop = thread.behind(stop)
             self._permits.stopped(thread)
-            if not self._transitions.only_crosses(thread, stop):
+            unwatched = image.watched and not (thread.watched or thread.mid_call)
+            if unwatched or not self._transitions.only_crosses(thread, stop):
                 self._permits.settle()
+            if unwatched:
+                watch_devices(thread)  # another process has opened one, and maps it here
             self._handle(thread, stop)
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)
@@ -416,6 +420,8 @@ class Loop:
             shares = bool(flags & abi.CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
         image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
         thread = self.threads[tid] = lifecycle.new_thread(tid, process, image)
+        # The kernel copies filters.  What fork has copied may have been made before the filter was.
+        thread.watched = shares and parent.watched
         if not shares:
             image.current = thread
             lifecycle.adopt_fork(thread)

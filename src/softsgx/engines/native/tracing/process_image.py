@@ -86,6 +86,7 @@ class ProcessImage:
     Attributes:
         cpuid_sites: addresses where a CPUID was replaced.
         threads: those that may run code of it again, by thread id.
+        watched: whether the calls of its threads that concern open devices have to stop.
         members: how many threads it has that were not reaped yet.
         current: the thread whose stop is being handled.
         view: the device whose mappings are uncovered now, in a strict run.
@@ -122,9 +123,9 @@ class ProcessImage:
         self.exit_stubs: list[ExitStub] = [] if parent is None else list(parent.exit_stubs)
         self.plain_exits: set[int] = set()
         self.registry, self.strict = services.registry, services.strict
-        self._hold, self._failed = services.hold, services.failed
+        self.hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}
-        self.members = 0
+        self.members, self.watched = 0, False
         self.current: ProgramThread | None = None
         self.view: EnclaveFile | None = None
         self._deferred_calls: list[tuple[int, ...]] = []
@@ -336,7 +337,7 @@ class ProcessImage:
         calls, self._deferred_calls = self._deferred_calls, []
         for thread in self._candidates():
             try:
-                if thread is not self.current and not self._hold(thread):
+                if thread is not self.current and not self.hold(thread):
                     continue
                 if not thread.mid_call:
                     self._make(thread, calls)

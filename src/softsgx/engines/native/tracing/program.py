@@ -72,6 +72,7 @@ class ProgramThread(Thread):
         running: whether it may be executing; ``False`` while stopped by us.
         pending: a stop that came while we wanted something else of it.
         blocked: its signal mask from before it entered an enclave, when we changed it.
+        watched: whether its calls that concern open devices stop.
         unstoppable: it is in vfork or execve and stops only when its child, or the other threads
             of its process, have come to an end; an interrupt would be answered no earlier.
         again: the next seccomp stop only repeats a call that shall run.
@@ -93,6 +94,7 @@ class ProgramThread(Thread):
     running: bool = False
     pending: list[Stop] = field(default_factory=list)
     blocked: int | None = None
+    watched: bool = False
     unstoppable: bool = False
     again: bool = False
     illegal_at: tuple[int, Trap] | None = None

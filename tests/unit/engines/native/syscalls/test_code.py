@@ -1,0 +1,129 @@
+"""CPUID is replaced in what is mapped, whatever was mapped before from a file of that name.
+
+Method: this process is the program; it maps files of its own, and its memory is written through
+``/proc/self/mem`` as a tracer does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from softsgx.engines.native.syscalls import code as new_code
+from softsgx.engines.native.syscalls.code import NewCode
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.x86.rewrite import CPUID, TRAP, cpuid_sites
+
+PAGE = mmap.PAGESIZE
+NOPS = b"\x90" * 32
+LOAD_LEAF = bytes.fromhex("b807000000")  # mov eax, 7
+INSTRUCTION = NOPS + LOAD_LEAF + CPUID + NOPS
+
+
+class Program:
+    """This process, and a file that it maps code from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.memory = path, os.open("/proc/self/mem", os.O_RDWR)
+        self.image = SimpleNamespace(memory_fd=self.memory, cpuid_sites=set(), read=self.read)
+        self.thread = cast(ProgramThread, SimpleNamespace(tid=os.getpid(), image=self.image))
+
+    def read(self, address: int, size: int) -> bytes:
+        return os.pread(self.memory, size, address)
+
+    def write(self, *places: int, pages: int = 1) -> None:
+        content = bytearray(b"\x90" * PAGE * pages)
+        for place in places:
+            content[place : place + len(INSTRUCTION)] = INSTRUCTION
+        self.path.write_bytes(content)
+
+    def map(self, code: NewCode, page: int = 0) -> bytes:
+        """Map a page, and return it as it is after CPUID was replaced in it."""
+        with self.path.open("rb") as file:
+            rights = mmap.PROT_READ | mmap.PROT_WRITE
+            mapping = mmap.mmap(file.fileno(), PAGE, mmap.MAP_PRIVATE, rights, offset=page * PAGE)
+            place = (ctypes.c_char * PAGE).from_buffer(mapping)
+            address = ctypes.addressof(place)
+            code.mapped(self.thread, address, PAGE, file.fileno(), page * PAGE)
+            return bytes(mapping)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    program = Program(tmp_path / "code")
+    yield program
+    os.close(program.memory)
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the times of a file count at once; return the sizes of what was searched."""
+    found: list[int] = []
+
+    def search(code: bytes) -> Any:
+        found.append(len(code))
+        return cpuid_sites(code)
+
+    monkeypatch.setattr(new_code, "cpuid_sites", search)
+    monkeypatch.setattr(new_code, "_SETTLED_NS", 0)
+    return found
+
+
+def at(place: int) -> slice:
+    start = place + len(NOPS) + len(LOAD_LEAF)
+    return slice(start, start + len(CPUID))
+
+
+def test_a_piece_of_a_file_is_searched_once(program: Program, searched: list[int]) -> None:
+    program.write(256)
+    code = NewCode()
+    for _ in range(3):
+        assert program.map(code)[at(256)] == TRAP
+    assert searched == [PAGE]
+
+
+def test_another_piece_of_it_is_another_place(program: Program, searched: list[int]) -> None:
+    program.write(256, PAGE + 512, pages=2)
+    code = NewCode()
+    for page, place in ((0, 256), (1, 512), (0, 256)):
+        mapped = program.map(code, page)
+        assert mapped[at(place)] == TRAP and mapped.count(TRAP) == 1
+    assert len(searched) == 2
+
+
+def test_a_file_that_has_changed_is_searched_again(program: Program, searched: list[int]) -> None:
+    program.write(256)
+    code = NewCode()
+    program.map(code)
+    modified = program.path.stat().st_mtime_ns
+    program.write(512)
+    os.utime(program.path, ns=(modified, modified))  # its time of change is the kernel's
+    mapped = program.map(code)
+    assert mapped[at(512)] == TRAP and mapped.count(TRAP) == 1
+    assert len(searched) == 2
+
+
+def test_what_is_no_cpuid_any_more_stays(program: Program, searched: list[int]) -> None:
+    """A file may change without a trace: by a mapping, or on a file system without times."""
+    program.write(256)
+    code = NewCode()
+    program.map(code)
+    code._sites = {piece: [100, *sites] for piece, sites in code._sites.items()}
+    assert program.map(code).count(TRAP) == 1
+
+
+def test_a_file_that_may_still_change_is_not_remembered(
+    program: Program, searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_code, "_SETTLED_NS", 10**15)
+    program.write(256)
+    code = NewCode()
+    assert [program.map(code)[at(256)] for _ in range(2)] == [TRAP, TRAP]
+    assert len(searched) == 2
