@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 from softsgx.arch import PAGE_BYTES
@@ -43,13 +42,20 @@ def check_pages(
         assert page.poisoned and page.free, f"{page!r} is in quarantine"
     assert len(set(quarantined)) == len(quarantined), "a page is in quarantine twice"
 
-    held = [page for page in records.values() if page.group is not None and not page.leaked]
-    leaked = [page for page in records.values() if page.leaked]
-    for page in [*held, *leaked]:
+    held: list[SgxEpcPage] = []
+    leaked: list[SgxEpcPage] = []
+    kinds: dict[str, int] = {}
+    for page in records.values():
+        if page.leaked:
+            leaked.append(page)
+        elif page.group is not None:
+            held.append(page)
+            kinds[page.kind] = kinds.get(page.kind, 0) + 1
+        else:
+            continue
         assert not page.free, f"{page!r} is free and in use"
-    kinds = Counter(page.kind for page in held)
     counted = {kind: count for kind, count in counters.held.items() if count}
-    assert counted == dict(kinds), f"held counts are {counted}, recounted {dict(kinds)}"
+    assert counted == kinds, f"held counts are {counted}, recounted {kinds}"
     assert counters.leaked == len(leaked), f"{counters.leaked} leaked, recounted {len(leaked)}"
 
     total = free + len(quarantined) + len(held) + len(leaked) + dirty.pages()
@@ -72,8 +78,9 @@ def _count_free(nodes: Iterable[Node]) -> int:
 
 def _check_lists(held: list[SgxEpcPage], *, idle: bool) -> None:
     lists: set[Lru] = {page.group.lru for page in held if page.group is not None}
-    listed = Counter(page for lru in lists for page in lru)
-    assert all(count == 1 for count in listed.values()), "a page is on two lists"
+    entries = [page for lru in lists for page in lru]
+    listed = set(entries)
+    assert len(listed) == len(entries), "a page is on two lists"
     for page in held:
         where = page.lru
         assert page.tracked == (where is not None), f"{page!r}: tracked but on no list, or not"
@@ -81,5 +88,5 @@ def _check_lists(held: list[SgxEpcPage], *, idle: bool) -> None:
             assert where is not None and page in where, f"{page!r} is on a list it does not name"
         else:
             assert not (page.tracked and idle), f"{page!r} is tracked, but on no list"
-    stray = listed.keys() - set(held)
+    stray = listed.difference(held)
     assert not stray, f"pages on a list that are not allocated: {stray}"
