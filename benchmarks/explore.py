@@ -13,7 +13,7 @@ from softsgx.explore import BUILT_IN
 from softsgx.explore.corpus import HUNTED_IN, hunt_all
 from softsgx.explore.work import Unit, run_unit
 
-RUNS = 200
+RUNS = 100
 LONG_RUNS = 2000
 
 
