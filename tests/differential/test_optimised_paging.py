@@ -109,6 +109,7 @@ def state(world: World) -> dict[str, object]:
         "groups": [
             (g.usage_pages, g.own_pages, g.peak_pages, g.events, g.events_local) for g in groups
         ],
+        "ksgxd": (core._ksgxd.generation, core._ksgxd.outcomes, core._ksgxd.asleep),
         "claims": (core.claims.holder is None, core.claims.short is None),
         "kept": [page.addr for page in pool.records.values() if page.kept],
     }

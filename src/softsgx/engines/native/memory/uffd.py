@@ -80,7 +80,7 @@ class UffdPager:
         self._source_view = memoryview(self._source).cast("B")
         self._copy = (ctypes.c_uint64 * 5)()
         self._copy_at = ctypes.addressof(self._copy)
-        self._copy[1] = self._source_at = ctypes.addressof(self._source)
+        self._copy[1] = ctypes.addressof(self._source)
         self._copy[2] = PAGE_BYTES
         self._fetches = Fetches(prot_at)
         self._watched: set[int] = set()
