@@ -197,13 +197,14 @@ def take_descriptor(tid: int, descriptor: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        pidfd = syscall(abi.SYS_PIDFD_OPEN, _leader(tid), 0)
+        pidfd = syscall(abi.SYS_PIDFD_OPEN, leader(tid), 0)
     try:
         return syscall(abi.SYS_PIDFD_GETFD, pidfd, descriptor, 0)
     finally:
         os.close(pidfd)
 
 
-def _leader(tid: int) -> int:
+def leader(tid: int) -> int:
+    """Return the id of the process that thread ``tid`` belongs to."""
     with open(f"/proc/{tid}/status") as file:
         return int(next(line.split()[1] for line in file if line.startswith("Tgid:")))

@@ -238,10 +238,10 @@ class Supervisor(Lifecycle):
                     # Hidden pages and the paging key are in our memory.  Not earlier: a child
                     # that has not executed yet would inherit it, and could not be traced.
                     libc.set_dumpable(False)
-                    thread = self._adopt_program(first, Process(first.tid, self._group))
+                    resume = self._loop.executed(first, Process(first.tid, self._group))
                     if started is not None:
                         started(first.tid)
-                    self._loop.resume_thread(thread)
+                    resume()
                     self._loop.run()
                 self.background()  # what had begun ends
             except SoftSgxError:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
@@ -29,7 +30,8 @@ from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
-from softsgx.engines.native.tracing.tracee import Gone, Stop, decode_stop
+from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
+from softsgx.engines.native.tracing.unsupervised import Unsupervised, is_32_bit
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 
 __all__ = ["Lifecycle", "Loop"]
@@ -113,6 +115,7 @@ class Loop:
         threads: living threads by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
         failures: exceptions that are mistakes of ours.
+        unsupervised: threads of 32-bit programs.
     """
 
     def __init__(
@@ -132,14 +135,22 @@ class Loop:
         self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
         self._dying: dict[int, ProgramThread] = {}
+        self.unsupervised = Unsupervised(waits, self._early, lifecycle.new_process)
 
     def add(self, thread: ProgramThread) -> None:
         """Add a stopped thread."""
         self.threads[thread.tid] = thread
 
+    def executed(self, thread: Thread, process: Process) -> Callable[[], None]:
+        """A program was executed by ``thread``, stopped at its end; return what resumes it."""
+        if is_32_bit(thread):
+            self.unsupervised.add(thread.tid, process)
+            return partial(self.unsupervised.resume, thread.tid)
+        return partial(self.resume_thread, self._lifecycle.exec_image(thread.tid, process))
+
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
-        while self.threads or self._dying:
+        while self.threads or self._dying or self.unsupervised.processes:
             until_ns = self._between()
             thread = self._next_held()
             if thread is not None:
@@ -270,7 +281,9 @@ class Loop:
 
     def _event(self, tid: int, status: int) -> None:
         thread = self.threads.get(tid) or self._dying.get(tid)
-        if thread is None:
+        if tid in self.unsupervised.processes:
+            self._unsupervised(tid, status)
+        elif thread is None:
             self._stranger(tid, status)
         elif not os.WIFSTOPPED(status):
             self._gone(thread, status)
@@ -284,6 +297,18 @@ class Loop:
             let_end(tid)
         elif os.WIFSTOPPED(status) or tid in self._early:
             self._early[tid] = status
+
+    def _unsupervised(self, tid: int, status: int) -> None:
+        process = self.unsupervised.processes[tid]
+        if not os.WIFSTOPPED(status):
+            del self.unsupervised.processes[tid]
+            self._reaped(tid, process, status)
+            return
+        try:
+            if self.unsupervised.stopped(tid, status) is not None:
+                self.executed(Thread(tid, self._waits), process)()
+        except Exception as error:
+            self.failed(process.pid, tid, error)
 
     def _guard(self, thread: ProgramThread, stop: Stop) -> None:
         image = thread.image
@@ -438,8 +463,7 @@ class Loop:
         self._die(thread)
         finish_exec(thread)
         self._forget(thread)
-        fresh = self._lifecycle.exec_image(thread.tid, process)
-        self.resume_thread(fresh)
+        self.executed(thread, process)()
 
     def _note(self, gone: Gone) -> None:
         """A thread has ended during a request to it."""
@@ -458,11 +482,14 @@ class Loop:
 
     def _gone(self, thread: ProgramThread, status: int) -> None:
         """The second step: it was reaped with this status."""
-        if thread.tid == thread.process.pid:
-            self.statuses[thread.tid] = status
-            self.failures.reaped(thread.tid)
+        self._reaped(thread.tid, thread.process, status)
         self._die(thread)
         self._forget(thread)
+
+    def _reaped(self, tid: int, process: Process, status: int) -> None:
+        if tid == process.pid:
+            self.statuses[tid] = status
+            self.failures.reaped(tid)
 
     def _forget(self, thread: ProgramThread) -> None:
         if self._dying.get(thread.tid) is thread:
@@ -478,9 +505,11 @@ class Loop:
 
     def kill(self) -> None:
         """End every process, and wait until it is gone."""
-        for pid in {thread.process.pid for thread in self.threads.values()} | set(self._early):
+        ignored = self.unsupervised.processes
+        known = {thread.process.pid for thread in self.threads.values()}
+        for pid in known | set(self._early) | {process.pid for process in ignored.values()}:
             kill(pid)
-        while self.threads or self._dying:
+        while self.threads or self._dying or ignored:
             try:
                 event = self._waits.next()
             except ChildProcessError:
@@ -490,6 +519,7 @@ class Loop:
             tid, status = event
             thread = self.threads.get(tid) or self._dying.get(tid)
             if not os.WIFSTOPPED(status):
+                ignored.pop(tid, None)
                 if thread is not None:
                     self._gone(thread, status)
             else:

@@ -1,0 +1,125 @@
+"""Processes that execute 32-bit programs: they run as they would without us.
+
+They have no vDSO and no enclaves of ours, and none of their system calls stops.  They stay traced,
+and their stops are answered at once: a 64-bit program that one of them executes is supervised, and
+without a tracer the system calls that its filter stops would fail.
+
+Source:
+    ptrace(2), seccomp(2); Linux arch/x86/kernel/process_64.c (``compat_start_thread``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.tracing.program import Process
+from softsgx.engines.native.tracing.start import finish_exec
+from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
+from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
+
+__all__ = ["Unsupervised", "is_32_bit"]
+
+_LOG = logging.getLogger(__name__)
+
+_USER32_CS = 0x23
+_BIRTHS = (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE)
+
+
+def is_32_bit(thread: Thread) -> bool:
+    """Return whether a thread that is stopped at the end of its execve has a 32-bit program."""
+    return thread.load().cs == _USER32_CS
+
+
+class Unsupervised:
+    """See the module.
+
+    Args:
+        waits: receives stops and ends.
+        early: statuses of children that were received before their parent's event.
+        new_process: makes the process of a child, from its id and its parent.
+
+    Attributes:
+        processes: the process of each thread, by the thread's id.
+    """
+
+    def __init__(
+        self,
+        waits: Waits,
+        early: dict[int, int],
+        new_process: Callable[[int, Process], Process],
+    ) -> None:
+        self._waits, self._early, self._new_process = waits, early, new_process
+        self.processes: dict[int, Process] = {}
+        self._told = False
+
+    def add(self, tid: int, process: Process) -> None:
+        """A process has executed a 32-bit program; ``tid`` is its only thread, stopped."""
+        self.processes[tid] = process
+        if not self._told:
+            self._told = True
+            name = os.readlink(f"/proc/{tid}/exe")
+            _LOG.warning(
+                "process %d: %s is a 32-bit program: it runs, but finds no SGX here", tid, name
+            )
+
+    def resume(self, tid: int, number: int = 0) -> None:
+        """Resume a stopped thread, delivering signal ``number``."""
+        libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, number)  # fails where the thread has been killed
+
+    def stopped(self, tid: int, status: int) -> Process | None:
+        """Answer a stop of one of the threads.
+
+        Returns:
+            The process whose only thread ``tid`` is now, stopped at the end of an execve; it is
+            known here no more.
+
+        Raises:
+            Gone: the thread has been killed.
+        """
+        stop = decode_stop(status)
+        if stop.event == abi.PTRACE_EVENT_EXIT:
+            let_end(tid)
+        elif stop.event == abi.PTRACE_EVENT_EXEC:
+            return self._executed(tid)
+        elif stop.event in _BIRTHS:
+            self._born(tid)
+            self.resume(tid)
+        elif stop.event == abi.PTRACE_EVENT_STOP and stop.signal != abi.SIGTRAP:
+            libc.raw_ptrace(abi.PTRACE_LISTEN, tid, 0, 0)  # it stays in its group stop
+        else:
+            self.resume(tid, _delivered(stop))
+        return None
+
+    def _executed(self, tid: int) -> Process:
+        """Its process's other threads have come to an end, and it has the leader's id."""
+        thread = Thread(tid, self._waits)
+        process = self.processes.pop(thread.event_message())
+        self.processes.pop(tid, None)
+        finish_exec(thread)
+        return process
+
+    def _born(self, parent: int) -> None:
+        tid = Thread(parent, self._waits).event_message()
+        try:
+            status = self._early.pop(tid, None) or self._waits.of(tid)
+        except ChildProcessError:
+            return
+        if not os.WIFSTOPPED(status):
+            return
+        if stops_at_exit(status):
+            let_end(tid)
+            return
+        process = self.processes[parent]
+        leader = libc.leader(tid)
+        self.processes[tid] = process if leader == process.pid else self._new_process(tid, process)
+        try:
+            self.stopped(tid, status)
+        except Gone:
+            return  # its end is reported
+
+
+def _delivered(stop: Stop) -> int:
+    return 0 if stop.event or stop.syscall else stop.signal
