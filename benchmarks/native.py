@@ -56,7 +56,7 @@ EPC_BYTES = 4 << 20
 PAGES = 2048  # twice what the EPC has
 ECALLS = 4000
 THREADS = (1, 2, 4, 8)
-THREAD_CALLS = 40_000
+THREAD_CALLS = {"ecall": 40_000, "function": 20_000_000}
 TRAPS = 4000
 PASSES = 12_000
 ADDED = 4096  # pages of one ADD_PAGES
@@ -223,9 +223,9 @@ def _ecalls(programs: Programs, times: Times) -> None:
 def _threads(programs: Programs, times: Times) -> None:
     for threads in THREADS:
         for mode, name in (("threads", "ecall"), ("functions", "function")):
-            arguments = mode, threads, THREAD_CALLS, 2
+            arguments = mode, threads, THREAD_CALLS[name], 2
             slices, _reloads = programs.engine(*arguments, epc_bytes=4 * EPC_BYTES)
-            calls = threads * THREAD_CALLS
+            calls = threads * THREAD_CALLS[name]
             times.add(f"{name}_{threads}", [numbers[0] / calls * 1e6 for numbers in slices])
 
 

@@ -117,6 +117,12 @@ def test_crossings_by_permit_are_as_those_that_stop(program: Program) -> None:
     assert (enclave.eenter, enclave.eexit) == (2 * crossings, 2 * crossings)
 
 
+def test_an_exit_to_an_address_that_is_not_canonical_faults_inside(program: Program) -> None:
+    assert program.run("astray", 0).exit_code == 0
+    (enclave,) = program.collector.enclaves()
+    assert (enclave.eenter, enclave.eexit, enclave.aex - enclave.eresume) == (101, 100, 1)
+
+
 @pytest.mark.parametrize(
     ("threads", "rounds", "calls"),
     [(1, 3, 20_000), (2, 4, 8000), pytest.param(8, 6, 20_000, marks=pytest.mark.slow)],

@@ -55,6 +55,18 @@ static void same(uint64_t count)
 	printf("%lu %lu\n", count, handled);
 }
 
+/* An EEXIT to nowhere is #GP inside, also where calls have gone on without a stop before. */
+extern char stray[];
+__asm__(".text\nstray:\n mov $0x800000000000,%rbx\n add $7,%r11\n jmp *%r11\n");
+static void astray(void)
+{
+	struct run run;
+	build();
+	for (int i = 0; i < 100; i++) CHECK(!call(0, NOP, 0, 0, 0, &run) && run.function == 4);
+	CHECK(!call(0, RUN, (uint64_t)stray, 0, 0, &run));
+	CHECK(run.function == 3 && run.vector == 13);
+}
+
 /* Threads that come and go, each with a TCS, make calls; timers and each other interrupt them. */
 static uint64_t made[64], calls_of_each;
 static pthread_t crowd[64];
@@ -97,6 +109,7 @@ int main(int argc, char **argv)
 	enter = find_enter();
 	CHECK(enter);
 	if (!strcmp(argv[2], "same")) same(numbers[0]);
+	else if (!strcmp(argv[2], "astray")) astray();
 	else many(numbers[0], numbers[1], numbers[2]);
 	return 0;
 }

@@ -241,6 +241,9 @@ def exit_stub(
     asm.word("81 e1", WHO_MASK)  # and ecx, state and thread
     asm.emit("44 39 d9")  # cmp ecx, r11d
     asm.near("0f 85", "refuse")  # jne
+    # A target that is not canonical is #GP inside; one in the upper half is nothing to hurry for.
+    asm.emit("48 89 d9 48 c1 e9 2f")  # mov rcx, rbx; shr rcx, 47
+    asm.near("0f 85", "refuse")  # jnz
     asm.emit(f"48 89 c1 4c 29 d9 48 03 4a {slot['exited']:02x}")  # mov rcx, rax; sub, r11; add, …
     asm.emit(f"4c 8b 5a {slot['outside_fs']:02x} f3 49 0f ae d3")  # mov r11, [rdx+…]; wrfsbase r11
     asm.emit(f"4c 8b 5a {slot['outside_gs']:02x} f3 49 0f ae db")  # mov r11, [rdx+…]; wrgsbase r11
