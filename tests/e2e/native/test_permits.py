@@ -17,11 +17,13 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
+from softsgx.driver import Mm
 from softsgx.engines.native import RunResult, abi, libc, run
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import decode_stop
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.report import Collector
+from softsgx.runtime import InlineRuntime
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -39,11 +41,11 @@ class Program:
         self.out = directory / "out"
         self.collector = Collector(time.monotonic_ns)
 
-    def run(self, *arguments: object, enclave: Path | None = None) -> RunResult:
+    def run(self, *arguments: object, enclave: Path | None = None, pages: int = 256) -> RunResult:
         argv = [str(self.host), str(enclave or self.enclave), *map(str, arguments)]
         self.collector = Collector(time.monotonic_ns)
         with self.out.open("wb") as out:
-            return run(argv, epc=256 * 4096, stdio=(0, out.fileno(), 2), observer=self.collector)
+            return run(argv, epc=pages * 4096, stdio=(0, out.fileno(), 2), observer=self.collector)
 
     def printed(self) -> list[int]:
         return [int(word) for word in self.out.read_text().split()]
@@ -136,6 +138,36 @@ def test_calls_of_threads_that_come_and_go_are_counted_exactly(
     assert handled > threads * rounds
     assert (enclave.eenter, enclave.eexit) == (made, made)
     assert enclave.aex == enclave.eresume
+
+
+def test_only_crossings_happen_while_running_threads_have_permits(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Permits] = []
+    looked: set[str] = set()
+    init = Permits.__init__
+
+    def noted(permits: Permits, *arguments: Any) -> None:
+        made.append(permits)
+        init(permits, *arguments)
+
+    def watch(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments: Any) -> Any:
+            looked.add(name)
+            (permits,) = made
+            assert permits._open <= set(permits._unused.values())
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    monkeypatch.setattr(Permits, "__init__", noted)
+    watch(InlineRuntime, "run_pending")
+    watch(Mm, "fault")
+    watch(ProgramThread, "skip_syscall")
+    assert program.run("many", 3, 2, 3000, pages=28).exit_code == 0
+    assert looked == {"run_pending", "fault", "skip_syscall"}
 
 
 def test_calls_of_one_thread_do_not_stop_it(
