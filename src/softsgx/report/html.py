@@ -19,7 +19,7 @@ from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary
 from softsgx.report.tables import cycles_text, seconds_text
-from softsgx.report.verdict import verdict
+from softsgx.report.verdict import Verdict, verdict
 from softsgx.sizes import size_text
 
 __all__ = ["html_page"]
@@ -45,7 +45,7 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
     parts = [
         f"<h1><code>{title}</code></h1>",
         f"<p>{escape(_ended(run))}</p>",
-        f"<p class='verdict {judged.fit}'>{escape(judged.text)}</p>",
+        f"<p class='verdict {judged.fit}'>{_verdict_text(judged)}</p>",
         _warning(run),
         _tiles(run),
         _residency(run, samples),
@@ -72,6 +72,12 @@ def _ended(run: RunSummary) -> str:
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
     began = run.began.replace("T", " ").replace("+00:00", " UTC")
     return f"{ended} after {seconds_text(run.wall_s)}" + (f"; began {began}" if began else "")
+
+
+def _verdict_text(judged: Verdict) -> str:
+    """Return the verdict with its option as code, which no line break divides."""
+    text, option = escape(judged.text), escape(judged.next_option or "")
+    return text.replace(option, f"<code class='option'>{option}</code>") if option else text
 
 
 def _warning(run: RunSummary) -> str:
@@ -122,7 +128,8 @@ def _faults_tile(run: RunSummary) -> tuple[str, str]:
 
 
 def _percent(percent: float) -> str:
-    return f"{percent:.0f} %" if percent >= 10 or not percent else f"{percent:.1f} %"
+    digits = 0 if percent >= 10 or not percent else 1
+    return f"{percent:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _figure(heading: str, note: str, chart: str) -> str:
@@ -150,16 +157,25 @@ def _residency(run: RunSummary, samples: Sequence[Sample]) -> str:
         for colour, number in zip(COLOURS, shown, strict=False)
     ]
     series.append(Series("all in use", [_mib(sample.used_pages) for sample in samples], _GREY))
-    limit = run.platform.epc_bytes
+    name, limit = _limit_of(run)
     highest = max(sample.used_pages for sample in samples) * PAGE_BYTES
     near = limit < 3 * highest
-    mark = Mark(f"EPC {size_text(limit)}", limit / _MIB) if near else None
+    mark = Mark(f"{name} {size_text(limit)}", limit / _MIB) if near else None
     note = "Pages of each enclave, and all that is in use: SECS and VA pages too."
     if len(ranked) > _SHOWN:
         note += f" The {_SHOWN} largest of {len(ranked)} enclaves."
     if not near:
-        note += f" The EPC of {size_text(limit)} is far above."
+        note += f" The {name} of {size_text(limit)} is far above."
     return _figure("Resident in the EPC", note, lines(times, series, unit="MiB", mark=mark))
+
+
+def _limit_of(run: RunSummary) -> tuple[str, int]:
+    """Return what made pages leave: the name and the bytes of a group's limit, or of the EPC."""
+    limited = verdict(run).limited_by
+    for group in run.groups:
+        if group.path in limited and group.max_bytes is not None:
+            return f"limit of {group.path}", group.max_bytes
+    return "EPC", run.platform.epc_bytes
 
 
 def _rates(run: RunSummary, samples: Sequence[Sample]) -> str:
@@ -256,8 +272,8 @@ def _enclaves(run: RunSummary) -> str:
     if not run.enclaves:
         return ""
     paging = (
-        *("enclave", "MRENCLAVE", "group", "size", "pages added", "touched", "peak resident"),
-        *("first touches", "evictions", "reloads", "other faults", "in faults"),
+        *("enclave", "MRENCLAVE", "group", "size", "added", "touched", "peak resident"),
+        *("first touches", "evictions", "reloads", "others", "in faults"),
     )
     leaves = (
         *("enclave", "EENTER", "EEXIT", "AEX", "ERESUME", "EWB", "ETRACK", "IPI"),
@@ -265,7 +281,7 @@ def _enclaves(run: RunSummary) -> str:
     )
     ranked = sorted(run.enclaves, key=lambda enclave: enclave.fault_count, reverse=True)
     shown = sorted(ranked[:_MOST_ROWS], key=lambda enclave: enclave.number)
-    note = "Faults are counted by what they did: first touches load nothing, reloads load a page."
+    note = "Pages added and touched; faults by what they did: first touches load nothing."
     if len(ranked) > _MOST_ROWS:
         note += f" The {_MOST_ROWS} of {len(ranked)} enclaves with the most faults; JSON has all."
     first = _table("Enclaves", note, paging, [_paging_row(one) for one in shown], text=(0, 1, 2))

@@ -116,6 +116,16 @@ def test_first_touches_are_told_apart_from_reloads() -> None:
     assert "<b>4,100</b><span>pages came back" in body
 
 
+def test_the_limit_that_made_pages_leave_is_the_line_of_the_chart() -> None:
+    samples = [Sample(at / 10, 200, 0, 0, 0, 0.0, {1: 190}) for at in range(3)]
+    run = made_up(enclave_summary(1, busy=3))
+    assert "<span class='mark' style='top:0.0%'>limit of /jobs/a 1 MiB</span>" in html_page(
+        run, samples
+    )
+    unlimited = replace(run, groups=run.groups[:1])
+    assert "The EPC of 93.5 MiB is far above." in html_page(unlimited, samples)
+
+
 def test_limits_and_refusals_are_shown() -> None:
     body = html_page(made_up(enclave_summary(1, busy=3)), [])
     row = re.search(r"<tr><th scope='row' class='text'>/jobs/a</th>(.*?)</tr>", body)
