@@ -9,10 +9,11 @@ Examples:
   softsgx run --epc 16MiB --json run.json -- ./app
   softsgx run --limit jobs/a=8MiB -- ./app        the program runs in that group
   softsgx run --quiet --report run.html -- ./app  a page that opens offline
+  softsgx run --fail-if "reloads>1000" -- ./app   for CI
 
-exit status: the program's; 2 when the command line or a file it names is wrong, 127 when there
-is no such program, 126 when it cannot be executed, 125 when this machine lacks something and
-after an error in softsgx.
+exit status: the program's; 124 when that is 0 and a --fail-if holds; 2 when the command line or a
+file it names is wrong, 127 when there is no such program, 126 when it cannot be executed, 125 when
+this machine lacks something and after an error in softsgx.
 This is an emulation: it protects nothing from the owner of this machine.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +65,7 @@ NAME = "run"
 
 _STANDARD_OUTPUT = "-"
 _FAILED = 125  # as env and timeout have it
+_EXCEEDED = 124  # as timeout has it
 _STDERR = "-"
 _STATUS_AFTER_S = 2.0
 _STATUS_EVERY_S = 0.5
@@ -151,6 +154,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="FILE", help="write a page with charts that opens offline"
     )
     output.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="FIELD>VALUE",
+        help="end with status 124 if a field of the JSON compares so: evictions>0, "
+        "platform.peak_epc_bytes>16MiB, epc==small; repeatable",
+    )
+    output.add_argument(
         "--status",
         action="store_true",
         help="show a status line even if the program writes to the same terminal",
@@ -178,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
     taken = Injections.of(args.inject).power_signals
     if args.tick is not None:
         tick_period_ns(args.tick)
+    thresholds = [report.Threshold.parse(text) for text in args.fail_if]
     with ProgramSignals(taken) as signals:
         _check_machine()
         config = _config(args)
@@ -196,6 +208,7 @@ def run(args: argparse.Namespace) -> int:
                 argv, result.exit_code, result.injected, began=began, options=_options(args)
             )
             _report(args, outputs, summary, sampler)
+    exceeded = _exceeded(thresholds, summary)
     for mistake in mistakes:
         tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
     if mistakes:
@@ -203,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     if result.exit_code < 0:
         libc.set_dumpable(False)  # the core to look at is the program's
         raise EndedBySignal(-result.exit_code)
-    return result.exit_code
+    return result.exit_code or exceeded
 
 
 @contextmanager
@@ -245,6 +258,17 @@ def _run_watched(
         except RunFailed as failed:  # the summary covers a failed run, too
             return failed.result, failed.errors
     return result, []
+
+
+def _exceeded(thresholds: list[report.Threshold], summary: RunSummary) -> int:
+    """Name each threshold that the run exceeds; return the status for that, 0 if there is none."""
+    run, status = document(summary), 0
+    for threshold in thresholds:
+        seen = threshold.exceeded(run)
+        if seen is not None:
+            tell(f"softsgx: --fail-if {shlex.quote(threshold.text)}: {seen}")
+            status = _EXCEEDED
+    return status
 
 
 def _report(

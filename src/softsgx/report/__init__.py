@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         seconds_text,
         status_line,
     )
+    from softsgx.report.thresholds import Threshold
 
 __all__ = [
     "COST_PROFILES",
@@ -45,6 +46,7 @@ __all__ = [
     "RunSummary",
     "Sample",
     "Sampler",
+    "Threshold",
     "Ticker",
     "Totals",
     "Verdict",
@@ -71,5 +73,6 @@ __getattr__ = on_demand(
             "seconds_text",
             "status_line",
         ),
+        "thresholds": ("Threshold",),
     },
 )

@@ -26,6 +26,7 @@ from softsgx.report.costs import COST_PROFILES, Estimate, estimate
 from softsgx.trace import Event
 
 __all__ = [
+    "FAULT_KINDS",
     "Collector",
     "CpuTimes",
     "EnclaveSummary",
@@ -35,7 +36,7 @@ __all__ = [
     "Totals",
 ]
 
-_FAULTS = ("minor", "major", "augment", "busy", "refused")
+FAULT_KINDS = ("minor", "major", "augment", "busy", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +405,7 @@ class Collector:
         enclave, crossings = record.enclave, record.crossings or Crossings()
         assert enclave is not None, "the enclave of a final record"
         counts, swap = enclave.counts, enclave.swap
-        faults = {kind: counts.faults.get(kind, 0) for kind in _FAULTS}
+        faults = {kind: counts.faults.get(kind, 0) for kind in FAULT_KINDS}
         initialized = record.initialized_ns is not None
         priced = {
             "ecreate": 1,

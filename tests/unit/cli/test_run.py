@@ -357,6 +357,48 @@ def test_no_status_line_without_a_terminal(
     assert capfd.readouterr().err == ""
 
 
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "threshold", "status"),
+    [
+        (0, "evictions>0", 124),
+        (0, "evictions>100000", 0),
+        (3, "evictions>0", 3),
+        (-15, "evictions>0", 143),
+        (3, "exit_status==3", 3),
+    ],
+)
+def test_a_threshold_changes_no_status_but_success(
+    engine: Engine, code: int, threshold: str, status: int
+) -> None:
+    engine.exit_code = code
+    assert run("--quiet", "--fail-if", threshold, "--", "app") == status
+
+
+def test_each_threshold_that_is_exceeded_is_one_line_though_quiet(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("evictions>0", "evictions<0", "enclaves.eenter==1")
+    options = [word for text in words for word in ("--fail-if", text)]
+    assert run("--quiet", *options, "--", "app") == 124
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("softsgx: --fail-if 'evictions>0': verdict.evictions is ")
+    assert second == "softsgx: --fail-if enclaves.eenter==1: enclaves.eenter is 1"
+
+
+def test_a_threshold_on_no_field_is_refused_before_the_program_runs(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    assert run("--fail-if", "evicted>0", "--json", str(path), "--", "app") == 2
+    assert not engine.calls
+    assert not path.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no run has the field evicted" in line
+
+
 # --- doctor -------------------------------------------------------------------------------------
 
 
