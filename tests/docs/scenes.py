@@ -52,12 +52,6 @@ def program_and_platform(directory: Path) -> None:
     (directory / "platform.toml").write_text('epc = "16MiB"\nseed = 7\n')
 
 
-def program_and_check(directory: Path) -> None:
-    """Also the script that CI runs on a report."""
-    program(directory)
-    shutil.copy(ROOT / "examples" / "ci" / "check.py", directory)
-
-
 def signed_library(directory: Path) -> None:
     """``enclave.signed.so``: a library of the SDK with its SIGSTRUCT."""
     file = sdk_laid_out()
@@ -78,7 +72,7 @@ def unsigned_files(directory: Path) -> None:
 
 
 SCENES: dict[str, Scene] = {
-    "docs/how-to/ci.md": program_and_check,
+    "docs/how-to/ci.md": program,
     "docs/how-to/faults.md": program,
     "docs/how-to/guests.md": enclave,
     "docs/how-to/limits.md": program,
