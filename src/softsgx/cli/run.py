@@ -28,9 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from softsgx import report
 from softsgx.cli._common import discard, size_as_written, tell
@@ -321,8 +320,30 @@ def _call_log(path: str | None) -> Iterator[Callable[[str], None] | None]:
     elif path == _STDERR:
         yield tell
     else:
-        with open(path, "w") as file:
-            yield partial(print, file=file, flush=True)
+        with open(path, "wb", buffering=0) as file:
+            yield _Lines(cast(BinaryIO, file), path).write
+
+
+class _Lines:
+    """A file that takes lines until it cannot be written; the program runs on then.
+
+    Args:
+        file: without a buffer, so that nothing is left to be written when it is closed.
+        path: its name.
+    """
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file: BinaryIO | None = file
+        self._path = path
+
+    def write(self, line: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(f"{line}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            tell(f"softsgx: {self._path}: {error.strerror}; it is not complete")
+            self._file = None
 
 
 class _Watch:

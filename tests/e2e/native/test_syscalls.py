@@ -86,3 +86,10 @@ def test_lines_go_to_a_file_that_is_named(program: list[str], tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (42, "")
     assert len(path.read_text().splitlines()) > 10
+
+
+def test_a_file_that_is_full_ends_the_log_and_not_the_program(program: list[str]) -> None:
+    command = [*SOFTSGX, "run", "--quiet", "--force", "--syscalls", "/dev/full", "--", *program]
+    done = subprocess.run([*command, "call"], capture_output=True, text=True, check=False)
+    assert done.returncode == 42
+    assert done.stderr == "softsgx: /dev/full: No space left on device; it is not complete\n"
