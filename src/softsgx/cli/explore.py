@@ -363,13 +363,12 @@ def _corpus(args: argparse.Namespace) -> int:
     for hunt in hunt_all(chosen):
         hunts.append(hunt)
         table.add_row(*_hunt_row(hunt))
-        if not args.json:
+        if sys.stderr.isatty():
             print(f"\r{len(hunts)} defects", end="", file=sys.stderr, flush=True)
     missed = [hunt for hunt in hunts if hunt.finding is None or hunt.without]
     if args.json:
         print_json({"hunts": [hunt.to_json() for hunt in hunts], "missed": len(missed)})
     else:
-        print("\r", end="", file=sys.stderr)
         console.print(table)
         console.print(f"\n{len(hunts) - len(missed)} of {len(hunts)} found, and only when on")
     return int(bool(missed))

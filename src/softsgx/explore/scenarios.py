@@ -15,7 +15,7 @@ from softsgx.driver import FaultResult
 from softsgx.explore.stage import Stage, StagedEnclave
 from softsgx.explore.violation import Violation
 from softsgx.paging import EpcBusy, NoEpc
-from softsgx.userland import Signal
+from softsgx.userland import Signal, SoftProcess
 
 __all__ = ["HOST_SCENARIOS"]
 
@@ -89,6 +89,14 @@ def two_augments(stage: Stage) -> None:
     enclave = stage.enclave(2)
     stage.task("first", lambda: enclave.touch(2))
     stage.task("second", lambda: enclave.touch(2))
+    stage.check(lambda: _accept_new(enclave, 2))
+
+    def restore() -> None:
+        if enclave.content.pop(2, None) is not None:
+            _trim(enclave, 2)
+            enclave.process.remove_pages(enclave.fd, enclave.offset(2), PAGE_BYTES)
+
+    stage.restore(restore)
 
 
 def augment_evicted_secs(stage: Stage) -> None:
@@ -111,11 +119,6 @@ def augment_remove(stage: Stage) -> None:
     """A trimmed page is removed by ioctl while a fault touches it, and EAUG may make it anew."""
     enclave = stage.enclave(2)
     process = enclave.process
-    process.modify_types(enclave.fd, enclave.offset(1), PAGE_BYTES, _TRIM)
-    with enclave.inhabitant() as thread:
-        status = thread.thread.eaccept(enclave.addr(1), _TRIMMED, enclave.addr(0))
-        assert status is Status.SUCCESS, f"accepting that the page goes: {status!r}"
-    enclave.content.clear()
 
     def remove() -> None:
         _again(stage, lambda: process.remove_pages(enclave.fd, enclave.offset(1), PAGE_BYTES))
@@ -123,6 +126,13 @@ def augment_remove(stage: Stage) -> None:
     stage.task("remove", remove)
     stage.task("fault", lambda: _touch_what_goes(stage, enclave, 1))
     stage.check(lambda: _accept_new(enclave, 1))
+
+    def restore() -> None:
+        enclave.content.clear()
+        enclave.touch(0)
+        _trim(enclave, 1)
+
+    stage.restore(restore)
 
 
 def ioctl_fault(stage: Stage) -> None:
@@ -143,19 +153,26 @@ def ioctl_fault(stage: Stage) -> None:
 def fork_reclaim(stage: Stage) -> None:
     """A process forks while a page is evicted; then both processes read it."""
     enclave = stage.enclave(2)
-    enclave.touch(1)
+    children: list[SoftProcess] = []
 
-    def fork() -> None:
-        child = enclave.process.fork(name="child")
-        stage.check(lambda: _child_reads(enclave, child.exit, lambda: enclave.touch(1, child)))
-        entry = child.ptes.entry(enclave.addr(1))
-        page = enclave.page(1)
+    def check_mapping() -> None:
+        entry, page = children[-1].ptes.entry(enclave.addr(1)), enclave.page(1)
         if entry is not None and (page.epc is None or page.epc.blocked):
             raise enclave.violation("stale mapping", 1, "the child maps a page that is evicted")
-        stage.check(lambda: _no_stale_entry(enclave, child.ptes.entry(enclave.addr(1)), 1))
+
+    def fork() -> None:
+        children.append(enclave.process.fork(name="child"))
+        check_mapping()
+
+    def read() -> None:
+        check_mapping()
+        enclave.touch(1, children[-1])
+        children.pop().exit()
 
     stage.task("fork", fork)
     stage.task("reclaim", lambda: enclave.evict(1))
+    stage.check(read)
+    stage.restore(lambda: enclave.touch(1))
 
 
 def exit_reclaim(stage: Stage) -> None:
@@ -350,6 +367,14 @@ def _touch_what_goes(stage: Stage, enclave: StagedEnclave, number: int) -> None:
         raise enclave.violation("lost page", number, f"touching gives {result.value}")
 
 
+def _trim(enclave: StagedEnclave, number: int) -> None:
+    """Trim a page, and let the enclave accept that it goes; page 0 is the scratch page."""
+    enclave.process.modify_types(enclave.fd, enclave.offset(number), PAGE_BYTES, _TRIM)
+    with enclave.inhabitant() as thread:
+        status = thread.thread.eaccept(enclave.addr(number), _TRIMMED, enclave.addr(0))
+    assert status is Status.SUCCESS, f"accepting that the page goes: {status!r}"
+
+
 def _accept_new(enclave: StagedEnclave, number: int) -> None:
     """A page that was removed is made anew by EACCEPT."""
     try:
@@ -359,18 +384,6 @@ def _accept_new(enclave: StagedEnclave, number: int) -> None:
         raise enclave.violation("lost page", number, f"accepting gives {signal}") from signal
     if status is not Status.SUCCESS:
         raise enclave.violation("lost page", number, f"accepting gives {status.manual_name}")
-
-
-def _no_stale_entry(enclave: StagedEnclave, entry: object, number: int) -> None:
-    if entry is not None and enclave.page(number).epc is None:
-        raise enclave.violation("stale mapping", number, "an evicted page is mapped")
-
-
-def _child_reads(
-    enclave: StagedEnclave, leave: Callable[[], None], touch: Callable[[], None]
-) -> None:
-    touch()
-    leave()
 
 
 def _nothing_left(stage: Stage) -> None:

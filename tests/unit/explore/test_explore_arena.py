@@ -15,7 +15,15 @@ from softsgx.runtime import Pct, Replay, Uniform
 ROUNDS = 12
 
 
-RESTORED = ("fault-reclaim", "thread-reclaim", "two-faults", "alloc-free")
+RESTORED = (
+    "fault-reclaim",
+    "thread-reclaim",
+    "two-faults",
+    "two-augments",
+    "augment-remove",
+    "fork-reclaim",
+    "alloc-free",
+)
 """Scenarios that play many rounds on one stage."""
 
 
