@@ -165,6 +165,17 @@ def test_a_proc_of_other_processes_is_named() -> None:
     assert found.returncode == 1 and "/proc" in found.stdout
 
 
+@pytest.mark.slow
+def test_a_run_inside_a_run_is_told_that_a_process_has_one_tracer() -> None:
+    command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--"]
+    nested = subprocess.run(
+        [*command, *command, "/bin/true"], capture_output=True, text=True, check=False
+    )
+    assert nested.returncode == 125
+    assert nested.stderr.startswith("softsgx: ptrace: this process is already traced, by process ")
+    assert nested.stderr.count("\n") == 1
+
+
 def test_a_directory_that_is_not_there_is_named() -> None:
     with pytest.raises(NotRun, match=r"^/no/such/directory: No such file or directory") as failed:
         run(["/bin/true"], cwd="/no/such/directory")

@@ -57,8 +57,7 @@ def doctor() -> list[Finding]:
             can_ptrace(),
             needed=True,
             good="programs can be traced",
-            bad="programs cannot be traced: allow ptrace (container: --cap-add=SYS_PTRACE, "
-            "sysctl kernel.yama.ptrace_scope below 3)",
+            bad=_untraceable(),
         ),
         _finding(
             "seccomp",
@@ -89,7 +88,8 @@ def doctor() -> list[Finding]:
             needed=True,
             good="enclaves have memory that processes share",
             bad="memfd_create is forbidden, or the limit on file sizes is below 128 TiB: allow "
-            "memfd_create, and raise the hard limit (ulimit -Hf unlimited)",
+            "memfd_create (container: --security-opt seccomp=PROFILE that does), and raise the "
+            "hard limit (ulimit -Hf unlimited)",
         ),
         _finding(
             "pidfd_getfd",
@@ -152,6 +152,29 @@ def doctor() -> list[Finding]:
 def choose_pager() -> str:
     """Return the name of the pager to use here."""
     return "userfaultfd" if can_userfaultfd() else "mprotect"
+
+
+def _untraceable() -> str:
+    """Return why no child can be traced, and what to do about it."""
+    tracer = own_tracer()
+    if tracer:
+        return (
+            f"this process is already traced, by process {tracer} (softsgx run, gdb, strace …), "
+            "and so are its children; a process has one tracer: start it outside"
+        )
+    return (
+        "programs cannot be traced: allow ptrace (container: --cap-add=SYS_PTRACE, "
+        "sysctl kernel.yama.ptrace_scope below 3)"
+    )
+
+
+def own_tracer() -> int:
+    """Return the process that traces this one, 0 for none."""
+    try:
+        with open("/proc/self/status") as file:
+            return int(next(line.split()[1] for line in file if line.startswith("TracerPid:")))
+    except (OSError, StopIteration):
+        return 0
 
 
 @cache

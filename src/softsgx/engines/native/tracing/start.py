@@ -109,7 +109,8 @@ def start_program(
         if not isinstance(error, OSError):
             raise
         raise NotRun(
-            f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children"
+            f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children "
+            "(container: --cap-add=SYS_PTRACE)"
         ) from None
     finally:
         os.close(failed_read)
