@@ -30,13 +30,10 @@ _NO_CALL = (1 << 64) - 1
 _HEAD_BYTES = 72
 _XFRM_AVX, _AVX_BYTES = 4, 256
 _SHARED_WITH_OUTSIDE = ("cs", "ss", "ds", "es", "fs", "gs")
-_FIELDS = tuple(
-    name
-    for name in (
-        *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
-        *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
-        *("rflags", "rip", "fs_base", "gs_base"),
-    )
+_FIELDS = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+    *("rflags", "rip", "fs_base", "gs_base"),
 )
 
 
