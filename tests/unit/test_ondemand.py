@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-LAZY = ("kvm", "report", "runtime", "userland")
+LAZY = ("engines.native.gdb", "kvm", "report", "runtime", "userland")
 #: What only other verbs, other engines, or options of ``run`` need.
 NOT_FOR_A_RUN = (
     "rich",
+    "softsgx.engines.native.gdb.loop",
     "softsgx.image",
     "softsgx.kvm.device",
     "softsgx.kvm.guest",

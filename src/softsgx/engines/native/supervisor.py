@@ -22,15 +22,14 @@ from types import FrameType
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native import gdb as debugging
 from softsgx.engines.native.doctor import can_cross_unseen, can_fault_cpuid, choose_pager
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.logged import LoggedTransitions
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.gdb.loop import DebugLoop
 from softsgx.engines.native.gdb.server import GdbServer
-from softsgx.engines.native.gdb.symbols import EnclaveFiles
 from softsgx.engines.native.images import AddressSpaces
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
@@ -169,7 +168,8 @@ class Supervisor(Lifecycle):
         make_loop: Callable[..., Loop] = StrictLoop if strict else Loop
         if gdb is not None:
             assert not strict, "gdb lets threads run that have to wait for their turn"
-            make_loop = partial(DebugLoop, server=gdb, files=EnclaveFiles(gdb.enclave_files))
+            files = debugging.EnclaveFiles(gdb.enclave_files)
+            make_loop = partial(debugging.DebugLoop, server=gdb, files=files)
         handlers = self._handlers(ioctls)
         if log is not None:
             handlers = log.watching(handlers, self._registry)

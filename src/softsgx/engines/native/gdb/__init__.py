@@ -9,3 +9,15 @@
 
 A process has one tracer, the supervisor, so gdb cannot attach to the program itself.
 """
+
+from typing import TYPE_CHECKING
+
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.gdb.loop import DebugLoop
+    from softsgx.engines.native.gdb.symbols import EnclaveFiles
+
+__all__ = ["DebugLoop", "EnclaveFiles"]
+
+__getattr__ = on_demand(__name__, {"loop": ("DebugLoop",), "symbols": ("EnclaveFiles",)})
