@@ -70,6 +70,7 @@ class Summary:
         coverage: by scenario.
         findings: by scenario and signature, each with the number of its unit.
         units: numbers of the units that were run.
+        complete_units: by scenario, how many units have left no schedule out.
         cpu_seconds: processor time of all units.
         seconds: real time of this run.
     """
@@ -77,6 +78,7 @@ class Summary:
     coverage: dict[str, Coverage] = field(default_factory=dict)
     findings: dict[tuple[str, str], tuple[int, Finding]] = field(default_factory=dict)
     units: set[int] = field(default_factory=set)
+    complete_units: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -85,7 +87,11 @@ class Summary:
         unit = result.unit
         self.units.add(unit.number)
         self.cpu_seconds += result.seconds
-        self.coverage.setdefault(unit.scenario, Coverage()).merge(result.coverage)
+        coverage = self.coverage.setdefault(unit.scenario, Coverage())
+        coverage.merge(result.coverage)
+        complete = self.complete_units.get(unit.scenario, 0) + result.coverage.complete
+        self.complete_units[unit.scenario] = complete
+        coverage.complete = complete == (PARTS if find_scenario(unit.scenario).races else 1)
         for finding in result.findings:
             key = unit.scenario, finding.signature
             if key not in self.findings:

@@ -129,6 +129,13 @@ def test_two_places_meet_when_one_is_executed_before_the_other_is_left() -> None
 # --- campaigns ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("runs", "complete"), [(1000, True), (PARTS, False)])
+def test_a_campaign_is_complete_when_every_part_of_its_search_is(runs: int, complete: bool) -> None:
+    campaign = Campaign(("alloc-free",), (), "bounded", Budget(runs=runs))
+    summary = last(run_campaign(campaign, InProcess()))
+    assert summary.coverage["alloc-free"].complete is complete
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds() -> None:
     one = last(run_campaign(BROKEN, InProcess()))
