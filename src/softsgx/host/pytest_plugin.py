@@ -16,7 +16,8 @@ by itself; without that, name it in ``conftest.py``::
         assert done.returncode == 0 and not done.report["verdict"]["evictions"]
 
 It is a distribution of its own because pytest rewrites the assertions of every module of a
-distribution in which it finds a plugin; softsgx has thousands, which are on in every run.
+distribution in which it finds a plugin; softsgx has thousands, which are on in every run.  This
+module asserts nothing and may be found in both ways at once: PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations

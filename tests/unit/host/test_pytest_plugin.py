@@ -89,14 +89,19 @@ def installed(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pytest_finds_the_plugin_and_rewrites_no_assertion_of_the_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["", 'pytest_plugins = ["softsgx.host.pytest_plugin"]'])
+def test_pytest_finds_the_plugin_and_rewrites_no_assertion_of_the_package(
+    tmp_path: Path, named: str
+) -> None:
+    """Also where a ``conftest.py`` names the module that pytest has found already."""
     site, tests = tmp_path / "site", tmp_path / "tests"
     installed(site)
     tests.mkdir()
+    tests.joinpath("conftest.py").write_text(named)
     tests.joinpath("test_user.py").write_text(USER)
     path = os.pathsep.join([str(site), str(ROOT / "src")])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tests)],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         capture_output=True,
