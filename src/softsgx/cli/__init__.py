@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, EPIPE
 from importlib import import_module
 from typing import Protocol, TextIO, cast
 
@@ -70,6 +71,9 @@ VERBS = (
 )
 
 
+_OUTPUT_FAILURES = frozenset({EDQUOT, EFBIG, EIO, ENOSPC, EPIPE})
+
+
 def command_of(verb: str) -> Command:
     """Return the module of a verb."""
     return cast(Command, import_module(f"softsgx.cli.{verb}"))
@@ -109,8 +113,10 @@ def _run(argv: Sequence[str]) -> int:
         tell(f"softsgx: {error}")
         return error.exit_status
     except OSError as error:
-        if not _end_output(sys.stdout, 1):
+        # Files that a command cannot open are named; its own output has no name.
+        if error.errno not in _OUTPUT_FAILURES or error.filename is not None:
             raise
+        _end_output(sys.stdout, 1)
         if not isinstance(error, BrokenPipeError):  # a reader that has enough is no failure
             tell(f"softsgx: standard output: {error.strerror}")
         return 1

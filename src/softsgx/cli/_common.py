@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from softsgx.errors import SoftSgxError
 from softsgx.sizes import parse_size
 
 __all__ = [
+    "absolute",
     "discard",
+    "log_told",
     "number",
     "print_json",
     "read_file",
@@ -54,6 +59,37 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         discard(2)
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record behind the name of the command."""
+        tell(f"softsgx: {self.format(record)}")
+
+
+@contextmanager
+def log_told() -> Iterator[None]:
+    """Write what softsgx logs to standard error."""
+    logger, handler = logging.getLogger("softsgx"), _Told()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def absolute(path: str) -> Path:
+    """Return the absolute form of a path.
+
+    Raises:
+        SoftSgxError: the working directory was deleted.
+    """
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise SoftSgxError(
+            f"{path}: the working directory was deleted; change to another"
+        ) from None
 
 
 def discard(descriptor: int) -> None:

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags
-from softsgx.cli._common import number, print_json, read_file, size_bytes, write_file
+from softsgx.cli._common import absolute, number, print_json, read_file, size_bytes, write_file
 from softsgx.errors import SoftSgxError
 from softsgx.image import Plan, SignOptions, load_key, mrsigner, new_key, sign_plan, write_sgxs
 from softsgx.image.csource import (
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.sources:
         raise SoftSgxError("build: no SOURCE.c; give what goes inside the enclave")
-    sources = [Path(source).absolute() for source in args.sources]
+    sources = [absolute(source) for source in args.sources]
     output = Path(args.output or f"{sources[0].stem}.sgxs")
     sigstruct_file = output.with_suffix(".sig")
     if output == sigstruct_file:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     compiler = find_compiler(args.cc)
     plan = build_enclave(sources, compiler, options, shlex.split(args.cflags), elf)
     if host is not None:
-        _build_host(compiler, Path(args.host).absolute(), host, force=args.force)
+        _build_host(compiler, absolute(args.host), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()
     # XFRM as compiled for: SSE2 and no more.
     attributes = AttributesFlags.MODE64BIT | (AttributesFlags.DEBUG if args.debug else 0)

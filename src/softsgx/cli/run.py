@@ -32,7 +32,7 @@ from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any, BinaryIO, cast
 
 from softsgx import report
-from softsgx.cli._common import discard, size_as_written, tell
+from softsgx.cli._common import discard, log_told, size_as_written, tell
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._signals import EndedBySignal, ProgramSignals
 from softsgx.engines.native import (
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tick is not None:
         tick_period_ns(args.tick)
     thresholds = [report.Threshold.parse(text) for text in args.fail_if]
-    with ProgramSignals(taken) as signals:
+    with log_told(), ProgramSignals(taken) as signals:
         _check_machine()
         config = _config(args)
         group = _group(args, config)

@@ -7,6 +7,7 @@ page on a real platform; the real engine is in ``tests/e2e``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -322,6 +323,14 @@ def test_signals_are_passed_on(engine: Engine, name: str) -> None:
         engine.during = during
         assert run("--quiet", "--", "app") == 0
         assert program.returncode == -number
+
+
+def test_what_is_logged_in_a_run_stands_behind_the_commands_name(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.during = lambda: logging.getLogger("softsgx.engines").warning("process 7 is ended")
+    assert run("--quiet", "--", "app") == 0
+    assert capsys.readouterr().err == "softsgx: process 7 is ended\n"
 
 
 def test_handlers_are_as_before_afterwards(engine: Engine) -> None:
