@@ -126,6 +126,7 @@ _fitting = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(_fitting | _fitting | _rubbish, max_size=25))
 def test_fast_and_readable_building_do_the_same(history: list[Step]) -> None:

@@ -161,6 +161,7 @@ steps = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(steps, max_size=25))
 def test_fast_and_readable_entries_do_the_same(history: list[Step]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.hw import RepeatingRuntime
@@ -161,6 +162,7 @@ def fitting(draw: st.DrawFn) -> list[Step]:
     return [Step(call, page, page, slot, page, SECS, None, 0) for call in calls]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(fitting() | fitting() | rubbish(), max_size=20))
 def test_fast_and_readable_leaves_do_the_same(history: list[list[Step]]) -> None:

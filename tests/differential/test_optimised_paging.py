@@ -192,6 +192,7 @@ def run_both(worlds: tuple[World, World], program: list[tuple[str, int, int]]) -
     assert fast == readable
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(epc_pages=st.sampled_from((25, 32, 40, 80)), program=programs)
 def test_fast_and_readable_paging_do_the_same(
@@ -208,6 +209,7 @@ def test_fast_and_readable_paging_do_the_same_under_limits(
     run_both(pair(epc_pages, limited=True), program)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(limit=st.integers(2, 12), program=programs)
 def test_fast_and_readable_paging_do_the_same_when_backing_is_full(
@@ -216,6 +218,7 @@ def test_fast_and_readable_paging_do_the_same_when_backing_is_full(
     run_both(pair(32, backing_limit=limit), program)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(fail_every=st.integers(1, 7), program=programs)
 def test_fast_and_readable_paging_do_the_same_when_backing_fails(

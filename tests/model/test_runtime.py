@@ -225,6 +225,7 @@ def test_a_history_is_a_function_of_program_seed_and_policy(
     assert first.now_ns() == second.now_ns()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(program=PROGRAMS, seed=SEEDS, policy=POLICIES, point_ns=st.sampled_from([0, 100]))
 def test_a_replayed_schedule_gives_the_recorded_history(
@@ -237,6 +238,7 @@ def test_a_replayed_schedule_gives_the_recorded_history(
     assert again.schedule == recorded.schedule
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(program=PROGRAMS, seed=SEEDS, policy=POLICIES)
 def test_what_tasks_draw_and_enter_does_not_depend_on_runtime_or_schedule(
@@ -268,6 +270,7 @@ def without_try(body: Body) -> Body:
     return tuple(Op(op.kind, op.number, without_try(op.body)) for op in body if op.kind != "try")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(program=PROGRAMS, seed=SEEDS, policy=POLICIES)
 def test_a_task_is_refused_a_lock_exactly_when_it_would_wait_for_itself(
