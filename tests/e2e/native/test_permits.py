@@ -36,7 +36,7 @@ class Program:
 
     def __init__(self, directory: Path) -> None:
         self.host = compile_host(directory, "crossings")
-        self.enclave = write_enclave(directory / "enclave", 4, threads=8)
+        self.enclave = write_enclave(directory / "enclave", 16, threads=8)
         self.two = write_enclave(directory / "two", 4)
         self.out = directory / "out"
         self.collector = Collector(time.monotonic_ns)
@@ -140,8 +140,17 @@ def test_calls_of_threads_that_come_and_go_are_counted_exactly(
     assert enclave.aex == enclave.eresume
 
 
+@pytest.mark.parametrize(
+    ("threads", "calls", "pages", "always"),
+    [(3, 3000, 256, True), pytest.param(3, 1000, 28, False, marks=pytest.mark.slow)],
+)
 def test_only_crossings_happen_while_running_threads_have_permits(
-    program: Program, monkeypatch: pytest.MonkeyPatch
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    calls: int,
+    pages: int,
+    always: bool,
 ) -> None:
     made: list[Permits] = []
     looked: set[str] = set()
@@ -162,11 +171,17 @@ def test_only_crossings_happen_while_running_threads_have_permits(
 
         monkeypatch.setattr(owner, name, watched)
 
+    def something_to_do(runtime: InlineRuntime) -> bool:
+        runtime.spawn(lambda: None, "background task")
+        return True
+
     monkeypatch.setattr(Permits, "__init__", noted)
+    if always:
+        monkeypatch.setattr(InlineRuntime, "has_pending", something_to_do)
     watch(InlineRuntime, "run_pending")
     watch(Mm, "fault")
     watch(ProgramThread, "skip_syscall")
-    assert program.run("many", 3, 2, 3000, pages=28).exit_code == 0
+    assert program.run("many", threads, 2, calls, pages=pages).exit_code == 0
     assert looked == {"run_pending", "fault", "skip_syscall"}
 
 

@@ -75,7 +75,7 @@ static void *caller(void *arg)
 	uint64_t n = (uint64_t)arg;
 	struct run run;
 	for (uint64_t i = 0; i < calls_of_each; i++) {
-		CHECK(!call(n, NOP, 0, 0, 0, &run) && run.function == 4);
+		CHECK(!call(n, PUT, data + i % data_pages * PAGE + 8 * n, i, 0, &run) && run.function == 4);
 		made[n]++;
 		if (i % 1024 == 0) pthread_kill(pthread_self(), SIGUSR1);
 	}
