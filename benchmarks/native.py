@@ -13,11 +13,12 @@ One run of everything, in turn, several times over:
 ``c_fault``  rival of the fault: a C program whose thread fills pages by userfaultfd; no eviction,
              no crypto
 ``aesgcm_pair``  the crypto of a fault
-``add``, ``measured``  a page of ADD_PAGES, without and with EEXTEND
+``add_pages``, ``build``  a page of ADD_PAGES, without and with EEXTEND
 ``edmm_page``  a page that the enclave accepts (EAUG at the fault of EACCEPT) and touches at once
 ``edmm_batch_page``  the same, when all pages are accepted before the first is touched
 ``edmm_trim_page``  a page of a range that is trimmed, accepted and removed
 ``copy``, ``sha256``  rivals of ADD_PAGES: the copy out of another process, and the hash of a page
+``start``, ``exec``, ``fork``, ``tools``, ``supervisor``  see ``processes.py``
 
 Best and median of all rounds, in microseconds, or MiB/s where the name says so.  Programs are
 compiled when it starts.
@@ -278,6 +279,14 @@ def measure(programs: Programs, rounds: int) -> Times:
     return times
 
 
+def _processes(rounds: int) -> dict[str, object]:
+    """Return the rows of ``processes.py``."""
+    argv = [sys.executable, str(SOURCES.parent / "processes.py"), "--rounds", str(rounds)]
+    rows = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    assert isinstance(rows, dict), f"{argv[1]} prints an object"
+    return rows
+
+
 def report(times: Times) -> dict[str, object]:
     """Return what is printed."""
     result: dict[str, object] = {}
@@ -297,7 +306,7 @@ def report(times: Times) -> dict[str, object]:
             threads: round(1e6 / times.best(f"{name}_{threads}")) for threads in THREADS
         }
     result["two_stops_per_s"] = round(1e6 / (2 * times.best("trap")))
-    names = {"add": "add_pages", "measured": "add_measured", "copy": "copy", "sha256": "sha256"}
+    names = {"add": "add_pages", "measured": "build", "copy": "copy", "sha256": "sha256"}
     for name, row in names.items():
         result[f"{row}_mib_per_s"] = round(PAGE_BYTES / (1 << 20) / times.best(name) * 1e6, 1)
     for name in grown:
@@ -325,6 +334,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
             programs = Programs.build(Path(scratch), args.pager)
             result = report(measure(programs, args.rounds))
+            result |= _processes(min(args.rounds, 3))
     except SoftSgxError as error:
         print(f"native.py: {error}", file=sys.stderr)
         return 2
@@ -332,7 +342,9 @@ def main() -> int:
         print(json.dumps(result, indent=2))
         return 0
     for name, value in result.items():
-        print(f"{name:24} {value:>12}")
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in parts:
+            print(f"{name:34} {part:>2} {number:>12}")
     return 0
 
 

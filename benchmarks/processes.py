@@ -1,0 +1,131 @@
+"""What programs pay under the native engine for being processes, and what the supervisor takes.
+
+Each row stands beside the same without softsgx, in the same run:
+
+``start_ms``       ``softsgx run --quiet -- /bin/true``, beside an empty Python program
+``exec_us``        an execve of a small dynamic program
+``fork_us``        a fork, with the end of the child
+``tools_ratio``    a shell script of compiler, grep and sed, whatever of them is installed
+``supervisor_bytes_per_enclave_byte``  how much the supervisor grows with an enclave, nearly all of
+                   which has left the EPC
+``supervisor_mib`` its memory around ``/bin/true``, beside that of an empty Python program
+
+None of the programs of the first four opens a device.
+
+    python benchmarks/processes.py [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.image.csource import find_compiler
+
+_SOURCES = Path(__file__).parent / "native"
+#: Without it each start would compile softsgx.
+_NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != _NO_BYTECODE}
+_RUN = (sys.executable, "-m", "softsgx", "run", "--quiet")
+_FORKS, _EXECUTIONS, _ROUNDS_OF_TOOLS = 300, 100, 10
+_EPC_BYTES, _SMALL_PAGES, _LARGE_PAGES = 4 << 20, 2048, 8192
+#: Runs a command; prints how much memory this process, without children, had at most, in KiB.
+_PEAK = """
+import resource, sys
+from softsgx.cli import main
+main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+_PEAK_OF_PYTHON = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+_TOOLS = {
+    "gcc": "echo 'int x;' | gcc -x c -c -o /dev/null -",
+    "grep": "echo x | grep -q x",
+    "sed": "echo x | sed s/x/y/ >/dev/null",
+}
+
+
+def processes(directory: Path, rounds: int) -> dict[str, float]:
+    """Measure everything; programs are compiled into ``directory``.  The best of the rounds.
+
+    Raises:
+        SoftSgxError: there is no compiler.
+    """
+    compiler = find_compiler()
+    program, adder = directory / "processes", directory / "adder"
+    compiler.host([_SOURCES / "processes.c"], program)
+    compiler.host([_SOURCES / "pages.c"], adder)
+    tools = [line for tool, line in _TOOLS.items() if shutil.which(tool)]
+    script = f"for i in $(seq {_ROUNDS_OF_TOOLS}); do {'; '.join(tools)}; done"
+    measured: dict[str, list[float]] = {}
+
+    def add(name: str, scale: float, measure: Callable[[], float]) -> None:
+        measured.setdefault(name, []).append(measure() * scale)
+
+    _seconds([*_RUN, "--", "/bin/true"])  # the first start may compile
+    for _round in range(rounds):
+        add("start_ms", 1e3, lambda: _seconds([*_RUN, "--", "/bin/true"]))
+        add("start_python_ms", 1e3, lambda: _seconds([sys.executable, "-c", ""]))
+        for name, count in (("exec", _EXECUTIONS), ("fork", _FORKS)):
+            argv = [str(program), name, str(count)]
+            add(f"{name}_us", 1e6, lambda argv=argv: _printed([*_RUN, "--", *argv]))  # type: ignore[misc]
+            add(f"{name}_alone_us", 1e6, lambda argv=argv: _printed(argv))  # type: ignore[misc]
+        add("tools_ms", 1e3, lambda: _seconds([*_RUN, "--", "sh", "-c", script]))
+        add("tools_alone_ms", 1e3, lambda: _seconds(["sh", "-c", script]))
+    result = {name: round(min(values), 1) for name, values in measured.items()}
+    tools_ms = result["tools_ms"] - result["start_ms"]
+    result["tools_ratio"] = round(tools_ms / result["tools_alone_ms"], 2)
+    small, large = (_peak_with_enclave(adder, pages) for pages in (_SMALL_PAGES, _LARGE_PAGES))
+    grown = (large - small) / ((_LARGE_PAGES - _SMALL_PAGES) * PAGE_BYTES)
+    result["supervisor_bytes_per_enclave_byte"] = round(grown, 3)
+    alone = [sys.executable, "-c", _PEAK_OF_PYTHON]
+    result["supervisor_mib"] = round(_peak(["run", "--quiet", "--", "/bin/true"]) / 2**20, 1)
+    result["python_mib"] = round(_printed(alone) / 1024, 1)
+    return result
+
+
+def _seconds(argv: Sequence[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, env=_ENVIRONMENT)
+    return time.perf_counter() - start
+
+
+def _printed(argv: Sequence[str]) -> float:
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, env=_ENVIRONMENT)
+    return float(done.stdout)
+
+
+def _peak(arguments: Sequence[str]) -> int:
+    """Return the most memory that the supervisor of a run had, bytes."""
+    argv = [sys.executable, "-c", _PEAK, *arguments]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, env=_ENVIRONMENT)
+    return int(done.stderr.split()[-1]) * 1024
+
+
+def _peak_with_enclave(adder: Path, pages: int) -> int:
+    epc = ("--epc", str(_EPC_BYTES))
+    return _peak(["run", "--quiet", *epc, "--", str(adder), "add", str(pages), "1", "1"])
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything (default 3)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
+        print(json.dumps(processes(Path(scratch), args.rounds), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
