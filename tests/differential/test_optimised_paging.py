@@ -313,6 +313,22 @@ def test_a_new_candidate_withdraws_the_verdict_that_no_page_can_be_evicted(
     assert page.tracked and not core._ksgxd.take_oom_verdict(core.root)
 
 
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> None:
+    world = World(40, optimised=optimised)
+    pages = world.system.driver.enclaves[0].pages.values()
+    page, epc = next((page, page.epc) for page in pages if page.epc and page.epc.lru)
+    lru = epc.lru
+    assert lru is not None and lru.isolate_page(epc)
+    assert page.prepare() and page.block()
+    world.system.core.poison(epc.addr)
+    assert not page.write()
+    assert page.epc is epc and page.entry is None and not page.being_reclaimed
+    lru.put_back(epc)
+    page.put()
+    world.check()
+
+
 # --- backing --------------------------------------------------------------------------------------
 
 
