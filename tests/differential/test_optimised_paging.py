@@ -28,6 +28,7 @@ from softsgx.paging import (
     Claim,
     Counters,
     EpcBusy,
+    FaultResult,
     FlatBacking,
     MemoryBacking,
     SgxEpcPage,
@@ -327,6 +328,82 @@ def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> N
     lru.put_back(epc)
     page.put()
     world.check()
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_page_is_young_when_any_address_space_has_used_it(optimised: bool, which: int) -> None:
+    world = World(80, optimised=optimised)
+    process = world.actor.process
+    spaces = process, process.fork()
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    for space in spaces:
+        assert space.mm.fault(page.linaddr, 1, space) is FaultResult.NOPAGE
+    page.age()
+    assert page.age(), "no address space has used it"
+    spaces[which].ptes.translate(page.linaddr, 1, user=True)
+    assert not page.age()
+    assert page.age(), "its accessed bit was not cleared"
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_load_keeps_the_va_page_that_it_needs(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    world.launch()  # a second VA page makes the first worth an upper one
+    system = world.system
+    enclave = system.driver.enclaves[0]
+    system.evict(enclave)
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.entry is not None and page.entry.slot is not None
+    va_page = page.entry.slot.page
+    tree, swap = system.core.va, enclave.swap
+    with enclave.lock:
+        swap.load_secs()
+        swap.children += 1  # as if another page were resident
+        swap.va.make_resident(va_page)
+        with tree.lock:
+            slot = tree.alloc_upper_slot(1)
+            assert slot is not None
+            va_page.eviction = tree.file.reserve(va_page.index), slot
+        swap.va.eviction_begun(va_page)
+        swap.load(page.entry, page)
+    assert va_page.eviction is None and va_page.epc is not None
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_entries_of_another_enclave_at_the_same_address_are_left_alone(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    world.launch()
+    enclave, other = world.system.driver.enclaves
+    process = world.actor.process
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.NOPAGE
+    process.ptes.translate(page.linaddr, 1, user=True)
+    vma = process.mm.find(page.linaddr)
+    assert vma is not None and page.epc is not None and page.epc.lru is not None
+    vma.enclave = other  # as if a page of it were mapped there
+    assert page.age(), "the bit is that of another enclave"
+    assert page.epc.lru.isolate_page(page.epc)
+    assert page.prepare() and page.block()
+    assert process.ptes.entry(page.linaddr) is not None
+    vma.enclave = enclave
+    assert not page.age(), "the bit was cleared"
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_load_without_a_free_page_has_used_its_va_page(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    core, swap = world.system.core, world.system.driver.enclaves[0].swap
+    page = next(iter(world.system.driver.enclaves[0].pages.values()))
+    assert page.epc is not None and core.evict(page.epc) and page.entry is not None
+    (va_page,) = swap.va.pages()
+    for _ in range(core.free_pages):
+        core.alloc(None, reclaim=False)
+    va_page.accessed = False
+    with pytest.raises(EpcBusy):
+        swap.load(page.entry, page)
+    assert va_page.accessed
 
 
 # --- backing --------------------------------------------------------------------------------------
