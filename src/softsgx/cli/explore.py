@@ -307,7 +307,8 @@ def _print_summary(
     cpu = summary.cpu_seconds
     if cpu:
         rate = f"{summary.runs / cpu:.0f} a second of processor time"
-        console.print(f"\n{summary.runs} schedules, {rate}", style="dim")
+        plural = "" if summary.runs == 1 else "s"
+        console.print(f"\n{summary.runs} schedule{plural}, {rate}", style="dim")
 
 
 def _summary_json(

@@ -8,7 +8,7 @@ import pytest
 
 from softsgx.explore.campaign import Budget, Campaign, InProcess, Summary, run_campaign
 
-CAMPAIGN = Campaign(("fault-reclaim", "two-faults"), ("B2",), "random", Budget(runs=1000))
+CAMPAIGN = Campaign(("fault-reclaim", "two-faults"), ("B2",), "random", Budget(runs=400))
 
 
 def _last(steps: Iterator[Summary]) -> Summary:
