@@ -38,14 +38,13 @@ _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != _NO
 _RUN = (sys.executable, "-m", "softsgx", "run", "--quiet")
 _FORKS, _EXECUTIONS, _ROUNDS_OF_TOOLS = 300, 100, 10
 _EPC_BYTES, _SMALL_PAGES, _LARGE_PAGES = 4 << 20, 2048, 8192
-#: Runs a command; prints how much memory this process, without children, had at most, in KiB.
+#: Prints how much memory a process had at most, in KiB, since it executed its program.
 _PEAK = """
-import resource, sys
-from softsgx.cli import main
-main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+import sys
+with open("/proc/self/status") as status:
+    print(*(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
 """
-_PEAK_OF_PYTHON = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+_PEAK_OF_RUN = f"import sys; from softsgx.cli import main; main(sys.argv[1:])\n{_PEAK}"
 _TOOLS = {
     "gcc": "echo 'int x;' | gcc -x c -c -o /dev/null -",
     "grep": "echo x | grep -q x",
@@ -86,9 +85,9 @@ def processes(directory: Path, rounds: int) -> dict[str, float]:
     small, large = (_peak_with_enclave(adder, pages) for pages in (_SMALL_PAGES, _LARGE_PAGES))
     grown = (large - small) / ((_LARGE_PAGES - _SMALL_PAGES) * PAGE_BYTES)
     result["supervisor_bytes_per_enclave_byte"] = round(grown, 3)
-    alone = [sys.executable, "-c", _PEAK_OF_PYTHON]
-    result["supervisor_mib"] = round(_peak(["run", "--quiet", "--", "/bin/true"]) / 2**20, 1)
-    result["python_mib"] = round(_printed(alone) / 1024, 1)
+    start = _peak(_PEAK_OF_RUN, "run", "--quiet", "--", "/bin/true")
+    result["supervisor_mib"] = round(start / 2**20, 1)
+    result["python_mib"] = round(_peak(_PEAK) / 2**20, 1)
     return result
 
 
@@ -103,16 +102,16 @@ def _printed(argv: Sequence[str]) -> float:
     return float(done.stdout)
 
 
-def _peak(arguments: Sequence[str]) -> int:
-    """Return the most memory that the supervisor of a run had, bytes."""
-    argv = [sys.executable, "-c", _PEAK, *arguments]
+def _peak(code: str, *arguments: str) -> int:
+    """Return the most memory that Python had when it had run ``code``, bytes."""
+    argv = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(argv, check=True, capture_output=True, text=True, env=_ENVIRONMENT)
     return int(done.stderr.split()[-1]) * 1024
 
 
 def _peak_with_enclave(adder: Path, pages: int) -> int:
-    epc = ("--epc", str(_EPC_BYTES))
-    return _peak(["run", "--quiet", *epc, "--", str(adder), "add", str(pages), "1", "1"])
+    run = ("run", "--quiet", "--epc", str(_EPC_BYTES), "--")
+    return _peak(_PEAK_OF_RUN, *run, str(adder), "add", str(pages), "1", "1")
 
 
 def main() -> int:
