@@ -354,7 +354,7 @@ class _Watch:
         sampler: takes samples while the program runs.
         signals: what is sent to the command.
         status: whether to show a status line after two seconds.
-        gdb: where the program waits for a gdb, which the user is told.
+        gdb: the address where the program waits for a gdb, which a message names.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What silicon is said to take for each event, in cycles: profiles of prices with their sources.
+"""Published costs of events on silicon, in cycles: profiles of prices with their sources.
 
 A price has a low and a high end besides the figure that estimates use; the band is that of the
-publications, which differ by processor, microcode and what lies in the caches.  Where nobody has
-published a figure there is no price, and an estimate says what it left out.
+publications, which differ by processor, microcode and content of the caches.  An event without a
+published figure has no price, and an estimate names the events that it leaves out.
 
 A page that is swapped in is published as one figure, about 40,000 cycles (Eleos, VAULT), up to
 64,000 (Regaining Lost Seconds).  Here it is the sum of AEX with ERESUME, the kernel's part, ELDU
@@ -49,7 +49,7 @@ class CostProfile:
 
     Attributes:
         name: as the platform's profile.
-        hertz: the clock at which cycles are told as time.
+        hertz: the clock that converts cycles to time.
         prices: by event.
     """
 
@@ -125,7 +125,7 @@ def estimate(counts: Mapping[str, int], profile: CostProfile) -> Estimate:
     """Price what happened.
 
     Args:
-        counts: how often, by event; events that no profile knows are a mistake of ours.
+        counts: number of events by name; a name that no profile has is a mistake of ours.
         profile: the prices.
     """
     unknown = counts.keys() - profile.prices.keys()
@@ -210,7 +210,7 @@ COST_PROFILES: dict[str, CostProfile] = {
         *_PAGING,
     ),
 }
-"""Prices by profile; paging of servers is priced as that of clients, for want of figures."""
+"""Prices by profile; paging of servers has the prices of clients: none are published for it."""
 
 _SWAP = ("aex", "fault", "eldu", "ewb")
 assert [

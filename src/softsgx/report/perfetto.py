@@ -1,6 +1,6 @@
 """A run as a trace for Perfetto: every event of every layer, when it happened.
 
-A listener that writes as it is told, so long runs need no memory.  Its tracks:
+A listener that writes each event at once, so long runs need no memory.  Its tracks:
 
 * ``processor 0`` and so on: slices while it executes which enclave, and its crossings.  A thread
   of the program has a processor of its own as long as it lives.
@@ -10,7 +10,7 @@ A listener that writes as it is told, so long runs need no memory.  Its tracks:
 * ``EPC``: below it, the pages in use.
 * ``ENCLS``, and one for each layer: whatever has no track of its own, as instants.
 
-All fields of an event are with its slice or instant, but those that the track tells already.
+Each slice or instant has all fields of its event, except those that its track shows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _USER_LEAVES = _ENTERING | {
 }
 _SUCCESS = "SGX_SUCCESS"
 _TOLD = frozenset({"leaf", "duration_ns"})
-"""Fields that the name or the length of a slice tells."""
+"""Fields that the name or the length of a slice shows."""
 
 
 class PerfettoWriter:

@@ -1,7 +1,7 @@
-"""What happened in a run, collected from the counts that its parts keep.
+"""The summary of a run, from the counts of its parts.
 
-A :class:`Collector` listens to nothing but the lives of enclaves; everything else it reads from
-the machine, the core and the driver when asked, so that paging does not pay for being reported.
+A :class:`Collector` listens only to the creation and the end of enclaves.  It reads everything else
+from the machine, the core and the driver on demand, so that a report does not slow paging down.
 
 Source:
     The counts: ``driver/counts.py``, ``hw/secs.py`` (crossings), ``paging/counters.py``.
@@ -221,7 +221,7 @@ class Totals:
 
 @dataclass(slots=True)
 class _Record:
-    """An enclave that the collector follows; ``final`` once it is gone."""
+    """An enclave that the collector follows; ``final`` once it was destroyed."""
 
     enclave: Enclave | None
     crossings: Crossings | None

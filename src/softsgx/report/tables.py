@@ -198,7 +198,7 @@ def _rows(run: RunSummary) -> RenderableType:
 
 
 def _line(name: str, text: str, width: int, indent: int = 2) -> RenderableType:
-    """A name and what belongs to it, which stays in its column where it goes on."""
+    """A name and its text; the lines of a long text stay in their column."""
     start = indent + _NAME_WIDTH
     glued = _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
     wrapped = textwrap.wrap(glued, max(width - start, 20), break_on_hyphens=False)
