@@ -6,6 +6,7 @@ must agree in result, EPCM, page bytes and measurement.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +22,8 @@ from softsgx.trace import Tracer
 PAGE = 4096
 ELRANGE = 4 * PAGE
 SECS, FIRST, PAGES = 0, 1, 3
+#: Pages by ``fill``: zeros, and such that no two chunks are the same.
+_CONTENTS = (bytes(PAGE), *(random.Random(fill).randbytes(PAGE) for fill in (1, 2, 3)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Half:
             if step.what == "eadd":
                 secinfo = SecInfo(flags=step.flags, reserved=bytes(55) + bytes([step.reserved]))
                 where = ELRANGE + step.place * PAGE + step.dirt
-                info = PageInfoArgs(where, bytes([step.fill]) * PAGE, secinfo, secs)
+                info = PageInfoArgs(where, _CONTENTS[step.fill], secinfo, secs)
                 self.hw.leaves.eadd(info, target + step.dirt * (step.fill & 1))
             elif step.what == "eextend":
                 self.hw.leaves.eextend_page(secs, target + step.dirt)
