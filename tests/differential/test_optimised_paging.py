@@ -30,6 +30,7 @@ from softsgx.paging import (
     EpcBusy,
     FaultResult,
     FlatBacking,
+    LoadFailed,
     MemoryBacking,
     SgxEpcPage,
     SwapEntry,
@@ -404,6 +405,49 @@ def test_a_load_without_a_free_page_has_used_its_va_page(optimised: bool) -> Non
     with pytest.raises(EpcBusy):
         swap.load(page.entry, page)
     assert va_page.accessed
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_batch_unmaps_a_page_in_every_address_space(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    world.launch()
+    enclave, other = world.system.driver.enclaves
+    spaces = world.actor.process, world.actor.process.fork()
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    for space in spaces:
+        assert space.mm.fault(page.linaddr, 1, space) is FaultResult.NOPAGE
+        assert space.mm.find(other.base) is not space.mm.find(page.linaddr)
+        space.mm.find(other.base)  # the last result is of another mapping
+    assert page.epc is not None and page.epc.lru is not None
+    assert page.epc.lru.isolate_page(page.epc) and page.prepare() and page.block()
+    assert not any(space.ptes.entry(page.linaddr) for space in spaces)
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_of_a_killed_enclave_is_not_blocked(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    epc = page.epc
+    assert epc is not None and epc.lru is not None and epc.lru.isolate_page(epc)
+    assert page.prepare()
+    enclave.kill()
+    assert page.block() and not epc.blocked
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_that_eldu_refuses_stays_evicted(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    core, enclave = world.system.core, world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.epc is not None and core.evict(page.epc) and page.entry is not None
+    slot, free = page.entry.slot, core.free_pages
+    assert slot is not None and slot.page.epc is not None
+    world.system.epcm(slot.page.epc.addr).versions[slot.number] += 8
+    with pytest.raises(LoadFailed, match="SGX_MAC_COMPARE_FAIL"):
+        enclave.swap.load(page.entry, page)
+    assert core.counters.eldu_failed == 1 and core.free_pages == free
+    world.check()
 
 
 # --- backing --------------------------------------------------------------------------------------
