@@ -326,6 +326,7 @@ def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> N
     world.system.core.poison(epc.addr)
     assert not page.write()
     assert page.epc is epc and page.entry is None and not page.being_reclaimed
+    assert epc.blocked, "EBLOCK cannot be undone"
     lru.put_back(epc)
     page.put()
     world.check()
@@ -368,8 +369,10 @@ def test_a_load_keeps_the_va_page_that_it_needs(optimised: bool) -> None:
             assert slot is not None
             va_page.eviction = tree.file.reserve(va_page.index), slot
         swap.va.eviction_begun(va_page)
+        swap.peak_children = 0
         swap.load(page.entry, page)
     assert va_page.eviction is None and va_page.epc is not None
+    assert swap.peak_children == swap.children
 
 
 @pytest.mark.parametrize("optimised", [True, False])
