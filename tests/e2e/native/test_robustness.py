@@ -269,22 +269,31 @@ def test_a_failure_in_taking_a_process_apart_ends_no_other(
 def test_a_process_in_which_no_call_can_be_made_ends_and_not_the_one_that_needs_it(
     program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = ProcessImage._make
-    victims: list[int] = []
+    adopt, make = Supervisor._adopt_program, ProcessImage._make
+    images: dict[str, ProcessImage] = {}
+
+    def adopting(self: Supervisor, *arguments: Any) -> ProgramThread:
+        thread = adopt(self, *arguments)
+        images[Path(f"/proc/{thread.tid}/comm").read_text().strip()] = thread.image
+        return thread
 
     def failing(self: ProcessImage, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
-        if self.current is None and not victims:  # for another process
-            victims.append(thread.process.pid)
+        if self is images.get("sleep"):
             raise Mistake("in another process")
         make(self, thread, calls)
 
+    def listen(event: Event) -> None:
+        if event.NAME == "sgx:enclave_init":  # another process is served
+            images["sleep"].inject([(abi.SYS_GETPID,)])
+
+    monkeypatch.setattr(Supervisor, "_adopt_program", adopting)
     monkeypatch.setattr(ProcessImage, "_make", failing)
-    once = f"({' '.join(program)} secrets; echo $?)"
-    argv = ["/bin/sh", "-c", f"{once} & {once} & {once} & wait"]
+    begun = 'sleep 1000 & while [ "$(cat /proc/$!/comm)" != sleep ]; do :; done'
+    argv = ["/bin/bash", "-c", f"{begun}; {' '.join(program)} secrets; echo $?; wait $!; echo $?"]
     with (tmp_path / "out").open("w+b") as out, pytest.raises(RunFailed) as failed:
-        run(argv, epc=_TIGHT, pager="mprotect", stdio=(0, out.fileno(), 2))
-    assert victims and failed.value.result.exit_code == 0
-    assert sorted((tmp_path / "out").read_bytes().split()) == [b"0", b"0", b"137"]
+        run(argv, epc=1 << 20, stdio=(0, out.fileno(), 2), tracer=listen)
+    assert [type(error) for error in failed.value.errors] == [Mistake]
+    assert (tmp_path / "out").read_bytes() == b"0\n137\n"
 
 
 @pytest.mark.skipif("userfaultfd" not in USABLE_PAGERS, reason="needs userfaultfd")
