@@ -12,6 +12,7 @@ from typing import Any
 
 from softsgx.arch import (
     CHUNK_BYTES,
+    CHUNKS_PER_PAGE,
     PAGE_BYTES,
     PageType,
     SecInfo,
@@ -29,14 +30,10 @@ _REG = PageType.REG
 _PLAIN = {int(_REG) << 8 | rwx: rwx for rwx in (0, 1, 3, 4, 5, 7)}  # no W without R
 _NO_RESERVED = bytes(56)
 _OFFSETS = range(0, PAGE_BYTES, CHUNK_BYTES)
-_MEASURED = len(eextend_block(0)) + CHUNK_BYTES  # of each chunk
-_BLOCKS = b"".join(eextend_block(offset).ljust(_MEASURED, b"\0") for offset in _OFFSETS)
-_WHERE = 8  # in a block: the chunk's offset in the enclave
-_OFFSET = struct.Struct("<Q")
-_CHUNK_PLACES = tuple(
-    (place + _WHERE, place + _MEASURED - CHUNK_BYTES, place + _MEASURED)
-    for place in range(0, len(_BLOCKS), _MEASURED)
-)
+_TAG = eextend_block(0)[:8]
+#: The chunks of a page, and what is measured of them: each behind its block of tag and offset.
+_CHUNKS = struct.Struct(f"{CHUNK_BYTES}s" * CHUNKS_PER_PAGE)
+_MEASURED = struct.Struct("<" + f"8sQ48x{CHUNK_BYTES}s" * CHUNKS_PER_PAGE)
 
 
 def building_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
@@ -93,13 +90,11 @@ def _eextend_page(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
     ):
         enclave = page.owner
         if not enclave.measurement_lock and not enclave.initialized:
-            data, measured = hw.store.read(page, 0, PAGE_BYTES), bytearray(_BLOCKS)
-            offset, start = page.linaddr - enclave.base, 0
-            for where, chunk, end in _CHUNK_PLACES:
-                _OFFSET.pack_into(measured, where, offset + start)
-                measured[chunk:end] = data[start : start + CHUNK_BYTES]
-                start += CHUNK_BYTES
-            hw.measurements[enclave.eid].update(measured)
+            offset = page.linaddr - enclave.base
+            measured = [_TAG, 0, b""] * CHUNKS_PER_PAGE
+            measured[1::3] = range(offset, offset + PAGE_BYTES, CHUNK_BYTES)
+            measured[2::3] = _CHUNKS.unpack(hw.store.read(page, 0, PAGE_BYTES))
+            hw.measurements[enclave.eid].update(_MEASURED.pack(*measured))
             return
     for start in _OFFSETS:
         eextend(cpu, rbx, rcx + start)
