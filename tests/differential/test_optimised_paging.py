@@ -535,3 +535,17 @@ def test_a_closed_backing_holds_nothing(kind: type[FlatBacking | MemoryBacking])
     assert half.backing.pages() == 42
     half.backing.close()
     assert half.backing.pages() == 0
+
+
+@pytest.mark.parametrize("kind", [FlatBacking, MemoryBacking])
+@pytest.mark.parametrize("limit", [2, 3, 5, 33])
+def test_a_backing_holds_as_many_pages_as_its_limit_and_no_more(
+    kind: type[FlatBacking | MemoryBacking], limit: int
+) -> None:
+    """The first page needs a PCMD page, too; so does the 33rd."""
+    half, taken = Half(kind(limit)), 0
+    while half.do("reserve", taken) is None:
+        half.do("write", taken)
+        taken += 1
+    assert taken == {2: 1, 3: 2, 5: 4, 33: 32}[limit]
+    assert half.backing.pages() == limit
