@@ -18,7 +18,7 @@ from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.native import needs_tracing
 
 from softsgx.driver import Mm
-from softsgx.engines.native import RunResult, abi, libc, run
+from softsgx.engines.native import RunFailed, RunResult, abi, libc, run
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import decode_stop
 from softsgx.engines.native.vdso.permits import Permits
@@ -123,6 +123,15 @@ def test_an_exit_to_an_address_that_is_not_canonical_faults_inside(program: Prog
     assert program.run("astray", 0).exit_code == 0
     (enclave,) = program.collector.enclaves()
     assert (enclave.eenter, enclave.eexit, enclave.aex - enclave.eresume) == (101, 100, 1)
+
+
+def test_a_program_that_writes_to_its_table_of_permits_harms_itself_only(
+    program: Program,
+) -> None:
+    one, other = (f"{program.host} {program.two} {mode} 0" for mode in ("spoil", "go_on"))
+    with pytest.raises(RunFailed, match=r"entry by 0x\w+") as failed:
+        run(["/bin/sh", "-c", f"{one} | {other}"], epc=1 << 20)
+    assert failed.value.result.exit_code == 0  # of the other
 
 
 @pytest.mark.parametrize(

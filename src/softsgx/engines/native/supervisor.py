@@ -138,7 +138,11 @@ class Supervisor(Lifecycle):
         counting = self._injections.power_losses or self._injections.power_signals
         stopping = strict or counting or gdb or instruments.calls or instruments.tick_ns
         permitting = not stopping and can_cross_unseen()
-        self._permits = Permits(permitting, lambda thread: self._loop.hold(thread))
+        self._permits = Permits(
+            permitting,
+            lambda thread: self._loop.hold(thread),
+            lambda image, error: self._loop.image_failed(image, error),
+        )
         self._registry = Registry(self._store)
         self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)

@@ -67,6 +67,36 @@ static void astray(void)
 	CHECK(run.function == 3 && run.vector == 13);
 }
 
+/* A program that spoils its table of permits, says so, and stops no more. */
+static void spoil(void)
+{
+	struct run run;
+	build();
+	for (int i = 0; i < 3; i++) CHECK(!call(0, NOP, 0, 0, 0, &run));
+	unsigned long at = 0, end;
+	char line[300], name[300];
+	FILE *maps = fopen("/proc/self/maps", "r");
+	while (fgets(line, sizeof line, maps))
+		if (sscanf(line, "%lx-%lx %*s %*s %*s %*s %299s", &at, &end, name) == 3 && at < 1ul << 31 && strstr(name, "memfd:softsgx")) break;
+	CHECK(at && at < 1ul << 31);
+	for (int i = 0; i < 9; i++) CHECK(!call(0, NOP, 0, 0, 0, &run));
+	for (int slot = 0; slot < 8; slot++)
+		*(volatile uint64_t *)(at + (1 << 20) + 256 * slot) = 3 | 77 << 3 | 2 << 25; /* thread 77 is inside */
+	alarm(60);
+	CHECK(write(1, "!", 1) == 1);
+	for (;;);
+}
+
+/* Another program that starts calls when the first has done that. */
+static void go_on(void)
+{
+	struct run run;
+	char byte;
+	build();
+	CHECK(read(0, &byte, 1) == 1);
+	for (int i = 0; i < 100; i++) CHECK(!call(0, NOP, 0, 0, 0, &run));
+}
+
 /* Threads that come and go, each with a TCS, make calls; timers and each other interrupt them. */
 static uint64_t made[64], calls_of_each;
 static pthread_t crowd[64];
@@ -110,6 +140,8 @@ int main(int argc, char **argv)
 	CHECK(enter);
 	if (!strcmp(argv[2], "same")) same(numbers[0]);
 	else if (!strcmp(argv[2], "astray")) astray();
+	else if (!strcmp(argv[2], "spoil")) spoil();
+	else if (!strcmp(argv[2], "go_on")) go_on();
 	else many(numbers[0], numbers[1], numbers[2]);
 	return 0;
 }

@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import struct
@@ -52,6 +53,8 @@ _WORD_BYTES = 8
 _MIDDLE = -SLOT["gate"]
 _WORDS = {name: offset // _WORD_BYTES for name, offset in SLOT.items()}
 _NAME = b"softsgx\0"
+_MEMFD_FLAGS = abi.MFD_CLOEXEC | abi.MFD_ALLOW_SEALING
+_SEALS = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW
 
 
 @dataclass(slots=True, frozen=True)
@@ -225,7 +228,8 @@ class PermitTable:
     """See the module.
 
     Args:
-        fd: a memory file of the table; it is closed.
+        fd: a memory file of the table; it is closed.  It allows sealing: no process can change its
+            size afterwards.
         address: where the program has it.
         threads: those of the address space, by id.
 
@@ -237,6 +241,7 @@ class PermitTable:
     def __init__(self, fd: int, address: int, threads: Mapping[int, ProgramThread]) -> None:
         try:
             os.ftruncate(fd, TABLE_BYTES)
+            fcntl.fcntl(fd, abi.F_ADD_SEALS, _SEALS)
             self._memory = mmap.mmap(fd, TABLE_BYTES)
         finally:
             os.close(fd)
@@ -289,6 +294,10 @@ class PermitTable:
                     known = self._by_own_tid[own_tid] = thread
         return known
 
+    def image(self) -> ProcessImage | None:
+        """Return the address space that it is of; ``None``: no thread is there any more."""
+        return next((thread.image for thread in self._threads.values()), None)
+
     def forget(self, thread: ProgramThread) -> None:
         """The thread executes nothing any more."""
         self._by_own_tid = {
@@ -314,7 +323,7 @@ def make_table(thread: Thread, image: ProcessImage) -> PermitTable | None:
     """
     vdso, base, memory = image.vdso, image.vdso_base, image.memory_fd
     os.pwrite(memory, _NAME, base + vdso.scratch)
-    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
+    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, _MEMFD_FLAGS)
     if theirs < 0:
         return None
     try:

@@ -73,10 +73,16 @@ class Permits:
     Args:
         usable: whether there are permits in this run, and the processor has what they use.
         hold: stops a running thread; returns whether it is stopped and alive.
+        failed: ends the processes of an address space, for a reason.
     """
 
-    def __init__(self, usable: bool, hold: Callable[[ProgramThread], bool]) -> None:
-        self._usable, self._hold = usable, hold
+    def __init__(
+        self,
+        usable: bool,
+        hold: Callable[[ProgramThread], bool],
+        failed: Callable[[ProcessImage, Exception], None],
+    ) -> None:
+        self._usable, self._hold, self._failed = usable, hold, failed
         self._open: set[Slot] = set()
         self._recorded: set[Slot] = set()  # those that have an entry
         # Open gates of threads that are stopped inside; the threads have not used them.
@@ -268,12 +274,27 @@ class Permits:
             for thread in {slot.inside, owner} - {None, at_hand}:
                 assert thread is not None, "a set without None has it"
                 rest += self._slots_of(thread)
-        left = {slot: self._tell_exit(slot, gate) for slot, gate, _owner in closed}
+        # The program can write to its slots: what cannot be told ends its processes, no others.
+        left: dict[Slot, int] = {}
+        failures: dict[Slot, Exception] = {}
+        for slot, gate, _owner in closed:
+            try:
+                left[slot] = self._tell_exit(slot, gate)
+            except Exception as error:
+                failures[slot] = error
         for slot, gate, owner in closed:
-            self._tell_entry(slot, gate, owner, left[slot])
+            try:
+                if slot in left:
+                    self._tell_entry(slot, gate, owner, left[slot])
+            except Exception as error:
+                failures[slot] = error
         for _slot, gate, owner in closed:
             if gate.state == BUSY and owner is not None and owner is not at_hand:
-                self._hold(owner)  # or it would write to the slot when somebody else has it
+                self._hold(owner)  # or it would write to the slot when another thread has it
+        for slot, failure in failures.items():
+            image = slot.table.image()
+            if image is not None:  # else its processes have ended
+                self._failed(image, failure)
 
     def _tell_exit(self, slot: Slot, gate: Gate) -> int:
         """Do the EEXIT that came first, if one did; return how many crossings are left to tell."""
@@ -302,6 +323,7 @@ class Permits:
         enclave.crossings.eenter += pairs
         enclave.crossings.eexit += pairs
         if not crossings & 1:
+            assert gate.state != IN or slot.inside is not None, f"no entry by {slot.tcs:#x}, but IN"
             return
         assert gate.state == IN and owner is not None, f"an entry by {slot.tcs:#x} of no thread"
         entry, cpu, regs = slot.entry, owner.cpu, self._scratch

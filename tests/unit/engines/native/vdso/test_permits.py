@@ -69,7 +69,7 @@ class Scene:
         machine = Machine(config, InlineRuntime(seed=3), optimised=OPTIMISED)
         self.inhabited = Inhabited(threads, machine)
         self.held: list[Thread] = []
-        self.permits = Permits(usable, cast(Callable[[Any], bool], self.hold))
+        self.permits = Permits(usable, cast(Callable[[Any], bool], self.hold), self.failed)
         self.memory = SimpleNamespace(exits={0x1000: 5})
         space = SimpleNamespace(memory_at=lambda linaddr: self.memory)
         self.image = SimpleNamespace(
@@ -86,13 +86,17 @@ class Scene:
             plain_exits={ENCLU},
         )
         if table:
-            fd = os.memfd_create("permits")
+            fd = os.memfd_create("permits", os.MFD_ALLOW_SEALING)
             self.image.permits = PermitTable(fd, TABLE, cast(Any, self.image.threads))
         for number in range(threads):
             cpu = self.inhabited.cpu(number)
             thread = self.image.threads[number] = Thread(self.image, cpu, 100 + number)
             thread.regs.xcr0 = cpu.regs.xcr0
             cpu.regs = cast(Any, thread.regs)
+
+    def failed(self, image: object, error: Exception) -> None:
+        assert image is self.image
+        raise error
 
     def hold(self, thread: Thread) -> bool:
         self.held.append(thread)
@@ -577,7 +581,7 @@ def test_the_only_thread_of_an_address_space_knows_its_id() -> None:
 
 
 def test_tcss_with_one_place_in_a_list_have_one_slot_there() -> None:
-    table = PermitTable(os.memfd_create("permits"), TABLE, {})
+    table = PermitTable(os.memfd_create("permits", os.MFD_ALLOW_SEALING), TABLE, {})
     one, other = table.give_slot(0x1000, 0x5000), table.give_slot(0x2000, 0x1000_5000)
     assert one is not None and other is not None
     assert table.slot_of_gs(0x5000) is table.slot_of_gs(0x1000_5000) is one
@@ -593,5 +597,5 @@ def test_stubs_fit_into_their_places() -> None:
 def test_a_closed_table_leaves_no_descriptor() -> None:
     gc.collect()  # what earlier tests dropped closes its descriptors now, not in between
     before = os.listdir("/proc/self/fd")
-    PermitTable(os.memfd_create("permits"), TABLE, {}).close()
+    PermitTable(os.memfd_create("permits", os.MFD_ALLOW_SEALING), TABLE, {}).close()
     assert len(os.listdir("/proc/self/fd")) == len(before)
