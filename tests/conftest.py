@@ -17,8 +17,8 @@ pytest_plugins = ["softsgx.host.pytest_plugin"]
 def pytest_configure() -> None:
     """Let programs that tests start have the signals of a terminal, not those of a shell's jobs.
 
-    A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT, and
-    what is ignored stays ignored over execve.
+    A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT,
+    and what is ignored stays ignored over execve.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)

@@ -45,7 +45,7 @@ _BEFORE = [
     "softsgx.engines.native.supervisor build_filter",
     "softsgx.engines.native.tracing.start Thread",
     "softsgx.engines.native.tracing.start finish_exec",
-    "softsgx.engines.native.supervisor install_vdso",
+    "softsgx.engines.native.images install_vdso",
 ]
 
 
