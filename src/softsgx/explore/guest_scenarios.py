@@ -92,7 +92,7 @@ def vepc_mappings(stage: Stage) -> None:
     def mapped() -> None:
         missing = [name for name, m in (("first", first), ("second", second)) if 3 not in m.entries]
         if missing:
-            raise Violation("livelock", f"no entry in the {missing[0]} mapping: it faults for ever")
+            raise Violation("livelock", f"no entry in the {missing[0]} mapping: it only faults")
 
     stage.check(mapped)
 

@@ -438,7 +438,7 @@ class DebugLoop(Loop):
     def _enclave_libraries(self, thread: ProgramThread) -> list[Library]:
         """Return the files of the debug enclaves that the process has mapped and initialised."""
         found = [
-            self._files.library(
+            self._files.enclave_library(
                 thread.tid,
                 enclave.number,
                 enclave.base,

@@ -112,7 +112,7 @@ class DebuggedMemory:
             self.remove(thread, address)
 
     def give_back(self, copy: ProcessImage) -> None:
-        """Give a copy of the address space, which nobody debugs, the bytes of its private code."""
+        """Give an address space that gdb does not debug, a copy, the bytes of its private code."""
         for address, own in self.breakpoints.items():
             if copy.mm.find(address) is None:
                 try:

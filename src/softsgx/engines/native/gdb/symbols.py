@@ -50,7 +50,7 @@ class EnclaveFiles:
             self._opened.remove(name)
         self._opened.append(name)
 
-    def library(self, tid: int, number: int, base: int, read: Read) -> Library | None:
+    def enclave_library(self, tid: int, number: int, base: int, read: Read) -> Library | None:
         """Return the file of an enclave as a library; ``None``: it is not found.
 
         Args:

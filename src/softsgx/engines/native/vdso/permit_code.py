@@ -11,9 +11,9 @@ bits   name             meaning
 25–63  crossings        how many there were since the supervisor opened the gate
 ====== ===============  =======================================================================
 
-A crossing is one atomic instruction on the gate, so whoever exchanges the gate for CLOSED knows at
-once where the thread is and how often it has crossed.  All that comes before it can be undone, and
-all that comes after it can be done by the supervisor, from what is in registers and in the slot:
+A crossing is one atomic instruction on the gate.  The supervisor exchanges the gate for CLOSED, and
+knows at once where the thread is and how often it has crossed.  All that comes before it can be
+undone, and all that comes after it the supervisor can do, from registers and slot:
 the labels of both pieces of code tell the supervisor which of it is due at which instruction.
 
 EENTER may use RAX, RCX and flags, which our vDSO does not keep.  EEXIT may use RAX alone, whose
