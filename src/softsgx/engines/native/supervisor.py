@@ -51,7 +51,8 @@ from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter
-from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
+from softsgx.engines.native.tracing.lifecycle import Lifecycle
+from softsgx.engines.native.tracing.loop import Handler, Loop
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import EndedEarly, start_program

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
+from softsgx.engines.native.tracing.lifecycle import Lifecycle
+from softsgx.engines.native.tracing.loop import Handler, Loop
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop

@@ -43,7 +43,8 @@ from softsgx.engines.native.gdb.ssa import SsaFrame
 from softsgx.engines.native.gdb.symbols import EnclaveFiles
 from softsgx.engines.native.gdb.target import Action, StopReason
 from softsgx.engines.native.tracing.failures import kill
-from softsgx.engines.native.tracing.loop import Handler, Lifecycle, Loop
+from softsgx.engines.native.tracing.lifecycle import Lifecycle
+from softsgx.engines.native.tracing.loop import Handler, Loop
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Gone, Stop
 from softsgx.engines.native.tracing.waits import Waits

@@ -27,14 +27,15 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.failures import Failures, kill
 from softsgx.engines.native.tracing.filters import watch_devices
+from softsgx.engines.native.tracing.lifecycle import Lifecycle
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
 from softsgx.engines.native.tracing.unsupervised import Unsupervised, is_32_bit
-from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
+from softsgx.engines.native.tracing.waits import Waits, let_end
 
-__all__ = ["Lifecycle", "Loop"]
+__all__ = ["Loop"]
 
 _NO_CALL = (1 << 64) - 1
 _TWO_QWORDS = struct.Struct("<QQ")
@@ -43,63 +44,6 @@ _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
 """Does a system call: returns its result, or -ERESTARTSYS; ``None``: let the kernel do it."""
-
-
-class Lifecycle:
-    """Calls of the loop when threads, processes and address spaces come and go.
-
-    The supervisor implements it.
-    """
-
-    def background(self) -> None:
-        """Let background tasks run until each of them waits."""
-        raise NotImplementedError
-
-    def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:
-        """A thread was made in a known process and address space."""
-        raise NotImplementedError
-
-    def new_process(self, pid: int, parent: Process) -> Process:
-        """A process was made."""
-        raise NotImplementedError
-
-    def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
-        """An address space was copied; ``tid`` is stopped in the copy, before its first step."""
-        raise NotImplementedError
-
-    def adopt_fork(self, thread: ProgramThread) -> None:
-        """The thread of a copied address space is known: prepare its enclaves."""
-        raise NotImplementedError
-
-    def exec_image(self, tid: int, process: Process) -> ProgramThread:
-        """A program was executed; ``tid`` is stopped at the end of its execve.
-
-        The thread is known to the loop when this returns.
-
-        Raises:
-            Gone: the thread has ended; it may be unknown to the loop.
-        """
-        raise NotImplementedError
-
-    def between(self) -> int | None:
-        """No thread is being served: do what is due.
-
-        Returns:
-            When something is due next, on the clock of the waits; ``None``: nothing is.
-        """
-        raise NotImplementedError
-
-    def before_resume(self) -> None:
-        """The program is about to be resumed: do the deferred work that it could notice."""
-        raise NotImplementedError
-
-    def thread_died(self, thread: ProgramThread) -> None:
-        """A thread runs no more code of its program; the loop may be serving another thread."""
-        raise NotImplementedError
-
-    def thread_gone(self, thread: ProgramThread) -> None:
-        """A thread that died was reaped, or its image was replaced; no thread is being served."""
-        raise NotImplementedError
 
 
 class Loop:
@@ -132,10 +76,9 @@ class Loop:
         self.failures = Failures()
         self._before_resume, self._background = lifecycle.before_resume, lifecycle.background
         self._permits = transitions.permits
-        self._early: dict[int, int] = {}
         self._later: list[ProgramThread] = []
         self._dying: dict[int, ProgramThread] = {}
-        self.unsupervised = Unsupervised(waits, self._early, lifecycle.new_process)
+        self.unsupervised = Unsupervised(waits, lifecycle.new_process)
 
     def add(self, thread: ProgramThread) -> None:
         """Add a stopped thread."""
@@ -284,19 +227,12 @@ class Loop:
         if tid in self.unsupervised.processes:
             self._unsupervised(tid, status)
         elif thread is None:
-            self._stranger(tid, status)
+            self._waits.keep_first(tid, status)
         elif not os.WIFSTOPPED(status):
             self._gone(thread, status)
         else:
             thread.running = thread.unstoppable = False
             self._guard(thread, thread.stopped(status))
-
-    def _stranger(self, tid: int, status: int) -> None:
-        """A child that stops or ends before its parent's event reports it; or another process."""
-        if stops_at_exit(status):
-            let_end(tid)
-        elif os.WIFSTOPPED(status) or tid in self._early:
-            self._early[tid] = status
 
     def _unsupervised(self, tid: int, status: int) -> None:
         process = self.unsupervised.processes[tid]
@@ -414,14 +350,8 @@ class Loop:
     def _born(self, parent: ProgramThread, event: int) -> None:
         tid = parent.event_message()
         flags = _clone_flags(parent)
-        try:
-            status = self._early.pop(tid, None) or self._waits.of(tid)
-        except ChildProcessError:
-            return
-        if not os.WIFSTOPPED(status):
-            return
-        if stops_at_exit(status):
-            let_end(tid)
+        status = self._waits.first_stop(tid)
+        if status is None:
             return
         try:
             thread = self._child(tid, parent, event, flags)
@@ -506,8 +436,9 @@ class Loop:
     def kill(self) -> None:
         """End every process, and wait until it is gone."""
         ignored = self.unsupervised.processes
-        known = {thread.process.pid for thread in self.threads.values()}
-        for pid in known | set(self._early) | {process.pid for process in ignored.values()}:
+        supervised = {thread.process.pid for thread in self.threads.values()}
+        others = {process.pid for process in ignored.values()}
+        for pid in supervised | others | set(self._waits.unreported):
             kill(pid)
         while self.threads or self._dying or ignored:
             try:

@@ -18,7 +18,7 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.program import Process
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
-from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
+from softsgx.engines.native.tracing.waits import Waits, let_end
 
 __all__ = ["Unsupervised", "is_32_bit"]
 
@@ -38,7 +38,6 @@ class Unsupervised:
 
     Args:
         waits: receives stops and ends.
-        early: statuses of children that were received before their parent's event.
         new_process: makes the process of a child, from its id and its parent.
 
     Attributes:
@@ -48,10 +47,9 @@ class Unsupervised:
     def __init__(
         self,
         waits: Waits,
-        early: dict[int, int],
         new_process: Callable[[int, Process], Process],
     ) -> None:
-        self._waits, self._early, self._new_process = waits, early, new_process
+        self._waits, self._new_process = waits, new_process
         self.processes: dict[int, Process] = {}
         self._told = False
 
@@ -103,14 +101,8 @@ class Unsupervised:
 
     def _born(self, parent: int) -> None:
         tid = Thread(parent, self._waits).event_message()
-        try:
-            status = self._early.pop(tid, None) or self._waits.of(tid)
-        except ChildProcessError:
-            return
-        if not os.WIFSTOPPED(status):
-            return
-        if stops_at_exit(status):
-            let_end(tid)
+        status = self._waits.first_stop(tid)
+        if status is None:
             return
         process = self.processes[parent]
         leader = libc.leader(tid)

@@ -40,6 +40,9 @@ class Waits:
         signals: signals to the calling process that end a wait, and are counted.
         clock: returns nanoseconds.
         wakes: signals that end a wait, and mean no more than that.
+
+    Attributes:
+        unreported: last status of each thread that no event of its parent has reported yet.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Waits:
         self._wakes = frozenset(wakes)
         self._kept: deque[tuple[int, int]] = deque()
         self._received = 0
+        self.unreported: dict[int, int] = {}
 
     @contextmanager
     def signals_blocked(self) -> Iterator[None]:
@@ -127,6 +131,34 @@ class Waits:
             if stops_at_exit(status):
                 let_end(other)
             self._kept.append((other, status))
+
+    def keep_first(self, tid: int, status: int) -> None:
+        """Keep a status of an unknown thread until its parent's event reports the thread.
+
+        Either may arrive first.  A child of the calling process that is no thread of the program
+        has no such event.
+        """
+        if stops_at_exit(status):
+            let_end(tid)
+        elif os.WIFSTOPPED(status) or tid in self.unreported:
+            self.unreported[tid] = status
+
+    def first_stop(self, tid: int) -> int | None:
+        """Return the status of a thread's first stop, when its parent's event reports the thread.
+
+        Returns:
+            ``None``: the thread has ended, or ends now without having run.
+        """
+        try:
+            status = self.unreported.pop(tid, None) or self.of(tid)
+        except ChildProcessError:
+            return None
+        if not os.WIFSTOPPED(status):
+            return None
+        if stops_at_exit(status):
+            let_end(tid)
+            return None
+        return status
 
     def keep(self, tid: int, status: int) -> None:
         """Tell a status again: what waited for it was not the one to handle it."""
