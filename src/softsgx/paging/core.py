@@ -230,7 +230,7 @@ class EpcCore:
             seen = ksgxd.generation, ksgxd.outcomes
             page = self._take_page(group, group.try_charge(), seen, cpu_node, request)
         except (NoEpc, EpcBusy, Interrupted) as error:
-            self._refused(kind, error)
+            self.slowpath.refused(kind, error)
             raise
         page.owner, page.group, page.kind = owner, group, kind
         self._count_held(kind, 1)
@@ -283,20 +283,6 @@ class EpcCore:
 
     def _in_use(self) -> int:
         return self.epc_pages - self._free.value
-
-    def _refused(self, kind: str, error: Exception) -> None:
-        counters = self.counters
-        if isinstance(error, EpcBusy):
-            result = "busy"
-            counters.alloc_busy += 1
-        elif isinstance(error, NoEpc):
-            result = "none"
-            counters.alloc_none += 1
-        else:
-            result = "interrupted"
-            counters.alloc_interrupted += 1
-        if self.tracer is not None:
-            self.tracer(events.Refused(kind, result))
 
     # --- freeing --------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class PlainCore(EpcCore):
             try:
                 page = self._take_page(group, refused, seen, cpu_node, request)
             except (NoEpc, EpcBusy, Interrupted) as error:
-                self._refused(kind, error)
+                self.slowpath.refused(kind, error)
                 raise
         page.owner, page.group, page.kind = owner, group, kind
         held = self.counters.held

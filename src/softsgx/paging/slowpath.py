@@ -14,7 +14,7 @@ from typing import Protocol
 
 from softsgx.paging.claims import PAUSE_NS, Claim, Claims
 from softsgx.paging.counters import Counters
-from softsgx.paging.events import ChargeRefused
+from softsgx.paging.events import ChargeRefused, Refused
 from softsgx.paging.failures import EpcBusy, Interrupted, NoEpc
 from softsgx.paging.free_pages import FreePages
 from softsgx.paging.interfaces import Group
@@ -88,6 +88,21 @@ class AllocSlowPath:
         self._core, self._pool, self._ksgxd = core, pool, ksgxd
         self._patience_passes, self._in_use = patience_passes, in_use
         self.backing_error = ""
+
+    def refused(self, kind: str, error: NoEpc | EpcBusy | Interrupted) -> None:
+        """Count and trace that an allocation of a page of ``kind`` fails with ``error``."""
+        counters, tracer = self._core.counters, self._core.tracer
+        if isinstance(error, EpcBusy):
+            result = "busy"
+            counters.alloc_busy += 1
+        elif isinstance(error, NoEpc):
+            result = "none"
+            counters.alloc_none += 1
+        else:
+            result = "interrupted"
+            counters.alloc_interrupted += 1
+        if tracer is not None:
+            tracer(Refused(kind, result))
 
     def stand_back(self, group: Group, request: AllocRequest) -> None:
         """Wait while the next page of ``group`` belongs to the thread that holds the claim.

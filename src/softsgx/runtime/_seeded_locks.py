@@ -17,11 +17,38 @@ if TYPE_CHECKING:
 __all__ = ["Latch", "SeededCondition", "SeededLock"]
 
 
-class SeededLock:
+class _Held:
+    """What a lock and a latch have in common: a name, a holder, and ``with``."""
+
     def __init__(self, runtime: SeededRuntime, name: str) -> None:
         self._runtime = runtime
         self.name = name
         self._holder: CoTask | None = None
+
+    def acquire(self) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def held(self) -> bool:
+        return self._holder is not None
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class SeededLock(_Held):
+    def __init__(self, runtime: SeededRuntime, name: str) -> None:
+        super().__init__(runtime, name)
         self._waiters: list[CoTask] = []
         self._at_acquire = f"acquire {name}"
         self._at_try = f"try_acquire {name}"
@@ -78,20 +105,6 @@ class SeededLock:
             self._holder = None
         if not runtime._quiet:
             runtime._reach(self._at_release)
-
-    def held(self) -> bool:
-        return self._holder is not None
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def blocker(self) -> CoTask | None:
         return self._holder
@@ -151,13 +164,11 @@ class SeededCondition:
         return f"a notification under lock {self._lock.name!r}"
 
 
-class Latch:
+class Latch(_Held):
     """A lock that no task may wait for: it asserts what :meth:`base.Runtime.latch` promises."""
 
     def __init__(self, runtime: SeededRuntime) -> None:
-        self._runtime = runtime
-        self.name = "latch"
-        self._holder: CoTask | None = None
+        super().__init__(runtime, "latch")
 
     def acquire(self) -> None:
         assert self._holder is None, "a latch is taken while it is held"
@@ -172,20 +183,6 @@ class Latch:
         assert self._holder is self._runtime._current, "a latch is released by another task"
         self._holder = None
         self._runtime._latched -= 1
-
-    def held(self) -> bool:
-        return self._holder is not None
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 def _not_yours(lock: SeededLock) -> str:

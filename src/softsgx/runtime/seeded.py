@@ -5,8 +5,8 @@ races of the threads runtime can be found, replayed and cut down to a few switch
 virtual.
 
 Invariant: ``_ready`` holds exactly the tasks that could run now: those that wait for nothing, and
-those that wait for a lock that is free.  A free lock belongs to whoever is chosen first, as with a
-mutex that can be overtaken; so more histories are possible than a fair lock would allow.
+those that wait for a lock that is free.  The first of these tasks that the policy chooses takes the
+lock, as with a mutex that is not fair; so there are more histories than a fair lock would allow.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class SeededRuntime(Cooperative):
     Args:
         seed: of the schedule and, separately, of :attr:`random`, where each task has a stream of
             its own so that what it draws does not depend on the schedule.
-        policy: who runs next; :class:`Uniform` if not given.
-        step_limit: after so many places the program is taken to be in a livelock.
-        point_ns: virtual nanoseconds that pass at every place.  With 0, time passes only when
-            nobody can run, so a timeout happens only when nothing else can.
+        policy: chooses the task that runs next; :class:`Uniform` if not given.
+        step_limit: after so many places :class:`Livelock` is raised.
+        point_ns: virtual nanoseconds that pass at every place.  With 0, time passes only when no
+            task can run, so a timer expires only then.
     """
 
     def __init__(
@@ -151,9 +151,9 @@ class SeededRuntime(Cooperative):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Run what is inside without schedule: no step is recorded, no policy is asked.
+        """Run the ``with`` block unscheduled: no step is recorded, and the policy is not asked.
 
-        Other tasks run only while the main task waits or yields; each until it waits.
+        Other tasks run only while the main task waits or yields; each runs until it waits.
         """
         assert self._current is self._main, f"quiet() called by task {self.task_name()!r}"
         self._passed = 0
@@ -195,7 +195,7 @@ class SeededRuntime(Cooperative):
 
         Args:
             runs: what each task does, by its name.
-            watch: called at every place, by no task in particular; it must not reach a place.
+            watch: called at every place, before the policy chooses; it must not reach a place.
         """
         main = self._main
         assert self._current is main and runs, "a race needs the main task and at least one other"
