@@ -23,35 +23,41 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from softsgx import report
-from softsgx.cli._common import discard, log_told, size_as_written, tell
+from softsgx.cli._common import discard, log_told, tell
 from softsgx.cli._outputs import Outputs
-from softsgx.cli._signals import EndedBySignal, ProgramSignals
+from softsgx.cli._program import (
+    FAILED,
+    add_machine_arguments,
+    add_program,
+    check_machine,
+    config_of,
+    cpu_times,
+    failure_told,
+    group_of,
+    print_text,
+    program_of,
+    status_of,
+)
+from softsgx.cli._signals import ProgramSignals
 from softsgx.engines.native import (
-    CPUID_SOURCES,
-    PAGERS,
     GdbServer,
     RunFailed,
     RunResult,
-    doctor,
-    libc,
 )
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import Injections, tick_period_ns
-from softsgx.errors import NotRun, SoftSgxError
-from softsgx.host import PROFILES, Platform, PlatformConfig
+from softsgx.errors import SoftSgxError
+from softsgx.host import Platform, PlatformConfig
 from softsgx.report import (
     COST_PROFILES,
     Collector,
-    CpuTimes,
     RunSummary,
     Sampler,
     Ticker,
@@ -63,7 +69,6 @@ __all__ = ["NAME", "configure", "run"]
 NAME = "run"
 
 _STANDARD_OUTPUT = "-"
-_FAILED = 125  # as env and timeout have it
 _EXCEEDED = 124  # as timeout has it
 _STDERR = "-"
 _STATUS_AFTER_S = 2.0
@@ -73,39 +78,7 @@ _DEFAULT_WIDTH = 80
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument(
-        "--epc", type=size_as_written, metavar="SIZE", help="size of the EPC (default 93.5MiB)"
-    )
-    machine.add_argument(
-        "--limit",
-        action="append",
-        default=[],
-        type=_limit,
-        metavar="GROUP=SIZE",
-        help="misc.max of a group, or max; repeatable; the program runs in the last one given",
-    )
-    machine.add_argument("--group", metavar="PATH", help="the group that the program runs in")
-    machine.add_argument("--profile", choices=list(PROFILES), help="features of the machine")
-    machine.add_argument(
-        "--cpuid",
-        choices=CPUID_SOURCES,
-        default="profile",
-        help="what CPUID describes: the profile's machine (default), or this one with SGX",
-    )
-    machine.add_argument("--config", metavar="FILE", help="a platform described in TOML")
-    machine.add_argument(
-        "--cpus",
-        type=_cpus,
-        metavar="N",
-        help="processors it may use (default: one while it has one thread, then all)",
-    )
-    machine.add_argument("--pager", choices=PAGERS, help="default: the best that doctor finds")
-    machine.add_argument(
-        "--strict",
-        action="store_true",
-        help="accesses to an enclave from outside hit the abort page, as on hardware; slower",
-    )
+    machine = add_machine_arguments(parser)
     machine.add_argument(
         "--inject",
         action="append",
@@ -170,9 +143,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--quiet", action="store_true", help="print no summary at the end")
     output.add_argument("--force", action="store_true", help="overwrite files")
-    parser.add_argument(
-        "argv", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARG", help="what to run"
-    )
+    add_program(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,23 +152,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EndedBySignal: a signal has ended the program, or comes when it does not run.
     """
-    argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
-    if not argv:
-        raise SoftSgxError("run: no program; write softsgx run [options] -- PROGRAM ARG…")
+    argv = program_of(args, NAME)
     # Before a file is made: the engine finds what is wrong with these after that.
     taken = Injections.of(args.inject).power_signals
     if args.tick is not None:
         tick_period_ns(args.tick)
     thresholds = [report.Threshold.parse(text) for text in args.fail_if]
     with log_told(), ProgramSignals(taken) as signals:
-        _check_machine()
-        config = _config(args)
-        group = _group(args, config)
+        check_machine()
+        config = config_of(args)
+        group = group_of(args, config)
         with _outputs(args) as outputs, _gdb_server(args) as gdb:
             if not args.quiet:
                 for line in config.roundings():
                     tell(f"softsgx: {line}")
-            collector = Collector(time.monotonic_ns, _cpu_times, args.costs)
+            collector = Collector(time.monotonic_ns, cpu_times, args.costs)
             sampler = Sampler(collector) if args.report else None
             watch = _Watch(collector, sampler, signals, status=_status_wanted(args), gdb=gdb)
             began = datetime.now(UTC).isoformat(timespec="seconds")
@@ -211,11 +180,8 @@ def run(args: argparse.Namespace) -> int:
     for mistake in mistakes:
         tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
     if mistakes:
-        return _FAILED
-    if result.exit_code < 0:
-        libc.set_dumpable(False)  # the core to look at is the program's
-        raise EndedBySignal(-result.exit_code)
-    return result.exit_code or exceeded
+        return FAILED
+    return status_of(result) or exceeded
 
 
 @contextmanager
@@ -276,13 +242,13 @@ def _report(
     """Write what was asked for.  What cannot be written is told; the status stays the program's."""
     if sampler is not None:
         sampler.take()
-        with _failure_told():
+        with failure_told():
             outputs.write(args.report, report.html_page(summary, sampler.samples).encode())
     if args.json:
         text = json.dumps(document(summary), indent=2) + "\n"
-        with _failure_told():
+        with failure_told():
             if args.json == _STANDARD_OUTPUT:
-                _print(text)
+                print_text(text)
             else:
                 outputs.write(args.json, text.encode())
     if not args.quiet:
@@ -290,23 +256,6 @@ def _report(
             report.print_summary(summary, report.error_console())
         except OSError:
             discard(2)
-
-
-@contextmanager
-def _failure_told() -> Iterator[None]:
-    try:
-        yield
-    except SoftSgxError as error:
-        tell(f"softsgx: {error}")
-
-
-def _print(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        discard(1)
-        raise SoftSgxError(f"standard output: {error.strerror}; it is not complete") from error
 
 
 @contextmanager
@@ -439,12 +388,6 @@ def _status_wanted(args: argparse.Namespace) -> bool:
     return not args.quiet and os.isatty(2) and not os.isatty(1)
 
 
-def _check_machine() -> None:
-    for finding in doctor():
-        if finding.needed and not finding.ok:
-            raise NotRun(f"{finding.name}: {finding.text}; see softsgx doctor")
-
-
 def _outputs(args: argparse.Namespace) -> Outputs:
     """Open the files that were asked for; only the summary's object can go to standard output."""
     if _STANDARD_OUTPUT in (args.trace, args.report):
@@ -452,54 +395,3 @@ def _outputs(args: argparse.Namespace) -> Outputs:
     log = None if args.syscalls == _STDERR else args.syscalls
     paths = [args.trace, args.report, log, None if args.json == _STANDARD_OUTPUT else args.json]
     return Outputs([path for path in paths if path is not None], force=args.force)
-
-
-def _config(args: argparse.Namespace) -> PlatformConfig:
-    changes: dict[str, Any] = {}
-    if args.epc is not None:
-        changes["epc"] = args.epc
-    if args.profile is not None:
-        changes["profile"] = args.profile
-    if args.cpus is not None:
-        changes["processors"] = len(args.cpus)
-    if not args.config:
-        return PlatformConfig.of(**changes, groups=_limits(args, {}))
-    config = PlatformConfig.load(args.config, **changes)
-    return config.but(groups=_limits(args, dict(config.groups)))
-
-
-def _limits(args: argparse.Namespace, groups: dict[str, Any]) -> dict[str, Any]:
-    return {**groups, **{path: {"max": size} for path, size in args.limit}}
-
-
-def _group(args: argparse.Namespace, config: PlatformConfig) -> str:
-    if args.group is not None:
-        path = str(args.group).strip("/")
-        known = {"", *(name.strip("/") for name in config.groups)}
-        if path not in known:
-            names = ", ".join(sorted(known - {""})) or "none"
-            raise SoftSgxError(
-                f"group {path}: not configured (configured: {names}); add --limit {path}=SIZE, or "
-                f"--limit {path}=max for no limit"
-            )
-        return path or "/"
-    return str(args.limit[-1][0]) if args.limit else "/"
-
-
-def _limit(text: str) -> tuple[str, str]:
-    path, separator, size = text.rpartition("=")
-    if not separator or not path.strip("/"):
-        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, as jobs/a=16MiB")
-    return path.strip("/"), size if size.strip() == "max" else size_as_written(size)
-
-
-def _cpus(text: str) -> set[int]:
-    usable = sorted(os.sched_getaffinity(0))
-    if not text.isdecimal() or not 1 <= int(text) <= len(usable):
-        raise argparse.ArgumentTypeError(f"processors {text!r}; give a number up to {len(usable)}")
-    return set(usable[: int(text)])
-
-
-def _cpu_times() -> CpuTimes:
-    own, children = (getrusage(who) for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
-    return CpuTimes(own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime)

@@ -66,7 +66,7 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     made = Engine()
     monkeypatch.setattr(run_command, "run_natively", made)
-    monkeypatch.setattr(run_command, "doctor", lambda: FINE)
+    monkeypatch.setattr("softsgx.cli._program.doctor", lambda: FINE)
     return made
 
 
@@ -291,7 +291,7 @@ def test_a_program_that_cannot_start_is_told_in_one_line_and_leaves_no_file(
 def test_a_machine_that_cannot_is_sent_to_the_doctor(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_command, "doctor", lambda: MISSING)
+    monkeypatch.setattr("softsgx.cli._program.doctor", lambda: MISSING)
     assert run("--", "app") == 125
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("softsgx: ptrace: programs cannot be traced")
@@ -300,7 +300,7 @@ def test_a_machine_that_cannot_is_sent_to_the_doctor(
 
 
 def test_a_machine_that_is_worse_will_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_command, "doctor", lambda: WORSE)
+    monkeypatch.setattr("softsgx.cli._program.doctor", lambda: WORSE)
     assert run("--quiet", "--", "app") == 0
 
 
@@ -442,6 +442,6 @@ def test_an_interrupt_before_the_program_starts_ends_the_command_quietly(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softsgx.cli.run._check_machine", interrupted)
+    monkeypatch.setattr("softsgx.cli.run.check_machine", interrupted)
     assert main(["run", "--", "/bin/true"]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "")
