@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-LAZY = ("engines.native.gdb", "kvm", "report", "runtime", "userland")
+LAZY = ("engines.native.gdb", "kvm", "live", "report", "runtime", "userland")
 #: What only other verbs, other engines, or options of ``run`` need.
 NOT_FOR_A_RUN = (
     "rich",
@@ -21,6 +21,7 @@ NOT_FOR_A_RUN = (
     "softsgx.image",
     "softsgx.kvm.device",
     "softsgx.kvm.guest",
+    "softsgx.live.runs",
     "softsgx.report.html",
     "softsgx.report.perfetto",
     "softsgx.report.tables",

@@ -31,6 +31,7 @@ from typing import BinaryIO, cast
 
 from softsgx import report
 from softsgx.cli._common import discard, log_told, tell
+from softsgx.cli._live import Live
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
     FAILED,
@@ -168,8 +169,9 @@ def run(args: argparse.Namespace) -> int:
                     tell(f"softsgx: {line}")
             collector = Collector(time.monotonic_ns, cpu_times, args.costs)
             sampler = Sampler(collector) if args.report else None
-            watch = _Watch(collector, sampler, signals, status=_status_wanted(args), gdb=gdb)
             began = datetime.now(UTC).isoformat(timespec="seconds")
+            live = Live(collector, verb=NAME, command=argv, began=began, quiet=args.quiet)
+            watch = _Watch(collector, sampler, signals, live, status=_status_wanted(args), gdb=gdb)
             result, mistakes = _run_watched(args, argv, config, group, watch)
             outputs.keep(args.trace, args.syscalls)
             summary = collector.summary(
@@ -302,6 +304,7 @@ class _Watch:
         collector: receives the events.
         sampler: takes samples while the program runs.
         signals: what is sent to the command.
+        live: offers the state of the run to other processes.
         status: whether to show a status line after two seconds.
         gdb: the address where the program waits for a gdb, which a message names.
     """
@@ -311,11 +314,12 @@ class _Watch:
         collector: Collector,
         sampler: Sampler | None,
         signals: ProgramSignals,
+        live: Live,
         *,
         status: bool,
         gdb: GdbServer | None = None,
     ) -> None:
-        self.collector, self.signals = collector, signals
+        self.collector, self.signals, self._live = collector, signals, live
         self._sampler, self._status = sampler, status
         self.gdb = gdb
         self._tickers: list[Ticker] = []
@@ -331,6 +335,7 @@ class _Watch:
         if self.gdb is not None:
             _say_where(self.gdb)
         # No thread may exist before the program's fork.
+        self._live.start()
         if self._sampler is not None:
             self._sampler.take()
             self._tickers.append(Ticker(self._sampler.tick, self._sampler.interval_s))
@@ -339,6 +344,7 @@ class _Watch:
 
     def stop(self) -> None:
         """End threads and clear the status line."""
+        self._live.stop()
         for ticker in self._tickers:
             ticker.stop()
         self._tickers.clear()

@@ -102,6 +102,7 @@ class Mm:
             lowest enclave mapping.
         ended: called when it has ended and released its mappings.
         name: its name, in messages and schedules.
+        pid: of the real process that it is of, for reports; 0 if there is none.
 
     Attributes:
         mmap_lock: see the module.
@@ -119,8 +120,10 @@ class Mm:
         pick: Callable[[int, int], int] | None = None,
         ended: Callable[[], None] | None = None,
         name: str = "mm",
+        pid: int = 0,
     ) -> None:
         self.runtime, self.ptes, self.owner, self.name = runtime, ptes, owner, name
+        self.pid = pid
         self.mmap_lock = RwLock(runtime, f"{name}.mmap_lock")
         self.notifiers: list[EnclaveMm] = []
         self._pick, self._ended = pick, ended
@@ -322,6 +325,7 @@ class Mm:
         owner: Task | None = None,
         ended: Callable[[], None] | None = None,
         name: str = "",
+        pid: int = 0,
         copy_entries: bool = False,
         fail: bool = False,
     ) -> Mm:
@@ -332,13 +336,16 @@ class Mm:
             owner: the child's :attr:`owner`.
             ended: called when the child has ended and released its mappings.
             name: the child's name.
+            pid: of the child.
             copy_entries: whether the child gets the parent's PTEs, as Linux does it for PFN
                 mappings; otherwise it faults for each.
             fail: simulate that there is no memory to register the child with its enclaves: each of
                 its accesses raises SIGBUS.
         """
         name = name or f"{self.name}'"
-        child = Mm(self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name)
+        child = Mm(
+            self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name, pid=pid
+        )
         with self.mmap_lock.writing():
             for vma in self._vmas:
                 vma.file.hold()

@@ -13,8 +13,8 @@ from softsgx.report.summary import (
     GroupSummary,
     PlatformSummary,
     RunSummary,
-    Totals,
 )
+from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.report.verdict import Fit, Verdict, verdict
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "Estimate",
     "Fit",
     "GroupSummary",
+    "LivingEnclave",
     "PerfettoWriter",
     "PlatformSummary",
     "Price",

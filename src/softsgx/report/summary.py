@@ -23,6 +23,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.host import Platform
 from softsgx.hw import Crossings
 from softsgx.report.costs import COST_PROFILES, Estimate, estimate
+from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.trace import Event
 
 __all__ = [
@@ -33,9 +34,9 @@ __all__ = [
     "GroupSummary",
     "PlatformSummary",
     "RunSummary",
-    "Totals",
 ]
 
+_NOTHING = Totals()
 FAULT_KINDS = ("minor", "major", "augment", "busy", "refused")
 
 
@@ -194,31 +195,6 @@ class RunSummary:
         return None if self.exit_code >= 0 else signal_name(-self.exit_code)
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over enclaves: faults, evictions and reloads of pages, seconds spent in faults."""
-
-    faults: int = 0
-    evictions: int = 0
-    reloads: int = 0
-    fault_s: float = 0.0
-
-    @classmethod
-    def of(cls, enclave: Enclave) -> Totals:
-        """Return what one enclave has so far."""
-        counts = enclave.counts
-        faults = sum(list(counts.faults.values()))
-        return cls(faults, counts.evictions, counts.reloads, counts.fault_ns / 1e9)
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(
-            self.faults + other.faults,
-            self.evictions + other.evictions,
-            self.reloads + other.reloads,
-            self.fault_s + other.fault_s,
-        )
-
-
 @dataclass(slots=True)
 class _Record:
     """An enclave that the collector follows; ``final`` once it was destroyed."""
@@ -231,6 +207,25 @@ class _Record:
     pages_added: int = 0
     killed: bool = False
     final: EnclaveSummary | None = None
+
+    @property
+    def state(self) -> str:
+        """``building``, ``initialized``, ``killed``."""
+        if self.killed:
+            return "killed"
+        return "building" if self.initialized_ns is None else "initialized"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """What released enclaves have done; ``last`` is the number of the one released last.
+
+    One object replaces the other, so that a reader in another thread finds the record of that
+    enclave counted either here or as living, in whichever order the supervisor updates the two.
+    """
+
+    totals: Totals
+    last: int
 
 
 @dataclass(slots=True)
@@ -252,7 +247,7 @@ class Collector:
     platform: Platform | None = None
     pager: str = ""
     _records: dict[int, _Record] = field(default_factory=dict)
-    _gone: Totals = Totals()
+    _gone: _Gone = _Gone(_NOTHING, 0)
     _began_ns: int = 0
     _began_cpu: CpuTimes = CpuTimes(0.0, 0.0)
 
@@ -286,7 +281,8 @@ class Collector:
                 record = self._records[event.enclave]
                 record.final = self._summary_of(record, released_ns=self.clock_ns())
                 assert record.enclave is not None, "an enclave is released twice"
-                self._gone = self._gone + Totals.of(record.enclave)
+                totals = Totals.of(record.enclave, record.crossings or Crossings())
+                self._gone = _Gone(self._gone.totals + totals, event.enclave)
                 record.enclave = record.crossings = None
             case _:
                 pass
@@ -343,10 +339,27 @@ class Collector:
 
     def totals(self) -> Totals:
         """Return sums over all enclaves, living or not; may be called from another thread."""
-        total = self._gone
-        for enclave in self.living():
-            total = total + Totals.of(enclave)
-        return total
+        while True:
+            gone = self._gone
+            total = gone.totals
+            for living in self.living_enclaves():
+                if living.enclave.number != gone.last:
+                    total = total + living.totals
+            if gone is self._gone:  # else an enclave was released, and may be counted twice
+                return total
+
+    def living_enclaves(self) -> list[LivingEnclave]:
+        """Return the enclaves that exist now, with their counts; from any thread."""
+        return [
+            LivingEnclave(
+                enclave,
+                record.state,
+                record.mrenclave,
+                Totals.of(enclave, record.crossings or Crossings()),
+            )
+            for record in list(self._records.values())
+            if (enclave := record.enclave) is not None
+        ]
 
     def enclaves(self) -> tuple[EnclaveSummary, ...]:
         """Return all enclaves as they are now."""
@@ -426,7 +439,7 @@ class Collector:
             base=enclave.base,
             size_bytes=enclave.size,
             group=group.path if isinstance(group, EpcCgroup) else "/",
-            state="killed" if record.killed else "initialized" if initialized else "building",
+            state=record.state,
             created_s=self._since_start(record.created_ns),
             initialized_s=None
             if record.initialized_ns is None

@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 from tests.support.driver import BASE, launch
+from tests.support.live import runtime_directory
 
+from softsgx import live
 from softsgx.cli import doctor as doctor_command
 from softsgx.cli import main
 from softsgx.cli import run as run_command
@@ -28,6 +30,7 @@ from softsgx.engines.native import Finding, RunResult
 from softsgx.engines.native.run import Observer
 from softsgx.errors import NotRun
 from softsgx.host import Platform, PlatformConfig
+from softsgx.live import endpoint
 
 FINE = [Finding("ptrace", True, True, "programs can be traced")]
 WORSE = [*FINE, Finding("userfaultfd", False, False, "not usable; pager: mprotect")]
@@ -115,6 +118,30 @@ def test_json_holds_one_object(engine: Engine, tmp_path: Path) -> None:
     (enclave,) = document["enclaves"]
     assert enclave["evictions"] > 0
     assert enclave["peak_resident_bytes"] <= 112 << 10
+
+
+def test_the_state_can_be_asked_for_while_the_program_runs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runtime_directory() as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+        found: list[dict[str, Any]] = []
+        engine.during = lambda: found.append(live.ask(os.getpid()))
+        assert run("--quiet", "--", "app", "x") == 0
+        (state,) = found
+        assert (state["verb"], state["command"]) == ("run", ["app", "x"])
+        assert state["enclaves"][0]["evictions"] > 0
+        assert list((directory / "softsgx").iterdir()) == [], "nothing is left"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_run_needs_no_directory_for_its_socket(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr(endpoint, "status_directories", lambda: [Path("/no/such/directory")])
+    assert run(*["--quiet"][:quiet], "--", "app") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "status socket" in line]
+    assert len(lines) == (not quiet)
 
 
 @pytest.mark.parametrize(

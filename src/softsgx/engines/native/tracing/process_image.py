@@ -153,11 +153,12 @@ class ProcessImage:
             kick_all=partial(services.kick, self),
             installed=services.installed,
         )
-        ended, name = partial(services.ended, self), f"mm of {thread.tid}"
+        ended, pid = partial(services.ended, self), thread.tid  # its first thread leads the process
+        name = f"mm of {pid}"
         if parent is None:
-            self.mm = Mm(services.runtime, self.page_table, ended=ended, name=name)
+            self.mm = Mm(services.runtime, self.page_table, ended=ended, name=name, pid=pid)
         else:
-            self.mm = parent.mm.fork(self.page_table, ended=ended, name=name)
+            self.mm = parent.mm.fork(self.page_table, ended=ended, name=name, pid=pid)
 
     @property
     def aep(self) -> int:

@@ -1,0 +1,27 @@
+"""What a run is doing now: a status that other processes of the user can ask for."""
+
+from typing import TYPE_CHECKING
+
+from softsgx.live.endpoint import StatusServer, status_directories
+from softsgx.live.state import FORMAT, About, state
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.live.runs import NoAnswer, RunEnded, ask, running_pids, socket_of
+
+__all__ = [
+    "FORMAT",
+    "About",
+    "NoAnswer",
+    "RunEnded",
+    "StatusServer",
+    "ask",
+    "running_pids",
+    "socket_of",
+    "state",
+    "status_directories",
+]
+
+__getattr__ = on_demand(
+    __name__, {"runs": ("NoAnswer", "RunEnded", "ask", "running_pids", "socket_of")}
+)

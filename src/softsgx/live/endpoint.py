@@ -1,0 +1,148 @@
+"""The socket where a run tells its state: ``PID.sock`` in a directory that only its user can enter.
+
+A client connects, reads one JSON object, and finds the end of the stream: there is nothing to ask.
+A thread of its own answers, so a client that does not read delays other clients for
+:data:`_PATIENCE_S` at most, and never the program.  The socket is made after the program's process,
+and closed in programs by execve(2): nothing of it is the program's.
+
+The name appears when connections are accepted already, and disappears before they are not: a name
+where nothing accepts is of a run that was killed.
+
+Source:
+    unix(7) (SO_PEERCRED, permissions); XDG Base Directory Specification (``XDG_RUNTIME_DIR``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["StatusServer", "peer_may_talk", "status_directories"]
+
+_PATIENCE_S = 1.0
+_ROOT = 0
+_WAITING_CLIENTS = 8
+_UCRED = struct.Struct("iII")
+
+
+class StatusServer:
+    """Answers each client with the state, until it is closed.
+
+    Args:
+        state: returns what :mod:`json` knows; called in the server's thread.
+        patience_s: how long a client may not read before it is given up.
+
+    Attributes:
+        path: of the socket.
+
+    Raises:
+        OSError: no directory can be used.
+    """
+
+    def __init__(
+        self, state: Callable[[], dict[str, Any]], *, patience_s: float = _PATIENCE_S
+    ) -> None:
+        self._state, self._patience_s = state, patience_s
+        self._listener, self.path = _listen(f"{os.getpid()}.sock")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="status", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Remove the socket and end the thread; a second call does nothing."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        with suppress(OSError):
+            self.path.unlink()
+        self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            try:
+                peer, _address = self._listener.accept()
+            except OSError:
+                # Closed; or no descriptor is free, which may change.
+                self._closed.wait(self._patience_s)
+                continue
+            with peer, suppress(OSError):  # a client may go, or not read
+                peer.settimeout(self._patience_s)
+                if peer_may_talk(peer):
+                    peer.sendall(json.dumps(self._state(), separators=(",", ":")).encode() + b"\n")
+
+
+def status_directories() -> Iterator[Path]:
+    """Yield the directories that may have sockets of this user's runs, the preferred one first.
+
+    A directory in ``XDG_RUNTIME_DIR`` counts only if that belongs to this user: sudo(8) can leave
+    the variable of another one.
+    """
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute():
+        with suppress(OSError):
+            if runtime.stat().st_uid == os.geteuid():
+                yield runtime / "softsgx"
+    yield Path(f"/tmp/softsgx-{os.geteuid()}")
+
+
+def is_private(directory: Path) -> bool:
+    """Return whether a directory, no link to one, is this user's and closed to all others.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = directory.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    )
+
+
+def peer_may_talk(peer: socket.socket) -> bool:
+    """Return whether the process at the other end is of this user, or of root."""
+    size = _UCRED.size
+    _pid, uid, _gid = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return uid in (os.geteuid(), _ROOT)
+
+
+def _listen(name: str) -> tuple[socket.socket, Path]:
+    """Listen in the first directory that can be used."""
+    failure: OSError | None = None
+    for directory in status_directories():
+        try:
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            if not is_private(directory):
+                raise PermissionError(f"{directory}: is not a directory of this user alone")
+            return _listen_at(directory / name), directory / name
+        except OSError as error:
+            failure = error
+    assert failure is not None, "there is a directory to try"
+    raise failure
+
+
+def _listen_at(path: Path) -> socket.socket:
+    """Return a socket that accepts at ``path``, in place of one that a killed run has left."""
+    unfinished = path.with_suffix(".new")
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
+        listener.bind(str(unfinished))
+        listener.listen(_WAITING_CLIENTS)
+        unfinished.rename(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener

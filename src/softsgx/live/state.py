@@ -1,0 +1,142 @@
+"""The state of a run as one JSON object, documented in ``docs/reference/status-json.md``.
+
+A thread beside the supervisor's reads counts, and takes no lock: a fault never waits for a reader.
+The supervisor may change a count while the others are read, so they are read until two readings in
+succession are equal, or :data:`_READINGS` times.
+
+Units are in the names.  Names are only ever added within one ``format``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import softsgx
+from softsgx.arch import PAGE_BYTES
+from softsgx.cgroup import EpcCgroup
+from softsgx.host import Platform
+from softsgx.report import Collector, LivingEnclave, Totals
+
+__all__ = ["FORMAT", "About", "state"]
+
+FORMAT = "softsgx-status/1"
+_READINGS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while a run lasts.
+
+    Attributes:
+        pid: process of the supervisor, which names the socket.
+        verb: the command, ``run`` or ``record``.
+        command: the program and its arguments.
+        began: date and time of the start, ISO 8601 in UTC.
+    """
+
+    pid: int
+    verb: str
+    command: Sequence[str]
+    began: str
+
+
+def state(collector: Collector, about: About) -> dict[str, Any]:
+    """Return the object; everything in it is what :mod:`json` knows.
+
+    May be called from any thread, once a platform was attached to the collector.
+    """
+    platform = collector.platform
+    assert platform is not None, "a state before the collector was attached"
+    counts = _counts(collector, platform)
+    for _reading in range(_READINGS - 1):
+        again = _counts(collector, platform)
+        if again == counts:
+            break
+        counts = again
+    names = {pid: _comm(pid) for enclave in counts["enclaves"] for pid in enclave["pids"]}
+    for enclave in counts["enclaves"]:
+        enclave["name"] = next(filter(None, map(names.get, enclave["pids"])), "")
+    return {
+        "format": FORMAT,
+        "version": softsgx.__version__,
+        "pid": about.pid,
+        "verb": about.verb,
+        "command": list(about.command),
+        "began": about.began,
+        "elapsed_seconds": round(collector.elapsed_s, 6),
+        "profile": platform.config.profile,
+        "pager": collector.pager,
+        **counts,
+    }
+
+
+def _counts(collector: Collector, platform: Platform) -> dict[str, Any]:
+    core = platform.core
+    free = core.free_pages
+    return {
+        "epc": {
+            "size_bytes": core.epc_pages * PAGE_BYTES,
+            "used_bytes": (core.epc_pages - free) * PAGE_BYTES,
+            "free_bytes": free * PAGE_BYTES,
+            # A copy that is made without running Python code: the supervisor adds kinds.
+            "pages": dict(core.counters.held),
+        },
+        "totals": _totals(collector.totals()),
+        "reclaim": {
+            "batches": core.counters.batches,
+            "seconds": round(core.reclaim_ns / 1e9, 6),
+        },
+        "groups": [_group(group) for group in platform.cgroups.root.subtree()],
+        "enclaves": [_enclave(living) for living in collector.living_enclaves()],
+    }
+
+
+def _totals(totals: Totals) -> dict[str, Any]:
+    return {
+        "faults": totals.faults,
+        "fault_seconds": round(totals.fault_s, 6),
+        "evictions": totals.evictions,
+        "reloads": totals.reloads,
+        "eenter": totals.eenter,
+        "eexit": totals.eexit,
+        "aex": totals.aex,
+        "eresume": totals.eresume,
+    }
+
+
+def _group(group: EpcCgroup) -> dict[str, Any]:
+    limit = group.max_pages
+    return {
+        "path": group.path,
+        "usage_bytes": group.usage_pages * PAGE_BYTES,
+        "max_bytes": None if limit is None else limit * PAGE_BYTES,
+        "peak_bytes": group.peak_pages * PAGE_BYTES,
+        "refused": group.events_local,
+    }
+
+
+def _enclave(living: LivingEnclave) -> dict[str, Any]:
+    enclave, totals = living.enclave, _totals(living.totals)
+    group = enclave.group
+    return {
+        "number": enclave.number,
+        "pids": [entry.mm.pid for entry in reversed(enclave.mms) if entry.mm.pid],
+        "group": group.path if isinstance(group, EpcCgroup) else "/",
+        "state": living.state,
+        "mrenclave": living.mrenclave,
+        "base": enclave.base,
+        "size_bytes": enclave.size,
+        "resident_bytes": enclave.swap.children * PAGE_BYTES,
+        "faults_by_kind": dict(enclave.counts.faults),
+        **totals,
+    }
+
+
+def _comm(pid: int) -> str:
+    """Return the name of a process, empty when it has ended."""
+    with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
+        return file.read().rstrip("\n")
+    return ""
