@@ -140,7 +140,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="show a status line even if the program writes to the same terminal",
     )
     output.add_argument(
-        "--costs", choices=list(COST_PROFILES), help="prices (default: the profile's)"
+        "--costs",
+        metavar="PROFILE",
+        help=f"prices: {', '.join(COST_PROFILES)}, or a file FILE.toml (default: the profile's)",
     )
     output.add_argument("--quiet", action="store_true", help="print no summary at the end")
     output.add_argument("--force", action="store_true", help="overwrite files")

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from softsgx.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.ondemand import on_demand
-from softsgx.report.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.report.document import FORMAT, document
 from softsgx.report.sampler import Sample, Sampler, Ticker
 from softsgx.report.summary import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softsgx.report.costs import Estimate, Price
+from softsgx.costs import Estimate, Price
 from softsgx.report.summary import EnclaveSummary, RunSummary
 from softsgx.report.verdict import verdict
 
@@ -129,5 +129,7 @@ def _price(price: Price) -> dict[str, Any]:
         "typical_cycles": price.typical,
         "high_cycles": price.high,
         "source": price.source,
+        "basis": price.basis,
+        "printed": price.printed or None,
         "checked": price.checked,
     }

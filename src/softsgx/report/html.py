@@ -14,8 +14,8 @@ from itertools import pairwise
 from operator import itemgetter
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.costs import Estimate
 from softsgx.report.charts import COLOURS, Bar, Mark, Series, bars, lines, shares
-from softsgx.report.costs import Estimate
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary
 from softsgx.report.tables import cycles_text, seconds_text
@@ -254,10 +254,10 @@ def _silicon(estimate: Estimate) -> str:
         f"About {cycles_text(estimate.typical)} cycles, {cycles_text(estimate.low)} to "
         f"{cycles_text(estimate.high)}: {seconds_text(estimate.seconds)} at "
         f"{estimate.profile.hertz / 1e9:g} GHz, beside what the code itself computes. The thin "
-        "line on a bar is the band of what is published."
+        "line on a bar is the band of the prices."
     )
     if estimate.unpriced:
-        note += f" No figure is published for {', '.join(estimate.unpriced)}."
+        note += f" No figure is known for {', '.join(estimate.unpriced)}."
     return _figure("On silicon (estimated)", note, bars(rows))
 
 
@@ -341,13 +341,13 @@ def _prices(estimate: Estimate) -> str:
         price = item.price
         each = "none" if price.typical is None else f"{price.typical:,}"
         ends = "" if price.low == price.high else f"{price.low:,} to {price.high:,}"
-        sure = "" if price.checked or price.typical is None else " (quoted from memory)"
-        rows.append((price.what, f"{item.count:,}", each, ends, price.source + sure))
+        source = price.source + (f": “{price.printed}”" if price.printed else "")
+        rows.append((price.what, f"{item.count:,}", each, ends, price.basis, source))
     if not rows:
         return ""
-    heads = ("event", "count", "cycles each", "band", "source")
-    note = f"The profile {estimate.profile.name}."
-    return _table("Prices", note, heads, rows, text=(0, 4), long=4)
+    heads = ("event", "count", "cycles each", "band", "basis", "source")
+    note = estimate.profile.basis_text
+    return _table("Prices", note, heads, rows, text=(0, 4, 5), long=5)
 
 
 def _circumstances(run: RunSummary) -> str:

@@ -17,12 +17,11 @@ from types import MappingProxyType
 import softsgx
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
+from softsgx.costs import COST_PROFILES, CostProfile, Estimate, estimate, find_profile
 from softsgx.driver import Enclave, EnclaveCreated, EnclaveInitialized, EnclaveKilled
 from softsgx.driver import EnclaveReleased as Released
-from softsgx.errors import SoftSgxError
 from softsgx.host import Platform
 from softsgx.hw import Crossings
-from softsgx.report.costs import COST_PROFILES, Estimate, estimate
 from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.trace import Event
 
@@ -248,13 +247,12 @@ class Collector:
     pager: str = ""
     _records: dict[int, _Record] = field(default_factory=dict)
     _gone: _Gone = _Gone(_NOTHING, 0)
+    _costs: CostProfile | None = None
     _began_ns: int = 0
     _began_cpu: CpuTimes = CpuTimes(0.0, 0.0)
 
     def __post_init__(self) -> None:
-        if self.profile is not None and self.profile not in COST_PROFILES:
-            known = ", ".join(COST_PROFILES)
-            raise SoftSgxError(f"costs = {self.profile!r}: not known; give one of {known}")
+        self._costs = None if self.profile is None else find_profile(self.profile)
 
     # --- observing ------------------------------------------------------------------------------
 
@@ -469,7 +467,7 @@ class Collector:
 
     def _estimate(self, counts: dict[str, int]) -> Estimate:
         assert self.platform is not None, "not attached"
-        return estimate(counts, COST_PROFILES[self.profile or self.platform.config.profile])
+        return estimate(counts, self._costs or COST_PROFILES[self.platform.config.profile])
 
 
 def signal_name(number: int) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.report.costs import Estimate
+from softsgx.costs import Estimate
 from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
 from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
@@ -69,7 +69,10 @@ def print_summary(run: RunSummary, console: Console) -> None:
         console.print(_line("on silicon", _estimate_text(run.estimate), width, indent=0))
     if run.estimate.unpriced:
         unpriced = ", ".join(run.estimate.unpriced)
-        console.print(Text(f"not priced, since no figure is published: {unpriced}", "dim"))
+        console.print(Text(f"not priced, since no figure is known: {unpriced}", "dim"))
+    if run.estimate.items:
+        basis = textwrap.fill(run.estimate.profile.basis_text, width)
+        console.print(Text(basis, "dim"))
 
 
 def status_line(collector: Collector) -> str:

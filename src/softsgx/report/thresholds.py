@@ -15,10 +15,10 @@ from difflib import get_close_matches
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any
 
+from softsgx.costs import COST_PROFILES, estimate
 from softsgx.engines.native.injector import Injected
 from softsgx.errors import SoftSgxError
 from softsgx.paging.counters import Counters
-from softsgx.report.costs import COST_PROFILES, estimate
 from softsgx.report.document import document
 from softsgx.report.summary import (
     FAULT_KINDS,

@@ -82,7 +82,7 @@ def test_a_run_without_enclaves_says_so() -> None:
 
 
 def test_what_has_no_price_is_named() -> None:
-    assert "no figure is published: ETRACK, IPI rounds" in printed(told().summary())
+    assert "no figure is known: ETRACK, IPI rounds" in printed(told().summary())
 
 
 def test_the_command_is_quoted_as_a_shell_would_take_it() -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softsgx.costs import (
+    BASES,
+    COST_PROFILES,
+    CostProfile,
+    estimate,
+    find_profile,
+    read_profile,
+)
 from softsgx.errors import SoftSgxError
 from softsgx.host import PROFILES
-from softsgx.report import COST_PROFILES, Collector, CostProfile, estimate
+from softsgx.report import Collector
 
 EVENTS = sorted(COST_PROFILES["sgx1-client"].prices)
 profiles = pytest.mark.parametrize("profile", COST_PROFILES.values(), ids=lambda p: p.name)
@@ -29,6 +39,9 @@ def test_a_price_lies_in_its_band_and_names_its_source(profile: CostProfile) -> 
     for event, price in profile.prices.items():
         assert price.event == event
         assert price.source
+        assert price.basis in BASES
+        assert bool(price.printed) == (price.basis == "read")
+        assert (price.basis == "none") == (price.typical is None)
         ends = (price.low, price.typical, price.high)
         if None in ends:
             assert ends == (None, None, None)
@@ -39,7 +52,9 @@ def test_a_price_lies_in_its_band_and_names_its_source(profile: CostProfile) -> 
 @profiles
 def test_a_swapped_page_costs_what_is_published(profile: CostProfile) -> None:
     swapped = estimate({"aex": 1, "fault": 1, "eldu": 1, "ewb": 1}, profile)
-    assert (swapped.typical, swapped.high) == (40_000, 64_000)
+    whole = profile.swap
+    assert (swapped.low, swapped.typical, swapped.high) == (whole.low, whole.typical, whole.high)
+    assert (whole.typical, whole.printed) == (40_000, "about 40K cycles")
 
 
 @given(counts, counts)
@@ -68,3 +83,61 @@ def test_an_event_nobody_knows_is_our_own_mistake() -> None:
 def test_prices_that_do_not_exist_are_refused_in_one_line() -> None:
     with pytest.raises(SoftSgxError, match=r"costs = 'abacus'.*sgx1-client"):
         Collector(lambda: 0, profile="abacus")
+
+
+MEASURED = """
+name = "mine"
+hertz = 2.0e9
+source = "our machine, 2026-11-29"
+
+[prices.swap]
+low = 20_001
+typical = 30_003
+high = 50_007
+
+[prices.eenter]
+low = 5000
+typical = 6000
+high = 9000
+"""
+
+
+def test_a_profile_of_ones_own_divides_the_swapped_page_as_ours(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MEASURED)
+    profile = find_profile(str(path))
+    swapped = estimate({"aex": 1, "fault": 1, "eldu": 1, "ewb": 1}, profile)
+    assert (swapped.low, swapped.typical, swapped.high) == (20_001, 30_003, 50_007)
+    assert profile.prices["eenter"].basis == profile.swap.basis == "measured"
+    assert "our machine" in profile.prices["eenter"].source
+    assert profile.prices["eadd"].basis == "estimated"
+    assert profile.hertz == 2e9
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name = ", "TOML"),
+        ("speed = 3", "speed is not known"),
+        ('base = "abacus"', "base: not known"),
+        ("hertz = -1", "hertz as a number"),
+        ("[prices.warp]\nlow = 1\ntypical = 1\nhigh = 1", "prices.warp: not known"),
+        ("[prices.ewb]\nlow = 2\ntypical = 1\nhigh = 3", "ascending"),
+        ("[prices.ewb]\nlow = 2\nhigh = 3", "low, typical and high"),
+        ("[prices]\newb = 3", "low, typical and high"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_in_one_line(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_text(text)
+    with pytest.raises(SoftSgxError, match=problem) as refused:
+        read_profile(path)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_a_profile_that_does_not_exist_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(SoftSgxError, match=r"none\.toml: No such file"):
+        find_profile(str(tmp_path / "none.toml"))
