@@ -220,10 +220,12 @@ def _shares(swap: Price) -> tuple[Price, ...]:
     parts = {event: [end * share // 40 for end in ends] for event, (share, _) in _SHARES.items()}
     for at, end in enumerate(ends):
         parts["ewb"][at] += end - sum(part[at] for part in parts.values())
-    return tuple(
-        Price(event, what, *parts[event], "estimated", f"{_SHARE}: {swap.source}")
-        for event, (_share, what) in _SHARES.items()
-    )
+    prices = []
+    for event, (_share, what) in _SHARES.items():
+        low, typical, high = parts[event]
+        source = f"{_SHARE}: {swap.source}"
+        prices.append(Price(event, what, low, typical, high, "estimated", source))
+    return tuple(prices)
 
 
 def _profile(name: str, hertz: float, swap: Price, *prices: Price) -> CostProfile:
