@@ -1,22 +1,35 @@
-"""Names of a package that are imported when they are first used.
+"""What is made when it is first used: names of packages, and the methods of dataclasses.
+
+A command of a second would spend half of it on modules and methods that it does not use.
 
 A package that a short command imports for one name would make it wait for all of its modules.
 Such a package declares them twice: for type checkers, under ``TYPE_CHECKING``, and for the
 interpreter, by ``__getattr__ = on_demand(__name__, …)``.  Its users write ``package.Name`` where
 they use the name; ``from package import Name`` imports its module at once.
 
+:func:`dataclass` is the decorator of the standard library, which compiles five methods a class,
+half a millisecond to a millisecond.  Here they are compiled when the class is first instantiated,
+or asked for its fields.
+
 Source:
-    PEP 562.
+    PEP 557, PEP 562, PEP 681.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from threading import RLock
+from typing import Any, TypeVar, dataclass_transform, overload
 
-__all__ = ["on_demand"]
+__all__ = ["dataclass", "on_demand"]
+
+_T = TypeVar("_T")
+#: What is asked of a dataclass that has no instance yet.
+_ASKED = ("__dataclass_fields__", "__match_args__", "__signature__")
+_completing = RLock()
 
 
 def on_demand(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
@@ -38,3 +51,95 @@ def on_demand(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[
         return value
 
     return attribute
+
+
+@overload
+def dataclass(cls: type[_T], /) -> type[_T]: ...
+
+
+@overload
+def dataclass(
+    *, eq: bool = True, frozen: bool = False, kw_only: bool = False, slots: bool = False
+) -> Callable[[type[_T]], type[_T]]: ...
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def dataclass(cls: Any = None, /, *, slots: bool = False, **options: bool) -> Any:
+    """As :func:`dataclasses.dataclass`, but methods are compiled at the first use of the class.
+
+    The class has no ``__init__`` of its own, and its annotations are strings.
+    """
+
+    def deferred(cls: type) -> type:
+        return _deferred(cls, slots, options)
+
+    return deferred if cls is None else deferred(cls)
+
+
+class _Asked:
+    """An attribute of a class that is there when the class is complete."""
+
+    def __init__(self, name: str, cls: type, complete: Callable[[], None]) -> None:
+        self._name, self._cls, self._complete = name, cls, complete
+
+    def __get__(self, _instance: object, _owner: type) -> Any:
+        self._complete()
+        return getattr(self._cls, self._name, None)
+
+
+def _deferred(cls: type, slots: bool, options: dict[str, bool]) -> type:
+    assert "__init__" not in vars(cls), f"{cls.__name__} has an __init__ that would be replaced"
+    defaults: dict[str, Any] = {}
+    if slots:
+        cls, defaults = _with_slots(cls)
+        if options.get("frozen"):
+            setattr(cls, "__getstate__", _state_of)  # noqa: B010
+            setattr(cls, "__setstate__", _set_state)  # noqa: B010
+
+    def complete() -> None:
+        with _completing:
+            if vars(cls)["__init__"] is not complete_and_initialize:
+                return  # another thread has completed it
+            for name in ("__init__", *_ASKED):
+                delattr(cls, name)
+            # The descriptor of a slot and the default of its field have the same name.
+            descriptors = {name: vars(cls)[name] for name in defaults}
+            for name, default in defaults.items():
+                setattr(cls, name, default)
+            dataclasses.dataclass(**options)(cls)
+            for name, descriptor in descriptors.items():
+                setattr(cls, name, descriptor)
+
+    def complete_and_initialize(self: object, *arguments: Any, **named: Any) -> None:
+        complete()
+        cls.__init__(self, *arguments, **named)  # type: ignore[misc]
+
+    setattr(cls, "__init__", complete_and_initialize)  # noqa: B010
+    for name in _ASKED:
+        setattr(cls, name, _Asked(name, cls, complete))
+    return cls
+
+
+def _with_slots(cls: type) -> tuple[type, dict[str, Any]]:
+    """Return the class with slots for its fields, and the fields' defaults."""
+    inherited = {name for base in cls.__mro__ for name in vars(base).get("__slots__", ())}
+    fields = [name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")]
+    body = {name: value for name, value in vars(cls).items() if name not in _OF_EACH_CLASS}
+    defaults = {name: body.pop(name) for name in fields if name in body}
+    body["__slots__"] = tuple(name for name in fields if name not in inherited)
+    made: type = type(cls)(cls.__name__, cls.__bases__, body)
+    made.__qualname__ = cls.__qualname__
+    return made, defaults
+
+
+_OF_EACH_CLASS = frozenset({"__dict__", "__weakref__"})
+
+
+def _state_of(instance: Any) -> list[Any]:
+    """Return the values of a frozen instance, for copies."""
+    return [getattr(instance, field.name) for field in dataclasses.fields(instance)]
+
+
+def _set_state(instance: Any, state: list[Any]) -> None:
+    for field, value in zip(dataclasses.fields(instance), state, strict=True):
+        object.__setattr__(instance, field.name, value)

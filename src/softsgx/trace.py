@@ -8,8 +8,9 @@ layer declares its event classes beside the code that emits them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
+
+from softsgx.ondemand import dataclass
 
 __all__ = ["Event", "Tracer"]
 

@@ -1,17 +1,26 @@
-"""Packages whose names are imported on demand, and what a run therefore does not import.
+"""What is made at its first use: names of packages, methods of dataclasses; and what a run spares.
 
 Method: a fresh interpreter for what is imported; the packages' own source for what they declare.
+Dataclasses are declared twice, and those of the standard library say what ours have to do.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import field
 from importlib import import_module
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+
+from softsgx import ondemand
 
 LAZY = ("engines.native.gdb", "kvm", "live", "report", "runtime", "userland")
 #: What only other verbs, other engines, or options of ``run`` need.
@@ -64,3 +73,119 @@ def test_type_checkers_and_the_interpreter_see_the_same_names(package: str) -> N
 def test_a_name_that_no_module_has_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match=r"softsgx\.kvm.*'Nothing'"):
         import_module("softsgx.kvm").Nothing  # noqa: B018
+
+
+def test_the_run_command_compiles_few_dataclasses_when_it_is_imported() -> None:
+    code = """
+import dataclasses
+made, real = [], dataclasses.dataclass
+dataclasses.dataclass = lambda *a, **k: made.append(a) or real(*a, **k)
+import softsgx.cli.run
+print(len(made))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20
+
+
+Decorator = Callable[..., Any]
+WAYS: list[dict[str, bool]] = [
+    {},
+    {"eq": False},
+    {"slots": True},
+    {"frozen": True},
+    {"frozen": True, "slots": True},
+    {"frozen": True, "kw_only": True},
+    {"eq": False, "slots": True},
+]
+
+
+def declared(dataclass: Decorator, way: dict[str, bool]) -> tuple[type, type]:
+    @dataclass(**way)
+    class Base:
+        """A base."""
+
+        KIND: ClassVar[str] = "base"
+        first: int
+        second: list[int] = field(default_factory=list)
+
+    @dataclass(**way)
+    class Derived(Base):
+        """One that is derived."""
+
+        KIND: ClassVar[str] = "derived"
+        third: str = "three"
+        fourth: int = field(default=4, repr=False, compare=False)
+
+    return Base, Derived
+
+
+def outcome(action: Callable[[], object]) -> object:
+    try:
+        return action()
+    except Exception as error:
+        return type(error), str(error)
+
+
+def seen(cls: type, **arguments: Any) -> dict[str, object]:
+    """What can be seen of a class; its first use is the one that the caller has made."""
+    one, other = cls(**arguments), cls(**arguments)
+    slots = getattr(cls, "__slots__", None)
+    return {
+        "slots": slots,
+        "has a dictionary": hasattr(one, "__dict__"),
+        "kind": cls.KIND,  # type: ignore[attr-defined]
+        "values": [(each.name, each.default) for each in dataclasses.fields(one)],
+        "dictionary": dataclasses.asdict(one),
+        "repr": None if "object at" in repr(one) else repr(one),
+        "equal": one == other,
+        "hash": outcome(lambda: hash(one) == hash(other)),
+        "replaced": outcome(lambda: dataclasses.asdict(dataclasses.replace(one, first=9))),
+        "changed": outcome(lambda: setattr(one, "first", 2)),
+        "deleted": outcome(lambda: delattr(other, "first")),
+        "copied": dataclasses.asdict(copy.copy(one)),
+        "match": cls.__match_args__,  # type: ignore[attr-defined]
+        "signature": str(inspect.signature(cls)),
+        "without an argument": outcome(cls),
+    }
+
+
+FIRST_USES: dict[str, Callable[[type], object]] = {
+    "instance": lambda cls: cls(first=0),
+    "fields": dataclasses.fields,
+    "signature": inspect.signature,
+    "patterns": lambda cls: cls.__match_args__,  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("first_use", FIRST_USES)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "plain")
+def test_dataclasses_are_those_of_the_standard_library(
+    way: dict[str, bool], first_use: str
+) -> None:
+    ours, theirs = declared(ondemand.dataclass, way), declared(dataclasses.dataclass, way)
+    FIRST_USES[first_use](ours[1])
+    for one, other in zip(ours, theirs, strict=True):
+        assert seen(one, first=1) == seen(other, first=1)
+
+
+def test_a_dataclass_without_options_is_one() -> None:
+    @ondemand.dataclass
+    class Point:
+        """A point."""
+
+        x: int
+        y: int = 0
+
+    assert Point(1) == Point(1, 0)
+    assert repr(Point(1)).endswith("Point(x=1, y=0)")
+
+
+def test_a_dataclass_is_still_its_own_when_a_subclass_is_used_first() -> None:
+    base, derived = declared(ondemand.dataclass, {"frozen": True, "slots": True})
+
+    class Plain(base):  # type: ignore[misc, valid-type]
+        """No dataclass."""
+
+    assert Plain(1).first == 1
+    assert isinstance(Plain(1), base)
+    assert derived(1) != base(1)

@@ -10,8 +10,9 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+from softsgx.ondemand import dataclass
 
 __all__ = [
     "INTEL_VENDOR",

@@ -6,9 +6,10 @@ again while the driver is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
+from softsgx.ondemand import dataclass
 from softsgx.trace import Event
 
 __all__ = [

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from errno import EEXIST, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +29,7 @@ from softsgx.driver.uapi import (
     PROT_WRITE,
     refuse,
 )
+from softsgx.ondemand import dataclass
 from softsgx.paging import FaultResult
 from softsgx.runtime import Runtime
 

@@ -6,8 +6,9 @@ control group.  The native engine implements it for real threads, ``userland`` f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
     from softsgx.driver.mm import Mm

@@ -19,7 +19,7 @@ import os
 import struct
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ from softsgx.cgroup import group_name_ok
 from softsgx.defects import Defect
 from softsgx.errors import SoftSgxError, first_line
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
+from softsgx.ondemand import dataclass
 from softsgx.paging import (
     Clock,
     Fifo,

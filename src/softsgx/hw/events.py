@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from softsgx.ondemand import dataclass
 from softsgx.trace import Event
 
 __all__ = ["AsynchronousExit", "LeafDone", "PowerLost"]

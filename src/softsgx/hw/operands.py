@@ -7,10 +7,10 @@ So one body serves both ways in, with the manual's checks in the manual's order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from softsgx.arch import SecInfo
+from softsgx.ondemand import dataclass
 
 __all__ = ["Buffer", "PageInfoArgs", "Ref", "misaligned"]
 

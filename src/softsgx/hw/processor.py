@@ -8,7 +8,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from softsgx.arch import (
@@ -28,6 +28,7 @@ from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap
 from softsgx.layout import Structure
+from softsgx.ondemand import dataclass
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:

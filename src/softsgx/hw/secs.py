@@ -13,10 +13,10 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.layout import U64, Raw, Structure, at
+from softsgx.ondemand import dataclass
 
 __all__ = ["Crossings", "HiddenSecs", "ResidentSecs"]
 

@@ -11,10 +11,9 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from softsgx.arch import XSAVE_LEGACY_BYTES, Vector, Xfrm
 from softsgx.hw.config import MachineConfig
+from softsgx.ondemand import dataclass
 
 __all__ = ["XsaveLayout", "XsavePlan"]
 

@@ -6,7 +6,9 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
+
+from softsgx.ondemand import dataclass
 
 __all__ = ["Counters"]
 

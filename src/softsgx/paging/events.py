@@ -5,9 +5,9 @@ The events of the leaves themselves (``sgx:ewb`` with its result) come from ``hw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
+from softsgx.ondemand import dataclass
 from softsgx.trace import Event
 
 __all__ = [

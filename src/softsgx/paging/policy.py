@@ -11,8 +11,8 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from softsgx.ondemand import dataclass
 from softsgx.paging.interfaces import Reclaimable
 
 __all__ = ["Clock", "Fifo", "LeastRecentlyUsed", "LinuxPolicy", "Policy", "Prefetching"]

@@ -13,9 +13,9 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from softsgx.defects import Defect
+from softsgx.ondemand import dataclass
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Aged, BatchDone, Isolated, NotPrepared
 from softsgx.paging.interfaces import Reclaimable

@@ -9,9 +9,9 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
+from softsgx.ondemand import dataclass
 from softsgx.paging.claims import PAUSE_NS, Claim, Claims
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import ChargeRefused, Refused

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softsgx.defects import Defect
+from softsgx.ondemand import dataclass
 from softsgx.paging.claims import Claim
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.flat import Backing, open_swap_file

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from softsgx.ondemand import dataclass
 from softsgx.report.summary import Collector
 
 __all__ = ["Sample", "Sampler", "Ticker"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.ondemand import dataclass
 from softsgx.report.summary import RunSummary
 from softsgx.sizes import size_text
 

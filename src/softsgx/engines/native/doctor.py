@@ -16,7 +16,6 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 from softsgx.engines.native import abi, libc
@@ -24,6 +23,7 @@ from softsgx.engines.native.limits import file_bytes
 from softsgx.engines.native.memory.memory_file import MEMORY_FILE_BYTES
 from softsgx.engines.native.memory.uffd import open_userfaultfd
 from softsgx.engines.native.x86.cpuid import host_cpuid
+from softsgx.ondemand import dataclass
 
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
 _DESCRIPTORS = 4096  # enough for a thousand processes

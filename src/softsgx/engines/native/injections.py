@@ -23,11 +23,12 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from softsgx.arch import Status
 from softsgx.errors import SoftSgxError
 from softsgx.hw import Fault, GeneralProtection, PageFault
+from softsgx.ondemand import dataclass
 
 __all__ = ["EINIT_OUTCOMES", "INJECTIONS", "Injections", "tick_period_ns"]
 

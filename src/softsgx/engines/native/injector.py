@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.memory.store import NativeStore
@@ -32,6 +32,7 @@ from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.hw import EpcPage, Machine
+from softsgx.ondemand import dataclass
 from softsgx.paging import EpcCore
 
 __all__ = ["Injected", "Injector", "RefusedInits", "Ticks"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ from softsgx.engines.native.x86.tsc import tsc_khz
 from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
+from softsgx.ondemand import dataclass
 from softsgx.trace import Tracer
 
 __all__ = [

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from errno import EACCES
 from functools import partial
 from types import FrameType
@@ -63,6 +63,7 @@ from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.errors import SoftSgxError
 from softsgx.hw import LogicalProcessor, Machine, interrupt
+from softsgx.ondemand import dataclass
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 

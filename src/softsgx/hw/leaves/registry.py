@@ -9,7 +9,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol, TypeAlias
 
@@ -46,6 +45,7 @@ from softsgx.hw.leaves.everifyreport2 import everifyreport2
 from softsgx.hw.leaves.ewb import ewb
 from softsgx.hw.leaves.virtchild import edecvirtchild, eincvirtchild
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.ondemand import dataclass
 from softsgx.trace import Tracer
 
 __all__ = ["ENCLS", "ENCLU", "ENCLV", "Leaf", "OptimisedLeaves", "eid_inside", "eid_of", "traced"]

@@ -22,8 +22,6 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.lifecycle import Lifecycle
@@ -32,6 +30,7 @@ from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.tracing.waits import Waits
+from softsgx.ondemand import dataclass
 
 __all__ = ["StrictLoop"]
 

@@ -18,10 +18,11 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Device
+from softsgx.ondemand import dataclass
 
 __all__ = ["ForeignMapping", "ForeignMappings"]
 

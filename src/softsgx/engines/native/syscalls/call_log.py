@@ -14,7 +14,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from softsgx.arch import SecInfo, Secs, Vector
 from softsgx.driver import (
@@ -33,6 +32,7 @@ from softsgx.engines.native.syscalls.registry import Registry
 from softsgx.engines.native.tracing.loop import Handler
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.layout import Structure
+from softsgx.ondemand import dataclass
 
 __all__ = ["CallLog"]
 

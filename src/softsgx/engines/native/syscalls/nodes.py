@@ -11,9 +11,10 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from softsgx.cgroup import Hierarchy, file_names, read_file
+from softsgx.ondemand import dataclass
 
 __all__ = ["CGROUP", "ENCLAVE", "PROVISION", "Node", "Nodes", "devices"]
 

@@ -7,12 +7,12 @@ descriptors that the program has duplicated, inherited or received.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.store import NativeStore
+from softsgx.ondemand import dataclass
 
 __all__ = ["Device", "Registry"]
 

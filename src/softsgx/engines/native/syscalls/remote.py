@@ -22,13 +22,13 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from errno import EFAULT, EIO
 
 from softsgx.driver import peek, poke
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.ondemand import dataclass
 
 __all__ = ["RemoteMemory"]
 

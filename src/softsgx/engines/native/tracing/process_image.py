@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import ENAMETOOLONG, ENOTTY
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.hw import EpcPage
+from softsgx.ondemand import dataclass
 from softsgx.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import cast
 
 from softsgx.driver import Mm
@@ -15,6 +15,7 @@ from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import LogicalProcessor, Registers
+from softsgx.ondemand import dataclass
 from softsgx.paging import Claim, Group
 
 __all__ = ["Process", "ProgramThread", "Trap"]

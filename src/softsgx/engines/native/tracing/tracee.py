@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 from softsgx.engines.native.vdso.out_of_line import OutOfLine
+from softsgx.ondemand import dataclass
 
 __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
 

@@ -11,12 +11,12 @@ Source:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.vdso.code import emit_enter_enclave, emit_forward, emit_injection
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.x86.asm import Assembler
+from softsgx.ondemand import dataclass
 
 __all__ = ["DEVICE_NAME", "Vdso", "build_vdso", "read_symbols"]
 

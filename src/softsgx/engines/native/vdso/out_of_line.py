@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import UserRegs
+from softsgx.ondemand import dataclass
 
 __all__ = ["SLOT_BYTES", "OutOfLine", "OutOfLineSlots"]
 

@@ -15,7 +15,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -38,6 +37,7 @@ from softsgx.engines.native.vdso.permit_code import (
     hashed,
 )
 from softsgx.hw import EpcPage
+from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
     from softsgx.engines.native.memory.memory_file import EnclaveMemory

@@ -16,10 +16,10 @@ Source:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 from softsgx.engines.native.x86.rewrite import cpuid_sites, in_step
 from softsgx.engines.native.x86.state import decode_state
+from softsgx.ondemand import dataclass
 
 __all__ = ["ForbiddenCode"]
 

@@ -9,7 +9,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from softsgx.ondemand import dataclass
 
 __all__ = ["Insn", "decode", "is_illegal_inside", "is_write"]
 

@@ -6,12 +6,12 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 
 from softsgx.engines.native.abi import UserRegs
 from softsgx.engines.native.x86.insn import decode
+from softsgx.ondemand import dataclass
 
 __all__ = ["StateInsn", "StateOperation", "decode_state"]
 
