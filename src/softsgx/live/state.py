@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import softsgx
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.host import Platform
+from softsgx.ondemand import dataclass
 from softsgx.report import Collector, LivingEnclave, Totals
 
 __all__ = ["FORMAT", "About", "state"]

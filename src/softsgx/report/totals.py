@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from softsgx.driver import Enclave
 from softsgx.hw import Crossings
+from softsgx.ondemand import dataclass
 
 __all__ = ["LivingEnclave", "Totals"]
 
