@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from softsgx.errors import SoftSgxError
+from softsgx.ondemand import dataclass
 
 __all__ = [
     "BASES",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 
 import softsgx
@@ -22,6 +22,7 @@ from softsgx.driver import Enclave, EnclaveCreated, EnclaveInitialized, EnclaveK
 from softsgx.driver import EnclaveReleased as Released
 from softsgx.host import Platform
 from softsgx.hw import Crossings
+from softsgx.ondemand import dataclass
 from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.trace import Event
 
