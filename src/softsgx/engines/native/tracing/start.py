@@ -21,7 +21,13 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import Limits, set_limits
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.tracing.waits import Waits, let_end
-from softsgx.engines.native.vdso.elf import Vdso, build_vdso, read_symbols
+from softsgx.engines.native.vdso.elf import (
+    HEADER_BYTES,
+    Vdso,
+    build_vdso,
+    image_bytes,
+    read_symbols,
+)
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.errors import NotRun, SoftSgxError
 
@@ -239,7 +245,7 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     slot, original = _find_vdso(memory, stack)
     symbols: dict[str, int] = {}
     if original:
-        size = _mapping_size(thread.tid, original)
+        size = image_bytes(os.pread(memory, HEADER_BYTES, original))
         image = os.pread(memory, size, original)
         symbols = {name: original + value for name, value in read_symbols(image).items()}
     vdso = build_vdso(symbols)
@@ -305,12 +311,3 @@ def _find_vdso(memory: int, stack: int) -> tuple[int, int]:
         if kind == abi.AT_NULL:
             return 0, 0
         cursor += 16
-
-
-def _mapping_size(pid: int, address: int) -> int:
-    with open(f"/proc/{pid}/maps") as maps:
-        for line in maps:
-            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
-            if start <= address < end:
-                return end - address
-    return 0

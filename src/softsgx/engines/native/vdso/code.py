@@ -24,6 +24,7 @@ __all__ = [
     "emit_enter_enclave",
     "emit_forward",
     "emit_injection",
+    "target_of",
 ]
 
 _EINVAL = -22
@@ -79,13 +80,19 @@ def emit_injection(asm: Assembler) -> None:
     asm.quad(0)
 
 
-def emit_forward(asm: Assembler, name: str, target: int) -> None:
-    """A function ``name`` that goes on at address ``target``."""
+def emit_forward(asm: Assembler, name: str) -> None:
+    """A function ``name`` that goes on at the address at the label :func:`target_of` it."""
     asm.align(16)
     asm.label(name)
     asm.emit("f3 0f 1e fa")  # endbr64: reached by an indirect call
     asm.emit("ff 25 00 00 00 00")  # jmp [rip+0]
-    asm.quad(target)
+    asm.label(target_of(name))
+    asm.quad(0)
+
+
+def target_of(name: str) -> str:
+    """Return the label of the address that a forwarding function goes on at."""
+    return f"target of {name}"
 
 
 def emit_enter_enclave(asm: Assembler) -> None:

@@ -11,14 +11,22 @@ Source:
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 
 from softsgx.engines.native import abi
-from softsgx.engines.native.vdso.code import emit_enter_enclave, emit_forward, emit_injection
+from softsgx.engines.native.vdso.code import (
+    emit_enter_enclave,
+    emit_forward,
+    emit_injection,
+    target_of,
+)
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.ondemand import dataclass
 
-__all__ = ["DEVICE_NAME", "Vdso", "build_vdso", "read_symbols"]
+__all__ = ["DEVICE_NAME", "HEADER_BYTES", "Vdso", "build_vdso", "image_bytes", "read_symbols"]
 
 DEVICE_NAME = b"sgx_enclave\0"
 """Name of the memory file that stands for an open enclave device: seen in ``/proc/PID/maps``."""
@@ -27,7 +35,9 @@ _ENTER = "__vdso_sgx_enter_enclave"
 _SONAME = "linux-vdso.so.1"
 _VERSION = "LINUX_2.6"
 
-_EHDR, _PHDR, _SHDR, _SYM, _DYN = 64, 56, 64, 24, 16
+HEADER_BYTES = 64
+"""Of an ELF image; :func:`image_bytes` wants as many."""
+_EHDR, _PHDR, _SHDR, _SYM, _DYN = HEADER_BYTES, 56, 64, 24, 16
 _STT_FUNC_GLOBAL = 0x12
 _SHT = {
     "": 0,
@@ -63,6 +73,7 @@ class Vdso:
         permits_at: where the address of the table of permits belongs.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
+        targets: where the addresses belong that those of the kernel's vDSO go on at.
     """
 
     image: bytes
@@ -89,8 +100,18 @@ class Vdso:
     permit_end: int
     undo: int
     symbols: dict[str, int]
+    targets: dict[str, int]
 
 
+def image_bytes(header: bytes) -> int:
+    """Return the size of an image with section headers at its end, as the kernel's vDSO is."""
+    if header[:4] != b"\x7fELF" or len(header) < _EHDR:
+        return 0
+    table, count = _section_table(header)
+    return table + _SHDR * count
+
+
+@lru_cache(maxsize=4)
 def read_symbols(image: bytes) -> dict[str, int]:
     """Return name and value of each function a vDSO image exports.
 
@@ -98,7 +119,7 @@ def read_symbols(image: bytes) -> dict[str, int]:
     """
     if image[:4] != b"\x7fELF" or len(image) < _EHDR:
         return {}
-    table, count = struct.unpack_from("<Q", image, 0x28)[0], struct.unpack_from("<H", image, 60)[0]
+    table, count = _section_table(image)
     sections = [
         struct.unpack_from("<IIQQQQIIQQ", image, table + _SHDR * index)
         for index in range(count)
@@ -117,23 +138,37 @@ def read_symbols(image: bytes) -> dict[str, int]:
     return symbols
 
 
-def build_vdso(original: dict[str, int]) -> Vdso:
+def _section_table(header: bytes) -> tuple[int, int]:
+    """Return where the section headers are, and how many."""
+    return struct.unpack_from("<Q", header, 0x28)[0], struct.unpack_from("<H", header, 60)[0]
+
+
+def build_vdso(original: Mapping[str, int]) -> Vdso:
     """Make the image.
 
     Args:
         original: absolute address of each function of the kernel's vDSO in this process.
     """
+    blank = _blank_vdso(tuple(sorted({*original} - {_ENTER})))
+    image = bytearray(blank.image)
+    for name, place in blank.targets.items():
+        _TARGET.pack_into(image, place, original[name])
+    return replace(blank, image=bytes(image))
+
+
+@lru_cache(maxsize=4)
+def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
+    """Return the image before it is known where the functions of these names are."""
     asm = Assembler()
     emit_injection(asm)
     asm.align(16)
     asm.label("device_name")
     asm.emit(DEVICE_NAME.hex())
     emit_enter_enclave(asm)
-    for name, target in sorted(original.items()):
-        if name != _ENTER:
-            emit_forward(asm, name, target)
+    for name in forwarded:
+        emit_forward(asm, name)
     code = asm.finish()
-    names = sorted({*original, _ENTER}, key=lambda name: _gnu_hash(name) % _GNU_BUCKETS)
+    names = sorted({*forwarded, _ENTER}, key=lambda name: _gnu_hash(name) % _GNU_BUCKETS)
     layout = _Image(names, code, asm.labels)
     base = layout.text
     slots = len(layout.image)
@@ -146,9 +181,11 @@ def build_vdso(original: dict[str, int]) -> Vdso:
         end=stubs + _STUB_PAGES * abi.PAGE,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
+        targets={name: base + asm.labels[target_of(name)] for name in forwarded},
     )
 
 
+_TARGET = struct.Struct("<Q")
 _GNU_BUCKETS = 4
 _FORWARD_BYTES = 18  # of a function that leads to the kernel's vDSO
 _STUB_PAGES = 4

@@ -11,7 +11,14 @@ import pytest
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 
-from softsgx.engines.native.vdso.elf import DEVICE_NAME, Vdso, build_vdso, read_symbols
+from softsgx.engines.native.vdso.elf import (
+    DEVICE_NAME,
+    HEADER_BYTES,
+    Vdso,
+    build_vdso,
+    image_bytes,
+    read_symbols,
+)
 
 ORIGINAL = {
     "__vdso_clock_gettime": 0x7FFF_0000_0A00,
@@ -104,6 +111,16 @@ def test_forwards_jump_to_the_original_and_entry_does_not(vdso: Vdso) -> None:
         assert forwards is (name != ENTER)
 
 
+def test_each_process_goes_on_at_its_own_addresses(vdso: Vdso) -> None:
+    elsewhere = {name: address + 0x1000 for name, address in ORIGINAL.items()}
+    test_forwards_jump_to_the_original_and_entry_does_not(vdso)
+    other = build_vdso(elsewhere)
+    assert other.symbols == vdso.symbols
+    for name, place in other.targets.items():
+        assert int.from_bytes(other.image[place : place + 8], "little") == elsewhere[name]
+    assert build_vdso(ORIGINAL) == vdso
+
+
 def test_a_process_without_a_vdso_still_gets_the_entry() -> None:
     assert set(build_vdso({}).symbols) == {ENTER}
 
@@ -119,3 +136,11 @@ def test_the_places_the_supervisor_needs_are_where_they_say(vdso: Vdso) -> None:
 @pytest.mark.parametrize("image", [b"", b"\x7fELF", b"no ELF at all" * 20, bytes(4096)])
 def test_an_image_that_is_none_has_no_symbols(image: bytes) -> None:
     assert read_symbols(image) == {}
+
+
+def test_the_size_of_an_image_reaches_to_the_end_of_its_section_headers(vdso: Vdso) -> None:
+    size = image_bytes(vdso.image[:HEADER_BYTES])
+    assert 0 < size <= len(vdso.image)
+    assert read_symbols(vdso.image[:size]) == vdso.symbols
+    for header in (b"", b"\x7fELF", bytes(HEADER_BYTES)):
+        assert image_bytes(header) == 0
