@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from softsgx.engines.replay import PageTrace, Replay, read_trace
+from softsgx.accesses import Trace, read_trace
+from softsgx.engines.replay import Replay
 from softsgx.host import Platform
 
 libcachesim = pytest.importorskip("libcachesim")
 
-TRACE = read_trace(Path(__file__).parents[1] / "data" / "sort.trace.gz")
+TRACE = read_trace(Path(__file__).parents[1] / "data" / "sort.trace")
 
 
-def simulated_misses(trace: PageTrace, pages: int) -> int:
+def simulated_misses(trace: Trace, pages: int) -> int:
     cache = libcachesim.LRU(cache_size=pages)
-    return sum(not cache.get(libcachesim.Request(obj_id=page, obj_size=1)) for page, _ in trace)
+    numbers, _ = trace.dense()
+    requests = (libcachesim.Request(obj_id=page, obj_size=1) for page in numbers.tolist())
+    return sum(not cache.get(request) for request in requests)
 
 
 @pytest.mark.slow
@@ -28,7 +31,7 @@ def simulated_misses(trace: PageTrace, pages: int) -> int:
 def test_misses_equal_the_simulators_and_the_data_is_what_was_written(epc_pages: int) -> None:
     trace = TRACE if epc_pages >= 48 else TRACE[:20000]
     with Platform(epc=epc_pages * 4096, policy="lru") as platform:
-        replay = Replay(platform, TRACE.pages)
+        replay = Replay(platform, TRACE.used_pages)
         result = replay.run(trace)
         assert result.misses == simulated_misses(trace, result.resident_pages)
         assert result.evictions == result.misses - result.resident_pages

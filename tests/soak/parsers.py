@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import gzip
 import io
 import random
 import resource
@@ -33,6 +32,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 from tests.soak import Found
@@ -42,10 +42,10 @@ from tests.support.damage import FILES, SMALL, original, small_library, tables_o
 from tests.support.enclave_files import sdk_library
 from tests.unit.image.test_evidence import BODY, ecdsa_quote, epid_quote, token
 
+from softsgx.accesses import FORMATS, Trace, parse_trace, write_trace
 from softsgx.arch import SigStruct
 from softsgx.cgroup import EpcCgroup, Hierarchy, write_file
 from softsgx.engines.native.x86.insn import decode, is_illegal_inside, is_write
-from softsgx.engines.replay import parse_trace
 from softsgx.errors import SoftSgxError
 from softsgx.host import PlatformConfig
 from softsgx.image import (
@@ -150,8 +150,13 @@ def _instruction(data: bytes) -> str:
     return f"{found and (found.length, found.map, found.store)} {write} {is_illegal_inside(data)}"
 
 
-def _trace(data: bytes) -> str:
-    return str(parse_trace(io.BytesIO(data), "input").pages.bit_length())
+_CHUNKS = 2  # of a trace: a small file can have very many
+
+
+def _trace(file_format: str, data: bytes) -> str:
+    with parse_trace(io.BytesIO(data), "input", file_format) as reader:
+        accesses = sum(len(chunk) for chunk in islice(reader, _CHUNKS))
+        return f"{accesses.bit_length()} {len(reader.info.enclaves)} {reader.info.complete}"
 
 
 _IMAGES: dict[str, Callable[[bytes], EnclaveImage]] = {
@@ -170,7 +175,7 @@ PARSERS: dict[str, Parser] = {
     "size": _size,
     "misc.max": _limit,
     "instruction": _instruction,
-    "trace": _trace,
+    **{f"{name} trace": partial(_trace, name) for name in FORMATS},
 }
 DEEPER: dict[str, Parser] = {name: partial(_then, _used, read) for name, read in _IMAGES.items()}
 """What is done with some of the inputs of a parser besides."""
@@ -222,6 +227,8 @@ WORDS: dict[str, tuple[bytes, ...]] = {
     "platform": _KEYS,
     "size": (b"B", b"KiB", b"MiB", b"GiB", b"TiB", b"Pi", b"MB", b"k", b".", b"kb"),
     "misc.max": (b"sgx_epc", b"max", b"0x", b"0", b"8192", b"res_a"),
+    "text trace": (b"page", b"address", b"write", b"time_ns", b"0x", b",", b"\t", b"r", b"w"),
+    "lackey trace": (b"I  ", b" L ", b" S ", b" M ", b"==", b",", b"fff", b"\n"),
 }
 """Names that the texts are about; a parser that is not here reads bytes."""
 
@@ -236,6 +243,12 @@ def _signature() -> bytes:
     return signed.pack()
 
 
+def _trace_file() -> bytes:
+    file = io.BytesIO()
+    write_trace(file, Trace.of([(3, True), (0, False), (7, True)] * 9))
+    return file.getvalue()
+
+
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     **{name: partial(_valid, name) for name in FILES},
     "any": partial(_valid, *FILES),
@@ -248,7 +261,10 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "size": lambda: [b"93.5MiB", b"4096", b"1 GiB"],
     "misc.max": lambda: [b"sgx_epc 8192\n", b"sgx_epc max", b"sgx_epc 0x4000"],
     "instruction": lambda: list(_INSTRUCTIONS),
-    "trace": lambda: [gzip.compress(struct.pack("<8I", *range(8)), mtime=0)],
+    "softsgx trace": lambda: [_trace_file()],
+    "text trace": lambda: [b"5 r\n0x0,w\n# x\n5\n", b"time_ns,address,write\n1,0x7fff123,w\n"],
+    "lackey trace": lambda: [b"==1== Lackey\nI  04222540,3\n S 1ffeffeffc,8\n M 04222ff8,8\n"],
+    "oracleGeneral trace": lambda: [struct.pack("<IQIq", 1, 2, 3, 4) * 3],
 }
 """What is damaged first, by parser."""
 
@@ -257,7 +273,7 @@ _TURNS = [
     *["sdk", "oe", "any"] * 2,
     *["sgxs", "raw", "selftest", "sdk config", "oe config"] * 4,
     *["evidence", "sigstruct", "platform"] * 4,
-    *["size", "misc.max", "instruction", "trace"] * 6,
+    *["size", "misc.max", "instruction", *(f"{name} trace" for name in FORMATS)] * 6,
 ]
 """Who gets how many of the inputs: the less, the more time one takes."""
 assert set(_TURNS) == PARSERS.keys(), "a parser without its turn"

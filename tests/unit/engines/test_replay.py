@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from softsgx import Platform
-from softsgx.engines.replay import PageTrace, Replay
+from softsgx.accesses import Trace
+from softsgx.engines.replay import Replay
 from softsgx.paging import Policy
 
 PAGES = 150
@@ -26,7 +27,7 @@ def test_a_replay_begins_though_a_va_page_cannot_leave(policy: Policy | str) -> 
     accesses = [(page * 7 % PAGES, page % 3 == 0) for page in range(600)]
     with Platform(epc="256KiB", policy=policy) as platform:
         replay = Replay(platform, PAGES)
-        result = replay.run(PageTrace.of(accesses))
+        result = replay.run(Trace.of(accesses))
         replay.close()
         platform.check()
     assert result.misses >= PAGES

@@ -8,12 +8,15 @@ of code: allocation, ageing, EWB with its crypto, ELDU, SECS and VA pages.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import peek, poke
-from softsgx.engines.replay.trace import PageTrace
 from softsgx.host import Platform
 from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
+
+if TYPE_CHECKING:
+    from softsgx.accesses import Trace
 
 __all__ = ["Replay", "ReplayResult"]
 
@@ -76,30 +79,40 @@ class Replay:
             batch = core.reclaim(force=True)
             refused = 0 if batch.freed else refused + max(batch.scanned, 1)
 
-    def run(self, trace: PageTrace) -> ReplayResult:
+    def run(self, trace: Trace) -> ReplayResult:
         """Make the accesses; each read is compared with what was last written there.
+
+        Args:
+            trace: its pages, of whatever enclaves, are those of the one enclave here; it uses at
+                most as many as this has.
 
         Raises:
             AssertionError: a page held something else.
         """
-        evictions, misses = self._core.counters.reclaimed, 0
-        mm, task, expected = self._process.mm, self._process, self._expected
-        for page, write in trace:
-            entry = self._pages[page]
-            misses += entry.epc is None
-            addr = _BASE + page * PAGE_BYTES + page % 512 * 8
-            if write:
-                self._clock += 1
-                poke(mm, addr, self._clock.to_bytes(8, "little"), task)
-                expected[page] = self._clock
-            else:
-                got = int.from_bytes(peek(mm, addr, 8, task), "little")
-                assert got == expected[page], f"page {page} holds {got}, not {expected[page]}"
-            if entry.epc is not None:
-                self._core.mark_accessed(entry.epc)
+        evictions = self._core.counters.reclaimed
+        pages, _ = trace.dense()
+        accesses = zip(pages.tolist(), trace.accesses.writes.tolist(), strict=True)
+        misses = sum(self._access(page, write) for page, write in accesses)
         resident = sum(entry.epc is not None for entry in self._pages.values())
         evicted = self._core.counters.reclaimed - evictions
         return ReplayResult(len(trace), misses, evicted, misses, resident)
+
+    def _access(self, page: int, write: bool) -> bool:
+        """Read or write a page; return whether it was evicted."""
+        mm, task, expected = self._process.mm, self._process, self._expected
+        entry = self._pages[page]
+        missed = entry.epc is None
+        addr = _BASE + page * PAGE_BYTES + page % 512 * 8
+        if write:
+            self._clock += 1
+            poke(mm, addr, self._clock.to_bytes(8, "little"), task)
+            expected[page] = self._clock
+        else:
+            got = int.from_bytes(peek(mm, addr, 8, task), "little")
+            assert got == expected[page], f"page {page} holds {got}, not {expected[page]}"
+        if entry.epc is not None:
+            self._core.mark_accessed(entry.epc)
+        return missed
 
     def verify(self) -> None:
         """Read every page back, the evicted ones too.
@@ -108,7 +121,7 @@ class Replay:
             AssertionError: one holds something else than was written last.
         """
         for page in range(len(self._expected)):
-            self.run(PageTrace.of([(page, False)]))
+            self._access(page, False)
 
     def close(self) -> None:
         """End the process and its enclave."""

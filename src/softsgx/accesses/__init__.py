@@ -1,0 +1,55 @@
+"""Page-access traces, which the literature also calls reference strings: files and importers.
+
+A trace tells which page of which enclave was used, when, and whether it was written.  Recorders
+write it with :class:`TraceWriter`; :func:`open_trace` reads it in chunks of bounded size, also the
+formats of other tools.  ``docs/reference/trace-format.md`` describes the file.
+
+Needs numpy and pyarrow (``softsgx[plan]``), which are imported at first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from softsgx.accesses.description import (
+    PAGE_BYTES,
+    PRECISIONS,
+    VERSION,
+    Precision,
+    TracedEnclave,
+    TraceInfo,
+)
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.accesses.files import FORMATS, open_trace, parse_trace, read_trace
+    from softsgx.accesses.reader import MOST_ACCESSES, TraceReader
+    from softsgx.accesses.records import Chunk, Trace
+    from softsgx.accesses.writer import TraceWriter, write_trace
+
+__all__ = [
+    "FORMATS",
+    "MOST_ACCESSES",
+    "PAGE_BYTES",
+    "PRECISIONS",
+    "VERSION",
+    "Chunk",
+    "Precision",
+    "Trace",
+    "TraceInfo",
+    "TraceReader",
+    "TraceWriter",
+    "TracedEnclave",
+    "open_trace",
+    "parse_trace",
+    "read_trace",
+    "write_trace",
+]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "files": ("FORMATS", "open_trace", "parse_trace", "read_trace"),
+        "reader": ("MOST_ACCESSES", "TraceReader"),
+        "records": ("Chunk", "Trace"),
+        "writer": ("TraceWriter", "write_trace"),
+    },
+)

@@ -1,0 +1,194 @@
+"""What a trace file says about itself, and its form in the file: JSON in Arrow's metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "BATCH_KEY",
+    "MOST_BATCH_RECORDS",
+    "MOST_ENCLAVES",
+    "MOST_PAGES",
+    "PAGE_BYTES",
+    "PRECISIONS",
+    "TRACE_KEY",
+    "VERSION",
+    "Precision",
+    "TraceInfo",
+    "TracedEnclave",
+    "batch_text",
+    "read_batch_text",
+    "read_trace_text",
+    "trace_text",
+]
+
+VERSION = 1
+"""The version of the format that this module reads and writes."""
+PAGE_BYTES = 4096
+MOST_ENCLAVES = 1 << 16
+"""Enclaves of one file: their numbers have 16 bits."""
+MOST_PAGES = 1 << 32
+"""Pages of one enclave: their numbers have 32 bits."""
+MOST_BATCH_RECORDS = 1 << 20
+"""Records of one batch that a reader takes; it bounds the reader's memory."""
+TRACE_KEY, BATCH_KEY = "softsgx.trace", "softsgx.batch"
+"""Keys of the metadata of the schema, and of a batch."""
+
+Precision = Literal["accesses", "faults", "intervals"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+_MOST_NS = (1 << 64) - 1
+_MOST_PID = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TracedEnclave:
+    """One address range whose pages are counted: an enclave, or a process tree taken for one.
+
+    Attributes:
+        number: its number in the file, from 0.
+        name: of the enclave's file or the program, for people.
+        pages: size of the range; page numbers are below it.
+        pid: the process that made it; 0 if there was none.
+    """
+
+    number: int
+    name: str
+    pages: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """What a trace is a trace of.
+
+    Attributes:
+        version: of the format.
+        precision: ``accesses``: every access.  ``faults``: every load of a page by the pager, at an
+            EPC of ``epc_pages``.  ``intervals``: a page's first access in each interval.
+        interval_ns: length of an interval; 0 for the other precisions.
+        epc_pages: size of the EPC during the recording; 0: it never was full.
+        program: the command line.
+        page_bytes: 4096.
+        timed: times are a clock's; otherwise they are numbers of accesses or of instructions.
+        enclaves: in order of their numbers.
+        complete: the recorder closed the file.  Otherwise the file ends with the last batch that
+            is whole.
+    """
+
+    version: int
+    precision: Precision
+    interval_ns: int
+    epc_pages: int
+    program: str
+    page_bytes: int
+    timed: bool
+    enclaves: tuple[TracedEnclave, ...]
+    complete: bool
+
+
+def trace_text(info: TraceInfo) -> str:
+    """Return the metadata of the schema: all that is known when a recording begins."""
+    fields = {
+        "version": info.version,
+        "precision": info.precision,
+        "interval_ns": info.interval_ns,
+        "epc_pages": info.epc_pages,
+        "program": info.program,
+        "page_bytes": info.page_bytes,
+        "timed": info.timed,
+    }
+    return json.dumps(fields)
+
+
+def read_trace_text(text: bytes) -> TraceInfo:
+    """Return what the metadata of a schema says, of no enclaves and incomplete.
+
+    Raises:
+        ValueError: the text is not what :func:`trace_text` returns; the message has the problem
+            and a remedy.
+    """
+    fields = _object(text)
+    version = _number(fields, "version", _MOST_NS)
+    if version != VERSION:
+        raise ValueError(f"version {version} of the format; this softsgx reads version {VERSION}")
+    precision, page_bytes = _text(fields, "precision"), _number(fields, "page_bytes", _MOST_NS)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision; it is one of {', '.join(PRECISIONS)}")
+    if page_bytes != PAGE_BYTES:
+        raise ValueError(f"pages of {page_bytes} bytes; those of an EPC have {PAGE_BYTES}")
+    if not isinstance(timed := fields.get("timed"), bool):
+        raise ValueError("timed is not true or false in the metadata; record the trace again")
+    return TraceInfo(
+        version=version,
+        precision=precision,
+        interval_ns=_number(fields, "interval_ns", _MOST_NS),
+        epc_pages=_number(fields, "epc_pages", MOST_PAGES),
+        program=_text(fields, "program"),
+        page_bytes=page_bytes,
+        timed=timed,
+        enclaves=(),
+        complete=False,
+    )
+
+
+def batch_text(start_ns: int, enclaves: list[TracedEnclave]) -> str:
+    """Return the metadata of a batch.
+
+    Args:
+        start_ns: time that the batch's first ``delta_ns`` counts from.
+        enclaves: those that are new, or have grown.
+    """
+    described = [
+        {"number": one.number, "name": one.name, "pages": one.pages, "pid": one.pid}
+        for one in enclaves
+    ]
+    return json.dumps({"start_ns": start_ns, "enclaves": described})
+
+
+def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave]]:
+    """Return the start and the enclaves of a batch.
+
+    Raises:
+        ValueError: as :func:`read_trace_text`.
+    """
+    fields = _object(text)
+    described = fields.get("enclaves")
+    if not isinstance(described, list) or not all(isinstance(one, dict) for one in described):
+        raise ValueError("a batch without a list of enclaves; record the trace again")
+    enclaves = [
+        TracedEnclave(
+            number=_number(one, "number", MOST_ENCLAVES - 1),
+            name=_text(one, "name"),
+            pages=_number(one, "pages", MOST_PAGES),
+            pid=_number(one, "pid", _MOST_PID),
+        )
+        for one in described
+    ]
+    return _number(fields, "start_ns", _MOST_NS), enclaves
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("metadata that is no JSON; record the trace again") from error
+    if not isinstance(fields, dict):
+        raise ValueError("metadata that is no JSON object; record the trace again")
+    return fields
+
+
+def _number(fields: dict[str, Any], key: str, most: int) -> int:
+    value = fields.get(key)
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{key} is not from 0 to {most} in the metadata; record the trace again")
+    return value
+
+
+def _text(fields: dict[str, Any], key: str) -> Any:
+    value = fields.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is no text in the metadata; record the trace again")
+    return value

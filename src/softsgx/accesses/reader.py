@@ -1,0 +1,162 @@
+"""Reading a trace file: what it says about itself at once, its accesses in chunks.
+
+The memory that a file can cost is bounded by the size of the file and of one batch, whatever
+lengths the file claims.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, BinaryIO, Self
+
+from softsgx.accesses.arrow import COLUMNS, np, pa, schema
+from softsgx.accesses.description import (
+    BATCH_KEY,
+    MOST_BATCH_RECORDS,
+    TRACE_KEY,
+    TracedEnclave,
+    TraceInfo,
+    read_batch_text,
+    read_trace_text,
+)
+from softsgx.accesses.messages import Damaged, Kind, Message, messages
+from softsgx.accesses.records import Chunk, Trace
+from softsgx.errors import SoftSgxError, first_line
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["MOST_ACCESSES", "TraceReader"]
+
+MOST_ACCESSES = 1 << 24
+"""How many accesses :meth:`TraceReader.read` takes: a small file can hold very many."""
+_MOST_BUFFER_BYTES = 8 * MOST_BATCH_RECORDS
+
+
+class TraceReader:
+    """A trace in a file, which can be iterated any number of times; a context manager.
+
+    The file is closed at the end of the block, or when the reader is no longer used.
+
+    Args:
+        file: an open file, which can seek.
+        name: what messages call it.
+
+    Attributes:
+        info: what it is a trace of.
+
+    Raises:
+        SoftSgxError: this is no trace, or it cannot be read; also while iterating.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        with self._refusals():
+            self._end = file.seek(0, os.SEEK_END)
+            self.info, self._accesses = self._scan()
+        self.close = weakref.finalize(self, file.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Return how many accesses there are."""
+        return self._accesses
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield the accesses in order, at most ``MOST_BATCH_RECORDS`` at a time."""
+        sizes = np.array([enclave.pages for enclave in self.info.enclaves], np.uint64)
+        with self._refusals():
+            for message in messages(self._file, self._end):
+                if message.kind is Kind.BATCH and message.records:
+                    yield _decoded(message, sizes)
+
+    def read(self) -> Trace:
+        """Return all accesses.
+
+        Raises:
+            SoftSgxError: there are more than ``MOST_ACCESSES``.
+        """
+        if len(self) > MOST_ACCESSES:
+            raise SoftSgxError(
+                f"{self._name}: {len(self)} accesses; at most {MOST_ACCESSES} are read at once"
+            )
+        return Trace(self.info, Chunk.joined(self))
+
+    def _scan(self) -> tuple[TraceInfo, int]:
+        """Return what the headers say: the trace's description and its number of accesses."""
+        stream = messages(self._file, self._end, bodies=False)
+        info = _described(next(stream, None))
+        enclaves: list[TracedEnclave] = []
+        accesses = 0
+        for message in stream:
+            if message.kind is Kind.END:
+                info = replace(info, complete=True)
+                break
+            if message.kind is not Kind.BATCH:
+                raise Damaged("a second schema")
+            if not 0 <= message.records <= MOST_BATCH_RECORDS:
+                raise Damaged(f"a batch of {message.records}; at most {MOST_BATCH_RECORDS}")
+            _, changed = read_batch_text(message.metadata.get(BATCH_KEY.encode(), b""))
+            for enclave in changed:
+                if enclave.number > len(enclaves):
+                    raise Damaged(
+                        f"enclave {enclave.number} is described before enclave {len(enclaves)}"
+                    )
+                enclaves[enclave.number : enclave.number + 1] = [enclave]
+            accesses += message.records
+        return replace(info, enclaves=tuple(enclaves)), accesses
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, pa.ArrowException) as error:
+            raise SoftSgxError(
+                f"{self._name}: no trace, or damaged: {first_line(error)}"
+            ) from error
+        except OSError as error:
+            raise SoftSgxError(f"{self._name}: {error.strerror or first_line(error)}") from error
+
+
+def _described(first: Message | None) -> TraceInfo:
+    if first is None or first.kind is not Kind.SCHEMA:
+        raise Damaged("no schema at the beginning")
+    found = pa.ipc.read_schema(pa.ipc.read_message(first.data))
+    text = (found.metadata or {}).get(TRACE_KEY.encode())
+    if text is None:
+        raise Damaged(f"no {TRACE_KEY} in the metadata of the schema")
+    info = read_trace_text(text)
+    if not found.equals(schema()):
+        raise Damaged(f"its columns are not {', '.join(COLUMNS)} of the right types")
+    return info
+
+
+def _decoded(message: Message, sizes: NDArray[np.uint64]) -> Chunk:
+    """Return the accesses of a batch.
+
+    Args:
+        message: the batch.
+        sizes: pages of each enclave.
+    """
+    if message.decoded_bytes > _MOST_BUFFER_BYTES:
+        raise Damaged(f"a batch with a buffer of {message.decoded_bytes} bytes")
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(message.data), schema())
+    batch.validate(full=True)
+    if batch.num_rows != message.records or any(column.null_count for column in batch.columns):
+        raise Damaged("a batch with missing values")
+    enclaves, pages, writes, deltas = (
+        column.to_numpy(zero_copy_only=False) for column in batch.columns
+    )
+    if enclaves.max() >= len(sizes) or (pages >= sizes[enclaves]).any():
+        raise Damaged("an access outside its enclave")
+    start_ns, _ = read_batch_text(message.metadata[BATCH_KEY.encode()])
+    times = np.cumsum(deltas, dtype=np.uint64) + np.uint64(start_ns)
+    return Chunk(enclaves, pages, writes, times)
