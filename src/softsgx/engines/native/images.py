@@ -37,10 +37,10 @@ class AddressSpaces:
         self,
         images: dict[int, ProcessImage],
         registry: Registry,
-        make_services: Callable[..., ImageServices],
+        make_services: Callable[[Callable[[ProcessImage], None]], ImageServices],
     ) -> None:
         self._images, self._registry = images, registry
-        self._services = make_services(ended=self._ended)
+        self._services = make_services(self._ended)
         self._numbers = count(1)
 
     def load(self, thread: Thread, *, cpuid_faults: bool) -> ProcessImage:

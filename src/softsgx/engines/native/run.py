@@ -18,10 +18,11 @@ from typing import Any, Protocol
 from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections, tick_period_ns
+from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.supervisor import Instruments, Supervisor
+from softsgx.engines.native.supervisor import Supervisor
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
 from softsgx.engines.native.x86.cpuid import (

@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from errno import EACCES
 from functools import partial
 from types import FrameType
@@ -31,8 +30,8 @@ from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.images import AddressSpaces
-from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
+from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
@@ -67,24 +66,7 @@ from softsgx.ondemand import dataclass
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
-__all__ = ["Instruments", "Supervisor"]
-
-
-@dataclass(frozen=True, slots=True)
-class Instruments:
-    """What a run is examined with.
-
-    Attributes:
-        injections: failures on demand.
-        tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
-        gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
-        calls: logs what the program asks of SGX; ``None``: no log.
-    """
-
-    injections: Injections = field(default_factory=Injections)
-    tick_ns: int | None = None
-    gdb: GdbServer | None = None
-    calls: CallLog | None = None
+__all__ = ["Supervisor"]
 
 
 class Supervisor(Lifecycle):
@@ -122,45 +104,30 @@ class Supervisor(Lifecycle):
     ) -> None:
         assert isinstance(machine.store, NativeStore), "the native engine keeps the pages itself"
         assert isinstance(machine.ram, NativeRam), "the program's memory is the machine's RAM"
-        self._images = machine.ram.images
-        self._machine, self._driver = machine, driver
-        self._store: NativeStore = machine.store
         assert isinstance(driver.runtime, InlineRuntime), "everything runs in the tracer's thread"
-        self._runtime = driver.runtime
-        self.pager = pager or choose_pager()
-        self._group, self._cpus, self._strict = group, cpus, strict
-        self._affinity: Affinity | None = None
         instruments = Instruments() if instruments is None else instruments
-        self._injections, gdb = instruments.injections, instruments.gdb
+        self._machine, self._driver, self._nodes = machine, driver, nodes
+        self._store: NativeStore = machine.store
+        self._images = machine.ram.images
+        self._runtime = driver.runtime
+        self._group, self._cpus, self._strict = group, cpus, strict
+        self._injections = instruments.injections
+        self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
+        self._affinity: Affinity | None = None
+        self.pager = pager or choose_pager()
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         self._code = None if self._faulting else NewCode()
-        # In a strict run each entry changes what others may see; and entries may be counted,
-        # logged, stepped or stopped by breakpoints, or threads inside be interrupted.
-        counting = self._injections.power_losses or self._injections.power_signals
-        stopping = strict or counting or gdb or instruments.calls or instruments.tick_ns
-        permitting = not stopping and can_cross_unseen()
+        xcr0, real = xsave_components(host_cpuid())
+        self._areas = AreaLayouts(real, machine.config.xsave)
         self._permits = Permits(
-            permitting,
+            instruments.allow_unseen_crossings and not strict and can_cross_unseen(),
             lambda thread: self._loop.hold(thread),
             lambda image, error: self._loop.image_failed(image, error),
         )
         self._registry = Registry(self._store)
-        self._nodes, self._remote = nodes, RemoteMemory(self._image_of)
+        self._remote = RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
-        wakes = set() if gdb is None else {signal.SIGIO}
-        self._waits = Waits(self._injections.power_signals, wakes=wakes)
-        xcr0, real = xsave_components(host_cpuid())
-        self._areas = AreaLayouts(real, machine.config.xsave)
-        self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
-        log = instruments.calls
-        transitions = (Transitions if log is None else partial(LoggedTransitions, log))(
-            cpuid,
-            AbortPage(self._store, self._stop_other_users),
-            shortages.report_refused,
-            self._permits,
-            Breakpoints(self._stopped_inside),
-        )
         ioctls = EnclaveIoctls(
             machine,
             self._registry,
@@ -171,15 +138,13 @@ class Supervisor(Lifecycle):
             xcr0=xcr0,
             areas=self._areas,
         )
-        make_loop: Callable[..., Loop] = StrictLoop if strict else Loop
-        if gdb is not None:
-            assert not strict, "gdb lets threads run that have to wait for their turn"
-            files = debugging.EnclaveFiles(gdb.enclave_files)
-            make_loop = partial(debugging.DebugLoop, server=gdb, files=files)
-        handlers = self._handlers(ioctls)
-        if log is not None:
-            handlers = log.watching(handlers, self._registry)
-        self._loop = make_loop(self, self._waits, transitions, handlers)
+        wakes = set() if instruments.gdb is None else {signal.SIGIO}
+        self._waits = Waits(self._injections.power_signals, wakes=wakes)
+        self._loop = self._make_loop(
+            self._make_transitions(cpuid, shortages, instruments.calls),
+            self._make_handlers(ioctls, instruments.calls),
+            instruments.gdb,
+        )
         self._injector = Injector(
             self._injections,
             instruments.tick_ns,
@@ -190,20 +155,45 @@ class Supervisor(Lifecycle):
             self._images,
             self.injected,
         )
-        make_services = partial(
-            ImageServices,
+        self._address_spaces = AddressSpaces(self._images, self._registry, self._make_services)
+
+    def _make_transitions(
+        self, cpuid: Callable[[int, int], CpuidLeaf], shortages: Shortages, log: CallLog | None
+    ) -> Transitions:
+        return (Transitions if log is None else partial(LoggedTransitions, log))(
+            cpuid,
+            AbortPage(self._store, self._stop_other_users),
+            shortages.report_refused,
+            self._permits,
+            Breakpoints(self._stopped_inside),
+        )
+
+    def _make_loop(
+        self, transitions: Transitions, handlers: dict[int, Handler], gdb: GdbServer | None
+    ) -> Loop:
+        if gdb is not None:
+            assert not self._strict, "gdb lets threads run that have to wait for their turn"
+            files = debugging.EnclaveFiles(gdb.enclave_files)
+            return debugging.DebugLoop(
+                self, self._waits, transitions, handlers, server=gdb, files=files
+            )
+        loop = StrictLoop if self._strict else Loop
+        return loop(self, self._waits, transitions, handlers)
+
+    def _make_services(self, ended: Callable[[ProcessImage], None]) -> ImageServices:
+        return ImageServices(
             pager=self.pager,
-            strict=strict,
-            runtime=driver.runtime,
+            strict=self._strict,
+            runtime=self._runtime,
             registry=self._registry,
             store=self._store,
-            page_at=machine.page_at,
+            page_at=self._machine.page_at,
             hold=self._loop.hold,
             failed=self._loop.image_failed,
             kick=self._loop.kick,
+            ended=ended,
             installed=self._injector.page_mapped,
         )
-        self._address_spaces = AddressSpaces(self._images, self._registry, make_services)
 
     def run(
         self,
@@ -228,10 +218,9 @@ class Supervisor(Lifecycle):
         interrupt_handler = signal.signal(signal.SIGINT, _left_to_program) if handled else None
         limits, dumpable = raise_limits(), libc.dumpable()
         try:
-            bpf = build_filter(everything=self._strict)
             first = start_program(
                 argv,
-                bpf,
+                build_filter(everything=self._strict),
                 self._waits,
                 env=env,
                 cwd=cwd,
@@ -239,26 +228,7 @@ class Supervisor(Lifecycle):
                 stdio=stdio,
                 limits=limits,
             )
-            try:
-                with self._waits.signals_blocked():
-                    # Hidden pages and the paging key are in our memory.  Not earlier: a child
-                    # that has not executed yet would inherit it, and could not be traced.
-                    libc.set_dumpable(False)
-                    resume = self._loop.executed(first, Process(first.tid, self._group))
-                    if started is not None:
-                        started(first.tid)
-                    resume()
-                    self._loop.run()
-                self.background()  # what had begun ends
-            except SoftSgxError:
-                self._end(first.tid)
-                raise
-            except Exception as error:
-                self._loop.failures.note(f"every process is ended: {error!r}", error)
-                self._end(first.tid)
-            except BaseException:
-                self._end(first.tid)
-                raise
+            self._supervise(first, started)
             status = self._loop.statuses.get(first.tid)
             return -9 if status is None else os.waitstatus_to_exitcode(status)
         except EndedEarly as ended:
@@ -270,6 +240,29 @@ class Supervisor(Lifecycle):
             libc.set_dumpable(dumpable)
             if interrupt_handler is not None:
                 signal.signal(signal.SIGINT, interrupt_handler)
+
+    def _supervise(self, first: Thread, started: Callable[[int], None] | None) -> None:
+        """Serve the program of thread ``first`` until its last thread is gone."""
+        try:
+            with self._waits.signals_blocked():
+                # Hidden pages and the paging key are in our memory.  Not earlier: a child that
+                # has not executed yet would inherit it, and could not be traced.
+                libc.set_dumpable(False)
+                resume = self._loop.executed(first, Process(first.tid, self._group))
+                if started is not None:
+                    started(first.tid)
+                resume()
+                self._loop.run()
+            self.background()  # work that background tasks have begun is completed
+        except SoftSgxError:
+            self._end(first.tid)
+            raise
+        except Exception as error:
+            self._loop.failures.note(f"every process is ended: {error!r}", error)
+            self._end(first.tid)
+        except BaseException:
+            self._end(first.tid)
+            raise
 
     @property
     def failures(self) -> list[Exception]:
@@ -291,14 +284,16 @@ class Supervisor(Lifecycle):
 
     # --- system calls ---------------------------------------------------------------------------
 
-    def _handlers(self, ioctls: EnclaveIoctls) -> dict[int, Handler]:
-        opener, opens_memory = (
+    def _make_handlers(self, ioctls: EnclaveIoctls, log: CallLog | None) -> dict[int, Handler]:
+        files = NamedFiles(
             _Opener(self._driver, self._injections.provision),
+            self._registry,
+            self._nodes,
             self._descriptors.open_memory,
+            self._image_of,
         )
-        files = NamedFiles(opener, self._registry, self._nodes, opens_memory, self._image_of)
         mappings = Mappings(self._registry, code=self._code, noexec=self._injections.noexec)
-        return (
+        handlers = (
             self._descriptors.handlers()
             | files.handlers()
             | {
@@ -319,6 +314,7 @@ class Supervisor(Lifecycle):
                 abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
             }
         )
+        return handlers if log is None else log.watching(handlers, self._registry)
 
     def _image_of(self, pid: int) -> ProcessImage | None:
         """Return the address space of a process or thread of the program."""

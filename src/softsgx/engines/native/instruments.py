@@ -1,0 +1,40 @@
+"""What a run is examined with: failures on demand, timer interrupts, a gdb, a log of calls."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from softsgx.engines.native.gdb.server import GdbServer
+from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.syscalls.call_log import CallLog
+from softsgx.ondemand import dataclass
+
+__all__ = ["Instruments"]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """What a run is examined with.
+
+    Attributes:
+        injections: failures on demand.
+        tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
+        gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
+        calls: logs what the program asks of SGX; ``None``: no log.
+    """
+
+    injections: Injections = field(default_factory=Injections)
+    tick_ns: int | None = None
+    gdb: GdbServer | None = None
+    calls: CallLog | None = None
+
+    @property
+    def allow_unseen_crossings(self) -> bool:
+        """Whether threads may enter and leave enclaves without a stop.
+
+        They may not where entries are counted, logged, stepped or stopped by breakpoints, or where
+        threads inside are interrupted.
+        """
+        injections = self.injections
+        counting = injections.power_losses or injections.power_signals
+        return not (counting or self.gdb or self.calls or self.tick_ns)
