@@ -34,6 +34,7 @@ __all__ = ["HEAD", "Sample", "faults", "row", "run"]
 _ENCLAVE_PAGES, _EPC = 512, "1MiB"
 _LOOKS_S = 0.05
 _SLICE_FAULTS = 20_000
+_TAIL_FAULTS = 2_000  # the program still runs when the last sample is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class _Observer:
         self.ticker = Ticker(self._tick, _LOOKS_S)
 
     def _tick(self) -> float:
-        if self._counters.eldu >= self.samples[-1].faults + self._every:
+        if self._counters.eldu >= len(self.samples) * self._every:
             self.samples.append(self._look(self._counters))
             self._tell(*self.samples[-2:])
         return _LOOKS_S
@@ -93,7 +94,7 @@ class _Observer:
 
 
 def _ignored(before: Sample, after: Sample) -> None:
-    """Tell nobody."""
+    """Print nothing."""
 
 
 def faults(
@@ -114,7 +115,7 @@ def faults(
         program = compile_host(Path(directory), "longrun")
         enclave = write_enclave(Path(directory) / "enclave", _ENCLAVE_PAGES, 1)
         observer = _Observer(every, tell)
-        argv = [str(program), str(enclave), str(wanted)]
+        argv = [str(program), str(enclave), str(wanted + _TAIL_FAULTS)]
         result = run_natively(argv, epc=_EPC, pager=pager, observer=observer)
         observer.ticker.stop()
     assert result.exit_code == 0, f"the program ends with {result.exit_code}"
