@@ -33,6 +33,7 @@ _EPILOG = """\
 examples:
   softsgx build enclave.c --host host.c   an enclave from C, and the program that uses it
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
+  softsgx top                             what running programs do now
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
   softsgx load enclave.signed.so          would the driver and EINIT take it?
@@ -61,6 +62,7 @@ VERBS = (
     "tour",
     "build",
     "run",
+    "top",
     "doctor",
     "inspect",
     "measure",

@@ -642,12 +642,20 @@ static void endless(void)
 	for (;;) call(0, SPIN, 100000000, 0, 0, &run);
 }
 
+static void waits(void)
+{
+	paging();
+	printf("%d\n", getpid());
+	fflush(stdout);
+	CHECK(getchar() != EOF);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"paging", paging}, {"threads", threads}, {"forks", forks}, {"execs", execs},
 		{"exceptions", exceptions}, {"handlers", handlers}, {"signals", signals}, {"raw", raw},
-		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"foreign", foreign}, {"moved", moved}, {"untraced", untraced}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless},
+		{"blocked", blocked}, {"shielded", shielded}, {"often", often}, {"alternating", alternating}, {"stacks", stacks}, {"foreign", foreign}, {"moved", moved}, {"untraced", untraced}, {"rights", rights}, {"unreadable", unreadable}, {"readers", readers}, {"counted", counted}, {"registers", registers}, {"names", names}, {"cpuid", cpuid}, {"reopen", reopen}, {"nested", nested}, {"dynamic", dynamic}, {"endless", endless}, {"waits", waits},
 	};
 	CHECK(argc == 3);
 	self = argv[0]; file = argv[1]; enter = find_enter();

@@ -1,0 +1,235 @@
+"""``softsgx top`` beside real runs, in a pseudo-terminal and in pipes.
+
+Goal: it shows what runs, leaves the terminal as it was, and ends with the runs.  Method: a program
+that pages, then waits for a line; the terminal's settings before and after.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support.live import runtime_directory
+from tests.support.native import needs_tracing
+
+pytestmark = [
+    pytest.mark.slow,
+    needs_tracing,
+    pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
+]
+
+SOFTSGX = [sys.executable, "-m", "softsgx"]
+DATA_PAGES = 100
+_ALTERNATE_ON, _ALTERNATE_OFF = b"\x1b[?1049h", b"\x1b[?1049l"
+_SEQUENCE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("top")
+    enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    return [str(compile_host(directory)), str(enclave), "waits"]
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    with runtime_directory() as path:
+        yield {**os.environ, "XDG_RUNTIME_DIR": str(path), "TERM": "xterm", "LANG": "C.UTF-8"}
+
+
+class Running:
+    """A run whose program has paged and waits."""
+
+    def __init__(self, words: list[str], environment: dict[str, str]) -> None:
+        command = [*SOFTSGX, "run", "--quiet", "--epc", "256KiB", "--limit", "jobs=200KiB", "--"]
+        self.process = subprocess.Popen(
+            [*command, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.pid = self.process.pid
+        assert self.process.stdout is not None
+        self.program = int(self.process.stdout.readline())
+
+    def end(self) -> int:
+        self.process.communicate("\n")
+        return self.process.returncode
+
+
+@contextmanager
+def running(
+    words: list[str], environment: dict[str, str], many: int = 1
+) -> Iterator[list[Running]]:
+    with ExitStack() as stack:
+        found = []
+        for _ in range(many):
+            run = Running(words, environment)
+            stack.enter_context(run.process)
+            stack.callback(run.process.kill)
+            found.append(run)
+        yield found
+
+
+def top(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SOFTSGX, "top", *arguments], capture_output=True, text=True, check=False, env=env
+    )
+
+
+class Terminal:
+    """``softsgx top`` in a pseudo-terminal of so many columns."""
+
+    def __init__(self, *arguments: str, env: dict[str, str], columns: int = 80) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.process = subprocess.Popen(
+            [*SOFTSGX, "top", "--interval", "0.05", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.slave, self.seen = slave, b""
+
+    def until(self, text: bytes) -> bytes:
+        """Read until it has been drawn; return it all without control sequences."""
+        while text not in self.seen:
+            self.seen += os.read(self.master, 1 << 16)
+        return _SEQUENCE.sub(b"", self.seen)
+
+    def end(self) -> int:
+        """Wait for its end; return the status, when the terminal is as it was."""
+        status = self.process.wait()
+        assert termios.tcgetattr(self.slave) == self.before
+        os.close(self.slave)
+        try:
+            while part := os.read(self.master, 1 << 16):
+                self.seen += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(self.master)
+        assert self.seen.count(_ALTERNATE_ON) == self.seen.count(_ALTERNATE_OFF) == 1
+        return status
+
+
+def test_top_says_what_the_run_itself_says_at_its_end(
+    words: list[str], environment: dict[str, str]
+) -> None:
+    with running(words, environment) as (run,):
+        document = json.loads(top("--once", "--json", env=environment).stdout)
+        (state,) = document["runs"]
+        (enclave,) = state["enclaves"]
+        assert (state["pid"], enclave["pids"]) == (run.pid, [run.program])
+        assert enclave["name"] == Path(words[0]).name
+        assert enclave["group"] == "/jobs"
+        assert state["totals"]["reloads"] >= 3 * 2 * (DATA_PAGES - 64)
+        assert state["rates"]["faults_per_second"] > 0
+        assert run.end() == 0
+    assert top("--once", env=environment).returncode == 1
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_terminal_shows_the_run_until_q(
+    words: list[str], environment: dict[str, str], columns: int
+) -> None:
+    with running(words, environment) as (run,):
+        terminal = Terminal(env=environment, columns=columns)
+        shown = terminal.until(str(run.program).encode())
+        assert b"VA pages" in shown
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+        assert run.end() == 0
+
+
+def test_control_c_and_sigterm_leave_the_terminal_as_it_was(
+    words: list[str], environment: dict[str, str]
+) -> None:
+    with running(words, environment) as (run,):
+        terminal = Terminal(env=environment)
+        terminal.until(str(run.program).encode())
+        os.write(terminal.master, b"\x03")
+        assert terminal.end() == 0
+        terminal = Terminal(env=environment)
+        terminal.until(str(run.program).encode())
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.end() == -signal.SIGTERM
+
+
+def test_a_run_that_ends_while_it_is_shown_ends_the_drawing(
+    words: list[str], environment: dict[str, str]
+) -> None:
+    with running(words, environment) as (run,):
+        terminal = Terminal(str(run.pid), env=environment)
+        terminal.until(str(run.program).encode())
+        assert run.end() == 0
+        assert terminal.end() == 0
+    after = terminal.seen.partition(_ALTERNATE_OFF)[2]
+    assert str(run.program).encode() in after, "the last look stays on the terminal"
+    assert b"nothing runs any more" in after
+
+
+def test_a_run_that_is_killed_ends_the_stream(
+    words: list[str], environment: dict[str, str]
+) -> None:
+    with running(words, environment) as (run,):
+        command = [*SOFTSGX, "top", "--json", "--interval", "0.05"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as stream:
+            assert stream.stdout is not None
+            lines: list[Any] = [json.loads(stream.stdout.readline()) for _ in range(3)]
+            run.process.kill()
+            lines += map(json.loads, stream.stdout)
+        assert stream.returncode == 0
+        times = [line["runs"][0]["elapsed_seconds"] for line in lines if line["runs"]]
+        assert times == sorted(times)
+    assert list(Path(environment["XDG_RUNTIME_DIR"]).rglob("*.sock")) == []
+
+
+def test_one_of_two_runs_can_be_chosen(words: list[str], environment: dict[str, str]) -> None:
+    with running(words, environment, 2) as (first, second):
+        both = json.loads(top("--once", "--json", env=environment).stdout)
+        assert {state["pid"] for state in both["runs"]} == {first.pid, second.pid}
+        one = json.loads(top("--once", "--json", str(second.pid), env=environment).stdout)
+        assert [state["pid"] for state in one["runs"]] == [second.pid]
+        none = top("--once", "1", env=environment)
+        assert none.returncode == 2
+        assert none.stderr.startswith("softsgx: 1: is no run of softsgx; ")
+        assert none.stderr.count("\n") == 1
+
+
+def test_output_that_is_no_terminal_is_refused(environment: dict[str, str]) -> None:
+    done = top(env=environment)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_program_finds_nothing_of_the_socket(environment: dict[str, str]) -> None:
+    script = "ls -l /proc/self/fd; ls $XDG_RUNTIME_DIR/softsgx"
+    done = subprocess.run(
+        [*SOFTSGX, "run", "--quiet", "--", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    descriptors, name = done.stdout.rsplit("\n", 2)[:2]
+    assert re.fullmatch(r"\d+\.sock", name), "the socket is there when the program starts"
+    assert "socket:" not in descriptors
