@@ -34,6 +34,7 @@ examples:
   softsgx build enclave.c --host host.c   an enclave from C, and the program that uses it
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
   softsgx top                             what running programs do now
+  softsgx record -o app.trace -- ./app    record which pages it uses
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
   softsgx load enclave.signed.so          would the driver and EINIT take it?
@@ -63,6 +64,7 @@ VERBS = (
     "build",
     "run",
     "top",
+    "record",
     "doctor",
     "inspect",
     "measure",

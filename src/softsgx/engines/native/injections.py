@@ -123,7 +123,7 @@ class Injections:
         return True
 
 
-def tick_period_ns(text: str) -> int:
+def tick_period_ns(text: str, option: str = "tick") -> int:
     """Return the nanoseconds that ``4ms``, ``1500us`` or ``1s`` says.
 
     Raises:
@@ -132,5 +132,5 @@ def tick_period_ns(text: str) -> int:
     match = _PERIOD.fullmatch(text)
     period_ns = int(match[1]) * _NS[match[2]] if match else 0
     if not _SHORTEST_NS <= period_ns <= _LONGEST_NS:
-        raise SoftSgxError(f"tick {text!r}: not the period of a timer; give 1ms to 1s, as 4ms")
+        raise SoftSgxError(f"{option} {text!r}: not the period of a timer; give 1ms to 1s, as 4ms")
     return period_ns

@@ -1,4 +1,4 @@
-"""What a run is examined with: failures on demand, timer interrupts, a gdb, a log of calls."""
+"""What a run is examined with: failures on demand, timer interrupts, gdb, a log, a recording."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import field
 
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections
+from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.ondemand import dataclass
 
@@ -21,12 +22,14 @@ class Instruments:
         tick_ns: period of timer interrupts for threads inside enclaves; ``None``: there are none.
         gdb: where a gdb connects that debugs the program; ``None``: none does.  Not with strict.
         calls: logs what the program asks of SGX; ``None``: no log.
+        recorder: records uses of pages of enclaves; ``None``: nothing does.
     """
 
     injections: Injections = field(default_factory=Injections)
     tick_ns: int | None = None
     gdb: GdbServer | None = None
     calls: CallLog | None = None
+    recorder: Recorder | None = None
 
     @property
     def allow_unseen_crossings(self) -> bool:

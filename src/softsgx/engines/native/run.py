@@ -22,6 +22,7 @@ from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.supervisor import Supervisor
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
@@ -165,6 +166,7 @@ def run(
     tick: str | None = None,
     gdb: GdbServer | None = None,
     syscalls: Callable[[str], None] | None = None,
+    recorder: Recorder | None = None,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,
@@ -192,6 +194,7 @@ def run(
         gdb: where a gdb connects that debugs the program, which waits for it before its first
             step; not with ``strict``.  The caller closes it.
         syscalls: receives a line, as strace prints it, for each call that the program makes to SGX.
+        recorder: records which pages of enclaves the program uses; not with ``gdb``.
         tracer: receives every event of every layer.
         observer: receives the platform and the program's start.
         env: the program's environment; by default that of this process.  :data:`GROUP_VARIABLE` is
@@ -231,7 +234,7 @@ def run(
             cpus=cpus,
             strict=strict,
             instruments=Instruments(
-                injections, tick_ns, gdb, None if syscalls is None else CallLog(syscalls)
+                injections, tick_ns, gdb, None if syscalls is None else CallLog(syscalls), recorder
             ),
         )
         if observer is not None:

@@ -36,6 +36,7 @@ from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.recording.recording import Recording
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.call_log import CallLog
@@ -111,7 +112,7 @@ class Supervisor(Lifecycle):
         self._images = machine.ram.images
         self._runtime = driver.runtime
         self._group, self._cpus, self._strict = group, cpus, strict
-        self._injections = instruments.injections
+        self._injections, self._recorder = instruments.injections, instruments.recorder
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         self._affinity: Affinity | None = None
         self.pager = pager or choose_pager()
@@ -137,6 +138,7 @@ class Supervisor(Lifecycle):
             cpuid_faults=self._faulting,
             xcr0=xcr0,
             areas=self._areas,
+            recorder=self._recorder,
         )
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
@@ -156,6 +158,9 @@ class Supervisor(Lifecycle):
             self.injected,
         )
         self._address_spaces = AddressSpaces(self._images, self._registry, self._make_services)
+        self._recording = None
+        if self._recorder is not None:
+            self._recording = Recording(self._recorder, self._images, self._permits)
 
     def _make_transitions(
         self, cpuid: Callable[[int, int], CpuidLeaf], shortages: Shortages, log: CallLog | None
@@ -193,6 +198,7 @@ class Supervisor(Lifecycle):
             kick=self._loop.kick,
             ended=ended,
             installed=self._injector.page_mapped,
+            recorder=self._recorder,
         )
 
     def run(
@@ -251,9 +257,13 @@ class Supervisor(Lifecycle):
                 resume = self._loop.executed(first, Process(first.tid, self._group))
                 if started is not None:
                     started(first.tid)
+                if self._recording is not None:
+                    self._recording.start()
                 resume()
                 self._loop.run()
             self.background()  # work that background tasks have begun is completed
+            if self._recording is not None:
+                self._recording.end()
         except SoftSgxError:
             self._end(first.tid)
             raise
@@ -353,7 +363,11 @@ class Supervisor(Lifecycle):
 
     def between(self) -> int | None:
         """Do what was asked to happen now."""
-        return self._injector.between()
+        due = self._injector.between()
+        if self._recording is None:
+            return due
+        also = self._recording.between()
+        return min((each for each in (due, also) if each is not None), default=None)
 
     # --- life cycle of threads and images --------------------------------------------------------
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from softsgx.arch import PAGE_BYTES
 from softsgx.driver import PROT_READ, FaultResult
 from softsgx.engines.native import abi
-from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.faults.faulting_instruction import access_at
+from softsgx.engines.native.memory.memory_file import WRITE, EnclaveMemory
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.syscalls.registry import Device
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -89,6 +90,8 @@ class AbortPage:
                 continue  # one round of a repeated string instruction
             page = info.addr & _PAGE_MASK
             fault = number in (abi.SIGSEGV, abi.SIGBUS) and info.code in (1, 2)
+            if fault and _reports_use(thread, info.addr):
+                continue
             if not fault or page in lent or len(lent) == _MOST_PAGES:
                 return number
             if not self._lend(thread, page, lent):
@@ -111,6 +114,7 @@ class AbortPage:
         self._stop_other_users(thread, device)
         self._store.lend(entry[0], device.memory, page)
         lent[page] = device.memory
+        image.pager.touched(page, WRITE)  # else its use would be a fault that only reports it
         image.lift(page)
         return True
 
@@ -125,3 +129,13 @@ class AbortPage:
         lent[page] = None
         foreign_mappings.lift(page, foreign.prot)
         return True
+
+
+def _reports_use(thread: ProgramThread, address: int) -> bool:
+    """Return whether a fault only reports the use of a watched page that the thread may use."""
+    image = thread.image
+    if image.is_covered(address):
+        return False
+    thread.load()
+    access = access_at(thread, address)
+    return access is not None and image.page_table.touched(address & _PAGE_MASK, access)

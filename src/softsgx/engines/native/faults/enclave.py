@@ -212,7 +212,7 @@ class EnclaveFaults:
                 return self._exits.exception(thread, Vector.MC)
         elif image.is_covered(address) or access & ~image.page_table.rights(address):
             return self._aborted_inside(thread, address, access)
-        if repeat(thread, address):
+        if repeat(thread, address, access):
             return 0
         return self._exits.exception(thread, Vector.PF, kind | Pfec.P, address)
 

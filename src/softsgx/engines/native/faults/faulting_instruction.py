@@ -82,20 +82,30 @@ def again(thread: ProgramThread) -> bool:
     ``False``: it was executed again so often, and no fault resolved, that its bytes will never be
     there.
     """
-    return repeat(thread, thread.regs.rip)
+    return repeat(thread, thread.regs.rip, EXECUTE)
 
 
-def repeat(thread: ProgramThread, address: int) -> bool:
-    """A fault found nothing wrong any more: make sure of it; whether to repeat the instruction."""
-    image, page = thread.image, address & _PAGE_MASK
-    if image.pager.touched(page):
+def repeat(thread: ProgramThread, address: int, access: int) -> bool:
+    """A fault found nothing wrong any more: make sure of it; whether to repeat the instruction.
+
+    Args:
+        thread: it has faulted.
+        address: where.
+        access: READ, WRITE or EXECUTE.
+    """
+    page_table, page = thread.image.page_table, address & _PAGE_MASK
+    spot = thread.regs.rip, address
+    if access == READ and thread.spurious[1] == spot:
+        access = WRITE  # a load that faults where loads are allowed is part of a store
+    if page_table.touched(page, access):
         resolved(thread)
         return True
-    spot = thread.regs.rip, address
     thread.spurious = thread.spurious[0] + 1 if thread.spurious[1] == spot else 1, spot
     if thread.spurious[0] > _SPURIOUS_LIMIT:
         return False
-    image.page_table.reshow(page)
+    page_table.reshow(page)
+    if page_table.touched(page, access):  # it was shown before this address space had it
+        resolved(thread)
     return True
 
 

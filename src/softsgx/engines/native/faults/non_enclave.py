@@ -54,7 +54,7 @@ class NonEnclaveFaults:
         if self._is_mapped(thread, address, access):
             if image.is_covered(address) or access & ~image.page_table.rights(address):
                 return self.aborted(thread, address, access)
-            return 0 if repeat(thread, address) else abi.SIGBUS
+            return 0 if repeat(thread, address, access) else abi.SIGBUS
         return self._outcome(thread, image.mm.fault(address, access, thread), address, access)
 
     def foreign(
@@ -86,7 +86,7 @@ class NonEnclaveFaults:
         if other_access is None:
             return 0 if again(thread) else number
         if self._is_mapped(thread, other, other_access):
-            return 0 if repeat(thread, other) else number
+            return 0 if repeat(thread, other, other_access) else number
         result = image.mm.fault(other, other_access, thread)
         return self._outcome(thread, result, other, other_access)
 

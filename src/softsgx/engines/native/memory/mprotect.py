@@ -59,8 +59,8 @@ class MprotectPager:
             shown = sorted(
                 page for page in self._shown if start <= page < end and page not in self._watched
             )
-            for rights in sorted({self._shown[page] for page in shown}):
-                pages = [page for page in shown if self._shown[page] == rights]
+            for rights in sorted({self._rights(page) for page in shown}):
+                pages = [page for page in shown if self._rights(page) == rights]
                 calls += [
                     (abi.SYS_MPROTECT, low, high - low, prot & rights) for low, high in runs(pages)
                 ]
@@ -107,7 +107,7 @@ class MprotectPager:
     def flush(self) -> None:
         """Nothing is put off."""
 
-    def touched(self, linaddr: int) -> bool:
+    def touched(self, linaddr: int, access: int) -> bool:
         """Give a watched page its rights back."""
         if linaddr not in self._watched:
             return False
@@ -122,7 +122,11 @@ class MprotectPager:
         prot = self._prot_at(linaddr)
         if prot is None or linaddr in self._watched:
             return
-        self._set(linaddr, prot & self._shown[linaddr])
+        self._set(linaddr, prot & self._rights(linaddr))
+
+    def _rights(self, linaddr: int) -> int:
+        """Return how a shown page can be used."""
+        return self._shown[linaddr]
 
     def _set(self, linaddr: int, prot: int) -> None:
         if self._prot_at(linaddr) is not None:

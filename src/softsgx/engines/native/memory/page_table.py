@@ -58,8 +58,13 @@ class Pager(Guard, Protocol):
         From then on it is watched for use, at the latest when the program is resumed.
         """
 
-    def touched(self, linaddr: int) -> bool:
-        """A fault hit a shown page: return whether it only reports the use of a watched page."""
+    def touched(self, linaddr: int, access: int) -> bool:
+        """A fault hit a shown page: return whether it only reports the use of a watched page.
+
+        Args:
+            linaddr: of the page.
+            access: READ, WRITE or EXECUTE, which the page's EPCM entry allows.
+        """
 
     def close(self) -> None:
         """The address space has ended."""
@@ -225,6 +230,10 @@ class EnclavePageTable:
         page = self._page_at(entry[0])
         usable = page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0])
         return memory if usable else None
+
+    def touched(self, linaddr: int, access: int) -> bool:
+        """As :meth:`Pager.touched`."""
+        return self.pager.touched(linaddr, access)
 
     def is_marked(self, address: int) -> bool:
         """Return whether :meth:`mark` has changed the instruction at ``address``."""

@@ -13,6 +13,12 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import Pager
 from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
+from softsgx.engines.native.recording.pagers import (
+    MINOR_FEATURES,
+    RecordedMprotectPager,
+    RecordedUffdPager,
+)
+from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.errors import SoftSgxError
 
@@ -30,6 +36,7 @@ def make_pager(
     is_running: Callable[[], bool],
     prot_at: Callable[[int], int | None],
     failed: Callable[[Exception], None],
+    recorder: Recorder | None = None,
 ) -> Pager:
     """Set up a pager in an address space.
 
@@ -41,11 +48,15 @@ def make_pager(
         prot_at: returns the rights that the mapping of an enclave may have now, ``None`` where no
             enclave is mapped.
         failed: ends the processes of the address space, as it cannot be kept right.
+        recorder: records uses of pages; ``None``: nothing does.
 
     Raises:
         SoftSgxError: this machine forbids it.
     """
+    stores = recorder is not None and recorder.interval_ns is not None
     if name == "mprotect":
+        if recorder is not None:
+            return RecordedMprotectPager(inject, prot_at, stores=stores)
         return MprotectPager(inject, prot_at)
     assert name == "userfaultfd", f"no pager is called {name!r}"
     theirs = thread.syscall(
@@ -61,12 +72,16 @@ def make_pager(
     finally:
         thread.syscall(abi.SYS_CLOSE, theirs)
     try:
-        open_userfaultfd(ours)
+        open_userfaultfd(ours, 0 if recorder is None else MINOR_FEATURES)
     except OSError as error:
         os.close(ours)
+        oldest = "5.19" if recorder is None else "6.4 for recording"
         raise SoftSgxError(
-            f"userfaultfd: {error.strerror}: this kernel is too old (5.19 at least); "
+            f"userfaultfd: {error.strerror}: this kernel is too old ({oldest} at least); "
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    return UffdPager(ours, pagemap, inject, is_running, prot_at, failed)
+    arguments = ours, pagemap, inject, is_running, prot_at, failed
+    if recorder is not None:
+        return RecordedUffdPager(*arguments, stores=stores)
+    return UffdPager(*arguments)

@@ -153,6 +153,10 @@ class NativeStore:
         """Remove the page of ones, with what was stored in it; then :meth:`refresh`."""
         memory.hide([linaddr])
 
+    def is_mapped(self, addr: int) -> bool:
+        """Return whether some page table maps the page at EPC address ``addr``."""
+        return addr in self._maps
+
     def is_shown(self, addr: int) -> bool:
         """Return whether page tables map the page and its bytes are in a memory file."""
         return addr in self._shown and addr not in self._leaving

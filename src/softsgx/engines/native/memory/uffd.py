@@ -26,7 +26,7 @@ from softsgx.engines.native.memory.fetches import Fetches
 from softsgx.engines.native.memory.memory_file import runs
 from softsgx.errors import SoftSgxError
 
-__all__ = ["UffdPager", "open_userfaultfd"]
+__all__ = ["UNMAPPED", "UffdPager", "open_userfaultfd"]
 
 _COPY = 0xC028AA03
 _COPY_MODE_WP = 2
@@ -34,19 +34,26 @@ _WRITE = 2
 _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 )
-_UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})  # not mapped here, or the process is gone
+UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
+"""Errors of a page that is not mapped here, or of a process that is gone."""
+
 _PRESENT = 0x80  # bit 63, seen in the word's last byte
 _PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_SHIFT = 12, 64, 18
 _PACK_RANGE = struct.Struct("<QQQ")
 
 
-def open_userfaultfd(ours: int) -> None:
+def open_userfaultfd(ours: int, more_features: int = 0) -> None:
     """Negotiate the API on a fresh userfaultfd.
+
+    Args:
+        ours: the descriptor.
+        more_features: UFFD_FEATURE_* bits besides those of :class:`UffdPager`.
 
     Raises:
         OSError: EINVAL: this kernel lacks a feature we need.
     """
-    fcntl.ioctl(ours, abi.UFFDIO_API, bytearray(struct.pack("<QQQ", abi.UFFD_API, _FEATURES, 0)))
+    request = struct.pack("<QQQ", abi.UFFD_API, _FEATURES | more_features, 0)
+    fcntl.ioctl(ours, abi.UFFDIO_API, bytearray(request))
 
 
 class UffdPager:
@@ -64,6 +71,7 @@ class UffdPager:
     """
 
     name = "userfaultfd"
+    _mode = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
 
     def __init__(
         self,
@@ -92,8 +100,7 @@ class UffdPager:
 
     def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
         """Register the range, as often as need be; pages shown there keep their EPCM rights."""
-        mode = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
-        request = bytearray(struct.pack("<QQQQ", start, end - start, mode, 0))
+        request = bytearray(struct.pack("<QQQQ", start, end - start, self._mode, 0))
         try:
             fcntl.ioctl(self._uffd, abi.UFFDIO_REGISTER, request)
         except OSError as error:
@@ -137,7 +144,7 @@ class UffdPager:
             code = ctypes.get_errno()
             if code == EAGAIN:  # the mappings are changing this moment
                 continue
-            if code not in _UNMAPPED:
+            if code not in UNMAPPED:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
         self._fetches.shown(linaddr, rights)
@@ -166,7 +173,7 @@ class UffdPager:
             except OSError as error:
                 if error.errno == EAGAIN:
                     continue
-                if error.errno not in _UNMAPPED:
+                if error.errno not in UNMAPPED:
                     self._failed(OSError(error.errno, f"UFFDIO_WRITEPROTECT: {error.strerror}"))
                 return False
             return True
@@ -208,7 +215,7 @@ class UffdPager:
         if calls:
             self._inject(calls)
 
-    def touched(self, linaddr: int) -> bool:
+    def touched(self, linaddr: int, access: int) -> bool:
         """Page tables record uses without a fault."""
         return False
 

@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from errno import EIO, ENOMEM, ENOTTY
 
 from softsgx.arch import SgxFeature
-from softsgx.driver import BadAddress, EnclaveFile, Ioctl, RestrictPermissions
+from softsgx.driver import AddPages, BadAddress, EnclaveFile, Ioctl, RestrictPermissions
+from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.registry import Device, Registry
@@ -44,6 +45,7 @@ class EnclaveIoctls:
         cpuid_faults: the processor makes CPUID fault, so it need not be replaced.
         xcr0: state components that this processor has enabled.
         areas: layouts of XSAVE areas, the machine's and this processor's.
+        recorder: records uses of pages; ``None``: nothing does.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class EnclaveIoctls:
         cpuid_faults: bool,
         xcr0: int,
         areas: AreaLayouts,
+        recorder: Recorder | None = None,
     ) -> None:
         self._config = machine.config
         self._registry, self._descriptors, self._shortages = registry, descriptors, shortages
-        self._around_init = around_init
+        self._around_init, self._recorder = around_init, recorder
         self._cpuid_faults, self._xcr0, self._areas = cpuid_faults, xcr0, areas
 
     def ioctl(self, thread: ProgramThread) -> int | None:
@@ -85,12 +88,28 @@ class EnclaveIoctls:
                 self._shortages.report(thread, "an ioctl fails", error.strerror or "")
         if command == Ioctl.ENCLAVE_CREATE and result == 0:
             self._forbid(device, file)
+            if self._recorder is not None:
+                base, size = file.enclave.base, file.enclave.size
+                self._recorder.enclave_created(device.memory, base, size, thread.process.pid)
             self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
+        if command == Ioctl.ENCLAVE_ADD_PAGES and self._recorder is not None:
+            self._record_added(thread, device, file, self._recorder)
         if initializes and result == 0:
             _guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):
             self._refresh(thread, file, regs.rdx)
         return result
+
+    def _record_added(
+        self, thread: ProgramThread, device: Device, file: EnclaveFile, recorder: Recorder
+    ) -> None:
+        """Record the pages that ADD_PAGES has added, also where it has failed behind them."""
+        try:
+            request = AddPages.unpack(thread.memory.read(thread.regs.rdx, AddPages.SIZE))
+        except BadAddress:
+            return
+        if request.count:
+            recorder.pages_added(device.memory, file.enclave.base + request.offset, request.count)
 
     def _forbid(self, device: Device, file: EnclaveFile) -> None:
         """Name the instructions that code of a new enclave may not execute as this machine does."""

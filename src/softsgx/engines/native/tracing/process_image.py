@@ -19,6 +19,8 @@ from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.recording.page_table import RecordedPageTable
+from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.elf import Vdso
@@ -55,6 +57,7 @@ class ImageServices:
         failed: ends the processes of an address space in which calls cannot be made.
         ended: called when the driver has released an address space.
         installed: called when the driver has mapped a page of an enclave.
+        recorder: records uses of pages of enclaves; ``None``: nothing does.
     """
 
     pager: str
@@ -68,6 +71,7 @@ class ImageServices:
     failed: Callable[[ProcessImage, Exception], None]
     ended: Callable[[ProcessImage], None]
     installed: Callable[[EpcPage], None]
+    recorder: Recorder | None = None
 
 
 class ProcessImage:
@@ -142,8 +146,12 @@ class ProcessImage:
             is_running=self.is_running,
             prot_at=self.usable_prot_at,
             failed=partial(services.failed, self),
+            recorder=services.recorder,
         )
-        self.page_table = EnclavePageTable(
+        make_table: Callable[..., EnclavePageTable] = EnclavePageTable
+        if services.recorder is not None:
+            make_table = partial(RecordedPageTable, recorder=services.recorder)
+        self.page_table: EnclavePageTable = make_table(
             index,
             services.store,
             services.page_at,

@@ -71,15 +71,16 @@ OFTEN = 30_000
 def repeating(*, watched: bool) -> Any:
     """A thread whose page is there; ``watched``: each fault only tells of its use."""
     image = SimpleNamespace(
-        pager=SimpleNamespace(touched=lambda _page: watched),
-        page_table=SimpleNamespace(reshow=lambda _page: None),
+        page_table=SimpleNamespace(
+            reshow=lambda _page: None, touched=lambda _page, _access: watched
+        ),
     )
     return SimpleNamespace(image=image, regs=SimpleNamespace(rip=PAGE + 8), spurious=(0, (0, 0)))
 
 
 def test_faults_that_tell_of_use_never_count_as_repeated() -> None:
     stopped = repeating(watched=True)
-    assert all(repeat(stopped, NEXT) for _ in range(OFTEN))
+    assert all(repeat(stopped, NEXT, READ) for _ in range(OFTEN))
 
 
 def test_an_instruction_whose_bytes_always_come_back_is_repeated_without_end() -> None:
@@ -91,4 +92,4 @@ def test_an_instruction_whose_bytes_always_come_back_is_repeated_without_end() -
 
 def test_a_fault_that_nothing_explains_ends_the_repetition() -> None:
     stopped = repeating(watched=False)
-    assert not all(repeat(stopped, NEXT) for _ in range(OFTEN))
+    assert not all(repeat(stopped, NEXT, READ) for _ in range(OFTEN))

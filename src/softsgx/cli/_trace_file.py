@@ -1,0 +1,132 @@
+"""The trace file of a recording: opened when the program starts, and given up when it fails.
+
+pyarrow starts threads when it is imported, and the program is forked before there are any.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from softsgx.cli._common import tell
+from softsgx.errors import SoftSgxError
+
+if TYPE_CHECKING:
+    from softsgx.accesses import Precision, TraceWriter
+
+__all__ = ["TraceFile", "check_libraries"]
+
+_LIBRARIES = ("numpy", "pyarrow")
+
+
+def check_libraries() -> None:
+    """Refuse to record without what writes the trace.
+
+    Raises:
+        SoftSgxError: which package is missing.
+    """
+    for name in _LIBRARIES:
+        if find_spec(name) is None:
+            raise SoftSgxError(f"record: needs the package {name}; pip install 'softsgx[plan]'")
+
+
+class TraceFile:
+    """See the module; a context manager around the run.
+
+    After a failure to write, which is printed, what is recorded is dropped and the program runs on.
+
+    Args:
+        path: of the file, which may be replaced.
+        precision: of the trace.
+        program: the command line.
+        interval_ns: length of an interval, 0 where there are none.
+
+    Attributes:
+        path: as given.
+        precision: as given.
+        is_whole: whether the file may be marked as complete.
+        is_complete: whether it was closed and marked.
+    """
+
+    def __init__(self, path: str, precision: Precision, program: str, interval_ns: int) -> None:
+        self.path, self.precision = path, precision
+        self.is_whole, self.is_complete = True, False
+        self._program, self._interval_ns = program, interval_ns
+        self._writer: TraceWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        whole = self.is_whole and kind is None
+        try:
+            writer.close(complete=whole)
+            self.is_complete = whole
+        except SoftSgxError as failure:
+            _tell_incomplete(failure)
+
+    def open(self, epc_pages: int) -> None:
+        """The program is about to take its first step, with an EPC of so many pages.
+
+        Raises:
+            SoftSgxError: the file cannot be written.
+        """
+        from softsgx.accesses import TraceWriter
+
+        self._writer = TraceWriter(
+            self.path,
+            precision=self.precision,
+            program=self._program,
+            interval_ns=self._interval_ns,
+            epc_pages=epc_pages,
+        )
+
+    def add_enclave(self, name: str, pages: int, pid: int) -> int:
+        """As :meth:`TraceWriter.add_enclave`."""
+        if self._writer is not None:
+            try:
+                return self._writer.add_enclave(name, pages, pid)
+            except SoftSgxError as failure:
+                self._give_up(failure)
+        return 0
+
+    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
+        """As :meth:`TraceWriter.append`."""
+        if self._writer is not None:
+            try:
+                self._writer.append(enclave, page, write, time_ns)
+            except SoftSgxError as failure:
+                self._give_up(failure)
+
+    def flush(self) -> None:
+        """As :meth:`TraceWriter.flush`."""
+        if self._writer is not None:
+            try:
+                self._writer.flush()
+            except SoftSgxError as failure:
+                self._give_up(failure)
+
+    def size_bytes(self) -> int:
+        """Return the size of the file, 0 if there is none."""
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return 0
+
+    def _give_up(self, failure: SoftSgxError) -> None:
+        self._writer = None
+        _tell_incomplete(failure)
+
+
+def _tell_incomplete(failure: SoftSgxError) -> None:
+    tell(f"softsgx: {failure}; it is not complete")

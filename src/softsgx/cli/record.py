@@ -1,0 +1,262 @@
+"""Record which pages of enclaves an unmodified program uses, and when.
+
+The program runs as under softsgx run.  The trace says how much EPC it needs: softsgx plan reads it.
+With --precision intervals each page appears once in each interval, at its first use, so the trace
+does not depend on the EPC.  With --precision faults each load of a page appears; that costs less,
+and shows what the pager sees at the EPC that you choose.
+
+Examples:
+  softsgx record -o app.trace -- ./app --its-own options
+  softsgx plan app.trace                          how much EPC it needs
+  softsgx record --interval 50ms -- ./app         fewer intervals: less overhead, coarser
+  softsgx record --precision faults --epc 4MiB -- ./app
+
+The trace is written while the program runs; what was written stays readable if the command is
+killed.  It has numbers of pages and no bytes of them.
+
+exit status: the program's; 2 when the command line or a file it names is wrong, 127 when there is
+no such program, 126 when it cannot be executed, 125 when this machine lacks something and after an
+error in softsgx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from softsgx.arch import PAGE_BYTES
+from softsgx.cli._common import log_told, tell
+from softsgx.cli._outputs import Outputs
+from softsgx.cli._program import (
+    FAILED,
+    add_machine_arguments,
+    add_program,
+    check_machine,
+    config_of,
+    failure_told,
+    group_of,
+    print_text,
+    program_of,
+    status_of,
+)
+from softsgx.cli._signals import ProgramSignals
+from softsgx.cli._trace_file import TraceFile, check_libraries
+from softsgx.engines.native import Recorder, RunFailed, RunResult
+from softsgx.engines.native import run as run_natively
+from softsgx.engines.native.injections import tick_period_ns
+from softsgx.errors import SoftSgxError
+from softsgx.host import Platform, PlatformConfig
+
+__all__ = ["NAME", "configure", "run"]
+
+NAME = "record"
+
+_FORMAT = 1
+_STANDARD_OUTPUT = "-"
+_EPC: dict[str, str] = {"intervals": "64GiB", "faults": "1MiB"}
+_INTERVAL = "10ms"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    trace = parser.add_argument_group("the trace")
+    trace.add_argument(
+        "-o", "--output", metavar="FILE", help="where it is written (default: PROGRAM.trace)"
+    )
+    trace.add_argument(
+        "--precision",
+        choices=("intervals", "faults"),
+        default="intervals",
+        help="each page once in each interval (default), or each load of a page by the pager",
+    )
+    trace.add_argument(
+        "--interval",
+        metavar="TIME",
+        help=f"length of an interval: 1ms to 1s (default {_INTERVAL})",
+    )
+    add_machine_arguments(parser, f"{_EPC['intervals']}; {_EPC['faults']} with faults")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", metavar="FILE", help="write the summary as one JSON object; - is standard output"
+    )
+    output.add_argument("--quiet", action="store_true", help="print no summary at the end")
+    output.add_argument("--force", action="store_true", help="overwrite files")
+    add_program(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record it; return the program's exit status.
+
+    Raises:
+        EndedBySignal: a signal has ended the program, or comes when it does not run.
+    """
+    argv = program_of(args, NAME)
+    interval_ns = _interval_ns(args)
+    check_libraries()
+    with log_told(), ProgramSignals(frozenset()) as signals:
+        check_machine()
+        if args.epc is None and not args.config:
+            args.epc = _EPC[args.precision]
+        config = config_of(args)
+        path = args.output or f"{Path(argv[0]).name}.trace"
+        with _outputs(args, path) as outputs:
+            trace = TraceFile(path, args.precision, shlex.join(argv), interval_ns)
+            recorder = Recorder(trace, interval_ns=interval_ns or None)
+            result, mistakes = _run_recorded(args, argv, config, signals, trace, recorder)
+            outputs.keep(path)
+            _report(args, outputs, _document(argv, result, trace, recorder))
+    for mistake in mistakes:
+        tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
+    return FAILED if mistakes else status_of(result)
+
+
+class _Watch:
+    """Opens the trace when the program starts, and passes signals on to it."""
+
+    def __init__(self, signals: ProgramSignals, trace: TraceFile) -> None:
+        self._signals, self._trace = signals, trace
+        self._epc_pages = 0
+
+    def attached(self, platform: Platform, pager: str) -> None:
+        """Remember the size of the EPC."""
+        self._epc_pages = platform.core.epc_pages
+
+    def started(self, pid: int) -> None:
+        """Begin to pass signals on, and to write."""
+        self._signals.started(pid)
+        self._trace.open(self._epc_pages)
+
+
+def _run_recorded(
+    args: argparse.Namespace,
+    argv: list[str],
+    config: PlatformConfig,
+    signals: ProgramSignals,
+    trace: TraceFile,
+    recorder: Recorder,
+) -> tuple[RunResult, list[Exception]]:
+    """Run the program; return how it ended, and mistakes of ours."""
+    with signals.waiting(), trace:
+        try:
+            result = run_natively(
+                argv,
+                config,
+                group=group_of(args, config),
+                pager=args.pager,
+                cpuid=args.cpuid,
+                cpus=args.cpus,
+                strict=args.strict,
+                observer=_Watch(signals, trace),
+                recorder=recorder,
+            )
+        except RunFailed as failed:  # what was recorded is not all
+            trace.is_whole = False
+            return failed.result, failed.errors
+    return result, []
+
+
+def _interval_ns(args: argparse.Namespace) -> int:
+    """Return the length of an interval, 0 where there are none."""
+    if args.precision == "intervals":
+        return tick_period_ns(args.interval or _INTERVAL, "--interval")
+    if args.interval is not None:
+        raise SoftSgxError("--interval: there are none with --precision faults; leave it out")
+    return 0
+
+
+def _outputs(args: argparse.Namespace, path: str) -> Outputs:
+    """Open the files; only the summary's object can go to standard output."""
+    if path == _STANDARD_OUTPUT:
+        raise SoftSgxError("-: the trace cannot be written to standard output; give a file")
+    json_file = None if args.json == _STANDARD_OUTPUT else args.json
+    return Outputs([each for each in (path, json_file) if each is not None], force=args.force)
+
+
+# --- summary ------------------------------------------------------------------------------------
+
+
+def _document(
+    argv: list[str], result: RunResult, trace: TraceFile, recorder: Recorder
+) -> dict[str, Any]:
+    """Return what ``--json`` writes."""
+    overhead, wall_ns = recorder.overhead, recorder.wall_ns
+    size, accesses = trace.size_bytes(), recorder.accesses
+    return {
+        "format": _FORMAT,
+        "command": argv,
+        "exit_status": result.exit_code if result.exit_code >= 0 else 128 - result.exit_code,
+        "trace": {
+            "file": trace.path,
+            "complete": trace.is_complete,
+            "precision": trace.precision,
+            "interval_seconds": (recorder.interval_ns or 0) / 1e9,
+            "epc_bytes": result.epc_pages * PAGE_BYTES,
+            "enclaves": recorder.enclaves,
+            "accesses": accesses,
+            "writes": recorder.writes,
+            "bytes": size,
+            "bytes_per_access": round(size / accesses, 3) if accesses else None,
+        },
+        "pager": result.pager,
+        "reloads": result.counters["eldu"],
+        "overhead": {
+            "wall_seconds": round(wall_ns / 1e9, 6),
+            "hiding_seconds": round(overhead.hiding_ns / 1e9, 6),
+            "serving_seconds": round(overhead.serving_ns / 1e9, 6),
+            "share_of_wall": round(overhead.total_ns / wall_ns, 6) if wall_ns else 0.0,
+            "faults": overhead.faults,
+            "intervals": overhead.intervals,
+            "late_intervals": overhead.late_intervals,
+            "longest_interval_seconds": round(overhead.longest_interval_ns / 1e9, 6),
+        },
+    }
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    """Return the summary's lines."""
+    trace, overhead = document["trace"], document["overhead"]
+    each = trace["bytes_per_access"]
+    lines = [
+        f"{trace['file']}: {trace['accesses']:,} accesses, {trace['writes']:,} of them writes; "
+        f"{trace['enclaves']} {'enclave' if trace['enclaves'] == 1 else 'enclaves'}; "
+        f"{trace['bytes']:,} bytes" + ("" if each is None else f", {each:.1f} an access"),
+        f"recording took {overhead['hiding_seconds'] + overhead['serving_seconds']:.2f} s, "
+        f"{overhead['share_of_wall']:.0%} of {overhead['wall_seconds']:.2f} s: "
+        f"{overhead['serving_seconds']:.2f} s for {overhead['faults']:,} faults"
+        + (
+            f", {overhead['hiding_seconds']:.2f} s for {overhead['intervals']:,} intervals"
+            if trace["precision"] == "intervals"
+            else ""
+        ),
+    ]
+    if overhead["late_intervals"]:
+        lines.append(
+            f"{overhead['late_intervals']:,} of {overhead['intervals']:,} intervals took more than "
+            f"twice {1e3 * trace['interval_seconds']:g} ms, the longest "
+            f"{1e3 * overhead['longest_interval_seconds']:.0f} ms: the machine is busy, or the "
+            "interval too short for it"
+        )
+    if not trace["complete"]:
+        lines.append(f"{trace['file']}: is not complete")
+    if not trace["accesses"]:
+        lines.append("the program has used no enclave; for an ordinary program: --as-enclave")
+    else:
+        lines.append(f"next: softsgx plan {shlex.quote(trace['file'])}")
+    return lines
+
+
+def _report(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) -> None:
+    """Write what was asked for.  What cannot be written is told; the status stays the program's."""
+    if args.json:
+        text = json.dumps(document, indent=2) + "\n"
+        with failure_told():
+            if args.json == _STANDARD_OUTPUT:
+                print_text(text)
+            else:
+                outputs.write(args.json, text.encode())
+    if not args.quiet:
+        for line in _lines(document):
+            tell(f"softsgx: {line}")

@@ -1,0 +1,224 @@
+"""What a recording knows of the pages that were used, and what it writes of them.
+
+A page is *fresh* when page tables have just got it, and, where intervals are recorded, when an
+interval begins.  The first use of a fresh page is an access.  In an interval it is a write when the
+page is written to at any time in it.  ADD_PAGES writes each page that it adds, as it takes a page
+of the EPC.
+
+Times are those of the program: nanoseconds since the recording began, without the time that the
+recording itself has taken.
+
+Deviation: pages that only ioctls use (EMODPR, EMODT, EREMOVE, EDBGRD) are not accesses; the leaves
+by which an enclave accepts such a change are.
+
+Deviation: of a thread that stays inside, TCS and SSA frame are accesses at the start of each
+interval: the processor needs them to be in the EPC.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from softsgx.arch import PAGE_BYTES, PAGE_SHIFT
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.ondemand import dataclass
+
+__all__ = ["AccessWriter", "Overhead", "Recorder"]
+
+_FLUSH_NS = 1_000_000_000
+
+
+class AccessWriter(Protocol):
+    """Where accesses go: a :class:`softsgx.accesses.TraceWriter`."""
+
+    def add_enclave(self, name: str, pages: int, pid: int) -> int:
+        """Name an address range whose pages follow; return its number."""
+
+    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
+        """Add one access, later than those before."""
+
+    def flush(self) -> None:
+        """Write what was appended to the file."""
+
+
+@dataclass(slots=True)
+class Overhead:
+    """What a recording has cost until now.
+
+    Attributes:
+        intervals: how many intervals have had an access.
+        late_intervals: how many of them were longer than twice the time asked for.
+        longest_interval_ns: the longest of them.
+        faults: uses of pages that stopped the program because they were recorded.
+        hiding_ns: time for beginning intervals, in which the program does not run.
+        serving_ns: processor time of the supervisor for the faults.
+    """
+
+    intervals: int = 0
+    late_intervals: int = 0
+    longest_interval_ns: int = 0
+    faults: int = 0
+    hiding_ns: int = 0
+    serving_ns: int = 0
+
+    @property
+    def total_ns(self) -> int:
+        """All of the time."""
+        return self.hiding_ns + self.serving_ns
+
+
+@dataclass(slots=True)
+class _Traced:
+    number: int
+    base: int
+
+
+class Recorder:
+    """See the module.
+
+    Args:
+        writer: receives the accesses.
+        interval_ns: length of an interval, from its first access on, in the program's time;
+            ``None``: there are none.
+        clock: returns nanoseconds.
+
+    Attributes:
+        interval_ns: as given.
+        overhead: what it has cost.
+        accesses: how many were recorded.
+        writes: how many of them are writes.
+        enclaves: how many enclaves have been created.
+        faulted: a fault was served since this was set to ``False``.
+    """
+
+    def __init__(
+        self,
+        writer: AccessWriter,
+        *,
+        interval_ns: int | None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.interval_ns = interval_ns
+        self.overhead = Overhead()
+        self.accesses = self.writes = self.enclaves = 0
+        self.faulted = False
+        self._writer, self._clock = writer, clock
+        self._began_ns = self._flushed_ns = clock()
+        self._latest_ns = self._first_ns = 0  # the latest time; that of the interval's first access
+        self._used: set[int] = set()  # EPC addresses of pages that are not fresh
+        self._stored: set[int] = set()  # those of them that were written to
+        self._traced: dict[EnclaveMemory, _Traced] = {}
+        # Accesses of the interval, in their order: whether they are writes, and their time.
+        self._interval: dict[tuple[int, int], tuple[bool, int]] = {}
+        self._appended = False
+
+    @property
+    def now_ns(self) -> int:
+        """The program's time, which stands still while the recording works."""
+        now_ns = self._clock() - self._began_ns - self.overhead.total_ns
+        self._latest_ns = max(self._latest_ns, now_ns)
+        return self._latest_ns
+
+    @property
+    def wall_ns(self) -> int:
+        """The time since the recording began."""
+        return self._clock() - self._began_ns
+
+    @property
+    def interval_end_ns(self) -> int | None:
+        """When the interval is over, in the program's time; ``None``: it has no access yet."""
+        if self.interval_ns is None or not self._interval:
+            return None
+        return self._first_ns + self.interval_ns
+
+    # --- for the engine -------------------------------------------------------------------------
+
+    def enclave_created(self, memory: EnclaveMemory, base: int, size: int, pid: int) -> None:
+        """ECREATE has succeeded on the device that ``memory`` stands for."""
+        self.enclaves += 1
+        name = f"{_command(pid)} {self.enclaves}"
+        number = self._writer.add_enclave(name, size >> PAGE_SHIFT, pid)
+        self._traced[memory] = _Traced(number, base)
+
+    def pages_added(self, memory: EnclaveMemory, start: int, size: int) -> None:
+        """EADD has succeeded for each page of a range."""
+        for linaddr in range(start, start + size, PAGE_BYTES):
+            self._access(memory, linaddr, write=True)
+
+    def page_mapped(self, epc_addr: int) -> None:
+        """Page tables get the page at ``epc_addr``, which none of them has."""
+        self._used.discard(epc_addr)
+        self._stored.discard(epc_addr)
+
+    def page_used(self, epc_addr: int, memory: EnclaveMemory, linaddr: int, *, write: bool) -> None:
+        """A page is used; only some of its uses are reported."""
+        if epc_addr not in self._used:
+            self._used.add(epc_addr)
+        elif not write or self.interval_ns is None or epc_addr in self._stored:
+            return
+        if write:
+            self._stored.add(epc_addr)
+        self._access(memory, linaddr, write=write)
+
+    def _access(self, memory: EnclaveMemory, linaddr: int, *, write: bool) -> None:
+        traced = self._traced[memory]
+        place = traced.number, linaddr - traced.base >> PAGE_SHIFT
+        if self.interval_ns is None:
+            self._append(place, write, self.now_ns)
+            return
+        known = self._interval.get(place)
+        if known is None:
+            now_ns = self.now_ns
+            if not self._interval:
+                self._first_ns = now_ns
+            self._interval[place] = write, now_ns
+        elif write:
+            self._interval[place] = True, known[1]
+
+    def _append(self, place: tuple[int, int], write: bool, time_ns: int) -> None:
+        self._writer.append(*place, write, time_ns)
+        self.accesses += 1
+        self.writes += write
+        self._appended = True
+
+    # --- for the recording ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The program is about to take its first step: its time begins."""
+        self._began_ns = self._flushed_ns = self._clock()
+
+    def end_interval(self) -> None:
+        """Write the accesses of the interval, if it has any; every page is fresh."""
+        if self.interval_ns is None or not self._interval:
+            return
+        overhead, length_ns = self.overhead, self.now_ns - self._first_ns
+        overhead.intervals += 1
+        overhead.late_intervals += length_ns >= 2 * self.interval_ns
+        overhead.longest_interval_ns = max(overhead.longest_interval_ns, length_ns)
+        for place, (write, time_ns) in self._interval.items():
+            self._append(place, write, time_ns)
+        self._interval.clear()
+        self._used.clear()
+        self._stored.clear()
+
+    def flush_when_due(self) -> int | None:
+        """Write to the file, once a second; return when that is due next, ``None``: never."""
+        if not self._appended:
+            return None
+        now_ns = self._clock()
+        if now_ns - self._flushed_ns >= _FLUSH_NS:
+            self._writer.flush()
+            self._flushed_ns, self._appended = now_ns, False
+            return None
+        return self._flushed_ns + _FLUSH_NS
+
+
+def _command(pid: int) -> str:
+    """Return the name of a process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return f"process {pid}"
