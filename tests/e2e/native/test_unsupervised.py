@@ -85,7 +85,7 @@ def test_a_32_bit_program_runs_with_its_child_and_has_its_own_status(
 ) -> None:
     assert run([small], epc="1MiB", strict=strict).exit_code == 23
     (told,) = caplog.messages
-    assert f"{small} is a 32-bit program: it runs, but finds no SGX here" in told
+    assert f"{small} is a 32-bit program: it runs without SGX" in told
 
 
 @pytest.mark.parametrize("pager", ["userfaultfd", "mprotect"])

@@ -1,4 +1,4 @@
-"""Stops of threads with a log of the entries that our vDSO is asked for, and how each ended."""
+"""Handlers of stops that also log each entry through our vDSO, and how it ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LoggedTransitions(Transitions):
     """See the module.
 
     Args:
-        log: receives them.
+        log: receives the entries.
         arguments: as of :class:`Transitions`.
     """
 
@@ -49,7 +49,7 @@ class LoggedTransitions(Transitions):
         return number
 
     def _look(self, thread: ProgramThread) -> None:
-        """Tell of the end of an entry, if the stop at hand was that."""
+        """Log the end of an entry, if the current stop has ended one."""
         if thread.cpu.inside is not None:
             return
         place = thread.load().rip - thread.image.vdso_base

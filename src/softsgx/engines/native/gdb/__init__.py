@@ -2,8 +2,8 @@
 
 =============== ===================================================================
 :mod:`.packets`  the framing of gdb's remote protocol
-:mod:`.session`  what each packet asks for, and its answer
-:mod:`.loop`     the tracer's loop with stops that gdb is told of
+:mod:`.session`  the requests in packets, and their answers
+:mod:`.loop`     the tracer's loop with stops for gdb
 :mod:`.target`   registers, memory and breakpoints of the program's threads
 =============== ===================================================================
 

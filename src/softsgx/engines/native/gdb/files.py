@@ -1,6 +1,6 @@
 """Files that gdb reads through its connection: programs, libraries, ``/proc``.
 
-Only reading is allowed.  gdb asks for files by the names that the program has for them.
+Files are read-only.  gdb names files as the program does.
 
 Source:
     "Debugging with GDB", "File-I/O Remote Protocol Extension", "Host I/O Packets".
@@ -31,7 +31,7 @@ class HostFiles:
         self._open: set[int] = set()
 
     def answer(self, request: bytes) -> bytes:
-        """Return the answer to what follows ``vFile:`` in a packet; empty: it is not known."""
+        """Return the answer to the rest of a ``vFile:`` packet; empty: unknown operation."""
         operation, _colon, rest = request.partition(b":")
         arguments = rest.split(b",")
         try:
@@ -60,7 +60,7 @@ class HostFiles:
             return b"F-1,%x" % EINVAL
 
     def close(self) -> None:
-        """Close what gdb has left open."""
+        """Close the files that gdb has left open."""
         for descriptor in self._open:
             os.close(descriptor)
         self._open.clear()

@@ -1,7 +1,7 @@
-"""What is loaded, and where: for gdb to find symbols.
+"""The list of loaded libraries, from which gdb finds symbols.
 
-The program's own libraries are in the list of the dynamic linker.  An enclave is told of like one
-more library, under the name of the file that has its code.
+The dynamic linker's list has the program's own libraries.  An enclave is reported as one more
+library, under the name of the file with its code.
 
 Source:
     "Debugging with GDB", "Library List Format for SVR4 Targets"; System V ABI, "Dynamic Linking";
@@ -27,7 +27,7 @@ _LONGEST_NAME = 4096
 _MOST = 4096
 
 Read = Callable[[int, int], bytes]
-"""Returns up to so many bytes at an address of the program; OSError: there are none."""
+"""Returns up to so many bytes at an address of the program; OSError: none are readable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Library:
 
     Attributes:
         name: path of its file.
-        link_map: address of its ``struct link_map``; any address of its own for an enclave.
-        load_bias: what is added to addresses of the file.
+        link_map: address of its ``struct link_map``; for an enclave any unique address.
+        load_bias: added to addresses of the file.
         dynamic: address of its dynamic section.
     """
 
@@ -55,7 +55,7 @@ def auxiliary_vector(data: bytes) -> dict[int, int]:
 def linked_libraries(auxv: dict[int, int], read: Read) -> tuple[int, list[Library]]:
     """Return the address of the program's own link map, 0 for none yet, and its libraries.
 
-    What cannot be read ends the list: a program may have overwritten it.
+    An unreadable entry ends the list: a program may have overwritten it.
     """
     try:
         head = _debug_address(auxv, read)
@@ -99,7 +99,7 @@ def _string(address: int, read: Read) -> str:
 
 
 def libraries_xml(main: int, libraries: Iterable[Library]) -> bytes:
-    """Return the list as gdb reads it."""
+    """Return the list in gdb's format."""
     lines = "".join(
         f"<library name={quoteattr(library.name)} lm={quoteattr(hex(library.link_map))} "
         f"l_addr={quoteattr(hex(library.load_bias))} l_ld={quoteattr(hex(library.dynamic))} "

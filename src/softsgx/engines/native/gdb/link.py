@@ -39,11 +39,11 @@ class Link:
 
     @property
     def knows_exec(self) -> bool:
-        """Whether gdb can be told of a program that was executed."""
+        """Whether gdb accepts stops by execve."""
         return self._session is not None and self._session.knows_exec
 
     def poll(self) -> bool:
-        """Do what gdb has asked for since the last call; whether there was anything."""
+        """Serve the requests of gdb since the last call; return whether there were any."""
         if self._server.accept():
             self._connection, self._session = Connection(), Session(self._target)
             self._target.attach()
@@ -67,17 +67,17 @@ class Link:
         return bool(data)
 
     def tell_stop(self) -> None:
-        """The program has stopped."""
+        """Send a stop reply: the program has stopped."""
         if self._session is not None:
             self._tell(self._session, self._session.stop_reply())
 
     def tell_end(self, status: int) -> None:
-        """The process has ended, with this status of wait(2)."""
+        """Send the end of the process, with this status of wait(2)."""
         if self._session is not None and self._session.waits:
             self._tell(self._session, self._session.end_reply(status))
 
     def tell_none_runs(self) -> None:
-        """The threads that gdb has let run have ended; others are stopped."""
+        """Send that the threads gdb has resumed have ended, and the others are stopped."""
         if self._session is not None:
             self._tell(self._session, b"N")
 
@@ -95,4 +95,4 @@ class Link:
         if self._session is not None:
             self._session.close()
             self._session = None
-            _LOG.info("gdb has gone")
+            _LOG.info("gdb has disconnected")

@@ -1,19 +1,19 @@
-"""The tracer's loop for a program that gdb debugs: all of its threads stop, or those run that may.
+"""The tracer's loop for a program that gdb debugs (all-stop mode).
 
-A thread that would be resumed is asked about first: a signal for it is told to gdb, a step of it
-may have ended, and while gdb looks at the program none goes on.  So gdb sees what a program sees:
-faults that the supervisor mends and instructions that it executes are no stops.
+Before this loop resumes a thread, it decides whether gdb receives a stop instead: for a signal to
+the thread, and for the end of a step.  While gdb examines the program, no thread runs.  Faults that
+the supervisor resolves and instructions that it emulates are no stops for gdb.
 
-At a stop every thread leaves its enclave, as it does on hardware (:mod:`.ssa`), and returns by the
-ENCLU at its AEP.  A step inside a debug enclave is one instruction there.  A production enclave is
-entered without single-stepping, and a step over its EENTER ends behind its EEXIT, as if the entry
+At a stop every thread leaves its enclave, as on hardware (:mod:`.ssa`), and returns by the ENCLU at
+its AEP.  A step inside a debug enclave is one instruction there.  A thread enters a production
+enclave without single-stepping, and a step over its EENTER ends after its EEXIT, as if the entry
 had opted out of debugging.
 
-gdb debugs the first process, also when it executes another program.  Its children run on without
-gdb, and without breakpoints.
+gdb debugs the first process, also after it executes another program.  Its children run without gdb
+and without breakpoints.
 
-Deviation: TCS.FLAGS.DBGOPTIN is not looked at and not set: a thread of a debug enclave can be
-stepped in any case.
+Deviation: TCS.FLAGS.DBGOPTIN is neither read nor set: gdb can always step a thread in a debug
+enclave.
 
 Deviation: a child that shares memory with the program, by vfork or an enclave's mapping, meets its
 breakpoints as SIGTRAP.
@@ -54,13 +54,13 @@ __all__ = ["DebugLoop"]
 _ERESUME = 3
 _DEBUG = int(AttributesFlags.DEBUG)
 _INTERRUPTED = Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)
-#: What the kernel says of a step: of an instruction, a system call, the entry of a handler.
+#: ``si_code`` of a step over an instruction, over a system call, and to the entry of a handler.
 _STEPPED = frozenset({abi.TRAP_TRACE, abi.TRAP_BRKPT, abi.SIGTRAP})
 _BREAKPOINT, _LIBRARY = b"swbreak:;", b"library:;"
 #: Calls that change which enclaves are mapped and initialised, and calls that open files.
 _CHANGING = frozenset({abi.SYS_IOCTL, abi.SYS_MMAP, abi.SYS_MUNMAP, abi.SYS_MREMAP})
 _OPENING = {abi.SYS_OPEN: "rdi", abi.SYS_OPENAT: "rsi", abi.SYS_OPENAT2: "rsi"}
-#: Signals that end a program which waits for a gdb that does not come.
+#: Signals that end a program while it waits for its first gdb.
 _ENDING = frozenset(
     {int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGHUP), int(signal.SIGQUIT)}
 )
@@ -71,14 +71,14 @@ class DebugLoop(Loop):
     """See the module.
 
     Args:
-        lifecycle, waits, transitions, calls: as of :class:`Loop`.
+        lifecycle, waits, transitions, calls: as for :class:`Loop`.
         server: where gdb connects.
         files: finds the files of enclaves.
 
     Attributes:
         pid: the process that gdb debugs.
         memory: its memory.
-        reason: why it stopped last.
+        reason: why the process stopped last.
     """
 
     memory: DebuggedMemory
@@ -98,7 +98,7 @@ class DebugLoop(Loop):
         self._link = Link(server, self)
         self.pid = 0
         self.reason = StopReason(0, abi.SIGTRAP)
-        self._debugged = True  # by a gdb, or until one comes
+        self._debugged = True  # by a gdb, or until the first one connects
         self._stopped = True  # every thread waits for gdb
         self._next: list[StopReason] = []
         self._halted: dict[int, int] = {}
@@ -110,7 +110,7 @@ class DebugLoop(Loop):
         self._loaded: list[Library] = []
 
     def add(self, thread: ProgramThread) -> None:
-        """Know a thread that is stopped: the first one's process is debugged."""
+        """Add a stopped thread; gdb debugs the process of the first one."""
         super().add(thread)
         if not self.pid or self._follows(thread):
             self.pid = thread.process.pid
@@ -122,14 +122,14 @@ class DebugLoop(Loop):
         with self._server.telling():
             super().run()
 
-    # --- what a session asks for ----------------------------------------------------------------
+    # --- requests of a session -------------------------------------------------------------------
 
     def program_threads(self) -> dict[int, ProgramThread]:
-        """Return the threads of the process by id."""
+        """Return the threads of the debugged process by id."""
         return {tid: each for tid, each in self.threads.items() if each.process.pid == self.pid}
 
     def libraries(self) -> tuple[int, list[Library]]:
-        """Return the address of its own link map, 0 for none, and what is loaded."""
+        """Return the address of the program's own link map, 0 for none, and its libraries."""
         thread = next(iter(self.program_threads().values()))
         with open(f"/proc/{thread.tid}/auxv", "rb") as file:
             auxv = auxiliary_vector(file.read())
@@ -139,11 +139,11 @@ class DebugLoop(Loop):
         return main, found + self._enclave_libraries(thread)
 
     def pass_signals(self, numbers: frozenset[int]) -> None:
-        """Deliver these Linux signals without telling gdb of them."""
+        """Deliver these Linux signals without a stop for gdb."""
         self._passed = numbers
 
     def attach(self) -> None:
-        """A gdb has come: stop the process if it runs."""
+        """A gdb has connected: stop the process if it runs."""
         threads = self.program_threads()
         self._debugged = bool(threads)
         if threads and not self._stopped:
@@ -157,16 +157,16 @@ class DebugLoop(Loop):
             self._next.append(StopReason(tid, signal.SIGINT))
 
     def go_on(self, actions: Mapping[int, Action], default: Action | None) -> None:
-        """Let threads run: those named as they are told, others by the default if there is one."""
+        """Resume the threads that ``actions`` names, and the others if there is a default."""
         threads = self.program_threads()
         self._default, self._actions = default, {}
         for tid, thread in threads.items():
             action = actions.get(tid) or (None if default is None else replace(default))
             if action is not None:
-                with suppress(Gone):  # its end is the next that is heard of it
+                with suppress(Gone):  # the loop receives its end next
                     action.returning = action.step and SsaFrame.of(thread) is not None
                 self._actions[tid] = action
-        if self._next:  # something has happened that gdb is told of before anything runs
+        if self._next:  # gdb gets this stop before any thread runs
             return
         self._stopped = False
         for tid in list(self._halted):
@@ -211,7 +211,7 @@ class DebugLoop(Loop):
         return [self.threads[tid] for tid in self._halted if tid in self.threads]
 
     def _stop_and_tell(self) -> None:
-        """Something has happened that gdb must hear of: stop the process, and tell gdb."""
+        """If there is a stop for gdb, stop the process and send the stop reply."""
         if not self._debugged or (self._stopped and not self._link.waits):
             return
         threads = self.program_threads()
@@ -224,7 +224,7 @@ class DebugLoop(Loop):
         self.reason = self._next.pop(0)
         threads = self.program_threads()
         if not threads:
-            return  # it is about to be told of the end
+            return  # gdb gets the end of the process next
         if self.reason.tid not in threads:
             self.reason = replace(self.reason, tid=next(iter(threads)))
         if self._link.waits:
@@ -238,7 +238,7 @@ class DebugLoop(Loop):
         self._stopped = True
         for thread in list(self.program_threads().values()):
             if thread.unstoppable and thread.running:
-                continue  # in the kernel; it stops when it comes out
+                continue  # in the kernel; it stops when it returns from there
             if self.hold(thread):
                 try:
                     self._settle(thread)
@@ -246,10 +246,10 @@ class DebugLoop(Loop):
                     self.failed(thread.process.pid, thread.tid, error)
 
     def _settle(self, thread: ProgramThread) -> None:
-        """A thread is held for gdb: take back what it would find there again, and take it out.
+        """Take a held thread out of its enclave, and drop its own breakpoint trap or step.
 
-        It meets a breakpoint again, unless gdb has removed it meanwhile; gdb forgets of a step that
-        another thread's stop has interrupted.
+        When it runs again, it executes the breakpoint again, unless gdb has removed it; gdb itself
+        drops a step that a stop of another thread has interrupted.
         """
         stop = thread.pending[0] if thread.pending else None
         if stop is not None and stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall:
@@ -261,7 +261,7 @@ class DebugLoop(Loop):
             self._take_out(thread)
 
     def _take_back(self, thread: ProgramThread) -> bool:
-        """If a thread has executed a breakpoint, put it in front of that; whether it has."""
+        """Return whether a thread has executed a breakpoint; then move it back in front of it."""
         regs = thread.load()
         if thread.siginfo().code != abi.SI_KERNEL or regs.rip - 1 not in self.memory.breakpoints:
             return False
@@ -270,13 +270,13 @@ class DebugLoop(Loop):
         return True
 
     def _halt(self, thread: ProgramThread, reason: StopReason | None, number: int = 0) -> None:
-        """Keep a thread until gdb lets it go on, with a signal that gdb does not decide about."""
+        """Keep a thread stopped until gdb resumes it; ``number`` is a signal not shown to gdb."""
         self._halted[thread.tid] = number
         if reason is not None:
             self._next.append(reason)
 
     def _release(self, thread: ProgramThread, action: Action) -> None:
-        """Let a halted thread go on."""
+        """Resume a halted thread."""
         number, told = self._halted.pop(thread.tid), self._signals.pop(thread.tid, 0)
         wanted, action.number = action.number or number, 0
         if told and wanted != told:
@@ -295,9 +295,10 @@ class DebugLoop(Loop):
 
     @staticmethod
     def _ready_to_return(thread: ProgramThread) -> None:
-        """If a thread is at an ERESUME, let that be done before the thread can trap.
+        """Make the supervisor execute the ERESUME that a thread is at, before the thread can trap.
 
-        Its signals are blocked again, and the kernel resets what a trap forces on a blocked one.
+        The thread blocks its signals again, and the kernel resets the handler of a blocked signal
+        that a trap forces.
         """
         if thread.cpu.inside is None and not thread.mid_call:
             regs, image = thread.load(), thread.image
@@ -322,7 +323,7 @@ class DebugLoop(Loop):
     # --- the tracer's loop ----------------------------------------------------------------------
 
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
-        """Resume a stopped thread, unless gdb has to hear of what has stopped it."""
+        """Resume a stopped thread, or keep it for gdb if its stop is one for gdb."""
         if not self._follows(thread):
             super().resume_thread(thread, number)
             return
@@ -339,7 +340,7 @@ class DebugLoop(Loop):
         self._run_on(thread, number)
 
     def _changed(self, thread: ProgramThread) -> StopReason | None:
-        """Return why gdb must hear of what the system call at hand has done."""
+        """Return the stop for gdb that the current system call has caused, if any."""
         if self._executing:
             self._executing = False
             path = os.fsencode(os.readlink(f"/proc/{thread.tid}/exe"))
@@ -354,7 +355,7 @@ class DebugLoop(Loop):
         return None
 
     def _has_stepped(self, thread: ProgramThread, action: Action) -> bool:
-        """Return whether the supervisor has executed the instruction that was to be stepped."""
+        """Return whether the supervisor has emulated the instruction that gdb steps."""
         before, action.before = action.before, None
         rip = thread.load().rip
         if not action.step or before is None or rip == before or action.returning:
@@ -365,7 +366,7 @@ class DebugLoop(Loop):
         return not action.start <= rip < action.end
 
     def _signalled(self, thread: ProgramThread, number: int) -> None:
-        """A signal would be delivered: a breakpoint, the end of a step, or one for the program."""
+        """Handle a signal before delivery: a breakpoint, the end of a step, or the program's."""
         if number == abi.SIGTRAP:
             info = thread.siginfo() if thread.outgoing is None else thread.outgoing.info
             frame, action = SsaFrame.of(thread), self._actions.get(thread.tid)

@@ -3,10 +3,10 @@
 Ordinary memory is that of ``/proc/PID/mem``.  Where an enclave is mapped, the driver answers as it
 does for ptrace: EDBGRD and EDBGWR for debug enclaves, an error for others.
 
-A breakpoint is INT3 in place of a byte, in an enclave as well.  So it is as on hardware: enclave
-code that reads the byte finds CC, and the page leaves the EPC and comes back with it; what EEXTEND
-has measured before is not concerned.  gdb is shown the byte that was there, and CPUID where the
-supervisor has put INT3 in its place.
+A breakpoint is INT3 in place of a byte, in an enclave as well, as on hardware: enclave code that
+reads the byte reads CC, and the page is evicted and loaded with it; earlier measurements by EEXTEND
+do not change.  gdb reads the original byte, and CPUID where the supervisor has replaced a CPUID
+instruction by INT3.
 
 Source:
     SDM vol. 3D, "EDBGRD", "EDBGWR"; ``sgx_vma_access()``, encl.c; proc(5).
@@ -84,7 +84,7 @@ class DebuggedMemory:
         self._write(thread, address, bytes(shown))
 
     def insert(self, thread: ProgramThread, address: int) -> None:
-        """Put a breakpoint at ``address``; there may be one already.
+        """Set a breakpoint at ``address``; there may be one already.
 
         Raises:
             OSError: the byte cannot be replaced.
@@ -96,7 +96,7 @@ class DebuggedMemory:
         self.breakpoints[address] = own
 
     def remove(self, thread: ProgramThread, address: int) -> None:
-        """Take a breakpoint away; its memory may be gone, or hold something else by now."""
+        """Remove a breakpoint; its memory may be unmapped, or hold another byte."""
         own = self.breakpoints.pop(address, None)
         if own is None:
             return
@@ -107,12 +107,12 @@ class DebuggedMemory:
             return
 
     def remove_all(self, thread: ProgramThread) -> None:
-        """Take every breakpoint away."""
+        """Remove every breakpoint."""
         for address in list(self.breakpoints):
             self.remove(thread, address)
 
     def give_back(self, copy: ProcessImage) -> None:
-        """Give an address space that gdb does not debug, a copy, the bytes of its private code."""
+        """Restore the original bytes in a fork child's private memory, which gdb does not debug."""
         for address, own in self.breakpoints.items():
             if copy.mm.find(address) is None:
                 try:
@@ -121,11 +121,11 @@ class DebuggedMemory:
                     continue  # the program does not copy that mapping
 
     def _behind_cpuid(self, address: int, own: bytes) -> bytes:
-        """Return what memory holds without a breakpoint where gdb is shown ``own``."""
+        """Return the byte in memory without a breakpoint where gdb reads ``own``."""
         return _INT3 if address in self.image.cpuid_sites else own
 
     def _as_written(self, address: int, data: bytes) -> bytes:
-        """Return bytes as they are without breakpoints and replaced instructions."""
+        """Return bytes without breakpoints and replaced instructions."""
         end = address + len(data)
         own = bytearray(data)
         for site in self.image.cpuid_sites:

@@ -1,4 +1,4 @@
-"""gdb's ``monitor`` commands: enclaves, where their pages are, and taking a page out of the EPC."""
+"""gdb's ``monitor`` commands: list enclaves and the residency of their pages, evict a page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["answer"]
 
 _HELP = """\
 monitor enclaves           the enclaves of the program
-monitor residency [BASE]   which pages are in the EPC, of all enclaves or of the one at BASE
-monitor evict ADDRESS      take the page at ADDRESS out of the EPC
+monitor residency [BASE]   which pages are in the EPC, for all enclaves or the one at BASE
+monitor evict ADDRESS      evict the page at ADDRESS from the EPC
 """
 
 
@@ -20,7 +20,7 @@ def answer(image: ProcessImage, command: str) -> str:
 
     Args:
         image: the address space; its threads are stopped and outside of enclaves.
-        command: what follows ``monitor``.
+        command: the text after ``monitor``.
     """
     words = command.split()
     try:

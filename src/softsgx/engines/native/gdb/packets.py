@@ -1,6 +1,6 @@
 """The framing of gdb's remote protocol: packets, acknowledgements, escapes.
 
-Knows nothing of what packets say.
+It does not interpret payloads.
 
 Source:
     "Debugging with GDB", appendix "gdb Remote Serial Protocol": "Overview", "Packet
@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["INTERRUPT", "Connection", "escape", "unescape"]
 
 INTERRUPT = None
-"""What :meth:`Connection.receive` gives for an interrupt, the byte 03 outside of packets."""
+"""Result of :meth:`Connection.receive` for an interrupt, the byte 03 outside of packets."""
 
 _ESCAPE, _FLIP = 0x7D, 0x20
 _BEGIN, _END, _ACK, _NAK, _BREAK = b"$", b"#", b"+", b"-", 0x03
@@ -37,10 +37,10 @@ def frame(payload: bytes) -> bytes:
 
 
 class Connection:
-    """One direction of bytes each: what gdb has sent becomes payloads, replies become bytes.
+    """Turns bytes from gdb into payloads, and replies into bytes.
 
-    Until gdb has asked for no acknowledgements, each packet is acknowledged, and what we have sent
-    last is kept, to be sent again if gdb has not understood it.
+    Until gdb turns acknowledgements off, each packet is acknowledged, and the last reply is kept:
+    it is sent again when gdb asks for that.
 
     Attributes:
         acknowledges: whether packets are acknowledged.
@@ -53,7 +53,7 @@ class Connection:
         self._output = bytearray()
 
     def receive(self, data: bytes) -> list[bytes | None]:
-        """Return the payloads, still escaped, that are complete by ``data``; and interrupts."""
+        """Return the payloads, still escaped, that ``data`` completes, and interrupts."""
         self._received += data
         found: list[bytes | None] = []
         while self._received:
@@ -64,7 +64,7 @@ class Connection:
                     found.append(INTERRUPT)
                 elif first == _NAK and self.acknowledges:
                     self._output += self._sent
-                continue  # an acknowledgement, or what is no packet: the protocol skips it
+                continue  # an acknowledgement, or a byte outside a packet, which the protocol skips
             end = self._received.find(_END)
             if end < 0 or len(self._received) < end + 1 + _CHECKSUM_DIGITS:
                 break
@@ -79,12 +79,12 @@ class Connection:
         return found
 
     def send(self, payload: bytes) -> None:
-        """Send a packet; ``payload`` is escaped where it is binary."""
+        """Send a packet; binary parts of ``payload`` are already escaped."""
         self._sent = frame(payload)
         self._output += self._sent
 
     def take_output(self) -> bytes:
-        """Return the bytes to be sent now."""
+        """Return the bytes to send now."""
         output = bytes(self._output)
         self._output.clear()
         return output

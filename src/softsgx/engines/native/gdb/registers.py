@@ -1,8 +1,8 @@
 """The registers of a thread as gdb numbers and transfers them.
 
-gdb takes their names, sizes and order from the target description that :func:`description` gives.
-:class:`RegisterFile` is the values of one thread, from its general registers and its XSAVE area in
-the standard form, wherever these come from: the thread itself, or an SSA frame of an enclave.
+gdb learns names, sizes and order from the target description (:func:`description`).
+:class:`RegisterFile` holds the values of one thread: its general registers and its XSAVE area in
+standard form, read from the thread itself or from an SSA frame of an enclave.
 
 Source:
     "Debugging with GDB", "Target Descriptions", "i386 Features"; SDM vol. 1, "Managing State Using
@@ -46,12 +46,12 @@ class Register(NamedTuple):
     """One register in gdb's order.
 
     Attributes:
-        name: as gdb knows it.
+        name: gdb's name of it.
         size: bytes.
         kind: its type in the target description.
         feature: the feature of the target description that has it.
         offset: where its bytes are in the XSAVE area, ``None``: it is a general register.
-        component: the bit of XSTATE_BV that its state component has, 0 for none.
+        component: the bit of its state component in XSTATE_BV, 0 for none.
     """
 
     name: str
@@ -102,12 +102,12 @@ def _registers() -> tuple[Register, ...]:
 REGISTERS = _registers()
 """Every register in the order of gdb's numbers, which is that of its ``g`` packet."""
 
-#: Bytes that a field of the x87 environment has in the XSAVE area; gdb has four for each.
+#: Bytes of a field of the x87 environment in the XSAVE area; gdb uses four for each.
 _FIELD_BYTES = {"fctrl": 2, "fstat": 2, "fop": 2, "fiseg": 2, "foseg": 2, "ftag": 1}
 
 _MXCSR_REGISTER = next(register for register in REGISTERS if register.name == "mxcsr")
 
-#: Types that gdb does not know by itself.
+#: Types that the description has to define for gdb.
 _TYPES = {
     "org.gnu.gdb.i386.core": (
         '<flags id="i386_eflags" size="4">'
@@ -181,7 +181,7 @@ class RegisterFile:
     Args:
         general: general registers by the names of ``struct user_regs_struct``.
         xsave: the XSAVE area in standard form, at least the legacy region and the header.
-        avx: as for :func:`description`; registers that the area does not have are zeros.
+        avx: as for :func:`description`; registers beyond the end of the area are zeros.
     """
 
     def __init__(self, general: MutableMapping[str, int], xsave: bytes, *, avx: bool) -> None:

@@ -1,8 +1,8 @@
 """Where gdb connects: a TCP port of this machine, or a Unix socket.
 
-SIGIO comes when gdb connects, sends or goes, and ends the waits of the tracer; nothing polls.  It
-goes to the tracer's thread, which blocks it while a program runs
-(:mod:`softsgx.engines.native.tracing.waits`), and to no other thread of the process.
+When gdb connects, sends or disconnects, the kernel sends SIGIO to the tracer's thread and to no
+other thread of the process.  The thread blocks SIGIO while a program runs, and SIGIO ends its waits
+(:mod:`softsgx.engines.native.tracing.waits`); nothing polls.
 
 Source:
     fcntl(2), O_ASYNC, F_SETOWN_EX; socket(7); unix(7).
@@ -37,16 +37,17 @@ class GdbServer:
 
     Args:
         place: ``PORT`` (on 127.0.0.1; 0 for one that is free), ``HOST:PORT``, or the path of a Unix
-            socket, which has a slash.  Who reaches a host that is not loopback can run code as the
-            user of the program, since the protocol has no passwords; a Unix socket is its owner's.
-        enclave_files: ELF files with the code of enclaves, where the program does not open them.
+            socket, which has a slash.  The protocol has no passwords: any machine that reaches a
+            host that is not loopback can run code as the user of the program.  Only the owner can
+            connect to a Unix socket.
+        enclave_files: ELF files with the code of enclaves, if the program does not open them.
 
     Attributes:
-        address: the place, as gdb's ``target remote`` takes it.
+        address: the place, as gdb's ``target remote`` accepts it.
         is_public: whether other machines may reach it.
 
     Raises:
-        SoftSgxError: the place cannot be understood, or not be listened at.
+        SoftSgxError: the place is not valid, or listening there fails.
     """
 
     def __init__(self, place: str, enclave_files: Sequence[str] = ()) -> None:
@@ -69,7 +70,7 @@ class GdbServer:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Let SIGIO tell the calling thread, which blocks it, of what gdb does meanwhile."""
+        """Send SIGIO to the calling thread, which blocks it, when gdb connects or sends."""
         _tell_by_signal(self._listener)
         try:
             yield
@@ -84,7 +85,7 @@ class GdbServer:
         return self._peer is not None
 
     def accept(self) -> bool:
-        """Return whether a gdb has connected now; others wait until it has gone."""
+        """Return whether a gdb has connected now; further ones wait until it disconnects."""
         if self._peer is not None:
             return False
         try:
@@ -99,7 +100,7 @@ class GdbServer:
         return True
 
     def receive(self) -> bytes | None:
-        """Return what gdb has sent, empty for nothing yet; ``None``: it has gone."""
+        """Return the bytes gdb has sent, empty for none yet; ``None``: it has disconnected."""
         if self._peer is None:
             return b""
         try:
@@ -124,13 +125,13 @@ class GdbServer:
                 self.disconnect()
 
     def disconnect(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._peer is not None:
             self._peer.close()
             self._peer = None
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self.disconnect()
         self._listener.close()
         if self._path:

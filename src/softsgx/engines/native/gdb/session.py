@@ -1,7 +1,7 @@
-"""One gdb: what its packets ask for, and the answers.
+"""A session with one gdb: answers its packets.
 
-Answers follow gdb's manual: empty for a packet that is not known, ``E`` and an errno value for a
-refusal.  Numbers are hexadecimal; registers and memory are bytes in the machine's order.
+Answers follow gdb's manual: empty for an unknown packet, ``E`` and an errno value for a refusal.
+Numbers are hexadecimal; registers and memory are bytes in the machine's order.
 
 Source:
     "Debugging with GDB", "gdb Remote Serial Protocol": "Packets", "Stop Reply Packets", "General
@@ -46,7 +46,7 @@ _THREAD = re.compile(rb"(?:p(-?[0-9a-f]+)(?:\.(-?[0-9a-f]+))?|(-?[0-9a-f]+))")
 
 
 class _Refused(Exception):
-    """A packet asks for what cannot be; ``errno`` says why."""
+    """A packet asks for something impossible; ``errno`` says why."""
 
     def __init__(self, errno: int) -> None:
         super().__init__(os.strerror(errno))
@@ -62,7 +62,7 @@ class Session:
     Attributes:
         acknowledges: whether gdb wants packets to be acknowledged.
         waits: whether gdb has let the program run and waits for a stop reply.
-        knows_exec: whether gdb takes stops by execve.
+        knows_exec: whether gdb accepts stops by execve.
     """
 
     def __init__(self, target: Debugged) -> None:
@@ -93,7 +93,7 @@ class Session:
         }
 
     def close(self) -> None:
-        """Close what this gdb has left open."""
+        """Close the files that this gdb has left open."""
         self._files.close()
 
     def answer(self, packet: bytes) -> bytes | None:
@@ -125,14 +125,14 @@ class Session:
         reply += b"thread:%b;" % self._name(reason.tid)
         try:
             file = registers_of(thread)
-        except (Gone, OSError):  # gdb hears of its end next
+        except (Gone, OSError):  # gdb gets its end next
             return reply
         for number in _EXPEDITED:
             reply += b"%02x:%b;" % (number, file.get(number).hex().encode())
         return reply
 
     def end_reply(self, status: int) -> bytes:
-        """Return the reply that says how the process has ended, by its status of wait(2)."""
+        """Return the reply for the end of the process with this status of wait(2)."""
         code = os.waitstatus_to_exitcode(status)
         of_process = b";process:%x" % self._target.pid if self._multiprocess else b""
         if code >= 0:
@@ -388,7 +388,7 @@ def _action(text: bytes) -> Action:
 
 
 def _place(thread: ProgramThread) -> str:
-    """Return where a thread is, in words."""
+    """Return the text that says where a thread is."""
     regs = thread.load()
     vma = thread.image.mm.find(regs.rbx)
     enclave = None if vma is None else vma.enclave
@@ -409,7 +409,7 @@ def _command(tid: int) -> str:
 
 
 def _auxiliary_vector(thread: ProgramThread) -> bytes:
-    """Return the auxiliary vector that the program has got: with our vDSO."""
+    """Return the auxiliary vector as the program got it: with our vDSO."""
     with open(f"/proc/{thread.tid}/auxv", "rb") as file:
         data = bytearray(file.read())
     for at in range(0, len(data), _AUXV_ENTRY_BYTES):

@@ -1,4 +1,4 @@
-"""Signals by gdb's numbers, which are those of no system.
+"""Translates signal numbers between Linux and gdb, which has numbers of its own.
 
 Source:
     "Debugging with GDB", "gdb Remote Serial Protocol", "Stop Reply Packets"; the list is

@@ -1,13 +1,13 @@
-"""What a debugger sees of a thread that an asynchronous exit has taken out of a debug enclave.
+"""The registers of a debug enclave's thread after an asynchronous exit, in its SSA frame.
 
 A stop for gdb takes a thread out of its enclave, as each stop does on hardware: its registers are
-the synthetic ones, RIP at the AEP, RAX the leaf ERESUME, RBX the TCS.  In a debug enclave EDBGRD
-and EDBGWR reach the SSA frame where the registers of the inside were saved, and gdb is shown those.
-ERESUME loads what was written there.  In a production enclave the leaves refuse, and gdb is shown
-the synthetic state.
+the synthetic ones, with RIP at the AEP, ERESUME in RAX and the TCS in RBX.  In a debug enclave
+EDBGRD and EDBGWR reach the SSA frame where the exit has saved the thread's registers; gdb reads and
+writes those, and ERESUME loads them.  In a production enclave these leaves fail, and gdb sees the
+synthetic state.
 
-Deviation: where the frame is follows from SECS.SSAFRAMESIZE, which a debugger on hardware has to
-know from the enclave's file.
+Deviation: the address of the frame is computed from SECS.SSAFRAMESIZE, which a debugger on hardware
+has to know from the enclave's file.
 
 Source:
     SDM vol. 3D, "Enclave Debugging", "Asynchronous Enclave Exit", "Synthetic State";
@@ -41,13 +41,13 @@ class SsaFrame:
     """The frame that the next ERESUME of a stopped thread loads.
 
     Args:
-        thread: outside, at its AEP.
+        thread: outside its enclave, at its AEP.
         start: linear address of the frame.
         size: bytes of the frame.
-        xsave_size: bytes of its XSAVE area that gdb knows.
+        xsave_size: bytes of its XSAVE area that gdb uses.
 
     Attributes:
-        rip: where the thread goes on inside.
+        rip: where ERESUME continues inside.
 
     Raises:
         OSError: the frame cannot be read.
@@ -91,15 +91,15 @@ class SsaFrame:
 
     @property
     def rip(self) -> int:
-        """Where the thread goes on inside."""
+        """Where ERESUME continues inside."""
         return int(GprSgx.unpack(self._gpr).rip)
 
     def set_rip(self, rip: int) -> None:
-        """Let the thread go on elsewhere inside."""
+        """Change where ERESUME continues inside."""
         self._write_field("rip", rip)
 
     def registers(self) -> RegisterFile:
-        """Return the registers of the inside.
+        """Return the saved registers.
 
         Raises:
             OSError: the frame cannot be read.
@@ -112,7 +112,7 @@ class SsaFrame:
         return RegisterFile(general, area, avx=has_avx(self._thread.xstate()))
 
     def set_registers(self, file: RegisterFile) -> None:
-        """Replace the registers of the inside; only what has changed is written.
+        """Replace the saved registers; only changed ones are written.
 
         Raises:
             OSError: the frame cannot be written.

@@ -1,9 +1,9 @@
-"""Which file has the code of an enclave.
+"""Finds the ELF file with the code of an enclave.
 
-The kernel does not know: pages come from anywhere.  A program reads its enclave from a file, so the
-file is among those that it has mapped or opened, or lies beside one of them under the same name
-with another suffix (an SGXS stream has no symbols).  That it is the right one shows in the code:
-samples of it must be what the enclave has.
+The kernel does not record it: a program may add pages from any memory.  But a program usually reads
+its enclave from a file.  So the candidates are the files that it has mapped or opened, and files
+beside these with the same name and another suffix (an SGXS stream has no symbols).  A candidate is
+accepted when samples of its code equal the enclave's memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EnclaveFiles:
         self._found: dict[int, Library | None] = {}
 
     def opened(self, tid: int, path: bytes) -> None:
-        """Take note of a path that a thread opens."""
+        """Record a path that a thread opens."""
         name = os.fsdecode(path)
         if not name.startswith("/"):
             try:
@@ -113,7 +113,7 @@ def _is_elf(name: str) -> bool:
 
 
 def _fits(elf: Elf, base: int, read: Read) -> bool:
-    """Return whether the code of an ELF file is what is in memory at ``base``."""
+    """Return whether the code of an ELF file equals the memory at ``base``."""
     for load in elf.loads:
         if load.p_flags & PF_X and not _is_there(elf, load, base, read):
             return False

@@ -1,4 +1,4 @@
-"""What gdb is shown of a thread and may do with it; what a session asks of the tracer's loop.
+"""A thread as gdb sees it, and the interface that a session uses of the tracer's loop.
 
 Source:
     "Debugging with GDB", "gdb Remote Serial Protocol": vCont, "Stop Reply Packets".
@@ -27,15 +27,15 @@ _FIELDS = (
 
 @dataclass(slots=True)
 class Action:
-    """What gdb lets a thread do.
+    """How gdb resumes a thread.
 
     Attributes:
         number: the Linux signal to deliver first, 0 for none.
         step: whether it executes one instruction, or runs.
-        start: a step goes on while RIP is from here …
-        end: … to here.
-        before: RIP before the stop at hand was handled; ``None``: that stop is not a signal's.
-        returning: it is to go back into an enclave before its step begins.
+        start: a step continues while RIP is at least this …
+        end: … and below this.
+        before: RIP before the current stop was handled; ``None``: the stop is not a signal's.
+        returning: the thread has to return into its enclave before its step begins.
     """
 
     number: int = 0
@@ -53,7 +53,7 @@ class StopReason:
     Attributes:
         tid: the thread that has caused it.
         number: Linux signal.
-        detail: what the stop reply says beside that, as ``swbreak:;``.
+        detail: further fields of the stop reply, as ``swbreak:;``.
     """
 
     tid: int
@@ -62,7 +62,7 @@ class StopReason:
 
 
 class Debugged(Protocol):
-    """The program that gdb debugs; all threads are stopped when a session asks for something."""
+    """The program that gdb debugs; all threads are stopped when a session calls it."""
 
     @property
     def pid(self) -> int:
@@ -80,31 +80,31 @@ class Debugged(Protocol):
         """Return its threads by id."""
 
     def libraries(self) -> tuple[int, list[Library]]:
-        """Return the address of its own link map, 0 for none, and what is loaded."""
+        """Return the address of the program's own link map, 0 for none, and its libraries."""
 
     def pass_signals(self, numbers: frozenset[int]) -> None:
-        """Deliver these Linux signals without telling gdb of them."""
+        """Deliver these Linux signals without a stop for gdb."""
 
     def go_on(self, actions: Mapping[int, Action], default: Action | None) -> None:
-        """Let threads run: those named as they are told, others by the default if there is one."""
+        """Resume the threads that ``actions`` names, and the others if there is a default."""
 
     def attach(self) -> None:
-        """A gdb has come: stop it, if it runs."""
+        """A gdb has connected: stop the program if it runs."""
 
     def break_in(self) -> None:
-        """Stop it, if it runs."""
+        """Stop the program if it runs."""
 
     def detach(self) -> None:
-        """Take breakpoints away, and let it run without gdb."""
+        """Remove breakpoints, and let the program run without gdb."""
 
     def end_process(self) -> None:
-        """End it."""
+        """End the process."""
 
 
 def registers_of(thread: ProgramThread) -> RegisterFile:
     """Return the registers of a stopped thread.
 
-    If it was taken out of a debug enclave, they are those of the inside.
+    For a thread that was taken out of a debug enclave they are those of the SSA frame.
 
     Raises:
         OSError: they cannot be read.
@@ -118,7 +118,7 @@ def registers_of(thread: ProgramThread) -> RegisterFile:
 
 
 def set_registers_of(thread: ProgramThread, file: RegisterFile) -> None:
-    """Replace the registers that :func:`registers_of` gives.
+    """Replace the registers that :func:`registers_of` returns.
 
     Raises:
         OSError: they cannot be written.

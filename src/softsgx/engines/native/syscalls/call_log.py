@@ -1,11 +1,12 @@
-"""What the program asks of SGX, a line each: strace for the calls that a tracer of ours takes.
+"""A log of the SGX calls of a program, one line each, as strace would print them.
 
-The log subscribes to the table of handlers: a call that concerns a device, or memory mapped from
-one, is described before its handler changes registers, and written with its result.  Entries by the
-vDSO are told by :class:`~softsgx.engines.native.faults.logged.LoggedTransitions`.
+A second tracer cannot attach to the program, so the supervisor writes the log.  The log wraps
+handlers of system calls: it describes a call that concerns a device, or memory mapped from one,
+before the handler changes registers, and writes the line when the result is known.
+:class:`~softsgx.engines.native.faults.logged.LoggedTransitions` reports entries by the vDSO.
 
-strace does not show functions of the vDSO.  An entry is written when the thread comes out of its
-enclave, with what the function puts into its run structure.
+strace does not show functions of the vDSO.  The log writes an entry when the thread has left its
+enclave, with the values that the function puts into its run structure.
 
 Source:
     strace(1); uapi/asm/sgx.h.
@@ -41,12 +42,12 @@ _AT_FDCWD = -100
 _LOW_32 = 0xFFFF_FFFF
 _SECS_HEAD_BYTES = 64
 _LEAVES = {2: "EENTER", 3: "ERESUME", 4: "EEXIT"}
-#: What is behind RBP in the vDSO's function: saved RBP, return address, and the seventh argument.
+#: Offset of the vDSO function's seventh argument from RBP, above saved RBP and return address.
 _RUN_ARGUMENT = 16
 _RUN_BYTES, _RUN_HANDLER, _RUN_USER_DATA = 40, 24, 32
 
 Text = Callable[[int], str]
-"""The call in words, by its result."""
+"""Returns the text of a call, given its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class CallLog:
         self._entries: dict[int, tuple[str, str]] = {}
 
     def watching(self, handlers: dict[int, Handler], registry: Registry) -> dict[int, Handler]:
-        """Return the table of handlers with those that the log subscribes to."""
+        """Return the table of handlers; those of logged calls write a line each."""
         describe: dict[int, Callable[[ProgramThread, Registry], Text | None]] = {
             abi.SYS_OPEN: _open,
             abi.SYS_OPENAT: _openat,
@@ -122,8 +123,8 @@ class CallLog:
         return watched
 
     def entering(self, thread: ProgramThread) -> None:
-        """A thread asks our vDSO for EENTER; registers are those of the function's call."""
-        self._ended(thread, " <unfinished>")  # an entry that its program has left by a jump
+        """A thread has called our vDSO's function with EENTER; its registers are loaded."""
+        self._ended(thread, " <unfinished>")  # the program has left the function by a jump
         regs, image = thread.regs, thread.image
         run_at = _word(image.read(regs.rbp + _RUN_ARGUMENT, 8), 0)
         run = image.read(run_at, _RUN_BYTES)
@@ -137,11 +138,11 @@ class CallLog:
         self._entries[thread.tid] = text, "? (what user_handler returns)" if handler else "0"
 
     def exited(self, thread: ProgramThread) -> None:
-        """The enclave has left by EEXIT to where our vDSO has entered it."""
+        """EEXIT has returned to our vDSO."""
         self._ended(thread, ", function=EEXIT")
 
     def excepted(self, thread: ProgramThread) -> None:
-        """An exception is about to be told by our vDSO's fix-up, whose registers are loaded."""
+        """Our vDSO is about to report an exception; the registers of its fix-up are loaded."""
         regs = thread.regs
         leaf, vector = _LEAVES.get(regs.rax, str(regs.rax)), regs.rdi
         name = f"#{Vector(vector).name}" if vector in set(Vector) else str(vector)
@@ -150,7 +151,7 @@ class CallLog:
         self._ended(thread, told)
 
     def _ended(self, thread: ProgramThread, told: str) -> None:
-        """An entry is over, if there is one."""
+        """Write the entry of a thread that is inside, if there is one; ``told``: how it ended."""
         entry = self._entries.pop(thread.tid, None)
         if entry is not None:
             text, result = entry
@@ -160,7 +161,7 @@ class CallLog:
         self._write(f"[pid {thread.tid}] {call} = {result}")
 
 
-# --- calls in words; None for a call that does not concern SGX ---------------------------------
+# --- texts of calls; None for a call that does not concern SGX ---------------------------------
 
 
 def _open(thread: ProgramThread, _registry: Registry) -> Text | None:
@@ -213,7 +214,7 @@ def _ioctl(thread: ProgramThread, registry: Registry) -> Text | None:
 
 
 def _field(thread: ProgramThread, name: str, value: int, kind: type[Structure]) -> str:
-    """Return a field of an ioctl's structure in words."""
+    """Return the text of a field of an ioctl's structure."""
     match name:
         case "src" if kind is Create:
             return _secs(thread, value)

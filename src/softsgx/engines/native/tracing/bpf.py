@@ -1,11 +1,11 @@
 """The seccomp filters: which system calls of the program stop for the supervisor.
 
-One filter is there from the start.  It stops calls that may name a device, and those by which a
-process can come to one.  A second one is added to a process that has come to a device: it stops
-calls that concern open devices and mappings of them.  Everything else runs untouched.
+The program starts with one filter.  It stops calls that may name a device, and calls by which a
+process can get a descriptor or a mapping of one.  A process that has got one receives a second
+filter, which stops calls that concern open devices and mappings of them.  No other call stops.
 
-A number is looked at before any argument: the kernel keeps for each filter a table of the numbers
-that it always allows, and does not run the filter for them.
+The filters test a call's number before any argument: for each filter the kernel keeps a table of
+the numbers that it always allows, and does not run the filter for them.
 
 Source:
     seccomp(2); uapi/linux/filter.h; uapi/linux/seccomp.h (``struct seccomp_data``);
@@ -31,7 +31,7 @@ _ALLOW, _STOP = -1, -2
 
 _NR, _ARCH, _POINTER, _ARGUMENTS = 0, 4, 8, 16
 
-#: Stop always: a string, another process or a new one says whether they concern us.
+#: Always stop: whether they concern a device depends on a string, or on another process.
 _ALWAYS = (
     abi.SYS_OPENAT,
     abi.SYS_OPEN,
@@ -81,14 +81,14 @@ _ALWAYS = (
     abi.SYS_SOFTSGX_EENTER,
 )
 
-#: Stop in a process that has come to a device: they concern its descriptors and mappings.
+#: Stop in a process that has a device: they concern its descriptors and mappings.
 _WITH_DEVICES = (
     *(abi.SYS_FSTAT, abi.SYS_DUP, abi.SYS_DUP2, abi.SYS_DUP3),
     *(abi.SYS_MPROTECT, abi.SYS_PKEY_MPROTECT, abi.SYS_MUNMAP, abi.SYS_MREMAP),
     *(abi.SYS_MLOCK, abi.SYS_MLOCK2),
 )
 
-#: Stop when this argument is the descriptor of a device: they move data, or return a position.
+#: Stop when this argument is the descriptor of a device: they transfer data, or seek.
 _ON_DESCRIPTOR = (
     (0, abi.SYS_READ),
     (0, abi.SYS_WRITE),
@@ -119,11 +119,11 @@ _RARE_ADVICE = (
     *(abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE, abi.MADV_COLLAPSE),
 )
 
-#: Never stop: these calls have no end that the supervisor could wait for.
+#: Never stop: these calls do not return, so the supervisor cannot wait for their end.
 _NEVER = (abi.SYS_RT_SIGRETURN, abi.SYS_EXIT, abi.SYS_EXIT_GROUP)
 
 
-#: Lets calls pass that the supervisor makes in the program's name, and goes on behind for others.
+#: Allows calls that the supervisor makes in the program's name; continues after it for others.
 _OURS_PASS = (
     (_LD_ABS, 0, 0, _ARGUMENTS + 8 * 5),
     (_JEQ, 0, 3, abi.OUR_CALL & 0xFFFF_FFFF),
@@ -136,8 +136,8 @@ _OURS_PASS = (
 def build_guard(base: int, size: int) -> bytes:
     """Return a filter that stops every call made by code in ``[base, base + size)``.
 
-    And every ``madvise`` of an address in there.  It says nothing of other calls: the most severe
-    verdict of all filters counts.
+    It also stops every ``madvise`` of an address in that range.  It allows other calls; the kernel
+    applies the most restrictive result of all filters.
 
     Args:
         base: a multiple of ``size``.
@@ -147,7 +147,7 @@ def build_guard(base: int, size: int) -> bytes:
     code: list[tuple[int, int, int, int]] = []
 
     def stop_inside(field: int) -> None:
-        """Stop if a 64-bit field is in the range, else continue after this code."""
+        """Stop if a 64-bit field is in the range; otherwise continue after this code."""
         for offset, shift, past in ((field + 4, 32, 4), (field, 0, 1)):
             code.append((_LD_ABS, 0, 0, offset))
             code.append((_AND, 0, 0, mask >> shift & 0xFFFF_FFFF))
@@ -171,7 +171,7 @@ def build_descriptor_guard(descriptor: int) -> bytes:
     for argument, number in _ON_DESCRIPTOR:
         by_argument.setdefault(argument, []).append(number)
     for argument, numbers in by_argument.items():
-        # To the comparison behind the list, or past it.
+        # To the comparison after the list, or past that.
         for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):
             code.append((_JEQ, left, 0, number))
         code.append((_JA, 0, 0, 4))
@@ -184,13 +184,13 @@ def build_descriptor_guard(descriptor: int) -> bytes:
 
 
 def build_filter(*, everything: bool = False) -> bytes:
-    """Return the filter of the start as an array of ``struct sock_filter``.
+    """Return the filter for the start of a program as an array of ``struct sock_filter``.
 
-    Calls that the supervisor makes in the program's name carry a mark, where they have a register
-    free for it, and do not stop.
+    Calls that the supervisor makes in the program's name carry a mark in a free register, if there
+    is one, and do not stop.
 
     Args:
-        everything: stop every call that can return, for those who must know when it is made.
+        everything: stop every call that can return, as strict mode needs.
     """
     code = _of_this_architecture()
     if everything:
@@ -204,7 +204,7 @@ def build_filter(*, everything: bool = False) -> bytes:
         (_AND, 0, 0, 0xFF00),
         (_JEQ, _STOP, _ALLOW, 0xA400),
     )
-    # clone: what would not be traced.
+    # clone: threads that would not be traced.
     code += _if_call(
         abi.SYS_CLONE,
         (_LD_ABS, 0, 0, _ARGUMENTS),
@@ -218,7 +218,7 @@ def build_filter(*, everything: bool = False) -> bytes:
         (_JEQ, _STOP, 0, abi.F_ADD_SEALS),
         (_JEQ, _STOP, _ALLOW, abi.F_GET_SEALS),
     )
-    # mmap: code from files, and shared files, one of which may be a device that was received.
+    # mmap: code from files, and shared files; one may be a device received from a process.
     code += _if_call(
         abi.SYS_MMAP,
         (_LD_ABS, 0, 0, _ARGUMENTS + 24),
@@ -235,17 +235,17 @@ def build_filter(*, everything: bool = False) -> bytes:
 
 
 def build_device_filter() -> bytes:
-    """Return the filter of a process that has come to a device."""
+    """Return the filter of a process that has a descriptor or a mapping of a device."""
     code = _of_this_architecture()
     code += [(_JEQ, _STOP, 0, number) for number in _WITH_DEVICES]
-    # fcntl: what makes another descriptor.
+    # fcntl: commands that make another descriptor.
     code += _if_call(
         abi.SYS_FCNTL,
         (_LD_ABS, 0, 0, _ARGUMENTS + 8),
         (_JEQ, _STOP, 0, abi.F_DUPFD),
         (_JEQ, _STOP, _ALLOW, abi.F_DUPFD_CLOEXEC),
     )
-    # madvise: what takes pages from a file or fills it, wherever the range begins.
+    # madvise: advice that takes pages from a file or fills it; the range may begin anywhere.
     code += _if_call(
         abi.SYS_MADVISE,
         (_LD_ABS, 0, 0, _ARGUMENTS + 16),
@@ -272,7 +272,7 @@ def _of_this_architecture() -> list[_Instruction]:
 
 
 def _if_call(number: int, *then: _Instruction) -> list[_Instruction]:
-    """Do ``then``, which has to end in jumps, for one call."""
+    """Execute ``then``, which has to end in jumps, for one call."""
     return [(_JEQ, 0, len(then), number), *then]
 
 

@@ -9,14 +9,14 @@ continues:
 (:class:`~.process_image.ProcessImage`): its processes end, and the caller continues as if they had
 ended by themselves.
 
-*The release of what a dead thread held*, and *background tasks*: no process ends.  Without ksgxd
-each thread that needs a page evicts one itself, so its next exception concerns a process.
+*Releasing the resources of a dead thread*, and *background tasks*: no process ends.  Without ksgxd
+each thread that needs a page evicts one itself, so its next exception ends its own process.
 
 *The platform*: an exception that passes all of these ends every process.
 
 Each exception is logged once with its traceback and kept, and the run fails with
-:class:`RunFailed` when the program has ended.  What is no mistake (a limit of this machine, bad
-input) ends a process with one line and the run does not fail.
+:class:`RunFailed` when the program has ended.  A failure that is not our mistake (a limit of this
+machine, bad input) ends a process with one line, and the run does not fail.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ class Failures:
             if not told:
                 _LOG.error("process %d is ended: %s", pid, error)
         elif not told:
-            self.note(f"process {pid} is ended: {error!r} in serving it", error)
+            self.note(f"process {pid} is ended: {error!r} while serving it", error)
         kill(pid)
 
     def reaped(self, pid: int) -> None:
-        """Process ``pid`` has ended: its id may be another one's next."""
+        """Forget process ``pid``, which wait(2) has reaped: the kernel may reuse its id."""
         self._ended.discard(pid)
 
     def note(self, what: str, error: Exception) -> None:
-        """Keep a mistake of ours, and log it; nothing is ended."""
+        """Keep and log a mistake of ours; no process is ended."""
         _LOG.error("%s", what, exc_info=error)
         self.errors.append(error)
 

@@ -1,11 +1,11 @@
-"""Filters that are added while a program runs: which calls stop from now on.
+"""Seccomp filters that the supervisor adds while a program runs, so that more calls stop.
 
-Filters cannot be taken away; each makes every system call of the program a little slower.  Children
-and executed programs inherit them.
+A filter cannot be removed, and each makes every system call of the program a little slower.
+Children and executed programs inherit filters.
 
-A thread gets the filter of devices before its process has a descriptor of one, or a mapping.
-Threads that share its address space get it before they run code of the program again.  A child that
-fork makes meanwhile has no descriptor that was opened later.
+A thread gets the device filter before its process has a descriptor or a mapping of a device.
+Threads that share its address space get the filter before they run code of the program again.  A
+child that fork makes in the meantime has no descriptor that was opened later.
 
 Source:
     seccomp(2).
@@ -28,7 +28,7 @@ _DEVICE_FILTER = build_device_filter()
 
 
 def watch_devices(thread: ProgramThread) -> int:
-    """Let calls that concern open devices stop in the address space of a stopped thread.
+    """Make calls that concern open devices stop in the address space of a stopped thread.
 
     Returns:
         0, or ``-errno``: the filter cannot be added.
@@ -49,14 +49,14 @@ def watch_devices(thread: ProgramThread) -> int:
 
 
 def add_filter(thread: ProgramThread, bpf: bytes) -> int:
-    """Add a filter to a stopped thread and, if none has filters of its own, to all of its process.
+    """Add a filter to all threads of a process, or to one if threads have filters of their own.
 
     Args:
-        thread: where the call is made.
+        thread: the stopped thread that makes the call.
         bpf: an array of ``struct sock_filter``.
 
     Returns:
-        0; the id of a thread with filters of its own: it was added to ``thread`` alone; or
+        0; or the id of a thread with filters of its own, when only ``thread`` got the filter; or
         ``-errno``.
     """
     assert len(bpf) <= SCRATCH_BYTES - _HEADER_BYTES, f"a filter of {len(bpf)} bytes"

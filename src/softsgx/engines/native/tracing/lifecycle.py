@@ -1,4 +1,4 @@
-"""What the tracer's loop calls when threads, processes and address spaces begin and end."""
+"""The interface that the tracer's loop calls when threads, processes and images begin and end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Lifecycle"]
 
 
 class Lifecycle:
-    """Calls of the loop when threads, processes and address spaces come and go.
+    """Calls of the loop when threads, processes and address spaces begin and end.
 
     The supervisor implements it.
     """
@@ -19,23 +19,23 @@ class Lifecycle:
         raise NotImplementedError
 
     def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:
-        """A thread was made in a known process and address space."""
+        """Make the object of a new thread in a known process and address space."""
         raise NotImplementedError
 
     def new_process(self, pid: int, parent: Process) -> Process:
-        """A process was made."""
+        """Make the object of a new process."""
         raise NotImplementedError
 
     def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
-        """An address space was copied; ``tid`` is stopped in the copy, before its first step."""
+        """Make the copy of an address space; ``tid`` is stopped in it, before its first step."""
         raise NotImplementedError
 
     def adopt_fork(self, thread: ProgramThread) -> None:
-        """The thread of a copied address space is known: prepare its enclaves."""
+        """Prepare the enclaves of a copied address space; its thread is known now."""
         raise NotImplementedError
 
     def exec_image(self, tid: int, process: Process) -> ProgramThread:
-        """A program was executed; ``tid`` is stopped at the end of its execve.
+        """Prepare an executed program; ``tid`` is stopped at the end of its execve.
 
         The thread is known to the loop when this returns.
 
@@ -45,15 +45,15 @@ class Lifecycle:
         raise NotImplementedError
 
     def between(self) -> int | None:
-        """No thread is being served: do what is due.
+        """Do timed work that is due; the loop serves no thread now.
 
         Returns:
-            When something is due next, on the clock of the waits; ``None``: nothing is.
+            When the next work is due, on the clock of the waits; ``None``: none is scheduled.
         """
         raise NotImplementedError
 
     def before_resume(self) -> None:
-        """The program is about to be resumed: do the deferred work that it could notice."""
+        """Do the deferred work that the program could notice; the loop is about to resume it."""
         raise NotImplementedError
 
     def thread_died(self, thread: ProgramThread) -> None:

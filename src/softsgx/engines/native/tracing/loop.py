@@ -1,13 +1,13 @@
-"""The tracer's loop: waits for stops of the program's threads and hands each to its handler.
+"""The tracer's loop: waits for stops of the program's threads and passes each to its handler.
 
-Everything happens in one OS thread.  A stopped thread of the program stays stopped until the loop,
-or the code that holds it, resumes it; further stops of it wait in its ``pending``.
+The loop and all handlers run in one OS thread.  A stopped thread of the program stays stopped until
+the loop, or the code that holds it, resumes it; its further stops are kept in ``pending``.
 
-A thread ends in two steps.  It *dies* when it runs no more code of the program: at the event of its
-exit, or when a ptrace request or wait(2) reports the end, possibly while another thread is served.
-It then leaves its enclave; the loop makes no more requests to it.  It is *gone* when wait(2) has
-reaped it: the kernel has released all that it held, and the loop, between two stops, releases what
-the supervisor holds for it.
+A thread ends in two steps.  It *dies* when it stops running code of the program: at the event of
+its exit, or when a ptrace request or wait(2) reports the end, possibly while the loop serves
+another thread.  Then it leaves its enclave, and the loop makes no more requests to it.  It is
+*gone* when wait(2) has reaped it: the kernel has released its resources, and the loop, between two
+stops, releases those that the supervisor holds for it.
 
 An exception while a thread is served, or while it is stopped for another thread, ends the process
 of that thread, and no other (see :mod:`.failures`).
@@ -43,16 +43,16 @@ _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
-"""Does a system call: returns its result, or -ERESTARTSYS; ``None``: let the kernel do it."""
+"""Emulates a system call: returns its result or -ERESTARTSYS; ``None``: the kernel executes it."""
 
 
 class Loop:
     """See the module.
 
     Args:
-        lifecycle: see :class:`Lifecycle`.
+        lifecycle: receives the begin and the end of threads, processes and address spaces.
         waits: receives stops and ends.
-        transitions: signals and ENCLU.
+        transitions: handles signals and ENCLU.
         calls: handlers of system calls that stop, by number.
 
     Attributes:
@@ -85,7 +85,7 @@ class Loop:
         self.threads[thread.tid] = thread
 
     def executed(self, thread: Thread, process: Process) -> Callable[[], None]:
-        """A program was executed by ``thread``, stopped at its end; return what resumes it."""
+        """Adopt the program of ``thread``, at the end of its execve; return what resumes it."""
         if is_32_bit(thread):
             self.unsupervised.add(thread.tid, process)
             return partial(self.unsupervised.resume, thread.tid)
@@ -118,7 +118,7 @@ class Loop:
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
-        if thread.mid_call:  # it stops again at the end of the call
+        if thread.mid_call:  # the thread stops again at the end of the call
             image.current = None
             thread.running = thread.in_call = True
             self._go(thread, number)
@@ -129,7 +129,7 @@ class Loop:
             self._background()
         if thread.kicked:
             thread.kicked = False
-            if not number and not image.strict:  # where it would have to wait for its turn
+            if not number and not image.strict:  # in strict mode ERESUME waits for its turn
                 number = self._transitions.resumed(thread)
         self._before_resume()
         image.flush()
@@ -153,14 +153,14 @@ class Loop:
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
         """Deliver a signal to its handler in a process with enclaves.
 
-        The frame of an exception describes the exception, not our stop.  Handlers enter enclaves
-        and execute CPUID, which trap here, so signals of faults are not blocked in them: the kernel
-        would reset what it must force on a blocked one.
+        The signal frame describes the exception of the program, not the supervisor's stop.
+        Handlers enter enclaves and execute CPUID, which trap here, so the loop unblocks fault
+        signals in them: when a trap forces a blocked signal, the kernel resets its handler.
         """
         stop = thread.step(number)
         entered = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
         if not entered or thread.load().rdi != number:
-            # There is no room for the frame, or the thread stopped for another reason first.
+            # The stack has no room for the frame, or the thread has stopped for another reason.
             thread.running = False
             thread.pending.append(stop)
             self._later.append(thread)
@@ -176,7 +176,7 @@ class Loop:
         self._go(thread)
 
     def hold(self, thread: ProgramThread) -> bool:
-        """Stop a running thread; what stopped it is handled later.  ``False``: it has died."""
+        """Stop a running thread; the loop handles the stop later.  ``False``: it has died."""
         if not thread.running:
             return True
         try:
@@ -215,7 +215,7 @@ class Loop:
         try:
             if self._transitions.kicked(thread, stop):
                 thread.pending = [Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)]
-        except Exception as error:  # the thread ends, and leaves its enclave by that
+        except Exception as error:  # its process ends, so the thread leaves its enclave
             self.failed(thread.process.pid, thread.tid, error)
             return False
         return True
@@ -260,7 +260,7 @@ class Loop:
             if unwatched or not self._transitions.only_crosses(thread, stop):
                 self._permits.settle()
             if unwatched:
-                watch_devices(thread)  # another process has opened one, and maps it here
+                watch_devices(thread)  # another process has opened a device and maps it here
             self._handle(thread, stop)
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)
@@ -268,18 +268,18 @@ class Loop:
             image.current = None
 
     def failed(self, pid: int, tid: int, error: Exception) -> None:
-        """Serving thread ``tid`` has failed: end its process, unless the thread had ended."""
+        """End the process of a thread that could not be served, unless the thread had ended."""
         if isinstance(error, Gone):
             self._note(error)
         elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
-            self._note(Gone(tid))  # it ended after the report that was being served
+            self._note(Gone(tid))  # the thread ended after the stop that was being handled
         else:
             self.failures.end_process(pid, error)
 
     def image_failed(self, image: ProcessImage, error: Exception) -> None:
-        """Calls in an address space have failed: end its processes."""
+        """End the processes of an address space in which calls have failed."""
         for thread in list(image.threads.values()):
-            if thread.running:  # and has moved by that, not by its end
+            if thread.running:  # it has left its stop because we resumed it, not by its end
                 self.failures.end_process(thread.process.pid, error)
             else:
                 self.failed(thread.process.pid, thread.tid, error)
@@ -332,7 +332,7 @@ class Loop:
         self.resume_thread(thread)
 
     def _make_call(self, thread: ProgramThread) -> None:
-        """Let the program make the call of this stop itself."""
+        """Let the kernel execute the call of this stop."""
         # Deferred work may make calls in the thread, which use up the stop.
         self._lifecycle.before_resume()
         thread.image.flush()
@@ -383,7 +383,7 @@ class Loop:
         return thread
 
     def _exec(self, thread: ProgramThread) -> None:
-        """The other threads have ended; the remaining thread has the leader's id."""
+        """Handle the event of execve: other threads have ended, this one has the leader's id."""
         process = thread.process
         known = [*self.threads.values(), *self._dying.values()]
         former = [other for other in known if other.process is process and other is not thread]
@@ -396,13 +396,13 @@ class Loop:
         self.executed(thread, process)()
 
     def _note(self, gone: Gone) -> None:
-        """A thread has ended during a request to it."""
+        """Handle the end of a thread during a request to it."""
         thread = self.threads.get(gone.tid)
         if thread is not None:
             self._die(thread)
 
     def _die(self, thread: ProgramThread) -> None:
-        """The first step of a thread's end: it runs no more code of the program."""
+        """Do the first step of a thread's end: it runs no more code of the program."""
         if self.threads.get(thread.tid) is not thread:
             return
         del self.threads[thread.tid]
@@ -411,7 +411,7 @@ class Loop:
         self._ended(thread, self._lifecycle.thread_died)
 
     def _gone(self, thread: ProgramThread, status: int) -> None:
-        """The second step: it was reaped with this status."""
+        """Do the second step: wait(2) has reaped it with this status."""
         self._reaped(thread.tid, thread.process, status)
         self._die(thread)
         self._forget(thread)
@@ -427,11 +427,11 @@ class Loop:
             self._ended(thread, self._lifecycle.thread_gone)
 
     def _ended(self, thread: ProgramThread, tell: Callable[[ProgramThread], None]) -> None:
-        """Report the end of a thread; an exception then ends no process."""
+        """Report the end of a thread to ``tell``; an exception there ends no process."""
         try:
             tell(thread)
         except Exception as error:
-            self.failures.note(f"thread {thread.tid} has ended: {error!r} behind it", error)
+            self.failures.note(f"thread {thread.tid} has ended: {error!r} in releasing it", error)
 
     def kill(self) -> None:
         """End every process, and wait until it is gone."""

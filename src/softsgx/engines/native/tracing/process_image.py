@@ -1,4 +1,4 @@
-"""One address space of the program: its threads, vDSO, pager and the driver's view of it.
+"""One address space of the program: its threads, vDSO, pager, and the driver's view of it.
 
 Threads of one process share an image, and so does a vfork child until it executes a program.
 """
@@ -78,27 +78,27 @@ class ProcessImage:
     """See the module.
 
     Args:
-        index: its number; part of stand-in physical addresses.
+        index: its number, a part of stand-in physical addresses.
         thread: the first thread in it, stopped; no system call of the program is under way.
         memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes what a debugger may.
-        vdso_base: where our vDSO is.
-        vdso: what it is.
-        services: what it shares with other address spaces.
-        page: what we share with the program; ``None`` when it has no room for a page.
+        vdso_base: address of our vDSO.
+        vdso: our vDSO.
+        services: objects and callbacks that address spaces share.
+        page: the page shared with the program; ``None``: the program has no room for it.
         parent: the address space that fork has copied.
 
     Attributes:
         cpuid_sites: addresses where a CPUID was replaced.
-        threads: those that may run code of it again, by thread id.
-        watched: whether the calls of its threads that concern open devices have to stop.
-        members: how many threads it has that were not reaped yet.
+        threads: the threads that may run code in it again, by id.
+        watched: whether calls of its threads that concern open devices have to stop.
+        members: number of its threads that were not reaped yet.
         current: the thread whose stop is being handled.
         view: the device whose mappings are uncovered now, in a strict run.
-        slots: where its threads execute instructions out of line.
-        permits: the table of permits, once there is one; permits_at: where it is, or will be.
-        has_room_for_permits: whether there may be one.
-        exit_stubs: the code that does EEXIT, in the order of its places.
-        plain_exits: the ENCLU instructions that do EEXIT and always stop.
+        slots: slots for out-of-line execution.
+        permits: the table of permits, ``None`` before it is made; permits_at: its address.
+        has_room_for_permits: whether a table can be made.
+        exit_stubs: the exit stubs in the order of their addresses.
+        plain_exits: addresses of EEXITs that have no stub and always stop.
 
     Raises:
         Gone: the thread has ended.
@@ -122,7 +122,7 @@ class ProcessImage:
         self.slots = OutOfLineSlots(memory_fd, vdso_base + vdso.slots)
         self.permits: PermitTable | None = None
         self.has_room_for_permits = True
-        # What fork has copied is where it was.
+        # In a fork child these are at the same addresses.
         self.permits_at: int = 0 if parent is None else parent.permits_at
         self.exit_stubs: list[ExitStub] = [] if parent is None else list(parent.exit_stubs)
         self.plain_exits: set[int] = set()
@@ -175,7 +175,7 @@ class ProcessImage:
 
     @property
     def eenter(self) -> int:
-        """Where our vDSO is seen to do EENTER: what follows is what the enclave finds in RCX."""
+        """Address that counts as our vDSO's EENTER; the enclave gets the next one in RCX."""
         return self.vdso_base + self.vdso.eenter_after - _ENCLU_BYTES
 
     @property
@@ -255,7 +255,7 @@ class ProcessImage:
         return False
 
     def mapped(self, start: int, end: int, prot: int) -> None:
-        """A part of one mapping of an enclave is new, or has other rights."""
+        """Update the pager: a part of one enclave mapping is new, or has other rights."""
         device = self.device_at(start)
         assert device is not None, f"no enclave is mapped at {start:#x}"
         self.pager.mapped(start, end, prot, device.memory.within(start, end))
@@ -263,7 +263,7 @@ class ProcessImage:
     # --- strict mode ----------------------------------------------------------------------------
 
     def is_covered(self, linaddr: int) -> bool:
-        """Return whether an enclave is mapped there that no thread here may use now."""
+        """Return whether an enclave is mapped there that no thread of the image may use now."""
         if not self.strict:
             return False
         vma = self.mm.find(linaddr)
@@ -278,10 +278,10 @@ class ProcessImage:
         return self.prot_at(linaddr)
 
     def uncover(self, view: EnclaveFile | None) -> None:
-        """Make the mappings of one device usable instead of those that are; no thread runs.
+        """Cover the mappings that are usable now, and uncover those of ``view``; no thread runs.
 
-        Enclaves have many mappings and use few of them at a time, so only those are uncovered that
-        were discovered last; :meth:`discover` does others when they are used.
+        Enclaves have many mappings and use few of them at a time, so only those used last are
+        uncovered; :meth:`discover` uncovers others at their first use.
         """
         covered = self._mapped_parts(self.view, self._uncovered)
         self.view = view
@@ -298,7 +298,7 @@ class ProcessImage:
                 self.pager.reveal(start, end, prot)
 
     def discover(self, linaddr: int) -> bool:
-        """Uncover the mapping that a thread inside has hit, if it is its own enclave's; whether."""
+        """Uncover the mapping of its own enclave that a thread inside has hit; return whether."""
         vma = self.mm.find(linaddr)
         if vma is None or vma.file is not self.view or not self.is_covered(linaddr):
             return False
@@ -312,7 +312,7 @@ class ProcessImage:
     def _mapped_parts(
         self, file: EnclaveFile | None, ranges: list[tuple[int, int]]
     ) -> list[tuple[int, int, int]]:
-        """Return (start, end, rights) of what ``file`` has mapped in ``ranges``, in their order."""
+        """Return (start, end, rights) of the mappings of ``file`` in ``ranges``, in their order."""
         return [
             (max(start, vma.start), min(end, vma.end), vma.prot)
             for start, end in ranges
@@ -334,11 +334,12 @@ class ProcessImage:
     # --- calls in the program's name ------------------------------------------------------------
 
     def inject(self, calls: list[tuple[int, ...]]) -> None:
-        """Make system calls in the program's name; results are not looked at.
+        """Make system calls in the program's name; their results are ignored.
 
-        Uses the thread at hand, or stops one.  When all are in system calls that cannot be
-        interrupted, the calls are made before any of them runs code of the program again.  Without
-        a living thread nothing needs doing.  A failure ends the processes that have this image.
+        Uses the current thread, or stops another one.  If all threads are in system calls that
+        cannot be interrupted, the calls are made before any of them runs code of the program again.
+        Without a living thread there is nothing to do.  A failure ends the processes that have this
+        image.
         """
         self._deferred_calls += calls
         if self._collecting:
@@ -360,14 +361,14 @@ class ProcessImage:
             self._deferred_calls = calls
 
     def flush(self) -> None:
-        """The current thread is about to run code of the program: make the deferred calls."""
+        """Make the deferred calls: the current thread is about to run code of the program."""
         self.pager.flush()
         if self._deferred_calls:
             self.inject([])
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Make the calls that are injected meanwhile all at once, at the end."""
+        """Collect the calls that the ``with`` block injects, and make them together at its end."""
         assert not self._collecting, "calls are being collected already"
         self._collecting = True
         try:
@@ -464,7 +465,7 @@ class ImageMemory:
     def vma_info(self, address: int) -> VmaInfo | None:
         """Return the mapping that holds ``address``.
 
-        Where the kernel cannot be asked for one, all are read, once for this object: loaders that
+        If the kernel has no query for one mapping, all are read, once for this object: loaders that
         add their pages one by one would read them for each page.
         """
         if self._maps is None:

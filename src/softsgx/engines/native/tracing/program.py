@@ -31,7 +31,7 @@ class Process:
         pid: its id.
         group: the limit group that its EPC is charged to.
         alive: how many threads it has.
-        guarded: (base, size) of ELRANGEs whose code cannot make system calls unseen.
+        guarded: (base, size) of ELRANGEs with a filter: system calls of their code stop.
         guarded_descriptors: descriptors whose reads and writes stop.
         memory_descriptors: those that were opened as ``/proc/PID/mem``.
     """
@@ -52,7 +52,7 @@ class Trap:
         info: the signal's information.
         vector: which exception, ``trapno`` of the signal frame.
         error: its error code, ``err`` of the frame.
-        address: ``cr2`` of the frame; ``None`` leaves what it is.
+        address: ``cr2`` of the frame; ``None``: the kernel's value stays.
     """
 
     info: SigInfo
@@ -69,21 +69,21 @@ class ProgramThread(Thread):
         process: its thread group.
         image: its address space.
         cpu: the logical processor it is.
-        areas: where XSAVE components are on this machine, and where CPUID of the program puts them.
-        running: whether it may be executing; ``False`` while stopped by us.
-        pending: a stop that came while we wanted something else of it.
-        blocked: its signal mask from before it entered an enclave, when we changed it.
+        areas: XSAVE layouts of this machine and of the CPUID that the program sees.
+        running: whether it may be executing; ``False`` while the supervisor keeps it stopped.
+        pending: stops that arrived while the supervisor waited for something else.
+        blocked: its signal mask before it entered an enclave, if the supervisor has changed it.
         watched: whether its calls that concern open devices stop.
-        unstoppable: it is in vfork or execve and stops only when its child, or the other threads
-            of its process, have come to an end; an interrupt would be answered no earlier.
-        again: the next seccomp stop only repeats a call that shall run.
+        unstoppable: it is in vfork or execve and stops, even for an interrupt, only when its child
+            has ended or executed a program, or the other threads of its process have ended.
+        again: the next seccomp stop is the repetition of a call that the kernel shall execute.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
-        illegal_at: where it shall be seen when it executes the illegal instruction of our vDSO, and
-            the exception that it shall be told of there.
+        illegal_at: RIP and exception to report when it executes the illegal instruction of our
+            vDSO.
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
-        breakpoints: which set of breakpoints it has, 0 for none.
-        outgoing: what goes with the signal we deliver, instead of what the kernel has for it.
-        claim: pages that it needs at once.
+        breakpoints: number of its set of breakpoints, 0 for none.
+        outgoing: the information of the signal that is delivered, instead of the kernel's.
+        claim: the pages that one instruction of it needs together.
     """
 
     tid: int
@@ -141,7 +141,7 @@ class ProgramThread(Thread):
 
     @property
     def group(self) -> Group:
-        """Who pays for EPC."""
+        """The limit group that its EPC is charged to."""
         return self.process.group
 
     @property
@@ -167,10 +167,11 @@ class ProgramThread(Thread):
         return bool(int(self._status("SigCgt")[0], 16) >> number - 1 & 1)
 
     def survives_fault(self, number: int) -> bool:
-        """Return whether it would meet its fault again, since signal ``number`` does nothing.
+        """Return whether it would repeat its fault, since signal ``number`` has no effect on it.
 
-        The kernel keeps the first process of a process namespace from the default action of a
-        signal, and of that of a fault only while it is traced.  Without us the fault ends it.
+        The kernel does not apply the default action of a signal to the first process of a PID
+        namespace; for the signal of a fault only if the process is traced.  Without the supervisor
+        the fault would end it.
         """
         if not abi.FAULT_SIGNALS >> number - 1 & 1:
             return False
@@ -187,18 +188,18 @@ class ProgramThread(Thread):
 
     @property
     def own_tid(self) -> int:
-        """Its id as gettid() gives it there, which depends on its process namespace."""
+        """Its id as its own gettid() returns it, in its PID namespace."""
         if not self._own_tid:
             self._own_tid = int(self._status("NSpid")[-1] or self.tid)
         return self._own_tid
 
     def signal_pending(self) -> bool:
-        """Return whether a signal waits that it does not block."""
+        """Return whether a signal is pending that it does not block."""
         waiting = self.waiting_signals()
         if not waiting:
             return False
         try:
             blocked = self.sigmask()
         except Gone:
-            return True  # SIGKILL waits for nothing
+            return True  # SIGKILL cannot be blocked
         return any(not blocked >> number - 1 & 1 for number in waiting)

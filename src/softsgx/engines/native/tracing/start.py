@@ -1,7 +1,7 @@
-"""Starting the program: a stopped child under our ptrace, its filter installed, its image dressed.
+"""Starts the program: a stopped child under ptrace, with its seccomp filter and our vDSO.
 
-Dressing an image is done at each execve: the vDSO is replaced, so that looking up
-``__vdso_sgx_enter_enclave`` finds ours, and CPUID is made to trap.
+At each execve the supervisor replaces the vDSO, so that a lookup of ``__vdso_sgx_enter_enclave``
+finds ours, and makes CPUID trap.
 
 Source:
     ptrace(2), seccomp(2), getauxval(3); Linux fs/exec.c, arch/x86/kernel/process.c
@@ -44,14 +44,14 @@ TRACE_OPTIONS = (
     | abi.PTRACE_O_EXITKILL
 )
 
-#: Exit statuses for a child that could not become the program, as env(1) has them.
+#: Exit statuses of a child that could not execute the program, as env(1) has them.
 _NOT_FOUND, _NOT_EXECUTABLE, _NOT_PREPARED = 127, 126, 125
 #: The shared page in ``/proc/PID/maps``.
 _SHARED_NAME = b"softsgx\0"
 
 
 class EndedEarly(Exception):
-    """A signal has ended the child before it was the program.
+    """A signal has ended the child before it executed the program.
 
     Attributes:
         number: the signal.
@@ -91,7 +91,7 @@ def start_program(
     """
     failed_read, failed_write = os.pipe()
     supervisor = os.getpid()
-    # A handler of ours that ran in the child would keep a signal from the program.
+    # A handler of this process that ran in the child would take a signal from the program.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid == 0:
@@ -131,7 +131,7 @@ def _end(thread: Thread) -> int:
 
 
 def _why_it_ended(status: int, report: bytes, program: str) -> Exception:
-    """Return what a child's status, and its report, say of why it did not become the program."""
+    """Return why a child did not execute the program, from its status and its report."""
     if os.WIFSIGNALED(status):
         return EndedEarly(os.WTERMSIG(status))
     reason = report.decode(errors="replace") or f"{program}: ended before it started"
@@ -153,7 +153,7 @@ def _become(
     program = argv[0] or repr(argv[0])
     status, what = _NOT_PREPARED, program
     try:
-        libc.end_with(supervisor)  # until it is traced, and EXITKILL sees to that
+        libc.end_with(supervisor)  # until it is traced; then PTRACE_O_EXITKILL does that
         _reset_signals()
         for target, descriptor in enumerate(stdio or ()):
             os.dup2(descriptor, target)
@@ -178,8 +178,8 @@ def _become(
 
 
 def _execute(argv: list[str], env: dict[str, str]) -> None:
-    """Execute a program as execvp(3) does: what names no interpreter is for the shell."""
-    if not argv[0]:  # PATH would make a directory of it
+    """Execute a program as execvp(3) does: the shell runs a file that names no interpreter."""
+    if not argv[0]:  # with PATH it would name a directory
         raise OSError(ENOENT, os.strerror(ENOENT))
     try:
         os.execvpe(argv[0], argv, env)
@@ -190,7 +190,7 @@ def _execute(argv: list[str], env: dict[str, str]) -> None:
 
 
 def _reset_signals() -> None:
-    """Give the child what a program begins with; what is ignored stays so, but for Python."""
+    """Reset handlers to the default; signals ignored before Python started stay ignored."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -206,7 +206,7 @@ class _Program(ctypes.Structure):
 def _install_filter(bpf: bytes) -> None:
     buffer = ctypes.create_string_buffer(bpf, len(bpf))
     program = _Program(len(bpf) // 8, ctypes.addressof(buffer))
-    # Without it only root may install a filter; with it set-user-ID programs gain nothing.
+    # Without it only root may install a filter; with it set-user-ID programs gain no privileges.
     libc.syscall(157, abi.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.syscall(157, abi.PR_SET_SECCOMP, abi.SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
 
@@ -231,14 +231,14 @@ def finish_exec(thread: Thread) -> None:
 
 
 def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
-    """Give a fresh image our vDSO.
+    """Map our vDSO into the image of a new program.
 
     Args:
         thread: stopped at the end of its execve; its ``inject_at`` is set.
         memory: a descriptor of its ``/proc/PID/mem``, for reading and writing.
 
     Returns:
-        Where the vDSO is mapped, and what it is.
+        The address of the vDSO, and the vDSO.
     """
     regs = thread.load()
     entry, stack = regs.rip, regs.rsp
@@ -250,7 +250,7 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
         symbols = {name: original + value for name, value in read_symbols(image).items()}
     vdso = build_vdso(symbols)
 
-    # The first calls have nowhere to run but on the program's own entry point.
+    # There is no other code yet, so the first call runs at the program's own entry point.
     kept = os.pread(memory, 3, entry)
     os.pwrite(memory, b"\x0f\x05\xcc", entry)
     thread.inject_at = entry
@@ -274,13 +274,13 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
 
 
 def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
-    """Share a page with a fresh image; ``None`` when it has no room for one.
+    """Share a page with the image of a new program; ``None``: it has no room for a page.
 
     Args:
         thread: a stopped thread of the image, its vDSO installed.
         memory: a descriptor of its ``/proc/PID/mem``.
-        base: where the vDSO is.
-        vdso: what it is.
+        base: address of the vDSO.
+        vdso: the vDSO.
     """
     os.pwrite(memory, _SHARED_NAME, base + vdso.scratch)
     theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
@@ -298,7 +298,7 @@ def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage
 
 
 def _find_vdso(memory: int, stack: int) -> tuple[int, int]:
-    """Return where AT_SYSINFO_EHDR's value is on a fresh stack, and that value; zeros for none."""
+    """Return address and value of AT_SYSINFO_EHDR on a new program's stack; zeros for none."""
     (argc,) = struct.unpack("<Q", os.pread(memory, 8, stack))
     cursor = stack + 8 * (argc + 2)
     while os.pread(memory, 8, cursor) != bytes(8):

@@ -1,7 +1,7 @@
 """A thread of the program under ptrace: registers, signals, system calls made in its name.
 
-Knows nothing of SGX.  Every method needs the thread in a ptrace stop; all calls come from the one
-OS thread that is the tracer.
+The module does not depend on SGX.  The thread must be in a ptrace stop for every method; all calls
+come from the one OS thread that is the tracer.
 
 Source:
     ptrace(2); Linux kernel/ptrace.c, kernel/seccomp.c for the order of stops.
@@ -60,7 +60,7 @@ class Stop:
 
 @cache
 def decode_stop(status: int) -> Stop:
-    """Return the stop that ``status`` of wait(2) stands for."""
+    """Decode a status of wait(2) that reports a stop."""
     signal = status >> 8 & 0xFF
     return Stop(signal & 0x7F, status >> 16, signal == abi.SIGTRAP | 0x80)
 
@@ -93,8 +93,9 @@ class Thread:
         self.at_call = self.in_call = self.mid_call = False
         self._at_signal = self._borrowed = False
         self._kept: SigInfo | None = None
-        self._next: OutOfLine | None = None  # the instruction that it executes when resumed
-        self._elsewhere: OutOfLine | None = None  # the instruction that it may be executing since
+        # The instruction to execute out of line at the next resume, and the one of the last resume.
+        self._next: OutOfLine | None = None
+        self._elsewhere: OutOfLine | None = None
         self._loaded = self._changed = False
         self._new_xstate: bytes | None = None
         self._real_xstate: bytes | None = None
@@ -119,9 +120,9 @@ class Thread:
         self._next = self._elsewhere = None
 
     def execute_out_of_line(self, how: OutOfLine) -> None:
-        """Let the thread execute the instruction at RIP elsewhere when it is resumed.
+        """Make the thread execute the instruction at RIP out of line when it is resumed.
 
-        Storing registers before that cancels it.
+        :meth:`store` before that cancels it.
         """
         self.store()
         self._next = how
@@ -167,9 +168,9 @@ class Thread:
         self._request(abi.PTRACE_SETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
 
     def set_breakpoints(self, addresses: Sequence[int]) -> None:
-        """Let it stop by SIGTRAP, TRAP_HWBKPT, before it executes one of at most 4 instructions.
+        """Set hardware breakpoints: SIGTRAP, TRAP_HWBKPT, before one of at most 4 instructions.
 
-        They replace those it has, and end with the program that it executes.
+        They replace the earlier ones; execve removes them.
 
         Raises:
             OSError: the kernel refuses them.
@@ -189,7 +190,7 @@ class Thread:
         return self._info
 
     def set_siginfo(self, info: SigInfo) -> None:
-        """Replace the signal information: the handler will see ``info``."""
+        """Replace the signal information that the handler receives."""
         self._kept = None
         self._request(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
 
@@ -205,7 +206,7 @@ class Thread:
         self._request(abi.PTRACE_SETSIGMASK, 8, ctypes.addressof(buffer))
 
     def waiting_signals(self) -> list[int]:
-        """Return the numbers of signals that are pending for it; of many signals, some."""
+        """Return the numbers of pending signals; only some of them if there are many."""
         found = []
         for shared in (0, 1):
             _PEEK[0], _PEEK[1] = 0, shared | _PEEKED << 32
@@ -216,7 +217,7 @@ class Thread:
         return found
 
     def fault_waits(self) -> bool:
-        """Return whether it has faulted and the signal of the fault has not stopped it yet."""
+        """Return whether the signal of a fault is pending that has not stopped the thread yet."""
         _PEEK[0], _PEEK[1] = 0, _PEEKED << 32
         count = _ptrace(
             abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
@@ -234,14 +235,14 @@ class Thread:
 
     @property
     def at_signal(self) -> bool:
-        """Whether it is at the stop of a signal, which can be delivered, exchanged or dropped."""
+        """Whether it is at a signal stop: the signal can be delivered, replaced or dropped."""
         return self._at_signal
 
     @property
     def borrowable(self) -> bool:
-        """Whether :meth:`borrow` changes nothing: the kernel is between two operations.
+        """Whether :meth:`borrow` has no side effect on what the kernel does next.
 
-        At other stops a system call is about to be made, or about to return.
+        At other stops the kernel is about to execute a system call, or to return from one.
         """
         return self._at_signal or (self.at_call and self.load().orig_rax == _MINUS_ONE)
 
@@ -265,13 +266,13 @@ class Thread:
             self.set_siginfo(self._kept)
 
     def step(self, signal: int = 0) -> Stop:
-        """Let it execute one instruction, or take a signal, and wait for that.
+        """Execute one instruction, or deliver a signal, and wait for the stop after it.
 
         Args:
-            signal: deliver this one first: it stops at the first instruction of its handler.
+            signal: delivered first; the thread stops at the first instruction of its handler.
 
         Raises:
-            Gone: it died instead.
+            Gone: the thread died instead.
         """
         self._prepare(signal)
         self._request(abi.PTRACE_SINGLESTEP, 0, signal)
@@ -310,13 +311,13 @@ class Thread:
         return self.stopped(status)
 
     def behind(self, stop: Stop) -> Stop:
-        """Return the stop of a fault that ``stop``, an interrupt, came before; else ``stop``.
+        """Return the stop of a pending fault if ``stop`` is an interrupt before it; else ``stop``.
 
         The kernel reports an interrupt first, with the registers of the fault.  If the supervisor
         changed them at that stop, the kernel would deliver the signal of the fault elsewhere.
 
         Raises:
-            Gone: it died instead.
+            Gone: the thread died instead.
         """
         grouped = False
         while stop.event == abi.PTRACE_EVENT_STOP and self.fault_waits():
@@ -324,7 +325,7 @@ class Thread:
             self.resume()  # the kernel delivers the signal before the thread executes anything
             stop = self.wait()
         if grouped:
-            self.interrupt()  # the group stop is reported again, behind the signal
+            self.interrupt()  # the kernel reports the group stop again, after the signal
         return stop
 
     def stopped(self, status: int) -> Stop:
@@ -337,13 +338,13 @@ class Thread:
         self.at_call = stop.event == abi.PTRACE_EVENT_SECCOMP
         self.mid_call = stop.event in _MID_CALL
         if stop.event in (0, abi.PTRACE_EVENT_STOP):
-            self.in_call = False  # ends of calls, signals and interrupts are behind the call
+            self.in_call = False  # such stops come after the end of the call
         return stop
 
     def skip_syscall(self, result: int) -> None:
-        """At a seccomp stop with registers loaded: do not make the call, ``result`` is its value.
+        """At a seccomp stop with registers loaded: skip the call, and return ``result`` from it.
 
-        Registers are stored, the thread stays stopped.
+        The thread stays stopped.
         """
         self.regs.orig_rax = _MINUS_ONE
         self.regs.rax = result & _MINUS_ONE
@@ -352,8 +353,8 @@ class Thread:
     def restart_syscall(self) -> None:
         """At a seccomp stop with registers loaded: end the call with ERESTARTSYS.
 
-        The kernel does the rest when the thread is resumed.  With a signal that has a handler
-        without SA_RESTART the call fails with EINTR, otherwise it is made again.
+        When the thread is resumed, the kernel restarts the call, or fails it with EINTR if it
+        delivers a signal to a handler without SA_RESTART.
         """
         number = self.regs.orig_rax
         # A skipped call cannot be restarted: the thread makes a call that changes nothing instead.
@@ -369,7 +370,7 @@ class Thread:
 
         If the stop's own call has been made already, another one is injected.
 
-        The argument registers have the program's values afterwards, as compilers rely on.
+        The argument registers have the program's values afterwards: compilers rely on that.
 
         Returns:
             The result; the thread is stopped after the call, registers loaded.
@@ -398,7 +399,7 @@ class Thread:
         return result
 
     def syscall(self, number: int, *arguments: int) -> int:
-        """Make a system call in the thread's name; afterwards it has the registers of ``regs``.
+        """Make a system call in the thread's name; its registers are the same afterwards.
 
         The thread must not be in the middle of a system call.  It is at a signal stop, at the end
         of a call, at a seccomp stop whose call has been skipped, or at a new thread's first stop.
@@ -415,7 +416,7 @@ class Thread:
         return self.borrow(self.inject_at, self.inject_at + 3, rax=number, **values)
 
     def borrow(self, start: int, end: int, **registers: int) -> int:
-        """Run code of ours in the thread; as :meth:`syscall` otherwise.
+        """Run code of our vDSO in the thread; otherwise as :meth:`syscall`.
 
         Args:
             start: address of its first instruction.
@@ -431,7 +432,7 @@ class Thread:
             self.load()
         out_of_line = self._next or self._elsewhere
         ctypes.memmove(ctypes.addressof(saved), self._regs_at, _REGS_BYTES)
-        # The kernel forgets the reason of the stop; the handlers of the stop still need it.
+        # The kernel drops the signal information of the stop; its handlers still need it.
         kept, at_signal = self._kept, self._at_signal
         if at_signal and kept is None:
             kept = SigInfo.from_buffer_copy(self.siginfo())

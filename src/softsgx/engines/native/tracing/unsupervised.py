@@ -1,8 +1,8 @@
-"""Processes that execute 32-bit programs: they run as they would without us.
+"""Processes that execute 32-bit programs: they run without SGX.
 
-They have no vDSO and no enclaves of ours, and none of their system calls stops.  They stay traced,
-and their stops are answered at once: a 64-bit program that one of them executes is supervised, and
-without a tracer the system calls that its filter stops would fail.
+They have neither our vDSO nor enclaves, and none of their system calls stops.  They stay traced,
+and the loop answers their stops at once: a 64-bit program that one of them executes is supervised,
+and the system calls that its filter stops would fail without a tracer.
 
 Source:
     ptrace(2), seccomp(2); Linux arch/x86/kernel/process_64.c (``compat_start_thread``).
@@ -59,20 +59,18 @@ class Unsupervised:
         if not self._told:
             self._told = True
             name = os.readlink(f"/proc/{tid}/exe")
-            _LOG.warning(
-                "process %d: %s is a 32-bit program: it runs, but finds no SGX here", tid, name
-            )
+            _LOG.warning("process %d: %s is a 32-bit program: it runs without SGX", tid, name)
 
     def resume(self, tid: int, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
-        libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, number)  # fails where the thread has been killed
+        libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, number)  # fails if the thread has been killed
 
     def stopped(self, tid: int, status: int) -> Process | None:
         """Answer a stop of one of the threads.
 
         Returns:
-            The process whose only thread ``tid`` is now, stopped at the end of an execve; it is
-            known here no more.
+            After an execve, the process whose only thread ``tid`` is now, stopped at the end of the
+            call; it is no longer in ``processes``.
 
         Raises:
             Gone: the thread has been killed.
@@ -92,7 +90,7 @@ class Unsupervised:
         return None
 
     def _executed(self, tid: int) -> Process:
-        """Its process's other threads have come to an end, and it has the leader's id."""
+        """Handle the event of execve: other threads have ended, this one has the leader's id."""
         thread = Thread(tid, self._waits)
         process = self.processes.pop(thread.event_message())
         self.processes.pop(tid, None)
@@ -110,7 +108,7 @@ class Unsupervised:
         try:
             self.stopped(tid, status)
         except Gone:
-            return  # its end is reported
+            return  # wait(2) reports its end
 
 
 def _delivered(stop: Stop) -> int:

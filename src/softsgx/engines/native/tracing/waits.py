@@ -4,8 +4,8 @@ wait(2) reports a stop or an end once, often while the supervisor waits for anot
 request to one thread can depend on the end of another one.  So every wait accepts reports of all
 threads, lets ending threads end, and keeps the other reports for later.
 
-A wait may have a time limit, and signals may end it: then the supervisor does what is due.  Such
-waits are for SIGCHLD, so it and those signals are blocked while the program runs.
+A time limit or signals may end a wait: then the supervisor does timed work.  Such waits are for
+SIGCHLD, so SIGCHLD and those signals are blocked while the program runs.
 
 Deviation: every child of the calling process that ends while a program runs is reaped here.
 
@@ -39,7 +39,7 @@ class Waits:
     Args:
         signals: signals to the calling process that end a wait, and are counted.
         clock: returns nanoseconds.
-        wakes: signals that end a wait, and mean no more than that.
+        wakes: signals that end a wait, and are not counted.
 
     Attributes:
         unreported: last status of each thread that no event of its parent has reported yet.
@@ -62,7 +62,7 @@ class Waits:
     def signals_blocked(self) -> Iterator[None]:
         """Block SIGCHLD and the signals that end waits; threads that start meanwhile inherit that.
 
-        Signals that nothing has asked for are forgotten at the end.
+        Signals that no call has received are dropped at the end.
         """
         ended_by = {*self._signals, *self._wakes}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *ended_by})
@@ -76,7 +76,7 @@ class Waits:
     def received(self) -> bool:
         """Return whether one of the signals has arrived; each of them is reported once.
 
-        The kernel keeps one of each number, so two may be one.
+        The kernel keeps one of each number, so two signals may be reported as one.
         """
         if self._received:
             self._received -= 1
@@ -84,13 +84,13 @@ class Waits:
         return bool(self._signals) and signal.sigtimedwait(self._signals, 0) is not None
 
     def next(self, until_ns: int | None = None) -> tuple[int, int] | None:
-        """Return a thread's id and its status, the earliest that nothing has asked for.
+        """Return a thread's id and its status, the earliest that :meth:`of` has not returned.
 
         Args:
             until_ns: a time on the clock that ends the wait.
 
         Returns:
-            ``None``: it is ``until_ns``, or one of the signals has come.
+            ``None``: the time is ``until_ns``, or one of the signals has arrived.
 
         Raises:
             ChildProcessError: there is no thread, and no other child.
@@ -123,7 +123,7 @@ class Waits:
             if other == tid:
                 del self._kept[index]
                 return status
-        os.waitid(os.P_PID, tid, _PEEK)  # or the others would be waited for instead
+        os.waitid(os.P_PID, tid, _PEEK)  # fails at once for a thread that does not exist
         while True:
             other, status = os.waitpid(-1, abi.WALL)
             if other == tid:
@@ -161,11 +161,11 @@ class Waits:
         return status
 
     def keep(self, tid: int, status: int) -> None:
-        """Tell a status again: what waited for it was not the one to handle it."""
+        """Report a status again through :meth:`next`; the caller of :meth:`of` cannot handle it."""
         self._kept.append((tid, status))
 
     def has_moved(self, tid: int) -> bool:
-        """Return whether a thread that was stopped has left its stop: only SIGKILL does that."""
+        """Return whether a stopped thread has left its stop, which only SIGKILL can cause."""
         if any(other == tid for other, _status in self._kept):
             return True
         try:

@@ -1,10 +1,10 @@
 """The code of our vDSO: entering enclaves, forwarding to the kernel's own vDSO, injected calls.
 
 ``__vdso_sgx_enter_enclave`` has the kernel's contract (``vdso.rst``, ``uapi/asm/sgx.h``), with one
-difference that programs cannot see: EENTER is a system call number that stops for the supervisor,
-which is cheaper than a trapping instruction, or a few instructions when ``vdso/permits.py`` has
-allowed it beforehand.  ERESUME and the asynchronous exit pointer are a real ENCLU, so a signal
-handler that looks at the interrupted context finds what hardware would show.
+difference that programs cannot see.  For EENTER it makes a system call that stops for the
+supervisor, which is cheaper than a trapping instruction; when ``vdso/permits.py`` has permitted the
+EENTER, a few instructions do it without a stop.  ERESUME and the asynchronous exit pointer are a
+real ENCLU, so a signal handler finds the same interrupted context as on hardware.
 
 Source:
     arch/x86/include/uapi/asm/sgx.h (``struct sgx_enclave_run``, ``vdso_sgx_enter_enclave_t``).
@@ -50,11 +50,11 @@ _RESERVED, _SIZE = 40, 256
 def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
-    ``illegal`` is an illegal instruction; at ``scratch`` are bytes that arguments of calls
-    point at, and at ``permits_at`` the address of the table of permits, or zero.
+    ``illegal`` is an illegal instruction.  Arguments of calls point to bytes at ``scratch``.  At
+    ``permits_at`` is the address of the table of permits, or zero.
 
-    From ``calls`` to ``called`` the RBP calls of the table at RBX are made, each result stored in
-    place of its number.
+    The code from ``calls`` to ``called`` makes RBP calls from the table at RBX, and stores each
+    result over the number of the call.
     """
     asm.label("inject")
     asm.emit("0f05")  # syscall
@@ -81,7 +81,7 @@ def emit_injection(asm: Assembler) -> None:
 
 
 def emit_forward(asm: Assembler, name: str) -> None:
-    """A function ``name`` that goes on at the address at the label :func:`target_of` it."""
+    """A function ``name`` that jumps to the address at its label :func:`target_of`."""
     asm.align(16)
     asm.label(name)
     asm.emit("f3 0f 1e fa")  # endbr64: reached by an indirect call
@@ -98,9 +98,9 @@ def target_of(name: str) -> str:
 def emit_enter_enclave(asm: Assembler) -> None:
     """``__vdso_sgx_enter_enclave``; labels ``eenter_after``, ``aep`` and ``fixup`` mark its places.
 
-    ``eenter_after`` is what an enclave gets in RCX and exits to; ``aep`` is the ENCLU that
-    asynchronous exits return to; at ``fixup`` the supervisor resumes after an exception, with RAX
-    the leaf, DI the vector, SI the error code, RDX the address.
+    The enclave gets ``eenter_after`` in RCX and exits to it.  ``aep`` is the ENCLU that
+    asynchronous exits return to.  After an exception the supervisor resumes the thread at
+    ``fixup``, with the leaf in RAX, the vector in DI, the error code in SI, the address in RDX.
     """
     asm.align(16)
     asm.label("__vdso_sgx_enter_enclave")

@@ -1,8 +1,8 @@
-"""A thread that is stopped in the middle of a crossing: where it is seen to be.
+"""Moves a thread that is stopped in the middle of a crossing to its start or its end.
 
-The machine has been told of all that the thread has done, so it is inside, or outside, by now.
-What its next instructions would load is loaded, or what the last ones have changed is put back:
-nothing tells that from a crossing at one instant.
+The machine already has the thread inside or outside.  To move it forward, this module loads what
+the next instructions of the crossing would load; to move it back, it restores what the earlier ones
+have changed.  The result is the same as if the crossing were one instruction.
 
 Source:
     ``vdso/permit_code.py``, whose labels these are.
@@ -29,7 +29,7 @@ def straighten(thread: ProgramThread) -> None:
     """Move a stopped thread out of the middle of a crossing, if it is in one.
 
     Raises:
-        Gone: it has died meanwhile.
+        Gone: the thread has died.
     """
     vdso, place = thread.image.vdso, thread.load().rip - thread.image.vdso_base
     if vdso.pushed <= place < vdso.permit_end:
@@ -79,7 +79,7 @@ def _exit(thread: ProgramThread, number: int, at: int) -> None:
 
 
 def _undo_exit(thread: ProgramThread, at: int, label: dict[str, int]) -> None:
-    """Put back what is changed but RAX and RIP, and give the lock back."""
+    """Restore all that the exit has changed but RAX and RIP, and release the lock."""
     regs, table = thread.regs, thread.image.permits
     if at < label["locked"] or label["free"] <= at < label["owned"]:
         return
@@ -102,7 +102,7 @@ def _undo_exit(thread: ProgramThread, at: int, label: dict[str, int]) -> None:
 
 
 def _take_back(thread: ProgramThread, slot: Slot) -> None:
-    """Take RDX, R11 and flags from the slot."""
+    """Restore RDX, R11 and flags from the slot."""
     regs, kept = thread.regs, slot.word("flags")
     regs.rdx, regs.r11 = slot.word("rdx"), slot.word("r11")
     flags = kept >> 8 & _LOW_FLAGS | (kept & 1) << _OF_SHIFT

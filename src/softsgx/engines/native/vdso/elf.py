@@ -1,8 +1,8 @@
-"""Our vDSO: an ELF image that stands in for the kernel's, made for one process.
+"""Our vDSO: an ELF image that replaces the kernel's, made for one process.
 
-It forwards every symbol of the original image and adds ``__vdso_sgx_enter_enclave``.  All ways in
-which programs look the symbol up work: DT_HASH, DT_GNU_HASH, symbol versions (ld.so), and section
-headers by name.
+It forwards every symbol of the kernel's image and adds ``__vdso_sgx_enter_enclave``.  Programs find
+the symbol by each method in use: DT_HASH, DT_GNU_HASH, symbol versions (ld.so), and section headers
+by name.
 
 Source:
     System V ABI, chapters "Object Files" and "Program Loading and Dynamic Linking"; vdso(7).
@@ -29,7 +29,7 @@ from softsgx.ondemand import dataclass
 __all__ = ["DEVICE_NAME", "HEADER_BYTES", "Vdso", "build_vdso", "image_bytes", "read_symbols"]
 
 DEVICE_NAME = b"sgx_enclave\0"
-"""Name of the memory file that stands for an open enclave device: seen in ``/proc/PID/maps``."""
+"""Name of the memory file behind an open enclave device, as ``/proc/PID/maps`` shows it."""
 
 _ENTER = "__vdso_sgx_enter_enclave"
 _SONAME = "linux-vdso.so.1"
@@ -55,22 +55,22 @@ _SHT = {
 
 @dataclass(frozen=True, slots=True)
 class Vdso:
-    """The image and the places in it the supervisor needs, all as offsets from its base.
+    """The image, and the places in it that the supervisor needs, as offsets from its base.
 
     Attributes:
         image: whole pages, to be mapped readable and executable.
         inject: a ``syscall; int3``.
         injected: RIP after that int3.
-        eenter_after: RIP after our EENTER; what the enclave finds in RCX.
+        eenter_after: RIP after our EENTER; the enclave gets it in RCX.
         aep: the asynchronous exit pointer of our enclave entry.
-        fixup: where an exception of our enclave entry goes on.
+        fixup: where our enclave entry continues after an exception.
         device_name: the string :data:`DEVICE_NAME`.
         illegal: an illegal instruction.
         scratch: bytes that only the supervisor writes, for calls that take pointers.
         calls: makes a table of calls; called: RIP after its int3.
         slots: a page behind the image, for ``vdso/out_of_line.py``.
-        stubs: place for ``most_stubs`` pieces of code that do EEXIT, behind the slots; end: of it.
-        permits_at: where the address of the table of permits belongs.
+        stubs: room for ``most_stubs`` exit stubs, behind the slots; end: where that room ends.
+        permits_at: where the supervisor writes the address of the table of permits.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
         targets: where the addresses belong that those of the kernel's vDSO go on at.
@@ -115,7 +115,7 @@ def image_bytes(header: bytes) -> int:
 def read_symbols(image: bytes) -> dict[str, int]:
     """Return name and value of each function a vDSO image exports.
 
-    Reads section headers, which the kernel's image has; an image without gives no symbols.
+    Reads section headers, which the kernel's image has; without them there are no symbols.
     """
     if image[:4] != b"\x7fELF" or len(image) < _EHDR:
         return {}
@@ -187,7 +187,7 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
 
 _TARGET = struct.Struct("<Q")
 _GNU_BUCKETS = 4
-_FORWARD_BYTES = 18  # of a function that leads to the kernel's vDSO
+_FORWARD_BYTES = 18  # of a function that jumps to the kernel's vDSO
 _STUB_PAGES = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),

@@ -1,9 +1,9 @@
 """Slots of our vDSO, where threads execute single instructions of enclave code out of line.
 
-A slot has a copy of one instruction, with its operand at RCX, and behind it code that puts RAX, RCX
-and RDX back and jumps to the next instruction of the enclave; neither changes flags.  While a
-thread is in its slot, the supervisor loads its registers as those at the enclave's instruction, or
-behind it: nothing tells that from its execution in place.
+A slot holds a copy of one instruction, with its operand at RCX, and then code that restores RAX,
+RCX and RDX and jumps to the next instruction of the enclave; neither changes flags.  When a thread
+stops in its slot, the supervisor gives it the registers that it has before or after the enclave's
+instruction, so the result is the same as execution in place.
 
 Source:
     SDM vol. 2, MOV, JMP; Linux kernel/events/uprobes.c for the method.
@@ -30,15 +30,15 @@ _RAX, _RCX, _RDX, _JUMP = b"\x48\xb8", b"\x48\xb9", b"\x48\xba", b"\xff\x25\0\0\
 
 @dataclass(slots=True, frozen=True)
 class OutOfLine:
-    """One execution of an instruction out of line.
+    """One out-of-line execution of an instruction.
 
     Attributes:
         start: address of the copy.
         behind: address of the code that follows it.
         rip: address of the instruction.
         then: address of the next one.
-        given: RAX, RCX and RDX that the copy begins with.
-        own: those of the thread, which the instruction does not change.
+        given: RAX, RCX and RDX at the start of the copy.
+        own: RAX, RCX and RDX of the thread, which the instruction does not change.
     """
 
     start: int
@@ -49,12 +49,12 @@ class OutOfLine:
     own: tuple[int, int, int]
 
     def enter(self, regs: UserRegs) -> None:
-        """Make the registers of the thread those that the copy begins with."""
+        """Give the thread the registers for the start of the copy."""
         regs.rip = self.start
         regs.rax, regs.rcx, regs.rdx = self.given
 
     def leave(self, regs: UserRegs) -> bool:
-        """Make registers of a thread in the slot its own; ``False``: it is not there any more."""
+        """Restore the thread's own registers; ``False``: the thread has left the slot."""
         if not self.start <= regs.rip < self.start + SLOT_BYTES:
             return False
         regs.rip = self.rip if regs.rip < self.behind else self.then
@@ -77,17 +77,17 @@ class OutOfLineSlots:
     def fill(
         self, tid: int, regs: UserRegs, length: int, copy: bytes, given: tuple[int, int, int]
     ) -> OutOfLine | None:
-        """Make the slot of a thread ready; it is stopped.
+        """Write an instruction to the slot of a stopped thread.
 
         Args:
-            tid: its id.
+            tid: the thread's id.
             regs: its registers, at the instruction.
             length: bytes of the instruction.
-            copy: the same with its operand at RCX; it changes neither RAX, RCX nor RDX.
+            copy: the instruction with its operand at RCX; it does not change RAX, RCX or RDX.
             given: RAX, RCX and RDX for the copy.
 
         Returns:
-            How to execute it; ``None``: other threads have all slots.
+            The execution; ``None``: other threads use all slots.
         """
         number = self._numbers.get(tid)
         if number is None:
@@ -103,5 +103,5 @@ class OutOfLineSlots:
         return OutOfLine(start, start + len(copy), regs.rip, then, given, own)
 
     def release(self, tid: int) -> None:
-        """The thread executes nothing any more."""
+        """Free the slot of a thread that has ended."""
         self._numbers.pop(tid, None)

@@ -1,25 +1,25 @@
-"""Code that enters and leaves enclaves without a stop, in words that the supervisor shares.
+"""Code that enters and leaves enclaves without a stop, in memory that the supervisor shares.
 
-A TCS has a *slot*; its *gate* says in one word whether EENTER or EEXIT of the TCS is permitted now:
+A TCS has a *slot*.  Its *gate*, one quadword, says whether EENTER or EEXIT is permitted now:
 
 ====== ===============  =======================================================================
 bits   name             meaning
 ====== ===============  =======================================================================
 0–2    state            OUT: EENTER is permitted; BUSY: a thread is about to do it; IN: that thread
                         may do EEXIT; CLOSED and above: nothing is permitted
-3–24   thread           its id, as gettid() gives it there; 0 in OUT
-25–63  crossings        how many there were since the supervisor opened the gate
+3–24   thread           the thread's id, as its gettid() returns it; 0 in state OUT
+25–63  crossings        number of crossings since the supervisor opened the gate
 ====== ===============  =======================================================================
 
-A crossing is one atomic instruction on the gate.  The supervisor exchanges the gate for CLOSED, and
-knows at once where the thread is and how often it has crossed.  All that comes before it can be
-undone, and all that comes after it the supervisor can do, from registers and slot:
-the labels of both pieces of code tell the supervisor which of it is due at which instruction.
+A crossing takes effect in one atomic instruction on the gate.  When the supervisor exchanges the
+gate for CLOSED, the old value says where the thread is and how often it has crossed.  From
+registers and slot the supervisor can undo the instructions before the atomic one, and complete
+those after it; the labels of both pieces of code say what is due at which instruction.
 
-EENTER may use RAX, RCX and flags, which our vDSO does not keep.  EEXIT may use RAX alone, whose
-value is known (4), until it has a lock on the words of the slot where the other registers are kept.
-It finds the slot by GS, and its thread must be the one in the gate: GS is what enclave code makes
-it.
+The code of EENTER may use RAX, RCX and flags, which our vDSO does not preserve.  The code of EEXIT
+may use only RAX, whose value is known (4), until it holds the lock on those words of the slot that
+save the other registers.  It finds the slot by GS.  Enclave code can change GS, so the code also
+compares the thread's id with the one in the gate.
 
 Source:
     SDM vol. 3D, "EENTER" and "EEXIT", Operation; vol. 3A, "Locked Atomic Operations".
@@ -61,14 +61,14 @@ WHO_MASK = CROSSING - 1
 """State and thread of a gate."""
 
 HASHED = 1 << 16
-"""How many addresses of pages have different places in the two lists of pointers to slots."""
+"""Entries of each of the two lists of pointers to slots, which are hashed by page address."""
 
 SLOT_BYTES = 256
 EXITS_AT = 8 * HASHED
 SLOTS_AT, SLOTS = 2 * EXITS_AT, 256
 ALONE_AT = SLOTS_AT + SLOTS * SLOT_BYTES
 TABLE_BYTES = ALONE_AT + abi.PAGE
-"""Of the table: pointers by TCS, and by GS base, slots, and the id of the only thread, or 0."""
+"""Size of the table: pointers by TCS, pointers by GS base, slots, the id of an only thread or 0."""
 
 SLOT = {
     name: 8 * number - 64
@@ -80,10 +80,10 @@ SLOT = {
         )
     )
 }
-"""Offsets of the quadwords of a slot from where pointers to it point: all fit into one byte.
+"""Offsets of the quadwords of a slot from the address that pointers to it hold; each fits a byte.
 
-The first line is the supervisor's, but for the gate; ``exited`` is what EEXIT adds to the gate.
-The second line EENTER leaves for EEXIT; the third belongs to the thread that has the lock.
+The supervisor writes the first line, and threads its gate; EEXIT adds ``exited`` to the gate.
+EENTER writes the second line for EEXIT.  The thread that holds the lock writes the third.
 """
 
 _BYTES = {name: offset & 0xFF for name, offset in SLOT.items()}
@@ -99,14 +99,14 @@ def hashed(address: int) -> int:
 
 
 def emit_permitted_entry(asm: Assembler) -> None:
-    """EENTER of RBX if it is permitted, else go on at ``ask``.
+    """EENTER of RBX if it is permitted; otherwise jump to ``ask``.
 
     The labels:
 
-    - From ``pushed`` on seven words are on the stack; to give up is to go on at ``undo``.
-    - From ``popping`` on they are being taken off; ``undo`` has the same instructions.
-    - At ``added`` the thread is inside, unless the gate was closed before.
-    - At ``permit_end`` it is at the entry point.
+    - From ``pushed`` seven words are on the stack; a jump to ``undo`` gives up the attempt.
+    - From ``popping`` the code pops them; ``undo`` has the same instructions.
+    - At ``added`` the thread is inside, unless the gate was already closed.
+    - At ``permit_end`` the thread is at the entry point.
     """
     slot = _BYTES
     asm.near("48 8b 0d", "permits_at")  # mov rcx, [rip+permits_at]
@@ -161,7 +161,7 @@ def emit_permitted_entry(asm: Assembler) -> None:
 
 
 def _emit_claim(asm: Assembler) -> None:
-    """Make the gate of the slot at R9 BUSY with the id of this thread, or go on at ``undo``."""
+    """Set the gate of the slot at R9 to BUSY with this thread's id, or jump to ``undo``."""
     slot = _BYTES
     asm.near("48 8b 15", "permits_at")  # mov rdx, [rip+permits_at]
     asm.word("8b b2", ALONE_AT)  # mov esi, [rdx+alone]
@@ -182,31 +182,32 @@ def _emit_claim(asm: Assembler) -> None:
 
 
 _POP_ALL = "41 5b 41 5b 41 5a 41 59 5a 5e 5f"
-"""pop r11 twice, r10, r9, rdx, rsi, rdi: what ``pushed`` has put there; flags and RCX stay."""
+"""pop r11 twice, r10, r9, rdx, rsi, rdi: the seven words on the stack; keeps flags and RCX."""
 
 
 def exit_stub(
     base: int, enclu: int, table: int, between: bytes = b""
 ) -> tuple[bytes, dict[str, int]]:
-    """Return what is executed in place of ``mov eax, 4 … enclu`` in an enclave.
+    """Return the code that replaces ``mov eax, 4 … enclu`` in an enclave, and its labels.
 
-    The labels, with what has to be undone or done for a thread that is stopped there:
+    The labels, with the state of a thread that is stopped there:
 
-    - until ``begun`` what is between the two is executed
-    - until ``locked`` nothing is changed but RAX; there RAX is zero if the thread has the lock
+    - before ``begun`` it executes the instructions between the load and ENCLU
+    - before ``locked`` only RAX is changed; at ``locked`` RAX is zero if the thread has the lock
     - at ``swapped`` RAX and RCX are exchanged
-    - at ``busy`` too, without the lock; from ``free`` on RCX is back
-    - from ``owned`` on the thread has the lock, and RAX has RCX
-    - from ``saved`` on the slot at RCX has RCX
-    - from ``spilled`` on all that is changed is in the slot, which is at RCX, and then at RDX
-    - at ``tried`` the thread is outside, unless the gate was closed before
-    - at ``released`` the lock is not held, and RAX has RDX; from ``restored`` on RDX is back
+    - at ``busy`` they are, too, without the lock; from ``free`` RCX is restored
+    - from ``owned`` the thread has the lock, and RAX holds RCX
+    - from ``saved`` the slot at RCX holds RCX
+    - from ``spilled`` the slot, at RCX and later at RDX, holds all that is changed
+    - at ``tried`` the thread is outside, unless the gate was already closed
+    - at ``released`` the lock is free, and RAX holds RDX; from ``restored`` RDX is restored
 
     Args:
-        base: where the stub is.
-        enclu: where the ENCLU is, which stops the thread.
-        table: where the table is, below 2 GiB.
-        between: instructions between the two, which do not use RAX and may be anywhere.
+        base: address of the stub.
+        enclu: address of the ENCLU, which stops the thread.
+        table: address of the table, below 2 GiB.
+        between: instructions between the load and ENCLU; they are position-independent and do not
+            use RAX.
     """
     slot, asm = _BYTES, Assembler()
     asm.labels["enclu"] = enclu - base
@@ -241,13 +242,13 @@ def exit_stub(
     asm.word("81 e1", WHO_MASK)  # and ecx, state and thread
     asm.emit("44 39 d9")  # cmp ecx, r11d
     asm.near("0f 85", "refuse")  # jne
-    # A target that is not canonical is #GP inside; one in the upper half is nothing to hurry for.
+    # A target that is not canonical is #GP inside; one in the upper half takes the slow path.
     asm.emit("48 89 d9 48 c1 e9 2f")  # mov rcx, rbx; shr rcx, 47
     asm.near("0f 85", "refuse")  # jnz
     asm.emit(f"48 89 c1 4c 29 d9 48 03 4a {slot['exited']:02x}")  # mov rcx, rax; sub, r11; add, …
     asm.emit(f"4c 8b 5a {slot['outside_fs']:02x} f3 49 0f ae d3")  # mov r11, [rdx+…]; wrfsbase r11
     asm.emit(f"4c 8b 5a {slot['outside_gs']:02x} f3 49 0f ae db")  # mov r11, [rdx+…]; wrgsbase r11
-    # Outside, another thread may enter: what is read then must be in the third line.
+    # Once outside, another thread may enter: later reads must be of the third line only.
     asm.emit(f"4c 8b 5a {slot['aep']:02x} 4c 89 5a {slot['rcx_then']:02x}")  # by way of r11
     asm.emit(f"f0 48 0f b1 4a {slot['gate']:02x}")  # lock cmpxchg [rdx+gate], rcx
     asm.label("tried")
@@ -263,7 +264,7 @@ def exit_stub(
     asm.word("b8", 4)  # mov eax, 4
     asm.emit("ff e3")  # jmp rbx
     asm.label("refuse")
-    asm.emit("f4")  # hlt: a stop, where the supervisor undoes all this
+    asm.emit("f4")  # hlt: a stop, where the supervisor undoes the attempt
     asm.label("end")
     code = asm.finish()
     assert len(code) <= STUB_BYTES, "a stub is longer than its place"
@@ -271,7 +272,7 @@ def exit_stub(
 
 
 def _emit_spill(asm: Assembler, table: int) -> None:
-    """With the lock, keep in the slot all that is changed, and have the slot in RCX."""
+    """With the lock held, save all that is changed to the slot, and its address in RCX."""
     slot = _BYTES
     asm.label("owned")
     asm.emit("f3 48 0f ae c9")  # rdgsbase rcx

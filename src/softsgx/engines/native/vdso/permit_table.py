@@ -1,10 +1,10 @@
-"""The table of permits of one address space, as the supervisor sees it; and what is in its slots.
+"""The table of permits of one address space, as the supervisor reads and writes it.
 
-The program has the table below 2 GiB, where its code can address it without a free register.  A
-slot belongs to one TCS for as long as the address space lives.
+The table is mapped below 2 GiB in the program, so that code can address it without a free register.
+A slot belongs to one TCS as long as the address space exists.
 
 Source:
-    ``vdso/permit_code.py`` for who reads and writes what.
+    ``vdso/permit_code.py`` for the layout and its readers.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _SEALS = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW
 
 @dataclass(slots=True, frozen=True)
 class ExitStub:
-    """Code that is executed in place of ``mov eax, 4 … enclu`` of an enclave.
+    """Code that replaces ``mov eax, 4 … enclu`` of an enclave.
 
     Attributes:
-        start: where the jump to it is, instead of the load of EAX.
-        between: what is between the two.
-        enclu: where the ENCLU is.
-        labels: as :func:`.permit_code.exit_stub` has them.
+        start: address of the jump to it, which replaces the load of EAX.
+        between: the instructions between the load and ENCLU.
+        enclu: address of the ENCLU.
+        labels: as :func:`.permit_code.exit_stub` returns them.
     """
 
     start: int
@@ -74,18 +74,18 @@ class ExitStub:
     labels: dict[str, int]
 
     def replaces(self, start: int, between: bytes, enclu: int) -> bool:
-        """Return whether it does what this code does; enclaves come and go at one address."""
+        """Return whether it replaces this code; several enclaves may use an address in turn."""
         return (self.start, self.between, self.enclu) == (start, between, enclu)
 
 
 @dataclass(slots=True, frozen=True)
 class Entry:
-    """The outcome of an EENTER that succeeded, and would succeed again.
+    """The outcome of an EENTER that has succeeded and would succeed again.
 
     Attributes:
-        gpr: the page that has GPRSGX of the frame.
+        gpr: the page that holds GPRSGX of the frame.
         ursp: the address of URSP in it.
-        rip, cssa, fs_base, gs_base: what the thread got.
+        rip, cssa, fs_base, gs_base: values that EENTER has given the thread.
     """
 
     gpr: EpcPage
@@ -98,12 +98,12 @@ class Entry:
 
 @dataclass(slots=True, frozen=True)
 class Gate:
-    """What a gate said when it was closed.
+    """The value of a gate when the supervisor closed it.
 
     Attributes:
         state: OUT, BUSY, IN, or CLOSED.
-        thread: the id of the thread in it, 0 for none.
-        crossings: how many there were since it was opened.
+        thread: the id of its thread, 0 for none.
+        crossings: number of crossings since the gate was opened.
     """
 
     state: int
@@ -112,7 +112,7 @@ class Gate:
 
     @classmethod
     def unpack(cls, word: int) -> Gate:
-        """Return what a word says."""
+        """Decode the quadword of a gate."""
         return cls(
             min(word & STATE_MASK, CLOSED), word >> THREAD_SHIFT & THREAD_MASK, word // CROSSING
         )
@@ -122,12 +122,13 @@ class Slot:
     """The slot of one TCS.
 
     Attributes:
-        table: where it is.
-        address: where the program has it: where pointers to it point.
+        table: the table that it is in.
+        address: its address in the program, which pointers to it hold.
         tcs: the address of the TCS.
-        entry: what EENTER gives, ``None`` when that has to be found out again.
-        inside: the thread that is inside by this TCS as far as the machine knows, since the gate
-            was opened; stay: its stay there.
+        entry: the outcome of EENTER; ``None`` when the next EENTER must stop.
+        inside: the thread that was inside by this TCS when the gate was opened; ``None`` once the
+            machine has its EEXIT.
+        stay: that thread's enclave mode.
         enclave: the enclave of the TCS when the gate was opened.
         memory: its memory file.
     """
@@ -150,38 +151,38 @@ class Slot:
         self.memory: EnclaveMemory | None = None
 
     def word(self, name: str) -> int:
-        """Return a word of it."""
+        """Return a quadword of the slot."""
         return self._words[self._at + _WORDS[name]]
 
     def set(self, name: str, value: int) -> None:
-        """Replace a word of it."""
+        """Replace a quadword of the slot."""
         self._words[self._at + _WORDS[name]] = value
 
     def peek(self) -> Gate:
-        """Return what the gate says; it may say something else by now."""
+        """Return the value of the gate; threads may change it at any time."""
         return Gate.unpack(self.word("gate"))
 
     def belongs_to(self, enclave: ResidentSecs, memory: EnclaveMemory | None) -> None:
-        """Note whose TCS it is now."""
+        """Record the enclave that the TCS belongs to now."""
         self.enclave, self.memory = enclave, memory
 
     def open_out(self, aep: int) -> None:
-        """Permit EENTER with the outcome of :attr:`entry`, and what follows it.
+        """Permit EENTER with the outcome of :attr:`entry`, and the crossings after it.
 
         Args:
-            aep: what EENTER has in RCX.
+            aep: RCX of EENTER.
         """
         self.inside = self.stay = None
         self._put_entry(aep)
         self.set("gate", OUT)
 
     def open_in(self, thread: ProgramThread, own_tid: int, aep: int, fs: int, gs: int) -> None:
-        """Permit EEXIT to a thread inside; with :attr:`entry` what follows it, too.
+        """Permit EEXIT to a thread inside, and with :attr:`entry` the crossings after it.
 
         Args:
             thread: the thread.
-            own_tid: its id as it sees it.
-            aep: what EEXIT gives it in RCX.
+            own_tid: its id in its own PID namespace.
+            aep: RCX after EEXIT.
             fs: FS base of the outside.
             gs: GS base of the outside.
         """
@@ -197,7 +198,7 @@ class Slot:
         self.set("gate", self._opened)
 
     def close_behind(self) -> None:
-        """Permit nothing after the next EEXIT."""
+        """Permit no crossing after the next EEXIT."""
         self.set("exited", CROSSING + CLOSED)
 
     def has_only(self, thread: ProgramThread) -> bool:
@@ -219,7 +220,7 @@ class Slot:
         self.set("exited", CROSSING + OUT)
 
     def close(self) -> Gate:
-        """Permit nothing any more; return how it was at that moment."""
+        """Close the gate; return its value at that moment."""
         at = self.table.mapped_at + (self._at * _WORD_BYTES) + SLOT["gate"]
         return Gate.unpack(_exchange()(at, CLOSED))
 
@@ -228,14 +229,14 @@ class PermitTable:
     """See the module.
 
     Args:
-        fd: a memory file of the table; it is closed.  It allows sealing: no process can change its
-            size afterwards.
-        address: where the program has it.
-        threads: those of the address space, by id.
+        fd: a memory file of the table, which the constructor closes.  It allows sealing: no process
+            can change its size afterwards.
+        address: its address in the program.
+        threads: the threads of the address space, by id.
 
     Attributes:
         words: its quadwords.
-        mapped_at: where we have it.
+        mapped_at: its address in the supervisor.
     """
 
     def __init__(self, fd: int, address: int, threads: Mapping[int, ProgramThread]) -> None:
@@ -257,10 +258,10 @@ class PermitTable:
         return self._slots.get(tcs)
 
     def give_slot(self, tcs: int, gs: int) -> Slot | None:
-        """Return the slot of a TCS whose thread has GS base ``gs``; ``None``: there is none left.
+        """Return the slot of a TCS whose thread has GS base ``gs``; ``None``: all are in use.
 
-        Pointers are never replaced, since threads use them while they run: of TCSs with the same
-        place in a list of pointers, the first has it.
+        The supervisor never replaces a pointer, since running threads use it: of TCSs with the same
+        hash, the first gets the entry of the list.
         """
         slot, words = self._slots.get(tcs), self.words
         if slot is None:
@@ -275,7 +276,7 @@ class PermitTable:
         return slot
 
     def slot_at(self, pointer: int) -> Slot:
-        """Return the slot that a pointer of the program points at."""
+        """Return the slot at an address of the program."""
         for slot in self._slots.values():
             if slot.address == pointer:
                 return slot
@@ -286,7 +287,7 @@ class PermitTable:
         return self.slot_at(self.words[EXITS_AT // _WORD_BYTES + hashed(gs)])
 
     def thread(self, own_tid: int) -> ProgramThread | None:
-        """Return the thread with an id as it sees it itself."""
+        """Return the thread with this id in its own PID namespace."""
         known = self._by_own_tid.get(own_tid)
         if known is None:
             for thread in self._threads.values():
@@ -295,28 +296,28 @@ class PermitTable:
         return known
 
     def image(self) -> ProcessImage | None:
-        """Return the address space that it is of; ``None``: no thread is there any more."""
+        """Return the address space; ``None``: it has no thread any more."""
         return next((thread.image for thread in self._threads.values()), None)
 
     def forget(self, thread: ProgramThread) -> None:
-        """The thread executes nothing any more."""
+        """Drop the id of a thread that has ended."""
         self._by_own_tid = {
             own_tid: each for own_tid, each in self._by_own_tid.items() if each is not thread
         }
 
     def set_alone(self, own_tid: int) -> None:
-        """Tell the only thread of the address space its id; 0: there are several."""
+        """Store the id of the only thread of the address space; 0: there are several."""
         self.words[ALONE_AT // _WORD_BYTES] = own_tid
 
     def close(self) -> None:
-        """The address space is gone."""
+        """Unmap the table; the address space has been released."""
         self.words.release()
         del self._anchor
         self._memory.close()
 
 
 def make_table(thread: Thread, image: ProcessImage) -> PermitTable | None:
-    """Share a table with the address space of a stopped thread; ``None``: there is no room.
+    """Map a new table into the address space of a stopped thread; ``None``: it has no room.
 
     Raises:
         Gone: the thread has died.
@@ -343,7 +344,7 @@ def make_table(thread: Thread, image: ProcessImage) -> PermitTable | None:
 
 
 def reserve_table(thread: Thread, image: ProcessImage) -> None:
-    """Take the table of its parent from a child, which has inherited it; the place stays its."""
+    """Replace the parent's table in a fork child by a reserved range, for a table of its own."""
     os.pwrite(image.memory_fd, bytes(8), image.vdso_base + image.vdso.permits_at)
     kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
     thread.syscall(abi.SYS_MMAP, image.permits_at, TABLE_BYTES, abi.PROT_NONE, kind, -1, 0)
@@ -367,5 +368,5 @@ def _exchange() -> Callable[[int, int], int]:
     page.write(_XCHG)
     anchor = ctypes.c_char.from_buffer(page)
     prototype = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
-    _pages.append(anchor)  # it lives as long as the function
+    _pages.append(anchor)  # must outlive the function
     return prototype(ctypes.addressof(anchor))

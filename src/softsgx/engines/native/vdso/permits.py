@@ -1,24 +1,26 @@
 """Permits: entering and leaving enclaves without a stop.
 
-When a thread has entered an enclave through our vDSO, and nothing but entries and exits has
-happened in the machine since, the same EENTER would succeed again, with the same outcome; and
-EEXIT of a thread inside always succeeds.  The supervisor writes that down in the slot of the TCS
-and opens its gate (``vdso/permit_code.py``).  Our vDSO then does the EENTER, and code that a jump
-leads to from the enclave's ``mov eax, 4 … enclu`` does the EEXIT, in the program.
+When a thread has entered an enclave through our vDSO, and the machine has since executed nothing
+but entries and exits, the same EENTER would succeed again with the same outcome.  EEXIT of a thread
+inside always succeeds.  The supervisor writes these outcomes to the slot of the TCS and opens its
+gate (``vdso/permit_code.py``).  From then on our vDSO does the EENTER.  A jump in place of the
+enclave's ``mov eax, 4`` leads to a stub that does the EEXIT.  Neither stops the thread.
 
-What threads have done so is told to the machine before anything else depends on it.  To *settle* is
-to close all gates and to tell: all crossings are counted, and the last exit and the last entry of
-each TCS are done by their leaves, with the registers of then.  That comes before each stop is
-handled, but for stops that only cross, and before background tasks run.  A stop that only crosses
-closes the gates that its thread or its TCS have to do with.  So eviction, tracking cycles, ioctls
-and faults find every thread where it is; and what they change ends all permits, but EEXIT of
-threads that are inside.
+The machine does not see these crossings when they happen.  Permits *report* them to the machine
+before anything else depends on them: they close the gates, count all crossings, and execute the
+leaves for the last exit and the last entry of each TCS, with the registers of that time.
 
-A thread that is stopped in the middle of a crossing is moved to where it would be before or behind
-it.
+- :meth:`Permits.settle` reports all of them.  The loop calls it before it handles a stop, except a
+  stop that only crosses, and before background tasks run.  So eviction, tracking cycles, ioctls and
+  faults find every thread where it is.  Whatever they change may change the outcome of EENTER, so
+  all permits end but EEXIT of threads that are inside.
+- A stop that only crosses closes only the gates of its thread and its TCS.
 
-What the frame holds as URSP and URBP at an entry that is told is what EENTER stores there: what the
-vDSO has stored, or the enclave since, which may move the stack of its host.
+The supervisor moves a thread that is stopped in the middle of a crossing to its start or its end
+(:mod:`.crossing`).
+
+A reported EENTER stores to URSP and URBP of the frame what the frame already holds: the values that
+the vDSO stored, or that the enclave stored since, which may move the stack of its host.
 
 Source:
     SDM vol. 3D, "EENTER" and "EEXIT", Operation.
@@ -52,7 +54,7 @@ _PAGE_BYTES = 4096
 _URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
 _AEP = Tcs.OFFSETS["aep"]
 _PAIR = struct.Struct("<QQ")  # URSP, URBP
-_RFLAGS = 0x202  # nothing of the flags goes in but TF, and with TF set every instruction stops
+_RFLAGS = 0x202  # EENTER uses no flag but TF, and with TF set every instruction stops
 _ENCLU = b"\x0f\x01\xd7"
 #: mov eax, 4 or mov rax, 4, and what may come between it and EEXIT: registers but RAX and RSP are
 #: scrubbed by XOR with themselves, flags by add rdx, rdx and cld.
@@ -64,16 +66,16 @@ _LOAD = re.compile(
 )
 _LONGEST_LOAD = 64
 _JUMP_BYTES = 5
-_TOO_NEAR = 16  # to the start of a page, for finding out where instructions begin
+_TOO_NEAR = 16  # to the start of a page: the start of instructions is not known there
 
 
 class Permits:
     """See the module.
 
     Args:
-        usable: whether there are permits in this run, and the processor has what they use.
+        usable: whether this run allows permits, and the processor has the instructions they use.
         hold: stops a running thread; returns whether it is stopped and alive.
-        failed: ends the processes of an address space, for a reason.
+        failed: ends the processes of an address space because of an exception.
     """
 
     def __init__(
@@ -84,19 +86,19 @@ class Permits:
     ) -> None:
         self._usable, self._hold, self._failed = usable, hold, failed
         self._open: set[Slot] = set()
-        self._recorded: set[Slot] = set()  # those that have an entry
-        # Open gates of threads that are stopped inside; the threads have not used them.
+        self._recorded: set[Slot] = set()  # slots with an outcome of EENTER
+        # Open gates of threads that are stopped inside and have not crossed since they were opened.
         self._unused: dict[ProgramThread, Slot] = {}
-        self._left: tuple[ProgramThread, Slot] | None = None  # by the EEXIT of the stop at hand
+        self._exited: tuple[ProgramThread, Slot] | None = None  # by the EEXIT of the current stop
         self._scratch = NativeRegisters()
-        self._then = cast(Registers, self._scratch)  # what the machine sees of them
+        self._then = cast(Registers, self._scratch)  # as the machine types them
 
     # --- crossings that stop --------------------------------------------------------------------
 
     def entering(self, tcs: int) -> None:
-        """A thread is about to enter by a TCS, at a stop."""
+        """A thread that has stopped is about to enter by a TCS."""
         if self._open:
-            self._tell([slot for slot in self._open if slot.tcs == tcs])
+            self._report([slot for slot in self._open if slot.tcs == tcs])
 
     def entered(self, thread: ProgramThread) -> None:
         """EENTER from our vDSO has succeeded; the thread has its new registers."""
@@ -112,7 +114,7 @@ class Permits:
             self._recorded.add(slot)
 
     def left(self, thread: ProgramThread, inside: EnclaveMode, enclu: int) -> None:
-        """The EEXIT at address ``enclu`` has succeeded at a stop, and ended ``inside``."""
+        """The EEXIT at ``enclu`` has stopped, has succeeded, and has ended ``inside``."""
         if not self._has_permits(thread):
             return
         image = thread.image
@@ -125,42 +127,42 @@ class Permits:
             self._replace(thread, enclu)
         slot = image.permits.slot(inside.tcs_linaddr)
         if slot is not None and slot.entry is not None:
-            self._left = thread, slot
+            self._exited = thread, slot
 
     def going(self, thread: ProgramThread) -> None:
-        """A thread is about to go on to code of the program: give it its permits."""
+        """A thread is about to run code of the program: open its gate."""
         table, inside = thread.image.permits, thread.cpu.inside
         if table is None or not self._has_permits(thread):
             return
         unused = self._unused.pop(thread, None)
         if unused is not None:
             if unused.stay is inside and thread.blocked is None:
-                return  # it is still so
-            self._tell([unused])
+                return  # the gate is still valid
+            self._report([unused])
         if inside is None:
-            left, self._left = self._left, None
-            if left is None or left[0] is not thread:
+            exited, self._exited = self._exited, None
+            if exited is None or exited[0] is not thread:
                 return
-            slot: Slot | None = left[1]
+            slot: Slot | None = exited[1]
             assert slot is not None, "EEXIT by a TCS without a slot"
             slot.open_out(thread.image.aep)
         else:
             slot, outside = self._slot(thread, inside), inside.outside
             if slot is None or slot.memory is None or not slot.memory.exits:
-                return  # EEXIT stops all the same
+                return  # EEXIT stops in any case
             if outside.tf != 0 or thread.blocked is not None:
-                return  # EEXIT has something to do that code of the program cannot do
+                return  # EEXIT has to restore state that a stub cannot restore
             aep = int.from_bytes(thread.cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
             slot.open_in(thread, thread.own_tid, aep, outside.fs_base, outside.gs_base)
         table.set_alone(thread.own_tid if len(thread.image.threads) == 1 else 0)
         self._open.add(slot)
 
     def _has_permits(self, thread: ProgramThread) -> bool:
-        """Whether there are permits; a listener must hear of each crossing when it happens."""
+        """Whether there are permits; a tracer receives each crossing when it happens."""
         return self._usable and thread.cpu.hw.tracer is None
 
     def _slot(self, thread: ProgramThread, inside: EnclaveMode) -> Slot | None:
-        """Return the slot of the TCS that a thread is inside by, if there is one for it."""
+        """Return the slot of the TCS that a thread has entered by; ``None``: all are in use."""
         image, tcs = thread.image, inside.tcs_linaddr
         assert image.permits is not None, "a slot without a table of permits"
         slot = image.permits.slot(tcs)
@@ -173,7 +175,7 @@ class Permits:
     # --- code of the enclave --------------------------------------------------------------------
 
     def _replace(self, thread: ProgramThread, enclu: int) -> None:
-        """Let the load of EAX in front of an EEXIT be a jump to code that does it, if possible."""
+        """Replace the load of EAX in front of an EEXIT by a jump to a stub, if possible."""
         image = thread.image
         memory, stubs = image.page_table.memory_at(enclu), image.exit_stubs
         if memory is None or any(s.enclu == enclu and s.start in memory.exits for s in stubs):
@@ -187,7 +189,7 @@ class Permits:
             image.plain_exits.add(enclu)
             return
         if memory.users != [image.page_table]:
-            return  # a process with another vDSO may map it, too; one that has forked has the same
+            return  # a process with another vDSO may map it; a fork child would have the same one
         self.settle()
         for other in list(image.threads.values()):
             if other is not thread and other.cpu.inside is not None:
@@ -199,15 +201,15 @@ class Permits:
         distance = base - (start + _JUMP_BYTES)
         memory.jump_at(start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
 
-    # --- telling the machine --------------------------------------------------------------------
+    # --- reporting to the machine ----------------------------------------------------------------
 
     def stopped(self, thread: ProgramThread) -> None:
-        """A thread has stopped: call this before anything else is done about it.
+        """A thread has stopped; the loop calls this before it handles the stop.
 
         Raises:
-            Gone: it has died meanwhile.
+            Gone: the thread has died.
         """
-        self._left = None
+        self._exited = None
         if self._open:
             inside = thread.cpu.inside
             table = thread.image.permits
@@ -215,35 +217,35 @@ class Permits:
             if slot is not None and slot in self._open and slot.has_only(thread):
                 self._unused[thread] = slot
             else:
-                self._tell(self._slots_of(thread), thread)
+                self._report(self._slots_of(thread), thread)
         if thread.image.permits_at:
             crossing.straighten(thread)
 
     def settle(self) -> None:
-        """Tell the machine of all crossings; what happens next may change what EENTER does."""
+        """Report all crossings, and end permits: the next operation may change what EENTER does."""
         unused = self._unused.values()
         if len(self._open) > len(unused):
-            self._tell([slot for slot in self._open if slot not in unused])
+            self._report([slot for slot in self._open if slot not in unused])
         for slot in unused:
             slot.close_behind()
         if self._recorded:
             for slot in self._recorded:
                 slot.entry = None
             self._recorded.clear()
-        self._left = None
+        self._exited = None
 
     def ended(self, thread: ProgramThread) -> None:
-        """A thread is gone, wherever it was."""
+        """A thread has ended, inside or outside."""
         self.settle()
         unused = self._unused.pop(thread, None)
         if unused is not None:
-            self._tell([unused])
+            self._report([unused])
         table = thread.image.permits
         if table is not None:
             table.forget(thread)
 
     def _slots_of(self, thread: ProgramThread) -> list[Slot]:
-        """Return the open slots of TCSs that a thread has crossed by, or may be inside by."""
+        """Return the open slots by which a thread has crossed, or may be inside."""
         table = thread.image.permits
         return [
             slot
@@ -252,12 +254,12 @@ class Permits:
             or (slot.table is table and slot.peek().thread == thread.own_tid)
         ]
 
-    def _tell(self, slots: Iterable[Slot], at_hand: ProgramThread | None = None) -> None:
-        """Close gates, and those of the other slots that their threads have crossed by, and tell.
+    def _report(self, slots: Iterable[Slot], at_hand: ProgramThread | None = None) -> None:
+        """Close gates and report their crossings; include all other slots of their threads.
 
         Args:
-            slots: whose gates are closed.
-            at_hand: a thread that is stopped, and is moved out of its crossing later.
+            slots: the slots to close.
+            at_hand: a stopped thread, which the caller moves out of its crossing.
         """
         closed: list[tuple[Slot, Gate, ProgramThread | None]] = []
         rest = list(slots)
@@ -274,30 +276,30 @@ class Permits:
             for thread in {slot.inside, owner} - {None, at_hand}:
                 assert thread is not None, "a set without None has it"
                 rest += self._slots_of(thread)
-        # The program can write to its slots: what cannot be told ends its processes, no others.
-        left: dict[Slot, int] = {}
+        # The program can write to its slots: an impossible report ends its own processes only.
+        unreported: dict[Slot, int] = {}
         failures: dict[Slot, Exception] = {}
         for slot, gate, _owner in closed:
             try:
-                left[slot] = self._tell_exit(slot, gate)
+                unreported[slot] = self._report_exit(slot, gate)
             except Exception as error:
                 failures[slot] = error
         for slot, gate, owner in closed:
             try:
-                if slot in left:
-                    self._tell_entry(slot, gate, owner, left[slot])
+                if slot in unreported:
+                    self._report_entry(slot, gate, owner, unreported[slot])
             except Exception as error:
                 failures[slot] = error
         for _slot, gate, owner in closed:
             if gate.state == BUSY and owner is not None and owner is not at_hand:
-                self._hold(owner)  # or it would write to the slot when another thread has it
+                self._hold(owner)  # it must not write to the slot once another thread has it
         for slot, failure in failures.items():
             image = slot.table.image()
-            if image is not None:  # else its processes have ended
+            if image is not None:  # otherwise its processes have ended
                 self._failed(image, failure)
 
-    def _tell_exit(self, slot: Slot, gate: Gate) -> int:
-        """Do the EEXIT that came first, if one did; return how many crossings are left to tell."""
+    def _report_exit(self, slot: Slot, gate: Gate) -> int:
+        """Execute the EEXIT that came first, if any; return how many crossings remain."""
         thread = slot.inside
         if thread is None or not gate.crossings:
             return 0 if thread is not None else gate.crossings
@@ -313,10 +315,10 @@ class Permits:
         slot.inside = None
         return gate.crossings - 1
 
-    def _tell_entry(
+    def _report_entry(
         self, slot: Slot, gate: Gate, owner: ProgramThread | None, crossings: int
     ) -> None:
-        """Count what came after that, and do the EENTER that came last, if it has no EEXIT yet."""
+        """Count the later crossings; execute the last EENTER if no EEXIT has followed it."""
         enclave = slot.enclave
         assert enclave is not None, "a gate was open for no enclave"
         pairs = crossings // 2
@@ -347,9 +349,9 @@ class Permits:
 
 
 def load_in_front(image: ProcessImage, enclu: int) -> tuple[int, bytes] | None:
-    """Return where EAX is loaded with 4 in front of an ENCLU, and what is in between.
+    """Return the address of the load of 4 into EAX in front of an ENCLU, and the bytes in between.
 
-    All of that is in one page.
+    All of them are in one page.
     """
     page, behind = enclu & -_PAGE_BYTES, enclu % _PAGE_BYTES + len(_ENCLU)
     memory = image.page_table.read_only_code(page, 1)

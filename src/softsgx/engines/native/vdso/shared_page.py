@@ -1,7 +1,7 @@
-"""A page that a program shares with us: what our vDSO reads there, and what it leaves for us.
+"""A page that a program shares with the supervisor; our vDSO reads and writes it.
 
 Source:
-    ``vdso/code.py`` for who reads and writes what.
+    ``vdso/code.py`` for the layout and its readers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _CALLS = CALLS_AT // _WORD_BYTES
 
 
 class SharedPage:
-    """The page as we see it; an address space and those forked from it have the same one.
+    """The page in the supervisor; an address space and those forked from it have the same one.
 
     Args:
-        fd: a memory file of one page; it is closed.
+        fd: a memory file of one page; the constructor closes it.
 
     Attributes:
         words: its quadwords.
-        address: where the program has it.
+        address: where it is mapped in the program.
     """
 
     MOST_CALLS = (abi.PAGE - CALLS_AT) // (CALL_WORDS * _WORD_BYTES)
@@ -57,6 +57,6 @@ class SharedPage:
             at += CALL_WORDS
 
     def close(self) -> None:
-        """The last address space that has it is gone."""
+        """Unmap the page; no address space has it any more."""
         self.words.release()
         self._memory.close()
