@@ -81,7 +81,11 @@ def placed(slot: VaSlot | None) -> object:
 def backed(backing: Backing, pages: int) -> object:
     """The number of backing pages, and bytes of each evicted page."""
     if isinstance(backing, FlatBacking):
-        return backing.pages(), dict(backing.sealed)
+        usual, unusual = backing.usual, backing.unusual
+        return backing.pages(), {
+            index: (sealed, *(unusual.get(index) or usual or ()))
+            for index, sealed in backing.sealed.items()
+        }
     layout, found = enclave_layout(pages), {}
     for index in range(pages + 1):
         content, pcmd = layout(index)
@@ -91,8 +95,7 @@ def backed(backing: Backing, pages: int) -> object:
             continue
         at = index % PCMDS_PER_PAGE * _PCMD_BYTES
         sealed = Pcmd.unpack(bytes(backing.pin(pcmd, create=False).data[at : at + _PCMD_BYTES]))
-        eid = sealed.enclave_id.to_bytes(8, "little")
-        found[index] = data + sealed.secinfo.flags.to_bytes(8, "little") + eid + sealed.mac
+        found[index] = data + sealed.mac, sealed.secinfo.flags, sealed.enclave_id
     return backing.pages(), found
 
 

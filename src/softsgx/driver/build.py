@@ -117,7 +117,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
         backing = driver.backing(pages)
     except BackingError as error:
         refuse(ENOMEM, str(error))
-    swap = driver.swap_type(
+    swap = driver.swap_type(backing)(
         driver.core,
         backing,
         pages=pages,

@@ -16,13 +16,13 @@ from types import MappingProxyType
 
 from softsgx.arch import EinitToken, SgxFeature
 from softsgx.defects import Defect
+from softsgx.driver import fault, optimised
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
-from softsgx.driver.optimised import PlainPage
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import refuse
-from softsgx.paging import Backing, EnclaveSwap, EpcCore, Group, memory_backing
+from softsgx.paging import Backing, EnclaveSwap, EpcCore, FlatBacking, Group, memory_backing
 from softsgx.paging.optimised import PlainSwap
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
@@ -53,7 +53,7 @@ class Driver:
 
     Attributes:
         page_type: class of the pages of enclaves.
-        swap_type: class of their swapping.
+        handle_fault: handles a fault on one.
 
     Raises:
         OSError: ENODEV: the machine has no SGX, or a launch key hash that cannot be written.
@@ -85,9 +85,9 @@ class Driver:
         self.backing, self.unprivileged, self.tokens = backing, unprivileged, tokens
         self._lifecycle_listeners: list[Tracer] = []
         self._group_of, self._node_of = group_of, node_of
-        optimised = core.optimised and tracer is None and not defects
-        self.page_type: type[EnclavePage] = PlainPage if optimised else EnclavePage
-        self.swap_type: type[EnclaveSwap] = PlainSwap if optimised else EnclaveSwap
+        self._optimised = core.optimised and tracer is None and not defects
+        self.page_type: type[EnclavePage] = optimised.PlainPage if self._optimised else EnclavePage
+        self.handle_fault = optimised.handle if self._optimised else fault.handle
         self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
         self._loaded = True
@@ -204,6 +204,11 @@ class Driver:
             return None, 0
         group_of, node_of = self._group_of, self._node_of
         return group_of(task), node_of(task)
+
+    def swap_type(self, backing: Backing) -> type[EnclaveSwap]:
+        """Return the class of the swapping of an enclave with this backing."""
+        plain = self._optimised and isinstance(backing, FlatBacking)
+        return PlainSwap if plain else EnclaveSwap
 
     def next_pid(self) -> int:
         """Return a number for a simulated process."""

@@ -27,7 +27,6 @@ from softsgx.defects import Defect
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
 from softsgx.driver.fault import Outcome
-from softsgx.driver.fault import handle as handle_fault
 from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import Srcu
@@ -418,4 +417,4 @@ class Enclave(RefCounted):
 
     def fault(self, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None) -> Outcome:
         """As :func:`softsgx.driver.fault.handle`."""
-        return handle_fault(self, mm, vma, linaddr, task)
+        return self.driver.handle_fault(self, mm, vma, linaddr, task)

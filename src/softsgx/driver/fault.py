@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
     from softsgx.driver.task import Task
 
-__all__ = ["Outcome", "PageBusy", "handle", "load", "wait_while_busy"]
+__all__ = ["Outcome", "PageBusy", "handle", "load", "load_ahead", "wait_while_busy"]
 
 Outcome: TypeAlias = tuple[FaultResult, Callable[[], None] | None]
 
@@ -138,8 +138,13 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
     if page.entry is None:
         raise LoadFailed("lost")
     epc = _reload(page, page.entry, task, None if task is None else task.claim)
+    load_ahead(page, task)
+    return epc
+
+
+def load_ahead(page: EnclavePage, task: Task | None) -> None:
+    """Load the pages that the policy wants with ``page``, while EPC pages are free."""
     enclave = page.enclave
-    # Load the pages that the policy wants ahead, while EPC pages are free.
     policy = enclave.driver.core.policy
     for index in policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
         other = enclave.pages.get(index)
@@ -149,7 +154,6 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
             _reload(other, other.entry, task, None)
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
             break
-    return epc
 
 
 def claim_of(task: Task | None) -> Claim | None:

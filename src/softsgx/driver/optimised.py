@@ -1,22 +1,33 @@
-"""A second implementation of what the reclaimer asks of a page of an enclave.
+"""Second implementations: of what the reclaimer asks of a page, and of a fault that loads one.
 
-Each method handles the common case: no task holds a lock that the method needs, and the enclave is
+Each function handles the common case: no task holds a lock that it needs, and the enclave is
 alive.  It does in one function what the readable one does in many, in the same order, and falls
 back to it otherwise; then no state has changed.  It is for runtimes that do not interleave tasks:
-a lock that is free stays free, since none of the methods waits.  Neither tracer nor defects are
+a lock that is free stays free, since none of them waits.  Neither tracer nor defects are
 looked at, so a driver that has them uses the readable methods.  ``tests/differential`` runs both
 on the same histories.
 """
 
 from __future__ import annotations
 
-from softsgx.arch import PAGE_SHIFT, Status
-from softsgx.driver.page import EnclavePage
-from softsgx.hw import Fault
+from functools import partial
+from typing import TYPE_CHECKING
 
-__all__ = ["PlainPage"]
+from softsgx.arch import PAGE_SHIFT, Status
+from softsgx.driver import fault
+from softsgx.driver.page import LABELS, EnclavePage
+from softsgx.hw import Fault
+from softsgx.paging import BackingError, EpcBusy, FaultResult, LoadFailed, NoEpc
+
+if TYPE_CHECKING:
+    from softsgx.driver.enclave import Enclave
+    from softsgx.driver.mm import EnclaveVma, Mm
+    from softsgx.driver.task import Task
+
+__all__ = ["PlainPage", "handle"]
 
 _SUCCESS = Status.SUCCESS
+_NOPAGE, _SIGBUS = FaultResult.NOPAGE, FaultResult.SIGBUS
 
 
 class PlainPage(EnclavePage):
@@ -86,3 +97,80 @@ class PlainPage(EnclavePage):
             return super().block()
         epc.blocked = True
         return True
+
+    def prepare(self) -> bool:
+        """As :meth:`EnclavePage.prepare`."""
+        enclave = self.enclave
+        if enclave.dead or enclave.lock.held():
+            return super().prepare()
+        reservation = self.reservation = self.swap.prepare(self.index)
+        if reservation is None:
+            return False
+        self.being_reclaimed = True
+        return True
+
+    def write(self) -> bool:
+        """As :meth:`EnclavePage.write`."""
+        enclave, epc, reservation = self.enclave, self.epc, self.reservation
+        dead = enclave.dead or epc is None or reservation is None
+        if dead or enclave.waiting or enclave.lock.held():
+            return super().write()
+        assert epc is not None and reservation is not None, "looked at above"
+        self.reservation = None
+        self.entry = self.swap.write(epc, reservation)
+        self.being_reclaimed = False
+        if self.entry is None:
+            return False
+        enclave.counts.evictions += 1
+        self.epc = None
+        return True
+
+
+def handle(
+    enclave: Enclave, mm: Mm, vma: EnclaveVma, linaddr: int, task: Task | None
+) -> fault.Outcome:
+    """As :func:`fault.handle`."""
+    index = linaddr - enclave.base >> PAGE_SHIFT
+    page = enclave.pages.get(index)
+    entry = None if page is None else page.entry
+    if (
+        page is None
+        or entry is None
+        or page.being_reclaimed
+        or page.being_modified
+        or vma.prot & ~page.max_prot
+        or enclave.dead
+        or enclave.lock.held()
+    ):
+        return fault.handle(enclave, mm, vma, linaddr, task)
+    driver, counts = enclave.driver, enclave.counts
+    core, kind, result, wait = driver.core, "major", _NOPAGE, None
+    group, node = driver.group_and_node(task)
+    try:
+        epc = page.swap.load(
+            entry,
+            page,
+            kind=LABELS[page.kind],
+            cpu_node=node,
+            group=group,
+            claim=None if task is None else task.claim,
+        )
+        page.epc, page.entry = epc, None
+        counts.reloads += 1
+        core.mark_reclaimable(epc)
+        if core.policy.neighbours(index, enclave.size >> PAGE_SHIFT):
+            fault.load_ahead(page, task)
+        mm.ptes.install(linaddr, epc.addr, vma.prot)
+        if not page.touched:
+            page.touched = True
+            counts.touched += 1
+    except EpcBusy as error:
+        # The traceback refers to this frame, which refers to the error: a reference cycle.
+        kind, wait = "busy", partial(core.wait_for_page, error.with_traceback(None))
+    except (NoEpc, LoadFailed, BackingError) as error:
+        kind, result, enclave.refusal = "refused", _SIGBUS, str(error)
+    except MemoryError:
+        result = _SIGBUS
+    faults = counts.faults
+    faults[kind] = faults.get(kind, 0) + 1
+    return result, wait

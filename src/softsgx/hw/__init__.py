@@ -29,7 +29,7 @@ from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, OptimisedLeaves, traced
 from softsgx.hw.machine import Machine
 from softsgx.hw.msr import rdmsr, wrmsr
-from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
+from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
 from softsgx.hw.secs import Crossings
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
@@ -75,6 +75,7 @@ __all__ = [
     "Ram",
     "Ref",
     "Registers",
+    "Sealed",
     "Segment",
     "Translation",
     "TsxAbort",

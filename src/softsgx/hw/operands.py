@@ -12,13 +12,16 @@ from typing import TypeAlias
 from softsgx.arch import SecInfo
 from softsgx.ondemand import dataclass
 
-__all__ = ["Buffer", "PageInfoArgs", "Ref", "misaligned"]
+__all__ = ["Buffer", "PageInfoArgs", "Ref", "Sealed", "misaligned"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Bytes of ordinary memory; where a leaf writes, a writable one."""
 
 Ref: TypeAlias = int | Buffer
 """A linear address, or the bytes that would be there."""
+
+Sealed: TypeAlias = tuple[bytes, int, int]
+"""What EWB writes of a child page: ciphertext ‖ MAC, SECINFO.FLAGS, ENCLAVEID; the rest is zero."""
 
 
 @dataclass(slots=True)

@@ -71,9 +71,11 @@ class EpcCore:
         slowpath: the slow path of allocations.
         va: the upper levels of VA pages.
         optimised: whether second implementations run here, and may run in the driver.
+        reclaimer_type: class of what runs batches.
     """
 
     optimised = False
+    reclaimer_type: type[Reclaimer] = Reclaimer
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class EpcCore:
         self._high = self.policy.high(self.epc_pages)
         self._pool = FreePages(hw.config.sections, runtime, defects=defects)
         self._free = self._pool.count
-        self._reclaimer = Reclaimer(
+        self._reclaimer = self.reclaimer_type(
             self.policy,
             self.epc_pages,
             runtime,

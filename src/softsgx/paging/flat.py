@@ -14,6 +14,7 @@ import struct
 
 from softsgx.arch import PAGE_BYTES, Pcmd
 from softsgx.defects import Defect
+from softsgx.hw import Sealed
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Truncated
 from softsgx.paging.failures import BackingError
@@ -23,11 +24,7 @@ from softsgx.trace import Tracer
 
 __all__ = ["Backing", "FlatBacking", "FlatFile", "open_swap_file"]
 
-_FLAGS, _MAC = 8, Pcmd.OFFSETS["mac"]
-_EID = Pcmd.OFFSETS["enclave_id"]
-_EID_END = _EID + 8
-_KEPT = struct.Struct("<QQ16s")
-_PCMD = struct.Struct("<Q56xQ40x16s")
+_PCMD = struct.Struct("<Q56xQ40x16s")  # SECINFO.FLAGS, ENCLAVEID, MAC; the rest is reserved
 assert _PCMD.size == Pcmd.SIZE, "a PCMD is 128 bytes"
 
 
@@ -39,8 +36,10 @@ class FlatBacking:
             content, one for each 32 PCMDs; ``None`` for any number.
 
     Attributes:
-        sealed: by index, 4096 bytes of ciphertext of each evicted page, and of its PCMD SECINFO
-            flags, enclave identifier and MAC.
+        sealed: by index, ciphertext ‖ MAC of each evicted page.
+        usual: SECINFO flags and enclave identifier in the PCMD of most pages; ``None`` before the
+            first.
+        unusual: by index, those of the other pages.
         reserved: evictions that have reserved their backing.
         sharers: of each PCMD page that Linux would have, the PCMDs in it, and the evictions that
             are about to write one.
@@ -49,6 +48,8 @@ class FlatBacking:
     def __init__(self, limit_pages: int | None = None) -> None:
         self.limit_pages = limit_pages
         self.sealed: dict[int, bytes] = {}
+        self.usual: tuple[int, int] | None = None
+        self.unusual: dict[int, tuple[int, int]] = {}
         self.reserved = 0
         self.sharers: dict[int, int] = {}
 
@@ -59,6 +60,7 @@ class FlatBacking:
     def close(self) -> None:
         """As :meth:`BackingFile.close`."""
         self.sealed.clear()
+        self.unusual.clear()
         self.sharers.clear()
 
 
@@ -104,12 +106,19 @@ class FlatFile:
 
     def written(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.written`."""
-        self._flat.reserved -= 1
-        pcmd = pinned.pcmd_bytes
-        # In 96 of its 128 bytes a PCMD has reserved fields, which EWB writes as zeros.
-        self._sealed[pinned.index] = b"".join(
-            (pinned.data, pcmd[:_FLAGS], pcmd[_EID:_EID_END], pcmd[_MAC:])
-        )
+        flags, eid, mac = _PCMD.unpack(pinned.pcmd_bytes)
+        self.keep(pinned, (b"".join((pinned.data, mac)), flags, eid))
+
+    def keep(self, pinned: Pinned, page: Sealed) -> None:
+        """As :meth:`written`, of a page that EWB has not written to ``pinned``."""
+        flat, index = self._flat, pinned.index
+        flat.reserved -= 1
+        self._sealed[index], flags, eid = page
+        if flat.usual != (flags, eid):
+            if flat.usual is None:
+                flat.usual = flags, eid
+            else:
+                flat.unusual[index] = flags, eid
         self._buffers.append(pinned)
 
     def cancel(self, pinned: Pinned) -> None:
@@ -120,25 +129,42 @@ class FlatFile:
 
     def open(self, index: int) -> Pinned:
         """As :meth:`SwapFile.open`."""
-        sealed = self._sealed.get(index)
+        sealed, flags, eid = self.kept(index)
+        pcmd = _PCMD.pack(flags, eid, sealed[PAGE_BYTES:])
+        return Pinned(index, memoryview(sealed)[:PAGE_BYTES], memoryview(pcmd))
+
+    def kept(self, index: int) -> Sealed:
+        """Return what :meth:`keep` has kept of a page, or :meth:`written`.
+
+        Raises:
+            BackingError: no such page is evicted.
+        """
+        sealed, flat = self._sealed.get(index), self._flat
         if sealed is None:
             raise BackingError(f"no backing page {self._layout(index)[0]}")
-        pcmd = _PCMD.pack(*_KEPT.unpack_from(sealed, PAGE_BYTES))
-        return Pinned(index, memoryview(sealed)[:PAGE_BYTES], memoryview(pcmd))
+        assert flat.usual is not None, "a page was evicted, and its PCMD has no flags"
+        flags, eid = flat.unusual.get(index, flat.usual) if flat.unusual else flat.usual
+        return sealed, flags, eid
 
     def close(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.close`."""
 
     def loaded(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.loaded`."""
-        del self._sealed[pinned.index]
+        self.forget(pinned.index)
+
+    def forget(self, index: int) -> None:
+        """The page was loaded, or its enclave does without it."""
+        del self._sealed[index]
+        if self._flat.unusual:
+            self._flat.unusual.pop(index, None)
         self._counters.truncated += 1
-        self._leave(pinned.index)
+        self._leave(index)
 
     def discard(self, index: int) -> None:
         """As :meth:`SwapFile.discard`."""
         if index in self._sealed:
-            self.loaded(self.open(index))
+            self.forget(index)
 
     def _leave(self, index: int) -> None:
         """A PCMD page has one sharer fewer: truncate it when that was the last."""

@@ -1,4 +1,4 @@
-"""Second implementations of the hot paths: allocating and freeing a page, EWB and ELDU of a page.
+"""Second implementations of the hot paths: allocating and freeing a page, batches, EWB and ELDU.
 
 Each method handles the common case: a page is free, nothing is missing, the first EWB or ELDU
 succeeds.  It does in one function what the readable one does in many, in the same order.  Otherwise
@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softsgx.arch import PAGE_BYTES, VA_SLOT_BYTES, Status
-from softsgx.hw import Fault, PageInfoArgs
 from softsgx.paging.claims import Claim
 from softsgx.paging.core import EpcCore
 from softsgx.paging.failures import BackingError, EpcBusy, Interrupted, LoadFailed, NoEpc
+from softsgx.paging.flat import FlatFile
 from softsgx.paging.interfaces import Group, Reclaimable
-from softsgx.paging.leafio import LeafResult
+from softsgx.paging.leafio import eldu
+from softsgx.paging.lru import Lru
 from softsgx.paging.page import SgxEpcPage
+from softsgx.paging.policy import Policy
+from softsgx.paging.reclaim import Reclaimer
 from softsgx.paging.slowpath import AllocRequest, no_signal
 from softsgx.paging.swap import EnclaveSwap
 from softsgx.paging.swapspace import Reservation, SwapEntry
@@ -29,10 +32,57 @@ __all__ = ["PlainCore", "PlainSwap"]
 _SUCCESS = Status.SUCCESS
 
 
+class PlainReclaimer(Reclaimer):
+    """See the module."""
+
+    def _prepare(self, lru: Lru, pages: list[SgxEpcPage], *, force: bool) -> list[SgxEpcPage]:
+        """As :meth:`Reclaimer._prepare`."""
+        victims: list[SgxEpcPage] = []
+        counters, old, listed = self._counters, self._policy.old, lru.pages
+        asks_owner = type(self._policy).old is Policy.old
+        for page in pages:
+            owner = page.owner
+            assert owner is not None, f"{page!r} in a batch has no owner"
+            if page.poisoned:
+                self._skip(lru, page, owner, "poisoned")
+            elif page.kept:
+                counters.kept += 1
+                self._skip(lru, page, owner, "kept")
+            elif not (force or (owner.age() if asks_owner else old(owner))):
+                counters.young += 1
+                assert page.tracked and page.lru is lru, f"{page!r} was not isolated from here"
+                listed[page] = None
+                owner.put()
+            elif owner.prepare():
+                victims.append(page)
+            else:
+                counters.not_prepared += 1
+                self._skip(lru, page, owner, "prepare")
+        return victims
+
+    def _write(self, lru: Lru, pages: list[SgxEpcPage]) -> int:
+        """As :meth:`Reclaimer._write`."""
+        freed, free, listed = 0, self._free, lru.pages
+        for page in pages:
+            owner = page.owner
+            assert owner is not None, f"{page!r} in a batch has no owner"
+            if owner.write():
+                assert page.tracked and page not in listed, f"{page!r} was not isolated"
+                page.tracked, page.lru = False, None
+                free(page)
+                owner.put()
+                freed += 1
+            else:
+                self._counters.not_written += 1
+                self._skip(lru, page, owner, "write")
+        return freed
+
+
 class PlainCore(EpcCore):
     """See the module."""
 
     optimised = True
+    reclaimer_type = PlainReclaimer
 
     def alloc(
         self,
@@ -112,33 +162,27 @@ class PlainCore(EpcCore):
 
 
 class PlainSwap(EnclaveSwap):
-    """See the module."""
+    """See the module.  Its backing is flat."""
+
+    _file: FlatFile
 
     def write(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry | None:
         """As :meth:`EnclaveSwap.write`."""
         slot, pinned = reservation.slot, reservation.pinned
-        va_page = slot.page
-        va_epc = va_page.epc
+        va_epc = slot.page.epc
         if page.poisoned or pinned is None or va_epc is None or self.children == 1:
             return super().write(page, reservation)
-        result: LeafResult
-        ewb = self._leaves.ewb
-        try:
-            result = ewb(
-                PageInfoArgs(0, pinned.data, pinned.pcmd_bytes, 0),
-                page.addr,
-                va_epc.addr + slot.number * VA_SLOT_BYTES,
-            )
-        except Fault as fault:
-            result = fault
-        if result is not _SUCCESS:
-            entry = self._concluded(page, reservation, "page", pinned, result)
+        sealed = self._leaves.try_ewb(page.addr, va_epc.addr + slot.number * VA_SLOT_BYTES)
+        if sealed is None:
+            return super().write(page, reservation)
+        if isinstance(sealed, Status):
+            entry = self._concluded(page, reservation, "page", pinned, sealed)
             if entry is not None:
                 self.children -= 1
             return entry
         self.ewbs += 1
         self._counters.ewb_first += 1
-        self._file.written(pinned)
+        self._file.keep(pinned, sealed)
         self.va.slot_written(slot)
         self.children -= 1
         return SwapEntry(reservation.index, slot)
@@ -155,45 +199,31 @@ class PlainSwap(EnclaveSwap):
     ) -> SgxEpcPage:
         """As :meth:`EnclaveSwap.load`."""
         slot, secs = entry.slot, self.secs
-        if slot is None or secs is None or not self.children:
+        va_page = None if slot is None else slot.page
+        va_epc = None if va_page is None or va_page.eviction is not None else va_page.epc
+        if slot is None or secs is None or not self.children or va_page is None or va_epc is None:
             return super().load(
                 entry, owner, kind=kind, cpu_node=cpu_node, group=group, claim=claim
             )
-        va_page = slot.page
-        va_epc = va_page.epc
-        if va_epc is None or va_page.eviction is not None:
-            return super().load(
-                entry, owner, kind=kind, cpu_node=cpu_node, group=group, claim=claim
-            )
-        core, index = self._core, entry.index
+        core, file, index = self._core, self._file, entry.index
         va_page.accessed = True
         page = core.alloc(
             owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node, claim=claim
         )
         try:
-            pinned = self._file.open(index)
+            sealed, flags, _eid = file.kept(index)
         except BackingError as error:
             core.free(page)
             self._counters.eldu_failed += 1
             raise LoadFailed(str(error)) from error
-        result: LeafResult
-        eldu = self._leaves.eldu
-        try:
-            result = eldu(
-                PageInfoArgs(
-                    self._base + index * PAGE_BYTES,
-                    pinned.data,
-                    pinned.pcmd_bytes,
-                    secs.addr,
-                ),
-                page.addr,
-                va_epc.addr + slot.number * VA_SLOT_BYTES,
-            )
-        except Fault as fault:
-            result = fault
-        if result is not _SUCCESS:
-            raise self._refused(page, pinned, result)
-        self._file.loaded(pinned)
+        linaddr = self._base + index * PAGE_BYTES
+        slot_addr = va_epc.addr + slot.number * VA_SLOT_BYTES
+        if not self._leaves.try_eldu(linaddr, secs.addr, sealed, flags, page.addr, slot_addr):
+            pinned = file.open(index)
+            result = eldu(self._leaves, page.addr, slot_addr, pinned, linaddr, secs.addr)
+            if result is not _SUCCESS:
+                raise self._refused(page, pinned, result)
+        file.forget(index)
         self.va.slot_loaded(slot)
         self._counters.eldu += 1
         children = self.children = self.children + 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from softsgx.arch import CHUNK_BYTES, PAGE_BYTES, EinitToken, RdInfo, SecInfo, SigStruct, Status
 from softsgx.hw.leaves.registry import ENCLS, ENCLV, Leaf, OptimisedLeaves, eid_of, traced
-from softsgx.hw.operands import PageInfoArgs, Ref
+from softsgx.hw.operands import PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
@@ -27,7 +27,11 @@ class Leaves:
     docstring says what it takes, returns and raises.
 
     ``eextend_page`` is EEXTEND of each chunk of a page, lowest first; it ends with the first that
-    faults.
+    faults.  ``try_ewb`` and ``try_eldu`` are EWB and ELDU of a child page without buffers between
+    hardware and backing: slot and EPC page as of the leaf, ciphertext ‖ MAC as one object.  They do
+    the case that succeeds, and of EWB the one that returns NOT_TRACKED.  Otherwise they return
+    ``None`` or ``False``, as they always do without ``optimised``; nothing has changed then, and
+    the leaf itself gives the reason.
 
     Args:
         cpu: the processor; with ``optimised``, one that has the direct map.
@@ -60,6 +64,8 @@ class Leaves:
     eincvirtchild: Callable[[int, int], Status]
     esetcontext: Callable[[int, Ref], Status]
     eextend_page: Callable[[int, int], None]
+    try_ewb: Callable[[int, int], Sealed | Status | None]
+    try_eldu: Callable[[int, int, bytes, int, int, int], bool]
 
     def __init__(
         self,
@@ -76,6 +82,8 @@ class Leaves:
                 function = traced(leaf, function, tracer, self._eid_of)
             setattr(self, leaf.name, fast.get(leaf.name) or MethodType(function, cpu))
         self.eextend_page = fast.get("eextend_page") or self._eextend_page
+        self.try_ewb = fast.get("try_ewb") or _try_no_ewb
+        self.try_eldu = fast.get("try_eldu") or _try_no_eldu
 
     def _function(self, leaf: Leaf) -> Callable[..., Any]:
         """Return what executes a leaf here; the processor is its first parameter."""
@@ -88,3 +96,14 @@ class Leaves:
     def _eextend_page(self, secs: int, page: int) -> None:
         for chunk in range(page, page + PAGE_BYTES, CHUNK_BYTES):
             self.eextend(secs, chunk)
+
+
+def _try_no_ewb(_page: int, _slot: int) -> None:
+    """As ``try_ewb``, never plain."""
+
+
+def _try_no_eldu(
+    _linaddr: int, _secs: int, _sealed: bytes, _flags: int, _page: int, _slot: int
+) -> bool:
+    """As ``try_eldu``, never plain."""
+    return False

@@ -15,7 +15,7 @@ from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, Status
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
 from softsgx.hw.leaves.ewb import ewb
-from softsgx.hw.operands import PageInfoArgs, Ref
+from softsgx.hw.operands import PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.tracking import TRACKED_AGE
 
@@ -37,7 +37,13 @@ _PAGE_MASK = -PAGE_BYTES
 
 def paging_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
     """Return the leaves by name, bound to ``cpu``, whose space must be the direct map."""
-    leaves: dict[str, Callable[..., Any]] = {"eblock": _eblock, "ewb": _ewb, "eldu": _eldu}
+    leaves: dict[str, Callable[..., Any]] = {
+        "eblock": _eblock,
+        "ewb": _ewb,
+        "eldu": _eldu,
+        "try_ewb": _try_ewb,
+        "try_eldu": _try_eldu,
+    }
     return {name: MethodType(leaf, cpu) for name, leaf in leaves.items()}
 
 
@@ -52,12 +58,11 @@ def _eblock(cpu: LogicalProcessor, rcx: int) -> Status:
     return eblock(cpu, rcx)
 
 
-def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+def _try_ewb(cpu: LogicalProcessor, rcx: int, rdx: int) -> Sealed | Status | None:
     pages: dict[int, Any] = cpu.hw.pages
     page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
     if (
-        type(rbx) is PageInfoArgs
-        and page is not None
+        page is not None
         and page.valid
         and page.secs is not None
         and page.blocked
@@ -67,46 +72,63 @@ def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> 
         and va_page.slots is not None
         and va_page.lock >= 0
         and not rdx & 7
-        and not rbx.linaddr
-        and not rbx.secs
     ):
         enclave = page.secs.enclave
         slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
         cycles = enclave.epoch - page.bepoch
-        srcpge: Any = rbx.srcpge
-        pcmd: Any = rbx.secinfo
-        if cycles < 0 or enclave.tracking_lock or type(srcpge) is int or type(pcmd) is int:
-            pass
-        elif cycles < TRACKED_AGE and (not cycles or enclave.prev_count):
+        if cycles < 0 or enclave.tracking_lock:
+            return None
+        if cycles < TRACKED_AGE and (not cycles or enclave.prev_count):
             return _NOT_TRACKED
-        elif not slots[slot] and len(srcpge) == PAGE_BYTES:
+        if not slots[slot]:
             hw = cpu.hw
             key = hw.secrets.paging
             flags = page.pt << 8 | page.rwx
             if page.pending or page.modified or page.pr:
                 flags = page.secinfo_flags()
-            version = key.next_version()
-            linaddr = page.linaddr
-            header = _MAC_HEADER.pack(enclave.eid, linaddr, flags)
+            version, eid = key.next_version(), enclave.eid
+            header = _MAC_HEADER.pack(eid, page.linaddr, flags)
             sealed = key.seal(hw.store.freeze(page), version, header)
-            # In place: assigning to a slice would make a copy first.
-            _CONTENT.pack_into(srcpge, 0, sealed)
-            _PCMD.pack_into(pcmd, 0, flags, enclave.eid, sealed[PAGE_BYTES:])
-            rbx.linaddr = linaddr
             slots[slot] = version
             enclave.children -= 1
             hw.store.drop(page)
             page.valid, page.secs = False, None
-            return _SUCCESS
+            return sealed, flags, eid
+    return None
+
+
+def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+    if type(rbx) is PageInfoArgs and not rbx.linaddr and not rbx.secs:
+        srcpge: Any = rbx.srcpge
+        pcmd: Any = rbx.secinfo
+        if type(srcpge) is not int and type(pcmd) is not int and len(srcpge) == PAGE_BYTES:
+            done = _try_ewb(cpu, rcx, rdx)
+            if type(done) is tuple:
+                sealed, flags, eid = done
+                # In place: assigning to a slice would make a copy first.
+                _CONTENT.pack_into(srcpge, 0, sealed)
+                _PCMD.pack_into(pcmd, 0, flags, eid, sealed[PAGE_BYTES:])
+                rbx.linaddr = cpu.hw.pages[rcx].linaddr
+                return _SUCCESS
+            if done is _NOT_TRACKED:
+                return _NOT_TRACKED
     return ewb(cpu, rbx, rcx, rdx)
 
 
-def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+def _try_eldu(
+    cpu: LogicalProcessor,
+    linaddr: int,
+    secs_addr: int,
+    sealed: bytes,
+    flags: int,
+    rcx: int,
+    rdx: int,
+) -> bool:
     pages: dict[int, Any] = cpu.hw.pages
-    page, va_page = pages.get(rcx), pages.get(rdx & _PAGE_MASK)
+    page, va_page, secs = pages.get(rcx), pages.get(rdx & _PAGE_MASK), pages.get(secs_addr)
+    pt = _CHILD_TYPES.get(flags >> 8)
     if (
-        type(rbx) is PageInfoArgs
-        and page is not None
+        page is not None
         and not page.valid
         and not page.lock
         and va_page is not None
@@ -114,40 +136,43 @@ def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) ->
         and va_page.slots is not None
         and va_page.lock >= 0
         and not rdx & 7
-        and type(rbx.secinfo) is not int
-        and type(rbx.srcpge) is not int
+        and secs is not None
+        and secs.valid
+        and secs.enclave is not None
+        and secs.lock >= 0
+        and pt is not None
     ):
-        secs = pages.get(rbx.secs)
-        flags, secinfo_reserved, _handle, reserved, mac = _READ_PCMD.unpack(rbx.secinfo)  # type: ignore[arg-type]
-        pt = _CHILD_TYPES.get(flags >> 8)
-        if (
-            secs is not None
-            and secs.valid
-            and secs.enclave is not None
-            and secs.lock >= 0
-            and pt is not None
-            and secinfo_reserved == _NO_SECINFO_RESERVED
-            and reserved == _NO_RESERVED
-        ):
-            hw, enclave, linaddr = cpu.hw, secs.enclave, rbx.linaddr
-            slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
-            plain = hw.secrets.paging.unseal(
-                b"".join((rbx.srcpge, mac)),  # type: ignore[arg-type]
-                slots[slot],
-                _MAC_HEADER.pack(enclave.eid, linaddr, flags),
-            )
-            if plain is not None:
-                page.pt, page.rwx = pt, flags & 7
-                page.secs, page.linaddr = secs, linaddr
-                page.blocked = page.pending = page.modified = page.pr = False
-                if flags & _STATES:
-                    page.pending, page.modified = bool(flags & 8), bool(flags & 16)
-                    page.pr = bool(flags & 32)
-                page.bepoch = enclave.epoch - TRACKED_AGE
-                page.enclave = page.slots = None
-                hw.store.fill(page, plain)
-                slots[slot] = 0
-                enclave.children += 1
-                page.valid = True
+        hw, enclave = cpu.hw, secs.enclave
+        slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
+        header = _MAC_HEADER.pack(enclave.eid, linaddr, flags)
+        plain = hw.secrets.paging.unseal(sealed, slots[slot], header)
+        if plain is not None:
+            page.pt, page.rwx = pt, flags & 7
+            page.secs, page.linaddr = secs, linaddr
+            page.blocked = page.pending = page.modified = page.pr = False
+            if flags & _STATES:
+                page.pending, page.modified = bool(flags & 8), bool(flags & 16)
+                page.pr = bool(flags & 32)
+            page.bepoch = enclave.epoch - TRACKED_AGE
+            page.enclave = page.slots = None
+            hw.store.fill(page, plain)
+            slots[slot] = 0
+            enclave.children += 1
+            page.valid = True
+            return True
+    return False
+
+
+def _eldu(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
+    if type(rbx) is PageInfoArgs:
+        srcpge: Any = rbx.srcpge
+        pcmd: Any = rbx.secinfo
+        if type(srcpge) is not int and type(pcmd) is not int:
+            flags, secinfo_reserved, _eid, reserved, mac = _READ_PCMD.unpack(pcmd)
+            if (
+                secinfo_reserved == _NO_SECINFO_RESERVED
+                and reserved == _NO_RESERVED
+                and _try_eldu(cpu, rbx.linaddr, rbx.secs, b"".join((srcpge, mac)), flags, rcx, rdx)
+            ):
                 return _SUCCESS
     return eldu(cpu, rbx, rcx, rdx)
