@@ -76,6 +76,7 @@ class TraceInfo:
         enclaves: in order of their numbers.
         complete: the recorder closed the file.  Otherwise the file ends with the last batch that
             is whole.
+        late_intervals: how many intervals took more than twice ``interval_ns``.
     """
 
     version: int
@@ -87,6 +88,7 @@ class TraceInfo:
     timed: bool
     enclaves: tuple[TracedEnclave, ...]
     complete: bool
+    late_intervals: int = 0
 
 
 def trace_text(info: TraceInfo) -> str:
@@ -134,22 +136,24 @@ def read_trace_text(text: bytes) -> TraceInfo:
     )
 
 
-def batch_text(start_ns: int, enclaves: list[TracedEnclave]) -> str:
+def batch_text(start_ns: int, enclaves: list[TracedEnclave], late_intervals: int) -> str:
     """Return the metadata of a batch.
 
     Args:
         start_ns: time that the batch's first ``delta_ns`` counts from.
         enclaves: those that are new, or have grown.
+        late_intervals: how many there were until now.
     """
     described = [
         {"number": one.number, "name": one.name, "pages": one.pages, "pid": one.pid}
         for one in enclaves
     ]
-    return json.dumps({"start_ns": start_ns, "enclaves": described})
+    fields = {"start_ns": start_ns, "enclaves": described, "late_intervals": late_intervals}
+    return json.dumps(fields)
 
 
-def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave]]:
-    """Return the start and the enclaves of a batch.
+def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave], int]:
+    """Return the start and the enclaves of a batch, and how many intervals were late until then.
 
     Raises:
         ValueError: as :func:`read_trace_text`.
@@ -167,7 +171,9 @@ def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave]]:
         )
         for one in described
     ]
-    return _number(fields, "start_ns", _MOST_NS), enclaves
+    fields.setdefault("late_intervals", 0)
+    late_intervals = _number(fields, "late_intervals", _MOST_NS)
+    return _number(fields, "start_ns", _MOST_NS), enclaves, late_intervals
 
 
 def _object(text: bytes) -> dict[str, Any]:

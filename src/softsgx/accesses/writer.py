@@ -77,7 +77,7 @@ class TraceWriter:
         )
         self._enclaves: list[TracedEnclave] = []
         self._undescribed: dict[int, None] = {}  # numbers of new or grown enclaves
-        self._now_ns = 0
+        self._now_ns = self._late_intervals = 0
         self._clear()
         self._owns_file = isinstance(file, str | Path)
         self._name = str(file) if self._owns_file else str(getattr(file, "name", "trace"))
@@ -139,6 +139,10 @@ class TraceWriter:
         self._undescribed[number] = None
         if len(self._undescribed) == _BATCH_ENCLAVES:
             self.flush()
+
+    def add_late_interval(self) -> None:
+        """Count an interval that took more than twice its time."""
+        self._late_intervals += 1
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Append an access, which is not earlier than those before."""
@@ -226,7 +230,7 @@ class TraceWriter:
 
     def _write_batch(self, chunk: Chunk, deltas: NDArray[np.uint64]) -> None:
         described = [self._enclaves[number] for number in self._undescribed]
-        metadata = {BATCH_KEY: batch_text(self._now_ns, described)}
+        metadata = {BATCH_KEY: batch_text(self._now_ns, described, self._late_intervals)}
         columns = (chunk.enclaves, chunk.pages, chunk.writes, deltas.astype(np.uint32))
         batch = pa.record_batch([pa.array(column) for column in columns], schema=schema())
         with self._write_errors():

@@ -108,6 +108,11 @@ class TraceFile:
             except SoftSgxError as failure:
                 self._give_up(failure)
 
+    def add_late_interval(self) -> None:
+        """As :meth:`TraceWriter.add_late_interval`."""
+        if self._writer is not None:
+            self._writer.add_late_interval()
+
     def flush(self) -> None:
         """As :meth:`TraceWriter.flush`."""
         if self._writer is not None:

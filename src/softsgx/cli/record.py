@@ -56,7 +56,7 @@ NAME = "record"
 
 _FORMAT = 1
 _STANDARD_OUTPUT = "-"
-_EPC: dict[str, str] = {"intervals": "64GiB", "faults": "1MiB"}
+_FAULTS_EPC = "1MiB"
 _INTERVAL = "10ms"
 
 
@@ -77,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help=f"length of an interval: 1ms to 1s (default {_INTERVAL})",
     )
-    add_machine_arguments(parser, f"{_EPC['intervals']}; {_EPC['faults']} with faults")
+    add_machine_arguments(parser, f"93.5MiB; {_FAULTS_EPC} with --precision faults")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", metavar="FILE", help="write the summary as one JSON object; - is standard output"
@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     check_libraries()
     with log_told(), ProgramSignals(frozenset()) as signals:
         check_machine()
-        if args.epc is None and not args.config:
-            args.epc = _EPC[args.precision]
+        if args.epc is None and not args.config and args.precision == "faults":
+            args.epc = _FAULTS_EPC
         config = config_of(args)
         path = args.output or f"{Path(argv[0]).name}.trace"
         with _outputs(args, path) as outputs:

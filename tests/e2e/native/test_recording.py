@@ -50,6 +50,9 @@ class Accesses:
         self.all.append((enclave, page, "W" if write else "R"))
         self.times.append(time_ns)
 
+    def add_late_interval(self) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 

@@ -83,6 +83,20 @@ def test_what_is_written_is_read(batches: list[list[Record]]) -> None:
     ]
 
 
+def test_late_intervals_are_counted_in_a_file_that_was_cut() -> None:
+    file = io.BytesIO()
+    with TraceWriter(file, precision="intervals", interval_ns=10**7) as writer:
+        number = writer.add_enclave("a", PAGES, 7)
+        sizes = []
+        for time_ns in range(3):
+            writer.add_late_interval()
+            writer.append(number, 0, False, time_ns)
+            writer.flush()
+            sizes.append(len(file.getvalue()))
+    late = [opened(file.getvalue()[:size]).info.late_intervals for size in sizes]
+    assert late == [1, 2, 3]
+
+
 def test_a_description_is_read_as_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     with TraceWriter(

@@ -40,6 +40,9 @@ class AccessWriter(Protocol):
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Add one access, later than those before."""
 
+    def add_late_interval(self) -> None:
+        """Count an interval that took more than twice its time."""
+
     def flush(self) -> None:
         """Write what was appended to the file."""
 
@@ -50,7 +53,7 @@ class Overhead:
 
     Attributes:
         intervals: how many intervals have had an access.
-        late_intervals: how many of them were longer than twice the time asked for.
+        late_intervals: how many of them took more than twice the time asked for.
         longest_interval_ns: the longest of them.
         faults: uses of pages that stopped the program because they were recorded.
         hiding_ns: time for beginning intervals, in which the program does not run.
@@ -196,7 +199,9 @@ class Recorder:
             return
         overhead, length_ns = self.overhead, self.now_ns - self._first_ns
         overhead.intervals += 1
-        overhead.late_intervals += length_ns >= 2 * self.interval_ns
+        if length_ns > 2 * self.interval_ns:
+            overhead.late_intervals += 1
+            self._writer.add_late_interval()
         overhead.longest_interval_ns = max(overhead.longest_interval_ns, length_ns)
         for place, (write, time_ns) in self._interval.items():
             self._append(place, write, time_ns)
