@@ -254,6 +254,7 @@ AUDIT_ARCH_X86_64: Final = 0xC000_003E
 
 # Auxiliary vector.
 AT_NULL: Final = 0
+AT_BASE: Final = 7
 AT_SYSINFO_EHDR: Final = 33
 AT_HWCAP2: Final = 26
 #: FSGSBASE instructions are usable in user mode.

@@ -28,7 +28,14 @@ from softsgx.ondemand import dataclass
 _ACTION_AVAIL = 2  # SECCOMP_GET_ACTION_AVAIL
 _DESCRIPTORS = 4096  # enough for a thousand processes
 
-__all__ = ["Finding", "can_cross_unseen", "can_fault_cpuid", "choose_pager", "doctor"]
+__all__ = [
+    "Finding",
+    "can_answer_cpuid",
+    "can_cross_unseen",
+    "can_fault_cpuid",
+    "choose_pager",
+    "doctor",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +296,11 @@ def can_fault_cpuid() -> bool:
         libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
 
     return _in_child(child) == 0
+
+
+def can_answer_cpuid() -> bool:
+    """Return whether programs may execute what ``vdso/cpuid_code.py`` does: RORX, PEXT (BMI2)."""
+    return bool(host_cpuid()(7, 0)[1] >> 8 & 1)
 
 
 def can_cross_unseen() -> bool:

@@ -19,6 +19,7 @@ from softsgx.engines.native.tracing.process_image import ImageServices, ProcessI
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page
 from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permit_table import reserve_table
 
 __all__ = ["AddressSpaces"]
@@ -30,6 +31,7 @@ class AddressSpaces:
     Args:
         images: the address spaces by number, which this class adds and removes.
         registry: the open devices.
+        answers: what CPUID gives the program.
         make_services: makes what address spaces need, given what to call when one has ended.
     """
 
@@ -37,9 +39,10 @@ class AddressSpaces:
         self,
         images: dict[int, ProcessImage],
         registry: Registry,
+        answers: CpuidAnswers,
         make_services: Callable[[Callable[[ProcessImage], None]], ImageServices],
     ) -> None:
-        self._images, self._registry = images, registry
+        self._images, self._registry, self._answers = images, registry, answers
         self._services = make_services(self._ended)
         self._numbers = count(1)
 
@@ -53,7 +56,7 @@ class AddressSpaces:
         memory = _open_memory(thread.tid)
         with ExitStack() as undo:
             undo.callback(os.close, memory)
-            base, vdso = install_vdso(thread, memory)
+            base, vdso, loader = install_vdso(thread, memory)
             page = share_page(thread, memory, base, vdso)
             if page is not None:
                 undo.callback(page.close)
@@ -61,6 +64,8 @@ class AddressSpaces:
                 thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
             number = next(self._numbers)
             image = ProcessImage(number, thread, memory, base, vdso, self._services, page=page)
+            image.loader = loader
+            self._answers.loaded(image)
             thread.flush()
             undo.pop_all()
         self._images[image.index] = image

@@ -22,7 +22,12 @@ from types import FrameType
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native import gdb as debugging
-from softsgx.engines.native.doctor import can_cross_unseen, can_fault_cpuid, choose_pager
+from softsgx.engines.native.doctor import (
+    can_answer_cpuid,
+    can_cross_unseen,
+    can_fault_cpuid,
+    choose_pager,
+)
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.logged import LoggedTransitions
@@ -58,6 +63,7 @@ from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import EndedEarly, start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
@@ -140,10 +146,12 @@ class Supervisor(Lifecycle):
             areas=self._areas,
             recorder=self._recorder,
         )
+        # A debugger shows the loader's code, and steps through it.
+        answers = CpuidAnswers(cpuid, jumping=instruments.gdb is None and can_answer_cpuid())
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
         self._loop = self._make_loop(
-            self._make_transitions(cpuid, shortages, instruments.calls),
+            self._make_transitions(answers, shortages, instruments.calls),
             self._make_handlers(ioctls, instruments.calls),
             instruments.gdb,
         )
@@ -157,16 +165,18 @@ class Supervisor(Lifecycle):
             self._images,
             self.injected,
         )
-        self._address_spaces = AddressSpaces(self._images, self._registry, self._make_services)
+        self._address_spaces = AddressSpaces(
+            self._images, self._registry, answers, self._make_services
+        )
         self._recording = None
         if self._recorder is not None:
             self._recording = Recording(self._recorder, self._images, self._permits)
 
     def _make_transitions(
-        self, cpuid: Callable[[int, int], CpuidLeaf], shortages: Shortages, log: CallLog | None
+        self, answers: CpuidAnswers, shortages: Shortages, log: CallLog | None
     ) -> Transitions:
         return (Transitions if log is None else partial(LoggedTransitions, log))(
-            cpuid,
+            answers,
             AbortPage(self._store, self._stop_other_users),
             shortages.report_refused,
             self._permits,

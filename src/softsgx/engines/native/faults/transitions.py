@@ -28,8 +28,8 @@ from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.vdso.code import KEPT_R11
+from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permits import Permits
-from softsgx.engines.native.x86.cpuid import CpuidLeaf
 
 __all__ = ["Transitions"]
 
@@ -45,7 +45,7 @@ class Transitions:
     """Handlers of stops.  Each returns the signal to deliver at the resumption, 0 for none.
 
     Args:
-        cpuid: what CPUID (leaf, sub-leaf) gives.
+        cpuid: what CPUID gives.
         abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
@@ -54,7 +54,7 @@ class Transitions:
 
     def __init__(
         self,
-        cpuid: Callable[[int, int], CpuidLeaf],
+        cpuid: CpuidAnswers,
         abort_page: AbortPage,
         refused: Callable[[ProgramThread, int], None],
         permits: Permits,
@@ -232,6 +232,7 @@ class Transitions:
 
     def _emulate_cpuid(self, thread: ProgramThread, then: int) -> None:
         regs = thread.regs
+        self._cpuid.executed(thread.image, then - len(_CPUID))
         regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
         regs.rip = then
         thread.store()

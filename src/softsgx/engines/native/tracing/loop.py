@@ -182,7 +182,7 @@ class Loop:
         try:
             thread.interrupt()
             stop = thread.behind(thread.wait())
-            self._permits.stopped(thread)
+            self._straighten(thread)
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)
             return False
@@ -190,6 +190,12 @@ class Loop:
         thread.pending.append(stop)
         self._later.append(thread)
         return True
+
+    def _straighten(self, thread: ProgramThread) -> None:
+        """Move a stopped thread to where it is by the program's code."""
+        self._permits.stopped(thread)
+        if thread.image.cpuid_stubs is not None:
+            thread.image.cpuid_stubs.straighten(thread)
 
     def kick(self, image: ProcessImage) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
@@ -255,7 +261,7 @@ class Loop:
                 let_end(thread.tid)
                 return
             stop = thread.behind(stop)
-            self._permits.stopped(thread)
+            self._straighten(thread)
             unwatched = image.watched and not (thread.watched or thread.mid_call)
             if unwatched or not self._transitions.only_crosses(thread, stop):
                 self._permits.settle()

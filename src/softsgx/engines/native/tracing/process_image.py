@@ -23,6 +23,7 @@ from softsgx.engines.native.recording.page_table import RecordedPageTable
 from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
@@ -99,6 +100,8 @@ class ProcessImage:
         has_room_for_permits: whether a table can be made.
         exit_stubs: the exit stubs in the order of their addresses.
         plain_exits: addresses of EEXITs that have no stub and always stop.
+        loader: address of the dynamic loader; 0: the program has none.
+        cpuid_stubs: the stubs that answer CPUID of the loader, ``None`` without any.
 
     Raises:
         Gone: the thread has ended.
@@ -126,6 +129,8 @@ class ProcessImage:
         self.permits_at: int = 0 if parent is None else parent.permits_at
         self.exit_stubs: list[ExitStub] = [] if parent is None else list(parent.exit_stubs)
         self.plain_exits: set[int] = set()
+        self.loader: int = 0 if parent is None else parent.loader
+        self.cpuid_stubs: CpuidStubs | None = None if parent is None else parent.cpuid_stubs
         self.registry, self.strict = services.registry, services.strict
         self.hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}

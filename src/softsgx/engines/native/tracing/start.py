@@ -14,7 +14,7 @@ import ctypes
 import os
 import signal
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from errno import ENOENT, ENOEXEC
 
 from softsgx.engines.native import abi, libc
@@ -230,7 +230,7 @@ def finish_exec(thread: Thread) -> None:
         libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)
 
 
-def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
+def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso, int]:
     """Map our vDSO into the image of a new program.
 
     Args:
@@ -238,11 +238,13 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
         memory: a descriptor of its ``/proc/PID/mem``, for reading and writing.
 
     Returns:
-        The address of the vDSO, and the vDSO.
+        The address of the vDSO, the vDSO, and the address of the dynamic loader, 0 without one.
     """
     regs = thread.load()
     entry, stack = regs.rip, regs.rsp
-    slot, original = _find_vdso(memory, stack)
+    auxiliary = _auxiliary_vector(memory, stack)
+    slot, original = auxiliary.get(abi.AT_SYSINFO_EHDR, (0, 0))
+    _place, loader = auxiliary.get(abi.AT_BASE, (0, 0))
     symbols: dict[str, int] = {}
     if original:
         size = image_bytes(os.pread(memory, HEADER_BYTES, original))
@@ -270,7 +272,7 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso]:
     thread.inject_at = base + vdso.inject
     if slot:
         os.pwrite(memory, struct.pack("<Q", base), slot)
-    return base, vdso
+    return base, vdso, loader
 
 
 def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
@@ -297,17 +299,26 @@ def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage
     return page
 
 
-def _find_vdso(memory: int, stack: int) -> tuple[int, int]:
-    """Return address and value of AT_SYSINFO_EHDR on a new program's stack; zeros for none."""
+def _auxiliary_vector(memory: int, stack: int) -> dict[int, tuple[int, int]]:
+    """Return (address, value) of each entry of the vector on a fresh stack, by its kind."""
     (argc,) = struct.unpack("<Q", os.pread(memory, 8, stack))
-    cursor = stack + 8 * (argc + 2)
-    while os.pread(memory, 8, cursor) != bytes(8):
-        cursor += 8
-    cursor += 8
-    while True:
-        kind, value = struct.unpack("<QQ", os.pread(memory, 16, cursor))
-        if kind == abi.AT_SYSINFO_EHDR:
-            return cursor + 8, value
+    words, at = _words(memory, stack + 8 * (argc + 2)), stack + 8 * (argc + 2)
+    for word in words:  # the environment
+        at += 8
+        if not word:
+            break
+    found: dict[int, tuple[int, int]] = {}
+    for kind in words:
         if kind == abi.AT_NULL:
-            return 0, 0
-        cursor += 16
+            break
+        found[kind] = at + 8, next(words)
+        at += 16
+    return found
+
+
+def _words(memory: int, address: int) -> Iterator[int]:
+    """Yield the quadwords from ``address`` on, read by pages."""
+    while True:
+        some = os.pread(memory, abi.PAGE - address % abi.PAGE, address)
+        yield from struct.unpack(f"<{len(some) // 8}Q", some)
+        address += len(some)

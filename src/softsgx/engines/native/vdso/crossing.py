@@ -34,7 +34,7 @@ def straighten(thread: ProgramThread) -> None:
     vdso, place = thread.image.vdso, thread.load().rip - thread.image.vdso_base
     if vdso.pushed <= place < vdso.permit_end:
         _entry(thread, place)
-    elif vdso.stubs <= place < vdso.end:
+    elif vdso.stubs <= place < vdso.answers:
         _exit(thread, *divmod(place - vdso.stubs, STUB_BYTES))
 
 

@@ -22,6 +22,7 @@ from softsgx.engines.native.vdso.code import (
     emit_injection,
     target_of,
 )
+from softsgx.engines.native.vdso.cpuid_jumps import AREA_BYTES
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.ondemand import dataclass
@@ -69,7 +70,8 @@ class Vdso:
         scratch: bytes that only the supervisor writes, for calls that take pointers.
         calls: makes a table of calls; called: RIP after its int3.
         slots: a page behind the image, for ``vdso/out_of_line.py``.
-        stubs: room for ``most_stubs`` exit stubs, behind the slots; end: where that room ends.
+        stubs: room for ``most_stubs`` exit stubs, behind the slots.
+        answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``; end: where it ends.
         permits_at: where the supervisor writes the address of the table of permits.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
@@ -90,6 +92,7 @@ class Vdso:
     slots: int
     stubs: int
     most_stubs: int
+    answers: int
     end: int
     permits_at: int
     ask: int
@@ -173,12 +176,14 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
     base = layout.text
     slots = len(layout.image)
     stubs = slots + abi.PAGE
+    answers = stubs + _STUB_PAGES * abi.PAGE
     return Vdso(
         image=layout.image,
         slots=slots,
         stubs=stubs,
         most_stubs=_STUB_PAGES * abi.PAGE // STUB_BYTES,
-        end=stubs + _STUB_PAGES * abi.PAGE,
+        answers=answers,
+        end=answers + AREA_BYTES,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
         targets={name: base + asm.labels[target_of(name)] for name in forwarded},

@@ -1,0 +1,128 @@
+"""The dynamic loader learns from CPUID what it learns with stops; later programs have few of them.
+
+Goal: a fast start of programs that nothing can tell from a slow one.  Method: ``getconf`` prints
+what the loader has found out about caches; the supervisor is told to jump, or not to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.native import needs_tracing
+
+from softsgx.engines.native import abi, libc, run, supervisor
+from softsgx.engines.native.doctor import can_answer_cpuid
+from softsgx.engines.native.faults.transitions import Transitions
+from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.tracing.tracee import decode_stop
+
+pytestmark = [
+    needs_tracing,
+    pytest.mark.skipif(shutil.which("getconf") is None, reason="needs getconf"),
+    pytest.mark.skipif(not can_answer_cpuid(), reason="needs BMI2"),
+]
+
+SIZES = ("LEVEL1_DCACHE_SIZE", "LEVEL2_CACHE_SIZE", "LEVEL3_CACHE_SIZE", "LEVEL1_DCACHE_LINESIZE")
+ROUNDS = 4
+
+
+def printed(tmp_path: Path, rounds: int = ROUNDS, **options: Any) -> list[str]:
+    once = "; ".join(f"getconf {size}" for size in SIZES)
+    script = f"for i in $(seq {rounds}); do {once}; done"
+    with (tmp_path / "out").open("w+") as out:
+        run(["/bin/sh", "-c", script], epc=1 << 20, stdio=(0, out.fileno(), 2), **options)
+        out.seek(0)
+        return out.read().split()
+
+
+def without_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "can_answer_cpuid", lambda: False)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """How many CPUIDs of each address space have stopped."""
+    counted: dict[int, int] = {}
+    emulate = Transitions._emulate_cpuid
+
+    def emulated(self: Transitions, thread: ProgramThread, then: int) -> None:
+        counted[thread.image.index] = counted.get(thread.image.index, 0) + 1
+        emulate(self, thread, then)
+
+    monkeypatch.setattr(Transitions, "_emulate_cpuid", emulated)
+    return counted
+
+
+@pytest.mark.parametrize("cpuid", ["profile", "host"])
+def test_the_loader_finds_the_same_and_stops_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[int, int], cpuid: str
+) -> None:
+    fast = printed(tmp_path, cpuid=cpuid)
+    stops = dict(counts)
+    counts.clear()
+    with monkeypatch.context() as slow:
+        without_jumps(slow)
+        assert printed(tmp_path, cpuid=cpuid) == fast
+    assert fast == fast[: len(SIZES)] * ROUNDS
+    assert sum(stops.values()) < sum(counts.values()) / 2
+
+
+class Stepper:
+    """Steps a thread through its loader, and takes it out of stubs at each instruction in turn.
+
+    Attributes:
+        places: at how many instructions of a stub that was.
+    """
+
+    def __init__(self) -> None:
+        self.resume = ProgramThread.resume
+        self.places: set[int] = set()
+        self._inside = self._visits = 0
+        self._stepped: set[int] = set()
+
+    def __call__(self, thread: ProgramThread, number: int = 0) -> None:
+        image = thread.image
+        stubs = image.cpuid_stubs
+        first = not self._stepped or image.index in self._stepped
+        if number or stubs is None or thread.in_call or not first:
+            self.resume(thread, number)
+            return
+        self._stepped.add(image.index)
+        area = image.vdso_base + image.vdso.answers
+        while self._visits < 40:
+            thread.flush()
+            libc.ptrace(abi.PTRACE_SINGLESTEP, thread.tid, 0, 0)
+            status = thread.waits.of(thread.tid)
+            stop = decode_stop(status)
+            if stop.event or stop.signal != signal.SIGTRAP or not os.WIFSTOPPED(status):
+                thread.waits.keep(thread.tid, status)
+                return
+            thread.stopped(status)
+            rip = thread.load().rip
+            if not area <= rip < image.vdso_base + image.vdso.end:
+                self._inside = 0
+                continue
+            self._inside += 1
+            if self._inside == self._visits % 30 + 1:
+                self._visits += 1
+                self._inside = -100  # what it does again, up to the end of the stub
+                self.places.add((rip - area) % 128)
+                stubs.straighten(thread)
+                assert not area <= thread.load().rip < image.vdso_base + image.vdso.end
+        self.resume(thread)
+
+
+@pytest.mark.slow
+def test_a_thread_may_be_stopped_at_each_instruction_of_a_stub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = printed(tmp_path, 1)
+    stepper = Stepper()
+    monkeypatch.setattr(ProgramThread, "resume", lambda *arguments: stepper(*arguments))
+    assert printed(tmp_path, 2) == plain * 2
+    assert len(stepper.places) > 20
