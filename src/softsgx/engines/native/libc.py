@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+from array import array
 from typing import Any
 
 from softsgx.engines.native import abi
@@ -121,6 +122,20 @@ def read_pages(pid: int, address: int, count: int) -> list[bytes]:
     return [
         bytes(_PAGES_VIEW[at : at + abi.PAGE]) for at in range(0, done - abi.PAGE + 1, abi.PAGE)
     ]
+
+
+def read_scattered(pid: int, vector: array[int], address: int, size: int) -> int:
+    """Read a process's memory as it could itself into memory of ours; return how many bytes.
+
+    Args:
+        pid: the process.
+        vector: up to 1024 pairs of address and length in our memory.
+        address: where to read; size: how much.
+    """
+    local, _words = vector.buffer_info()
+    remote = abi.IoVec(address, size)
+    done: int = _readv(pid, local, len(vector) // 2, ctypes.addressof(remote), 1, 0)
+    return max(done, 0)
 
 
 def find_mapping(maps: int, address: int) -> tuple[int, int, str] | None:

@@ -15,6 +15,7 @@ Source:
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from softsgx.engines.native import abi
 
@@ -231,6 +232,12 @@ def build_filter(*, everything: bool = False) -> bytes:
         (_AND, 0, 0, abi.MAP_ANONYMOUS),
         (_JEQ, _STOP, _ALLOW, 0),
     )
+    return _assemble([*code, (_JA, 0, 0, _ALLOW)])
+
+
+def build_calls_filter(numbers: Iterable[int]) -> bytes:
+    """Return a filter that stops the calls of these numbers, and no others."""
+    code = [*_of_this_architecture(), *((_JEQ, _STOP, 0, number) for number in numbers)]
     return _assemble([*code, (_JA, 0, 0, _ALLOW)])
 
 

@@ -1,0 +1,180 @@
+"""Accesses by interval: each page's first access in an interval, in order, and whether it wrote.
+
+An interval is a length of the program's own time: the time that the recorder needs to answer faults
+does not count.  At its end every page is hidden.  While a system call changes mappings its address
+space is not hidden; that happens as soon as the call has ended.
+
+An address space is an enclave of the trace.  Pages are numbered in the order in which blocks of 2
+MiB are accessed first, so that numbers stay small and neighbours stay neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.ordinary.space import AddressSpace
+
+__all__ = ["IntervalCounts", "Intervals"]
+
+_BLOCK_SHIFT = 9
+_RETRY_S = 0.001
+
+
+@dataclass(slots=True)
+class IntervalCounts:
+    """What was done.
+
+    Attributes:
+        intervals: intervals that had accesses.
+        accesses: first accesses of pages in intervals.
+        writes: those, with a store in the interval.
+        stores: faults of stores to pages that had been read before in the interval.
+        pages: different pages that were accessed, of all address spaces together.
+        most_pages: pages that were accessed in the interval that accessed most.
+        late: address spaces that a system call kept from being hidden at the end of an interval.
+        hiding_ns: time for hiding pages.
+        serving_ns: time for answering faults and stops.
+    """
+
+    intervals: int = 0
+    accesses: int = 0
+    writes: int = 0
+    stores: int = 0
+    pages: int = 0
+    most_pages: int = 0
+    late: int = 0
+    hiding_ns: int = 0
+    serving_ns: int = 0
+
+
+class _Traced:
+    """What the trace knows of one address space."""
+
+    __slots__ = ("blocks", "known", "number", "places")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.blocks: dict[int, int] = {}
+        self.known: set[int] = set()
+        self.places: dict[int, int] = {}
+
+    def page(self, page: int) -> int:
+        """Return the number that a page has in the trace."""
+        block = self.blocks.setdefault(page >> _BLOCK_SHIFT, len(self.blocks))
+        return block << _BLOCK_SHIFT | page & (1 << _BLOCK_SHIFT) - 1
+
+
+class Intervals:
+    """See the module.
+
+    Args:
+        interval_ns: length of an interval.
+        append: receives each access: number of the address space, page, whether it wrote, time.
+        clock: returns nanoseconds.
+    """
+
+    def __init__(
+        self,
+        interval_ns: int,
+        append: Callable[[int, int, bool, int], None],
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._interval_ns, self._append, self._clock = interval_ns, append, clock
+        self.counts = IntervalCounts()
+        self._traced: dict[AddressSpace, _Traced] = {}
+        self._who: list[_Traced] = []
+        self._pages: list[int] = []
+        self._writes: list[bool] = []
+        self._times: list[int] = []
+        self._started_ns = clock()
+        self._due_ns = 0
+        self._late: set[AddressSpace] = set()
+
+    def add(self, space: AddressSpace, number: int) -> None:
+        """An address space is new; the trace has it as enclave ``number``."""
+        self._traced[space] = _Traced(number)
+
+    def remove(self, space: AddressSpace) -> None:
+        """An address space has ended."""
+        self._late.discard(space)
+        del self._traced[space]
+
+    # --- accesses -------------------------------------------------------------------------------
+
+    def accessed(self, space: AddressSpace, page: int, write: bool) -> None:
+        """A hidden page was accessed; ``page`` is its address divided by 4096."""
+        traced = self._traced[space]
+        now_ns = self._clock()
+        if not self._pages and not self._due_ns:
+            self._due_ns = now_ns + self._interval_ns
+        traced.places[page] = len(self._pages)
+        self._who.append(traced)
+        self._pages.append(page)
+        self._writes.append(write)
+        self._times.append(now_ns - self._started_ns)
+
+    def written(self, space: AddressSpace, page: int) -> None:
+        """A page that was read has been written."""
+        self.counts.stores += 1
+        place = self._traced[space].places.get(page)
+        if place is None:  # it was read in an interval before, whose end left it present
+            self.accessed(space, page, True)
+        else:
+            self._writes[place] = True
+
+    # --- intervals ------------------------------------------------------------------------------
+
+    def spent(self, ns: int) -> None:
+        """The recorder has answered faults or stops for that long: it is not the program's time."""
+        self.counts.serving_ns += ns
+        if self._due_ns:
+            self._due_ns += ns
+
+    def between(self) -> float | None:
+        """End the interval if it is over; return in how many seconds something is to do."""
+        now_ns = self._clock()
+        if self._due_ns and now_ns >= self._due_ns:
+            self.end_interval()
+            self._late.update(self._traced)
+            self._hide()
+            self.counts.late += len(self._late)
+        elif self._late:
+            self._hide()
+        if self._late:
+            return _RETRY_S
+        return max(self._due_ns - self._clock(), 0) / 1e9 if self._due_ns else None
+
+    def end_interval(self) -> None:
+        """Hand over what was accessed since the last interval."""
+        self._due_ns = 0
+        counts, append = self.counts, self._append
+        counts.intervals += bool(self._pages)
+        counts.accesses += len(self._pages)
+        counts.writes += sum(self._writes)
+        counts.most_pages = max(counts.most_pages, len(self._pages))
+        records = zip(self._who, self._pages, self._writes, self._times, strict=True)
+        for traced, page, write, time_ns in records:
+            number = traced.page(page)
+            if number not in traced.known:
+                traced.known.add(number)
+                counts.pages += 1
+            append(traced.number, number, write, time_ns)
+        for each in self._who, self._pages, self._writes, self._times:
+            each.clear()  # type: ignore[attr-defined]
+        for traced in self._traced.values():
+            traced.places.clear()
+
+    def _hide(self) -> None:
+        began_ns = self._clock()
+        for space in list(self._late):
+            if space.holds:
+                continue
+            self._late.discard(space)
+            try:
+                space.hide()
+            except Gone:
+                continue  # the process is being killed
+        self.counts.hiding_ns += self._clock() - began_ns

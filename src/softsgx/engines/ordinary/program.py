@@ -1,0 +1,57 @@
+"""A thread of an ordinary program that is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.engines.native.tracing.waits import Waits
+
+if TYPE_CHECKING:
+    from softsgx.engines.ordinary.space import AddressSpace, Hold
+
+__all__ = ["ProgramThread"]
+
+
+class ProgramThread(Thread):
+    """See the module.
+
+    Args:
+        tid: its id.
+        pid: the id of its process.
+        waits: receives its stops.
+
+    Attributes:
+        space: its address space; ``None`` while it is not known, or not recorded.
+        at_end: what to do with the result of the system call that it makes now.
+        holds: what that call does to its address space.
+        cleared_at: where the kernel writes zero when it ends; 0 for nowhere.
+        cleared_by_child: the same of the task that it makes now.
+        made: the id of the task that it has made last.
+        reaps: the id of our task in the address space that its process had before; 0 for none.
+        space_base: where our code is in its address space.
+    """
+
+    def __init__(self, tid: int, pid: int, waits: Waits) -> None:
+        super().__init__(tid, waits)
+        self.pid = pid
+        self.space: AddressSpace | None = None
+        self.at_end: Callable[[int], None] | None = None
+        self.holds: Hold | None = None
+        self.cleared_at = self.cleared_by_child = 0
+        self.made = self.reaps = self.space_base = 0
+
+    def stopped(self, status: int) -> Stop:
+        """Record a stop, and which task it has made."""
+        stop = super().stopped(status)
+        if stop.event == abi.PTRACE_EVENT_CLONE:
+            self.made = self.event_message()
+        return stop
+
+    def release(self) -> None:
+        """Its system call holds its address space no more."""
+        hold, self.holds = self.holds, None
+        if hold is not None:
+            hold.release()

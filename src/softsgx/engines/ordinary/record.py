@@ -1,0 +1,158 @@
+"""Recording an ordinary program as if it were enclosed, from one call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from softsgx.engines.native.limits import Limits, raise_limits, set_limits
+from softsgx.engines.native.tracing.bpf import build_calls_filter
+from softsgx.engines.native.tracing.start import EndedEarly, start_program
+from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.ordinary.calls import CALLS, Calls
+from softsgx.engines.ordinary.contents import Contents
+from softsgx.engines.ordinary.intervals import IntervalCounts, Intervals
+from softsgx.engines.ordinary.loop import Loop
+from softsgx.engines.ordinary.program import ProgramThread
+from softsgx.engines.ordinary.space import AddressSpace
+from softsgx.engines.ordinary.spaces import Spaces
+
+__all__ = ["MOST_PAGES", "AsEnclaveResult", "RecordFailed", "TraceSink", "record_as_enclave"]
+
+MOST_PAGES = 1 << 32
+"""How many pages an address space may have in a trace."""
+
+
+class RecordFailed(AssertionError):
+    """Mistakes of ours have ended processes; the other processes continued."""
+
+
+class TraceSink(Protocol):
+    """Where accesses go; :class:`softsgx.accesses.TraceWriter` is one."""
+
+    def add_enclave(self, name: str, pages: int, pid: int) -> int:
+        """Add an address space; return its number."""
+
+    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
+        """Add an access."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsEnclaveResult:
+    """How a recorded run ended.
+
+    Attributes:
+        exit_code: the program's exit status, or -n when signal n ended it.
+        counts: what was recorded, and what it took.
+        address_spaces: how many programs were executed, and copied by fork.
+        wall_ns: how long the run took.
+    """
+
+    exit_code: int
+    counts: IntervalCounts
+    address_spaces: int
+    wall_ns: int
+
+
+def record_as_enclave(
+    argv: Sequence[str],
+    sink: TraceSink,
+    *,
+    interval_ns: int,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    stdio: tuple[int, int, int] | None = None,
+) -> AsEnclaveResult:
+    """Run a program with all its children, and record the accesses of their private memory.
+
+    Args:
+        argv: program, looked up in PATH, and its arguments.
+        sink: receives the accesses.
+        interval_ns: length of an interval, of the program's own time.
+        env: the program's environment; by default that of this process.
+        cwd: the program's working directory; by default that of this process.
+        stdio: descriptors to be its standard input, output and error.
+
+    Raises:
+        NotRun: the program cannot be started, or this machine lacks something the recorder needs.
+        SoftSgxError: the program cannot be recorded.
+        RecordFailed: the program has ended, and we have made mistakes.
+    """
+    limits, began_ns = raise_limits(), time.monotonic_ns()
+    try:
+        return _Recorder(sink, interval_ns).run(argv, limits, began_ns, env, cwd, stdio)
+    finally:
+        set_limits(limits)
+
+
+class _Recorder:
+    def __init__(self, sink: TraceSink, interval_ns: int) -> None:
+        self._sink, self._waits = sink, Waits()
+        self._intervals = Intervals(interval_ns, sink.append)
+        self._number = 0
+        self._spaces = Spaces(
+            self._waits, Contents(), self._intervals, self._begun, self._intervals.remove
+        )
+
+    def run(
+        self,
+        argv: Sequence[str],
+        limits: Limits,
+        began_ns: int,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        stdio: tuple[int, int, int] | None,
+    ) -> AsEnclaveResult:
+        with self._waits.signals_blocked():
+            loop = Loop(self._waits, self._spaces, Calls(), self._intervals)
+            try:
+                exit_code = self._follow(loop, argv, limits, env, cwd, stdio)
+            finally:
+                loop.close()
+        self._intervals.end_interval()
+        if loop.failures.errors:
+            raise RecordFailed("; ".join(map(repr, loop.failures.errors)))
+        wall_ns = time.monotonic_ns() - began_ns
+        return AsEnclaveResult(exit_code, self._intervals.counts, self._number, wall_ns)
+
+    def _follow(
+        self,
+        loop: Loop,
+        argv: Sequence[str],
+        limits: Limits,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        stdio: tuple[int, int, int] | None,
+    ) -> int:
+        try:
+            bare = start_program(
+                argv,
+                build_calls_filter(CALLS),
+                self._waits,
+                env=env,
+                cwd=cwd,
+                stdio=stdio,
+                limits=limits,
+            )
+        except EndedEarly as ended:
+            return -ended.number
+        first = ProgramThread(bare.tid, bare.tid, self._waits)
+        try:
+            loop.adopt(first)
+            loop.run()
+        except Gone:
+            loop.run()
+        except BaseException:
+            loop.kill()
+            raise
+        status = loop.statuses.get(first.pid)
+        return -9 if status is None else os.waitstatus_to_exitcode(status)
+
+    def _begun(self, space: AddressSpace, thread: ProgramThread) -> None:
+        name = os.path.basename(os.readlink(f"/proc/{thread.tid}/exe"))
+        self._intervals.add(space, self._sink.add_enclave(name, MOST_PAGES, thread.pid))
+        self._number += 1

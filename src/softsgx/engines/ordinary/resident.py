@@ -1,0 +1,139 @@
+"""A task of ours in an address space of the program: it makes calls there while the program runs.
+
+Pages can be taken from an address space only by a call that is made in it, madvise(2), and threads
+of the program cannot be borrowed for that at any time: interrupting a system call can make it fail
+with EINTR.  So each address space gets one more task, by clone(CLONE_VM), which is stopped except
+while it makes calls for the recorder.  It has no descriptors, blocks signals, and is ended with the
+address space.
+
+Deviation: the program can find that task in /proc, as a child that wait(2) reports only with
+``__WALL`` or ``__WCLONE``, and a mapping with its code.  The task counts for RLIMIT_NPROC.
+
+Source:
+    clone(2), madvise(2), ptrace(2).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from softsgx.engines.native import abi
+from softsgx.engines.native.tracing.failures import kill
+from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.native.vdso.code import CALL_WORDS, emit_injection
+from softsgx.engines.native.x86.asm import Assembler
+from softsgx.errors import SoftSgxError
+
+__all__ = ["RESIDENT_BYTES", "Resident", "install_code"]
+
+_CODE_PAGES, _TABLE_PAGES = 1, 16
+RESIDENT_BYTES = (_CODE_PAGES + _TABLE_PAGES) * abi.PAGE
+"""Length of the mapping that has the task's code and its table of calls."""
+_CALL = struct.Struct(f"<{CALL_WORDS}Q")
+_MOST_CALLS = _TABLE_PAGES * abi.PAGE // _CALL.size
+_NO_FILE = (1 << 64) - 1
+
+
+def _assemble() -> tuple[bytes, dict[str, int]]:
+    asm = Assembler()
+    emit_injection(asm)
+    return asm.finish(), asm.labels
+
+
+_CODE, _LABELS = _assemble()
+
+
+def install_code(thread: Thread, memory: int) -> int:
+    """Map the code for calls into a fresh image, and return where it is.
+
+    Args:
+        thread: stopped at the end of its execve; its calls are made there from now on.
+        memory: a descriptor of its ``/proc/PID/mem``.
+
+    Raises:
+        SoftSgxError: the image has no room for it.
+        Gone: the thread has ended.
+    """
+    # The first calls have nowhere to run but on the program's own entry point.
+    entry = thread.load().rip
+    kept = os.pread(memory, 3, entry)
+    os.pwrite(memory, b"\x0f\x05\xcc", entry)
+    thread.inject_at = entry
+    rights, kind = abi.PROT_READ | abi.PROT_WRITE, abi.MAP_PRIVATE | abi.MAP_ANONYMOUS
+    base = thread.syscall(abi.SYS_MMAP, 0, RESIDENT_BYTES, rights, kind, _NO_FILE, 0)
+    if base > 0:
+        os.pwrite(memory, _CODE, base)
+        rights = abi.PROT_READ | abi.PROT_EXEC
+        thread.syscall(abi.SYS_MPROTECT, base, _CODE_PAGES * abi.PAGE, rights)
+    os.pwrite(memory, kept, entry)
+    if base < 0:
+        raise SoftSgxError(f"process {thread.tid}: no room for a mapping ({os.strerror(-base)})")
+    thread.inject_at = base + _LABELS["inject"]
+    return base
+
+
+class Resident:
+    """See the module.
+
+    Args:
+        thread: a stopped thread of the address space that calls can be made in.
+        waits: receives stops.
+        base: where the code is.
+
+    Attributes:
+        tid: its id.
+        memory: a descriptor of the memory of the address space, for reading and writing.
+        pagemap: a descriptor of its page tables, as ``/proc/PID/pagemap`` shows them.
+
+    Raises:
+        SoftSgxError: the kernel refuses it.
+        Gone: a thread has ended meanwhile.
+    """
+
+    def __init__(self, thread: ProgramThread, waits: Waits, base: int) -> None:
+        made = thread.syscall(abi.SYS_CLONE, abi.CLONE_VM)
+        if made < 0:
+            raise SoftSgxError(
+                f"process {thread.tid}: no task can be made in it ({os.strerror(-made)}); "
+                "raise the limit on processes (ulimit -u)"
+            )
+        self.tid = thread.made or made
+        self._base, self._table = base, base + _CODE_PAGES * abi.PAGE
+        self._thread = Thread(self.tid, waits)
+        self._thread.inject_at = base + _LABELS["inject"]
+        self._thread.wait()
+        self._thread.syscall(abi.SYS_CLOSE_RANGE, 0, 0xFFFF_FFFF, 0)
+        self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        self.pagemap = os.open(f"/proc/{self.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+    def drop(self, ranges: list[tuple[int, int]]) -> None:
+        """Take the pages of (start, end) ranges from the address space.
+
+        Raises:
+            Gone: the task has been killed.
+        """
+        for first in range(0, len(ranges), _MOST_CALLS):
+            some = ranges[first : first + _MOST_CALLS]
+            calls = b"".join(
+                _CALL.pack(
+                    abi.SYS_MADVISE,
+                    *(start, end - start, abi.MADV_DONTNEED_LOCKED),
+                    *(0, 0, abi.OUR_CALL),
+                )
+                for start, end in some
+            )
+            os.pwrite(self.memory, calls, self._table)
+            self._thread.borrow(
+                self._base + _LABELS["calls"],
+                self._base + _LABELS["called"],
+                rbx=self._table,
+                rbp=len(some),
+            )
+
+    def end(self) -> None:
+        """Kill the task."""
+        os.close(self.memory)
+        os.close(self.pagemap)
+        kill(self.tid)

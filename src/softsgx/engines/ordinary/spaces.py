@@ -1,0 +1,191 @@
+"""The address spaces of the program: made at execve and fork, ended with their last thread."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from errno import EPERM
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.ordinary.contents import Contents
+from softsgx.engines.ordinary.mappings import mappings, private_memory
+from softsgx.engines.ordinary.program import ProgramThread
+from softsgx.engines.ordinary.resident import RESIDENT_BYTES, Resident, install_code
+from softsgx.engines.ordinary.space import Accesses, AddressSpace, Snapshot
+from softsgx.engines.ordinary.userfaults import Userfaults
+from softsgx.errors import NotRun, SoftSgxError
+
+__all__ = ["Spaces"]
+
+_LOG = logging.getLogger(__name__)
+_SHIFT = 12
+_NO_FILE = (1 << 64) - 1
+
+
+class Spaces:
+    """See the module.
+
+    Args:
+        waits: receives stops.
+        contents: of hidden pages.
+        accesses: is told of accesses.
+        begun: called with each new address space and the thread it is made in.
+        ended: called with each address space that has ended.
+    """
+
+    def __init__(
+        self,
+        waits: Waits,
+        contents: Contents,
+        accesses: Accesses,
+        begun: Callable[[AddressSpace, ProgramThread], None],
+        ended: Callable[[AddressSpace], None],
+    ) -> None:
+        self._waits, self._contents, self._accesses = waits, contents, accesses
+        self._begun, self._ended = begun, ended
+        self._by_descriptor: dict[int, AddressSpace] = {}
+        self._users: dict[AddressSpace, int] = {}
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(list(self._users))
+
+    def serve(self, descriptor: int) -> int:
+        """Answer the faults of the address space whose userfaultfd is ``descriptor``."""
+        space = self._by_descriptor.get(descriptor)
+        return 0 if space is None else space.serve()
+
+    def is_ours(self, tid: int) -> bool:
+        """Return whether a task is one of the recorder's."""
+        return any(space.resident.tid == tid for space in self._users)
+
+    def users(self, space: AddressSpace) -> int:
+        """Return how many threads have an address space."""
+        return self._users.get(space, 0)
+
+    def enter(self, space: AddressSpace) -> bool:
+        """One more thread has an address space; return whether it is the first."""
+        self._users[space] = self._users.get(space, 0) + 1
+        self._by_descriptor[space.faults.descriptor] = space
+        return self._users[space] == 1
+
+    def leave(self, space: AddressSpace) -> None:
+        """One thread less has an address space; end it with the last."""
+        self._users[space] -= 1
+        if not self._users[space]:
+            self._end(space)
+
+    def end_all(self) -> None:
+        """End all of them."""
+        for space in list(self._users):
+            self._end(space)
+
+    def _end(self, space: AddressSpace) -> None:
+        del self._users[space], self._by_descriptor[space.faults.descriptor]
+        self._ended(space)
+        space.close()
+
+    # --- new ones -------------------------------------------------------------------------------
+
+    def refuse_32_bit(self, tid: int) -> None:
+        """A 32-bit program was executed: it runs, and is not recorded."""
+        name = os.readlink(f"/proc/{tid}/exe")
+        _LOG.warning("process %d: %s is a 32-bit program: its pages do not count", tid, name)
+
+    def of_program(self, thread: ProgramThread) -> AddressSpace:
+        """Return the address space of a program that was executed; its pages are all hidden.
+
+        Args:
+            thread: its only thread, stopped at the end of execve.
+
+        Raises:
+            NotRun: the kernel does not give it a userfaultfd.
+            SoftSgxError: it has no room for what the recorder needs.
+            Gone: it has ended.
+        """
+        memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            base = install_code(thread, memory)
+            thread.space_base = base
+            if thread.reaps:
+                thread.syscall(abi.SYS_WAIT4, thread.reaps, 0, abi.WALL, 0)
+            faults = self._userfaults(thread)
+            hole = base, base + RESIDENT_BYTES
+            copy = Snapshot()
+            for each in list(mappings(thread.tid)):
+                if each.private and (each.inode or each.is_private_memory) and each.start not in range(*hole):
+                    self._take_content(thread, memory, copy, each.start, each.end)
+                    if each.inode:
+                        kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
+                        length = each.end - each.start
+                        thread.syscall(abi.SYS_MMAP, each.start, length, each.prot, kind, _NO_FILE, 0)
+                    else:
+                        length = each.end - each.start
+                        thread.syscall(
+                            abi.SYS_MADVISE, each.start, length, abi.MADV_DONTNEED_LOCKED
+                        )
+        finally:
+            os.close(memory)
+        return self._make(thread, faults, hole, copy)
+
+    def _take_content(
+        self, thread: ProgramThread, memory: int, copy: Snapshot, start: int, end: int
+    ) -> None:
+        """Copy what is present in a mapping, or in its file."""
+        for page in range(start >> _SHIFT, end >> _SHIFT):
+            try:
+                data = os.pread(memory, abi.PAGE, page << _SHIFT)
+            except OSError:
+                continue
+            if data.count(0) != abi.PAGE:
+                copy.hidden[page] = self._contents.store(data)
+
+    def of_fork(
+        self, thread: ProgramThread, parent: ProgramThread, copy: Snapshot
+    ) -> AddressSpace:
+        """Return the address space of a process that fork has made.
+
+        Args:
+            thread: its only thread, stopped before its first step.
+            parent: the thread that made it.
+            copy: what it begins with.
+
+        Raises:
+            As :meth:`of_program`.
+        """
+        base = thread.space_base = parent.space_base
+        space = self._make(
+            thread, self._userfaults(thread), (base, base + RESIDENT_BYTES), copy
+        )
+        space.settle_fork()
+        return space
+
+    def _make(
+        self,
+        thread: ProgramThread,
+        faults: Userfaults,
+        hole: tuple[int, int],
+        copy: Snapshot,
+    ) -> AddressSpace:
+        resident = Resident(thread, self._waits, hole[0])
+        space = AddressSpace(resident, faults, self._contents, self._accesses, copy)
+        self._begun(space, thread)
+        for start, end in private_memory(thread.tid, hole):
+            space.register(start, end)
+        return space
+
+    def _userfaults(self, thread: ProgramThread) -> Userfaults:
+        theirs = thread.syscall(abi.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        if theirs == -EPERM:
+            raise NotRun(
+                "userfaultfd: not allowed for accesses of system calls; run as root, or "
+                "sysctl vm.unprivileged_userfaultfd=1"
+            )
+        if theirs < 0:
+            raise SoftSgxError(f"process {thread.tid}: no userfaultfd ({os.strerror(-theirs)})")
+        ours = libc.take_descriptor(thread.tid, theirs)
+        thread.syscall(abi.SYS_CLOSE, theirs)
+        fcntl.fcntl(ours, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        return Userfaults(ours)
