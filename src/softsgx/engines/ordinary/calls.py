@@ -85,7 +85,7 @@ class Calls:
                     return
                 space.files.add(FileRange(start, end, file, offset))
                 kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
-                thread.syscall(abi.SYS_MMAP, start, length, prot, kind, _NO_FILE, 0)
+                space.resident.syscall(abi.SYS_MMAP, start, length, prot, kind, _NO_FILE, 0)
             space.register(start, end)
             space.adopt(start, end)
 
@@ -187,10 +187,17 @@ class Calls:
         self._makes(thread, space, 0, 0)
 
     def _makes(self, thread: ProgramThread, space: AddressSpace, flags: int, tid_at: int) -> None:
-        """A task is about to be made; its id is perhaps written where it begins to run."""
+        """A task is about to be made.
+
+        The kernel accesses memory in its name before it stops: it may write its id, and accesses
+        its restartable sequences, rseq(2).
+        """
         if flags & abi.CLONE_CHILD_SETTID:
             # In a copied address space the kernel does not report faults before it is registered.
             space.make_writable(tid_at >> _SHIFT)
+        rseq_at = thread.rseq_at()
+        if rseq_at:
+            space.make_writable(rseq_at >> _SHIFT)
         thread.cleared_by_child = tid_at if flags & abi.CLONE_CHILD_CLEARTID else 0
 
         def done(result: int) -> None:

@@ -162,8 +162,10 @@ class Intervals:
                 traced.known.add(number)
                 counts.pages += 1
             append(traced.number, number, write, time_ns)
-        for each in self._who, self._pages, self._writes, self._times:
-            each.clear()  # type: ignore[attr-defined]
+        self._who.clear()
+        self._pages.clear()
+        self._writes.clear()
+        self._times.clear()
         for traced in self._traced.values():
             traced.places.clear()
 

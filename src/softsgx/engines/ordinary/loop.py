@@ -262,11 +262,12 @@ class Loop:
 
     def _executed(self, thread: ProgramThread) -> None:
         """The other threads have ended; the remaining thread has the leader's id."""
+        former, heir = thread.space, ProgramThread(thread.tid, thread.pid, self._waits)
         for other in [each for each in self.threads.values() if each.pid == thread.pid]:
             del self.threads[other.tid]
             self._leave(other)
-        former, heir = thread.space, ProgramThread(thread.tid, thread.pid, self._waits)
-        heir.reaps = former.resident.tid if former is not None else 0
+        if former is not None and not self._spaces.users(former):
+            heir.reaps = former.resident.tid
         self.threads[thread.tid] = heir
         finish_exec(thread)
         heir.in_call = False

@@ -29,6 +29,11 @@ class Mapping:
     name: str
 
     @property
+    def counts(self) -> bool:
+        """Whether it is private memory, or a private mapping of a file."""
+        return self.is_private_memory or bool(self.private and self.inode)
+
+    @property
     def is_private_memory(self) -> bool:
         """Whether it is anonymous private memory of the program."""
         return self.private and not self.inode and self.name not in _KERNELS

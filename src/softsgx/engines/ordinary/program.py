@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from softsgx.engines.native import abi
+from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.tracee import Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 
@@ -49,6 +50,17 @@ class ProgramThread(Thread):
         if stop.event == abi.PTRACE_EVENT_CLONE:
             self.made = self.event_message()
         return stop
+
+    def rseq_at(self) -> int:
+        """Return where its area for restartable sequences is, 0 where it has none."""
+        answer = (ctypes.c_uint64 * 3)()
+        try:
+            libc.ptrace(
+                abi.PTRACE_GET_RSEQ, self.tid, ctypes.sizeof(answer), ctypes.addressof(answer)
+            )
+        except OSError:  # before Linux 5.13
+            return 0
+        return answer[0]
 
     def release(self) -> None:
         """Its system call holds its address space no more."""

@@ -91,7 +91,7 @@ def record_as_enclave(
 
 class _Recorder:
     def __init__(self, sink: TraceSink, interval_ns: int) -> None:
-        self._sink, self._waits = sink, Waits()
+        self._sink, self._waits = sink, Waits(keeps_exits=True)
         self._intervals = Intervals(interval_ns, sink.append)
         self._number = 0
         self._spaces = Spaces(

@@ -20,10 +20,11 @@ import struct
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.tracing.failures import kill
-from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.code import CALL_WORDS, emit_injection
 from softsgx.engines.native.x86.asm import Assembler
+from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.errors import SoftSgxError
 
 __all__ = ["RESIDENT_BYTES", "Resident", "install_code"]
@@ -107,6 +108,17 @@ class Resident:
         self._thread.syscall(abi.SYS_CLOSE_RANGE, 0, 0xFFFF_FFFF, 0)
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self.pagemap = os.open(f"/proc/{self.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+    def syscall(self, number: int, *arguments: int) -> int:
+        """Make a system call in the address space; return its result, ``-errno`` for a failure.
+
+        Threads of the program cannot make it for us: the kernel accesses their memory when a call
+        returns, for rseq(2), and would wait for the recorder.
+
+        Raises:
+            Gone: the task has been killed.
+        """
+        return self._thread.syscall(number, *arguments)
 
     def drop(self, ranges: list[tuple[int, int]]) -> None:
         """Take the pages of (start, end) ranges from the address space.

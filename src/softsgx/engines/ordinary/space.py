@@ -306,8 +306,8 @@ class AddressSpace:
         """The kernel has moved pages to an address."""
         distance = (to - start) >> _SHIFT
         pages = self._known(start, end)
-        present = {page + distance: self.present.pop(page) for page in pages if page in self.present}
-        hidden = {page + distance: self.hidden.pop(page) for page in pages if page in self.hidden}
+        present = {at + distance: self.present.pop(at) for at in pages if at in self.present}
+        hidden = {at + distance: self.hidden.pop(at) for at in pages if at in self.hidden}
         parts = self.files.within(start, end)
         self.files.remove(start, end)
         self.unmapped(to, to + end - start)
@@ -317,7 +317,7 @@ class AddressSpace:
             self.files.add(part.moved(to - start))
 
     def protect_clean(self, pages: Iterable[int]) -> None:
-        """Write-protect the clean ones of present pages again, in memory that is registered anew."""
+        """Write-protect clean ones of present pages again, in memory that is registered anew."""
         clean = [page << _SHIFT for page in sorted(pages) if not self.present[page]]
         for start, end in runs(clean):
             self.faults.protect(start, end, on=True)
@@ -325,9 +325,10 @@ class AddressSpace:
     def _known(self, start: int, end: int) -> list[int]:
         """Return the pages of a range that are present or have a content."""
         low, high = start >> _SHIFT, end + abi.PAGE - 1 >> _SHIFT
-        if high - low <= len(self.present) + len(self.hidden):
-            return [page for page in range(low, high) if page in self.present or page in self.hidden]
-        return [page for page in {*self.present, *self.hidden} if low <= page < high]
+        present, hidden = self.present, self.hidden
+        if high - low <= len(present) + len(hidden):
+            return [page for page in range(low, high) if page in present or page in hidden]
+        return [page for page in {*present, *hidden} if low <= page < high]
 
     def _forget(self, page: int) -> None:
         self.present.pop(page, None)
@@ -345,13 +346,19 @@ class AddressSpace:
             self._contents.share(content)
         return Snapshot(present, hidden, self.files.copy(), self.break_at)
 
-    def settle_fork(self) -> None:
-        """This is a copy: what was present when fork copied it is; the parent may have gone on."""
-        for start, end in runs([page << _SHIFT for page in sorted(self.present)]):
-            there = set(self._pages_present(start, end))
-            for page in range(start >> _SHIFT, end >> _SHIFT):
-                if page not in there:
-                    del self.present[page]
+    def settle_fork(self, ranges: list[tuple[int, int]]) -> None:
+        """This is a copy, stopped: begin to count the pages of its private memory.
+
+        The parent may have gone on: pages that it has been shown since are hidden here.  A page
+        that is present here and was hidden when fork copied it was made by an access of the kernel.
+        """
+        there = [page for start, end in ranges for page in self._pages_present(start, end)]
+        made = sorted(page << _SHIFT for page in there if page not in self.present)
+        if made:
+            self.resident.drop(runs(made))
+        self.present = {page: self.present[page] for page in there if page in self.present}
+        for start, end in ranges:
+            self.register(start, end)
         self.protect_clean(self.present)
 
     def close(self) -> None:

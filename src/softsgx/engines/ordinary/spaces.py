@@ -11,7 +11,7 @@ from errno import EPERM
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.contents import Contents
-from softsgx.engines.ordinary.mappings import mappings, private_memory
+from softsgx.engines.ordinary.mappings import Mapping, mappings, private_memory
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.resident import RESIDENT_BYTES, Resident, install_code
 from softsgx.engines.ordinary.space import Accesses, AddressSpace, Snapshot
@@ -48,9 +48,6 @@ class Spaces:
         self._begun, self._ended = begun, ended
         self._by_descriptor: dict[int, AddressSpace] = {}
         self._users: dict[AddressSpace, int] = {}
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(list(self._users))
 
     def serve(self, descriptor: int) -> int:
         """Answer the faults of the address space whose userfaultfd is ``descriptor``."""
@@ -115,36 +112,27 @@ class Spaces:
             hole = base, base + RESIDENT_BYTES
             copy = Snapshot()
             for each in list(mappings(thread.tid)):
-                if each.private and (each.inode or each.is_private_memory) and each.start not in range(*hole):
-                    self._take_content(thread, memory, copy, each.start, each.end)
-                    if each.inode:
-                        kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
-                        length = each.end - each.start
-                        thread.syscall(abi.SYS_MMAP, each.start, length, each.prot, kind, _NO_FILE, 0)
-                    else:
-                        length = each.end - each.start
-                        thread.syscall(
-                            abi.SYS_MADVISE, each.start, length, abi.MADV_DONTNEED_LOCKED
-                        )
+                if each.counts and not hole[0] <= each.start < hole[1]:
+                    self._take_content(memory, copy, each)
+                    _empty(thread, each)
         finally:
             os.close(memory)
-        return self._make(thread, faults, hole, copy)
+        space = self._make(thread, faults, hole, copy)
+        for start, end in private_memory(thread.tid, hole):
+            space.register(start, end)
+        return space
 
-    def _take_content(
-        self, thread: ProgramThread, memory: int, copy: Snapshot, start: int, end: int
-    ) -> None:
+    def _take_content(self, memory: int, copy: Snapshot, mapping: Mapping) -> None:
         """Copy what is present in a mapping, or in its file."""
-        for page in range(start >> _SHIFT, end >> _SHIFT):
+        for page in range(mapping.start >> _SHIFT, mapping.end >> _SHIFT):
             try:
                 data = os.pread(memory, abi.PAGE, page << _SHIFT)
-            except OSError:
+            except OSError:  # behind the end of the file
                 continue
             if data.count(0) != abi.PAGE:
                 copy.hidden[page] = self._contents.store(data)
 
-    def of_fork(
-        self, thread: ProgramThread, parent: ProgramThread, copy: Snapshot
-    ) -> AddressSpace:
+    def of_fork(self, thread: ProgramThread, parent: ProgramThread, copy: Snapshot) -> AddressSpace:
         """Return the address space of a process that fork has made.
 
         Args:
@@ -156,10 +144,9 @@ class Spaces:
             As :meth:`of_program`.
         """
         base = thread.space_base = parent.space_base
-        space = self._make(
-            thread, self._userfaults(thread), (base, base + RESIDENT_BYTES), copy
-        )
-        space.settle_fork()
+        hole = base, base + RESIDENT_BYTES
+        space = self._make(thread, self._userfaults(thread), hole, copy)
+        space.settle_fork(private_memory(thread.tid, hole))
         return space
 
     def _make(
@@ -172,8 +159,6 @@ class Spaces:
         resident = Resident(thread, self._waits, hole[0])
         space = AddressSpace(resident, faults, self._contents, self._accesses, copy)
         self._begun(space, thread)
-        for start, end in private_memory(thread.tid, hole):
-            space.register(start, end)
         return space
 
     def _userfaults(self, thread: ProgramThread) -> Userfaults:
@@ -189,3 +174,13 @@ class Spaces:
         thread.syscall(abi.SYS_CLOSE, theirs)
         fcntl.fcntl(ours, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         return Userfaults(ours)
+
+
+def _empty(thread: ProgramThread, mapping: Mapping) -> None:
+    """Make a mapping anonymous memory without pages."""
+    start, length = mapping.start, mapping.end - mapping.start
+    if mapping.inode:
+        kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
+        thread.syscall(abi.SYS_MMAP, start, length, mapping.prot, kind, _NO_FILE, 0)
+    else:
+        thread.syscall(abi.SYS_MADVISE, start, length, abi.MADV_DONTNEED_LOCKED)

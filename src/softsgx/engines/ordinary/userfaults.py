@@ -90,7 +90,7 @@ class Userfaults:
         return self._ioctl(abi.UFFDIO_POISON)
 
     def protect(self, start: int, end: int, *, on: bool) -> int:
-        """Report the next store to present pages, or let it pass and wake those that wait; errno."""
+        """Report the next store to present pages, or let stores pass and wake who waits; errno."""
         request = self._request
         mode = abi.UFFDIO_WRITEPROTECT_MODE_WP if on else 0
         request[0], request[1], request[2] = start, end - start, mode

@@ -40,6 +40,8 @@ class Waits:
         signals: signals to the calling process that end a wait, and are counted.
         clock: returns nanoseconds.
         wakes: signals that end a wait, and are not counted.
+        keeps_exits: keep reports of the stop before a thread's end, too: no request to one thread
+            depends on the end of another.
 
     Attributes:
         unreported: last status of each thread that no event of its parent has reported yet.
@@ -51,7 +53,9 @@ class Waits:
         clock: Callable[[], int] = time.monotonic_ns,
         *,
         wakes: Set[int] = frozenset(),
+        keeps_exits: bool = False,
     ) -> None:
+        self._keeps_exits = keeps_exits
         self._signals, self.clock = frozenset(signals), clock
         self._wakes = frozenset(wakes)
         self._kept: deque[tuple[int, int]] = deque()
@@ -128,7 +132,7 @@ class Waits:
             other, status = os.waitpid(-1, abi.WALL)
             if other == tid:
                 return status
-            if stops_at_exit(status):
+            if stops_at_exit(status) and not self._keeps_exits:
                 let_end(other)
             self._kept.append((other, status))
 
