@@ -130,7 +130,8 @@ def read_scattered(pid: int, vector: array[int], address: int, size: int) -> int
     Args:
         pid: the process.
         vector: up to 1024 pairs of address and length in our memory.
-        address: where to read; size: how much.
+        address: where to read.
+        size: how many bytes.
     """
     local, _words = vector.buffer_info()
     remote = abi.IoVec(address, size)

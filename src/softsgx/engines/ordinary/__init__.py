@@ -4,7 +4,8 @@ from softsgx.engines.ordinary.record import (
     AsEnclaveResult,
     RecordFailed,
     TraceSink,
+    can_record,
     record_as_enclave,
 )
 
-__all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "record_as_enclave"]
+__all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record_as_enclave"]

@@ -13,14 +13,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.ordinary.space import AddressSpace
 
-__all__ = ["IntervalCounts", "Intervals"]
+__all__ = ["IntervalCounts", "Intervals", "TraceSink"]
 
 _BLOCK_SHIFT = 9
+_BLOCK_MASK = (1 << _BLOCK_SHIFT) - 1
 _RETRY_S = 0.001
+
+
+class TraceSink(Protocol):
+    """Where accesses go; :class:`softsgx.accesses.TraceWriter` is one."""
+
+    def add_enclave(self, name: str, pages: int, pid: int) -> int:
+        """Add an address space; return its number."""
+
+    def grow_enclave(self, number: int, pages: int) -> None:
+        """An address space has pages of numbers below ``pages``."""
+
+    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
+        """Add an access."""
 
 
 @dataclass(slots=True)
@@ -53,10 +68,10 @@ class IntervalCounts:
 class _Traced:
     """What the trace knows of one address space."""
 
-    __slots__ = ("blocks", "known", "number", "places")
+    __slots__ = ("blocks", "known", "number", "pages", "places")
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self.number, self.pages = number, 0
         self.blocks: dict[int, int] = {}
         self.known: set[int] = set()
         self.places: dict[int, int] = {}
@@ -64,7 +79,7 @@ class _Traced:
     def page(self, page: int) -> int:
         """Return the number that a page has in the trace."""
         block = self.blocks.setdefault(page >> _BLOCK_SHIFT, len(self.blocks))
-        return block << _BLOCK_SHIFT | page & (1 << _BLOCK_SHIFT) - 1
+        return block << _BLOCK_SHIFT | page & _BLOCK_MASK
 
 
 class Intervals:
@@ -72,17 +87,17 @@ class Intervals:
 
     Args:
         interval_ns: length of an interval.
-        append: receives each access: number of the address space, page, whether it wrote, time.
+        sink: receives the accesses.
         clock: returns nanoseconds.
     """
 
     def __init__(
         self,
         interval_ns: int,
-        append: Callable[[int, int, bool, int], None],
+        sink: TraceSink,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self._interval_ns, self._append, self._clock = interval_ns, append, clock
+        self._interval_ns, self._sink, self._clock = interval_ns, sink, clock
         self.counts = IntervalCounts()
         self._traced: dict[AddressSpace, _Traced] = {}
         self._who: list[_Traced] = []
@@ -150,7 +165,7 @@ class Intervals:
     def end_interval(self) -> None:
         """Hand over what was accessed since the last interval."""
         self._due_ns = 0
-        counts, append = self.counts, self._append
+        counts, append = self.counts, self._sink.append
         counts.intervals += bool(self._pages)
         counts.accesses += len(self._pages)
         counts.writes += sum(self._writes)
@@ -158,6 +173,9 @@ class Intervals:
         records = zip(self._who, self._pages, self._writes, self._times, strict=True)
         for traced, page, write, time_ns in records:
             number = traced.page(page)
+            if number >= traced.pages:
+                traced.pages = (number | _BLOCK_MASK) + 1
+                self._sink.grow_enclave(traced.number, traced.pages)
             if number not in traced.known:
                 traced.known.add(number)
                 counts.pages += 1

@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import Limits, raise_limits, set_limits
 from softsgx.engines.native.tracing.bpf import build_calls_filter
 from softsgx.engines.native.tracing.start import EndedEarly, start_program
@@ -15,30 +15,26 @@ from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.calls import CALLS, Calls
 from softsgx.engines.ordinary.contents import Contents
-from softsgx.engines.ordinary.intervals import IntervalCounts, Intervals
+from softsgx.engines.ordinary.intervals import IntervalCounts, Intervals, TraceSink
 from softsgx.engines.ordinary.loop import Loop
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.space import AddressSpace
 from softsgx.engines.ordinary.spaces import Spaces
 
-__all__ = ["MOST_PAGES", "AsEnclaveResult", "RecordFailed", "TraceSink", "record_as_enclave"]
-
-MOST_PAGES = 1 << 32
-"""How many pages an address space may have in a trace."""
+__all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record_as_enclave"]
 
 
 class RecordFailed(AssertionError):
     """Mistakes of ours have ended processes; the other processes continued."""
 
 
-class TraceSink(Protocol):
-    """Where accesses go; :class:`softsgx.accesses.TraceWriter` is one."""
-
-    def add_enclave(self, name: str, pages: int, pid: int) -> int:
-        """Add an address space; return its number."""
-
-    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
-        """Add an access."""
+def can_record() -> bool:
+    """Return whether this process may have a userfaultfd for accesses of system calls."""
+    try:
+        os.close(libc.syscall(abi.SYS_USERFAULTFD, os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ def record_as_enclave(
 class _Recorder:
     def __init__(self, sink: TraceSink, interval_ns: int) -> None:
         self._sink, self._waits = sink, Waits(keeps_exits=True)
-        self._intervals = Intervals(interval_ns, sink.append)
+        self._intervals = Intervals(interval_ns, sink)
         self._number = 0
         self._spaces = Spaces(
             self._waits, Contents(), self._intervals, self._begun, self._intervals.remove
@@ -154,5 +150,5 @@ class _Recorder:
 
     def _begun(self, space: AddressSpace, thread: ProgramThread) -> None:
         name = os.path.basename(os.readlink(f"/proc/{thread.tid}/exe"))
-        self._intervals.add(space, self._sink.add_enclave(name, MOST_PAGES, thread.pid))
+        self._intervals.add(space, self._sink.add_enclave(name, 0, thread.pid))
         self._number += 1

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import struct
 
-from softsgx.engines.native import abi
+from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.failures import kill
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
@@ -35,6 +35,7 @@ RESIDENT_BYTES = (_CODE_PAGES + _TABLE_PAGES) * abi.PAGE
 _CALL = struct.Struct(f"<{CALL_WORDS}Q")
 _MOST_CALLS = _TABLE_PAGES * abi.PAGE // _CALL.size
 _NO_FILE = (1 << 64) - 1
+_OPTIONS = abi.PTRACE_O_TRACESYSGOOD | abi.PTRACE_O_TRACESECCOMP | abi.PTRACE_O_EXITKILL
 
 
 def _assemble() -> tuple[bytes, dict[str, int]]:
@@ -105,6 +106,8 @@ class Resident:
         self._thread = Thread(self.tid, waits)
         self._thread.inject_at = base + _LABELS["inject"]
         self._thread.wait()
+        # No stop at its end: nothing would be left to do then, and the program may wait for it.
+        libc.ptrace(abi.PTRACE_SETOPTIONS, self.tid, 0, _OPTIONS)
         self._thread.syscall(abi.SYS_CLOSE_RANGE, 0, 0xFFFF_FFFF, 0)
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self.pagemap = os.open(f"/proc/{self.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
