@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from softsgx.engines.ordinary import AsEnclaveResult, record_as_enclave
+from softsgx.errors import NotRun
 
 PROGRAMS = Path(__file__).parent / "programs"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -45,16 +49,40 @@ def compile_program(directory: Path, name: str, *options: str) -> str:
 def record(
     argv: list[str], *, interval_ms: float = 10, given: bytes = b""
 ) -> tuple[AsEnclaveResult, bytes, Recorded]:
-    """Record a program; return how it ended, its output and what was recorded."""
-    recorded = Recorded()
-    read, write = os.memfd_create("in"), os.memfd_create("out")
-    os.write(read, given)
-    os.lseek(read, 0, os.SEEK_SET)
-    try:
-        result = record_as_enclave(
-            argv, recorded, interval_ns=int(interval_ms * MS), stdio=(read, write, 2)
+    """Record a program in a process of its own; return how it ended, its output, what was recorded.
+
+    A thread of pytest would take the signals that wake the recorder.
+    """
+    with tempfile.TemporaryFile() as answer:
+        command = [sys.executable, __file__, str(answer.fileno()), str(interval_ms), *argv]
+        done = subprocess.run(
+            command,
+            input=given,
+            stdout=subprocess.PIPE,
+            pass_fds=[answer.fileno()],
+            check=True,
         )
-        return result, os.pread(write, 1 << 24, 0), recorded
-    finally:
-        os.close(read)
-        os.close(write)
+        answer.seek(0)
+        found = pickle.load(answer)
+    if isinstance(found, Exception):
+        raise found
+    result, enclaves, accesses = found
+    return result, done.stdout, Recorded(enclaves, accesses)
+
+
+def _main() -> None:
+    answer, interval_ms, *argv = sys.argv[1:]
+    os.set_inheritable(int(answer), False)
+    recorded = Recorded()
+    found: object
+    try:
+        result = record_as_enclave(argv, recorded, interval_ns=int(float(interval_ms) * MS))
+        found = result, recorded.enclaves, recorded.accesses
+    except NotRun as error:
+        found = error
+    with open(int(answer), "wb") as file:
+        pickle.dump(found, file)
+
+
+if __name__ == "__main__":
+    _main()

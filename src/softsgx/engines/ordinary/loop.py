@@ -38,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 _BIRTHS = (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE)
 _SIGNAL_BYTES = 128
+#: Another thread of this process that does not block SIGCHLD may take it: look again.
+_LONGEST_WAIT_S = 0.1
 
 
 @dataclass(slots=True)
@@ -114,7 +116,8 @@ class Loop:
         self._stops()
         while self.threads or self._born:
             self._exits.settle()
-            ready = self._poll.poll(intervals.between())
+            timeout_s = intervals.between()
+            ready = self._poll.poll(_LONGEST_WAIT_S if timeout_s is None else timeout_s)
             began_ns = clock()
             for descriptor, _events in ready:
                 if descriptor == self._children:
@@ -122,6 +125,8 @@ class Loop:
                     self._stops()
                 else:
                     self._spaces.serve(descriptor)
+            if not ready:
+                self._stops()
             intervals.spent(clock() - began_ns)
 
     def kill(self) -> None:
