@@ -100,7 +100,7 @@ class _Lines:
             write = _WRITES.get(values.get("write", "r"))
             if write is None:
                 raise self.bad("no r or w", "write 12 r or 12 w")
-            key = self._integer(values.get("page") or values["address"])
+            key = self._integer(values["page" if "page" in columns else "address"])
             yield key, write, self._integer(values.get("time_ns", "0"))
 
     def _integer(self, text: str) -> int:

@@ -71,6 +71,8 @@ def test_times_of_a_text_are_kept() -> None:
         (b"write\nr\n", "line 1: no access and no header"),
         (b"page,page\n1,2\n", "line 1: no access and no header"),
         (b"1 r\n2 x\n", "line 2: no r or w"),
+        (b"page\n,", "line 2: 2 fields"),
+        (b"address,write\n,r\n", "line 2: no number of 64 bits"),
         (b"1 r\n-2 r\n", "line 2: no number of 64 bits"),
         (b"1 r\n99999999999999999999 r\n", "line 2: no number of 64 bits"),
         (b"1 r\n4294967296 r\n", "page 4294967296: numbers of pages have 32 bits"),

@@ -1,0 +1,69 @@
+"""numba, which an extra installs; and where it keeps machine code.
+
+Kernels are functions of arrays and integers.  They are compiled at their first call, which takes
+seconds, and cached in the user's cache directory: a system-wide install is not writable.  Without a
+writable directory, they are compiled in each process.
+
+Source:
+    XDG Base Directory Specification; numba, "Caching", ``NUMBA_CACHE_DIR``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from softsgx.errors import SoftSgxError
+
+try:
+    import numba
+    from numba.core import types
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise SoftSgxError(
+        f"plan: needs the package {error.name}; pip install 'softsgx[plan]'"
+    ) from error
+
+__all__ = ["cache_directory", "compiled", "popcount"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_config: Any = numba.config
+
+
+def cache_directory() -> Path:
+    """Return the directory of compiled kernels: ``NUMBA_CACHE_DIR`` or one of the user's."""
+    if _config.CACHE_DIR:
+        return Path(_config.CACHE_DIR)
+    # The specification: a relative path is to be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        base = Path(os.path.expanduser("~")) / ".cache"
+    return base / "softsgx" / "numba"
+
+
+def compiled(kernel: F) -> F:
+    """Decorate a kernel, which releases the GIL."""
+    configured = _config.CACHE_DIR
+    _config.CACHE_DIR = str(cache_directory())  # numba looks at it in the next line
+    try:
+        made: F = numba.njit(kernel, cache=True, nogil=True)
+    except RuntimeError:  # no directory that can be written
+        made = numba.njit(kernel, nogil=True)
+    finally:
+        _config.CACHE_DIR = configured
+    return made
+
+
+def _popcount(_: Any, word: Any) -> Any:
+    """Return how many bits of a 64-bit word are set."""
+
+    def instruction(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), instruction
+
+
+popcount: Any = intrinsic(_popcount)
+"""How many bits of a 64-bit word are set; kernels can call it."""

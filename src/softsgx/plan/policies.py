@@ -1,0 +1,159 @@
+"""Replacement policies replayed at given capacities, without pages: what each would miss.
+
+LRU needs no replay: stack distances give it for all capacities.  FIFO, CLOCK and S3-FIFO are
+replayed part by part.  OPT needs to know the future, so it keeps the numbers of all pages.
+``plan.readable`` tells the same policies with plain data structures, and their sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import numpy as np
+
+from softsgx.errors import SoftSgxError
+from softsgx.plan import kernels
+from softsgx.plan.curves import stack_distances
+from softsgx.plan.numbering import end_of, grown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["MOST_OPT_ACCESSES", "POLICIES", "PolicyName", "misses"]
+
+PolicyName = Literal["fifo", "lru", "clock", "s3fifo", "opt"]
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+MOST_OPT_ACCESSES = 1 << 28
+"""How many accesses OPT takes: it needs 8 bytes of memory for each."""
+
+_ABSENT = -1
+_SMALL_SHARE = 10  # S3-FIFO's small queue has a tenth of the capacity
+
+
+def misses(
+    policy: PolicyName, parts: Iterable[NDArray[np.uint32]], capacities: Sequence[int]
+) -> list[int]:
+    """Return how many accesses miss at each capacity.
+
+    Args:
+        policy: its name.
+        parts: the accesses: numbers of pages, see :func:`~softsgx.plan.numbering.numbered`.
+        capacities: in pages, each at least 1.
+
+    Raises:
+        SoftSgxError: for OPT there are more than ``MOST_OPT_ACCESSES``.
+    """
+    assert all(capacity > 0 for capacity in capacities), "a capacity without a page"
+    if policy == "lru":
+        distances = stack_distances(parts)
+        return [distances.misses_at(capacity) for capacity in capacities]
+    if policy == "opt":
+        return _opt(parts, capacities)
+    replays = [_STREAMED[policy](capacity) for capacity in capacities]
+    for part in parts:
+        for replay in replays:
+            replay.add(part)
+    return [replay.misses for replay in replays]
+
+
+def _opt(parts: Iterable[NDArray[np.uint32]], capacities: Sequence[int]) -> list[int]:
+    kept: list[NDArray[np.uint32]] = []
+    accesses = pages = 0
+    for part in parts:
+        kept.append(part)
+        accesses += len(part)
+        pages = max(pages, end_of(part))
+        if accesses > MOST_OPT_ACCESSES:
+            raise SoftSgxError(
+                f"plan: more than {MOST_OPT_ACCESSES} accesses; OPT keeps all in memory; "
+                "choose other policies, or plan with part of the trace"
+            )
+    upcoming = np.full(pages, kernels.NEVER)
+    next_uses = [np.empty(0, np.uint32)] * len(kept)
+    for index in reversed(range(len(kept))):
+        accesses -= len(kept[index])
+        next_uses[index] = kernels.next_uses(kept[index], accesses, upcoming)
+    return [_opt_misses(kept, next_uses, pages, capacity) for capacity in capacities]
+
+
+def _opt_misses(
+    parts: Sequence[NDArray[np.uint32]],
+    next_uses: Sequence[NDArray[np.uint32]],
+    pages: int,
+    capacity: int,
+) -> int:
+    heap = np.empty(min(capacity, pages), np.int32)
+    places = np.full(pages, _ABSENT, np.int32)
+    keys = np.empty(pages, np.uint32)
+    size = missed = 0
+    for part, part_next_uses in zip(parts, next_uses, strict=True):
+        size, more = kernels.opt(part, part_next_uses, heap, places, keys, size)
+        missed += more
+    return missed
+
+
+class _Replay(Protocol):
+    """A policy at one capacity, which is given accesses part by part.
+
+    Attributes:
+        misses: accesses that missed so far.
+    """
+
+    misses: int
+
+    def add(self, numbers: NDArray[np.uint32]) -> None:
+        """Make more accesses, each the number of a page."""
+
+
+class _Clock:
+    """A ring of pages whose hand takes one use from each page that it passes.
+
+    With no uses counted it is FIFO, with one it is CLOCK.
+    """
+
+    def __init__(self, capacity: int, most_uses: int) -> None:
+        self.misses = 0
+        self._most_uses = most_uses
+        self._uses = np.empty(0, np.int8)
+        self._ring = np.empty(capacity, np.int32)
+        self._hand = self._size = 0
+
+    def add(self, numbers: NDArray[np.uint32]) -> None:
+        self._uses = grown(self._uses, end_of(numbers), _ABSENT)
+        self._hand, self._size, missed = kernels.clock(
+            numbers, self._uses, self._ring, self._hand, self._size, self._most_uses
+        )
+        self.misses += missed
+
+
+class _S3Fifo:
+    def __init__(self, capacity: int) -> None:
+        self.misses = 0
+        small_pages = max(1, capacity // _SMALL_SHARE)
+        self._state = kernels.s3fifo_state(small_pages, capacity - small_pages)
+        self._uses = np.empty(0, np.int8)
+        self._newer = np.empty(0, np.int32)
+        self._older = np.empty(0, np.int32)
+        self._small = np.empty(capacity, np.int32)
+        self._main = np.empty(capacity, np.int32)
+
+    def add(self, numbers: NDArray[np.uint32]) -> None:
+        pages = end_of(numbers)
+        self._uses = grown(self._uses, pages, _ABSENT)
+        self._newer = grown(self._newer, pages, kernels.NO_GHOST)
+        self._older = grown(self._older, pages, kernels.NO_GHOST)
+        self.misses += kernels.s3fifo(
+            numbers, self._uses, self._small, self._main, self._newer, self._older, self._state
+        )
+
+
+def _fifo(capacity: int) -> _Replay:
+    return _Clock(capacity, 0)
+
+
+def _clock(capacity: int) -> _Replay:
+    return _Clock(capacity, 1)
+
+
+_STREAMED = {"fifo": _fifo, "clock": _clock, "s3fifo": _S3Fifo}
