@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 
-from softsgx.arch import PAGE_BYTES, Pcmd
+from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
 from softsgx.defects import Defect
 from softsgx.hw import Sealed
 from softsgx.paging.counters import Counters
@@ -24,6 +24,7 @@ from softsgx.trace import Tracer
 
 __all__ = ["Backing", "FlatBacking", "FlatFile", "open_swap_file"]
 
+_HEAP = SecInfo.of(PageType.REG, 3).flags
 _PCMD = struct.Struct("<Q56xQ40x16s")  # SECINFO.FLAGS, ENCLAVEID, MAC; the rest is reserved
 assert _PCMD.size == Pcmd.SIZE, "a PCMD is 128 bytes"
 
@@ -37,9 +38,10 @@ class FlatBacking:
 
     Attributes:
         sealed: by index, ciphertext ‖ MAC of each evicted page.
-        usual: SECINFO flags and enclave identifier in the PCMD of most pages; ``None`` before the
-            first.
+        usual: SECINFO flags and enclave identifier in the PCMD of most pages, which are regular
+            ones R W; ``None`` before the first.
         unusual: by index, those of the other pages.
+        kinds: one object for all equal ones.
         reserved: evictions that have reserved their backing.
         sharers: of each PCMD page that Linux would have, the PCMDs in it, and the evictions that
             are about to write one.
@@ -50,6 +52,7 @@ class FlatBacking:
         self.sealed: dict[int, bytes] = {}
         self.usual: tuple[int, int] | None = None
         self.unusual: dict[int, tuple[int, int]] = {}
+        self.kinds: dict[tuple[int, int], tuple[int, int]] = {}
         self.reserved = 0
         self.sharers: dict[int, int] = {}
 
@@ -114,11 +117,12 @@ class FlatFile:
         flat, index = self._flat, pinned.index
         flat.reserved -= 1
         self._sealed[index], flags, eid = page
-        if flat.usual != (flags, eid):
-            if flat.usual is None:
-                flat.usual = flags, eid
+        kind = flags, eid
+        if kind != flat.usual:
+            if flat.usual is None and flags == _HEAP:
+                flat.usual = kind
             else:
-                flat.unusual[index] = flags, eid
+                flat.unusual[index] = flat.kinds.setdefault(kind, kind)
         self._buffers.append(pinned)
 
     def cancel(self, pinned: Pinned) -> None:
@@ -142,9 +146,9 @@ class FlatFile:
         sealed, flat = self._sealed.get(index), self._flat
         if sealed is None:
             raise BackingError(f"no backing page {self._layout(index)[0]}")
-        assert flat.usual is not None, "a page was evicted, and its PCMD has no flags"
-        flags, eid = flat.unusual.get(index, flat.usual) if flat.unusual else flat.usual
-        return sealed, flags, eid
+        kind = flat.unusual.get(index) or flat.usual
+        assert kind is not None, "a page was evicted, and its PCMD has no flags"
+        return sealed, *kind
 
     def close(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.close`."""

@@ -58,10 +58,15 @@ class AsynchronousExits:
         cpu, image = thread.cpu, thread.image
         inside = cpu.inside
         assert inside is not None, "an asynchronous exit of a thread that is in no enclave"
+        if thread.resumes is inside:
+            return True
         if inside.enclave.flags & _NOTIFIES:
             return False
         aep = int.from_bytes(cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
-        return aep == image.aep or image.read(aep, len(ENCLU)) == ENCLU
+        if aep == image.aep:
+            thread.resumes = inside  # TCS.AEP changes only when the TCS is entered again
+            return True
+        return image.read(aep, len(ENCLU)) == ENCLU
 
     def skip(self, thread: ProgramThread, vector: int) -> None:
         """Count and report an exit and an ERESUME that are skipped, since no state would differ."""

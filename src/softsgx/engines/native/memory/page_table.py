@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES, Pfec
-from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard, runs
+from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.hw import EXECUTE, WRITE, EpcPage, MachineCheck, PageFault
 
@@ -80,7 +80,8 @@ class EnclavePageTable:
         is_readable: returns whether ordinary memory can be read at an address.
         kick_all: interrupts every thread of this space that is inside an enclave.
 
-    ``installed`` is called with each page that the driver has mapped.
+    ``installed`` is called with each page that the driver has mapped.  ``mapped_in`` returns
+    (start, end, memory file) of each mapping of an enclave that overlaps a range, lowest first.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class EnclavePageTable:
         pager: Pager,
         *,
         memory_at: Callable[[int], EnclaveMemory | None],
+        mapped_in: Callable[[int, int], list[tuple[int, int, EnclaveMemory]]],
         is_readable: Callable[[int], bool],
         kick_all: Callable[[], None],
         installed: Callable[[EpcPage], None],
@@ -98,6 +100,7 @@ class EnclavePageTable:
         self.index, self.pager = index, pager
         self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
         self._store, self._page_at, self._installed = store, pages, installed
+        self._mapped_in = mapped_in
         self._entries: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()  # pages that a leaf has used since they were asked about
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
@@ -191,8 +194,15 @@ class EnclavePageTable:
 
         Where the driver knows of no mapping any more, the kernel may still have it.
         """
-        others = (None, memory)
-        return runs([at for at in range(start, end, PAGE_BYTES) if self.memory_at(at) in others])
+        found = []
+        for first, last, mapped in self._mapped_in(start, end):
+            if mapped is not memory:
+                if start < first:
+                    found.append((start, first))
+                start = last
+        if start < end:
+            found.append((start, end))
+        return found
 
     # --- for the engine -------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
 """Errors of a page that is not mapped here, or of a process that is gone."""
 
 _PRESENT = 0x80  # bit 63, seen in the word's last byte
-_PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_SHIFT = 12, 64, 18
+_PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_MASK, _BLOCK_SHIFT = 12, 64, 63, 18
 _PACK_RANGE = struct.Struct("<QQQ")
 
 
@@ -188,19 +188,22 @@ class UffdPager:
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
         # Queries for neighbours follow: one reading serves them until the program is resumed.
-        block, at = linaddr >> _BLOCK_SHIFT, (linaddr >> _PAGE_SHIFT) % _BLOCK_PAGES
-        words = self._present.get(block)
-        if words is None:
-            try:
-                words = os.pread(self._pagemap, 8 * _BLOCK_PAGES, block * 8 * _BLOCK_PAGES)
-            except OSError:
-                words = b""
-            self._present[block] = words
-        last = 8 * at + 7
-        if last >= len(words) or words[last] < _PRESENT:
+        flags = self._present.get(linaddr >> _BLOCK_SHIFT)
+        if flags is None:
+            flags = self._read_block(linaddr >> _BLOCK_SHIFT)
+        if flags[linaddr >> _PAGE_SHIFT & _BLOCK_MASK] < _PRESENT:
             return False
         self._watched.add(linaddr)
         return True
+
+    def _read_block(self, block: int) -> bytes:
+        """Return the last byte of each word of pagemap for a block of pages."""
+        try:
+            words = os.pread(self._pagemap, 8 * _BLOCK_PAGES, block * 8 * _BLOCK_PAGES)
+        except OSError:
+            words = b""
+        flags = self._present[block] = words[7::8].ljust(_BLOCK_PAGES, b"\0")
+        return flags
 
     def flush(self) -> None:
         """Change rights, drop entries of watched pages; a thread of this space is stopped."""

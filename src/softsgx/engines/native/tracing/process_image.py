@@ -162,6 +162,7 @@ class ProcessImage:
             services.page_at,
             self.pager,
             memory_at=self.memory_at,
+            mapped_in=self.mapped_in,
             is_readable=self.can_read,
             kick_all=partial(services.kick, self),
             installed=services.installed,
@@ -219,6 +220,12 @@ class ProcessImage:
         """Return the memory file of the enclave mapped at an address."""
         vma = self.mm.find(linaddr)
         return None if vma is None else self.registry.of_file(vma.file).memory
+
+    def mapped_in(self, start: int, end: int) -> list[tuple[int, int, EnclaveMemory]]:
+        """Return (start, end, memory file) of the mappings of enclaves that overlap a range."""
+        of_file = self.registry.of_file
+        vmas = self.mm.vmas(start, end)
+        return [(vma.start, vma.end, of_file(vma.file).memory) for vma in vmas]
 
     def prot_at(self, linaddr: int) -> int | None:
         """Return the rights the program asked for where an enclave is mapped."""

@@ -14,7 +14,7 @@ from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
-from softsgx.hw import LogicalProcessor, Registers
+from softsgx.hw import EnclaveMode, LogicalProcessor, Registers
 from softsgx.ondemand import dataclass
 from softsgx.paging import Claim, Group
 
@@ -80,6 +80,7 @@ class ProgramThread(Thread):
         spurious: how often the fault at (RIP, address) was repeated without a reason.
         illegal_at: RIP and exception to report when it executes the illegal instruction of our
             vDSO.
+        resumes: its stay in an enclave whose AEP is the ENCLU of our vDSO.
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         breakpoints: number of its set of breakpoints, 0 for none.
         outgoing: the information of the signal that is delivered, instead of the kernel's.
@@ -99,6 +100,7 @@ class ProgramThread(Thread):
     unstoppable: bool = False
     again: bool = False
     illegal_at: tuple[int, Trap] | None = None
+    resumes: EnclaveMode | None = None
     kicked: bool = False
     breakpoints: int = 0
     user_memory: ImageMemory | None = None

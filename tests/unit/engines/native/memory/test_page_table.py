@@ -26,6 +26,7 @@ class Scene:
         theirs = os.memfd_create("sgx_enclave", os.MFD_ALLOW_SEALING)
         self.memory = EnclaveMemory(theirs)
         self.memory.forbidden = lambda data: [33] if data[32:34] == b"\x0f\xa2" else []
+        self.mapped = [(BASE, BASE + 4096, self.memory)]
         self.store, self.page = NativeStore(), EpcPage(EpcAddr(0x5000_0000))
         self.page.fill(PageType.REG, rwx=READ_EXECUTE, linaddr=BASE)
         self.store.fill(self.page, CODE)
@@ -35,6 +36,9 @@ class Scene:
             lambda _addr: self.page,
             cast(Any, None),
             memory_at=lambda _linaddr: self.memory,
+            mapped_in=lambda start, end: [
+                found for found in self.mapped if found[0] < end and start < found[1]
+            ],
             is_readable=lambda _linaddr: True,
             kick_all=lambda: None,
             installed=lambda _page: None,
@@ -71,3 +75,21 @@ def test_nothing_is_known_of_code_that_its_epcm_entry_forbids_to_execute(scene: 
     scene.page.rwx = 1
     scene.table.refresh(BASE)
     assert not scene.table.traps_at(AT)
+
+
+def test_the_parts_of_a_range_are_those_without_another_memory_file(scene: Scene) -> None:
+    other = cast(EnclaveMemory, object())
+
+    def parts(*mapped: tuple[int, int, EnclaveMemory]) -> list[tuple[int, int]]:
+        scene.mapped = [(BASE + low, BASE + high, memory) for low, high, memory in mapped]
+        found = scene.table.parts(scene.memory, BASE + 0x2000, BASE + 0x6000)
+        return [(start - BASE, end - BASE) for start, end in found]
+
+    own = scene.memory
+    assert parts() == [(0x2000, 0x6000)], "the kernel may still have a mapping"
+    assert parts((0, 0x8000, own)) == [(0x2000, 0x6000)]
+    assert parts((0, 0x4000, own), (0x5000, 0x8000, own)) == [(0x2000, 0x6000)]
+    assert parts((0, 0x3000, other), (0x3000, 0x5000, own)) == [(0x3000, 0x6000)]
+    assert parts((0x3000, 0x4000, other)) == [(0x2000, 0x3000), (0x4000, 0x6000)]
+    assert parts((0x5000, 0x9000, other)) == [(0x2000, 0x5000)]
+    assert parts((0, 0x8000, other)) == []
