@@ -1,16 +1,31 @@
-"""What a command that runs a program offers about it meanwhile: its state, at a socket."""
+"""What a command that runs a program offers about it meanwhile: its state, and metrics."""
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from softsgx.cli._common import tell
+from softsgx.errors import SoftSgxError
 from softsgx.live import About, StatusServer, state
 from softsgx.report import Collector
 
-__all__ = ["Live"]
+if TYPE_CHECKING:
+    from softsgx.live.metrics import MetricsServer
+
+__all__ = ["Live", "add_metrics"]
+
+
+def add_metrics(output: argparse._ArgumentGroup) -> None:
+    """Add the option --metrics."""
+    output.add_argument(
+        "--metrics",
+        metavar="[ADDRESS:]PORT",
+        help="let Prometheus scrape the run at a port of 127.0.0.1 (0: any) or of ADDRESS",
+    )
 
 
 class Live:
@@ -21,7 +36,11 @@ class Live:
         verb: of the command line.
         command: the program and its arguments.
         began: date and time of the start.
-        quiet: say nothing where no socket can be made.
+        quiet: say nothing of a socket that cannot be made, or of metrics at a known port.
+        metrics: where to be scraped, if anywhere.
+
+    Raises:
+        SoftSgxError: metrics cannot be offered there.
     """
 
     def __init__(
@@ -32,10 +51,12 @@ class Live:
         command: Sequence[str],
         began: str,
         quiet: bool,
+        metrics: str | None = None,
     ) -> None:
         self._state = partial(state, collector, About(os.getpid(), verb, command, began))
         self._quiet = quiet
         self._status: StatusServer | None = None
+        self._metrics = None if metrics is None else _metrics_server(metrics, self._state)
 
     def start(self) -> None:
         """Begin; the program's process exists, since threads must not exist at its fork.
@@ -47,9 +68,25 @@ class Live:
         except OSError as error:
             if not self._quiet:
                 tell(f"softsgx: status socket: {error}; softsgx top will not show this run")
+        if self._metrics is not None:
+            self._metrics.start()
+            if self._metrics.any_port or not self._quiet:
+                tell(f"softsgx: metrics at {self._metrics.url}")
 
     def stop(self) -> None:
         """End what was begun."""
         if self._status is not None:
             self._status.close()
             self._status = None
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _metrics_server(place: str, state: Callable[[], dict[str, Any]]) -> MetricsServer:
+    try:
+        from softsgx.live.metrics import MetricsServer  # imports an HTTP server
+    except ModuleNotFoundError as error:
+        raise SoftSgxError(
+            "--metrics: prometheus-client is not installed; pip install 'softsgx[metrics]'"
+        ) from error
+    return MetricsServer(place, state)

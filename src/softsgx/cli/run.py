@@ -31,7 +31,7 @@ from typing import BinaryIO, cast
 
 from softsgx import report
 from softsgx.cli._common import discard, log_told, tell
-from softsgx.cli._live import Live
+from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
     FAILED,
@@ -144,6 +144,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help=f"prices: {', '.join(COST_PROFILES)}, or a file FILE.toml (default: the profile's)",
     )
+    add_metrics(output)
     output.add_argument("--quiet", action="store_true", help="print no summary at the end")
     output.add_argument("--force", action="store_true", help="overwrite files")
     add_program(parser)
@@ -172,7 +173,14 @@ def run(args: argparse.Namespace) -> int:
             collector = Collector(time.monotonic_ns, cpu_times, args.costs)
             sampler = Sampler(collector) if args.report else None
             began = datetime.now(UTC).isoformat(timespec="seconds")
-            live = Live(collector, verb=NAME, command=argv, began=began, quiet=args.quiet)
+            live = Live(
+                collector,
+                verb=NAME,
+                command=argv,
+                began=began,
+                quiet=args.quiet,
+                metrics=args.metrics,
+            )
             watch = _Watch(collector, sampler, signals, live, status=_status_wanted(args), gdb=gdb)
             result, mistakes = _run_watched(args, argv, config, group, watch)
             outputs.keep(args.trace, args.syscalls)

@@ -64,7 +64,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show it; return the exit status."""
     console = Console(highlight=False, markup=False, emoji=False)
-    can_draw = console.is_terminal and not console.is_dumb_terminal
+    # Not console.is_terminal: FORCE_COLOR makes that true of a pipe.
+    can_draw = os.isatty(1) and not console.is_dumb_terminal
     if not (args.once or args.json or can_draw):
         raise SoftSgxError(
             "standard output: is no terminal that can be drawn on; give --once or --json"

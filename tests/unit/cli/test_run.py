@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,34 @@ def test_the_state_can_be_asked_for_while_the_program_runs(
         assert (state["verb"], state["command"]) == ("run", ["app", "x"])
         assert state["enclaves"][0]["evictions"] > 0
         assert list((directory / "softsgx").iterdir()) == [], "nothing is left"
+
+
+def test_metrics_can_be_scraped_while_the_program_runs(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    scraped: list[str] = []
+
+    def scrape() -> None:
+        told.append(capsys.readouterr().err)
+        url = told[0].removeprefix("softsgx: metrics at ").strip()
+        with urllib.request.urlopen(url) as answer:
+            scraped.append(answer.read().decode())
+
+    engine.during = scrape
+    assert run("--quiet", "--metrics", "0", "--", "app") == 0
+    assert "softsgx_epc_size_bytes 114688.0" in scraped[0]
+
+
+def test_metrics_at_a_port_that_is_taken_are_refused_before_the_program_runs(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run("--metrics", port, "--", "app") == 2
+    assert not engine.calls
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"softsgx: --metrics {port}: ")
 
 
 @pytest.mark.parametrize("quiet", [True, False])
