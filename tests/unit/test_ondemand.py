@@ -22,11 +22,23 @@ import pytest
 
 from softsgx import ondemand
 
-LAZY = ("engines.native.gdb", "kvm", "live", "report", "runtime", "userland")
+LAZY = (
+    "engines.native.gdb",
+    "engines.native.recording",
+    "kvm",
+    "live",
+    "report",
+    "runtime",
+    "userland",
+)
 #: What only other verbs, other engines, or options of ``run`` need.
 NOT_FOR_A_RUN = (
     "rich",
     "softsgx.engines.native.gdb.loop",
+    "softsgx.engines.native.recording.page_table",
+    "softsgx.engines.native.recording.pagers",
+    "softsgx.engines.native.recording.recorder",
+    "softsgx.engines.native.recording.recording",
     "softsgx.image",
     "softsgx.kvm.device",
     "softsgx.kvm.guest",

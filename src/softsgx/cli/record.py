@@ -44,9 +44,10 @@ from softsgx.cli._program import (
 )
 from softsgx.cli._signals import ProgramSignals
 from softsgx.cli._trace_file import TraceFile, check_libraries
-from softsgx.engines.native import Recorder, RunFailed, RunResult
+from softsgx.engines.native import RunFailed, RunResult
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import tick_period_ns
+from softsgx.engines.native.recording import Recorder
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 

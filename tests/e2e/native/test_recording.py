@@ -14,8 +14,9 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, PAGE, compile_host, enclave_plan, write_enclave
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import Recorder, RunResult, run
+from softsgx.engines.native import RunResult, run
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.recording import Recorder
 from softsgx.image import Run
 
 DATA_PAGES = 24

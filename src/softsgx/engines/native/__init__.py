@@ -9,7 +9,6 @@ from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import INJECTIONS
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.run import (
     CPUID_SOURCES,
     NativePlatformConfig,
@@ -31,7 +30,6 @@ __all__ = [
     "NativePlatformConfig",
     "NativeStore",
     "Observer",
-    "Recorder",
     "RunFailed",
     "RunResult",
     "Supervisor",

@@ -21,7 +21,7 @@ from functools import cache
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import file_bytes
 from softsgx.engines.native.memory.memory_file import MEMORY_FILE_BYTES
-from softsgx.engines.native.memory.uffd import open_userfaultfd
+from softsgx.engines.native.memory.uffd import MINOR_FEATURES, open_userfaultfd
 from softsgx.engines.native.x86.cpuid import host_cpuid
 from softsgx.ondemand import dataclass
 
@@ -156,9 +156,9 @@ def doctor() -> list[Finding]:
     ]
 
 
-def choose_pager() -> str:
-    """Return the name of the pager to use here."""
-    return "userfaultfd" if can_userfaultfd() else "mprotect"
+def choose_pager(*, recorded: bool = False) -> str:
+    """Return the name of the pager to use here, for a run that is recorded or not."""
+    return "userfaultfd" if can_userfaultfd(MINOR_FEATURES if recorded else 0) else "mprotect"
 
 
 def _untraceable() -> str:
@@ -274,14 +274,14 @@ def can_getfd() -> bool:
 
 
 @cache
-def can_userfaultfd() -> bool:
-    """Return whether userfaultfd offers what the pager needs."""
+def can_userfaultfd(more_features: int = 0) -> bool:
+    """Return whether userfaultfd offers what the pager needs, and more UFFD_FEATURE_* bits."""
 
     def probe() -> None:
         flags = abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
         uffd = libc.syscall(abi.SYS_USERFAULTFD, flags)
         try:
-            open_userfaultfd(uffd)
+            open_userfaultfd(uffd, more_features)
         finally:
             os.close(uffd)
 

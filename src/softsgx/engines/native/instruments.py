@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import field
 
+from softsgx.engines.native import recording
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections
-from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.ondemand import dataclass
 
@@ -29,7 +29,7 @@ class Instruments:
     tick_ns: int | None = None
     gdb: GdbServer | None = None
     calls: CallLog | None = None
-    recorder: Recorder | None = None
+    recorder: recording.Recorder | None = None
 
     @property
     def allow_unseen_crossings(self) -> bool:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from softsgx.engines.native import recording
 from softsgx.engines.native.doctor import doctor
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections, tick_period_ns
@@ -22,7 +23,6 @@ from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.supervisor import Supervisor
 from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
@@ -166,7 +166,7 @@ def run(
     tick: str | None = None,
     gdb: GdbServer | None = None,
     syscalls: Callable[[str], None] | None = None,
-    recorder: Recorder | None = None,
+    recorder: recording.Recorder | None = None,
     tracer: Tracer | None = None,
     observer: Observer | None = None,
     env: Mapping[str, str] | None = None,

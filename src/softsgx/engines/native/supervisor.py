@@ -20,7 +20,7 @@ from functools import partial
 from types import FrameType
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native import gdb as debugging
 from softsgx.engines.native.doctor import (
     can_answer_cpuid,
@@ -41,7 +41,6 @@ from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.recording.recording import Recording
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.call_log import CallLog
@@ -121,7 +120,7 @@ class Supervisor(Lifecycle):
         self._injections, self._recorder = instruments.injections, instruments.recorder
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         self._affinity: Affinity | None = None
-        self.pager = pager or choose_pager()
+        self.pager = pager or choose_pager(recorded=self._recorder is not None)
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         self._code = None if self._faulting else NewCode()
@@ -170,7 +169,7 @@ class Supervisor(Lifecycle):
         )
         self._recording = None
         if self._recorder is not None:
-            self._recording = Recording(self._recorder, self._images, self._permits)
+            self._recording = recording.Recording(self._recorder, self._images, self._permits)
 
     def _make_transitions(
         self, answers: CpuidAnswers, shortages: Shortages, log: CallLog | None

@@ -9,16 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import Pager
-from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
-from softsgx.engines.native.recording.pagers import (
-    MINOR_FEATURES,
-    RecordedMprotectPager,
-    RecordedUffdPager,
-)
-from softsgx.engines.native.recording.recorder import Recorder
+from softsgx.engines.native.memory.uffd import MINOR_FEATURES, UffdPager, open_userfaultfd
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.errors import SoftSgxError
 
@@ -36,7 +30,7 @@ def make_pager(
     is_running: Callable[[], bool],
     prot_at: Callable[[int], int | None],
     failed: Callable[[Exception], None],
-    recorder: Recorder | None = None,
+    recorder: recording.Recorder | None = None,
 ) -> Pager:
     """Set up a pager in an address space.
 
@@ -56,7 +50,7 @@ def make_pager(
     stores = recorder is not None and recorder.interval_ns is not None
     if name == "mprotect":
         if recorder is not None:
-            return RecordedMprotectPager(inject, prot_at, stores=stores)
+            return recording.RecordedMprotectPager(inject, prot_at, stores=stores)
         return MprotectPager(inject, prot_at)
     assert name == "userfaultfd", f"no pager is called {name!r}"
     theirs = thread.syscall(
@@ -83,5 +77,5 @@ def make_pager(
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     arguments = ours, pagemap, inject, is_running, prot_at, failed
     if recorder is not None:
-        return RecordedUffdPager(*arguments, stores=stores)
+        return recording.RecordedUffdPager(*arguments, stores=stores)
     return UffdPager(*arguments)

@@ -26,7 +26,13 @@ from softsgx.engines.native.memory.fetches import Fetches
 from softsgx.engines.native.memory.memory_file import runs
 from softsgx.errors import SoftSgxError
 
-__all__ = ["UNMAPPED", "UffdPager", "open_userfaultfd"]
+__all__ = ["MINOR_FEATURES", "UNMAPPED", "UffdPager", "open_userfaultfd"]
+
+MINOR_FEATURES = abi.UFFD_FEATURE_MINOR_SHMEM | abi.UFFD_FEATURE_WP_UNPOPULATED
+"""What recordings ask of the kernel besides: 6.4 at least.
+
+The second says that UFFDIO_CONTINUE can make a page that is write-protected.
+"""
 
 _COPY = 0xC028AA03
 _COPY_MODE_WP = 2

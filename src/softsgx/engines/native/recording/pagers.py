@@ -30,13 +30,7 @@ from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import Pager
 from softsgx.engines.native.memory.uffd import UNMAPPED, UffdPager
 
-__all__ = ["MINOR_FEATURES", "RecordedMprotectPager", "RecordedUffdPager", "WatchingPager"]
-
-MINOR_FEATURES = abi.UFFD_FEATURE_MINOR_SHMEM | abi.UFFD_FEATURE_WP_UNPOPULATED
-"""What :class:`RecordedUffdPager` asks of the kernel: 6.4 at least.
-
-The second says that UFFDIO_CONTINUE can make a page that is write-protected.
-"""
+__all__ = ["RecordedMprotectPager", "RecordedUffdPager", "WatchingPager"]
 
 
 class WatchingPager(Pager, Protocol):

@@ -16,7 +16,7 @@ from errno import EIO, ENOMEM, ENOTTY
 
 from softsgx.arch import SgxFeature
 from softsgx.driver import AddPages, BadAddress, EnclaveFile, Ioctl, RestrictPermissions
-from softsgx.engines.native.recording.recorder import Recorder
+from softsgx.engines.native import recording
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.registry import Device, Registry
@@ -59,7 +59,7 @@ class EnclaveIoctls:
         cpuid_faults: bool,
         xcr0: int,
         areas: AreaLayouts,
-        recorder: Recorder | None = None,
+        recorder: recording.Recorder | None = None,
     ) -> None:
         self._config = machine.config
         self._registry, self._descriptors, self._shortages = registry, descriptors, shortages
@@ -101,7 +101,7 @@ class EnclaveIoctls:
         return result
 
     def _record_added(
-        self, thread: ProgramThread, device: Device, file: EnclaveFile, recorder: Recorder
+        self, thread: ProgramThread, device: Device, file: EnclaveFile, recorder: recording.Recorder
     ) -> None:
         """Record the pages that ADD_PAGES has added, also where it has failed behind them."""
         try:

@@ -13,14 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from softsgx.driver import BadAddress, EnclaveFile, Mm, VmaInfo
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native.memory.foreign import ForeignMappings
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.pagers import make_pager
 from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.recording.page_table import RecordedPageTable
-from softsgx.engines.native.recording.recorder import Recorder
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
@@ -72,7 +70,7 @@ class ImageServices:
     failed: Callable[[ProcessImage, Exception], None]
     ended: Callable[[ProcessImage], None]
     installed: Callable[[EpcPage], None]
-    recorder: Recorder | None = None
+    recorder: recording.Recorder | None = None
 
 
 class ProcessImage:
@@ -155,7 +153,7 @@ class ProcessImage:
         )
         make_table: Callable[..., EnclavePageTable] = EnclavePageTable
         if services.recorder is not None:
-            make_table = partial(RecordedPageTable, recorder=services.recorder)
+            make_table = partial(recording.RecordedPageTable, recorder=services.recorder)
         self.page_table: EnclavePageTable = make_table(
             index,
             services.store,
