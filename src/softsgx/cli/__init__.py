@@ -65,6 +65,7 @@ VERBS = (
     "run",
     "top",
     "record",
+    "plan",
     "doctor",
     "inspect",
     "measure",

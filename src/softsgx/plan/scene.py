@@ -1,0 +1,139 @@
+"""What a replay needs: pages numbered from 0, enclaves, their groups, and one EPC.
+
+Pages are numbered densely, in the order of enclaves and of page indices in them, so that numbers
+are indices of arrays.  All accesses of several traces are in one array, in order of time: the
+enclaves are co-located.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from softsgx.arch import VA_SLOTS
+from softsgx.cgroup import group_name_ok
+from softsgx.errors import SoftSgxError
+from softsgx.paging import LinuxPolicy, Policy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["LINUX", "MOST_WAITS", "Counts", "Epc", "Scene", "SceneEnclave", "paths_of"]
+
+MOST_WAITS = 64
+"""How often one access waits for ksgxd: after that it needs more pages than there are."""
+
+LINUX = LinuxPolicy(evict_va=False)
+"""Linux's policy: VA pages stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class SceneEnclave:
+    """One enclave.
+
+    Attributes:
+        trace: index of its trace.
+        name: as the trace has it.
+        first, pages: its pages are ``first`` up to ``first + pages``.
+        group: path of the group that it is charged to; ``/`` is the root.
+    """
+
+    trace: int
+    name: str
+    first: int
+    pages: int
+    group: str = "/"
+
+    @property
+    def overhead_pages(self) -> int:
+        """Its SECS, and VA pages with a slot for the SECS and for each page."""
+        return 1 + -(-(self.pages + 1) // VA_SLOTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Every access of all traces.
+
+    Attributes:
+        enclaves: in order of their pages.
+        pages: the accesses, a dense page number each.
+        times_ns: when, ascending, from 0.
+        timed: whether these are times; otherwise they are numbers of accesses or instructions.
+    """
+
+    enclaves: tuple[SceneEnclave, ...]
+    pages: np.ndarray[Any, Any]
+    times_ns: np.ndarray[Any, Any]
+    timed: bool = True
+
+    @property
+    def footprint_pages(self) -> int:
+        """How many pages there are."""
+        return sum(enclave.pages for enclave in self.enclaves)
+
+    @property
+    def overhead_pages(self) -> int:
+        """Pages that SECS and VA pages take."""
+        return sum(enclave.overhead_pages for enclave in self.enclaves)
+
+
+@dataclass(frozen=True, slots=True)
+class Epc:
+    """The EPC of a host, its groups and its policy.
+
+    Attributes:
+        pages: its size.
+        limits: ``misc.max`` of groups in pages, by path (``/jobs/a``).
+        policy: one of the core's; Linux's never evicts VA pages.
+    """
+
+    pages: int
+    limits: Mapping[str, int] = field(default_factory=dict)
+    policy: Policy = LINUX
+
+    def but(self, **changes: Any) -> Epc:
+        """Return a copy with other fields."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a replay did so far.
+
+    Attributes:
+        possible: ``False``: an allocation failed, since every page was needed; the replay ended.
+        accesses: made.
+        made: pages made, each once.
+        loads: pages loaded after they were evicted (ELDU), SECS and VA pages not counted.
+        evictions: pages evicted (EWB), SECS and VA pages counted.
+        secs_loads: SECS loaded.
+        loads_of: ``loads`` of each enclave.
+        peaks: highest number of pages charged to each group of :func:`paths_of`.
+    """
+
+    possible: bool
+    accesses: int
+    made: int
+    loads: int
+    evictions: int
+    secs_loads: int
+    loads_of: tuple[int, ...]
+    peaks: tuple[int, ...]
+
+
+def paths_of(scene: Scene, epc: Epc) -> tuple[str, ...]:
+    """Return the paths of all groups: the root, then each below its parent, parents first.
+
+    Raises:
+        SoftSgxError: a path is no path of a group.
+    """
+    wanted = [*epc.limits, *(enclave.group for enclave in scene.enclaves)]
+    found = {"/": None}
+    for path in wanted:
+        names = path.strip("/").split("/") if path.strip("/") else []
+        for at, name in enumerate(names, 1):
+            if not group_name_ok(name):
+                raise SoftSgxError(f"group {path!r}: no path of a group; write names, as jobs/a")
+            found["/" + "/".join(names[:at])] = None
+    return tuple(sorted(found, key=lambda path: path.count("/") if path != "/" else 0))

@@ -1,0 +1,119 @@
+"""The compiled replay of Linux's policy does what the EPC core does, page by page.
+
+Random enclaves, groups, limits and policies: counts, resident pages and the order of each LRU list
+are equal after each part of a history.  The readable replay through the core is compared with a
+platform, whose driver, leaves and encryption are real.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from tests.support.accesses import scene_of
+
+from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
+from softsgx.driver import FaultResult
+from softsgx.host import Platform
+from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
+from softsgx.paging import EpcCore, Fifo, LinuxPolicy
+from softsgx.plan.core_replay import CoreReplay
+from softsgx.plan.linux_replay import LinuxReplay
+from softsgx.plan.scene import LINUX, Epc
+from softsgx.runtime import InlineRuntime
+
+_BASE, _READ = 0x7000_0000_0000, 1
+_PATHS = ("/", "/a", "/b", "/a/x", "/c")
+_POLICIES = (
+    LINUX,
+    LINUX,
+    LinuxPolicy(evict_va=False, batch_pages=4, scan_pages=64),
+    LinuxPolicy(evict_va=False, batch_pages=1, scan_pages=1, low_pages=1, high_pages=2),
+    Fifo(evict_va=False),
+)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_both_replays_do_the_same(seed: int) -> None:
+    chance = random.Random(seed)
+    count = chance.randint(1, 4)
+    sizes = [chance.choice((1, 5, 30, 100, 300, 600, 1500)) for _ in range(count)]
+    groups = [chance.choice(_PATHS) for _ in range(count)]
+    scene = scene_of(chance, sizes, groups, chance.choice((200, 2000)))
+    limits = {
+        path: chance.choice((25, 40, 100, 129, 200, 400))
+        for path in ("/a", "/b", "/a/x")
+        if chance.random() < 0.5
+    }
+    pages = chance.choice((6, 10, 25, 30, 64, 128, 300, 1000, 3000))
+    epc = Epc(pages, limits, chance.choice(_POLICIES))
+    readable, compiled = CoreReplay(scene, epc), LinuxReplay(scene, epc)
+    for part in np.array_split(scene.pages, 4):
+        readable.run(part.tolist())
+        compiled.run(part)
+        assert readable.counts() == compiled.counts()
+        assert (readable.resident() == compiled.resident()).all()
+        assert readable.order() == compiled.order()
+    if readable.possible:
+        readable.core.check_invariants()
+    readable.close()
+
+
+def _evict_all(core: EpcCore) -> None:
+    while core.root.has_reclaimable():
+        core.reclaim(force=True)
+
+
+class _Enclave:
+    """An enclave of a platform whose pages are accessed through its page tables."""
+
+    def __init__(self, platform: Platform, runtime: InlineRuntime, pages: int) -> None:
+        flags = AttributesFlags.MODE64BIT | AttributesFlags.DEBUG
+        plan = Blob().heap(pages).plan()
+        attributes = Attributes(flags=flags, xfrm=3)
+        secs = Secs(size=plan.size, base=_BASE, ssa_frame_size=1, attributes=attributes)
+        self._runtime, self._process = runtime, platform.process()
+        fd = self._process.open()
+        self._process.create(fd, secs.pack())
+        self._process.add_pages(fd, 0, bytes(pages * PAGE_BYTES), SECINFO_RW, measure=False)
+        options = SignOptions(attributes=flags.value)
+        self._process.init(fd, sign_plan(plan, throwaway_key(), options).pack())
+        self._process.mmap(fd, _BASE, plan.size, 3)
+        self.pages = self._process.enclave_file(fd).enclave.pages
+
+    def close(self) -> None:
+        self._process.exit()
+
+    def access(self, index: int) -> None:
+        """Read a page; ksgxd runs after a fault."""
+        addr, mm, ptes = _BASE + index * PAGE_BYTES, self._process.mm, self._process.ptes
+        faults = ptes.entry(addr) is None
+        while ptes.entry(addr) is None:
+            assert mm.fault(addr, _READ, self._process) is not FaultResult.SIGBUS
+        ptes.translate(addr, _READ, user=True)
+        if faults:
+            self._runtime.run_pending()
+
+
+@pytest.mark.parametrize(("epc_pages", "pages"), [(128, 300), (200, 700), (1100, 1400)])
+def test_the_readable_replay_keeps_the_pages_that_a_platform_keeps(
+    epc_pages: int, pages: int
+) -> None:
+    chance = random.Random(epc_pages)
+    scene = scene_of(chance, [pages], ["/"], 1500)
+    replay = CoreReplay(scene, Epc(epc_pages))
+    replay.run(range(pages))
+    runtime = InlineRuntime()
+    with Platform(epc=epc_pages * PAGE_BYTES, policy=LINUX, runtime=runtime) as platform:
+        enclave = _Enclave(platform, runtime, pages)
+        for core in (replay.core, platform.core):
+            _evict_all(core)
+        for page in scene.pages.tolist():
+            replay.run([page])
+            enclave.access(page)
+            resident = [entry.epc is not None for entry in enclave.pages.values()]
+            assert resident == replay.resident().tolist()
+        assert replay.core.free_pages == platform.core.free_pages
+        enclave.close()
+    replay.close()
