@@ -1,8 +1,8 @@
-"""Finding races: scenarios on a small platform, run under many schedules, and what they violate.
+"""Finds races: runs scenarios on a small platform under many schedules and checks properties.
 
 A *scenario* sets a stage: a platform, enclaves whose content is known, tasks.  The tasks race under
-the schedules of a *strategy*, and every property that the model has is checked: counts at every
-place where pages were allocated or freed, everything when the race is over.
+the schedules of a *strategy*.  The arena checks every property of the model: counts at every place
+where pages were allocated or freed, and all properties when the race is over.
 """
 
 from softsgx.explore.finding import Finding, Token

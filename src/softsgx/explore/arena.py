@@ -1,8 +1,8 @@
-"""Runs one scenario under many schedules: setting the stage, racing, checking, restoring.
+"""Runs one scenario under many schedules: sets the stage, races, checks, restores.
 
-Setting a stage takes milliseconds, a race less than one.  So where a scenario can restore its
-state, one stage serves many rounds.  A round depends on the restored state, its seed and its
-policy; what fails in a round is run again on a new stage before it is believed.
+Setting a stage takes milliseconds, a race less than one.  So one stage serves many rounds if the
+scenario can restore its state.  A round depends on the restored state, its seed and its policy.  A
+schedule that fails in a round is repeated on a new stage before it is reported.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _MOST_ROUNDS = 1000  # on one stage
 
 
 class Arena:
-    """A scenario and the stage it plays on now.
+    """A scenario and its current stage.
 
     Args:
         scenario: sets the stage.
-        defects: known defects that the platform has.
-        step_limit: bounded progress: a race that passes more places is in a livelock.
-        rounds: the most rounds on one stage; 1: every schedule has a stage of its own.
-        watch: whether a core is recounted at every place where its counts have changed.
-        tracer: receives the events of the platform, of setting the stage as well.
+        defects: known defects to switch on in the platform.
+        step_limit: places after which a race counts as a livelock.
+        rounds: the maximal number of rounds on one stage; 1: each schedule has its own stage.
+        watch: whether to recount a core at every place where its counts have changed.
+        tracer: receives the events of the platform, also while the stage is set.
         reached: called at every place of a race.
 
     Attributes:
-        stages: how many stages were set.
+        stages: number of stages that were set.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Arena:
 
         Args:
             seed: of the tasks' own random numbers, and of the policy's.
-            policy: who runs next.
+            policy: chooses the task that runs next.
         """
         stage = self._stage
         runtime = SeededRuntime(0, step_limit=self._step_limit) if stage is None else stage.runtime
@@ -90,7 +90,7 @@ class Arena:
         self._leave(None)
 
     def _set(self, runtime: SeededRuntime) -> Stage:
-        """Set a new stage; nothing of that is scheduled."""
+        """Set a new stage, unscheduled."""
         stage = Stage(runtime, defects=self._defects, tracer=self._tracer)
         with runtime.quiet():
             self._scenario(stage)
@@ -132,7 +132,7 @@ class Arena:
             stage.runtime.close()
 
     def _watch(self, cores: dict[EpcCore, tuple[int, int]]) -> None:
-        """Recount a core that has other counts than at the last place."""
+        """Recount a core whose counts have changed since the last place."""
         if self._reached is not None:
             self._reached()
         for core, before in cores.items():

@@ -1,8 +1,8 @@
 """A campaign: units of work for some scenarios until the budget is used up.
 
-Units are numbered in the order in which they are made, round after round over the scenarios.  The
-findings of the lowest unit are those that are kept, so the result of a number of units does not
-depend on who runs them, or in which order they end.
+Units are numbered in the order in which they are made, round after round over the scenarios.  Of
+equal findings the campaign keeps that of the lowest unit, so the result of a set of units depends
+neither on the workers that run them nor on the order in which they end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AHEAD = 2  # units in progress for each worker
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is tried.
+    """The budget of a campaign.
 
     Attributes:
         runs: schedules of each scenario; ``None``: no bound.
@@ -43,7 +43,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is to be tried.
+    """The parameters of a campaign.
 
     Attributes:
         scenarios: their names.
@@ -64,13 +64,13 @@ class Campaign:
 
 @dataclass
 class Summary:
-    """What a campaign has found so far.
+    """The results of a campaign until now.
 
     Attributes:
         coverage: by scenario.
         findings: by scenario and signature, each with the number of its unit.
         units: numbers of the units that were run.
-        complete_units: by scenario, how many units have left no schedule out.
+        complete_units: by scenario, the number of units that have tried all their schedules.
         cpu_seconds: processor time of all units.
         seconds: real time of this run.
     """
@@ -83,7 +83,7 @@ class Summary:
     seconds: float = 0.0
 
     def add(self, result: UnitResult) -> None:
-        """Add what a unit has found."""
+        """Add the result of a unit."""
         unit = result.unit
         self.units.add(unit.number)
         self.cpu_seconds += result.seconds
@@ -106,7 +106,7 @@ class Summary:
         return [finding for _unit, finding in sorted(self.findings.values(), key=lambda f: f[0])]
 
     def minimise(self) -> None:
-        """Cut the schedules of all findings down."""
+        """Shorten the schedules of all findings."""
         for key, (unit, finding) in self.findings.items():
             if not finding.minimal:
                 self.findings[key] = unit, minimal(finding)
@@ -136,7 +136,7 @@ class Processes:
     """Runs units in processes of this machine.
 
     Args:
-        jobs: how many.
+        jobs: number of processes.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -172,10 +172,9 @@ def run_campaign(
     """Run a campaign; yield the summary after each unit and at the end, always the same object.
 
     Args:
-        campaign: what is tried.
-        workers: who runs the units.
-        before: results of an earlier run of the same campaign: what they say of a unit is taken
-            from there.
+        campaign: its parameters.
+        workers: run the units.
+        before: results of an earlier run of the same campaign; these units do not run again.
         report: called with each new result.
     """
     summary = Summary()

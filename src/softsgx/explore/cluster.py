@@ -1,7 +1,7 @@
 """Units of work on a Dask cluster.
 
-The scheduler gives a unit whose worker was lost to another one.  A unit is a pure function, so
-nothing is lost but the time, and what is found is what one process finds.
+When a worker is lost, the scheduler gives its unit to another one.  A unit is a pure function, so
+only time is lost, and the findings are those of one process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The corpus: is every known defect found by its scenario, how soon, and only when it is on?
+"""The corpus of known defects: measures whether, and how soon, explore finds each of them.
 
-A defect that needs a race is hunted by a scenario that was not written for it, where there is one:
-its checks know nothing of the defect.  A defect that needs no race is looked for by its story, the
-program of :mod:`softsgx.sim.stories` that shows it.
+If a defect needs a race, explore searches for it with a scenario that was not written for it, where
+there is one: the checks of that scenario are independent of the defect.  If it needs no race,
+explore runs its story, the program of :mod:`softsgx.sim.stories` that shows it.  With the defect
+off, the same schedules must find nothing.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ _MOST_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Hunt:
-    """How the hunt for a defect went.
+    """The result of the search for one defect.
 
     Attributes:
         defect: its identifier.
-        scenario: where it was hunted.
-        runs: schedules until it was found, or in all.
-        seconds: real time of that.
-        finding: what was found; ``None``: nothing within the budget.
-        without: what was found in as many schedules, and one unit at least, with the defect off.
+        scenario: the scenario of the search.
+        runs: schedules until the defect was found; all schedules if it was not.
+        seconds: real time of these schedules.
+        finding: the finding; ``None``: nothing within the budget.
+        without: the finding in as many schedules, but at least one unit, with the defect off.
     """
 
     defect: str
@@ -75,7 +76,7 @@ class Hunt:
 
 
 def hunt_all(defects: Iterable[str] = ()) -> Iterator[Hunt]:
-    """Hunt one defect after the other.
+    """Search for one defect after the other.
 
     Args:
         defects: identifiers; all that can be switched on when empty.
@@ -86,7 +87,7 @@ def hunt_all(defects: Iterable[str] = ()) -> Iterator[Hunt]:
 
 
 def hunt(defect: str) -> Hunt:
-    """Hunt one defect until it is found, for 20 000 schedules or 60 s at most."""
+    """Search for one defect until it is found, for 20 000 schedules or 60 s at most."""
     scenario = HUNTED_IN.get(defect, f"story:{defect}")
     began = time.monotonic()
     runs, finding = 0, None

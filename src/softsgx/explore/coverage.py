@@ -1,6 +1,6 @@
-"""What the schedules of a scenario have covered: distinct ones, and which places met.
+"""Coverage of a scenario: the distinct schedules, and the pairs of places that have met.
 
-Two places have *met* when one task stood before the first while another task executed the second.
+Two places have *met* when one task was stopped before the first while another executed the second.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _NOT_WORK = frozenset({RACE, END, "start"})
 
 @dataclass
 class Coverage:
-    """Of one scenario; a sum of those of its units of work.
+    """Coverage of one scenario, summed over its units of work.
 
     Attributes:
         runs: schedules.
         steps: places that they passed.
-        switches: times that another task went on.
+        switches: number of task switches.
         distinct: digests of the schedules that differ.
         meetings: how often two places have met, over distinct schedules.
         places: the places that each task has reached.
@@ -79,7 +79,7 @@ class Coverage:
                 places.setdefault(task, set()).add(place)
 
     def merge(self, other: Coverage) -> None:
-        """Add what another unit of work has covered."""
+        """Add the coverage of another unit of work."""
         self.runs += other.runs
         self.steps += other.steps
         self.switches += other.switches

@@ -1,4 +1,4 @@
-"""A violated property: what, where, and the token that repeats it."""
+"""A violated property, the page that it concerns, and the token that repeats the schedule."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PREFIX = "x1-"
 
 @dataclass(frozen=True)
 class Token:
-    """What repeats one schedule.
+    """All that is needed to repeat one schedule.
 
     Attributes:
         scenario: its name.
         defects: identifiers of the defects that were on.
         seed: of the tasks' own random numbers.
-        stretches: which task runs how far, in order.
-        digest: CRC-32 of the places that were passed: another one says that the program has
-            changed since.
+        stretches: (task, number of places that it passes), in order.
+        digest: CRC-32 of the places that were passed; a different one after a repetition means that
+            the program has changed.
     """
 
     scenario: str
@@ -78,19 +78,19 @@ class Finding:
     """A schedule that violates a property.
 
     Attributes:
-        violated: which property: ``lost page``.
-        text: what was seen.
-        signature: what findings of the same kind have in common.
-        page: address of the page that it is about, 0 for none.
-        token: what repeats it.
-        strategy: which has found it.
-        run: how many schedules of the unit of work came before.
+        violated: name of the property: ``lost page``.
+        text: what was observed.
+        signature: the same for findings of one kind.
+        page: address of the page that it concerns, 0 for none.
+        token: repeats the schedule.
+        strategy: the strategy that has found it.
+        run: number of schedules of the unit of work before this one.
         steps: places of the schedule.
         switches: of the schedule.
-        times: how many schedules were found to violate it.
-        repeats: whether it was seen again on a new stage; if not, the state that earlier rounds
-            have left matters, and the token may not repeat it.
-        minimal: whether the schedule was cut down.
+        times: number of schedules that violate the property.
+        repeats: whether the schedule violates it on a new stage, too; otherwise the violation
+            depends on the state that earlier rounds have left, and the token may not repeat it.
+        minimal: whether the schedule was shortened.
     """
 
     violated: str

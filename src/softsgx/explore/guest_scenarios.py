@@ -1,4 +1,4 @@
-"""The built-in scenarios with guests: what the host does to a guest's EPC, and the guest itself."""
+"""The built-in scenarios with guests: races between the host and a guest over the guest's EPC."""
 
 from __future__ import annotations
 

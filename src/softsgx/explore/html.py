@@ -1,4 +1,4 @@
-"""What was found as one page that opens offline: tables only, no scripts."""
+"""The findings of a campaign as one HTML page that opens offline: tables only, no scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A schedule that is run again with all that happens written down: for people to read."""
+"""Repeats a schedule and records every place and event, for people to read."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Line:
     Attributes:
         task: which task reached it.
         place: its name.
-        switch: ``""``, or why another task runs next: ``"preempted"``, where this one could have
-            gone on, or ``"waits"``.
+        switch: ``""``, or why another task runs next: ``"preempted"``, when this one could have
+            continued, or ``"waits"``.
     """
 
     task: str
@@ -38,13 +38,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a token has repeated.
+    """A repeated schedule.
 
     Attributes:
-        scenario: what raced.
+        scenario: name of the scenario.
         token: as given.
         violated: the violated property, empty if none is.
-        text: what was seen.
+        text: what was observed.
         tasks: names, in the order in which they appear.
         lines: the places in order.
         history: events of the page that the violation is about, each with the number of the place
@@ -70,7 +70,7 @@ class Replayed:
 
 
 class _Observed:
-    """Follows a policy and notes where a task was preempted."""
+    """Applies a policy and records where it has preempted a task."""
 
     def __init__(self, policy: Policy) -> None:
         self._made = policy

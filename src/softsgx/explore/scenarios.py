@@ -1,4 +1,4 @@
-"""The built-in scenarios of the host: who races against whom.
+"""The built-in scenarios of the host, each a race of a few tasks.
 
 Each is a function of a stage; its docstring says in one sentence what races.  Pages of an enclave
 are numbered from 0; the holes behind them are where EAUG makes pages.
@@ -361,14 +361,14 @@ def _again(stage: Stage, ioctl: Callable[[], object]) -> None:
 
 
 def _touch_what_goes(stage: Stage, enclave: StagedEnclave, number: int) -> None:
-    """Touch a page that another task changes: whatever comes of it, it ends."""
+    """Access a page that another task changes; any result is allowed, but the access must end."""
     result = enclave.fault(number)
     if result not in (FaultResult.NOPAGE, FaultResult.SIGBUS):
         raise enclave.violation("lost page", number, f"touching gives {result.value}")
 
 
 def _trim(enclave: StagedEnclave, number: int) -> None:
-    """Trim a page, and let the enclave accept that it goes; page 0 is the scratch page."""
+    """Trim a page, and let the enclave accept its removal; page 0 is the scratch page."""
     enclave.process.modify_types(enclave.fd, enclave.offset(number), PAGE_BYTES, _TRIM)
     with enclave.inhabitant() as thread:
         status = thread.thread.eaccept(enclave.addr(number), _TRIMMED, enclave.addr(0))
@@ -376,7 +376,7 @@ def _trim(enclave: StagedEnclave, number: int) -> None:
 
 
 def _accept_new(enclave: StagedEnclave, number: int) -> None:
-    """A page that was removed is made anew by EACCEPT."""
+    """Make a removed page again by EACCEPT."""
     try:
         with enclave.inhabitant() as thread:
             status = thread.accept(number)
@@ -387,7 +387,7 @@ def _accept_new(enclave: StagedEnclave, number: int) -> None:
 
 
 def _nothing_left(stage: Stage) -> None:
-    """Every page that the enclaves had is free."""
+    """Check that every page of the enclaves is free."""
     core = stage.platform.core
     lost = core.epc_pages - core.free_pages
     upper = core.counters.held.get("va", 0)

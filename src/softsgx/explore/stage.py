@@ -1,8 +1,8 @@
-"""What a scenario is made of: a platform, enclaves whose content is known, and tasks that race.
+"""The stage of a scenario: a platform, enclaves whose content is known, and tasks that race.
 
-A scenario is a function that gets a :class:`Stage`.  It makes what it needs, and names the tasks,
-the checks and, if it can, how the state is restored for another round.  Nothing of that is
-scheduled: the schedule begins when the tasks race.
+A scenario is a function that gets a :class:`Stage`.  It makes the platform and the enclaves, and
+names the tasks, the checks and, if possible, the calls that restore the state for another round.
+The schedule begins when the tasks race; all before that is unscheduled.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Stage:
 
     Attributes:
         platform: the platform; made by :meth:`boot`.
-        enclaves: what :meth:`enclave` has made.
-        tasks: what races, by name.
-        checks: what is called when the race is over, in order.
-        restores: how the state of the first round is restored; empty: it cannot be, and every
-            schedule begins with a new stage.
+        enclaves: the enclaves that :meth:`enclave` has made.
+        tasks: the functions of the tasks that race, by name.
+        checks: functions called when the race is over, in order.
+        restores: functions that restore the state of the first round; empty: every schedule begins
+            with a new stage.
         body: a whole program instead of tasks: it calls :meth:`race` itself.
         watch: called at every place of a race.
     """
@@ -127,8 +127,8 @@ class Stage:
         Args:
             pages: data pages; as many holes follow, where EAUG makes pages.
             threads: how many of its threads may be inside.
-            process: whose it is; a new process's when ``None``.
-            guest: where that process runs; on the host when ``None``.
+            process: owns it; a new process when ``None``.
+            guest: the guest in which that process runs; the host when ``None``.
             group: the group that the new process is in.
         """
         if process is None:
@@ -158,16 +158,16 @@ class Stage:
         self.restores.append(restore)
 
     def race(self, runs: Mapping[str, Callable[[], object]]) -> None:
-        """Let tasks race now; for a :attr:`body`."""
+        """Run tasks as a race now; for a :attr:`body`."""
         self.runtime.race(runs, watch=self.watch)
 
     def end(self) -> None:
-        """Stop what still runs."""
+        """Stop all that still runs."""
         if self._platform is not None:
             self._platform.stop()
 
     def recount(self) -> None:
-        """Check everything after a race: counts, pages, and what the enclaves hold."""
+        """Check everything after a race: counts, pages, and the content of the enclaves."""
         if self._platform is not None:
             self._platform.check()
         for enclave in self.enclaves:
@@ -182,12 +182,12 @@ class StagedEnclave:
     """An enclave of data pages, and a dictionary of what each must hold.
 
     Attributes:
-        process: whose it is.
+        process: the process that owns it.
         fd: its descriptor.
         base: its first address.
         pages: number of data pages.
-        content: what a data page holds in its first 8 bytes, by number; a page that is not in it
-            has been given up.
+        content: the first 8 bytes of each data page, by number; pages without an entry are not
+            checked.
     """
 
     def __init__(self, process: SoftProcess, pages: int, threads: int) -> None:
@@ -218,7 +218,7 @@ class StagedEnclave:
         return self.enclave.pages[self.first + number]
 
     def evict(self, number: int) -> bool:
-        """Evict one page, as a batch of that page alone does; ``False``: it stays."""
+        """Evict one page, as a batch of only that page does; ``False``: it stays."""
         page = self.enclave.pages.get(self.first + number)
         epc = None if page is None else page.epc
         return epc is not None and self.process.driver.core.evict(epc)
@@ -244,7 +244,7 @@ class StagedEnclave:
         return Inhabitant(self, thread, process)
 
     def check(self) -> None:
-        """Load what is evicted, and compare every page with what it must hold."""
+        """Load evicted pages, and compare every page with the dictionary."""
         if not self.open:
             return
         for number in self.content:
@@ -257,7 +257,7 @@ class StagedEnclave:
             self.compare(number, self._peek(number, page.epc.addr))
 
     def _peek(self, number: int, addr: int) -> bytes:
-        """Return what a resident page holds, without an access that could fault."""
+        """Return the content of a resident page, without an access that could fault."""
         machine = self.process.machine
         if isinstance(machine, Machine):
             held = machine.page_at(addr)
@@ -267,7 +267,7 @@ class StagedEnclave:
             return inside.thread.load(self.addr(number), _WORD)
 
     def compare(self, number: int, seen: bytes) -> None:
-        """Compare what was read from a page with the dictionary."""
+        """Compare bytes read from a page with the dictionary."""
         wanted = self.content[number]
         if seen != wanted:
             kind = "stale data" if any(seen) else "lost data"
@@ -275,7 +275,7 @@ class StagedEnclave:
             raise self.violation(kind, number, text)
 
     def violation(self, name: str, number: int, text: str) -> Violation:
-        """Return what to raise when a property of a page does not hold."""
+        """Return the exception for a property of a page that does not hold."""
         return Violation(name, text, self.addr(number), self.first + number)
 
     def close(self) -> None:
@@ -285,7 +285,7 @@ class StagedEnclave:
 
 
 class Inhabitant:
-    """A thread of an enclave that reads and writes what the dictionary says.
+    """A thread of an enclave whose reads and writes are compared with the dictionary.
 
     A context manager: the thread enters, and leaves at the end.
     """
@@ -304,7 +304,7 @@ class Inhabitant:
             self.thread.exit()
 
     def read(self, number: int) -> None:
-        """Read a page; it must hold what was stored last."""
+        """Read a page; it must hold the bytes stored last."""
         self.home.compare(number, self.thread.load(self.home.addr(number), _WORD))
 
     def write(self, number: int, value: int) -> None:
@@ -328,7 +328,7 @@ def tcs_offset(thread: int) -> int:
 
 
 def pages_before(threads: int) -> int:
-    """Return how many pages come before the data: TCS and two SSA frames of each thread."""
+    """Return the number of pages before the data: TCS and two SSA frames of each thread."""
     return 3 * threads
 
 

@@ -1,4 +1,4 @@
-"""The directory of a campaign: results are appended, so that it can be gone on with."""
+"""The directory of a campaign: results are appended, so that a campaign can be continued."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Store"]
 
 
 class Store:
-    """A directory with ``campaign.json``, what is tried, and ``units.jsonl``, one result a line.
+    """A directory with ``campaign.json``, the parameters, and ``units.jsonl``, one result a line.
 
     Args:
         directory: made if it does not exist.
-        campaign: what is tried; one that is in the directory already must be the same, except for
-            its budget.
+        campaign: its parameters; a campaign that is already in the directory must have the same,
+            except for its budget.
 
     Raises:
         SoftSgxError: another campaign is in the directory, or it cannot be written.
@@ -49,7 +49,7 @@ class Store:
             )
 
     def results(self) -> list[UnitResult]:
-        """Return what is there; a last line that was cut off is left out."""
+        """Return the stored results, without a last line that is incomplete."""
         if not self._units.exists():
             return []
         found = []

@@ -1,4 +1,4 @@
-"""Strategies: which schedules of a scenario are tried, and in which order."""
+"""Strategies: choose the schedules of a scenario that are run, and their order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Search(Protocol):
         """Return those of the next schedule; ``None``: no schedule is left."""
 
     def ran(self, policy: Policy) -> None:
-        """Note what the policy of the latest schedule has seen."""
+        """Record the places that the policy of the latest schedule has seen."""
 
 
 class _Seeds:

@@ -20,7 +20,7 @@ _END_LINES = 3
 
 
 def shown_lines(story: Replayed) -> Iterator[tuple[int, Line | int]]:
-    """Yield the lines to show with their numbers; a number instead of lines that are left out."""
+    """Yield the lines to show with their numbers, and a number for each group of omitted lines."""
     lines = [(number, line) for number, line in enumerate(story.lines) if line.task != "main"]
     start = 0
     while start < len(lines):
@@ -71,7 +71,7 @@ def _place(line: Line) -> Text:
 
 
 def coverage_matrix(coverage: Coverage) -> Table:
-    """Return which leaves and phases have met: a row stood before its place, a column executed."""
+    """Return the table of leaves and phases that have met: a row waited while a column executed."""
     names, met = coverage.leaves()
     table = Table(box=None, padding=(0, 1), header_style="bold", title="met (row: stood before)")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""What can be wrong after or during a race: the properties that explore checks."""
+"""The properties that explore checks during and after a race."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Violation(Exception):
 
     Attributes:
         name: of the property: ``lost data``.
-        page: address of the page that it is about, linear or physical; 0 for none.
+        page: address of the page that it concerns, linear or physical; 0 for none.
         index: of that page in its enclave; -1 if it is in none.
     """
 
@@ -52,5 +52,5 @@ def property_of(error: BaseException) -> str:
 
 
 def signature(error: BaseException) -> str:
-    """Return what findings of one kind have in common: property and text without numbers."""
+    """Return the signature of a finding: its property, and its text without numbers."""
     return f"{property_of(error)}: {_NUMBERS.sub('#', str(error))}"

@@ -1,7 +1,7 @@
-"""Units of work: some schedules of one scenario, a pure function of what the unit says.
+"""Units of work: some schedules of one scenario, a pure function of the unit's fields.
 
-A unit gives the same result wherever and whenever it is run, so that a campaign on many machines
-finds what one on one processor finds, and a unit that was lost is simply run again.
+A unit has the same result on every machine and at any time.  So a campaign on many machines has the
+same findings as one on a single processor, and a lost unit is run again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a unit has found.
+    """The result of a unit.
 
     Attributes:
         unit: the unit.
@@ -130,7 +130,7 @@ def arena_of(named: NamedScenario, defects: frozenset[Defect], **options: Any) -
 def _note(
     found: dict[str, Finding], unit: Unit, named: NamedScenario, run: Run, number: int
 ) -> None:
-    """Note what a run violates; see the first of a kind again on a stage of its own."""
+    """Record a violation; repeat the first one of its kind on a stage of its own."""
     error = run.error
     if error is None:
         return
@@ -156,13 +156,13 @@ def _note(
 
 
 def token_of(scenario: str, defects: tuple[str, ...], schedule: Schedule) -> Token:
-    """Return what repeats a schedule."""
+    """Return the token of a schedule."""
     digest = zlib.crc32(repr(schedule.steps).encode())
     return Token(scenario, defects, schedule.seed, tuple(schedule.stretches()), digest)
 
 
 def minimal(finding: Finding) -> Finding:
-    """Return a finding with as few switches as can be found; one that does not repeat as it is."""
+    """Return a finding with its schedule shortened; unchanged if it does not repeat."""
     token = finding.token
     arena = arena_of(find_scenario(token.scenario), token.defect_set, rounds=1)
     run = arena.run(token.seed, Stretches(token.stretches))

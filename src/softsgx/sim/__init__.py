@@ -1,4 +1,4 @@
-"""Histories with a plot: tours, workloads, seeded schedules, checkers."""
+"""Worked histories: the paging tour, and a story of each known defect."""
 
 from softsgx.sim.tour import Chapter, Line, paging_tour
 

@@ -1,7 +1,7 @@
-"""The paging tour: one page leaves the EPC and comes back, leaf by leaf.
+"""The paging tour: one page is evicted and loaded again, leaf by leaf.
 
-Runs a real machine with a real signed enclave; each line of the result is an event that the
-machine reported, and each claim is asserted before it is told.
+It runs a machine with a signed enclave; each line of the result is an event that the machine
+reported, and each claim is asserted before it is printed.
 """
 
 from __future__ import annotations
