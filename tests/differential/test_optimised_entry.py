@@ -184,7 +184,7 @@ ROUND_TRIP = [Step("enter", 0, 0, 1, 0), Step("exit", 0, 0, 0, 0)]
 
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES, ids=str)
-def test_whatever_is_in_the_way_both_meet_it(disturbance: Step) -> None:
+def test_both_implementations_agree_after_any_disturbance(disturbance: Step) -> None:
     fast, readable = Half(fast=True), Half(fast=False)
     for step in (*ROUND_TRIP, disturbance, *ROUND_TRIP, disturbance, *ROUND_TRIP):
         assert fast.run(step) == readable.run(step), step

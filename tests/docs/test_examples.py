@@ -14,11 +14,18 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PROMPT = ">>> "
 
 
+@pytest.fixture
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples that write files do so in a directory of their own."""
+    monkeypatch.chdir(tmp_path)
+
+
 MODULES = [
     path.relative_to(ROOT) for path in ROOT.glob("src/**/*.py") if PROMPT in path.read_text()
 ]
 
 
+@pytest.mark.usefixtures("own_directory")
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_the_examples_of_a_docstring_hold(path: Path) -> None:
     name = ".".join(path.with_suffix("").parts[1:]).removesuffix(".__init__")
@@ -32,6 +39,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.usefixtures("own_directory")
 @pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.where)
 def test_the_examples_of_a_page_hold(block: Block) -> None:
     examples = doctest.DocTestParser().get_doctest(

@@ -50,7 +50,7 @@ def page() -> str:
     return HEAD + SWITCHABLE + "".join(switchable) + OTHERS + "".join(others)
 
 
-def test_the_page_of_defects_is_what_the_code_says(pytestconfig: pytest.Config) -> None:
+def test_the_page_of_defects_agrees_with_the_code(pytestconfig: pytest.Config) -> None:
     if pytestconfig.getoption("--update-golden"):
         PAGE.write_text(page())
     assert PAGE.read_text() == page()

@@ -61,7 +61,7 @@ def test_a_search_of_schedules_finds_the_race_of_a_story() -> None:
     assert explore_all(story.program(), preemptions=1).complete
 
 
-def test_the_table_has_every_defect_and_says_where_it_lives() -> None:
+def test_the_table_has_every_defect_and_the_place_of_its_code() -> None:
     numbers = [*(f"B{n}" for n in range(1, 37)), *(f"L{n}" for n in range(1, 14))]
     assert list(Defect) == numbers
     for defect in Defect:

@@ -188,7 +188,7 @@ def _run(world: World, program: list[tuple[str, int, int]]) -> None:
 @pytest.mark.slow
 @given(epc_pages=st.sampled_from((12, 13, 16, 32, 40, 80)), program=programs)
 @ordinary
-def test_memory_holds_what_was_stored_whatever_happens(
+def test_memory_holds_the_stored_bytes_after_any_history(
     epc_pages: int, program: list[tuple[str, int, int]]
 ) -> None:
     _run(World(epc_pages), program)

@@ -75,7 +75,7 @@ def test_an_estimate_names_what_it_left_out() -> None:
     assert estimate({"ewb": 5}, profile).unpriced == ()
 
 
-def test_an_event_nobody_knows_is_our_own_mistake() -> None:
+def test_an_unknown_event_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="warp"):
         estimate({"warp": 1}, COST_PROFILES["sgx1-client"])
 

@@ -64,7 +64,7 @@ def test_a_size_is_read_in_the_notation_of_its_unit(text: str, size: int) -> Non
         "17179869184Gi",
     ],
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"no size; write|sizes are from 0 to"):
         parse_size(text)
 

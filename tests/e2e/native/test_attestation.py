@@ -122,7 +122,7 @@ def sealing(enclave: Enclave, **fields: object) -> KeyRequest:
 # --- reports ------------------------------------------------------------------------------------
 
 
-def test_a_report_is_verified_by_whom_it_is_for_and_by_nobody_else(load: Loader) -> None:
+def test_a_report_is_verified_by_its_target_and_by_no_other_enclave(load: Loader) -> None:
     alice, bob = load("alice"), load("bob")
     report = alice.report(bob.target(), bytes(range(1, 65)))
     assert report.report_data == bytes(range(1, 65))
@@ -186,7 +186,7 @@ def test_a_report_says_of_an_enclave_what_its_files_say(
 # --- sealing keys -------------------------------------------------------------------------------
 
 
-def test_a_key_by_mrenclave_is_the_enclaves_in_every_instance_and_nobody_elses(
+def test_a_key_by_mrenclave_is_the_same_in_every_instance_and_in_no_other_enclave(
     load: Loader,
 ) -> None:
     alice = load("alice")
@@ -465,7 +465,7 @@ def test_the_guides_example_of_keys_compiles_without_a_warning(tmp_path: Path) -
 # --- machines -----------------------------------------------------------------------------------
 
 
-def test_keys_last_from_one_run_to_the_next_whatever_the_epc_and_no_other_machine_has_them(
+def test_keys_are_the_same_in_the_next_run_with_any_epc_and_differ_on_other_machines(
     host: Path, tmp_path: Path
 ) -> None:
     def secrets(name: str, *options: str, epc: str) -> tuple[bytes, bytes, bytes]:

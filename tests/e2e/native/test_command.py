@@ -42,7 +42,7 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_program_that_pages_is_told_of(program: list[str], tmp_path: Path) -> None:
+def test_paging_of_a_program_is_reported(program: list[str], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     done = run("--epc", EPC, "--json", str(path), "--", *program, "paging")
     assert (done.returncode, done.stdout) == (0, "")

@@ -29,7 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["codes", "frames"])
-def test_a_fault_is_told_as_hardware_and_linux_tell_it(
+def test_a_fault_is_reported_as_hardware_and_linux_report_it(
     program: list[str], scenario: str, pager: str, strict: bool, tmp_path: Path
 ) -> None:
     with (tmp_path / "out").open("w+b") as out:

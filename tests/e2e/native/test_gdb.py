@@ -103,6 +103,10 @@ class Debugged:
         output, _errors = self.softsgx.communicate(timeout=60)
         return Run(said, output, self.softsgx.returncode)
 
+    def run(self, *commands: str) -> Run:
+        """Let one gdb do ``commands``; return how it was, at the end of both."""
+        return self.finish(self.gdb(*commands))
+
     def end(self) -> None:
         """Leave nothing behind."""
         if self.softsgx.poll() is None:
@@ -127,13 +131,10 @@ def start(program: Path) -> Iterator[Start]:
 
 
 def test_a_breakpoint_inside_a_debug_enclave_shows_its_function(start: Start) -> None:
-    debugged = start("debug", "call")
-    run = debugged.finish(
-        debugged.gdb(
-            *("break triple", "continue", "print value", "backtrace", "next"),
-            *("print result", "info sharedlibrary", "monitor enclaves", "set var result = 40"),
-            *("x/2i $pc", "continue"),
-        )
+    run = start("debug", "call").run(
+        *("break triple", "continue", "print value", "backtrace", "next"),
+        *("print result", "info sharedlibrary", "monitor enclaves", "set var result = 40"),
+        *("x/2i $pc", "continue"),
     )
     assert "triple (value=14)" in run.gdb
     assert "$1 = 14\n" in run.gdb
@@ -146,12 +147,9 @@ def test_a_breakpoint_inside_a_debug_enclave_shows_its_function(start: Start) ->
 
 
 def test_a_breakpoint_in_the_host_shows_its_function(start: Start) -> None:
-    debugged = start("debug", "fork")
-    run = debugged.finish(
-        debugged.gdb(
-            *("break main", "continue", "print argc", "break twice", "continue"),
-            *("print value", "backtrace", "finish", "continue"),
-        )
+    run = start("debug", "fork").run(
+        *("break main", "continue", "print argc", "break twice", "continue"),
+        *("print value", "backtrace", "finish", "continue"),
     )
     assert "$1 = 3\n" in run.gdb
     # The child has no breakpoint: its status is that of twice(3), and gdb sees twice(1) only.
@@ -162,18 +160,15 @@ def test_a_breakpoint_in_the_host_shows_its_function(start: Start) -> None:
 
 
 def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start) -> None:
-    debugged = start("debug", "call")
-    run = debugged.finish(
-        debugged.gdb(
-            *("break __vdso_sgx_enter_enclave", "continue", "info symbol $pc"),
-            "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
-            "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x1000",
-            "python\nwhile not inside(): gdb.execute('stepi', to_string=True)\nend",
-            "info symbol $pc",
-            "python\nwhile inside(): gdb.execute('stepi', to_string=True)\nend",
-            "python print('back outside')",
-            *("delete", "continue"),
-        )
+    run = start("debug", "call").run(
+        *("break __vdso_sgx_enter_enclave", "continue", "info symbol $pc"),
+        "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
+        "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x1000",
+        "python\nwhile not inside(): gdb.execute('stepi', to_string=True)\nend",
+        "info symbol $pc",
+        "python\nwhile inside(): gdb.execute('stepi', to_string=True)\nend",
+        "python print('back outside')",
+        *("delete", "continue"),
     )
     assert "sgx_entry in section .text" in run.gdb
     assert "back outside" in run.gdb
@@ -181,18 +176,15 @@ def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start) -> None:
 
 
 def test_a_production_enclave_shows_nothing(start: Start) -> None:
-    debugged = start("production", "call")
-    run = debugged.finish(
-        debugged.gdb(
-            *("break __vdso_sgx_enter_enclave", "continue"),
-            "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
-            "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x400000",
-            "python\nseen = []\nfor turn in range(120):\n    gdb.execute('stepi', to_string=True)\n"
-            "    seen.append(inside())\nend",
-            "python print('inside' if any(seen) else 'never inside')",
-            "python\ntry: gdb.execute('x/4xb %#x' % base)\nexcept gdb.error as e: print(e)\nend",
-            *("info sharedlibrary", "delete", "continue"),
-        )
+    run = start("production", "call").run(
+        *("break __vdso_sgx_enter_enclave", "continue"),
+        "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
+        "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x400000",
+        "python\nseen = []\nfor turn in range(120):\n    gdb.execute('stepi', to_string=True)\n"
+        "    seen.append(inside())\nend",
+        "python print('inside' if any(seen) else 'never inside')",
+        "python\ntry: gdb.execute('x/4xb %#x' % base)\nexcept gdb.error as e: print(e)\nend",
+        *("info sharedlibrary", "delete", "continue"),
     )
     assert "never inside" in run.gdb
     assert "Cannot access memory at address" in run.gdb
@@ -225,32 +217,28 @@ def test_an_interrupt_stops_threads_inside_and_outside(start: Start, kind: str) 
 
 
 def test_each_thread_meets_a_breakpoint_as_often_as_it_executes_it(start: Start) -> None:
-    debugged = start("debug", "threads")
-    run = debugged.finish(
-        debugged.gdb("break tally", "ignore 1 1000", "continue", "info breakpoints")
+    run = start("debug", "threads").run(
+        "break tally", "ignore 1 1000", "continue", "info breakpoints"
     )
     assert "already hit 60 times" in run.gdb
     assert run.status == 60, run.gdb
 
 
-def test_signals_are_told_and_delivered(start: Start) -> None:
-    debugged = start("debug", "signal")
-    run = debugged.finish(debugged.gdb("continue", "signal 0", "continue"))
+def test_gdb_gets_each_signal_and_decides_its_delivery(start: Start) -> None:
+    run = start("debug", "signal").run("continue", "signal 0", "continue")
     assert run.gdb.count("received signal SIGUSR1") == 2
     assert run.status == 1, "the first was dropped, the second delivered"
 
 
 def test_another_program_is_followed_over_execve(start: Start) -> None:
-    debugged = start("debug", "exec")
-    run = debugged.finish(debugged.gdb("break triple", "continue", "print value", "continue"))
+    run = start("debug", "exec").run("break triple", "continue", "print value", "continue")
     assert "is executing new program" in run.gdb
     assert "$1 = 14\n" in run.gdb
     assert run.status == 42, run.gdb
 
 
 def test_a_program_goes_on_when_gdb_detaches(start: Start) -> None:
-    debugged = start("debug", "call")
-    run = debugged.finish(debugged.gdb("break triple", "continue", "detach"))
+    run = start("debug", "call").run("break triple", "continue", "detach")
     assert run.status == 42, run.gdb
 
 
@@ -264,20 +252,16 @@ def test_a_program_waits_for_another_gdb_when_one_is_disconnected(start: Start) 
 
 
 def test_gdb_ends_the_program_when_it_quits(start: Start) -> None:
-    debugged = start("debug", "spin")
-    run = debugged.finish(debugged.gdb("break triple", "kill"))
+    run = start("debug", "spin").run("break triple", "kill")
     assert run.status == -signal.SIGKILL, run.gdb
 
 
 def test_a_page_can_be_evicted_and_its_breakpoint_stays(start: Start) -> None:
-    debugged = start("debug", "call")
-    run = debugged.finish(
-        debugged.gdb(
-            *("break sgx__dispatch", "continue", "break triple"),
-            "python address = int(gdb.parse_and_eval('(long)&triple'))",
-            "python print(gdb.execute('monitor evict %#x' % address, to_string=True))",
-            *("continue", "print value", "continue"),
-        )
+    run = start("debug", "call").run(
+        *("break sgx__dispatch", "continue", "break triple"),
+        "python address = int(gdb.parse_and_eval('(long)&triple'))",
+        "python print(gdb.execute('monitor evict %#x' % address, to_string=True))",
+        *("continue", "print value", "continue"),
     )
     assert "has left the EPC" in run.gdb
     assert "$1 = 14\n" in run.gdb

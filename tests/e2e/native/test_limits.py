@@ -47,7 +47,7 @@ def exit_code(program: list[str], *arguments: str, strict: bool, pager: str | No
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["ones", "neighbours", "children"])
-def test_in_strict_runs_whoever_is_outside_reads_ones_and_stores_nothing(
+def test_in_strict_runs_threads_outside_read_ones_and_store_nothing(
     program: list[str], scenario: str, pager: str
 ) -> None:
     assert exit_code(program, scenario, strict=True, pager=pager) == 0
@@ -126,7 +126,7 @@ def test_xcr0_is_xfrm_inside(
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("strict", [False, True])
-def test_whatever_stops_a_thread_out_of_line_finds_it_at_its_instruction_or_behind(
+def test_a_thread_stopped_out_of_line_is_at_its_instruction_or_after_it(
     program: list[str], pager: str, strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signals, kicks and interrupts come between any two instructions of the copy's slot."""
@@ -195,7 +195,7 @@ def test_without_room_for_its_pages_an_enclave_gets_sigbus_and_others_go_on(
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_system_call_is_made_once_whatever_happens_meanwhile(
+def test_a_system_call_is_made_once_in_spite_of_stops_during_it(
     program: list[str], strict: bool
 ) -> None:
     assert exit_code(program, "calls", strict=strict) == 0

@@ -227,7 +227,7 @@ def test_the_program_ends_with_its_supervisor(program: Program, how: signal.Sign
     os.close(watched)
 
 
-def test_a_failure_of_ours_ends_the_program_and_is_told(program: Program) -> None:
+def test_a_failure_of_ours_ends_the_program_and_is_reported(program: Program) -> None:
     class Mistake(Exception):
         pass
 

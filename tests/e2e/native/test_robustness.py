@@ -123,7 +123,7 @@ def test_hundreds_of_processes_run_at_once_with_a_thousand_descriptors() -> None
 
 
 @pytest.mark.slow
-def test_where_descriptors_run_out_only_the_new_process_is_ended_and_told() -> None:
+def test_without_free_descriptors_only_the_new_process_is_ended_with_a_message() -> None:
     shell = 'for i in $(seq 500); do sleep 1000 & p="$p $!"; done; kill $p; wait; exit 7'
     command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--", "/bin/bash", "-c", shell]
     limited = ["/bin/bash", "-c", 'ulimit -n 1024; exec "$@"', "bash", *command]
@@ -166,7 +166,7 @@ def test_a_proc_of_other_processes_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_inside_a_run_is_told_that_a_process_has_one_tracer() -> None:
+def test_a_run_inside_a_run_is_refused_because_a_process_has_one_tracer() -> None:
     command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--"]
     nested = subprocess.run(
         [*command, *command, "/bin/true"], capture_output=True, text=True, check=False

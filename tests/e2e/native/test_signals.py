@@ -94,7 +94,7 @@ def test_a_signal_behind_the_programs_end_ends_the_command_and_leaves_no_half_of
     assert not path.exists()
 
 
-def test_what_is_ignored_when_the_command_starts_is_ignored_by_the_program() -> None:
+def test_a_signal_ignored_when_the_command_starts_is_ignored_by_the_program() -> None:
     shell = 'trap "" INT HUP; exec "$@"'
     script = "kill -INT $$; kill -HUP $$; exit 4"
     words = ["/bin/sh", "-c", shell, "sh", *COMMAND, "--quiet", "--", "/bin/sh", "-c", script]

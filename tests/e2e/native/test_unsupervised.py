@@ -89,7 +89,7 @@ def test_a_32_bit_program_runs_with_its_child_and_has_its_own_status(
 
 
 @pytest.mark.parametrize("pager", ["userfaultfd", "mprotect"])
-def test_a_32_bit_program_harms_no_other_and_is_told_of_once(
+def test_a_32_bit_program_harms_no_other_and_is_reported_once(
     small: str, program: list[str], caplog: pytest.LogCaptureFixture, pager: str
 ) -> None:
     served = f"{' '.join(program)} || exit 1"

@@ -282,7 +282,7 @@ def test_bytes_after_the_end_are_refused() -> None:
     assert "bytes after the end" in refusal(stream(TRACE, BATCH) * 2)
 
 
-def test_what_is_no_stream_is_refused() -> None:
+def test_an_invalid_stream_is_refused() -> None:
     for data in (b"", b"12 r\n", b"\x1f\x8b" + bytes(20), b"\xff\xff\xff\xff\x10\0\0\0" + bytes(9)):
         refusal(data)
 

@@ -115,7 +115,7 @@ def test_limits_are_rounded_down_to_pages(tree: Hierarchy, text: str, pages: int
         ("sgx_epc " + "9" * 4096, errno.E2BIG),
     ],
 )
-def test_what_is_no_limit_is_refused_and_changes_nothing(
+def test_an_invalid_limit_is_refused_and_changes_nothing(
     tree: Hierarchy, text: str, code: int
 ) -> None:
     group = tree.find("jobs/a")

@@ -71,7 +71,7 @@ def test_events_count_locally_where_it_failed_and_upwards_but_not_at_the_root() 
     assert counts == {"/": (0, 0), "/a": (0, 1), "/a/b": (1, 1), "/a/b/c": (0, 0)}
 
 
-def test_refusals_are_told_with_payer_and_limit() -> None:
+def test_refusals_are_traced_with_group_and_limit() -> None:
     heard: list[Event] = []
     hierarchy = tree(tracer=heard.append)
     leaf = hierarchy.make("a/b")
@@ -219,7 +219,7 @@ def test_the_largest_victim_in_the_subtree_is_killed_and_named() -> None:
     assert not a.reclaim_failed()  # nobody is left there
 
 
-def test_nobody_is_killed_unless_asked_for() -> None:
+def test_no_process_is_killed_unless_asked_for() -> None:
     prey: list[Prey] = []
     hierarchy = tree(victims=lambda: prey)
     prey.append(Prey("x", hierarchy.root, 5))

@@ -319,7 +319,7 @@ def test_what_does_not_compile_is_bad_input_and_leaves_nothing(
         (("missing.c", "--key", "no-such-key.pem"), "no-such-key.pem"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     arguments: tuple[str, ...],
     said: str,
     tmp_path: Path,
@@ -342,7 +342,7 @@ def test_a_public_key_cannot_sign(
     assert "no private key" in refused(capsys, source, "--key", tmp_path / "public.pem")
 
 
-def test_cc_comes_before_ziglang_and_neither_is_told_how_to_get(
+def test_cc_comes_before_ziglang_and_without_both_the_error_says_how_to_get_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compiler, "find_spec", lambda name: object())

@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "fast", "-5", "5d"])
-def test_a_budget_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_budget_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["explore", f"--budget={text}"])
     assert ended.value.code == 2

@@ -234,7 +234,7 @@ def test_a_dash_is_standard_output(engine: Engine, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["exit_status"] == 0
 
 
-def test_a_file_that_takes_no_more_is_told_and_the_status_stays_the_programs(
+def test_a_full_disk_is_reported_and_the_status_stays_the_programs(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.exit_code = 3
@@ -258,7 +258,7 @@ def test_a_report_and_a_trace_are_written(engine: Engine, tmp_path: Path) -> Non
     assert trace.stat().st_size > 10_000
 
 
-def test_without_a_trace_nobody_listens(engine: Engine) -> None:
+def test_without_a_trace_there_is_no_tracer(engine: Engine) -> None:
     run("--quiet", "--", "app")
     assert engine.calls[0]["tracer"] is None
 
@@ -289,7 +289,7 @@ def test_a_group_that_is_not_configured_is_refused(
     assert not engine.calls
 
 
-def test_sizes_that_are_rounded_down_are_told(
+def test_sizes_that_are_rounded_down_are_reported(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--epc", "3.3MiB", "--", "app")
@@ -328,7 +328,7 @@ def test_a_program_is_needed(engine: Engine, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("softsgx: run: no program")
 
 
-def test_a_program_that_cannot_start_is_told_in_one_line_and_leaves_no_file(
+def test_a_program_that_cannot_start_is_reported_in_one_line_and_leaves_no_file(
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -355,7 +355,7 @@ def test_a_machine_that_cannot_is_sent_to_the_doctor(
     assert not engine.calls
 
 
-def test_a_machine_that_is_worse_will_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_degraded_machine_is_accepted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softsgx.cli._program.doctor", lambda: WORSE)
     assert run("--quiet", "--", "app") == 0
 
@@ -381,7 +381,7 @@ def test_signals_are_passed_on(engine: Engine, name: str) -> None:
         assert program.returncode == -number
 
 
-def test_what_is_logged_in_a_run_stands_behind_the_commands_name(
+def test_log_lines_of_a_run_begin_with_the_commands_name(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.during = lambda: logging.getLogger("softsgx.engines").warning("process 7 is ended")

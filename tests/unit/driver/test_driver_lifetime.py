@@ -55,7 +55,7 @@ def _released(system: System) -> bool:
     return any(isinstance(event, EnclaveReleased) for event in system.events)
 
 
-def test_closing_the_file_frees_an_enclave_that_nobody_maps(system: System) -> None:
+def test_closing_the_file_frees_an_enclave_without_mappings(system: System) -> None:
     process = system.process()
     fd = build(process, plan_for(4))
     process.close(fd)
@@ -268,7 +268,7 @@ def test_debug_access_stops_where_the_enclave_does(system: System) -> None:
     made.process.exit()
 
 
-def test_nobody_debugs_a_production_enclave(system: System) -> None:
+def test_a_production_enclave_cannot_be_debugged(system: System) -> None:
     made = launch(system.process())
     assert errno_of(lambda: peek(made.process.mm, made.data(0), 8)) == "EFAULT"
     assert errno_of(lambda: poke(made.process.mm, made.data(0), b"x")) == "EFAULT"

@@ -76,7 +76,7 @@ def test_wrong_arguments_are_invalid_for_each_ioctl_that_has_them(
     assert tried
 
 
-def test_without_sgx2_there_is_no_device_for_them_whatever_the_arguments() -> None:
+def test_without_sgx2_the_ioctls_fail_with_any_arguments() -> None:
     system = System(config={"features": SGX1_ONLY})
     made = launch(system.process(), 1, size=SIZE)
     for command, args in _args(made):
@@ -333,7 +333,7 @@ def test_a_trimmed_page_is_denied_before_and_after_it_was_accepted(made: Launche
         thread.exit()
 
 
-def test_a_page_nobody_touched_can_be_removed_and_so_can_an_evicted_one() -> None:
+def test_an_untouched_page_can_be_removed_and_so_can_an_evicted_one() -> None:
     system = System(epc_pages=32)
     made = launch(system.process(), 4, threads=2, size=SIZE)
     _trim(made, 3, accept=True)

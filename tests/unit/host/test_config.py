@@ -13,7 +13,7 @@ from softsgx.host import PROFILES, Platform, PlatformConfig
 from softsgx.paging import needed_pages
 
 
-def test_sizes_as_text_are_rounded_down_to_pages_and_that_is_told() -> None:
+def test_sizes_as_text_are_rounded_down_to_pages_with_a_message() -> None:
     config = PlatformConfig.of(epc="3.3MiB", groups={"a": {"max": "12M"}, "b": {"max": "1MiB"}})
     assert config.section_bytes() == [844 * PAGE_BYTES]
     assert config.group_max_pages("a") == 2929
@@ -93,7 +93,7 @@ def test_defects_are_given_as_members_or_identifiers_and_kept_as_members() -> No
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_what_is_needed_is_accepted_and_one_page_less_is_not(profile: str) -> None:
+def test_the_needed_pages_are_accepted_and_one_page_less_is_not(profile: str) -> None:
     needed = needed_pages(PlatformConfig(profile=profile).machine())
     enough, few = needed * PAGE_BYTES, (needed - 1) * PAGE_BYTES
     PlatformConfig(epc=enough, profile=profile, groups={"jobs": {"max": enough}})

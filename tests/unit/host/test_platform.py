@@ -23,7 +23,7 @@ def test_a_platform_is_consistent_from_start_to_stop() -> None:
         assert platform.core.free_pages == 256
 
 
-def test_the_driver_can_go_only_when_nobody_has_it_open() -> None:
+def test_the_driver_can_be_unloaded_only_when_no_file_is_open() -> None:
     with Platform(epc="1MiB") as platform:
         process = platform.process()
         process.open()

@@ -44,7 +44,7 @@ def test_a_program_is_run_with_its_input_and_a_report(sgx_run: SgxRunner) -> Non
 
 
 @needs_tracing
-def test_a_signal_that_ends_the_program_is_told_as_subprocess_tells_it(sgx_run: SgxRunner) -> None:
+def test_a_signal_that_ends_the_program_is_reported_as_subprocess_does(sgx_run: SgxRunner) -> None:
     done = sgx_run("sh", "-c", "kill -TERM $$")
     assert done.returncode == -15
     assert done.report["signal"] == "SIGTERM"

@@ -162,7 +162,7 @@ REPORTED = {0: 3, 1: 3, 3: 6, 5: 3, 6: 3, 16: 3, 17: 3, 19: 3}
 
 @pytest.mark.parametrize("misc", [0, 1, 3])
 @pytest.mark.parametrize("vector", [*range(22), 32, 0xFD, 255])
-def test_exitinfo_tells_what_the_enclave_may_know(vector: int, misc: int) -> None:
+def test_exitinfo_reports_only_the_vectors_of_the_manuals_table(vector: int, misc: int) -> None:
     scene = entered(miscselect=misc, config={"miscselect": MiscSelect(3)})
     scene.poke_gpr(0, exitinfo=0xFFFF_FFFF)
     aex(scene.cpu, vector, Pfec.U, 0x1234_5678)

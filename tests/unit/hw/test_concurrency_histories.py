@@ -275,7 +275,7 @@ def test_of_two_loads_of_one_page_at_the_same_instant_one_gets_it() -> None:
         bench.machine.check_invariants()
 
 
-def test_of_two_evictions_to_one_slot_at_the_same_instant_one_is_told() -> None:
+def test_of_two_evictions_to_one_slot_at_the_same_instant_one_reports_it() -> None:
     with ThreadsRuntime() as runtime:
         bench = Bench(runtime=runtime)
         victims = [bench.child(bench.secs()) for _ in range(2)]

@@ -90,7 +90,7 @@ def test_edbgwr_sees_the_earlier_of_two_failures(first: Row, later: Row) -> None
 
 @pytest.mark.parametrize("rwx", [0, 7])
 @pytest.mark.parametrize("blocked", [False, True])
-def test_a_debugger_reads_whatever_rights_and_blocking_say(rwx: int, blocked: bool) -> None:
+def test_a_debugger_reads_pages_of_any_rights_and_blocked_ones(rwx: int, blocked: bool) -> None:
     call = scene("edbgrd")
     of_page(rwx=rwx, blocked=blocked, lock=1)(call)
     assert call.run() == (Status.SUCCESS, int.from_bytes(TEXT[0x18:0x20], "little"))

@@ -203,7 +203,7 @@ def test_cet_fields_agree_with_the_attribute(fields: dict[str, object], taken: b
     assert (call.run() is None) is taken
 
 
-def test_init_is_no_legal_attribute_whatever_the_machine_says() -> None:
+def test_init_is_no_legal_attribute_on_any_machine() -> None:
     both = F.MODE64BIT | F.INIT
     call = scene(secs_of(SIZE, BASE, flags=both), attributes=both)
     assert call.run() == GP

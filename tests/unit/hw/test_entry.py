@@ -444,7 +444,7 @@ def test_eexit_refuses_a_target_that_cannot_be_fetched(mode64: bool, target: int
 
 
 @pytest.mark.parametrize("leaf", ["eenter", "eresume"])
-def test_nobody_enters_twice(leaf: str) -> None:
+def test_a_tcs_cannot_be_entered_twice(leaf: str) -> None:
     scene = Border()
     scene.enter()
     scene.poke(state=TCS_INACTIVE, cssa=1)  # as if it were another thread's

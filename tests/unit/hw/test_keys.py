@@ -220,7 +220,7 @@ MACHINE.secrets.owner_epoch = b"\3" * 16
 
 @given(enclaves(), REQUESTS, TARGETS, TOKENS)
 @settings(max_examples=60, deadline=None)
-def test_every_cell_of_the_table_is_what_the_manual_says(
+def test_every_cell_of_the_table_equals_the_manuals(
     secs: ResidentSecs, request: KeyRequest, target: TargetInfo, token: EinitToken
 ) -> None:
     facts = Facts(MACHINE, secs, request, target, token)

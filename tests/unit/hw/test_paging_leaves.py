@@ -362,7 +362,7 @@ def test_in_a_guest_a_tracking_conflict_exits_with_the_enclave_context(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_eremove_frees_a_page_whatever_its_epcm_flags(kind: str) -> None:
+def test_eremove_frees_a_page_with_any_epcm_flags(kind: str) -> None:
     scene = LeafScene("eremove", kind)
     if kind in CHILDREN:
         scene.page.pending = scene.page.modified = scene.page.pr = scene.page.blocked = True
@@ -415,7 +415,7 @@ def test_virtual_children_keep_a_secs_only_in_a_guest(guest: bool, status: int) 
         assert scene.snapshot() == before
 
 
-def test_somebody_inside_another_enclave_does_not_matter() -> None:
+def test_a_processor_inside_another_enclave_does_not_matter() -> None:
     scene = LeafScene("eremove", "REG")
     scene.bench.enclave(scene.bench.secs()).cur_count = 2
     assert scene.run() == Status.SUCCESS

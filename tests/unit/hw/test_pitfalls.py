@@ -77,7 +77,7 @@ def test_01_errors_write_nothing_success_writes_linaddr_too(e: Inhabited) -> Non
 # --- 3, 4, 5: TLB, order, two kinds of proof ---------------------------------------------------
 
 
-def test_03_eblock_reaches_nobodys_tlb_and_etrack_interrupts_nobody(e: Inhabited) -> None:
+def test_03_eblock_flushes_no_tlb_and_etrack_interrupts_no_processor(e: Inhabited) -> None:
     for thread in (0, 1):
         e.enter(thread)
         e.write(thread, P, bytes([thread] * 8))
@@ -94,7 +94,7 @@ def test_03_eblock_reaches_nobodys_tlb_and_etrack_interrupts_nobody(e: Inhabited
     assert e.read(0, P) == b"still ok", "the last store through a stale entry came along"
 
 
-def test_03_nobody_can_reach_an_evicted_page_through_an_old_translation(e: Inhabited) -> None:
+def test_03_no_old_translation_reaches_an_evicted_page(e: Inhabited) -> None:
     e.enter(0)
     assert e.read(0, P) == pattern(0)[:8]
     assert (e.block(P), e.track()) == (OK, OK)
@@ -290,7 +290,7 @@ def test_13_a_va_page_cannot_hold_its_own_version() -> None:
 # --- 14, 15: faults ----------------------------------------------------------------------------
 
 
-def test_14_what_is_no_epc_is_a_page_fault_or_a_code_what_is_misaligned_is_gp() -> None:
+def test_14_an_address_outside_the_epc_is_pf_or_a_code_and_a_misaligned_one_is_gp() -> None:
     bench = Bench()
     for leaf in ("eblock", "etrack", "etrackc", "eremove"):
         run = getattr(bench.leaves, leaf)

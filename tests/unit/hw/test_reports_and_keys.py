@@ -174,7 +174,7 @@ def test_a_report_says_what_secs_says() -> None:
 
 
 @pytest.mark.parametrize("field", ["measurement", "config_id"])
-def test_a_report_for_anybody_else_does_not_verify(field: str) -> None:
+def test_a_report_for_another_target_does_not_verify(field: str) -> None:
     one, two = two_enclaves(make_machine())
     target = two.target_info()
     changed = bytearray(getattr(target, field))
@@ -324,7 +324,7 @@ def test_the_launch_key_is_for_the_launch_enclaves_signer_only() -> None:
     assert scene.run() is S.SUCCESS
 
 
-def test_a_report_key_is_for_everybody_whatever_the_versions_say() -> None:
+def test_a_report_key_depends_on_no_version() -> None:
     request = KeyRequest(key_name=K.REPORT, cpusvn=b"\xff" * 16, isv_svn=0xFFFF)
     assert egetkey(request, flags=F.MODE64BIT).run() is S.SUCCESS
 

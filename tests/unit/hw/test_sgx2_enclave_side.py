@@ -441,7 +441,7 @@ def test_emodpe_only_adds_rights() -> None:
     assert not call.target.modification_lock
 
 
-def test_emodpe_does_not_ask_who_holds_the_base_lock() -> None:
+def test_emodpe_works_with_the_base_lock_held() -> None:
     call = Call("emodpe", "readable")
     call.target.lock = -1
     assert call.run() is None

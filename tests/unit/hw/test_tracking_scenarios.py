@@ -42,17 +42,19 @@ def test_01_ewb_of_an_unblocked_page_gives_10(e: Inhabited) -> None:
     assert e.ewb(P) == NOT_BLOCKED
 
 
-def test_02_a_blocked_page_without_etrack_gives_11_even_with_nobody_inside(e: Inhabited) -> None:
+def test_02_a_blocked_page_without_etrack_gives_11_even_with_no_processor_inside(
+    e: Inhabited,
+) -> None:
     assert e.block(P) == OK
     assert e.ewb(P) == NOT_TRACKED
 
 
-def test_03_block_track_and_nobody_inside_is_enough(e: Inhabited) -> None:
+def test_03_block_and_track_suffice_with_no_processor_inside(e: Inhabited) -> None:
     assert (e.block(P), e.track(), e.ewb(P)) == (OK, OK, OK)
     assert not e.page(P).valid
 
 
-def test_04_whoever_was_inside_before_etrack_keeps_the_page_until_an_aex(e: Inhabited) -> None:
+def test_04_a_processor_inside_before_etrack_keeps_the_page_until_an_aex(e: Inhabited) -> None:
     e.enter(T1)
     assert (e.block(P), e.track(), e.ewb(P)) == (OK, OK, NOT_TRACKED)
     assert e.interrupt(T1)
@@ -66,7 +68,7 @@ def test_04b_an_eexit_serves_as_well_as_an_aex(e: Inhabited) -> None:
     assert e.ewb(P) == OK
 
 
-def test_05_whoever_enters_after_etrack_does_not_matter(e: Inhabited) -> None:
+def test_05_a_processor_that_enters_after_etrack_does_not_matter(e: Inhabited) -> None:
     e.enter(T1)
     assert (e.block(P), e.track()) == (OK, OK)
     e.enter(T2)
@@ -130,7 +132,7 @@ def test_11_secs_va_and_free_pages_cannot_be_blocked(e: Inhabited) -> None:
     assert ends == [Status.PG_IS_SECS, Status.NOTBLOCKABLE, Status.PG_INVLD]
 
 
-def test_12_a_page_is_not_removed_while_anybody_is_inside(e: Inhabited) -> None:
+def test_12_a_page_is_not_removed_while_a_processor_is_inside(e: Inhabited) -> None:
     e.enter(T1)
     assert e.remove(P) == Status.ENCLAVE_ACT
     assert e.track() == OK  # T1 now counts as one from before
@@ -171,7 +173,7 @@ def test_14_a_whole_enclave_leaves_and_comes_back_elsewhere(e: Inhabited) -> Non
     e.hw.check_invariants()
 
 
-def test_15_an_occupied_slot_loses_the_older_page_for_ever(e: Inhabited) -> None:
+def test_15_an_occupied_slot_loses_the_older_page_permanently(e: Inhabited) -> None:
     slot = e.slot()
     assert (e.block(P), e.block(Q), e.track()) == (OK, OK, OK)
     assert e.ewb(P, slot) == OK

@@ -142,7 +142,7 @@ def test_an_impossible_file_of_the_sdk_is_refused(text: str, why: str) -> None:
         (b"<a>" * 200_000, "not XML|bytes"),
     ],
 )
-def test_what_is_no_configuration_is_refused(data: bytes, why: str) -> None:
+def test_an_invalid_configuration_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(SoftSgxError, match=why):
         read_sdk_config(Bytes("e.xml", data))
 

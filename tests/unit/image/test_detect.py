@@ -102,7 +102,7 @@ def test_a_given_sigstruct_must_be_one(data: bytes, tmp_path: Path) -> None:
         open_image(stream, sig)
 
 
-def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+def test_a_path_that_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path, why in (

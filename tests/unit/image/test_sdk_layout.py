@@ -98,7 +98,7 @@ def test_an_entry_is_added_by_its_attributes_flags_and_content(
     assert expanded(item) == [(a, f, d.ljust(PAGE, b"\0"), m) for a, f, d, m in expected]
 
 
-def test_content_that_is_no_tcs_is_laid_down_and_measured_whatever_the_attributes_say() -> None:
+def test_an_invalid_tcs_is_written_and_measured_with_any_attributes() -> None:
     data = code(5000)
     item = entry(1, 3, content_offset=IN_DATA, content_size=len(data))
     whole = data.ljust(3 * PAGE, b"\0")

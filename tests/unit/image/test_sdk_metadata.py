@@ -223,7 +223,7 @@ def test_a_damaged_block_that_is_not_used_is_shown_and_does_no_harm() -> None:
     assert not good.problem
 
 
-def test_every_field_of_a_block_is_told() -> None:
+def test_every_field_of_a_block_is_printed() -> None:
     one = spec(
         entry(), tcs_policy=0, tcs_min_pool=5, ssa_frame_size=2, max_save_buffer_size=2688,
         desired_misc_select=1,

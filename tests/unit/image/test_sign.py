@@ -218,7 +218,7 @@ def test_a_foreign_signature_is_not_attached() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", bytes(256), bytes(255)])
-def test_data_that_is_none_to_sign_is_refused(data: bytes) -> None:
+def test_data_that_cannot_be_signed_is_refused(data: bytes) -> None:
     with pytest.raises(SoftSgxError, match=r"data to sign|256"):
         split_signed(data, "data.bin")
 

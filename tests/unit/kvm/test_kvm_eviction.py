@@ -180,7 +180,7 @@ def test_a_page_tracked_while_it_was_away_is_tracked_when_it_is_back() -> None:
     assert leaves.ewb(out, page.gpa, slot) is Status.SUCCESS
 
 
-def test_every_processor_inside_is_interrupted_and_nobody_else() -> None:
+def test_every_processor_inside_is_interrupted_and_no_other() -> None:
     host = GuestHost(epc_pages=100)
     guest, other = host.guest(24), host.guest(24, name="other")
     made, foreign = launch(guest.process(), 4, threads=2), launch(other.process(), 4)
@@ -198,7 +198,7 @@ def test_every_processor_inside_is_interrupted_and_nobody_else() -> None:
         assert thread.exits >= 1
 
 
-def test_nobody_inside_means_nobody_is_interrupted() -> None:
+def test_without_a_processor_inside_none_is_interrupted() -> None:
     host, guest, made = system()
     host.evict(guest.data(made.enclave, index(made, 0)))
     assert guest.guest.counters.kicks == 0

@@ -97,7 +97,7 @@ def _fill(guest: GuestSystem) -> None:
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_a_guest_can_be_killed_for_its_memory_where_that_is_allowed(kill: bool) -> None:
+def test_a_guest_can_be_killed_for_its_memory_if_allowed(kill: bool) -> None:
     host = GuestHost(epc_pages=60, kill=kill)
     guest = host.guest(40, ballast_pages=40, name="fat")
     made = launch(guest.process(), 30)

@@ -32,7 +32,7 @@ def test_guests_and_native_enclaves_share_one_epc() -> None:
         assert platform.core.free_pages == 64
 
 
-def test_a_guest_pays_where_it_was_told_to() -> None:
+def test_a_guest_is_charged_to_the_group_it_names() -> None:
     with Platform(epc="1MiB", groups={"guests": {"max": "128KiB"}}) as platform:
         guest = platform.guest("a", epc=("512KiB", "512KiB"), group="guests/a")
         made = launch(guest.process(), 60)

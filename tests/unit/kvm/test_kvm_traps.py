@@ -203,7 +203,7 @@ def test_launches_on_the_host_and_in_guests_do_not_disturb_each_other() -> None:
     runtime.run(main)
 
 
-def test_leaves_that_the_guest_was_not_told_of_are_refused() -> None:
+def test_leaves_that_the_guests_cpuid_does_not_list_are_refused() -> None:
     host = GuestHost()
     guest = host.guest(config={"features": SgxFeature.SGX1})
     page = guest.core.alloc(None, reclaim=False)
@@ -294,7 +294,7 @@ def test_leaves_by_registers_meet_the_host_as_typed_ones_do() -> None:
         ({"features": SgxFeature(0)}, Encls.ECREATE, "#UD"),
     ],
 )
-def test_what_the_guest_was_not_told_of_does_not_exist(
+def test_features_that_the_guests_cpuid_does_not_list_do_not_exist(
     changes: dict[str, object], leaf: int, fault: str
 ) -> None:
     guest = GuestHost()

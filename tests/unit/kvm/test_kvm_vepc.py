@@ -199,7 +199,7 @@ def test_remove_all_is_refused_while_a_processor_is_inside() -> None:
 
 
 @pytest.mark.parametrize("evicted", ["nothing", "a child", "children", "children and SECS"])
-def test_a_secs_whose_file_is_closed_lives_until_its_last_child_is_gone(evicted: str) -> None:
+def test_a_secs_of_a_closed_file_exists_until_its_last_child_is_freed(evicted: str) -> None:
     host, guest, made = apart()
     first, second = guest.guest.mappings
     secs, children = guest.secs(made.enclave), _children(guest, made)

@@ -132,7 +132,7 @@ def test_what_another_user_asks_is_not_answered(
         assert client.recv(1) == b""
 
 
-def test_clients_that_do_not_read_delay_nobody(server: StatusServer) -> None:
+def test_clients_that_do_not_read_delay_no_other(server: StatusServer) -> None:
     silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
     for client in silent:
         client.connect(str(server.path))

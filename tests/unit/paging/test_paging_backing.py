@@ -96,7 +96,7 @@ def test_two_pins_see_the_same_bytes(make: Callable[[int | None], BackingFile]) 
     backing.close()
 
 
-def test_bytes_nobody_marked_dirty_are_lost_under_pressure() -> None:
+def test_bytes_not_marked_dirty_are_lost_under_pressure() -> None:
     backing = MemoryBacking()
     page = backing.pin(0, create=True)
     page.data[0] = 1

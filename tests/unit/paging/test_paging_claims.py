@@ -87,7 +87,9 @@ def test_instructions_complete_on_threads() -> None:
 
 
 @pytest.mark.slow
-def test_without_turns_threads_rob_each_other_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_turns_threads_evict_each_others_pages_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The crowd is one that needs them."""
     monkeypatch.setattr(Claims, "_line_up", lambda *_arguments: None)
     with pytest.raises(AssertionError):  # a livelock of this runtime, or the patience of a thread
@@ -104,7 +106,7 @@ def test_pages_whose_versions_are_in_different_va_pages_come_together() -> None:
     encl.close()
 
 
-def test_one_groups_thrashing_refuses_nobody_in_another() -> None:
+def test_thrashing_in_one_group_refuses_no_allocation_in_another() -> None:
     runtime = SeededRuntime(0, step_limit=5_000_000)
     tree = Hierarchy(4 * NEEDED, runtime)
     tight, roomy = tree.make("tight"), tree.make("roomy")

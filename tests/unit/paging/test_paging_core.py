@@ -59,7 +59,7 @@ def alloc_like_a_fault(core: EpcCore, group: Group | None = None) -> SgxEpcPage:
 # --- what an allocation answers -------------------------------------------------------------------
 
 
-def test_nothing_reclaimable_is_no_memory_whoever_asks() -> None:
+def test_without_a_reclaimable_page_every_allocation_gets_no_memory() -> None:
     core = make_core()
     for _ in range(PAGES):
         core.alloc(None, reclaim=True)
@@ -70,7 +70,7 @@ def test_nothing_reclaimable_is_no_memory_whoever_asks() -> None:
     core.check_invariants()
 
 
-def test_who_may_not_reclaim_is_told_to_come_back() -> None:
+def test_an_allocation_that_may_not_reclaim_gets_busy() -> None:
     core = make_core()
     fill(core)
     with pytest.raises(EpcBusy):
@@ -78,7 +78,7 @@ def test_who_may_not_reclaim_is_told_to_come_back() -> None:
     assert core.counters.batches == 0
 
 
-def test_who_may_reclaim_gets_a_page_after_one_batch() -> None:
+def test_an_allocation_that_may_reclaim_gets_a_page_after_one_batch() -> None:
     core = make_core()
     fill(core)
     core.alloc(None, reclaim=True)
@@ -94,7 +94,7 @@ def test_a_pending_signal_ends_an_allocation_that_would_have_to_reclaim() -> Non
     assert core.counters.batches == 0
 
 
-def test_a_pending_signal_does_not_keep_anybody_from_a_free_page() -> None:
+def test_a_task_with_a_pending_signal_gets_a_free_page() -> None:
     make_core().alloc(None, reclaim=True, signal_pending=lambda: True)
 
 
@@ -204,7 +204,7 @@ def test_ksgxd_is_not_woken_when_nothing_can_be_reclaimed() -> None:
     runtime.run(main)
 
 
-def test_who_was_told_to_come_back_waits_until_it_is_worth_it() -> None:
+def test_a_busy_allocation_waits_until_a_retry_can_succeed() -> None:
     for seed in range(10):
         runtime = SeededRuntime(seed)
         core = make_core(runtime)
@@ -220,7 +220,7 @@ def test_who_was_told_to_come_back_waits_until_it_is_worth_it() -> None:
         core.check_invariants()
 
 
-def test_when_ksgxd_has_tried_everything_in_vain_the_answer_is_no_memory() -> None:
+def test_when_ksgxd_can_evict_no_page_the_answer_is_no_memory() -> None:
     runtime = SeededRuntime(1, step_limit=100_000)
     core = make_core(runtime)
 
@@ -234,7 +234,7 @@ def test_when_ksgxd_has_tried_everything_in_vain_the_answer_is_no_memory() -> No
     runtime.run(main)
 
 
-def test_without_ksgxd_whoever_waits_does_its_work() -> None:
+def test_without_ksgxd_a_waiting_task_does_its_work() -> None:
     core = make_core()
     fill(core)
     with pytest.raises(EpcBusy) as refused:
@@ -444,7 +444,7 @@ def test_defect_l5_counts_poisoned_pages_free() -> None:
 # --- freeing --------------------------------------------------------------------------------------
 
 
-def test_a_page_that_eremove_refuses_is_leaked_counted_and_told() -> None:
+def test_a_page_that_eremove_refuses_is_leaked_counted_and_traced() -> None:
     runtime = InlineRuntime()
     machine = make_machine(runtime=runtime)
     events: list[Event] = []
@@ -574,7 +574,7 @@ def test_a_last_resort_is_asked_before_no_memory() -> None:
         core.alloc(None, reclaim=True, group=group)
 
 
-def test_a_group_at_its_limit_is_reclaimed_by_ksgxd_for_those_who_may_not() -> None:
+def test_ksgxd_reclaims_a_group_at_its_limit_for_tasks_that_may_not() -> None:
     core = make_core()
     group = limited(core, 2)
 
@@ -653,7 +653,7 @@ def test_eviction_and_freeing_uncharge() -> None:
 # --- events ---------------------------------------------------------------------------------------
 
 
-def test_refusals_and_poison_are_told() -> None:
+def test_refusals_and_poison_are_reported() -> None:
     runtime = InlineRuntime()
     machine = make_machine(epc_pages=1, runtime=runtime)
     events: list[Event] = []

@@ -60,7 +60,7 @@ def calls_of_a_cycle(epc_pages: int, others: int) -> int:
     return calls
 
 
-def test_a_fault_costs_the_same_whatever_the_size_of_the_epc_and_the_number_of_enclaves() -> None:
+def test_the_cost_of_a_fault_does_not_depend_on_epc_size_or_number_of_enclaves() -> None:
     small = calls_of_a_cycle(1 << 12, 0)
     large = calls_of_a_cycle(1 << 24, 300)
     assert large == small, f"{large} calls, {small} in a small EPC"

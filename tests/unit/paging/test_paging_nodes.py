@@ -138,7 +138,7 @@ def test_a_cpu_on_a_node_without_epc_gets_an_answer_when_all_is_busy() -> None:
         core.alloc(None, reclaim=True, cpu_node=1)
 
 
-def test_defect_b17_looks_for_ever() -> None:
+def test_defect_b17_scans_without_end() -> None:
     runtime = SeededRuntime(0, step_limit=2000)
     core = numa_core(0, 2, runtime=runtime, defects=frozenset({Defect.NODE_WALK_WITHOUT_END}))
 

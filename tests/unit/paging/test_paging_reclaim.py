@@ -109,7 +109,7 @@ def test_at_most_a_batch_is_looked_at() -> None:
     assert scene.order() == ["16", "17", "18", "19"]
 
 
-def test_a_forced_batch_asks_nobody_about_use() -> None:
+def test_a_forced_batch_reads_no_accessed_bits() -> None:
     scene = Scene()
     owner = FakeOwner("", young=100)
     listed(scene.lru, owner)
@@ -117,7 +117,7 @@ def test_a_forced_batch_asks_nobody_about_use() -> None:
     assert "age" not in owner.log
 
 
-def test_fifo_asks_nobody_about_use() -> None:
+def test_fifo_reads_no_accessed_bits() -> None:
     scene = Scene(Fifo())
     owner = FakeOwner("", young=100)
     listed(scene.lru, owner)

@@ -146,7 +146,7 @@ def test_processors_are_interrupted_only_after_etrack_did_not_help() -> None:
     assert steps == ["etrack", "ipi"]
 
 
-def test_who_enters_after_etrack_does_not_keep_a_page_from_leaving() -> None:
+def test_a_processor_that_enters_after_etrack_does_not_delay_eviction() -> None:
     bench = Bench()
     encl = bench.enclave(2)
     encl.enter()
@@ -284,7 +284,7 @@ def test_a_slot_that_still_belongs_to_another_page_is_our_mistake() -> None:
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_whatever_backing_request_fails_no_page_is_lost() -> None:
+def test_no_page_is_lost_when_any_backing_request_fails() -> None:
     for nth in range(1, 200):
         bench = Bench(policy=Policy(batch_pages=4, scan_pages=4))
         backing = FailingBacking.at(MemoryBacking(), nth)
@@ -525,7 +525,7 @@ def test_many_enclaves_share_a_tiny_epc() -> None:
 # --- loss of power --------------------------------------------------------------------------------
 
 
-def test_after_loss_of_power_nothing_loads_nothing_leaks_and_nobody_complains() -> None:
+def test_after_loss_of_power_every_load_fails_and_no_page_leaks() -> None:
     bench = Bench()
     encl = bench.enclave(20)
     bench.evict(6)

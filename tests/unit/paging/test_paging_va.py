@@ -158,7 +158,7 @@ def test_a_slot_above_that_a_dead_enclave_left_is_used_again() -> None:
         encl.check()
 
 
-def test_a_va_page_that_somebody_needs_stays_although_it_was_prepared() -> None:
+def test_a_va_page_in_use_stays_although_it_was_prepared() -> None:
     core = bench(64)
     first, second = enclave(core, 2), enclave(core, 2, number=2)
     evict_all(core)

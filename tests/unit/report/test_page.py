@@ -109,7 +109,7 @@ def test_a_run_that_did_not_page_has_no_alarm() -> None:
     assert "class='warn'" not in body
 
 
-def test_first_touches_are_told_apart_from_reloads() -> None:
+def test_first_touches_are_distinguished_from_reloads() -> None:
     run = made_up(enclave_summary(1, busy=100))
     body = html_page(run, []).partition("<body>")[2]
     assert "<b>4,600</b><span>page faults: 100 first touches, 4,100 reloads, 400 others" in body

@@ -189,7 +189,7 @@ def test_a_trace_has_few_bytes_for_each_fault(tmp_path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES_A_FAULT * faults
 
 
-def test_a_missing_package_is_told_with_its_remedy(
+def test_a_missing_package_is_reported_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "perfetto.protos.perfetto.trace", None)

@@ -53,7 +53,7 @@ def test_counts_are_those_that_a_listener_hears() -> None:
     assert counted(story.summary(), *expected) == expected
 
 
-def test_counts_are_the_same_when_nobody_listens() -> None:
+def test_counts_are_the_same_without_a_tracer() -> None:
     names = ("evictions", "reloads", "ewb", "etrack", "ipi", "eenter", "aex", "fault_count")
     assert counted(told().summary(), *names) == counted(told(listen=True).summary(), *names)
 
@@ -106,14 +106,14 @@ def test_an_enclave_that_is_gone_stays_in_the_summary_as_it_was() -> None:
     assert after.resident_bytes == 0
 
 
-def test_enclaves_are_told_apart() -> None:
+def test_enclaves_are_distinguished() -> None:
     large, small = told().summary().enclaves
     assert (large.number, small.number) == (1, 2)
     assert (large.eenter, small.eenter) == (3, 1)
     assert large.reloads > small.reloads
 
 
-def test_a_file_that_never_became_an_enclave_is_not_told() -> None:
+def test_a_file_that_never_became_an_enclave_is_not_reported() -> None:
     story = Story()
     process = story.platform.process()
     process.open()

@@ -54,7 +54,7 @@ def test_a_race_is_replayed_on_another_runtime() -> None:
     other.close()  # the policy says that every step has happened
 
 
-def test_what_is_quiet_is_no_part_of_the_schedule() -> None:
+def test_quiet_code_is_no_part_of_the_schedule() -> None:
     runtime = SeededRuntime(0)
     lock = runtime.lock("l")
     with runtime.quiet(), lock:

@@ -401,7 +401,7 @@ def test_a_task_the_script_has_stopped_stays_where_it_is() -> None:
 # Time, limits.
 
 
-def test_virtual_time_jumps_to_the_next_sleeper_when_nobody_can_run() -> None:
+def test_virtual_time_jumps_to_the_next_sleeper_when_no_task_can_run() -> None:
     runtime = SeededRuntime(0)
     log: list[tuple[int, str]] = []
 
@@ -487,7 +487,7 @@ def test_a_livelock_is_reported_with_the_last_places_of_each_task() -> None:
 
 
 @pytest.mark.parametrize("policy", [Uniform(), Pct(3, 100), Uninterrupted()], ids=repr)
-def test_whoever_polls_and_yields_does_not_keep_others_from_running(policy: Policy) -> None:
+def test_a_task_that_polls_and_yields_does_not_keep_others_from_running(policy: Policy) -> None:
     def program(runtime: SeededRuntime) -> Callable[[], None]:
         def main() -> None:
             flag: list[int] = []

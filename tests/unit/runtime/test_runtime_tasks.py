@@ -44,7 +44,7 @@ def test_a_task_knows_its_name_and_a_second_of_the_name_gets_a_number(runtime: R
     assert sorted(names) == ["fault", "fault#2"]
 
 
-def test_join_raises_what_the_task_raised_and_close_then_does_not(runtime: Runtime) -> None:
+def test_join_raises_the_tasks_exception_and_close_then_does_not(runtime: Runtime) -> None:
     def main() -> None:
         task = runtime.spawn(boom, "bad")
         with pytest.raises(ValueError, match="boom"):
@@ -54,7 +54,7 @@ def test_join_raises_what_the_task_raised_and_close_then_does_not(runtime: Runti
     runtime.run(main)
 
 
-def test_close_raises_what_nobody_joined(runtime: Runtime) -> None:
+def test_close_raises_the_exception_of_a_task_that_was_not_joined(runtime: Runtime) -> None:
     with pytest.raises(ValueError, match="boom"):
         runtime.run(lambda: runtime.spawn(boom, "bad", daemon=True))
 

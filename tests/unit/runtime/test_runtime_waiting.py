@@ -176,7 +176,7 @@ def test_a_notification_wakes_every_waiter_and_none_keeps_the_lock(runtime: Runt
     assert state["woken"] == 3
 
 
-def test_a_wait_times_out_when_nobody_notifies(runtime: Runtime) -> None:
+def test_a_wait_times_out_without_a_notification(runtime: Runtime) -> None:
     def main() -> None:
         lock = runtime.lock("flag")
         condition = runtime.condition(lock)

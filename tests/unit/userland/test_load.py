@@ -177,7 +177,7 @@ def replace_field(sig: Any, **fields: Any) -> Any:
     return copy
 
 
-def test_a_missing_permission_is_told_before_any_page_is_added(platform: Platform) -> None:
+def test_a_missing_permission_is_reported_before_any_page_is_added(platform: Platform) -> None:
     image = sdk(provision_key=True)
     process = platform.process(may_provision=False)
     before = platform.core.free_pages

@@ -36,7 +36,7 @@ def test_the_chosen_pager_is_the_first_that_works() -> None:
         ("can_userfaultfd", "userfaultfd", "--security-opt seccomp=unconfined"),
     ],
 )
-def test_what_a_container_forbids_is_told_with_the_flag_that_allows_it(
+def test_an_operation_that_a_container_forbids_is_reported_with_the_flag_that_allows_it(
     monkeypatch: pytest.MonkeyPatch, probe: str, name: str, flag: str
 ) -> None:
     monkeypatch.setattr(MODULE, probe, lambda: False)

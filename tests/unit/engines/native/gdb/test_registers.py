@@ -67,7 +67,7 @@ def test_a_register_that_was_set_is_read_and_no_other_has_changed(
             assert file.get(other) == before.get(other), each.name
 
 
-def test_state_that_is_in_its_initial_configuration_reads_so_whatever_the_area_holds() -> None:
+def test_state_in_its_initial_configuration_reads_so_with_any_bytes_in_the_area() -> None:
     file = registers(b"\xff" * 512 + bytes(64) + b"\xff" * 256)
     assert file.get(NUMBER["fctrl"]) == bytes.fromhex("7f030000")
     assert file.get(NUMBER["mxcsr"]) == bytes.fromhex("801f0000")

@@ -79,7 +79,7 @@ class Ended:
     | st.binary(max_size=3),
     st.binary(max_size=20),
 )
-def test_whatever_gdb_sends_is_answered_or_refused(begin: bytes, rest: bytes) -> None:
+def test_any_packet_of_gdb_is_answered_or_refused(begin: bytes, rest: bytes) -> None:
     packet = begin + rest
     if packet[:5] == b"vFile" or packet[:5] == b"qRcmd":
         packet = packet.replace(b"open", b"")
@@ -101,7 +101,7 @@ def test_features_are_those_that_both_know() -> None:
     assert session.answer(b"vUnknown") == b""
 
 
-def test_the_end_of_a_process_is_told_by_status_or_signal() -> None:
+def test_the_end_of_a_process_is_reported_by_status_or_signal() -> None:
     session = Session(Ended())
     assert session.end_reply(7 << 8) == b"W07"
     assert session.end_reply(9) == b"X09"
@@ -194,7 +194,7 @@ def test_a_unix_socket_is_its_owners_and_goes_with_the_server(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", ["", "x", "host:", "70000", "-1", "localhost:x", "1:2:3"])
-def test_a_place_that_is_none_is_refused_in_a_line(place: str) -> None:
+def test_an_invalid_place_is_refused_in_a_line(place: str) -> None:
     with pytest.raises(SoftSgxError, match=r"^--gdb "):
         GdbServer(place)
 

@@ -264,7 +264,7 @@ def test_a_store_to_a_marked_page_takes_its_marks_away() -> None:
     memory.close()
 
 
-def test_a_forbidden_instruction_is_ud2_for_the_program_and_itself_for_everybody_else() -> None:
+def test_a_forbidden_instruction_is_ud2_for_the_program_and_unchanged_for_other_readers() -> None:
     memory, theirs = make_memory()
     store, page = NativeStore(), make_page(0, rwx=5)
     memory.forbidden = lambda data: [

@@ -110,7 +110,7 @@ def test_a_file_that_has_changed_is_searched_again(program: Program, searched: l
     assert len(searched) == 2
 
 
-def test_what_is_no_cpuid_any_more_stays(program: Program, searched: list[int]) -> None:
+def test_only_bytes_that_are_a_cpuid_are_replaced(program: Program, searched: list[int]) -> None:
     """A file may change without a trace: by a mapping, or on a file system without times."""
     program.write(256)
     code = NewCode()

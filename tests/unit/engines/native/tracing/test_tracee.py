@@ -97,7 +97,7 @@ def test_a_signal_that_waits_is_seen(thread: Thread) -> None:
     assert sorted(thread.waiting_signals()) == [signal.SIGUSR1, signal.SIGTERM]
 
 
-def test_what_a_signal_stop_told_is_still_known_after_an_injected_call(thread: Thread) -> None:
+def test_signal_information_of_a_stop_survives_an_injected_call(thread: Thread) -> None:
     os.kill(thread.tid, signal.SIGTERM)
     thread.resume()
     assert thread.wait().signal == signal.SIGTERM
@@ -202,7 +202,7 @@ def test_the_stop_of_a_fault_is_not_hidden_by_an_interrupt(thread: Thread, numbe
     assert not thread.fault_waits()
 
 
-def test_a_signal_that_somebody_sends_is_no_fault(thread: Thread) -> None:
+def test_a_signal_that_a_process_sends_is_no_fault(thread: Thread) -> None:
     os.kill(thread.tid, signal.SIGSEGV)
     thread.interrupt()
     thread.resume()

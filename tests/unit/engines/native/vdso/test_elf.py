@@ -134,7 +134,7 @@ def test_the_places_the_supervisor_needs_are_where_they_say(vdso: Vdso) -> None:
 
 
 @pytest.mark.parametrize("image", [b"", b"\x7fELF", b"no ELF at all" * 20, bytes(4096)])
-def test_an_image_that_is_none_has_no_symbols(image: bytes) -> None:
+def test_a_file_that_is_not_elf_has_no_symbols(image: bytes) -> None:
     assert read_symbols(image) == {}
 
 

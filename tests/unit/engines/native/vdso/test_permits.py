@@ -355,7 +355,7 @@ def test_threads_may_change_their_tcs() -> None:
     assert scene.crossings == (5, 3)
 
 
-def test_whoever_has_taken_over_a_tcs_has_left_its_own_before() -> None:
+def test_a_thread_that_takes_over_a_tcs_has_left_its_own_before() -> None:
     scene = Scene(2)
     one, other = scene.at(0), scene.at(1)
     for actor in (one, other):
@@ -376,7 +376,7 @@ def test_a_stop_that_only_crosses_leaves_the_permits_of_others() -> None:
     assert (one.slot.peek().state, other.slot.peek().state) == (OUT, OUT)
 
 
-def test_an_entry_that_stops_finds_whoever_is_inside_by_its_tcs() -> None:
+def test_an_entry_that_stops_finds_the_thread_inside_by_its_tcs() -> None:
     scene = Scene(2)
     scene.at(0).called_once().enter()
     scene.permits.stopped(scene.at(1).thread)
@@ -385,7 +385,7 @@ def test_an_entry_that_stops_finds_whoever_is_inside_by_its_tcs() -> None:
     assert inside is not None and inside.tcs_linaddr == scene.at(0).tcs
 
 
-def test_whoever_is_about_to_use_a_permit_is_stopped_when_it_ends() -> None:
+def test_a_thread_about_to_use_a_permit_is_stopped_when_it_ends() -> None:
     scene = Scene(2)
     actor = scene.at(0).called_once()
     actor.claim()
@@ -397,7 +397,7 @@ def test_whoever_is_about_to_use_a_permit_is_stopped_when_it_ends() -> None:
 
 
 @pytest.mark.parametrize("place", ["pushed", "popping", "popped", "added"])
-def test_whoever_is_stopped_before_the_entry_gives_up(place: str) -> None:
+def test_a_thread_stopped_before_the_entry_gives_it_up(place: str) -> None:
     scene = Scene()
     actor = scene.at().called_once()
     actor.claim()
@@ -417,7 +417,7 @@ def test_what_is_taken_off_the_stack_is_not_taken_off_twice() -> None:
     assert actor.regs.rip == BASE + VDSO.undo + 4
 
 
-def test_whoever_is_stopped_behind_the_entry_is_at_the_entry_point() -> None:
+def test_a_thread_stopped_behind_the_entry_is_at_the_entry_point() -> None:
     scene = Scene()
     actor = scene.at().called_once()
     actor.enter()
@@ -459,7 +459,7 @@ def stopped_in_stub(place: str) -> Actor:
 @pytest.mark.parametrize(
     "place", ["locked", "swapped", "owned", "saved", "spilled", "known", "tried", "refuse"]
 )
-def test_whoever_is_stopped_before_the_exit_is_in_front_of_it(place: str) -> None:
+def test_a_thread_stopped_before_the_exit_is_in_front_of_it(place: str) -> None:
     actor = stopped_in_stub(place)
     before = actor.slot.word("fs"), actor.slot.word("gs")
     if place == "tried":
@@ -472,7 +472,7 @@ def test_whoever_is_stopped_before_the_exit_is_in_front_of_it(place: str) -> Non
 
 
 @pytest.mark.parametrize("place", ["tried", "released", "restored"])
-def test_whoever_is_stopped_behind_the_exit_is_at_its_target(place: str) -> None:
+def test_a_thread_stopped_behind_the_exit_is_at_its_target(place: str) -> None:
     actor = stopped_in_stub(place)
     regs, slot = actor.regs, actor.slot
     slot.set("gate", CROSSING + OUT)

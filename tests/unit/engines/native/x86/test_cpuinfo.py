@@ -38,7 +38,7 @@ def rewritten(profile: str) -> dict[str, str]:
     }
 
 
-def test_who_the_processor_is_comes_from_cpuid() -> None:
+def test_the_processors_identity_comes_from_cpuid() -> None:
     found = rewritten("sgx2-server")
     assert found["vendor_id"] == "GenuineIntel"
     assert (found["cpu family"], found["model"], found["stepping"]) == ("6", "143", "8")

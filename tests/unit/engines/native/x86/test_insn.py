@@ -44,7 +44,7 @@ STORES = {
 
 
 @pytest.mark.parametrize(("code", "store", "name"), [(c, s, n) for c, (s, n) in STORES.items()])
-def test_a_store_is_told_from_a_load(code: str, store: bool, name: str) -> None:
+def test_a_store_is_distinguished_from_a_load(code: str, store: bool, name: str) -> None:
     raw = bytes.fromhex(code)
     insn = decode(raw)
     assert insn is not None
@@ -98,7 +98,7 @@ def test_the_c_library_decodes_into_the_same_instructions() -> None:
     assert compared > 10_000
 
 
-def test_whatever_the_bytes_are_an_instruction_is_no_longer_than_they_are() -> None:
+def test_an_instruction_is_never_longer_than_its_bytes() -> None:
     source = random.Random(7)
     for _ in range(20_000):
         code = source.randbytes(1 + source.randrange(15))

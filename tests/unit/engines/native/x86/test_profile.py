@@ -54,7 +54,7 @@ def view(profile: str = "sgx2-server", features: int = ALL, processors: int = 6)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_vendor_is_intels_whatever_machine_it_is(profile: str) -> None:
+def test_the_vendor_is_intel_on_any_machine(profile: str) -> None:
     cpuid = view(profile)
     highest, b, c, d = cpuid(0, 0)
     assert struct.pack("<3I", b, d, c) == b"GenuineIntel"
