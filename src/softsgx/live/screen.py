@@ -77,7 +77,7 @@ def sparkline(values: Iterable[float], width: int, *, ascii_only: bool = False) 
     """Return the last ``width`` values as one line, the highest of them as a full block.
 
     >>> sparkline([0, 1, 2, 4, 8], 4)
-    '▁▂▄█'
+    '▂▃▅█'
     """
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     shown = list(values)[-width:]
