@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from hypothesis import settings
+from tests.support import modes
 
 # No deadline: the time of one example says more about the load of the machine than about the code.
 settings.register_profile("softsgx", deadline=None)
@@ -14,7 +15,7 @@ settings.load_profile("softsgx")
 pytest_plugins = ["softsgx.host.pytest_plugin"]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let programs that tests start have the signals of a terminal, not those of a shell's jobs.
 
     A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT,
@@ -22,11 +23,22 @@ def pytest_configure() -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    mode = config.getoption("--native-mode")
+    if mode:
+        try:
+            modes.apply_everywhere(mode)
+        except ValueError as error:
+            raise pytest.UsageError(f"--native-mode: {error}") from None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="record tests/golden anew instead of comparing"
+    )
+    parser.addoption(
+        "--native-mode",
+        metavar="WORDS",
+        help=f"run programs of the native engine in other modes: {', '.join(modes.WORDS)}",
     )
 
 

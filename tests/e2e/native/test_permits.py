@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support import modes
 from tests.support.native import needs_tracing
 
 from softsgx.driver import Mm
@@ -28,6 +29,7 @@ from softsgx.runtime import InlineRuntime
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
     needs_tracing,
+    pytest.mark.skipif(modes.has("stops", "strict"), reason="there are no permits in this mode"),
 ]
 
 
@@ -147,6 +149,19 @@ def test_calls_of_threads_that_come_and_go_are_counted_exactly(
     assert handled > threads * rounds
     assert (enclave.eenter, enclave.eexit) == (made, made)
     assert enclave.aex == enclave.eresume
+
+
+@pytest.mark.parametrize("processes", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_crossing_counts_when_it_has_happened_also_of_threads_that_are_killed(
+    program: Program, processes: int
+) -> None:
+    assert program.run("killed", processes, 2000).exit_code == 0
+    begun, ended = program.printed()
+    enclaves = program.collector.enclaves()
+    assert len(enclaves) == processes
+    entries, exits = (sum(getattr(each, name) for each in enclaves) for name in ("eenter", "eexit"))
+    assert ended <= exits <= entries <= begun
+    assert begun - ended <= 2 * processes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 /* host FILE MODE …: what a thread has inside and behind EEXIT, and how often threads cross. */
 #include "sgx.h"
+#include <sched.h>
 
 /* What enclave code finds, and what is there behind EEXIT: everything in registers but XMM0-15. */
 enum { INSIDE = 18, OUTSIDE = 19, WORDS = INSIDE + OUTSIDE };
@@ -130,6 +131,42 @@ static void many(uint64_t threads, uint64_t rounds, uint64_t calls)
 	printf("%lu %lu\n", sum, handled);
 }
 
+/* Processes whose threads make calls until they are killed; what each has begun, and ended. */
+static volatile uint64_t (*lives)[2];
+static void *endless(void *arg)
+{
+	uint64_t n = (uint64_t)arg, who = n % 2;
+	volatile uint64_t *mine = lives[n];
+	struct run run;
+	for (uint64_t i = 0;; i++) {
+		mine[0]++;
+		CHECK(!call(who, PUT, data + i % data_pages * PAGE + 8 * who, i, 0, &run) && run.function == 4);
+		mine[1]++;
+	}
+}
+static void killed(uint64_t processes, uint64_t least)
+{
+	uint64_t begun = 0, ended = 0;
+	int status;
+	lives = mmap(NULL, processes * 32, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	CHECK(lives != MAP_FAILED);
+	for (uint64_t i = 0; i < processes; i++) {
+		pid_t child = fork();
+		CHECK(child >= 0);
+		if (!child) {
+			pthread_t other;
+			build();
+			CHECK(!pthread_create(&other, NULL, endless, (void *)(2 * i + 1)));
+			endless((void *)(2 * i));
+		}
+		while (lives[2 * i][1] < least + 37 * i || lives[2 * i + 1][1] < least) sched_yield();
+		CHECK(!kill(child, SIGKILL) && waitpid(child, &status, 0) == child && WTERMSIG(status) == SIGKILL);
+	}
+	for (uint64_t n = 0; n < 2 * processes; n++) begun += lives[n][0], ended += lives[n][1];
+	CHECK(begun - ended <= 2 * processes);
+	printf("%lu %lu\n", begun, ended);
+}
+
 int main(int argc, char **argv)
 {
 	CHECK(argc > 3);
@@ -142,6 +179,7 @@ int main(int argc, char **argv)
 	else if (!strcmp(argv[2], "astray")) astray();
 	else if (!strcmp(argv[2], "spoil")) spoil();
 	else if (!strcmp(argv[2], "go_on")) go_on();
+	else if (!strcmp(argv[2], "killed")) killed(numbers[0], numbers[1]);
 	else many(numbers[0], numbers[1], numbers[2]);
 	return 0;
 }

@@ -1,0 +1,69 @@
+"""Running the tests of the native engine in another mode than they ask for.
+
+``pytest tests/e2e --native-mode WORD[,WORD…]``: every program that a test starts by the engine, in
+this process or by the command ``softsgx``, runs
+
+``mprotect``     with that pager
+``userfaultfd``  likewise
+``stops``        without permits: each entry and each exit of an enclave stops
+``strict``       in strict mode, except under gdb
+
+Programs of other processes learn it from the environment (``sitecustomize.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["VARIABLE", "WORDS", "apply", "apply_everywhere", "has"]
+
+VARIABLE = "SOFTSGX_TEST_MODE"
+WORDS = ("mprotect", "userfaultfd", "stops", "strict")
+_PAGERS = {"mprotect", "userfaultfd"}
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parents[2]
+
+
+def apply_everywhere(mode: str) -> None:
+    """Let runs of this process, and of those that it starts, be in this mode.
+
+    Raises:
+        ValueError: a word is not known.
+    """
+    apply(mode)
+    paths = [str(_HERE), str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {VARIABLE: mode, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def apply(mode: str) -> None:
+    """Let runs of this process be in this mode.
+
+    Raises:
+        ValueError: a word is not known.
+    """
+    words = set(mode.split(","))
+    unknown = words - set(WORDS)
+    if unknown:
+        raise ValueError(f"{min(unknown)!r}: no mode; modes are {', '.join(WORDS)}")
+    supervisor: Any = import_module("softsgx.engines.native.supervisor")
+    if "stops" in words:
+        supervisor.can_cross_unseen = lambda: False
+    begin = supervisor.Supervisor.__init__
+
+    def begin_in_mode(self: Any, *arguments: Any, **named: Any) -> None:
+        for pager in words & _PAGERS:
+            named["pager"] = pager
+        instruments = named.get("instruments")
+        if "strict" in words and (instruments is None or instruments.gdb is None):
+            named["strict"] = True
+        begin(self, *arguments, **named)
+
+    supervisor.Supervisor.__init__ = begin_in_mode
+
+
+def has(*words: str) -> bool:
+    """Return whether the tests run in a mode with one of these words."""
+    return not set(os.environ.get(VARIABLE, "").split(",")).isdisjoint(words)
