@@ -15,7 +15,7 @@ from typing import Any
 
 from softsgx.cli._common import discard, size_as_written, tell
 from softsgx.cli._signals import EndedBySignal
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, RunResult, doctor, libc
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor, libc
 from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import PROFILES, PlatformConfig
 from softsgx.report import CpuTimes
@@ -100,16 +100,16 @@ def program_of(args: argparse.Namespace, verb: str) -> list[str]:
     return argv
 
 
-def status_of(result: RunResult) -> int:
+def status_of(exit_code: int) -> int:
     """Return the program's exit status.
 
     Raises:
         EndedBySignal: a signal has ended the program, and ends the command.
     """
-    if result.exit_code < 0:
+    if exit_code < 0:
         libc.set_dumpable(False)  # the core to look at is the program's
-        raise EndedBySignal(-result.exit_code)
-    return result.exit_code
+        raise EndedBySignal(-exit_code)
+    return exit_code
 
 
 def check_machine() -> None:

@@ -100,6 +100,14 @@ class TraceFile:
                 self._give_up(failure)
         return 0
 
+    def grow_enclave(self, number: int, pages: int) -> None:
+        """As :meth:`TraceWriter.grow_enclave`."""
+        if self._writer is not None:
+            try:
+                self._writer.grow_enclave(number, pages)
+            except SoftSgxError as failure:
+                self._give_up(failure)
+
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """As :meth:`TraceWriter.append`."""
         if self._writer is not None:

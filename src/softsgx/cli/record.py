@@ -10,6 +10,7 @@ Examples:
   softsgx plan app.trace                          how much EPC it needs
   softsgx record --interval 50ms -- ./app         fewer intervals: less overhead, coarser
   softsgx record --precision faults --epc 4MiB -- ./app
+  softsgx record --as-enclave -- sort big.txt     a program that is not ported yet
 
 The trace is written while the program runs; what was written stays readable if the command is
 killed.  It has numbers of pages and no bytes of them.
@@ -28,6 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.cli._as_enclave import (
+    describe_ordinary,
+    record_ordinary,
+    refuse_machine,
+    shell_status,
+)
 from softsgx.cli._common import log_told, tell
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
@@ -78,6 +85,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help=f"length of an interval: 1ms to 1s (default {_INTERVAL})",
     )
+    trace.add_argument(
+        "--as-enclave",
+        action="store_true",
+        help="of a program without enclaves: its memory counts as if it were enclosed",
+    )
     add_machine_arguments(parser, f"93.5MiB; {_FAULTS_EPC} with --precision faults")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -97,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
     argv = program_of(args, NAME)
     interval_ns = _interval_ns(args)
     check_libraries()
+    if args.as_enclave:
+        refuse_machine(args)
+        return _run_as_enclave(args, argv, interval_ns)
     with log_told(), ProgramSignals(frozenset()) as signals:
         check_machine()
         if args.epc is None and not args.config and args.precision == "faults":
@@ -109,9 +124,25 @@ def run(args: argparse.Namespace) -> int:
             result, mistakes = _run_recorded(args, argv, config, signals, trace, recorder)
             outputs.keep(path)
             _report(args, outputs, _document(argv, result, trace, recorder))
+    return _status(result.exit_code, mistakes)
+
+
+def _run_as_enclave(args: argparse.Namespace, argv: list[str], interval_ns: int) -> int:
+    with log_told(), ProgramSignals(frozenset()) as signals:
+        path = args.output or f"{Path(argv[0]).name}.trace"
+        with _outputs(args, path) as outputs:
+            trace = TraceFile(path, args.precision, shlex.join(argv), interval_ns)
+            result, mistakes = record_ordinary(argv, signals, trace, interval_ns)
+            outputs.keep(path)
+            document = {"format": _FORMAT, "command": argv, **describe_ordinary(result, trace)}
+            _report(args, outputs, document)
+    return _status(result.exit_code, mistakes)
+
+
+def _status(exit_code: int, mistakes: list[Exception]) -> int:
     for mistake in mistakes:
         tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
-    return FAILED if mistakes else status_of(result)
+    return FAILED if mistakes else status_of(exit_code)
 
 
 class _Watch:
@@ -188,7 +219,7 @@ def _document(
     return {
         "format": _FORMAT,
         "command": argv,
-        "exit_status": result.exit_code if result.exit_code >= 0 else 128 - result.exit_code,
+        "exit_status": shell_status(result.exit_code),
         "trace": {
             "file": trace.path,
             "complete": trace.is_complete,
@@ -242,6 +273,12 @@ def _lines(document: dict[str, Any]) -> list[str]:
         )
     if not trace["complete"]:
         lines.append(f"{trace['file']}: is not complete")
+    if "address_spaces" in document:
+        lines.insert(
+            1,
+            f"{document['pages']:,} pages ({document['pages'] * PAGE_BYTES / 2**20:,.1f} MiB) of "
+            f"private memory, at most {document['most_pages']:,} in one interval",
+        )
     if not trace["accesses"]:
         lines.append("the program has used no enclave; for an ordinary program: --as-enclave")
     else:

@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
         tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
     if mistakes:
         return FAILED
-    return status_of(result) or exceeded
+    return status_of(result.exit_code) or exceeded
 
 
 @contextmanager

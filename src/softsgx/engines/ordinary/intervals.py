@@ -49,6 +49,9 @@ class IntervalCounts:
         stores: faults of stores to pages that had been read before in the interval.
         pages: different pages that were accessed, of all address spaces together.
         most_pages: pages that were accessed in the interval that accessed most.
+        long: intervals that took more than twice their length, since the recorder had to wait for a
+            processor.
+        longest_ns: length of the longest interval.
         late: address spaces that a system call kept from being hidden at the end of an interval.
         hiding_ns: time for hiding pages.
         serving_ns: time for answering faults and stops.
@@ -60,6 +63,8 @@ class IntervalCounts:
     stores: int = 0
     pages: int = 0
     most_pages: int = 0
+    long: int = 0
+    longest_ns: int = 0
     late: int = 0
     hiding_ns: int = 0
     serving_ns: int = 0
@@ -152,6 +157,9 @@ class Intervals:
         """End the interval if it is over; return in how many seconds something is to do."""
         now_ns = self._clock()
         if self._due_ns and now_ns >= self._due_ns:
+            length_ns = now_ns - self._due_ns + self._interval_ns
+            self.counts.long += length_ns > 2 * self._interval_ns
+            self.counts.longest_ns = max(self.counts.longest_ns, length_ns)
             self.end_interval()
             self._late.update(self._traced)
             self._hide()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from softsgx.engines.native import abi, libc
@@ -24,10 +24,6 @@ from softsgx.engines.ordinary.spaces import Spaces
 __all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record_as_enclave"]
 
 
-class RecordFailed(AssertionError):
-    """Mistakes of ours have ended processes; the other processes continued."""
-
-
 def can_record() -> bool:
     """Return whether this process may have a userfaultfd for accesses of system calls."""
     try:
@@ -43,15 +39,30 @@ class AsEnclaveResult:
 
     Attributes:
         exit_code: the program's exit status, or -n when signal n ended it.
+        interval_ns: length of an interval.
         counts: what was recorded, and what it took.
         address_spaces: how many programs were executed, and copied by fork.
         wall_ns: how long the run took.
     """
 
     exit_code: int
+    interval_ns: int
     counts: IntervalCounts
     address_spaces: int
     wall_ns: int
+
+
+class RecordFailed(AssertionError):
+    """Mistakes of ours have ended processes; the other processes continued.
+
+    Attributes:
+        result: how the run ended.
+        errors: the mistakes, the earliest first.
+    """
+
+    def __init__(self, result: AsEnclaveResult, errors: Sequence[Exception]) -> None:
+        super().__init__("; ".join(map(repr, errors)))
+        self.result, self.errors = result, list(errors)
 
 
 def record_as_enclave(
@@ -62,6 +73,7 @@ def record_as_enclave(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stdio: tuple[int, int, int] | None = None,
+    started: Callable[[int], None] | None = None,
 ) -> AsEnclaveResult:
     """Run a program with all its children, and record the accesses of their private memory.
 
@@ -72,6 +84,7 @@ def record_as_enclave(
         env: the program's environment; by default that of this process.
         cwd: the program's working directory; by default that of this process.
         stdio: descriptors to be its standard input, output and error.
+        started: called with the program's process id before its first step.
 
     Raises:
         NotRun: the program cannot be started, or this machine lacks something the recorder needs.
@@ -80,13 +93,17 @@ def record_as_enclave(
     """
     limits, began_ns = raise_limits(), time.monotonic_ns()
     try:
-        return _Recorder(sink, interval_ns).run(argv, limits, began_ns, env, cwd, stdio)
+        recorder = _Recorder(sink, interval_ns, started)
+        return recorder.run(argv, limits, began_ns, env, cwd, stdio)
     finally:
         set_limits(limits)
 
 
 class _Recorder:
-    def __init__(self, sink: TraceSink, interval_ns: int) -> None:
+    def __init__(
+        self, sink: TraceSink, interval_ns: int, started: Callable[[int], None] | None
+    ) -> None:
+        self._started, self._interval_ns = started, interval_ns
         self._sink, self._waits = sink, Waits(keeps_exits=True)
         self._intervals = Intervals(interval_ns, sink)
         self._number = 0
@@ -110,10 +127,14 @@ class _Recorder:
             finally:
                 loop.close()
         self._intervals.end_interval()
-        if loop.failures.errors:
-            raise RecordFailed("; ".join(map(repr, loop.failures.errors)))
         wall_ns = time.monotonic_ns() - began_ns
-        return AsEnclaveResult(exit_code, self._intervals.counts, self._number, wall_ns)
+        result = AsEnclaveResult(
+            exit_code, self._interval_ns, self._intervals.counts, self._number, wall_ns
+        )
+        errors = loop.failures.errors
+        if errors:
+            raise RecordFailed(result, errors) from errors[0]
+        return result
 
     def _follow(
         self,
@@ -138,6 +159,8 @@ class _Recorder:
             return -ended.number
         first = ProgramThread(bare.tid, bare.tid, self._waits)
         try:
+            if self._started is not None:
+                self._started(first.pid)
             loop.adopt(first)
             loop.run()
         except Gone:

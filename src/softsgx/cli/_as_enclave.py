@@ -1,0 +1,85 @@
+"""``softsgx record --as-enclave``: ordinary programs, recorded as if they were enclosed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from softsgx.cli._signals import ProgramSignals
+from softsgx.cli._trace_file import TraceFile
+from softsgx.engines.ordinary import AsEnclaveResult, RecordFailed, record_as_enclave
+from softsgx.errors import SoftSgxError
+
+__all__ = ["describe_ordinary", "record_ordinary", "refuse_machine", "shell_status"]
+
+_OF_MACHINES = ("epc", "limit", "group", "profile", "config", "cpus", "pager", "strict")
+
+
+def refuse_machine(args: argparse.Namespace) -> None:
+    """Refuse options that describe an SGX machine, which an ordinary program does not use.
+
+    Raises:
+        SoftSgxError: which option was given.
+    """
+    for name in _OF_MACHINES:
+        if getattr(args, name):
+            raise SoftSgxError(f"--{name}: does not go with --as-enclave; leave one of them out")
+    if args.precision != "intervals":
+        raise SoftSgxError(f"--precision {args.precision}: does not go with --as-enclave")
+
+
+def record_ordinary(
+    argv: list[str], signals: ProgramSignals, trace: TraceFile, interval_ns: int
+) -> tuple[AsEnclaveResult, list[Exception]]:
+    """Run the program; return how it ended, and mistakes of ours."""
+
+    def started(pid: int) -> None:
+        signals.started(pid)
+        trace.open(0)
+
+    with signals.waiting(), trace:
+        try:
+            result = record_as_enclave(argv, trace, interval_ns=interval_ns, started=started)
+        except RecordFailed as failed:  # what was recorded is not all
+            trace.is_whole = False
+            return failed.result, failed.errors
+    return result, []
+
+
+def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, Any]:
+    """Return what ``--json`` writes of the run."""
+    counts, size = result.counts, trace.size_bytes()
+    spent_ns = counts.hiding_ns + counts.serving_ns
+    return {
+        "exit_status": shell_status(result.exit_code),
+        "address_spaces": result.address_spaces,
+        "pages": counts.pages,
+        "most_pages": counts.most_pages,
+        "trace": {
+            "file": trace.path,
+            "complete": trace.is_complete,
+            "precision": trace.precision,
+            "interval_seconds": result.interval_ns / 1e9,
+            "epc_bytes": 0,
+            "enclaves": result.address_spaces,
+            "accesses": counts.accesses,
+            "writes": counts.writes,
+            "bytes": size,
+            "bytes_per_access": round(size / counts.accesses, 3) if counts.accesses else None,
+        },
+        "overhead": {
+            "wall_seconds": round(result.wall_ns / 1e9, 6),
+            "hiding_seconds": round(counts.hiding_ns / 1e9, 6),
+            "serving_seconds": round(counts.serving_ns / 1e9, 6),
+            "share_of_wall": round(spent_ns / result.wall_ns, 6) if result.wall_ns else 0.0,
+            "faults": counts.accesses + counts.stores,
+            "intervals": counts.intervals,
+            "late_intervals": counts.long,
+            "longest_interval_seconds": round(counts.longest_ns / 1e9, 6),
+        },
+    }
+
+
+def shell_status(exit_code: int) -> int:
+    """Return the exit status that a shell reports."""
+    return exit_code if exit_code >= 0 else 128 - exit_code

@@ -1,0 +1,72 @@
+"""``softsgx record --as-enclave``: output, trace and refusals of the command.
+
+Goal: the program's output and status are the command's, and the file has what the summary says.
+Method: the command in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.native import needs_tracing
+
+from softsgx.engines.ordinary import can_record
+
+pytest.importorskip("pyarrow")
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not can_record(), reason="needs userfaultfd for accesses of system calls"),
+    needs_tracing,
+]
+
+
+def command(*arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    argv = [sys.executable, "-m", "softsgx", "record", "--as-enclave", *arguments]
+    return subprocess.run(argv, input=given, capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_trace_has_what_the_summary_says_and_the_output_is_the_program_s(
+    tmp_path: Path,
+) -> None:
+    from softsgx.accesses import read_trace
+
+    trace, summary = tmp_path / "sort.trace", tmp_path / "sort.json"
+    lines = b"".join(b"%d\n" % (number * 7919 % 10007) for number in range(3000))
+    done = command("-o", str(trace), "--json", str(summary), "--", "sort", "-n", given=lines)
+    assert done.returncode == 0
+    assert done.stdout == b"".join(sorted(lines.splitlines(keepends=True), key=int))
+    told, found = json.loads(summary.read_bytes()), read_trace(trace)
+    assert found.info.complete
+    assert found.info.precision == "intervals"
+    assert [(each.name, each.pages > 0) for each in found.info.enclaves] == [("sort", True)]
+    assert told["trace"]["accesses"] == len(found.accesses.pages)
+    assert told["pages"] == len(set(found.accesses.pages.tolist()))
+    assert told["trace"]["writes"] == int(found.accesses.writes.sum())
+    assert b"pages" in done.stderr
+
+
+def test_the_program_s_exit_status_is_the_command_s(tmp_path: Path) -> None:
+    done = command("-o", str(tmp_path / "trace"), "--quiet", "--", "/bin/sh", "-c", "exit 5")
+    assert (done.returncode, done.stderr) == (5, b"")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--pager", "mprotect"], b"--pager: does not go with --as-enclave"),
+        (["--strict"], b"--strict: does not go with --as-enclave"),
+        (["--interval", "2s"], b"--interval"),
+    ],
+)
+def test_options_of_a_machine_are_refused(options: list[str], text: bytes) -> None:
+    done = command(*options, "--", "/bin/true")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"softsgx: ")
+    assert text in done.stderr
+    assert done.stderr.count(b"\n") == 1
