@@ -113,6 +113,9 @@ class Half:
                     result = self.try_ewb(info, target, slot)
                 case "try_eldu":
                     result = self.try_eldu(info, target, slot)
+                case "lock":
+                    self.lock(step)
+                    result = Status.SUCCESS
                 case "enter":
                     self.inside.append(count_in(self.enclave))
                     result = Status.SUCCESS
@@ -125,6 +128,14 @@ class Half:
         except Fault as fault:
             return str(fault)
         return f"{Status(result).name} {info.linaddr:#x}"
+
+    def lock(self, step: Step) -> None:
+        """Another leaf takes a lock, or gives it back."""
+        if step.slot:
+            page = self.page((SECS, VA, FIRST + step.page)[step.buffer])
+            page.lock = 0 if page.lock else (-1, 1)[step.slot - 1]
+        else:
+            self.enclave.tracking_lock = not self.enclave.tracking_lock
 
     def state(self) -> list[object]:
         """Everything that a leaf could have changed."""
@@ -156,7 +167,18 @@ class Step:
 pages = st.integers(0, PAGES - 1)
 
 
-LEAVES = ["eblock", "etrack", "ewb", "try_ewb", "eldu", "try_eldu", "eremove", "enter", "leave"]
+LEAVES = [
+    "eblock",
+    "etrack",
+    "ewb",
+    "try_ewb",
+    "eldu",
+    "try_eldu",
+    "eremove",
+    "lock",
+    "enter",
+    "leave",
+]
 
 
 @st.composite
@@ -197,7 +219,11 @@ def fitting(draw: st.DrawFn) -> list[Step]:
         )
     )
     slot = draw(st.sampled_from([page, page, 0]))  # 0: now and then occupied by another page
-    return [Step(call, page, page, slot, page, SECS, None, 0) for call in calls]
+    to = draw(st.sampled_from([page, page, 0]))  # 0: now and then in use by another page
+    return [
+        Step(call, to if call.endswith("eldu") else page, page, slot, page, SECS, None, 0)
+        for call in calls
+    ]
 
 
 @pytest.mark.slow

@@ -473,6 +473,7 @@ class Half:
             defects=frozenset(),
         )
         self.reserved: dict[int, Any] = {}
+        self.writes = 0
 
     def do(self, kind: str, index: int) -> object:
         file, reserved = self.file, self.reserved
@@ -483,8 +484,11 @@ class Half:
                 case "write" if index in reserved:
                     pinned = reserved.pop(index)
                     pinned.data[:] = bytes([index + 1]) * PAGE_BYTES
-                    secinfo = SecInfo.of(PageType.REG, index % 8)
-                    pcmd = Pcmd(secinfo=secinfo, enclave_id=index, mac=bytes([index]) * 16)
+                    self.writes += 1
+                    # Mostly R W, and seldom the same twice: what is kept once for all pages.
+                    secinfo = SecInfo.of(PageType.REG, (3, 3, 1, 3, 5)[self.writes % 5])
+                    eid = 1 + (self.writes % 7 == 0)
+                    pcmd = Pcmd(secinfo=secinfo, enclave_id=eid, mac=bytes([index]) * 16)
                     pinned.pcmd_bytes[:] = pcmd.pack()
                     file.written(pinned)
                 case "cancel" if index in reserved:
