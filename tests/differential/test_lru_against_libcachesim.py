@@ -29,7 +29,7 @@ def simulated_misses(trace: Trace, pages: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("epc_pages", [28, 36, 48, 96])
 def test_misses_equal_the_simulators_and_the_data_is_what_was_written(epc_pages: int) -> None:
-    trace = TRACE if epc_pages >= 48 else TRACE[:20000]
+    trace = TRACE[: 60_000 if epc_pages >= 48 else 20_000]
     with Platform(epc=epc_pages * 4096, policy="lru") as platform:
         replay = Replay(platform, TRACE.used_pages)
         result = replay.run(trace)
