@@ -366,6 +366,10 @@ static void names(void)
 	CHECK(readlink(link, text, sizeof text) == 16 && !strcmp(text, "/dev/sgx_enclave"));
 	CHECK(open("/dev/sgx_enclave", O_RDWR | O_CREAT | O_EXCL, 0600) < 0 && errno == EEXIST);
 	CHECK(fcntl(one, F_GETFD) == 0 && (fcntl(open("/dev/sgx_enclave", O_RDWR | O_CLOEXEC), F_GETFD) & FD_CLOEXEC));
+	int yes = 1;
+	CHECK(!ioctl(one, FIOCLEX) && fcntl(one, F_GETFD) == FD_CLOEXEC && !ioctl(one, FIONCLEX) && fcntl(one, F_GETFD) == 0);
+	CHECK(!ioctl(one, FIONBIO, &yes) && (fcntl(one, F_GETFL) & O_NONBLOCK) && ioctl(one, TCGETS, text) == -1 && errno == ENOTTY);
+	CHECK(!fcntl(one, F_SETFL, 0) && fcntl(one, F_GET_SEALS) == -1 && errno == EINVAL);
 	uint64_t zero[5] = {0};
 	CHECK(ioctl(one, 0xc028a405, zero) == -1 && errno == EINVAL);
 	CHECK(ioctl(one, 0x4008a4ff, zero) == -1 && errno == ENOTTY);

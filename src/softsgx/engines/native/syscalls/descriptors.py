@@ -134,9 +134,12 @@ class DeviceDescriptors:
         return -EBADF if device.mode == abi.O_RDONLY else -ENODEV
 
     def _fcntl(self, thread: ProgramThread) -> int | None:
-        if thread.regs.rsi & _INT32 in (abi.F_DUPFD, abi.F_DUPFD_CLOEXEC):
+        command = thread.regs.rsi & _INT32
+        if command in (abi.F_DUPFD, abi.F_DUPFD_CLOEXEC):
             return self._duplicate(thread)
-        return self._refuse_with(EINVAL)(thread)
+        if command in (abi.F_ADD_SEALS, abi.F_GET_SEALS):
+            return self._refuse_with(EINVAL)(thread)
+        return None  # flags of descriptors, locks: the same for the memory file
 
     def _duplicate(self, thread: ProgramThread) -> int | None:
         descriptor = thread.regs.rdi & _INT32

@@ -32,6 +32,8 @@ __all__ = ["EnclaveIoctls"]
 #: Every filter makes each system call slower; enclaves beyond this number have none.
 _MOST_GUARDED = 64
 
+_TYPE, _SGX_TYPE = 0xFF00, 0xA400
+
 
 class EnclaveIoctls:
     """See the module.
@@ -67,8 +69,13 @@ class EnclaveIoctls:
         self._cpuid_faults, self._xcr0, self._areas = cpuid_faults, xcr0, areas
 
     def ioctl(self, thread: ProgramThread) -> int | None:
-        """Do the ioctl of ``thread``; return ``None`` if its descriptor is no device."""
+        """Do the ioctl of ``thread``; return ``None`` if its descriptor is no device.
+
+        Commands of other types, as FIOCLEX, are the kernel's.  They stop in strict mode only.
+        """
         regs = thread.regs
+        if regs.rsi & _TYPE != _SGX_TYPE:
+            return None
         device = self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF)
         if device is None:
             return None
