@@ -32,6 +32,7 @@ from softsgx.paging import (
     FlatBacking,
     LoadFailed,
     MemoryBacking,
+    Prefetching,
     SgxEpcPage,
     SwapEntry,
 )
@@ -439,6 +440,60 @@ def test_a_page_of_a_killed_enclave_is_not_blocked(optimised: bool) -> None:
     assert page.prepare()
     enclave.kill()
     assert page.block() and not epc.blocked
+    assert page.write() and page.epc is None and page.entry is None
+    assert not world.system.epcm(epc.addr).valid
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_of_a_killed_enclave_is_not_prepared_but_leaves(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    epc = page.epc
+    assert epc is not None and epc.lru is not None and epc.lru.isolate_page(epc)
+    enclave.kill()
+    assert page.prepare() and page.reservation is None and page.being_reclaimed
+    assert page.block() and page.write() and page.epc is None
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_page_is_marked_from_its_reservation_until_it_is_written(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    epc = page.epc
+    assert epc is not None and epc.lru is not None and epc.lru.isolate_page(epc)
+    assert page.prepare() and page.being_reclaimed and page.reservation is not None
+    assert page.block() and page.being_reclaimed
+    assert page.write() and not page.being_reclaimed and page.reservation is None
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_fault_beyond_what_a_page_allows_is_refused(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    process, enclave = world.actor.process, world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.epc is not None and world.system.core.evict(page.epc)
+    page.max_prot = 0  # as if the mapping had been made before the page was restricted
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.SIGBUS
+    assert page.entry is not None and enclave.counts.faults["refused"] == 1
+    page.max_prot = 3
+    enclave.kill()
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.SIGBUS
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_fault_loads_what_the_policy_wants_ahead(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    core, process = world.system.core, world.actor.process
+    core.policy = Prefetching(window_pages=2)
+    enclave = world.system.driver.enclaves[0]
+    pages = [page for page in enclave.pages.values() if page.kind is PageType.REG][-3:]
+    for page in pages:
+        assert page.epc is not None and core.evict(page.epc)
+    assert process.mm.fault(pages[0].linaddr, 1, process) is FaultResult.NOPAGE
+    assert [page.epc is not None for page in pages] == [True, True, True]
+    assert enclave.counts.reloads == 3 and not pages[1].touched
 
 
 @pytest.mark.parametrize("optimised", [True, False])

@@ -132,6 +132,8 @@ class Transitions:
         if inside:
             self._breakpoints.stopped(thread)
         info = thread.siginfo()
+        if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
+            return self._enclave.page_fault(thread, info.addr, info.code)
         if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:  # sent by a process
             if inside:
                 thread.load()
@@ -152,8 +154,6 @@ class Transitions:
             regs = thread.load()
             if thread.image.page_table.is_marked(regs.rip):
                 return self._enclave.enclu(thread)
-        if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
-            return self._enclave.page_fault(thread, info.addr, info.code)
         thread.load()
         if inside:
             return self._enclave.signal(thread, number, info)

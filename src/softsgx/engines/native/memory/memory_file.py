@@ -376,11 +376,15 @@ class EnclaveMemory:
 def runs(pages: list[int]) -> list[tuple[int, int]]:
     """Return (start, end) of each run of adjacent pages; ``pages`` rise."""
     found: list[tuple[int, int]] = []
+    start = end = -1
     for page in pages:
-        if found and found[-1][1] == page:
-            found[-1] = found[-1][0], page + PAGE_BYTES
-        else:
-            found.append((page, page + PAGE_BYTES))
+        if page != end:
+            if end >= 0:
+                found.append((start, end))
+            start = page
+        end = page + PAGE_BYTES
+    if end >= 0:
+        found.append((start, end))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from softsgx.arch import EpcAddr, PageType
-from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.memory.memory_file import EnclaveMemory, runs
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.hw import EpcPage
@@ -93,3 +93,12 @@ def test_the_parts_of_a_range_are_those_without_another_memory_file(scene: Scene
     assert parts((0x3000, 0x4000, other)) == [(0x2000, 0x3000), (0x4000, 0x6000)]
     assert parts((0x5000, 0x9000, other)) == [(0x2000, 0x5000)]
     assert parts((0, 0x8000, other)) == []
+
+
+def test_adjacent_pages_are_one_run() -> None:
+    assert runs([]) == []
+    assert runs([0, 0x1000, 0x3000, 0x5000, 0x6000]) == [
+        (0, 0x2000),
+        (0x3000, 0x4000),
+        (0x5000, 0x7000),
+    ]
