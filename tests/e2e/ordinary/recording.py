@@ -47,14 +47,15 @@ def compile_program(directory: Path, name: str, *options: str) -> str:
 
 
 def record(
-    argv: list[str], *, interval_ms: float = 10, given: bytes = b""
+    argv: list[str], *, interval_ms: float = 10, epc: int = 0, given: bytes = b""
 ) -> tuple[AsEnclaveResult, bytes, Recorded]:
     """Record a program in a process of its own; return how it ended, its output, what was recorded.
 
     A thread of pytest would take the signals that wake the recorder.
     """
     with tempfile.TemporaryFile() as answer:
-        command = [sys.executable, __file__, str(answer.fileno()), str(interval_ms), *argv]
+        numbers = str(answer.fileno()), str(interval_ms), str(epc)
+        command = [sys.executable, __file__, *numbers, *argv]
         done = subprocess.run(
             command,
             input=given,
@@ -71,12 +72,13 @@ def record(
 
 
 def _main() -> None:
-    answer, interval_ms, *argv = sys.argv[1:]
+    answer, interval_ms, epc, *argv = sys.argv[1:]
     os.set_inheritable(int(answer), False)
     recorded = Recorded()
     found: object
     try:
-        result = record_as_enclave(argv, recorded, interval_ns=int(float(interval_ms) * MS))
+        interval_ns = int(float(interval_ms) * MS)
+        result = record_as_enclave(argv, recorded, interval_ns=interval_ns, epc=int(epc) or None)
         found = result, recorded.enclaves, recorded.accesses
     except NotRun as error:
         found = error

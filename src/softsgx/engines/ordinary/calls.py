@@ -30,7 +30,7 @@ from softsgx.engines.ordinary.space import AddressSpace, Hold
 __all__ = ["CALLS", "Calls"]
 
 _NO_FILE = (1 << 64) - 1
-_MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
+_MREMAP_FIXED, _MCL_FUTURE = 2, 2
 _DISCARDS = frozenset(
     {abi.MADV_DONTNEED, abi.MADV_DONTNEED_LOCKED, abi.MADV_FREE, abi.MADV_GUARD_INSTALL}
 )
@@ -50,6 +50,7 @@ class Calls:
             abi.SYS_BRK: self._brk,
             abi.SYS_MADVISE: self._madvise,
             abi.SYS_PROCESS_MADVISE: self._process_madvise,
+            abi.SYS_MLOCKALL: self._mlockall,
             abi.SYS_CLONE: self._clone,
             abi.SYS_CLONE3: self._clone3,
             abi.SYS_FORK: self._fork,
@@ -87,7 +88,8 @@ class Calls:
                 kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
                 space.resident.syscall(abi.SYS_MMAP, start, length, prot, kind, _NO_FILE, 0)
             space.register(start, end)
-            space.adopt(start, end)
+            if flags & (abi.MAP_POPULATE | abi.MAP_LOCKED) or space.locks_memory:
+                space.adopt(start, end)
 
         self._watch(thread, space, done, *([(address, address + length)] if fixed else []))
 
@@ -108,7 +110,8 @@ class Calls:
             after = _rounded(result)
             if before and after > before:
                 space.register(before, after)
-                space.adopt(before, after)
+                if space.locks_memory:
+                    space.adopt(before, after)
             elif after < before:
                 space.unmapped(after, before)
 
@@ -128,12 +131,13 @@ class Calls:
                 space.unmapped(old + new_length, old + max(old_length, new_length))
                 space.unmapped(result, result + new_length)
                 space.move(old, old + min(old_length, new_length), result)
-            # The kernel reports no faults in what it has moved.
+            # The kernel reports no faults in what it has moved, before it is registered again.
             for start, end in private_memory(thread.tid):
                 if start <= result < end:
                     space.register_anew(result, result + new_length)
 
         target = [(new, new + new_length)] if flags & _MREMAP_FIXED else []
+        space.before_move(old, old + old_length)
         self._watch(thread, space, done, (old, old + old_length), *target)
 
     def _madvise(self, thread: ProgramThread, space: AddressSpace) -> None:
@@ -169,6 +173,14 @@ class Calls:
         if thread.regs.r10 & 0xFFFF_FFFF not in _REMOTE_ADVICE:
             thread.skip_syscall(-EINVAL)
 
+    def _mlockall(self, thread: ProgramThread, space: AddressSpace) -> None:
+        future = bool(thread.regs.rdi & _MCL_FUTURE)
+
+        def done(result: int) -> None:
+            space.locks_memory |= future and not result
+
+        self._watch(thread, space, done)
+
     # --- tasks ----------------------------------------------------------------------------------
 
     def _clone(self, thread: ProgramThread, space: AddressSpace) -> None:
@@ -192,19 +204,17 @@ class Calls:
         The kernel accesses memory in its name before it stops: it may write its id, and accesses
         its restartable sequences, rseq(2).
         """
-        if flags & abi.CLONE_CHILD_SETTID:
-            # In a copied address space the kernel does not report faults before it is registered.
-            space.make_writable(tid_at >> _SHIFT)
-        rseq_at = thread.rseq_at()
-        if rseq_at:
-            space.make_writable(rseq_at >> _SHIFT)
+        tid_written_at = tid_at if flags & abi.CLONE_CHILD_SETTID else 0
+        pages = {at >> _SHIFT for at in (tid_written_at, thread.rseq_at()) if at}
+        thread.holds = Hold(space, pins=pages)
+        for page in pages:
+            space.make_writable(page)
         thread.cleared_by_child = tid_at if flags & abi.CLONE_CHILD_CLEARTID else 0
 
         def done(result: int) -> None:
             if result < 0:
                 thread.release()
 
-        thread.holds = Hold(space)
         thread.at_end = done
         thread.in_call = True
 
@@ -258,6 +268,6 @@ def _int32(value: int) -> int:
 CALLS = (
     *(abi.SYS_MMAP, abi.SYS_MUNMAP, abi.SYS_MREMAP, abi.SYS_BRK, abi.SYS_MADVISE),
     *(abi.SYS_PROCESS_MADVISE, abi.SYS_CLONE, abi.SYS_CLONE3, abi.SYS_FORK, abi.SYS_VFORK),
-    abi.SYS_SET_TID_ADDRESS,
+    *(abi.SYS_SET_TID_ADDRESS, abi.SYS_MLOCKALL),
 )
 """The calls that have to stop, by number."""

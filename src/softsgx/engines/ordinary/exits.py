@@ -34,11 +34,12 @@ class Exits:
 
     def begin(self, thread: ProgramThread, space: AddressSpace) -> None:
         """A thread is stopped at the event of its exit; others have its address space, too."""
+        pages = _robust_pages(thread.tid, space)
         if thread.cleared_at:
-            space.make_writable(thread.cleared_at >> _SHIFT)
-        for page in _robust_pages(thread.tid, space):
+            pages.add(thread.cleared_at >> _SHIFT)
+        self._ending[thread.tid] = Hold(space, pins=pages)
+        for page in pages:
             space.make_writable(page)
-        self._ending[thread.tid] = Hold(space)
 
     def ended(self, tid: int) -> None:
         """A thread was reaped."""

@@ -4,8 +4,7 @@ An interval is a length of the program's own time: the time that the recorder ne
 does not count.  At its end every page is hidden.  While a system call changes mappings its address
 space is not hidden; that happens as soon as the call has ended.
 
-An address space is an enclave of the trace.  Pages are numbered in the order in which blocks of 2
-MiB are accessed first, so that numbers stay small and neighbours stay neighbours.
+An address space is an enclave of the trace.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.ordinary.numbers import PageNumbers
 from softsgx.engines.ordinary.space import AddressSpace
 
 __all__ = ["IntervalCounts", "Intervals", "TraceSink"]
 
-_BLOCK_SHIFT = 9
-_BLOCK_MASK = (1 << _BLOCK_SHIFT) - 1
 _RETRY_S = 0.001
 
 
@@ -45,6 +43,7 @@ class IntervalCounts:
     Attributes:
         intervals: intervals that had accesses.
         accesses: first accesses of pages in intervals.
+        shown: faults of pages that were not present, with a finite EPC; else 0.
         writes: those, with a store in the interval.
         stores: faults of stores to pages that had been read before in the interval.
         pages: different pages that were accessed, of all address spaces together.
@@ -59,6 +58,7 @@ class IntervalCounts:
 
     intervals: int = 0
     accesses: int = 0
+    shown: int = 0
     writes: int = 0
     stores: int = 0
     pages: int = 0
@@ -73,18 +73,12 @@ class IntervalCounts:
 class _Traced:
     """What the trace knows of one address space."""
 
-    __slots__ = ("blocks", "known", "number", "pages", "places")
+    __slots__ = ("known", "number", "numbers", "pages", "places")
 
-    def __init__(self, number: int) -> None:
-        self.number, self.pages = number, 0
-        self.blocks: dict[int, int] = {}
+    def __init__(self, number: int, numbers: PageNumbers) -> None:
+        self.number, self.numbers, self.pages = number, numbers, 0
         self.known: set[int] = set()
         self.places: dict[int, int] = {}
-
-    def page(self, page: int) -> int:
-        """Return the number that a page has in the trace."""
-        block = self.blocks.setdefault(page >> _BLOCK_SHIFT, len(self.blocks))
-        return block << _BLOCK_SHIFT | page & _BLOCK_MASK
 
 
 class Intervals:
@@ -115,7 +109,7 @@ class Intervals:
 
     def add(self, space: AddressSpace, number: int) -> None:
         """An address space is new; the trace has it as enclave ``number``."""
-        self._traced[space] = _Traced(number)
+        self._traced[space] = _Traced(number, space.numbers)
 
     def remove(self, space: AddressSpace) -> None:
         """An address space has ended."""
@@ -139,11 +133,15 @@ class Intervals:
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
         self.counts.stores += 1
+        if not self.note_written(space, page):
+            self.accessed(space, page, True)  # it was read before, and left present since
+
+    def note_written(self, space: AddressSpace, page: int) -> bool:
+        """Note a store to a page, if it is one of this interval; return whether it is."""
         place = self._traced[space].places.get(page)
-        if place is None:  # it was read in an interval before, whose end left it present
-            self.accessed(space, page, True)
-        else:
+        if place is not None:
             self._writes[place] = True
+        return place is not None
 
     # --- intervals ------------------------------------------------------------------------------
 
@@ -170,6 +168,13 @@ class Intervals:
             return _RETRY_S
         return max(self._due_ns - self._clock(), 0) / 1e9 if self._due_ns else None
 
+    def hand_over_if_due(self) -> float | None:
+        """End the interval if it is over, and hide nothing; return in how many seconds it is."""
+        now_ns = self._clock()
+        if self._due_ns and now_ns >= self._due_ns:
+            self.end_interval()
+        return max(self._due_ns - now_ns, 0) / 1e9 if self._due_ns else None
+
     def end_interval(self) -> None:
         """Hand over what was accessed since the last interval."""
         self._due_ns = 0
@@ -180,9 +185,9 @@ class Intervals:
         counts.most_pages = max(counts.most_pages, len(self._pages))
         records = zip(self._who, self._pages, self._writes, self._times, strict=True)
         for traced, page, write, time_ns in records:
-            number = traced.page(page)
+            number = traced.numbers.number(page)
             if number >= traced.pages:
-                traced.pages = (number | _BLOCK_MASK) + 1
+                traced.pages = traced.numbers.end
                 self._sink.grow_enclave(traced.number, traced.pages)
             if number not in traced.known:
                 traced.known.add(number)
@@ -202,7 +207,7 @@ class Intervals:
                 continue
             self._late.discard(space)
             try:
-                space.hide()
+                space.hide_all()
             except Gone:
                 continue  # the process is being killed
         self.counts.hiding_ns += self._clock() - began_ns

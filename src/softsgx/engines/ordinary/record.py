@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import Limits, raise_limits, set_limits
@@ -15,11 +15,15 @@ from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.calls import CALLS, Calls
 from softsgx.engines.ordinary.contents import Contents
+from softsgx.engines.ordinary.epc import Epc, EpcStore
 from softsgx.engines.ordinary.intervals import IntervalCounts, Intervals, TraceSink
+from softsgx.engines.ordinary.loads import Loads
 from softsgx.engines.ordinary.loop import Loop
+from softsgx.engines.ordinary.pager import Pager, Unlimited
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.space import AddressSpace
 from softsgx.engines.ordinary.spaces import Spaces
+from softsgx.host import Platform, PlatformConfig
 
 __all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record_as_enclave"]
 
@@ -43,6 +47,9 @@ class AsEnclaveResult:
         counts: what was recorded, and what it took.
         address_spaces: how many programs were executed, and copied by fork.
         wall_ns: how long the run took.
+        epc_pages: pages of the EPC, 0 without one.
+        loads: pages that were brought into it.
+        evictions: pages that left it, encrypted.
     """
 
     exit_code: int
@@ -50,6 +57,9 @@ class AsEnclaveResult:
     counts: IntervalCounts
     address_spaces: int
     wall_ns: int
+    epc_pages: int = 0
+    loads: int = 0
+    evictions: int = 0
 
 
 class RecordFailed(AssertionError):
@@ -69,7 +79,8 @@ def record_as_enclave(
     argv: Sequence[str],
     sink: TraceSink,
     *,
-    interval_ns: int,
+    interval_ns: int = 0,
+    epc: int | str | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stdio: tuple[int, int, int] | None = None,
@@ -77,10 +88,14 @@ def record_as_enclave(
 ) -> AsEnclaveResult:
     """Run a program with all its children, and record the accesses of their private memory.
 
+    Without an EPC the trace has intervals.  With one the memory is really paged, and the trace has
+    each page that is brought into the EPC.
+
     Args:
         argv: program, looked up in PATH, and its arguments.
         sink: receives the accesses.
-        interval_ns: length of an interval, of the program's own time.
+        interval_ns: length of an interval, of the program's own time; without ``epc``.
+        epc: bytes, or text as "16MiB", of an EPC that the memory is paged in.
         env: the program's environment; by default that of this process.
         cwd: the program's working directory; by default that of this process.
         stdio: descriptors to be its standard input, output and error.
@@ -92,75 +107,100 @@ def record_as_enclave(
         RecordFailed: the program has ended, and we have made mistakes.
     """
     limits, began_ns = raise_limits(), time.monotonic_ns()
+    start = _Start(argv, limits, env, cwd, stdio, started)
+    contents = Contents()
     try:
-        recorder = _Recorder(sink, interval_ns, started)
-        return recorder.run(argv, limits, began_ns, env, cwd, stdio)
+        if epc is None:
+            intervals = Intervals(interval_ns, sink)
+            recorder = _Recorder(contents, Unlimited(contents), intervals, sink)
+            return recorder.result(recorder.run(start), interval_ns, began_ns)
+        store = EpcStore(contents)
+        with Platform(PlatformConfig.of(epc=epc), store=store) as platform:
+            pager = Epc(platform, store, contents)
+            recorder = _Recorder(contents, pager, Loads(pager, sink), sink)
+            exit_code = recorder.run(start)
+            if not recorder.errors:  # else counts may be wrong, and that is no news
+                platform.check()
+            counters = platform.core.counters
+            return replace(
+                recorder.result(exit_code, 0, began_ns),
+                epc_pages=platform.core.epc_pages,
+                loads=pager.loads,
+                evictions=counters.reclaimed,
+            )
     finally:
         set_limits(limits)
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    argv: Sequence[str]
+    limits: Limits
+    env: Mapping[str, str] | None
+    cwd: str | None
+    stdio: tuple[int, int, int] | None
+    started: Callable[[int], None] | None
+
+
 class _Recorder:
+    """One run.
+
+    Attributes:
+        errors: mistakes of ours.
+    """
+
     def __init__(
-        self, sink: TraceSink, interval_ns: int, started: Callable[[int], None] | None
+        self, contents: Contents, pager: Pager, intervals: Intervals, sink: TraceSink
     ) -> None:
-        self._started, self._interval_ns = started, interval_ns
-        self._sink, self._waits = sink, Waits(keeps_exits=True)
-        self._intervals = Intervals(interval_ns, sink)
+        self._sink, self._intervals = sink, intervals
+        self._waits = Waits(keeps_exits=True)
         self._number = 0
+        self.errors: list[Exception] = []
         self._spaces = Spaces(
-            self._waits, Contents(), self._intervals, self._begun, self._intervals.remove
+            self._waits, contents, pager, intervals, self._begun, intervals.remove
         )
 
-    def run(
-        self,
-        argv: Sequence[str],
-        limits: Limits,
-        began_ns: int,
-        env: Mapping[str, str] | None,
-        cwd: str | None,
-        stdio: tuple[int, int, int] | None,
-    ) -> AsEnclaveResult:
+    def run(self, start: _Start) -> int:
+        """Run the program to its end; return its exit status, or -n for signal n."""
         with self._waits.signals_blocked():
             loop = Loop(self._waits, self._spaces, Calls(), self._intervals)
             try:
-                exit_code = self._follow(loop, argv, limits, env, cwd, stdio)
+                return self._follow(loop, start)
             finally:
                 loop.close()
-        self._intervals.end_interval()
+                self.errors = loop.failures.errors
+                self._intervals.end_interval()
+
+    def result(self, exit_code: int, interval_ns: int, began_ns: int) -> AsEnclaveResult:
+        """Return how the run ended.
+
+        Raises:
+            RecordFailed: we have made mistakes.
+        """
         wall_ns = time.monotonic_ns() - began_ns
-        result = AsEnclaveResult(
-            exit_code, self._interval_ns, self._intervals.counts, self._number, wall_ns
-        )
-        errors = loop.failures.errors
-        if errors:
-            raise RecordFailed(result, errors) from errors[0]
+        counts = self._intervals.counts
+        result = AsEnclaveResult(exit_code, interval_ns, counts, self._number, wall_ns)
+        if self.errors:
+            raise RecordFailed(result, self.errors) from self.errors[0]
         return result
 
-    def _follow(
-        self,
-        loop: Loop,
-        argv: Sequence[str],
-        limits: Limits,
-        env: Mapping[str, str] | None,
-        cwd: str | None,
-        stdio: tuple[int, int, int] | None,
-    ) -> int:
+    def _follow(self, loop: Loop, start: _Start) -> int:
         try:
             bare = start_program(
-                argv,
+                start.argv,
                 build_calls_filter(CALLS),
                 self._waits,
-                env=env,
-                cwd=cwd,
-                stdio=stdio,
-                limits=limits,
+                env=start.env,
+                cwd=start.cwd,
+                stdio=start.stdio,
+                limits=start.limits,
             )
         except EndedEarly as ended:
             return -ended.number
         first = ProgramThread(bare.tid, bare.tid, self._waits)
         try:
-            if self._started is not None:
-                self._started(first.pid)
+            if start.started is not None:
+                start.started(first.pid)
             loop.adopt(first)
             loop.run()
         except Gone:

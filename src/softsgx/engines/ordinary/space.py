@@ -28,6 +28,8 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.memory_file import runs
 from softsgx.engines.ordinary.contents import Contents
 from softsgx.engines.ordinary.files import FileRanges
+from softsgx.engines.ordinary.numbers import PageNumbers
+from softsgx.engines.ordinary.pager import Pager
 from softsgx.engines.ordinary.resident import Resident
 from softsgx.engines.ordinary.userfaults import Userfaults
 
@@ -62,11 +64,14 @@ class Snapshot:
 class Hold:
     """Keeps an address space from being hidden, and faults in some ranges waiting, for a time."""
 
-    def __init__(self, space: AddressSpace, *changing: tuple[int, int]) -> None:
+    def __init__(
+        self, space: AddressSpace, *changing: tuple[int, int], pins: Iterable[int] = ()
+    ) -> None:
         self._space: AddressSpace | None = space
-        self._changing = changing
+        self._changing, self._pins = changing, tuple(pins)
         space.holds += 1
         space.changing += changing
+        space.pinned += self._pins
 
     def release(self) -> None:
         """The time is over; more than once does nothing."""
@@ -76,6 +81,8 @@ class Hold:
         space.holds -= 1
         for each in self._changing:
             space.changing.remove(each)
+        for page in self._pins:
+            space.pinned.remove(page)
         if self._changing:
             space.settle()
 
@@ -87,6 +94,7 @@ class AddressSpace:
         resident: our task in it.
         faults: its userfaultfd.
         contents: of hidden pages.
+        pager: has them while they are not in ``hidden``.
         accesses: is told of them.
         copy: what fork has copied.
 
@@ -94,10 +102,13 @@ class AddressSpace:
         present: whether each present page is written, by page number.
         hidden: the content of pages that the recorder has, also of clean present ones.
         files: the content of the others, where it is not zero.
+        numbers: of its pages in the trace.
+        pinned: pages that have to stay present.
         changing: ranges that system calls under way are changing: faults there wait.
         holds: how many things are under way that hiding pages could disturb.
         break_at: the program break, 0 while it is not known.
         wiped: pages that a child made by fork finds zero.
+        locks_memory: whether the kernel fills what it maps, by mlockall(2).
     """
 
     def __init__(
@@ -105,17 +116,21 @@ class AddressSpace:
         resident: Resident,
         faults: Userfaults,
         contents: Contents,
+        pager: Pager,
         accesses: Accesses,
         copy: Snapshot | None = None,
     ) -> None:
         self.resident, self.faults = resident, faults
-        self._contents, self._accesses = contents, accesses
+        self._contents, self._pager, self._accesses = contents, pager, accesses
+        self.numbers = PageNumbers()
         copy = copy or Snapshot()
         self.present, self.hidden, self.files = copy.present, copy.hidden, copy.files
         self.changing: list[tuple[int, int]] = []
+        self.pinned: list[int] = []
         self.holds = 0
         self.break_at = copy.break_at
         self.wiped: set[int] = set()
+        self.locks_memory = False
         self._postponed: list[tuple[int, int]] = []
 
     # --- faults ---------------------------------------------------------------------------------
@@ -135,10 +150,18 @@ class AddressSpace:
             self._take(flags, address)
 
     def _take(self, flags: int, address: int) -> None:
-        if self.changing and any(low <= address < high for low, high in self.changing):
+        if self._is_changing(address):
             self._postponed.append((flags, address))
         else:
             self._fault(flags, address)
+
+    def _is_changing(self, address: int) -> bool:
+        changing = self.changing
+        return bool(changing) and any(low <= address < high for low, high in changing)
+
+    def is_fixed(self, page: int) -> bool:
+        """Return whether a page must not be hidden now."""
+        return page in self.pinned or self._is_changing(page << _SHIFT)
 
     def _fault(self, flags: int, address: int) -> None:
         page = address >> _SHIFT
@@ -155,9 +178,10 @@ class AddressSpace:
 
     def show(self, page: int, write: bool) -> None:
         """Let a hidden page be present, where it is mapped: it is accessed."""
+        self._pager.need(self, page)
         content = self.hidden.get(page)
         if content is None:
-            content = self._load(page)
+            content = self._initial(page)
         if content is None:
             self.faults.poison(page << _SHIFT)
             return
@@ -166,14 +190,18 @@ class AddressSpace:
             self.present[page] = write or code == EEXIST
             self._accesses.accessed(self, page, write)
 
-    def _load(self, page: int) -> int | None:
-        """Return the content of a page that was not written; ``None``: its file has none."""
+    def first_bytes(self, page: int) -> bytes | None:
+        """Return what a page has that was not written; ``None``: it is behind the file's end."""
         part = self.files.find(page << _SHIFT)
         if part is None:
-            return self._contents.zero
-        data = part.file.page(part.offset + (page << _SHIFT) - part.start)
-        if data is None:
-            return None
+            return b""
+        return part.file.page(part.offset + (page << _SHIFT) - part.start)
+
+    def _initial(self, page: int) -> int | None:
+        """Return the content of a page that was not written, as :meth:`first_bytes`."""
+        data = self.first_bytes(page)
+        if not data:
+            return None if data is None else self._contents.zero
         content = self.hidden[page] = self._contents.store(data)
         return content
 
@@ -203,21 +231,30 @@ class AddressSpace:
 
     # --- hiding ---------------------------------------------------------------------------------
 
-    def hide(self) -> None:
+    def hide_all(self) -> None:
         """Hide every present page.
 
         Raises:
             Gone: the address space has ended.
         """
         assert not self.holds, "pages are hidden while a system call changes them"
-        pages = sorted(self.present)
+        self.hide(self.present)
+
+    def hide(self, some: Iterable[int]) -> None:
+        """Hide those of some pages that are present; see :meth:`is_fixed`.
+
+        Raises:
+            Gone: the address space has ended.
+        """
+        pages = sorted(page for page in some if page in self.present)
         if not pages:
             return
         written = [page << _SHIFT for page in pages if self.present[page]]
         for start, end in runs(written):
             self._save(start, end)
         self.resident.drop(runs([page << _SHIFT for page in pages]))
-        self.present.clear()
+        for page in pages:
+            self.present.pop(page, None)
 
     def _save(self, start: int, end: int) -> None:
         """Copy a run of written pages, which are write-protected from now on."""
@@ -302,17 +339,28 @@ class AddressSpace:
         if self.wiped:
             self.wiped = {page for page in self.wiped if not start <= page << _SHIFT < end}
 
+    def before_move(self, start: int, end: int) -> None:
+        """The kernel is about to move pages: contents that the pager counts cannot be present."""
+        if self._pager.is_finite:
+            self.hide([page for page in self._known(start, end) if page not in self.pinned])
+
     def move(self, start: int, end: int, to: int) -> None:
         """The kernel has moved pages to an address."""
         distance = (to - start) >> _SHIFT
-        pages = self._known(start, end)
-        present = {at + distance: self.present.pop(at) for at in pages if at in self.present}
-        hidden = {at + distance: self.hidden.pop(at) for at in pages if at in self.hidden}
+        present, hidden = {}, {}
+        for page in self._known(start, end):
+            content = self._pager.take(self, page)
+            if content is not None:
+                hidden[page + distance] = content
+            if page in self.present:
+                present[page + distance] = self.present[page]
+            self._forget(page)
         parts = self.files.within(start, end)
         self.files.remove(start, end)
         self.unmapped(to, to + end - start)
         self.present |= present
-        self.hidden |= hidden
+        for page, content in hidden.items():
+            self._pager.give(self, page, content)
         for part in parts:
             self.files.add(part.moved(to - start))
 
@@ -323,15 +371,20 @@ class AddressSpace:
             self.faults.protect(start, end, on=True)
 
     def _known(self, start: int, end: int) -> list[int]:
-        """Return the pages of a range that are present or have a content."""
+        """Return the pages of a range that are present or have a content, in order."""
         low, high = start >> _SHIFT, end + abi.PAGE - 1 >> _SHIFT
-        present, hidden = self.present, self.hidden
+        present, hidden, evicted = self.present, self.hidden, self._pager.evicted(self)
+        found = {page for page in evicted if low <= page < high}
         if high - low <= len(present) + len(hidden):
-            return [page for page in range(low, high) if page in present or page in hidden]
-        return [page for page in {*present, *hidden} if low <= page < high]
+            found.update(page for page in range(low, high) if page in present or page in hidden)
+        else:
+            found.update(page for page in (*present, *hidden) if low <= page < high)
+        return sorted(found)
 
     def _forget(self, page: int) -> None:
         self.present.pop(page, None)
+        if self._pager.forgotten(self, page):
+            return
         content = self.hidden.pop(page, None)
         if content is not None:
             self._contents.release(content)
@@ -340,10 +393,12 @@ class AddressSpace:
 
     def snapshot(self) -> Snapshot:
         """Return what a child begins with that fork makes now."""
-        hidden = {page: each for page, each in self.hidden.items() if page not in self.wiped}
         present = {page: each for page, each in self.present.items() if page not in self.wiped}
-        for content in hidden.values():
-            self._contents.share(content)
+        hidden = {}
+        for page in {*self.hidden, *self._pager.evicted(self)} - self.wiped:
+            content = self._pager.take(self, page)
+            if content is not None:
+                hidden[page] = content
         return Snapshot(present, hidden, self.files.copy(), self.break_at)
 
     def settle_fork(self, ranges: list[tuple[int, int]]) -> None:
@@ -360,6 +415,13 @@ class AddressSpace:
         for start, end in ranges:
             self.register(start, end)
         self.protect_clean(self.present)
+        self._pager.forked(self)
+
+    def collect(self) -> None:
+        """Hide every present page of a copy: no page of it has a content of its own yet."""
+        for page in self.present:
+            self.present[page] = True
+        self.hide(self.present)
 
     def close(self) -> None:
         """No thread of the program has it any more."""

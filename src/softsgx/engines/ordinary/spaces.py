@@ -12,6 +12,7 @@ from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.contents import Contents
 from softsgx.engines.ordinary.mappings import Mapping, mappings, private_memory
+from softsgx.engines.ordinary.pager import Pager
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.resident import RESIDENT_BYTES, Resident, install_code
 from softsgx.engines.ordinary.space import Accesses, AddressSpace, Snapshot
@@ -31,6 +32,7 @@ class Spaces:
     Args:
         waits: receives stops.
         contents: of hidden pages.
+        pager: has them.
         accesses: is told of accesses.
         begun: called with each new address space and the thread it is made in.
         ended: called with each address space that has ended.
@@ -40,11 +42,13 @@ class Spaces:
         self,
         waits: Waits,
         contents: Contents,
+        pager: Pager,
         accesses: Accesses,
         begun: Callable[[AddressSpace, ProgramThread], None],
         ended: Callable[[AddressSpace], None],
     ) -> None:
         self._waits, self._contents, self._accesses = waits, contents, accesses
+        self._pager = pager
         self._begun, self._ended = begun, ended
         self._by_descriptor: dict[int, AddressSpace] = {}
         self._users: dict[AddressSpace, int] = {}
@@ -82,6 +86,7 @@ class Spaces:
     def _end(self, space: AddressSpace) -> None:
         del self._users[space], self._by_descriptor[space.faults.descriptor]
         self._ended(space)
+        self._pager.closed(space)
         space.close()
 
     # --- new ones -------------------------------------------------------------------------------
@@ -157,7 +162,8 @@ class Spaces:
         copy: Snapshot,
     ) -> AddressSpace:
         resident = Resident(thread, self._waits, hole[0])
-        space = AddressSpace(resident, faults, self._contents, self._accesses, copy)
+        space = AddressSpace(resident, faults, self._contents, self._pager, self._accesses, copy)
+        self._pager.opened(space)
         self._begun(space, thread)
         return space
 
