@@ -29,7 +29,7 @@ def add_metrics(output: argparse._ArgumentGroup) -> None:
 
 
 class Live:
-    """Offers the state of a run from :meth:`start` to :meth:`stop`.
+    """Offers the state of a run from :meth:`start` to :meth:`close`.
 
     Args:
         collector: follows the run.
@@ -73,7 +73,7 @@ class Live:
             if self._metrics.any_port or not self._quiet:
                 tell(f"softsgx: metrics at {self._metrics.url}")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End what was begun."""
         if self._status is not None:
             self._status.close()

@@ -25,6 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import time
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from softsgx.cli._as_enclave import (
     shell_status,
 )
 from softsgx.cli._common import log_told, tell
+from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
     FAILED,
@@ -43,6 +47,7 @@ from softsgx.cli._program import (
     add_program,
     check_machine,
     config_of,
+    cpu_times,
     failure_told,
     group_of,
     print_text,
@@ -57,6 +62,7 @@ from softsgx.engines.native.injections import tick_period_ns
 from softsgx.engines.native.recording import Recorder
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
+from softsgx.report import Collector
 
 __all__ = ["NAME", "configure", "run"]
 
@@ -95,6 +101,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--json", metavar="FILE", help="write the summary as one JSON object; - is standard output"
     )
+    add_metrics(output)
     output.add_argument("--quiet", action="store_true", help="print no summary at the end")
     output.add_argument("--force", action="store_true", help="overwrite files")
     add_program(parser)
@@ -146,20 +153,33 @@ def _status(exit_code: int, mistakes: list[Exception]) -> int:
 
 
 class _Watch:
-    """Opens the trace when the program starts, and passes signals on to it."""
+    """Opens the trace when the program starts, and passes signals on to it.
 
-    def __init__(self, signals: ProgramSignals, trace: TraceFile) -> None:
+    Args:
+        signals: what is sent to the command.
+        trace: what is written.
+        collector: receives the platform, for ``live``.
+        live: offers the state of the program to other processes.
+    """
+
+    def __init__(
+        self, signals: ProgramSignals, trace: TraceFile, collector: Collector, live: Live
+    ) -> None:
         self._signals, self._trace = signals, trace
+        self._collector, self._live = collector, live
         self._epc_pages = 0
 
     def attached(self, platform: Platform, pager: str) -> None:
         """Remember the size of the EPC."""
         self._epc_pages = platform.core.epc_pages
+        self._collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
         """Begin to pass signals on, and to write."""
         self._signals.started(pid)
+        self._collector.started(pid)
         self._trace.open(self._epc_pages)
+        self._live.start()
 
 
 def _run_recorded(
@@ -171,7 +191,17 @@ def _run_recorded(
     recorder: Recorder,
 ) -> tuple[RunResult, list[Exception]]:
     """Run the program; return how it ended, and mistakes of ours."""
-    with signals.waiting(), trace:
+    collector = Collector(time.monotonic_ns, cpu_times)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    live = Live(
+        collector,
+        verb=NAME,
+        command=argv,
+        began=began,
+        quiet=args.quiet,
+        metrics=args.metrics,
+    )
+    with signals.waiting(), trace, closing(live):
         try:
             result = run_natively(
                 argv,
@@ -181,7 +211,7 @@ def _run_recorded(
                 cpuid=args.cpuid,
                 cpus=args.cpus,
                 strict=args.strict,
-                observer=_Watch(signals, trace),
+                observer=_Watch(signals, trace, collector, live),
                 recorder=recorder,
             )
         except RunFailed as failed:  # what was recorded is not all

@@ -354,7 +354,7 @@ class _Watch:
 
     def stop(self) -> None:
         """End threads and clear the status line."""
-        self._live.stop()
+        self._live.close()
         for ticker in self._tickers:
             ticker.stop()
         self._tickers.clear()

@@ -1,8 +1,8 @@
 """Show what running programs do now: enclaves, page faults, evictions, EPC, limits.
 
-Every softsgx run of this user is shown, or the one whose process is PID.  It goes on until the
-last of them has ended, or q or Ctrl-C is pressed.  Rates are averages since the last look; at the
-first look, and with --once, since the start of the run.
+Every softsgx run and record of this user is shown, or the one whose process is PID.  It goes on
+until the last of them has ended, or q or Ctrl-C is pressed.  Rates are averages since the last
+look; at the first look, and with --once, since the start of the run.
 
 Examples:
   softsgx top                        all runs, once a second
@@ -48,7 +48,11 @@ _QUIT = "q"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "pid", nargs="?", type=_pid, metavar="PID", help="process of softsgx run (default: all)"
+        "pid",
+        nargs="?",
+        type=_pid,
+        metavar="PID",
+        help="process of softsgx run or record (default: all)",
     )
     parser.add_argument(
         "--interval",
