@@ -1,7 +1,7 @@
 """Real programs at native speed: a supervisor below an unmodified program, and SGX from software.
 
-Enclave code runs on the real processor; ENCLU, faults, the device and CPUID come to us.  Linux on
-x86-64 only; no root needed.
+Enclave code runs on the real processor; the supervisor handles ENCLU, faults, the device and CPUID.
+Linux on x86-64 only; no root needed.
 """
 
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor

@@ -1,6 +1,6 @@
-"""What this machine allows: the facts that decide how the native engine can run.
+"""Probes of this machine: the facts that decide how the native engine can run.
 
-Each probe tries the thing itself, in a child where it could do harm.
+Each probe tries the operation itself, in a child process if it could do harm.
 
 Source:
     ptrace(2), seccomp(2), userfaultfd(2), pidfd_getfd(2), arch_prctl(2).

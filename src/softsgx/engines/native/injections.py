@@ -1,4 +1,4 @@
-"""What the user wants to go wrong in a run, and when: the values of ``--inject`` and ``--tick``.
+"""Failures on demand and their times: the values of ``--inject`` and ``--tick``.
 
 ``power-loss@N``, ``power-loss@SIGUSR1``, ``power-loss@SIGUSR2``
     The machine loses power when programs have entered enclaves N times, or each time that the

@@ -1,10 +1,10 @@
-"""Doing what the user has asked to go wrong, at the moment that the user has named.
+"""Causes the failures that the user has asked for, at the times that the user has named.
 
-Losses of power and timer interrupts happen between two events of the loop, when no thread is being
-served.  A timer interrupt makes each thread that executes enclave code leave by an asynchronous
-exit; what follows is the program's: the code at its AEP runs, and resumes the enclave or does not.
+Losses of power and timer interrupts happen between two events of the loop, when it serves no
+thread.  A timer interrupt makes each thread that executes enclave code leave by an asynchronous
+exit; then the program's code at the AEP runs, and resumes the enclave or does not.
 
-A page is poisoned when the driver has mapped it: the instruction that has faulted meets the machine
+A page is poisoned when the driver has mapped it: the instruction that has faulted gets the machine
 check when it is executed again.
 
 Deviation: every use of a poisoned page is a machine check, also a store, which on hardware leaves
@@ -40,7 +40,7 @@ __all__ = ["Injected", "Injector", "RefusedInits", "Ticks"]
 
 @dataclass(slots=True)
 class Injected:
-    """What was done on demand, counted.
+    """Number of failures and ticks that were caused.
 
     Attributes:
         power_losses: losses of power.
@@ -82,12 +82,12 @@ class Ticks:
 
 
 class RefusedInits:
-    """Makes EINIT end as is asked for some INITs.
+    """Sets the outcome of EINIT for some INITs.
 
     Args:
         injections: which INITs, by number from 1, and how their EINIT ends.
         machine: the machine that executes EINIT.
-        injected: what was done, which counts them.
+        injected: counts them.
     """
 
     def __init__(self, injections: Injections, machine: Machine, injected: Injected) -> None:
@@ -96,7 +96,7 @@ class RefusedInits:
 
     @contextmanager
     def around_init(self) -> Iterator[None]:
-        """Count one INIT, and let its EINIT end as is asked."""
+        """Count one INIT, and set the outcome of its EINIT if the user has asked for one."""
         self._inits += 1
         outcome = self._outcomes.get(self._inits)
         self._injected.refused_inits += outcome is not None
@@ -111,14 +111,14 @@ class Injector:
     """See the module.
 
     Args:
-        injections: what is to go wrong.
+        injections: the failures to cause.
         tick_ns: period of timer interrupts, ``None`` for none.
         machine: the machine.
         core: its EPC core.
         loop: interrupts threads.
         waits: receives the signals that take the power, and has the clock.
         images: the address spaces of the program, by number.
-        injected: what was done.
+        injected: counts them.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Injector:
         self._ticks = None if tick_ns is None else Ticks(tick_ns)
 
     def between(self) -> int | None:
-        """No thread is being served: do what is due; return when something is due next."""
+        """Cause what is due, while no thread is served; return when the next one is due."""
         if self._power_losses and self._entries() >= self._power_losses[0]:
             del self._power_losses[0]
             self._lose_power()
@@ -149,7 +149,7 @@ class Injector:
         return None if self._ticks is None else self._tick(self._ticks)
 
     def page_mapped(self, page: EpcPage) -> None:
-        """A page fault has mapped a page of an enclave: poison the page, if that is asked for."""
+        """Poison a page that a page fault has just mapped, if the user has asked for that."""
         self._mapped += 1
         if self._mapped not in self._injections.poisoned_faults:
             return
@@ -189,5 +189,5 @@ class Injector:
         return [thread for image in self._images.values() for thread in image.threads.values()]
 
     def _interrupt(self, threads: Iterable[ProgramThread]) -> int:
-        """Interrupt threads that are inside; return how many have left by that."""
+        """Interrupt threads that are inside; return how many have left their enclave."""
         return sum(self._loop.interrupt(thread) for thread in threads)

@@ -22,7 +22,7 @@ _RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
 
 
 def raise_limits() -> Limits:
-    """Raise what may be raised, and return how it was, for :func:`set_limits`."""
+    """Raise the limits as far as allowed; return the earlier ones, for :func:`set_limits`."""
     former = {which: resource.getrlimit(which) for which in _RAISED}
     for which, (_soft, hard) in former.items():
         resource.setrlimit(which, (hard, hard))

@@ -1,1 +1,1 @@
-"""What becomes of ENCLU, exceptions and page faults."""
+"""Handling of ENCLU, exceptions and page faults of the program's threads."""

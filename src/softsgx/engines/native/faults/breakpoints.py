@@ -1,10 +1,11 @@
-"""Code that enclaves look at is their own: breakpoints of the processor in place of changed bytes.
+"""Hardware breakpoints in place of changed bytes, so that enclaves read their own code.
 
 In shown code an ENCLU that was executed starts with HLT, and instructions that the enclave may not
-execute are UD2.  A handler inside the enclave looks at the instruction that raised an exception, so
-its bytes are given back before the exit.  An ENCLU is marked again when it is executed.  From then
-on a forbidden instruction raises #UD by a breakpoint in each thread that is inside.  Processors
-have four; when there are more such instructions, those met last have one, the others are UD2.
+execute are UD2.  A handler inside the enclave reads the instruction that raised an exception, so
+the supervisor restores its bytes before the exit.  An ENCLU is marked again when it is executed.
+From then on a forbidden instruction raises #UD by a breakpoint in each thread that is inside.
+Processors have four; if there are more such instructions, those executed last have one, the others
+are UD2.
 
 Deviation: enclave code that reads its own code finds UD2 for a forbidden instruction that it has
 not executed yet, and for one that has lost its breakpoint to others.

@@ -1,13 +1,13 @@
 """Exceptions as Linux delivers them to programs: the signal, its information, its frame.
 
-The kernel writes the frame with what it knows of the fault that has stopped the thread.  So the
-thread is stopped again at the first instruction of its handler, and the frame is corrected there.
+The kernel writes the frame with the values of the fault that has stopped the thread.  So the
+supervisor stops the thread again at the first instruction of its handler, and corrects the frame.
 
 Deviation: ``cr2`` in the frame of an exception that is no page fault, and ``trapno``, ``err`` and
-``cr2`` in those of signals that are no exceptions, are the last that the kernel has seen: there may
-have been faults since that only the supervisor knows of.
+``cr2`` in those of signals that are no exceptions, are the last that the kernel has seen; later
+faults that only the supervisor has handled are missing.
 
-Deviation: ``trapno`` in the frame of a #MC is 18, where Linux leaves what it is.
+Deviation: ``trapno`` in the frame of a #MC is 18, where Linux leaves the previous value.
 
 Source:
     arch/x86/kernel/traps.c and arch/x86/mm/fault.c for signals and codes; arch_memory_failure(),

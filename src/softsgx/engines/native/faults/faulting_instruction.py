@@ -1,4 +1,4 @@
-"""The instruction that stopped a thread, and what it did.
+"""The instruction that has stopped a thread, and its kind of access.
 
 Source:
     SDM vol. 3A, "Interrupt 14—Page-Fault Exception": error code; arch/x86/kernel/traps.c for the

@@ -1,10 +1,10 @@
-"""Stops of threads, by system calls, signals and kicks: which of them go in, and which come out.
+"""Handlers of stops by system calls, signals and kicks: threads enter and leave enclaves there.
 
-A thread of the program is a logical processor of the machine.  Its registers go to the machine for
-a leaf or an asynchronous exit and come back; in between, enclave code runs on the real processor.
+A thread of the program is a logical processor of the machine.  The machine executes leaves and
+asynchronous exits on its registers; in between, enclave code runs on the real processor.
 
-Deviation: a SYSCALL inside an enclave is found out after it has overwritten RCX and R11, so the
-frame in the SSA has those.
+Deviation: a SYSCALL inside an enclave stops after it has overwritten RCX and R11, so the frame in
+the SSA has the new values.
 
 Source:
     SDM vol. 3D, "Asynchronous Enclave Exit", "EENTER"; arch/x86/kernel/traps.c.
@@ -49,7 +49,7 @@ class Transitions:
         abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
-        breakpoints: see there.
+        breakpoints: hardware breakpoints of threads inside enclaves.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Transitions:
     def only_crosses(self, thread: ProgramThread, stop: Stop) -> bool:
         """Return whether a stop is an EENTER or an EEXIT, or an instruction on extended state.
 
-        If such a stop does more than that, what does it settles all permits before.
+        If such a stop does more than that, the code that does it settles all permits before.
         """
         if stop.event == abi.PTRACE_EVENT_SECCOMP:
             return thread.cpu.inside is None and thread.load().orig_rax == abi.SYS_SOFTSGX_EENTER
@@ -168,10 +168,10 @@ class Transitions:
 
         Args:
             thread: the one that leaves its enclave.
-            stop: what has stopped it and is not handled yet.
+            stop: a stop of it that is not handled yet.
 
         Returns:
-            Whether ``stop`` is over with that.
+            Whether the exit replaces ``stop``.
         """
         regs, vector, over = thread.load(), INTERRUPT, stop is not None
         self._breakpoints.stopped(thread)
@@ -188,9 +188,10 @@ class Transitions:
         return over
 
     def resumed(self, thread: ProgramThread) -> int:
-        """A thread that was kicked goes on at its AEP: do the ENCLU there before it can trap.
+        """Execute the ENCLU at the AEP of a kicked thread that is resumed, before it can trap.
 
-        Its signals are blocked again, and the kernel resets what a trap forces on a blocked one.
+        The thread blocks its signals again, and the kernel resets the handler of a blocked signal
+        that a trap forces.
         """
         thread.load()
         return self._leaves.resume(thread)
@@ -200,7 +201,7 @@ class Transitions:
         return self._exits.interrupt(thread)
 
     def _enclu_outside(self, thread: ProgramThread) -> int:
-        """Code of the program executes ENCLU; where it leads to another one, that is done too."""
+        """Code of the program executes ENCLU; if it leads to another one, execute that, too."""
         number = self._leaves.execute(thread)
         if not number and not thread.image.strict:  # where a thread inside waits for its turn
             number = self._enclave.resumed(thread)
@@ -239,6 +240,6 @@ class Transitions:
 
 
 def _take_call_back(regs: UserRegs) -> None:
-    """At the seccomp stop of a system call: be in front of the instruction that makes it."""
+    """Set the registers of a seccomp stop to those before the system call's instruction."""
     regs.rax, regs.orig_rax = regs.orig_rax, _NO_CALL
     regs.rip -= _SYSCALL_BYTES  # as long as INT 80H, too

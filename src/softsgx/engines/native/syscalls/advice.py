@@ -1,4 +1,4 @@
-"""madvise and mlock: what Linux answers where a device is mapped, since its pages are not memory's.
+"""madvise and mlock on mappings of a device, with Linux's results for pages without a struct page.
 
 Source:
     madvise(2), mlock(2); mm/madvise.c, mm/mlock.c: what each does with VM_PFNMAP and VM_IO.

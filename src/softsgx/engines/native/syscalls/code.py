@@ -1,10 +1,10 @@
-"""New code of the program: CPUID is replaced in what execve and mmap have mapped.
+"""Replaces CPUID in new code of the program, which execve and mmap have mapped.
 
-Programs execute the same files again and again.  Where CPUID is in a piece of a file is remembered
-for as long as the file stays as it is.
+Programs execute the same files many times.  The positions of CPUID in a piece of a file are cached
+as long as the file does not change.
 
-Deviation: CPUID in shared mappings of files is the processor's own: what is replaced there would be
-replaced in the file.
+Deviation: CPUID in shared mappings of files is the processor's own: a replacement there would
+change the file.
 
 Source:
     execve(2), mmap(2), proc(5), stat(2).

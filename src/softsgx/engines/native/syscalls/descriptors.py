@@ -1,13 +1,13 @@
-"""Descriptors of devices: what Linux answers for a character device with ioctl and mmap only.
+"""System calls on descriptors of devices, with Linux's results for a device of ioctl and mmap only.
 
 The program's descriptor is a memory file, whose bytes are those of resident pages, so no call may
-read, write, cut or extend it.  Rare calls always stop.  For those that move data a
-filter on the descriptor's number is added when an enclave is created through it, and for each
-duplicate: programs without an enclave never pay for it.
+read, write, cut or extend it.  Rare calls always stop.  For those that transfer data the supervisor
+adds a filter on the descriptor's number when an enclave is created through it, and for each
+duplicate: programs without an enclave have no cost.
 
 Deviation: a descriptor received from another process (SCM_RIGHTS, pidfd_getfd) with a number that
 is not filtered yet can be read and written.  Before the receiver maps it shared, or makes an SGX
-ioctl on it, fstat tells of a memory file, and a private mapping of it succeeds.
+ioctl on it, fstat describes a memory file, and a private mapping of it succeeds.
 
 Deviation: F_GETFL returns O_RDWR for every mode of open.
 

@@ -1,7 +1,7 @@
 """``/proc/PID/maps`` where enclaves are mapped: the device's name, and the rights asked for.
 
-The kernel lists a memory file, in as many pieces as the pager gives rights to.  The driver's
-mappings stand in their place here.
+The kernel lists a memory file, in as many pieces as the pager gives rights to.  This module
+replaces them by the driver's mappings.
 
 Deviation: a snapshot of the moment the file is opened; the kernel's is made as it is read.
 

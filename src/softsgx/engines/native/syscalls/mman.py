@@ -1,8 +1,8 @@
-"""mmap, mprotect, munmap, mremap: the driver decides, the kernel does, both agree afterwards.
+"""mmap, mprotect, munmap, mremap: the driver decides, the kernel executes, both agree afterwards.
 
 A mapping of an enclave device becomes a shared mapping of its memory file at the offset that equals
-the address.  Other mappings are let through; when they replace one of an enclave, the driver hears
-of it first.
+the address.  Other mappings are the kernel's; when they replace one of an enclave, the driver
+unmaps it first.
 
 Source:
     mmap(2), mprotect(2), munmap(2), mremap(2).

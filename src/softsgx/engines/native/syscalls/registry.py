@@ -1,4 +1,4 @@
-"""Which descriptors of the program are SGX devices.
+"""The registry of the program's SGX devices, and of the descriptors that refer to them.
 
 An open device is a memory file in the program; its inode says which one it is, also for
 descriptors that the program has duplicated, inherited or received.

@@ -1,12 +1,12 @@
 """Keeping a program of one thread on the supervisor's processor.
 
-Each stop of a thread hands over to the supervisor and back.  Between two processors that costs
-three times as much as on one, because the idle one must be woken each time.  So as long as the
-program has one thread, both stay on one processor; as soon as there is a second thread, supervisor
-and program may run on all processors again.
+At each stop of a thread the kernel switches to the supervisor and back.  Between two processors
+that costs three times as much as on one, because the idle one must be woken each time.  So as long
+as the program has one thread, both stay on one processor; as soon as there is a second thread,
+supervisor and program may run on all processors again.
 
-The program does not see it: sched_getaffinity returns the processors that it would have without
-the supervisor.  Once the program has chosen processors itself, the supervisor changes them no more.
+The program does not see it: sched_getaffinity returns the processors that it would have without the
+supervisor.  Once the program has chosen processors itself, the supervisor no longer changes them.
 
 Source:
     sched_setaffinity(2), sched(7).

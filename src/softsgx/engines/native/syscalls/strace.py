@@ -1,4 +1,4 @@
-"""Values of system calls in words, as strace prints them.
+"""Texts of the values of system calls, as strace prints them.
 
 Source:
     strace(1); errno(3), mmap(2), mprotect(2), mremap(2), madvise(2), open(2); uapi/asm/sgx.h.

@@ -9,7 +9,8 @@ from typing import cast
 from softsgx.driver import Mm
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
-from softsgx.engines.native.tracing.process_image import ImageMemory, ProcessImage
+from softsgx.engines.native.tracing.image_memory import ImageMemory
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits

@@ -1,7 +1,7 @@
 """XSAVE areas in two layouts: this machine's own, and the one its CPUID describes to the program.
 
-The non-compacted form has each component where CPUID.0DH says, which vendors have chosen
-differently.  What SSA frames hold must agree with what the program reads in CPUID.
+CPUID.0DH gives the offset of each component in the non-compacted form, and vendors have chosen
+different ones.  SSA frames must have the layout of the CPUID that the program sees.
 
 Source:
     SDM vol. 1, "XSAVE-managed state", "Standard Format".

@@ -1,7 +1,7 @@
 """``/proc/cpuinfo`` of the machine that CPUID describes, made from this machine's.
 
-Lines that CPUID decides are replaced; flags that it does not claim are taken out, and those of SGX
-are added.  What only the kernel knows stays as it is.
+Lines that follow from CPUID are replaced; flags that it does not claim are removed, and those of
+SGX are added.  Other lines are the kernel's.
 
 Source:
     proc(5); arch/x86/kernel/cpu/proc.c; asm/cpufeatures.h for the names of flags.

@@ -1,4 +1,4 @@
-"""CPUID of the machine that a profile describes, as far as this one can keep the promise.
+"""CPUID of the machine that a profile describes, as far as this machine can execute it.
 
 Family, caches, brand and address sizes are the profile's alone.  This machine bounds the rest:
 

@@ -1,4 +1,4 @@
-"""Making CPUID trap where the machine cannot: its instructions are replaced in loaded code.
+"""Replaces CPUID in loaded code by a trap, for machines that cannot make it fault.
 
 Each CPUID of a new executable mapping becomes ``int3; nop`` of the same length.  Which of the byte
 pairs 0F A2 are instructions is found by decoding towards them from many earlier starts: x86 code

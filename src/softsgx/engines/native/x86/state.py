@@ -1,4 +1,4 @@
-"""XGETBV, XSAVE, XSAVEOPT, XSAVEC and XRSTOR: finding them out, and where their operand is.
+"""Decodes XGETBV, XSAVE, XSAVEOPT, XSAVEC and XRSTOR, and the address of their operand.
 
 Source:
     SDM vol. 2, "Instruction Format", and the pages of these instructions.

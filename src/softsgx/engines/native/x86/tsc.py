@@ -1,4 +1,4 @@
-"""How fast this machine's time-stamp counter runs: enclave code reads the real one.
+"""The frequency of this machine's time-stamp counter, which enclave code reads directly.
 
 Source:
     SDM vol. 2A, CPUID.15H; the hypervisor leaf 40000010H that VMware and KVM share; Linux
