@@ -483,6 +483,20 @@ def test_a_fault_beyond_what_a_page_allows_is_refused(optimised: bool) -> None:
 
 
 @pytest.mark.parametrize("optimised", [True, False])
+def test_a_fault_without_a_free_page_waits_and_is_repeated(optimised: bool) -> None:
+    world = World(80, optimised=optimised)
+    core, process = world.system.core, world.actor.process
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.epc is not None and core.evict(page.epc)
+    for _ in range(core.free_pages):
+        core.alloc(None, reclaim=False)
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.RETRY
+    assert enclave.counts.faults["busy"] == 1 and core.free_pages
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.NOPAGE
+
+
+@pytest.mark.parametrize("optimised", [True, False])
 def test_a_fault_loads_what_the_policy_wants_ahead(optimised: bool) -> None:
     world = World(80, optimised=optimised)
     core, process = world.system.core, world.actor.process
