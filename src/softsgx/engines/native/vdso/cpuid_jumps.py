@@ -25,6 +25,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from softsgx.engines.native.vdso.cpuid_code import (
@@ -66,7 +67,6 @@ _REPLACED = (
 _BETWEEN = (
     rb"(?:[\x40-\x4f]?[\x31\x89][\xc0-\xff]|[\x40-\x4f]?\x83[\xc0-\xff].|\x41?[\xb8-\xbf].{4})*"
 )
-_WINDOW = re.compile(_REPLACED + _BETWEEN, re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,11 @@ class Window:
         return self.start + len(self.code)
 
 
+@cache
+def _window() -> re.Pattern[bytes]:
+    return re.compile(_REPLACED + _BETWEEN, re.DOTALL)
+
+
 def window_before(code: bytes, at: int) -> tuple[bytes, int] | None:
     """Return what may be executed elsewhere in front of the CPUID at ``at`` in ``code``.
 
@@ -96,7 +101,7 @@ def window_before(code: bytes, at: int) -> tuple[bytes, int] | None:
         The bytes up to the CPUID, and :attr:`Window.relative`; ``None``: nothing may.
     """
     for start in range(at - _JUMP_BYTES, max(at - _LONGEST, _CONTEXT // 2) - 1, -1):
-        found = _WINDOW.fullmatch(code, start, at)
+        found = _window().fullmatch(code, start, at)
         if found is not None and in_step(code, start):
             relative = found["relative"]
             return code[start:at], 0 if relative is None else len(relative)
@@ -113,7 +118,8 @@ class CpuidAnswers:
 
     def __init__(self, cpuid: Callable[[int, int], CpuidLeaf], *, jumping: bool) -> None:
         self._cpuid, self._jumping = cpuid, jumping
-        self._seen: set[tuple[int, bytes]] = set()
+        # Code around each CPUID that has stopped, by its place in its loader; None: looked at.
+        self._seen: dict[tuple[int, bytes], bytes | None] = {}
         self._windows: list[Window] = []
         self._table = b""
 
@@ -131,18 +137,24 @@ class CpuidAnswers:
         code = image.read(site - _CONTEXT, 2 * _CONTEXT)
         # The bytes of CPUID may have been replaced, too.
         code = code[:_CONTEXT] + CPUID + code[_CONTEXT + len(CPUID) :]
-        key = offset, code[_CONTEXT - _LONGEST : _CONTEXT]
-        if len(code) < 2 * _CONTEXT or key in self._seen:
-            return
-        self._seen.add(key)
-        found = window_before(code, _CONTEXT)
-        if found is not None:
-            before, relative = found
-            self._windows.append(Window(offset - len(before), before, relative))
+        if len(code) == 2 * _CONTEXT:
+            self._seen.setdefault((offset, code[_CONTEXT - _LONGEST : _CONTEXT]), code)
+
+    def _look(self) -> None:
+        """Look at the code that was seen: a run of one program has no use for that."""
+        for (offset, before), code in self._seen.items():
+            if code is None:
+                continue
+            self._seen[offset, before] = None
+            found = window_before(code, _CONTEXT)
+            if found is not None:
+                moved, relative = found
+                self._windows.append(Window(offset - len(moved), moved, relative))
 
     def loaded(self, image: ProcessImage) -> None:
         """A program was loaded, and has executed nothing: answer what is known of its loader."""
         base, area = image.loader, image.vdso_base + image.vdso.answers
+        self._look()
         if not (base and self._windows) or abs(area - base) >> 30:
             return
         low = min(window.start for window in self._windows)
