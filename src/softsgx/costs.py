@@ -23,7 +23,6 @@ Source:
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
@@ -287,6 +286,8 @@ def read_profile(path: str | Path) -> CostProfile:
     Raises:
         SoftSgxError: the file cannot be read, or is no profile.
     """
+    import tomllib  # few runs read a file of prices
+
     try:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

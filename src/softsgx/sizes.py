@@ -7,7 +7,6 @@ Source:
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 __all__ = ["MOST_BYTES", "parse_size", "size_text"]
 
@@ -51,7 +50,8 @@ def parse_size(text: str) -> int:
         match = _SIZE.fullmatch(text)
         if match is None or match[2] not in _UNITS:
             raise ValueError("no size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
-        size = int(Fraction(match[1]) * _UNITS[match[2]])
+        whole, _point, part = match[1].partition(".")
+        size = int(whole + part) * _UNITS[match[2]] // 10 ** len(part)
     if size > MOST_BYTES:
         raise ValueError("sizes are from 0 to 2**64 bytes")
     return size

@@ -33,12 +33,18 @@ LAZY = (
 )
 #: What only other verbs, other engines, or options of ``run`` need.
 NOT_FOR_A_RUN = (
+    "fractions",
+    "platform",
+    "tempfile",
+    "tomllib",
     "rich",
+    "softsgx.engines.native.faults.logged",
     "softsgx.engines.native.gdb.loop",
     "softsgx.engines.native.recording.page_table",
     "softsgx.engines.native.recording.pagers",
     "softsgx.engines.native.recording.recorder",
     "softsgx.engines.native.recording.recording",
+    "softsgx.engines.native.syscalls.call_log",
     "softsgx.image",
     "softsgx.kvm.device",
     "softsgx.kvm.guest",

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -289,6 +288,8 @@ class PlatformConfig:
             raise SoftSgxError(
                 f"{name}: more than {_FILE_BYTES} bytes; give a description of a platform in TOML"
             )
+        import tomllib  # few platforms come from a file
+
         try:
             values = tomllib.loads(text.decode())
         # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, Protocol
@@ -193,6 +192,8 @@ class TemporaryFile:
     """
 
     def __init__(self, directory: str | None) -> None:
+        import tempfile  # with shutil and its compressors; most runs keep pages in memory
+
         self._file: BinaryIO = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self._fd = self._file.fileno()
 

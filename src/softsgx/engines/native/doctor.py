@@ -11,10 +11,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -336,13 +334,14 @@ _ENCLU_TEXT = {
 
 
 def _platform() -> Finding:
-    ok = sys.platform == "linux" and platform.machine() == "x86_64"
+    system = os.uname()
+    ok = system.sysname == "Linux" and system.machine == "x86_64"
     return _finding(
         "platform",
         ok,
         needed=True,
-        good=f"Linux {platform.release()} on x86-64",
-        bad=f"{sys.platform} on {platform.machine()}: the native engine needs Linux on x86-64",
+        good=f"Linux {system.release} on x86-64",
+        bad=f"{system.sysname} on {system.machine}: the native engine needs Linux on x86-64",
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import TYPE_CHECKING
 
 from softsgx.engines.native import recording
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections
-from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.ondemand import dataclass
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.syscalls.call_log import CallLog
 
 __all__ = ["Instruments"]
 

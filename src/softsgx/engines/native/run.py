@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from softsgx.engines.native import recording
 from softsgx.engines.native.doctor import doctor
@@ -24,7 +24,6 @@ from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.supervisor import Supervisor
-from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.nodes import CGROUP, Nodes
 from softsgx.engines.native.x86.cpuid import (
     CpuidLeaf,
@@ -40,6 +39,9 @@ from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
 from softsgx.ondemand import dataclass
 from softsgx.trace import Tracer
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.syscalls.call_log import CallLog
 
 __all__ = [
     "CPUID_SOURCES",
@@ -149,6 +151,12 @@ def cpuid_of(config: MachineConfig, source: str) -> Callable[[int, int], CpuidLe
     return ProfileCpuid(host, config, tsc_khz(host), os.cpu_count() or 1)
 
 
+def _call_log(write: Callable[[str], None]) -> CallLog:
+    from softsgx.engines.native.syscalls.call_log import CallLog
+
+    return CallLog(write)
+
+
 def _cpuinfo(leaves: Callable[[int, int], CpuidLeaf]) -> bytes:
     return rewrite_cpuinfo(Path("/proc/cpuinfo").read_text(), leaves).encode()
 
@@ -234,7 +242,11 @@ def run(
             cpus=cpus,
             strict=strict,
             instruments=Instruments(
-                injections, tick_ns, gdb, None if syscalls is None else CallLog(syscalls), recorder
+                injections,
+                tick_ns,
+                gdb,
+                None if syscalls is None else _call_log(syscalls),
+                recorder,
             ),
         )
         if observer is not None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from errno import EACCES
 from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from softsgx.driver import Driver, EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc, recording
@@ -30,7 +31,6 @@ from softsgx.engines.native.doctor import (
 )
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.logged import LoggedTransitions
 from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.gdb.server import GdbServer
@@ -43,7 +43,6 @@ from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.advice import madvise, mlock
-from softsgx.engines.native.syscalls.call_log import CallLog
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
@@ -71,6 +70,9 @@ from softsgx.hw import LogicalProcessor, Machine, interrupt
 from softsgx.ondemand import dataclass
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.syscalls.call_log import CallLog
 
 __all__ = ["Supervisor"]
 
@@ -174,7 +176,12 @@ class Supervisor(Lifecycle):
     def _make_transitions(
         self, answers: CpuidAnswers, shortages: Shortages, log: CallLog | None
     ) -> Transitions:
-        return (Transitions if log is None else partial(LoggedTransitions, log))(
+        make: Callable[..., Transitions] = Transitions
+        if log is not None:
+            from softsgx.engines.native.faults.logged import LoggedTransitions
+
+            make = partial(LoggedTransitions, log)
+        return make(
             answers,
             AbortPage(self._store, self._stop_other_users),
             shortages.report_refused,
