@@ -23,6 +23,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -36,10 +37,7 @@ from softsgx.explore import BUILT_IN, STRATEGIES, Finding, Token, find_scenario
 from softsgx.explore.campaign import (
     Budget,
     Campaign,
-    InProcess,
-    Processes,
     Summary,
-    Workers,
     run_campaign,
 )
 from softsgx.explore.corpus import Hunt, hunt_all
@@ -47,6 +45,7 @@ from softsgx.explore.html import html_page
 from softsgx.explore.replay import Replayed, replay
 from softsgx.explore.store import Store
 from softsgx.explore.text import as_test, coverage_matrix, interleaving
+from softsgx.workers import InProcess, Processes, Workers
 
 __all__ = ["NAME", "configure", "run"]
 
@@ -205,15 +204,14 @@ def _explore(args: argparse.Namespace) -> int:
     for name in campaign.scenarios:
         find_scenario(name)
     store = Store(args.out, campaign) if args.out else None
-    workers = _workers(args)
-    before = [] if store is None else store.results()
-    steps = run_campaign(
-        campaign,
-        workers,
-        before=before,
-        report=None if store is None else lambda _summary, result: store.append(result),
-    )
-    summary, interrupted = _follow(steps, campaign)
+    with _workers(args) as workers:
+        steps = run_campaign(
+            campaign,
+            workers,
+            before=[] if store is None else store.results(),
+            report=None if store is None else lambda _summary, result: store.append(result),
+        )
+        summary, interrupted = _follow(steps, campaign)
     summary.minimise()
     found = summary.found()
     stories = [replay(finding.token) for finding in found]
@@ -237,12 +235,15 @@ def _defect(name: str) -> str:
     raise SoftSgxError(f"defect {name!r}: cannot be switched on; see softsgx defects list")
 
 
-def _workers(args: argparse.Namespace) -> Workers:
-    if args.cluster is not None:
-        from softsgx.explore.cluster import DaskCluster  # imports a second's worth of packages
+@contextmanager
+def _workers(args: argparse.Namespace) -> Iterator[Workers]:
+    if args.cluster is None:
+        yield InProcess() if args.jobs == 1 else Processes(args.jobs)
+        return
+    from softsgx.workers import DaskCluster  # imports a second's worth of packages
 
-        return DaskCluster(args.cluster)
-    return InProcess() if args.jobs == 1 else Processes(args.jobs)
+    with closing(DaskCluster(args.cluster)) as cluster:
+        yield cluster
 
 
 def _follow(steps: Iterator[Summary], campaign: Campaign) -> tuple[Summary, bool]:

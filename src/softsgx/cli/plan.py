@@ -11,6 +11,7 @@ Examples:
   softsgx plan a.trace b.trace --group jobs/a --group jobs/b --limit jobs/a=16MiB
   softsgx plan app.trace --policy lru,s3fifo,opt --json -
   softsgx plan app.trace --costs mine.toml      prices measured on your machine
+  softsgx plan --fleet fleet.toml               many programs on many hosts
 
 Read the answer so: in an EPC of that size, or in a container with that limit, the program takes at
 most 10 % longer than with an EPC in which nothing is ever evicted.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from softsgx.cli._common import size_bytes
+from softsgx.cli._fleet import add_fleet, run_fleet
 from softsgx.cli._outputs import Outputs
 from softsgx.costs import COST_PROFILES, find_profile
 from softsgx.errors import SoftSgxError
@@ -47,7 +49,7 @@ _POLICIES = ("linux", "fifo", "lru", "clock", "s3fifo", "opt")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("traces", nargs="+", metavar="TRACE", help="files of softsgx record")
+    parser.add_argument("traces", nargs="*", metavar="TRACE", help="files of softsgx record")
     parser.add_argument(
         "--format",
         choices=("softsgx", "text", "lackey", "oracleGeneral"),
@@ -75,6 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="run time without paging (default: from the first access to the last)",
     )
+    add_fleet(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", metavar="FILE", help="write the plan as one JSON object; - is standard output"
@@ -137,6 +140,10 @@ def run(args: argparse.Namespace) -> int:
     for name in _LIBRARIES:
         if find_spec(name) is None:
             raise SoftSgxError(f"plan: needs the package {name}; pip install 'softsgx[plan]'")
+    if args.fleet is not None:
+        return run_fleet(args, _defaults())
+    if not args.traces:
+        raise SoftSgxError("plan: no trace; make one with softsgx record -- PROGRAM")
     from softsgx.plan import plan
 
     costs = find_profile(args.costs)
@@ -155,6 +162,13 @@ def run(args: argparse.Namespace) -> int:
             )
         _report(args, outputs, planned)
     return 0 if planned.recommendation.epc_bytes is not None else 1
+
+
+def _defaults() -> argparse.Namespace:
+    """Return what the arguments are where none is given."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    return parser.parse_args([])
 
 
 def _traces(args: argparse.Namespace) -> list[PlannedTrace]:

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
-from multiprocessing import get_context
-from typing import Protocol
 
 from softsgx.explore.coverage import Coverage
 from softsgx.explore.finding import Finding
 from softsgx.explore.registry import find_scenario
 from softsgx.explore.strategies import PARTS
 from softsgx.explore.work import UNIT_RUNS, Unit, UnitResult, minimal, run_unit
+from softsgx.workers import Workers
 
-__all__ = ["Budget", "Campaign", "InProcess", "Processes", "Summary", "Workers", "run_campaign"]
+__all__ = ["Budget", "Campaign", "Summary", "run_campaign"]
 
 _SYSTEMATIC = ("dfs", "bounded")
 _PART_RUNS = 5_000  # of a systematic search under a budget of time
-_AHEAD = 2  # units in progress for each worker
 
 
 @dataclass(frozen=True)
@@ -117,51 +114,6 @@ class Summary:
         return sum(coverage.runs for coverage in self.coverage.values())
 
 
-class Workers(Protocol):
-    """Runs units."""
-
-    def run(self, units: Iterator[Unit]) -> Iterator[UnitResult]:
-        """Yield the results of the units in any order; take a unit when one can be begun."""
-
-
-class InProcess:
-    """Runs one unit after the other in this process."""
-
-    def run(self, units: Iterator[Unit]) -> Iterator[UnitResult]:
-        """As :meth:`Workers.run`."""
-        return map(run_unit, units)
-
-
-class Processes:
-    """Runs units in processes of this machine.
-
-    Args:
-        jobs: number of processes.
-    """
-
-    def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
-
-    def run(self, units: Iterator[Unit]) -> Iterator[UnitResult]:
-        """As :meth:`Workers.run`."""
-        # Not forked: a child would inherit greenlets, and whatever else this process has open.
-        pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"))
-        pending: set[Future[UnitResult]] = set()
-        try:
-            more = True
-            while more or pending:
-                while more and len(pending) < _AHEAD * self._jobs:
-                    unit = next(units, None)
-                    more = unit is not None
-                    if unit is not None:
-                        pending.add(pool.submit(run_unit, unit))
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def run_campaign(
     campaign: Campaign,
     workers: Workers,
@@ -180,7 +132,7 @@ def run_campaign(
     summary = Summary()
     known = {result.unit: result for result in before}
     began = time.monotonic()
-    for result in workers.run(_units(campaign, summary, known, began)):
+    for result in workers.run(run_unit, _units(campaign, summary, known, began)):
         summary.add(result)
         summary.seconds = time.monotonic() - began
         if report is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from softsgx.errors import SoftSgxError
 from softsgx.explore.campaign import Campaign
 from softsgx.explore.work import UnitResult
+from softsgx.workers import Journal
 
 __all__ = ["Store"]
 
@@ -28,7 +29,7 @@ class Store:
 
     def __init__(self, directory: str, campaign: Campaign) -> None:
         self._path = Path(directory)
-        self._units = self._path / "units.jsonl"
+        self._units = Journal(self._path / "units.jsonl")
         wanted = _without_budget(campaign)
         about = self._path / "campaign.json"
         try:
@@ -50,33 +51,17 @@ class Store:
 
     def results(self) -> list[UnitResult]:
         """Return the stored results, without a last line that is incomplete."""
-        if not self._units.exists():
-            return []
         found = []
-        lines = self._units.read_text().splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, entry in self._units.entries():
             try:
-                found.append(UnitResult.from_json(json.loads(line)))
+                found.append(UnitResult.from_json(entry))
             except (ValueError, KeyError, TypeError) as error:
-                if number < len(lines):
-                    raise SoftSgxError(f"{self._units}:{number}: no result of explore") from error
+                raise SoftSgxError(f"{self._units.path}:{number}: no result of explore") from error
         return found
 
     def append(self, result: UnitResult) -> None:
         """Add one result; it is in the file when this returns."""
-        text = json.dumps(result.to_json(), separators=(",", ":"))
-        with self._units.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":  # the last line was cut off: end it
-                    self._drop_last_line(file)
-            file.write(text.encode() + b"\n")
-
-    @staticmethod
-    def _drop_last_line(file: Any) -> None:
-        file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0]) + len(whole[1]))
+        self._units.append(result.to_json())
 
 
 def _without_budget(campaign: Campaign) -> dict[str, Any]:

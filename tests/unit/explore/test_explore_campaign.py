@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from softsgx.errors import SoftSgxError
-from softsgx.explore.campaign import Budget, Campaign, InProcess, Processes, Summary, run_campaign
+from softsgx.explore.campaign import Budget, Campaign, Summary, run_campaign
 from softsgx.explore.coverage import Coverage
 from softsgx.explore.finding import Token
 from softsgx.explore.html import html_page
@@ -20,6 +20,7 @@ from softsgx.explore.strategies import PARTS, STRATEGIES
 from softsgx.explore.text import as_test, shown_lines
 from softsgx.explore.work import Unit, UnitResult, minimal, run_unit
 from softsgx.runtime import Schedule
+from softsgx.workers import InProcess, Processes
 
 BROKEN = Campaign(("fault-reclaim", "two-augments"), ("B11",), "random", Budget(runs=20))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from softsgx.explore.campaign import Budget, Campaign, InProcess, Summary, run_campaign
+from softsgx.explore.campaign import Budget, Campaign, Summary, run_campaign
+from softsgx.workers import DaskCluster, InProcess
 
 CAMPAIGN = Campaign(("fault-reclaim", "two-faults"), ("B2",), "random", Budget(runs=400))
 
@@ -23,17 +24,17 @@ def test_a_cluster_that_loses_a_worker_finds_what_one_process_finds() -> None:
     distributed = pytest.importorskip(
         "distributed", reason="Dask is not installed: pip install 'softsgx[cluster]'"
     )
-    from softsgx.explore.cluster import DaskCluster
-
     alone = _last(run_campaign(CAMPAIGN, InProcess()))
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
     ) as cluster:
-        steps = run_campaign(CAMPAIGN, DaskCluster(cluster))
+        workers = DaskCluster(cluster)
+        steps = run_campaign(CAMPAIGN, workers)
         next(steps)
         victim = next(iter(cluster.workers.values()))
         victim.process.process.kill()
         together = _last(steps)
+        workers.close()
     assert together.units == alone.units
     assert together.coverage == alone.coverage
     assert together.found() == alone.found()
