@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.cli._signals import ProgramSignals
 from softsgx.cli._trace_file import TraceFile
 from softsgx.engines.ordinary import AsEnclaveResult, RecordFailed, record_as_enclave
 from softsgx.errors import SoftSgxError
+from softsgx.sizes import parse_size
 
 __all__ = ["describe_ordinary", "record_ordinary", "refuse_machine", "shell_status"]
 
-_OF_MACHINES = ("epc", "limit", "group", "profile", "config", "cpus", "pager", "strict")
+_OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict")
 
 
 def refuse_machine(args: argparse.Namespace) -> None:
@@ -24,22 +26,31 @@ def refuse_machine(args: argparse.Namespace) -> None:
     for name in _OF_MACHINES:
         if getattr(args, name):
             raise SoftSgxError(f"--{name}: does not go with --as-enclave; leave one of them out")
-    if args.precision != "intervals":
-        raise SoftSgxError(f"--precision {args.precision}: does not go with --as-enclave")
 
 
 def record_ordinary(
-    argv: list[str], signals: ProgramSignals, trace: TraceFile, interval_ns: int
+    argv: list[str], signals: ProgramSignals, trace: TraceFile, interval_ns: int, epc: str | None
 ) -> tuple[AsEnclaveResult, list[Exception]]:
-    """Run the program; return how it ended, and mistakes of ours."""
+    """Run the program; return how it ended, and mistakes of ours.
+
+    Args:
+        argv: it.
+        signals: pass signals on to it.
+        trace: receives its accesses.
+        interval_ns: length of an interval, where it has no EPC.
+        epc: size of the EPC that its memory is paged in.
+    """
+    epc_pages = 0 if epc is None else parse_size(epc) // PAGE_BYTES
 
     def started(pid: int) -> None:
         signals.started(pid)
-        trace.open(0)
+        trace.open(epc_pages)
 
     with signals.waiting(), trace:
         try:
-            result = record_as_enclave(argv, trace, interval_ns=interval_ns, started=started)
+            result = record_as_enclave(
+                argv, trace, interval_ns=interval_ns, epc=epc, started=started
+            )
         except RecordFailed as failed:  # what was recorded is not all
             trace.is_whole = False
             return failed.result, failed.errors
@@ -55,12 +66,14 @@ def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, An
         "address_spaces": result.address_spaces,
         "pages": counts.pages,
         "most_pages": counts.most_pages,
+        "loads": result.loads,
+        "evictions": result.evictions,
         "trace": {
             "file": trace.path,
             "complete": trace.is_complete,
             "precision": trace.precision,
             "interval_seconds": result.interval_ns / 1e9,
-            "epc_bytes": 0,
+            "epc_bytes": result.epc_pages * PAGE_BYTES,
             "enclaves": result.address_spaces,
             "accesses": counts.accesses,
             "writes": counts.writes,
@@ -72,7 +85,7 @@ def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, An
             "hiding_seconds": round(counts.hiding_ns / 1e9, 6),
             "serving_seconds": round(counts.serving_ns / 1e9, 6),
             "share_of_wall": round(spent_ns / result.wall_ns, 6) if result.wall_ns else 0.0,
-            "faults": counts.accesses + counts.stores,
+            "faults": max(counts.accesses, counts.shown) + counts.stores,
             "intervals": counts.intervals,
             "late_intervals": counts.long,
             "longest_interval_seconds": round(counts.longest_ns / 1e9, 6),

@@ -11,6 +11,7 @@ Examples:
   softsgx record --interval 50ms -- ./app         fewer intervals: less overhead, coarser
   softsgx record --precision faults --epc 4MiB -- ./app
   softsgx record --as-enclave -- sort big.txt     a program that is not ported yet
+  softsgx record --as-enclave --epc 2MiB -- sort big.txt      paged, to feel the slowdown
 
 The trace is written while the program runs; what was written stays readable if the command is
 killed.  It has numbers of pages and no bytes of them.
@@ -63,6 +64,7 @@ from softsgx.engines.native.recording import Recorder
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.report import Collector
+from softsgx.sizes import size_text
 
 __all__ = ["NAME", "configure", "run"]
 
@@ -114,10 +116,13 @@ def run(args: argparse.Namespace) -> int:
         EndedBySignal: a signal has ended the program, or comes when it does not run.
     """
     argv = program_of(args, NAME)
+    if args.as_enclave:
+        refuse_machine(args)
+        if args.epc is not None:  # which pages are in it is what the trace is about
+            args.precision = "faults"
     interval_ns = _interval_ns(args)
     check_libraries()
     if args.as_enclave:
-        refuse_machine(args)
         return _run_as_enclave(args, argv, interval_ns)
     with log_told(), ProgramSignals(frozenset()) as signals:
         check_machine()
@@ -139,7 +144,8 @@ def _run_as_enclave(args: argparse.Namespace, argv: list[str], interval_ns: int)
         path = args.output or f"{Path(argv[0]).name}.trace"
         with _outputs(args, path) as outputs:
             trace = TraceFile(path, args.precision, shlex.join(argv), interval_ns)
-            result, mistakes = record_ordinary(argv, signals, trace, interval_ns)
+            epc = None if interval_ns else args.epc or _FAULTS_EPC
+            result, mistakes = record_ordinary(argv, signals, trace, interval_ns, epc)
             outputs.keep(path)
             document = {"format": _FORMAT, "command": argv, **describe_ordinary(result, trace)}
             _report(args, outputs, document)
@@ -304,16 +310,24 @@ def _lines(document: dict[str, Any]) -> list[str]:
     if not trace["complete"]:
         lines.append(f"{trace['file']}: is not complete")
     if "address_spaces" in document:
-        lines.insert(
-            1,
-            f"{document['pages']:,} pages ({document['pages'] * PAGE_BYTES / 2**20:,.1f} MiB) of "
-            f"private memory, at most {document['most_pages']:,} in one interval",
-        )
+        lines.insert(1, _memory_line(document))
     if not trace["accesses"]:
         lines.append("the program has used no enclave; for an ordinary program: --as-enclave")
     else:
         lines.append(f"next: softsgx plan {shlex.quote(trace['file'])}")
     return lines
+
+
+def _memory_line(document: dict[str, Any]) -> str:
+    """Return what an ordinary program's memory did."""
+    pages, epc_bytes = document["pages"], document["trace"]["epc_bytes"]
+    what = f"{pages:,} pages ({pages * PAGE_BYTES / 2**20:,.1f} MiB) of private memory"
+    if not epc_bytes:
+        return f"{what}, at most {document['most_pages']:,} in one interval"
+    return (
+        f"{what} in an EPC of {size_text(epc_bytes)}: {document['loads']:,} loads, "
+        f"{document['evictions']:,} evictions"
+    )
 
 
 def _report(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) -> None:

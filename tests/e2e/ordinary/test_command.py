@@ -51,6 +51,22 @@ def test_the_trace_has_what_the_summary_says_and_the_output_is_the_program_s(
     assert b"pages" in done.stderr
 
 
+@pytest.mark.slow
+def test_with_an_epc_the_trace_has_the_loads_and_the_summary_the_evictions(tmp_path: Path) -> None:
+    from softsgx.accesses import read_trace
+
+    trace, summary = tmp_path / "sort.trace", tmp_path / "sort.json"
+    lines = b"".join(b"%d\n" % (number * 7919 % 10007) for number in range(3000))
+    options = "-o", str(trace), "--json", str(summary), "--epc", "600KiB"
+    done = command(*options, "--", "sort", "-n", given=lines)
+    assert done.stdout == b"".join(sorted(lines.splitlines(keepends=True), key=int))
+    told, found = json.loads(summary.read_bytes()), read_trace(trace)
+    assert (found.info.precision, found.info.epc_pages) == ("faults", 150)
+    assert told["loads"] == told["trace"]["accesses"] == len(found.accesses.pages)
+    assert told["evictions"] > 0
+    assert told["trace"]["epc_bytes"] == 150 * 4096
+
+
 def test_the_program_s_exit_status_is_the_command_s(tmp_path: Path) -> None:
     done = command("-o", str(tmp_path / "trace"), "--quiet", "--", "/bin/sh", "-c", "exit 5")
     assert (done.returncode, done.stderr) == (5, b"")
@@ -62,6 +78,8 @@ def test_the_program_s_exit_status_is_the_command_s(tmp_path: Path) -> None:
         (["--pager", "mprotect"], b"--pager: does not go with --as-enclave"),
         (["--strict"], b"--strict: does not go with --as-enclave"),
         (["--interval", "2s"], b"--interval"),
+        (["--interval", "2ms", "--epc", "1MiB"], b"--interval"),
+        (["--epc", "8KiB"], b"epc"),
     ],
 )
 def test_options_of_a_machine_are_refused(options: list[str], text: bytes) -> None:

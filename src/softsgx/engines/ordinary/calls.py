@@ -55,6 +55,7 @@ class Calls:
             abi.SYS_CLONE3: self._clone3,
             abi.SYS_FORK: self._fork,
             abi.SYS_VFORK: self._fork,
+            abi.SYS_FUTEX: self._futex,
             abi.SYS_SET_TID_ADDRESS: self._set_tid_address,
         }
         self._files: WeakValueDictionary[tuple[int, int], File] = WeakValueDictionary()
@@ -214,6 +215,20 @@ class Calls:
         def done(result: int) -> None:
             if result < 0:
                 thread.release()
+
+        thread.at_end = done
+        thread.in_call = True
+
+    def _futex(self, thread: ProgramThread, space: AddressSpace) -> None:
+        """Operations in which the kernel itself stores to the futex: it does not wait for pages."""
+        regs = thread.regs
+        pages = {regs.rdi >> _SHIFT, regs.r8 >> _SHIFT} - {0}
+        thread.holds = Hold(space, pins=pages, whole=False)
+        for page in pages:
+            space.make_writable(page)
+
+        def done(_result: int) -> None:
+            thread.release()
 
         thread.at_end = done
         thread.in_call = True

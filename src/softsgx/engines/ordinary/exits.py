@@ -2,8 +2,8 @@
 
 When a thread ends the kernel writes zero where set_tid_address(2) or clone(2) has said, which is
 what pthread_join(3) waits for, and marks the robust futexes that the thread holds.  It does not
-wait for userfaultfd then: the stores would be lost.  So those pages are made present before, and no
-page of the address space is hidden until the thread is a zombie.
+wait for userfaultfd then: the stores would be lost.  So those pages are made present before, and
+stay so until the thread is a zombie.
 
 Source:
     set_tid_address(2), get_robust_list(2); uapi/linux/futex.h (``struct robust_list_head``);
@@ -37,7 +37,7 @@ class Exits:
         pages = _robust_pages(thread.tid, space)
         if thread.cleared_at:
             pages.add(thread.cleared_at >> _SHIFT)
-        self._ending[thread.tid] = Hold(space, pins=pages)
+        self._ending[thread.tid] = Hold(space, pins=pages, whole=False)
         for page in pages:
             space.make_writable(page)
 
@@ -48,7 +48,7 @@ class Exits:
             hold.release()
 
     def settle(self) -> None:
-        """Let pages be hidden again for threads that are zombies."""
+        """Let pages be hidden again that were pinned for threads that are zombies."""
         for tid in list(self._ending):
             if _is_zombie(tid):
                 self.ended(tid)

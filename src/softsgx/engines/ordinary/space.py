@@ -62,14 +62,25 @@ class Snapshot:
 
 
 class Hold:
-    """Keeps an address space from being hidden, and faults in some ranges waiting, for a time."""
+    """Keeps an address space from being hidden, and faults in some ranges waiting, for a time.
+
+    Args:
+        space: it.
+        changing: ranges in which faults wait.
+        pins: pages that must stay present.
+        whole: whether no page at all may be hidden; else those of ``pins``.
+    """
 
     def __init__(
-        self, space: AddressSpace, *changing: tuple[int, int], pins: Iterable[int] = ()
+        self,
+        space: AddressSpace,
+        *changing: tuple[int, int],
+        pins: Iterable[int] = (),
+        whole: bool = True,
     ) -> None:
         self._space: AddressSpace | None = space
-        self._changing, self._pins = changing, tuple(pins)
-        space.holds += 1
+        self._changing, self._pins, self._whole = changing, tuple(pins), whole
+        space.holds += whole
         space.changing += changing
         space.pinned += self._pins
 
@@ -78,7 +89,7 @@ class Hold:
         space, self._space = self._space, None
         if space is None:
             return
-        space.holds -= 1
+        space.holds -= self._whole
         for each in self._changing:
             space.changing.remove(each)
         for page in self._pins:
@@ -232,13 +243,13 @@ class AddressSpace:
     # --- hiding ---------------------------------------------------------------------------------
 
     def hide_all(self) -> None:
-        """Hide every present page.
+        """Hide every present page that is not pinned.
 
         Raises:
             Gone: the address space has ended.
         """
         assert not self.holds, "pages are hidden while a system call changes them"
-        self.hide(self.present)
+        self.hide(self.present.keys() - self.pinned)
 
     def hide(self, some: Iterable[int]) -> None:
         """Hide those of some pages that are present; see :meth:`is_fixed`.

@@ -1,5 +1,5 @@
 /* Threads that allocate, fill and free memory, are joined, and share a robust mutex whose owner
- * ends without unlocking it. */
+ * ends without unlocking it, and one with priority inheritance. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -24,6 +24,18 @@ static void *work(void *argument) {
     return (void *)sum;
 }
 
+static pthread_mutex_t inheriting;
+static unsigned long counter;
+
+static void *contend(void *argument) {
+    for (int round = 0; round < 300; round++) {
+        pthread_mutex_lock(&inheriting);
+        counter++;
+        pthread_mutex_unlock(&inheriting);
+    }
+    return argument;
+}
+
 static void *die_with_lock(void *argument) {
     pthread_mutex_lock(&robust);
     return argument;
@@ -34,6 +46,9 @@ int main(void) {
     pthread_mutexattr_init(&attributes);
     pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
     pthread_mutex_init(&robust, &attributes);
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_setprotocol(&attributes, PTHREAD_PRIO_INHERIT);
+    pthread_mutex_init(&inheriting, &attributes);
     unsigned long total = 0;
     for (int group = 0; group < GROUPS; group++) {
         pthread_t threads[THREADS], last;
@@ -51,6 +66,11 @@ int main(void) {
         pthread_mutex_unlock(&robust);
         total = total * 7 + (result == EOWNERDEAD);
     }
-    printf("%lu\n", total);
+    pthread_t threads[3];
+    for (int number = 0; number < 3; number++)
+        pthread_create(&threads[number], 0, contend, 0);
+    for (int number = 0; number < 3; number++)
+        pthread_join(threads[number], 0);
+    printf("%lu %lu\n", total, counter);
     return 0;
 }

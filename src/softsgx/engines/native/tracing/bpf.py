@@ -236,8 +236,18 @@ def build_filter(*, everything: bool = False) -> bytes:
 
 
 def build_calls_filter(numbers: Iterable[int]) -> bytes:
-    """Return a filter that stops the calls of these numbers, and no others."""
+    """Return a filter that stops the calls of these numbers, and futex(2) that stores.
+
+    Those operations on futexes are the ones with priority inheritance, and FUTEX_WAKE_OP.
+    """
     code = [*_of_this_architecture(), *((_JEQ, _STOP, 0, number) for number in numbers)]
+    code += _if_call(
+        abi.SYS_FUTEX,
+        (_LD_ABS, 0, 0, _ARGUMENTS + 8),
+        (_AND, 0, 0, abi.FUTEX_CMD_MASK),
+        *((_JEQ, _STOP, 0, operation) for operation in abi.FUTEX_STORES),
+        (_JA, 0, 0, _ALLOW),
+    )
     return _assemble([*code, (_JA, 0, 0, _ALLOW)])
 
 
