@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softsgx.engines.ordinary import AsEnclaveResult, record_as_enclave
-from softsgx.errors import NotRun
+from softsgx.errors import SoftSgxError
 
 PROGRAMS = Path(__file__).parent / "programs"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -32,6 +32,9 @@ class Recorded:
 
     def grow_enclave(self, number: int, pages: int) -> None:
         self.enclaves[number][1] = pages
+
+    def flush(self) -> None:
+        pass
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         self.accesses.append((enclave, page, write, time_ns))
@@ -80,7 +83,7 @@ def _main() -> None:
         interval_ns = int(float(interval_ms) * MS)
         result = record_as_enclave(argv, recorded, interval_ns=interval_ns, epc=int(epc) or None)
         found = result, recorded.enclaves, recorded.accesses
-    except NotRun as error:
+    except SoftSgxError as error:
         found = error
     with open(int(answer), "wb") as file:
         pickle.dump(found, file)

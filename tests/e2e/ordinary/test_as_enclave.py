@@ -15,11 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.e2e.native.test_unsupervised import elf32, load
 from tests.e2e.ordinary.recording import COMPILER, MS, compile_program, record
 from tests.support.native import needs_tracing
 
 from softsgx.engines.ordinary import can_record
-from softsgx.errors import NotRun
+from softsgx.errors import NotRun, SoftSgxError
 
 JSON = """
 import json
@@ -188,6 +189,7 @@ def test_an_interval_that_is_not_over_has_each_page_once(directory: Path) -> Non
 
 KILLED = """
 import sys
+from tests.e2e.native.test_unsupervised import elf32, load
 from tests.e2e.ordinary.recording import Recorded
 from softsgx.engines.ordinary import record_as_enclave
 record_as_enclave(sys.argv[1:], Recorded(), interval_ns=1_000_000)
@@ -234,3 +236,9 @@ def test_an_interval_is_of_the_program_s_own_time() -> None:
     result, _output, _recorded = record(["/bin/true"], interval_ms=1)
     counts = result.counts
     assert counts.intervals * MS <= result.wall_ns - counts.serving_ns + MS
+
+
+def test_a_32_bit_program_is_refused_in_one_line(tmp_path: Path) -> None:
+    exits = load(3, 0) + load(0, 1) + b"\xcd\x80"
+    with pytest.raises(SoftSgxError, match="a 32-bit program, whose memory cannot be recorded"):
+        record([elf32(tmp_path / "small", exits)])

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.ordinary.numbers import PageNumbers
 from softsgx.engines.ordinary.space import AddressSpace
 
 __all__ = ["IntervalCounts", "Intervals", "TraceSink"]
 
 _RETRY_S = 0.001
+_FLUSH_NS = 1_000_000_000
 
 
 class TraceSink(Protocol):
@@ -33,7 +33,10 @@ class TraceSink(Protocol):
         """An address space has pages of numbers below ``pages``."""
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
-        """Add an access."""
+        """Add an access, which is not earlier than those before."""
+
+    def flush(self) -> None:
+        """Write what was added: it stays readable if the recorder is killed."""
 
 
 @dataclass(slots=True)
@@ -96,6 +99,7 @@ class Intervals:
         sink: TraceSink,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        assert interval_ns > 0, "an interval has a length"
         self._interval_ns, self._sink, self._clock = interval_ns, sink, clock
         self.counts = IntervalCounts()
         self._traced: dict[AddressSpace, _Traced] = {}
@@ -104,7 +108,7 @@ class Intervals:
         self._writes: list[bool] = []
         self._times: list[int] = []
         self._started_ns = clock()
-        self._due_ns = 0
+        self._due_ns, self._flushed_ns = 0, self._started_ns
         self._late: set[AddressSpace] = set()
 
     def add(self, space: AddressSpace, number: int) -> None:
@@ -197,6 +201,9 @@ class Intervals:
         self._pages.clear()
         self._writes.clear()
         self._times.clear()
+        if self._clock() - self._flushed_ns > _FLUSH_NS:
+            self._flushed_ns = self._clock()
+            self._sink.flush()
         for traced in self._traced.values():
             traced.places.clear()
 
@@ -206,8 +213,5 @@ class Intervals:
             if space.holds:
                 continue
             self._late.discard(space)
-            try:
-                space.hide_all()
-            except Gone:
-                continue  # the process is being killed
+            space.hide_all()
         self.counts.hiding_ns += self._clock() - began_ns

@@ -12,6 +12,7 @@ from softsgx.engines.native.limits import Limits, raise_limits, set_limits
 from softsgx.engines.native.tracing.bpf import build_calls_filter
 from softsgx.engines.native.tracing.start import EndedEarly, start_program
 from softsgx.engines.native.tracing.tracee import Gone
+from softsgx.engines.native.tracing.unsupervised import is_32_bit
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.calls import CALLS, Calls
 from softsgx.engines.ordinary.contents import Contents
@@ -23,6 +24,7 @@ from softsgx.engines.ordinary.pager import Pager, Unlimited
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.space import AddressSpace
 from softsgx.engines.ordinary.spaces import Spaces
+from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 
 __all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record_as_enclave"]
@@ -197,8 +199,13 @@ class _Recorder:
             )
         except EndedEarly as ended:
             return -ended.number
-        first = ProgramThread(bare.tid, bare.tid, self._waits)
+        first = loop.threads[bare.tid] = ProgramThread(bare.tid, bare.tid, self._waits)
         try:
+            if is_32_bit(first):
+                raise SoftSgxError(
+                    f"{start.argv[0]}: a 32-bit program, whose memory cannot be recorded; "
+                    "give a 64-bit one"
+                )
             if start.started is not None:
                 start.started(first.pid)
             loop.adopt(first)

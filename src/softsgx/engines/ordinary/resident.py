@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.failures import kill
-from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.code import CALL_WORDS, emit_injection
 from softsgx.engines.native.x86.asm import Assembler
@@ -102,6 +104,7 @@ class Resident:
                 "raise the limit on processes (ulimit -u)"
             )
         self.tid = thread.made or made
+        self._pid = thread.pid
         self._base, self._table = base, base + _CODE_PAGES * abi.PAGE
         self._thread = Thread(self.tid, waits)
         self._thread.inject_at = base + _LABELS["inject"]
@@ -119,16 +122,29 @@ class Resident:
         returns, for rseq(2), and would wait for the recorder.
 
         Raises:
-            Gone: the task has been killed.
+            Gone: the task has been killed, and the process is, too.
         """
-        return self._thread.syscall(number, *arguments)
+        with self._ends_process():
+            return self._thread.syscall(number, *arguments)
+
+    @contextmanager
+    def _ends_process(self) -> Iterator[None]:
+        """Kill the process if the task has been killed: its pages cannot be taken any more."""
+        try:
+            yield
+        except Gone:
+            kill(self._pid)
+            raise
 
     def drop(self, ranges: list[tuple[int, int]]) -> None:
         """Take the pages of (start, end) ranges from the address space.
 
-        Raises:
-            Gone: the task has been killed.
+        If the task has been killed the process is, too, and its pages do not matter.
         """
+        with suppress(Gone), self._ends_process():
+            self._drop(ranges)
+
+    def _drop(self, ranges: list[tuple[int, int]]) -> None:
         for first in range(0, len(ranges), _MOST_CALLS):
             some = ranges[first : first + _MOST_CALLS]
             calls = b"".join(

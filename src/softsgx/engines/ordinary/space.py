@@ -243,20 +243,12 @@ class AddressSpace:
     # --- hiding ---------------------------------------------------------------------------------
 
     def hide_all(self) -> None:
-        """Hide every present page that is not pinned.
-
-        Raises:
-            Gone: the address space has ended.
-        """
+        """Hide every present page that is not pinned."""
         assert not self.holds, "pages are hidden while a system call changes them"
         self.hide(self.present.keys() - self.pinned)
 
     def hide(self, some: Iterable[int]) -> None:
-        """Hide those of some pages that are present; see :meth:`is_fixed`.
-
-        Raises:
-            Gone: the address space has ended.
-        """
+        """Hide those of some pages that are present; see :meth:`is_fixed`."""
         pages = sorted(page for page in some if page in self.present)
         if not pages:
             return
