@@ -337,6 +337,27 @@ def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> N
 
 
 @pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("why", ["poisoned", "kept"])
+def test_a_page_that_must_stay_is_no_victim(optimised: bool, why: str) -> None:
+    world = World(40, optimised=optimised)
+    core = world.system.core
+    pages = world.system.driver.enclaves[0].pages.values()
+    page, epc = next((page, page.epc) for page in pages if page.epc and page.epc.lru)
+    lru = epc.lru
+    assert lru is not None and lru.isolate_page(epc)
+    if why == "kept":
+        epc.kept = True
+    else:
+        core.poison(epc.addr)
+    assert core._reclaimer._prepare(lru, [epc], force=True) == []
+    assert page.reservation is None and not page.being_reclaimed
+    assert epc.tracked is (epc in lru) is (why == "kept")
+    assert core.counters.kept == (why == "kept")
+    epc.kept = False
+    world.check()
+
+
+@pytest.mark.parametrize("optimised", [True, False])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_page_is_young_when_any_address_space_has_used_it(optimised: bool, which: int) -> None:
     world = World(80, optimised=optimised)
@@ -548,15 +569,17 @@ class Half:
         file, reserved = self.file, self.reserved
         try:
             match kind:
+                case "evict":
+                    return self.do("reserve", index), self.do("write", index)
                 case "reserve" if index not in reserved and not self.holds(index):
                     reserved[index] = file.reserve(index)
                 case "write" if index in reserved:
                     pinned = reserved.pop(index)
                     pinned.data[:] = bytes([index + 1]) * PAGE_BYTES
                     self.writes += 1
-                    # Mostly R W, and seldom the same twice: what is kept once for all pages.
-                    secinfo = SecInfo.of(PageType.REG, (3, 3, 1, 3, 5)[self.writes % 5])
-                    eid = 1 + (self.writes % 7 == 0)
+                    # Mostly R W, and not the same twice: what is kept once for all pages.
+                    secinfo = SecInfo.of(PageType.REG, (3, 1, 3, 3, 5)[self.writes % 5])
+                    eid = 1 + (self.writes % 3 == 0)
                     pcmd = Pcmd(secinfo=secinfo, enclave_id=eid, mac=bytes([index]) * 16)
                     pinned.pcmd_bytes[:] = pcmd.pack()
                     file.written(pinned)
@@ -583,7 +606,7 @@ class Half:
         return True
 
 
-KINDS = ("reserve", "reserve", "write", "write", "cancel", "load", "load", "fail", "discard")
+KINDS = ("evict", "evict", "reserve", "write", "cancel", "load", "load", "fail", "discard")
 
 
 @settings(max_examples=150, deadline=None)
