@@ -52,11 +52,12 @@ def parse_trace(file: BinaryIO, name: str, file_format: str | None = None) -> Tr
     """Open a trace in an open file, which the reader closes; see :func:`open_trace`.
 
     Args:
-        file: it can seek.
+        file: it can seek, and is read from its beginning.
         name: what messages call it.
         file_format: see :func:`open_trace`.
     """
     try:
+        file.seek(0)
         chosen = _detected(file, name) if file_format is None else file_format
         if chosen == "softsgx":
             return TraceReader(file, name)

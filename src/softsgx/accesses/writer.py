@@ -135,7 +135,7 @@ class TraceWriter:
             raise SoftSgxError(
                 f"{self._name}: {before.name}: {pages} pages; a trace has at most {MOST_PAGES}"
             )
-        self._enclaves[number] = TracedEnclave(number, before.name, pages, before.pid)
+        self._enclaves[number] = TracedEnclave(number, before.name, int(pages), before.pid)
         self._undescribed[number] = None
         if len(self._undescribed) == _BATCH_ENCLAVES:
             self.flush()

@@ -10,6 +10,7 @@ Examples:
   softsgx plan app.trace --target-slowdown 1.5 --epc 4MiB:64MiB
   softsgx plan a.trace b.trace --group jobs/a --group jobs/b --limit jobs/a=16MiB
   softsgx plan app.trace --policy lru,s3fifo,opt --json -
+  softsgx plan app.trace --report plan.html     a page with curve, residency and fault rates
   softsgx plan app.trace --costs mine.toml      prices measured on your machine
   softsgx plan --fleet fleet.toml               many programs on many hosts
 
@@ -82,6 +83,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--json", metavar="FILE", help="write the plan as one JSON object; - is standard output"
     )
+    output.add_argument(
+        "--report", metavar="FILE.html", help="write a page with curve, residency and prices"
+    )
     output.add_argument("--quiet", action="store_true", help="print no text")
     output.add_argument("--force", action="store_true", help="overwrite files")
 
@@ -149,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     costs = find_profile(args.costs)
     if args.run_time is not None and not 0 < args.run_time < 1e9:
         raise SoftSgxError(f"--run-time {args.run_time:g}: give a number of seconds above 0")
-    files = [args.json] if args.json and args.json != _STANDARD_OUTPUT else []
+    files = [name for name in (args.json, args.report) if name and name != _STANDARD_OUTPUT]
     with Outputs(files, force=args.force) as outputs:
         with _progress() as progress:
             planned = plan(
@@ -218,6 +222,10 @@ def _report(args: argparse.Namespace, outputs: Outputs, planned: Plan) -> None:
             print(text, end="")
         else:
             outputs.write(args.json, text.encode())
+    if args.report:
+        from softsgx.report.plan_html import plan_page
+
+        outputs.write(args.report, plan_page(planned).encode())
     if not args.quiet and args.json != _STANDARD_OUTPUT:
         print_plan(planned, Console(highlight=False, markup=False, emoji=False))
 

@@ -1,6 +1,6 @@
 """A run as one page that opens offline: verdict, residency and paging over time, costs.
 
-The page loads nothing and needs no library; style sheet and script are files beside this module.
+See :mod:`~softsgx.report.elements` for what pages are put together from.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ import shlex
 from bisect import bisect_left
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from itertools import pairwise
 from operator import itemgetter
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.costs import Estimate
-from softsgx.report.charts import COLOURS, Bar, Mark, Series, bars, lines, shares
+from softsgx.report.charts import COLOURS, Mark, Series, lines, shares
+from softsgx.report.elements import (
+    document_page,
+    figure,
+    prices_table,
+    silicon_figure,
+    table,
+    tiles,
+)
 from softsgx.report.sampler import Sample
 from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary
 from softsgx.report.tables import cycles_text, seconds_text
@@ -41,9 +47,9 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
         run: the summary.
         samples: in order of time; without two of them there are no charts over time.
     """
-    title, judged = escape(shlex.join(run.command)), verdict(run)
+    title, judged = shlex.join(run.command), verdict(run)
     parts = [
-        f"<h1><code>{title}</code></h1>",
+        f"<h1><code>{escape(title)}</code></h1>",
         f"<p>{escape(_ended(run))}</p>",
         f"<p class='verdict {judged.fit}'>{_verdict_text(judged)}</p>",
         _warning(run),
@@ -51,21 +57,19 @@ def html_page(run: RunSummary, samples: Sequence[Sample]) -> str:
         _residency(run, samples),
         _rates(run, samples),
         _times(run),
-        _silicon(run.estimate),
+        silicon_figure(
+            run.estimate, "On silicon (estimated)", "beside what the code itself computes"
+        ),
         _enclaves(run),
         _groups(run),
-        _prices(run.estimate),
+        prices_table(
+            run.estimate.profile.basis_text,
+            [item.price for item in run.estimate.items],
+            [item.count for item in run.estimate.items],
+        ),
         _circumstances(run),
     ]
-    style, script = (
-        resources.files(__package__).joinpath(name).read_text() for name in ("page.css", "page.js")
-    )
-    return (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>softsgx: {title}</title><style>\n{style}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main>\n<script>\n{script}</script></body></html>\n"
-    )
+    return document_page(title, parts)
 
 
 def _ended(run: RunSummary) -> str:
@@ -93,7 +97,7 @@ def _tiles(run: RunSummary) -> str:
     silicon = "of SGX events on silicon, estimated"
     if judged.evictions:
         silicon += f"; paging: {_percent(100 * judged.silicon)} of that run"
-    tiles = [
+    values = [
         (
             size_text(platform.peak_epc_bytes),
             f"of {size_text(platform.epc_bytes)} EPC used at most ({_percent(used)})",
@@ -106,8 +110,7 @@ def _tiles(run: RunSummary) -> str:
         (seconds_text(run.estimate.seconds), silicon),
         (f"{judged.touched:,}", f"pages touched; {judged.added:,} were added"),
     ]
-    cells = "".join(f"<li><b>{b}</b><span>{escape(what)}</span></li>" for b, what in tiles)
-    return f"<ul class='tiles'>{cells}</ul>"
+    return tiles(values)
 
 
 def _pages_tile(pages: int, what: str, none: str) -> tuple[str, str]:
@@ -130,13 +133,6 @@ def _faults_tile(run: RunSummary) -> tuple[str, str]:
 def _percent(percent: float) -> str:
     digits = 0 if percent >= 10 or not percent else 1
     return f"{percent:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _figure(heading: str, note: str, chart: str) -> str:
-    return (
-        f"<section><h2>{escape(heading)}</h2><figure>"
-        f"<figcaption>{escape(note)}</figcaption>{chart}</figure></section>"
-    )
 
 
 # --- charts -------------------------------------------------------------------------------------
@@ -166,7 +162,7 @@ def _residency(run: RunSummary, samples: Sequence[Sample]) -> str:
         note += f" The {_SHOWN} largest of {len(ranked)} enclaves."
     if not near:
         note += f" The {name} of {size_text(limit)} is far above."
-    return _figure("Resident in the EPC", note, lines(times, series, unit="MiB", mark=mark))
+    return figure("Resident in the EPC", note, lines(times, series, unit="MiB", mark=mark))
 
 
 def _limit_of(run: RunSummary) -> tuple[str, int]:
@@ -201,7 +197,7 @@ def _rates(run: RunSummary, samples: Sequence[Sample]) -> str:
     note = "Pages of enclaves, per second. Other faults load nothing: first touches, and waits."
     if not paged:
         note = "No page left the EPC: these page faults map pages that are there, per second."
-    return _figure(heading, note, lines(times, series, unit="/s"))
+    return figure(heading, note, lines(times, series, unit="/s"))
 
 
 def _interpolated(known: Sequence[tuple[float, int]], at: float) -> float:
@@ -232,33 +228,7 @@ def _times(run: RunSummary) -> str:
         "is tracing, crossings and ioctls."
     )
     chart = shares([(f"{name} {seconds_text(s)}", s, colour) for name, s, colour in parts])
-    return _figure("Where the time went here", note, chart)
-
-
-def _silicon(estimate: Estimate) -> str:
-    items = [item for item in estimate.items if item.price.typical is not None]
-    if not items:
-        return ""
-    items.sort(key=lambda item: item.typical, reverse=True)
-    rows = [
-        Bar(
-            f"{item.price.what} × {item.count:,}",
-            item.low,
-            item.typical,
-            item.high,
-            f"{cycles_text(item.typical)} cycles",
-        )
-        for item in items
-    ]
-    note = (
-        f"About {cycles_text(estimate.typical)} cycles, {cycles_text(estimate.low)} to "
-        f"{cycles_text(estimate.high)}: {seconds_text(estimate.seconds)} at "
-        f"{estimate.profile.hertz / 1e9:g} GHz, beside what the code itself computes. The thin "
-        "line on a bar is the band of the prices."
-    )
-    if estimate.unpriced:
-        note += f" No figure is known for {', '.join(estimate.unpriced)}."
-    return _figure("On silicon (estimated)", note, bars(rows))
+    return figure("Where the time went here", note, chart)
 
 
 def _mib(pages: int) -> float:
@@ -284,10 +254,10 @@ def _enclaves(run: RunSummary) -> str:
     note = "Pages added and touched; faults by what they did: first touches load nothing."
     if len(ranked) > _MOST_ROWS:
         note += f" The {_MOST_ROWS} of {len(ranked)} enclaves with the most faults; JSON has all."
-    first = _table("Enclaves", note, paging, [_paging_row(one) for one in shown], text=(0, 1, 2))
+    first = table("Enclaves", note, paging, [_paging_row(one) for one in shown], text=(0, 1, 2))
     note = "How often each leaf was executed; IPI counts rounds of interrupts."
     rows = [_leaves_row(one) for one in shown]
-    return first + _table("Crossings and leaves", note, leaves, rows, text=(0,))
+    return first + table("Crossings and leaves", note, leaves, rows, text=(0,))
 
 
 def _paging_row(enclave: EnclaveSummary) -> tuple[str, ...]:
@@ -325,7 +295,7 @@ def _groups(run: RunSummary) -> str:
         for group in run.groups
     ]
     note = "A charge that a limit refuses makes a page of the group leave."
-    return _table("Limits", note, ("group", "limit", "peak", "charges refused"), rows, text=(0,))
+    return table("Limits", note, ("group", "limit", "peak", "charges refused"), rows, text=(0,))
 
 
 def _limit(group: GroupSummary, run: RunSummary) -> str:
@@ -333,21 +303,6 @@ def _limit(group: GroupSummary, run: RunSummary) -> str:
         return size_text(group.max_bytes)
     root = group.path == "/"
     return f"the EPC: {size_text(run.platform.epc_bytes)}" if root else "none"
-
-
-def _prices(estimate: Estimate) -> str:
-    rows = []
-    for item in estimate.items:
-        price = item.price
-        each = "none" if price.typical is None else f"{price.typical:,}"
-        ends = "" if price.low == price.high else f"{price.low:,} to {price.high:,}"
-        source = price.source + (f": “{price.printed}”" if price.printed else "")
-        rows.append((price.what, f"{item.count:,}", each, ends, price.basis, source))
-    if not rows:
-        return ""
-    heads = ("event", "count", "cycles each", "band", "basis", "source")
-    note = estimate.profile.basis_text
-    return _table("Prices", note, heads, rows, text=(0, 4, 5), long=5)
 
 
 def _circumstances(run: RunSummary) -> str:
@@ -374,33 +329,4 @@ def _circumstances(run: RunSummary) -> str:
     return (
         f"<section><h2>This run</h2><dl>{items}</dl><p>softsgx is an emulation: it protects "
         "nothing from the owner of the machine.</p></section>"
-    )
-
-
-def _table(
-    heading: str,
-    note: str,
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    text: Sequence[int],
-    long: int | None = None,
-) -> str:
-    """Return a section with a table; ``text`` and ``long``: columns of words, of sentences."""
-
-    def kind(column: int) -> str:
-        names = ["text"] * (column in text) + ["long"] * (column == long)
-        return f" class='{' '.join(names)}'" if names else ""
-
-    def row(values: Sequence[str]) -> str:
-        first, *rest = values
-        cells = "".join(f"<td{kind(n)}>{escape(value)}</td>" for n, value in enumerate(rest, 1))
-        return f"<tr><th scope='row'{kind(0)}>{escape(first)}</th>{cells}</tr>"
-
-    head = "".join(f"<th scope='col'{kind(n)}>{escape(name)}</th>" for n, name in enumerate(heads))
-    return (
-        f"<section><h2>{escape(heading)}</h2><figure><figcaption>{escape(note)}</figcaption>"
-        f"<div class='scroll' role='region' tabindex='0' aria-label='{escape(heading)}'><table>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(row, rows))}</tbody></table></div>"
-        "</figure></section>"
     )

@@ -1,7 +1,7 @@
 // Shows the values of a chart under the pointer. The page reads the same without it.
 "use strict";
-for (const plot of document.querySelectorAll(".plot")) {
-  const { x, unit, series } = JSON.parse(plot.querySelector("script").textContent);
+for (const plot of document.querySelectorAll(".plot:not(.heat)")) {
+  const { x, xUnit, unit, series } = JSON.parse(plot.querySelector("script").textContent);
   const cursor = plot.querySelector(".cursor"), output = plot.querySelector("output");
   const last = x[x.length - 1];
   const hide = () => { cursor.style.visibility = output.style.visibility = "hidden"; };
@@ -17,8 +17,9 @@ for (const plot of document.querySelectorAll(".plot")) {
       if (x[middle] > at) { high = middle; } else { low = middle; }
     }
     const near = at - x[low] < x[high] - at ? low : high;
-    const lines = series.map((one) => `${one.name}: ${one.y[near].toLocaleString("en")} ${unit}`);
-    output.textContent = [`${x[near]} s`, ...lines].join("\n");
+    const known = series.filter((one) => one.y[near] !== null);
+    const lines = known.map((one) => `${one.name}: ${one.y[near].toLocaleString("en")} ${unit}`);
+    output.textContent = [`${x[near]} ${xUnit}`, ...lines].join("\n");
     const where = 1000 * x[near] / last;
     cursor.setAttribute("x1", where);
     cursor.setAttribute("x2", where);
