@@ -14,7 +14,7 @@ from softsgx.sizes import parse_size
 
 __all__ = ["describe_ordinary", "record_ordinary", "refuse_machine", "shell_status"]
 
-_OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict")
+_OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict", "metrics")
 
 
 def refuse_machine(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ The scheduler gives a unit whose worker was lost to another one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -75,7 +76,11 @@ def local_cluster(jobs: int) -> Iterator[DaskCluster]:
         SoftSgxError: Dask is not installed.
     """
     with _distributed().LocalCluster(
-        n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=jobs,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        silence_logs=logging.ERROR,  # a worker that takes long to end is no news
     ) as processes:
         cluster = DaskCluster(processes)
         try:

@@ -17,12 +17,14 @@ import struct
 import subprocess
 import sys
 import termios
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
 from tests.support.live import runtime_directory
 from tests.support.native import needs_tracing
@@ -214,6 +216,36 @@ def test_one_of_two_runs_can_be_chosen(words: list[str], environment: dict[str, 
         assert none.returncode == 2
         assert none.stderr.startswith("softsgx: 1: is no run of softsgx; ")
         assert none.stderr.count("\n") == 1
+
+
+def test_prometheus_scrapes_what_the_run_says_at_its_end(
+    words: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--quiet", "--epc", "256KiB", "--metrics", "0", "--json", str(tmp_path / "json")]
+    with subprocess.Popen(
+        [*SOFTSGX, "run", *options, "--", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        program = process.stdout.readline().strip()
+        url = process.stderr.readline().removeprefix("softsgx: metrics at ").strip()
+        with urllib.request.urlopen(url) as answer:
+            text = answer.read().decode()
+        process.communicate("\n")
+    samples = {
+        sample.name: sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    document = json.loads((tmp_path / "json").read_text())
+    assert samples["softsgx_epc_size_bytes"].value == 256 << 10
+    assert samples["softsgx_enclave_resident_bytes"].labels["pid"] == program
+    assert samples["softsgx_reloads_total"].value == document["enclaves"][0]["reloads"] > 0
 
 
 def test_a_program_that_is_recorded_is_shown_too(
