@@ -7,9 +7,9 @@ Such a package declares them twice: for type checkers, under ``TYPE_CHECKING``, 
 interpreter, by ``__getattr__ = on_demand(__name__, …)``.  Its users write ``package.Name`` where
 they use the name; ``from package import Name`` imports its module at once.
 
-:func:`dataclass` is the decorator of the standard library, which compiles five methods a class,
-half a millisecond to a millisecond.  Here they are compiled when the class is first instantiated,
-or asked for its fields.
+:func:`dataclass` is the decorator of the standard library, which compiles up to six methods a
+class, half a millisecond to a millisecond.  Here methods are compiled when the class is first
+instantiated, or asked for its fields; and those that can be the same function for all classes are.
 
 Source:
     PEP 557, PEP 562, PEP 681.
@@ -21,6 +21,8 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from operator import attrgetter
+from reprlib import recursive_repr
 from threading import RLock
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -106,9 +108,11 @@ def _deferred(cls: type, slots: bool, options: dict[str, bool]) -> type:
             descriptors = {name: vars(cls)[name] for name in defaults}
             for name, default in defaults.items():
                 setattr(cls, name, default)
-            dataclasses.dataclass(**options)(cls)
+            compares = options.get("eq", True)
+            dataclasses.dataclass(**{**options, "eq": False, "repr": False})(cls)
             for name, descriptor in descriptors.items():
                 setattr(cls, name, descriptor)
+            _add_methods(cls, compares, options.get("frozen", False))
 
     def complete_and_initialize(self: object, *arguments: Any, **named: Any) -> None:
         complete()
@@ -118,6 +122,45 @@ def _deferred(cls: type, slots: bool, options: dict[str, bool]) -> type:
     for name in _ASKED:
         setattr(cls, name, _Asked(name, cls, complete))
     return cls
+
+
+def _add_methods(cls: type, compares: bool, frozen: bool) -> None:
+    """Add the methods that need not be compiled for each class, where it has none of its own."""
+    fields = dataclasses.fields(cls)
+    shown = [field.name for field in fields if field.repr]
+    compared = _getter([field.name for field in fields if field.compare])
+    hashed = _getter([f.name for f in fields if (f.compare if f.hash is None else f.hash)])
+
+    @recursive_repr()
+    def representation(self: object) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"{self.__class__.__qualname__}({values})"
+
+    def equal(self: object, other: object) -> bool:
+        return (
+            compared(self) == compared(other)
+            if self.__class__ is other.__class__
+            else NotImplemented
+        )
+
+    def hash_of(self: object) -> int:
+        return hash(hashed(self))
+
+    own = vars(cls)
+    if "__repr__" not in own:
+        setattr(cls, "__repr__", representation)  # noqa: B010
+    if compares and "__eq__" not in own:
+        setattr(cls, "__eq__", equal)  # noqa: B010
+    # A class that defines __eq__ alone has None for __hash__.
+    if compares and own.get("__hash__") is None:
+        setattr(cls, "__hash__", hash_of if frozen else None)  # noqa: B010
+
+
+def _getter(names: list[str]) -> Callable[[object], tuple[Any, ...]]:
+    """Return what takes the values of these attributes of an object."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda instance: tuple(getattr(instance, name) for name in names)
 
 
 def _with_slots(cls: type) -> tuple[type, dict[str, Any]]:

@@ -154,7 +154,7 @@ def seen(cls: type, **arguments: Any) -> dict[str, object]:
         "kind": cls.KIND,  # type: ignore[attr-defined]
         "values": [(each.name, each.default) for each in dataclasses.fields(one)],
         "dictionary": dataclasses.asdict(one),
-        "repr": None if "object at" in repr(one) else repr(one),
+        "repr": repr(one),
         "equal": one == other,
         "hash": outcome(lambda: hash(one) == hash(other)),
         "replaced": outcome(lambda: dataclasses.asdict(dataclasses.replace(one, first=9))),
@@ -184,6 +184,64 @@ def test_dataclasses_are_those_of_the_standard_library(
     FIRST_USES[first_use](ours[1])
     for one, other in zip(ours, theirs, strict=True):
         assert seen(one, first=1) == seen(other, first=1)
+
+
+def special(dataclass: Decorator) -> list[Any]:
+    """Instances of classes with methods or fields of their own kind."""
+
+    @dataclass(frozen=True, slots=True)
+    class Nothing:
+        """Without a field."""
+
+    @dataclass(frozen=True)
+    class One:
+        """One field."""
+
+        x: Any = 1
+
+        def __repr__(self) -> str:
+            return f"<{self.x}>"
+
+    @dataclass(frozen=True)
+    class Hashed:
+        """What is hashed is not what is compared."""
+
+        x: int = 1
+        y: int = field(default=2, hash=False)
+        z: int = field(default=3, compare=False)
+
+    @dataclass(slots=True)
+    class Own:
+        """Compares and hashes itself."""
+
+        x: Any = None
+
+        def __eq__(self, other: object) -> bool:
+            return other == 5
+
+        def __hash__(self) -> int:
+            return 77
+
+    recursive = Own()
+    recursive.x = [recursive]
+    return [
+        Nothing(),
+        One(),
+        One("1"),
+        Hashed(),
+        Hashed(1, 5, 3),
+        Hashed(1, 2, 4),
+        Own(),
+        recursive,
+    ]
+
+
+def test_methods_that_a_class_has_itself_stay_and_fields_say_what_is_compared() -> None:
+    ours, theirs = special(ondemand.dataclass), special(dataclasses.dataclass)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (repr(one), hash(one), one == 5) == (repr(other), hash(other), other == 5)
+    for instances in (ours, theirs):
+        assert [instances.index(each) for each in instances] == [0, 1, 2, 3, 4, 3, 6, 6]
 
 
 def test_a_dataclass_without_options_is_one() -> None:
