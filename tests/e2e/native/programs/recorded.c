@@ -11,6 +11,7 @@
  *	u	unmap and close the current enclave
  *	f	do the rest in a child, and wait for it
  *	k	end by SIGKILL
+ *	r	begin again with the first word
  */
 #include "sgx.h"
 
@@ -61,7 +62,8 @@ int main(int argc, char **argv)
 			CHECK(waitpid(child, &status, 0) == child && !status);
 			return 0;
 		}
-		case 'k': raise(SIGKILL);
+		case 'k': raise(SIGKILL); break;
+		case 'r': i = 1; break;
 		default: CHECK(!"a known word");
 		}
 	}
