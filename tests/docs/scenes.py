@@ -77,6 +77,7 @@ SCENES: dict[str, Scene] = {
     "docs/how-to/guests.md": enclave,
     "docs/how-to/limits.md": program,
     "docs/how-to/load.md": signed_library,
+    "docs/how-to/record.md": enclave,
     "docs/how-to/run.md": program_and_platform,
     "docs/how-to/sign.md": unsigned_files,
     "docs/reference/image-formats.md": enclave,

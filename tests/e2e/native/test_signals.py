@@ -40,7 +40,7 @@ sys.exit(main())
 """
 
 _BEFORE = [
-    "softsgx.cli.run _config",
+    "softsgx.cli.run config_of",
     "softsgx.engines.native.run native_platform",
     "softsgx.engines.native.supervisor build_filter",
     "softsgx.engines.native.tracing.start Thread",

@@ -7,6 +7,7 @@ this process or by the command ``softsgx``, runs
 ``userfaultfd``  likewise
 ``stops``        without permits: each entry and each exit of an enclave stops
 ``strict``       in strict mode, except under gdb
+``recorded``     with all pages hidden each millisecond, except under gdb
 
 Programs of other processes learn it from the environment (``sitecustomize.py``).
 """
@@ -14,6 +15,7 @@ Programs of other processes learn it from the environment (``sitecustomize.py``)
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 __all__ = ["VARIABLE", "WORDS", "apply", "apply_everywhere", "has"]
 
 VARIABLE = "SOFTSGX_TEST_MODE"
-WORDS = ("mprotect", "userfaultfd", "stops", "strict")
+WORDS = ("mprotect", "userfaultfd", "stops", "strict", "recorded")
 _PAGERS = {"mprotect", "userfaultfd"}
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
@@ -49,6 +51,8 @@ def apply(mode: str) -> None:
     if unknown:
         raise ValueError(f"{min(unknown)!r}: no mode; modes are {', '.join(WORDS)}")
     supervisor: Any = import_module("softsgx.engines.native.supervisor")
+    Instruments: Any = import_module("softsgx.engines.native.instruments").Instruments  # noqa: N806
+    Recorder: Any = import_module("softsgx.engines.native.recording").Recorder  # noqa: N806
     if "stops" in words:
         supervisor.can_cross_unseen = lambda: False
     begin = supervisor.Supervisor.__init__
@@ -56,12 +60,31 @@ def apply(mode: str) -> None:
     def begin_in_mode(self: Any, *arguments: Any, **named: Any) -> None:
         for pager in words & _PAGERS:
             named["pager"] = pager
-        instruments = named.get("instruments")
-        if "strict" in words and (instruments is None or instruments.gdb is None):
+        instruments = named.get("instruments") or Instruments()
+        if "strict" in words and instruments.gdb is None:
             named["strict"] = True
+        if "recorded" in words and instruments.gdb is None and instruments.recorder is None:
+            recorder = Recorder(_Nowhere(), interval_ns=1_000_000)
+            named["instruments"] = replace(instruments, recorder=recorder)
         begin(self, *arguments, **named)
 
     supervisor.Supervisor.__init__ = begin_in_mode
+
+
+class _Nowhere:
+    """Takes accesses and keeps none."""
+
+    def add_enclave(self, _name: str, _pages: int, _pid: int) -> int:
+        return 0
+
+    def append(self, _enclave: int, _page: int, _write: bool, _time_ns: int) -> None:
+        pass
+
+    def add_late_interval(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 def has(*words: str) -> bool:
