@@ -6,8 +6,10 @@ The scheduler gives a unit whose worker was lost to another one.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from softsgx.errors import SoftSgxError
@@ -75,18 +77,33 @@ def local_cluster(jobs: int) -> Iterator[DaskCluster]:
     Raises:
         SoftSgxError: Dask is not installed.
     """
-    with _distributed().LocalCluster(
-        n_workers=jobs,
-        threads_per_worker=1,
-        processes=True,
-        dashboard_address=None,
-        silence_logs=logging.ERROR,  # a worker that takes long to end is no news
-    ) as processes:
+    with _start_local(jobs) as processes:
         cluster = DaskCluster(processes)
         try:
             yield cluster
         finally:
             cluster.close()
+
+
+def _start_local(jobs: int) -> Any:
+    """Return a local cluster whose processes do not get the SIGINT of Ctrl-C.
+
+    It ends them itself, when this process has got the signal.  They inherit the signal mask of the
+    thread that starts them, also in the place of one that was lost.
+    """
+    local_of = _distributed().LocalCluster
+    resource_tracker.ensure_running()  # else the thread starts it, which unblocks the signal there
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return local_of(
+            n_workers=jobs,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            silence_logs=logging.ERROR,  # a worker that takes long to end is no news
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _distributed() -> Any:
