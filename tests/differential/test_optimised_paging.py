@@ -626,6 +626,26 @@ def test_flat_backing_and_backing_pages_do_the_same(
 
 
 @pytest.mark.parametrize("kind", [FlatBacking, MemoryBacking])
+def test_a_pcmd_is_that_of_the_last_eviction(kind: type[FlatBacking | MemoryBacking]) -> None:
+    file = Half(kind(None)).file
+    kept: dict[int, Pcmd] = {}
+    for number, (index, rights, eid) in enumerate(
+        [(0, 5, 1), (1, 3, 1), (2, 3, 1), (0, 3, 1), (1, 5, 1), (3, 3, 2), (2, 3, 2), (0, 3, 1)]
+    ):
+        if index in kept:
+            file.loaded(file.open(index))
+        pinned = file.reserve(index)
+        secinfo = SecInfo.of(PageType.REG, rights)
+        kept[index] = Pcmd(secinfo=secinfo, enclave_id=eid, mac=bytes([number]) * 16)
+        pinned.pcmd_bytes[:] = kept[index].pack()
+        file.written(pinned)
+        for evicted, pcmd in kept.items():
+            pinned = file.open(evicted)
+            assert Pcmd.unpack(bytes(pinned.pcmd_bytes)) == pcmd
+            file.close(pinned)
+
+
+@pytest.mark.parametrize("kind", [FlatBacking, MemoryBacking])
 def test_a_closed_backing_holds_nothing(kind: type[FlatBacking | MemoryBacking]) -> None:
     half = Half(kind(None))
     for index in range(40):
