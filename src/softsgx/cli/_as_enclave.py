@@ -18,14 +18,15 @@ _OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict"
 
 
 def refuse_machine(args: argparse.Namespace) -> None:
-    """Refuse options that describe an SGX machine, which an ordinary program does not use.
+    """Refuse options of an SGX machine, and of its driver, which an ordinary program has not.
 
     Raises:
         SoftSgxError: which option was given.
     """
-    for name in _OF_MACHINES:
-        if getattr(args, name):
-            raise SoftSgxError(f"--{name}: does not go with --as-enclave; leave one of them out")
+    given = [name for name in _OF_MACHINES if getattr(args, name)]
+    given += ["cpuid"] if args.cpuid != "profile" else []
+    if given:
+        raise SoftSgxError(f"--{given[0]}: does not go with --as-enclave; leave one of them out")
 
 
 def record_ordinary(

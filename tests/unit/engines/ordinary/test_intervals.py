@@ -1,0 +1,134 @@
+"""Intervals of the program's time: order, writes, and what delays their end.
+
+Method: address spaces that only count how often they are hidden, and a clock that is set.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from softsgx.engines.ordinary.intervals import Intervals
+from softsgx.engines.ordinary.numbers import PageNumbers
+
+MS = 1_000_000
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.accesses: list[tuple[int, int, bool, int]] = []
+        self.pages = {0: 0, 1: 0}
+        self.flushes = 0
+
+    def add_enclave(self, name: str, pages: int, pid: int) -> int:
+        raise AssertionError("intervals add no enclaves")
+
+    def grow_enclave(self, number: int, pages: int) -> None:
+        self.pages[number] = pages
+
+    def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
+        self.accesses.append((enclave, page, write, time_ns))
+
+    def flush(self) -> None:
+        self.flushes += 1
+
+
+class Space(SimpleNamespace):
+    """As an address space is to intervals."""
+
+    def __init__(self) -> None:
+        super().__init__(holds=0, hidden=0, numbers=PageNumbers())
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def hide_all(self) -> None:
+        assert not self.holds
+        self.hidden += 1
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.now_ns = 5 * MS
+        self.sink = Sink()
+        self.intervals = Intervals(10 * MS, self.sink, clock=lambda: self.now_ns)
+        self.spaces = [cast(Any, Space()), cast(Any, Space())]
+        for number, space in enumerate(self.spaces):
+            self.intervals.add(space, number)
+
+    def passes(self, ms: float) -> float | None:
+        self.now_ns += int(ms * MS)
+        return self.intervals.between()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_accesses_of_all_spaces_are_handed_over_in_their_order_when_the_interval_ends(
+    bench: Bench,
+) -> None:
+    first, second = bench.spaces
+    bench.intervals.accessed(first, 1000, False)
+    bench.intervals.accessed(second, 7, True)
+    bench.now_ns += MS
+    bench.intervals.accessed(first, 1001, True)
+    bench.intervals.written(first, 1000)
+    assert not bench.sink.accesses
+    bench.passes(9)
+    assert bench.sink.accesses == [(0, 488, True, 0), (1, 7, True, 0), (0, 489, True, MS)]
+    assert bench.sink.pages == {0: 512, 1: 512}
+    assert (first.hidden, second.hidden) == (1, 1)
+
+
+def test_time_for_answering_does_not_count(bench: Bench) -> None:
+    bench.intervals.accessed(bench.spaces[0], 1, False)
+    bench.intervals.spent(30 * MS)
+    assert bench.passes(35) == pytest.approx(0.005)
+    assert bench.spaces[0].hidden == 0
+    bench.passes(5)
+    assert bench.spaces[0].hidden == 1
+
+
+def test_without_accesses_there_is_nothing_to_wait_for(bench: Bench) -> None:
+    assert bench.passes(1000) is None
+    bench.intervals.accessed(bench.spaces[0], 1, False)
+    assert bench.passes(0) == pytest.approx(0.010)
+    bench.passes(10)
+    assert bench.passes(1000) is None
+    assert bench.intervals.counts.intervals == 1
+
+
+def test_a_space_that_is_changing_is_hidden_as_soon_as_it_is_not(bench: Bench) -> None:
+    held, free = bench.spaces
+    held.holds = 1
+    bench.intervals.accessed(free, 1, False)
+    assert bench.passes(10) is not None
+    assert (held.hidden, free.hidden) == (0, 1)
+    held.holds = 0
+    bench.passes(0)
+    assert (held.hidden, free.hidden) == (1, 1)
+    assert bench.intervals.counts.late == 1
+
+
+def test_a_store_to_a_page_that_stayed_present_is_an_access_of_its_interval(bench: Bench) -> None:
+    space = bench.spaces[0]
+    bench.intervals.accessed(space, 1, False)
+    bench.passes(10)
+    bench.intervals.written(space, 1)
+    bench.passes(10)
+    assert [(page, write) for _enclave, page, write, _time in bench.sink.accesses] == [
+        (1, False),
+        (1, True),
+    ]
+
+
+def test_a_space_that_has_ended_keeps_its_accesses(bench: Bench) -> None:
+    space = bench.spaces[1]
+    bench.intervals.accessed(space, 3, True)
+    bench.intervals.remove(space)
+    bench.passes(10)
+    assert bench.sink.accesses == [(1, 3, True, 0)]
+    assert space.hidden == 0
