@@ -109,6 +109,7 @@ class Intervals:
         self._times: list[int] = []
         self._started_ns = clock()
         self._due_ns, self._flushed_ns = 0, self._started_ns
+        self._latest_ns = 0
         self._late: set[AddressSpace] = set()
 
     def add(self, space: AddressSpace, number: int) -> None:
@@ -132,7 +133,7 @@ class Intervals:
         self._who.append(traced)
         self._pages.append(page)
         self._writes.append(write)
-        self._times.append(now_ns - self._started_ns)
+        self._times.append(self._program_ns(now_ns))
 
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
@@ -146,6 +147,13 @@ class Intervals:
         if place is not None:
             self._writes[place] = True
         return place is not None
+
+    def _program_ns(self, now_ns: int) -> int:
+        """Return the program's own time: that of the recorder is told when it has answered."""
+        counts = self.counts
+        own_ns = now_ns - self._started_ns - counts.serving_ns - counts.hiding_ns
+        self._latest_ns = max(self._latest_ns, own_ns)
+        return self._latest_ns
 
     # --- intervals ------------------------------------------------------------------------------
 
