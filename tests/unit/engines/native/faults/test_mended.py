@@ -53,6 +53,7 @@ class Scene:
                 blocked=None,
                 spurious=(0, (0, 0)),
                 breakpoints=0,
+                resumes=None,
                 load=lambda: regs,
                 store=lambda: None,
                 sigmask=lambda: 0,
