@@ -10,17 +10,21 @@ from tests.support import modes
 
 # No deadline: the time of one example says more about the load of the machine than about the code.
 settings.register_profile("softsgx", deadline=None)
-settings.load_profile("softsgx")
+# A quick run tries fewer examples, where a test does not say how many it needs.
+settings.register_profile("quick", deadline=None, max_examples=30)
 
 pytest_plugins = ["softsgx.host.pytest_plugin"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let programs that tests start have the signals of a terminal, not those of a shell's jobs.
+    """Choose the number of examples, and the signals of programs that tests start.
+
+    Programs get the signals of a terminal, not those of a shell's jobs.
 
     A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT,
     and what is ignored stays ignored over execve.
     """
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "softsgx")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     mode = config.getoption("--native-mode")

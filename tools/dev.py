@@ -25,6 +25,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,39 +95,62 @@ def group(project: dict[str, Any], name: str) -> list[str]:
 
 def run(*command: str | Path) -> int:
     """Run one program of the environment in the checkout; return its exit status."""
+    return subprocess.run(**_process(*command)).returncode
+
+
+def _process(*command: str | Path) -> dict[str, Any]:
+    """Return the arguments of ``subprocess.run`` for a program of the environment."""
     program, *arguments = command
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return subprocess.run([BIN / program, *arguments], cwd=ROOT, env=environment).returncode
+    return {"args": [BIN / program, *arguments], "cwd": ROOT, "env": environment}
+
+
+def side_by_side(steps: dict[str, list[str]]) -> list[str]:
+    """Run programs, one on each processor; print the output of each; return which failed."""
+
+    def timed(name: str) -> tuple[str, int, str, float]:
+        start = time.monotonic()
+        done = subprocess.run(
+            **_process(*steps[name]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return name, done.returncode, done.stdout, time.monotonic() - start
+
+    failed = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, status, output, seconds in pool.map(timed, steps):
+            print(
+                f"== {name}: {' '.join(steps[name])}\n{output}== {name}: {seconds:.0f} s",
+                flush=True,
+            )
+            if status:
+                failed.append(name)
+    return failed
 
 
 def checks(rest: list[str], *, full: bool) -> int:
     """Run every check, tell which failed, and return non-zero when any did."""
-    steps: list[tuple[str, list[str]]] = [
-        ("lint", ["ruff", "check", "."]),
-        ("format", ["ruff", "format", "--check", "."]),
-        ("spelling", ["codespell"]),
-        ("dead code", ["vulture"]),
-        ("types", ["mypy"]),
-        ("layers", ["lint-imports"]),
-    ]
-    if full:
-        steps.append(("docs", DOCS))
+    failed = side_by_side((STATIC | {"docs": DOCS}) if full else STATIC)
     tests = ["pytest", "-q", "-rs", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
-    steps.append(
-        ("tests", [*tests, *([] if full else ["-m", "not slow and not exhaustive"]), *rest])
-    )
-    failed = []
-    for name, command in steps:
-        print(f"== {name}: {' '.join(command)}", flush=True)
-        start = time.monotonic()
-        if run(*command):
-            failed.append(name)
-        print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    tests += [] if full else ["-m", "not slow and not exhaustive"]
+    print(f"== tests: {' '.join(tests)}", flush=True)
+    start = time.monotonic()
+    if run(*tests, *rest):
+        failed.append("tests")
+    print(f"== tests: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"FAILED: {', '.join(failed)}", flush=True)
     return 1 if failed else 0
 
 
+#: Checks of the sources, those that take longest first.
+STATIC = {
+    "dead code": ["vulture"],
+    "types": ["mypy"],
+    "lint": ["ruff", "check", "."],
+    "format": ["ruff", "format", "--check", "."],
+    "spelling": ["codespell"],
+    "layers": ["lint-imports"],
+}
 DOCS = ["sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"]
 
 TASKS: dict[str, Callable[[list[str]], int]] = {

@@ -213,6 +213,7 @@ def seeded(program: list[Body], runtime: SeededRuntime, *, ordered: bool = True)
     return interpreter
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(program=PROGRAMS, seed=SEEDS, policy=POLICIES, point_ns=st.sampled_from([0, 100]))
 def test_a_history_is_a_function_of_program_seed_and_policy(

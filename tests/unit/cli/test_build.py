@@ -216,6 +216,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @needs_cc
 def test_the_same_source_gives_the_same_enclave_wherever_it_lies(
     source: Path,

@@ -157,6 +157,8 @@ def test_libraries_are_signed_inside_a_copy_with_the_layout_asked_for(
     assert sig.isv_svn == 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_keys")
 def test_a_new_key_is_private_and_of_the_kind_that_sgx_takes(
     stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_a_dropped_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _explored("two-faults").findings
 
 
+@pytest.mark.slow
 def test_a_skipped_recheck_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault maps a page without a look whether a batch is about to evict it."""
     real = fault_module.load
@@ -52,6 +53,7 @@ def test_a_skipped_recheck_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _explored("thread-reclaim").findings
 
 
+@pytest.mark.slow
 def test_two_swapped_phases_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is blocked before its mappings are removed."""
 

@@ -34,6 +34,7 @@ def test_the_package_names_only_what_it_has() -> None:
         softsgx.Platfrom  # noqa: B018
 
 
+@pytest.mark.slow
 @needs_tracing
 def test_a_program_is_run_with_its_input_and_a_report(sgx_run: SgxRunner) -> None:
     script = "read word; echo got $word; echo bad >&2; exit 7"
@@ -43,6 +44,7 @@ def test_a_program_is_run_with_its_input_and_a_report(sgx_run: SgxRunner) -> Non
     assert done.report["exit_status"] == 7
 
 
+@pytest.mark.slow
 @needs_tracing
 def test_a_signal_that_ends_the_program_is_reported_as_subprocess_does(sgx_run: SgxRunner) -> None:
     done = sgx_run("sh", "-c", "kill -TERM $$")

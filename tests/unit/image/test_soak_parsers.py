@@ -17,6 +17,7 @@ def test_every_parser_has_inputs_that_it_takes() -> None:
             parsers.PARSERS[name](data)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_without_a_fault() -> None:
     one, other = (fuzz(600, 7, inputs=3000, watch_lines=False) for _ in range(2))
     assert one.inputs.total() == 3000

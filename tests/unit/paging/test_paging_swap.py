@@ -284,6 +284,7 @@ def test_a_slot_that_still_belongs_to_another_page_is_our_mistake() -> None:
 # --- failures -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_page_is_lost_when_any_backing_request_fails() -> None:
     for nth in range(1, 200):
         bench = Bench(policy=Policy(batch_pages=4, scan_pages=4))

@@ -176,6 +176,7 @@ def test_fields_of_an_event_are_annotations(written: Written) -> None:
     assert fault.fields == {name: getattr(event, name) for name in names}
 
 
+@pytest.mark.slow
 def test_a_trace_has_few_bytes_for_each_fault(tmp_path: Path) -> None:
     """Every page that is loaded is one that was evicted: the most events that a fault has."""
     path = tmp_path / "run.pftrace"

@@ -38,6 +38,7 @@ from softsgx.image import (
     write_sgxs,
 )
 from softsgx.userland import EnclaveLoadError, LoadedEnclave, Residency
+from softsgx.userland import enclave as enclave_module
 
 
 def sdk(**options: Any) -> EnclaveImage:
@@ -52,7 +53,9 @@ def unsigned() -> EnclaveImage:
 
 
 @pytest.fixture
-def platform() -> Iterator[Platform]:
+def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
+    # Generating a key for an unsigned file takes longer than all the rest.
+    monkeypatch.setattr(enclave_module, "new_key", key)
     with softsgx.Platform(epc="1MiB") as made:
         yield made
         made.check()
@@ -242,6 +245,7 @@ def made_token(platform: Platform, image: EnclaveImage) -> EinitToken:
     return token
 
 
+@pytest.mark.slow
 def test_sources_of_pages_are_freed_as_they_are_added() -> None:
     plan = Plan(32 << 20, (Run(0, 4096, SECINFO_RW, mask=0),))
     with softsgx.Platform(epc="1MiB") as platform:
