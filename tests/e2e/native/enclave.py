@@ -15,8 +15,10 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 
+from tests.support.builds import Builds
 from tests.support.driver import sigstruct_for
 
 from softsgx.arch import AttributesFlags, Tcs
@@ -192,3 +194,22 @@ def compile_host(directory: Path, name: str = "host") -> Path:
     command = [COMPILER, "-O1", "-g", "-o", str(out), source, "-lpthread"]
     subprocess.run(command, check=True, capture_output=True)
     return out
+
+
+class NativeBuilds(Builds):
+    """Programs and enclaves of these tests, see :class:`Builds`."""
+
+    def host(self, name: str = "host") -> str:
+        """Return the path of a compiled program."""
+        return str(self.directory(name, partial(compile_host, name=name)) / name)
+
+    def enclave(
+        self, data_pages: int, threads: int = THREADS, flags: int = AttributesFlags.MODE64BIT
+    ) -> str:
+        """Return the path of an enclave, see :func:`write_enclave`."""
+        name = f"enclave-{data_pages}-{threads}-{int(flags):x}"
+
+        def write(directory: Path) -> None:
+            write_enclave(directory / "enclave", data_pages, threads, flags)
+
+        return str(self.directory(name, write) / "enclave")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 
 from softsgx.engines.native import doctor
 
@@ -30,10 +30,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("command")
-    enclave = write_enclave(directory / "enclave", DATA_PAGES)
-    return [str(compile_host(directory)), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host(), builds.enclave(DATA_PAGES)]
 
 
 def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,8 @@ Method: ``programs/device.c`` makes the calls, with an EPC smaller than its encl
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.arch import AttributesFlags
@@ -26,10 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("device")
-    enclave = write_enclave(directory / "enclave", DATA_PAGES)
-    return [str(compile_host(directory, "device")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("device"), builds.enclave(DATA_PAGES)]
 
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
@@ -49,10 +45,10 @@ def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: s
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_memory_past_page_tables_is_the_drivers(
-    program: list[str], tmp_path: Path, pager: str
+    builds: NativeBuilds, program: list[str], pager: str
 ) -> None:
     flags = AttributesFlags.MODE64BIT | AttributesFlags.DEBUG
-    debug = [program[0], str(write_enclave(tmp_path / "debug", DATA_PAGES, flags=flags)), "remote"]
+    debug = [program[0], builds.enclave(DATA_PAGES, flags=flags), "remote"]
     assert run(debug, epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
     assert run([*program, "closed"], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
@@ -64,8 +60,8 @@ def test_any_thread_can_open_the_device(program: list[str], scenario: str, pager
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(compile_host(tmp_path_factory.mktemp("watched"), "watched"))
+def watched(builds: NativeBuilds) -> str:
+    return builds.host("watched")
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])

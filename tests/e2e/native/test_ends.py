@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import abi, run
@@ -39,10 +39,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("ends")
-    enclave = write_enclave(directory / "enclave", 40)
-    return [str(compile_host(directory, "limits")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("limits"), builds.enclave(40)]
 
 
 def memory_files() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import run
@@ -21,9 +21,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("faults")
-    return [str(compile_host(directory, "faults")), str(write_enclave(directory / "enclave", 20))]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("faults"), builds.enclave(20)]
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, PROGRAMS
+from tests.e2e.native.enclave import COMPILER, PROGRAMS, NativeBuilds
+from tests.support.enclave_files import KEY_FILE
 
 from softsgx.engines.native import doctor
 from softsgx.image.csource import INCLUDE
@@ -38,10 +39,7 @@ QUIETLY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of ``host``, ``debug.sgxs`` and ``production.sgxs``."""
-    directory = tmp_path_factory.mktemp("gdb")
+def build(directory: Path) -> None:
     assert COMPILER is not None
     source = PROGRAMS / "debugged_host.c"
     flags = ["-g", "-O0", "-pthread", f"-I{INCLUDE}"]
@@ -50,8 +48,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     enclave = str(PROGRAMS / "debugged_enclave.c")
     for name, options in (("debug", ["--debug"]), ("production", [])):
         output = ["-o", str(directory / f"{name}.sgxs"), "--cflags=-O0", "--threads=3"]
-        subprocess.run([*SOFTSGX, "build", enclave, *options, *output], check=True)
-    return directory
+        words = [enclave, *options, *output, "--key", str(KEY_FILE)]
+        subprocess.run([*SOFTSGX, "build", *words], check=True)
+
+
+@pytest.fixture(scope="module")
+def program(builds: NativeBuilds) -> Path:
+    """The directory of ``host``, ``debug.sgxs`` and ``production.sgxs``."""
+    return builds.directory("debugged", build)
 
 
 @dataclass
@@ -72,8 +76,8 @@ class Run:
 class Debugged:
     """``softsgx run --gdb`` of a program, which waits for its gdb."""
 
-    def __init__(self, program: Path, enclave: str, *arguments: str) -> None:
-        self.socket = program / "socket"
+    def __init__(self, program: Path, socket: Path, enclave: str, *arguments: str) -> None:
+        self.socket = socket
         words = ["--quiet", "--gdb", str(self.socket), "--", str(program / "host")]
         self.softsgx = subprocess.Popen(
             [*SOFTSGX, "run", *words, str(program / f"{enclave}.sgxs"), *arguments],
@@ -118,11 +122,11 @@ Start = Callable[..., Debugged]
 
 
 @pytest.fixture
-def start(program: Path) -> Iterator[Start]:
+def start(program: Path, tmp_path: Path) -> Iterator[Start]:
     started: list[Debugged] = []
 
     def begin(enclave: str, *arguments: str) -> Debugged:
-        started.append(Debugged(program, enclave, *arguments))
+        started.append(Debugged(program, tmp_path / "socket", enclave, *arguments))
         return started[-1]
 
     yield begin

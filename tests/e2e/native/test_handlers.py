@@ -11,7 +11,7 @@ import os
 import signal
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import run, supervisor
@@ -26,10 +26,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("handlers")
-    enclave = write_enclave(directory / "enclave", DATA_PAGES)
-    return [str(compile_host(directory, "handlers")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("handlers"), builds.enclave(DATA_PAGES)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from random import Random
 from signal import SIGUSR1
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, NativeBuilds, write_enclave
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import abi, libc, run
@@ -34,10 +34,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("limits")
-    enclave = write_enclave(directory / "enclave", DATA_PAGES)
-    return [str(compile_host(directory, "limits")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("limits"), builds.enclave(DATA_PAGES)]
 
 
 def exit_code(program: list[str], *arguments: str, strict: bool, pager: str | None = None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support import modes
 from tests.support.native import needs_tracing
 
@@ -36,15 +36,13 @@ pytestmark = [
 class Program:
     """The program, with an enclave of eight threads."""
 
-    def __init__(self, directory: Path) -> None:
-        self.host = compile_host(directory, "crossings")
-        self.enclave = write_enclave(directory / "enclave", 16, threads=8)
-        self.two = write_enclave(directory / "two", 4)
-        self.out = directory / "out"
+    def __init__(self, builds: NativeBuilds, out: Path) -> None:
+        self.host, self.out = builds.host("crossings"), out
+        self.enclave, self.two = builds.enclave(16, threads=8), builds.enclave(4)
         self.collector = Collector(time.monotonic_ns)
 
-    def run(self, *arguments: object, enclave: Path | None = None, pages: int = 256) -> RunResult:
-        argv = [str(self.host), str(enclave or self.enclave), *map(str, arguments)]
+    def run(self, *arguments: object, enclave: str | None = None, pages: int = 256) -> RunResult:
+        argv = [self.host, enclave or self.enclave, *map(str, arguments)]
         self.collector = Collector(time.monotonic_ns)
         with self.out.open("wb") as out:
             return run(argv, epc=pages * 4096, stdio=(0, out.fileno(), 2), observer=self.collector)
@@ -54,8 +52,8 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return Program(tmp_path_factory.mktemp("crossings"))
+def program(builds: NativeBuilds, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return Program(builds, tmp_path_factory.mktemp("crossings") / "out")
 
 
 class Stepper:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support import modes
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
@@ -39,21 +39,20 @@ pytestmark = [
 class Program:
     """The compiled program, its enclave file, and a way to run a scenario."""
 
-    def __init__(self, directory: Path) -> None:
-        self.host = compile_host(directory)
-        self.enclave = write_enclave(directory / "enclave", DATA_PAGES)
+    def __init__(self, builds: NativeBuilds) -> None:
+        self.host, self.enclave = builds.host(), builds.enclave(DATA_PAGES)
         self.events: list[Event] = []
 
     def argv(self, scenario: str) -> list[str]:
-        return [str(self.host), str(self.enclave), scenario]
+        return [self.host, self.enclave, scenario]
 
     def run(self, scenario: str, pages: int = EPC_PAGES, **options: object) -> RunResult:
         return run(self.argv(scenario), epc=pages * 4096, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return Program(tmp_path_factory.mktemp("native"))
+def program(builds: NativeBuilds) -> Program:
+    return Program(builds)
 
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import run
@@ -29,10 +29,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("recovery")
-    enclave = write_enclave(directory / "enclave", DATA_PAGES)
-    return [str(compile_host(directory, "recovery")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("recovery"), builds.enclave(DATA_PAGES)]
 
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)

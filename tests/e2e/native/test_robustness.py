@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import RunFailed, Supervisor, abi, run
@@ -51,10 +51,8 @@ os.execv(sys.executable, [sys.executable, "-m", "softsgx", *sys.argv[2:]])
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("robustness")
-    enclave = write_enclave(directory / "enclave", 20)
-    return [str(compile_host(directory, "limits")), str(enclave)]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("limits"), builds.enclave(20)]
 
 
 def softsgx_without(call: int, *words: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, PROGRAMS
+from tests.e2e.native.enclave import COMPILER, PROGRAMS, NativeBuilds
+from tests.support.enclave_files import KEY_FILE
 
 from softsgx.engines.native import doctor
 from softsgx.image.csource import INCLUDE
@@ -26,15 +27,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("syscalls")
+def build(directory: Path) -> None:
     assert COMPILER is not None
     host = [COMPILER, "-pthread", f"-I{INCLUDE}", str(PROGRAMS / "debugged_host.c")]
     subprocess.run([*host, "-o", str(directory / "host")], check=True)
-    output = ["-o", str(directory / "enclave.sgxs")]
-    source = str(PROGRAMS / "debugged_enclave.c")
-    subprocess.run([*SOFTSGX, "build", source, *output], check=True, stdout=subprocess.DEVNULL)
+    words = [str(PROGRAMS / "debugged_enclave.c"), "-o", str(directory / "enclave.sgxs")]
+    words += ["--key", str(KEY_FILE)]
+    subprocess.run([*SOFTSGX, "build", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def program(builds: NativeBuilds) -> list[str]:
+    directory = builds.directory("logged", build)
     return [str(directory / "host"), str(directory / "enclave.sgxs")]
 
 

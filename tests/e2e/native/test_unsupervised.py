@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import run
@@ -73,10 +73,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("unsupervised")
-    enclave = write_enclave(directory / "enclave", 20)
-    return [str(compile_host(directory, "limits")), str(enclave), "secrets"]
+def program(builds: NativeBuilds) -> list[str]:
+    return [builds.host("limits"), builds.enclave(20), "secrets"]
 
 
 @pytest.mark.parametrize("strict", [False, True])
