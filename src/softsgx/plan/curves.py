@@ -32,6 +32,7 @@ __all__ = ["Distances", "StackDistances", "stack_distances"]
 _BLOCK = 1 << 12  # positions whose bits are counted together: 64 words
 _SUPERBLOCK = 1 << 18
 _LEAST_POSITIONS = _SUPERBLOCK
+_MOST_POSITIONS = 1 << 31
 _POSITIONS_PER_PAGE = 4  # a quarter of the axis is in use after bits moved together
 _NEVER = -1
 
@@ -121,6 +122,7 @@ class StackDistances:
         )
         bits = self._bits
         wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_PAGE * self._pages)
+        assert wanted < _MOST_POSITIONS, f"{self._pages} pages: positions have 31 bits"
         self._clear_axis(-(-wanted // _SUPERBLOCK) * _SUPERBLOCK)
         _place(self._last, bits, before, self._bits, self._blocks, self._superblocks)
         self._now = self._pages
