@@ -183,7 +183,7 @@ def _traces(args: argparse.Namespace) -> list[PlannedTrace]:
         groups = groups * len(args.traces)
     if len(groups) != len(args.traces):
         raise SoftSgxError(
-            f"--group: {len(groups)} groups for {len(args.traces)} traces; give one for each"
+            f"--group: {len(groups)} groups for {len(args.traces)} trace(s); give one for each"
         )
     return [
         PlannedTrace(path, group, args.format)
