@@ -23,7 +23,7 @@ WALK = list(range(200)) * 20
 
 
 def planned(
-    *traces: Trace, groups: Sequence[str] = (), host: Host = Host(), **options: Any
+    *traces: Trace, groups: Sequence[str] = (), host: Host = ANY_HOST, **options: Any
 ) -> Plan:
     """Return a plan for traces in memory."""
     paths = groups or ["/"] * len(traces)
@@ -120,7 +120,7 @@ def test_overhead_is_counted_in_every_size(hot: Plan) -> None:
 
 def test_no_size_in_the_range_that_is_enough_is_said_so() -> None:
     none = planned(trace_of(WALK, seconds=0.01), host=Host(400 << 10, 600 << 10))
-    assert none.recommendation.epc_bytes is none.recommendation.kubernetes is None
+    assert (none.recommendation.epc_bytes, none.recommendation.kubernetes) == (None, None)
     assert none.recommendation.text.startswith(
         "No size up to 600 KiB keeps the slowdown under 10 %"
     )
