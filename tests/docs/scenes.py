@@ -52,6 +52,15 @@ def program_and_platform(directory: Path) -> None:
     (directory / "platform.toml").write_text('epc = "16MiB"\nseed = 7\n')
 
 
+def recorded_program(directory: Path) -> None:
+    """``./app``, its trace, and the example that measures prices."""
+    program(directory)
+    command = [sys.executable, "-m", "softsgx", "record", "-o", "app.trace", "--", "./app"]
+    subprocess.run(command, check=True, capture_output=True, cwd=directory)
+    shutil.copytree(ROOT / "examples" / "calibrate", directory / "calibrate")
+    shutil.copy(ROOT / "examples" / "common.h", directory / "common.h")
+
+
 def signed_library(directory: Path) -> None:
     """``enclave.signed.so``: a library of the SDK with its SIGSTRUCT."""
     file = sdk_laid_out()
@@ -72,12 +81,14 @@ def unsigned_files(directory: Path) -> None:
 
 
 SCENES: dict[str, Scene] = {
+    "docs/how-to/calibrate.md": recorded_program,
     "docs/how-to/ci.md": program,
     "docs/how-to/faults.md": program,
     "docs/how-to/guests.md": enclave,
     "docs/how-to/limits.md": program,
     "docs/how-to/load.md": signed_library,
     "docs/how-to/record.md": enclave,
+    "docs/how-to/plan.md": program,
     "docs/how-to/run.md": program_and_platform,
     "docs/how-to/sign.md": unsigned_files,
     "docs/reference/image-formats.md": enclave,

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from softsgx.cli import main
+from softsgx.costs import read_profile
 from softsgx.engines.native import doctor
+from softsgx.plan import Host, PlannedTrace, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("cc", "ziglang")
@@ -138,3 +140,44 @@ def test_the_demo_ends_with_the_summary() -> None:
     assert "product verified" in done.stdout
     assert "a quarter of its" in done.stdout
     assert "evictions" in done.stderr
+
+
+def test_calibrate_prints_a_profile_that_plan_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(capsys, tmp_path, ROOT / "examples" / "calibrate", "--heap", "3MiB")
+    host = [str(tmp_path / "host"), str(tmp_path / "enclave.sgxs"), "640", "100"]
+    printed, report = run(tmp_path, "1MiB", *host)
+    assert report["enclaves"][0]["reloads"] > 1000  # type: ignore[index]
+    (tmp_path / "mine.toml").write_text(printed)
+    profile = read_profile(tmp_path / "mine.toml")
+    assert profile.swap.basis == profile.prices["eenter"].basis == "measured"
+    swap, call = profile.swap.typical, profile.prices["eenter"].typical
+    assert swap is not None and call is not None and swap > call
+
+
+def test_calibrate_without_paging_prints_no_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(capsys, tmp_path, ROOT / "examples" / "calibrate", "--heap", "3MiB")
+    command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--epc", "16MiB", "--"]
+    command += [str(tmp_path / "host"), str(tmp_path / "enclave.sgxs"), "640", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no page was swapped" in done.stderr
+
+
+def test_a_plan_of_a_recording_predicts_the_loads_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(capsys, tmp_path, ROOT / "examples" / "sorter", "--heap", "2MiB")
+    host = [str(tmp_path / "host"), str(tmp_path / "enclave.sgxs"), "100000"]
+    trace = str(tmp_path / "sorter.trace")
+    record = [sys.executable, "-m", "softsgx", "record", "--quiet", "-o", trace, "--", *host]
+    subprocess.run(record, check=True, capture_output=True, timeout=240)
+    _printed, report = run(tmp_path, "1MiB", *host)
+    loads = report["enclaves"][0]["reloads"]  # type: ignore[index]
+    planned = plan([PlannedTrace(trace)], Host(1 << 20, 1 << 20))
+    assert planned.sizes[0].certain
+    # Recording and run schedule ksgxd by their own clocks.
+    assert planned.sizes[0].loads == pytest.approx(loads, rel=0.2)

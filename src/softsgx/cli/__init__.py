@@ -35,6 +35,7 @@ examples:
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
   softsgx top                             what running programs do now
   softsgx record -o app.trace -- ./app    record which pages it uses
+  softsgx plan app.trace                  how much EPC does it need?  record makes the trace
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
   softsgx load enclave.signed.so          would the driver and EINIT take it?

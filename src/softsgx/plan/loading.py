@@ -70,8 +70,8 @@ def load_scene(traces: Sequence[PlannedTrace]) -> tuple[Scene, tuple[TraceSummar
     """Read traces.
 
     Returns:
-        The scene; a summary of each trace; and the pages that the largest intervals of all traces
-        access, 0 unless one of them is an ``intervals`` trace.
+        The scene; a summary of each trace; and how many pages the largest intervals of all traces
+        access again, 0 unless one of them is an ``intervals`` trace.
 
     Raises:
         SoftSgxError: a file cannot be read, or a trace has no accesses.
@@ -144,11 +144,17 @@ def _summary(trace: PlannedTrace, loaded: _Loaded) -> TraceSummary:
 
 
 def _largest_interval(loaded: _Loaded) -> int:
-    """Return how many pages the largest interval accesses; each appears once in it."""
+    """Return how many pages the largest interval accesses that were accessed before.
+
+    A first access makes its page, mostly by ADD_PAGES: it may leave at once.
+    """
     info = loaded.info
     if info.precision != "intervals" or not info.interval_ns:
         return 0
-    _intervals, counts = np.unique(
-        loaded.times_ns // np.uint64(info.interval_ns), return_counts=True
-    )
+    again = np.ones(len(loaded.numbers), np.bool_)
+    again[np.unique(loaded.numbers, return_index=True)[1]] = False
+    times_ns = loaded.times_ns[again]
+    if not len(times_ns):
+        return 0
+    _intervals, counts = np.unique(times_ns // np.uint64(info.interval_ns), return_counts=True)
     return min(int(counts.max()), len(loaded.keys))

@@ -446,7 +446,7 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
         lengths = {trace.interval_seconds for trace in planner.traces if trace.interval_seconds}
         shown = ", ".join(f"{seconds * 1e3:g} ms" for seconds in sorted(lengths))
         yield (
-            f"Intervals of {shown} access up to {working_set:,} pages: the traces cannot tell"
+            f"Intervals of {shown} access up to {working_set:,} pages again: the traces cannot tell"
             f" about an EPC below {least}, where faults within an interval are not seen."
         )
     elif planner.certain_pages:
