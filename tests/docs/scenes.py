@@ -53,10 +53,12 @@ def program_and_platform(directory: Path) -> None:
 
 
 def recorded_program(directory: Path) -> None:
-    """``./app``, its trace, and the example that measures prices."""
-    program(directory)
-    command = [sys.executable, "-m", "softsgx", "record", "-o", "app.trace", "--", "./app"]
-    subprocess.run(command, check=True, capture_output=True, cwd=directory)
+    """A trace, and the example that measures prices."""
+    with tempfile.TemporaryDirectory() as made:
+        program(Path(made))
+        trace = str(directory / "app.trace")
+        command = [sys.executable, "-m", "softsgx", "record", "-o", trace, "--", "./app"]
+        subprocess.run(command, check=True, capture_output=True, cwd=made)
     shutil.copytree(ROOT / "examples" / "calibrate", directory / "calibrate")
     shutil.copy(ROOT / "examples" / "common.h", directory / "common.h")
 

@@ -438,6 +438,11 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
             "The traces have no times, so no slowdown can be told; --run-time gives the run time"
             " without paging."
         )
+    elif planner.host.run_seconds is None:
+        yield (
+            f"The run time without paging, {planner.base_seconds:.3g} s, is that of the recording;"
+            " where softsgx made the program slower, the slowdown is larger: see --run-time."
+        )
     for trace in planner.traces:
         if not trace.complete:
             yield f"{trace.name} was not recorded to its end."
