@@ -25,8 +25,10 @@ import numpy as np
 from softsgx.accesses import Chunk, TraceWriter, open_trace
 from softsgx.plan import readable
 from softsgx.plan.curves import stack_distances
+from softsgx.plan.linux_replay import LinuxReplay
 from softsgx.plan.numbering import numbered
 from softsgx.plan.policies import POLICIES, PolicyName, misses
+from softsgx.plan.scene import Epc, Scene, SceneEnclave
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,6 +114,27 @@ def policies(
     return found
 
 
+def linux(numbers: NDArray[np.uint32], pages: int, folder: Path, rounds: int) -> dict[str, float]:
+    """Return the rate of the replay of Linux's policy at a quarter of the pages.
+
+    libcachesim has no such policy: the ratios are those to its LRU and CLOCK.
+    """
+    times = np.zeros(len(numbers), np.uint64)
+    scene = Scene((SceneEnclave(0, "made up", 0, int(numbers.max()) + 1),), numbers, times)
+
+    def replay(part: NDArray[np.uint32]) -> None:
+        LinuxReplay(scene, Epc(pages // 4)).run(part)
+
+    replay(numbers[:1000])  # compiles
+    ours = seconds(lambda: replay(numbers), rounds)
+    rates = {"million_per_s": len(numbers) / ours / 1e6}
+    for policy in ("lru", "clock"):
+        theirs = rival(folder / "pages.oracleGeneral", policy, pages // 4)
+        if theirs is not None:
+            rates[f"ratio_to_libcachesim_{policy}"] = seconds(theirs, rounds) / ours
+    return rates
+
+
 def oracle(policy: PolicyName, numbers: list[int], pages: int) -> float:
     """Return the rate of a readable policy."""
     work = getattr(readable, policy)
@@ -175,6 +198,7 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "lru_curve_million_per_s": given.accesses / curve / 1e6,
         "read_and_lru_curve_million_per_s": given.accesses / whole / 1e6,
         "policies_at_a_quarter_of_the_pages": policies(numbers, given.pages, folder, given.rounds),
+        "linux_at_a_quarter_of_the_pages": linux(numbers, given.pages, folder, given.rounds),
         "readable_million_per_s": {
             policy: oracle(policy, some, given.pages) for policy in ("lru", "clock")
         },

@@ -15,6 +15,7 @@ the groups' lists.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from softsgx.plan.scene import MOST_WAITS, Counts, Epc, Scene, paths_of
 
 __all__ = ["LinuxReplay", "covers"]
 
+_compiled = partial(compiled, counts_references=False)  # LinuxReplay keeps the arrays
 _MARGIN_PAGES, _THRESHOLD_PAGES = 32, 128  # as in softsgx.cgroup.group
 _RESIDENT, _ACCESSED, _EVICTED = 1, 2, 4
 _NONE, _PRESENT, _OUT = 0, 1, 2  # of a SECS
@@ -99,7 +101,7 @@ class _State(NamedTuple):
     work: np.ndarray[Any, Any]
 
 
-@compiled
+@_compiled
 def _append(s: _State, node: int, group: int) -> None:
     """Lru.add, Lru.put_back."""
     head = len(s.flags) + s.enclaves.shape[1] + group
@@ -111,7 +113,7 @@ def _append(s: _State, node: int, group: int) -> None:
     s.groups[_LENGTH, group] += 1
 
 
-@compiled
+@_compiled
 def _unlink(s: _State, node: int, group: int) -> None:
     """Lru.remove, one page of Lru.isolate."""
     before, after = s.links[node, _LAST], s.links[node, _NEXT]
@@ -121,7 +123,7 @@ def _unlink(s: _State, node: int, group: int) -> None:
     s.groups[_LENGTH, group] -= 1
 
 
-@compiled
+@_compiled
 def _mark_reclaimable(s: _State, node: int, group: int) -> None:
     """EpcCore.mark_reclaimable with Ksgxd.candidate_added."""
     _append(s, node, group)
@@ -129,7 +131,7 @@ def _mark_reclaimable(s: _State, node: int, group: int) -> None:
     s.groups[_VERDICTS, :] = 0
 
 
-@compiled
+@_compiled
 def _has_reclaimable(s: _State, group: int) -> bool:
     """EpcCgroup.has_reclaimable."""
     for at in range(s.groups[_MEMBERS, group]):  # noqa: SIM110 - numba has no generators
@@ -138,7 +140,7 @@ def _has_reclaimable(s: _State, group: int) -> bool:
     return False
 
 
-@compiled
+@_compiled
 def _request(s: _State, group: int) -> None:
     """Ksgxd.request; -1: without a group."""
     scalars = s.scalars
@@ -153,7 +155,7 @@ def _request(s: _State, group: int) -> None:
         scalars[_WOKEN] = 1
 
 
-@compiled
+@_compiled
 def _reclaim_ahead(s: _State, group: int) -> None:
     """The end of EpcCgroup.try_charge, with should_reclaim and limit_pages."""
     member = group
@@ -170,7 +172,7 @@ def _reclaim_ahead(s: _State, group: int) -> None:
         member = s.groups[_PARENT, member]
 
 
-@compiled
+@_compiled
 def _alloc(s: _State, group: int) -> int:
     """EpcCore.alloc of a caller that must not reclaim.
 
@@ -202,7 +204,7 @@ def _alloc(s: _State, group: int) -> int:
     return _DONE
 
 
-@compiled
+@_compiled
 def _free(s: _State, group: int) -> None:
     """EpcCore.free with Ksgxd.page_freed."""
     member = group
@@ -215,7 +217,7 @@ def _free(s: _State, group: int) -> None:
     s.scalars[_OUTCOMES] += 1
 
 
-@compiled
+@_compiled
 def _evict_secs(s: _State, enclave: int) -> None:
     """The SECS is written."""
     s.enclaves[_SECS, enclave] = _OUT
@@ -223,7 +225,7 @@ def _evict_secs(s: _State, enclave: int) -> None:
     _free(s, s.enclaves[_GROUP, enclave])
 
 
-@compiled
+@_compiled
 def _choose(s: _State, group: int, force: bool) -> tuple[int, int]:
     """Reclaimer._choose and _prepare; return pages scanned, and how many are victims."""
     scalars, pages = s.scalars, len(s.flags)
@@ -251,7 +253,7 @@ def _choose(s: _State, group: int, force: bool) -> tuple[int, int]:
     return scanned, chosen
 
 
-@compiled
+@_compiled
 def _batch(s: _State, group: int, force: bool) -> tuple[int, int]:
     """Reclaimer.batch; return pages scanned and pages freed."""
     pages = len(s.flags)
@@ -271,7 +273,7 @@ def _batch(s: _State, group: int, force: bool) -> tuple[int, int]:
     return scanned, chosen
 
 
-@compiled
+@_compiled
 def _reclaim(s: _State, group: int, force: bool) -> tuple[int, int]:
     """EpcCore.reclaim with EpcCgroup.walk."""
     while True:
@@ -282,7 +284,7 @@ def _reclaim(s: _State, group: int, force: bool) -> tuple[int, int]:
             return scanned, freed
 
 
-@compiled
+@_compiled
 def _begin_serving(s: _State) -> bool:
     """Ksgxd._next_work; ``False``: ksgxd sleeps."""
     scalars = s.scalars
@@ -302,7 +304,7 @@ def _begin_serving(s: _State) -> bool:
     return True
 
 
-@compiled
+@_compiled
 def _serve_step(s: _State) -> bool:
     """One batch of Ksgxd._serve; return whether the group is served."""
     scalars = s.scalars
@@ -327,7 +329,7 @@ def _serve_step(s: _State) -> bool:
     return False
 
 
-@compiled
+@_compiled
 def _ksgxd(s: _State) -> bool:
     """Let ksgxd run until it yields; ``False``: it sleeps."""
     scalars = s.scalars
@@ -345,7 +347,7 @@ def _ksgxd(s: _State) -> bool:
     return True
 
 
-@compiled
+@_compiled
 def _load_secs(s: _State, enclave: int) -> int:
     """EnclaveSwap.load_secs with secs_idle."""
     if s.enclaves[_SECS, enclave] != _OUT:
@@ -359,7 +361,7 @@ def _load_secs(s: _State, enclave: int) -> int:
     return result
 
 
-@compiled
+@_compiled
 def _promise(s: _State, enclave: int, pages: int) -> int:
     """_Enclave._promise of the readable replay."""
     while s.enclaves[_PROMISED, enclave] < pages:
@@ -371,7 +373,7 @@ def _promise(s: _State, enclave: int, pages: int) -> int:
     return _DONE
 
 
-@compiled
+@_compiled
 def _become_resident(s: _State, page: int, enclave: int) -> None:
     """EnclaveSwap.child_added and EpcCore.mark_reclaimable."""
     group = s.enclaves[_GROUP, enclave]
@@ -383,7 +385,7 @@ def _become_resident(s: _State, page: int, enclave: int) -> None:
     _mark_reclaimable(s, page, group)
 
 
-@compiled
+@_compiled
 def _make(s: _State, page: int) -> int:
     """_Enclave.make of the readable replay."""
     enclave = s.enclave_of[page]
@@ -412,7 +414,7 @@ def _make(s: _State, page: int) -> int:
     return _DONE
 
 
-@compiled
+@_compiled
 def _load(s: _State, page: int) -> int:
     """_Enclave.load of the readable replay, with EnclaveSwap.load."""
     enclave = s.enclave_of[page]
@@ -428,7 +430,7 @@ def _load(s: _State, page: int) -> int:
     return _DONE
 
 
-@compiled
+@_compiled
 def _fault(s: _State, page: int) -> bool:
     """CoreReplay._until_done: make or load ``page``; ``False``: there is no EPC page for it."""
     scalars = s.scalars
@@ -453,7 +455,7 @@ def _fault(s: _State, page: int) -> bool:
     return False
 
 
-@compiled
+@_compiled
 def _run(s: _State, pages: np.ndarray[Any, Any]) -> None:
     """CoreReplay.run."""
     flags, scalars = s.flags, s.scalars
