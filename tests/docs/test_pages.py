@@ -60,7 +60,7 @@ class Shell:
         feed, output = self._process.stdin, self._process.stdout
         assert feed is not None
         assert output is not None
-        feed.write(f"{{ {command}\n}} </dev/null\necho; echo {_DONE} $?\n")
+        feed.write(f"{{ {command}\n}} </dev/null\nstatus=$?; echo; echo {_DONE} $status\n")
         feed.flush()
         lines: list[str] = []
         for line in output:
