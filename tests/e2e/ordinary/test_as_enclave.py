@@ -44,7 +44,6 @@ x=$(seq 1 500 | sort -r | head -3 | tr '\\n' ' '); echo $x
 BLOCK = 512
 
 pytestmark = [
-    pytest.mark.timeout(60),
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
     pytest.mark.skipif(not can_record(), reason="needs userfaultfd for accesses of system calls"),
     needs_tracing,

@@ -19,7 +19,6 @@ from softsgx.engines.ordinary import can_record
 pytest.importorskip("pyarrow")
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(not can_record(), reason="needs userfaultfd for accesses of system calls"),
     needs_tracing,
 ]

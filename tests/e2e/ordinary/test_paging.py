@@ -20,7 +20,6 @@ from softsgx.engines.ordinary import can_record
 PAGE = 4096
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
     pytest.mark.skipif(not can_record(), reason="needs userfaultfd for accesses of system calls"),
     needs_tracing,

@@ -92,6 +92,13 @@ def test_time_for_answering_does_not_count(bench: Bench) -> None:
     assert bench.spaces[0].hidden == 1
 
 
+def test_what_was_recorded_is_flushed_each_second(bench: Bench) -> None:
+    for _second in range(3):
+        bench.intervals.accessed(bench.spaces[0], 1, False)
+        bench.passes(1001)
+    assert bench.sink.flushes == 3
+
+
 def test_without_accesses_there_is_nothing_to_wait_for(bench: Bench) -> None:
     assert bench.passes(1000) is None
     bench.intervals.accessed(bench.spaces[0], 1, False)
