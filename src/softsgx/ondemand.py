@@ -60,9 +60,7 @@ def dataclass(cls: type[_T], /) -> type[_T]: ...
 
 
 @overload
-def dataclass(
-    *, eq: bool = True, frozen: bool = False, kw_only: bool = False, slots: bool = False
-) -> Callable[[type[_T]], type[_T]]: ...
+def dataclass(*, slots: bool = False, **options: bool) -> Callable[[type[_T]], type[_T]]: ...
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))

@@ -132,7 +132,7 @@ def declared(dataclass: Decorator, way: dict[str, bool]) -> tuple[type, type]:
 
         KIND: ClassVar[str] = "derived"
         third: str = "three"
-        fourth: int = field(default=4, repr=False, compare=False)
+        number: int = field(default=4, repr=False, compare=False)
 
     return Base, Derived
 
@@ -208,7 +208,7 @@ def special(dataclass: Decorator) -> list[Any]:
 
         x: int = 1
         y: int = field(default=2, hash=False)
-        z: int = field(default=3, compare=False)
+        count: int = field(default=3, compare=False)
 
     @dataclass(slots=True)
     class Own:
