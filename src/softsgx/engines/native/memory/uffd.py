@@ -153,6 +153,7 @@ class UffdPager:
             if code not in UNMAPPED:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
+        self._present.pop(linaddr >> _BLOCK_SHIFT, None)  # it does not know of the new entry
         self._fetches.shown(linaddr, rights)
         return True
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from errno import EEXIST
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from softsgx.engines.native import abi
+from softsgx.engines.native import abi, libc
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.recording.pagers import RecordedMprotectPager, RecordedUffdPager
@@ -60,9 +61,12 @@ class MprotectMemory:
 
 class PlainUffd(UffdPager):
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
-        self.memory.fill(linaddr, protected=not rights & WRITE)
-        self._fetches.shown(linaddr, rights)
-        return True
+        def copy(_uffd: int, _request: int, _at: int) -> int:
+            self.memory.fill(linaddr, protected=not rights & WRITE)
+            return 0
+
+        with patch.object(libc, "raw_ioctl", copy):
+            return super().show(linaddr, data, rights)
 
     def _protect(self, start: int, end: int, mode: int) -> bool:
         self.memory.protect(start, end, protected=bool(mode))
@@ -177,6 +181,12 @@ steps = st.lists(
 @pytest.mark.parametrize("kind", [MprotectMemory, UffdMemory])
 @example(
     [(step, START) for step in ("show", "load", "age", "load", "watch", "age", "age", "store")]
+)
+@example(
+    [
+        *(("show", START), ("show", START + PAGE), ("hide", START + PAGE), ("age", START)),
+        *(("show", START + PAGE), ("age", START + PAGE)),
+    ]
 )
 @given(history=steps.map(lambda history: [("show", START), ("show", START + PAGE), *history]))
 def test_ageing_sees_the_same_and_each_first_use_is_reported(
