@@ -440,8 +440,8 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
         )
     elif planner.host.run_seconds is None:
         yield (
-            f"The run time without paging, {planner.base_seconds:.3g} s, is that of the recording;"
-            " where softsgx made the program slower, the slowdown is larger: see --run-time."
+            f"The run time without paging, {planner.base_seconds:.3g} s, is that of the recording"
+            " without the processor time of softsgx; --run-time gives a measured one."
         )
     for trace in planner.traces:
         if not trace.complete:
