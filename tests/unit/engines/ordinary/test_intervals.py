@@ -139,3 +139,19 @@ def test_a_space_that_has_ended_keeps_its_accesses(bench: Bench) -> None:
     bench.passes(10)
     assert bench.sink.accesses == [(1, 3, True, 0)]
     assert space.hidden == 0
+
+
+def test_accesses_have_the_program_s_own_time_which_never_runs_backwards(bench: Bench) -> None:
+    space, intervals = bench.spaces[0], bench.intervals
+    bench.now_ns += 2 * MS  # of the program
+    intervals.accessed(space, 1, False)
+    bench.now_ns += 3 * MS  # of the recorder
+    intervals.accessed(space, 2, True)  # in the same answer
+    bench.now_ns += MS
+    intervals.spent(4 * MS)
+    bench.now_ns += MS  # of the program
+    intervals.accessed(space, 3, False)
+    bench.now_ns += 3 * MS
+    intervals.accessed(space, 4, False)
+    intervals.end_interval()
+    assert [time for *_, time in bench.sink.accesses] == [2 * MS, 5 * MS, 5 * MS, 6 * MS]
