@@ -92,9 +92,9 @@ def _deferred(cls: type, slots: bool, options: dict[str, bool]) -> type:
     defaults: dict[str, Any] = {}
     if slots:
         cls, defaults = _with_slots(cls)
-        if options.get("frozen"):
-            setattr(cls, "__getstate__", _state_of)  # noqa: B010
-            setattr(cls, "__setstate__", _set_state)  # noqa: B010
+        # Pickled instances are made without __init__: their state completes the class.
+        setattr(cls, "__getstate__", _state_of)  # noqa: B010
+        setattr(cls, "__setstate__", _set_state)  # noqa: B010
 
     def complete() -> None:
         with _completing:
@@ -177,7 +177,7 @@ _OF_EACH_CLASS = frozenset({"__dict__", "__weakref__"})
 
 
 def _state_of(instance: Any) -> list[Any]:
-    """Return the values of a frozen instance, for copies."""
+    """Return the values of an instance, for copies and pickles."""
     return [getattr(instance, field.name) for field in dataclasses.fields(instance)]
 
 

@@ -265,3 +265,16 @@ def test_a_dataclass_is_still_its_own_when_a_subclass_is_used_first() -> None:
     assert Plain(1).first == 1
     assert isinstance(Plain(1), base)
     assert derived(1) != base(1)
+
+
+def test_instances_that_come_from_elsewhere_before_any_is_made_here_are_equal_by_value() -> None:
+    @ondemand.dataclass(slots=True)
+    class Point:
+        x: int
+        y: int
+
+    first: Any = object.__new__(Point)
+    second: Any = object.__new__(Point)
+    for point in (first, second):
+        point.__setstate__([1, 2])  # as pickle does
+    assert first == second
