@@ -47,6 +47,7 @@ def trace_of(
     timed: bool = True,
     interval_ns: int = 0,
     complete: bool = True,
+    user_ns: int = 0,
 ) -> Trace:
     """Return a trace of one enclave, whose accesses are evenly spread over a time."""
     info = TraceInfo(
@@ -59,6 +60,7 @@ def trace_of(
         timed=timed,
         enclaves=(TracedEnclave(0, "app.sgxs", max(used, default=0) + 1, 1),),
         complete=complete,
+        user_ns=user_ns,
     )
     count = len(used)
     times = np.linspace(0, seconds * 1e9, count).astype(np.uint64)

@@ -77,6 +77,7 @@ class TraceInfo:
         complete: the recorder closed the file.  Otherwise the file ends with the last batch that
             is whole.
         late_intervals: how many intervals took more than twice ``interval_ns``.
+        user_ns: processor time that the program used in user mode; 0: the recorder does not say.
     """
 
     version: int
@@ -89,6 +90,7 @@ class TraceInfo:
     enclaves: tuple[TracedEnclave, ...]
     complete: bool
     late_intervals: int = 0
+    user_ns: int = 0
 
 
 def trace_text(info: TraceInfo) -> str:
@@ -136,24 +138,32 @@ def read_trace_text(text: bytes) -> TraceInfo:
     )
 
 
-def batch_text(start_ns: int, enclaves: list[TracedEnclave], late_intervals: int) -> str:
+def batch_text(
+    start_ns: int, enclaves: list[TracedEnclave], late_intervals: int, user_ns: int
+) -> str:
     """Return the metadata of a batch.
 
     Args:
         start_ns: time that the batch's first ``delta_ns`` counts from.
         enclaves: those that are new, or have grown.
         late_intervals: how many there were until now.
+        user_ns: the program's processor time in user mode, 0 before its end.
     """
     described = [
         {"number": one.number, "name": one.name, "pages": one.pages, "pid": one.pid}
         for one in enclaves
     ]
-    fields = {"start_ns": start_ns, "enclaves": described, "late_intervals": late_intervals}
+    fields = {
+        "start_ns": start_ns,
+        "enclaves": described,
+        "late_intervals": late_intervals,
+        "user_ns": user_ns,
+    }
     return json.dumps(fields)
 
 
-def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave], int]:
-    """Return the start and the enclaves of a batch, and how many intervals were late until then.
+def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave], int, int]:
+    """Return the arguments of :func:`batch_text`.
 
     Raises:
         ValueError: as :func:`read_trace_text`.
@@ -171,9 +181,10 @@ def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave], int]:
         )
         for one in described
     ]
-    fields.setdefault("late_intervals", 0)
+    fields = {"late_intervals": 0, "user_ns": 0} | fields
     late_intervals = _number(fields, "late_intervals", _MOST_NS)
-    return _number(fields, "start_ns", _MOST_NS), enclaves, late_intervals
+    user_ns = _number(fields, "user_ns", _MOST_NS)
+    return _number(fields, "start_ns", _MOST_NS), enclaves, late_intervals, user_ns
 
 
 def _object(text: bytes) -> dict[str, Any]:

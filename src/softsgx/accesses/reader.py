@@ -95,7 +95,7 @@ class TraceReader:
         stream = messages(self._file, self._end, bodies=False)
         info = _described(next(stream, None))
         enclaves: list[TracedEnclave] = []
-        accesses = late_intervals = 0
+        accesses = late_intervals = user_ns = 0
         for message in stream:
             if message.kind is Kind.END:
                 info = replace(info, complete=True)
@@ -105,7 +105,7 @@ class TraceReader:
             if not 0 <= message.records <= MOST_BATCH_RECORDS:
                 raise Damaged(f"a batch of {message.records}; at most {MOST_BATCH_RECORDS}")
             text = message.metadata.get(BATCH_KEY.encode(), b"")
-            _, changed, late_intervals = read_batch_text(text)
+            _, changed, late_intervals, user_ns = read_batch_text(text)
             for enclave in changed:
                 if enclave.number > len(enclaves):
                     raise Damaged(
@@ -113,8 +113,8 @@ class TraceReader:
                     )
                 enclaves[enclave.number : enclave.number + 1] = [enclave]
             accesses += message.records
-        info = replace(info, enclaves=tuple(enclaves), late_intervals=late_intervals)
-        return info, accesses
+        info = replace(info, late_intervals=late_intervals, user_ns=user_ns)
+        return replace(info, enclaves=tuple(enclaves)), accesses
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -159,6 +159,6 @@ def _decoded(message: Message, sizes: NDArray[np.uint64]) -> Chunk:
     )
     if enclaves.max() >= len(sizes) or (pages >= sizes[enclaves]).any():
         raise Damaged("an access outside its enclave")
-    start_ns, _, _ = read_batch_text(message.metadata[BATCH_KEY.encode()])
+    start_ns, *_ = read_batch_text(message.metadata[BATCH_KEY.encode()])
     times = np.cumsum(deltas, dtype=np.uint64) + np.uint64(start_ns)
     return Chunk(enclaves, pages, writes, times)

@@ -77,7 +77,7 @@ class TraceWriter:
         )
         self._enclaves: list[TracedEnclave] = []
         self._undescribed: dict[int, None] = {}  # numbers of new or grown enclaves
-        self._now_ns = self._late_intervals = 0
+        self._now_ns = self._late_intervals = self._user_ns = 0
         self._clear()
         self._owns_file = isinstance(file, str | Path)
         self._name = str(file) if self._owns_file else str(getattr(file, "name", "trace"))
@@ -143,6 +143,16 @@ class TraceWriter:
     def add_late_interval(self) -> None:
         """Count an interval that took more than twice its time."""
         self._late_intervals += 1
+
+    def end_program(self, user_ns: int) -> None:
+        """The program has ended; write what was appended, and its processor time in user mode.
+
+        Raises:
+            SoftSgxError: the file cannot be written.
+        """
+        self.flush()
+        self._user_ns = user_ns
+        self._write(Chunk.joined(()))
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Append an access, which is not earlier than those before."""
@@ -230,7 +240,8 @@ class TraceWriter:
 
     def _write_batch(self, chunk: Chunk, deltas: NDArray[np.uint64]) -> None:
         described = [self._enclaves[number] for number in self._undescribed]
-        metadata = {BATCH_KEY: batch_text(self._now_ns, described, self._late_intervals)}
+        text = batch_text(self._now_ns, described, self._late_intervals, self._user_ns)
+        metadata = {BATCH_KEY: text}
         columns = (chunk.enclaves, chunk.pages, chunk.writes, deltas.astype(np.uint32))
         batch = pa.record_batch([pa.array(column) for column in columns], schema=schema())
         with self._write_errors():
@@ -265,4 +276,8 @@ def write_trace(file: str | Path | BinaryIO, trace: Trace) -> None:
     ) as writer:
         for enclave in info.enclaves:
             writer.add_enclave(enclave.name, enclave.pages, enclave.pid)
+        for _ in range(info.late_intervals):
+            writer.add_late_interval()
         writer.extend_chunk(trace.accesses)
+        if info.user_ns:
+            writer.end_program(info.user_ns)

@@ -6,6 +6,7 @@ pyarrow starts threads when it is imported, and the program is forked before the
 from __future__ import annotations
 
 import os
+import resource
 from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -55,6 +56,7 @@ class TraceFile:
         self.is_whole, self.is_complete = True, False
         self._program, self._interval_ns = program, interval_ns
         self._writer: TraceWriter | None = None
+        self._user_ns = 0  # of earlier programs
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +72,8 @@ class TraceFile:
             return
         whole = self.is_whole and kind is None
         try:
+            if whole:
+                writer.end_program(_user_ns() - self._user_ns)
             writer.close(complete=whole)
             self.is_complete = whole
         except SoftSgxError as failure:
@@ -83,6 +87,7 @@ class TraceFile:
         """
         from softsgx.accesses import TraceWriter
 
+        self._user_ns = _user_ns()
         self._writer = TraceWriter(
             self.path,
             precision=self.precision,
@@ -143,3 +148,8 @@ class TraceFile:
 
 def _tell_incomplete(failure: SoftSgxError) -> None:
     tell(f"softsgx: {failure}; it is not complete")
+
+
+def _user_ns() -> int:
+    """Return the processor time in user mode of children that have ended, and of theirs."""
+    return int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime * 1e9)

@@ -76,7 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--run-time",
         type=float,
         metavar="SECONDS",
-        help="run time without paging (default: from the first access to the last)",
+        help="run time without paging (default: from the traces)",
     )
     add_fleet(parser)
     output = parser.add_argument_group("output")

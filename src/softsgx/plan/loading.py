@@ -140,6 +140,7 @@ def _summary(trace: PlannedTrace, loaded: _Loaded) -> TraceSummary:
         group="/" + trace.group.strip("/"),
         interval_seconds=info.interval_ns / 1e9 if info.precision == "intervals" else 0.0,
         recorded_epc_pages=info.epc_pages,
+        user_seconds=info.user_ns / 1e9,
     )
 
 

@@ -250,7 +250,9 @@ def _events(counts: Counts) -> dict[str, int]:
 def _base_seconds(traces: Iterable[TraceSummary], host: Host) -> float:
     if host.run_seconds is not None:
         return host.run_seconds
-    seconds = [trace.seconds for trace in traces]
+    # Recording stops the program at faults, and time passes until it runs again: what it computed
+    # is not longer than its processor time.
+    seconds = [min(trace.seconds, trace.user_seconds or trace.seconds) for trace in traces]
     return max(seconds) if all(seconds) else 0.0
 
 
@@ -440,8 +442,8 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
         )
     elif planner.host.run_seconds is None:
         yield (
-            f"The run time without paging, {planner.base_seconds:.3g} s, is that of the recording"
-            " without the processor time of softsgx; --run-time gives a measured one."
+            f"The run time without paging, {planner.base_seconds:.3g} s, is taken from the traces:"
+            " processor time in user mode, where recorded; --run-time gives a measured one."
         )
     for trace in planner.traces:
         if not trace.complete:

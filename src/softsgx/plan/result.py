@@ -38,6 +38,7 @@ class TraceSummary:
         accesses: its accesses.
         footprint_pages: pages that it accesses.
         seconds: from its first access to its last; 0 without times.
+        user_seconds: processor time that it used in user mode; 0 if the trace does not say.
         group: the group that its enclaves are charged to, ``/`` for the root.
         interval_seconds: the length of an interval; 0 unless ``precision`` is ``intervals``.
         recorded_epc_pages: the EPC during the recording; 0 if it does not say.
@@ -54,6 +55,7 @@ class TraceSummary:
     group: str
     interval_seconds: float = 0.0
     recorded_epc_pages: int = 0
+    user_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,17 @@ def test_the_trace_has_what_the_summary_says_and_the_output_is_the_program_s(
 
 
 @pytest.mark.slow
+def test_the_trace_says_what_processor_time_the_program_has_used(tmp_path: Path) -> None:
+    from softsgx.accesses import open_trace
+
+    loop = "import os; sum(range(3 * 10**6)); print(os.times().user)"
+    done = command("-o", str(tmp_path / "a.trace"), "--", sys.executable, "-c", loop)
+    with open_trace(tmp_path / "a.trace") as trace:
+        assert trace.info.user_ns / 1e9 == pytest.approx(float(done.stdout), abs=0.05, rel=0.2)
+        assert trace.info.user_ns
+
+
+@pytest.mark.slow
 def test_with_an_epc_the_trace_has_the_loads_and_the_summary_the_evictions(tmp_path: Path) -> None:
     from softsgx.accesses import read_trace
 

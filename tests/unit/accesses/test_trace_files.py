@@ -97,6 +97,31 @@ def test_late_intervals_are_counted_in_a_file_that_was_cut() -> None:
     assert late == [1, 2, 3]
 
 
+def test_processor_time_is_known_of_a_program_that_has_ended() -> None:
+    file = io.BytesIO()
+    with TraceWriter(file, precision="faults") as writer:
+        writer.append(writer.add_enclave("a", PAGES, 7), 0, False, 1)
+        writer.flush()
+        before = len(file.getvalue())
+        writer.end_program(5_000)
+    assert opened(file.getvalue()[:before]).info.user_ns == 0
+    assert opened(file.getvalue()).info.user_ns == 5_000
+    assert [len(chunk) for chunk in opened(file.getvalue()) if len(chunk)] == [1]
+
+
+def test_a_trace_that_is_read_and_written_again_is_the_same() -> None:
+    first, second = io.BytesIO(), io.BytesIO()
+    with TraceWriter(first, precision="intervals", interval_ns=10**7) as writer:
+        writer.add_late_interval()
+        writer.append(writer.add_enclave("a", PAGES, 7), 0, True, 1)
+        writer.end_program(5_000)
+    before = opened(first.getvalue()).read()
+    write_trace(second, before)
+    after = opened(second.getvalue()).read()
+    assert after.info == before.info
+    assert after.info.late_intervals == 1
+
+
 def test_a_description_is_read_as_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     with TraceWriter(

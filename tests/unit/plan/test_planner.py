@@ -159,6 +159,13 @@ def test_traces_without_times_tell_what_holds_everything_that_is_used_again() ->
     assert timed.sizes[0].slowdown is not None
 
 
+def test_the_run_time_is_the_processor_time_of_the_program_where_it_is_recorded() -> None:
+    assert planned(trace_of(WALK, seconds=2), host=at(300)).base_seconds == 2
+    for user_ns, base in ((500_000_000, 0.5), (9_000_000_000, 2)):  # two threads may use more
+        told = planned(trace_of(WALK, seconds=2, user_ns=user_ns), host=at(300))
+        assert told.base_seconds == base
+
+
 def test_a_trace_that_was_cut_off_is_planned_with_a_remark() -> None:
     cut = planned(trace_of(WALK, complete=False), host=at(300))
     assert any("not recorded to its end" in remark for remark in cut.remarks)
