@@ -58,7 +58,6 @@ class Overhead:
         faults: uses of pages that stopped the program because they were recorded.
         hiding_ns: time for beginning intervals, in which the program does not run.
         serving_ns: processor time of the supervisor for the faults.
-        supervising_ns: its processor time for all else: the cost of softsgx, not of the recording.
     """
 
     intervals: int = 0
@@ -67,11 +66,10 @@ class Overhead:
     faults: int = 0
     hiding_ns: int = 0
     serving_ns: int = 0
-    supervising_ns: int = 0
 
     @property
     def total_ns(self) -> int:
-        """All of the time that the recording has cost."""
+        """All of the time."""
         return self.hiding_ns + self.serving_ns
 
 
@@ -122,10 +120,8 @@ class Recorder:
 
     @property
     def now_ns(self) -> int:
-        """The program's time, which stands still while the recording or the supervisor works."""
-        overhead = self.overhead
-        softsgx_ns = overhead.total_ns + overhead.supervising_ns
-        now_ns = self._clock() - self._began_ns - softsgx_ns
+        """The program's time, which stands still while the recording works."""
+        now_ns = self._clock() - self._began_ns - self.overhead.total_ns
         self._latest_ns = max(self._latest_ns, now_ns)
         return self._latest_ns
 

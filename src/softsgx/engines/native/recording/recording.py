@@ -53,8 +53,6 @@ class Recording:
             recorder.faulted = False
             overhead.faults += 1
             overhead.serving_ns += cpu_ns - self._served_ns
-        else:
-            overhead.supervising_ns += cpu_ns - self._served_ns
         self._served_ns = cpu_ns
         due = recorder.flush_when_due()
         end_ns = recorder.interval_end_ns
