@@ -209,7 +209,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     tour.tell("ciphertext", "main memory", contents[:16].hex(" "))
 
     tour.chapter(
-        "Nobody can change it out there",
+        "A change out there is found",
         "One flipped bit, another address, a version that was used up: the MAC covers them all. "
         "A refused ELDU leaves the slot as it was.",
     )

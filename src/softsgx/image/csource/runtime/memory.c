@@ -1,5 +1,5 @@
 /* Copying, and a heap: blocks are handed out one behind the other, and again when they were freed,
- * to whoever asks for about the same size.  They are neither joined nor split, and long lists are
+ * to callers that ask for about the same size.  They are neither joined nor split, and long lists are
  * not searched: in an enclave a walk through memory is a walk through paging. */
 
 #include <softsgx.h>

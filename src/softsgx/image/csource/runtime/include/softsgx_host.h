@@ -436,7 +436,7 @@ struct sgx__answer {
     long result, status;
 };
 
-/* The vDSO calls this after the enclave has left, with its RDI and RSI: nobody else tells them. */
+/* The vDSO calls this after the enclave has left, with its RDI and RSI, which only a handler learns. */
 static int sgx__handler(long rdi, long rsi, long rdx, long rsp, long r8, long r9,
                         struct sgx_run *run)
 {
