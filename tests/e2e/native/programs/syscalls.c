@@ -168,7 +168,12 @@ static void mappings(void)
 		placed("mmap", raw(SYS_mmap, at, size, rights(), at ? flags : flags & ~(uint64_t)(MAP_FIXED | 0x100000), wide(descriptor()), PICK(0, 0, 0, PAGE, 1, 1ul << 63)), size);
 		break;
 	}
-	case 3: DO(SYS_mprotect, memory(), pages() & 0xffffffffff, rights()); break;
+	case 3: {
+		/* PROT_GROWSDOWN depends on the first mapping behind the address: below the arena, an enclave only with softsgx. */
+		uint64_t at = memory();
+		DO(SYS_mprotect, at, pages() & 0xffffffffff, at < (uint64_t)ARENA ? rights() & 0xff : rights());
+		break;
+	}
 	case 4: if (one_in(3)) { DO(SYS_munmap, arena(), (1 + below(8)) * PAGE); } else { DO(SYS_munmap, wild(), one_in(2) ? ~0ul : 0); } break;
 	case 5: case 6: {
 		uint64_t flags = PICK(0, 1, 1, 3, 3, 2, 5, 8, ~0ul);
