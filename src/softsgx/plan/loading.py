@@ -15,6 +15,7 @@ import numpy as np
 
 from softsgx.accesses import Chunk, Trace, TraceInfo, TraceReader, open_trace
 from softsgx.errors import SoftSgxError
+from softsgx.plan.numbering import PageNumbers
 from softsgx.plan.result import TraceSummary
 from softsgx.plan.scene import Scene, SceneEnclave
 
@@ -101,18 +102,20 @@ def _load(trace: PlannedTrace) -> _Loaded:
     accesses = len(opened)
     if not accesses:
         raise SoftSgxError(f"{trace.name}: no accesses; record a program that uses an enclave")
-    keys = np.empty(0, np.uint64)
-    for chunk in parts:
-        keys = np.union1d(keys, np.unique(chunk.keys))
+    pages = PageNumbers()
     numbers, times_ns = np.empty(accesses, np.uint32), np.empty(accesses, np.uint64)
     at = 0
     for chunk in parts:
         part = slice(at, at + len(chunk))
-        numbers[part] = np.searchsorted(keys, chunk.keys)
+        numbers[part] = pages.of(chunk.keys)
         times_ns[part] = chunk.times_ns
         at += len(chunk)
     times_ns -= times_ns[0]
-    return _Loaded(opened.info, keys, numbers, times_ns)
+    keys = pages.keys()
+    order = np.argsort(keys)
+    place = np.empty(len(keys), np.uint32)
+    place[order] = np.arange(len(keys), dtype=np.uint32)
+    return _Loaded(opened.info, keys[order], place[numbers], times_ns)
 
 
 def _enclaves(at: int, trace: PlannedTrace, loaded: _Loaded, first: int) -> list[SceneEnclave]:

@@ -52,9 +52,14 @@ class PageNumbers:
                 return found
             self._grow()
 
-    def _grow(self) -> None:
+    def keys(self) -> NDArray[np.uint64]:
+        """Return the key of each number."""
         used = self._numbers != _EMPTY
-        keys = self._keys[used][np.argsort(self._numbers[used])]
+        keys: NDArray[np.uint64] = self._keys[used][np.argsort(self._numbers[used])]
+        return keys
+
+    def _grow(self) -> None:
+        keys = self.keys()
         self._clear(2 * len(self._keys))
         _number(keys, 0, np.empty(len(keys), np.uint32), self._keys, self._numbers, 0)
 
