@@ -7,12 +7,12 @@ from typing import Any
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cli._signals import ProgramSignals
-from softsgx.cli._trace_file import TraceFile
+from softsgx.cli._trace_file import TraceFile, describe_overhead, shell_status
 from softsgx.engines.ordinary import AsEnclaveResult, RecordFailed, record_as_enclave
 from softsgx.errors import SoftSgxError
 from softsgx.sizes import parse_size
 
-__all__ = ["describe_ordinary", "record_ordinary", "refuse_machine", "shell_status"]
+__all__ = ["describe_ordinary", "record_ordinary", "refuse_machine"]
 
 _OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict", "metrics")
 
@@ -60,8 +60,7 @@ def record_ordinary(
 
 def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, Any]:
     """Return what ``--json`` writes of the run."""
-    counts, size = result.counts, trace.size_bytes()
-    spent_ns = counts.hiding_ns + counts.serving_ns
+    counts = result.counts
     return {
         "exit_status": shell_status(result.exit_code),
         "address_spaces": result.address_spaces,
@@ -69,31 +68,19 @@ def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, An
         "most_pages": counts.most_pages,
         "loads": result.loads,
         "evictions": result.evictions,
-        "trace": {
-            "file": trace.path,
-            "complete": trace.is_complete,
-            "precision": trace.precision,
-            "interval_seconds": result.interval_ns / 1e9,
-            "epc_bytes": result.epc_pages * PAGE_BYTES,
-            "enclaves": result.address_spaces,
-            "accesses": counts.accesses,
-            "writes": counts.writes,
-            "bytes": size,
-            "bytes_per_access": round(size / counts.accesses, 3) if counts.accesses else None,
-        },
-        "overhead": {
-            "wall_seconds": round(result.wall_ns / 1e9, 6),
-            "hiding_seconds": round(counts.hiding_ns / 1e9, 6),
-            "serving_seconds": round(counts.serving_ns / 1e9, 6),
-            "share_of_wall": round(spent_ns / result.wall_ns, 6) if result.wall_ns else 0.0,
-            "faults": max(counts.accesses, counts.shown) + counts.stores,
-            "intervals": counts.intervals,
-            "late_intervals": counts.long,
-            "longest_interval_seconds": round(counts.longest_ns / 1e9, 6),
-        },
+        "trace": trace.describe(
+            epc_pages=result.epc_pages,
+            enclaves=result.address_spaces,
+            accesses=counts.accesses,
+            writes=counts.writes,
+        ),
+        "overhead": describe_overhead(
+            wall_ns=result.wall_ns,
+            hiding_ns=counts.hiding_ns,
+            serving_ns=counts.serving_ns,
+            faults=max(counts.accesses, counts.shown) + counts.stores,
+            intervals=counts.intervals,
+            late_intervals=counts.long,
+            longest_interval_ns=counts.longest_ns,
+        ),
     }
-
-
-def shell_status(exit_code: int) -> int:
-    """Return the exit status that a shell reports."""
-    return exit_code if exit_code >= 0 else 128 - exit_code

@@ -9,15 +9,16 @@ import os
 import resource
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from softsgx.arch import PAGE_BYTES
 from softsgx.cli._common import tell
 from softsgx.errors import SoftSgxError
 
 if TYPE_CHECKING:
     from softsgx.accesses import Precision, TraceWriter
 
-__all__ = ["TraceFile", "check_libraries"]
+__all__ = ["TraceFile", "check_libraries", "describe_overhead", "shell_status"]
 
 _LIBRARIES = ("numpy", "pyarrow")
 
@@ -134,6 +135,24 @@ class TraceFile:
             except SoftSgxError as failure:
                 self._give_up(failure)
 
+    def describe(
+        self, *, epc_pages: int, enclaves: int, accesses: int, writes: int
+    ) -> dict[str, Any]:
+        """Return what the summary says of the trace."""
+        size = self.size_bytes()
+        return {
+            "file": self.path,
+            "complete": self.is_complete,
+            "precision": self.precision,
+            "interval_seconds": self._interval_ns / 1e9,
+            "epc_bytes": epc_pages * PAGE_BYTES,
+            "enclaves": enclaves,
+            "accesses": accesses,
+            "writes": writes,
+            "bytes": size,
+            "bytes_per_access": round(size / accesses, 3) if accesses else None,
+        }
+
     def size_bytes(self) -> int:
         """Return the size of the file, 0 if there is none."""
         try:
@@ -144,6 +163,34 @@ class TraceFile:
     def _give_up(self, failure: SoftSgxError) -> None:
         self._writer = None
         _tell_incomplete(failure)
+
+
+def describe_overhead(
+    *,
+    wall_ns: int,
+    hiding_ns: int,
+    serving_ns: int,
+    faults: int,
+    intervals: int,
+    late_intervals: int,
+    longest_interval_ns: int,
+) -> dict[str, Any]:
+    """Return what the summary says of the cost of a recording."""
+    return {
+        "wall_seconds": round(wall_ns / 1e9, 6),
+        "hiding_seconds": round(hiding_ns / 1e9, 6),
+        "serving_seconds": round(serving_ns / 1e9, 6),
+        "share_of_wall": round((hiding_ns + serving_ns) / wall_ns, 6) if wall_ns else 0.0,
+        "faults": faults,
+        "intervals": intervals,
+        "late_intervals": late_intervals,
+        "longest_interval_seconds": round(longest_interval_ns / 1e9, 6),
+    }
+
+
+def shell_status(exit_code: int) -> int:
+    """Return the exit status that a shell reports."""
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 def _tell_incomplete(failure: SoftSgxError) -> None:

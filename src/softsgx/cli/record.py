@@ -37,7 +37,6 @@ from softsgx.cli._as_enclave import (
     describe_ordinary,
     record_ordinary,
     refuse_machine,
-    shell_status,
 )
 from softsgx.cli._common import log_told, tell
 from softsgx.cli._live import Live, add_metrics
@@ -56,7 +55,12 @@ from softsgx.cli._program import (
     status_of,
 )
 from softsgx.cli._signals import ProgramSignals
-from softsgx.cli._trace_file import TraceFile, check_libraries
+from softsgx.cli._trace_file import (
+    TraceFile,
+    check_libraries,
+    describe_overhead,
+    shell_status,
+)
 from softsgx.engines.native import RunFailed, RunResult
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import tick_period_ns
@@ -251,35 +255,27 @@ def _document(
 ) -> dict[str, Any]:
     """Return what ``--json`` writes."""
     overhead, wall_ns = recorder.overhead, recorder.wall_ns
-    size, accesses = trace.size_bytes(), recorder.accesses
     return {
         "format": _FORMAT,
         "command": argv,
         "exit_status": shell_status(result.exit_code),
-        "trace": {
-            "file": trace.path,
-            "complete": trace.is_complete,
-            "precision": trace.precision,
-            "interval_seconds": (recorder.interval_ns or 0) / 1e9,
-            "epc_bytes": result.epc_pages * PAGE_BYTES,
-            "enclaves": recorder.enclaves,
-            "accesses": accesses,
-            "writes": recorder.writes,
-            "bytes": size,
-            "bytes_per_access": round(size / accesses, 3) if accesses else None,
-        },
+        "trace": trace.describe(
+            epc_pages=result.epc_pages,
+            enclaves=recorder.enclaves,
+            accesses=recorder.accesses,
+            writes=recorder.writes,
+        ),
         "pager": result.pager,
         "reloads": result.counters["eldu"],
-        "overhead": {
-            "wall_seconds": round(wall_ns / 1e9, 6),
-            "hiding_seconds": round(overhead.hiding_ns / 1e9, 6),
-            "serving_seconds": round(overhead.serving_ns / 1e9, 6),
-            "share_of_wall": round(overhead.total_ns / wall_ns, 6) if wall_ns else 0.0,
-            "faults": overhead.faults,
-            "intervals": overhead.intervals,
-            "late_intervals": overhead.late_intervals,
-            "longest_interval_seconds": round(overhead.longest_interval_ns / 1e9, 6),
-        },
+        "overhead": describe_overhead(
+            wall_ns=wall_ns,
+            hiding_ns=overhead.hiding_ns,
+            serving_ns=overhead.serving_ns,
+            faults=overhead.faults,
+            intervals=overhead.intervals,
+            late_intervals=overhead.late_intervals,
+            longest_interval_ns=overhead.longest_interval_ns,
+        ),
     }
 
 
