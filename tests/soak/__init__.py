@@ -3,10 +3,18 @@
 A kind of history is a module of this package that is named in ``KINDS``.  It has ``run(seconds,
 seed)``, which returns how much was done as a dictionary from names to numbers, and raises
 AssertionError when something went wrong, :class:`Found` where what was done before is known; and it
-may have ``minimise(seed)``, which returns how little still fails, as a sentence.
+may have ``minimise(seed)``, which returns how little of a history that failed still fails, as a
+sentence.
 """
 
 from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+__all__ = ["KINDS", "Found", "repeat"]
 
 
 class Found(AssertionError):
@@ -14,11 +22,40 @@ class Found(AssertionError):
 
     Attributes:
         done: what was done, as ``run`` would have returned it.
+        seed: the seed of the history that failed, where a kind has one history per seed.
     """
 
-    def __init__(self, message: str, done: dict[str, int]) -> None:
+    def __init__(self, message: str, done: dict[str, int], seed: int | None = None) -> None:
         super().__init__(message)
         self.done = done
+        self.seed = seed
+
+
+def repeat(
+    seconds: float, seed: int, history: Callable[[int], Mapping[str, int]]
+) -> dict[str, int]:
+    """Run histories with rising seeds, at least one, until ``seconds`` are over.
+
+    Args:
+        seconds: when they are over, no other history begins.
+        seed: the seed of the first history.
+        history: runs the history of a seed, and returns what was done.
+
+    Returns:
+        The sums of what was done.
+
+    Raises:
+        Found: a history failed; the error has the seed of that history.
+    """
+    until, done = time.monotonic() + seconds, Counter[str]()
+    for number in itertools.count(seed):
+        try:
+            done.update(history(number))
+        except AssertionError as error:
+            raise Found(str(error), dict(done), number) from error
+        if time.monotonic() >= until:
+            break
+    return dict(done)
 
 
 KINDS = ("calls", "lifetimes", "longrun", "models", "operations", "parsers")

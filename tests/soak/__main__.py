@@ -30,10 +30,12 @@ def _slice(kind: str, seed: int, seconds: float) -> None:
     try:
         print(json.dumps(module.run(seconds, seed)))
     except AssertionError as error:
-        print(json.dumps(error.done if isinstance(error, Found) else {}))
-        print(f"{kind}, from seed {seed}: {error}", file=sys.stderr)
+        found = error if isinstance(error, Found) else Found(str(error), {}, None)
+        failed = seed if found.seed is None else found.seed
+        print(json.dumps(found.done), flush=True)
+        print(f"{kind}, seed {failed}: {found}", file=sys.stderr, flush=True)
         if hasattr(module, "minimise"):
-            print(module.minimise(seed), file=sys.stderr)
+            print(module.minimise(failed), file=sys.stderr)
         raise SystemExit(1) from None
 
 

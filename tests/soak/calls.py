@@ -14,11 +14,11 @@ import difflib
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.soak import repeat
 from tests.soak.lifetimes import chosen
 from tests.soak.supervised import built, check
 
@@ -48,11 +48,12 @@ def call(seed: int, steps: Sequence[int], options: dict[str, Any]) -> None:
 
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
-    until, done = time.monotonic() + seconds, 0
-    while not done or time.monotonic() < until:
-        call(seed + done, range(STEPS), chosen(seed + done))
-        done += 1
-    return {"system_call_steps": done * STEPS}
+
+    def history(seed: int) -> dict[str, int]:
+        call(seed, range(STEPS), chosen(seed))
+        return {"system_call_steps": STEPS}
+
+    return repeat(seconds, seed, history)
 
 
 def minimise(seed: int, options: dict[str, Any] | None = None, tries: int = 2) -> str:

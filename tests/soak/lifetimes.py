@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from typing import Any
 
+from tests.soak import repeat
 from tests.soak.supervised import built, check
 
 from softsgx.engines.native import PAGERS, doctor
@@ -52,11 +52,9 @@ def live(seed: int, lives: int, options: dict[str, Any]) -> int:
 
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
-    until, done, killed = time.monotonic() + seconds, 0, 0
-    while not done or time.monotonic() < until:
-        killed += live(seed + done, LIVES, chosen(seed + done))
-        done += 1
-    return {"lives": done * LIVES, "kills": killed}
+    return repeat(
+        seconds, seed, lambda seed: {"lives": LIVES, "kills": live(seed, LIVES, chosen(seed))}
+    )
 
 
 def minimise(seed: int, tries: int = 3) -> str:

@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-import time
+
+from tests.soak import repeat
 
 __all__ = ["run"]
 
@@ -21,18 +22,16 @@ _FILES = (
 
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
-    until, done = time.monotonic() + seconds, 0
-    passed = 0
-    while not done or time.monotonic() < until:
-        name = _FILES[(seed + done) % len(_FILES)]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "no:xdist", f"--hypothesis-seed={seed + done}"]
-        command.append(f"tests/model/{name}.py")
-        scale = {"SOFTSGX_PROGRAMS": "2", "SOFTSGX_GUESTS": "2"}
-        told = subprocess.run(
-            command, env=os.environ | scale, capture_output=True, text=True, check=False
-        )
-        assert told.returncode == 0, f"{' '.join(command[1:])}, {scale}:\n{told.stdout[-6000:]}"
-        passed += sum(int(count) for count in re.findall(r"(\d+) passed", told.stdout))
-        done += 1
-    return {"model tests": passed}
+    return repeat(seconds, seed, _history)
+
+
+def _history(seed: int) -> dict[str, int]:
+    name = _FILES[seed % len(_FILES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", f"--hypothesis-seed={seed}", f"tests/model/{name}.py"]
+    scale = {"SOFTSGX_PROGRAMS": "2", "SOFTSGX_GUESTS": "2"}
+    told = subprocess.run(
+        command, env=os.environ | scale, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, f"{' '.join(command[1:])}, {scale}:\n{told.stdout[-6000:]}"
+    return {"model tests": sum(int(count) for count in re.findall(r"(\d+) passed", told.stdout))}

@@ -28,7 +28,7 @@ from tests.model import test_paging_core as paging_core
 from tests.model import test_random_programs as programs
 from tests.model.programs import VISITS
 from tests.model.test_hw_machine import WALK
-from tests.soak import Found
+from tests.soak import repeat
 from tests.support.driver import System
 from tests.support.machines import NEEDS, Machines
 
@@ -317,14 +317,13 @@ def _text(error: Exception) -> str:
 
 def run(seconds: float, seed: int) -> dict[str, int]:
     """Run histories until ``seconds`` are over; see :mod:`tests.soak`."""
-    until, done, tally = time.monotonic() + seconds, 0, Tally()
-    while not done or time.monotonic() < until:
-        try:
-            play(_TURNS[(seed + done) % len(_TURNS)], seed + done, tally)
-        except AssertionError as error:
-            raise Found(str(error), dict(tally)) from error
-        done += 1
-    return dict(tally)
+
+    def history(seed: int) -> Tally:
+        tally = Tally()
+        play(_TURNS[seed % len(_TURNS)], seed, tally)
+        return tally
+
+    return repeat(seconds, seed, history)
 
 
 def _main() -> None:
