@@ -96,5 +96,6 @@ def test_a_signal_of_faults_that_a_process_sends_at_an_enclu_reaches_its_handler
         resume(self, number)
 
     monkeypatch.setattr(ProgramThread, "resume", sending)
-    assert run([*program, "sent", "ud2", "1"], epc="1MiB", tick="1ms").exit_code == 0
+    result = run([*program, "sent", "ud2", "1"], epc="1MiB", tick="1ms")
     assert sent
+    assert result.exit_code == 0
