@@ -45,8 +45,10 @@ def madvise(thread: ProgramThread) -> int | None:
     def advise(start: int, length: int) -> int:
         return thread.syscall(abi.SYS_MADVISE, start, length, regs.rdx)
 
-    # Linux goes from mapping to mapping, and ends at the first that refuses.
-    return _around(vmas[:1], regs.rdi, vmas[0].start, advise) or -error
+    # Linux goes from mapping to mapping, and ends at the first that refuses; a hole before is no
+    # error then.
+    before = _around(vmas[:1], regs.rdi, vmas[0].start, advise)
+    return -error if before in (0, -ENOMEM) else before
 
 
 def mlock(thread: ProgramThread) -> int | None:
@@ -94,7 +96,7 @@ def drop_left_behind(image: ProcessImage, tid: int, registry: Registry) -> None:
 
 def _enclaves(thread: ProgramThread, start: int, length: int) -> list[EnclaveVma]:
     end = start + length
-    if not length or start % abi.PAGE or end > abi.TASK_SIZE:
+    if not length or start % abi.PAGE or end > 1 << 64:
         return []  # the kernel refuses it, or has nothing to do
     return thread.image.mm.vmas(start, end)
 
