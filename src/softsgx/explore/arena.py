@@ -110,7 +110,7 @@ class Arena:
             return
         runtime.race(stage.tasks, watch=stage.watch)
         with runtime.quiet():
-            runtime.settle()
+            runtime.run_pending()
             for check in stage.checks:
                 check()
             stage.recount()

@@ -143,7 +143,7 @@ class Cooperative(ABC):
         """Wait until ``task`` has finished."""
 
     @abstractmethod
-    def _settle(self) -> None:
+    def _run_pending(self) -> None:
         """Let the other tasks run until each of them waits."""
 
     @abstractmethod
@@ -351,7 +351,7 @@ class Cooperative(ABC):
         if self._closed:
             return
         if not self._over and any(task.daemon for task in self._tasks):
-            self._settle()
+            self._run_pending()
         end_of_tasks(self._kill_all(), self._errors(), self._failure)
 
     def _kill_all(self) -> list[str]:

@@ -233,7 +233,7 @@ class InlineRuntime(Cooperative):
             self._ready.append(self._main)
             self._park()
 
-    _settle = run_pending
+    _run_pending = run_pending
 
     def take_failures(self) -> list[tuple[str, Exception]]:
         """Return name and exception of each task that has failed since the previous call.

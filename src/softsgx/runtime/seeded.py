@@ -80,7 +80,7 @@ class SeededRuntime(Cooperative):
         self._steps: list[Step] = []
         self._ready: dict[str, CoTask] = {self._main.name: self._main}
         self._latched = 0
-        self._settling = False
+        self._running_pending = False
         self._quiet = False
         self._passed = 0  # places in quiet code
         self._scheduled = self.policy, self._steps  # what quiet code has put aside
@@ -216,10 +216,10 @@ class SeededRuntime(Cooperative):
             self._watch = None
             self._racing = set()
 
-    def settle(self) -> None:
+    def run_pending(self) -> None:
         """Let the other tasks run until each of them waits."""
         if len(self._ready) > 1:
-            self._settle()
+            self._run_pending()
 
     def close(self) -> None:
         """As :meth:`Cooperative.close`; then the policy says whether it was its program."""
@@ -239,11 +239,11 @@ class SeededRuntime(Cooperative):
             self._enlist(task.joiners, task)
         self._reach(f"join {task.name}", blocked=waits)
 
-    def _settle(self) -> None:
-        self._settling = True
+    def _run_pending(self) -> None:
+        self._running_pending = True
         del self._ready[self._main.name]
         self._reach(policies.END, blocked=True)
-        self._settling = False
+        self._running_pending = False
         self._ready[self._main.name] = self._main
 
     # Scheduling.
@@ -301,7 +301,7 @@ class SeededRuntime(Cooperative):
         me = self._current
         where = me.place
         ready = self._ready
-        if self._settling and not ready:  # the program is over: nothing to choose
+        if self._running_pending and not ready:  # the program is over: nothing to choose
             return self._main
         self._record(me)
         if len(self._steps) > self._step_limit:

@@ -47,7 +47,7 @@ class Exits:
         if hold is not None:
             hold.release()
 
-    def settle(self) -> None:
+    def release_zombies(self) -> None:
         """Let pages be hidden again that were pinned for threads that are zombies."""
         for tid in list(self._ending):
             if _is_zombie(tid):

@@ -115,7 +115,7 @@ class Loop:
         clock, intervals = time.monotonic_ns, self._intervals
         self._stops()
         while self.threads or self._born:
-            self._exits.settle()
+            self._exits.release_zombies()
             timeout_s = intervals.between()
             ready = self._poll.poll(_LONGEST_WAIT_S if timeout_s is None else timeout_s)
             began_ns = clock()

@@ -95,7 +95,7 @@ class Hold:
         for page in self._pins:
             space.pinned.remove(page)
         if self._changing:
-            space.settle()
+            space.serve_postponed()
 
 
 class AddressSpace:
@@ -154,7 +154,7 @@ class AddressSpace:
             self._take(flags, address)
         return served
 
-    def settle(self) -> None:
+    def serve_postponed(self) -> None:
         """Answer the faults that have waited for a system call that has ended."""
         postponed, self._postponed = self._postponed, []
         for flags, address in postponed:

@@ -241,11 +241,11 @@ class DebugLoop(Loop):
                 continue  # in the kernel; it stops when it returns from there
             if self.hold(thread):
                 try:
-                    self._settle(thread)
+                    self._prepare_for_gdb(thread)
                 except Exception as error:
                     self.failed(thread.process.pid, thread.tid, error)
 
-    def _settle(self, thread: ProgramThread) -> None:
+    def _prepare_for_gdb(self, thread: ProgramThread) -> None:
         """Take a held thread out of its enclave, and drop its own breakpoint trap or step.
 
         When it runs again, it executes the breakpoint again, unless gdb has removed it; gdb itself
