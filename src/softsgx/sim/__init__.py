@@ -1,4 +1,4 @@
-"""Worked histories: the paging tour, and a story of each known defect."""
+"""Scripted runs: the paging tour, and one story for each known defect."""
 
 from softsgx.sim.tour import Chapter, Line, paging_tour
 

@@ -1,7 +1,7 @@
 """The paging tour: one page is evicted and loaded again, leaf by leaf.
 
-It runs a machine with a signed enclave; each line of the result is an event that the machine
-reported, and each claim is asserted before it is printed.
+The tour runs a machine with a signed enclave.  Each line of the result is an event that the machine
+reported, or an access whose result the tour asserts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ _EPC_PAGES = 64
 
 @dataclass(frozen=True)
 class Line:
-    """One event of a chapter: what was executed, on what, with which result."""
+    """One event of a chapter.
+
+    Attributes:
+        what: the leaf or the access.
+        page: the page that it used.
+        result: its status, its fault, or the bytes.
+    """
 
     what: str
     page: str
@@ -66,7 +72,13 @@ class Line:
 
 @dataclass
 class Chapter:
-    """A part of the tour: a heading, what to notice, and what happened."""
+    """A part of the tour.
+
+    Attributes:
+        title: the heading.
+        notice: what the reader should look for.
+        lines: the events, in order.
+    """
 
     title: str
     notice: str
@@ -93,7 +105,7 @@ class _Tour:
         self.chapters.append(Chapter(title, notice))
 
     def hear(self, event: Event) -> None:
-        """Turn an event into a line; a run of equal ones into one line with a count."""
+        """Add a line for an event of the machine."""
         if isinstance(event, AsynchronousExit):
             line = Line("AEX", f"TCS {event.tcs - _BASE:#x}", "left")
         else:
@@ -105,11 +117,11 @@ class _Tour:
         self.chapters[-1].lines.append(line)
 
     def tell(self, what: str, page: str, result: str) -> None:
-        """Add a line for something that is no leaf."""
+        """Add a line for something other than a leaf."""
         self.chapters[-1].lines.append(Line(what, page, result))
 
     def build(self, plan: Plan) -> None:
-        """ECREATE, EADD, EEXTEND and EINIT of ``plan``, with the owner's own key."""
+        """Build the enclave of ``plan``: ECREATE, EADD, EEXTEND, EINIT; signed by a new key."""
         leaves = self.leaves
         secs = Secs(
             size=plan.size,
@@ -140,10 +152,10 @@ class _Tour:
 
 
 def paging_tour(seed: int = 0) -> list[Chapter]:
-    """Load an enclave, evict a page under a running thread, tamper, reload; return the story.
+    """Run the tour: load an enclave, evict a page under a running thread, tamper, reload.
 
     Args:
-        seed: of the machine's keys; the same seed tells the same story.
+        seed: of the machine's keys; the same seed gives the same lines.
     """
     tour = _Tour(seed)
     leaves, hw = tour.leaves, tour.hw
@@ -186,9 +198,9 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
         return leaves.ewb(PageInfoArgs(0, contents, pcmd, 0), page, slot)
 
     tour.chapter(
-        "The page is to leave, and may not yet",
-        "EWB wants proof that no TLB holds the page: it must be blocked, and everybody who was "
-        "inside at the ETRACK must have left. The running thread still uses its old translation.",
+        "EWB refuses the page while a TLB may hold it",
+        "The page must be blocked, and each thread that was inside at the ETRACK must have left "
+        "the enclave. The running thread still uses its old translation.",
     )
     _expect(evict(), Status.PAGE_NOT_BLOCKED)
     _expect(leaves.eblock(page), Status.SUCCESS)
@@ -199,7 +211,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     tour.tell("store", f"offset {data:#x}", "'LAUNCH', through the stale TLB entry")
 
     tour.chapter(
-        "An interrupt drives the thread out, and the page leaves",
+        "An interrupt makes the thread exit, and EWB evicts the page",
         "The asynchronous exit flushes the TLB and saves the registers in the enclave. EWB then "
         "encrypts the page, puts its version into a VA slot, and frees the EPC page.",
     )
@@ -209,9 +221,9 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     tour.tell("ciphertext", "main memory", contents[:16].hex(" "))
 
     tour.chapter(
-        "A change out there is found",
-        "One flipped bit, another address, a version that was used up: the MAC covers them all. "
-        "A refused ELDU leaves the slot as it was.",
+        "ELDU detects changes in main memory",
+        "The MAC covers the page's bytes, its address and its version. A refused ELDU leaves the "
+        "slot as it was.",
     )
     home = leaves.eldu
 
@@ -224,7 +236,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     _expect(reload(_BASE + data + PAGE_BYTES), Status.MAC_COMPARE_FAIL)
 
     tour.chapter(
-        "It is touched, faults, and comes back",
+        "The thread touches the page, faults, and the page is loaded",
         "The resumed thread faults on the page: the EPCM entry is invalid. ELDU decrypts, checks "
         "and empties the slot, so that the same image can never be loaded again.",
     )
@@ -238,7 +250,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
     again = home(PageInfoArgs(_BASE + data, contents, pcmd, tour.secs), twin, slot)
     _expect(again, Status.MAC_COMPARE_FAIL)
 
-    tour.chapter("The thread goes on", "Nothing was lost, nothing is stale.")
+    tour.chapter("The thread resumes", "The page has the bytes that the thread stored.")
     cpu.regs.rip = _ENCLU_SITE
     cpu.enclu.eresume(_BASE + tcs, _AEP)
     kept = load(cpu, _BASE + data, len(_SECRET))
@@ -250,7 +262,7 @@ def paging_tour(seed: int = 0) -> list[Chapter]:
 
 
 def _expect(status: Status, wanted: Status) -> None:
-    assert status is wanted, f"{status!r} where the tour tells of {wanted!r}"
+    assert status is wanted, f"{status!r} where the tour shows {wanted!r}"
 
 
 def _fault(action: Callable[[], object]) -> PageFault:
@@ -258,4 +270,4 @@ def _fault(action: Callable[[], object]) -> PageFault:
         action()
     except PageFault as fault:
         return fault
-    raise AssertionError("an access to an evicted page went through")
+    raise AssertionError("an access to an evicted page did not fault")

@@ -1,4 +1,4 @@
-"""The tour tells what the machine reported, in the order of the protocol."""
+"""The tour lists what the machine reported, in the order of the eviction protocol."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from softsgx.cli import main
 from softsgx.sim import paging_tour
 
 
-def told(title: str) -> list[tuple[str, str]]:
+def steps(title: str) -> list[tuple[str, str]]:
     (chapter,) = (c for c in paging_tour() if c.title.startswith(title))
     return [(line.what, line.result) for line in chapter.lines]
 
 
 def test_eviction_needs_block_then_track_then_an_exit() -> None:
-    refused = told("The page is to leave")
+    refused = steps("EWB refuses")
     assert [result for what, result in refused if what == "EWB"] == [
         "SGX_PAGE_NOT_BLOCKED",
         "SGX_NOT_TRACKED",
         "SGX_NOT_TRACKED",
     ]
-    left = [step[0] for step in told("An interrupt drives")]
+    left = [step[0] for step in steps("An interrupt makes")]
     assert left[:2] == ["AEX", "EWB"]
 
 
-def test_the_same_seed_tells_the_same_story() -> None:
+def test_the_same_seed_gives_the_same_tour() -> None:
     assert paging_tour(3) == paging_tour(3)
     assert paging_tour(3) != paging_tour(4)
 

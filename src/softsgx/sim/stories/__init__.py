@@ -1,8 +1,8 @@
 """Stories: one small program for each known defect that can be switched on.
 
-A story runs a scenario on the components of this package and claims one property, which holds in
-the fixed form and is violated in the broken one.  ``STORIES`` maps each :class:`~softsgx.defects.
-Defect` to its :class:`Story`; two defects with one symptom share a story.
+A story runs a scenario on the components of this package and checks one property.  The property
+holds in the fixed form and is violated in the broken one.  ``STORIES`` maps each :class:`~softsgx.
+defects.Defect` to its :class:`Story`; defects with one symptom share a story.
 
 >>> from softsgx.defects import Defect
 >>> from softsgx.sim.stories import STORIES
@@ -13,7 +13,7 @@ Defect` to its :class:`Story`; two defects with one symptom share a story.
 True
 
 A story is also a program for the schedule searches of :mod:`softsgx.runtime`, which fails when the
-property is violated; it builds all its state anew on the runtime that it is given::
+property is violated.  It builds its state on the runtime that the search passes to it::
 
     explore(story.program({Defect.CONCURRENT_EAUG_REFUSED}), seeds=range(1000))
     explore_all(story.program(), preemptions=2)

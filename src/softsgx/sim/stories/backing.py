@@ -25,8 +25,8 @@ from softsgx.sim.stories.system import (
 def a_neighbours_pcmd_goes_to_a_page_that_was_given_back(scene: Scene) -> None:
     """Page 0 is evicted and its PCMD is the only one of its PCMD page.
 
-    One task evicts page 1, whose PCMD goes to the same PCMD page, while another task loads page 0,
-    which leaves that PCMD page empty.  Then page 1 is touched.
+    One task evicts page 1, which stores a PCMD in the same PCMD page.  Another task loads page 0 at
+    the same time, which leaves that PCMD page empty.  Then page 1 is touched.
     """
     system = scene.system()
     made = launch(system.process(), 4)
@@ -103,10 +103,10 @@ def backing_stays_when_everything_is_resident_again(scene: Scene) -> None:
 
 @story(
     Defect.BACKING_FETCHED_AFTER_BLOCK,
-    holds="A page stays usable when its eviction fails for want of backing.",
+    holds="A page stays usable when its eviction fails because backing is missing.",
 )
 def a_page_is_lost_when_backing_fails(scene: Scene) -> None:
-    """A page is to be evicted and the first, or the second, request for backing fails."""
+    """A page is chosen for eviction and the first, or the second, request for backing fails."""
     for nth in (1, 2):
         failing = FailingBacking.at(MemoryBacking(), nth)
         system = scene.system(backing=lambda _pages, failing=failing: failing)

@@ -21,7 +21,7 @@ _ROUNDS = 100
     holds="A poisoned page is never evicted.",
 )
 def a_poisoned_page_is_evicted(scene: Scene) -> None:
-    """Memory of a page fails; then reclaim batches evict all that they may."""
+    """The memory of a page fails; then reclaim batches evict every page that they may evict."""
     system = scene.system()
     made = launch(system.process(), 4)
     epc = page_of(made, 0).epc
@@ -142,7 +142,7 @@ def an_allocation_from_a_node_without_epc_never_returns(scene: Scene) -> None:
     holds="An enclave has no more VA pages than its pages need, and one spare.",
 )
 def va_pages_pile_up_at_a_boundary(scene: Scene) -> None:
-    """An enclave has 512 pages; a page comes and goes four times."""
+    """An enclave has 512 pages; one more page is added and removed four times."""
     system = scene.system(epc_pages=_EPC_PAGES)
     made = launch(system.process(), 508, size=1024 * PAGE_BYTES)  # 512 with the SECS
     swap = made.enclave.swap
@@ -168,7 +168,7 @@ class _AllYoung(Policy):
 def reclaim_never_gives_up_on_pages_in_use(scene: Scene) -> None:
     """The EPC is full and every page is young at every scan; a task allocates and reclaims.
 
-    A signal comes after 100 batches.
+    A signal arrives after 100 batches.
     """
     system = scene.system(epc_pages=16, policy=_AllYoung())
     rounds = iter(range(2 * _ROUNDS))

@@ -1,4 +1,4 @@
-"""Stories of page faults: EAUG, loads, accessed bits, and removal at the same time."""
+"""Stories of page faults: EAUG, loads, accessed bits, and removal during a fault."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VA_PAGE_FULL = 508
 
 @story(
     Defect.EAUG_ASSUMES_RESIDENT_SECS,
-    holds="A hole can be touched while everything else of the enclave is evicted.",
+    holds="A hole can be touched while all pages of the enclave are evicted.",
 )
 def a_hole_is_touched_while_the_secs_is_evicted(scene: Scene) -> None:
     """All pages of an enclave are evicted, the SECS last; then a hole is touched."""
@@ -39,7 +39,7 @@ def a_hole_is_touched_while_the_secs_is_evicted(scene: Scene) -> None:
 
 @story(
     Defect.EAUG_WITHOUT_VA_PAGE_REFUSED,
-    holds="A fault for which EPC is short now is repeated, not refused.",
+    holds="A fault that finds too few free EPC pages is repeated, not refused.",
 )
 def a_new_page_needs_a_va_page_and_there_is_one_free_page(scene: Scene) -> None:
     """All VA slots of an enclave are in use and one EPC page is free.
@@ -73,7 +73,7 @@ def two_threads_touch_one_hole(scene: Scene) -> None:
 
 @story(
     Defect.PAGE_NOT_BUSY_WHILE_ZAPPED,
-    holds="After REMOVE_PAGES the page can be made anew, whatever was touched meanwhile.",
+    holds="After REMOVE_PAGES the page can be added again, even if it was touched meanwhile.",
     seeds=40,
 )
 def a_page_is_touched_while_it_is_removed(scene: Scene) -> None:

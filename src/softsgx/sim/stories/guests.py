@@ -37,7 +37,7 @@ def a_guest_changes_its_secs_after_the_check(scene: Scene) -> None:
     secs = bytearray(secs_bytes(2 * PAGE_BYTES))
     changed = secs_bytes(2 * PAGE_BYTES, flags=AttributesFlags.MODE64BIT | _PROVISION)
     page = core.alloc(None, reclaim=False)
-    guest.leaves.eremove(page.addr)  # so that it is there, and ECREATE runs in one go
+    guest.leaves.eremove(page.addr)  # makes the page resident: ECREATE then takes no EPC fault
 
     def change() -> None:
         secs[:] = changed

@@ -1,4 +1,4 @@
-"""Stories of the end: files, address spaces and enclaves that go at the same time."""
+"""Stories of release: files, address spaces and enclaves that end at the same time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAP_SHARED = 1
 @story(
     Defect.MM_WITHOUT_ENCLAVE_REFERENCE,
     holds="An enclave exists until the last address space that is registered with it has ended.",
-    # The address space has unlinked its entry and waits for walkers; the file goes meanwhile.
+    # The address space has unlinked its entry and waits for walkers; the file is closed meanwhile.
     policy=Script(("exit", "acquire encl1.srcu grace period"), ("close", "end"), strict=False),
 )
 def an_address_space_ends_while_the_file_is_closed(scene: Scene) -> None:
@@ -38,7 +38,7 @@ def _close_and_exit(scene: Scene) -> None:
     system = scene.system()
     process = system.process()
     fd = build(process, plan_for(1))
-    other = system.process()  # registered, but has unmapped the enclave again
+    other = system.process()  # stays registered after it has unmapped the enclave
     process.enclave_file(fd).mmap(other.mm, BASE, PAGE_BYTES, PROT_READ, MAP_FIXED | _MAP_SHARED)
     other.munmap(BASE, PAGE_BYTES)
     scene.together(close=lambda: process.close(fd), exit=other.mm.exit)

@@ -32,7 +32,7 @@ def a_refused_charge_raises_the_peak(scene: Scene) -> None:
     holds="Reclaim looks at all groups below a limit in turn.",
 )
 def a_busy_parent_is_always_reclaimed_first(scene: Scene) -> None:
-    """Five callers walk group jobs and its child for reclaim; each needs one group only."""
+    """Five callers walk the group jobs and its child; each takes only the first group."""
     tree = Hierarchy(_CAPACITY, scene.runtime, defects=scene.defects, tracer=scene.tracer)
     tree.make("jobs/child")
     jobs = tree.find("jobs")
@@ -55,7 +55,7 @@ def a_charge_near_the_limit_asks_for_nothing(scene: Scene) -> None:
         tracer=scene.tracer,
     )
     child = tree.make("a/b")
-    child.lru.add(SgxEpcPage(EpcAddr(0), 0))  # something that can be reclaimed
+    child.lru.add(SgxEpcPage(EpcAddr(0), 0))  # a page that can be reclaimed
     limited = tree.find("a")
     limited.max_pages = 10
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Stories of system calls: mappings, ranges, and what an ioctl refuses."""
+"""Stories of system calls: mappings, ranges, and the errors of ioctls."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def a_signal_during_create_is_not_restarted(scene: Scene) -> None:
 
 @story(
     Defect.ALLOWED_ATTRIBUTES_RESET_BY_CREATE,
-    holds="PROVISION before CREATE counts.",
+    holds="PROVISION before CREATE takes effect.",
 )
 def permission_given_before_create_is_forgotten(scene: Scene) -> None:
     """PROVISION is called before CREATE; the enclave has PROVISIONKEY, and INIT is called."""

@@ -1,4 +1,4 @@
-"""What a story is, how it is told, and the scene that its scenario plays on."""
+"""What a story is, how it runs, and the scene that its scenario receives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["STORIES", "Outcome", "PropertyViolated", "Scene", "Story", "story"]
 
 _STEP_LIMIT = 1_000_000
 _ATTEMPTS = 80
-"""Runs that may be spent on cutting one schedule down."""
+"""The most runs that minimising one schedule may take."""
 
 
 class PropertyViolated(AssertionError):
@@ -35,12 +35,12 @@ class PropertyViolated(AssertionError):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a scenario gets: where it runs, in which form, and who listens.
+    """What a scenario receives.
 
     Attributes:
         runtime: of the machine and of all tasks.
-        defects: the broken forms.
-        tracer: hears the events of all components.
+        defects: the defects that are switched on.
+        tracer: receives the events of all components; ``None``: events are dropped.
     """
 
     runtime: SeededRuntime
@@ -68,10 +68,14 @@ class Scene:
             raise failure
 
     def claim(self, holds: bool, otherwise: str) -> None:
-        """Claim that something holds.
+        """Check the story's property.
+
+        Args:
+            holds: whether it holds.
+            otherwise: what is seen instead, for the error.
 
         Raises:
-            PropertyViolated: it does not.
+            PropertyViolated: it does not hold.
         """
         if not holds:
             raise PropertyViolated(otherwise)
@@ -89,10 +93,10 @@ class Outcome:
     """How a story ended.
 
     Attributes:
-        defects: the broken forms it ran with.
-        violation: what was seen that must not be; ``None``: the property held in every run.
+        defects: the defects that were switched on.
+        violation: what was seen instead of the property; ``None``: it held in every run.
         runs: how many schedules were tried.
-        schedule: the one that violates the property, cut down to the switches that it needs; the
+        schedule: the one that violates the property, reduced to the switches that it needs; the
             last one that was tried where the property held.
         events: what the components reported during that run, in order.
     """
@@ -113,11 +117,13 @@ class Story:
         defects: the defects that violate the property, each on its own.
         holds: the property, as one sentence.
         told: what the scenario does.
-        scenario: plays it; raises :class:`PropertyViolated`, or an ``AssertionError`` of the
+        scenario: runs it; raises :class:`PropertyViolated`, or an ``AssertionError`` of the
             component that finds its own state broken.
         seeds: of the schedules to try; one seed where the scenario has one task.
-        policy: who runs next, where a seed alone is not enough; ``None``: any task, by the seed.
-        step_limit: places after which the scenario is in a livelock, which violates the property.
+        policy: chooses the next task, where a seed alone is not enough; ``None``: any task, by
+            the seed.
+        step_limit: scheduling points after which the run counts as a livelock, which violates the
+            property.
     """
 
     name: str
@@ -137,11 +143,11 @@ class Story:
     def program(
         self, defects: Iterable[Defect] = (), *, tracer: Callable[[Event], None] | None = None
     ) -> Program:
-        """Return the story as a program for :func:`softsgx.runtime.explore` and its kin.
+        """Return the story as a program for :func:`softsgx.runtime.explore` and similar searches.
 
         Args:
-            defects: the broken forms to run with.
-            tracer: hears the events of all components.
+            defects: the defects to switch on.
+            tracer: receives the events of all components; ``None``: events are dropped.
         """
         chosen = frozenset(defects)
 
@@ -178,7 +184,7 @@ class Story:
         try:
             runtime.run(self.program(defects, tracer=events.append)(runtime))
         except (ReplayDiverged, ScriptNotFollowed):
-            raise  # the story is wrong, not what it tells of
+            raise  # the story itself is wrong, not the code that it checks
         except AssertionError as error:
             violation = str(error)
         return runtime.schedule, violation, tuple(events)
@@ -195,10 +201,10 @@ def story(
     policy: Policy | None = None,
     step_limit: int = _STEP_LIMIT,
 ) -> Callable[[Scenario], Scenario]:
-    """Register the story of some defects: the scenario's docstring tells it.
+    """Register the story of some defects; the scenario's docstring becomes :attr:`Story.told`.
 
     Args:
-        defects: what violates the property.
+        defects: those that violate the property, each on its own.
         holds: the property, as one sentence.
         seeds: how many schedules are tried; more than one where tasks race.
         policy: see :class:`Story`; without one a story of one seed runs uninterrupted.

@@ -1,7 +1,7 @@
-"""The system that stories play on: machine, core, driver, processes, and an enclave to touch.
+"""The system that stories run on: machine, core, driver, processes, and an enclave.
 
-The enclave of :func:`launch` has a TCS and its SSA frames first, then data pages whose bytes tell
-them apart; nothing of it is measured, so that building one is cheap.
+The enclave of :func:`launch` has a TCS and its SSA frames first, then data pages, each with
+different bytes.  Its pages are not measured, so that building it is cheap.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECINFO_RWX = PageType.REG << 8 | RWX
 
 
 def errno_of(call: Callable[[], object]) -> str:
-    """Return the name of the errno that a call is refused with, ``ok`` when it is not."""
+    """Return the name of the errno that a call fails with; ``ok``: it succeeds."""
     try:
         call()
     except OSError as error:
@@ -58,7 +58,7 @@ def pattern(number: int) -> bytes:
 
 
 class _RefusingLeaves:
-    """The leaves of a machine, the first calls of some of which end with #GP(0).
+    """The leaves of a machine; the first calls of some of them end with #GP(0).
 
     Args:
         leaves: the machine's.
@@ -81,7 +81,7 @@ class _RefusingLeaves:
 
 @dataclass(frozen=True)
 class _RefusingHardware:
-    """What core and driver see of a machine that refuses leaves."""
+    """The part of a machine that core and driver use, with leaves that refuse."""
 
     config: MachineConfig
     leaves: Leaves
@@ -95,16 +95,16 @@ class System:
     Attributes:
         epc_pages: size of the EPC.
         runtime: of machine, core and driver.
-        processors: how many.
-        defects: the broken forms of core and driver.
+        processors: number of logical processors.
+        defects: the defects of core and driver that are switched on.
         policy: of reclaim; ``None``: Linux's.
-        root: of the groups that pay for pages; ``None``: pages are charged to no group.
-        backing: makes the backing of an enclave of so many pages.
+        root: of the groups that pages are charged to; ``None``: pages are charged to no group.
+        backing: makes the backing of an enclave; its argument is the enclave's size in pages.
         core_type: class of the core.
         ksgxd: whether it runs.
         listen: whether events are kept in ``events``.
-        tracer: hears the events, where they are not kept.
-        refusals: leaves by name whose first so many calls by the kernel end with #GP(0).
+        tracer: receives the events, where they are not kept.
+        refusals: by name of a leaf, how many of the kernel's first calls end with #GP(0).
         config: further fields of the machine's configuration.
     """
 
@@ -168,19 +168,19 @@ class System:
         return SoftProcess(self.machine, self.driver, **options)  # type: ignore[arg-type]
 
     def check_invariants(self) -> None:
-        """Check every count there is."""
+        """Check the counts of machine, core and driver against their raw state."""
         self.machine.check_invariants()
         self.core.check_invariants()
         self.driver.check_invariants()
 
     def evict(self, enclave: Enclave) -> None:
-        """Evict everything that can leave, by reclaiming until nothing more does."""
+        """Run batches until they evict nothing; then no page of ``enclave`` is resident."""
         for _round in range(1000):
             before = self.core.counters.reclaimed
             self.core.reclaim(force=True)
             if self.core.counters.reclaimed == before:
                 break
-        assert not enclave.resident_pages, f"{enclave.resident_pages} pages would not leave"
+        assert not enclave.resident_pages, f"{enclave.resident_pages} pages are still resident"
 
     def epcm(self, addr: int) -> EpcPage:
         """Return the EPCM entry of an EPC page."""
@@ -197,7 +197,14 @@ class System:
 def secs_bytes(
     size: int, base: int = BASE, *, flags: int = AttributesFlags.MODE64BIT, **fields: object
 ) -> bytes:
-    """Return a SECS that ECREATE takes."""
+    """Return a SECS that ECREATE accepts.
+
+    Args:
+        size: of the enclave, in bytes.
+        base: its linear address.
+        flags: of ATTRIBUTES.
+        fields: further fields of the SECS.
+    """
     attributes = Attributes(flags=int(flags), xfrm=3)
     return Secs(size=size, base=base, ssa_frame_size=1, attributes=attributes, **fields).pack()
 
@@ -246,12 +253,12 @@ class Launched:
     """An enclave that a process has built and mapped.
 
     Attributes:
-        process: whose.
-        fd: its descriptor.
-        base: where.
+        process: the one that has built it.
+        fd: the descriptor of its file in that process.
+        base: its linear address.
         size: bytes.
-        threads: how many TCS it has.
-        data_pages: data pages.
+        threads: number of its TCS.
+        data_pages: number of its data pages.
     """
 
     process: SoftProcess
@@ -272,7 +279,7 @@ class Launched:
         return self.file.enclave
 
     def data(self, number: int) -> int:
-        """Return the address of a data page, or of the holes behind the last one."""
+        """Return the address of a data page; numbers above the last one are holes."""
         return self.base + (3 * self.threads + number) * PAGE_BYTES
 
     def offset(self, number: int) -> int:
@@ -284,7 +291,7 @@ class Launched:
         return self.base + thread * 3 * PAGE_BYTES
 
     def thread(self, cpu: int = 0, *, tcs: int | None = None) -> SoftThread:
-        """Return a thread that has entered."""
+        """Return a thread that has entered the enclave."""
         thread = self.process.thread(cpu)
         thread.enter(self.tcs(cpu if tcs is None else tcs))
         return thread
@@ -319,7 +326,17 @@ def launch(
     rights: int = RW,
     flags: int = AttributesFlags.MODE64BIT,
 ) -> Launched:
-    """Build, initialise and map an enclave."""
+    """Build, initialise and map an enclave.
+
+    Args:
+        process: the one that builds it.
+        data_pages: number of data pages.
+        threads: number of TCS.
+        size: of the enclave in bytes; ``None``: the smallest that fits.
+        base: its linear address.
+        rights: PROT_* of data pages, in their EPCM entries and in the mapping.
+        flags: of ATTRIBUTES.
+    """
     plan = plan_for(data_pages, threads=threads, size=size, rights=rights)
     fd = build(process, plan, base=base, flags=flags)
     made = Launched(process, fd, base, plan.size, threads, data_pages)
@@ -347,7 +364,7 @@ def begin_eviction(page: EnclavePage) -> bool:
 
 
 def give_up_eviction(page: EnclavePage) -> None:
-    """Put a page back whose eviction could not begin."""
+    """Put a page whose eviction could not begin back on its list."""
     epc = page.epc
     assert epc is not None and epc.lru is not None, "the page is resident"
     epc.lru.put_back(epc)
@@ -355,7 +372,7 @@ def give_up_eviction(page: EnclavePage) -> None:
 
 
 def end_eviction(system: System, page: EnclavePage) -> bool:
-    """Do the other half: write it out and free its EPC page."""
+    """Do the second half: write the page out and free its EPC page; ``False``: it stays."""
     epc = page.epc
     assert epc is not None and epc.lru is not None, "the page is resident"
     if not page.write():
@@ -368,12 +385,12 @@ def end_eviction(system: System, page: EnclavePage) -> bool:
 
 
 def evict(system: System, page: EnclavePage) -> bool:
-    """Evict one page."""
+    """Evict one page; ``False``: it stays resident."""
     return begin_eviction(page) and end_eviction(system, page)
 
 
 def leave_free(system: System, pages: int) -> None:
-    """Reclaim or allocate until so many EPC pages are free."""
+    """Reclaim or allocate until ``pages`` EPC pages are free."""
     while system.free_pages < pages:
         system.core.reclaim(force=True)
     while system.free_pages > pages:
