@@ -267,7 +267,7 @@ def test_a_page_can_be_evicted_and_its_breakpoint_stays(start: Start) -> None:
         "python print(gdb.execute('monitor evict %#x' % address, to_string=True))",
         *("continue", "print value", "continue"),
     )
-    assert "has left the EPC" in run.gdb
+    assert "is evicted" in run.gdb
     assert "$1 = 14\n" in run.gdb
     assert run.status == 42, run.gdb
 

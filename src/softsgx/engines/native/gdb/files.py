@@ -43,14 +43,14 @@ class HostFiles:
                 case b"pread", [descriptor, count, offset]:
                     return self._read(int(descriptor, 16), int(count, 16), int(offset, 16))
                 case b"fstat", [descriptor]:
-                    return _told(_stat_bytes(os.fstat(self._known(int(descriptor, 16)))))
+                    return _success(_stat_bytes(os.fstat(self._known(int(descriptor, 16)))))
                 case b"close", [descriptor]:
                     number = self._known(int(descriptor, 16))
                     self._open.discard(number)
                     os.close(number)
                     return b"F0"
                 case b"readlink", [name]:
-                    return _told(os.fsencode(os.readlink(_path(name))))
+                    return _success(os.fsencode(os.readlink(_path(name))))
                 case _:
                     return b""
         except OSError as error:
@@ -73,7 +73,7 @@ class HostFiles:
         return b"F%x" % descriptor
 
     def _read(self, descriptor: int, count: int, offset: int) -> bytes:
-        return _told(os.pread(self._known(descriptor), min(count, _MOST_BYTES), offset))
+        return _success(os.pread(self._known(descriptor), min(count, _MOST_BYTES), offset))
 
     def _known(self, descriptor: int) -> int:
         if descriptor not in self._open:
@@ -88,7 +88,7 @@ def _path(name: bytes) -> bytes:
     return path
 
 
-def _told(data: bytes) -> bytes:
+def _success(data: bytes) -> bytes:
     return b"F%x;%b" % (len(data), escape(data))
 
 

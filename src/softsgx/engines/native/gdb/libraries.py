@@ -27,7 +27,7 @@ _LONGEST_NAME = 4096
 _MOST = 4096
 
 Read = Callable[[int, int], bytes]
-"""Returns up to so many bytes at an address of the program; OSError: none are readable."""
+"""(address, size) to at most ``size`` bytes of the program there; OSError: none are readable."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The connection with gdb while a program runs: bytes to packets, packets to answers."""
+"""Serves gdb's connection while a program runs: splits bytes into packets and sends answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a gdb."""
+        """Whether a gdb is connected."""
         return self._session is not None
 
     @property
@@ -66,22 +66,22 @@ class Link:
         self._send()
         return bool(data)
 
-    def tell_stop(self) -> None:
+    def send_stop(self) -> None:
         """Send a stop reply: the program has stopped."""
         if self._session is not None:
-            self._tell(self._session, self._session.stop_reply())
+            self._reply(self._session, self._session.stop_reply())
 
-    def tell_end(self, status: int) -> None:
+    def send_end(self, status: int) -> None:
         """Send the end of the process, with this status of wait(2)."""
         if self._session is not None and self._session.waits:
-            self._tell(self._session, self._session.end_reply(status))
+            self._reply(self._session, self._session.end_reply(status))
 
-    def tell_none_runs(self) -> None:
-        """Send that the threads gdb has resumed have ended, and the others are stopped."""
+    def send_none_runs(self) -> None:
+        """Send a reply: the threads that gdb has resumed have ended, and the others are stopped."""
         if self._session is not None:
-            self._tell(self._session, b"N")
+            self._reply(self._session, b"N")
 
-    def _tell(self, session: Session, reply: bytes) -> None:
+    def _reply(self, session: Session, reply: bytes) -> None:
         session.waits = False
         self._connection.send(reply)
         self._send()

@@ -1,8 +1,8 @@
 """The tracer's loop for a program that gdb debugs (all-stop mode).
 
 Before this loop resumes a thread, it decides whether gdb receives a stop instead: for a signal to
-the thread, and for the end of a step.  While gdb examines the program, no thread runs.  Faults that
-the supervisor resolves and instructions that it emulates are no stops for gdb.
+the thread, and for the end of a step.  While gdb examines the program, no thread runs.  gdb does
+not see faults that the supervisor resolves, nor instructions that it emulates.
 
 At a stop every thread leaves its enclave, as on hardware (:mod:`.ssa`), and returns by the ENCLU at
 its AEP.  A step inside a debug enclave is one instruction there.  A thread enters a production
@@ -15,8 +15,8 @@ and without breakpoints.
 Deviation: TCS.FLAGS.DBGOPTIN is neither read nor set: gdb can always step a thread in a debug
 enclave.
 
-Deviation: a child that shares memory with the program, by vfork or an enclave's mapping, meets its
-breakpoints as SIGTRAP.
+Deviation: a child that shares memory with the program, by vfork or an enclave's mapping, gets
+SIGTRAP at the program's breakpoints.
 
 Source:
     "Debugging with GDB", "gdb Remote Serial Protocol"; SDM vol. 3D, "Enclave Debugging"; ptrace(2).
@@ -117,9 +117,9 @@ class DebugLoop(Loop):
             self.memory = DebuggedMemory(thread.image)
 
     def run(self) -> None:
-        """Serve the program until its last thread is gone."""
+        """Serve the program until its last thread has ended."""
         self.reason = StopReason(self.pid, abi.SIGTRAP)
-        with self._server.telling():
+        with self._server.sigio_enabled():
             super().run()
 
     # --- requests of a session -------------------------------------------------------------------
@@ -156,7 +156,7 @@ class DebugLoop(Loop):
             tid = self.reason.tid if self.reason.tid in threads else next(iter(threads))
             self._next.append(StopReason(tid, signal.SIGINT))
 
-    def go_on(self, actions: Mapping[int, Action], default: Action | None) -> None:
+    def resume_threads(self, actions: Mapping[int, Action], default: Action | None) -> None:
         """Resume the threads that ``actions`` names, and the others if there is a default."""
         threads = self.program_threads()
         self._default, self._actions = default, {}
@@ -174,7 +174,7 @@ class DebugLoop(Loop):
                 self._release(threads[tid], self._actions[tid])
 
     def detach(self) -> None:
-        """Take breakpoints away, and let the process run without gdb."""
+        """Remove breakpoints, and let the process run without gdb."""
         threads = self.program_threads()
         for thread in threads.values():
             self.memory.remove_all(thread)
@@ -183,8 +183,8 @@ class DebugLoop(Loop):
         self._next.clear()
         self._actions.clear()
         for tid in list(self._halted):
-            told = self._signals.get(tid, 0)
-            self._release(threads[tid], Action(number=0 if told == abi.SIGTRAP else told))
+            shown = self._signals.get(tid, 0)
+            self._release(threads[tid], Action(number=0 if shown == abi.SIGTRAP else shown))
 
     def end_process(self) -> None:
         """End the process."""
@@ -196,9 +196,9 @@ class DebugLoop(Loop):
         return self._debugged and thread.process.pid == self.pid
 
     def _between(self) -> int | None:
-        self._stop_and_tell()
+        self._report_stop()
         while self._link.poll():
-            self._stop_and_tell()
+            self._report_stop()
         if not (self._debugged and self._stopped):
             return super()._between()
         if self._link.connected:
@@ -210,7 +210,7 @@ class DebugLoop(Loop):
     def _halted_threads(self) -> list[ProgramThread]:
         return [self.threads[tid] for tid in self._halted if tid in self.threads]
 
-    def _stop_and_tell(self) -> None:
+    def _report_stop(self) -> None:
         """If there is a stop for gdb, stop the process and send the stop reply."""
         if not self._debugged or (self._stopped and not self._link.waits):
             return
@@ -218,7 +218,7 @@ class DebugLoop(Loop):
         if not self._next:
             if threads and self._link.waits and not self._stopped and not self._can_run(threads):
                 self._stopped = True
-                self._link.tell_none_runs()
+                self._link.send_none_runs()
             return
         self._stop_all()
         self.reason = self._next.pop(0)
@@ -228,7 +228,7 @@ class DebugLoop(Loop):
         if self.reason.tid not in threads:
             self.reason = replace(self.reason, tid=next(iter(threads)))
         if self._link.waits:
-            self._link.tell_stop()
+            self._link.send_stop()
 
     def _can_run(self, threads: dict[int, ProgramThread]) -> bool:
         return any(tid in self._actions or each.unstoppable for tid, each in threads.items())
@@ -277,9 +277,9 @@ class DebugLoop(Loop):
 
     def _release(self, thread: ProgramThread, action: Action) -> None:
         """Resume a halted thread."""
-        number, told = self._halted.pop(thread.tid), self._signals.pop(thread.tid, 0)
+        number, shown = self._halted.pop(thread.tid), self._signals.pop(thread.tid, 0)
         wanted, action.number = action.number or number, 0
-        if told and wanted != told:
+        if shown and wanted != shown:
             thread.outgoing = None
         if wanted and not thread.at_signal:
             os.kill(self.pid, wanted)
@@ -451,7 +451,7 @@ class DebugLoop(Loop):
         ]
         return [library for library in found if library is not None]
 
-    # --- births and deaths ----------------------------------------------------------------------
+    # --- children, execve and ends --------------------------------------------------------------
 
     def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
         thread = super()._child(tid, parent, event, flags)
@@ -479,4 +479,4 @@ class DebugLoop(Loop):
         super()._gone(thread, status)
         if thread.tid == self.pid:
             self._debugged = False
-            self._link.tell_end(status)
+            self._link.send_end(status)

@@ -46,7 +46,7 @@ class DebuggedMemory:
         """Return up to ``size`` bytes, fewer where memory ends.
 
         Args:
-            thread: a stopped thread of the program; its group pays for pages that are loaded.
+            thread: a stopped thread of the program; pages that are loaded are charged to its group.
             address: of the first byte.
             size: bytes.
 
@@ -102,7 +102,7 @@ class DebuggedMemory:
             return
         try:
             if self._read_part(thread, address, 1) == _INT3:
-                self._write(thread, address, self._behind_cpuid(address, own))
+                self._write(thread, address, self._byte_without_breakpoint(address, own))
         except OSError:
             return
 
@@ -116,11 +116,11 @@ class DebuggedMemory:
         for address, own in self.breakpoints.items():
             if copy.mm.find(address) is None:
                 try:
-                    os.pwrite(copy.memory_fd, self._behind_cpuid(address, own), address)
+                    os.pwrite(copy.memory_fd, self._byte_without_breakpoint(address, own), address)
                 except OSError:
                     continue  # the program does not copy that mapping
 
-    def _behind_cpuid(self, address: int, own: bytes) -> bytes:
+    def _byte_without_breakpoint(self, address: int, own: bytes) -> bytes:
         """Return the byte in memory without a breakpoint where gdb reads ``own``."""
         return _INT3 if address in self.image.cpuid_sites else own
 
@@ -138,7 +138,7 @@ class DebuggedMemory:
         return bytes(own)
 
     def _read_part(self, thread: ProgramThread, address: int, size: int) -> bytes:
-        """Return bytes of one kind of memory, as they are."""
+        """Return bytes of one enclave, or of ordinary memory, with breakpoints in them."""
         if address >= abi.TASK_SIZE:
             raise OSError(EFAULT, os.strerror(EFAULT))
         size = self._size_of_part(address, size)

@@ -82,5 +82,5 @@ def _evict(image: ProcessImage, address: int) -> str:
     if page.epc is None:
         return f"{where} is not in the EPC\n"
     if not enclave.driver.core.evict(page.epc):
-        return f"{where} stays: it cannot be evicted now\n"
-    return f"{where} has left the EPC\n"
+        return f"{where} cannot be evicted now\n"
+    return f"{where} is evicted\n"

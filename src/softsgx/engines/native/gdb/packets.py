@@ -39,8 +39,8 @@ def frame(payload: bytes) -> bytes:
 class Connection:
     """Turns bytes from gdb into payloads, and replies into bytes.
 
-    Until gdb turns acknowledgements off, each packet is acknowledged, and the last reply is kept:
-    it is sent again when gdb asks for that.
+    Until gdb turns acknowledgements off, each packet is acknowledged, and the last reply is kept
+    and sent again at each negative acknowledgement.
 
     Attributes:
         acknowledges: whether packets are acknowledged.
@@ -69,9 +69,9 @@ class Connection:
             if end < 0 or len(self._received) < end + 1 + _CHECKSUM_DIGITS:
                 break
             payload = bytes(self._received[1:end])
-            told = bytes(self._received[end + 1 : end + 1 + _CHECKSUM_DIGITS])
+            checksum = bytes(self._received[end + 1 : end + 1 + _CHECKSUM_DIGITS])
             del self._received[: end + 1 + _CHECKSUM_DIGITS]
-            intact = told.lower() == b"%02x" % (sum(payload) & 0xFF)
+            intact = checksum.lower() == b"%02x" % (sum(payload) & 0xFF)
             if self.acknowledges:
                 self._output += _ACK if intact else _NAK
             if intact:

@@ -253,7 +253,7 @@ class RegisterFile:
     # --- extended state -------------------------------------------------------------------------
 
     def _in_use(self, register: Register) -> bool:
-        """Return whether the area holds the register; its component is in its initial state else.
+        """Return whether the area holds the register; otherwise its state is the initial one.
 
         MXCSR is in the area whatever XSTATE_BV says, if SSE or AVX is in use.
         """
@@ -261,7 +261,7 @@ class RegisterFile:
         return bool(self._xsave[_XSTATE_BV] & wanted)
 
     def _use(self, component: int) -> None:
-        """Bring a component out of its initial state: the area's bytes count from now on."""
+        """Mark a component as in use: the area's bytes are valid from now on."""
         vectors = _SSE | _AVX
         new = [
             register
@@ -292,7 +292,7 @@ class RegisterFile:
 
 
 def _initial(name: str) -> bytes:
-    """Return the bytes of a register in its initial configuration, zeros cut."""
+    """Return four bytes: the start of a register in its initial state; the rest is zero."""
     initial = {"fctrl": _INITIAL_FCW, "mxcsr": _INITIAL_MXCSR}.get(name, 0)
     return initial.to_bytes(4, "little")
 

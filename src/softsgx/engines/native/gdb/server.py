@@ -37,9 +37,9 @@ class GdbServer:
 
     Args:
         place: ``PORT`` (on 127.0.0.1; 0 for one that is free), ``HOST:PORT``, or the path of a Unix
-            socket, which has a slash.  The protocol has no passwords: any machine that reaches a
-            host that is not loopback can run code as the user of the program.  Only the owner can
-            connect to a Unix socket.
+            socket, which has a slash.  The protocol has no passwords: where HOST is not loopback,
+            any machine that can connect can run code as the user of the program.  Only the owner
+            can connect to a Unix socket.
         enclave_files: ELF files with the code of enclaves, if the program does not open them.
 
     Attributes:
@@ -69,15 +69,15 @@ class GdbServer:
         self._listener.setblocking(False)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def sigio_enabled(self) -> Iterator[None]:
         """Send SIGIO to the calling thread, which blocks it, when gdb connects or sends."""
-        _tell_by_signal(self._listener)
+        _enable_sigio(self._listener)
         try:
             yield
         finally:
-            _tell_no_more(self._listener)
+            _disable_sigio(self._listener)
             if self._peer is not None:
-                _tell_no_more(self._peer)
+                _disable_sigio(self._peer)
 
     @property
     def connected(self) -> bool:
@@ -95,7 +95,7 @@ class GdbServer:
         if peer.family != socket.AF_UNIX:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.setblocking(False)
-        _tell_by_signal(peer)
+        _enable_sigio(peer)
         self._peer = peer
         return True
 
@@ -139,13 +139,13 @@ class GdbServer:
                 os.unlink(self._path)
 
 
-def _tell_by_signal(endpoint: socket.socket) -> None:
+def _enable_sigio(endpoint: socket.socket) -> None:
     fcntl.fcntl(endpoint, _F_SETOWN_EX, _OWNER.pack(_F_OWNER_TID, threading.get_native_id()))
     flags = fcntl.fcntl(endpoint, fcntl.F_GETFL)
     fcntl.fcntl(endpoint, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-def _tell_no_more(endpoint: socket.socket) -> None:
+def _disable_sigio(endpoint: socket.socket) -> None:
     flags = fcntl.fcntl(endpoint, fcntl.F_GETFL)
     fcntl.fcntl(endpoint, fcntl.F_SETFL, flags & ~os.O_ASYNC)
 
@@ -170,7 +170,7 @@ def _listen_on(place: str) -> tuple[socket.socket, bool]:
     host = host.strip("[]") or _LOOPBACK
     if not port.isdecimal() or int(port) >= _PORTS:
         raise SoftSgxError(
-            f"--gdb {place}: no place to listen at; write PORT, HOST:PORT, or a path with a slash"
+            f"--gdb {place}: not an address; write PORT, HOST:PORT, or a path with a slash"
         )
     family, _kind, _proto, _name, address = socket.getaddrinfo(
         host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

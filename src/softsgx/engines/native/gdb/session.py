@@ -97,7 +97,7 @@ class Session:
         self._files.close()
 
     def answer(self, packet: bytes) -> bytes | None:
-        """Return the answer to a packet; ``None``: there is none, or it is a stop reply later."""
+        """Return the answer to a packet; ``None``: it has none, or a stop reply follows later."""
         handler = self._by_letter.get(packet[:1])
         if handler is None:
             return b""
@@ -222,7 +222,7 @@ class Session:
         return b"OK"
 
     def _resume(self, rest: bytes) -> bytes | None:
-        """vCont: the first action that names a thread, or all, is its action."""
+        """Handle vCont: a thread's action is the first that names it, or names all threads."""
         actions: dict[int, Action] = {}
         default: Action | None = None
         threads = self._target.program_threads()
@@ -238,7 +238,7 @@ class Session:
             if tid in threads:
                 actions.setdefault(tid, action)
         self.waits = True
-        self._target.go_on(actions, default)
+        self._target.resume_threads(actions, default)
         return None
 
     def _detach(self, _rest: bytes) -> bytes:
@@ -320,7 +320,7 @@ class Session:
         return b""
 
     def _transfer(self, rest: bytes) -> bytes:
-        """qXfer:object:read:annex:offset,length."""
+        """Handle ``qXfer:object:read:annex:offset,length``."""
         _xfer, name, operation, annex, place = rest.split(b":")
         if operation != b"read":
             return b""
@@ -409,7 +409,7 @@ def _command(tid: int) -> str:
 
 
 def _auxiliary_vector(thread: ProgramThread) -> bytes:
-    """Return the auxiliary vector as the program got it: with our vDSO."""
+    """Return the auxiliary vector that the program has: with the vDSO of the supervisor."""
     with open(f"/proc/{thread.tid}/auxv", "rb") as file:
         data = bytearray(file.read())
     for at in range(0, len(data), _AUXV_ENTRY_BYTES):

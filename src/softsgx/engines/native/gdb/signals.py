@@ -47,7 +47,7 @@ _NAMES = {
     "USR2": 31,
     "PWR": 32,
 }
-#: Real-time signals: 33 to 63 have numbers in a row, 32 and 64 were added later.
+#: Real-time signals: gdb's numbers for 33 to 63 are consecutive; those for 32 and 64 are not.
 _FIRST_IN_A_ROW, _LAST_IN_A_ROW, _NUMBER_OF_FIRST = 33, 63, 45
 _TO_GDB: dict[int, int] = {
     **{int(getattr(signal, f"SIG{name}")): number for name, number in _NAMES.items()},

@@ -1,9 +1,9 @@
 """The registers of a debug enclave's thread after an asynchronous exit, in its SSA frame.
 
-A stop for gdb takes a thread out of its enclave, as each stop does on hardware: its registers are
-the synthetic ones, with RIP at the AEP, ERESUME in RAX and the TCS in RBX.  In a debug enclave
-EDBGRD and EDBGWR reach the SSA frame where the exit has saved the thread's registers; gdb reads and
-writes those, and ERESUME loads them.  In a production enclave these leaves fail, and gdb sees the
+A stop for gdb makes a thread exit its enclave, as on hardware.  Its registers then hold the
+synthetic state: RIP is the AEP, RAX is ERESUME, RBX is the TCS.  In a debug enclave EDBGRD and
+EDBGWR reach the SSA frame where the exit has saved the thread's registers; gdb reads and writes
+those, and ERESUME loads them.  In a production enclave these leaves fail, and gdb sees the
 synthetic state.
 
 Deviation: the address of the frame is computed from SECS.SSAFRAMESIZE, which a debugger on hardware

@@ -1,9 +1,9 @@
 """Finds the ELF file with the code of an enclave.
 
-The kernel does not record it: a program may add pages from any memory.  But a program usually reads
-its enclave from a file.  So the candidates are the files that it has mapped or opened, and files
-beside these with the same name and another suffix (an SGXS stream has no symbols).  A candidate is
-accepted when samples of its code equal the enclave's memory.
+The kernel does not know this file: a program may add pages from any memory.  But a program usually
+reads its enclave from a file.  So the candidates are the files that it has mapped or opened, and
+files in the same directory with the same name and another suffix (an SGXS stream has no symbols).
+A candidate is accepted when samples of its code equal the enclave's memory.
 """
 
 from __future__ import annotations

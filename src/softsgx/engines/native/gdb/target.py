@@ -32,8 +32,8 @@ class Action:
     Attributes:
         number: the Linux signal to deliver first, 0 for none.
         step: whether it executes one instruction, or runs.
-        start: a step continues while RIP is at least this …
-        end: … and below this.
+        start: a step continues while RIP is in ``[start, end)``.
+        end: see ``start``.
         before: RIP before the current stop was handled; ``None``: the stop is not a signal's.
         returning: the thread has to return into its enclave before its step begins.
     """
@@ -85,7 +85,7 @@ class Debugged(Protocol):
     def pass_signals(self, numbers: frozenset[int]) -> None:
         """Deliver these Linux signals without a stop for gdb."""
 
-    def go_on(self, actions: Mapping[int, Action], default: Action | None) -> None:
+    def resume_threads(self, actions: Mapping[int, Action], default: Action | None) -> None:
         """Resume the threads that ``actions`` names, and the others if there is a default."""
 
     def attach(self) -> None:

@@ -53,7 +53,7 @@ class Ended:
     def pass_signals(self, numbers: frozenset[int]) -> None:
         self.asked.append(numbers)
 
-    def go_on(self, actions: Mapping[int, Action], default: Action | None) -> None:
+    def resume_threads(self, actions: Mapping[int, Action], default: Action | None) -> None:
         self.asked.append((dict(actions), default))
 
     def attach(self) -> None:
