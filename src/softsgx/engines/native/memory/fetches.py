@@ -1,9 +1,9 @@
 """Pages that must not be executed although their mapping may be: EPCM entries without X.
 
-Write protection and holes are userfaultfd's; to keep fetches out, ``mprotect`` takes PROT_EXEC from
-the page in the program's name.  Such calls are put off until the program is resumed, and neighbours
-that nothing is shown of yet lose the right in the same call, so that a heap that grows page by page
-in a mapping with all rights needs one call for each block.
+Userfaultfd provides holes and write protection, but no protection against fetches.  So the
+supervisor makes the program call ``mprotect``, which takes PROT_EXEC from the page.  It defers such
+calls until it resumes the program.  Neighbouring pages that are not shown yet lose the right in the
+same call, so a heap that grows page by page in a mapping with all rights needs one call a block.
 
 Source:
     mprotect(2); SDM vol. 3D, "Access Control Requirements", "Enclave Page Cache Map".
@@ -58,7 +58,7 @@ class Fetches:
             self.rights.pop(page, None)
 
     def mapped(self, start: int, end: int, shown: dict[int, int]) -> None:
-        """The range has been given the rights that the program asked for.
+        """The program has mapped the range, or changed its rights, and the kernel has set them.
 
         Args:
             start: of the range.
@@ -80,7 +80,7 @@ class Fetches:
         return sorted(page for page in rights if start <= page < end)
 
     def calls(self) -> list[Call]:
-        """Return the calls that are due, which will be made."""
+        """Return the deferred calls; the caller makes them."""
         if not self._due:
             return []
         due, self._due = self._due, set()
@@ -102,7 +102,7 @@ class Fetches:
         return _protect(wanted)
 
     def reveal(self, start: int, end: int, prot: int) -> list[Call]:
-        """Return the calls that give a range ``prot`` as far as its pages allow."""
+        """Return the calls that give a range ``prot``, without PROT_EXEC where a page lacks X."""
         calls: list[Call] = [(abi.SYS_MPROTECT, start, end - start, prot)]
         if prot & abi.PROT_EXEC:
             lose = [page for page in self.within(start, end) if not self.rights[page] & EXECUTE]

@@ -1,14 +1,14 @@
-"""Ordinary memory that the program has mapped in the place of pages of an enclave.
+"""Ordinary memory that the program has mapped over pages of an enclave.
 
-Enclave code that uses an address of its enclave gets #PF when there is no EPC page, also when
-other memory is mapped there; other code uses what is mapped.  So such memory loses every right in
-the real page tables, and each instruction of code outside that uses it is executed alone (see
-:mod:`softsgx.engines.native.faults.abort`).
+Enclave code that uses an address in ELRANGE takes #PF when no EPC page is there, even when other
+memory is mapped there; code outside uses that memory.  So such memory loses every right in the
+real page tables.  The supervisor then executes each instruction outside that uses it, one at a time
+(see :mod:`softsgx.engines.native.faults.abort`).
 
 Deviation: system calls fail with EFAULT on such memory.
 
-Deviation: only memory that mmap with MAP_FIXED or mremap has put in the place of a mapping of an
-enclave is found, not what is mapped in a hole of its range: there enclave code reads ordinary
+Deviation: the supervisor finds only memory that mmap with MAP_FIXED or mremap has put over a
+mapping of an enclave.  In a hole of ELRANGE that was never mapped, enclave code reads the ordinary
 memory.
 
 Source:
@@ -48,8 +48,8 @@ class ForeignMappings:
     """The foreign memory of one address space.
 
     Args:
-        inject: makes system calls in the program's name.
-        known: those that it has from the beginning, in a copy of an address space.
+        inject: makes the program execute system calls.
+        known: ranges that the address space has from its start, after a fork.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class ForeignMappings:
         ]
 
     def place(self, ranges: list[ForeignMapping]) -> None:
-        """Memory is mapped at these ranges, with its rights: take them."""
+        """Memory is mapped at these ranges: take its rights away."""
         for each in ranges:
             self.forget(each.start, each.end)
         self.ranges += ranges
         self._protect([(each.start, each.end, abi.PROT_NONE) for each in ranges if each.prot])
 
     def forget(self, start: int, end: int) -> None:
-        """Other things are mapped in a range, or nothing."""
+        """The range holds no foreign memory any more."""
         kept = []
         for each in self.ranges:
             if each.start < start:
@@ -93,17 +93,17 @@ class ForeignMappings:
         self.ranges = [each for each in kept if each.start < each.end]
 
     def give_back(self, start: int, end: int) -> None:
-        """The range is not of an enclave any more, or about to be moved: it has its rights."""
+        """Return its rights to a range that is no enclave's any more, or is about to be moved."""
         parts = self.within(start, end)
         self.forget(start, end)
         self._protect([(each.start, each.end, each.prot) for each in parts if each.prot])
 
     def lift(self, page: int, prot: int) -> None:
-        """Let one page be used, until :meth:`lower`."""
+        """Give one page ``prot`` until :meth:`lower`."""
         self._protect([(page, page + abi.PAGE, prot)])
 
     def lower(self, page: int) -> None:
-        """Take the rights of a page again."""
+        """Take the rights of a page away again."""
         self._protect([(page, page + abi.PAGE, abi.PROT_NONE)])
 
     def _protect(self, ranges: list[tuple[int, int, int]]) -> None:

@@ -4,16 +4,15 @@ Every mapping of the device in the program is a mapping of this file, at the off
 linear address.  The store (:mod:`.store`) decides which pages are in it.  Where a page is not, the
 file has a hole, and each access of the program faults.
 
-In shown pages of code that cannot be written, single bytes can be *marked*: they differ from the
-enclave's own bytes, so that an instruction traps.  Reads through this class return the enclave's
-own bytes.
+In shown read-only code, single bytes can be *marked*: they differ from the enclave's own bytes, so
+that an instruction traps.  Reads through this class return the enclave's own bytes.
 
-Deviation: in shown pages of code that cannot be written, an ENCLU that was executed before starts
-with HLT, which traps faster, MOV EAX, 4 in front of one is a jump to code that does EEXIT
-(``vdso/permits.py``), and CPUID is UD2 where the processor cannot make it fault.  Pages that leave,
-or are read through the machine, have their own bytes, and so has an instruction that raised an
-exception (:mod:`softsgx.engines.native.faults.breakpoints`).  Only the enclave itself can see the
-difference, when it reads code that has raised none.
+Deviation: in shown read-only code, an ENCLU that was executed before starts with HLT, which traps
+faster; MOV EAX, 4 in front of an ENCLU is a jump to code that does EEXIT (``vdso/permits.py``); and
+CPUID is UD2 where the processor cannot make it fault.  Pages that are evicted, or are read through
+the machine, have their own bytes, and so has an instruction that raised an exception
+(:mod:`softsgx.engines.native.faults.breakpoints`).  Only the enclave itself can see the difference,
+when it reads code that has raised none.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 MEMORY_FILE_BYTES = 1 << 47
-#: Rights of an EPCM entry; a page has the sum of them.
+#: Rights of an EPCM entry, as bits.
 READ, WRITE, EXECUTE = 1, 2, 4
 ALL_RIGHTS = READ | WRITE | EXECUTE
 
@@ -52,7 +51,7 @@ _UD2_END = b"\x0b"
 
 
 class Guard(Protocol):
-    """What must happen in an address space around a change of a memory file that it maps.
+    """What an address space must do when a memory file that it maps changes.
 
     Rights are those of EPCM entries: the sum of READ (1), WRITE (2) and EXECUTE (4).
     """
@@ -67,7 +66,7 @@ class Guard(Protocol):
         """Fill the hole and make the page usable here, in one step.
 
         Returns:
-            ``False`` when this pager cannot fill it; nothing has happened then.
+            ``False``: this pager cannot fill it, and nothing has changed.
         """
 
     def shown(self, linaddr: int, rights: int) -> None:
@@ -77,7 +76,7 @@ class Guard(Protocol):
         """The EPCM entry of a shown page has these rights now."""
 
     def flush(self) -> None:
-        """The program is about to be resumed: make the deferred calls."""
+        """Make the deferred calls; the supervisor resumes the program next."""
 
 
 class User(Protocol):
@@ -85,7 +84,7 @@ class User(Protocol):
 
     @property
     def pager(self) -> Guard:
-        """Its guard."""
+        """The guard of this address space."""
 
     def maps(self, memory: EnclaveMemory, linaddr: int) -> bool:
         """Return whether ``memory`` is mapped at ``linaddr``."""
@@ -100,29 +99,31 @@ class User(Protocol):
 class EnclaveMemory:
     """The memory file behind one open ``/dev/sgx_enclave``.
 
-    The program's descriptor is the same file by another opening.  That opening holds a lock that we
-    put on it, so when the program has closed and unmapped it everywhere, the lock is free: exactly
-    when Linux would release a device file.
+    The program's descriptor is another open file description of the same file.  The supervisor puts
+    a lock on that description.  The kernel drops the lock when the last process has closed and
+    unmapped the file, which is when Linux would release a device file.
 
     Attributes:
-        fd: our descriptor.
-        key: (device, inode), which every descriptor of the file shows.
+        fd: the supervisor's descriptor.
+        key: (device, inode) of the file.
         users: the address spaces that map it, or have mapped it and may again.
         pages: rights of the pages whose bytes are in the file, by linear address.
         marked: by page, the offsets of bytes that are not the enclave's own, and what those are:
             ENCLU instructions that start with HLT, forbidden ones that are UD2, and jumps.
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
-            code that the enclave may not execute as this machine would; ``None``: there are none.
+            code that must trap instead of being executed by this machine; ``None``: there are none.
         trapped: addresses of such bytes that keep their value: a breakpoint is at the instruction.
-        exits: where MOV EAX, 4 in front of an ENCLU is a jump now, with the bytes that are not the
-            enclave's own.
-        former_exits: where that has ended while threads may have been executing it.
+        exits: addresses where a jump replaces MOV EAX, 4 in front of an ENCLU, with the number of
+            bytes replaced.
+        former_exits: addresses of such jumps that were removed while threads may have been
+            executing them.
     """
 
     def __init__(self, theirs: int) -> None:
-        """Take over ``theirs``, our duplicate of the program's descriptor; it is closed.
+        """Open the file of ``theirs``, the supervisor's duplicate of the program's descriptor.
 
-        It allows sealing: no process can change the file's size afterwards.
+        ``theirs`` is closed.  Its file must allow sealing: the seals keep all processes from
+        changing its size.
         """
         self.users: list[User] = []
         self.pages: dict[int, int] = {}
@@ -143,7 +144,7 @@ class EnclaveMemory:
             os.close(theirs)
 
     def released(self) -> bool:
-        """Return whether no process of the program has a descriptor or a mapping of it."""
+        """Return whether the program has neither a descriptor nor a mapping of it."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -162,7 +163,7 @@ class EnclaveMemory:
         """Take pages out of the file and return their bytes; no store is lost in between.
 
         Args:
-            pages: their linear addresses, rising.
+            pages: their linear addresses, ascending.
         """
         contents: list[bytes] = []
         parts = runs(pages)
@@ -172,8 +173,8 @@ class EnclaveMemory:
             for user in self.users
             for part in user.parts(self, start, end)
         ]
-        # Guards may find threads that have ended inside, whose state is still to be stored: every
-        # page is where it was until they are through.
+        # A guard may find a thread that has ended inside, and its exit still stores into an SSA
+        # frame: so all pages stay in place until every guard has returned.
         for guard, low, high in guarded:
             guard.before_hide(low, high)
         for linaddr in pages:
@@ -198,14 +199,14 @@ class EnclaveMemory:
     def mark(self, address: int) -> None:
         """Make the ENCLU at ``address``, in a shown page, trap faster.
 
-        One byte is written, so a thread that executes it meanwhile sees the one or the other.
+        One byte is written, so a thread that executes it meanwhile sees the old or the new byte.
         """
         os.pwrite(self.fd, _HLT, address)
         marks = self.marked.setdefault(address & -PAGE_BYTES, {})
         marks[address % PAGE_BYTES] = _ENCLU_BYTE
 
     def forbid(self, linaddr: int, data: bytes) -> bytes:
-        """Return a page of code as it is to be shown: forbidden instructions (0F xx) are UD2."""
+        """Return a page of code with forbidden instructions (0F xx) replaced by UD2."""
         sites = [] if self.forbidden is None else self.forbidden(data)
         if self.trapped:
             sites = [site for site in sites if linaddr + site not in self.trapped]
@@ -256,7 +257,7 @@ class EnclaveMemory:
             os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
 
     def _end_jump(self, address: int, marks: dict[int, bytes]) -> None:
-        """Put back what a jump has replaced: its first byte traps until the others are there."""
+        """Restore the bytes that a jump replaced; the first one traps until the rest is there."""
         offset, size = address % PAGE_BYTES, self.exits.pop(address)
         own = b"".join(marks.pop(offset + index) for index in range(size))
         self.former_exits.add(address)
@@ -265,7 +266,7 @@ class EnclaveMemory:
         os.pwrite(self.fd, own[:1], address)
 
     def end_jumps(self) -> None:
-        """Put back what all jumps have replaced."""
+        """Restore the bytes that all jumps have replaced."""
         for address in list(self.exits):
             self._end_jump(address, self.marked[address & -PAGE_BYTES])
 
@@ -287,7 +288,7 @@ class EnclaveMemory:
             os.pwrite(self.fd, byte, linaddr + offset)
 
     def read(self, address: int, size: int) -> bytes:
-        """Return the enclave's own bytes of a shown page; only of one."""
+        """Return the enclave's own bytes at ``address``; the range is in one shown page."""
         start = address & _WINDOW_MASK
         data = self._window(address)[start : start + size]
         offsets = self.marked.get(address & -PAGE_BYTES)
@@ -325,9 +326,9 @@ class EnclaveMemory:
         return data
 
     def _window(self, address: int) -> mmap.mmap:
-        """Return our own mapping around ``address``, for bytes that are shown.
+        """Return the supervisor's mapping around ``address``, for bytes of shown pages.
 
-        A hole must never be touched through it: that would fill the hole with zeros.
+        No access through it may touch a hole: that would fill the hole with zeros.
         """
         number = address >> _WINDOW_SHIFT
         window = self._windows.get(number)
@@ -356,7 +357,7 @@ class EnclaveMemory:
             guard.shown(linaddr, rights)
 
     def set_rights(self, linaddr: int, rights: int) -> None:
-        """Let a shown page be used as far as its EPCM entry allows now."""
+        """Give a shown page the rights of its EPCM entry."""
         self.pages[linaddr] = rights
         for guard in self._guards_at(linaddr):
             guard.set_rights(linaddr, rights)
@@ -369,12 +370,12 @@ class EnclaveMemory:
         return {at: rights for at, rights in pages.items() if start <= at < end}
 
     def _guards_at(self, linaddr: int) -> list[Guard]:
-        """Return the guards of the spaces that map the file there, and not another one."""
+        """Return the guards of the address spaces that map this file at ``linaddr``."""
         return [user.pager for user in self.users if user.maps(self, linaddr)]
 
 
 def runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Return (start, end) of each run of adjacent pages; ``pages`` rise."""
+    """Return (start, end) of each run of adjacent pages; ``pages`` are ascending."""
     found: list[tuple[int, int]] = []
     start = end = -1
     for page in pages:

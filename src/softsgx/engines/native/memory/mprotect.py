@@ -1,10 +1,10 @@
-"""Enclave memory where there is no userfaultfd: every page not shown is PROT_NONE.
+"""Enclave memory without userfaultfd: every page that is not shown is PROT_NONE.
 
-Each change of one page is an ``mprotect`` made in the program's name, which costs about three times
-what userfaultfd does; faults arrive as SIGSEGV.
+For each change of a page the supervisor makes the program call ``mprotect``, which costs about
+three times as much as userfaultfd.  Faults arrive as SIGSEGV.
 
-Deviation: ``/proc/PID/maps`` shows the rights that pages have at the moment, not those the program
-asked for.
+Deviation: ``/proc/PID/maps`` shows the rights that pages have at the moment, not those that the
+program has set.
 
 Source:
     mprotect(2); sysctl ``vm.max_map_count`` limits how many shown and hidden pages may alternate.
@@ -25,8 +25,8 @@ class MprotectPager:
     """See the module.
 
     Args:
-        inject: makes system calls in the program's name at once, each (number, arguments…).
-        prot_at: returns the rights the program has asked for at an address, ``None`` where no
+        inject: makes the program execute system calls at once, each (number, arguments…).
+        prot_at: returns the rights that the program has set at an address, ``None`` where no
             enclave is mapped.
     """
 
@@ -81,23 +81,26 @@ class MprotectPager:
             self._inject(calls)
 
     def after_hide(self, start: int, end: int) -> None:
-        """Done before."""
+        """Do nothing: the pages have been PROT_NONE since :meth:`before_hide`."""
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
-        """The file is filled through its descriptor."""
+        """Leave it to the caller to fill the file through its descriptor."""
         return False
 
     def shown(self, linaddr: int, rights: int) -> None:
-        """Give the page what both its mapping and its EPCM entry allow."""
+        """Give the page the rights that both its mapping and its EPCM entry have."""
         self._shown[linaddr] = rights
         self._apply(linaddr)
 
     def set_rights(self, linaddr: int, rights: int) -> None:
-        """As when it is shown."""
+        """Give the page the rights that both its mapping and its EPCM entry have."""
         self.shown(linaddr, rights)
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """A page that is not watched has been used: take its rights away until the next use."""
+        """Return ``True`` for a shown page that is not watched, and watch it.
+
+        A watched page has no rights; its next use faults, and :meth:`touched` ends the watch.
+        """
         if linaddr in self._watched or linaddr not in self._shown:
             return False
         self._watched.add(linaddr)
@@ -105,10 +108,10 @@ class MprotectPager:
         return True
 
     def flush(self) -> None:
-        """Nothing is put off."""
+        """Do nothing: this pager defers no calls."""
 
     def touched(self, linaddr: int, access: int) -> bool:
-        """Give a watched page its rights back."""
+        """Give a watched page its rights back; ``False``: the page is not watched."""
         if linaddr not in self._watched:
             return False
         self._watched.discard(linaddr)
@@ -116,7 +119,7 @@ class MprotectPager:
         return True
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: this pager opens no descriptors."""
 
     def _apply(self, linaddr: int) -> None:
         prot = self._prot_at(linaddr)
@@ -125,7 +128,7 @@ class MprotectPager:
         self._set(linaddr, prot & self._rights(linaddr))
 
     def _rights(self, linaddr: int) -> int:
-        """Return how a shown page can be used."""
+        """Return the rights of a shown page."""
         return self._shown[linaddr]
 
     def _set(self, linaddr: int, prot: int) -> None:

@@ -1,8 +1,8 @@
 """One address space of the program: page tables of enclaves, as driver and processor see them.
 
 It is the driver's :class:`~softsgx.driver.Ptes` and the processor's
-:class:`~softsgx.hw.AddressSpace`.  The entries exist in this process only.  The real page tables
-follow lazily, through the content of the memory file.
+:class:`~softsgx.hw.AddressSpace`.  The entries exist in the supervisor only.  The kernel's page
+tables follow lazily, through the content of the memory file.
 
 Source:
     Linux mm/memory.c for what an access without an entry becomes.
@@ -25,10 +25,10 @@ _ENCLU_BYTES = 3
 
 
 class Pager(Guard, Protocol):
-    """How faults on enclave memory come about in one address space.
+    """The mechanism that makes accesses to absent pages fault in one address space.
 
     Attributes:
-        name: for people.
+        name: one of :data:`~softsgx.engines.native.memory.pagers.PAGERS`.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Pager(Guard, Protocol):
         """Return the PROT_* that a mapping of an enclave really gets."""
 
     def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
-        """The program has a new mapping of an enclave, or other rights on one.
+        """The program has mapped an enclave, or changed the rights of a mapping.
 
         Args:
             start: of the range.
             end: of the range.
             prot: PROT_* rights of it.
-            shown: rights by their EPCM entries of the pages of it that are shown.
+            shown: EPCM rights of each page in it that is shown, by linear address.
         """
 
     def reveal(self, start: int, end: int, prot: int) -> None:
-        """Let a range be used as far as ``prot`` and its pages allow; nothing for PROT_NONE.
+        """Give a range the rights that ``prot`` and its pages allow; PROT_NONE takes them all.
 
         The program's threads in this space are stopped, or in system calls.
         """
@@ -55,7 +55,8 @@ class Pager(Guard, Protocol):
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """Return whether the shown page was used since it was shown, or since the last ``True``.
 
-        From then on it is watched for use, at the latest when the program is resumed.
+        After ``True`` the pager watches the page for its next use, from the time when the program
+        is resumed at the latest.
         """
 
     def touched(self, linaddr: int, access: int) -> bool:
@@ -74,7 +75,7 @@ class EnclavePageTable:
     """See the module.
 
     Attributes:
-        pager: the mechanism below.
+        pager: makes absent pages fault.
         index: number of the address space; part of "physical" addresses of ordinary memory.
         memory_at: returns the memory file mapped at an address, ``None`` where none is.
         is_readable: returns whether ordinary memory can be read at an address.
@@ -102,13 +103,13 @@ class EnclavePageTable:
         self._store, self._page_at, self._installed = store, pages, installed
         self._mapped_in = mapped_in
         self._entries: dict[int, tuple[int, int]] = {}
-        self._used: set[int] = set()  # pages that a leaf has used since they were asked about
+        self._used: set[int] = set()  # pages that a leaf has used since their bit was cleared
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
 
     # --- for the driver -------------------------------------------------------------------------
 
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
-        """Map the page at ``linaddr`` with PROT_* rights; replaces what was there."""
+        """Map the page at ``linaddr`` with PROT_* rights; an older entry is replaced."""
         old = self._entries.get(linaddr)
         self._entries[linaddr] = epc_addr, prot
         if old is not None:
@@ -130,13 +131,13 @@ class EnclavePageTable:
             self._store.unmapped(entry[0])
 
     def protect(self, start: int, end: int, prot: int) -> None:
-        """Give the entries that exist in a range other rights."""
+        """Give the entries in a range the PROT_* rights ``prot``."""
         entries = self._entries
         for linaddr in self._inside(start, end):
             entries[linaddr] = entries[linaddr][0], prot
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """Return whether the page was used since this was asked last, or since it was mapped."""
+        """Return whether the page was used since the last call, or since it was mapped."""
         entry = self._entries.get(linaddr)
         if entry is None:
             return False
@@ -150,7 +151,7 @@ class EnclavePageTable:
 
     def kick(self) -> None:
         """Interrupt every thread that is inside an enclave here, and wait until each has left."""
-        self._store.hide_unmapped()  # what was taken from the page tables faults from now on
+        self._store.hide_unmapped()  # pages without an entry fault from now on
         self.kick_all()
 
     # --- for the processor ----------------------------------------------------------------------
@@ -158,11 +159,11 @@ class EnclavePageTable:
     def translate(self, linaddr: int, access: int, *, user: bool) -> int:
         """Return the EPC address of an enclave's page, or a stand-in for ordinary memory.
 
-        Deviation: of ordinary memory that can be read every access is allowed here; what is stored
-        there is refused later.
+        Deviation: every access to readable ordinary memory is allowed here; a store to read-only
+        memory is refused later.
 
         Raises:
-            PageFault: ordinary: no entry, or it does not allow the access.
+            PageFault: no entry, or it does not allow the access; the SGX bit is clear.
             MachineCheck: the page is poisoned.
         """
         page = linaddr & _PAGE_MASK
@@ -180,7 +181,7 @@ class EnclavePageTable:
         return ordinary(self.index, linaddr)
 
     def paging_address(self, linaddr: int) -> int:
-        """Only guests need it."""
+        """Return ``linaddr``: only guests have a second address."""
         return linaddr
 
     # --- for memory files -----------------------------------------------------------------------
@@ -192,7 +193,8 @@ class EnclavePageTable:
     def parts(self, memory: EnclaveMemory, start: int, end: int) -> list[tuple[int, int]]:
         """Return the ranges of ``[start, end)`` where no other memory file is mapped.
 
-        Where the driver knows of no mapping any more, the kernel may still have it.
+        Ranges without any mapping are included: the kernel may still have a mapping that the
+        driver has removed.
         """
         found = []
         for first, last, mapped in self._mapped_in(start, end):
@@ -221,7 +223,7 @@ class EnclavePageTable:
         return entry is not None and self._store.is_shown(entry[0])
 
     def rights(self, linaddr: int) -> int:
-        """Return how the page that holds ``linaddr`` can be used here if its mapping allows it."""
+        """Return the EPCM rights of the page that holds ``linaddr``; 0: it is not shown here."""
         entry = self.entry(linaddr)
         return 0 if entry is None else self._store.rights(entry[0])
 
@@ -267,7 +269,7 @@ class EnclavePageTable:
             self._store.refresh(page)
 
     def refresh_range(self, start: int, end: int) -> None:
-        """EPCM entries of the pages in a range may have changed; it may be huge and sparse."""
+        """EPCM entries of the pages in a range, huge and sparse perhaps, may have changed."""
         for linaddr in self._inside(start, end):
             self.refresh(linaddr)
 
@@ -279,7 +281,7 @@ class EnclavePageTable:
         return [at for at in entries if start <= at < end]
 
     def reshow(self, linaddr: int) -> None:
-        """Give a page that faulted without a reason the rights that it should have here."""
+        """Set the rights of a page again, after a fault that its rights do not explain."""
         entry = self.entry(linaddr)
         if entry is not None:
             page = self._page_at(entry[0])

@@ -1,4 +1,4 @@
-"""Choosing how enclave memory of an address space faults, and setting it up there.
+"""Choosing the pager of an address space, and setting it up there.
 
 Source:
     userfaultfd(2), pidfd_getfd(2).
@@ -37,15 +37,15 @@ def make_pager(
     Args:
         name: one of :data:`PAGERS`.
         thread: a stopped thread in it.
-        inject: makes system calls in the program's name, each (number, arguments…).
+        inject: makes the program execute system calls, each (number, arguments…).
         is_running: returns whether any thread of the address space may be executing.
         prot_at: returns the rights that the mapping of an enclave may have now, ``None`` where no
             enclave is mapped.
-        failed: ends the processes of the address space, as it cannot be kept right.
-        recorder: records uses of pages; ``None``: nothing does.
+        failed: ends the processes of the address space after an error that leaves it inconsistent.
+        recorder: records uses of pages; ``None``: uses are not recorded.
 
     Raises:
-        SoftSgxError: this machine forbids it.
+        SoftSgxError: the kernel refuses the pager.
     """
     stores = recorder is not None and recorder.interval_ns is not None
     if name == "mprotect":
@@ -71,7 +71,7 @@ def make_pager(
         os.close(ours)
         oldest = "5.19" if recorder is None else "6.4 for recording"
         raise SoftSgxError(
-            f"userfaultfd: {error.strerror}: this kernel is too old ({oldest} at least); "
+            f"userfaultfd: {error.strerror}: the kernel is older than {oldest}; "
             "choose the mprotect pager"
         ) from None
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)

@@ -34,7 +34,7 @@ class NativeRam(Ram):
         """Return bytes of the program's memory.
 
         Raises:
-            PageFault: the program could not read them either.
+            PageFault: the program cannot read them.
         """
         index, linaddr = split_ordinary(physical)
         try:
@@ -46,7 +46,7 @@ class NativeRam(Ram):
         """Store to the program's memory.
 
         Raises:
-            PageFault: the program could not write there either.
+            PageFault: the program cannot write there.
         """
         index, linaddr = split_ordinary(physical)
         try:

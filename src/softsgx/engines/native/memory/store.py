@@ -1,23 +1,23 @@
 """The store of resident pages: which of them are in the memory files that the program maps.
 
 A page of an enclave is either *shown* or *hidden*.  Shown: its bytes are in the memory file, at
-the offset that equals its linear address, so every mapping of the file has them and code runs on
-them at native speed.  Hidden: its bytes are in this process, the file has a hole there, and each
-access of the program becomes a fault.  A page is shown while some page table maps it and its EPCM
-entry lets enclave code use it; TCS, pending, modified and trimmed pages never are, nor pages
-without any right, nor poisoned ones.  In each address space a shown page can be used as far as both
-its mapping and its EPCM entry allow.
+the offset that equals its linear address, so every mapping of the file has them and the program
+uses them at native speed.  Hidden: its bytes are in the supervisor, the file has a hole there, and
+each access of the program faults.  A page is shown while a page table maps it and its EPCM entry
+lets enclave code use it.  TCS, pending, modified and trimmed pages are always hidden, and so are
+pages without any right and poisoned pages.  In each address space a shown page has the rights that
+both its mapping and its EPCM entry have.
 
 Invariant: while a page is shown, the file has the only copy of its bytes; else ``_hidden`` does,
 unless they are zeros: a heap that is added and not used yet costs no more than its EPCM entries.
 
 A page that no page table maps any more may stay shown until its bytes are needed, or until the
-program goes on: pages leave in batches, and hiding sixteen neighbours costs little more than hiding
-one.  To threads that run meanwhile it is as if their TLB still had the translation, which hardware
-allows until ETRACK and an exit.
+supervisor resumes the program: pages are evicted in batches, and hiding sixteen neighbours costs
+little more than hiding one.  Threads that run meanwhile use the page as if their TLB still had the
+translation, which hardware allows until ETRACK and an exit.
 
-Deviation: a page that can be executed by its EPCM entry can be read, too: page tables have no entry
-that allows the one without the other.
+Deviation: a page with the EPCM right X can also be read: page table entries cannot allow fetches
+without reads.
 
 Deviation: code outside the enclave reads a shown page's bytes, where hardware gives ones, unless
 the run is strict.
@@ -35,7 +35,7 @@ _ONES, _ZEROS = b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES)
 
 
 class NativeStore:
-    """Where the bytes of resident pages live; see the module.  The machine's page store.
+    """The machine's page store: it holds the bytes of resident pages; see the module.
 
     Attributes:
         poisoned: EPC addresses of pages whose memory has an uncorrected error.
@@ -64,7 +64,7 @@ class NativeStore:
         return self._hidden.get(addr, _ZEROS)
 
     def thaw(self, page: EpcPage) -> None:
-        """The page stays after all: show it again if it was."""
+        """The page was not evicted: show it again, if its entries allow that."""
         self.refresh(page)
 
     def drop(self, page: EpcPage) -> None:
@@ -73,7 +73,7 @@ class NativeStore:
         self._hidden.pop(page.addr, None)
 
     def read(self, page: EpcPage, offset: int, size: int) -> bytes:
-        """Return bytes of a page, wherever they are."""
+        """Return bytes of a page, shown or hidden."""
         shown = self._shown.get(page.addr)
         if shown is None:
             return bytes(self._hidden.get(page.addr, _ZEROS)[offset : offset + size])
@@ -81,7 +81,7 @@ class NativeStore:
         return memory.read(linaddr + offset, size)
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
-        """Replace bytes of a page, wherever they are."""
+        """Replace bytes of a page, shown or hidden."""
         shown = self._shown.get(page.addr)
         if shown is not None:
             memory, linaddr, _rights = shown
@@ -93,12 +93,12 @@ class NativeStore:
         kept[offset : offset + len(data)] = data
 
     def poison(self, page: EpcPage) -> None:
-        """The memory of ``page`` has an uncorrected error from now on: every use must trap."""
+        """Give the memory of ``page`` an uncorrected error: every use traps from now on."""
         self.poisoned.add(page.addr)
         self.refresh(page)
 
     def clear(self) -> None:
-        """Power is lost: holes everywhere."""
+        """Drop the bytes of all pages, after a loss of power."""
         for addr in list(self._shown):
             self._hide(addr)
         self._hidden.clear()
@@ -126,7 +126,7 @@ class NativeStore:
     def hide_unmapped(self) -> None:
         """Hide the pages that no page table maps any more.
 
-        Call before the program is resumed, and when it must be certain that they cannot be used.
+        Call it before the program is resumed, and before a step that relies on their faulting.
         """
         leaving = self._leaving
         if not leaving:
@@ -144,13 +144,13 @@ class NativeStore:
         leaving.clear()
 
     def lend(self, addr: int, memory: EnclaveMemory, linaddr: int) -> None:
-        """Put a page of ones where the page is, or would be; its own bytes are kept, hidden."""
+        """Show a page of ones at ``linaddr`` in place of the page, whose bytes stay hidden."""
         self.hide_unmapped()
         self._hide(addr)
         memory.show(linaddr, _ONES, ALL_RIGHTS)
 
     def take_back(self, memory: EnclaveMemory, linaddr: int) -> None:
-        """Remove the page of ones, with what was stored in it; then :meth:`refresh`."""
+        """Remove the page of ones and drop what was stored in it; call :meth:`refresh` next."""
         memory.hide([linaddr])
 
     def is_mapped(self, addr: int) -> bool:
@@ -162,13 +162,13 @@ class NativeStore:
         return addr in self._shown and addr not in self._leaving
 
     def rights(self, addr: int) -> int:
-        """Return how code can use the page at EPC address ``addr`` where its mapping allows it."""
+        """Return the EPCM rights of the page at EPC address ``addr``; 0: it is not shown."""
         return self._shown[addr][2] if self.is_shown(addr) else 0
 
     def refresh(self, page: EpcPage) -> None:
-        """Make what the program can do with ``page`` agree with its EPCM entry.
+        """Make the program's rights on ``page`` agree with its EPCM entry.
 
-        Call after anything that changed the entry.
+        Call it after each change of the entry.
         """
         addr, rights = page.addr, page.rwx
         if rights & EXECUTE:
@@ -188,7 +188,7 @@ class NativeStore:
                 data = memory.forbid(linaddr, bytes(data))
             memory.show(linaddr, data, rights)
         elif shown[2] != rights:
-            memory.unmark(linaddr)  # code that may be written is left alone
+            memory.unmark(linaddr)  # writable code has no marks
             self._shown[addr] = memory, linaddr, rights
             memory.set_rights(linaddr, rights)
             if rights & ~READ == EXECUTE:

@@ -1,11 +1,11 @@
-"""Enclave memory by userfaultfd: a hole in the memory file is a signal for the thread that hits it.
+"""Enclave memory by userfaultfd: a thread that touches a hole in the memory file gets SIGBUS.
 
-The file's holes and its write protection are most of the state there is; a fault arrives as SIGBUS
-in the tracer's loop, with the thread where its registers can still be changed.  Pages that must not
-be executed are :mod:`.fetches`'s.
+Most of the state is the file's holes and its write protection.  The supervisor sees a fault as a
+signal-delivery stop, where it can still change the thread's registers.  :mod:`.fetches` keeps the
+program from executing pages whose EPCM entries lack X.
 
-Which pages are used is read from page tables: their entries are dropped, and come back when the
-page is touched.
+Accessed pages are found in the page tables: the supervisor drops the entry of a page, and the
+kernel makes it again when the page is touched.
 
 Source:
     userfaultfd(2), ioctl_userfaultfd(2), madvise(2), Documentation/admin-guide/mm/pagemap.rst.
@@ -29,9 +29,9 @@ from softsgx.errors import SoftSgxError
 __all__ = ["MINOR_FEATURES", "UNMAPPED", "UffdPager", "open_userfaultfd"]
 
 MINOR_FEATURES = abi.UFFD_FEATURE_MINOR_SHMEM | abi.UFFD_FEATURE_WP_UNPOPULATED
-"""What recordings ask of the kernel besides: 6.4 at least.
+"""Further features that recordings need: Linux 6.4 at least.
 
-The second says that UFFDIO_CONTINUE can make a page that is write-protected.
+With the second one, UFFDIO_CONTINUE can make a page that is write-protected.
 """
 
 _COPY = 0xC028AA03
@@ -41,7 +41,7 @@ _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 )
 UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
-"""Errors of a page that is not mapped here, or of a process that is gone."""
+"""Errors for a page that is not mapped here, or a process that has ended."""
 
 _PRESENT = 0x80  # bit 63, seen in the word's last byte
 _PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_MASK, _BLOCK_SHIFT = 12, 64, 63, 18
@@ -56,7 +56,7 @@ def open_userfaultfd(ours: int, more_features: int = 0) -> None:
         more_features: UFFD_FEATURE_* bits besides those of :class:`UffdPager`.
 
     Raises:
-        OSError: EINVAL: this kernel lacks a feature we need.
+        OSError: EINVAL: the kernel lacks one of the features.
     """
     request = struct.pack("<QQQ", abi.UFFD_API, _FEATURES | more_features, 0)
     fcntl.ioctl(ours, abi.UFFDIO_API, bytearray(request))
@@ -66,14 +66,16 @@ class UffdPager:
     """See the module.
 
     Args:
-        uffd: our descriptor of the program's userfaultfd, negotiated.
+        uffd: the supervisor's descriptor of the program's userfaultfd, after
+            :func:`open_userfaultfd`.
         pagemap: a descriptor of ``/proc/PID/pagemap``.
-        inject: makes system calls in the program's name, each (number, arguments…); called at the
-            latest before the program is resumed.
+        inject: makes the program execute system calls, each (number, arguments…); called before
+            the program is resumed at the latest.
         running: returns whether any thread of the address space may be executing.
         prot_at: see :class:`~.fetches.Fetches`.
-        failed: ends the processes of the address space; called when the kernel refuses what it has
-            no reason to refuse, as without memory, while another process may be served.
+        failed: ends the processes of the address space; called after an unexpected error of the
+            kernel (out of memory, for example), which may arise while the supervisor handles
+            another process.
     """
 
     name = "userfaultfd"
@@ -101,11 +103,11 @@ class UffdPager:
         self._present: dict[int, bytes] = {}
 
     def map_prot(self, prot: int) -> int:
-        """The mapping gets what the program asked for."""
+        """Return ``prot``: the mapping has the program's rights."""
         return prot
 
     def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
-        """Register the range, as often as need be; pages shown there keep their EPCM rights."""
+        """Register the range with userfaultfd; pages shown there keep their EPCM rights."""
         request = bytearray(struct.pack("<QQQQ", start, end - start, self._mode, 0))
         try:
             fcntl.ioctl(self._uffd, abi.UFFDIO_REGISTER, request)
@@ -120,7 +122,7 @@ class UffdPager:
                 self._protect(low, high, abi.UFFDIO_WRITEPROTECT_MODE_WP)
 
     def reveal(self, start: int, end: int, prot: int) -> None:
-        """Rights of the mapping say it; what is write-protected or a hole stays so."""
+        """Set the rights of the mapping; write-protected pages and holes stay what they are."""
         self._inject(self._fetches.reveal(start, end, prot))
 
     # --- hiding and showing ---------------------------------------------------------------------
@@ -135,25 +137,25 @@ class UffdPager:
             self._protect(linaddr, linaddr + PAGE_BYTES, abi.UFFDIO_WRITEPROTECT_MODE_WP)
 
     def after_hide(self, start: int, end: int) -> None:
-        """The holes are enough; a use that was not asked for is forgotten."""
+        """Drop the state of the pages: holes fault without further calls."""
         pages = range(start, end, PAGE_BYTES)
         self._fetches.hidden(pages)
         if self._watched:
             self._watched.difference_update(pages)
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
-        """UFFDIO_COPY: page and entry appear together."""
+        """Fill the hole by UFFDIO_COPY, which makes the page and its entry in one step."""
         self._source_view[:] = data
         request = self._copy
         request[0], request[3], request[4] = linaddr, 0 if rights & _WRITE else _COPY_MODE_WP, 0
         while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
             code = ctypes.get_errno()
-            if code == EAGAIN:  # the mappings are changing this moment
+            if code == EAGAIN:  # the program's mappings are being changed
                 continue
             if code not in UNMAPPED:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
-        self._present.pop(linaddr >> _BLOCK_SHIFT, None)  # it does not know of the new entry
+        self._present.pop(linaddr >> _BLOCK_SHIFT, None)  # was read before the new entry existed
         self._fetches.shown(linaddr, rights)
         return True
 
@@ -213,7 +215,7 @@ class UffdPager:
         return flags
 
     def flush(self) -> None:
-        """Change rights, drop entries of watched pages; a thread of this space is stopped."""
+        """Make the deferred calls, and drop entries of watched pages; a thread is stopped here."""
         self._present.clear()
         calls = self._fetches.calls()
         if self._watched:
@@ -226,10 +228,10 @@ class UffdPager:
             self._inject(calls)
 
     def touched(self, linaddr: int, access: int) -> bool:
-        """Page tables record uses without a fault."""
+        """Return ``False``: page tables record uses without a fault."""
         return False
 
     def close(self) -> None:
-        """Close our descriptors."""
+        """Close the descriptors."""
         os.close(self._uffd)
         os.close(self._pagemap)
