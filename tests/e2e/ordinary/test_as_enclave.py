@@ -239,5 +239,5 @@ def test_an_interval_is_of_the_program_s_own_time() -> None:
 
 def test_a_32_bit_program_is_refused_in_one_line(tmp_path: Path) -> None:
     exits = load(3, 0) + load(0, 1) + b"\xcd\x80"
-    with pytest.raises(SoftSgxError, match="a 32-bit program, whose memory cannot be recorded"):
+    with pytest.raises(SoftSgxError, match="memory of 32-bit programs cannot be recorded"):
         record([elf32(tmp_path / "small", exits)])

@@ -1,4 +1,4 @@
-"""Ordinary programs, recorded as if they were enclosed: private memory counts as enclave memory."""
+"""Records ordinary programs as if they ran in enclaves: private memory counts as enclave memory."""
 
 from softsgx.engines.ordinary.record import (
     AsEnclaveResult,

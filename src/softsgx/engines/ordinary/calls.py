@@ -1,13 +1,13 @@
 """System calls that change mappings or make tasks: what the recorder does before and after them.
 
-The kernel makes each call as the program asks for it.  Afterwards the recorder registers new
-private memory, puts anonymous memory in the place of private mappings of files, and forgets, or
-moves, the contents of hidden pages.
+The kernel executes each call with the program's arguments.  Afterwards the recorder registers new
+private memory, replaces private mappings of files by anonymous memory, and drops, or moves, the
+contents of hidden pages.
 
 Deviation: /proc/PID/maps shows anonymous memory where files are mapped privately, and mincore(2)
-finds hidden pages absent.  Changes that are made to a file after it was mapped are seen in pages
-that the program has not accessed before.  MADV_FREE frees at once.  process_madvise(2) gives the
-advice that Linux gave before 6.13.
+reports hidden pages as absent.  A file that changes after it was mapped shows its new bytes in
+pages that the program has not accessed before.  MADV_FREE frees at once.  process_madvise(2)
+accepts only the advice that Linux accepted before 6.13.
 
 Source:
     mmap(2), brk(2), mremap(2), madvise(2), clone(2), set_tid_address(2).
@@ -61,7 +61,7 @@ class Calls:
         self._files: WeakValueDictionary[tuple[int, int], File] = WeakValueDictionary()
 
     def entered(self, thread: ProgramThread) -> None:
-        """A thread is about to make a call that stops."""
+        """A thread is at the seccomp stop of one of :data:`CALLS`: prepare for the call."""
         handler = self._handlers.get(thread.load().orig_rax)
         if handler is not None and thread.space is not None:
             handler(thread, thread.space)
@@ -132,7 +132,7 @@ class Calls:
                 space.unmapped(old + new_length, old + max(old_length, new_length))
                 space.unmapped(result, result + new_length)
                 space.move(old, old + min(old_length, new_length), result)
-            # The kernel reports no faults in what it has moved, before it is registered again.
+            # The kernel reports no faults in moved memory until it is registered again.
             for start, end in private_memory(thread.tid):
                 if start <= result < end:
                     space.register_anew(result, result + new_length)
@@ -200,10 +200,10 @@ class Calls:
         self._makes(thread, space, 0, 0)
 
     def _makes(self, thread: ProgramThread, space: AddressSpace, flags: int, tid_at: int) -> None:
-        """A task is about to be made.
+        """Prepare for a call that makes a task.
 
-        The kernel accesses memory in its name before it stops: it may write its id, and accesses
-        its restartable sequences, rseq(2).
+        Before the new task stops for the first time, the kernel accesses memory for it: it may
+        write the task's id, and it accesses the area for rseq(2).
         """
         tid_written_at = tid_at if flags & abi.CLONE_CHILD_SETTID else 0
         pages = {at >> _SHIFT for at in (tid_written_at, thread.rseq_at()) if at}
@@ -220,7 +220,7 @@ class Calls:
         thread.in_call = True
 
     def _futex(self, thread: ProgramThread, space: AddressSpace) -> None:
-        """Operations in which the kernel itself stores to the futex: it does not wait for pages."""
+        """Make the futex's pages present: the kernel stores to them without waiting for pages."""
         regs = thread.regs
         pages = {regs.rdi >> _SHIFT, regs.r8 >> _SHIFT} - {0}
         thread.holds = Hold(space, pins=pages, whole=False)
@@ -245,7 +245,7 @@ class Calls:
         done: Callable[[int], None],
         *changing: tuple[int, int],
     ) -> None:
-        """Do something with the result of a call; faults in what it changes wait until then."""
+        """Call ``done`` with the call's result; faults in ``changing`` wait until then."""
 
         def ended(result: int) -> None:
             done(result)
@@ -285,4 +285,4 @@ CALLS = (
     *(abi.SYS_PROCESS_MADVISE, abi.SYS_CLONE, abi.SYS_CLONE3, abi.SYS_FORK, abi.SYS_VFORK),
     *(abi.SYS_SET_TID_ADDRESS, abi.SYS_MLOCKALL),
 )
-"""The calls that have to stop, by number."""
+"""Numbers of the calls for which a thread stops."""

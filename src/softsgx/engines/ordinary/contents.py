@@ -1,6 +1,6 @@
-"""Contents of the program's pages that are not in its memory, in memory of the recorder.
+"""Contents of the program's hidden pages, in memory of the recorder.
 
-Spaces share a content after fork until one of them replaces it.
+After fork, address spaces share a content until one of them replaces it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PIECE_BYTES = 16 << 20
 
 
 class Contents:
-    """See the module.  A content is named by the address of its page in our memory.
+    """See the module.  A content is named by the address of its page in the recorder's memory.
 
     Attributes:
         zero: the content of a page that was never written.
@@ -29,7 +29,7 @@ class Contents:
         self.zero = self.allocate()
 
     def allocate(self) -> int:
-        """Return a page for a new content; its bytes are arbitrary, those of the first are zero."""
+        """Return a page for a new content; its bytes are arbitrary (the very first has zeros)."""
         if not self._free:
             piece = mmap.mmap(-1, _PIECE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._pieces.append(piece)
@@ -38,13 +38,13 @@ class Contents:
         return self._free.pop()
 
     def store(self, data: bytes) -> int:
-        """Return a new content of up to a page of ``data``, with zeros behind it."""
+        """Return a new content: at most 4096 bytes of ``data``, padded with zeros."""
         at = self.allocate()
         self.fill(at, data)
         return at
 
     def fill(self, at: int, data: bytes) -> None:
-        """Replace a content, as :meth:`store` makes one."""
+        """Replace a content by at most 4096 bytes of ``data``, padded with zeros."""
         ctypes.memmove(at, data.ljust(abi.PAGE, b"\0"), abi.PAGE)
 
     def bytes(self, at: int) -> bytes:
@@ -60,7 +60,7 @@ class Contents:
         return at in self._shared
 
     def release(self, at: int) -> None:
-        """One page less has this content."""
+        """One page fewer has this content; it is freed with the last."""
         others = self._shared.get(at)
         if others is None:
             self._free.append(at)

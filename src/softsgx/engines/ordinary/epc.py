@@ -1,16 +1,16 @@
-"""A finite EPC below ordinary programs: their pages are enclave pages, and really leave.
+"""A finite EPC below ordinary programs: their pages are enclave pages that the core really evicts.
 
-Each address space gets an enclave of the driver, which is never initialised, so that a page can be
-added at any time with the content that it has: EADD when the program first accesses a page.  From
-then on the content of a page is where the paging core has it.  While it is in the EPC, the program
-has it, or this module has, after the core has asked whether it was accessed.  While it is evicted,
-the backing store has it, encrypted: EBLOCK, ETRACK, EWB, and ELDU at the next access.
+Each address space gets an enclave of the driver, which is never initialised, so that EADD can add a
+page with its content when the program first accesses it.  From then on the paging core decides
+where the content is.  While the page is in the EPC, its content is in the program's memory, or,
+after the core has tested the accessed bit, with the recorder.  While the page is evicted, the
+backing store has it, encrypted: EBLOCK, ETRACK, EWB, and ELDU at the next access.
 
 Deviation: memory that the program unmaps stays in the enclave, as without SGX2, until its address
 is used again; the page then gets its new content in the EPC.
 
-Deviation: a child that fork makes begins with no page in the EPC, and each page it accesses is
-added to an enclave of its own, as a library OS sends a child its memory.
+Deviation: after fork, the child has no page in the EPC, and each page that it accesses is added to
+an enclave of its own, as if a library OS copied the parent's memory to the child.
 
 Source:
     ``sgx_reclaim_pages()``, arch/x86/kernel/cpu/sgx/main.c; ``sgx_vma_fault()``, encl.c.
@@ -49,13 +49,14 @@ class _Enclosed:
     """An address space and its enclave; its page tables, as the driver sees them.
 
     Attributes:
-        space: it.
+        space: the address space.
         base: the enclave's first address.
         leaving: pages that the driver has unmapped and the program may still have.
         aged: pages that were accessed, and are hidden so that the next access is seen.
         evicted: pages that the backing store has.
         stale: pages of the enclave whose content the program has given up.
-        given: contents that stale pages get at their next access, where they are not as at first.
+        given: contents that stale pages get at their next access; a page that is not in it gets
+            its initial content, zeros or those of its file.
     """
 
     def __init__(self, space: AddressSpace, base: int) -> None:
@@ -71,7 +72,7 @@ class _Enclosed:
         return self.space.numbers.page(linaddr - self.base >> _PAGE_SHIFT)
 
     def flush(self) -> None:
-        """Hide what is to be hidden."""
+        """Hide the pages of ``leaving`` and ``aged``."""
         pages = self.leaving | self.aged
         self.leaving.clear()
         self.aged.clear()
@@ -80,7 +81,7 @@ class _Enclosed:
 
 
 class _PageTables:
-    """The page tables of all address spaces, which the driver takes for one.
+    """The page tables of all address spaces, which the driver sees as one.
 
     Enclaves of all address spaces are mapped in one simulated process, side by side.
     """
@@ -107,7 +108,7 @@ class _PageTables:
         return self._entries.get(linaddr)
 
     def protect(self, start: int, end: int, prot: int) -> None:
-        """As :meth:`Ptes.protect`: rights are the program's own matter."""
+        """As :meth:`Ptes.protect`; nothing to do: the kernel enforces the program's rights."""
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """As :meth:`Ptes.test_and_clear_accessed`."""
@@ -123,7 +124,7 @@ class _PageTables:
         return True
 
     def kick(self) -> None:
-        """As :meth:`Ptes.kick`: no thread is inside; hiding a page has flushed translations."""
+        """As :meth:`Ptes.kick`; nothing to do: hiding a page has flushed its translations."""
 
 
 class EpcStore:
@@ -162,7 +163,7 @@ class EpcStore:
         """The page stays, hidden until its next access."""
 
     def drop(self, page: EpcPage) -> None:
-        """The content has left the EPC."""
+        """The page was evicted, or removed: release its content."""
         found = self._where(page)
         if found is not None:
             enclosed, number = found
@@ -176,7 +177,7 @@ class EpcStore:
         return self.freeze(page)[offset : offset + size]
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
-        """Never called: enclaves that no thread enters have no leaf that writes to their pages."""
+        """Never called: without EENTER no leaf writes to a page of an enclave."""
         raise AssertionError("a leaf writes to an enclave that no thread enters")
 
     def clear(self) -> None:
@@ -188,8 +189,8 @@ class Epc:
     """See the module.
 
     Args:
-        platform: its store is ``store``.
-        store: where the contents of resident pages are.
+        platform: a machine with ``store`` as its page store.
+        store: has the contents of resident pages.
         contents: of hidden pages.
 
     Attributes:
@@ -244,7 +245,7 @@ class Epc:
         self._process.close(descriptor)
 
     def need(self, space: AddressSpace, page: int) -> None:
-        """Have the content of a page in the EPC, since the program accesses it.
+        """Add or load a page into the EPC, since the program accesses it.
 
         Raises:
             SoftSgxError: the EPC, or the backing store, has no room for it.
@@ -300,11 +301,11 @@ class Epc:
             if result is FaultResult.SIGBUS:
                 raise SoftSgxError(f"EPC: a page cannot be loaded: {enclave.refusal}")
             if result is FaultResult.NOPAGE and enclave.pages[number].epc is not None:
-                return  # before anything could evict it again
+                return  # no task has run since the fault that could evict it
             self._runtime.run_pending()
 
     def forgotten(self, space: AddressSpace, page: int) -> bool:
-        """The program has given up the content of a page; return whether the enclave has it."""
+        """The program has dropped a page's content; return whether the enclave has the page."""
         enclosed, _descriptor, enclave = self._enclosed[space]
         if space.numbers.number(page) not in enclave.pages:
             return False
@@ -322,7 +323,7 @@ class Epc:
         return enclosed.evicted - enclosed.stale | enclosed.given.keys()
 
     def give(self, space: AddressSpace, page: int, content: int) -> None:
-        """Give a hidden page another content, which it gets in the EPC at its next access."""
+        """Give a hidden page another content, which the EPC gets at the page's next access."""
         enclosed, _descriptor, enclave = self._enclosed[space]
         if space.numbers.number(page) in enclave.pages:
             enclosed.stale.add(page)
@@ -331,11 +332,11 @@ class Epc:
             space.hidden[page] = content
 
     def forked(self, space: AddressSpace) -> None:
-        """Hide what fork has copied: it is no page of an enclave yet."""
+        """Hide the pages that fork has copied: no enclave has them yet."""
         space.collect()
 
     def take(self, space: AddressSpace, page: int) -> int | None:
-        """Return the content of a hidden page for another one; ``None``: it is as at first."""
+        """Return the content of a hidden page, shared; ``None``: its initial content."""
         enclosed, _descriptor, enclave = self._enclosed[space]
         if page in enclosed.stale:
             given = enclosed.given.get(page)

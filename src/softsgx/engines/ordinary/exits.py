@@ -1,9 +1,9 @@
-"""Ends of threads: the memory that the kernel writes behind them has to be present.
+"""Ends of threads: the memory that the kernel writes when a thread ends has to be present.
 
-When a thread ends the kernel writes zero where set_tid_address(2) or clone(2) has said, which is
-what pthread_join(3) waits for, and marks the robust futexes that the thread holds.  It does not
-wait for userfaultfd then: the stores would be lost.  So those pages are made present before, and
-stay so until the thread is a zombie.
+When a thread ends, the kernel writes zero to the address of set_tid_address(2) or clone(2), for
+which pthread_join(3) waits, and marks the robust futexes that the thread holds.  It does not wait
+for userfaultfd then: the stores would be lost.  So the recorder makes those pages present before,
+and does not hide them until the thread is a zombie.
 
 Source:
     set_tid_address(2), get_robust_list(2); uapi/linux/futex.h (``struct robust_list_head``);
@@ -33,7 +33,7 @@ class Exits:
         self._ending: dict[int, Hold] = {}
 
     def begin(self, thread: ProgramThread, space: AddressSpace) -> None:
-        """A thread is stopped at the event of its exit; others have its address space, too."""
+        """Pin the pages of a thread at its PTRACE_EVENT_EXIT; others share its address space."""
         pages = _robust_pages(thread.tid, space)
         if thread.cleared_at:
             pages.add(thread.cleared_at >> _SHIFT)
@@ -48,7 +48,7 @@ class Exits:
             hold.release()
 
     def release_zombies(self) -> None:
-        """Let pages be hidden again that were pinned for threads that are zombies."""
+        """Unpin the pages of threads that are zombies now."""
         for tid in list(self._ending):
             if _is_zombie(tid):
                 self.ended(tid)

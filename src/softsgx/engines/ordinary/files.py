@@ -1,7 +1,7 @@
 """Which parts of an address space have the content of files, until the program stores to them.
 
-A libOS reads such a file into enclave memory.  So the recorder puts anonymous memory in the place
-of a private mapping of a file, and fills each page from the file at its first access.
+A library OS reads a privately mapped file into enclave memory.  So the recorder replaces a private
+mapping of a file by anonymous memory, and fills each page from the file at its first access.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["File", "FileRange", "FileRanges"]
 
 
 class File:
-    """A file of which the recorder has a descriptor of its own, closed with the last range.
+    """A file that ranges have their content from; its descriptor is closed with the last range.
 
     Args:
-        descriptor: readable.
+        descriptor: the recorder's own, readable.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -50,18 +50,18 @@ class FileRange:
         )
 
     def moved(self, distance: int) -> FileRange:
-        """Return it at another address."""
+        """Return the range, moved by ``distance`` bytes."""
         return replace(self, start=self.start + distance, end=self.end + distance)
 
 
 class FileRanges:
-    """The ranges of one address space, in order, none over another."""
+    """The ranges of one address space, in ascending order, without overlaps."""
 
     def __init__(self, ranges: list[FileRange] | None = None) -> None:
         self._ranges = ranges or []
 
     def copy(self) -> FileRanges:
-        """Return those of a copied address space."""
+        """Return the ranges of a copy of the address space."""
         return FileRanges(list(self._ranges))
 
     def find(self, address: int) -> FileRange | None:
@@ -83,7 +83,7 @@ class FileRanges:
         return found
 
     def remove(self, start: int, end: int) -> None:
-        """Nothing in ``[start, end)`` has the content of a file any more."""
+        """Remove ``[start, end)``: it has no content of a file any more."""
         if not self.within(start, end):
             return
         kept = []
@@ -97,7 +97,7 @@ class FileRanges:
         )
 
     def add(self, new: FileRange) -> None:
-        """Put a range where it says; what was there is replaced."""
+        """Add a range; it replaces the parts of ranges that it overlaps."""
         self.remove(new.start, new.end)
         at = bisect_right(self._ranges, new.start, key=lambda each: each.start)
         self._ranges.insert(at, new)

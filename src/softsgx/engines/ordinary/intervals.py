@@ -1,8 +1,8 @@
-"""Accesses by interval: each page's first access in an interval, in order, and whether it wrote.
+"""Accesses by interval: each page's first access in an interval, in order, and whether it stores.
 
-An interval is a length of the program's own time: the time that the recorder needs to answer faults
-does not count.  At its end every page is hidden.  While a system call changes mappings its address
-space is not hidden; that happens as soon as the call has ended.
+An interval is a length of the program's own time: the time in which the recorder answers faults
+does not count.  At its end the recorder hides every page.  While a system call changes the mappings
+of an address space, its pages are not hidden; they are as soon as the call has ended.
 
 An address space is an enclave of the trace.
 """
@@ -24,7 +24,7 @@ _FLUSH_NS = 1_000_000_000
 
 
 class TraceSink(Protocol):
-    """Where accesses go; :class:`softsgx.accesses.TraceWriter` is one."""
+    """Receives accesses; :class:`softsgx.accesses.TraceWriter` is one."""
 
     def add_enclave(self, name: str, pages: int, pid: int) -> int:
         """Add an address space; return its number."""
@@ -36,22 +36,22 @@ class TraceSink(Protocol):
         """Add an access, which is not earlier than those before."""
 
     def flush(self) -> None:
-        """Write what was added: it stays readable if the recorder is killed."""
+        """Write the accesses added so far, so that they survive a killed recorder."""
 
 
 @dataclass(slots=True)
 class IntervalCounts:
-    """What was done.
+    """What was recorded, and what it took.
 
     Attributes:
         intervals: intervals that had accesses.
         accesses: first accesses of pages in intervals.
         shown: faults of pages that were not present, with a finite EPC; else 0.
-        writes: those, with a store in the interval.
+        writes: those ``accesses`` to which the program stores in the interval.
         stores: faults of stores to pages that had been read before in the interval.
         pages: different pages that were accessed, of all address spaces together.
         most_pages: pages that were accessed in the interval that accessed most.
-        long: intervals that took more than twice their length, since the recorder had to wait for a
+        long: intervals that took more than twice their length, since the recorder waited for a
             processor.
         longest_ns: length of the longest interval.
         late: address spaces that a system call kept from being hidden at the end of an interval.
@@ -113,7 +113,7 @@ class Intervals:
         self._late: set[AddressSpace] = set()
 
     def add(self, space: AddressSpace, number: int) -> None:
-        """An address space is new; the trace has it as enclave ``number``."""
+        """Add a new address space, which is enclave ``number`` of the trace."""
         self._traced[space] = _Traced(number, space.numbers)
 
     def remove(self, space: AddressSpace) -> None:
@@ -139,7 +139,7 @@ class Intervals:
         """A page that was read has been written."""
         self.counts.stores += 1
         if not self.note_written(space, page):
-            self.accessed(space, page, True)  # it was read before, and left present since
+            self.accessed(space, page, True)  # read in an earlier interval, and present since then
 
     def note_written(self, space: AddressSpace, page: int) -> bool:
         """Note a store to a page, if it is one of this interval; return whether it is."""
@@ -149,7 +149,7 @@ class Intervals:
         return place is not None
 
     def _program_ns(self, now_ns: int) -> int:
-        """Return the program's own time: that of the recorder is told when it has answered."""
+        """Return the program's own time; :meth:`spent` adds the recorder's time afterwards."""
         counts = self.counts
         own_ns = now_ns - self._started_ns - counts.serving_ns - counts.hiding_ns
         self._latest_ns = max(self._latest_ns, own_ns)
@@ -158,13 +158,17 @@ class Intervals:
     # --- intervals ------------------------------------------------------------------------------
 
     def spent(self, ns: int) -> None:
-        """The recorder has answered faults or stops for that long: it is not the program's time."""
+        """Take ``ns``, spent on answers to faults and stops, out of the program's time."""
         self.counts.serving_ns += ns
         if self._due_ns:
             self._due_ns += ns
 
     def between(self) -> float | None:
-        """End the interval if it is over; return in how many seconds something is to do."""
+        """End the interval if it is over, and hide pages.
+
+        Returns:
+            Seconds until the next call has work; ``None``: no interval has begun.
+        """
         now_ns = self._clock()
         if self._due_ns and now_ns >= self._due_ns:
             length_ns = now_ns - self._due_ns + self._interval_ns
@@ -181,14 +185,14 @@ class Intervals:
         return max(self._due_ns - self._clock(), 0) / 1e9 if self._due_ns else None
 
     def hand_over_if_due(self) -> float | None:
-        """End the interval if it is over, and hide nothing; return in how many seconds it is."""
+        """End the interval if it is over, without hiding pages; return as :meth:`between`."""
         now_ns = self._clock()
         if self._due_ns and now_ns >= self._due_ns:
             self.end_interval()
         return max(self._due_ns - now_ns, 0) / 1e9 if self._due_ns else None
 
     def end_interval(self) -> None:
-        """Hand over what was accessed since the last interval."""
+        """Pass the accesses of the interval to the sink."""
         self._due_ns = 0
         counts, append = self.counts, self._sink.append
         counts.intervals += bool(self._pages)

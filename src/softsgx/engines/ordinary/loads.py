@@ -1,4 +1,4 @@
-"""Accesses by loads: each page when it is brought into a finite EPC, as the pager sees it."""
+"""Accesses by loads: each page when it is added to, or loaded into, a finite EPC."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _HAND_OVER_NS = 100_000_000
 
 
 class Loads(Intervals):
-    """See the module.  What is loaded is handed over from time to time; nothing is hidden.
+    """See the module.  Loads go to the sink ten times a second; no page is hidden for that.
 
     Args:
         epc: loads the pages.
-        sink: receives them.
+        sink: receives the accesses.
     """
 
     def __init__(self, epc: Epc, sink: TraceSink) -> None:
@@ -24,7 +24,7 @@ class Loads(Intervals):
         self._epc, self._seen = epc, 0
 
     def accessed(self, space: AddressSpace, page: int, write: bool) -> None:
-        """A hidden page was accessed: it was loaded for that, or the core had asked for its age."""
+        """A hidden page was accessed: it was loaded, or the core had cleared its accessed bit."""
         self.counts.shown += 1
         if self._epc.loads != self._seen:
             self._seen = self._epc.loads
@@ -36,5 +36,5 @@ class Loads(Intervals):
         self.note_written(space, page)
 
     def between(self) -> float | None:
-        """Hand over what was loaded, if it is time; return in how many seconds it is."""
+        """Pass the loads to the sink, if it is time; return as :meth:`Intervals.between`."""
         return self.hand_over_if_due()

@@ -1,8 +1,8 @@
 """The recorder's loop: stops of the program's threads, and faults in its address spaces.
 
-Everything happens in one OS thread.  A thread stops for system calls that change mappings or make
-tasks, and for signals; nothing interrupts it.  A page fault is no stop: the thread waits in the
-kernel until the recorder has answered.
+The recorder is one OS thread.  A thread of the program stops for system calls that change mappings
+or make tasks, and for signals; the recorder never interrupts it.  A page fault is no stop: the
+thread waits in the kernel until the recorder has answered.
 
 Source:
     ptrace(2), userfaultfd(2), signalfd(2).
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 _BIRTHS = (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE)
 _SIGNAL_BYTES = 128
-#: Another thread of this process that does not block SIGCHLD may take it: look again.
+#: Another thread of the recorder's process that does not block SIGCHLD may take it: look again.
 _LONGEST_WAIT_S = 0.1
 
 
@@ -47,9 +47,11 @@ class _Birth:
     """A task that was made and has not stopped for the first time yet.
 
     Attributes:
-        thread: it; parent: the thread that has made it.
-        copied: what its copy of the address space begins with; ``None`` where it has the parent's.
-        held: keeps the parent's address space as it is until then.
+        thread: the task.
+        parent: the thread that has made it.
+        copied: the state that its copy of the address space begins with; ``None``: it shares the
+            parent's.
+        held: keeps the parent's address space from changing until that stop.
     """
 
     thread: ProgramThread
@@ -63,14 +65,14 @@ class Loop:
 
     Args:
         waits: receives stops and ends; SIGCHLD is blocked.
-        spaces: makes address spaces, and has those that there are.
-        calls: what to do about system calls.
-        intervals: end when they are over, while nothing is being served.
+        spaces: the address spaces of the program.
+        calls: handles system calls.
+        intervals: ends intervals, between stops and faults.
 
     Attributes:
-        threads: living threads of the program, by id.
+        threads: threads of the program that have not ended, by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
-        failures: exceptions that are mistakes of ours.
+        failures: exceptions that are bugs of the recorder.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Loop:
     # --- the program ----------------------------------------------------------------------------
 
     def adopt(self, thread: ProgramThread) -> None:
-        """A thread has executed a program and is stopped at the end of the call; resume it.
+        """Record a thread that is stopped at the end of its execve, and resume it.
 
         Raises:
             NotRun, SoftSgxError: it cannot be recorded.
@@ -111,7 +113,7 @@ class Loop:
         thread.resume()
 
     def run(self) -> None:
-        """Serve the program until its last thread is gone."""
+        """Serve the program until its last thread has ended."""
         clock, intervals = time.monotonic_ns, self._intervals
         self._stops()
         while self.threads or self._born:
@@ -130,7 +132,7 @@ class Loop:
             intervals.spent(clock() - began_ns)
 
     def kill(self) -> None:
-        """End every process, and wait until it is gone."""
+        """Kill every process, and wait until each has ended."""
         known = {*self._early, *self._born, *(thread.pid for thread in self.threads.values())}
         for pid in known:
             kill(pid)
@@ -159,7 +161,7 @@ class Loop:
         while True:
             try:
                 event = self._waits.next(0)
-            except ChildProcessError:  # every task was reaped: also those that this loop expects
+            except ChildProcessError:  # every task was reaped, also those that have not stopped yet
                 self.threads.clear()
                 self._born.clear()
                 return
@@ -177,7 +179,7 @@ class Loop:
             self._guard(thread, self._handle, thread.stopped(status))
 
     def _stranger(self, tid: int, status: int) -> None:
-        """A child that stops or ends before its parent's event reports it, or a task of ours."""
+        """Handle a child that its parent's event has not reported yet, or a resident task."""
         if stops_at_exit(status):
             let_end(tid)
         elif tid in self._born:
@@ -221,7 +223,7 @@ class Loop:
         else:
             thread.resume()
 
-    # --- births and deaths ----------------------------------------------------------------------
+    # --- new tasks, execve and ends -------------------------------------------------------------
 
     def _birth(self, parent: ProgramThread, event: int) -> None:
         tid = parent.event_message()
@@ -266,7 +268,7 @@ class Loop:
         self._guard(thread, begin, thread.stopped(status))
 
     def _executed(self, thread: ProgramThread) -> None:
-        """The other threads have ended; the remaining thread has the leader's id."""
+        """Handle execve: the other threads have ended; the remaining one has the leader's id."""
         former, heir = thread.space, ProgramThread(thread.tid, thread.pid, self._waits)
         for other in [each for each in self.threads.values() if each.pid == thread.pid]:
             del self.threads[other.tid]
@@ -293,7 +295,7 @@ class Loop:
             self._poll.register(space.faults.descriptor, select.EPOLLIN)
 
     def _leave(self, thread: ProgramThread) -> None:
-        """A thread has its address space no more."""
+        """Remove a thread from its address space."""
         thread.release()
         space, thread.space = thread.space, None
         if space is not None:
@@ -305,5 +307,5 @@ def _signed(value: int) -> int:
 
 
 def _shares_memory(tid: int, other: int) -> bool:
-    """Return whether two tasks have one address space."""
+    """Return whether two tasks share an address space."""
     return libc.syscall(abi.SYS_KCMP, tid, other, abi.KCMP_VM, 0, 0) == 0

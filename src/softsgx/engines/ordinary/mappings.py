@@ -1,4 +1,4 @@
-"""What /proc/PID/maps says of mappings, as far as the recorder needs it.
+"""Mappings of a process, read from /proc/PID/maps.
 
 Source:
     proc_pid_maps(5).
@@ -19,7 +19,16 @@ _LETTERS = ((0, abi.PROT_READ), (1, abi.PROT_WRITE), (2, abi.PROT_EXEC))
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One line: ``[start, end)``, rights, whether it is private, inode of its file or 0, name."""
+    """One line of the file.
+
+    Attributes:
+        start: first address.
+        end: address behind the last.
+        prot: PROT_* rights.
+        private: whether it is mapped with MAP_PRIVATE.
+        inode: of its file; 0: it has none.
+        name: path of its file, or a name in brackets; may be empty.
+    """
 
     start: int
     end: int
@@ -30,7 +39,7 @@ class Mapping:
 
     @property
     def counts(self) -> bool:
-        """Whether it is private memory, or a private mapping of a file."""
+        """Whether it counts as enclave memory: private memory, or a private mapping of a file."""
         return self.is_private_memory or bool(self.private and self.inode)
 
     @property
@@ -50,7 +59,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
 
 
 def private_memory(pid: int, hole: tuple[int, int] = (0, 0)) -> list[tuple[int, int]]:
-    """Return (start, end) of anonymous private memory, without what is in ``hole``."""
+    """Return (start, end) of anonymous private memory, without the range ``hole``."""
     found = []
     for each in mappings(pid):
         if each.is_private_memory:

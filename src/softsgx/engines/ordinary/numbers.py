@@ -1,7 +1,7 @@
-"""Numbers of pages in a trace: small ones, in which neighbours stay neighbours.
+"""Numbers of pages in a trace: small numbers, which keep neighbouring pages adjacent.
 
-An address space is large and used in few places.  Blocks of 2 MiB are numbered in the order in
-which they are accessed first.
+An address space is large and sparse.  Blocks of 2 MiB are numbered in the order in which they are
+accessed first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PageNumbers:
         return block << _SHIFT | page & _MASK
 
     def page(self, number: int) -> int:
-        """Return the page of a number that :meth:`number` has given."""
+        """Return the page of a number that :meth:`number` has returned."""
         return self._known[number >> _SHIFT] << _SHIFT | number & _MASK
 
     @property

@@ -1,4 +1,4 @@
-"""Where the contents of hidden pages are: with the recorder, or in a finite EPC and behind it."""
+"""Where the contents of hidden pages are: with the recorder, or in a finite EPC and its backing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Pager", "Unlimited"]
 
 
 class Pager(Protocol):
-    """What an address space asks about the contents of its pages, which are addresses // 4096."""
+    """What an address space needs of the owner of its contents.  A page is an address // 4096."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether present pages belong to the pager, and their place matters."""
+        """Whether pages are in a finite EPC: then a page that moves has to be hidden before."""
 
     def opened(self, space: AddressSpace) -> None:
         """An address space is new."""
@@ -27,9 +27,9 @@ class Pager(Protocol):
         """An address space has ended."""
 
     def need(self, space: AddressSpace, page: int) -> None:
-        """Have the content of a hidden page in ``hidden``: the program accesses it.
+        """Put the content of a hidden page into ``hidden``: the program accesses the page.
 
-        A content that is as at first need not be there.
+        A page that was not written to may stay out of ``hidden``: zeros, or bytes of its file.
 
         Raises:
             SoftSgxError: there is no room for it.
@@ -39,20 +39,20 @@ class Pager(Protocol):
         """Return pages whose content is neither present nor in ``hidden``."""
 
     def forgotten(self, space: AddressSpace, page: int) -> bool:
-        """The program has given up a content; return whether ``hidden`` keeps it all the same."""
+        """The program has dropped a content; return whether it stays in ``hidden`` nevertheless."""
 
     def take(self, space: AddressSpace, page: int) -> int | None:
-        """Return the content of a hidden page, shared; ``None``: it is as at first."""
+        """Return the content of a hidden page, shared; ``None``: its initial content."""
 
     def give(self, space: AddressSpace, page: int, content: int) -> None:
         """Give a hidden page another content."""
 
     def forked(self, space: AddressSpace) -> None:
-        """Fork has made an address space, whose present pages are those that it has copied."""
+        """Fork has made an address space; its present pages are those that fork has copied."""
 
 
 class Unlimited:
-    """All contents are with the recorder; see :class:`Pager` for the methods."""
+    """The recorder has all contents; see :class:`Pager` for the methods."""
 
     is_finite = False
 
@@ -66,26 +66,26 @@ class Unlimited:
         """Nothing to release."""
 
     def need(self, space: AddressSpace, page: int) -> None:
-        """It is there."""
+        """Do nothing: ``hidden`` has every content."""
 
     def evicted(self, space: AddressSpace) -> Iterable[int]:
-        """None are."""
+        """Return no pages: none are evicted."""
         return ()
 
     def forgotten(self, space: AddressSpace, page: int) -> bool:
-        """It is released."""
+        """Return ``False``: the content is released."""
         return False
 
     def take(self, space: AddressSpace, page: int) -> int | None:
-        """Share what ``hidden`` has."""
+        """Return the content in ``hidden``, shared."""
         content = space.hidden.get(page)
         if content is not None:
             self._contents.share(content)
         return content
 
     def give(self, space: AddressSpace, page: int, content: int) -> None:
-        """Keep it in ``hidden``."""
+        """Put the content into ``hidden``."""
         space.hidden[page] = content
 
     def forked(self, space: AddressSpace) -> None:
-        """They stay present."""
+        """Do nothing: copied pages stay present."""

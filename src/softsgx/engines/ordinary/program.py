@@ -26,13 +26,13 @@ class ProgramThread(Thread):
 
     Attributes:
         space: its address space; ``None`` while it is not known, or not recorded.
-        at_end: what to do with the result of the system call that it makes now.
-        holds: what that call does to its address space.
-        cleared_at: where the kernel writes zero when it ends; 0 for nowhere.
-        cleared_by_child: the same of the task that it makes now.
+        at_end: receives the result of the system call that it makes now.
+        holds: what the call keeps from being hidden until it ends.
+        cleared_at: the address where the kernel writes zero when it ends; 0: none.
+        cleared_by_child: ``cleared_at`` of the task that it makes now.
         made: the id of the task that it has made last.
-        reaps: the id of our task in the address space that its process had before; 0 for none.
-        space_base: where our code is in its address space.
+        reaps: the id of the resident task in its process's previous address space; 0: none.
+        space_base: address of the recorder's code in its address space.
     """
 
     def __init__(self, tid: int, pid: int, waits: Waits) -> None:
@@ -45,14 +45,14 @@ class ProgramThread(Thread):
         self.made = self.reaps = self.space_base = 0
 
     def stopped(self, status: int) -> Stop:
-        """Record a stop, and which task it has made."""
+        """Record a stop, and the id of a task that it has made by clone."""
         stop = super().stopped(status)
         if stop.event == abi.PTRACE_EVENT_CLONE:
             self.made = self.event_message()
         return stop
 
     def rseq_at(self) -> int:
-        """Return where its area for restartable sequences is, 0 where it has none."""
+        """Return the address of its area for rseq(2); 0: it has none, or the kernel is too old."""
         answer = (ctypes.c_uint64 * 3)()
         try:
             libc.ptrace(
@@ -63,7 +63,7 @@ class ProgramThread(Thread):
         return answer[0]
 
     def release(self) -> None:
-        """Its system call holds its address space no more."""
+        """Release what its system call held in its address space."""
         hold, self.holds = self.holds, None
         if hold is not None:
             hold.release()

@@ -1,4 +1,4 @@
-"""Recording an ordinary program as if it were enclosed, from one call."""
+"""Records an ordinary program as if it ran in an enclave: one call runs and records it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["AsEnclaveResult", "RecordFailed", "TraceSink", "can_record", "record
 
 
 def can_record() -> bool:
-    """Return whether this process may have a userfaultfd for accesses of system calls."""
+    """Return whether this process may open a userfaultfd that reports accesses by the kernel."""
     try:
         os.close(libc.syscall(abi.SYS_USERFAULTFD, os.O_CLOEXEC))
     except OSError:
@@ -47,11 +47,11 @@ class AsEnclaveResult:
         exit_code: the program's exit status, or -n when signal n ended it.
         interval_ns: length of an interval.
         counts: what was recorded, and what it took.
-        address_spaces: how many programs were executed, and copied by fork.
+        address_spaces: how many address spaces execve and fork have made.
         wall_ns: how long the run took.
-        epc_pages: pages of the EPC, 0 without one.
-        loads: pages that were brought into it.
-        evictions: pages that left it, encrypted.
+        epc_pages: pages of the EPC; 0: the run had none.
+        loads: pages that were added to it, or loaded into it.
+        evictions: pages that were evicted from it.
     """
 
     exit_code: int
@@ -65,11 +65,11 @@ class AsEnclaveResult:
 
 
 class RecordFailed(AssertionError):
-    """Mistakes of ours have ended processes; the other processes continued.
+    """Bugs of the recorder have ended processes of the program; its other processes continued.
 
     Attributes:
         result: how the run ended.
-        errors: the mistakes, the earliest first.
+        errors: the exceptions, the earliest first.
     """
 
     def __init__(self, result: AsEnclaveResult, errors: Sequence[Exception]) -> None:
@@ -91,7 +91,7 @@ def record_as_enclave(
     """Run a program with all its children, and record the accesses of their private memory.
 
     Without an EPC the trace has intervals.  With one the memory is really paged, and the trace has
-    each page that is brought into the EPC.
+    each page that is added to the EPC or loaded into it.
 
     Args:
         argv: program, looked up in PATH, and its arguments.
@@ -106,7 +106,7 @@ def record_as_enclave(
     Raises:
         NotRun: the program cannot be started, or this machine lacks something the recorder needs.
         SoftSgxError: the program cannot be recorded.
-        RecordFailed: the program has ended, and we have made mistakes.
+        RecordFailed: the program has ended, and bugs of the recorder have ended processes of it.
     """
     limits, began_ns = raise_limits(), time.monotonic_ns()
     start = _Start(argv, limits, env, cwd, stdio, started)
@@ -121,7 +121,7 @@ def record_as_enclave(
             pager = Epc(platform, store, contents)
             recorder = _Recorder(contents, pager, Loads(pager, sink), sink)
             exit_code = recorder.run(start)
-            if not recorder.errors:  # else counts may be wrong, and that is no news
+            if not recorder.errors:  # after an error counts may be wrong: the error is reported
                 platform.check()
             counters = platform.core.counters
             return replace(
@@ -148,7 +148,7 @@ class _Recorder:
     """One run.
 
     Attributes:
-        errors: mistakes of ours.
+        errors: exceptions that are bugs of the recorder.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class _Recorder:
         """Return how the run ended.
 
         Raises:
-            RecordFailed: we have made mistakes.
+            RecordFailed: bugs of the recorder have ended processes.
         """
         wall_ns = time.monotonic_ns() - began_ns
         counts = self._intervals.counts
@@ -203,8 +203,8 @@ class _Recorder:
         try:
             if is_32_bit(first):
                 raise SoftSgxError(
-                    f"{start.argv[0]}: a 32-bit program, whose memory cannot be recorded; "
-                    "give a 64-bit one"
+                    f"{start.argv[0]}: the memory of 32-bit programs cannot be recorded; "
+                    "give a 64-bit program"
                 )
             if start.started is not None:
                 start.started(first.pid)

@@ -1,10 +1,9 @@
-"""A task of ours in an address space of the program: it makes calls there while the program runs.
+"""The resident task: a task of the recorder in an address space of the program.
 
-Pages can be taken from an address space only by a call that is made in it, madvise(2), and threads
-of the program cannot be borrowed for that at any time: interrupting a system call can make it fail
-with EINTR.  So each address space gets one more task, by clone(CLONE_VM), which is stopped except
-while it makes calls for the recorder.  It has no descriptors, blocks signals, and is ended with the
-address space.
+Only a call made in an address space, madvise(2), can drop its pages.  The recorder cannot make
+threads of the program execute it at any time: an interrupted system call can fail with EINTR.  So
+clone(CLONE_VM) adds one task to each address space.  It is stopped except while it makes calls for
+the recorder.  It has no descriptors, blocks signals, and is killed with the address space.
 
 Deviation: the program can find that task in /proc, as a child that wait(2) reports only with
 ``__WALL`` or ``__WCLONE``, and a mapping with its code.  The task counts for RLIMIT_NPROC.
@@ -50,7 +49,7 @@ _CODE, _LABELS = _assemble()
 
 
 def install_code(thread: Thread, memory: int) -> int:
-    """Map the code for calls into a fresh image, and return where it is.
+    """Map the code for calls into a new image, and return its address.
 
     Args:
         thread: stopped at the end of its execve; its calls are made there from now on.
@@ -60,7 +59,7 @@ def install_code(thread: Thread, memory: int) -> int:
         SoftSgxError: the image has no room for it.
         Gone: the thread has ended.
     """
-    # The first calls have nowhere to run but on the program's own entry point.
+    # Until that mapping exists, calls are made from the program's entry point.
     entry = thread.load().rip
     kept = os.pread(memory, 3, entry)
     os.pwrite(memory, b"\x0f\x05\xcc", entry)
@@ -82,9 +81,9 @@ class Resident:
     """See the module.
 
     Args:
-        thread: a stopped thread of the address space that calls can be made in.
+        thread: a stopped thread of the address space.
         waits: receives stops.
-        base: where the code is.
+        base: result of :func:`install_code`.
 
     Attributes:
         tid: its id.
@@ -109,7 +108,7 @@ class Resident:
         self._thread = Thread(self.tid, waits)
         self._thread.inject_at = base + _LABELS["inject"]
         self._thread.wait()
-        # No stop at its end: nothing would be left to do then, and the program may wait for it.
+        # No stop at its end: the recorder has no work then, and the program may wait for it.
         libc.ptrace(abi.PTRACE_SETOPTIONS, self.tid, 0, _OPTIONS)
         self._thread.syscall(abi.SYS_CLOSE_RANGE, 0, 0xFFFF_FFFF, 0)
         self.memory = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -118,18 +117,18 @@ class Resident:
     def syscall(self, number: int, *arguments: int) -> int:
         """Make a system call in the address space; return its result, ``-errno`` for a failure.
 
-        Threads of the program cannot make it for us: the kernel accesses their memory when a call
+        A thread of the program cannot make it: the kernel accesses the thread's memory when a call
         returns, for rseq(2), and would wait for the recorder.
 
         Raises:
-            Gone: the task has been killed, and the process is, too.
+            Gone: the task has been killed; the process is killed as well.
         """
         with self._ends_process():
             return self._thread.syscall(number, *arguments)
 
     @contextmanager
     def _ends_process(self) -> Iterator[None]:
-        """Kill the process if the task has been killed: its pages cannot be taken any more."""
+        """Kill the process if the task has been killed: its pages cannot be hidden any more."""
         try:
             yield
         except Gone:
@@ -137,9 +136,9 @@ class Resident:
             raise
 
     def drop(self, ranges: list[tuple[int, int]]) -> None:
-        """Take the pages of (start, end) ranges from the address space.
+        """Drop the pages of (start, end) ranges from the address space.
 
-        If the task has been killed the process is, too, and its pages do not matter.
+        If the task has been killed, the process is killed as well, and its pages do not matter.
         """
         with suppress(Gone), self._ends_process():
             self._drop(ranges)

@@ -1,15 +1,16 @@
 """One address space of the program: which of its pages are present, and the contents of the others.
 
-A page of private memory is *present*: the program has it, clean (write-protected, its content is
-known) or written; or it is *hidden*: not in the program's page tables, and the recorder has its
-content, or a file has, or it is zero.  The first access to a hidden page, and the first store to a
-clean one, are faults that the kernel reports by userfaultfd, also those of system calls.
+A page of private memory is *present* or *hidden*.  A present page is in the program's page tables;
+it is clean (write-protected, and the recorder knows its content) or written.  A hidden page is not
+in the program's page tables: the recorder has its content, or a file has, or it is zero.  The
+kernel reports the first access to a hidden page, and the first store to a clean one, by
+userfaultfd, also when a system call makes it.
 
-:meth:`AddressSpace.hide` hides every present page while the threads run: it write-protects the
-written pages, copies them, and has all dropped by the :class:`~.resident.Resident`.  A store
-meanwhile waits, and finds its page again, with what was copied.
+:meth:`AddressSpace.hide` hides present pages while the threads run: it write-protects the written
+pages and copies them, and the :class:`~.resident.Resident` drops all of them.  A thread that stores
+to such a page meanwhile waits, and then gets the page with the copied content.
 
-Deviation: memory that a device writes by direct I/O while it is hidden loses what is written.
+Deviation: bytes that a device writes by direct I/O to a page while it is being hidden are lost.
 
 Source:
     userfaultfd(2), process_vm_readv(2), Documentation/admin-guide/mm/pagemap.rst.
@@ -42,7 +43,7 @@ _PRESENT_OR_SWAPPED = 0xC0
 
 
 class Accesses(Protocol):
-    """What is told of accesses."""
+    """Receives accesses."""
 
     def accessed(self, space: AddressSpace, page: int, write: bool) -> None:
         """A hidden page was accessed; ``page`` is its address divided by 4096."""
@@ -53,7 +54,7 @@ class Accesses(Protocol):
 
 @dataclass
 class Snapshot:
-    """What a copy of an address space begins with; the fields are those of the address space."""
+    """The state of a copy of an address space at fork; see :class:`AddressSpace` for the fields."""
 
     present: dict[int, bool] = field(default_factory=dict)
     hidden: dict[int, int] = field(default_factory=dict)
@@ -62,13 +63,13 @@ class Snapshot:
 
 
 class Hold:
-    """Keeps an address space from being hidden, and faults in some ranges waiting, for a time.
+    """Until it is released, keeps pages from being hidden and faults in some ranges waiting.
 
     Args:
-        space: it.
+        space: the address space.
         changing: ranges in which faults wait.
         pins: pages that must stay present.
-        whole: whether no page at all may be hidden; else those of ``pins``.
+        whole: whether all pages must stay present; otherwise those of ``pins`` must.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Hold:
         space.pinned += self._pins
 
     def release(self) -> None:
-        """The time is over; more than once does nothing."""
+        """End the hold; further calls do nothing."""
         space, self._space = self._space, None
         if space is None:
             return
@@ -102,24 +103,24 @@ class AddressSpace:
     """See the module.
 
     Args:
-        resident: our task in it.
+        resident: the recorder's task in it.
         faults: its userfaultfd.
         contents: of hidden pages.
-        pager: has them while they are not in ``hidden``.
-        accesses: is told of them.
-        copy: what fork has copied.
+        pager: has the contents that are not in ``hidden``.
+        accesses: receives accesses.
+        copy: its state after fork; ``None``: it is empty.
 
     Attributes:
         present: whether each present page is written, by page number.
-        hidden: the content of pages that the recorder has, also of clean present ones.
-        files: the content of the others, where it is not zero.
+        hidden: contents that the recorder has, by page; also those of clean present pages.
+        files: files with the contents of other pages; a page in neither is zero.
         numbers: of its pages in the trace.
         pinned: pages that have to stay present.
-        changing: ranges that system calls under way are changing: faults there wait.
-        holds: how many things are under way that hiding pages could disturb.
-        break_at: the program break, 0 while it is not known.
-        wiped: pages that a child made by fork finds zero.
-        locks_memory: whether the kernel fills what it maps, by mlockall(2).
+        changing: ranges that unfinished system calls change: faults there wait.
+        holds: number of unfinished operations during which no page may be hidden.
+        break_at: the program break; 0: not known yet.
+        wiped: pages that are zero in a child after fork.
+        locks_memory: whether the kernel fills new mappings at once, after mlockall(2).
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class AddressSpace:
         return served
 
     def serve_postponed(self) -> None:
-        """Answer the faults that have waited for a system call that has ended."""
+        """Answer the faults that have waited until a system call ended."""
         postponed, self._postponed = self._postponed, []
         for flags, address in postponed:
             self._take(flags, address)
@@ -188,7 +189,7 @@ class AddressSpace:
             self.faults.wake(page << _SHIFT)
 
     def show(self, page: int, write: bool) -> None:
-        """Let a hidden page be present, where it is mapped: it is accessed."""
+        """Make a hidden page present, if it is mapped, and record the access."""
         self._pager.need(self, page)
         content = self.hidden.get(page)
         if content is None:
@@ -202,14 +203,14 @@ class AddressSpace:
             self._accesses.accessed(self, page, write)
 
     def first_bytes(self, page: int) -> bytes | None:
-        """Return what a page has that was not written; ``None``: it is behind the file's end."""
+        """Return the initial bytes of a page, empty for zeros; ``None``: behind the file's end."""
         part = self.files.find(page << _SHIFT)
         if part is None:
             return b""
         return part.file.page(part.offset + (page << _SHIFT) - part.start)
 
     def _initial(self, page: int) -> int | None:
-        """Return the content of a page that was not written, as :meth:`first_bytes`."""
+        """Return the initial content of a page; ``None``: it is behind the file's end."""
         data = self.first_bytes(page)
         if not data:
             return None if data is None else self._contents.zero
@@ -217,7 +218,7 @@ class AddressSpace:
         return content
 
     def make_writable(self, page: int) -> None:
-        """Let one page be present, and the next store to it pass."""
+        """Make one page present and writable, and record a store to it."""
         written = self.present.get(page)
         if written is None:
             self.show(page, True)
@@ -232,7 +233,7 @@ class AddressSpace:
         while len(found) < size and address < abi.TASK_SIZE:
             length = min(size - len(found), abi.PAGE - address % abi.PAGE)
             if address >> _SHIFT not in self.present:
-                self.show(address >> _SHIFT, False)  # or our own reading waits for us
+                self.show(address >> _SHIFT, False)  # else pread would wait for the recorder itself
             try:
                 part = os.pread(self.resident.memory, length, address)
             except OSError:
@@ -262,7 +263,7 @@ class AddressSpace:
     def _save(self, start: int, end: int) -> None:
         """Copy a run of written pages, which are write-protected from now on."""
         self.faults.protect(start, end, on=True)
-        # Reading a page that is not there would be a fault that waits for the recorder itself.
+        # A read of an absent page would be a fault that waits for the recorder itself.
         there = self._pages_present(start, end)
         if len(there) << _SHIFT != end - start:
             for page in {*range(start >> _SHIFT, end >> _SHIFT)} - {*there}:
@@ -288,7 +289,7 @@ class AddressSpace:
         self._contents.fill(self.hidden[page], data)
 
     def _own_content(self, page: int) -> int:
-        """Return where the content of a written page goes: no other page has it."""
+        """Return a content for a written page that it shares with no other page."""
         content = self.hidden.get(page)
         if content is not None and self._contents.is_shared(content):
             self._contents.release(content)
@@ -300,7 +301,7 @@ class AddressSpace:
     # --- changes of mappings --------------------------------------------------------------------
 
     def register(self, start: int, end: int) -> None:
-        """Pages of anonymous private memory count from now on.
+        """Record accesses to a range of anonymous private memory from now on.
 
         Raises:
             OSError: see :meth:`.userfaults.Userfaults.register`.
@@ -314,7 +315,7 @@ class AddressSpace:
         self.protect_clean(page for page in self.present if low <= page < high)
 
     def adopt(self, start: int, end: int) -> None:
-        """Pages that are present in a range, by no fault of ours, are accessed and written."""
+        """Record pages that the kernel has made present without a fault as accessed and written."""
         for page in self._pages_present(start, end):
             if page not in self.present:
                 self.present[page] = True
@@ -331,24 +332,24 @@ class AddressSpace:
         return found
 
     def forget(self, start: int, end: int) -> None:
-        """Pages of a range are zero, or as in their file, at their next access."""
+        """Drop the contents of a range: its pages have their initial content at the next access."""
         for page in self._known(start, end):
             self._forget(page)
 
     def unmapped(self, start: int, end: int) -> None:
-        """A range has new pages, or none."""
+        """The range was unmapped, or newly mapped: drop its contents and its files."""
         self.forget(start, end)
         self.files.remove(start, end)
         if self.wiped:
             self.wiped = {page for page in self.wiped if not start <= page << _SHIFT < end}
 
     def before_move(self, start: int, end: int) -> None:
-        """The kernel is about to move pages: contents that the pager counts cannot be present."""
+        """Prepare for mremap(2): pages of a finite EPC are hidden before they move."""
         if self._pager.is_finite:
             self.hide([page for page in self._known(start, end) if page not in self.pinned])
 
     def move(self, start: int, end: int, to: int) -> None:
-        """The kernel has moved pages to an address."""
+        """The kernel has moved the pages of a range to the address ``to``: move their state."""
         distance = (to - start) >> _SHIFT
         present, hidden = {}, {}
         for page in self._known(start, end):
@@ -368,7 +369,7 @@ class AddressSpace:
             self.files.add(part.moved(to - start))
 
     def protect_clean(self, pages: Iterable[int]) -> None:
-        """Write-protect clean ones of present pages again, in memory that is registered anew."""
+        """Write-protect the clean pages among ``pages`` again: registering has cleared that."""
         clean = [page << _SHIFT for page in sorted(pages) if not self.present[page]]
         for start, end in runs(clean):
             self.faults.protect(start, end, on=True)
@@ -392,10 +393,10 @@ class AddressSpace:
         if content is not None:
             self._contents.release(content)
 
-    # --- birth and death ------------------------------------------------------------------------
+    # --- fork and end ---------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """Return what a child begins with that fork makes now."""
+        """Return the state for a child that fork makes now."""
         present = {page: each for page, each in self.present.items() if page not in self.wiped}
         hidden = {}
         for page in {*self.hidden, *self._pager.evicted(self)} - self.wiped:
@@ -405,10 +406,10 @@ class AddressSpace:
         return Snapshot(present, hidden, self.files.copy(), self.break_at)
 
     def settle_fork(self, ranges: list[tuple[int, int]]) -> None:
-        """This is a copy, stopped: begin to count the pages of its private memory.
+        """Record the private memory of a copy from now on; its thread is stopped.
 
-        The parent may have gone on: pages that it has been shown since are hidden here.  A page
-        that is present here and was hidden when fork copied it was made by an access of the kernel.
+        Pages that the parent was shown after the fork are hidden here.  A page that is present here
+        and was hidden at the fork was made present by an access of the kernel: it is dropped.
         """
         there = [page for start, end in ranges for page in self._pages_present(start, end)]
         made = sorted(page << _SHIFT for page in there if page not in self.present)
@@ -421,13 +422,13 @@ class AddressSpace:
         self._pager.forked(self)
 
     def collect(self) -> None:
-        """Hide every present page of a copy: no page of it has a content of its own yet."""
+        """Hide every present page of a copy, also clean ones: their contents are copied."""
         for page in self.present:
             self.present[page] = True
         self.hide(self.present)
 
     def close(self) -> None:
-        """No thread of the program has it any more."""
+        """Release its contents, its task and its userfaultfd; its last thread has ended."""
         for content in self.hidden.values():
             self._contents.release(content)
         self.hidden.clear()

@@ -1,4 +1,4 @@
-"""The address spaces of the program: made at execve and fork, ended with their last thread."""
+"""The address spaces of the program: execve and fork make them; each ends with its last thread."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Spaces:
     Args:
         waits: receives stops.
         contents: of hidden pages.
-        pager: has them.
-        accesses: is told of accesses.
-        begun: called with each new address space and the thread it is made in.
+        pager: has the contents that are not with the recorder.
+        accesses: receives accesses.
+        begun: called with each new address space and its first thread.
         ended: called with each address space that has ended.
     """
 
@@ -54,7 +54,7 @@ class Spaces:
         self._users: dict[AddressSpace, int] = {}
 
     def serve(self, descriptor: int) -> int:
-        """Answer the faults of the address space whose userfaultfd is ``descriptor``."""
+        """Answer the faults that the userfaultfd ``descriptor`` reports; return how many."""
         space = self._by_descriptor.get(descriptor)
         return 0 if space is None else space.serve()
 
@@ -63,23 +63,23 @@ class Spaces:
         return any(space.resident.tid == tid for space in self._users)
 
     def users(self, space: AddressSpace) -> int:
-        """Return how many threads have an address space."""
+        """Return the number of the program's threads in an address space."""
         return self._users.get(space, 0)
 
     def enter(self, space: AddressSpace) -> bool:
-        """One more thread has an address space; return whether it is the first."""
+        """Count one more thread in an address space; return whether it is the first."""
         self._users[space] = self._users.get(space, 0) + 1
         self._by_descriptor[space.faults.descriptor] = space
         return self._users[space] == 1
 
     def leave(self, space: AddressSpace) -> None:
-        """One thread less has an address space; end it with the last."""
+        """Count one thread fewer in an address space; end it with the last."""
         self._users[space] -= 1
         if not self._users[space]:
             self._end(space)
 
     def end_all(self) -> None:
-        """End all of them."""
+        """End all address spaces."""
         for space in list(self._users):
             self._end(space)
 
@@ -92,9 +92,9 @@ class Spaces:
     # --- new ones -------------------------------------------------------------------------------
 
     def refuse_32_bit(self, tid: int) -> None:
-        """A 32-bit program was executed: it runs, and is not recorded."""
+        """Warn that a 32-bit program was executed: it runs without being recorded."""
         name = os.readlink(f"/proc/{tid}/exe")
-        _LOG.warning("process %d: %s is a 32-bit program: its pages do not count", tid, name)
+        _LOG.warning("process %d: %s is a 32-bit program: it is not recorded", tid, name)
 
     def of_program(self, thread: ProgramThread) -> AddressSpace:
         """Return the address space of a program that was executed; its pages are all hidden.
@@ -103,9 +103,9 @@ class Spaces:
             thread: its only thread, stopped at the end of execve.
 
         Raises:
-            NotRun: the kernel does not give it a userfaultfd.
-            SoftSgxError: it has no room for what the recorder needs.
-            Gone: it has ended.
+            NotRun: the kernel refuses a userfaultfd.
+            SoftSgxError: the address space has no room for the recorder's mapping.
+            Gone: the thread has ended.
         """
         memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -128,7 +128,7 @@ class Spaces:
         return space
 
     def _take_content(self, memory: int, copy: Snapshot, mapping: Mapping) -> None:
-        """Copy what is present in a mapping, or in its file."""
+        """Copy the pages of a mapping that are not zero."""
         for page in range(mapping.start >> _SHIFT, mapping.end >> _SHIFT):
             try:
                 data = os.pread(memory, abi.PAGE, page << _SHIFT)
@@ -141,9 +141,9 @@ class Spaces:
         """Return the address space of a process that fork has made.
 
         Args:
-            thread: its only thread, stopped before its first step.
+            thread: its only thread, stopped before its first instruction.
             parent: the thread that made it.
-            copy: what it begins with.
+            copy: the parent's state at the fork.
 
         Raises:
             As :meth:`of_program`.
@@ -183,7 +183,7 @@ class Spaces:
 
 
 def _empty(thread: ProgramThread, mapping: Mapping) -> None:
-    """Make a mapping anonymous memory without pages."""
+    """Replace a mapping by anonymous memory, and drop its pages."""
     start, length = mapping.start, mapping.end - mapping.start
     if mapping.inode:
         kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED

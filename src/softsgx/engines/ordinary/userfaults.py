@@ -1,8 +1,7 @@
 """The userfaultfd of one address space: faults on anonymous memory, and the ioctls that answer.
 
 The kernel reports an access to a page that is not present, and a store to a page that is
-write-protected, whether the program or the kernel in the program's name makes it.  The thread waits
-until the page is there.
+write-protected, also when a system call makes it.  The thread waits until the recorder answers.
 
 Source:
     userfaultfd(2), ioctl_userfaultfd(2); uapi/linux/userfaultfd.h.
@@ -30,7 +29,7 @@ class Userfaults:
     """See the module.
 
     Args:
-        descriptor: a fresh userfaultfd of the program, not blocking; closed by :meth:`close`.
+        descriptor: a new userfaultfd of the program, not blocking; closed by :meth:`close`.
 
     Raises:
         OSError: EINVAL: this kernel cannot report stores to write-protected pages.
@@ -64,12 +63,12 @@ class Userfaults:
         fcntl.ioctl(self.descriptor, abi.UFFDIO_REGISTER, request)
 
     def copy(self, address: int, source: int, *, protect: bool) -> int:
-        """Let a page appear with the content at ``source``, an address of ours; wake its threads.
+        """Make a page present with the bytes at ``source``; wake the threads that wait for it.
 
         Args:
             address: of the page.
-            source: where its content is.
-            protect: report the next store to it.
+            source: an address in the recorder.
+            protect: whether the next store to it is reported.
 
         Returns:
             0, or an errno value: EEXIST: it is present; ENOENT, EINVAL: nothing is mapped, or not
@@ -84,13 +83,13 @@ class Userfaults:
         return code
 
     def poison(self, address: int) -> int:
-        """Let accesses to a page raise SIGBUS; as :meth:`copy` otherwise."""
+        """Make accesses to a page raise SIGBUS; returns as :meth:`copy`."""
         request = self._request
         request[0], request[1], request[2], request[3] = address, abi.PAGE, 0, 0
         return self._ioctl(abi.UFFDIO_POISON)
 
     def protect(self, start: int, end: int, *, on: bool) -> int:
-        """Report the next store to present pages, or let stores pass and wake who waits; errno."""
+        """Write-protect present pages, or allow stores and wake threads that wait; return errno."""
         request = self._request
         mode = abi.UFFDIO_WRITEPROTECT_MODE_WP if on else 0
         request[0], request[1], request[2] = start, end - start, mode
@@ -109,6 +108,6 @@ class Userfaults:
     def _ioctl(self, command: int) -> int:
         while libc.raw_ioctl(self.descriptor, command, self._request_at) == -1:
             code = ctypes.get_errno()
-            if code != EAGAIN:  # the mappings are changing this moment
+            if code != EAGAIN:  # the program's mappings are being changed
                 return code
         return 0

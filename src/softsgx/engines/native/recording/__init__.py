@@ -2,8 +2,8 @@
 
 =================== ===============================================================
 :mod:`.pagers`       pagers that report the first use of each page
-:mod:`.page_table`   tells the recorder of uses by the program and by leaves
-:mod:`.recorder`     which uses are accesses, and what is written of them
+:mod:`.page_table`   reports uses by the program and by leaves to the recorder
+:mod:`.recorder`     which uses are accesses, and what the trace gets of them
 :mod:`.recording`    when intervals end
 =================== ===============================================================
 

@@ -16,11 +16,11 @@ _PAGE_MASK = -PAGE_BYTES
 
 
 class RecordedPageTable(EnclavePageTable):
-    """Tells a recorder of each page that the program, or a leaf that it executes, uses.
+    """Reports each page that the program, or a leaf that it executes, uses to a recorder.
 
     Args:
         arguments: of :class:`EnclavePageTable`; the pager is a :class:`WatchingPager`.
-        recorder: is told.
+        recorder: receives the reports.
         keywords: of :class:`EnclavePageTable`.
     """
 
@@ -51,7 +51,7 @@ class RecordedPageTable(EnclavePageTable):
         return True
 
     def occupied(self, linaddr: int) -> None:
-        """A thread that is inside an enclave runs on the TCS or SSA page at ``linaddr``."""
+        """A thread that is inside an enclave occupies the TCS or SSA page at ``linaddr``."""
         self._note(linaddr & _PAGE_MASK, READ)
 
     def _note(self, page: int, access: int) -> None:

@@ -1,12 +1,13 @@
 """Pagers that report the first use of each page: after it was shown, and after it was watched.
 
-To watch a page is what the plain pagers do for its accessed bit: userfaultfd drops the entry of the
-page tables, ``mprotect`` takes its rights; the memory file keeps the bytes.  These pagers begin to
-watch a page when it is shown, and all pages at once by :meth:`watch_all`.  The next use faults, and
-:meth:`touched` lets the thread continue.  With userfaultfd that is a *minor* fault, of a page that
-is in the file and has no entry.
+The plain pagers watch a page to clear its accessed bit: with userfaultfd they drop the page table
+entry, with ``mprotect`` they take its rights; the memory file keeps the bytes.  These pagers watch
+a page from the time when it is shown, and :meth:`watch_all` watches all pages again.  The next use
+faults, and :meth:`touched` lets the thread continue.  With userfaultfd that is a *minor* fault: the
+page is in the file and has no entry.
 
-Where stores count, a page that was used by a load stays write-protected until the first store.
+Where stores are recorded, a page that was used by a load stays write-protected until the first
+store.
 
 The answers to :meth:`test_and_clear_accessed` are those of the plain pagers: a page was used since
 the last ``True`` if it was shown, or has stopped being watched, since then.
@@ -40,7 +41,7 @@ class WatchingPager(Pager, Protocol):
         """Watch every shown page; the calls for it are made before this returns.
 
         Args:
-            mappings: (start, end) of the mappings of enclaves in this address space, rising.
+            mappings: (start, end) of the mappings of enclaves in this address space, ascending.
         """
 
 
@@ -58,7 +59,7 @@ class RecordedUffdPager(UffdPager):
         super().__init__(*arguments)
         self._stores = stores
         self._present_pages: set[int] = set()  # those with an entry
-        self._accessed: set[int] = set()  # used since they were asked about, and then watched
+        self._accessed: set[int] = set()  # used since their bit was cleared, and watched since then
         self._request = (ctypes.c_uint64 * 4)()
         self._request[1] = PAGE_BYTES
         self._request_at = ctypes.addressof(self._request)
@@ -70,11 +71,11 @@ class RecordedUffdPager(UffdPager):
         self._watched.update(new)
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
-        """The file is filled through its descriptor, so that the page has no entry."""
+        """Leave it to the caller to fill the file: the page then has no entry."""
         return False
 
     def shown(self, linaddr: int, rights: int) -> None:
-        """The first use makes the entry."""
+        """The page has no entry until its first use."""
         self._fetches.shown(linaddr, rights)
         self._accessed.add(linaddr)
 
@@ -92,7 +93,7 @@ class RecordedUffdPager(UffdPager):
         self._accessed.difference_update(pages)
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """As :meth:`UffdPager.test_and_clear_accessed`, from what is known of each entry."""
+        """As :meth:`UffdPager.test_and_clear_accessed`, without reading page tables."""
         used = linaddr in self._accessed
         self._accessed.discard(linaddr)
         if linaddr not in self._present_pages:
@@ -102,7 +103,7 @@ class RecordedUffdPager(UffdPager):
         return True
 
     def touched(self, linaddr: int, access: int) -> bool:
-        """Make the entry, or allow stores."""
+        """Make the page's entry, or allow stores; ``False``: the EPCM entry forbids the access."""
         rights = self._fetches.rights.get(linaddr, 0)
         if access & ~rights:
             return False
@@ -136,7 +137,7 @@ class RecordedUffdPager(UffdPager):
             if libc.raw_ioctl(self._uffd, abi.UFFDIO_CONTINUE, self._request_at) != -1:
                 return 0
             code = ctypes.get_errno()
-            if code == EAGAIN:  # the mappings are changing this moment
+            if code == EAGAIN:  # the program's mappings are being changed
                 continue
             if code not in (EEXIST, EFAULT) and code not in UNMAPPED:
                 self._failed(OSError(code, "UFFDIO_CONTINUE"))
@@ -162,7 +163,7 @@ class RecordedMprotectPager(MprotectPager):
         super().__init__(inject, prot_at)
         self._stores = stores
         self._clean: set[int] = set()  # used by loads, and no store is allowed yet
-        self._accessed: set[int] = set()  # used since they were asked about, and then watched
+        self._accessed: set[int] = set()  # used since their bit was cleared, and watched since then
 
     def shown(self, linaddr: int, rights: int) -> None:
         """The page has no rights until its first use."""
@@ -171,7 +172,7 @@ class RecordedMprotectPager(MprotectPager):
         self._accessed.add(linaddr)
 
     def set_rights(self, linaddr: int, rights: int) -> None:
-        """Change the rights of a page that is used; another one begins to be watched."""
+        """Change the rights of a shown page; a page that is not shown yet is watched."""
         if linaddr in self._shown:
             self._shown[linaddr] = rights
             self._apply(linaddr)

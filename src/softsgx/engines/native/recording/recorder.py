@@ -1,9 +1,9 @@
-"""What a recording knows of the pages that were used, and what it writes of them.
+"""Decides which uses of pages are accesses, and appends them to the trace.
 
-A page is *fresh* when page tables have just got it, and, where intervals are recorded, when an
-interval begins.  The first use of a fresh page is an access.  In an interval it is a write when the
-page is written to at any time in it.  ADD_PAGES writes each page that it adds, as it takes a page
-of the EPC.
+A page is *fresh* after page tables map it, and, where intervals are recorded, from the start of an
+interval.  The first use of a fresh page is an access.  The access of an interval is a write when
+the page is written to at any time in the interval.  ADD_PAGES counts as a write to each page that
+it adds, since the page takes a page of the EPC.
 
 Times are those of the program: nanoseconds since the recording began, without the time that the
 recording itself has taken.
@@ -35,7 +35,7 @@ class AccessWriter(Protocol):
     """Where accesses go: a :class:`softsgx.accesses.TraceWriter`."""
 
     def add_enclave(self, name: str, pages: int, pid: int) -> int:
-        """Name an address range whose pages follow; return its number."""
+        """Add an address range of ``pages`` pages; return its number."""
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Add one access, later than those before."""
@@ -49,11 +49,11 @@ class AccessWriter(Protocol):
 
 @dataclass(slots=True)
 class Overhead:
-    """What a recording has cost until now.
+    """What a recording has cost so far.
 
     Attributes:
-        intervals: how many intervals have had an access.
-        late_intervals: how many of them took more than twice the time asked for.
+        intervals: how many intervals had an access.
+        late_intervals: how many of them took more than twice the length of an interval.
         longest_interval_ns: the longest of them.
         faults: uses of pages that stopped the program because they were recorded.
         hiding_ns: time for beginning intervals, in which the program does not run.
@@ -69,7 +69,7 @@ class Overhead:
 
     @property
     def total_ns(self) -> int:
-        """All of the time."""
+        """Time for beginning intervals and for faults."""
         return self.hiding_ns + self.serving_ns
 
 
@@ -85,12 +85,12 @@ class Recorder:
     Args:
         writer: receives the accesses.
         interval_ns: length of an interval, from its first access on, in the program's time;
-            ``None``: there are none.
+            ``None``: accesses are recorded without intervals.
         clock: returns nanoseconds.
 
     Attributes:
-        interval_ns: as given.
-        overhead: what it has cost.
+        interval_ns: see the argument.
+        overhead: what the recording has cost.
         accesses: how many were recorded.
         writes: how many of them are writes.
         enclaves: how many enclaves have been created.
@@ -120,7 +120,7 @@ class Recorder:
 
     @property
     def now_ns(self) -> int:
-        """The program's time, which stands still while the recording works."""
+        """The program's time: it does not advance while the recording works."""
         now_ns = self._clock() - self._began_ns - self.overhead.total_ns
         self._latest_ns = max(self._latest_ns, now_ns)
         return self._latest_ns
@@ -132,7 +132,7 @@ class Recorder:
 
     @property
     def interval_end_ns(self) -> int | None:
-        """When the interval is over, in the program's time; ``None``: it has no access yet."""
+        """When the interval ends, in the program's time; ``None``: it has no access yet."""
         if self.interval_ns is None or not self._interval:
             return None
         return self._first_ns + self.interval_ns
@@ -152,12 +152,12 @@ class Recorder:
             self._access(memory, linaddr, write=True)
 
     def page_mapped(self, epc_addr: int) -> None:
-        """Page tables get the page at ``epc_addr``, which none of them has."""
+        """The first page table maps the page at ``epc_addr``: it is fresh."""
         self._used.discard(epc_addr)
         self._stored.discard(epc_addr)
 
     def page_used(self, epc_addr: int, memory: EnclaveMemory, linaddr: int, *, write: bool) -> None:
-        """A page is used; only some of its uses are reported."""
+        """A page is used; uses that cannot change the trace need not be reported."""
         if epc_addr not in self._used:
             self._used.add(epc_addr)
         elif not write or self.interval_ns is None or epc_addr in self._stored:
@@ -190,11 +190,11 @@ class Recorder:
     # --- for the recording ----------------------------------------------------------------------
 
     def start(self) -> None:
-        """The program is about to take its first step: its time begins."""
+        """Begin the program's time; its first instruction follows."""
         self._began_ns = self._flushed_ns = self._clock()
 
     def end_interval(self) -> None:
-        """Write the accesses of the interval, if it has any; every page is fresh."""
+        """Append the accesses of the interval, if it has any; then every page is fresh."""
         if self.interval_ns is None or not self._interval:
             return
         overhead, length_ns = self.overhead, self.now_ns - self._first_ns
@@ -210,7 +210,11 @@ class Recorder:
         self._stored.clear()
 
     def flush_when_due(self) -> int | None:
-        """Write to the file, once a second; return when that is due next, ``None``: never."""
+        """Write to the file, once a second.
+
+        Returns:
+            The clock's time of the next flush; ``None``: nothing is waiting to be written.
+        """
         if not self._appended:
             return None
         now_ns = self._clock()

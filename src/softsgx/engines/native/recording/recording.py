@@ -1,8 +1,8 @@
-"""When intervals end: a time after their first access, so a program that sleeps has none.
+"""Ends intervals: a fixed time after their first access, so a program that sleeps has none.
 
-To begin an interval is to settle permits, so that the next EENTER by each TCS stops and its leaf is
-seen, and to watch all pages of all address spaces.  Threads keep running until one of their address
-space has to make the calls for it.
+To begin an interval, the supervisor settles permits, so that the next EENTER with each TCS stops
+and is recorded, and watches all pages of all address spaces.  In each address space one thread
+stops to make the calls for that; the others keep running.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Recording:
     """See the module.
 
     Args:
-        recorder: what is recorded.
+        recorder: receives the accesses.
         images: the address spaces of the program, by number.
         permits: crossings that do not stop.
         clock: returns nanoseconds of real time.
@@ -42,11 +42,15 @@ class Recording:
         self._served_ns = cpu_clock()
 
     def start(self) -> None:
-        """The program is about to take its first step."""
+        """Begin the recording; the program's first instruction follows."""
         self._recorder.start()
 
     def between(self) -> int | None:
-        """No thread is being served: do what is due; return when something is due next."""
+        """Flush the trace and end the interval, if it is time; the loop calls it between stops.
+
+        Returns:
+            The clock's time of the next call that has work; ``None``: no time is set.
+        """
         recorder, overhead = self._recorder, self._recorder.overhead
         cpu_ns = self._cpu_clock()
         if recorder.faulted:
@@ -62,7 +66,7 @@ class Recording:
         if now_ns >= end_ns:
             self._begin()
             self._served_ns = self._cpu_clock()
-            return 0  # threads inside have begun another one
+            return 0  # threads that are inside an enclave have begun the next interval
         ends = self._clock() + end_ns - now_ns
         return ends if due is None else min(due, ends)
 
@@ -73,7 +77,7 @@ class Recording:
     def _begin(self) -> None:
         """End an interval, and begin the next one."""
         began_ns = self._clock()
-        self._permits.settle()  # tells of entries that belong to the interval that ends
+        self._permits.settle()  # reports entries that belong to the interval that ends
         self._recorder.end_interval()
         for image in list(self._images.values()):
             self._watch(image)
