@@ -49,9 +49,8 @@ def made(accesses: int, pages: int) -> Iterator[Chunk]:
         scan = (np.arange(first, first + count) // 4 % pages).astype(np.uint32)
         pages_used = np.where(chance.random(count) < 0.8, hot, scan)
         times = first * 10_000 + np.cumsum(chance.integers(0, 20_000, count))
-        yield Chunk(
-            np.zeros(count, np.uint16), pages_used, chance.random(count) < 0.3, times.astype("u8")
-        )
+        events = (chance.random(count) < 0.3).astype(np.uint8)
+        yield Chunk(np.zeros(count, np.uint16), pages_used, events, times.astype("u8"))
 
 
 def write(path: Path, accesses: int, pages: int) -> None:

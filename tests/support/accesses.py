@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softsgx.accesses import Chunk, Trace, TracedEnclave, TraceInfo
+from softsgx.accesses import VERSION, Chunk, Trace, TracedEnclave, TraceInfo
 from softsgx.plan.scene import Scene, SceneEnclave
 
 __all__ = ["hot_and_cold", "scene_of", "trace_of"]
@@ -51,7 +51,7 @@ def trace_of(
 ) -> Trace:
     """Return a trace of one enclave, whose accesses are evenly spread over a time."""
     info = TraceInfo(
-        version=1,
+        version=VERSION,
         precision="intervals" if interval_ns else "accesses",
         interval_ns=interval_ns,
         epc_pages=0,
@@ -69,7 +69,7 @@ def trace_of(
         Chunk(
             np.zeros(count, np.uint16),
             np.array(used, np.uint32),
-            np.zeros(count, np.bool_),
+            np.zeros(count, np.uint8),
             times if timed else np.arange(count, dtype=np.uint64),
         ),
     )

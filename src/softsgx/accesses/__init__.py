@@ -1,8 +1,9 @@
 """Page-access traces, which the literature also calls reference strings: files and importers.
 
-A trace tells which page of which enclave was used, when, and whether it was written.  Recorders
-write it with :class:`TraceWriter`; :func:`open_trace` reads it in chunks of bounded size, also the
-formats of other tools.  ``docs/reference/trace-format.md`` describes the file.
+A trace tells which page of which enclave was used, when, and whether it was written, and which
+pages have left their enclave.  Recorders write it with :class:`TraceWriter`; :func:`open_trace`
+reads it in chunks of bounded size, also the formats of other tools.
+``docs/reference/trace-format.md`` describes the file.
 
 Needs numpy and pyarrow (``softsgx[plan]``), which are imported at first use.
 """
@@ -13,6 +14,7 @@ from softsgx.accesses.description import (
     PAGE_BYTES,
     PRECISIONS,
     VERSION,
+    Event,
     Precision,
     TracedEnclave,
     TraceInfo,
@@ -32,6 +34,7 @@ __all__ = [
     "PRECISIONS",
     "VERSION",
     "Chunk",
+    "Event",
     "Precision",
     "Trace",
     "TraceInfo",

@@ -15,15 +15,19 @@ except ImportError as error:
         f"page-access traces: need the package {error.name}; pip install 'softsgx[plan]'"
     ) from error
 
-__all__ = ["COLUMNS", "np", "pa", "schema"]
+__all__ = ["np", "pa", "schema"]
 
-COLUMNS = ("enclave", "page", "write", "delta_ns")
+_EVENTS = {1: ("write", pa.bool_()), 2: ("event", pa.uint8())}
+"""The column that tells what happened, by version: version 1 has accesses alone."""
 
 
-def schema(metadata: dict[str, str] | None = None) -> pa.Schema:
+def schema(metadata: dict[str, str] | None = None, version: int = 2) -> pa.Schema:
     """Return the columns of a trace: no nulls, in order of time."""
-    kinds = (pa.uint16(), pa.uint32(), pa.bool_(), pa.uint32())
-    fields = [
-        pa.field(name, kind, nullable=False) for name, kind in zip(COLUMNS, kinds, strict=True)
-    ]
+    columns = (
+        ("enclave", pa.uint16()),
+        ("page", pa.uint32()),
+        _EVENTS[version],
+        ("delta_ns", pa.uint32()),
+    )
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
     return pa.schema(fields, metadata)

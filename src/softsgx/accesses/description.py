@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal, get_args
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "PRECISIONS",
     "TRACE_KEY",
     "VERSION",
+    "VERSIONS",
+    "Event",
     "Precision",
     "TraceInfo",
     "TracedEnclave",
@@ -24,8 +27,10 @@ __all__ = [
     "trace_text",
 ]
 
-VERSION = 1
-"""The version of the format that this module reads and writes."""
+VERSION = 2
+"""The version of the format that is written."""
+VERSIONS = (1, 2)
+"""The versions that are read: the first has no removed pages and no ended enclaves."""
 PAGE_BYTES = 4096
 MOST_ENCLAVES = 1 << 16
 """Enclaves of one file: their numbers have 16 bits."""
@@ -38,6 +43,18 @@ TRACE_KEY, BATCH_KEY = "softsgx.trace", "softsgx.batch"
 
 Precision = Literal["accesses", "faults", "intervals"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+class Event(IntEnum):
+    """What a record tells of a page."""
+
+    READ = 0
+    WRITE = 1
+    REMOVED = 2
+    """The page has left its enclave, with its content; a later access is to a new page."""
+    ENDED = 3
+    """All pages of the enclave have left, and the enclave; the record's page is 0."""
+
 
 _MOST_NS = (1 << 64) - 1
 _MOST_PID = (1 << 32) - 1
@@ -116,8 +133,9 @@ def read_trace_text(text: bytes) -> TraceInfo:
     """
     fields = _object(text)
     version = _number(fields, "version", _MOST_NS)
-    if version != VERSION:
-        raise ValueError(f"version {version} of the format; this softsgx reads version {VERSION}")
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"version {version} of the format; this softsgx reads {known}")
     precision, page_bytes = _text(fields, "precision"), _number(fields, "page_bytes", _MOST_NS)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision; it is one of {', '.join(PRECISIONS)}")

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from softsgx.accesses.arrow import COLUMNS, np, pa, schema
+from softsgx.accesses.arrow import np, pa, schema
 from softsgx.accesses.description import (
     BATCH_KEY,
     MOST_BATCH_RECORDS,
     TRACE_KEY,
+    Event,
     TracedEnclave,
     TraceInfo,
     read_batch_text,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_ACCESSES", "TraceReader"]
 
 MOST_ACCESSES = 1 << 24
-"""How many accesses :meth:`TraceReader.read` takes: a small file can hold very many."""
+"""How many records :meth:`TraceReader.read` takes: a small file can hold very many."""
 _MOST_BUFFER_BYTES = 8 * MOST_BATCH_RECORDS
 
 
@@ -57,7 +58,7 @@ class TraceReader:
         self._file, self._name = file, name
         with self._refusals():
             self._end = file.seek(0, os.SEEK_END)
-            self.info, self._accesses = self._scan()
+            self.info, self._records = self._scan()
         self.close = weakref.finalize(self, file.close)
 
     def __enter__(self) -> Self:
@@ -67,35 +68,35 @@ class TraceReader:
         self.close()
 
     def __len__(self) -> int:
-        """Return how many accesses there are."""
-        return self._accesses
+        """Return how many records there are: accesses, and pages and enclaves that go."""
+        return self._records
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Yield the accesses in order, at most ``MOST_BATCH_RECORDS`` at a time."""
+        """Yield the records in order, at most ``MOST_BATCH_RECORDS`` at a time."""
         sizes = np.array([enclave.pages for enclave in self.info.enclaves], np.uint64)
         with self._refusals():
             for message in messages(self._file, self._end):
                 if message.kind is Kind.BATCH and message.records:
-                    yield _decoded(message, sizes)
+                    yield _decoded(message, sizes, self.info.version)
 
     def read(self) -> Trace:
-        """Return all accesses.
+        """Return all records.
 
         Raises:
             SoftSgxError: there are more than ``MOST_ACCESSES``.
         """
         if len(self) > MOST_ACCESSES:
             raise SoftSgxError(
-                f"{self._name}: {len(self)} accesses; at most {MOST_ACCESSES} are read at once"
+                f"{self._name}: {len(self)} records; at most {MOST_ACCESSES} are read at once"
             )
         return Trace(self.info, Chunk.joined(self))
 
     def _scan(self) -> tuple[TraceInfo, int]:
-        """Return what the headers say: the trace's description and its number of accesses."""
+        """Return what the headers say: the trace's description and its number of records."""
         stream = messages(self._file, self._end, bodies=False)
         info = _described(next(stream, None))
         enclaves: list[TracedEnclave] = []
-        accesses = late_intervals = user_ns = 0
+        records = late_intervals = user_ns = 0
         for message in stream:
             if message.kind is Kind.END:
                 info = replace(info, complete=True)
@@ -112,9 +113,9 @@ class TraceReader:
                         f"enclave {enclave.number} is described before enclave {len(enclaves)}"
                     )
                 enclaves[enclave.number : enclave.number + 1] = [enclave]
-            accesses += message.records
+            records += message.records
         info = replace(info, late_intervals=late_intervals, user_ns=user_ns)
-        return replace(info, enclaves=tuple(enclaves)), accesses
+        return replace(info, enclaves=tuple(enclaves)), records
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -136,29 +137,38 @@ def _described(first: Message | None) -> TraceInfo:
     if text is None:
         raise Damaged(f"no {TRACE_KEY} in the metadata of the schema")
     info = read_trace_text(text)
-    if not found.equals(schema()):
-        raise Damaged(f"its columns are not {', '.join(COLUMNS)} of the right types")
+    wanted = schema(version=info.version)
+    if not found.equals(wanted):
+        raise Damaged(f"its columns are not {', '.join(wanted.names)} of the right types")
     return info
 
 
-def _decoded(message: Message, sizes: NDArray[np.uint64]) -> Chunk:
-    """Return the accesses of a batch.
+def _decoded(message: Message, sizes: NDArray[np.uint64], version: int) -> Chunk:
+    """Return the records of a batch.
 
     Args:
         message: the batch.
         sizes: pages of each enclave.
+        version: of the format.
     """
     if message.decoded_bytes > _MOST_BUFFER_BYTES:
         raise Damaged(f"a batch with a buffer of {message.decoded_bytes} bytes")
-    batch = pa.ipc.read_record_batch(pa.ipc.read_message(message.data), schema())
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(message.data), schema(version=version))
     batch.validate(full=True)
     if batch.num_rows != message.records or any(column.null_count for column in batch.columns):
         raise Damaged("a batch with missing values")
-    enclaves, pages, writes, deltas = (
+    enclaves, pages, events, deltas = (
         column.to_numpy(zero_copy_only=False) for column in batch.columns
     )
-    if enclaves.max() >= len(sizes) or (pages >= sizes[enclaves]).any():
-        raise Damaged("an access outside its enclave")
+    events = events.astype(np.uint8, copy=False)  # version 1 has booleans: a write or a read
+    if events.max() > max(Event):
+        raise Damaged(f"an event {events.max()}; the largest is {max(Event)}")
+    if enclaves.max() >= len(sizes):
+        raise Damaged("a record of an enclave that is not described")
+    if (pages[events == Event.ENDED] != 0).any():
+        raise Damaged("the end of an enclave has a page")
+    if ((pages >= sizes[enclaves]) & (events != Event.ENDED)).any():
+        raise Damaged("a page outside its enclave")
     start_ns, *_ = read_batch_text(message.metadata[BATCH_KEY.encode()])
     times = np.cumsum(deltas, dtype=np.uint64) + np.uint64(start_ns)
-    return Chunk(enclaves, pages, writes, times)
+    return Chunk(enclaves, pages, events, times)

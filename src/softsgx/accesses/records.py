@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softsgx.accesses.arrow import np
-from softsgx.accesses.description import PAGE_BYTES, VERSION, TracedEnclave, TraceInfo
+from softsgx.accesses.description import PAGE_BYTES, VERSION, Event, TracedEnclave, TraceInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,25 +17,41 @@ __all__ = ["Chunk", "Trace"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Accesses in order of time: four arrays of one length.
+    """Accesses in order of time, and pages that go: four arrays of one length.
 
     Attributes:
         enclaves: uint16, the enclave's number.
         pages: uint32, the page's number in the enclave.
-        writes: bool.
+        events: uint8, what happens, see :class:`Event`.
         times_ns: uint64; see :attr:`TraceInfo.timed`.
     """
 
     enclaves: NDArray[np.uint16]
     pages: NDArray[np.uint32]
-    writes: NDArray[np.bool]
+    events: NDArray[np.uint8]
     times_ns: NDArray[np.uint64]
 
     def __len__(self) -> int:
         return len(self.pages)
 
     def __getitem__(self, part: slice) -> Chunk:
-        return Chunk(self.enclaves[part], self.pages[part], self.writes[part], self.times_ns[part])
+        return Chunk(self.enclaves[part], self.pages[part], self.events[part], self.times_ns[part])
+
+    @property
+    def writes(self) -> NDArray[np.bool]:
+        """Which records are accesses that write."""
+        writes: NDArray[np.bool] = self.events == Event.WRITE
+        return writes
+
+    @property
+    def accesses(self) -> Chunk:
+        """The accesses alone, without pages that go."""
+        which = self.events <= Event.WRITE
+        if which.all():
+            return self
+        return Chunk(
+            self.enclaves[which], self.pages[which], self.events[which], self.times_ns[which]
+        )
 
     @property
     def keys(self) -> NDArray[np.uint64]:
@@ -51,27 +67,27 @@ class Chunk:
         return cls(
             np.concatenate([part.enclaves for part in parts]),
             np.concatenate([part.pages for part in parts]),
-            np.concatenate([part.writes for part in parts]),
+            np.concatenate([part.events for part in parts]),
             np.concatenate([part.times_ns for part in parts]),
         )
 
 
 _EMPTY = Chunk(
-    np.empty(0, np.uint16), np.empty(0, np.uint32), np.empty(0, np.bool), np.empty(0, np.uint64)
+    np.empty(0, np.uint16), np.empty(0, np.uint32), np.empty(0, np.uint8), np.empty(0, np.uint64)
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """A whole trace in memory, 15 bytes an access.
+    """A whole trace in memory, 15 bytes a record.
 
     Attributes:
         info: what it is a trace of.
-        accesses: all of them.
+        records: all of them.
     """
 
     info: TraceInfo
-    accesses: Chunk
+    records: Chunk
 
     @classmethod
     def of(cls, accesses: Iterable[tuple[int, bool]], program: str = "") -> Trace:
@@ -93,16 +109,21 @@ class Trace:
         chunk = Chunk(
             np.zeros(len(pairs), np.uint16),
             pages,
-            np.array([write for _, write in pairs], np.bool),
+            np.array([write for _, write in pairs], np.uint8),
             np.arange(len(pairs), dtype=np.uint64),
         )
         return cls(info, chunk)
 
     def __len__(self) -> int:
-        return len(self.accesses)
+        return len(self.records)
 
     def __getitem__(self, part: slice) -> Trace:
-        return Trace(self.info, self.accesses[part])
+        return Trace(self.info, self.records[part])
+
+    @property
+    def accesses(self) -> Chunk:
+        """The accesses, without pages that go."""
+        return self.records.accesses
 
     @property
     def used_pages(self) -> int:

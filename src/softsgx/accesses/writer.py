@@ -21,6 +21,7 @@ from softsgx.accesses.description import (
     PAGE_BYTES,
     TRACE_KEY,
     VERSION,
+    Event,
     Precision,
     TracedEnclave,
     TraceInfo,
@@ -155,10 +156,21 @@ class TraceWriter:
         self._write(Chunk.joined(()))
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
-        """Append an access, which is not earlier than those before."""
+        """Append an access, which is not earlier than what was appended before."""
+        self._append(enclave, page, Event.WRITE if write else Event.READ, time_ns)
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        """Append that a page has left its enclave; a later access is to a new page."""
+        self._append(enclave, page, Event.REMOVED, time_ns)
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        """Append that an enclave has ended, with all of its pages."""
+        self._append(enclave, 0, Event.ENDED, time_ns)
+
+    def _append(self, enclave: int, page: int, event: int, time_ns: int) -> None:
         self._gathered_enclaves.append(enclave)
         self._gathered_pages.append(page)
-        self._gathered_writes.append(write)
+        self._gathered_events.append(event)
         self._gathered_times.append(time_ns)
         if len(self._gathered_times) == _BATCH_RECORDS:
             self.flush()
@@ -172,13 +184,13 @@ class TraceWriter:
             Chunk(
                 np.full(len(numbers), enclave, np.uint16),
                 numbers,
-                np.asarray(writes, np.bool),
+                np.asarray(writes, np.bool).astype(np.uint8),
                 np.asarray(times_ns, np.uint64),
             )
         )
 
     def extend_chunk(self, chunk: Chunk) -> None:
-        """Append accesses to several enclaves."""
+        """Append accesses to several enclaves, and pages that go."""
         self.flush()
         for first in range(0, len(chunk), _BATCH_RECORDS):
             self._write(chunk[first : first + _BATCH_RECORDS])
@@ -192,7 +204,7 @@ class TraceWriter:
         chunk = Chunk(
             np.frombuffer(self._gathered_enclaves, np.uint16),
             np.frombuffer(self._gathered_pages, np.uint32),
-            np.frombuffer(self._gathered_writes, np.uint8).astype(np.bool),
+            np.frombuffer(self._gathered_events, np.uint8),
             np.frombuffer(self._gathered_times, np.uint64),
         )
         self._clear()
@@ -220,15 +232,16 @@ class TraceWriter:
 
     def _clear(self) -> None:
         self._gathered_enclaves, self._gathered_pages = array("H"), array("I")
-        self._gathered_writes, self._gathered_times = array("B"), array("Q")
+        self._gathered_events, self._gathered_times = array("B"), array("Q")
 
     def _write(self, chunk: Chunk) -> None:
         """Write a chunk: one batch, or several where more time passes than ``delta_ns`` holds."""
         times = chunk.times_ns
         before = np.concatenate((np.array([self._now_ns], np.uint64), times[:-1]))[: len(times)]
-        assert (before <= times).all(), "accesses are not in order of time"
+        assert (before <= times).all(), "records are not in order of time"
         sizes = np.array([one.pages for one in self._enclaves], np.uint64)
-        assert (chunk.pages < sizes[chunk.enclaves]).all(), "an access outside its enclave"
+        inside = (chunk.pages < sizes[chunk.enclaves]) | (chunk.events == Event.ENDED)
+        assert inside.all(), "a page outside its enclave"
         deltas = times - before
         late = np.flatnonzero(deltas > _MOST_DELTA_NS)
         deltas[late] = 0
@@ -242,7 +255,7 @@ class TraceWriter:
         described = [self._enclaves[number] for number in self._undescribed]
         text = batch_text(self._now_ns, described, self._late_intervals, self._user_ns)
         metadata = {BATCH_KEY: text}
-        columns = (chunk.enclaves, chunk.pages, chunk.writes, deltas.astype(np.uint32))
+        columns = (chunk.enclaves, chunk.pages, chunk.events, deltas.astype(np.uint32))
         batch = pa.record_batch([pa.array(column) for column in columns], schema=schema())
         with self._write_errors():
             self._stream.write_batch(batch, custom_metadata=metadata)
@@ -278,6 +291,6 @@ def write_trace(file: str | Path | BinaryIO, trace: Trace) -> None:
             writer.add_enclave(enclave.name, enclave.pages, enclave.pid)
         for _ in range(info.late_intervals):
             writer.add_late_interval()
-        writer.extend_chunk(trace.accesses)
+        writer.extend_chunk(trace.records)
         if info.user_ns:
             writer.end_program(info.user_ns)

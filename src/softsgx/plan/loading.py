@@ -98,18 +98,19 @@ def load_scene(traces: Sequence[PlannedTrace]) -> tuple[Scene, tuple[TraceSummar
 
 def _load(trace: PlannedTrace) -> _Loaded:
     opened = trace.open()
-    parts: Iterable[Chunk] = [opened.accesses] if isinstance(opened, Trace) else opened
-    accesses = len(opened)
-    if not accesses:
+    parts: Iterable[Chunk] = [opened.records] if isinstance(opened, Trace) else opened
+    records = len(opened)
+    if not records:
         raise SoftSgxError(f"{trace.name}: no accesses; record a program that uses an enclave")
     pages = PageNumbers()
-    numbers, times_ns = np.empty(accesses, np.uint32), np.empty(accesses, np.uint64)
+    numbers, times_ns = np.empty(records, np.uint32), np.empty(records, np.uint64)
     at = 0
-    for chunk in parts:
+    for chunk in (part.accesses for part in parts):
         part = slice(at, at + len(chunk))
         numbers[part] = pages.of(chunk.keys)
         times_ns[part] = chunk.times_ns
         at += len(chunk)
+    numbers, times_ns = numbers[:at], times_ns[:at]
     times_ns -= times_ns[0]
     keys = pages.keys()
     order = np.argsort(keys)

@@ -65,10 +65,10 @@ class PageNumbers:
 
 
 def numbered(chunks: Iterable[Chunk]) -> Iterator[NDArray[np.uint32]]:
-    """Yield the numbers of the pages of each chunk."""
+    """Yield the numbers of the pages that each chunk accesses."""
     numbers = PageNumbers()
     for chunk in chunks:
-        yield numbers.of(chunk.keys)
+        yield numbers.of(chunk.accesses.keys)
 
 
 def end_of(numbers: NDArray[np.uint32]) -> int:

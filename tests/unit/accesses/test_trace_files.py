@@ -10,8 +10,10 @@ import io
 import json
 import struct
 import tracemalloc
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from softsgx.accesses import (
     MOST_ACCESSES,
     Chunk,
+    Event,
     Trace,
     TraceReader,
     TraceWriter,
@@ -34,17 +37,22 @@ from softsgx.accesses.arrow import schema
 from softsgx.errors import SoftSgxError
 
 PAGES = 50
-Record = tuple[int, int, bool, int]
+Record = tuple[int, int, int, int]
 
 records = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, PAGES - 1), st.booleans(), st.integers(0, 1 << 34)),
+    st.tuples(
+        st.integers(0, 2),
+        st.integers(0, PAGES - 1),
+        st.sampled_from(Event),
+        st.integers(0, 1 << 34),
+    ).map(lambda record: record if record[2] is not Event.ENDED else (record[0], 0, *record[2:])),
     max_size=30,
 )
-"""Enclave, page, write, nanoseconds since the access before."""
+"""Enclave, page, event, nanoseconds since the record before."""
 
 
 def rows(chunk: Chunk) -> list[Record]:
-    columns = (chunk.enclaves, chunk.pages, chunk.writes, chunk.times_ns)
+    columns = (chunk.enclaves, chunk.pages, chunk.events, chunk.times_ns)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -60,10 +68,15 @@ def written(batches: list[list[Record]]) -> tuple[bytes, list[Record], list[int]
         for name in "abc":
             writer.add_enclave(name, PAGES, 7)
         for batch in batches:
-            for enclave, page, write, wait_ns in batch:
+            for enclave, page, event, wait_ns in batch:
                 now_ns += wait_ns
-                writer.append(enclave, page, write, now_ns)
-                everything.append((enclave, page, write, now_ns))
+                if event == Event.REMOVED:
+                    writer.remove_page(enclave, page, now_ns)
+                elif event == Event.ENDED:
+                    writer.end_enclave(enclave, now_ns)
+                else:
+                    writer.append(enclave, page, event == Event.WRITE, now_ns)
+                everything.append((enclave, page, event, now_ns))
             writer.flush()
             ends.append(len(file.getvalue()))
     return file.getvalue(), everything, ends
@@ -73,7 +86,7 @@ def written(batches: list[list[Record]]) -> tuple[bytes, list[Record], list[int]
 def test_what_is_written_is_read(batches: list[list[Record]]) -> None:
     data, everything, _ = written(batches)
     reader = opened(data)
-    assert rows(reader.read().accesses) == everything
+    assert rows(reader.read().records) == everything
     assert len(reader) == len(everything)
     assert reader.info.complete
     assert [(one.number, one.name, one.pages, one.pid) for one in reader.info.enclaves] == [
@@ -113,12 +126,16 @@ def test_a_trace_that_is_read_and_written_again_is_the_same() -> None:
     first, second = io.BytesIO(), io.BytesIO()
     with TraceWriter(first, precision="intervals", interval_ns=10**7) as writer:
         writer.add_late_interval()
-        writer.append(writer.add_enclave("a", PAGES, 7), 0, True, 1)
+        enclave = writer.add_enclave("a", PAGES, 7)
+        writer.append(enclave, 3, True, 1)
+        writer.remove_page(enclave, 3, 2)
+        writer.end_enclave(enclave, 3)
         writer.end_program(5_000)
     before = opened(first.getvalue()).read()
     write_trace(second, before)
     after = opened(second.getvalue()).read()
     assert after.info == before.info
+    assert rows(after.records) == rows(before.records) == [(0, 3, 1, 1), (0, 3, 2, 2), (0, 0, 3, 3)]
     assert after.info.late_intervals == 1
 
 
@@ -130,7 +147,7 @@ def test_a_description_is_read_as_it_was_given(tmp_path: Path) -> None:
         pass
     info = read_trace(path).info
     assert (info.precision, info.interval_ns, info.epc_pages) == ("intervals", 10**7, 25)
-    assert (info.program, info.timed, info.version) == ("a 'b' \udcff\n", True, 1)
+    assert (info.program, info.timed, info.version) == ("a 'b' \udcff\n", True, 2)
 
 
 def test_arrays_are_written_as_single_accesses_are() -> None:
@@ -171,7 +188,7 @@ def test_a_file_cut_at_any_byte_has_each_whole_batch_and_is_incomplete() -> None
             assert cut < began, "its description is not whole"
             continue
         assert not reader.info.complete
-        assert rows(reader.read().accesses) == everything[:whole], f"cut at {cut}"
+        assert rows(reader.read().records) == everything[:whole], f"cut at {cut}"
 
 
 def test_a_recorder_that_fails_leaves_what_it_had_and_an_incomplete_file(tmp_path: Path) -> None:
@@ -210,6 +227,22 @@ def test_dense_numbers_tell_pages_of_different_enclaves_apart() -> None:
     assert numbers.tolist() == [1, 2, 0, 1]
 
 
+def test_accesses_are_records_without_pages_that_go() -> None:
+    data, everything, _ = written([[(0, 7, 1, 1), (0, 7, 2, 1), (1, 0, 3, 1), (0, 7, 0, 1)]])
+    trace = opened(data).read()
+    assert len(trace) == 4
+    assert rows(trace.accesses) == [everything[0], everything[3]]
+    assert trace.accesses.writes.tolist() == [True, False]
+    assert trace.used_pages == 1
+
+
+def test_an_enclave_without_pages_can_end() -> None:
+    file = io.BytesIO()
+    with TraceWriter(file, precision="faults") as writer:
+        writer.end_enclave(writer.add_enclave("sh", 0, 7), 5)
+    assert rows(opened(file.getvalue()).read().records) == [(0, 0, 3, 5)]
+
+
 def test_typical_records_take_at_most_four_bytes_each() -> None:
     chance, count = np.random.default_rng(1), 1 << 17
     pages = np.minimum(chance.zipf(1.3, count), 4096) - 1
@@ -234,16 +267,21 @@ def refusal(data: bytes) -> str:
 
 
 def stream(
-    trace: object, batch: object, rows: int = 1, *, columns: pa.Schema | None = None
+    trace: object,
+    batch: object,
+    rows: int = 1,
+    *,
+    columns: pa.Schema | None = None,
+    values: Mapping[str, int] = MappingProxyType({}),
 ) -> bytes:
-    """Return an Arrow stream with any metadata."""
+    """Return an Arrow stream with any metadata; values of columns are 0 if not given."""
     named = schema() if columns is None else columns
     file = io.BytesIO()
     described = named.with_metadata({"softsgx.trace": json.dumps(trace)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(file, described, options=options) as out:
-        zeros = [pa.array(np.zeros(rows), kind.type) for kind in named]
-        made = pa.record_batch(zeros, schema=named)
+        arrays = [pa.array(np.full(rows, values.get(kind.name, 0)), kind.type) for kind in named]
+        made = pa.record_batch(arrays, schema=named)
         out.write_batch(made, custom_metadata={"softsgx.batch": json.dumps(batch)})
     return file.getvalue()
 
@@ -260,7 +298,7 @@ def test_the_streams_that_are_damaged_here_are_read_undamaged() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"version": 2}, "version 2 of the format; this softsgx reads version 1"),
+        ({"version": 3}, "version 3 of the format; this softsgx reads 1 and 2"),
         ({"precision": "pages"}, "unknown precision"),
         ({"page_bytes": 8192}, "pages of 8192 bytes"),
         ({"epc_pages": -1}, "epc_pages is not from 0"),
@@ -282,8 +320,8 @@ def test_a_description_with_another_value_is_refused(
         ({"enclaves": [5]}, "without a list of enclaves"),
         ({"enclaves": [ENCLAVE | {"number": 1}]}, "enclave 1 is described before enclave 0"),
         ({"enclaves": [ENCLAVE | {"pages": 1 << 40}]}, "pages is not from 0"),
-        ({"enclaves": [ENCLAVE | {"pages": 0}]}, "outside its enclave"),
-        ({"enclaves": []}, "outside its enclave"),
+        ({"enclaves": [ENCLAVE | {"pages": 0}]}, "a page outside its enclave"),
+        ({"enclaves": []}, "of an enclave that is not described"),
         ({"start_ns": "now"}, "start_ns is not from 0"),
     ],
 )
@@ -291,6 +329,29 @@ def test_a_batch_with_another_description_is_refused(
     change: dict[str, object], problem: str
 ) -> None:
     assert problem in refusal(stream(TRACE, BATCH | change))
+
+
+@pytest.mark.parametrize(
+    ("event", "page", "problem"),
+    [
+        (2, 1, "a page outside its enclave"),
+        (3, 1, "the end of an enclave has a page"),
+        (4, 0, "an event 4; the largest is 3"),
+    ],
+)
+def test_an_impossible_event_is_refused(event: int, page: int, problem: str) -> None:
+    assert problem in refusal(stream(TRACE, BATCH, values={"event": event, "page": page}))
+
+
+def test_a_file_of_the_first_version_has_accesses_alone() -> None:
+    first = schema(version=1)
+    assert first.names == ["enclave", "page", "write", "delta_ns"]
+    data = stream(TRACE | {"version": 1}, BATCH, columns=first, values={"write": 1, "delta_ns": 5})
+    trace = opened(data).read()
+    assert rows(trace.records) == rows(trace.accesses) == [(0, 0, Event.WRITE, 5)]
+    assert trace.info.version == 1
+    assert "its columns are not" in refusal(stream(TRACE, BATCH, columns=first))
+    assert "its columns are not" in refusal(stream(TRACE | {"version": 1}, BATCH))
 
 
 def test_other_columns_are_refused() -> None:

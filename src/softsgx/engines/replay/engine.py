@@ -95,7 +95,7 @@ class Replay:
         misses = sum(self._access(page, write) for page, write in accesses)
         resident = sum(entry.epc is not None for entry in self._pages.values())
         evicted = self._core.counters.reclaimed - evictions
-        return ReplayResult(len(trace), misses, evicted, misses, resident)
+        return ReplayResult(len(pages), misses, evicted, misses, resident)
 
     def _access(self, page: int, write: bool) -> bool:
         """Read or write a page; return whether it was evicted."""
