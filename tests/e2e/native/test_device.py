@@ -30,7 +30,7 @@ def program(builds: NativeBuilds) -> list[str]:
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize(
-    "scenario", ["calls", "links", "modes", "advice", "dumps", "heirs", "maps"]
+    "scenario", ["calls", "links", "modes", "advice", "dumps", "heirs", "refused", "maps"]
 )
 def test_a_program_finds_a_device_and_no_file(
     program: list[str], scenario: str, pager: str
@@ -38,7 +38,7 @@ def test_a_program_finds_a_device_and_no_file(
     assert run([*program, scenario], epc=EPC_PAGES * 4096, pager=pager).exit_code == 0
 
 
-@pytest.mark.parametrize("scenario", ["calls", "advice"])
+@pytest.mark.parametrize("scenario", ["calls", "advice", "refused"])
 def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: str) -> None:
     assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
 

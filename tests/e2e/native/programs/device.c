@@ -8,6 +8,7 @@
 #include <sys/xattr.h>
 #include <utime.h>
 #include <sys/sendfile.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #define FAILS(call, code) do { errno = 0; CHECK((call) == -1 && errno == (code)); } while (0)
@@ -172,6 +173,37 @@ static void heirs(void)
 		_exit(0);
 	}
 	CHECK(waitpid(child, &status, 0) == child && !status);
+	check();
+}
+
+/* Whether a page is mapped, by the kernel that runs here. */
+static int is_mapped(uint64_t page)
+{
+	unsigned char resident;
+	return !mincore((void *)page, PAGE, &resident);
+}
+
+/* A file that refuses to be mapped: some kernels have unmapped what was there before they ask it. */
+static void refused(void)
+{
+	struct run run;
+	int both[2], rights;
+	uint64_t page, value;
+	build();
+	page = data + 2 * PAGE;
+	fill();
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, both));
+	for (int ordinary = 0; ordinary < 2; ordinary++) {
+		if (ordinary) CHECK(mmap((void *)page, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == (void *)page);
+		FAILS((long)mmap((void *)page, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, both[0], 0), ENODEV);
+		rights = mprotect((void *)page, 2 * PAGE, PROT_READ);
+		CHECK(is_mapped(page) ? !rights : rights == -1 && errno == ENOMEM);
+		CHECK(!call(1, GET, page, 0, (uint64_t)&value, &run));
+		CHECK(!ordinary && is_mapped(page) ? run.function == 4 : run.function == 3 && run.vector == 14);
+		CHECK(ordinary && is_mapped(page) ? run.code == 0x8005 : is_mapped(page) || run.code == 4);
+		if (run.function == 3) CHECK(mmap((void *)page, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, device, 0) == (void *)page);
+		CHECK(!go(1, 3, 0, 0, 0, 0, &run) || run.function == 4);
+	}
 	check();
 }
 
@@ -412,7 +444,7 @@ static void orphan(void)
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"maps", maps},
+		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"refused", refused}, {"maps", maps},
 		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 		{"thread", thread}, {"orphan", orphan},
 	};

@@ -59,12 +59,16 @@ class Mappings:
         displaces = flags & abi.MAP_FIXED and _overlaps(thread, regs.rdi, length)
         if code is None and not displaces:
             return None
+        start = regs.rdi
         address = thread.finish_syscall()
-        if not -4096 < address < 0:
+        if -4096 < address < 0:
             if displaces:
-                self._displaced(thread, address, length)
-            if code is not None:
-                code.mapped(thread, address, length, descriptor, offset)
+                self._lost(thread, start, length)
+            return address
+        if displaces:
+            self._displaced(thread, address, length)
+        if code is not None:
+            code.mapped(thread, address, length, descriptor, offset)
         return address
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
@@ -150,6 +154,17 @@ class Mappings:
         taken = [each for each in taken if self._registry.has(each.device)]
         if taken:
             image.foreign_mappings.place(_with_rights(taken, thread.tid))
+
+    def _lost(self, thread: ProgramThread, address: int, length: int) -> None:
+        """Unmap what the kernel has unmapped for a mapping that then failed.
+
+        Linux unmaps a range before it asks a file to be mapped there, and cannot take it back.
+        """
+        image = thread.image
+        for start, end in _holes(thread.tid, address, address + _rounded(length)):
+            image.mm.munmap(start, end - start)
+            image.foreign_mappings.forget(start, end)
+        self._registry.sweep()
 
     # --- the others -----------------------------------------------------------------------------
 
@@ -322,6 +337,18 @@ def _with_rights(ranges: list[ForeignMapping], tid: int) -> list[ForeignMapping]
                 if each.start < end and start < each.end
             ]
     return found
+
+
+def _holes(tid: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Return the parts of a range where nothing is mapped."""
+    found, at = [], start
+    with open(f"/proc/{tid}/maps") as maps:
+        for line in maps:
+            low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+            if at < min(low, end):
+                found.append((at, min(low, end)))
+            at = max(at, high)
+    return [*found, (at, end)] if at < end else found
 
 
 def _int32(value: int) -> int:
