@@ -7,6 +7,9 @@ import signal
 import pytest
 from hypothesis import settings
 from tests.support import modes
+from tools import speedups as builder
+
+from softsgx import compiled
 
 # No deadline: the time of one example says more about the load of the machine than about the code.
 settings.register_profile("softsgx", deadline=None)
@@ -24,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT,
     and what is ignored stays ignored over execve.
     """
+    _require_current_core()
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "softsgx")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
@@ -33,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
             modes.apply_everywhere(mode)
         except ValueError as error:
             raise pytest.UsageError(f"--native-mode: {error}") from None
+
+
+def _require_current_core() -> None:
+    """Refuse a compiled core that was built from other sources: tests of it would mean nothing."""
+    if compiled.speedups is not None and not builder.is_current():
+        raise pytest.UsageError(
+            f"{builder.TARGET}: was built from other sources; run python tools/dev.py core"
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

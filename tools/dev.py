@@ -10,6 +10,9 @@ Needs Python 3.11+ with ``venv``, nothing else:
     python3 tools/dev.py docs      the documentation, to docs/_build/html
     python3 tools/dev.py format    rewrite the sources as ruff has them
     python3 tools/dev.py setup     only the environment
+    python3 tools/dev.py core      only the compiled core, src/softsgx/_speedups.abi3.so
+
+Each also compiles the core when its C sources have changed; without a compiler there is none.
 
 The environment is ``.venv``; it is made anew when what it must hold has changed.
 """
@@ -35,6 +38,7 @@ BIN = VENV / "bin"
 STAMP = VENV / "softsgx-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
 RUN_EXTRAS = ("report",)
+CORE = ("tools/speedups.py",)
 
 
 def main() -> int:
@@ -62,6 +66,7 @@ def set_up(*, dev: bool) -> None:
     ).hexdigest()
     have = STAMP.read_text().split() if STAMP.exists() else []
     if have[:1] == [wanted] and (not dev or "dev" in have):
+        run("python", *CORE)
         return
     if not (BIN / "python").exists():
         print("making .venv …", file=sys.stderr)
@@ -83,6 +88,7 @@ def set_up(*, dev: bool) -> None:
     ]
     subprocess.run([*pip, "--constraint", CONSTRAINTS, *packages], check=True, cwd=ROOT)
     STAMP.write_text(f"{wanted} {'dev' if dev else 'run'}\n")
+    run("python", *CORE)
 
 
 def group(project: dict[str, Any], name: str) -> list[str]:
@@ -150,6 +156,7 @@ STATIC = {
     "format": ["ruff", "format", "--check", "."],
     "spelling": ["codespell"],
     "layers": ["lint-imports"],
+    "C": ["python", "tools/speedups.py", "--check"],
 }
 DOCS = ["sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html"]
 
@@ -162,6 +169,7 @@ TASKS: dict[str, Callable[[list[str]], int]] = {
     "docs": lambda rest: run(*DOCS, *rest),
     "format": lambda rest: run("ruff", "check", "--fix", ".") or run("ruff", "format", "."),
     "setup": lambda rest: 0,
+    "core": lambda rest: run("python", *CORE),
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Protocol, TextIO, cast
 
 import softsgx
+from softsgx import compiled
 from softsgx.cli._common import discard, tell
 from softsgx.cli._signals import EndedBySignal
 from softsgx.errors import SoftSgxError
@@ -180,7 +181,8 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"softsgx {softsgx.__version__}")
+    version = f"softsgx {softsgx.__version__}, {compiled.description}"
+    parser.add_argument("--version", action="version", version=version)
     _add_verbs(parser, names)
     return parser
 

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Callable
 from functools import cache
 
+from softsgx import compiled
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.limits import file_bytes
 from softsgx.engines.native.memory.memory_file import MEMORY_FILE_BYTES
@@ -103,6 +104,13 @@ def doctor() -> list[Finding]:
             good="descriptors can be taken over",
             bad="pidfd_getfd is missing (Linux before 5.6) or forbidden (container: "
             "--cap-add=SYS_PTRACE)",
+        ),
+        _finding(
+            "compiled core",
+            compiled.speedups is not None,
+            needed=False,
+            good="faults are served by C code",
+            bad=f"{compiled.description}: faults take longer; {compiled.remedy}",
         ),
         _finding(
             "userfaultfd",

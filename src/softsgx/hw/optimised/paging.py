@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from softsgx import compiled
 from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, Status
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
@@ -26,6 +27,9 @@ _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _MAC_HEADER = struct.Struct("<QQQ104x")  # EID, LINADDR, SECINFO.FLAGS; the rest is zero
 assert _MAC_HEADER.size == MacHeader.SIZE, "the MAC header is 128 bytes"
+_mac_header: Callable[[int, int, int], bytes] = (
+    _MAC_HEADER.pack if compiled.speedups is None else compiled.speedups.mac_header
+)
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 _CHILD_TYPES = {int(pt): pt for pt in CHILD_TYPES}
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
@@ -87,7 +91,7 @@ def _try_ewb(cpu: LogicalProcessor, rcx: int, rdx: int) -> Sealed | Status | Non
             if page.pending or page.modified or page.pr:
                 flags = page.secinfo_flags()
             version, eid = key.next_version(), enclave.eid
-            header = _MAC_HEADER.pack(eid, page.linaddr, flags)
+            header = _mac_header(eid, page.linaddr, flags)
             sealed = key.seal(hw.store.freeze(page), version, header)
             slots[slot] = version
             enclave.children -= 1
@@ -144,7 +148,7 @@ def _try_eldu(
     ):
         hw, enclave = cpu.hw, secs.enclave
         slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
-        header = _MAC_HEADER.pack(enclave.eid, linaddr, flags)
+        header = _mac_header(enclave.eid, linaddr, flags)
         plain = hw.secrets.paging.unseal(sealed, slots[slot], header)
         if plain is not None:
             page.pt, page.rwx = pt, flags & 7
