@@ -136,6 +136,7 @@ static void advice(void)
 	FAILS(madvise(two + PAGE, PAGE, MADV_REMOVE), ENODEV);
 	/* A hole in front, and an end that no process has: the device's answer all the same. */
 	for (int bits = 47; bits < 64; bits += 8) FAILS(madvise(NULL, 1ul << bits, MADV_DOFORK), EINVAL);
+	FAILS(madvise(NULL, 1ul << 47, 22), ENOMEM); /* MADV_POPULATE_READ ends at the hole */
 	CHECK(two[0] == 1);
 	check();
 }

@@ -33,6 +33,8 @@ _REFUSED = {
     abi.MADV_GUARD_REMOVE: EINVAL,
 }
 
+_POPULATING = (abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE)
+
 
 def madvise(thread: ProgramThread) -> int | None:
     """Do ``madvise`` (address, length, advice)."""
@@ -45,10 +47,11 @@ def madvise(thread: ProgramThread) -> int | None:
     def advise(start: int, length: int) -> int:
         return thread.syscall(abi.SYS_MADVISE, start, length, regs.rdx)
 
-    # Linux goes from mapping to mapping, and ends at the first that refuses; a hole before is no
-    # error then.
+    # Linux goes from mapping to mapping, and ends at the first that refuses.  A hole before is its
+    # answer only where it would fill memory.
     before = _around(vmas[:1], regs.rdi, vmas[0].start, advise)
-    return -error if before in (0, -ENOMEM) else before
+    passes_holes = regs.rdx & 0xFFFF_FFFF not in _POPULATING
+    return -error if not before or (before == -ENOMEM and passes_holes) else before
 
 
 def mlock(thread: ProgramThread) -> int | None:
