@@ -1,8 +1,8 @@
 """Page-access traces, which the literature also calls reference strings: files and importers.
 
-A trace tells which page of which enclave was used, when, and whether it was written, and which
-pages have left their enclave.  Recorders write it with :class:`TraceWriter`; :func:`open_trace`
-reads it in chunks of bounded size, also the formats of other tools.
+Each record of a trace is an access, a read or a write of a page of an enclave, or the end of a page
+or of an enclave; it has a time.  Recorders write traces with :class:`TraceWriter`.
+:func:`open_trace` reads them in chunks of bounded size, and also the formats of other tools.
 ``docs/reference/trace-format.md`` describes the file.
 
 Needs numpy and pyarrow (``softsgx[plan]``), which are imported at first use.

@@ -1,6 +1,7 @@
 """numpy and pyarrow, which an extra installs; and the schema of a trace.
 
-Modules of this package that need them import them from here, so a missing one is refused in a line.
+Modules of this package that need them import them from here, so a missing one is reported in one
+line.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ try:
     import pyarrow as pa
 except ImportError as error:
     raise SoftSgxError(
-        f"page-access traces: need the package {error.name}; pip install 'softsgx[plan]'"
+        f"page-access traces: package {error.name} is missing; pip install 'softsgx[plan]'"
     ) from error
 
 __all__ = ["np", "pa", "schema"]
 
 _EVENTS = {1: ("write", pa.bool_()), 2: ("event", pa.uint8())}
-"""The column that tells what happened, by version: version 1 has accesses alone."""
+"""The column with the event, by version of the format: version 1 has accesses only."""
 
 
 def schema(metadata: dict[str, str] | None = None, version: int = 2) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""What a trace file says about itself, and its form in the file: JSON in Arrow's metadata."""
+"""The description of a trace, and its form in the file: JSON in Arrow's metadata."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 VERSION = 2
 """The version of the format that is written."""
 VERSIONS = (1, 2)
-"""The versions that are read: the first has no removed pages and no ended enclaves."""
+"""The versions that are read: version 1 has no records of removed pages and ended enclaves."""
 PAGE_BYTES = 4096
 MOST_ENCLAVES = 1 << 16
 """Enclaves of one file: their numbers have 16 bits."""
@@ -46,14 +46,14 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class Event(IntEnum):
-    """What a record tells of a page."""
+    """What happens to the page of a record."""
 
     READ = 0
     WRITE = 1
     REMOVED = 2
-    """The page has left its enclave, with its content; a later access is to a new page."""
+    """The page is removed from its enclave; a later access is to a new page."""
     ENDED = 3
-    """All pages of the enclave have left, and the enclave; the record's page is 0."""
+    """The enclave ends with all its pages; the record's page is 0."""
 
 
 _MOST_NS = (1 << 64) - 1
@@ -62,11 +62,11 @@ _MOST_PID = (1 << 32) - 1
 
 @dataclass(frozen=True, slots=True)
 class TracedEnclave:
-    """One address range whose pages are counted: an enclave, or a process tree taken for one.
+    """One address range with its pages: an enclave, or a process recorded as an enclave.
 
     Attributes:
         number: its number in the file, from 0.
-        name: of the enclave's file or the program, for people.
+        name: of the enclave's file or the program, for display.
         pages: size of the range; page numbers are below it.
         pid: the process that made it; 0 if there was none.
     """
@@ -86,10 +86,10 @@ class TraceInfo:
         precision: ``accesses``: every access.  ``faults``: every load of a page by the pager, at an
             EPC of ``epc_pages``.  ``intervals``: a page's first access in each interval.
         interval_ns: length of an interval; 0 for the other precisions.
-        epc_pages: size of the EPC during the recording; 0: it never was full.
+        epc_pages: size of the EPC during the recording; 0: it was never full.
         program: the command line.
         page_bytes: 4096.
-        timed: times are a clock's; otherwise they are numbers of accesses or of instructions.
+        timed: times are nanoseconds of a clock; otherwise they count accesses or instructions.
         enclaves: in order of their numbers.
         complete: the recorder closed the file.  Otherwise the file ends with the last batch that
             is whole.
@@ -111,7 +111,7 @@ class TraceInfo:
 
 
 def trace_text(info: TraceInfo) -> str:
-    """Return the metadata of the schema: all that is known when a recording begins."""
+    """Return the metadata of the schema, in JSON: the fields that are known at the start."""
     fields = {
         "version": info.version,
         "precision": info.precision,
@@ -125,24 +125,23 @@ def trace_text(info: TraceInfo) -> str:
 
 
 def read_trace_text(text: bytes) -> TraceInfo:
-    """Return what the metadata of a schema says, of no enclaves and incomplete.
+    """Parse the metadata of a schema; the result has no enclaves and is not complete.
 
     Raises:
-        ValueError: the text is not what :func:`trace_text` returns; the message has the problem
-            and a remedy.
+        ValueError: the text is not what :func:`trace_text` returns; the message has the problem.
     """
     fields = _object(text)
     version = _number(fields, "version", _MOST_NS)
     if version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
-        raise ValueError(f"version {version} of the format; this softsgx reads {known}")
+        raise ValueError(f"version {version} of the format, where this softsgx reads {known}")
     precision, page_bytes = _text(fields, "precision"), _number(fields, "page_bytes", _MOST_NS)
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision; it is one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"unknown precision, not one of {', '.join(PRECISIONS)}")
     if page_bytes != PAGE_BYTES:
-        raise ValueError(f"pages of {page_bytes} bytes; those of an EPC have {PAGE_BYTES}")
+        raise ValueError(f"pages of {page_bytes} bytes, where those of an EPC have {PAGE_BYTES}")
     if not isinstance(timed := fields.get("timed"), bool):
-        raise ValueError("timed is not true or false in the metadata; record the trace again")
+        raise ValueError("timed is not true or false in the metadata")
     return TraceInfo(
         version=version,
         precision=precision,
@@ -162,10 +161,10 @@ def batch_text(
     """Return the metadata of a batch.
 
     Args:
-        start_ns: time that the batch's first ``delta_ns`` counts from.
+        start_ns: the time to which the batch's first ``delta_ns`` is added.
         enclaves: those that are new, or have grown.
         late_intervals: how many there were until now.
-        user_ns: the program's processor time in user mode, 0 before its end.
+        user_ns: the program's processor time in user mode; 0: the program has not ended.
     """
     described = [
         {"number": one.number, "name": one.name, "pages": one.pages, "pid": one.pid}
@@ -189,7 +188,7 @@ def read_batch_text(text: bytes) -> tuple[int, list[TracedEnclave], int, int]:
     fields = _object(text)
     described = fields.get("enclaves")
     if not isinstance(described, list) or not all(isinstance(one, dict) for one in described):
-        raise ValueError("a batch without a list of enclaves; record the trace again")
+        raise ValueError("a batch without a list of enclaves")
     enclaves = [
         TracedEnclave(
             number=_number(one, "number", MOST_ENCLAVES - 1),
@@ -209,21 +208,21 @@ def _object(text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError("metadata that is no JSON; record the trace again") from error
+        raise ValueError("metadata that is not JSON") from error
     if not isinstance(fields, dict):
-        raise ValueError("metadata that is no JSON object; record the trace again")
+        raise ValueError("metadata that is not a JSON object")
     return fields
 
 
 def _number(fields: dict[str, Any], key: str, most: int) -> int:
     value = fields.get(key)
     if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{key} is not from 0 to {most} in the metadata; record the trace again")
+        raise ValueError(f"{key} is not from 0 to {most} in the metadata")
     return value
 
 
 def _text(fields: dict[str, Any], key: str) -> Any:
     value = fields.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{key} is no text in the metadata; record the trace again")
+        raise ValueError(f"{key} is not a string in the metadata")
     return value

@@ -36,10 +36,10 @@ def open_trace(path: str | Path, file_format: str | None = None) -> TraceReader:
 
     Args:
         path: the file.
-        file_format: one of :data:`FORMATS`; ``None``: the one that it looks like.
+        file_format: one of :data:`FORMATS`; ``None``: detected from the name and the first bytes.
 
     Raises:
-        SoftSgxError: the file cannot be read, or is no trace of this format.
+        SoftSgxError: the file cannot be read, or is not a trace of this format.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115 - the reader closes it
@@ -53,7 +53,7 @@ def parse_trace(file: BinaryIO, name: str, file_format: str | None = None) -> Tr
 
     Args:
         file: it can seek, and is read from its beginning.
-        name: what messages call it.
+        name: its name in messages.
         file_format: see :func:`open_trace`.
     """
     try:
@@ -75,7 +75,7 @@ def read_trace(path: str | Path, file_format: str | None = None) -> Trace:
     """Read a whole trace into memory; see :func:`open_trace`.
 
     Raises:
-        SoftSgxError: also if it has more than ``MOST_ACCESSES``.
+        SoftSgxError: as :func:`open_trace`; or it has more than ``MOST_ACCESSES``.
     """
     with open_trace(path, file_format) as reader:
         return reader.read()
@@ -83,7 +83,9 @@ def read_trace(path: str | Path, file_format: str | None = None) -> Trace:
 
 def _imported(file: BinaryIO, name: str, file_format: str) -> TraceReader:
     if file_format not in _SOURCES:
-        raise SoftSgxError(f"{name}: unknown format {file_format!r}; one of {', '.join(FORMATS)}")
+        raise SoftSgxError(
+            f"{name}: unknown format {file_format!r}; give one of {', '.join(FORMATS)}"
+        )
     temporary = tempfile.TemporaryFile()  # noqa: SIM115 - the reader closes it
     try:
         import_trace(_SOURCES[file_format](file, name), name, temporary)
@@ -94,7 +96,7 @@ def _imported(file: BinaryIO, name: str, file_format: str) -> TraceReader:
 
 
 def _detected(file: BinaryIO, name: str) -> str:
-    """Return the format that a file looks like."""
+    """Return the format of a file, from its name and its first bytes."""
     beginning = file.read(_BEGINNING_BYTES)
     file.seek(0)
     if beginning.startswith(CONTINUATION):
@@ -104,5 +106,5 @@ def _detected(file: BinaryIO, name: str) -> str:
     if is_lackey(beginning):
         return "lackey"
     if b"\0" in beginning or not beginning.isascii():
-        raise SoftSgxError(f"{name}: no known format; name one of {', '.join(FORMATS)}")
+        raise SoftSgxError(f"{name}: unknown format; name it, one of {', '.join(FORMATS)}")
     return "text"

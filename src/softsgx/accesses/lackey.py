@@ -1,8 +1,8 @@
 """Accesses as ``valgrind --tool=lackey --trace-mem=yes`` prints them.
 
 An instruction fetch (I) and a load (L) are reads, a store (S) and a modify (M) are writes.  An
-access over the end of a page is an access to each page.  Lines that begin with ``==`` are
-valgrind's messages.
+access that crosses pages is an access to each of them.  Lines that begin with ``==`` are valgrind's
+messages.
 
 Source:
     valgrind, lackey/lk_main.c, "trace-mem": ``I  addr,size``, `` L addr,size``; hexadecimal
@@ -44,7 +44,7 @@ def open_lackey(file: BinaryIO, name: str) -> Source:
 
     Args:
         file: at the first line.
-        name: what messages call it.
+        name: its name in messages.
     """
     return Source(_blocks(file, name))
 
@@ -59,7 +59,7 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[Block]:
         yield from _block(_MESSAGE.sub(b"", lines + newline), name, at)
         at += len(lines) + len(newline)
     if rest and not rest.startswith(b"=="):
-        raise _bad(name, at)  # the recorder died in the line, or this is another format
+        raise _bad(name, at)  # the recorder was killed in the line, or this is another format
 
 
 def _block(lines: bytes, name: str, at: int) -> Iterator[Block]:
@@ -101,7 +101,7 @@ def _numbers(
     base: int,
     most_digits: int,
 ) -> NDArray[np.uint64] | None:
-    """Return the numbers between positions of a text; ``None`` if one is none."""
+    """Return the numbers at ``[start, end)`` of a text; ``None``: one of them is not a number."""
     widths = ends - starts
     if (widths < 1).any() or (widths > most_digits).any():
         return None
@@ -117,6 +117,6 @@ def _numbers(
 
 def _bad(name: str, at: int) -> SoftSgxError:
     return SoftSgxError(
-        f"{name}: near byte {at}: no line of lackey; record with "
+        f"{name}: near byte {at}: not a line of lackey; record with "
         "valgrind --tool=lackey --trace-mem=yes --log-file=FILE"
     )

@@ -1,8 +1,8 @@
-"""The messages of an Arrow IPC stream, and how much memory each asks for, before it is decoded.
+"""The messages of an Arrow IPC stream, and how much memory each needs, before it is decoded.
 
-A compressed buffer begins with its length when it is decompressed, which a decoder allocates.  So
-these lengths are read here and held against a limit.  Only the fields that this needs are read;
-pyarrow checks and decodes the message.
+A compressed buffer begins with its decompressed length, which a decoder allocates without a check.
+So this module reads these lengths, for a comparison with a limit.  It reads only the fields that
+it needs; pyarrow checks and decodes the message.
 
 Source:
     Apache Arrow, "Columnar format", sections "Encapsulated message format" and "Compression";
@@ -20,7 +20,7 @@ from typing import BinaryIO
 __all__ = ["CONTINUATION", "Damaged", "Kind", "Message", "messages"]
 
 CONTINUATION = b"\xff\xff\xff\xff"
-"""What each message begins with, and therefore a stream."""
+"""First bytes of each message, and therefore of a stream."""
 _PREFIX_BYTES = 8  # CONTINUATION and the size of the header
 _MOST_BODY_BYTES = 1 << 26
 _MOST_ITEMS = 64  # of a list in a header
@@ -28,7 +28,7 @@ _UNCOMPRESSED = -1
 
 
 class Damaged(ValueError):
-    """A stream is none, or was changed after it was written; the message says what is wrong."""
+    """The file is not a stream, or it was changed after it was written; the text says how."""
 
 
 class Kind(IntEnum):
@@ -48,7 +48,7 @@ class Message:
         data: its bytes, for pyarrow.
         metadata: of the message; a schema's own metadata is within the schema.
         records: how many a batch has.
-        decoded_bytes: the longest buffer of a batch when it is decompressed.
+        decoded_bytes: decompressed length of the longest buffer of a batch.
     """
 
     kind: Kind
@@ -59,15 +59,15 @@ class Message:
 
 
 def messages(file: BinaryIO, end: int, *, bodies: bool = True) -> Iterator[Message]:
-    """Yield the messages of a stream that are whole, and its end if that is marked.
+    """Yield the complete messages of a stream, and its end if that is marked.
 
     Args:
-        file: the stream begins at its beginning.
-        end: size of the file in bytes; what is appended later is not read.
+        file: the stream starts at offset 0.
+        end: size of the file in bytes; bytes that are appended later are not read.
         bodies: read bodies too; without them, ``data`` and ``decoded_bytes`` of a batch lack them.
 
     Raises:
-        Damaged: this is no stream of Arrow's.
+        Damaged: this is not an Arrow stream.
         OSError: the file cannot be read.
     """
     at = 0
@@ -118,7 +118,7 @@ def _message(data: bytes, table: _Table, body: bytes) -> Message:
 
 
 def _decoded_bytes(body: bytes, offset: int, length: int) -> int:
-    """Return the length of a compressed buffer when it is decompressed."""
+    """Return the decompressed length of a compressed buffer."""
     if offset < 0 or len(prefix := body[offset : offset + 8]) < 8:
         return length  # empty, or outside the body, which pyarrow refuses
     claimed = int.from_bytes(prefix, "little", signed=True)
@@ -129,7 +129,7 @@ def _decoded_bytes(body: bytes, offset: int, length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table of a FlatBuffer; its fields go by their numbers in the schema.
+    """A table of a FlatBuffer; fields are named by their numbers in the schema.
 
     A position outside the buffer raises ``struct.error``.
     """
@@ -145,12 +145,12 @@ class _Table:
         return self._place(field) is not None
 
     def integer(self, field: int, code: str) -> int:
-        """Return a number; an absent one is 0, the default of all that are read here."""
+        """Return a number; an absent one is 0, the default of all fields that are read here."""
         place = self._place(field)
         return 0 if place is None else _unpack(code, self.data, place)
 
     def table(self, field: int) -> _Table:
-        """Return a table that must be there."""
+        """Return a table; the field must be present."""
         return _Table(self.data, self._target(field))
 
     def tables(self, field: int) -> list[_Table]:
@@ -166,7 +166,7 @@ class _Table:
         ]
 
     def string(self, field: int) -> bytes:
-        """Return a string that must be there."""
+        """Return a string; the field must be present."""
         at = self._target(field)
         size = _unpack("<I", self.data, at)
         return self.data[at + 4 : at + 4 + size]
@@ -187,7 +187,7 @@ class _Table:
         return place + _unpack("<I", self.data, place)
 
     def _place(self, field: int) -> int | None:
-        """Return where a field is, ``None`` if it is absent; the vtable says."""
+        """Return the position of a field, from the vtable; ``None``: it is absent."""
         vtable = self.at - _unpack("<i", self.data, self.at)
         if 4 + 2 * field >= _unpack("<H", self.data, vtable):
             return None

@@ -1,6 +1,6 @@
 """Accesses as libCacheSim's oracleGeneral: binary records of time, object, size, next access.
 
-Each object is a page, whatever its size.  The format has no signature and tells no writes.
+Each object is one page, of any size.  The format has no signature, and does not record writes.
 
 Source:
     libCacheSim, doc/trace format "oracleGeneral": little-endian u32 seconds, u64 object, u32 size,
@@ -27,7 +27,7 @@ def open_oracle_general(file: BinaryIO, name: str) -> Source:
 
     Args:
         file: at the first record.
-        name: what messages call it.
+        name: its name in messages.
     """
     return Source(_blocks(file, name), timed=True)
 
@@ -36,8 +36,8 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[Block]:
     while data := file.read(BLOCK_RECORDS * _RECORD.itemsize):
         if len(data) % _RECORD.itemsize:
             raise SoftSgxError(
-                f"{name}: its size is no multiple of {_RECORD.itemsize} bytes; not oracleGeneral, "
-                "or cut short"
+                f"{name}: its size is no multiple of {_RECORD.itemsize} bytes, so it is cut short "
+                "or not oracleGeneral; copy it again, or give its format"
             )
         records = np.frombuffer(data, _RECORD)
         writes = np.zeros(len(records), np.bool)

@@ -1,7 +1,7 @@
-"""Reading a trace file: what it says about itself at once, its accesses in chunks.
+"""Reading a trace file: its description at once, its accesses in chunks.
 
-The memory that a file can cost is bounded by the size of the file and of one batch, whatever
-lengths the file claims.
+The memory that a file can cost is bounded by the size of the file and of one batch; lengths that
+the file claims do not matter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_ACCESSES", "TraceReader"]
 
 MOST_ACCESSES = 1 << 24
-"""How many records :meth:`TraceReader.read` takes: a small file can hold very many."""
+"""The most records that :meth:`TraceReader.read` returns: a small file can hold very many."""
 _MOST_BUFFER_BYTES = 8 * MOST_BATCH_RECORDS
 
 
@@ -45,13 +45,13 @@ class TraceReader:
 
     Args:
         file: an open file, which can seek.
-        name: what messages call it.
+        name: its name in messages.
 
     Attributes:
-        info: what it is a trace of.
+        info: the description of the trace.
 
     Raises:
-        SoftSgxError: this is no trace, or it cannot be read; also while iterating.
+        SoftSgxError: this is not a trace, or it cannot be read; also while iterating.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -68,7 +68,7 @@ class TraceReader:
         self.close()
 
     def __len__(self) -> int:
-        """Return how many records there are: accesses, and pages and enclaves that go."""
+        """Return the number of records: accesses, removed pages and ended enclaves."""
         return self._records
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -87,12 +87,13 @@ class TraceReader:
         """
         if len(self) > MOST_ACCESSES:
             raise SoftSgxError(
-                f"{self._name}: {len(self)} records; at most {MOST_ACCESSES} are read at once"
+                f"{self._name}: {len(self)} records, more than {MOST_ACCESSES} at once; "
+                "iterate over the reader"
             )
         return Trace(self.info, Chunk.joined(self))
 
     def _scan(self) -> tuple[TraceInfo, int]:
-        """Return what the headers say: the trace's description and its number of records."""
+        """Return the trace's description and its number of records, from the headers."""
         stream = messages(self._file, self._end, bodies=False)
         info = _described(next(stream, None))
         enclaves: list[TracedEnclave] = []
@@ -104,7 +105,7 @@ class TraceReader:
             if message.kind is not Kind.BATCH:
                 raise Damaged("a second schema")
             if not 0 <= message.records <= MOST_BATCH_RECORDS:
-                raise Damaged(f"a batch of {message.records}; at most {MOST_BATCH_RECORDS}")
+                raise Damaged(f"a batch of {message.records}, more than {MOST_BATCH_RECORDS}")
             text = message.metadata.get(BATCH_KEY.encode(), b"")
             _, changed, late_intervals, user_ns = read_batch_text(text)
             for enclave in changed:
@@ -123,7 +124,7 @@ class TraceReader:
             yield
         except (ValueError, pa.ArrowException) as error:
             raise SoftSgxError(
-                f"{self._name}: no trace, or damaged: {first_line(error)}"
+                f"{self._name}: not a trace, or damaged: {first_line(error)}; record it again"
             ) from error
         except OSError as error:
             raise SoftSgxError(f"{self._name}: {error.strerror or first_line(error)}") from error

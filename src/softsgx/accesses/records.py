@@ -17,7 +17,7 @@ __all__ = ["Chunk", "Trace"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Accesses in order of time, and pages that go: four arrays of one length.
+    """Records in order of time: four arrays of one length.
 
     Attributes:
         enclaves: uint16, the enclave's number.
@@ -45,7 +45,7 @@ class Chunk:
 
     @property
     def accesses(self) -> Chunk:
-        """The accesses alone, without pages that go."""
+        """The accesses, without records of removed pages and ended enclaves."""
         which = self.events <= Event.WRITE
         if which.all():
             return self
@@ -82,7 +82,7 @@ class Trace:
     """A whole trace in memory, 15 bytes a record.
 
     Attributes:
-        info: what it is a trace of.
+        info: the description of the trace.
         records: all of them.
     """
 
@@ -91,7 +91,7 @@ class Trace:
 
     @classmethod
     def of(cls, accesses: Iterable[tuple[int, bool]], program: str = "") -> Trace:
-        """Return a trace of given ``(page, write)`` of one enclave, timed by their numbers."""
+        """Return a trace of ``(page, write)`` pairs of one enclave; times count accesses."""
         pairs = list(accesses)
         pages = np.array([page for page, _ in pairs], np.uint32)
         range_pages = int(pages.max()) + 1 if len(pages) else 0
@@ -122,12 +122,12 @@ class Trace:
 
     @property
     def accesses(self) -> Chunk:
-        """The accesses, without pages that go."""
+        """The accesses, without records of removed pages and ended enclaves."""
         return self.records.accesses
 
     @property
     def used_pages(self) -> int:
-        """How many different pages are used."""
+        """Number of different pages that are used."""
         return self.dense()[1]
 
     def dense(self) -> tuple[NDArray[np.uint32], int]:

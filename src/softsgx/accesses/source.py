@@ -1,8 +1,8 @@
-"""Accesses that another tool recorded, and how they become a trace file.
+"""Imports accesses that another tool has recorded into a trace file.
 
 A source yields blocks of accesses to one address range.  Addresses and identifiers of objects have
-more bits than page numbers, so their pages are numbered in order of first use; numbers of pages
-stay as they are.
+more bits than page numbers, so their pages are numbered in order of first use.  Page numbers are
+not changed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Source:
     """The accesses of an open file.
 
     Attributes:
-        blocks: none is empty.
+        blocks: of at least one access each.
         numbered: keys are page numbers.
         timed: blocks have times.
     """

@@ -29,11 +29,11 @@ def open_text(file: BinaryIO, name: str) -> Source:
 
     Args:
         file: at the first line.
-        name: what messages call it.
+        name: its name in messages.
 
     Raises:
-        SoftSgxError: the first line is neither an access nor a header; while iterating, a line is
-            no access.
+        SoftSgxError: the first line is neither an access nor a header; while iterating: a line is
+            not an access.
     """
     lines = _Lines(file, name)
     first = next(lines.fields(), None)
@@ -44,7 +44,8 @@ def open_text(file: BinaryIO, name: str) -> Source:
     known = len(set(columns)) == len(columns) and set(columns) <= set(_COLUMNS)
     if not known or ("page" in columns) == ("address" in columns):
         raise lines.bad(
-            "no access and no header", "a header has page or address, and may have write, time_ns"
+            "neither an access nor a header",
+            "a header has page or address, and may have write, time_ns",
         )
     rows = lines.rows(None, columns, least=len(columns))
     address, timed = "address" in columns, "time_ns" in columns
@@ -64,21 +65,21 @@ def _blocks(rows: Iterator[_Row], *, address: bool, timed: bool) -> Iterator[Blo
 
 
 class _Lines:
-    """Lines of a file, which know their numbers."""
+    """The lines of a file, counted for messages."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name, self._number = file, name, 0
 
     def bad(self, problem: str, remedy: str) -> SoftSgxError:
-        """Return the refusal of the line that was read last."""
+        """Return an error about the line that was read last."""
         return SoftSgxError(f"{self._name}: line {self._number}: {problem}; {remedy}")
 
     def fields(self) -> Iterator[list[str]]:
-        """Yield the fields of each line that is no comment."""
+        """Yield the fields of each line that is not a comment."""
         while line := self._file.readline(_LINE_BYTES):
             self._number += 1
             if len(line) == _LINE_BYTES:
-                raise self.bad(f"over {_LINE_BYTES} characters", "an access takes fewer")
+                raise self.bad(f"over {_LINE_BYTES} characters", "write one access a line")
             text = line.decode("ascii", "replace").strip()
             if text and not text.startswith("#"):
                 yield _SEPARATOR.split(text)
@@ -91,7 +92,7 @@ class _Lines:
         Args:
             first: fields of an access that was read already.
             columns: what the fields are.
-            least: how many fields there must be.
+            least: the smallest number of fields.
         """
         for fields in chain([first] if first else [], self.fields()):
             if not least <= len(fields) <= len(columns):
@@ -106,5 +107,5 @@ class _Lines:
     def _integer(self, text: str) -> int:
         value = int(text, 16 if text[:2] in ("0x", "0X") else 10) if _NUMBER.fullmatch(text) else -1
         if not 0 <= value < 1 << 64:
-            raise self.bad("no number of 64 bits", "write 12 or 0x0c")
+            raise self.bad("not a number of 64 bits", "write 12 or 0x0c")
         return value

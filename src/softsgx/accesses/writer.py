@@ -1,7 +1,7 @@
-"""Writing a trace file: records gather in arrays, and leave as batches of an Arrow IPC stream.
+"""Writing a trace file: records are collected in arrays, and written as batches of an Arrow stream.
 
-The file is only ever appended to.  After each batch it is flushed to the kernel, so a recorder that
-is killed loses the records since its last :meth:`TraceWriter.flush`, and nothing before.
+The writer only appends to the file, and flushes it to the kernel after each batch.  A recorder that
+is killed loses only the records since its last :meth:`TraceWriter.flush`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ _MOST_DELTA_NS = (1 << 32) - 1
 class TraceWriter:
     """A trace file that is being written, a context manager.
 
-    When the block is left by an exception, what was appended is written but the file is not marked
+    When an exception ends the block, the appended records are written, but the file is not marked
     complete.
 
     Args:
-        file: the path, whose file is replaced, or an open file, which stays open.
+        file: a path, where an existing file is replaced, or an open file, which stays open.
         precision, interval_ns, epc_pages, program, timed: see :class:`TraceInfo`.
 
     Raises:
-        SoftSgxError: the file cannot be written; also :meth:`flush`, and what calls it.
+        SoftSgxError: the file cannot be written; :meth:`flush`, and methods that call it, raise it
+            too.
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class TraceWriter:
         """Add an address range; return its number.
 
         Args:
-            name: for people.
+            name: for display.
             pages: its size.
-            pid: the process it belongs to, 0 for none.
+            pid: the process that it belongs to; 0: none.
 
         Raises:
-            SoftSgxError: the file has as many as it can.
+            SoftSgxError: the file has ``MOST_ENCLAVES`` already.
         """
         number = len(self._enclaves)
         if number == MOST_ENCLAVES:
@@ -128,13 +129,14 @@ class TraceWriter:
         """Change the size of an enclave's range.
 
         Raises:
-            SoftSgxError: page numbers have too few bits for it.
+            SoftSgxError: it has more than ``MOST_PAGES``.
         """
         before = self._enclaves[number]
         assert pages >= before.pages, "a range shrinks"
         if pages > MOST_PAGES:
             raise SoftSgxError(
-                f"{self._name}: {before.name}: {pages} pages; a trace has at most {MOST_PAGES}"
+                f"{self._name}: {before.name}: {pages} pages, more than {MOST_PAGES}; "
+                "record a program with less memory"
             )
         self._enclaves[number] = TracedEnclave(number, before.name, int(pages), before.pid)
         self._undescribed[number] = None
@@ -146,7 +148,7 @@ class TraceWriter:
         self._late_intervals += 1
 
     def end_program(self, user_ns: int) -> None:
-        """The program has ended; write what was appended, and its processor time in user mode.
+        """Write the appended records, and the ended program's processor time in user mode.
 
         Raises:
             SoftSgxError: the file cannot be written.
@@ -156,11 +158,11 @@ class TraceWriter:
         self._write(Chunk.joined(()))
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
-        """Append an access, which is not earlier than what was appended before."""
+        """Append an access; its time is not before that of the last record."""
         self._append(enclave, page, Event.WRITE if write else Event.READ, time_ns)
 
     def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
-        """Append that a page has left its enclave; a later access is to a new page."""
+        """Append that a page was removed from its enclave; a later access is to a new page."""
         self._append(enclave, page, Event.REMOVED, time_ns)
 
     def end_enclave(self, enclave: int, time_ns: int) -> None:
@@ -190,13 +192,13 @@ class TraceWriter:
         )
 
     def extend_chunk(self, chunk: Chunk) -> None:
-        """Append accesses to several enclaves, and pages that go."""
+        """Append records of several enclaves."""
         self.flush()
         for first in range(0, len(chunk), _BATCH_RECORDS):
             self._write(chunk[first : first + _BATCH_RECORDS])
 
     def flush(self) -> None:
-        """Write what was appended, so that a reader finds it though the recorder is killed.
+        """Write the appended records, so that they survive a recorder that is killed.
 
         Raises:
             SoftSgxError: the file cannot be written.
@@ -212,7 +214,7 @@ class TraceWriter:
             self._write(chunk)
 
     def close(self, *, complete: bool = True) -> None:
-        """Write what was appended, and the mark of a complete file; then close the file.
+        """Write the appended records, and the mark of a complete file; then close the file.
 
         Raises:
             SoftSgxError: the file cannot be written.
@@ -235,7 +237,7 @@ class TraceWriter:
         self._gathered_events, self._gathered_times = array("B"), array("Q")
 
     def _write(self, chunk: Chunk) -> None:
-        """Write a chunk: one batch, or several where more time passes than ``delta_ns`` holds."""
+        """Write a chunk: one batch, or several where a difference of times exceeds 32 bits."""
         times = chunk.times_ns
         before = np.concatenate((np.array([self._now_ns], np.uint64), times[:-1]))[: len(times)]
         assert (before <= times).all(), "records are not in order of time"

@@ -1,4 +1,4 @@
-"""What a run is doing now: a status that other processes of the user can ask for."""
+"""The status of a run while it runs, for other processes of the user."""
 
 from typing import TYPE_CHECKING
 

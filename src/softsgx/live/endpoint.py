@@ -1,12 +1,12 @@
-"""The socket where a run tells its state: ``PID.sock`` in a directory that only its user can enter.
+"""The status socket of a run: ``PID.sock`` in a directory that only its user can enter.
 
-A client connects, reads one JSON object, and finds the end of the stream: there is nothing to ask.
-A thread of its own answers, so a client that does not read delays other clients for
+A client connects and reads one JSON object until the end of the stream; it sends no request.  A
+separate thread answers, so a client that does not read delays other clients for
 :data:`_PATIENCE_S` at most, and never the program.  The socket is made after the program's process,
-and closed in programs by execve(2): nothing of it is the program's.
+and is closed at execve(2), so the program does not inherit it.
 
-The name appears when connections are accepted already, and disappears before they are not: a name
-where nothing accepts is of a run that was killed.
+The server listens before the name appears, and until the name is removed: a name where connections
+are refused belongs to a run that was killed.
 
 Source:
     unix(7) (SO_PEERCRED, permissions); XDG Base Directory Specification (``XDG_RUNTIME_DIR``).
@@ -37,8 +37,8 @@ class StatusServer:
     """Answers each client with the state, until it is closed.
 
     Args:
-        state: returns what :mod:`json` knows; called in the server's thread.
-        patience_s: how long a client may not read before it is given up.
+        state: returns an object that :mod:`json` can encode; called in the server's thread.
+        patience_s: seconds after which a client that does not read is disconnected.
 
     Attributes:
         path: of the socket.
@@ -75,7 +75,7 @@ class StatusServer:
                 # Closed; or no descriptor is free, which may change.
                 self._closed.wait(self._patience_s)
                 continue
-            with peer, suppress(OSError):  # a client may go, or not read
+            with peer, suppress(OSError):  # the client may disconnect, or not read
                 peer.settimeout(self._patience_s)
                 if peer_may_talk(peer):
                     peer.sendall(json.dumps(self._state(), separators=(",", ":")).encode() + b"\n")
@@ -84,8 +84,8 @@ class StatusServer:
 def status_directories() -> Iterator[Path]:
     """Yield the directories that may have sockets of this user's runs, the preferred one first.
 
-    A directory in ``XDG_RUNTIME_DIR`` counts only if that belongs to this user: sudo(8) can leave
-    the variable of another one.
+    ``XDG_RUNTIME_DIR`` is used only if it belongs to this user: sudo(8) can keep the variable of
+    another user.
     """
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     if runtime.is_absolute():
@@ -96,10 +96,10 @@ def status_directories() -> Iterator[Path]:
 
 
 def is_private(directory: Path) -> bool:
-    """Return whether a directory, no link to one, is this user's and closed to all others.
+    """Return whether a directory (not a link to one) belongs to this user and only they may use it.
 
     Raises:
-        OSError: there is none.
+        OSError: it does not exist, or cannot be reached.
     """
     found = directory.lstat()
     return (

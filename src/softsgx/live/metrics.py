@@ -1,7 +1,7 @@
 """The state of a run as metrics that Prometheus scrapes: ``http://127.0.0.1:PORT/metrics``.
 
-Base units, as Prometheus' conventions have them: bytes, seconds, and ``_total`` for what only
-grows.  Each scrape reads the state anew; nothing is computed between scrapes.
+Units are Prometheus' base units, bytes and seconds; names of counters end with ``_total``.  Each
+scrape reads the state again; nothing is computed between scrapes.
 
 Source:
     Prometheus, "Metric and label naming", "Writing exporters".
@@ -49,11 +49,11 @@ class MetricsServer:
         state: as :func:`softsgx.live.state` returns it; called in threads of the server.
 
     Attributes:
-        url: where the metrics are.
-        any_port: whether the port is one that was free.
+        url: address of the metrics.
+        any_port: whether the kernel has chosen the port.
 
     Raises:
-        SoftSgxError: the place cannot be understood, or not be listened at.
+        SoftSgxError: the place is not an address, or listening there fails.
     """
 
     def __init__(self, place: str, state: Callable[[], dict[str, Any]]) -> None:
@@ -78,7 +78,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer no more; a second call does nothing."""
+        """Stop answering; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -236,7 +236,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Bind; without the look-up of a host name, which can take seconds and is not used."""
+        """Bind without the base class's look-up of a host name, which can take seconds."""
         TCPServer.server_bind(self)
 
 
@@ -249,7 +249,7 @@ def _address(place: str) -> tuple[str, int]:
         port = ""
     if not (port.isascii() and port.isdecimal() and int(port) < _PORTS):
         raise SoftSgxError(
-            f"--metrics {place}: no place to listen at; write PORT, or an IP address and a port, "
+            f"--metrics {place}: not an address; write PORT, or an IP address and a port, "
             "as 0.0.0.0:9400 or [::1]:9400"
         )
     return host, int(port)

@@ -1,4 +1,4 @@
-"""The runs of this user that can be asked for their state, as ``softsgx top`` does."""
+"""Finds the runs of this user and reads their states, for ``softsgx top``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _AT_ONCE = 1 << 16
 
 
 class RunEnded(Exception):
-    """The run has ended; its socket is gone."""
+    """The run has ended; its socket no longer exists."""
 
 
 class NoAnswer(Exception):
-    """A run exists and its answer cannot be used now: it is stopped, busy, or of another version.
+    """A run exists and its answer cannot be used now; the text says why.
 
-    The text says why.
+    It may be stopped, busy, or of another version.
     """
 
 
 def running_pids() -> list[int]:
-    """Return the runs that may exist, by the processes of their supervisors, in that order."""
+    """Return the process ids of the supervisors of runs that may exist, in ascending order."""
     found: set[int] = set()
     for directory in status_directories():
         with suppress(OSError):
@@ -41,7 +41,7 @@ def running_pids() -> list[int]:
 
 
 def socket_of(pid: int) -> Path | None:
-    """Return the socket of a run, ``None`` if there is none."""
+    """Return the socket of a run; ``None``: it has none."""
     for directory in status_directories():
         path = directory / f"{pid}.sock"
         with suppress(OSError):
@@ -54,8 +54,8 @@ def ask(pid: int) -> dict[str, Any]:
     """Return the state of a run.
 
     Raises:
-        RunEnded: there is no such run; a socket that a killed one has left is removed.
-        NoAnswer: it does not answer in two seconds, or not what is expected.
+        RunEnded: there is no such run; the socket of a killed run is removed.
+        NoAnswer: it does not answer within two seconds, or its answer cannot be used.
     """
     path = socket_of(pid)
     if path is None:
@@ -77,9 +77,9 @@ def ask(pid: int) -> dict[str, Any]:
         except OSError as error:
             raise NoAnswer(f"{pid}: {error.strerror or error}") from error
         except ValueError:
-            raise NoAnswer(f"{pid}: its answer breaks off") from None
+            raise NoAnswer(f"{pid}: its answer is incomplete") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise NoAnswer(f"{pid}: speaks another format than {FORMAT}")
+        raise NoAnswer(f"{pid}: its answer is not in format {FORMAT}")
     return document
 
 

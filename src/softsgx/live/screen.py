@@ -1,6 +1,6 @@
-"""What ``softsgx top`` draws: a block for each run, as wide and as high as the terminal.
+"""The screen of ``softsgx top``: a block for each run, as wide and as high as the terminal.
 
-Narrow terminals get fewer columns; a low one gets the enclaves with the most faults.
+A narrow terminal shows fewer columns; a low one shows the enclaves with the most faults.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LARGE = 100_000.0
 
 @dataclass(frozen=True, slots=True)
 class _Terminal:
-    """What is drawn on.
+    """The terminal.
 
     Attributes:
         width: columns.
-        ascii_only: whether it has no other characters.
+        ascii_only: whether it shows ASCII only.
     """
 
     width: int
@@ -40,11 +40,11 @@ class _Terminal:
 
     @property
     def overflow(self) -> Literal["crop", "ellipsis"]:
-        """How text that is too wide ends."""
+        """How rich ends text that is too wide."""
         return "crop" if self.ascii_only else "ellipsis"
 
     def fit(self, text: Text, room: int | None = None, *, pad: bool = False) -> Text:
-        """Cut a line to the columns that it has."""
+        """Cut a line to ``room`` columns; ``None``: to the width of the terminal."""
         width = max(self.width if room is None else room, 1)
         text.truncate(width, overflow=self.overflow, pad=pad)
         return text
@@ -58,8 +58,8 @@ def screen(
     Args:
         runs: in this order.
         width: columns.
-        height: lines; ``None``: as many as it takes.
-        ascii_only: whether the terminal has no other characters.
+        height: lines; ``None``: no limit.
+        ascii_only: whether the terminal shows ASCII only.
     """
     rows = None
     if height is not None:
@@ -87,7 +87,7 @@ def sparkline(values: Iterable[float], width: int, *, ascii_only: bool = False) 
 
 
 def _fixed_lines(run: Watched) -> int:
-    """Return the lines of a block beside its enclaves: 4 of figures, headings, an empty one."""
+    """Return the number of lines of a block without its enclaves."""
     if not run.state:
         return 2
     groups = len(run.state["groups"]) - 1

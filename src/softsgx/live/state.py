@@ -1,10 +1,10 @@
 """The state of a run as one JSON object, documented in ``docs/reference/status-json.md``.
 
-A thread beside the supervisor's reads counts, and takes no lock: a fault never waits for a reader.
-The supervisor may change a count while the others are read, so they are read until two readings in
-succession are equal, or :data:`_READINGS` times.
+Another thread than the supervisor's reads the counts without locks, so that no fault waits for a
+reader.  The supervisor may change a count while this thread reads the others.  So the counts are
+read until two successive readings are equal, or :data:`_READINGS` times.
 
-Units are in the names.  Names are only ever added within one ``format``.
+Names end with their units.  Within one ``format`` names are added, never removed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _READINGS = 8
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while a run lasts.
+    """The part of the state that is constant during a run.
 
     Attributes:
-        pid: process of the supervisor, which names the socket.
+        pid: process of the supervisor; the name of the socket has it.
         verb: the command, ``run`` or ``record``.
         command: the program and its arguments.
         began: date and time of the start, ISO 8601 in UTC.
@@ -44,9 +44,9 @@ class About:
 
 
 def state(collector: Collector, about: About) -> dict[str, Any]:
-    """Return the object; everything in it is what :mod:`json` knows.
+    """Return the object; :mod:`json` can encode it.
 
-    May be called from any thread, once a platform was attached to the collector.
+    Any thread may call it after a platform was attached to the collector.
     """
     platform = collector.platform
     assert platform is not None, "a state before the collector was attached"
@@ -81,7 +81,7 @@ def _counts(collector: Collector, platform: Platform) -> dict[str, Any]:
             "size_bytes": core.epc_pages * PAGE_BYTES,
             "used_bytes": (core.epc_pages - free) * PAGE_BYTES,
             "free_bytes": free * PAGE_BYTES,
-            # A copy that is made without running Python code: the supervisor adds kinds.
+            # dict() copies without running Python code, while the supervisor may add kinds.
             "pages": dict(core.counters.held),
         },
         "totals": _totals(collector.totals()),
@@ -136,7 +136,7 @@ def _enclave(living: LivingEnclave) -> dict[str, Any]:
 
 
 def _comm(pid: int) -> str:
-    """Return the name of a process, empty when it has ended."""
+    """Return the name of a process; empty: it has ended."""
     with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
         return file.read().rstrip("\n")
     return ""

@@ -1,6 +1,6 @@
-"""Looks at runs again and again: what each has done from one look to the next.
+"""Reads the states of runs repeatedly, and computes rates from one reading to the next.
 
-A state has counts, not rates: two clients that look at different times each get their own.
+A state has counts, not rates: so clients that read at different times get the right rates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["FORMAT", "RATES", "Watched", "Watching"]
 
 FORMAT = "softsgx-top/1"
 RATES = ("faults", "evictions", "reloads", "eenter")
-"""The counts of which there are rates."""
+"""The counts that get rates."""
 _HISTORY = 240
 
 
@@ -24,9 +24,9 @@ class Watched:
 
     Attributes:
         pid: process of its supervisor.
-        state: as it was told last, with ``rates``; empty before the first answer.
-        silent: why it does not answer now, empty if it does.
-        history: faults a second between looks, the latest last.
+        state: its latest state, with ``rates``; empty before the first answer.
+        silent: why it does not answer now; empty: it does.
+        history: faults a second between readings, the latest last.
     """
 
     def __init__(self, pid: int) -> None:
@@ -35,7 +35,7 @@ class Watched:
         self.history: deque[float] = deque(maxlen=_HISTORY)
 
     def look(self) -> None:
-        """Ask for the state.
+        """Read the state.
 
         Raises:
             RunEnded: the run has ended; the last state stays.
@@ -49,12 +49,12 @@ class Watched:
         self.add(state)
 
     def add(self, state: dict[str, Any]) -> None:
-        """Add rates to a state, and make it the last one.
+        """Add rates to a state, and make it the latest one.
 
-        They are averages since the last look, at the first look and for new enclaves since the
-        start.
+        They are averages since the last reading; at the first reading, and for new enclaves, they
+        are averages since the start.
         """
-        if self.state.get("began") != state["began"]:  # another run, whose process has this number
+        if self.state.get("began") != state["began"]:  # another run with the same process id
             self.state = {}
             self.history.clear()
         seconds = state["elapsed_seconds"] - self.state.get("elapsed_seconds", 0.0)
@@ -70,10 +70,10 @@ class Watching:
     """The runs of this user, or one of them.
 
     Args:
-        pid: of the only one; ``None``: all.
+        pid: of the only run to watch; ``None``: all runs.
 
     Attributes:
-        runs: those that exist, by the process of the supervisor.
+        runs: those that exist, in the order of their supervisors' process ids.
     """
 
     def __init__(self, pid: int | None = None) -> None:
@@ -81,7 +81,7 @@ class Watching:
         self.runs: list[Watched] = []
 
     def look(self) -> bool:
-        """Look at each run; ``False``: none is left, and :attr:`runs` has the last ones."""
+        """Read each run; ``False``: all have ended, and :attr:`runs` has the last ones."""
         known = {run.pid: run for run in self.runs}
         pids = running_pids() if self._pid is None else [self._pid]
         found = []
@@ -97,7 +97,7 @@ class Watching:
         return bool(found)
 
     def document(self) -> dict[str, Any]:
-        """Return the last look as one object."""
+        """Return the latest readings as one object."""
         return {
             "format": FORMAT,
             "runs": [run.state for run in self.runs if run.state and not run.silent],

@@ -1,7 +1,7 @@
-"""Units of work done in this process, in others of this machine, or on a Dask cluster.
+"""Runs units of work in this process, in other processes of this machine, or on a Dask cluster.
 
-A unit is what a pure function is called with, so it gives the same result wherever it is done, and
-one that was lost is simply done again.  A :class:`Journal` keeps results as they come.
+A unit is the argument of a pure function, so its result does not depend on the worker, and a lost
+unit is run again.  A :class:`Journal` keeps results as they arrive.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What does units of work, and the two that need no other machine."""
+"""The interface of workers, and the two implementations that use this machine only."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ ResultT = TypeVar("ResultT")
 
 
 class Workers(Protocol):
-    """Does units."""
+    """Runs units."""
 
     def run(
         self, function: Callable[[UnitT], ResultT], units: Iterator[UnitT]
     ) -> Iterator[ResultT]:
-        """Yield what the function makes of each unit, in any order.
+        """Yield the function's result for each unit, in any order.
 
-        Takes a unit when one can be begun.  Function, units and results can be pickled.
+        The next unit is taken when a worker can start it.  Function, units and results can be
+        pickled.
         """
 
 
 class InProcess:
-    """Does one unit after the other in this process."""
+    """Runs one unit after the other in this process."""
 
     def run(
         self, function: Callable[[UnitT], ResultT], units: Iterator[UnitT]
@@ -38,10 +39,10 @@ class InProcess:
 
 
 class Processes:
-    """Does units in processes of this machine.
+    """Runs units in processes of this machine.
 
     Args:
-        jobs: how many.
+        jobs: number of processes.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -51,7 +52,7 @@ class Processes:
         self, function: Callable[[UnitT], ResultT], units: Iterator[UnitT]
     ) -> Iterator[ResultT]:
         """As :meth:`Workers.run`."""
-        # Not forked: a child would inherit greenlets, and whatever else this process has open.
+        # Not forked: a child would inherit greenlets, and descriptors of this process.
         pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"))
         pending: set[Future[ResultT]] = set()
         try:

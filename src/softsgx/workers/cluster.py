@@ -1,6 +1,6 @@
 """Units of work on a Dask cluster.
 
-The scheduler gives a unit whose worker was lost to another one.
+When a worker is lost, the scheduler gives its units to another one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["DaskCluster", "local_cluster"]
 
 _AHEAD = 2  # units in progress for each thread of the cluster
 _PATIENCE_SECONDS = 15
-_RETRIES = 3  # of a unit that raises, which is a mistake of its function
+_RETRIES = 3  # of a unit that raises, which is a bug of its function
 
 UnitT = TypeVar("UnitT")
 ResultT = TypeVar("ResultT")
 
 
 class DaskCluster:
-    """Does units on the workers of a running scheduler.
+    """Runs units on the workers of a running scheduler.
 
     Args:
-        address: of the scheduler, ``tcp://host:8786``; or its object, as ``LocalCluster`` is.
+        address: of the scheduler, ``tcp://host:8786``; or an object such as ``LocalCluster``.
 
     Raises:
         SoftSgxError: Dask is not installed, or the scheduler does not answer.
@@ -39,7 +39,10 @@ class DaskCluster:
         try:
             self._client = client_of(address, timeout=_PATIENCE_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
-            raise SoftSgxError(f"cluster {address}: no scheduler answers ({error})") from error
+            raise SoftSgxError(
+                f"cluster {address}: no scheduler answers ({error}); check the address, "
+                "or start one (dask scheduler)"
+            ) from error
 
     def run(
         self, function: Callable[[UnitT], ResultT], units: Iterator[UnitT]
@@ -55,7 +58,7 @@ class DaskCluster:
                 more = self._submit(function, pending, units)
 
     def close(self) -> None:
-        """Leave the cluster, which goes on."""
+        """Disconnect from the cluster, which keeps running."""
         self._client.close()
 
     def _submit(self, function: Callable[..., Any], pending: Any, units: Iterator[Any]) -> bool:
@@ -65,14 +68,14 @@ class DaskCluster:
             unit = next(units, None)
             if unit is None:
                 return False
-            # Never answered from a cache: a unit may be timed where it is done.
+            # pure=False: no result comes from a cache, since a unit may measure time.
             pending.add(self._client.submit(function, unit, pure=False, retries=_RETRIES))
         return True
 
 
 @contextmanager
 def local_cluster(jobs: int) -> Iterator[DaskCluster]:
-    """Give a cluster of so many processes of this machine, each with one thread.
+    """Yield a cluster of ``jobs`` processes of this machine, each with one thread.
 
     Raises:
         SoftSgxError: Dask is not installed.
@@ -86,13 +89,13 @@ def local_cluster(jobs: int) -> Iterator[DaskCluster]:
 
 
 def _start_local(jobs: int) -> Any:
-    """Return a local cluster whose processes do not get the SIGINT of Ctrl-C.
+    """Return a local cluster; its processes block the SIGINT of Ctrl-C.
 
-    It ends them itself, when this process has got the signal.  They inherit the signal mask of the
-    thread that starts them, also in the place of one that was lost.
+    The cluster ends them itself after this process has received the signal.  They, and those that
+    replace lost ones, inherit the signal mask of the thread that starts them.
     """
     local_of = _distributed().LocalCluster
-    resource_tracker.ensure_running()  # else the thread starts it, which unblocks the signal there
+    resource_tracker.ensure_running()  # started later, it would unblock the signal in this thread
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return local_of(
@@ -100,7 +103,7 @@ def _start_local(jobs: int) -> Any:
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
-            silence_logs=logging.ERROR,  # a worker that takes long to end is no news
+            silence_logs=logging.ERROR,  # no warnings about workers that end slowly
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows, so that work can be gone on with after an interruption."""
+"""A file of JSON lines that only grows, so that interrupted work can continue later."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Journal:
     """See the module.
 
     Args:
-        path: of the file, which is made at the first :meth:`append`.
+        path: of the file; the first :meth:`append` creates it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def entries(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number of each line and what it has; a last line that was cut off is left out.
+        """Yield the number and the value of each line, without a last line that is cut off.
 
         Raises:
-            SoftSgxError: another line is no JSON.
+            SoftSgxError: another line is not JSON.
         """
         if not self.path.exists():
             return
@@ -37,11 +37,11 @@ class Journal:
             except ValueError as error:
                 if number == len(lines):
                     return
-                raise SoftSgxError(f"{self.path}:{number}: no line of softsgx") from error
+                raise SoftSgxError(f"{self.path}:{number}: not JSON; delete the line") from error
             yield number, entry
 
     def append(self, entry: Any) -> None:
-        """Add a line; it is in the file when this returns."""
+        """Append a line; the kernel has it when this returns."""
         text = json.dumps(entry, separators=(",", ":"))
         with self.path.open("a+b") as file:
             if file.tell():
@@ -52,7 +52,7 @@ class Journal:
 
 
 def _drop_last_line(file: BinaryIO) -> None:
-    """Cut off a line that an interruption has left without its end."""
+    """Remove a last line that an interruption has cut off."""
     file.seek(0)
     whole = file.read().rpartition(b"\n")
     file.truncate(len(whole[0]) + len(whole[1]))

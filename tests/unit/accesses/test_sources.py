@@ -67,20 +67,20 @@ def test_times_of_a_text_are_kept() -> None:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"page,size\n1,2\n", "line 1: no access and no header"),
-        (b"write\nr\n", "line 1: no access and no header"),
-        (b"page,page\n1,2\n", "line 1: no access and no header"),
+        (b"page,size\n1,2\n", "line 1: neither an access nor a header"),
+        (b"write\nr\n", "line 1: neither an access nor a header"),
+        (b"page,page\n1,2\n", "line 1: neither an access nor a header"),
         (b"1 r\n2 x\n", "line 2: no r or w"),
         (b"page\n,", "line 2: 2 fields"),
-        (b"address,write\n,r\n", "line 2: no number of 64 bits"),
-        (b"1 r\n-2 r\n", "line 2: no number of 64 bits"),
-        (b"1 r\n99999999999999999999 r\n", "line 2: no number of 64 bits"),
+        (b"address,write\n,r\n", "line 2: not a number of 64 bits"),
+        (b"1 r\n-2 r\n", "line 2: not a number of 64 bits"),
+        (b"1 r\n99999999999999999999 r\n", "line 2: not a number of 64 bits"),
         (b"1 r\n4294967296 r\n", "page 4294967296: numbers of pages have 32 bits"),
         (b"1 r\n1 r 7\n", "line 2: 3 fields; the fields are page, write"),
         (b"page,write\n1\n", "line 2: 1 fields"),
         (b"1 r\n" + b"1" * 5000, "line 2: over 4096 characters"),
         (b"time_ns,page\n5,1\n4,2\n", "times decrease"),
-        (b"\0\1\2", "no known format"),
+        (b"\0\1\2", "unknown format; name it"),
     ],
 )
 def test_a_line_that_is_no_access_is_refused_with_its_number(data: bytes, problem: str) -> None:
@@ -169,12 +169,12 @@ def test_lackeys_lines_are_read_as_one_by_one(
     ],
 )
 def test_another_line_among_lackeys_is_refused(line: bytes) -> None:
-    assert "no line of lackey" in refusal(LACKEY + line + b"\nI  04222540,3\n", "lackey")
+    assert "not a line of lackey" in refusal(LACKEY + line + b"\nI  04222540,3\n", "lackey")
 
 
 def test_a_lackey_log_that_ends_within_a_line_is_refused() -> None:
-    assert "no line of lackey" in refusal(LACKEY + b"I  0422", "lackey")
-    assert "no line of lackey" in refusal(b"x" * (3 << 20), "lackey")
+    assert "not a line of lackey" in refusal(LACKEY + b"I  0422", "lackey")
+    assert "not a line of lackey" in refusal(b"x" * (3 << 20), "lackey")
 
 
 # --- oracleGeneral -------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_a_cut_oracle_general_file_is_refused() -> None:
 
 
 def test_an_unknown_format_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    assert "unknown format 'csv'; one of softsgx, text" in refusal(b"1\n", "csv")
+    assert "unknown format 'csv'; give one of softsgx, text" in refusal(b"1\n", "csv")
     with pytest.raises(SoftSgxError, match=r"nowhere: No such file or directory"):
         open_trace(tmp_path / "nowhere")
     with pytest.raises(SoftSgxError, match=r"Is a directory"):

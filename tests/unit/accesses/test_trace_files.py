@@ -298,12 +298,12 @@ def test_the_streams_that_are_damaged_here_are_read_undamaged() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"version": 3}, "version 3 of the format; this softsgx reads 1 and 2"),
+        ({"version": 3}, "version 3 of the format, where this softsgx reads 1 and 2"),
         ({"precision": "pages"}, "unknown precision"),
         ({"page_bytes": 8192}, "pages of 8192 bytes"),
         ({"epc_pages": -1}, "epc_pages is not from 0"),
         ({"interval_ns": True}, "interval_ns is not from 0"),
-        ({"program": 5}, "program is no text"),
+        ({"program": 5}, "program is not a string"),
         ({"timed": 1}, "timed is not true or false"),
     ],
 )
@@ -416,7 +416,7 @@ def test_many_accesses_in_a_small_file_are_read_in_parts_only() -> None:
     assert len(data) < 1 << 18
     reader = opened(data)
     assert sum(len(chunk) for chunk in reader) == len(reader) == records * batches
-    assert f"at most {MOST_ACCESSES} are read at once" in refusal(data)
+    assert f"more than {MOST_ACCESSES} at once" in refusal(data)
 
 
 def test_a_trace_that_cannot_be_written_is_refused_in_a_line(tmp_path: Path) -> None:
