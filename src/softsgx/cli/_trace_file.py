@@ -122,6 +122,22 @@ class TraceFile:
             except SoftSgxError as failure:
                 self._give_up(failure)
 
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        """As :meth:`TraceWriter.remove_page`."""
+        if self._writer is not None:
+            try:
+                self._writer.remove_page(enclave, page, time_ns)
+            except SoftSgxError as failure:
+                self._give_up(failure)
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        """As :meth:`TraceWriter.end_enclave`."""
+        if self._writer is not None:
+            try:
+                self._writer.end_enclave(enclave, time_ns)
+            except SoftSgxError as failure:
+                self._give_up(failure)
+
     def add_late_interval(self) -> None:
         """As :meth:`TraceWriter.add_late_interval`."""
         if self._writer is not None:

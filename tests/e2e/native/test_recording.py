@@ -36,11 +36,16 @@ each_pager = pytest.mark.parametrize("pager", USABLE_PAGERS)
 
 
 class Accesses:
-    """Keeps what is written: (enclave, page, "R" or "W")."""
+    """Keeps what is written: (enclave, page, "R" or "W"), and with pages that go.
+
+    Attributes:
+        events: the same, and (enclave, page, "removed"), (enclave, 0, "ended").
+    """
 
     def __init__(self) -> None:
         self.enclaves: list[tuple[str, int, int]] = []
         self.all: list[tuple[int, int, str]] = []
+        self.events: list[tuple[int, int, str]] = []
         self.times: list[int] = []
 
     def add_enclave(self, name: str, pages: int, pid: int) -> int:
@@ -49,6 +54,15 @@ class Accesses:
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         self.all.append((enclave, page, "W" if write else "R"))
+        self.events.append(self.all[-1])
+        self.times.append(time_ns)
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        self.events.append((enclave, page, "removed"))
+        self.times.append(time_ns)
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        self.events.append((enclave, 0, "ended"))
         self.times.append(time_ns)
 
     def add_late_interval(self) -> None:
@@ -192,6 +206,32 @@ def test_enclaves_that_come_and_go_are_told_apart(program: list[str], pager: str
     ]
     wanted = [(0, 0, "W"), (1, 1, "W"), (0, 2, "R"), (1, 3, "R"), (2, 4, "R")]
     assert recording.used() == [[one] for one in wanted]
+    events = recording.written.events
+    ends = [events.index((number, 0, "ended")) for number in range(3)]
+    assert ends[0] > events.index((0, DATA + 2, "R"))
+    assert ends[0] < events.index((2, DATA + 4, "R")), "the driver looks when a device is opened"
+    assert ends[1:] == [len(events) - 2, len(events) - 1], "the others end with the program"
+    assert recording.written.times == sorted(recording.written.times)
+
+
+@each_pager
+@pytest.mark.parametrize("precision", ["intervals", "faults"])
+def test_a_page_that_was_removed_is_gone_until_a_new_one_is_made(
+    tmp_path: Path, pager: str, precision: str
+) -> None:
+    pages = DATA_PAGES - 1  # the next one is for EAUG
+    enclave = write_enclave(tmp_path / "enclave", pages)
+    recording = Recording(precision)
+    command = [str(compile_host(tmp_path)), str(enclave), "dynamic"]
+    result = run(command, epc=1024 * PAGE, pager=pager, recorder=recording)
+    assert result.exit_code == 0
+    page = DATA + pages
+    events = [how for _enclave, number, how in recording.written.events if number == page]
+    assert events.count("removed") == 1
+    at = events.index("removed")
+    assert events[:at], "it was used before"
+    assert events[at + 1 :], "it was used after, as a new page"
+    assert recording.written.times == sorted(recording.written.times)
 
 
 @each_pager

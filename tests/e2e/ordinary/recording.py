@@ -21,10 +21,15 @@ MS = 1_000_000
 
 @dataclass
 class Recorded:
-    """A trace in memory: enclaves by number as (name, pages, pid), and accesses."""
+    """A trace in memory: enclaves by number as (name, pages, pid), and accesses.
+
+    Attributes:
+        events: (enclave, page, what happened): "R", "W", "removed", or "ended" with page 0.
+    """
 
     enclaves: list[list[object]] = field(default_factory=list)
     accesses: list[tuple[int, int, bool, int]] = field(default_factory=list)
+    events: list[tuple[int, int, str]] = field(default_factory=list)
 
     def add_enclave(self, name: str, pages: int, pid: int) -> int:
         self.enclaves.append([name, pages, pid])
@@ -38,6 +43,13 @@ class Recorded:
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         self.accesses.append((enclave, page, write, time_ns))
+        self.events.append((enclave, page, "W" if write else "R"))
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        self.events.append((enclave, page, "removed"))
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        self.events.append((enclave, 0, "ended"))
 
 
 def compile_program(directory: Path, name: str, *options: str) -> str:
@@ -70,8 +82,8 @@ def record(
         found = pickle.load(answer)
     if isinstance(found, Exception):
         raise found
-    result, enclaves, accesses = found
-    return result, done.stdout, Recorded(enclaves, accesses)
+    result, parts = found
+    return result, done.stdout, Recorded(*parts)
 
 
 def _main() -> None:
@@ -82,7 +94,7 @@ def _main() -> None:
     try:
         interval_ns = int(float(interval_ms) * MS)
         result = record_as_enclave(argv, recorded, interval_ns=interval_ns, epc=int(epc) or None)
-        found = result, recorded.enclaves, recorded.accesses
+        found = result, (recorded.enclaves, recorded.accesses, recorded.events)
     except SoftSgxError as error:
         found = error
     with open(int(answer), "wb") as file:

@@ -148,6 +148,50 @@ def split(
     return intervals
 
 
+def test_pages_that_are_unmapped_and_processes_that_end_are_gone(directory: Path) -> None:
+    result, _output, recorded = record([compile_program(directory, "gone")])
+    assert result.exit_code == 0
+    block = array_block(recorded.accesses, {*range(100), *range(300, 310)})
+    events: dict[int, list[str]] = {}
+    for enclave, page, how in recorded.events:
+        if enclave == 0 and page // BLOCK == block and how != "ended":
+            events.setdefault(page % BLOCK, []).append(how[0])
+    assert all("r" not in events[page] for page in (*range(10), *range(60, 90)))
+    assert [page for page in events if events[page][-1] == "r"] == [*range(20, 60), *range(90, 100)]
+    assert {"".join(events[page]) for page in range(10, 20)} <= {"WrW", "WrWW"}
+    ends = [enclave for enclave, _page, how in recorded.events if how == "ended"]
+    assert ends == [1, 0], "the child ends before its parent"
+
+
+def test_a_break_that_shrinks_gives_its_pages_back(directory: Path) -> None:
+    result, _output, recorded = record([compile_program(directory, "gone"), "brk"])
+    assert result.exit_code == 0
+    gone = [page for _enclave, page, how in recorded.events if how == "removed"]
+    pages = {page for _enclave, page, _write, _time in recorded.accesses}
+    longest = max(len(run) for run in runs_of(gone))
+    assert longest == 60
+    assert set(gone) <= pages
+
+
+def test_an_address_space_ends_when_another_program_is_executed() -> None:
+    _result, _output, recorded = record(["sh", "-c", "exec true"])
+    assert [name for name, _pages, _pid in recorded.enclaves] == ["dash", "true"]
+    ends = [at for at, (_enclave, _page, how) in enumerate(recorded.events) if how == "ended"]
+    assert [recorded.events[at][0] for at in ends] == [0, 1]
+    assert {enclave for enclave, _page, _how in recorded.events[ends[0] + 1 :]} == {1}
+
+
+def runs_of(pages: list[int]) -> list[list[int]]:
+    """Split pages into runs, in which each is one more than the one before."""
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][-1] + 1 == page:
+            runs[-1].append(page)
+        else:
+            runs.append([page])
+    return runs
+
+
 @pytest.mark.slow
 def test_a_program_that_touches_more_pages_has_as_many_more_in_its_trace(directory: Path) -> None:
     program = compile_program(directory, "touch")

@@ -80,6 +80,12 @@ class _Nowhere:
     def append(self, _enclave: int, _page: int, _write: bool, _time_ns: int) -> None:
         pass
 
+    def remove_page(self, _enclave: int, _page: int, _time_ns: int) -> None:
+        pass
+
+    def end_enclave(self, _enclave: int, _time_ns: int) -> None:
+        pass
+
     def add_late_interval(self) -> None:
         pass
 

@@ -133,7 +133,7 @@ class Supervisor(Lifecycle):
             lambda thread: self._loop.hold(thread),
             lambda image, error: self._loop.image_failed(image, error),
         )
-        self._registry = Registry(self._store)
+        self._registry = Registry(self._store, self._device_removed)
         self._remote = RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
         ioctls = EnclaveIoctls(
@@ -289,6 +289,11 @@ class Supervisor(Lifecycle):
         except BaseException:
             self._end(first.tid)
             raise
+
+    def _device_removed(self, memory: EnclaveMemory) -> None:
+        """The driver does not use the file of a device any more."""
+        if self._recorder is not None:
+            self._recorder.enclave_ended(memory)
 
     @property
     def failures(self) -> list[Exception]:

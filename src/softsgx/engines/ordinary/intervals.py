@@ -19,6 +19,7 @@ from softsgx.engines.ordinary.space import AddressSpace
 
 __all__ = ["IntervalCounts", "Intervals", "TraceSink"]
 
+_SHIFT, _PAGE_MASK = 12, 4095
 _RETRY_S = 0.001
 _FLUSH_NS = 1_000_000_000
 
@@ -34,6 +35,12 @@ class TraceSink(Protocol):
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Add an access, which is not earlier than those before."""
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        """Add that a page has left its address space."""
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        """Add that an address space has ended."""
 
     def flush(self) -> None:
         """Write the accesses added so far, so that they survive a killed recorder."""
@@ -74,14 +81,28 @@ class IntervalCounts:
 
 
 class _Traced:
-    """What the trace knows of one address space."""
+    """What the trace knows of one address space.
 
-    __slots__ = ("known", "number", "numbers", "pages", "places")
+    Attributes:
+        number: its number in the trace.
+        numbers: of its pages.
+        pages: size of its range, which grows.
+        known: numbers of the pages that were accessed.
+        mapped: the pages that were accessed, and are still mapped.
+        places: of the pages that were accessed in this interval, in the list of its records.
+    """
+
+    __slots__ = ("known", "mapped", "number", "numbers", "pages", "places")
 
     def __init__(self, number: int, numbers: PageNumbers) -> None:
         self.number, self.numbers, self.pages = number, numbers, 0
         self.known: set[int] = set()
+        self.mapped: set[int] = set()
         self.places: dict[int, int] = {}
+
+
+_Record = tuple[_Traced, int | None, bool | None, int]
+"""An address space, a page of it or all, whether it is written or gone (``None``), and when."""
 
 
 class Intervals:
@@ -103,10 +124,7 @@ class Intervals:
         self._interval_ns, self._sink, self._clock = interval_ns, sink, clock
         self.counts = IntervalCounts()
         self._traced: dict[AddressSpace, _Traced] = {}
-        self._who: list[_Traced] = []
-        self._pages: list[int] = []
-        self._writes: list[bool] = []
-        self._times: list[int] = []
+        self._records: list[_Record] = []  # in order; the first is an access
         self._started_ns = clock()
         self._due_ns, self._flushed_ns = 0, self._started_ns
         self._latest_ns = 0
@@ -119,7 +137,7 @@ class Intervals:
     def remove(self, space: AddressSpace) -> None:
         """An address space has ended."""
         self._late.discard(space)
-        del self._traced[space]
+        self._gone(self._traced.pop(space), None)
 
     # --- accesses -------------------------------------------------------------------------------
 
@@ -127,13 +145,11 @@ class Intervals:
         """A hidden page was accessed; ``page`` is its address divided by 4096."""
         traced = self._traced[space]
         now_ns = self._clock()
-        if not self._pages and not self._due_ns:
+        if not self._records and not self._due_ns:
             self._due_ns = now_ns + self._interval_ns
-        traced.places[page] = len(self._pages)
-        self._who.append(traced)
-        self._pages.append(page)
-        self._writes.append(write)
-        self._times.append(self._program_ns(now_ns))
+        traced.places[page] = len(self._records)
+        traced.mapped.add(page)
+        self._records.append((traced, page, write, self._program_ns(now_ns)))
 
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
@@ -145,8 +161,30 @@ class Intervals:
         """Note a store to a page, if it is one of this interval; return whether it is."""
         place = self._traced[space].places.get(page)
         if place is not None:
-            self._writes[place] = True
+            traced, _page, _write, time_ns = self._records[place]
+            self._records[place] = traced, page, True, time_ns
         return place is not None
+
+    def unmapped(self, space: AddressSpace, start: int, end: int) -> None:
+        """Addresses are not mapped any more: their pages have left the enclave."""
+        traced = self._traced[space]
+        low, high = start >> _SHIFT, end + _PAGE_MASK >> _SHIFT
+        if high - low < len(traced.mapped):
+            gone = [page for page in range(low, high) if page in traced.mapped]
+        else:
+            gone = sorted(page for page in traced.mapped if low <= page < high)
+        for page in gone:
+            traced.mapped.remove(page)
+            traced.places.pop(page, None)
+            self._gone(traced, page)
+
+    def _gone(self, traced: _Traced, page: int | None) -> None:
+        """A page, or the whole address space, is gone."""
+        record = traced, page, None, self._program_ns(self._clock())
+        if self._records:
+            self._records.append(record)
+        else:
+            self._hand_over(*record)
 
     def _program_ns(self, now_ns: int) -> int:
         """Return the program's own time; :meth:`spent` adds the recorder's time afterwards."""
@@ -194,30 +232,37 @@ class Intervals:
     def end_interval(self) -> None:
         """Pass the accesses of the interval to the sink."""
         self._due_ns = 0
-        counts, append = self.counts, self._sink.append
-        counts.intervals += bool(self._pages)
-        counts.accesses += len(self._pages)
-        counts.writes += sum(self._writes)
-        counts.most_pages = max(counts.most_pages, len(self._pages))
-        records = zip(self._who, self._pages, self._writes, self._times, strict=True)
-        for traced, page, write, time_ns in records:
-            number = traced.numbers.number(page)
-            if number >= traced.pages:
-                traced.pages = traced.numbers.end
-                self._sink.grow_enclave(traced.number, traced.pages)
-            if number not in traced.known:
-                traced.known.add(number)
-                counts.pages += 1
-            append(traced.number, number, write, time_ns)
-        self._who.clear()
-        self._pages.clear()
-        self._writes.clear()
-        self._times.clear()
+        counts, before = self.counts, self.counts.accesses
+        counts.intervals += bool(self._records)
+        for record in self._records:
+            self._hand_over(*record)
+        counts.most_pages = max(counts.most_pages, counts.accesses - before)
+        self._records.clear()
         if self._clock() - self._flushed_ns > _FLUSH_NS:
             self._flushed_ns = self._clock()
             self._sink.flush()
         for traced in self._traced.values():
             traced.places.clear()
+
+    def _hand_over(
+        self, traced: _Traced, page: int | None, write: bool | None, time_ns: int
+    ) -> None:
+        if page is None:
+            self._sink.end_enclave(traced.number, time_ns)
+            return
+        number, counts = traced.numbers.number(page), self.counts
+        if write is None:
+            self._sink.remove_page(traced.number, number, time_ns)
+            return
+        if number >= traced.pages:
+            traced.pages = traced.numbers.end
+            self._sink.grow_enclave(traced.number, traced.pages)
+        if number not in traced.known:
+            traced.known.add(number)
+            counts.pages += 1
+        counts.accesses += 1
+        counts.writes += write
+        self._sink.append(traced.number, number, write, time_ns)
 
     def _hide(self) -> None:
         began_ns = self._clock()

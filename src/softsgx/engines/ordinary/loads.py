@@ -35,6 +35,9 @@ class Loads(Intervals):
         self.counts.stores += 1
         self.note_written(space, page)
 
+    def unmapped(self, space: AddressSpace, start: int, end: int) -> None:
+        """The pages stay in the enclave, and in the EPC: see :mod:`.epc`."""
+
     def between(self) -> float | None:
         """Pass the loads to the sink, if it is time; return as :meth:`Intervals.between`."""
         return self.hand_over_if_due()

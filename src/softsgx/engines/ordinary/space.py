@@ -51,6 +51,9 @@ class Accesses(Protocol):
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
 
+    def unmapped(self, space: AddressSpace, start: int, end: int) -> None:
+        """Pages of a range of addresses are not mapped any more, or are new ones."""
+
 
 @dataclass
 class Snapshot:
@@ -339,6 +342,7 @@ class AddressSpace:
     def unmapped(self, start: int, end: int) -> None:
         """The range was unmapped, or newly mapped: drop its contents and its files."""
         self.forget(start, end)
+        self._accesses.unmapped(self, start, end)
         self.files.remove(start, end)
         if self.wiped:
             self.wiped = {page for page in self.wiped if not start <= page << _SHIFT < end}
@@ -359,10 +363,13 @@ class AddressSpace:
             if page in self.present:
                 present[page + distance] = self.present[page]
             self._forget(page)
+        self._accesses.unmapped(self, start, end)
         parts = self.files.within(start, end)
         self.files.remove(start, end)
         self.unmapped(to, to + end - start)
         self.present |= present
+        for page, written in present.items():  # each is a new page of the enclave
+            self._accesses.accessed(self, page, written)
         for page, content in hidden.items():
             self._pager.give(self, page, content)
         for part in parts:

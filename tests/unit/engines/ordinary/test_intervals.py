@@ -19,6 +19,7 @@ MS = 1_000_000
 class Sink:
     def __init__(self) -> None:
         self.accesses: list[tuple[int, int, bool, int]] = []
+        self.events: list[tuple[int, int, str, int]] = []
         self.pages = {0: 0, 1: 0}
         self.flushes = 0
 
@@ -30,6 +31,13 @@ class Sink:
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         self.accesses.append((enclave, page, write, time_ns))
+        self.events.append((enclave, page, "W" if write else "R", time_ns))
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        self.events.append((enclave, page, "removed", time_ns))
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        self.events.append((enclave, 0, "ended", time_ns))
 
     def flush(self) -> None:
         self.flushes += 1
@@ -81,6 +89,40 @@ def test_accesses_of_all_spaces_are_handed_over_in_their_order_when_the_interval
     assert bench.sink.accesses == [(0, 488, True, 0), (1, 7, True, 0), (0, 489, True, MS)]
     assert bench.sink.pages == {0: 512, 1: 512}
     assert (first.hidden, second.hidden) == (1, 1)
+
+
+def test_pages_that_are_unmapped_go_in_order_and_a_later_access_is_to_a_new_page(
+    bench: Bench,
+) -> None:
+    first, second = bench.spaces
+    for page in (7, 8, 9):
+        bench.intervals.accessed(first, page, False)
+    bench.intervals.unmapped(first, 8 << 12, 600 << 12)
+    bench.intervals.accessed(first, 8, False)
+    bench.intervals.written(first, 8)
+    bench.passes(10)
+    assert bench.sink.events == [
+        *((0, page, "R", 0) for page in (7, 8, 9)),
+        *((0, page, "removed", 0) for page in (8, 9)),
+        (0, 8, "W", 0),
+    ]
+    assert bench.intervals.counts.accesses == 4
+    assert bench.intervals.counts.writes == 1
+    bench.sink.events.clear()
+    bench.now_ns += MS
+    bench.intervals.unmapped(first, 7 << 12, (7 << 12) + 5)
+    bench.intervals.unmapped(first, 7 << 12, 8 << 12)
+    bench.intervals.unmapped(second, 0, 1 << 40)
+    bench.intervals.remove(second)
+    assert bench.sink.events == [(0, 7, "removed", 11 * MS), (1, 0, "ended", 11 * MS)]
+    assert bench.intervals.counts.intervals == 1
+
+
+def test_an_address_space_that_ends_in_an_interval_ends_after_its_accesses(bench: Bench) -> None:
+    bench.intervals.accessed(bench.spaces[1], 3, True)
+    bench.intervals.remove(bench.spaces[1])
+    bench.intervals.end_interval()
+    assert bench.sink.events == [(1, 3, "W", 0), (1, 0, "ended", 0)]
 
 
 def test_time_for_answering_does_not_count(bench: Bench) -> None:

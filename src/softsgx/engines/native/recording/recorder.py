@@ -5,6 +5,9 @@ interval.  The first use of a fresh page is an access.  The access of an interva
 the page is written to at any time in the interval.  ADD_PAGES counts as a write to each page that
 it adds, since the page takes a page of the EPC.
 
+When REMOVE_PAGES has removed a page, the recorder writes that the page is gone.  When an enclave
+has ended, the recorder writes the end once, not for each page.
+
 Times are those of the program: nanoseconds since the recording began, without the time that the
 recording itself has taken.
 
@@ -18,7 +21,7 @@ interval: the processor needs them to be in the EPC.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +42,12 @@ class AccessWriter(Protocol):
 
     def append(self, enclave: int, page: int, write: bool, time_ns: int) -> None:
         """Add one access, later than those before."""
+
+    def remove_page(self, enclave: int, page: int, time_ns: int) -> None:
+        """Add that a page has left its enclave."""
+
+    def end_enclave(self, enclave: int, time_ns: int) -> None:
+        """Add that an enclave has ended."""
 
     def add_late_interval(self) -> None:
         """Count an interval that took more than twice its time."""
@@ -73,10 +82,24 @@ class Overhead:
         return self.hiding_ns + self.serving_ns
 
 
-@dataclass(slots=True)
 class _Traced:
-    number: int
-    base: int
+    """An enclave; pages are numbers in its range.
+
+    Attributes:
+        pages: those that it has, of the pages that were recorded.
+        places: of the pages that were accessed in this interval, in the list of its records.
+    """
+
+    __slots__ = ("base", "number", "pages", "places")
+
+    def __init__(self, number: int, base: int) -> None:
+        self.number, self.base = number, base
+        self.pages: set[int] = set()
+        self.places: dict[int, int] = {}
+
+
+_Record = tuple["_Traced", int | None, bool | None, int]
+"""An enclave, a page of it or all, whether it is written or gone (``None``), and when."""
 
 
 class Recorder:
@@ -114,8 +137,7 @@ class Recorder:
         self._used: set[int] = set()  # EPC addresses of pages that are not fresh
         self._stored: set[int] = set()  # those of them that were written to
         self._traced: dict[EnclaveMemory, _Traced] = {}
-        # Accesses of the interval, in their order: whether they are writes, and their time.
-        self._interval: dict[tuple[int, int], tuple[bool, int]] = {}
+        self._interval: list[_Record] = []  # in order; the first is an access
         self._appended = False
 
     @property
@@ -151,6 +173,20 @@ class Recorder:
         for linaddr in range(start, start + size, PAGE_BYTES):
             self._access(memory, linaddr, write=True)
 
+    def pages_removed(self, memory: EnclaveMemory, left: Container[int]) -> None:
+        """REMOVE_PAGES has returned: the enclave has the pages ``left``, by number."""
+        traced = self._traced[memory]
+        for page in sorted(page for page in traced.pages if page not in left):
+            traced.pages.remove(page)
+            traced.places.pop(page, None)
+            self._gone(traced, page)
+
+    def enclave_ended(self, memory: EnclaveMemory) -> None:
+        """The device is released: the enclave that it stands for, if any, has no pages any more."""
+        traced = self._traced.pop(memory, None)
+        if traced is not None:
+            self._gone(traced, None)
+
     def page_mapped(self, epc_addr: int) -> None:
         """The first page table maps the page at ``epc_addr``: it is fresh."""
         self._used.discard(epc_addr)
@@ -168,24 +204,38 @@ class Recorder:
 
     def _access(self, memory: EnclaveMemory, linaddr: int, *, write: bool) -> None:
         traced = self._traced[memory]
-        place = traced.number, linaddr - traced.base >> PAGE_SHIFT
+        page = linaddr - traced.base >> PAGE_SHIFT
+        traced.pages.add(page)
         if self.interval_ns is None:
-            self._append(place, write, self.now_ns)
+            self._append(traced, page, write, self.now_ns)
             return
-        known = self._interval.get(place)
-        if known is None:
+        place = traced.places.get(page)
+        if place is None:
             now_ns = self.now_ns
             if not self._interval:
                 self._first_ns = now_ns
-            self._interval[place] = write, now_ns
+            traced.places[page] = len(self._interval)
+            self._interval.append((traced, page, write, now_ns))
         elif write:
-            self._interval[place] = True, known[1]
+            self._interval[place] = traced, page, True, self._interval[place][3]
 
-    def _append(self, place: tuple[int, int], write: bool, time_ns: int) -> None:
-        self._writer.append(*place, write, time_ns)
-        self.accesses += 1
-        self.writes += write
+    def _gone(self, traced: _Traced, page: int | None) -> None:
+        """A page, or the whole enclave, is gone: after the accesses of this interval so far."""
+        if self._interval:
+            self._interval.append((traced, page, None, self.now_ns))
+        else:
+            self._append(traced, page, None, self.now_ns)
+
+    def _append(self, traced: _Traced, page: int | None, write: bool | None, time_ns: int) -> None:
         self._appended = True
+        if page is None:
+            self._writer.end_enclave(traced.number, time_ns)
+        elif write is None:
+            self._writer.remove_page(traced.number, page, time_ns)
+        else:
+            self._writer.append(traced.number, page, write, time_ns)
+            self.accesses += 1
+            self.writes += write
 
     # --- for the recording ----------------------------------------------------------------------
 
@@ -203,8 +253,9 @@ class Recorder:
             overhead.late_intervals += 1
             self._writer.add_late_interval()
         overhead.longest_interval_ns = max(overhead.longest_interval_ns, length_ns)
-        for place, (write, time_ns) in self._interval.items():
-            self._append(place, write, time_ns)
+        for record in self._interval:
+            self._append(*record)
+            record[0].places.clear()
         self._interval.clear()
         self._used.clear()
         self._stored.clear()

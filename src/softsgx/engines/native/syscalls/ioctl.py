@@ -101,6 +101,9 @@ class EnclaveIoctls:
             self._descriptors.guard(thread, regs.rdi & 0xFFFF_FFFF)
         if command == Ioctl.ENCLAVE_ADD_PAGES and self._recorder is not None:
             self._record_added(thread, device, file, self._recorder)
+        removes = command == Ioctl.ENCLAVE_REMOVE_PAGES and file.enclave.created
+        if removes and self._recorder is not None:  # also where it has failed behind some pages
+            self._recorder.pages_removed(device.memory, file.enclave.pages)
         if initializes and result == 0:
             _guard(thread, file)
         if command in (Ioctl.ENCLAVE_RESTRICT_PERMISSIONS, Ioctl.ENCLAVE_MODIFY_TYPES):

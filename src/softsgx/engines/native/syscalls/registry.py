@@ -7,6 +7,7 @@ descriptors that the program has duplicated, inherited or received.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
@@ -43,10 +44,15 @@ class Registry:
 
     Args:
         store: of the pages that the memory files hold.
+        removed: called with each memory file that is given up.
     """
 
-    def __init__(self, store: NativeStore) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: NativeStore,
+        removed: Callable[[EnclaveMemory], None] = lambda _memory: None,
+    ) -> None:
+        self._store, self._removed = store, removed
         self._by_inode: dict[tuple[int, int], Device] = {}
         self._by_file: dict[int, Device] = {}
 
@@ -107,4 +113,5 @@ class Registry:
     def _remove(self, device: Device) -> None:
         self._store.hide_unmapped()  # such pages may still be in the file
         del self._by_inode[device.memory.key], self._by_file[id(device.file)]
+        self._removed(device.memory)
         device.memory.close()
