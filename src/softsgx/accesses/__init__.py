@@ -1,7 +1,7 @@
 """Page-access traces, which the literature also calls reference strings: files and importers.
 
-Each record of a trace is an access, a read or a write of a page of an enclave, or the end of a page
-or of an enclave; it has a time.  Recorders write traces with :class:`TraceWriter`.
+A record of a trace is a read or a write of a page of an enclave, the removal of a page, or the end
+of an enclave, with its time.  Recorders write traces with :class:`TraceWriter`.
 :func:`open_trace` reads them in chunks of bounded size, and also the formats of other tools.
 ``docs/reference/trace-format.md`` describes the file.
 

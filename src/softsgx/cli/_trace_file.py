@@ -31,7 +31,7 @@ def check_libraries() -> None:
     """
     for name in _LIBRARIES:
         if find_spec(name) is None:
-            raise SoftSgxError(f"record: needs the package {name}; pip install 'softsgx[plan]'")
+            raise SoftSgxError(f"record: package {name} is missing; pip install 'softsgx[plan]'")
 
 
 class TraceFile:

@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan; return 0, or 1 if no size in the range is enough."""
     for name in _LIBRARIES:
         if find_spec(name) is None:
-            raise SoftSgxError(f"plan: needs the package {name}; pip install 'softsgx[plan]'")
+            raise SoftSgxError(f"plan: package {name} is missing; pip install 'softsgx[plan]'")
     if args.fleet is not None:
         return run_fleet(args, _defaults())
     if not args.traces:

@@ -244,7 +244,7 @@ class PlatformConfig:
         for path, settings in self.groups.items():
             where = f"groups.{_named(path)}"
             if not all(group_name_ok(name) for name in path.strip("/").split("/")):
-                raise SoftSgxError(f"{where}: no path of a group; write names, as in jobs/a")
+                raise SoftSgxError(f"{where}: not a path; write names, such as jobs/a")
             if not isinstance(settings, Mapping):
                 raise SoftSgxError(f'{where} = {_shown(settings)}: give a table: max = "16MiB"')
             odd = sorted(settings.keys() - {"max"})

@@ -1,7 +1,8 @@
-"""How much EPC an application needs, and what less costs: its accesses replayed at many sizes.
+"""How much EPC an application needs, and the cost of less: its accesses replayed at many sizes.
 
 :func:`plan` is a pure function of traces, host, policies and prices.  ``curves`` and ``policies``
-are what-if for caches in general; ``core_replay`` and ``linux_replay`` replay through the EPC core.
+compute misses of caches in general; ``core_replay`` replays accesses through the EPC core, and
+``linux_replay`` through a compiled copy of its policy.
 
 Needs numpy, numba and pyarrow (``softsgx[plan]``), which are imported at first use.
 """

@@ -1,8 +1,8 @@
-"""numba, which an extra installs; and where it keeps machine code.
+"""numba, which an extra installs; and the directory of its compiled code.
 
-Kernels are functions of arrays and integers.  They are compiled at their first call, which takes
-seconds, and cached in the user's cache directory: a system-wide install is not writable.  Without a
-writable directory, they are compiled in each process.
+Kernels are functions of arrays and integers.  numba compiles each at its first call, which takes
+seconds, and caches it in the user's cache directory, since a system-wide install is not writable.
+Without a writable directory, each process compiles them again.
 
 Source:
     XDG Base Directory Specification; numba, "Caching", ``NUMBA_CACHE_DIR``.
@@ -23,7 +23,7 @@ try:
     from numba.extending import intrinsic
 except ImportError as error:
     raise SoftSgxError(
-        f"plan: needs the package {error.name}; pip install 'softsgx[plan]'"
+        f"plan: package {error.name} is missing; pip install 'softsgx[plan]'"
     ) from error
 
 __all__ = ["cache_directory", "compiled", "popcount"]
@@ -36,7 +36,7 @@ def cache_directory() -> Path:
     """Return the directory of compiled kernels: ``NUMBA_CACHE_DIR`` or one of the user's."""
     if _config.CACHE_DIR:
         return Path(_config.CACHE_DIR)
-    # The specification: a relative path is to be ignored.
+    # The specification says that a relative path must be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
         base = Path(os.path.expanduser("~")) / ".cache"
@@ -54,7 +54,7 @@ def compiled(kernel: F, *, counts_references: bool = True) -> F:
     # Not in the signature: numba's runtime counts references.
     options: dict[str, Any] = {"nogil": True, "_nrt": counts_references}
     configured = _config.CACHE_DIR
-    _config.CACHE_DIR = str(cache_directory())  # numba looks at it in the next line
+    _config.CACHE_DIR = str(cache_directory())  # numba.njit reads it
     try:
         made: F = numba.njit(kernel, cache=True, **options)
     except RuntimeError:  # no directory that can be written

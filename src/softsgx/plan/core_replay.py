@@ -1,12 +1,12 @@
 """Accesses replayed through the real EPC core: the readable replay.
 
 :class:`~softsgx.paging.EpcCore` allocates, charges, ages, reclaims and loads; the cgroup hierarchy
-limits.  The machine under it executes no leaf: a leaf's effect on content and EPCM is not needed
-to know which pages are resident, so each returns SGX_SUCCESS.  Processors use pages through their
-page tables, so an access sets the accessed bit of its page; but for the first access to a page,
-which is the one that makes it: ADD_PAGES writes it outside page tables.
+limits.  The machine under it executes no leaf: which pages are resident does not depend on a leaf's
+effect on content and EPCM, so each leaf returns SGX_SUCCESS.  An access sets the accessed bit of
+its page, except for the first access to a page, which makes the page: ADD_PAGES writes it without
+page tables.
 
-ksgxd runs on a processor of its own: after each access that has faulted, it runs until it sleeps.
+ksgxd has its own processor: after each access that has faulted, it runs until it sleeps.
 
 Deviation: a trace has no instructions, so the thread of an access has no claim
 (:mod:`softsgx.paging.claims`); in an EPC of a few dozen pages a run may fault less.
@@ -85,7 +85,7 @@ class _EmptyPage:
 
 
 class _EmptyBacking:
-    """A backing file that keeps nothing."""
+    """A backing file without content."""
 
     def pin(self, index: int, *, create: bool) -> BackingPage:
         """As :meth:`BackingFile.pin`."""
@@ -103,7 +103,7 @@ class _EmptyBacking:
 
 
 class _Pin:
-    """Enclaves live as long as the replay."""
+    """A reference to an enclave that exists until the replay ends."""
 
     def get(self) -> bool:
         """As :meth:`Pin.get`."""
@@ -119,7 +119,7 @@ class _Page:
     Attributes:
         accessed: the accessed bit in its page-table entry.
         epc: its EPC page; ``None`` while it is evicted, or before it is made.
-        entry: where it is while it is evicted.
+        entry: its place in backing storage while it is evicted.
     """
 
     __slots__ = ("_enclave", "_reservation", "accessed", "entry", "epc", "index")
@@ -165,10 +165,10 @@ class _Page:
 
 
 class _Enclave:
-    """One enclave: what the driver does for it, without address spaces.
+    """One enclave: the driver's work for it, without address spaces.
 
-    Each method that allocates may raise :class:`EpcBusy`; what was done by then stays done, and the
-    method is called again.
+    Each method that allocates may raise :class:`EpcBusy`.  The caller waits and calls it again; the
+    method continues with what it had done.
     """
 
     def __init__(self, core: EpcCore, enclave: SceneEnclave, group: Group) -> None:
@@ -192,7 +192,7 @@ class _Enclave:
         self._by_index = dict(enumerate(self.pages))
 
     def _promise(self, pages: int) -> None:
-        """Have VA slots for ``pages`` pages, the SECS among them."""
+        """Allocate VA slots until ``pages`` pages have one, the SECS included."""
         while self._promised < pages:
             self.swap.grow_locked()
             self._promised += 1
@@ -209,7 +209,8 @@ class _Enclave:
         """Make a page, which becomes the youngest: EADD or EAUG."""
         self._create()
         self.swap.load_secs()
-        # Deviation: EAUG takes the page first, then the VA page. So nothing is taken twice.
+        # Deviation: for EAUG, Linux allocates the page before the VA page.  In this order a call
+        # that is repeated allocates nothing twice.
         self._promise(self._made + 2)
         page.epc = self._core.alloc(page, reclaim=False, group=self._group)
         self._made += 1
@@ -239,10 +240,10 @@ class _Enclave:
 
 
 class CoreReplay:
-    """A replay; :meth:`run` may be called any number of times, each continues it.
+    """A replay; each call of :meth:`run` continues it.
 
     Args:
-        scene: the enclaves; its accesses are not looked at.
+        scene: the enclaves; its accesses are not used.
         epc: the host.
     """
 
@@ -266,7 +267,7 @@ class CoreReplay:
         ]
         self._pages = [page for enclave in self._enclaves for page in enclave.pages]
         self._owners = [enclave for enclave in self._enclaves for _page in enclave.pages]
-        # Exact LRU sees every access; a kernel sees accessed bits.
+        # Exact LRU uses every access; other policies use accessed bits.
         self._exact = isinstance(epc.policy, LeastRecentlyUsed)
         self._accesses = self._made = 0
         self.possible = True
@@ -324,7 +325,7 @@ class CoreReplay:
         return False
 
     def counts(self) -> Counts:
-        """Return what was done so far."""
+        """Return the counts so far."""
         counters = self.core.counters
         return Counts(
             self.possible,

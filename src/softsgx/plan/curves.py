@@ -3,9 +3,9 @@
 The stack distance of an access is the number of other pages accessed since the last access to its
 page.  LRU of a capacity of C pages hits if the distance is less than C, for every C at once.
 
-Method: a time axis with one bit for each page, at the page's last access; the distance is the
-number of bits behind it.  Counts of bits in blocks of the axis make far distances cheap.  When the
-axis is full, the bits move together, in order.  ``plan.readable`` has the same with a list.
+Method: a time axis has one bit for each page, at the page's last access.  The distance is the
+number of later bits.  Counts of bits in blocks of the axis make long distances cheap.  When the
+axis is full, the bits are moved together, in order.  ``plan.readable`` has the same with a list.
 
 Source:
     R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9
@@ -56,7 +56,7 @@ class Distances:
 
     @property
     def pages(self) -> int:
-        """Pages that are used: with as many, LRU misses first accesses only."""
+        """Pages that are used: at this capacity LRU misses first accesses only."""
         return self.cold
 
     def misses_at(self, capacity: int) -> int:
@@ -113,7 +113,7 @@ class StackDistances:
             self._move_together()
 
     def result(self) -> Distances:
-        """Return what was counted."""
+        """Return the counts."""
         return Distances(self._counts[: self._pages].copy(), self._pages)
 
     def _move_together(self) -> None:

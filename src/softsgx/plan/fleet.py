@@ -2,12 +2,12 @@
 
 Programs are placed one after the other, those with the most pages first, on the first host that
 has room: first fit decreasing.  A host has room if a replay of all its programs side by side, in
-its EPC and with their limits, meets the target.  Such a replay is a unit of work: what it gives
-depends on nothing but the unit, so units are done by any worker, in any order, and known ones are
-not done again.
+its EPC and with their limits, meets the target.  Such a replay is a unit of work.  Its result
+depends only on the unit, so any worker can run it, in any order, and a unit with a known result is
+not run again.
 
-A fleet whose hosts have several EPC sizes to choose from is placed once for each choice.  All
-placements advance together, so that many units are there to be done at once.
+Where hosts have several EPC sizes to choose from, the fleet is placed once for each choice.  All
+placements advance together, so that many units can run at once.
 
 First fit decreasing is no search for the optimum: there may be a placement on fewer hosts.
 
@@ -70,7 +70,7 @@ class Unit:
     Attributes:
         epc_bytes: of the host.
         tenants: ascending; a program that runs twice is there twice.
-        target_slowdown, costs: as the fleet has them.
+        target_slowdown, costs: those of the fleet.
     """
 
     epc_bytes: int
@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """The same for units that give the same result, wherever the traces are."""
+        """Identifies the result: it does not depend on the paths of the traces."""
         tenants = [(tenant.digest, tenant.limit_bytes) for tenant in self.tenants]
         text = repr((self.epc_bytes, sorted(tenants), self.target_slowdown, self.costs))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -109,14 +109,14 @@ class UnitResult:
 
     @classmethod
     def from_json(cls, document: Any) -> Self:
-        """Return the result that :func:`dataclasses.asdict` has made an object of."""
+        """Return the result of an object that :func:`dataclasses.asdict` has returned."""
         slowdown = document["slowdown"]
         return cls(**{**document, "slowdown": None if slowdown is None else tuple(slowdown)})
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedHost:
-    """One host and what runs on it.
+    """One host and its programs.
 
     Attributes:
         kind: of the host.
@@ -182,7 +182,7 @@ def plan_fleet(
 
     Args:
         spec: the fleet.
-        workers: do the replays; every one needs the traces under the same paths.
+        workers: run the replays; each worker needs the traces under the same paths.
         known: results of an earlier run, by key.
         found: called with each new result, at once.
 
@@ -221,7 +221,10 @@ def replay_unit(unit: Unit) -> UnitResult:
     """
     for path, digest in {(tenant.path, tenant.digest) for tenant in unit.tenants}:
         if _digest(Path(path)) != digest:
-            raise SoftSgxError(f"{path}: has changed, or is another file on this worker")
+            raise SoftSgxError(
+                f"{path}: has changed, or is another file on this worker; copy the same trace to "
+                "every worker, and do not change it meanwhile"
+            )
     groups = [f"program{number}" for number in range(1, len(unit.tenants) + 1)]
     planned = plan(
         [
@@ -266,7 +269,7 @@ class _Open:
 
 
 class _Placing:
-    """One placement under way."""
+    """One placement that is being made."""
 
     def __init__(self, spec: FleetSpec, choice: Choice, tenants: Mapping[str, Tenant]) -> None:
         self._spec, self._choice, self._tenants = spec, choice, tenants
@@ -274,7 +277,7 @@ class _Placing:
         self._unplaced: dict[str, int] = {}
 
     def steps(self) -> Generator[list[Unit], Mapping[str, UnitResult], Placement]:
-        """Yield the units that the next decision needs; take the results of all that were done."""
+        """Yield the units that the next decision needs; receive the results of all units so far."""
         spec = self._spec
         alone = {
             trace.name: [self._unit(kind, self._tenants[trace.name]) for kind in kinds]
@@ -308,7 +311,7 @@ class _Placing:
         self._unplaced[trace.name] = self._unplaced.get(trace.name, 0) + 1
 
     def _candidates(self, trace: FleetTrace) -> Iterator[tuple[_Open | FleetHost, Unit]]:
-        """Yield the hosts that may run a program, those in use first, and what to ask of each."""
+        """Yield the hosts that may run a program, those in use first, each with the unit to run."""
         tenant, kinds = self._tenants[trace.name], self._spec.kinds_for(trace)
         for host in self._opened:
             if host.kind in kinds:

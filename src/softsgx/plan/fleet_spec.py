@@ -7,7 +7,7 @@
     [[host]]
     name = "edge"
     epc = ["64MiB", "128MiB"]   # each is tried
-    count = 4                   # without it: as many as it takes
+    count = 4                   # without it: as many as are needed
 
     [[trace]]
     file = "app.trace"          # relative to this file
@@ -46,7 +46,7 @@ class FleetHost:
     Attributes:
         name: of the kind.
         epc_bytes: sizes of the EPC to try, ascending.
-        count: how many there are; ``None``: as many as it takes.
+        count: how many there are; ``None``: as many as are needed.
     """
 
     name: str
@@ -56,13 +56,13 @@ class FleetHost:
 
 @dataclass(frozen=True, slots=True)
 class FleetTrace:
-    """Programs that access what a trace has.
+    """Programs with the accesses of one trace.
 
     Attributes:
         name: of the programs.
         path: of the trace.
         count: how many there are.
-        limit_bytes: ``misc.max`` of the group that each one has for itself; ``None``: no limit.
+        limit_bytes: ``misc.max`` of each program's own group; ``None``: no limit.
         hosts: kinds of hosts that may run it; empty: any.
     """
 
@@ -79,8 +79,8 @@ class FleetSpec:
 
     Attributes:
         hosts: in the order in which they are filled.
-        traces: what is placed.
-        target_slowdown: run time over that without paging that is acceptable on each host.
+        traces: the programs to place.
+        target_slowdown: acceptable run time on each host, divided by that without paging.
         costs: prices of faults and evictions.
     """
 
@@ -91,10 +91,12 @@ class FleetSpec:
 
     def __post_init__(self) -> None:
         if not self.hosts or not self.traces:
-            raise SoftSgxError("fleet: needs at least one [[host]] and one [[trace]]")
+            raise SoftSgxError(
+                "fleet: no host or no trace; write at least one [[host]] and one [[trace]]"
+            )
         if not 1 < self.target_slowdown < math.inf:
             raise SoftSgxError(
-                f"target_slowdown = {self.target_slowdown}: give more than 1, as 1.1 for 10 %"
+                f"target_slowdown = {self.target_slowdown}: not above 1; write 1.1 for 10 %"
             )
         for kind, names in (
             ("host", [host.name for host in self.hosts]),
@@ -102,7 +104,7 @@ class FleetSpec:
         ):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
-                raise SoftSgxError(f"{kind} {min(twice)}: is there twice; give other names")
+                raise SoftSgxError(f"{kind} {min(twice)}: name used twice; write different names")
         known = {host.name for host in self.hosts}
         for trace in self.traces:
             if unknown := set(trace.hosts) - known:
@@ -120,14 +122,14 @@ def load_fleet(path: str) -> FleetSpec:
     """Read a fleet.
 
     Raises:
-        SoftSgxError: the file cannot be read, or says something impossible.
+        SoftSgxError: the file cannot be read, or a value in it is invalid.
     """
     try:
         document = tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise SoftSgxError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise SoftSgxError(f"{path}: {first_line(error)}") from error
+        raise SoftSgxError(f"{path}: not TOML: {first_line(error)}; correct the line") from error
     try:
         _only(document, _TOP, "the file")
         directory = Path(path).parent
@@ -149,7 +151,7 @@ def _host(table: Mapping[str, Any]) -> FleetHost:
         raise SoftSgxError(f'host {name}: no epc; write epc = "64MiB", or a list to try')
     texts = sizes if isinstance(sizes, list) else [sizes]
     if not texts:
-        raise SoftSgxError(f"host {name}: epc = []: give at least one size")
+        raise SoftSgxError(f"host {name}: epc = []: no size; write at least one")
     wanted = {_size(text, f"host {name}: epc") for text in texts}
     count = table.get("count")
     return FleetHost(
@@ -163,7 +165,7 @@ def _trace(table: Mapping[str, Any], directory: Path) -> FleetTrace:
     _only(table, _TRACE, f"trace {name}")
     limit, hosts = table.get("limit"), table.get("hosts", [])
     if not isinstance(hosts, list):
-        raise SoftSgxError(f"trace {name}: hosts = {hosts!r}: write a list of names")
+        raise SoftSgxError(f"trace {name}: hosts = {hosts!r}: not a list; write a list of names")
     return FleetTrace(
         name,
         directory / file,
@@ -184,25 +186,27 @@ def _only(table: Mapping[str, Any], known: frozenset[str], what: str) -> None:
 def _tables(document: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
     tables = document.get(name, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise SoftSgxError(f"{name}: no list of tables; write [[{name}]]")
+        raise SoftSgxError(f"{name}: not a list of tables; write [[{name}]]")
     return tables
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str) or not value:
-        raise SoftSgxError(f"{what} = {value!r}: write a text in quotes")
+        raise SoftSgxError(f"{what} = {value!r}: not a text; write one in quotes")
     return value
 
 
 def _number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SoftSgxError(f"{what} = {value!r}: write a number")
+        raise SoftSgxError(f"{what} = {value!r}: not a number; write one, such as 1.1")
     return float(value)
 
 
 def _count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
-        raise SoftSgxError(f"{what}: count = {value!r}: write a number from 1 to {_MOST}")
+        raise SoftSgxError(
+            f"{what}: count = {value!r}: not a count; write a number from 1 to {_MOST}"
+        )
     return value
 
 

@@ -88,8 +88,8 @@ def s3fifo(
     Args:
         numbers: the accesses.
         uses: of resident pages.
-        small: ring of new pages, with room for all resident ones.
-        main: ring of other resident pages, as large.
+        small: ring of new pages, with room for all resident pages.
+        main: ring of the other resident pages, of the same size.
         newer: the ghost after each ghost.
         older: the ghost before each ghost.
         state: see :func:`s3fifo_state`.
@@ -205,12 +205,13 @@ def _remove_ghost(
 def next_uses(
     numbers: NDArray[np.uint32], first: int, upcoming: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:
-    """Return for each access when its page is accessed next.
+    """Return for each access the number of the next access to its page.
 
     Args:
         numbers: the accesses.
         first: number of the first of them in the trace.
-        upcoming: when each page is accessed next after them; it is brought back to before them.
+        upcoming: for each page, its next access after ``numbers``; changed to its next access from
+            the start of ``numbers``.
     """
     found = np.empty(len(numbers), np.uint32)
     for index in range(len(numbers) - 1, -1, -1):
@@ -233,10 +234,10 @@ def opt(
 
     Args:
         numbers: the accesses.
-        next_uses: when the page of each is accessed next.
-        heap: resident pages; the page that is accessed last of all is the first.
-        places: of pages in the heap, -1 for those not resident.
-        keys: when a resident page is accessed next.
+        next_uses: the number of the next access to the page of each.
+        heap: resident pages; the first is the one whose next access is the latest.
+        places: of pages in the heap; -1: not resident.
+        keys: number of the next access to a resident page.
         size: of the heap.
     """
     missed = 0

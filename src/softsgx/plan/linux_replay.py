@@ -1,13 +1,13 @@
 """Accesses replayed with Linux's policy, compiled: the second implementation of a replay.
 
-What :class:`~softsgx.plan.core_replay.CoreReplay` does through the core's objects, this does in
+:class:`~softsgx.plan.core_replay.CoreReplay` uses the core's objects; this module does the same in
 arrays, in one function that numba compiles: LRU lists of groups with ageing, batches, ksgxd's
-watermarks and requests, charges and limits, SECS pages that leave with their last child, VA pages
-that stay.  Each function below names the one that it repeats.  ``tests/differential`` runs both on
-the same histories, and compares counts, resident pages and the order of every list.
+watermarks and requests, charges and limits, SECS pages that are evicted with their last child, VA
+pages that stay.  Each function below names the one that it repeats.  ``tests/differential`` runs
+both on the same histories, and compares counts, resident pages and the order of every list.
 
-It covers policies that are Linux's with other parameters, and FIFO; not the eviction of VA pages,
-and not policies that load pages ahead or see each access.
+It covers Linux's policy with other parameters, and FIFO; not the eviction of VA pages, and not
+policies that load pages ahead or use each access.
 
 Nodes of the lists are pages (by dense number), then the SECS of each enclave, then the heads of
 the groups' lists.
@@ -78,7 +78,7 @@ _DONE, _NO_EPC = -1, -2  # results of _alloc, beside the group that must be recl
 
 
 class _State(NamedTuple):
-    """All there is; few arrays, since the compiler passes each by its parts.
+    """The state of a replay; few arrays, since the compiler passes each as several arguments.
 
     Attributes:
         scalars: a number for each of the first names above.
@@ -460,7 +460,7 @@ def _run(s: _State, pages: np.ndarray[Any, Any]) -> None:
     """CoreReplay.run."""
     flags, scalars = s.flags, s.scalars
     for number in pages:
-        page: Any = np.int64(number)  # of one type everywhere: each type is compiled anew
+        page: Any = np.int64(number)  # one type everywhere: numba compiles again for each type
         if flags[page] & _RESIDENT:
             flags[page] |= _ACCESSED
         elif not _fault(s, page):

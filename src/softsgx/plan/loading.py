@@ -31,7 +31,7 @@ class PlannedTrace:
     Attributes:
         source: a file, or a trace in memory.
         group: the group that its enclaves are charged to, as ``jobs/a``; ``/`` is the root.
-        file_format: of a file; ``None``: the one that it looks like.
+        file_format: of a file; ``None``: detected from its name and its first bytes.
     """
 
     source: str | Path | Trace
@@ -55,7 +55,7 @@ class _Loaded:
     """One trace.
 
     Attributes:
-        info: as the file ends.
+        info: at the end of the file.
         keys: ``enclave << 32 | page`` of each page that is accessed, ascending.
         numbers: of each access, index of its page in ``keys``.
         times_ns: of each access, from 0.
@@ -151,7 +151,7 @@ def _summary(trace: PlannedTrace, loaded: _Loaded) -> TraceSummary:
 def _largest_interval(loaded: _Loaded) -> int:
     """Return how many pages the largest interval accesses that were accessed before.
 
-    A first access makes its page, mostly by ADD_PAGES: it may leave at once.
+    A first access makes its page, mostly by ADD_PAGES; the page may be evicted at once.
     """
     info = loaded.info
     if info.precision != "intervals" or not info.interval_ns:

@@ -1,7 +1,7 @@
 """Pages of all enclaves of a trace, numbered from 0 in order of first use.
 
 A page's key is ``enclave << 32 | page`` (:attr:`softsgx.accesses.Chunk.keys`).  Memory is
-proportional to the pages that are used, however large the ranges of enclaves are.
+proportional to the number of pages that are used, not to the ranges of enclaves.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def end_of(numbers: NDArray[np.uint32]) -> int:
 
 
 def grown(array: NDArray[Scalar], size: int, fill: int) -> NDArray[Scalar]:
-    """Return an array of at least a size, with room to grow, so that copies are rare."""
+    """Return ``array``, copied into a larger one if it has fewer than ``size`` elements."""
     if size <= len(array):
         return array
     larger = np.full(max(size, 2 * len(array)), fill, array.dtype)

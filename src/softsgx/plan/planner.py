@@ -1,4 +1,4 @@
-"""How much EPC do traces need, and what does less cost?
+"""Plans the EPC for traces: how much they need, and the cost of less.
 
 :func:`plan` is a pure function: the same arguments give the same :class:`~.result.Plan`, and
 arguments and result can be pickled, so other processes can run it.
@@ -48,17 +48,17 @@ _LIMIT_TRIES = 32
 _CURVE_POINTS = 256
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it was done, and how much there is."""
+"""Called with the name of the current step, the work done so far, and all the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What differs from Linux's policy.
+    """Parameters that differ from Linux's policy.
 
     Attributes:
         batch_pages, scan_pages: pages that one batch evicts and scans at most.
         low_pages, high_pages: watermarks of ksgxd.
-        prefetch_pages: pages to load beside the one asked for.
+        prefetch_pages: further pages to load with the page of a fault.
         evict_va: whether VA pages may be evicted.
     """
 
@@ -80,7 +80,7 @@ class Options:
         return LinuxPolicy(**common)
 
     def changed(self) -> tuple[tuple[str, int | bool], ...]:
-        """Return those that differ from Linux's, by name."""
+        """Return (name, value) of the parameters that differ from Linux's."""
         linux = Options()
         names = [name for name in self.__slots__ if getattr(self, name) != getattr(linux, name)]
         return tuple((name, getattr(self, name)) for name in names)
@@ -93,7 +93,7 @@ class Host:
     Attributes:
         smallest_bytes, largest_bytes: range of EPC sizes; ``None``: chosen from the traces.
         limits: ``misc.max`` of groups in bytes, by path (``jobs/a``).
-        options: what differs from Linux's policy.
+        options: parameters that differ from Linux's policy.
         run_seconds: run time without paging; ``None``: that of the traces.
     """
 
@@ -114,7 +114,7 @@ class _Planner:
     costs: CostProfile
     target: float
     base_seconds: float
-    certain_pages: int  # an EPC at least this large can be told about
+    certain_pages: int  # predictions are certain for an EPC of at least this size
     progress: Progress
 
     def epc(self, pages: int) -> Epc:
@@ -135,7 +135,7 @@ class _Planner:
         return self._result(epc, self.replay(epc))
 
     def slowdown(self, counts: Counts) -> Slowdown | None:
-        """Return what the loads and evictions of a replay cost."""
+        """Return the slowdown by the loads and evictions of a replay; ``None``: without times."""
         if not self.base_seconds:
             return None
         cost = estimate(_events(counts), self.costs)
@@ -195,18 +195,18 @@ def plan(
     """Plan the EPC of one host for enclaves that run side by side.
 
     Args:
-        traces: what they access; all begin at the same time.
+        traces: the accesses of the enclaves; all traces begin at the same time.
         host: the machine.
-        policies: others to compare Linux's with: of :data:`softsgx.plan.policies.POLICIES`.
+        policies: policies to compare with Linux's, from :data:`softsgx.plan.policies.POLICIES`.
         costs: prices of faults and evictions.
-        target_slowdown: run time over that without paging that is acceptable.
+        target_slowdown: acceptable run time, divided by that without paging.
         progress: called while the plan is made.
 
     Raises:
-        SoftSgxError: a trace cannot be read, or an argument is impossible.
+        SoftSgxError: a trace cannot be read, or an argument is invalid.
     """
     if not 1 < target_slowdown < math.inf:
-        raise SoftSgxError(f"target slowdown {target_slowdown}: give more than 1, as 1.1 for 10 %")
+        raise SoftSgxError(f"target slowdown {target_slowdown}: not above 1; give 1.1 for 10 %")
     progress("reading traces", 0, 1)
     scene, summaries, working_set = load_scene(traces)
     planner = _Planner(
@@ -242,7 +242,7 @@ def plan(
 
 
 def _events(counts: Counts) -> dict[str, int]:
-    """Return what a larger EPC saves: first accesses cost the same at every size."""
+    """Return the events that a larger EPC avoids; first accesses cost the same at every size."""
     eldu = counts.loads + counts.secs_loads
     return {"aex": counts.loads, "fault": counts.loads, "eldu": eldu, "ewb": counts.evictions}
 
@@ -250,21 +250,21 @@ def _events(counts: Counts) -> dict[str, int]:
 def _base_seconds(traces: Iterable[TraceSummary], host: Host) -> float:
     if host.run_seconds is not None:
         return host.run_seconds
-    # Recording stops the program at faults, and time passes until it runs again: what it computed
-    # is not longer than its processor time.
+    # A recording stops the program at faults, and the times include the waits: the program's own
+    # work does not take longer than its processor time.
     seconds = [min(trace.seconds, trace.user_seconds or trace.seconds) for trace in traces]
     return max(seconds) if all(seconds) else 0.0
 
 
 def _certain_pages(scene: Scene, traces: Iterable[TraceSummary], working_set: int) -> int:
-    """Return the smallest EPC that the traces' precision can tell about."""
+    """Return the smallest EPC for which the precision of the traces gives a certain result."""
     recorded = [trace.recorded_epc_pages for trace in traces if trace.precision == "faults"]
     certain = max(recorded, default=0)
     return max(certain, working_set + scene.overhead_pages if working_set else 0)
 
 
 def _range(planner: _Planner) -> tuple[int, int]:
-    """Return the smallest and the largest EPC to look at, in pages."""
+    """Return the smallest and the largest EPC to replay, in pages."""
     host, scene = planner.host, planner.scene
     pages = scene.footprint_pages + scene.overhead_pages
     spare = planner.epc(_MOST_PAGES).policy.low_pages
@@ -284,7 +284,10 @@ def _range(planner: _Planner) -> tuple[int, int]:
     for path, limit in host.limits.items():
         if limit // PAGE_BYTES < SMALLEST_PAGES:
             least = size_text(SMALLEST_PAGES * PAGE_BYTES)
-            raise SoftSgxError(f"limit of {path}: {size_text(limit)}; give at least {least}")
+            raise SoftSgxError(
+                f"limit of {path}: {size_text(limit)}: too small for an enclave; "
+                f"give at least {least}"
+            )
     return low_pages, high
 
 
@@ -306,7 +309,7 @@ def _series(low: int, high: int) -> list[int]:
 
 
 def _search(planner: _Planner, low: int, high: int) -> list[SizeResult]:
-    """Replay sizes of the range; more of them where the target is crossed."""
+    """Replay sizes of the range, with smaller steps where the slowdown crosses the target."""
     wanted = _series(low, high)
     total = len(wanted)
     results: dict[int, SizeResult] = {}
@@ -340,7 +343,7 @@ def _good(planner: _Planner, result: SizeResult) -> bool:
 
 
 def _best(planner: _Planner, results: Sequence[SizeResult]) -> SizeResult | None:
-    """Return the smallest size from which on every larger one meets the target, too."""
+    """Return the smallest size such that it and every larger one meet the target."""
     best = None
     for result in reversed(results):
         if not _good(planner, result):
@@ -434,10 +437,10 @@ def _knee(pages: Sequence[int], missed: Sequence[int]) -> int | None:
 
 
 def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
-    """Yield what the reader must know to trust the figures."""
+    """Yield the assumptions and limits of the figures, each a sentence."""
     if not planner.base_seconds:
         yield (
-            "The traces have no times, so no slowdown can be told; --run-time gives the run time"
+            "The traces have no times, so no slowdown is predicted; --run-time gives the run time"
             " without paging."
         )
     elif planner.host.run_seconds is None:
@@ -453,10 +456,12 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
         lengths = {trace.interval_seconds for trace in planner.traces if trace.interval_seconds}
         shown = ", ".join(f"{seconds * 1e3:g} ms" for seconds in sorted(lengths))
         yield (
-            f"Intervals of {shown} access up to {working_set:,} pages again: the traces cannot tell"
-            f" about an EPC below {least}, where faults within an interval are not seen."
+            f"Intervals of {shown} access up to {working_set:,} pages again: predictions for an EPC"
+            f" below {least} are not certain, since the traces miss faults within an interval."
         )
     elif planner.certain_pages:
         least = exact_size(planner.certain_pages * PAGE_BYTES)
-        yield f"The traces are of faults at an EPC of {least}: they cannot tell about less."
+        yield (
+            f"The traces are of faults at an EPC of {least}: predictions for less are not certain."
+        )
     yield planner.costs.basis_text

@@ -1,8 +1,8 @@
-"""Replacement policies replayed at given capacities, without pages: what each would miss.
+"""Replacement policies replayed at given capacities: how many accesses each misses.
 
 LRU needs no replay: stack distances give it for all capacities.  FIFO, CLOCK and S3-FIFO are
-replayed part by part.  OPT needs to know the future, so it keeps the numbers of all pages.
-``plan.readable`` tells the same policies with plain data structures, and their sources.
+replayed part by part.  OPT needs later accesses, so it keeps all accesses in memory.
+``plan.readable`` has the same policies with plain data structures, and their sources.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["MOST_OPT_ACCESSES", "POLICIES", "PolicyName", "misses"]
 PolicyName = Literal["fifo", "lru", "clock", "s3fifo", "opt"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 MOST_OPT_ACCESSES = 1 << 28
-"""How many accesses OPT takes: it needs 8 bytes of memory for each."""
+"""The most accesses for OPT, which needs 8 bytes of memory for each."""
 
 _ABSENT = -1
 _SMALL_SHARE = 10  # S3-FIFO's small queue has a tenth of the capacity
@@ -66,7 +66,7 @@ def _opt(parts: Iterable[NDArray[np.uint32]], capacities: Sequence[int]) -> list
         pages = max(pages, end_of(part))
         if accesses > MOST_OPT_ACCESSES:
             raise SoftSgxError(
-                f"plan: more than {MOST_OPT_ACCESSES} accesses; OPT keeps all in memory; "
+                f"plan: more than {MOST_OPT_ACCESSES} accesses, which OPT keeps in memory; "
                 "choose other policies, or plan with part of the trace"
             )
     upcoming = np.full(pages, kernels.NEVER)
@@ -94,7 +94,7 @@ def _opt_misses(
 
 
 class _Replay(Protocol):
-    """A policy at one capacity, which is given accesses part by part.
+    """A policy at one capacity; it receives accesses part by part.
 
     Attributes:
         misses: accesses that missed so far.
@@ -103,7 +103,7 @@ class _Replay(Protocol):
     misses: int
 
     def add(self, numbers: NDArray[np.uint32]) -> None:
-        """Make more accesses, each the number of a page."""
+        """Replay more accesses, each the number of a page."""
 
 
 class _Clock:

@@ -1,6 +1,6 @@
-"""The replacement policies of ``plan`` as their papers tell them: what kernels are tested against.
+"""The replacement policies of ``plan`` as their papers describe them; tests compare kernels to it.
 
-Each takes pages in order of access and a capacity in pages, and returns how many accesses miss.
+Each function takes pages in order of access and a capacity in pages, and returns the misses.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class _S3Fifo:
 def s3fifo(pages: Sequence[int], capacity: int) -> int:
     """A small queue for new pages, a main queue, and ghosts of pages that left the small queue.
 
-    The small queue has a tenth of the capacity, at least a page; as many pages as the main queue
-    has are remembered as ghosts.
+    The small queue has a tenth of the capacity, at least a page.  The queue of ghosts has as many
+    entries as the main queue.
 
     Source:
         J. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1.

@@ -25,16 +25,16 @@ class Replay(Protocol):
     """A replay of accesses in one EPC; both implementations have these methods."""
 
     def run(self, pages: np.ndarray[Any, Any]) -> None:
-        """Make accesses, each a dense page number."""
+        """Replay accesses, each a dense page number."""
 
     def counts(self) -> Counts:
-        """Return what was done so far."""
+        """Return the counts so far."""
 
     def resident(self) -> np.ndarray[Any, Any]:
         """Return whether each page is in the EPC now."""
 
     def close(self) -> None:
-        """End it."""
+        """End the replay."""
 
 
 def new_replay(scene: Scene, epc: Epc) -> Replay:
@@ -79,7 +79,7 @@ def residency(scene: Scene, epc: Epc) -> Residency:
 
 
 def _time_bins(scene: Scene) -> tuple[list[int], float]:
-    """Return where each bin begins in the accesses, and the length of a bin in seconds."""
+    """Return the index of the first access of each bin, and the length of a bin in seconds."""
     last_ns, accesses = int(scene.times_ns[-1]), len(scene.pages)
     bins = min(_TIME_BINS, accesses)
     if not last_ns or not scene.timed:

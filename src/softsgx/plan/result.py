@@ -1,6 +1,6 @@
-"""What a plan has found; text, JSON and the HTML page are made from it.
+"""The result of a plan; text, JSON and the HTML page are made from it.
 
-Everything is plain data: a :class:`Plan` can be pickled, and compared.
+A :class:`Plan` is plain data: it can be pickled and compared.
 
 Sizes are bytes or pages as the names say, times seconds since the first access of all traces.
 """
@@ -33,15 +33,15 @@ class TraceSummary:
         name: the file.
         program: what was recorded.
         precision: ``accesses``, ``faults`` or ``intervals``.
-        complete: ``False``: the recorder did not end it; what was written is planned with.
+        complete: ``False``: the recorder did not end it; the plan uses the records in the file.
         enclaves: how many enclaves it has.
         accesses: its accesses.
         footprint_pages: pages that it accesses.
         seconds: from its first access to its last; 0 without times.
-        user_seconds: processor time that it used in user mode; 0 if the trace does not say.
+        user_seconds: the program's processor time in user mode; 0: the trace does not have it.
         group: the group that its enclaves are charged to, ``/`` for the root.
         interval_seconds: the length of an interval; 0 unless ``precision`` is ``intervals``.
-        recorded_epc_pages: the EPC during the recording; 0 if it does not say.
+        recorded_epc_pages: the EPC during the recording; 0: the trace does not have it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Curve:
     """The miss-ratio curve of exact LRU over all traces together.
 
     Attributes:
-        pages: capacities in pages of enclaves (SECS and VA pages are beside them), ascending.
+        pages: capacities in pages of enclaves, without SECS and VA pages, ascending.
         misses: misses at each capacity, first accesses to a page included.
         accesses: of all traces.
         cold_misses: first accesses to a page, which miss at every capacity.
@@ -96,7 +96,7 @@ class EnclaveResult:
 
     Attributes:
         trace: index of its trace.
-        name: as the trace has it.
+        name: its name in the trace.
         pages: pages that the trace accesses.
         overhead_pages: its SECS and VA pages.
         loads: its pages that were loaded again after an eviction.
@@ -132,18 +132,18 @@ class SizeResult:
 
     Attributes:
         epc_bytes: size of the EPC.
-        possible: ``False``: an allocation failed, as every page of the EPC was needed; the
-            figures then are those up to there.
+        possible: ``False``: an allocation failed, since every page of the EPC was needed; the
+            figures are those up to that point.
         overhead_pages: SECS and VA pages of all enclaves together.
         faults: page faults that made or loaded a page: ``made + loads``.
         made: first accesses, which make a page (EADD or EAUG) at every size.
-        loads: pages loaded again by ELDU: what a larger EPC saves.
+        loads: pages loaded again by ELDU, which a larger EPC avoids.
         evictions: pages evicted by EWB, SECS included.
         loads_per_second: ``loads`` over the traces' time, ``None`` without times.
         estimate: the prices of loads and evictions.
         slowdown: ``None`` without times.
-        certain: whether the traces' precision can tell at this size; see ``Plan.remarks``.
-        enclaves, groups: parts of it.
+        certain: whether the precision of the traces suffices for this size; see ``Plan.remarks``.
+        enclaves, groups: the figures of each enclave and of each group.
     """
 
     epc_bytes: int
@@ -169,7 +169,7 @@ class SizeResult:
 class PolicyResult:
     """A policy for caches, without batches and watermarks, in the same EPCs.
 
-    It has the pages that SECS and VA pages leave.
+    Its capacity is the EPC without SECS and VA pages.
 
     Attributes:
         policy: its name.
@@ -194,7 +194,7 @@ class Residency:
         made: pages made in each time bin.
         page_bins: for each row, the first dense page number in it; pages are sorted by trace,
             enclave, page.
-        pages: how many pages there are in all.
+        pages: number of all pages.
         enclave_rows: for each enclave that begins there, index of its row and its name.
         resident: ``resident[row][bin]``: share of the row's pages in the EPC at the end of the
             bin, 0 to 1.
@@ -222,7 +222,7 @@ class Recommendation:
         limit_bytes: for one trace, the limit of a group of its own that does the same on a
             machine with more EPC: ``misc.max`` and ``sgx.intel.com/epc``.
         kubernetes: that limit as a Kubernetes quantity.
-        slowdown: predicted there.
+        slowdown: predicted at that size.
     """
 
     text: str
@@ -237,10 +237,10 @@ class Plan:
     """See the module.
 
     Attributes:
-        traces: what was replayed, in the order of the command line.
+        traces: the traces, in the order of the arguments.
         recommendation: the answer.
-        remarks: what the reader must know to trust the figures, each a sentence.
-        target_slowdown: as asked for.
+        remarks: assumptions and limits of the figures, each a sentence.
+        target_slowdown: see :func:`softsgx.plan.plan`.
         base_seconds: run time without paging; 0 if no trace has times.
         footprint_pages: pages of all enclaves that are accessed.
         overhead_pages: their SECS and VA pages.

@@ -1,4 +1,4 @@
-"""What a replay needs: pages numbered from 0, enclaves, their groups, and one EPC.
+"""The input of a replay: pages numbered from 0, enclaves, their groups, and one EPC.
 
 Pages are numbered densely, in the order of enclaves and of page indices in them, so that numbers
 are indices of arrays.  All accesses of several traces are in one array, in order of time: the
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["LINUX", "MOST_WAITS", "Counts", "Epc", "Scene", "SceneEnclave", "paths_of"]
 
 MOST_WAITS = 64
-"""How often one access waits for ksgxd: after that it needs more pages than there are."""
+"""How often one access waits for ksgxd at most; then it needs more pages than the EPC has."""
 
 LINUX = LinuxPolicy(evict_va=False)
 """Linux's policy: VA pages stay."""
@@ -34,7 +34,7 @@ class SceneEnclave:
 
     Attributes:
         trace: index of its trace.
-        name: as the trace has it.
+        name: its name in the trace.
         first, pages: its pages are ``first`` up to ``first + pages``.
         group: path of the group that it is charged to; ``/`` is the root.
     """
@@ -58,8 +58,8 @@ class Scene:
     Attributes:
         enclaves: in order of their pages.
         pages: the accesses, a dense page number each.
-        times_ns: when, ascending, from 0.
-        timed: whether these are times; otherwise they are numbers of accesses or instructions.
+        times_ns: time of each access, ascending, from 0.
+        timed: whether these are times; otherwise they count accesses or instructions.
     """
 
     enclaves: tuple[SceneEnclave, ...]
@@ -69,12 +69,12 @@ class Scene:
 
     @property
     def footprint_pages(self) -> int:
-        """How many pages there are."""
+        """Number of all pages."""
         return sum(enclave.pages for enclave in self.enclaves)
 
     @property
     def overhead_pages(self) -> int:
-        """Pages that SECS and VA pages take."""
+        """Number of SECS and VA pages."""
         return sum(enclave.overhead_pages for enclave in self.enclaves)
 
 
@@ -99,11 +99,11 @@ class Epc:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a replay did so far.
+    """The counts of a replay so far.
 
     Attributes:
         possible: ``False``: an allocation failed, since every page was needed; the replay ended.
-        accesses: made.
+        accesses: replayed accesses.
         made: pages made, each once.
         loads: pages loaded after they were evicted (ELDU), SECS and VA pages not counted.
         evictions: pages evicted (EWB), SECS and VA pages counted.
@@ -126,7 +126,7 @@ def paths_of(scene: Scene, epc: Epc) -> tuple[str, ...]:
     """Return the paths of all groups: the root, then each below its parent, parents first.
 
     Raises:
-        SoftSgxError: a path is no path of a group.
+        SoftSgxError: a path is not the path of a group.
     """
     wanted = [*epc.limits, *(enclave.group for enclave in scene.enclaves)]
     found = {"/": None}
@@ -134,6 +134,6 @@ def paths_of(scene: Scene, epc: Epc) -> tuple[str, ...]:
         names = path.strip("/").split("/") if path.strip("/") else []
         for at, name in enumerate(names, 1):
             if not group_name_ok(name):
-                raise SoftSgxError(f"group {path!r}: no path of a group; write names, as jobs/a")
+                raise SoftSgxError(f"group {path!r}: not a path; write names, such as jobs/a")
             found["/" + "/".join(names[:at])] = None
     return tuple(sorted(found, key=lambda path: path.count("/") if path != "/" else 0))

@@ -1,9 +1,9 @@
 """The answer of a plan in one sentence.
 
-A limit is told as the parties that enforce it count: Kubernetes' device plugin has
-``sgx.intel.com/epc`` in bytes, with the suffixes of quantities; the misc cgroup controller has
+A limit has the units of the software that enforces it: Kubernetes' device plugin takes
+``sgx.intel.com/epc`` in bytes, with the suffixes of quantities; the misc cgroup controller takes
 ``misc.max`` of ``sgx_epc`` in bytes.  Both count EPC pages of all kinds, SECS and VA pages
-included, which the limit here covers.
+included, and so does this limit.
 
 Source:
     Intel device plugins for Kubernetes, SGX plugin; Kubernetes, "Resource units";
@@ -32,21 +32,21 @@ def recommendation_text(
         best: the smallest size that meets the target; ``None``: none does.
         results: every size that was replayed, ascending.
         target: the acceptable slowdown.
-        limit_bytes: a limit of a group that does the same.
+        limit_bytes: a limit of a group that meets the target as well; ``None``: none is given.
     """
     if best is None:
         return _none(results, target)
     if best.slowdown is None:
-        text = f"{exact_size(best.epc_bytes)} of EPC hold all that is used again"
+        text = f"{exact_size(best.epc_bytes)} of EPC hold all pages that are used again"
     else:
         text = (
             f"{exact_size(best.epc_bytes)} of EPC keep the slowdown under {percent(target)}"
             f" (predicted {_band(best.slowdown)})"
         )
     if best is results[0]:
-        text += ", and less was not looked at"
+        text += ", and less was not tried"
     elif not results[results.index(best) - 1].certain:
-        text += "; less may do, but the trace cannot tell"
+        text += "; less may be enough, but the trace is not precise enough"
     if limit_bytes is not None:
         quantity = f"{limit_bytes >> 20}Mi"
         text += f"; Kubernetes: sgx.intel.com/epc: {quantity}; misc.max: sgx_epc {limit_bytes}"
@@ -59,7 +59,7 @@ def _none(results: Sequence[SizeResult], target: float) -> str:
     if not largest.possible:
         return f"No size up to {size} is enough: every page was needed at once; try a larger EPC."
     if not largest.certain:
-        return f"The trace cannot tell about any size up to {size}; try a larger EPC."
+        return f"The trace is not precise enough for any size up to {size}; try a larger EPC."
     if largest.slowdown is None:
         return f"{largest.loads:,} pages are loaded again even with {size}; try a larger EPC."
     return (
@@ -74,7 +74,7 @@ def _band(slowdown: Slowdown) -> str:
 
 
 def percent(slowdown: float) -> str:
-    """Return what a slowdown adds, for people.
+    """Return the time that a slowdown adds, in percent, for display.
 
     >>> percent(1.1), percent(1.0042), percent(3.5)
     ('10 %', '0.42 %', '250 %')
@@ -84,7 +84,7 @@ def percent(slowdown: float) -> str:
 
 
 def exact_size(size: int) -> str:
-    """Return a size that reads back as the same number of bytes, for people.
+    """Return a size for display; :func:`parse_size` returns the same number of bytes.
 
     >>> exact_size(98041856), exact_size(1472 << 10)
     ('93.5 MiB', '1472 KiB')

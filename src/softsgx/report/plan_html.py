@@ -245,7 +245,7 @@ def _sizes(plan: Plan) -> str:
     marked = [number for number, size in enumerate(plan.sizes) if size.epc_bytes == chosen]
     note = "Replays with Linux's policy."
     if any(not size.certain for size in plan.sizes):
-        note += " ?: the traces cannot tell about this size."
+        note += " ?: the traces are not precise enough for this size."
     heads = ["EPC", "loads", "evictions", "SECS and VA"]
     timed = any(size.slowdown is not None for size in plan.sizes)
     if timed:

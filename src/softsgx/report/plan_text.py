@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     console.print(_sizes(plan))
     if any(not size.certain for size in plan.sizes):
-        console.print(Text("? the trace cannot tell about this size", "dim"))
+        console.print(Text("? the trace is not precise enough for this size", "dim"))
     if plan.policies:
         console.print()
         console.print(_policies(plan))

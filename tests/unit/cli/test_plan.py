@@ -92,7 +92,7 @@ def test_a_profile_of_ones_own_changes_the_slowdown(
         (["--limit", "a=8KiB"], "limit of a"),
         (["--costs", "abacus"], "costs = 'abacus': not known"),
         (["--costs", "no/such.toml"], "no/such.toml: No such file"),
-        (["--target-slowdown", "1"], "give more than 1"),
+        (["--target-slowdown", "1"], "not above 1"),
         (["--run-time", "-3"], "--run-time -3"),
         (["--group", "a", "--group", "b"], "2 groups for 1 trace(s)"),
         (["--batch", "0"], "give a number of pages"),
