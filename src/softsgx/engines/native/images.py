@@ -20,6 +20,7 @@ from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso, share_page
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
+from softsgx.engines.native.vdso.path_calls import PathCalls
 from softsgx.engines.native.vdso.permit_table import reserve_table
 
 __all__ = ["AddressSpaces"]
@@ -32,6 +33,7 @@ class AddressSpaces:
         images: the address spaces by number, which this class adds and removes.
         registry: the open devices.
         answers: what CPUID gives the program.
+        paths: what is known of its calls with paths.
         make_services: makes what address spaces need, given what to call when one has ended.
     """
 
@@ -40,9 +42,11 @@ class AddressSpaces:
         images: dict[int, ProcessImage],
         registry: Registry,
         answers: CpuidAnswers,
+        paths: PathCalls,
         make_services: Callable[[Callable[[ProcessImage], None]], ImageServices],
     ) -> None:
-        self._images, self._registry, self._answers = images, registry, answers
+        self._images, self._registry = images, registry
+        self._answers, self._paths = answers, paths
         self._services = make_services(self._ended)
         self._numbers = count(1)
 
@@ -66,6 +70,7 @@ class AddressSpaces:
             image = ProcessImage(number, thread, memory, base, vdso, self._services, page=page)
             image.loader = loader
             self._answers.loaded(image)
+            self._paths.loaded(image)
             thread.flush()
             undo.pop_all()
         self._images[image.index] = image

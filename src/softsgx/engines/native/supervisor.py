@@ -62,6 +62,7 @@ from softsgx.engines.native.tracing.start import EndedEarly, start_program
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
+from softsgx.engines.native.vdso.path_calls import PathCalls
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
@@ -148,7 +149,9 @@ class Supervisor(Lifecycle):
             recorder=self._recorder,
         )
         # A debugger shows the loader's code, and steps through it.
-        answers = CpuidAnswers(cpuid, jumping=instruments.gdb is None and can_answer_cpuid())
+        jumping = instruments.gdb is None and can_answer_cpuid()
+        answers = CpuidAnswers(cpuid, jumping=jumping)
+        self._paths = PathCalls(jumping=jumping and not strict)
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
         self._loop = self._make_loop(
@@ -167,7 +170,7 @@ class Supervisor(Lifecycle):
             self.injected,
         )
         self._address_spaces = AddressSpaces(
-            self._images, self._registry, answers, self._make_services
+            self._images, self._registry, answers, self._paths, self._make_services
         )
         self._recording = None
         if self._recorder is not None:
@@ -345,6 +348,7 @@ class Supervisor(Lifecycle):
                 abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
             }
         )
+        handlers = self._paths.watching(handlers)
         return handlers if log is None else log.watching(handlers, self._registry)
 
     def _image_of(self, pid: int) -> ProcessImage | None:

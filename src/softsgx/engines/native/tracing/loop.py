@@ -181,8 +181,7 @@ class Loop:
             return True
         try:
             thread.interrupt()
-            stop = thread.behind(thread.wait())
-            self._straighten(thread)
+            stop = self._straighten(thread, thread.behind(thread.wait()))
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)
             return False
@@ -191,11 +190,15 @@ class Loop:
         self._later.append(thread)
         return True
 
-    def _straighten(self, thread: ProgramThread) -> None:
-        """Move a stopped thread to where it is by the program's code."""
+    def _straighten(self, thread: ProgramThread, stop: Stop) -> Stop:
+        """Move a stopped thread to where it is by the program's code; return why it is there."""
         self._permits.stopped(thread)
-        if thread.image.cpuid_stubs is not None:
-            thread.image.cpuid_stubs.straighten(thread)
+        image = thread.image
+        if image.cpuid_stubs is not None:
+            image.cpuid_stubs.straighten(thread)
+        if image.path_stubs is not None and image.path_stubs.straighten(thread):
+            return Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)  # the fault is not the program's
+        return stop
 
     def kick(self, image: ProcessImage) -> None:
         """Make every thread of ``image`` that is inside an enclave leave it."""
@@ -260,8 +263,7 @@ class Loop:
                 self._die(thread)
                 let_end(thread.tid)
                 return
-            stop = thread.behind(stop)
-            self._straighten(thread)
+            stop = self._straighten(thread, thread.behind(stop))
             unwatched = image.watched and not (thread.watched or thread.mid_call)
             if unwatched or not self._transitions.only_crosses(thread, stop):
                 self._permits.settle()

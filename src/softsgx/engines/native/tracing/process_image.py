@@ -24,6 +24,7 @@ from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
+from softsgx.engines.native.vdso.path_calls import PathStubs
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
 from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.hw import EpcPage
@@ -100,6 +101,7 @@ class ProcessImage:
         plain_exits: addresses of EEXITs that have no stub and always stop.
         loader: address of the dynamic loader; 0: the program has none.
         cpuid_stubs: the stubs that answer CPUID of the loader, ``None`` without any.
+        path_stubs: the stubs that make calls with paths, ``None`` before the first such call.
 
     Raises:
         Gone: the thread has ended.
@@ -129,6 +131,8 @@ class ProcessImage:
         self.plain_exits: set[int] = set()
         self.loader: int = 0 if parent is None else parent.loader
         self.cpuid_stubs: CpuidStubs | None = None if parent is None else parent.cpuid_stubs
+        copied = None if parent is None else parent.path_stubs
+        self.path_stubs: PathStubs | None = None if copied is None else copied.copy()
         self.registry, self.strict = services.registry, services.strict
         self.hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}

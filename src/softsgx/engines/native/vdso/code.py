@@ -51,7 +51,8 @@ def emit_injection(asm: Assembler) -> None:
     """Where injected system calls run: labels ``inject`` and ``injected`` (after its int3).
 
     ``illegal`` is an illegal instruction.  Arguments of calls point to bytes at ``scratch``.  At
-    ``permits_at`` is the address of the table of permits, or zero.
+    ``permits_at`` is the address of the table of permits, or zero.  The word at ``watched`` is not
+    zero once the process has had a device.
 
     The code from ``calls`` to ``called`` makes RBP calls from the table at RBX, and stores each
     result over the number of the call.
@@ -77,6 +78,8 @@ def emit_injection(asm: Assembler) -> None:
     asm.emit("cc" * SCRATCH_BYTES)
     asm.align(8)
     asm.label("permits_at")
+    asm.quad(0)
+    asm.label("watched")
     asm.quad(0)
 
 

@@ -44,17 +44,28 @@ if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
     from softsgx.engines.native.x86.cpuid import CpuidLeaf
 
-__all__ = ["AREA_BYTES", "CpuidAnswers", "CpuidStubs", "Window", "window_before"]
+__all__ = [
+    "AREA_BYTES",
+    "COPIED",
+    "JUMP_BYTES",
+    "LOADER_BYTES",
+    "CpuidAnswers",
+    "CpuidStubs",
+    "Window",
+    "jump",
+    "window_before",
+]
 
 AREA_BYTES = 8 << 12
 """Of an address space, for table and stubs."""
+JUMP_BYTES = 5
+"""Of the jump that replaces an instruction."""
 _STUB_BYTES = 128
-_JUMP_BYTES = 5
 _LONGEST = 24
 _CONTEXT = 128
 _MOST_WINDOWS = 64
-#: The dynamic loader is smaller.
-_LOADER_BYTES = 1 << 20
+LOADER_BYTES = 1 << 20
+"""The dynamic loader is smaller."""
 _DISTANCE = struct.Struct("<i")
 _LOW_32 = 0xFFFF_FFFF
 #: An instruction that a jump may replace: mov r32, imm32; mov byte or dword [rsp+disp8], imm; and,
@@ -67,6 +78,13 @@ _REPLACED = (
 _BETWEEN = (
     rb"(?:[\x40-\x4f]?[\x31\x89][\xc0-\xff]|[\x40-\x4f]?\x83[\xc0-\xff].|\x41?[\xb8-\xbf].{4})*"
 )
+COPIED = re.compile(_BETWEEN, re.DOTALL)
+"""Matches instructions that do the same elsewhere."""
+
+
+def jump(start: int, target: int) -> bytes:
+    """Return a jump from one address to another."""
+    return b"\xe9" + _DISTANCE.pack(target - start - JUMP_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +118,7 @@ def window_before(code: bytes, at: int) -> tuple[bytes, int] | None:
     Returns:
         The bytes up to the CPUID, and :attr:`Window.relative`; ``None``: nothing may.
     """
-    for start in range(at - _JUMP_BYTES, max(at - _LONGEST, _CONTEXT // 2) - 1, -1):
+    for start in range(at - JUMP_BYTES, max(at - _LONGEST, _CONTEXT // 2) - 1, -1):
         found = _window().fullmatch(code, start, at)
         if found is not None and in_step(code, start):
             relative = found["relative"]
@@ -130,7 +148,7 @@ class CpuidAnswers:
     def executed(self, image: ProcessImage, site: int) -> None:
         """A thread has executed the CPUID at ``site`` with a stop: spare later programs that."""
         offset = site - image.loader
-        if not (self._jumping and image.loader and 0 <= offset < _LOADER_BYTES):
+        if not (self._jumping and image.loader and 0 <= offset < LOADER_BYTES):
             return
         if len(self._windows) >= _MOST_WINDOWS or len(self._seen) >= 8 * _MOST_WINDOWS:
             return
@@ -211,7 +229,7 @@ class CpuidStubs:
     def jumps(self) -> list[tuple[int, bytes]]:
         """Return (address, bytes) of each jump that leads to a stub."""
         return [
-            (at, b"\xe9" + _DISTANCE.pack(self._start + _STUB_BYTES * number - at - _JUMP_BYTES))
+            (at, jump(at, self._start + _STUB_BYTES * number))
             for number, window in enumerate(self._windows)
             for at in (self._base + window.start,)
         ]

@@ -23,6 +23,7 @@ from softsgx.engines.native.vdso.code import (
     target_of,
 )
 from softsgx.engines.native.vdso.cpuid_jumps import AREA_BYTES
+from softsgx.engines.native.vdso.path_calls import PATH_BYTES
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.ondemand import dataclass
@@ -71,7 +72,9 @@ class Vdso:
         calls: makes a table of calls; called: RIP after its int3.
         slots: a page behind the image, for ``vdso/out_of_line.py``.
         stubs: room for ``most_stubs`` exit stubs, behind the slots.
-        answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``; end: where it ends.
+        answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``.
+        paths: room for ``vdso/path_calls.py``; end: where it ends.
+        watched: a word that is not zero once the process has had a device.
         permits_at: where the supervisor writes the address of the table of permits.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
@@ -93,7 +96,9 @@ class Vdso:
     stubs: int
     most_stubs: int
     answers: int
+    paths: int
     end: int
+    watched: int
     permits_at: int
     ask: int
     pushed: int
@@ -183,7 +188,8 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
         stubs=stubs,
         most_stubs=_STUB_PAGES * abi.PAGE // STUB_BYTES,
         answers=answers,
-        end=answers + AREA_BYTES,
+        paths=answers + AREA_BYTES,
+        end=answers + AREA_BYTES + PATH_BYTES,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
         targets={name: base + asm.labels[target_of(name)] for name in forwarded},
@@ -196,7 +202,7 @@ _FORWARD_BYTES = 18  # of a function that jumps to the kernel's vDSO
 _STUB_PAGES = 4
 _PLACES = (
     *("inject", "injected", "eenter_after", "aep", "fixup", "device_name", "illegal", "scratch"),
-    *("calls", "called", "permits_at"),
+    *("calls", "called", "permits_at", "watched"),
     *("ask", "pushed", "popping", "popped", "added", "permit_end", "undo"),
 )
 

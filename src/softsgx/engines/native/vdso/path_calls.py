@@ -1,0 +1,312 @@
+"""System calls with paths that do not stop: in C libraries, after the same call has stopped.
+
+Such calls are most of the stops of ordinary programs, and few of their paths concern SGX.  A C
+library makes them by ``mov eax, number; syscall``.  That ``mov`` becomes a jump to a *stub* behind
+our vDSO, which has a copy of it and then ``vdso/path_code.py``.  Nothing else is changed: code that
+jumps to the ``syscall`` finds it, and it stops as before.
+
+A library gets its stubs when a call has stopped twice.  Later programs get those of their dynamic
+loader at execve, and those of another library when it makes its first such call.  Code is replaced
+only while its address space has one thread, which is stopped.
+
+A thread that is stopped in a stub is moved to where it would be in the library: at an instruction
+of which the stub has a copy, at the ``syscall``, or behind it.
+
+Deviation: code that reads the library's code finds the jumps.
+
+Deviation: RCX and R11 of a thread that is stopped in front of such a call may have other values;
+the call would change them.
+
+Deviation: if the path cannot be read, or the stack has no room, while the program blocks or ignores
+SIGSEGV, the kernel unblocks the signal and resets its handler, although the program receives none.
+
+Source:
+    syscall(2); proc(5): ``/proc/PID/maps``; ``force_sig_info_to_task()``, kernel/signal.c.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from errno import ENAMETOOLONG, ENOTTY
+from typing import TYPE_CHECKING
+
+from softsgx.engines.native import abi, libc
+from softsgx.engines.native.vdso.cpuid_jumps import COPIED, JUMP_BYTES, LOADER_BYTES, jump
+from softsgx.engines.native.vdso.path_code import BY_RDI, BY_RSI, KEPT_BYTES, PathCode
+from softsgx.engines.native.x86.rewrite import in_step
+from softsgx.ondemand import dataclass
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.loop import Handler
+    from softsgx.engines.native.tracing.process_image import ProcessImage
+    from softsgx.engines.native.tracing.program import ProgramThread
+
+__all__ = ["PATH_BYTES", "PathCalls", "PathStubs", "PathWindow", "window_of_call"]
+
+PATH_BYTES = 3 << 12
+"""Of an address space, for stubs."""
+_STUB_BYTES = 160
+_MOST_STUBS = PATH_BYTES // _STUB_BYTES
+_MOST_LIBRARIES = 16
+_LONGEST = 24
+_BEFORE, _AFTER = 128, 64
+_SYSCALL = b"\x0f\x05"
+_MOV_EAX = 0xB8
+_WORD, _DISTANCE = struct.Struct("<Q"), struct.Struct("<i")
+#: The loader and the C library, in one file or in several.
+_LIBRARY = re.compile(r".*/(?:ld|libc|libpthread)[-.][^/]*so[^/]*")
+_LOADER = ""
+
+_CODE: dict[int, PathCode] = {
+    **dict.fromkeys(
+        (abi.SYS_OPEN, abi.SYS_STAT, abi.SYS_LSTAT, abi.SYS_ACCESS, abi.SYS_READLINK), BY_RDI
+    ),
+    **dict.fromkeys(
+        (
+            *(abi.SYS_OPENAT, abi.SYS_NEWFSTATAT, abi.SYS_STATX, abi.SYS_READLINKAT),
+            *(abi.SYS_FACCESSAT, abi.SYS_FACCESSAT2),
+        ),
+        BY_RSI,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PathWindow:
+    """Code of a library in front of a system call.
+
+    Attributes:
+        start: its distance from the start of the mapping; for the dynamic loader, from its base.
+        code: its instructions, up to the ``syscall``; the first is ``mov eax, number``.
+    """
+
+    start: int
+    code: bytes
+
+    @property
+    def site(self) -> int:
+        """The distance of the ``syscall``."""
+        return self.start + len(self.code)
+
+    @property
+    def path_code(self) -> PathCode:
+        """The code that makes the call."""
+        return _CODE[int.from_bytes(self.code[1:JUMP_BYTES], "little")]
+
+
+def window_of_call(code: bytes, at: int, number: int) -> bytes | None:
+    """Return the code in front of the ``syscall`` at ``at`` that sets its number, up to there.
+
+    Returns:
+        ``None``: some of that cannot be executed elsewhere, or it is not known to be instructions.
+    """
+    if number not in _CODE or code[at : at + len(_SYSCALL)] != _SYSCALL:
+        return None
+    load = bytes((_MOV_EAX,)) + number.to_bytes(4, "little")
+    start = code.rfind(load, max(at - _LONGEST, 0), at)
+    if start < 0 or not COPIED.fullmatch(code, start + JUMP_BYTES, at) or not in_step(code, start):
+        return None
+    return code[start:at]
+
+
+class PathCalls:
+    """What is known of calls with paths in C libraries.
+
+    Args:
+        jumping: whether jumps may be stored there.
+    """
+
+    def __init__(self, *, jumping: bool) -> None:
+        self._jumping = jumping
+        # By the path of a library's file, and by the place of the syscall.
+        self._windows: dict[str, dict[int, PathWindow]] = {}
+
+    def watching(self, handlers: dict[int, Handler]) -> dict[int, Handler]:
+        """Return the table of handlers; those of calls with paths learn from what they let run."""
+        if not self._jumping:
+            return handlers
+        return handlers | {number: self._watched(handlers[number]) for number in _CODE}
+
+    def _watched(self, handler: Handler) -> Handler:
+        def watched(thread: ProgramThread) -> int | None:
+            result = handler(thread)
+            if result is None and thread.image.members == 1:
+                self._stopped(thread)
+            return result
+
+        return watched
+
+    def loaded(self, image: ProcessImage) -> None:
+        """A program was loaded, and has executed nothing: store the jumps of its loader."""
+        if image.loader and _LOADER in self._windows:
+            self._store(image, image.loader, _LOADER)
+
+    def _stopped(self, thread: ProgramThread) -> None:
+        """A call that is the kernel's has stopped the only thread of its address space."""
+        image, regs = thread.image, thread.regs
+        if image.path_stubs is None:
+            image.path_stubs = PathStubs(image.vdso_base + image.vdso.paths)
+        stubs, site = image.path_stubs, regs.rip - len(_SYSCALL)
+        stops = stubs.stops.get(site, 0) + 1
+        stubs.stops[site] = stops
+        repeated = stops == 2 or (stops == 1 and _in_loader(image, site))
+        if not repeated and (stops > 2 or not self._has_at(site % abi.PAGE)):
+            return
+        base, name = _library(image, thread.tid, site)
+        if not base:
+            return
+        if repeated and len(self._windows) < _MOST_LIBRARIES:
+            self._learn(image, base, name, site, regs.orig_rax)
+        self._store(image, base, name)
+
+    def _has_at(self, place: int) -> bool:
+        return any(site % abi.PAGE == place for known in self._windows.values() for site in known)
+
+    def _learn(self, image: ProcessImage, base: int, name: str, site: int, number: int) -> None:
+        known = self._windows.setdefault(name, {})
+        if site - base in known or len(known) >= _MOST_STUBS:
+            return
+        code = window_of_call(image.read(site - _BEFORE, _BEFORE + _AFTER), _BEFORE, number)
+        if code is not None:
+            known[site - base] = PathWindow(site - base - len(code), code)
+
+    def _store(self, image: ProcessImage, base: int, name: str) -> None:
+        """Store jumps for all that is known of a library, where its code is as it was."""
+        if image.path_stubs is None:
+            image.path_stubs = PathStubs(image.vdso_base + image.vdso.paths)
+        stubs = image.path_stubs
+        new = [
+            window
+            for window in self._windows.get(name, {}).values()
+            if image.read(base + window.start, len(window.code) + len(_SYSCALL))
+            == window.code + _SYSCALL
+        ]
+        try:
+            stubs.store(image, base, new)
+        except OSError:
+            return  # what cannot be written stays as it is
+
+
+class PathStubs:
+    """The stubs of one address space.
+
+    Args:
+        area: where they are.
+
+    Attributes:
+        stops: how often the call at an address has stopped.
+    """
+
+    def __init__(self, area: int) -> None:
+        self._area = area
+        self.stops: dict[int, int] = {}
+        self._stubs: list[tuple[int, PathWindow]] = []
+
+    def copy(self) -> PathStubs:
+        """Return those of an address space that fork makes of this one."""
+        other = PathStubs(self._area)
+        other.stops, other._stubs = dict(self.stops), list(self._stubs)
+        return other
+
+    def store(self, image: ProcessImage, base: int, windows: list[PathWindow]) -> None:
+        """Store stubs, and jumps to them.
+
+        Args:
+            image: the address space; its only thread is stopped.
+            base: where the library is.
+            windows: what each stub stands for.
+
+        Raises:
+            OSError: the code cannot be written.
+        """
+        first = self._area + _STUB_BYTES * len(self._stubs)
+        windows = windows[: _MOST_STUBS - len(self._stubs)]
+        if not windows or abs(first - base) >> 30:
+            return
+        watched = image.vdso_base + image.vdso.watched
+        code = b"".join(
+            self._stub(first + _STUB_BYTES * number, base, window, watched)
+            for number, window in enumerate(windows)
+        )
+        os.pwrite(image.memory_fd, code, first)
+        for number, window in enumerate(windows):
+            at = base + window.start
+            os.pwrite(image.memory_fd, jump(at, first + _STUB_BYTES * number), at)
+            self._stubs.append((base, window))
+
+    def _stub(self, start: int, base: int, window: PathWindow, watched: int) -> bytes:
+        made = window.path_code
+        code = bytearray(made.code)
+        begin = start + len(window.code)
+        for label, target in (
+            ("watched", watched),
+            ("site", base + window.site),
+            ("then", base + window.site + len(_SYSCALL)),
+        ):
+            at = made.labels[label]
+            _DISTANCE.pack_into(code, at, target - (begin + at + _DISTANCE.size))
+        return bytes(window.code + code).ljust(_STUB_BYTES, b"\xcc")
+
+    def straighten(self, thread: ProgramThread) -> bool:
+        """Move a stopped thread out of a stub, if it is in one.
+
+        Returns:
+            Whether its stop is a fault of the stub: a path that cannot be read, no more stack.
+
+        Raises:
+            Gone: it has died meanwhile.
+        """
+        regs = thread.load()
+        if not 0 <= regs.rip - self._area < _STUB_BYTES * len(self._stubs):
+            return False
+        number, at = divmod(regs.rip - self._area, _STUB_BYTES)
+        base, window = self._stubs[number]
+        labels, site = window.path_code.labels, base + window.site
+        at -= len(window.code)
+        then = site + min(at, 0)
+        if labels["kept"] < at <= labels["made"]:
+            kept = thread.image.read(regs.rsp, _WORD.size)
+            if len(kept) == _WORD.size:  # unless another thread has unmapped the stack
+                (regs.r9,) = _WORD.unpack(kept)
+        if labels["moved"] <= at < labels["left"]:
+            regs.rsp += KEPT_BYTES
+        if labels["made"] <= at:
+            then = site + len(_SYSCALL)
+        regs.rip = then
+        thread.store()
+        return 0 < at <= labels["moved"] and thread.at_signal and _is_fault(thread)
+
+
+def _is_fault(thread: ProgramThread) -> bool:
+    info = thread.siginfo()
+    return info.signo in (abi.SIGSEGV, abi.SIGBUS) and info.code > 0
+
+
+def _library(image: ProcessImage, tid: int, site: int) -> tuple[int, str]:
+    """Return base and name of the C library with the code at ``site``; (0, "") for other code."""
+    nothing = 0, ""
+    with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
+        try:
+            found = libc.find_library_code(maps.fileno(), site)
+        except OSError as error:
+            if error.errno not in (ENOTTY, ENAMETOOLONG):
+                raise
+            found = _find_in_text(maps.read().decode(errors="replace"), site)
+    if found is None or not _LIBRARY.fullmatch(found[1]):
+        return nothing
+    return (image.loader, _LOADER) if _in_loader(image, site) else found
+
+
+def _in_loader(image: ProcessImage, site: int) -> bool:
+    return bool(image.loader) and 0 <= site - image.loader < LOADER_BYTES
+
+
+def _find_in_text(text: str, address: int) -> tuple[int, str] | None:
+    for line in text.splitlines():
+        words = line.split(maxsplit=5)
+        start, end = (int(part, 16) for part in words[0].split("-"))
+        if start <= address < end:
+            return (start, words[5]) if words[1] == "r-xp" and len(words) > 5 else None
+    return None
