@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.cli._live import Live
 from softsgx.cli._signals import ProgramSignals
 from softsgx.cli._trace_file import TraceFile, describe_overhead, shell_status
-from softsgx.engines.ordinary import AsEnclaveResult, RecordFailed, record_as_enclave
+from softsgx.engines.ordinary import AsEnclaveResult, Progress, RecordFailed, record_as_enclave
 from softsgx.errors import SoftSgxError
+from softsgx.live import OrdinaryState
 from softsgx.sizes import parse_size
 
 __all__ = ["describe_ordinary", "record_ordinary", "refuse_machine"]
 
-_OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict", "metrics")
+_OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict")
 
 
 def refuse_machine(args: argparse.Namespace) -> None:
@@ -30,7 +34,12 @@ def refuse_machine(args: argparse.Namespace) -> None:
 
 
 def record_ordinary(
-    argv: list[str], signals: ProgramSignals, trace: TraceFile, interval_ns: int, epc: str | None
+    argv: list[str],
+    signals: ProgramSignals,
+    trace: TraceFile,
+    interval_ns: int,
+    epc: str | None,
+    offer: Callable[[OrdinaryState], Live],
 ) -> tuple[AsEnclaveResult, list[Exception]]:
     """Run the program; return how it ended, and mistakes of ours.
 
@@ -40,14 +49,20 @@ def record_ordinary(
         trace: receives its accesses.
         interval_ns: length of an interval, where it has no EPC.
         epc: size of the EPC that its memory is paged in.
+        offer: returns what offers the state of the recording to other processes.
     """
     epc_pages = 0 if epc is None else parse_size(epc) // PAGE_BYTES
 
-    def started(pid: int) -> None:
+    state = OrdinaryState()
+    live = offer(state)
+
+    def started(pid: int, progress: Progress) -> None:
         signals.started(pid)
         trace.open(epc_pages)
+        state.started(progress)
+        live.start()
 
-    with signals.waiting(), trace:
+    with signals.waiting(), trace, closing(live):
         try:
             result = record_as_enclave(
                 argv, trace, interval_ns=interval_ns, epc=epc, started=started

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softsgx.cli._common import tell
 from softsgx.errors import SoftSgxError
-from softsgx.live import About, StatusServer, state
-from softsgx.report import Collector
+from softsgx.live import About, StatusServer
 
 if TYPE_CHECKING:
     from softsgx.live.metrics import MetricsServer
@@ -32,7 +31,7 @@ class Live:
     """Offers the state of a run from :meth:`start` to :meth:`close`.
 
     Args:
-        collector: follows the run.
+        state: returns the state of the run.
         verb: of the command line.
         command: the program and its arguments.
         began: date and time of the start.
@@ -45,7 +44,7 @@ class Live:
 
     def __init__(
         self,
-        collector: Collector,
+        state: Callable[[About], dict[str, Any]],
         *,
         verb: str,
         command: Sequence[str],
@@ -53,7 +52,7 @@ class Live:
         quiet: bool,
         metrics: str | None = None,
     ) -> None:
-        self._state = partial(state, collector, About(os.getpid(), verb, command, began))
+        self._state = partial(state, About(os.getpid(), verb, command, began))
         self._quiet = quiet
         self._status: StatusServer | None = None
         self._metrics = None if metrics is None else _metrics_server(metrics, self._state)

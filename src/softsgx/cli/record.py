@@ -27,8 +27,10 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ from softsgx.engines.native.injections import tick_period_ns
 from softsgx.engines.native.recording import Recorder
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
+from softsgx.live import About, state
 from softsgx.report import Collector
 from softsgx.sizes import size_text
 
@@ -149,7 +152,8 @@ def _run_as_enclave(args: argparse.Namespace, argv: list[str], interval_ns: int)
         with _outputs(args, path) as outputs:
             trace = TraceFile(path, args.precision, shlex.join(argv), interval_ns)
             epc = None if interval_ns else args.epc or _FAULTS_EPC
-            result, mistakes = record_ordinary(argv, signals, trace, interval_ns, epc)
+            offer = partial(_live, args, argv)
+            result, mistakes = record_ordinary(argv, signals, trace, interval_ns, epc, offer)
             outputs.keep(path)
             document = {"format": _FORMAT, "command": argv, **describe_ordinary(result, trace)}
             _report(args, outputs, document)
@@ -202,15 +206,7 @@ def _run_recorded(
 ) -> tuple[RunResult, list[Exception]]:
     """Run the program; return how it ended, and mistakes of ours."""
     collector = Collector(time.monotonic_ns, cpu_times)
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    live = Live(
-        collector,
-        verb=NAME,
-        command=argv,
-        began=began,
-        quiet=args.quiet,
-        metrics=args.metrics,
-    )
+    live = _live(args, argv, partial(state, collector))
     with signals.waiting(), trace, closing(live):
         try:
             result = run_natively(
@@ -228,6 +224,20 @@ def _run_recorded(
             trace.is_whole = False
             return failed.result, failed.errors
     return result, []
+
+
+def _live(
+    args: argparse.Namespace, argv: list[str], state: Callable[[About], dict[str, Any]]
+) -> Live:
+    """Return what offers a state to other processes."""
+    return Live(
+        state,
+        verb=NAME,
+        command=argv,
+        began=datetime.now(UTC).isoformat(timespec="seconds"),
+        quiet=args.quiet,
+        metrics=args.metrics,
+    )
 
 
 def _interval_ns(args: argparse.Namespace) -> int:

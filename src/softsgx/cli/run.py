@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import BinaryIO, cast
 
 from softsgx import report
@@ -56,6 +57,7 @@ from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.errors import SoftSgxError
 from softsgx.host import Platform, PlatformConfig
+from softsgx.live import state
 from softsgx.report import (
     COST_PROFILES,
     Collector,
@@ -174,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
             sampler = Sampler(collector) if args.report else None
             began = datetime.now(UTC).isoformat(timespec="seconds")
             live = Live(
-                collector,
+                partial(state, collector),
                 verb=NAME,
                 command=argv,
                 began=began,

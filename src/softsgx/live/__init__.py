@@ -7,12 +7,14 @@ from softsgx.live.state import FORMAT, About, state
 from softsgx.ondemand import on_demand
 
 if TYPE_CHECKING:
+    from softsgx.live.ordinary import OrdinaryState
     from softsgx.live.runs import NoAnswer, RunEnded, ask, running_pids, socket_of
 
 __all__ = [
     "FORMAT",
     "About",
     "NoAnswer",
+    "OrdinaryState",
     "RunEnded",
     "StatusServer",
     "ask",
@@ -23,5 +25,9 @@ __all__ = [
 ]
 
 __getattr__ = on_demand(
-    __name__, {"runs": ("NoAnswer", "RunEnded", "ask", "running_pids", "socket_of")}
+    __name__,
+    {
+        "ordinary": ("OrdinaryState",),
+        "runs": ("NoAnswer", "RunEnded", "ask", "running_pids", "socket_of"),
+    },
 )

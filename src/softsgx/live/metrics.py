@@ -108,7 +108,10 @@ class RunMetrics(Collector):
         """Yield the metrics of this moment."""
         state = self._state()
         yield from _run(state)
-        yield from _epc(state)
+        if state["epc"] is not None:
+            yield from _epc(state)
+        if "recording" in state:
+            yield from _recording(state["recording"])
         yield from _groups(state["groups"])
         yield from _totals(state)
         yield from self._enclaves(state["enclaves"])
@@ -166,6 +169,20 @@ def _run(state: Mapping[str, Any]) -> Iterator[Metric]:
         "Start of the program, seconds since 1970",
         datetime.fromisoformat(state["began"]).timestamp(),
     )
+
+
+def _recording(recording: Mapping[str, Any]) -> Iterator[Metric]:
+    for name, key, text in (
+        ("accesses", "accesses", "Accesses recorded of an ordinary program"),
+        ("intervals", "intervals", "Intervals that had accesses"),
+        ("late_intervals", "late_intervals", "Intervals that took more than twice their length"),
+    ):
+        yield CounterMetricFamily(f"softsgx_recorded_{name}", text, recording[key])
+    for name, key, text in (
+        ("used_bytes", "used_bytes", "Pages that an ordinary program has accessed so far"),
+        ("interval_most_bytes", "most_bytes", "Pages accessed in the interval with the most"),
+    ):
+        yield GaugeMetricFamily(f"softsgx_recorded_{name}", text, recording[key])
 
 
 def _epc(state: Mapping[str, Any]) -> Iterator[Metric]:

@@ -100,7 +100,7 @@ def _block(run: Watched, terminal: _Terminal, rows: int | None) -> list[Renderab
         return [terminal.fit(Text(f"{run.pid}  does not answer: {run.silent}", "yellow"))]
     parts: list[RenderableType] = [
         _title(run, terminal),
-        _epc(state, terminal),
+        _epc(state, terminal) if state["epc"] is not None else _interval(state, terminal),
         _rates(state, terminal),
         _history(run, terminal),
     ]
@@ -133,6 +133,15 @@ def _epc(state: dict[str, Any], terminal: _Terminal) -> Text:
     text = f"{size_text(epc['used_bytes'])} of {size_text(epc['size_bytes'])}"
     text += f", {size_text(epc['free_bytes'])} free, {epc['pages'].get('va', 0)} VA pages"
     return terminal.fit(line.append(text, "not cyan"))
+
+
+def _interval(state: dict[str, Any], terminal: _Terminal) -> Text:
+    """Return the line of an ordinary program, whose accesses are recorded by intervals."""
+    recording = state["recording"]
+    used, most = size_text(recording["used_bytes"]), size_text(recording["most_bytes"])
+    length = f"{1e3 * recording['interval_seconds']:g} ms"
+    text = f"{used}, at most {most} in one of {recording['intervals']:,} intervals of {length}"
+    return terminal.fit(Text("used      ", "cyan").append(text, "not cyan"))
 
 
 def _rates(state: dict[str, Any], terminal: _Terminal) -> Text:
@@ -180,7 +189,7 @@ def _enclaves(
     table = _table(terminal, *headings)
     for enclave in shown:
         rates = enclave["rates"]
-        mark = "" if enclave["state"] == "initialized" else f" {enclave['state']}"
+        mark = "" if enclave["state"] in ("initialized", "recorded") else f" {enclave['state']}"
         row = [
             f"{enclave['number']}{mark}",
             str(enclave["pids"][0]) if enclave["pids"] else "",

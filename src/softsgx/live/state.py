@@ -9,7 +9,7 @@ Names end with their units.  Within one ``format`` names are added, never remove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,16 @@ from softsgx.host import Platform
 from softsgx.ondemand import dataclass
 from softsgx.report import Collector, LivingEnclave, Totals
 
-__all__ = ["FORMAT", "About", "state"]
+__all__ = [
+    "FORMAT",
+    "About",
+    "described",
+    "epc_state",
+    "group_states",
+    "names_of",
+    "settled",
+    "state",
+]
 
 FORMAT = "softsgx-status/1"
 _READINGS = 8
@@ -50,15 +59,20 @@ def state(collector: Collector, about: About) -> dict[str, Any]:
     """
     platform = collector.platform
     assert platform is not None, "a state before the collector was attached"
-    counts = _counts(collector, platform)
-    for _reading in range(_READINGS - 1):
-        again = _counts(collector, platform)
-        if again == counts:
-            break
-        counts = again
-    names = {pid: _comm(pid) for enclave in counts["enclaves"] for pid in enclave["pids"]}
+    counts = settled(lambda: _counts(collector, platform))
+    names = names_of(pid for enclave in counts["enclaves"] for pid in enclave["pids"])
     for enclave in counts["enclaves"]:
         enclave["name"] = next(filter(None, map(names.get, enclave["pids"])), "")
+    return {
+        **described(about, collector.elapsed_s),
+        "profile": platform.config.profile,
+        "pager": collector.pager,
+        **counts,
+    }
+
+
+def described(about: About, elapsed_s: float) -> dict[str, Any]:
+    """Return what the object says first, of every kind of run."""
     return {
         "format": FORMAT,
         "version": softsgx.__version__,
@@ -66,32 +80,56 @@ def state(collector: Collector, about: About) -> dict[str, Any]:
         "verb": about.verb,
         "command": list(about.command),
         "began": about.began,
-        "elapsed_seconds": round(collector.elapsed_s, 6),
-        "profile": platform.config.profile,
-        "pager": collector.pager,
-        **counts,
+        "elapsed_seconds": round(elapsed_s, 6),
     }
+
+
+def settled(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return counts of one moment, which another thread may be changing."""
+    counts = read()
+    for _reading in range(_READINGS - 1):
+        again = read()
+        if again == counts:
+            break
+        counts = again
+    return counts
+
+
+def names_of(pids: Iterable[int]) -> dict[int, str]:
+    """Return the names of processes; empty: it has ended."""
+    return {pid: _comm(pid) for pid in pids}
 
 
 def _counts(collector: Collector, platform: Platform) -> dict[str, Any]:
     core = platform.core
-    free = core.free_pages
     return {
-        "epc": {
-            "size_bytes": core.epc_pages * PAGE_BYTES,
-            "used_bytes": (core.epc_pages - free) * PAGE_BYTES,
-            "free_bytes": free * PAGE_BYTES,
-            # dict() copies without running Python code, while the supervisor may add kinds.
-            "pages": dict(core.counters.held),
-        },
+        "epc": epc_state(platform),
         "totals": _totals(collector.totals()),
         "reclaim": {
             "batches": core.counters.batches,
             "seconds": round(core.reclaim_ns / 1e9, 6),
         },
-        "groups": [_group(group) for group in platform.cgroups.root.subtree()],
+        "groups": group_states(platform),
         "enclaves": [_enclave(living) for living in collector.living_enclaves()],
     }
+
+
+def epc_state(platform: Platform) -> dict[str, Any]:
+    """Return what the object says of the EPC."""
+    core = platform.core
+    free = core.free_pages
+    return {
+        "size_bytes": core.epc_pages * PAGE_BYTES,
+        "used_bytes": (core.epc_pages - free) * PAGE_BYTES,
+        "free_bytes": free * PAGE_BYTES,
+        # dict() copies without running Python code, while the supervisor may add kinds.
+        "pages": dict(core.counters.held),
+    }
+
+
+def group_states(platform: Platform) -> list[dict[str, Any]]:
+    """Return what the object says of each group, the root first."""
+    return [_group(group) for group in platform.cgroups.root.subtree()]
 
 
 def _totals(totals: Totals) -> dict[str, Any]:

@@ -7,16 +7,11 @@ user may be there, too.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
-import sys
-import termios
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +21,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
-from tests.support.live import runtime_directory
+from tests.support.live import ALTERNATE_OFF, SOFTSGX, Terminal, runtime_directory, top
 from tests.support.native import needs_tracing
 
 pytestmark = [
@@ -35,10 +30,7 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
 ]
 
-SOFTSGX = [sys.executable, "-m", "softsgx"]
 DATA_PAGES = 100
-_ALTERNATE_ON, _ALTERNATE_OFF = b"\x1b[?1049h", b"\x1b[?1049l"
-_SEQUENCE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture(scope="module")
@@ -87,51 +79,6 @@ def running(
             stack.callback(run.process.kill)
             found.append(run)
         yield found
-
-
-def top(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SOFTSGX, "top", *arguments], capture_output=True, text=True, check=False, env=env
-    )
-
-
-class Terminal:
-    """``softsgx top`` in a pseudo-terminal of so many columns."""
-
-    def __init__(self, *arguments: str, env: dict[str, str], columns: int = 80) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.before = termios.tcgetattr(slave)
-        self.process = subprocess.Popen(
-            [*SOFTSGX, "top", "--interval", "0.05", *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=env,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        self.slave, self.seen = slave, b""
-
-    def until(self, text: bytes) -> bytes:
-        """Read until it has been drawn; return it all without control sequences."""
-        while text not in self.seen:
-            self.seen += os.read(self.master, 1 << 16)
-        return _SEQUENCE.sub(b"", self.seen)
-
-    def end(self) -> int:
-        """Wait for its end; return the status, when the terminal is as it was."""
-        status = self.process.wait()
-        assert termios.tcgetattr(self.slave) == self.before
-        os.close(self.slave)
-        try:
-            while part := os.read(self.master, 1 << 16):
-                self.seen += part
-        except OSError:  # the other end is closed
-            pass
-        os.close(self.master)
-        assert self.seen.count(_ALTERNATE_ON) == self.seen.count(_ALTERNATE_OFF) == 1
-        return status
 
 
 def test_top_says_what_the_run_itself_says_at_its_end(
@@ -185,7 +132,7 @@ def test_a_run_that_ends_while_it_is_shown_ends_the_drawing(
         terminal.until(str(run.program).encode())
         assert run.end() == 0
         assert terminal.end() == 0
-    after = terminal.seen.partition(_ALTERNATE_OFF)[2]
+    after = terminal.seen.partition(ALTERNATE_OFF)[2]
     assert str(run.program).encode() in after, "the last look stays on the terminal"
     assert b"nothing runs any more" in after
 

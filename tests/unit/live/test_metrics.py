@@ -25,6 +25,9 @@ from softsgx.live.metrics import MetricsServer
 
 ROOT = Path(__file__).parents[3]
 DASHBOARD = json.loads((ROOT / "examples/grafana/softsgx.json").read_text())
+RECORDING = {"accesses": 70, "intervals": 3, "late_intervals": 1, "used_bytes": 1 << 20} | {
+    "most_bytes": 1 << 16
+}
 ABOUT = live.About(17, "run", ["./app"], "2026-01-01T00:00:00+00:00")
 
 
@@ -35,11 +38,12 @@ class Scraped:
         self.story = Story(groups={"jobs": {"max": "104KiB"}})
         self.made = self.story.enclave(group="jobs")
         self.story.touch(self.made)
+        self.more: dict[str, Any] = {}
         self.server = MetricsServer("0", self.state)
         self.server.start()
 
     def state(self) -> dict[str, Any]:
-        return live.state(self.story.collector, ABOUT)
+        return {**live.state(self.story.collector, ABOUT), **self.more}
 
     def families(self) -> dict[str, Metric]:
         with urllib.request.urlopen(self.server.url) as answer:
@@ -185,9 +189,21 @@ def test_counters_are_shown_as_rates_and_panels_do_not_overlap() -> None:
     assert {x for x, _y in cells} == set(range(24))
 
 
+def test_an_ordinary_program_without_an_epc_has_no_metrics_of_one(scraped: Scraped) -> None:
+    scraped.more = {"epc": None, "groups": [], "recording": RECORDING}
+    samples = scraped.samples()
+    names = {name for name, _labels in samples}
+    assert not [name for name in names if name.startswith("softsgx_epc_")]
+    nothing: frozenset[tuple[str, str]] = frozenset()
+    assert samples["softsgx_recorded_accesses_total", nothing] == 70
+    assert samples["softsgx_recorded_late_intervals_total", nothing] == 1
+    assert samples["softsgx_recorded_interval_most_bytes", nothing] == 1 << 16
+
+
 def test_the_documentation_names_every_metric(scraped: Scraped) -> None:
     text = (ROOT / "docs/how-to/metrics.md").read_text()
     named = set(re.findall(r"`(softsgx_\w+)`", text))
+    scraped.more["recording"] = RECORDING
     assert named == {
         sample.name for family in scraped.families().values() for sample in family.samples
     }

@@ -237,6 +237,11 @@ class Epc:
         enclave = self._process.enclave_file(descriptor).enclave
         self._enclosed[space] = enclosed, descriptor, enclave
 
+    def enclave_of(self, space: AddressSpace) -> Enclave | None:
+        """Return the enclave of an address space, ``None`` if that has ended."""
+        found = self._enclosed.get(space)
+        return None if found is None else found[2]
+
     def closed(self, space: AddressSpace) -> None:
         """Remove the enclave of an address space that has ended."""
         enclosed, descriptor, _enclave = self._enclosed.pop(space)

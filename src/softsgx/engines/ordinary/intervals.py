@@ -52,6 +52,7 @@ class IntervalCounts:
 
     Attributes:
         intervals: intervals that had accesses.
+        faults: page faults that were answered.
         accesses: first accesses of pages in intervals.
         shown: faults of pages that were not present, with a finite EPC; else 0.
         writes: those ``accesses`` to which the program stores in the interval.
@@ -67,6 +68,7 @@ class IntervalCounts:
     """
 
     intervals: int = 0
+    faults: int = 0
     accesses: int = 0
     shown: int = 0
     writes: int = 0
@@ -85,6 +87,8 @@ class _Traced:
 
     Attributes:
         number: its number in the trace.
+        pid: the process that has made it.
+        faults: page faults that the recorder has answered.
         numbers: of its pages.
         pages: size of its range, which grows.
         known: numbers of the pages that were accessed.
@@ -92,10 +96,11 @@ class _Traced:
         places: of the pages that were accessed in this interval, in the list of its records.
     """
 
-    __slots__ = ("known", "mapped", "number", "numbers", "pages", "places")
+    __slots__ = ("faults", "known", "mapped", "number", "numbers", "pages", "pid", "places")
 
-    def __init__(self, number: int, numbers: PageNumbers) -> None:
-        self.number, self.numbers, self.pages = number, numbers, 0
+    def __init__(self, number: int, pid: int, numbers: PageNumbers) -> None:
+        self.number, self.pid, self.numbers = number, pid, numbers
+        self.pages = self.faults = 0
         self.known: set[int] = set()
         self.mapped: set[int] = set()
         self.places: dict[int, int] = {}
@@ -130,9 +135,13 @@ class Intervals:
         self._latest_ns = 0
         self._late: set[AddressSpace] = set()
 
-    def add(self, space: AddressSpace, number: int) -> None:
-        """Add a new address space, which is enclave ``number`` of the trace."""
-        self._traced[space] = _Traced(number, space.numbers)
+    def add(self, space: AddressSpace, number: int, pid: int) -> None:
+        """Add a new address space of process ``pid``, which is enclave ``number`` of the trace."""
+        self._traced[space] = _Traced(number, pid, space.numbers)
+
+    def spaces(self) -> list[tuple[AddressSpace, _Traced]]:
+        """Return the address spaces, also to another thread."""
+        return list(self._traced.items())
 
     def remove(self, space: AddressSpace) -> None:
         """An address space has ended."""
@@ -144,6 +153,8 @@ class Intervals:
     def accessed(self, space: AddressSpace, page: int, write: bool) -> None:
         """A hidden page was accessed; ``page`` is its address divided by 4096."""
         traced = self._traced[space]
+        traced.faults += 1
+        self.counts.faults += 1
         now_ns = self._clock()
         if not self._records and not self._due_ns:
             self._due_ns = now_ns + self._interval_ns
@@ -154,7 +165,10 @@ class Intervals:
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
         self.counts.stores += 1
-        if not self.note_written(space, page):
+        if self.note_written(space, page):
+            self._traced[space].faults += 1
+            self.counts.faults += 1
+        else:
             self.accessed(space, page, True)  # read in an earlier interval, and present since then
 
     def note_written(self, space: AddressSpace, page: int) -> bool:

@@ -29,10 +29,15 @@ class Loads(Intervals):
         if self._epc.loads != self._seen:
             self._seen = self._epc.loads
             super().accessed(space, page, write)
+        else:
+            self._traced[space].faults += 1
+            self.counts.faults += 1
 
     def written(self, space: AddressSpace, page: int) -> None:
         """A page that was read has been written."""
         self.counts.stores += 1
+        self._traced[space].faults += 1
+        self.counts.faults += 1
         self.note_written(space, page)
 
     def unmapped(self, space: AddressSpace, start: int, end: int) -> None:

@@ -22,6 +22,7 @@ from softsgx.engines.ordinary.loads import Loads
 from softsgx.engines.ordinary.loop import Loop
 from softsgx.engines.ordinary.pager import Pager, Unlimited
 from softsgx.engines.ordinary.program import ProgramThread
+from softsgx.engines.ordinary.progress import Progress
 from softsgx.engines.ordinary.space import AddressSpace
 from softsgx.engines.ordinary.spaces import Spaces
 from softsgx.errors import SoftSgxError
@@ -86,7 +87,7 @@ def record_as_enclave(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stdio: tuple[int, int, int] | None = None,
-    started: Callable[[int], None] | None = None,
+    started: Callable[[int, Progress], None] | None = None,
 ) -> AsEnclaveResult:
     """Run a program with all its children, and record the accesses of their private memory.
 
@@ -101,7 +102,8 @@ def record_as_enclave(
         env: the program's environment; by default that of this process.
         cwd: the program's working directory; by default that of this process.
         stdio: descriptors to be its standard input, output and error.
-        started: called with the program's process id before its first step.
+        started: called before the program's first step, with its process id, and with what other
+            threads may read while it runs.
 
     Raises:
         NotRun: the program cannot be started, or this machine lacks something the recorder needs.
@@ -114,12 +116,15 @@ def record_as_enclave(
     try:
         if epc is None:
             intervals = Intervals(interval_ns, sink)
-            recorder = _Recorder(contents, Unlimited(contents), intervals, sink)
+            progress = Progress(intervals, interval_ns)
+            recorder = _Recorder(contents, Unlimited(contents), intervals, sink, progress)
             return recorder.result(recorder.run(start), interval_ns, began_ns)
         store = EpcStore(contents)
         with Platform(PlatformConfig.of(epc=epc), store=store) as platform:
             pager = Epc(platform, store, contents)
-            recorder = _Recorder(contents, pager, Loads(pager, sink), sink)
+            loads = Loads(pager, sink)
+            progress = Progress(loads, 0, platform, pager)
+            recorder = _Recorder(contents, pager, loads, sink, progress)
             exit_code = recorder.run(start)
             if not recorder.errors:  # after an error counts may be wrong: the error is reported
                 platform.check()
@@ -141,7 +146,7 @@ class _Start:
     env: Mapping[str, str] | None
     cwd: str | None
     stdio: tuple[int, int, int] | None
-    started: Callable[[int], None] | None
+    started: Callable[[int, Progress], None] | None
 
 
 class _Recorder:
@@ -152,9 +157,14 @@ class _Recorder:
     """
 
     def __init__(
-        self, contents: Contents, pager: Pager, intervals: Intervals, sink: TraceSink
+        self,
+        contents: Contents,
+        pager: Pager,
+        intervals: Intervals,
+        sink: TraceSink,
+        progress: Progress,
     ) -> None:
-        self._sink, self._intervals = sink, intervals
+        self._sink, self._intervals, self._progress = sink, intervals, progress
         self._waits = Waits(keeps_exits=True)
         self._number = 0
         self.errors: list[Exception] = []
@@ -207,7 +217,7 @@ class _Recorder:
                     "give a 64-bit program"
                 )
             if start.started is not None:
-                start.started(first.pid)
+                start.started(first.pid, self._progress)
             loop.adopt(first)
             loop.run()
         except Gone:
@@ -220,5 +230,5 @@ class _Recorder:
 
     def _begun(self, space: AddressSpace, thread: ProgramThread) -> None:
         name = os.path.basename(os.readlink(f"/proc/{thread.tid}/exe"))
-        self._intervals.add(space, self._sink.add_enclave(name, 0, thread.pid))
+        self._intervals.add(space, self._sink.add_enclave(name, 0, thread.pid), thread.pid)
         self._number += 1

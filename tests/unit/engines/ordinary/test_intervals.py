@@ -63,7 +63,7 @@ class Bench:
         self.intervals = Intervals(10 * MS, self.sink, clock=lambda: self.now_ns)
         self.spaces = [cast(Any, Space()), cast(Any, Space())]
         for number, space in enumerate(self.spaces):
-            self.intervals.add(space, number)
+            self.intervals.add(space, number, 100 + number)
 
     def passes(self, ms: float) -> float | None:
         self.now_ns += int(ms * MS)
