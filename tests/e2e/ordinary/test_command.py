@@ -86,7 +86,7 @@ def test_the_program_s_exit_status_is_the_command_s(tmp_path: Path) -> None:
     ("options", "text"),
     [
         (["--pager", "mprotect"], b"--pager: does not go with --as-enclave"),
-        (["--metrics", "nowhere"], b"--metrics nowhere: no place to listen at"),
+        (["--metrics", "nowhere"], b"--metrics nowhere: not an address"),
         (["--cpuid", "host"], b"--cpuid: does not go with --as-enclave"),
         (["--strict"], b"--strict: does not go with --as-enclave"),
         (["--interval", "2s"], b"--interval"),
