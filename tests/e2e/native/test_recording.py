@@ -263,6 +263,31 @@ def test_what_was_used_before_the_program_was_killed_is_recorded(
     assert recording.used() == [[(0, 4, "R"), (0, 5, "W")]]
 
 
+class Hasty(Recorder):
+    """An interval is over with each use of a page that it sees."""
+
+    def __init__(self) -> None:
+        self.passed_ns = 0
+        super().__init__(Accesses(), interval_ns=INTERVAL_NS, clock=lambda: self.passed_ns)
+
+    def page_used(self, epc_addr: int, memory: EnclaveMemory, linaddr: int, *, write: bool) -> None:
+        super().page_used(epc_addr, memory, linaddr, write=write)
+        self.passed_ns += 2 * INTERVAL_NS
+
+
+@each_pager
+@pytest.mark.timeout(60)
+def test_instructions_are_executed_however_short_intervals_are(
+    program: list[str], pager: str
+) -> None:
+    recorder = Hasty()
+    words = ["p0", "g1", "p2", "/", "f", "g0", "g2", "/", "p3", "/", "n", "p0", "g5", "o1"]
+    result = run([*program, *words], epc=1024 * PAGE, pager=pager, recorder=recorder)
+    assert result.exit_code == 0
+    # A store needs the page of its code and that of the data at once: two faults.
+    assert recorder.overhead.intervals > 20
+
+
 @each_pager
 @pytest.mark.parametrize("scenario", ["paging", "threads", "forks"])
 def test_programs_find_every_byte_while_pages_are_hidden_every_millisecond(

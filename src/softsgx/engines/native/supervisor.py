@@ -438,6 +438,8 @@ class Supervisor(Lifecycle):
     def before_resume(self) -> None:
         """Hide the pages that page tables have lost."""
         self._store.hide_unmapped()
+        if self._recording is not None:
+            self._recording.resuming()
 
     def thread_died(self, thread: ProgramThread) -> None:
         """An interrupt takes its processor out of any enclave, and it never resumes."""

@@ -5,6 +5,7 @@
 :mod:`.page_table`   reports uses by the program and by leaves to the recorder
 :mod:`.recorder`     which uses are accesses, and what the trace gets of them
 :mod:`.recording`    when intervals end
+:mod:`.starved`      threads for which an interval waits
 =================== ===============================================================
 
 Nothing here is imported in a run that does not record.

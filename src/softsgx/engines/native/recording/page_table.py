@@ -46,7 +46,7 @@ class RecordedPageTable(EnclavePageTable):
         """As :meth:`EnclavePageTable.touched`: the program uses the page."""
         if not super().touched(linaddr, access):
             return False
-        self._recorder.faulted = True
+        self._recorder.faulted = self._recorder.shown = True
         self._note(linaddr, access)
         return True
 

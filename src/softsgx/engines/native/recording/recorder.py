@@ -118,6 +118,7 @@ class Recorder:
         writes: how many of them are writes.
         enclaves: how many enclaves have been created.
         faulted: a fault was served since this was set to ``False``.
+        shown: the same, for another reader.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Recorder:
         self.interval_ns = interval_ns
         self.overhead = Overhead()
         self.accesses = self.writes = self.enclaves = 0
-        self.faulted = False
+        self.faulted = self.shown = False
         self._writer, self._clock = writer, clock
         self._began_ns = self._flushed_ns = clock()
         self._latest_ns = self._first_ns = 0  # the latest time; that of the interval's first access

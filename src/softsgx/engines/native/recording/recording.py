@@ -1,5 +1,7 @@
 """Ends intervals: a fixed time after their first access, so a program that sleeps has none.
 
+An interval lasts longer while a thread that has faulted in it waits for a processor.
+
 To begin an interval, the supervisor settles permits, so that the next EENTER with each TCS stops
 and is recorded, and watches all pages of all address spaces.  In each address space one thread
 stops to make the calls for that; the others keep running.
@@ -7,15 +9,19 @@ stops to make the calls for that; the others keep running.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 from softsgx.engines.native.recording.page_table import RecordedPageTable
 from softsgx.engines.native.recording.recorder import Recorder
+from softsgx.engines.native.recording.starved import Starved
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.vdso.permits import Permits
 
 __all__ = ["Recording"]
+
+_RETRY_NS = 200_000
 
 
 class Recording:
@@ -40,6 +46,7 @@ class Recording:
         self._recorder, self._images, self._permits = recorder, images, permits
         self._clock, self._cpu_clock = clock, cpu_clock
         self._served_ns = cpu_clock()
+        self._starved = Starved()
 
     def start(self) -> None:
         """Begin the recording; the program's first instruction follows."""
@@ -64,11 +71,24 @@ class Recording:
             return due
         now_ns = recorder.now_ns
         if now_ns >= end_ns:
+            if self._starved.any():
+                return min(self._clock() + _RETRY_NS, due or sys.maxsize)
             self._begin()
             self._served_ns = self._cpu_clock()
             return 0  # threads that are inside an enclave have begun the next interval
         ends = self._clock() + end_ns - now_ns
         return ends if due is None else min(due, ends)
+
+    def resuming(self) -> None:
+        """The supervisor is about to resume the current thread of one address space."""
+        recorder, starved = self._recorder, self._starved
+        if self._recorder.interval_ns is None or not (recorder.shown or starved.follows):
+            return
+        for image in self._images.values():
+            if image.current is not None:
+                starved.resuming(image.current, faulted=recorder.shown)
+                recorder.shown = False
+                return
 
     def end(self) -> None:
         """The program has ended."""
@@ -81,6 +101,7 @@ class Recording:
         self._recorder.end_interval()
         for image in list(self._images.values()):
             self._watch(image)
+        self._starved.begin()
         self._recorder.overhead.hiding_ns += self._clock() - began_ns
 
     def _watch(self, image: ProcessImage) -> None:
