@@ -21,7 +21,7 @@ __all__ = ["PURE", "description", "remedy", "speedups"]
 PURE = "SOFTSGX_PURE"
 """The variable of the environment that keeps Python from using the compiled core."""
 
-INTERFACE = 1
+INTERFACE = 2
 """Which functions and types of the extension this version uses, and how."""
 
 

@@ -3,7 +3,23 @@
 #include "speedups.h"
 
 /* Python code and C code that do not fit each other do not meet: softsgx.compiled compares it. */
-#define INTERFACE 1
+#define INTERFACE 2
+
+int
+read_words(const char *name, PyObject *const *args, Py_ssize_t count, uint64_t *words,
+           Py_ssize_t wanted)
+{
+    if (count != wanted) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd integers", name, wanted);
+        return -1;
+    }
+    for (Py_ssize_t index = 0; index < count; index++) {
+        words[index] = PyLong_AsUnsignedLongLong(args[index]);
+        if (words[index] == (uint64_t)-1 && PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
 
 static int
 execute(PyObject *module)
@@ -11,7 +27,9 @@ execute(PyObject *module)
     if (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0
         || PyModule_AddStringConstant(module, "SOURCES", SPEEDUPS_SOURCES) < 0)
         return -1;
-    return add_headers(module);
+    if (add_headers(module) < 0 || add_pages(module) < 0 || add_stops(module) < 0)
+        return -1;
+    return 0;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -148,6 +148,10 @@ class Injector:
             self._lose_power()
         return None if self._ticks is None else self._tick(self._ticks)
 
+    def has_work(self) -> bool:
+        """Return whether :meth:`between` may ever cause something."""
+        return bool(self._power_losses or self._ticks or self._injections.power_signals)
+
     def page_mapped(self, page: EpcPage) -> None:
         """Poison a page that a page fault has just mapped, if the user has asked for that."""
         self._mapped += 1

@@ -394,6 +394,10 @@ class Supervisor(Lifecycle):
         also = self._recording.between()
         return min((each for each in (due, also) if each is not None), default=None)
 
+    def has_timed_work(self) -> bool:
+        """Return whether anything was asked to happen at a time, or is recorded."""
+        return self._recording is not None or self._injector.has_work()
+
     # --- life cycle of threads and images --------------------------------------------------------
 
     def new_thread(self, tid: int, process: Process, image: ProcessImage) -> ProgramThread:

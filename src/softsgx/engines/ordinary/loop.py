@@ -167,7 +167,7 @@ class Loop:
                 return
             if event is None:
                 return
-            self._event(*event)
+            self._event(*event[:2])
 
     def _event(self, tid: int, status: int) -> None:
         thread = self.threads.get(tid)

@@ -44,9 +44,9 @@ class ProgramThread(Thread):
         self.cleared_at = self.cleared_by_child = 0
         self.made = self.reaps = self.space_base = 0
 
-    def stopped(self, status: int) -> Stop:
+    def stopped(self, status: int, fetched: int = 0) -> Stop:
         """Record a stop, and the id of a task that it has made by clone."""
-        stop = super().stopped(status)
+        stop = super().stopped(status, fetched)
         if stop.event == abi.PTRACE_EVENT_CLONE:
             self.made = self.event_message()
         return stop

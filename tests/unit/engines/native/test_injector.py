@@ -86,5 +86,5 @@ def test_a_wait_ends_at_its_time_or_with_a_signal_or_with_a_child(child: int) ->
         assert waits.received()
         assert not waits.received()
         os.kill(child, signal.SIGKILL)
-        assert waits.next() == (child, signal.SIGKILL)
+        assert waits.next() == (child, signal.SIGKILL, 0)
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # forgotten, not deadly

@@ -129,7 +129,7 @@ class Transitions:
     def signal(self, thread: ProgramThread, number: int) -> int:
         """A signal is about to be delivered."""
         inside = thread.cpu.inside is not None
-        if inside:
+        if inside and thread.breakpoints:
             self._breakpoints.stopped(thread)
         info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:

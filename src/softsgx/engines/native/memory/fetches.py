@@ -33,13 +33,14 @@ class Fetches:
 
     Attributes:
         rights: of each page that is shown, the rights of its EPCM entry.
+        due: pages for which calls are to be made.
     """
 
     def __init__(self, prot_at: Callable[[int], int | None]) -> None:
         self._prot_at = prot_at
         self.rights: dict[int, int] = {}
         self._taken: set[int] = set()  # pages that have lost PROT_EXEC
-        self._due: set[int] = set()
+        self.due: set[int] = set()
 
     def shown(self, page: int, rights: int) -> None:
         """A page is shown."""
@@ -81,9 +82,9 @@ class Fetches:
 
     def calls(self) -> list[Call]:
         """Return the deferred calls; the caller makes them."""
-        if not self._due:
+        if not self.due:
             return []
-        due, self._due = self._due, set()
+        due, self.due = self.due, set()
         lose = {page for page in due if not self.rights.get(page, 0) & EXECUTE}
         for block in {page & -_BLOCK_BYTES for page in lose}:
             for page in range(block, block + _BLOCK_BYTES, PAGE_BYTES):
@@ -114,7 +115,7 @@ class Fetches:
     def _owe(self, page: int) -> None:
         prot = self._prot_at(page)
         if prot is not None and prot & abi.PROT_EXEC:
-            self._due.add(page)
+            self.due.add(page)
 
 
 def _protect(wanted: dict[int, list[int]]) -> list[Call]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel
 
 __all__ = [
     "ALL_RIGHTS",
@@ -165,7 +165,6 @@ class EnclaveMemory:
         Args:
             pages: their linear addresses, ascending.
         """
-        contents: list[bytes] = []
         parts = runs(pages)
         guarded = [
             (user.pager, *part)
@@ -179,13 +178,7 @@ class EnclaveMemory:
             guard.before_hide(low, high)
         for linaddr in pages:
             self.pages.pop(linaddr, None)
-        for start, end in parts:
-            data = os.pread(self.fd, end - start, start)
-            libc.punch_hole(self.fd, start, end - start)
-            if end - start == PAGE_BYTES:
-                contents.append(data)
-            else:
-                contents += [data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)]
+        contents = kernel.take_pages(self.fd, parts)
         for guard, low, high in guarded:
             guard.after_hide(low, high)
         if self.marked:

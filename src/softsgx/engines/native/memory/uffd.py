@@ -13,15 +13,14 @@ Source:
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import struct
 from collections.abc import Callable
-from errno import EAGAIN, EINVAL, ENOENT, ESRCH
+from errno import EINVAL, ENOENT, ESRCH
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.memory.fetches import Fetches
 from softsgx.engines.native.memory.memory_file import runs
 from softsgx.errors import SoftSgxError
@@ -34,8 +33,6 @@ MINOR_FEATURES = abi.UFFD_FEATURE_MINOR_SHMEM | abi.UFFD_FEATURE_WP_UNPOPULATED
 With the second one, UFFDIO_CONTINUE can make a page that is write-protected.
 """
 
-_COPY = 0xC028AA03
-_COPY_MODE_WP = 2
 _WRITE = 2
 _FEATURES = (
     abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
@@ -45,7 +42,6 @@ UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
 
 _PRESENT = 0x80  # bit 63, seen in the word's last byte
 _PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_MASK, _BLOCK_SHIFT = 12, 64, 63, 18
-_PACK_RANGE = struct.Struct("<QQQ")
 
 
 def open_userfaultfd(ours: int, more_features: int = 0) -> None:
@@ -92,12 +88,6 @@ class UffdPager:
     ) -> None:
         self._failed = failed
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
-        self._source = ctypes.create_string_buffer(PAGE_BYTES)
-        self._source_view = memoryview(self._source).cast("B")
-        self._copy = (ctypes.c_uint64 * 5)()
-        self._copy_at = ctypes.addressof(self._copy)
-        self._copy[1] = ctypes.addressof(self._source)
-        self._copy[2] = PAGE_BYTES
         self._fetches = Fetches(prot_at)
         self._watched: set[int] = set()
         self._present: dict[int, bytes] = {}
@@ -145,13 +135,9 @@ class UffdPager:
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """Fill the hole by UFFDIO_COPY, which makes the page and its entry in one step."""
-        self._source_view[:] = data
-        request = self._copy
-        request[0], request[3], request[4] = linaddr, 0 if rights & _WRITE else _COPY_MODE_WP, 0
-        while libc.raw_ioctl(self._uffd, _COPY, self._copy_at) == -1:
-            code = ctypes.get_errno()
-            if code == EAGAIN:  # the program's mappings are being changed
-                continue
+        mode = 0 if rights & _WRITE else abi.UFFDIO_COPY_MODE_WP
+        code = kernel.copy_page(self._uffd, linaddr, mode, data)
+        if code:
             if code not in UNMAPPED:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
@@ -175,17 +161,10 @@ class UffdPager:
 
     def _protect(self, start: int, end: int, mode: int) -> bool:
         """Set or clear write protection; ``False`` when not all of the range is mapped here."""
-        request = _PACK_RANGE.pack(start, end - start, mode)
-        while True:
-            try:
-                fcntl.ioctl(self._uffd, abi.UFFDIO_WRITEPROTECT, request)
-            except OSError as error:
-                if error.errno == EAGAIN:
-                    continue
-                if error.errno not in UNMAPPED:
-                    self._failed(OSError(error.errno, f"UFFDIO_WRITEPROTECT: {error.strerror}"))
-                return False
-            return True
+        code = kernel.protect_pages(self._uffd, start, end, mode)
+        if code and code not in UNMAPPED:
+            self._failed(OSError(code, f"UFFDIO_WRITEPROTECT: {os.strerror(code)}"))
+        return not code
 
     # --- accessed bits --------------------------------------------------------------------------
 
@@ -217,7 +196,10 @@ class UffdPager:
     def flush(self) -> None:
         """Make the deferred calls, and drop entries of watched pages; a thread is stopped here."""
         self._present.clear()
-        calls = self._fetches.calls()
+        fetches = self._fetches
+        if not (fetches.due or self._watched):
+            return
+        calls = fetches.calls()
         if self._watched:
             calls += [
                 (abi.SYS_MADVISE, start, end - start, abi.MADV_DONTNEED_LOCKED)

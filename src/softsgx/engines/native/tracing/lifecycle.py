@@ -52,6 +52,10 @@ class Lifecycle:
         """
         raise NotImplementedError
 
+    def has_timed_work(self) -> bool:
+        """Return whether :meth:`between` can have work to do in this run."""
+        raise NotImplementedError
+
     def before_resume(self) -> None:
         """Do the deferred work that the program could notice; the loop is about to resume it."""
         raise NotImplementedError

@@ -77,12 +77,14 @@ class Loop:
         self._before_resume, self._background = lifecycle.before_resume, lifecycle.background
         self._permits = transitions.permits
         self._later: list[ProgramThread] = []
+        self._has_timed_work = True
         self._dying: dict[int, ProgramThread] = {}
         self.unsupervised = Unsupervised(waits, lifecycle.new_process)
 
     def add(self, thread: ProgramThread) -> None:
         """Add a stopped thread."""
         self.threads[thread.tid] = thread
+        self._waits.places[thread.tid] = thread.place
 
     def executed(self, thread: Thread, process: Process) -> Callable[[], None]:
         """Adopt the program of ``thread``, at the end of its execve; return what resumes it."""
@@ -93,6 +95,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
+        self._has_timed_work = self._lifecycle.has_timed_work()
         while self.threads or self._dying or self.unsupervised.processes:
             until_ns = self._between()
             thread = self._next_held()
@@ -109,7 +112,7 @@ class Loop:
 
     def _between(self) -> int | None:
         """As :meth:`Lifecycle.between`."""
-        return self._lifecycle.between()
+        return self._lifecycle.between() if self._has_timed_work else None
 
     def _next_held(self) -> ProgramThread | None:
         """Return a held thread whose stop the loop must handle now."""
@@ -231,7 +234,7 @@ class Loop:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def _event(self, tid: int, status: int) -> None:
+    def _event(self, tid: int, status: int, fetched: int) -> None:
         thread = self.threads.get(tid) or self._dying.get(tid)
         if tid in self.unsupervised.processes:
             self._unsupervised(tid, status)
@@ -241,7 +244,7 @@ class Loop:
             self._gone(thread, status)
         else:
             thread.running = thread.unstoppable = False
-            self._guard(thread, thread.stopped(status))
+            self._guard(thread, thread.stopped(status, fetched))
 
     def _unsupervised(self, tid: int, status: int) -> None:
         process = self.unsupervised.processes[tid]
@@ -263,7 +266,9 @@ class Loop:
                 self._die(thread)
                 let_end(thread.tid)
                 return
-            stop = self._straighten(thread, thread.behind(stop))
+            if stop.event == abi.PTRACE_EVENT_STOP:
+                stop = thread.behind(stop)
+            stop = self._straighten(thread, stop)
             unwatched = image.watched and not (thread.watched or thread.mid_call)
             if unwatched or not self._transitions.only_crosses(thread, stop):
                 self._permits.settle()
@@ -382,7 +387,8 @@ class Loop:
             process = lifecycle.new_process(tid, parent.process)
             shares = bool(flags & abi.CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
         image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
-        thread = self.threads[tid] = lifecycle.new_thread(tid, process, image)
+        thread = lifecycle.new_thread(tid, process, image)
+        self.add(thread)
         # The kernel copies filters.  What fork has copied may have been made before the filter was.
         thread.watched = shares and parent.watched
         if not shares:
@@ -413,7 +419,7 @@ class Loop:
         """Do the first step of a thread's end: it runs no more code of the program."""
         if self.threads.get(thread.tid) is not thread:
             return
-        del self.threads[thread.tid]
+        del self.threads[thread.tid], self._waits.places[thread.tid]
         self._dying[thread.tid] = thread
         self._permits.ended(thread)
         self._ended(thread, self._lifecycle.thread_died)
@@ -455,7 +461,7 @@ class Loop:
                 return
             if event is None:
                 continue
-            tid, status = event
+            tid, status, _fetched = event
             thread = self.threads.get(tid) or self._dying.get(tid)
             if not os.WIFSTOPPED(status):
                 ignored.pop(tid, None)

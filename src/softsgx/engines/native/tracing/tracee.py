@@ -12,9 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from errno import ESRCH
 from functools import cache
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 from softsgx.engines.native.vdso.out_of_line import OutOfLine
@@ -76,6 +77,7 @@ class Thread:
     Attributes:
         tid: its id.
         regs: its general registers, valid between :meth:`load` and the next resume.
+        place: where a wait may put its registers and its signal information.
         inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
         at_call: whether it is at a seccomp stop whose call can still be made or skipped.
         in_call: whether it is in the kernel and stops before it runs code of the program again.
@@ -89,6 +91,7 @@ class Thread:
         self._regs_at = ctypes.addressof(self.regs)
         self._info = SigInfo()
         self._info_at = ctypes.addressof(self._info)
+        self.place = self._regs_at, self._info_at, self.regs, self._info
         self.inject_at = 0
         self.at_call = self.in_call = self.mid_call = False
         self._at_signal = self._borrowed = False
@@ -97,6 +100,7 @@ class Thread:
         self._next: OutOfLine | None = None
         self._elsewhere: OutOfLine | None = None
         self._loaded = self._changed = False
+        self._fetched = 0  # by the wait; what load and siginfo need not ask for
         self._new_xstate: bytes | None = None
         self._real_xstate: bytes | None = None
 
@@ -106,7 +110,8 @@ class Thread:
         """Fetch the registers; changes that are not in the thread yet are kept."""
         if self._loaded:
             return self.regs
-        if _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) == -1:
+        fetched = self._fetched & kernel.REGISTERS
+        if not fetched and _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) < 0:
             raise Gone(self.tid)
         self._loaded = True
         if self._elsewhere is not None:
@@ -136,7 +141,7 @@ class Thread:
                 ctypes.memmove(_ELSEWHERE_AT, regs_at, _REGS_BYTES)
                 how.enter(_ELSEWHERE)
                 self._elsewhere, regs_at = how, _ELSEWHERE_AT
-            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, regs_at) == -1:
+            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, regs_at) < 0:
                 raise Gone(self.tid)
         if self._new_xstate is not None:
             area, self._new_xstate, self._real_xstate = self._new_xstate, None, None
@@ -185,18 +190,21 @@ class Thread:
         """Return the signal information of this signal stop; reused by the next call."""
         if self._kept is not None:
             return self._kept
-        if _ptrace(abi.PTRACE_GETSIGINFO, self.tid, 0, self._info_at) == -1:
-            raise Gone(self.tid)
+        if not self._fetched & kernel.INFORMATION:
+            if _ptrace(abi.PTRACE_GETSIGINFO, self.tid, 0, self._info_at) < 0:
+                raise Gone(self.tid)
+            self._fetched |= kernel.INFORMATION
         return self._info
 
     def set_siginfo(self, info: SigInfo) -> None:
         """Replace the signal information that the handler receives."""
         self._kept = None
+        self._fetched &= ~kernel.INFORMATION
         self._request(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
 
     def sigmask(self) -> int:
         """Return the blocked signals; bit n-1 is signal n."""
-        if _ptrace(abi.PTRACE_GETSIGMASK, self.tid, 8, _WORD_AT) == -1:
+        if _ptrace(abi.PTRACE_GETSIGMASK, self.tid, 8, _WORD_AT) < 0:
             raise Gone(self.tid)
         return _WORD.value
 
@@ -253,11 +261,12 @@ class Thread:
 
         With ``step`` it stops by SIGTRAP after one instruction, at the latest.
         """
-        self._prepare(signal)
+        if self._changed or self._new_xstate is not None or self._kept is not None:
+            self._prepare(signal)
         request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
         if step:
             request = abi.PTRACE_SINGLESTEP
-        if _ptrace(request, self.tid, 0, signal) == -1:
+        if _ptrace(request, self.tid, 0, signal) < 0:
             raise Gone(self.tid)
 
     def _prepare(self, signal: int) -> None:
@@ -328,10 +337,10 @@ class Thread:
             self.interrupt()  # the kernel reports the group stop again, after the signal
         return stop
 
-    def stopped(self, status: int) -> Stop:
-        """Record a stop that wait(2) has reported."""
+    def stopped(self, status: int, fetched: int = 0) -> Stop:
+        """Record a stop that wait(2) has reported, and what was fetched with it."""
         stop = decode_stop(status)
-        self._loaded, self._real_xstate = False, None
+        self._loaded, self._fetched, self._real_xstate = False, fetched, None
         self._at_signal = stop.event == 0 and not stop.syscall
         self._borrowed = False
         self._kept = None
@@ -476,17 +485,18 @@ class Thread:
         regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = six
 
     def _request(self, request: int, address: int, data: int) -> None:
-        try:
-            libc.ptrace(request, self.tid, address, data)
-        except ProcessLookupError:
-            raise Gone(self.tid) from None
+        result = _ptrace(request, self.tid, address, data)
+        if result == -ESRCH:
+            raise Gone(self.tid)
+        if result < 0:
+            raise OSError(-result, f"ptrace: {os.strerror(-result)}")
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_ptrace = libc.raw_ptrace
+_ptrace = kernel.try_ptrace
 _PEEKED = 16
 _PEEK = (ctypes.c_uint64 * 2)()
 _INFOS = (SigInfo * _PEEKED)()

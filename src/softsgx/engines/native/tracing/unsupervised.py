@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel, libc
 from softsgx.engines.native.tracing.program import Process
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
@@ -63,7 +63,7 @@ class Unsupervised:
 
     def resume(self, tid: int, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
-        libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, number)  # fails if the thread has been killed
+        kernel.try_ptrace(abi.PTRACE_CONT, tid, 0, number)  # fails if the thread has been killed
 
     def stopped(self, tid: int, status: int) -> Process | None:
         """Answer a stop of one of the threads.
@@ -84,7 +84,7 @@ class Unsupervised:
             self._born(tid)
             self.resume(tid)
         elif stop.event == abi.PTRACE_EVENT_STOP and stop.signal != abi.SIGTRAP:
-            libc.raw_ptrace(abi.PTRACE_LISTEN, tid, 0, 0)  # it stays in its group stop
+            kernel.try_ptrace(abi.PTRACE_LISTEN, tid, 0, 0)  # it stays in its group stop
         else:
             self.resume(tid, _delivered(stop))
         return None

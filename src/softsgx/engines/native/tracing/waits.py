@@ -24,7 +24,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel, libc
+from softsgx.engines.native.kernel import Place
 
 __all__ = ["Waits", "let_end", "stops_at_exit"]
 
@@ -44,6 +45,7 @@ class Waits:
             depends on the end of another.
 
     Attributes:
+        places: by thread, memory for what a wait fetches of it when it has stopped.
         unreported: last status of each thread that no event of its parent has reported yet.
     """
 
@@ -57,9 +59,10 @@ class Waits:
     ) -> None:
         self._keeps_exits = keeps_exits
         self._signals, self.clock = frozenset(signals), clock
-        self._wakes = frozenset(wakes)
+        self._ended_by = self._signals | wakes
         self._kept: deque[tuple[int, int]] = deque()
         self._received = 0
+        self.places: dict[int, Place] = {}
         self.unreported: dict[int, int] = {}
 
     @contextmanager
@@ -68,7 +71,7 @@ class Waits:
 
         Signals that no call has received are dropped at the end.
         """
-        ended_by = {*self._signals, *self._wakes}
+        ended_by = self._ended_by
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *ended_by})
         try:
             yield
@@ -87,33 +90,34 @@ class Waits:
             return True
         return bool(self._signals) and signal.sigtimedwait(self._signals, 0) is not None
 
-    def next(self, until_ns: int | None = None) -> tuple[int, int] | None:
-        """Return a thread's id and its status, the earliest that :meth:`of` has not returned.
+    def next(self, until_ns: int | None = None) -> tuple[int, int, int] | None:
+        """Return the earliest stop or end that :meth:`of` has not returned.
 
         Args:
             until_ns: a time on the clock that ends the wait.
 
         Returns:
-            ``None``: the time is ``until_ns``, or one of the signals has arrived.
+            The thread's id, its status, and what was fetched of it
+            (:func:`softsgx.engines.native.kernel.next_stop`).  ``None``: the time is ``until_ns``,
+            or one of the signals has arrived.
 
         Raises:
             ChildProcessError: there is no thread, and no other child.
         """
         if self._kept:
-            return self._kept.popleft()
-        ended_by = self._signals | self._wakes
-        if until_ns is None and not ended_by:
-            return os.waitpid(-1, abi.WALL)
+            return *self._kept.popleft(), 0
+        if until_ns is None and not self._ended_by:
+            return kernel.next_stop(0, self.places)
         while True:
-            tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
-            if tid:
-                return tid, status
+            event = kernel.next_stop(os.WNOHANG, self.places)
+            if event[0]:
+                return event
             left_ns = _LONGEST_WAIT_NS if until_ns is None else until_ns - self.clock()
             if left_ns <= 0:
                 return None
             limit_s = min(left_ns, _LONGEST_WAIT_NS) / 1e9
-            came = signal.sigtimedwait({signal.SIGCHLD, *ended_by}, limit_s)
-            if came is not None and came.si_signo in ended_by:
+            came = signal.sigtimedwait({signal.SIGCHLD, *self._ended_by}, limit_s)
+            if came is not None and came.si_signo in self._ended_by:
                 self._received += came.si_signo in self._signals
                 return None
 
@@ -192,4 +196,4 @@ def stops_at_exit(status: int) -> bool:
 
 def let_end(tid: int) -> None:
     """Resume a thread from the stop before its end; do nothing if it is not in that stop."""
-    libc.raw_ptrace(abi.PTRACE_CONT, tid, 0, 0)
+    kernel.try_ptrace(abi.PTRACE_CONT, tid, 0, 0)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from softsgx.engines.native import abi, libc
+from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.recording.pagers import RecordedMprotectPager, RecordedUffdPager
@@ -61,11 +61,11 @@ class MprotectMemory:
 
 class PlainUffd(UffdPager):
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
-        def copy(_uffd: int, _request: int, _at: int) -> int:
-            self.memory.fill(linaddr, protected=not rights & WRITE)
+        def copy(_uffd: int, address: int, mode: int, _data: bytes | bytearray) -> int:
+            self.memory.fill(address, protected=bool(mode))
             return 0
 
-        with patch.object(libc, "raw_ioctl", copy):
+        with patch.object(kernel, "copy_page", copy):
             return super().show(linaddr, data, rights)
 
     def _protect(self, start: int, end: int, mode: int) -> bool:

@@ -1,0 +1,121 @@
+"""Requests to the kernel that every stop of a thread or every fault makes.
+
+Each has a form in C (``src/speedups/stops.c``, ``src/speedups/pages.c``), which is used where the
+compiled core is.  The forms here are the reference.  None of them raises for what the caller
+expects to happen: a thread that is killed, a page that is not mapped.
+
+Source:
+    ptrace(2), wait(2), ioctl_userfaultfd(2), fallocate(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from softsgx import compiled
+from softsgx.engines.native import abi, libc
+
+__all__ = [
+    "INFORMATION",
+    "REGISTERS",
+    "Place",
+    "copy_page",
+    "next_stop",
+    "protect_pages",
+    "take_pages",
+    "try_ptrace",
+]
+
+REGISTERS, INFORMATION = 1, 2
+"""What :func:`next_stop` has fetched: a thread's general registers, its signal information."""
+
+Place = tuple[int, int, object, object]
+"""Where they go: two addresses, and the objects whose memory is there."""
+
+
+def _try_ptrace(request: int, tid: int, address: int, data: int) -> int:
+    """Do one ptrace request on thread ``tid``; return its result, or ``-errno``."""
+    result: int = _ptrace(request, tid, address, data)
+    return -ctypes.get_errno() if result == -1 else result
+
+
+def _next_stop(options: int, places: dict[int, Place]) -> tuple[int, int, int]:
+    """Wait for the next stop or end of any thread.
+
+    Args:
+        options: 0, or WNOHANG.
+        places: by thread, memory for what is fetched.
+
+    Returns:
+        The thread, 0 when none has stopped; its status as wait(2) encodes it; what was fetched of
+        it, if it has stopped for a signal or a system call.  What is not fetched here has to be
+        asked for.
+
+    Raises:
+        ChildProcessError: there is no thread, and no other child.
+    """
+    tid, status = os.waitpid(-1, options | abi.WALL)
+    return tid, status, 0
+
+
+def _copy_page(uffd: int, address: int, mode: int, data: bytes | bytearray) -> int:
+    """UFFDIO_COPY of one page; repeated while the mappings are changing.
+
+    Returns:
+        The error's number, 0 for none.
+    """
+    _SOURCE_VIEW[:] = data
+    _COPY_WORDS[0], _COPY_WORDS[3] = address, mode
+    return _until_done(uffd, abi.UFFDIO_COPY, _COPY_AT)
+
+
+def _protect_pages(uffd: int, start: int, end: int, mode: int) -> int:
+    """UFFDIO_WRITEPROTECT of a range; otherwise as :func:`copy_page`."""
+    _PROTECT_WORDS[0], _PROTECT_WORDS[1], _PROTECT_WORDS[2] = start, end - start, mode
+    return _until_done(uffd, abi.UFFDIO_WRITEPROTECT, _PROTECT_AT)
+
+
+def _until_done(uffd: int, command: int, at: int) -> int:
+    while _ioctl(uffd, command, at) == -1:
+        code = ctypes.get_errno()
+        if code != errno.EAGAIN:
+            return code
+    return 0
+
+
+def _take_pages(descriptor: int, runs: list[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of each page of some ranges of a memory file, and make them holes.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    contents: list[bytes] = []
+    for start, end in runs:
+        for first in range(start, end, _MOST_BYTES):
+            size = min(end - first, _MOST_BYTES)
+            data = os.pread(descriptor, size, first)
+            if len(data) != size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            contents += [data[at : at + abi.PAGE] for at in range(0, size, abi.PAGE)]
+        libc.punch_hole(descriptor, start, end - start)
+    return contents
+
+
+_MOST_BYTES = 4096 * abi.PAGE
+_ptrace, _ioctl = libc.raw_ptrace, libc.raw_ioctl
+_SOURCE = ctypes.create_string_buffer(abi.PAGE)
+_SOURCE_VIEW = memoryview(_SOURCE).cast("B")
+_COPY_WORDS = (ctypes.c_uint64 * 5)(0, ctypes.addressof(_SOURCE), abi.PAGE)
+_COPY_AT = ctypes.addressof(_COPY_WORDS)
+_PROTECT_WORDS = (ctypes.c_uint64 * 3)()
+_PROTECT_AT = ctypes.addressof(_PROTECT_WORDS)
+
+if compiled.speedups is None:
+    try_ptrace, next_stop = _try_ptrace, _next_stop
+    copy_page, protect_pages, take_pages = _copy_page, _protect_pages, _take_pages
+else:
+    try_ptrace, next_stop = compiled.speedups.try_ptrace, compiled.speedups.next_stop
+    copy_page, protect_pages = compiled.speedups.copy_page, compiled.speedups.protect_pages
+    take_pages = compiled.speedups.take_pages
