@@ -121,9 +121,10 @@ def test_arguments_that_are_no_words_are_refused() -> None:
     for wrong in ((1, 2, 3), (1, 2, 3, "4"), (1, 2, 3, 1 << 64), (1, 2, -3, 4)):
         with pytest.raises((TypeError, OverflowError)):
             compiled.speedups.try_ptrace(*wrong)
-    for wrong in ((0,), (0, 1, 2), ("0", {})):
+    arguments: Any
+    for arguments in ((0,), (0, 1, 2), ("0", {})):
         with pytest.raises(TypeError):
-            compiled.speedups.next_stop(*wrong)
+            compiled.speedups.next_stop(*arguments)
 
 
 def place_of(thread: Thread) -> dict[int, kernel.Place]:

@@ -197,6 +197,9 @@ class Loop:
         """Move a stopped thread to where it is by the program's code; return why it is there."""
         self._permits.stopped(thread)
         image = thread.image
+        stubs = image.cpuid_stubs is not None or image.path_stubs is not None
+        if not (stubs and 0 <= thread.load().rip - image.vdso_base < image.vdso.end):
+            return stop
         if image.cpuid_stubs is not None:
             image.cpuid_stubs.straighten(thread)
         if image.path_stubs is not None and image.path_stubs.straighten(thread):
