@@ -118,8 +118,7 @@ def linux(numbers: NDArray[np.uint32], pages: int, folder: Path, rounds: int) ->
 
     libcachesim has no such policy: the ratios are those to its LRU and CLOCK.
     """
-    times = np.zeros(len(numbers), np.uint64)
-    scene = Scene((SceneEnclave(0, "made up", 0, int(numbers.max()) + 1),), numbers, times)
+    scene = Scene((SceneEnclave(0, "made up", 0, int(numbers.max()) + 1),), [numbers])
 
     def replay(part: NDArray[np.uint32]) -> None:
         LinuxReplay(scene, Epc(pages // 4)).run(part)

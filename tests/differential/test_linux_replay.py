@@ -49,7 +49,8 @@ def test_both_replays_do_the_same(seed: int) -> None:
     pages = chance.choice((6, 10, 25, 30, 64, 128, 300, 1000, 3000))
     epc = Epc(pages, limits, chance.choice(_POLICIES))
     readable, compiled = CoreReplay(scene, epc), LinuxReplay(scene, epc)
-    for part in np.array_split(scene.pages, 4):
+    (accesses,) = scene.parts
+    for part in np.array_split(accesses, 4):
         readable.run(part.tolist())
         compiled.run(part)
         assert readable.counts() == compiled.counts()
@@ -109,7 +110,8 @@ def test_the_readable_replay_keeps_the_pages_that_a_platform_keeps(
         enclave = _Enclave(platform, runtime, pages)
         for core in (replay.core, platform.core):
             _evict_all(core)
-        for page in scene.pages.tolist():
+        (accesses,) = scene.parts
+        for page in accesses.tolist():
             replay.run([page])
             enclave.access(page)
             resident = [entry.epc is not None for entry in enclave.pages.values()]

@@ -27,8 +27,7 @@ def scene_of(
         enclave = chance.choice(enclaves)
         part = max(1, int(enclave.pages * hot)) if chance.random() < 0.8 else enclave.pages
         pages_used.append(enclave.first + chance.randrange(part))
-    times = np.arange(accesses, dtype=np.uint64) * 1000
-    return Scene(tuple(enclaves), np.array(pages_used, np.uint32), times)
+    return Scene(tuple(enclaves), [np.array(pages_used, np.uint32)])
 
 
 def hot_and_cold(seed: int, pages: int, accesses: int) -> list[int]:

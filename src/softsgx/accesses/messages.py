@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import BinaryIO
 
@@ -49,6 +49,7 @@ class Message:
         metadata: of the message; a schema's own metadata is within the schema.
         records: how many a batch has.
         decoded_bytes: decompressed length of the longest buffer of a batch.
+        place: the byte of the file where it begins.
     """
 
     kind: Kind
@@ -56,21 +57,23 @@ class Message:
     metadata: Mapping[bytes, bytes] = field(default_factory=dict)
     records: int = 0
     decoded_bytes: int = 0
+    place: int = 0
 
 
-def messages(file: BinaryIO, end: int, *, bodies: bool = True) -> Iterator[Message]:
+def messages(file: BinaryIO, end: int, *, bodies: bool = True, start: int = 0) -> Iterator[Message]:
     """Yield the complete messages of a stream, and its end if that is marked.
 
     Args:
         file: the stream starts at offset 0.
         end: size of the file in bytes; bytes that are appended later are not read.
         bodies: read bodies too; without them, ``data`` and ``decoded_bytes`` of a batch lack them.
+        start: where to begin, 0 or the ``place`` of a message.
 
     Raises:
         Damaged: this is not an Arrow stream.
         OSError: the file cannot be read.
     """
-    at = 0
+    at = start
     while at + _PREFIX_BYTES <= end:
         file.seek(at)  # each time: another iteration may use the same file
         prefix = file.read(_PREFIX_BYTES)
@@ -95,7 +98,8 @@ def messages(file: BinaryIO, end: int, *, bodies: bool = True) -> Iterator[Messa
             if at > end:
                 return
             body = file.read(body_bytes) if bodies else b""
-            message = _message(prefix + header + body, table, body)
+            place = at - header_bytes - body_bytes - _PREFIX_BYTES
+            message = replace(_message(prefix + header + body, table, body), place=place)
         except struct.error as error:
             raise Damaged(f"a damaged header before byte {at}") from error
         yield message

@@ -58,6 +58,7 @@ class TraceReader:
         self._file, self._name = file, name
         with self._refusals():
             self._end = file.seek(0, os.SEEK_END)
+            self._ends = (0, 0)  # places of the first and the last batch with records
             self.info, self._records = self._scan()
         self.close = weakref.finalize(self, file.close)
 
@@ -73,11 +74,21 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the records in order, at most ``MOST_BATCH_RECORDS`` at a time."""
-        sizes = np.array([enclave.pages for enclave in self.info.enclaves], np.uint64)
         with self._refusals():
             for message in messages(self._file, self._end):
                 if message.kind is Kind.BATCH and message.records:
-                    yield _decoded(message, sizes, self.info.version)
+                    yield self._decoded(message)
+
+    def span_ns(self) -> tuple[int, int]:
+        """Return the times of the first and the last record, 0 and 0 without any."""
+        if not self._records:
+            return 0, 0
+        with self._refusals():
+            first, last = (
+                self._decoded(next(messages(self._file, self._end, start=place)))
+                for place in self._ends
+            )
+        return int(first.times_ns[0]), int(last.times_ns[-1])
 
     def read(self) -> Trace:
         """Return all records.
@@ -91,6 +102,10 @@ class TraceReader:
                 "iterate over the reader"
             )
         return Trace(self.info, Chunk.joined(self))
+
+    def _decoded(self, message: Message) -> Chunk:
+        sizes = np.array([enclave.pages for enclave in self.info.enclaves], np.uint64)
+        return _decoded(message, sizes, self.info.version)
 
     def _scan(self) -> tuple[TraceInfo, int]:
         """Return the trace's description and its number of records, from the headers."""
@@ -114,6 +129,8 @@ class TraceReader:
                         f"enclave {enclave.number} is described before enclave {len(enclaves)}"
                     )
                 enclaves[enclave.number : enclave.number + 1] = [enclave]
+            if message.records:
+                self._ends = (message.place if not records else self._ends[0], message.place)
             records += message.records
         info = replace(info, late_intervals=late_intervals, user_ns=user_ns)
         return replace(info, enclaves=tuple(enclaves)), records

@@ -125,6 +125,11 @@ class Trace:
         """The accesses, without records of removed pages and ended enclaves."""
         return self.records.accesses
 
+    def span_ns(self) -> tuple[int, int]:
+        """Return the times of the first and the last record, 0 and 0 without any."""
+        times = self.records.times_ns
+        return (int(times[0]), int(times[-1])) if len(times) else (0, 0)
+
     @property
     def used_pages(self) -> int:
         """Number of different pages that are used."""

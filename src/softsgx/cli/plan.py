@@ -238,7 +238,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda _what, _done, _of: None
         return
     with console.status("compiling, or loading what was compiled") as status:
-        yield lambda what, done, of: status.update(f"{what} ({done} of {of})" if of > 1 else what)
+        yield lambda what, done, of: status.update(
+            f"{what}: {100 * done // of} %" if of > 1 else what
+        )
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -245,7 +245,12 @@ class CoreReplay:
     Args:
         scene: the enclaves; its accesses are not used.
         epc: the host.
+
+    Attributes:
+        any_thread: ``False``: the tasks of its runtime belong to the thread that made it.
     """
+
+    any_thread = False
 
     def __init__(self, scene: Scene, epc: Epc) -> None:
         self._runtime = InlineRuntime()

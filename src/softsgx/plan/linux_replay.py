@@ -476,6 +476,8 @@ def covers(policy: Policy) -> bool:
 class LinuxReplay:
     """As :class:`~softsgx.plan.core_replay.CoreReplay`, for policies that :func:`covers` names."""
 
+    any_thread = True
+
     def __init__(self, scene: Scene, epc: Epc) -> None:
         assert covers(epc.policy), f"no fast replay of {epc.policy}"
         self._scene = scene

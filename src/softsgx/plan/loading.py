@@ -1,27 +1,38 @@
 """Traces to a scene: pages numbered densely, several traces interleaved by time.
 
-A trace is read twice, in chunks, so that of each access only the dense number of its page stays in
-memory, and with several traces its time.
+A trace is read once, in chunks.  Of each access the number of its page goes to a
+:class:`~softsgx.plan.spool.Spool`, which replays read, and to the LRU curve; the rest is counted.
+So memory is proportional to the pages of all traces, not to their length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from softsgx.accesses import Chunk, Trace, TraceInfo, TraceReader, open_trace
+from softsgx.accesses import Chunk, Trace, TraceReader, open_trace
 from softsgx.errors import SoftSgxError
+from softsgx.plan.curves import Distances, StackDistances
+from softsgx.plan.merging import Timed, merged
 from softsgx.plan.numbering import PageNumbers
 from softsgx.plan.result import TraceSummary
 from softsgx.plan.scene import Scene, SceneEnclave
+from softsgx.plan.spool import PART_NUMBERS, Spool
+from softsgx.plan.time_bins import TimeBins
 
-__all__ = ["PlannedTrace", "load_scene"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-_ENCLAVE_SHIFT = 32
+__all__ = ["Loaded", "PlannedTrace", "load"]
+
+_TRACE_SHIFT, _ENCLAVE_SHIFT = 48, 32
+_MOST_TRACES = 1 << 16
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,123 +54,224 @@ class PlannedTrace:
         """The file's name."""
         return "(memory)" if isinstance(self.source, Trace) else str(self.source)
 
+    @property
+    def group_path(self) -> str:
+        """The group from the root, as ``/jobs/a``."""
+        return "/" + self.group.strip("/")
+
     def open(self) -> Trace | TraceReader:
-        """Open it; the result has ``info``, and can be iterated more than once."""
+        """Open it; the result has ``info`` and ``span_ns``."""
         if isinstance(self.source, Trace):
             return self.source
         return open_trace(self.source, self.file_format)
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One trace.
+class Loaded:
+    """Traces that were read.
 
     Attributes:
-        info: at the end of the file.
-        keys: ``enclave << 32 | page`` of each page that is accessed, ascending.
-        numbers: of each access, index of its page in ``keys``.
-        times_ns: of each access, from 0.
+        scene: for replays.
+        summaries: of each trace.
+        working_set: how many pages the largest intervals of all traces access again; 0 unless one
+            of them is an ``intervals`` trace.
+        distances: of LRU, over all traces together.
     """
 
-    info: TraceInfo
-    keys: np.ndarray[Any, Any]
-    numbers: np.ndarray[Any, Any]
-    times_ns: np.ndarray[Any, Any]
+    scene: Scene
+    summaries: tuple[TraceSummary, ...]
+    working_set: int
+    distances: Distances
 
 
-def load_scene(traces: Sequence[PlannedTrace]) -> tuple[Scene, tuple[TraceSummary, ...], int]:
+@dataclass(slots=True)
+class _Source:
+    """A trace that is being read.
+
+    Attributes:
+        keys: ``trace << 48``, which tells its pages from those of the others.
+        span_ns: times of its first and its last record.
+        accesses: read so far.
+        last_ns: time of the last of them, from 0.
+        pages: how many pages it has accessed.
+        interval: the interval of the last access.
+        again: accesses in that interval to pages that were accessed before.
+        most_again: the largest such number.
+    """
+
+    trace: PlannedTrace
+    opened: Trace | TraceReader
+    keys: np.uint64
+    span_ns: tuple[int, int]
+    accesses: int = 0
+    last_ns: int = 0
+    pages: int = 0
+    interval: int = -1
+    again: int = 0
+    most_again: int = 0
+
+    @classmethod
+    def of(cls, at: int, trace: PlannedTrace) -> _Source:
+        opened = trace.open()
+        return cls(trace, opened, np.uint64(at << _TRACE_SHIFT), opened.span_ns())
+
+    def chunks(self, numbers: PageNumbers) -> Iterator[Timed]:
+        """Yield its accesses: numbers of pages, and times from 0."""
+        first_ns = np.uint64(self.span_ns[0])
+        for chunk in _chunks(self.opened):
+            accesses = chunk.accesses
+            if not len(accesses):
+                continue
+            known = numbers.pages
+            found = numbers.of(accesses.keys | self.keys)
+            times = accesses.times_ns - first_ns
+            first, last = int(times[0]), int(times[-1])
+            # Times of a chunk, and what they are counted from, have wrapped around at most once.
+            if not self.last_ns <= first <= last or accesses.times_ns[-1] < first_ns:
+                raise SoftSgxError(f"{self.trace.name}: times decrease; record the trace again")
+            self.accesses += len(found)
+            self.pages += numbers.pages - known
+            self.last_ns = last
+            if self._has_intervals:
+                self._count_again(found, times, known)
+            yield Timed(found, times)
+
+    @property
+    def _has_intervals(self) -> bool:
+        return self.opened.info.precision == "intervals" and self.opened.info.interval_ns > 0
+
+    def _count_again(
+        self, numbers: NDArray[np.uint32], times: NDArray[np.uint64], known: int
+    ) -> None:
+        """Count accesses again in each interval; pages from ``known`` on are new in ``numbers``.
+
+        A first access makes its page, mostly by ADD_PAGES; the page may be evicted at once.
+        """
+        highest = np.maximum.accumulate(np.maximum(numbers.astype(np.int64), known - 1))
+        before = np.concatenate((np.array([known - 1]), highest[:-1]))
+        again = times[numbers <= before]
+        intervals, counts = np.unique(
+            again // np.uint64(self.opened.info.interval_ns), return_counts=True
+        )
+        for interval, count in zip(intervals.tolist(), counts.tolist(), strict=True):
+            self.again = count if interval != self.interval else self.again + count
+            self.interval = interval
+            self.most_again = max(self.most_again, self.again)
+
+    def working_set(self) -> int:
+        """Return how many pages its largest interval accesses that were accessed before."""
+        return min(self.most_again, self.pages)
+
+    def summary(self, enclaves: int) -> TraceSummary:
+        info = self.opened.info
+        return TraceSummary(
+            name=self.trace.name,
+            program=info.program,
+            precision=info.precision,
+            complete=info.complete,
+            enclaves=enclaves,
+            accesses=self.accesses,
+            footprint_pages=self.pages,
+            seconds=self.last_ns / 1e9 if info.timed else 0.0,
+            group=self.trace.group_path,
+            interval_seconds=info.interval_ns / 1e9 if info.precision == "intervals" else 0.0,
+            recorded_epc_pages=info.epc_pages,
+            user_seconds=info.user_ns / 1e9,
+        )
+
+
+@dataclass(slots=True)
+class _Renumbered:
+    """Numbers in order of first use, read as dense numbers in order of their keys."""
+
+    spool: Spool
+    places: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+
+    def __iter__(self) -> Iterator[NDArray[np.uint32]]:
+        return map(self.places.__getitem__, self.spool)
+
+    def __reversed__(self) -> Iterator[NDArray[np.uint32]]:
+        return map(self.places.__getitem__, reversed(self.spool))
+
+
+def load(
+    traces: Sequence[PlannedTrace], progress: Callable[[int, int], None] = lambda _done, _of: None
+) -> Loaded:
     """Read traces.
 
-    Returns:
-        The scene; a summary of each trace; and how many pages the largest intervals of all traces
-        access again, 0 unless one of them is an ``intervals`` trace.
+    Args:
+        traces: all begin at the same time.
+        progress: called with the accesses that were read, and how many there are.
 
     Raises:
-        SoftSgxError: a file cannot be read, or a trace has no accesses.
+        SoftSgxError: a file cannot be read, a trace has no accesses, or the temporary directory has
+            no room.
     """
-    loaded = [_load(trace) for trace in traces]
-    enclaves: list[SceneEnclave] = []
-    numbers, times = [], []
-    for at, (trace, one) in enumerate(zip(traces, loaded, strict=True)):
-        first = enclaves[-1].first + enclaves[-1].pages if enclaves else 0
-        enclaves += _enclaves(at, trace, one, first)
-        numbers.append(one.numbers + np.uint32(first) if first else one.numbers)
-        times.append(one.times_ns)
-    summaries = tuple(map(_summary, traces, loaded))
-    working_set = sum(_largest_interval(one) for one in loaded)
-    timed = all(one.info.timed for one in loaded)
-    if len(loaded) == 1:
-        return Scene(tuple(enclaves), numbers[0], times[0], timed), summaries, working_set
-    every_time = np.concatenate(times)
-    order = np.argsort(every_time, kind="stable")
-    scene = Scene(tuple(enclaves), np.concatenate(numbers)[order], every_time[order], timed)
-    return scene, summaries, working_set
-
-
-def _load(trace: PlannedTrace) -> _Loaded:
-    opened = trace.open()
-    parts: Iterable[Chunk] = [opened.records] if isinstance(opened, Trace) else opened
-    records = len(opened)
-    if not records:
-        raise SoftSgxError(f"{trace.name}: no accesses; record a program that uses an enclave")
-    pages = PageNumbers()
-    numbers, times_ns = np.empty(records, np.uint32), np.empty(records, np.uint64)
-    at = 0
-    for chunk in (part.accesses for part in parts):
-        part = slice(at, at + len(chunk))
-        numbers[part] = pages.of(chunk.keys)
-        times_ns[part] = chunk.times_ns
-        at += len(chunk)
-    numbers, times_ns = numbers[:at], times_ns[:at]
-    times_ns -= times_ns[0]
-    keys = pages.keys()
+    if len(traces) > _MOST_TRACES:
+        raise SoftSgxError(f"plan: {len(traces)} traces; give at most {_MOST_TRACES}")
+    sources = [_Source.of(at, trace) for at, trace in enumerate(traces)]
+    records = sum(len(source.opened) for source in sources)
+    numbers, spool, distances = PageNumbers(), Spool(), StackDistances()
+    bins = TimeBins(_span_ns(sources), records)
+    for part in _ahead(merged([source.chunks(numbers) for source in sources])):
+        distances.add(part.numbers)
+        spool.append(part.numbers)
+        bins.add(part.times_ns)
+        progress(len(spool), records)
+    for source in sources:
+        if not source.accesses:
+            name = source.trace.name
+            raise SoftSgxError(f"{name}: no accesses; record a program that uses an enclave")
+    keys = numbers.keys()
     order = np.argsort(keys)
-    place = np.empty(len(keys), np.uint32)
-    place[order] = np.arange(len(keys), dtype=np.uint32)
-    return _Loaded(opened.info, keys[order], place[numbers], times_ns)
-
-
-def _enclaves(at: int, trace: PlannedTrace, loaded: _Loaded, first: int) -> list[SceneEnclave]:
-    names = {enclave.number: enclave.name for enclave in loaded.info.enclaves}
-    numbers, counts = np.unique(loaded.keys >> np.uint64(_ENCLAVE_SHIFT), return_counts=True)
-    enclaves = []
-    for number, pages in zip(numbers.tolist(), counts.tolist(), strict=True):
-        name = names.get(number) or f"enclave {number}"
-        enclaves.append(SceneEnclave(at, name, first, pages, "/" + trace.group.strip("/")))
-        first += pages
-    return enclaves
-
-
-def _summary(trace: PlannedTrace, loaded: _Loaded) -> TraceSummary:
-    info = loaded.info
-    return TraceSummary(
-        name=trace.name,
-        program=info.program,
-        precision=info.precision,
-        complete=info.complete,
-        enclaves=len(np.unique(loaded.keys >> np.uint64(_ENCLAVE_SHIFT))),
-        accesses=len(loaded.numbers),
-        footprint_pages=len(loaded.keys),
-        seconds=float(loaded.times_ns[-1]) / 1e9 if info.timed else 0.0,
-        group="/" + trace.group.strip("/"),
-        interval_seconds=info.interval_ns / 1e9 if info.precision == "intervals" else 0.0,
-        recorded_epc_pages=info.epc_pages,
-        user_seconds=info.user_ns / 1e9,
+    places = np.empty(len(keys), np.uint32)
+    places[order] = np.arange(len(keys), dtype=np.uint32)
+    enclaves = _enclaves(sources, keys[order])
+    scene = Scene(enclaves, _Renumbered(spool, places), bins.edges(), bins.seconds)
+    owners = [enclave.trace for enclave in enclaves]
+    return Loaded(
+        scene,
+        tuple(source.summary(owners.count(at)) for at, source in enumerate(sources)),
+        sum(source.working_set() for source in sources),
+        distances.result(),
     )
 
 
-def _largest_interval(loaded: _Loaded) -> int:
-    """Return how many pages the largest interval accesses that were accessed before.
+def _span_ns(sources: Sequence[_Source]) -> int:
+    """Return the time from the first record to the last of all traces; 0 without times."""
+    if not all(source.opened.info.timed for source in sources):
+        return 0
+    return max(last - first for first, last in (source.span_ns for source in sources))
 
-    A first access makes its page, mostly by ADD_PAGES; the page may be evicted at once.
-    """
-    info = loaded.info
-    if info.precision != "intervals" or not info.interval_ns:
-        return 0
-    again = np.ones(len(loaded.numbers), np.bool_)
-    again[np.unique(loaded.numbers, return_index=True)[1]] = False
-    times_ns = loaded.times_ns[again]
-    if not len(times_ns):
-        return 0
-    _intervals, counts = np.unique(times_ns // np.uint64(info.interval_ns), return_counts=True)
-    return min(int(counts.max()), len(loaded.keys))
+
+def _chunks(opened: Trace | TraceReader) -> Iterator[Chunk]:
+    if isinstance(opened, TraceReader):
+        return iter(opened)
+    records = opened.records
+    return (records[at : at + PART_NUMBERS] for at in range(0, len(records), PART_NUMBERS))
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _enclaves(sources: Sequence[_Source], keys: NDArray[np.uint64]) -> tuple[SceneEnclave, ...]:
+    """Return the enclaves that have pages; ``keys`` are ascending."""
+    numbers, firsts, counts = np.unique(
+        keys >> np.uint64(_ENCLAVE_SHIFT), return_index=True, return_counts=True
+    )
+    enclaves = []
+    for number, first, pages in zip(
+        numbers.tolist(), firsts.tolist(), counts.tolist(), strict=True
+    ):
+        at, enclave = number >> 16, number & 0xFFFF
+        source = sources[at]
+        names = {one.number: one.name for one in source.opened.info.enclaves}
+        name = names.get(enclave) or f"enclave {enclave}"
+        enclaves.append(SceneEnclave(at, name, first, pages, source.trace.group_path))
+    return tuple(enclaves)

@@ -3,8 +3,8 @@
 :func:`plan` is a pure function: the same arguments give the same :class:`~.result.Plan`, and
 arguments and result can be pickled, so other processes can run it.
 
-The EPC's size is searched: a replay in sizes of a geometric series, then bisection between the
-largest size that misses the target and the smallest that meets it.
+The EPC's size is searched: a replay in sizes of a geometric series, then in sizes between the
+largest one that misses the target and the smallest that meets it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.costs import COST_PROFILES, CostProfile, estimate
 from softsgx.errors import SoftSgxError
 from softsgx.paging import LinuxPolicy, Policy, Prefetching
-from softsgx.plan.curves import stack_distances
-from softsgx.plan.loading import PlannedTrace, load_scene
+from softsgx.plan.curves import Distances
+from softsgx.plan.loading import PlannedTrace, load
 from softsgx.plan.policies import POLICIES, misses
-from softsgx.plan.replays import new_replay, residency
+from softsgx.plan.replays import Part, ResidencyReplay, new_replay, replay_all
 from softsgx.plan.result import (
     Curve,
     EnclaveResult,
@@ -43,6 +43,7 @@ SMALLEST_PAGES = 25
 """The smallest EPC and the smallest limit of ``softsgx run``."""
 _MOST_PAGES = 1 << 28
 _SERIES = 12
+_PROBES = 2  # sizes that are replayed at once, each by one processor
 _MIB_PAGES = (1 << 20) // PAGE_BYTES
 _LIMIT_TRIES = 32
 _CURVE_POINTS = 256
@@ -109,6 +110,7 @@ class _Planner:
     """The arguments of one plan, loaded."""
 
     scene: Scene
+    distances: Distances
     traces: tuple[TraceSummary, ...]
     host: Host
     costs: CostProfile
@@ -122,17 +124,27 @@ class _Planner:
         limits = {path: limit // PAGE_BYTES for path, limit in self.host.limits.items()}
         return Epc(pages, limits, options.policy())
 
-    def replay(self, epc: Epc) -> Counts:
-        replay = new_replay(self.scene, epc)
+    def replay(self, epcs: Sequence[Epc], *beside: Part) -> list[Counts]:
+        """Replay all accesses in each EPC, and in what is beside them, in one pass."""
+        replays = [new_replay(self.scene, epc) for epc in epcs]
+        accesses, count = self.scene.edges[-1], len(epcs)
+        what = f"replay in {count} size{'s' if count > 1 else ''} of EPC"
         try:
-            replay.run(self.scene.pages)
-            return replay.counts()
+            replay_all(
+                self.scene,
+                [*replays, *beside],
+                lambda done: self.progress(what, done, accesses),
+            )
+            return [replay.counts() for replay in replays]
         finally:
-            replay.close()
+            for replay in replays:
+                replay.close()
 
-    def at(self, pages: int) -> SizeResult:
-        epc = self.epc(pages)
-        return self._result(epc, self.replay(epc))
+    def at(self, sizes: Sequence[int]) -> dict[int, SizeResult]:
+        """Return the results at some sizes, in pages."""
+        epcs = [self.epc(pages) for pages in sizes]
+        found = zip(sizes, epcs, self.replay(epcs), strict=True)
+        return {pages: self._result(epc, counts) for pages, epc, counts in found}
 
     def slowdown(self, counts: Counts) -> Slowdown | None:
         """Return the slowdown by the loads and evictions of a replay; ``None``: without times."""
@@ -208,9 +220,11 @@ def plan(
     if not 1 < target_slowdown < math.inf:
         raise SoftSgxError(f"target slowdown {target_slowdown}: not above 1; give 1.1 for 10 %")
     progress("reading traces", 0, 1)
-    scene, summaries, working_set = load_scene(traces)
+    loaded = load(traces, lambda done, of: progress("reading traces", done, of))
+    scene, summaries, working_set = loaded.scene, loaded.summaries, loaded.working_set
     planner = _Planner(
         scene=scene,
+        distances=loaded.distances,
         traces=summaries,
         host=host,
         costs=costs,
@@ -223,10 +237,12 @@ def plan(
     results = _search(planner, low, high)
     best = _best(planner, results)
     shown = best or results[-1]
+    residency = ResidencyReplay(scene, planner.epc(shown.epc_bytes // PAGE_BYTES))
+    limit = _limit_pages(planner, best, residency)
     sizes = tuple(results)
     return Plan(
         traces=summaries,
-        recommendation=_recommendation(planner, best, results),
+        recommendation=_recommendation(planner, best, results, limit),
         remarks=tuple(_remarks(planner, working_set)),
         target_slowdown=target_slowdown,
         base_seconds=planner.base_seconds,
@@ -235,8 +251,8 @@ def plan(
         options=host.options.changed(),
         sizes=sizes,
         policies=tuple(_compare(planner, policies, sizes)),
-        curve=_curve(scene),
-        residency=residency(scene, planner.epc(shown.epc_bytes // PAGE_BYTES)),
+        curve=_curve(loaded.distances),
+        residency=residency.result(),
         costs=costs,
     )
 
@@ -310,27 +326,22 @@ def _series(low: int, high: int) -> list[int]:
 
 def _search(planner: _Planner, low: int, high: int) -> list[SizeResult]:
     """Replay sizes of the range, with smaller steps where the slowdown crosses the target."""
-    wanted = _series(low, high)
-    total = len(wanted)
-    results: dict[int, SizeResult] = {}
-    for done, pages in enumerate(wanted):
-        planner.progress(f"EPC of {size_text(pages * PAGE_BYTES)}", done, total)
-        results[pages] = planner.at(pages)
-    while (middle := _between(planner, results)) is not None:
-        planner.progress(f"EPC of {size_text(middle * PAGE_BYTES)}", len(results), len(results) + 1)
-        results[middle] = planner.at(middle)
+    results = planner.at(_series(low, high))
+    while more := _between(planner, results):
+        results |= planner.at(more)
     return [results[size] for size in sorted(results)]
 
 
-def _between(planner: _Planner, results: Mapping[int, SizeResult]) -> int | None:
-    """Return a size between the largest that misses the target and the next; ``None``: done."""
-    sizes = sorted(results)
-    for smaller, larger in reversed(list(pairwise(sizes))):
+def _between(planner: _Planner, results: Mapping[int, SizeResult]) -> list[int]:
+    """Return sizes between the largest that misses the target and the next; none: done."""
+    for smaller, larger in reversed(list(pairwise(sorted(results)))):
         if _good(planner, results[larger]) and not _good(planner, results[smaller]):
             step = _step(larger)
-            middle = (smaller + larger) // 2 // step * step
-            return middle if smaller < middle < larger else None
-    return None
+            first = smaller // step + 1
+            choices = [at * step for at in range(first, -(-larger // step))]
+            parts = min(_PROBES, len(choices)) + 1
+            return [choices[len(choices) * at // parts] for at in range(1, parts)]
+    return []
 
 
 def _good(planner: _Planner, result: SizeResult) -> bool:
@@ -353,11 +364,8 @@ def _best(planner: _Planner, results: Sequence[SizeResult]) -> SizeResult | None
 
 
 def _recommendation(
-    planner: _Planner, best: SizeResult | None, results: Sequence[SizeResult]
+    planner: _Planner, best: SizeResult | None, results: Sequence[SizeResult], limit: int | None
 ) -> Recommendation:
-    limit = None
-    if best is not None and not planner.host.limits and len(planner.traces) == 1:
-        limit = _limit_pages(planner, best.epc_bytes // PAGE_BYTES)
     limit_bytes = None if limit is None else limit * PAGE_BYTES
     return Recommendation(
         text=recommendation_text(best, results, planner.target, limit_bytes),
@@ -368,22 +376,33 @@ def _recommendation(
     )
 
 
-def _limit_pages(planner: _Planner, pages: int) -> int | None:
+def _limit_pages(planner: _Planner, best: SizeResult | None, beside: Part) -> int | None:
     """Return the smallest limit, in whole MiB, with which a group alone meets the target.
 
     The group is on a machine with more EPC, so its limit makes it evict, not ksgxd's watermarks.
     SECS and VA pages are charged to it.
+
+    Args:
+        planner: the plan.
+        best: the recommended size; ``None``: no limit is looked for.
+        beside: makes all accesses, too.
     """
     scene = planner.scene
+    if best is None or planner.host.limits or len(planner.traces) > 1:
+        planner.replay([], beside)
+        return None
     enclaves = tuple(replace(enclave, group="/pod") for enclave in scene.enclaves)
     pod = replace(planner, scene=replace(scene, enclaves=enclaves))
     plenty = 2 * (scene.footprint_pages + scene.overhead_pages) + 1024
-    limit = -(-pages // _MIB_PAGES) * _MIB_PAGES
+    limit = -(-best.epc_bytes // PAGE_BYTES // _MIB_PAGES) * _MIB_PAGES
+    tried: tuple[Part, ...] = (beside,)
     for _try in range(_LIMIT_TRIES):
         epc = planner.epc(max(plenty, 2 * limit)).but(limits={"/pod": limit})
-        if pod.meets(pod.replay(epc)):
+        (counts,) = pod.replay([epc], *tried)
+        if pod.meets(counts):
             return limit
         limit += _MIB_PAGES * max(1, limit // _MIB_PAGES // 32)
+        tried = ()
     return None
 
 
@@ -398,14 +417,17 @@ def _compare(
         if name not in policies:
             continue
         planner.progress(f"policy {name}", 0, 1)
-        missed = iter(misses(name, [scene.pages], [pages for pages in room if pages > 0]))
+        wanted = [pages for pages in room if pages > 0]
+        if name == "lru":
+            missed = iter([planner.distances.misses_at(pages) for pages in wanted])
+        else:
+            missed = iter(misses(name, scene.parts, wanted))
         loads = [next(missed) - scene.footprint_pages if pages > 0 else None for pages in room]
         yield PolicyResult(name, capacities, tuple(loads))
 
 
-def _curve(scene: Scene) -> Curve:
+def _curve(distances: Distances) -> Curve:
     """Return the miss-ratio curve of exact LRU, thinned to about equal ratios of capacity."""
-    distances = stack_distances([scene.pages])
     every = distances.misses()
     last = len(every) - 1
     capacities = sorted({round(last ** (at / _CURVE_POINTS)) for at in range(_CURVE_POINTS + 1)})

@@ -1,13 +1,13 @@
 """Replacement policies replayed at given capacities: how many accesses each misses.
 
 LRU needs no replay: stack distances give it for all capacities.  FIFO, CLOCK and S3-FIFO are
-replayed part by part.  OPT needs later accesses, so it keeps all accesses in memory.
+replayed part by part.  OPT needs later accesses, so all are read backwards first.
 ``plan.readable`` has the same policies with plain data structures, and their sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,6 +16,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.plan import kernels
 from softsgx.plan.curves import stack_distances
 from softsgx.plan.numbering import end_of, grown
+from softsgx.plan.spool import Parts, Spool
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,21 +25,19 @@ __all__ = ["MOST_OPT_ACCESSES", "POLICIES", "PolicyName", "misses"]
 
 PolicyName = Literal["fifo", "lru", "clock", "s3fifo", "opt"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
-MOST_OPT_ACCESSES = 1 << 28
-"""The most accesses for OPT, which needs 8 bytes of memory for each."""
+MOST_OPT_ACCESSES = (1 << 32) - 1
+"""The most accesses for OPT, which numbers them with 32 bits."""
 
 _ABSENT = -1
 _SMALL_SHARE = 10  # S3-FIFO's small queue has a tenth of the capacity
 
 
-def misses(
-    policy: PolicyName, parts: Iterable[NDArray[np.uint32]], capacities: Sequence[int]
-) -> list[int]:
+def misses(policy: PolicyName, parts: Parts, capacities: Sequence[int]) -> list[int]:
     """Return how many accesses miss at each capacity.
 
     Args:
         policy: its name.
-        parts: the accesses: numbers of pages, see :func:`~softsgx.plan.numbering.numbered`.
+        parts: the accesses.
         capacities: in pages, each at least 1.
 
     Raises:
@@ -57,40 +56,42 @@ def misses(
     return [replay.misses for replay in replays]
 
 
-def _opt(parts: Iterable[NDArray[np.uint32]], capacities: Sequence[int]) -> list[int]:
-    kept: list[NDArray[np.uint32]] = []
+def _opt(parts: Parts, capacities: Sequence[int]) -> list[int]:
     accesses = pages = 0
     for part in parts:
-        kept.append(part)
         accesses += len(part)
         pages = max(pages, end_of(part))
-        if accesses > MOST_OPT_ACCESSES:
-            raise SoftSgxError(
-                f"plan: more than {MOST_OPT_ACCESSES} accesses, which OPT keeps in memory; "
-                "choose other policies, or plan with part of the trace"
-            )
+    if accesses > MOST_OPT_ACCESSES:
+        raise SoftSgxError(
+            f"plan: more than {MOST_OPT_ACCESSES} accesses, more than OPT can number; "
+            "choose other policies, or plan with part of the trace"
+        )
     upcoming = np.full(pages, kernels.NEVER)
-    next_uses = [np.empty(0, np.uint32)] * len(kept)
-    for index in reversed(range(len(kept))):
-        accesses -= len(kept[index])
-        next_uses[index] = kernels.next_uses(kept[index], accesses, upcoming)
-    return [_opt_misses(kept, next_uses, pages, capacity) for capacity in capacities]
+    uses = Spool()
+    for part in reversed(parts):
+        accesses -= len(part)
+        uses.append_part(kernels.next_uses(part, accesses, upcoming))
+    replays = [_Opt(capacity, pages) for capacity in capacities]
+    for part, part_uses in zip(parts, reversed(uses), strict=True):
+        for replay in replays:
+            replay.add(part, part_uses)
+    return [replay.misses for replay in replays]
 
 
-def _opt_misses(
-    parts: Sequence[NDArray[np.uint32]],
-    next_uses: Sequence[NDArray[np.uint32]],
-    pages: int,
-    capacity: int,
-) -> int:
-    heap = np.empty(min(capacity, pages), np.int32)
-    places = np.full(pages, _ABSENT, np.int32)
-    keys = np.empty(pages, np.uint32)
-    size = missed = 0
-    for part, part_next_uses in zip(parts, next_uses, strict=True):
-        size, more = kernels.opt(part, part_next_uses, heap, places, keys, size)
-        missed += more
-    return missed
+class _Opt:
+    """OPT at one capacity, which is given accesses and next uses part by part."""
+
+    def __init__(self, capacity: int, pages: int) -> None:
+        self.misses = self._size = 0
+        self._heap = np.empty(min(capacity, pages), np.int32)
+        self._places = np.full(pages, _ABSENT, np.int32)
+        self._keys = np.empty(pages, np.uint32)
+
+    def add(self, numbers: NDArray[np.uint32], next_uses: NDArray[np.uint32]) -> None:
+        self._size, missed = kernels.opt(
+            numbers, next_uses, self._heap, self._places, self._keys, self._size
+        )
+        self.misses += missed
 
 
 class _Replay(Protocol):

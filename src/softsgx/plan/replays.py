@@ -1,13 +1,14 @@
-"""The choice between the two replays, and residency over time.
+"""The choice between the two replays, replays side by side, and residency over time.
 
 The compiled replay runs where it covers the policy, the readable one otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,16 +17,31 @@ from softsgx.plan.linux_replay import LinuxReplay, covers
 from softsgx.plan.result import Residency
 from softsgx.plan.scene import Counts, Epc, Scene
 
-__all__ = ["Replay", "new_replay", "residency"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-_TIME_BINS, _ROWS = 120, 64
+__all__ = ["Part", "Replay", "ResidencyReplay", "new_replay", "replay_all"]
+
+_ROWS = 64
 
 
-class Replay(Protocol):
-    """A replay of accesses in one EPC; both implementations have these methods."""
+class Part(Protocol):
+    """A consumer of the accesses of a scene, part by part.
 
-    def run(self, pages: np.ndarray[Any, Any]) -> None:
+    Attributes:
+        any_thread: whether each part may be made by another thread.
+    """
+
+    @property
+    def any_thread(self) -> bool:
+        """See the class."""
+
+    def run(self, pages: NDArray[np.uint32]) -> None:
         """Replay accesses, each a dense page number."""
+
+
+class Replay(Part, Protocol):
+    """A replay of accesses in one EPC; both implementations have these methods."""
 
     def counts(self) -> Counts:
         """Return the counts so far."""
@@ -42,51 +58,104 @@ def new_replay(scene: Scene, epc: Epc) -> Replay:
     return LinuxReplay(scene, epc) if covers(epc.policy) else CoreReplay(scene, epc)
 
 
-def residency(scene: Scene, epc: Epc) -> Residency:
-    """Replay a scene in bins of time; see :class:`Residency`."""
-    edges, bin_seconds = _time_bins(scene)
-    firsts = _page_bins(scene)
-    sizes = np.diff([*firsts, scene.footprint_pages])
-    loads, made, resident, accessed = [], [], [], []
-    replay = new_replay(scene, epc)
-    before = replay.counts()
-    for start, end in pairwise(edges):
-        part = scene.pages[start:end]
-        replay.run(part)
-        after = replay.counts()
-        loads.append(after.loads - before.loads)
-        made.append(after.made - before.made)
-        before = after
-        resident.append(np.add.reduceat(replay.resident().astype(np.int64), firsts) / sizes)
-        used = np.zeros(scene.footprint_pages, np.int64)
-        used[part] = 1
-        accessed.append(np.add.reduceat(used, firsts) / sizes)
-    replay.close()
-    first_rows = {enclave.first: enclave.name for enclave in scene.enclaves}
-    return Residency(
-        epc_bytes=epc.pages << 12,
-        bin_seconds=bin_seconds,
-        loads=tuple(loads),
-        made=tuple(made),
-        page_bins=tuple(firsts),
-        pages=scene.footprint_pages,
-        enclave_rows=tuple(
-            (row, first_rows[first]) for row, first in enumerate(firsts) if first in first_rows
-        ),
-        resident=_rows(resident),
-        accessed=_rows(accessed),
-    )
+def replay_all(
+    scene: Scene, replays: Sequence[Part], progress: Callable[[int], None] = lambda _done: None
+) -> None:
+    """Make the accesses of a scene in several replays side by side, in one pass over them.
+
+    Args:
+        scene: the accesses.
+        replays: each is used by one thread at a time.
+        progress: called with the accesses that were made.
+    """
+    done = 0
+    here = [replay for replay in replays if not replay.any_thread]
+    elsewhere = [replay for replay in replays if replay.any_thread]
+    with ThreadPoolExecutor(processors()) as threads:
+        for part in scene.parts:
+            running = [threads.submit(replay.run, part) for replay in elsewhere]
+            for replay in here:
+                replay.run(part)
+            for future in running:
+                future.result()
+            done += len(part)
+            progress(done)
 
 
-def _time_bins(scene: Scene) -> tuple[list[int], float]:
-    """Return the index of the first access of each bin, and the length of a bin in seconds."""
-    last_ns, accesses = int(scene.times_ns[-1]), len(scene.pages)
-    bins = min(_TIME_BINS, accesses)
-    if not last_ns or not scene.timed:
-        return [accesses * at // bins for at in range(bins + 1)], 0.0
-    limits = np.array([last_ns * at // bins for at in range(1, bins)], np.uint64)
-    inner = np.searchsorted(scene.times_ns, limits).tolist()
-    return [0, *inner, accesses], last_ns / bins / 1e9
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class ResidencyReplay:
+    """A replay in bins of time, of accesses that come in parts; see :class:`Residency`."""
+
+    def __init__(self, scene: Scene, epc: Epc) -> None:
+        self._scene, self._epc = scene, epc
+        self._firsts = _page_bins(scene)
+        self._sizes = np.diff([*self._firsts, scene.footprint_pages])
+        self._replay = new_replay(scene, epc)
+        self._before = self._replay.counts()
+        self._used = np.zeros(scene.footprint_pages, np.int64)
+        self._accesses = 0
+        self._loads: list[int] = []
+        self._made: list[int] = []
+        self._resident: list[NDArray[np.float64]] = []
+        self._accessed: list[NDArray[np.float64]] = []
+
+    @property
+    def any_thread(self) -> bool:
+        """As :class:`Part`."""
+        return self._replay.any_thread
+
+    def run(self, pages: NDArray[np.uint32]) -> None:
+        """Replay accesses, each a dense page number."""
+        for edge in self._scene.edges[len(self._loads) + 1 :]:
+            if edge > self._accesses + len(pages):
+                break
+            self._go_on(pages[: edge - self._accesses])
+            pages = pages[edge - self._accesses :]
+            self._accesses = edge
+            self._end_bin()
+        self._go_on(pages)
+        self._accesses += len(pages)
+
+    def _go_on(self, pages: NDArray[np.uint32]) -> None:
+        if len(pages):
+            self._replay.run(pages)
+            self._used[pages] = 1
+
+    def _end_bin(self) -> None:
+        after = self._replay.counts()
+        self._loads.append(after.loads - self._before.loads)
+        self._made.append(after.made - self._before.made)
+        self._before = after
+        self._resident.append(self._shares(self._replay.resident().astype(np.int64)))
+        self._accessed.append(self._shares(self._used))
+        self._used[:] = 0
+
+    def _shares(self, pages: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return which share of the pages of each row is 1."""
+        return np.asarray(np.add.reduceat(pages, self._firsts) / self._sizes)
+
+    def result(self) -> Residency:
+        """Return what was seen; the replay ends."""
+        self._replay.close()
+        firsts, scene = self._firsts, self._scene
+        first_rows = {enclave.first: enclave.name for enclave in scene.enclaves}
+        return Residency(
+            epc_bytes=self._epc.pages << 12,
+            bin_seconds=scene.bin_seconds,
+            loads=tuple(self._loads),
+            made=tuple(self._made),
+            page_bins=tuple(firsts),
+            pages=scene.footprint_pages,
+            enclave_rows=tuple(
+                (row, first_rows[first]) for row, first in enumerate(firsts) if first in first_rows
+            ),
+            resident=_rows(self._resident),
+            accessed=_rows(self._accessed),
+        )
 
 
 def _page_bins(scene: Scene) -> list[int]:

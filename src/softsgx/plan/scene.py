@@ -1,8 +1,8 @@
 """The input of a replay: pages numbered from 0, enclaves, their groups, and one EPC.
 
 Pages are numbered densely, in the order of enclaves and of page indices in them, so that numbers
-are indices of arrays.  All accesses of several traces are in one array, in order of time: the
-enclaves are co-located.
+are indices of arrays.  Accesses of several traces follow each other in order of time: the enclaves
+are co-located.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.paging import LinuxPolicy, Policy
 
 if TYPE_CHECKING:
-    import numpy as np
+    from softsgx.plan.spool import Parts
 
 __all__ = ["LINUX", "MOST_WAITS", "Counts", "Epc", "Scene", "SceneEnclave", "paths_of"]
 
@@ -57,15 +57,15 @@ class Scene:
 
     Attributes:
         enclaves: in order of their pages.
-        pages: the accesses, a dense page number each.
-        times_ns: time of each access, ascending, from 0.
-        timed: whether these are times; otherwise they count accesses or instructions.
+        parts: the accesses, a dense page number each; they can be iterated any number of times.
+        edges: the access with which each bin of time begins, and how many accesses there are.
+        bin_seconds: length of a bin; 0: there are no times, and bins have equally many accesses.
     """
 
     enclaves: tuple[SceneEnclave, ...]
-    pages: np.ndarray[Any, Any]
-    times_ns: np.ndarray[Any, Any]
-    timed: bool = True
+    parts: Parts
+    edges: tuple[int, ...] = ()
+    bin_seconds: float = 0.0
 
     @property
     def footprint_pages(self) -> int:
