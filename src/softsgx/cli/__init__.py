@@ -28,28 +28,28 @@ SGX without the hardware: read, measure, sign and run enclaves on a software mac
 encrypted Enclave Page Cache.
 
 softsgx is an emulation: it protects nothing from the owner of the machine it runs on.  Never
-give an enclave that runs here a secret that the machine's owner may not know."""
+give an enclave that runs here a secret that the machine's owner must not know."""
 
 _EPILOG = """\
 examples:
   softsgx build enclave.c --host host.c   an enclave from C, and the program that uses it
   softsgx run --epc 16MiB -- ./app        run a program that uses SGX
-  softsgx top                             what running programs do now
+  softsgx top                             faults and evictions of running programs, live
   softsgx record -o app.trace -- ./app    record which pages it uses
   softsgx plan app.trace                  how much EPC does it need?  record makes the trace
   softsgx inspect enclave.signed.so       what is in it: pages, threads, signature
   softsgx measure enclave.signed.so       its MRENCLAVE, and whether its signature fits
-  softsgx load enclave.signed.so          would the driver and EINIT take it?
+  softsgx load enclave.signed.so          do the driver and EINIT accept it?
   softsgx sign --new-key key.pem enclave.sgxs
                                           make a key, sign with it, write enclave.sig
   softsgx defects run B11                 a known defect of Linux, and the schedule that shows it
 
-exit status: 0 fine, 1 something was found, 2 bad input.
+exit status: 0 success, 1 a check failed or something was found, 2 bad input.
 softsgx VERB --help explains a verb."""
 
 
 class Command(Protocol):
-    """What a verb's module offers."""
+    """The interface of a verb's module."""
 
     NAME: str
     __doc__: str | None
@@ -58,7 +58,7 @@ class Command(Protocol):
         """Add the verb's arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; return the exit status."""
+        """Run the verb; return the exit status."""
 
 
 VERBS = (
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit status, 128 + n where signal n ends the command.
 
     Args:
-        argv: the words behind the command's name; by default those that this process was started
-            with, and a signal that ends the command ends the process.
+        argv: the words behind the command's name; ``None``: those of this process.  Then a signal
+            that ends the command also ends the process.
     """
     _complete_standard_files()
     try:
@@ -120,20 +120,20 @@ def _run(argv: Sequence[str]) -> int:
         tell(f"softsgx: {error}")
         return error.exit_status
     except OSError as error:
-        # Files that a command cannot open are named; its own output has no name.
+        # An error of a file has its name; an error of standard output has none.
         if error.errno not in _OUTPUT_FAILURES or error.filename is not None:
             raise
         _end_output(sys.stdout, 1)
-        if not isinstance(error, BrokenPipeError):  # a reader that has enough is no failure
+        if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe: no error
             tell(f"softsgx: standard output: {error.strerror}")
         return 1
     return status
 
 
 def _complete_standard_files() -> None:
-    """Open what was closed when we were started, or other files would get these numbers.
+    """Open /dev/null for each closed standard file, or other files would get its number.
 
-    In programs that we run they are closed.
+    execve closes these descriptors in programs that the command runs.
     """
     for number in range(3):
         try:
@@ -145,9 +145,9 @@ def _complete_standard_files() -> None:
 
 
 def _end_output(file: TextIO, descriptor: int) -> bool:
-    """Write what is left of an output; return whether that has failed.
+    """Flush an output; return whether that has failed.
 
-    What is left then is thrown away, or the interpreter would fail on it at its exit.
+    After a failure the rest is discarded, or the interpreter would fail on it at its exit.
     """
     try:
         file.flush()
@@ -158,7 +158,7 @@ def _end_output(file: TextIO, descriptor: int) -> bool:
 
 
 def _end_by(number: int) -> int:
-    """End this process by a signal; return an exit status where that does not end it."""
+    """End this process by a signal; return an exit status if the signal does not end it."""
     if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})

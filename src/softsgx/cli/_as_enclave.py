@@ -1,4 +1,4 @@
-"""``softsgx record --as-enclave``: ordinary programs, recorded as if they were enclosed."""
+"""``softsgx record --as-enclave``: ordinary programs, recorded as if they ran in enclaves."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _OF_MACHINES = ("limit", "group", "profile", "config", "cpus", "pager", "strict"
 
 
 def refuse_machine(args: argparse.Namespace) -> None:
-    """Refuse options of an SGX machine, and of its driver, which an ordinary program has not.
+    """Refuse options of an SGX machine and its driver, which an ordinary program does not use.
 
     Raises:
-        SoftSgxError: which option was given.
+        SoftSgxError: one of them was given.
     """
     given = [name for name in _OF_MACHINES if getattr(args, name)]
     given += ["cpuid"] if args.cpuid != "profile" else []
     if given:
-        raise SoftSgxError(f"--{given[0]}: does not go with --as-enclave; leave one of them out")
+        raise SoftSgxError(f"--{given[0]}: not possible with --as-enclave; remove one of them")
 
 
 def record_ordinary(
@@ -41,15 +41,15 @@ def record_ordinary(
     epc: str | None,
     offer: Callable[[OrdinaryState], Live],
 ) -> tuple[AsEnclaveResult, list[Exception]]:
-    """Run the program; return how it ended, and mistakes of ours.
+    """Run the program; return how it ended, and exceptions that are bugs of the recorder.
 
     Args:
-        argv: it.
-        signals: pass signals on to it.
+        argv: the program and its arguments.
+        signals: passes signals on to it.
         trace: receives its accesses.
-        interval_ns: length of an interval, where it has no EPC.
-        epc: size of the EPC that its memory is paged in.
-        offer: returns what offers the state of the recording to other processes.
+        interval_ns: length of an interval, without an EPC.
+        epc: size of the EPC for its memory; ``None``: its memory is not paged.
+        offer: returns the object that serves the state of the recording to other processes.
     """
     epc_pages = 0 if epc is None else parse_size(epc) // PAGE_BYTES
 
@@ -67,14 +67,14 @@ def record_ordinary(
             result = record_as_enclave(
                 argv, trace, interval_ns=interval_ns, epc=epc, started=started
             )
-        except RecordFailed as failed:  # what was recorded is not all
+        except RecordFailed as failed:  # the trace is not complete
             trace.is_whole = False
             return failed.result, failed.errors
     return result, []
 
 
 def describe_ordinary(result: AsEnclaveResult, trace: TraceFile) -> dict[str, Any]:
-    """Return what ``--json`` writes of the run."""
+    """Return the object that ``--json`` writes."""
     counts = result.counts
     return {
         "exit_status": shell_status(result.exit_code),

@@ -1,4 +1,4 @@
-"""What several verbs need: sizes with units, files that are not overwritten."""
+"""Helpers of several verbs: sizes with units, files that are not overwritten, messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from softsgx.sizes import parse_size
 __all__ = [
     "absolute",
     "discard",
-    "log_told",
+    "log_to_stderr",
     "number",
     "print_json",
     "read_file",
@@ -61,16 +61,16 @@ def tell(line: str) -> None:
         discard(2)
 
 
-class _Told(logging.Handler):
+class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record behind the name of the command."""
         tell(f"softsgx: {self.format(record)}")
 
 
 @contextmanager
-def log_told() -> Iterator[None]:
+def log_to_stderr() -> Iterator[None]:
     """Write what softsgx logs to standard error."""
-    logger, handler = logging.getLogger("softsgx"), _Told()
+    logger, handler = logging.getLogger("softsgx"), _StderrHandler()
     logger.addHandler(handler)
     try:
         yield
@@ -93,7 +93,7 @@ def absolute(path: str) -> Path:
 
 
 def discard(descriptor: int) -> None:
-    """Throw away what is written to a descriptor from now on, and what its file still holds."""
+    """Discard all output to a descriptor from now on, also what its buffer holds."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, descriptor)
     os.close(null)
@@ -116,10 +116,10 @@ def write_file(path: str, data: bytes, *, force: bool, private: bool = False) ->
     """Write a new file; with ``force``, replace an existing one.
 
     Args:
-        path: where.
-        data: all of it.
-        force: whether to replace a file.
-        private: make it readable for its owner only.
+        path: of the file.
+        data: its whole content.
+        force: whether to replace an existing file.
+        private: whether only its owner can read it.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
     try:

@@ -1,4 +1,4 @@
-"""Tables for people about enclave files."""
+"""Tables about enclave files, as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TCS_FIELDS = ("flags", "oentry", "ossa", "nssa", "ofs_base", "ogs_base", "fs_li
 
 
 def console() -> Console:
-    """Return where tables go."""
+    """Return the console for tables, on standard output."""
     made = Console(highlight=False, markup=False, soft_wrap=True)
     made.width = max(made.width, _NARROWEST)
     return made
@@ -139,7 +139,7 @@ def _repeated(runs: Sequence[Run], kinds: Sequence[object], at: int, period: int
 
 
 def _kind(run: Run) -> object:
-    """Return what two runs that look alike have in common, None for one with bytes of a file."""
+    """Return the fields by which runs are compared; ``None``: the run has bytes of a file."""
     if isinstance(run.source, Fill):
         content: object = run.source.word
     elif run.is_tcs:
@@ -150,7 +150,7 @@ def _kind(run: Run) -> object:
 
 
 def run_row(run: Run) -> tuple[str, ...]:
-    """Return a run in words."""
+    """Return the cells of a run's row."""
     rights = "".join(
         letter if run.flags & bit else "-"
         for letter, bit in (("r", SecInfoFlags.R), ("w", SecInfoFlags.W), ("x", SecInfoFlags.X))

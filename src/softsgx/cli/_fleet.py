@@ -43,12 +43,12 @@ def add_fleet(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=_jobs,
         metavar="N",
-        help="processes of a local Dask cluster (default: one for each processor; 1: no cluster, "
-        "nor without Dask)",
+        help="processes of a local Dask cluster (default: one for each processor; 1, or Dask not "
+        "installed: no cluster)",
     )
     fleet.add_argument("--cluster", metavar="tcp://HOST:PORT", help="use a running Dask scheduler")
     fleet.add_argument(
-        "--results", metavar="FILE", help="append each result to a file, and go on from there"
+        "--results", metavar="FILE", help="append each result to a file, and continue from it"
     )
 
 
@@ -56,8 +56,8 @@ def run_fleet(args: argparse.Namespace, defaults: argparse.Namespace) -> int:
     """Plan the fleet; return 0, or 1 if no placement has room for all programs.
 
     Args:
-        args: of the command.
-        defaults: what they are where none is given.
+        args: arguments of the command.
+        defaults: the default of each.
     """
     _check_alone(args, defaults)
     from softsgx.plan.fleet import plan_fleet
@@ -75,7 +75,7 @@ def run_fleet(args: argparse.Namespace, defaults: argparse.Namespace) -> int:
                 plan = plan_fleet(spec, workers, known, _both(found, journal))
         except KeyboardInterrupt:
             if journal is not None:
-                tell(f"softsgx: interrupted; the same command goes on from {args.results}")
+                tell(f"softsgx: interrupted; the same command continues from {args.results}")
             raise
         if args.json:
             text = json.dumps(fleet_document(plan), indent=2) + "\n"
@@ -94,8 +94,8 @@ def _check_alone(args: argparse.Namespace, defaults: argparse.Namespace) -> None
         if getattr(args, name) != getattr(defaults, name):
             option = "TRACE" if name == "traces" else f"--{name.replace('_', '-')}"
             raise SoftSgxError(
-                f"{option}: does not go with --fleet; write what hosts and programs have in "
-                f"{args.fleet}"
+                f"{option}: not possible with --fleet; write properties of hosts and programs "
+                f"into {args.fleet}"
             )
 
 
@@ -108,7 +108,7 @@ def _known(journal: Journal) -> dict[str, UnitResult]:
             result = UnitResult.from_json(entry)
         except (KeyError, TypeError) as error:
             raise SoftSgxError(
-                f"{journal.path}:{number}: no result of a fleet; give another file"
+                f"{journal.path}:{number}: not a result of a fleet; give another file"
             ) from error
         known[result.key] = result
     return known
@@ -145,7 +145,7 @@ def _workers(args: argparse.Namespace) -> Iterator[Workers]:
 
 @contextmanager
 def _following() -> Iterator[Callable[[UnitResult], None]]:
-    """Give what shows how many replays were done, on a terminal."""
+    """Yield a callback that shows the number of finished replays, on a terminal."""
     if not sys.stderr.isatty():
         yield lambda _result: None
         return

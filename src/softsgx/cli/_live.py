@@ -1,4 +1,4 @@
-"""What a command that runs a program offers about it meanwhile: its state, and metrics."""
+"""The status socket and the metrics of a command that runs a program."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def add_metrics(output: argparse._ArgumentGroup) -> None:
 
 
 class Live:
-    """Offers the state of a run from :meth:`start` to :meth:`close`.
+    """Serves the state of a run from :meth:`start` to :meth:`close`.
 
     Args:
         state: returns the state of the run.
         verb: of the command line.
         command: the program and its arguments.
         began: date and time of the start.
-        quiet: say nothing of a socket that cannot be made, or of metrics at a known port.
-        metrics: where to be scraped, if anywhere.
+        quiet: print no message about a socket that cannot be made, or metrics at a known port.
+        metrics: where to serve metrics; ``None``: nowhere.
 
     Raises:
-        SoftSgxError: metrics cannot be offered there.
+        SoftSgxError: metrics cannot be served there.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Live:
         self._metrics = None if metrics is None else _metrics_server(metrics, self._state)
 
     def start(self) -> None:
-        """Begin; the program's process exists, since threads must not exist at its fork.
+        """Start the servers' threads, after the fork of the program's process.
 
-        The run goes on without a socket where none can be made.
+        The run continues without a socket if none can be made.
         """
         try:
             self._status = StatusServer(self._state)
@@ -73,7 +73,7 @@ class Live:
                 tell(f"softsgx: metrics at {self._metrics.url}")
 
     def close(self) -> None:
-        """End what was begun."""
+        """Stop the servers."""
         if self._status is not None:
             self._status.close()
             self._status = None

@@ -1,7 +1,7 @@
-"""Files that a command writes when what it does is done, however long that takes.
+"""Files that a command writes at its end, which may be much later than its start.
 
-They are opened before, so what cannot be written is refused before; and what was not written is
-removed, if it is a file that was made for it.
+They are opened at the start, so that a file that cannot be written is refused at once.  A file that
+was created and not written is removed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Outputs:
     """See the module; a context manager.
 
     Args:
-        paths: the files; none of them twice.
-        force: whether they may be files that exist.
+        paths: the files; each once.
+        force: whether existing files may be overwritten.
 
     Raises:
-        SoftSgxError: one of them cannot be written; none has been changed.
+        SoftSgxError: one of them cannot be written; no file has been changed.
     """
 
     def __init__(self, paths: Iterable[str], *, force: bool) -> None:
@@ -47,7 +47,7 @@ class Outputs:
         """Write one of the files.
 
         Raises:
-            SoftSgxError: it cannot be written to the end.
+            SoftSgxError: it cannot be written completely.
         """
         try:
             with open(self._opened.pop(path), "wb") as file:
@@ -59,11 +59,11 @@ class Outputs:
         self.keep(path)
 
     def keep(self, *paths: str | None) -> None:
-        """Some of the files were written in another way."""
+        """Keep files that other code has written."""
         self._made.difference_update(paths)
 
     def close(self) -> None:
-        """Remove what was made and not written."""
+        """Remove files that were created and not written."""
         for descriptor in self._opened.values():
             os.close(descriptor)
         for path in self._made:

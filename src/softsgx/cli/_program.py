@@ -1,4 +1,4 @@
-"""What the commands that run a program share: options of its machine, checks, output.
+"""Shared by the commands that run a program: options of its machine, checks, output.
 
 The program is the words behind ``--``; the command's exit status is the program's.
 """
@@ -27,7 +27,7 @@ __all__ = [
     "check_machine",
     "config_of",
     "cpu_times",
-    "failure_told",
+    "errors_printed",
     "group_of",
     "print_text",
     "program_of",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FAILED = 125
-"""The exit status after an error in softsgx, as env and timeout have it."""
+"""The exit status after an error in softsgx, as that of env and timeout."""
 
 
 def add_machine_arguments(
@@ -63,7 +63,7 @@ def add_machine_arguments(
         "--cpuid",
         choices=CPUID_SOURCES,
         default="profile",
-        help="what CPUID describes: the profile's machine (default), or this one with SGX",
+        help="the machine that CPUID describes: the profile's (default), or this one with SGX",
     )
     machine.add_argument("--config", metavar="FILE", help="a platform described in TOML")
     machine.add_argument(
@@ -107,16 +107,16 @@ def status_of(exit_code: int) -> int:
         EndedBySignal: a signal has ended the program, and ends the command.
     """
     if exit_code < 0:
-        libc.set_dumpable(False)  # the core to look at is the program's
+        libc.set_dumpable(False)  # only the program dumps core, not the command
         raise EndedBySignal(-exit_code)
     return exit_code
 
 
 def check_machine() -> None:
-    """Refuse to run where this machine lacks something.
+    """Check that this machine can run programs.
 
     Raises:
-        NotRun: what it lacks.
+        NotRun: it lacks something.
     """
     for finding in doctor():
         if finding.needed and not finding.ok:
@@ -164,7 +164,7 @@ def group_of(args: argparse.Namespace, config: PlatformConfig) -> str:
 def _limit(text: str) -> tuple[str, str]:
     path, separator, size = text.rpartition("=")
     if not separator or not path.strip("/"):
-        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, as jobs/a=16MiB")
+        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, such as jobs/a=16MiB")
     return path.strip("/"), size if size.strip() == "max" else size_as_written(size)
 
 
@@ -176,8 +176,8 @@ def _cpus(text: str) -> set[int]:
 
 
 @contextmanager
-def failure_told() -> Iterator[None]:
-    """Print a failure to write what was asked for; the status stays the program's."""
+def errors_printed() -> Iterator[None]:
+    """Print an error of writing an output file; the exit status stays the program's."""
     try:
         yield
     except SoftSgxError as error:
@@ -188,7 +188,7 @@ def print_text(text: str) -> None:
     """Write to standard output.
 
     Raises:
-        SoftSgxError: it cannot be written to the end.
+        SoftSgxError: it cannot be written completely.
     """
     try:
         sys.stdout.write(text)

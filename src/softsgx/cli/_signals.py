@@ -1,12 +1,13 @@
-"""Signals that are sent to a command which runs a program: the program gets them.
+"""Passes signals that a command receives on to the program that it runs.
 
-Before the program starts and after it has ended, a signal ends the command, by that signal, when
-the files it was about to write are removed.  From just before the program is made until it has
-ended, signals wait; a thread passes them on to the program, as soon as there is one.
+Before the program starts and after it has ended, a signal ends the command.  The command first
+removes the files that it has not written, and then ends by that signal.  From just before the
+program's process is made until it has ended, signals are blocked in the command; a thread receives
+them and passes them on to the program.
 
 The terminal sends the signals of its keys to each process of its foreground group, so the program
-has those already.  It sends SIGHUP to the leader of its session alone, which the command may be in
-the program's place.
+receives those itself.  It sends SIGHUP only to the leader of its session, which may be the command
+instead of the program.
 
 Deviation: a program gets a signal twice that another process sends to the whole process group.
 
@@ -36,10 +37,10 @@ _STOP = signal.SIGHUP  # from the command itself, it ends the thread
 
 
 class EndedBySignal(BaseException):
-    """The command ends by a signal: because one was sent to it, or because its program did.
+    """The command ends by a signal: one was sent to it, or one has ended its program.
 
     Attributes:
-        number: which signal.
+        number: of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -51,7 +52,7 @@ class ProgramSignals:
     """See the module; a context manager around all that the command does.
 
     Args:
-        taken: signals to the command that mean something to the engine, and are not passed on.
+        taken: signals to the command that the engine handles, and that are not passed on.
     """
 
     def __init__(self, taken: Set[int]) -> None:
@@ -73,21 +74,21 @@ class ProgramSignals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let signals wait for the program, which is made, and ends, in this context."""
+        """Block signals while the program starts, runs and ends in this context."""
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             yield
         finally:
             self._stop()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # raises what has come since
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # delivers signals that are pending
 
     def started(self, pid: int) -> None:
-        """Pass on what has come, and what will come, to process ``pid`` and its children."""
+        """Pass pending and later signals on to process ``pid`` and its children."""
         self._pidfd = os.pidfd_open(pid)
-        # Also those of keys: what came before the program was made has not reached it, and what
-        # came later and has not ended it waits, and is one signal with this one.
-        for told in self._received():
-            self._pass_on(told.si_signo)
+        # Signals of keys as well: one from before the program's fork has not reached the program.
+        # One from after the fork is pending there, and the kernel keeps one signal of each number.
+        for info in self._received():
+            self._pass_on(info.si_signo)
         self._waiter = threading.Thread(target=self._wait, daemon=True)
         self._waiter.start()
 
@@ -98,36 +99,36 @@ class ProgramSignals:
 
     def _wait(self) -> None:
         while True:
-            told = signal.sigwaitinfo(self._passed_on)
-            if self._ended and told.si_pid == os.getpid() and told.si_signo == _STOP:
+            info = signal.sigwaitinfo(self._passed_on)
+            if self._ended and info.si_pid == os.getpid() and info.si_signo == _STOP:
                 return
-            if not _sent_by_key(told):
-                self._pass_on(told.si_signo)
+            if not _sent_by_key(info):
+                self._pass_on(info.si_signo)
 
     def _pass_on(self, number: int) -> None:
         assert self._pidfd is not None, "a signal is passed on to a program that was started"
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
-            running = _traced()  # what it has started
+            running = _traced()  # processes that the program has started
             for pid in running:
                 with suppress(OSError):
                     os.kill(pid, number)
             if not running:
                 self._keep(number)
         except PermissionError:
-            return  # the program has become another user: its sender could not signal it either
+            return  # the program runs as another user: the sender could not signal it either
 
     @staticmethod
     def _keep(number: int) -> None:
-        """The program has ended: let a signal wait until the command can be ended by it."""
+        """The program has ended: leave a signal pending, so that it ends the command later."""
         main = threading.main_thread().ident
         assert main is not None, "the main thread has an id"
         signal.pthread_kill(main, number)
 
     def _received(self) -> Iterator[signal.struct_siginfo]:
-        while (told := signal.sigtimedwait(self._passed_on, 0)) is not None:
-            yield told
+        while (info := signal.sigtimedwait(self._passed_on, 0)) is not None:
+            yield info
 
     def _stop(self) -> None:
         """End the thread; the program has ended."""
@@ -137,16 +138,16 @@ class ProgramSignals:
             signal.pthread_kill(self._waiter.ident, _STOP)
             self._waiter.join()
             self._waiter = None
-            for told in list(self._received()):
-                if not _sent_by_key(told):
-                    self._keep(told.si_signo)
+            for info in list(self._received()):
+                if not _sent_by_key(info):
+                    self._keep(info.si_signo)
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
 
 
-def _sent_by_key(told: signal.struct_siginfo) -> bool:
-    return told.si_code == _SI_KERNEL and told.si_signo != signal.SIGHUP
+def _sent_by_key(info: signal.struct_siginfo) -> bool:
+    return info.si_code == _SI_KERNEL and info.si_signo != signal.SIGHUP
 
 
 def _traced() -> list[int]:

@@ -1,6 +1,6 @@
-"""The trace file of a recording: opened when the program starts, and given up when it fails.
+"""The trace file of a recording: opened when the program starts, abandoned when a write fails.
 
-pyarrow starts threads when it is imported, and the program is forked before there are any.
+pyarrow starts threads when it is imported, so it is imported after the program's fork.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _LIBRARIES = ("numpy", "pyarrow")
 
 
 def check_libraries() -> None:
-    """Refuse to record without what writes the trace.
+    """Check that the packages that write the trace are installed.
 
     Raises:
-        SoftSgxError: which package is missing.
+        SoftSgxError: one is missing.
     """
     for name in _LIBRARIES:
         if find_spec(name) is None:
@@ -37,17 +37,17 @@ def check_libraries() -> None:
 class TraceFile:
     """See the module; a context manager around the run.
 
-    After a failure to write, which is printed, what is recorded is dropped and the program runs on.
+    After a failed write, which is reported, further accesses are dropped and the program continues.
 
     Args:
         path: of the file, which may be replaced.
         precision: of the trace.
         program: the command line.
-        interval_ns: length of an interval, 0 where there are none.
+        interval_ns: length of an interval; 0: the trace has no intervals.
 
     Attributes:
-        path: as given.
-        precision: as given.
+        path: see the argument.
+        precision: see the argument.
         is_whole: whether the file may be marked as complete.
         is_complete: whether it was closed and marked.
     """
@@ -78,10 +78,13 @@ class TraceFile:
             writer.close(complete=whole)
             self.is_complete = whole
         except SoftSgxError as failure:
-            _tell_incomplete(failure)
+            _report_incomplete(failure)
 
     def open(self, epc_pages: int) -> None:
-        """The program is about to take its first step, with an EPC of so many pages.
+        """Open the file, just before the program's first instruction.
+
+        Args:
+            epc_pages: size of its EPC.
 
         Raises:
             SoftSgxError: the file cannot be written.
@@ -154,7 +157,7 @@ class TraceFile:
     def describe(
         self, *, epc_pages: int, enclaves: int, accesses: int, writes: int
     ) -> dict[str, Any]:
-        """Return what the summary says of the trace."""
+        """Return the summary's part about the trace."""
         size = self.size_bytes()
         return {
             "file": self.path,
@@ -170,7 +173,7 @@ class TraceFile:
         }
 
     def size_bytes(self) -> int:
-        """Return the size of the file, 0 if there is none."""
+        """Return the size of the file; 0: it does not exist."""
         try:
             return os.stat(self.path).st_size
         except OSError:
@@ -178,7 +181,7 @@ class TraceFile:
 
     def _give_up(self, failure: SoftSgxError) -> None:
         self._writer = None
-        _tell_incomplete(failure)
+        _report_incomplete(failure)
 
 
 def describe_overhead(
@@ -191,7 +194,7 @@ def describe_overhead(
     late_intervals: int,
     longest_interval_ns: int,
 ) -> dict[str, Any]:
-    """Return what the summary says of the cost of a recording."""
+    """Return the summary's part about the cost of the recording."""
     return {
         "wall_seconds": round(wall_ns / 1e9, 6),
         "hiding_seconds": round(hiding_ns / 1e9, 6),
@@ -209,10 +212,10 @@ def shell_status(exit_code: int) -> int:
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
-def _tell_incomplete(failure: SoftSgxError) -> None:
+def _report_incomplete(failure: SoftSgxError) -> None:
     tell(f"softsgx: {failure}; it is not complete")
 
 
 def _user_ns() -> int:
-    """Return the processor time in user mode of children that have ended, and of theirs."""
+    """Return the processor time in user mode of all descendants that have ended, nanoseconds."""
     return int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime * 1e9)

@@ -1,9 +1,9 @@
 """Build an enclave from C: compile, lay out, measure, sign.
 
 The sources define one function, `long ecall(unsigned long function, void *argument, size_t size)`,
-and include softsgx.h; there is no C library inside.  Written are OUT, an SGXS stream, and beside
-it its SIGSTRUCT, OUT with .sig at its end.  Without --key a throw-away key signs: MRENCLAVE
-depends on sources, sizes and compiler alone, MRSIGNER then changes with every build.
+and include softsgx.h; there is no C library inside.  The command writes OUT, an SGXS stream, and
+its SIGSTRUCT, OUT with the suffix .sig.  Without --key it signs with a throw-away key: MRENCLAVE
+depends only on sources, sizes and compiler, and MRSIGNER changes with every build.
 
 The compiler is --cc, else cc, else ziglang's.
 
@@ -42,7 +42,7 @@ NAME = "build"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("sources", metavar="SOURCE.c", nargs="*", help="what goes inside")
+    parser.add_argument("sources", metavar="SOURCE.c", nargs="*", help="sources of the enclave")
     parser.add_argument(
         "-o", "--output", metavar="OUT", help="the stream (default: SOURCE.sgxs, here)"
     )
@@ -53,7 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--stack", type=size_bytes, metavar="SIZE", default="64KiB", help="of each thread (64KiB)"
     )
     parser.add_argument("--threads", type=number, metavar="N", default=1, help="TCS pages (1)")
-    parser.add_argument("--key", metavar="PEM", help="RSA-3072 with exponent 3; softsgx sign makes")
+    parser.add_argument(
+        "--key", metavar="PEM", help="RSA-3072 with exponent 3; softsgx sign --new-key makes one"
+    )
     parser.add_argument("--cc", metavar="COMMAND", help="a compiler, such as clang or 'ccache gcc'")
     parser.add_argument(
         "--cflags",
@@ -64,8 +66,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug",
         action="store_true",
-        help="a debug enclave, and beside OUT its code with debug information, for gdb: OUT with "
-        ".elf at its end; add --cflags=-O0 to step by lines",
+        help="build a debug enclave, and write its code with debug information for gdb, to OUT "
+        "with the suffix .elf; add --cflags=-O0 to step by lines",
     )
     parser.add_argument(
         "--host",
@@ -73,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compile this program too, to a file beside OUT called HOST",
     )
     parser.add_argument(
-        "--include", action="store_true", help="print where softsgx_host.h is, and do nothing else"
+        "--include", action="store_true", help="print the directory of softsgx_host.h, and exit"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -85,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
         print(INCLUDE)
         return 0
     if not args.sources:
-        raise SoftSgxError("build: no SOURCE.c; give what goes inside the enclave")
+        raise SoftSgxError("build: no SOURCE.c; give the sources of the enclave")
     sources = [absolute(source) for source in args.sources]
     output = Path(args.output or f"{sources[0].stem}.sgxs")
     sigstruct_file = output.with_suffix(".sig")
     if output == sigstruct_file:
-        raise SoftSgxError(f"{output}: the signature goes there; end OUT with .sgxs")
+        raise SoftSgxError(f"{output}: is the file for the signature; end OUT with .sgxs")
     host = output.with_name(Path(args.host).stem) if args.host else None
     elf = output.with_suffix(".elf") if args.debug else None
     for file in (output, sigstruct_file, host, elf):
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if host is not None:
         _build_host(compiler, absolute(args.host), host, force=args.force)
     today = datetime.datetime.now(datetime.UTC).date()
-    # XFRM as compiled for: SSE2 and no more.
+    # XFRM: x87 and SSE, since the compiler uses at most SSE2.
     attributes = AttributesFlags.MODE64BIT | (AttributesFlags.DEBUG if args.debug else 0)
     signed_with = SignOptions(date=today, xfrm_mask=(1 << 64) - 1, attributes=int(attributes))
     sigstruct = sign_plan(plan, key or new_key(), signed_with)

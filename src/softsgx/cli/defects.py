@@ -1,9 +1,9 @@
 """List, explain and run the known defects of Linux's SGX code.
 
-By default softsgx has the fixed behaviour.  Each defect that it can express has a story: a
-program and a property that the defect violates.  "run" runs the story with the defect and without
-it, and prints the violated property, the schedule that violates it, cut down to the switches that
-it needs, and the last events before the end.  A NAME is an identifier, B11, or the long name.
+By default softsgx has the fixed behaviour.  Each defect that it can reproduce has a story: a
+program, and a property that the defect violates.  "run" runs the story with the defect and without
+it.  It prints the violated property, the schedule that violates it, reduced to the switches that it
+needs, and the last events.  A NAME is an identifier, such as B11, or the long name.
 
 Examples:
   softsgx defects list
@@ -11,7 +11,8 @@ Examples:
   softsgx defects run B11 L2
   softsgx defects run all --json
 
-exit status: 0 each defect shows, and does not show without its name; 1 one does not; 2 bad input.
+exit status: 0 each property is violated with its defect and holds without it; 1 otherwise; 2 bad
+input.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("list", "show", "run"),
-        help="a table of all defects; what one is and what its story does; its story, run",
+        help="list: print a table of all defects; show: describe one and its story; run: run the "
+        "story",
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="defects to show or run, or all; none for list"
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             raise SoftSgxError("defects list: takes no NAME; use softsgx defects show NAME")
         return _list(list(Defect), as_json=args.json)
     if not args.names:
-        raise SoftSgxError(f"defects {args.action}: no NAME; softsgx defects list has them")
+        raise SoftSgxError(f"defects {args.action}: no NAME; see softsgx defects list")
     chosen = [defect for name in args.names for defect in _named(name)]
     if args.action == "show":
         return _show(chosen, as_json=args.json)
@@ -69,20 +71,23 @@ def _named(name: str) -> list[Defect]:
     for defect in Defect:
         if name.upper() in (defect.value, defect.name):
             return [defect]
-    raise SoftSgxError(f"defect {name!r}: there is none; softsgx defects list has the names")
+    raise SoftSgxError(f"defect {name!r}: unknown; see softsgx defects list")
 
 
 def _with_story(chosen: Iterable[Defect], names: list[str]) -> list[Defect]:
     """Return the defects that can be run.
 
     Raises:
-        SoftSgxError: one that was named cannot.
+        SoftSgxError: one that was named has no story.
     """
     if _ALL in names:
         return [defect for defect in chosen if defect in STORIES]
     for defect in chosen:
         if defect not in STORIES:
-            raise SoftSgxError(f"defect {defect}: cannot be run: {defect.explanation}")
+            raise SoftSgxError(
+                f"defect {defect}: cannot be run: {defect.explanation.rstrip('.')}; choose one of "
+                "those that softsgx defects list marks with yes"
+            )
     return list(chosen)
 
 
@@ -217,7 +222,7 @@ def _print_broken(console: Console, outcome: Outcome) -> None:
 
 
 def _schedule(outcome: Outcome) -> Table:
-    """Return which task runs until which place, one stretch a line."""
+    """Return a table of tasks, each with the scheduling point where it stops running."""
     table = Table.grid(padding=(0, 1, 0, 0))
     steps = outcome.schedule.switches()
     for task, place in steps:
@@ -234,4 +239,4 @@ def _print_fixed(console: Console, outcome: Outcome) -> None:
 
 
 def _counted(runs: int) -> str:
-    return f"{runs} schedules" if runs > 1 else "the one schedule that there is"
+    return f"{runs} schedules" if runs > 1 else "the only schedule"

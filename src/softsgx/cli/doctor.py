@@ -1,13 +1,13 @@
 """Show what this machine allows, and which engine and pager programs would use.
 
-Every line is the result of a probe.  Where something is missing the line says what follows from it
-and what to change.
+Every line is the result of a probe.  A line about something missing has its consequence and the
+remedy.
 
 Examples:
   softsgx doctor
   softsgx doctor --json | jq -r .pager
 
-exit status: 0 programs can be run; 1 they cannot.
+exit status: 0 programs can run here; 1 they cannot.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """Find races: run small scenarios under many schedules and check everything.
 
 A scenario is a few tasks that race on a small platform: a fault against a reclaim batch, two faults
-on one page, an ioctl against a fault.  Its schedules are tried one after the other; after each, all
-counts are recounted and all pages compared with what they must hold.  What is found is cut down to
-the switches that matter, and printed with a token that repeats it.
+on one page, an ioctl against a fault.  The command runs its schedules one after the other.  After
+each it checks all counts against raw state, and all pages against their known content.  It reduces
+a failing schedule to the switches that matter, and prints it with a token that repeats it.
 
 Examples:
   softsgx explore --list                      the scenarios
   softsgx explore --budget 10s                all of them, for ten seconds
   softsgx explore fault-reclaim --strategy bounded --budget 5000
   softsgx explore fault-reclaim --defect B1   find a known defect of Linux
-  softsgx explore mymodule:my_race            a scenario of yours
+  softsgx explore mymodule:my_race            a scenario from your own module
   softsgx explore --replay TOKEN              one schedule again, as a table; or --as-test
   softsgx explore --corpus                    every known defect: is it found, how soon?
 
-exit status: 0 nothing was found, or the corpus is found; 1 something was; 2 bad input.
+exit status: 0 no violation, or with --corpus every defect was found; 1 otherwise; 2 bad input.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def _jobs(text: str) -> int:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "scenarios", nargs="*", metavar="SCENARIO", help="names, or MODULE:FUNCTION; all built-in"
+        "scenarios",
+        nargs="*",
+        metavar="SCENARIO",
+        help="names, or MODULE:FUNCTION (default: all built-in ones)",
     )
     parser.add_argument("--list", action="store_true", help="print the scenarios")
     parser.add_argument(
@@ -92,28 +95,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=budget,
         default=Budget(seconds=10.0),
         metavar="TIME|N",
-        help="60s, 5m, 2h in all, or a number of schedules of each scenario (default 10s)",
+        help="total time (60s, 5m, 2h), or a number of schedules of each scenario (default 10s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="first seed (default 0)")
     parser.add_argument(
-        "--until-found", action="store_true", help="end a scenario with its first finding"
+        "--until-found", action="store_true", help="end a scenario at its first finding"
     )
     parser.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="processes (default 1)")
     parser.add_argument("--cluster", metavar="tcp://HOST:PORT", help="run on a Dask scheduler")
     parser.add_argument(
-        "--out", metavar="DIR", help="append results to a directory, and go on from there"
+        "--out", metavar="DIR", help="append results to a directory, and continue from it"
     )
     parser.add_argument("--replay", metavar="TOKEN", help="run one schedule again and show it")
     parser.add_argument("--as-test", action="store_true", help="print a pytest function")
-    parser.add_argument("--corpus", action="store_true", help="hunt every known defect")
-    parser.add_argument("--matrix", action="store_true", help="print which leaves have met")
-    parser.add_argument("--report", metavar="FILE.html", help="write what was found as one page")
+    parser.add_argument("--corpus", action="store_true", help="search for every known defect")
+    parser.add_argument(
+        "--matrix", action="store_true", help="print which pairs of leaves were interleaved"
+    )
+    parser.add_argument("--report", metavar="FILE.html", help="write the findings as one page")
     parser.add_argument("--force", action="store_true", help="overwrite the report")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, replay, hunt, or explore."""
+    """List, replay, run the corpus, or explore."""
     if args.list:
         return _list(as_json=args.json)
     if args.replay is not None:
@@ -164,7 +169,7 @@ def _print_story(console: Console, story: Replayed) -> None:
     console.print(interleaving(story))
     if not story.faithful:
         console.print(
-            "the program has changed since: it passes other places than the token was made from",
+            "the program has changed: its scheduling points differ from those of the token",
             style="yellow",
         )
     if story.failed and story.history:
@@ -224,7 +229,7 @@ def _explore(args: argparse.Namespace) -> int:
     else:
         _print_summary(_console(), summary, found, stories, matrix=args.matrix)
         if interrupted:
-            print("interrupted: this is what was found until then", file=sys.stderr)
+            print("interrupted: these are the results so far", file=sys.stderr)
     return int(bool(found))
 
 
@@ -247,7 +252,7 @@ def _workers(args: argparse.Namespace) -> Iterator[Workers]:
 
 
 def _follow(steps: Iterator[Summary], campaign: Campaign) -> tuple[Summary, bool]:
-    """Show progress until the campaign ends, or is interrupted; return what there is."""
+    """Show progress until the campaign ends, or is interrupted; return the results so far."""
     summary, interrupted = Summary(), False
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     wanted = campaign.budget

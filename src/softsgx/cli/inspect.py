@@ -1,9 +1,9 @@
 """Show what is in an enclave file: pages, threads, signature, metadata.
 
-All formats are printed alike, as what a loader would do: runs of pages in the order in which they
-are added, which of them are measured, the threads, the SIGSTRUCT field by field.  Files about
-enclaves can be read, too: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a quote (ECDSA
-or EPID).
+The output has the same form for all formats, that of a loader's work: runs of pages in the order
+in which they are added, which of them are measured, the threads, the fields of the SIGSTRUCT.
+Files about enclaves can be read as well: a bare SIGSTRUCT, a launch token (EINITTOKEN), a REPORT, a
+quote (ECDSA or EPID).
 
 Examples:
   softsgx inspect enclave.signed.so
@@ -12,7 +12,7 @@ Examples:
   softsgx inspect quote.dat
   softsgx inspect --json enclave.signed.so
 
-With --json, numbers stand beside their names: in runs (offset_bytes, flags, mask), threads and
+With --json, fields have numbers as well as text: in runs (offset_bytes, flags, mask), threads and
 sigstruct.numbers.
 
 exit status: 0; 1 the SIGSTRUCT given is for another enclave or not valid, metadata blocks describe
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("file", metavar="FILE", help="an enclave file, or a file about enclaves")
     parser.add_argument("--sigstruct", metavar="FILE", help="a bare SIGSTRUCT of 1808 bytes")
-    parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
+    parser.add_argument("--format", choices=list(FORMATS), help="of FILE (default: detected)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -108,7 +108,7 @@ def _show_evidence(args: argparse.Namespace, evidence: Evidence) -> int:
 
 
 def _problems(image: EnclaveImage, *, given: bool) -> Iterator[str]:
-    """Yield contradictions; of SIGSTRUCTs only one given by --sigstruct is compared."""
+    """Yield contradictions; only a SIGSTRUCT from --sigstruct is compared with the enclave."""
     for variant in image.variants:
         if variant.plan is not None and not same_measurement(image.plan, variant.plan):
             yield (
@@ -124,7 +124,7 @@ def _problems(image: EnclaveImage, *, given: bool) -> Iterator[str]:
 
 
 def _sigstruct_fields(sig: SigStruct) -> dict[str, object]:
-    """Return a SIGSTRUCT in words."""
+    """Return the fields of a SIGSTRUCT as text."""
 
     def flags(kind: type[IntFlag], value: int, mask: int, digits: int) -> str:
         names = [bit.name for bit in kind if value & bit and bit.name]
@@ -153,7 +153,7 @@ def _sigstruct_fields(sig: SigStruct) -> dict[str, object]:
 
 
 def _sigstruct_document(sig: SigStruct) -> dict[str, object]:
-    """Return the same with the numbers."""
+    """Return the fields of a SIGSTRUCT as text and as numbers."""
     numbers = {
         "vendor": sig.vendor,
         "date": sig.date,

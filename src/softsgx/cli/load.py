@@ -1,8 +1,8 @@
-"""Load an enclave file through the driver, and say whether EINIT takes it.
+"""Load an enclave file through the driver, and say whether EINIT accepts it.
 
-Every page is added as an untrusted runtime adds it, with real measurement and real paging; no code
-of the enclave runs.  The SIGSTRUCT is the one in the file, the one beside it (name.sig), or the one
-given; a file without any is signed with a throw-away key.
+The command adds every page as an untrusted runtime does, with real measurement and real paging; no
+code of the enclave runs.  The SIGSTRUCT comes from --sigstruct, from the file, or from name.sig in
+the same directory; a file without one is signed with a throw-away key.
 
 Examples:
   softsgx load enclave.signed.so
@@ -11,7 +11,7 @@ Examples:
   softsgx load le.signed.so --launch-key-hash HEX --token app.token
                                       as on a machine whose launch key hash is locked
 
-exit status: 0 it is initialised; 1 a leaf or the driver refuses it; 2 bad input.
+exit status: 0 the enclave is initialised; 1 a leaf or the driver refuses it; 2 bad input.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("file", metavar="FILE", help="the enclave file")
     parser.add_argument("--sigstruct", metavar="FILE", help="a bare SIGSTRUCT of 1808 bytes")
-    parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
+    parser.add_argument("--format", choices=list(FORMATS), help="of FILE (default: detected)")
     debug = parser.add_mutually_exclusive_group()
     debug.add_argument("--debug", action="store_true", default=None, help="set ATTRIBUTES.DEBUG")
     debug.add_argument(
         "--no-debug",
         dest="debug",
         action="store_false",
-        help="clear ATTRIBUTES.DEBUG (default: as the SIGSTRUCT has it)",
+        help="clear ATTRIBUTES.DEBUG (default: the SIGSTRUCT's)",
     )
     parser.add_argument(
         "--no-provision",

@@ -1,7 +1,7 @@
-"""Measure an enclave file, and say whether its signature fits.
+"""Measure an enclave file, and say whether its signature matches.
 
-MRENCLAVE is computed from the pages as a loader would add them; nothing is executed.  The
-SIGSTRUCT is the one in the file, the one beside it (name.sig), or the one given.
+MRENCLAVE is computed from the pages in the order in which a loader adds them; no code is executed.
+The SIGSTRUCT comes from --sigstruct, from the file, or from name.sig in the same directory.
 
 Examples:
   softsgx measure enclave.signed.so
@@ -16,8 +16,8 @@ signature_valid, blocks_agree (all metadata blocks of an SDK library give the sa
 (bytes), pages, tcs (offsets).  Without a SIGSTRUCT, mrsigner, enclavehash,
 matches and signature_valid are null.
 
-exit status: 0 it fits, or there is no SIGSTRUCT; 1 it does not fit, or blocks disagree; 2 the file
-cannot be read.
+exit status: 0 the SIGSTRUCT matches, or the enclave has none; 1 it does not match, or metadata
+blocks disagree; 2 the file cannot be read.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from softsgx.image import (
 __all__ = ["NAME", "configure", "run"]
 
 NAME = "measure"
-_TOLD_FROM_BYTES = 1 << 30  # what is hashed in a few seconds needs no progress
+_PROGRESS_FROM_BYTES = 1 << 30  # what is hashed in a few seconds needs no progress
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("file", metavar="FILE", help="the enclave file")
     parser.add_argument("--sigstruct", metavar="FILE", help="a bare SIGSTRUCT of 1808 bytes")
-    parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
+    parser.add_argument("--format", choices=list(FORMATS), help="of FILE (default: detected)")
     parser.add_argument(
         "--limit",
         type=size_bytes,
         metavar="SIZE",
         default=MEASURE_LIMIT_BYTES,
-        help="hash no more than this (128GiB)",
+        help="the most bytes to hash (128GiB)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _different(image: EnclaveImage, limit_bytes: int) -> list[str]:
-    """Return the metadata blocks whose enclave is not the one that is used."""
+    """Return the metadata blocks that describe another enclave than the chosen block."""
     return [
         variant.name
         for variant in image.variants
@@ -100,8 +100,8 @@ def _different(image: EnclaveImage, limit_bytes: int) -> list[str]:
 
 def _print_progress(done: int, total: int) -> None:
     """Show the progress of a long measurement on one line of the terminal."""
-    if total >= _TOLD_FROM_BYTES:
-        end = "\n" if total - done < _TOLD_FROM_BYTES // 16 else ""
+    if total >= _PROGRESS_FROM_BYTES:
+        end = "\n" if total - done < _PROGRESS_FROM_BYTES // 16 else ""
         share = done * 100 // total
         print(f"\rsoftsgx: measuring: {share} % of {total >> 20} MiB", end=end, file=sys.stderr)
 

@@ -1,11 +1,11 @@
-"""Tell how much EPC recorded programs need, and what less costs.
+"""Predict how much EPC recorded programs need, and the slowdown with less.
 
-The accesses of a trace are replayed with Linux's policy in EPCs of many sizes, SECS and VA pages
-included.  Prices of page faults and evictions make a slowdown of the counts.  Several traces are
-enclaves that run side by side.
+The command replays the accesses of a trace with Linux's policy in EPCs of many sizes, SECS and VA
+pages included.  It computes a slowdown from the counts and the prices of page faults and evictions.
+Several traces are enclaves that run side by side.
 
 Examples:
-  softsgx record -o app.trace -- ./app          first record what it uses
+  softsgx record -o app.trace -- ./app          first record the pages that it uses
   softsgx plan app.trace                        the smallest EPC with at most 10 % slowdown
   softsgx plan app.trace --target-slowdown 1.5 --epc 4MiB:64MiB
   softsgx plan a.trace b.trace --group jobs/a --group jobs/b --limit jobs/a=16MiB
@@ -14,8 +14,8 @@ Examples:
   softsgx plan app.trace --costs mine.toml      prices measured on your machine
   softsgx plan --fleet fleet.toml               many programs on many hosts
 
-Read the answer so: in an EPC of that size, or in a container with that limit, the program takes at
-most 10 % longer than with an EPC in which nothing is ever evicted.
+The answer means: in an EPC of that size, or in a container with that limit, the program takes at
+most 10 % longer than in an EPC that never evicts a page.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("softsgx", "text", "lackey", "oracleGeneral"),
-        help="of the traces (default: what they look like)",
+        help="of the traces (default: detected)",
     )
     _add_host(parser)
     _add_policy(parser)
@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.1,
         metavar="FACTOR",
-        help="acceptable run time over that without paging (default 1.1: 10 %% longer)",
+        help="acceptable run time, divided by that without paging (default 1.1: 10 %% longer)",
     )
     prices.add_argument(
         "--run-time",
@@ -97,7 +97,7 @@ def _add_host(parser: argparse.ArgumentParser) -> None:
         type=_range,
         default=(None, None),
         metavar="SIZE:SIZE",
-        help="smallest and largest EPC to look at, or one size (default: from the traces)",
+        help="smallest and largest EPC to replay, or one size (default: from the traces)",
     )
     host.add_argument(
         "--limit",
@@ -128,14 +128,14 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     )
     for option, help_text in (
         ("--batch", "pages that a batch evicts at most (Linux: 16)"),
-        ("--scan", "pages that a batch looks at (Linux: 16)"),
+        ("--scan", "pages that a batch scans (Linux: 16)"),
         ("--low", "free pages below which ksgxd wakes (Linux: 32)"),
         ("--high", "free pages at which ksgxd sleeps again (Linux: 64)"),
-        ("--prefetch", "pages to load beside the one asked for (Linux: 0)"),
+        ("--prefetch", "further pages to load with the page of a fault (Linux: 0)"),
     ):
         policy.add_argument(option, type=_count, metavar="PAGES", help=help_text)
     policy.add_argument(
-        "--evict-va", action="store_true", help="let VA pages leave the EPC, too (Linux: they stay)"
+        "--evict-va", action="store_true", help="evict VA pages as well (Linux: never)"
     )
 
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
     costs = find_profile(args.costs)
     if args.run_time is not None and not 0 < args.run_time < 1e9:
-        raise SoftSgxError(f"--run-time {args.run_time:g}: give a number of seconds above 0")
+        raise SoftSgxError(f"--run-time {args.run_time:g}: not a run time; give seconds above 0")
     files = [name for name in (args.json, args.report) if name and name != _STANDARD_OUTPUT]
     with Outputs(files, force=args.force) as outputs:
         with _progress() as progress:
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _defaults() -> argparse.Namespace:
-    """Return what the arguments are where none is given."""
+    """Return the default of each argument."""
     parser = argparse.ArgumentParser()
     configure(parser)
     return parser.parse_args([])
@@ -232,12 +232,12 @@ def _report(args: argparse.Namespace, outputs: Outputs, planned: Plan) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show what is done, on a terminal; the first plan of a user compiles for some seconds."""
+    """Show progress on a terminal; the first plan of a user compiles for some seconds."""
     console = Console(stderr=True)
     if not sys.stderr.isatty():
         yield lambda _what, _done, _of: None
         return
-    with console.status("compiling, or loading what was compiled") as status:
+    with console.status("compiling, or loading compiled code") as status:
         yield lambda what, done, of: status.update(
             f"{what}: {100 * done // of} %" if of > 1 else what
         )
@@ -252,7 +252,7 @@ def _range(text: str) -> tuple[int, int]:
 def _limit(text: str) -> tuple[str, int]:
     path, equals, size = text.partition("=")
     if not equals or not path.strip("/"):
-        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, as jobs/a=16MiB")
+        raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, such as jobs/a=16MiB")
     return path.strip("/"), size_bytes(size)
 
 
@@ -261,12 +261,12 @@ def _policies(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in _POLICIES:
             raise argparse.ArgumentTypeError(
-                f"policy {name!r}: not known; give some of {', '.join(_POLICIES)}"
+                f"policy {name!r}: unknown; give some of {', '.join(_POLICIES)}"
             )
     return names
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r}; give a number of pages from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r}; give a number of pages, at least 1")
     return int(text)

@@ -1,9 +1,9 @@
 """Record which pages of enclaves an unmodified program uses, and when.
 
-The program runs as under softsgx run.  The trace says how much EPC it needs: softsgx plan reads it.
+The program runs as under softsgx run.  softsgx plan predicts from the trace how much EPC it needs.
 With --precision intervals each page appears once in each interval, at its first use, so the trace
 does not depend on the EPC.  With --precision faults each load of a page appears; that costs less,
-and shows what the pager sees at the EPC that you choose.
+and records the faults at the EPC that you choose.
 
 Examples:
   softsgx record -o app.trace -- ./app --its-own options
@@ -11,10 +11,10 @@ Examples:
   softsgx record --interval 50ms -- ./app         fewer intervals: less overhead, coarser
   softsgx record --precision faults --epc 4MiB -- ./app
   softsgx record --as-enclave -- sort big.txt     a program that is not ported yet
-  softsgx record --as-enclave --epc 2MiB -- sort big.txt      paged, to feel the slowdown
+  softsgx record --as-enclave --epc 2MiB -- sort big.txt      paged in an EPC of 2 MiB
 
-The trace is written while the program runs; what was written stays readable if the command is
-killed.  It has numbers of pages and no bytes of them.
+The trace is written while the program runs, so it stays readable if the command is killed.  It has
+numbers of pages, not their contents.
 
 exit status: the program's; 2 when the command line or a file it names is wrong, 127 when there is
 no such program, 126 when it cannot be executed, 125 when this machine lacks something and after an
@@ -40,7 +40,7 @@ from softsgx.cli._as_enclave import (
     record_ordinary,
     refuse_machine,
 )
-from softsgx.cli._common import log_told, tell
+from softsgx.cli._common import log_to_stderr, tell
 from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
@@ -50,7 +50,7 @@ from softsgx.cli._program import (
     check_machine,
     config_of,
     cpu_times,
-    failure_told,
+    errors_printed,
     group_of,
     print_text,
     program_of,
@@ -87,7 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     trace = parser.add_argument_group("the trace")
     trace.add_argument(
-        "-o", "--output", metavar="FILE", help="where it is written (default: PROGRAM.trace)"
+        "-o", "--output", metavar="FILE", help="file of the trace (default: PROGRAM.trace)"
     )
     trace.add_argument(
         "--precision",
@@ -103,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     trace.add_argument(
         "--as-enclave",
         action="store_true",
-        help="of a program without enclaves: its memory counts as if it were enclosed",
+        help="record a program without enclaves as if its memory were enclave memory",
     )
     add_machine_arguments(parser, f"93.5MiB; {_FAULTS_EPC} with --precision faults")
     output = parser.add_argument_group("output")
@@ -117,21 +117,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record it; return the program's exit status.
+    """Record the program; return its exit status.
 
     Raises:
-        EndedBySignal: a signal has ended the program, or comes when it does not run.
+        EndedBySignal: a signal has ended the program, or arrives while it does not run.
     """
     argv = program_of(args, NAME)
     if args.as_enclave:
         refuse_machine(args)
-        if args.epc is not None:  # which pages are in it is what the trace is about
+        if args.epc is not None:  # the trace then has the loads into that EPC
             args.precision = "faults"
     interval_ns = _interval_ns(args)
     check_libraries()
     if args.as_enclave:
         return _run_as_enclave(args, argv, interval_ns)
-    with log_told(), ProgramSignals(frozenset()) as signals:
+    with log_to_stderr(), ProgramSignals(frozenset()) as signals:
         check_machine()
         if args.epc is None and not args.config and args.precision == "faults":
             args.epc = _FAULTS_EPC
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_as_enclave(args: argparse.Namespace, argv: list[str], interval_ns: int) -> int:
-    with log_told(), ProgramSignals(frozenset()) as signals:
+    with log_to_stderr(), ProgramSignals(frozenset()) as signals:
         path = args.output or f"{Path(argv[0]).name}.trace"
         with _outputs(args, path) as outputs:
             trace = TraceFile(path, args.precision, shlex.join(argv), interval_ns)
@@ -162,7 +162,7 @@ def _run_as_enclave(args: argparse.Namespace, argv: list[str], interval_ns: int)
 
 def _status(exit_code: int, mistakes: list[Exception]) -> int:
     for mistake in mistakes:
-        tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
+        tell(f"softsgx: {mistake!r}: a bug in softsgx; please report it")
     return FAILED if mistakes else status_of(exit_code)
 
 
@@ -170,10 +170,10 @@ class _Watch:
     """Opens the trace when the program starts, and passes signals on to it.
 
     Args:
-        signals: what is sent to the command.
-        trace: what is written.
+        signals: passes signals on to the program.
+        trace: the trace file.
         collector: receives the platform, for ``live``.
-        live: offers the state of the program to other processes.
+        live: serves the state of the program to other processes.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class _Watch:
         self._collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
-        """Begin to pass signals on, and to write."""
+        """Start passing signals on, and open the trace."""
         self._signals.started(pid)
         self._collector.started(pid)
         self._trace.open(self._epc_pages)
@@ -204,7 +204,7 @@ def _run_recorded(
     trace: TraceFile,
     recorder: Recorder,
 ) -> tuple[RunResult, list[Exception]]:
-    """Run the program; return how it ended, and mistakes of ours."""
+    """Run the program; return how it ended, and exceptions that are bugs of softsgx."""
     collector = Collector(time.monotonic_ns, cpu_times)
     live = _live(args, argv, partial(state, collector))
     with signals.waiting(), trace, closing(live):
@@ -220,7 +220,7 @@ def _run_recorded(
                 observer=_Watch(signals, trace, collector, live),
                 recorder=recorder,
             )
-        except RunFailed as failed:  # what was recorded is not all
+        except RunFailed as failed:  # the trace is not complete
             trace.is_whole = False
             return failed.result, failed.errors
     return result, []
@@ -241,11 +241,11 @@ def _live(
 
 
 def _interval_ns(args: argparse.Namespace) -> int:
-    """Return the length of an interval, 0 where there are none."""
+    """Return the length of an interval in nanoseconds; 0: the precision is ``faults``."""
     if args.precision == "intervals":
         return tick_period_ns(args.interval or _INTERVAL, "--interval")
     if args.interval is not None:
-        raise SoftSgxError("--interval: there are none with --precision faults; leave it out")
+        raise SoftSgxError("--interval: not possible with --precision faults; remove one of them")
     return 0
 
 
@@ -263,7 +263,7 @@ def _outputs(args: argparse.Namespace, path: str) -> Outputs:
 def _document(
     argv: list[str], result: RunResult, trace: TraceFile, recorder: Recorder
 ) -> dict[str, Any]:
-    """Return what ``--json`` writes."""
+    """Return the object that ``--json`` writes."""
     overhead, wall_ns = recorder.overhead, recorder.wall_ns
     return {
         "format": _FORMAT,
@@ -325,7 +325,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
 
 
 def _memory_line(document: dict[str, Any]) -> str:
-    """Return what an ordinary program's memory did."""
+    """Return the line about an ordinary program's memory."""
     pages, epc_bytes = document["pages"], document["trace"]["epc_bytes"]
     what = f"{pages:,} pages ({pages * PAGE_BYTES / 2**20:,.1f} MiB) of private memory"
     if not epc_bytes:
@@ -337,10 +337,10 @@ def _memory_line(document: dict[str, Any]) -> str:
 
 
 def _report(args: argparse.Namespace, outputs: Outputs, document: dict[str, Any]) -> None:
-    """Write what was asked for.  What cannot be written is told; the status stays the program's."""
+    """Write the output files; an error is printed, and the status stays the program's."""
     if args.json:
         text = json.dumps(document, indent=2) + "\n"
-        with failure_told():
+        with errors_printed():
             if args.json == _STANDARD_OUTPUT:
                 print_text(text)
             else:

@@ -1,8 +1,8 @@
 """Run a program that uses SGX, unmodified, on a machine without SGX.
 
-The program finds /dev/sgx_enclave and a finite EPC, and runs at native speed.  Its exit status,
-output and signals are its own: 128 + n when signal n ended it.  A summary on stderr says what
-paging it did and what that would have cost on silicon.
+The program finds /dev/sgx_enclave and a finite EPC, and runs at native speed.  The command's exit
+status is the program's: 128 + n when signal n ended it.  A summary on stderr has the counts of its
+paging, and an estimate of their cost on silicon.
 
 Examples:
   softsgx run -- ./app --its-own options
@@ -31,7 +31,7 @@ from functools import partial
 from typing import BinaryIO, cast
 
 from softsgx import report
-from softsgx.cli._common import discard, log_told, tell
+from softsgx.cli._common import discard, log_to_stderr, tell
 from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
@@ -41,7 +41,7 @@ from softsgx.cli._program import (
     check_machine,
     config_of,
     cpu_times,
-    failure_told,
+    errors_printed,
     group_of,
     print_text,
     program_of,
@@ -93,30 +93,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--tick",
         metavar="TIME",
-        help="interrupt threads inside enclaves by a timer: 1ms to 1s (default: never)",
+        help="interrupt threads inside enclaves at this interval: 1ms to 1s (default: never)",
     )
     debugging = parser.add_argument_group("debugging")
     debugging.add_argument(
         "--gdb",
         metavar="[HOST:]PORT|SOCKET",
         help="wait for a gdb at a port of 127.0.0.1 (0: any) or a Unix socket, and let it debug "
-        "the program and its debug enclaves; who reaches another HOST can run code as you",
+        "the program and its debug enclaves; anyone who can connect to another HOST can run code "
+        "as you",
     )
     debugging.add_argument(
         "--enclave-file",
         action="append",
         default=[],
         metavar="ELF",
-        help="for --gdb: a file with the code of an enclave, with symbols, where the program does "
-        "not open it; repeatable",
+        help="for --gdb: a file with the code and symbols of an enclave, if the program does not "
+        "open it; repeatable",
     )
     debugging.add_argument(
         "--syscalls",
         nargs="?",
         const=_STDERR,
         metavar="FILE",
-        help="print what the program asks of SGX, as strace does: ioctls, mappings, entries by the "
-        "vDSO; to stderr, or to FILE",
+        help="print the program's use of SGX in the style of strace: ioctls, mappings, entries "
+        "through the vDSO; to stderr, or to FILE",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -133,7 +134,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD>VALUE",
-        help="end with status 124 if a field of the JSON compares so: evictions>0, "
+        help="end with status 124 if a comparison with a field of the JSON holds: evictions>0, "
         "platform.peak_epc_bytes>16MiB, epc==small; repeatable",
     )
     output.add_argument(
@@ -153,18 +154,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it; return its exit status.
+    """Run the program; return its exit status.
 
     Raises:
-        EndedBySignal: a signal has ended the program, or comes when it does not run.
+        EndedBySignal: a signal has ended the program, or arrives while it does not run.
     """
     argv = program_of(args, NAME)
-    # Before a file is made: the engine finds what is wrong with these after that.
+    # Check these options before files are created; the engine would check them later.
     taken = Injections.of(args.inject).power_signals
     if args.tick is not None:
         tick_period_ns(args.tick)
     thresholds = [report.Threshold.parse(text) for text in args.fail_if]
-    with log_told(), ProgramSignals(taken) as signals:
+    with log_to_stderr(), ProgramSignals(taken) as signals:
         check_machine()
         config = config_of(args)
         group = group_of(args, config)
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
             _report(args, outputs, summary, sampler)
     exceeded = _exceeded(thresholds, summary)
     for mistake in mistakes:
-        tell(f"softsgx: {mistake!r}: a mistake of softsgx; please report it")
+        tell(f"softsgx: {mistake!r}: a bug in softsgx; please report it")
     if mistakes:
         return FAILED
     return status_of(result.exit_code) or exceeded
@@ -210,7 +211,7 @@ def _gdb_server(args: argparse.Namespace) -> Iterator[GdbServer | None]:
 def _run_watched(
     args: argparse.Namespace, argv: list[str], config: PlatformConfig, group: str, watch: _Watch
 ) -> tuple[RunResult, list[Exception]]:
-    """Run the program; return how it ended, and mistakes of ours."""
+    """Run the program; return how it ended, and exceptions that are bugs of softsgx."""
     with ExitStack() as stack:
         tracer = None
         if args.trace:
@@ -240,7 +241,7 @@ def _run_watched(
 
 
 def _exceeded(thresholds: list[report.Threshold], summary: RunSummary) -> int:
-    """Name each threshold that the run exceeds; return the status for that, 0 if there is none."""
+    """Print each threshold that the run exceeds; return the exit status; 0: it exceeds none."""
     run, status = document(summary), 0
     for threshold in thresholds:
         seen = threshold.exceeded(run)
@@ -253,14 +254,14 @@ def _exceeded(thresholds: list[report.Threshold], summary: RunSummary) -> int:
 def _report(
     args: argparse.Namespace, outputs: Outputs, summary: RunSummary, sampler: Sampler | None
 ) -> None:
-    """Write what was asked for.  What cannot be written is told; the status stays the program's."""
+    """Write the output files; an error is printed, and the status stays the program's."""
     if sampler is not None:
         sampler.take()
-        with failure_told():
+        with errors_printed():
             outputs.write(args.report, report.html_page(summary, sampler.samples).encode())
     if args.json:
         text = json.dumps(document(summary), indent=2) + "\n"
-        with failure_told():
+        with errors_printed():
             if args.json == _STANDARD_OUTPUT:
                 print_text(text)
             else:
@@ -274,9 +275,9 @@ def _report(
 
 @contextmanager
 def _call_log(path: str | None) -> Iterator[Callable[[str], None] | None]:
-    """Give what takes the lines of --syscalls, ``None`` without it.
+    """Yield the function that writes lines of --syscalls; ``None``: without --syscalls.
 
-    Each is written at once, so that it stands where it belongs among the lines of the program.
+    Each line is written at once, so that it is in order with the program's own output.
     """
     if path is None:
         yield None
@@ -288,10 +289,10 @@ def _call_log(path: str | None) -> Iterator[Callable[[str], None] | None]:
 
 
 class _Lines:
-    """A file that takes lines until it cannot be written; the program runs on then.
+    """A file for lines; after a failed write, lines are dropped and the program continues.
 
     Args:
-        file: without a buffer, so that nothing is left to be written when it is closed.
+        file: unbuffered, so that closing it writes nothing.
         path: its name.
     """
 
@@ -315,10 +316,10 @@ class _Watch:
     Args:
         collector: receives the events.
         sampler: takes samples while the program runs.
-        signals: what is sent to the command.
-        live: offers the state of the run to other processes.
+        signals: passes signals on to the program.
+        live: serves the state of the run to other processes.
         status: whether to show a status line after two seconds.
-        gdb: the address where the program waits for a gdb, which a message names.
+        gdb: where the program waits for a gdb; a message has its address.
     """
 
     def __init__(
@@ -341,7 +342,7 @@ class _Watch:
         self.collector.attached(platform, pager)
 
     def started(self, pid: int) -> None:
-        """Begin to pass signals on, and to look at the run."""
+        """Start passing signals on, and start the threads that observe the run."""
         self.signals.started(pid)
         self.collector.started(pid)
         if self.gdb is not None:
@@ -382,17 +383,17 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _say_where(gdb: GdbServer) -> None:
-    """Say where the program waits for gdb."""
+    """Print where the program waits for gdb."""
     if gdb.is_public:
         tell(
-            f"softsgx: --gdb {gdb.address}: other machines may reach this port, and who connects "
-            "first can run any code as you; gdb's protocol has no password"
+            f"softsgx: --gdb {gdb.address}: other machines may reach this port, and the first to "
+            "connect can run any code as you; gdb's protocol has no password"
         )
     tell(f"softsgx: the program waits for gdb; in gdb: target remote {gdb.address}")
 
 
 def _terminal_width(descriptor: int) -> int:
-    """Return the columns of a descriptor's terminal, 80 where there is none."""
+    """Return the columns of a descriptor's terminal; 80: it is not a terminal."""
     try:
         return os.get_terminal_size(descriptor).columns or _DEFAULT_WIDTH
     except OSError:
@@ -400,14 +401,14 @@ def _terminal_width(descriptor: int) -> int:
 
 
 def _status_wanted(args: argparse.Namespace) -> bool:
-    """Return whether to show a status line: its terminal is free, or the user asked for it."""
+    """Return whether to show a status line: --status, or only stderr is a terminal."""
     if args.status:
         return True
     return not args.quiet and os.isatty(2) and not os.isatty(1)
 
 
 def _outputs(args: argparse.Namespace) -> Outputs:
-    """Open the files that were asked for; only the summary's object can go to standard output."""
+    """Open the output files; only the summary's object can go to standard output."""
     if _STANDARD_OUTPUT in (args.trace, args.report):
         raise SoftSgxError("-: only --json can be written to standard output; give a file")
     log = None if args.syscalls == _STDERR else args.syscalls

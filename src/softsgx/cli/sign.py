@@ -1,10 +1,10 @@
-"""Sign an enclave file, with a key at hand or in two steps with a key elsewhere.
+"""Sign an enclave file, in one step, or in two steps with a key on another machine.
 
-Libraries of Intel's SDK and of Open Enclave get the SIGSTRUCT inside, in a copy (-o); an SDK
-library without metadata is laid out first.  All other formats get a bare SIGSTRUCT beside them,
-name.sig.  --config reads the files of both signing tools, Enclave.config.xml or enclave.conf;
-options override it.  Every mask has a bit set where EINIT compares.  The same key, options and
---date give the same bytes.
+For libraries of Intel's SDK and of Open Enclave, the command writes a copy (-o) with the SIGSTRUCT
+in it; an SDK library without metadata is laid out first.  For all other formats it writes a bare
+SIGSTRUCT, name.sig.  --config reads the files of both signing tools, Enclave.config.xml or
+enclave.conf; options override it.  A set bit of a mask means that EINIT compares the bit.  The same
+key, options and --date give the same bytes.
 
 Examples:
   softsgx sign --new-key key.pem enclave.sgxs
@@ -14,7 +14,7 @@ Examples:
 
 two steps, when the key is on another machine:
   softsgx sign enclave.sgxs --gendata data.bin
-  openssl dgst -sha256 -sign key.pem -out data.sig data.bin        (there)
+  openssl dgst -sha256 -sign key.pem -out data.sig data.bin        (on the other machine)
   softsgx sign enclave.sgxs --catsig data.sig --data data.bin --public-key pub.pem
 
 exit status: 0 signed; 2 bad input.
@@ -93,24 +93,24 @@ _SWITCHES = {
 }
 _IDS = {"isv_family_id": "128-bit number, needs --kss", "isv_ext_prod_id": "the same"}
 _SIZES = {
-    "stack_min": "stack that is always there",
+    "stack_min": "stack that stays committed",
     "stack_max": "stack of each thread; Open Enclave's only stack size",
-    "heap_min": "heap that is always there",
+    "heap_min": "heap that stays committed",
     "heap_init": "heap at start; Open Enclave's only heap size",
-    "heap_max": "heap that there may be, by run-time paging: needs --miscselect 1",
-    "reserved_min": "memory for code made or loaded at run time that is always there",
+    "heap_max": "largest heap, grown by EDMM: needs --miscselect 1",
+    "reserved_min": "memory for code generated or loaded at run time that stays committed",
     "reserved_init": "such memory at start",
-    "reserved_max": "such memory that there may be",
+    "reserved_max": "the most such memory",
     "user_region": "memory that the enclave's own code pages: needs --miscselect 1",
 }
 _COUNTS = {
     "threads": "TCS pages",
-    "threads_max": "threads that there may be, by run-time paging",
-    "threads_pool": "threads beside the first that are always there (1)",
-    "ssa_frame_size": "pages of an SSA frame, instead of what XFRM needs",
+    "threads_max": "the most threads, added by EDMM",
+    "threads_pool": "threads besides the first that stay committed (1)",
+    "ssa_frame_size": "pages of an SSA frame (default: as many as XFRM needs)",
 }
 _IGNORED = {
-    "ignore_init_sec_error": "sign a library with a section .init, whose code never runs",
+    "ignore_init_sec_error": "sign a library with a section .init; its code never runs",
     "ignore_rel_error": "sign a library whose code has relocations",
 }
 
@@ -135,18 +135,18 @@ class _Job:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("file", metavar="FILE", nargs="?", help="the enclave file")
-    parser.add_argument("-o", "--output", metavar="FILE", help="where to write")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write")
     parser.add_argument("--config", metavar="FILE", help="Enclave.config.xml, or enclave.conf")
-    parser.add_argument("--format", choices=list(FORMATS), help="instead of recognising it")
+    parser.add_argument("--format", choices=list(FORMATS), help="of FILE (default: detected)")
     parser.add_argument("--force", action="store_true", help="overwrite files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     keys = parser.add_argument_group("key").add_mutually_exclusive_group()
     keys.add_argument("--key", metavar="PEM", help="RSA-3072 with exponent 3")
-    keys.add_argument("--new-key", metavar="PEM", help="make such a key and write it there")
+    keys.add_argument("--new-key", metavar="PEM", help="make such a key and write it to PEM")
     keys.add_argument("--gendata", metavar="OUT", help="write the 256 bytes to be signed elsewhere")
-    keys.add_argument("--catsig", metavar="SIG", help="384 bytes, made elsewhere, big-endian")
-    parser.add_argument("--data", metavar="FILE", help="with --catsig: what --gendata wrote")
+    keys.add_argument("--catsig", metavar="SIG", help="a signature of 384 bytes, big-endian")
+    parser.add_argument("--data", metavar="FILE", help="with --catsig: the file of --gendata")
     parser.add_argument("--public-key", metavar="PEM", help="with --catsig: the key's public half")
 
     fields = parser.add_argument_group("SIGSTRUCT")
@@ -157,7 +157,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, text in _SWITCHES.items():
         fields.add_argument(_option(name), action="store_true", default=None, help=text)
     for name in ("pkru", "amx"):
-        text = f"{name.upper()} state: off, on, or as the loader likes"
+        text = f"{name.upper()} state: off, on, or the loader's choice (any)"
         fields.add_argument(f"--{name}", choices=("off", "on", "any"), help=text)
     fields.add_argument("--date", type=_date, metavar="YYYY-MM-DD", help="default: today, UTC")
 
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> _Job:
-    """Read the enclave, lay it out where it needs it, and fill in a SIGSTRUCT."""
+    """Read the enclave, lay it out if it has no layout, and fill in a SIGSTRUCT."""
     file = read_bytes(args.file)
     file_format = args.format or detect_format(file)
     sizes = _layout_arguments(args)
@@ -208,7 +208,9 @@ def _prepare(args: argparse.Namespace) -> _Job:
         case _:
             fixed = "--config" if args.config else next(iter(map(_option, sizes)), None)
             if fixed is not None:
-                raise SoftSgxError(f"{file.name}: its layout is fixed; {fixed} changes nothing")
+                raise SoftSgxError(
+                    f"{file.name}: its layout is fixed, so {fixed} has no effect; remove {fixed}"
+                )
             options = replace(SignOptions(), **given)
     image = read_image(file, file_format=file_format)
     sigstruct = unsigned_sigstruct(measure(image.plan), options)
@@ -218,7 +220,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
 def _laid_out_sdk(
     args: argparse.Namespace, file: Bytes, sizes: dict[str, Any], given: dict[str, Any]
 ) -> tuple[Bytes, SignOptions]:
-    """Return an SDK library with metadata, and what its SIGSTRUCT says."""
+    """Return an SDK library with metadata, and the options of its SIGSTRUCT."""
     config = SdkConfig({}, {})
     if args.config:
         config = read_sdk_config(read_bytes(args.config))
@@ -241,7 +243,7 @@ def _laid_out_sdk(
 def _notes(file: Bytes, image: EnclaveImage, options: SignOptions) -> Iterator[str]:
     """Yield properties that may keep the enclave from loading or running."""
     if image.format == "sdk" and not sdk_runtime_is_known(file):
-        yield "no g_global_data that is known: a runtime of the SDK does not find its heap"
+        yield "its g_global_data is unknown: a runtime of the SDK does not find its heap"
     # A machine may choose states that do not fit the enclave's SSA frames.
     xfrm, mask = options.states()
     largest = xfrm | ~mask & sum(Xfrm)
@@ -268,7 +270,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None:
             if not 0 <= value < 1 << 128:
-                raise SoftSgxError(f"sign: {_option(name)} {value:#x} does not fit 128 bits")
+                raise SoftSgxError(
+                    f"sign: {_option(name)} {value:#x}: does not fit 128 bits; give a smaller one"
+                )
             given[name] = value.to_bytes(16, "little")
     given["date"] = args.date or datetime.datetime.now(datetime.UTC).date()
     return given
@@ -281,7 +285,9 @@ def _layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None:
             if value % PAGE_BYTES:
-                raise SoftSgxError(f"sign: {_option(name)} {value}: not whole pages of 4096 bytes")
+                raise SoftSgxError(
+                    f"sign: {_option(name)} {value}: not whole pages; give a multiple of 4096 bytes"
+                )
             given[name] = value // PAGE_BYTES
     for name in _COUNTS:
         if getattr(args, name) is not None:
@@ -290,7 +296,7 @@ def _layout_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _merged(config: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the layout; a bound that is set alone moves the ones that would contradict it."""
+    """Return the layout; a bound that is set alone changes the bounds that contradict it."""
     layout = {**config, **given}
     for kind in ("heap", "reserved"):
         start = f"{kind}_init"
@@ -313,7 +319,9 @@ def _oe_changes(
     names = {"threads": "num_tcs", "stack_max": "stack_pages", "heap_init": "heap_pages"}
     for ours in sizes:
         if ours not in names:
-            raise SoftSgxError(f"{args.file}: Open Enclave has no {_option(ours)}")
+            raise SoftSgxError(
+                f"{args.file}: Open Enclave has no {_option(ours)}; remove that option"
+            )
     changes: dict[str, int | bytes] = {}
     if args.config:
         attributes = oe_sign_options(file).attributes
@@ -328,9 +336,9 @@ def _oe_changes(
 
 
 def _attached(args: argparse.Namespace, job: _Job) -> SigStruct:
-    """Return the SIGSTRUCT with a signature made elsewhere; it must be over the same bytes."""
+    """Return the SIGSTRUCT with the signature of --catsig; it must sign the same bytes."""
     if not args.data or not args.public_key:
-        raise SoftSgxError("sign: --catsig needs --data and --public-key")
+        raise SoftSgxError("sign: --catsig without --data or --public-key; give both")
     data = read_file(args.data)
     wanted = split_signed(data, args.data)
     own = job.sigstruct.replace(date=wanted.date)
@@ -339,8 +347,8 @@ def _attached(args: argparse.Namespace, job: _Job) -> SigStruct:
             name for name in SigStruct.OFFSETS if getattr(own, name) != getattr(wanted, name)
         ]
         raise SoftSgxError(
-            f"{args.data}: was made for another enclave or with other options: "
-            f"{', '.join(differing)} differ"
+            f"{args.data}: was made for another enclave or with other options "
+            f"({', '.join(differing)} differ); give the FILE and the options of --gendata"
         )
     key = load_public_key(read_file(args.public_key), args.public_key)
     return attach_signature(own, key, read_file(args.catsig))
@@ -358,7 +366,9 @@ def _output(args: argparse.Namespace, job: _Job) -> str:
     if args.output:
         return str(args.output)
     if job.file_format in ("sdk", "oe"):
-        raise SoftSgxError("sign: the SIGSTRUCT goes into a copy of the library; name it with -o")
+        raise SoftSgxError(
+            "sign: no output for the copy of the library with its SIGSTRUCT; give one with -o"
+        )
     return str(Path(args.file).with_suffix(".sig"))
 
 

@@ -1,8 +1,8 @@
-"""Show what running programs do now: enclaves, page faults, evictions, EPC, limits.
+"""Show running programs live: enclaves, page faults, evictions, EPC, limits.
 
-Every softsgx run and record of this user is shown, or the one whose process is PID.  It goes on
-until the last of them has ended, or q or Ctrl-C is pressed.  Rates are averages since the last
-look; at the first look, and with --once, since the start of the run.
+The command shows every softsgx run and record of this user, or the one with process id PID, until
+the last of them has ended, or you press q or Ctrl-C.  Rates are averages since the last update; at
+the first update, and with --once, since the start of the run.
 
 Examples:
   softsgx top                        all runs, once a second
@@ -10,7 +10,7 @@ Examples:
   softsgx top --once                 print it once
   softsgx top --json                 one JSON object a line, until the last run has ended
 
-exit status: 0; 1 when nothing runs; 2 when there is no run PID, or standard output is no terminal.
+exit status: 0; 1 when no program runs; 2 when PID is no run, or standard output is no terminal.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=_interval,
         default=1.0,
         metavar="SECONDS",
-        help="from one look to the next (default 1)",
+        help="from one update to the next (default 1)",
     )
-    parser.add_argument("--once", action="store_true", help="look once, print, and end")
+    parser.add_argument("--once", action="store_true", help="print the current state, and exit")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it; return the exit status."""
+    """Show the runs; return the exit status."""
     console = Console(highlight=False, markup=False, emoji=False)
     # Not console.is_terminal: FORCE_COLOR makes that true of a pipe.
     can_draw = os.isatty(1) and not console.is_dumb_terminal
     if not (args.once or args.json or can_draw):
         raise SoftSgxError(
-            "standard output: is no terminal that can be drawn on; give --once or --json"
+            "standard output: not a terminal that can be drawn on; give --once or --json"
         )
     watching = Watching(args.pid)
     if not watching.look():
@@ -88,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _nothing(pid: int | None) -> int:
     if pid is None:
-        tell("softsgx: nothing runs; start a program with softsgx run -- PROGRAM")
+        tell("softsgx: no program runs; start one with softsgx run -- PROGRAM")
         return _NOTHING_RUNS
     running = ", ".join(map(str, running_pids())) or "none"
-    raise SoftSgxError(f"{pid}: is no run of softsgx; give one of those that run ({running})")
+    raise SoftSgxError(f"{pid}: not a run of softsgx; give one of those that run ({running})")
 
 
 def _stream(watching: Watching, interval_s: float, *, once: bool) -> None:
@@ -111,15 +111,15 @@ def _print(watching: Watching, console: Console) -> None:
 
 
 def _watch(watching: Watching, console: Console, interval_s: float) -> None:
-    """Draw until the last run has ended or the user has enough."""
-    following, goes_on = _ticks(interval_s), True
+    """Draw until the last run has ended or the user quits."""
+    following, running = _ticks(interval_s), True
     try:
         with (
             _ended_by_signals(),
             _keys() as key,
             Drawing(console=console, screen=True, auto_refresh=False) as drawing,
         ):
-            while goes_on:
+            while running:
                 picture = screen(
                     watching.runs,
                     width=console.width,
@@ -129,15 +129,15 @@ def _watch(watching: Watching, console: Console, interval_s: float) -> None:
                 drawing.update(picture, refresh=True)
                 if key(next(following)).lower() == _QUIT:
                     return
-                goes_on = watching.look()
+                running = watching.look()
     except KeyboardInterrupt:
         return
     _print(watching, console)
-    tell("softsgx: nothing runs any more; this was the last look")
+    tell("softsgx: all programs have ended; this was the last update")
 
 
 def _ticks(interval_s: float) -> Iterator[float]:
-    """Yield the seconds to wait until the next look, at a fixed rate while looks are faster."""
+    """Yield the seconds to wait until the next update, at a fixed rate if updates are fast."""
     due = time.monotonic()
     while True:
         now = time.monotonic()
@@ -147,10 +147,10 @@ def _ticks(interval_s: float) -> Iterator[float]:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Give what waits so many seconds for a key and returns it, empty for none.
+    """Yield a function that waits some seconds for a key and returns it; empty: no key.
 
-    Keys come without Enter, and are not shown, until the context ends.  Ctrl-Z is off meanwhile: a
-    shell would be left with the drawing.
+    Until the context ends, keys arrive without Enter and are not shown.  Ctrl-Z is off: a stopped
+    command would leave its drawing on the shell's screen.
     """
     descriptor = 0
     if not os.isatty(descriptor):

@@ -1,8 +1,8 @@
 """Show how one page is evicted from the EPC and loaded again, leaf by leaf.
 
-A real signed enclave on a software machine of 64 EPC pages: it is built and entered, one of its
-pages is evicted under the running thread, tampered with, and loaded again.  Every line is what
-the machine reported.
+The tour builds a signed enclave on a software machine of 64 EPC pages and enters it.  It evicts one
+page under the running thread, changes the ciphertext, and loads the page again.  Every line is an
+event that the machine reported.
 
 Examples:
   softsgx tour
@@ -66,7 +66,7 @@ def _table(chapter: Chapter) -> Table:
 
 
 def _counted(lines: list[Line]) -> Iterator[tuple[Line, int]]:
-    """Yield runs of the same leaf on the same page as one."""
+    """Yield consecutive lines of one leaf on one page with one result as one, with their number."""
 
     def key(line: Line) -> tuple[str, str, str]:
         page = line.page.split("+")[0]

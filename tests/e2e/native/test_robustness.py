@@ -347,7 +347,7 @@ def test_a_failure_of_the_platform_ends_every_process_and_is_summed_up(
     assert done.returncode == 125
     assert "every process is ended" in done.stderr and "EPC" in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "softsgx: Exception('of ours'): a mistake of softsgx; please report it"
+        "softsgx: Exception('of ours'): a bug in softsgx; please report it"
     )
 
 

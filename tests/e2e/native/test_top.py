@@ -134,7 +134,7 @@ def test_a_run_that_ends_while_it_is_shown_ends_the_drawing(
         assert terminal.end() == 0
     after = terminal.seen.partition(ALTERNATE_OFF)[2]
     assert str(run.program).encode() in after, "the last look stays on the terminal"
-    assert b"nothing runs any more" in after
+    assert b"all programs have ended" in after
 
 
 def test_a_run_that_is_killed_ends_the_stream(
@@ -161,7 +161,7 @@ def test_one_of_two_runs_can_be_chosen(words: list[str], environment: dict[str, 
         assert [state["pid"] for state in one["runs"]] == [second.pid]
         none = top("--once", "1", env=environment)
         assert none.returncode == 2
-        assert none.stderr.startswith("softsgx: 1: is no run of softsgx; ")
+        assert none.stderr.startswith("softsgx: 1: not a run of softsgx; ")
         assert none.stderr.count("\n") == 1
 
 

@@ -85,10 +85,10 @@ def test_the_program_s_exit_status_is_the_command_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--pager", "mprotect"], b"--pager: does not go with --as-enclave"),
+        (["--pager", "mprotect"], b"--pager: not possible with --as-enclave"),
         (["--metrics", "nowhere"], b"--metrics nowhere: not an address"),
-        (["--cpuid", "host"], b"--cpuid: does not go with --as-enclave"),
-        (["--strict"], b"--strict: does not go with --as-enclave"),
+        (["--cpuid", "host"], b"--cpuid: not possible with --as-enclave"),
+        (["--strict"], b"--strict: not possible with --as-enclave"),
         (["--interval", "2s"], b"--interval"),
         (["--interval", "2ms", "--epc", "1MiB"], b"--interval"),
         (["--epc", "8KiB"], b"epc"),

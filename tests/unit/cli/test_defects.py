@@ -82,7 +82,7 @@ def test_a_defect_that_does_not_show_is_status_1(
     ("words", "complaint"),
     [
         (["show"], "no NAME"),
-        (["run", "B99"], "'B99': there is none"),
+        (["run", "B99"], "'B99': unknown"),
         (["run", "B5"], "B5: cannot be run"),
         (["list", "B1"], "takes no NAME"),
     ],

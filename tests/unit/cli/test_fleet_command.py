@@ -1,6 +1,6 @@
 """``softsgx plan --fleet`` from its arguments to its output.
 
-Goal: what it refuses, what it prints, that it goes on from its results.  Method: the command in
+Goal: what it refuses, what it prints, that it continues from its results.  Method: the command in
 this process, on traces of a few thousand accesses.
 """
 
@@ -40,7 +40,7 @@ def test_options_of_one_host_do_not_go_with_a_fleet(
     words: list[str], option: str, spec: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "--fleet", spec, *words]) == 2
-    assert capsys.readouterr().err.startswith(f"softsgx: {option}: does not go with --fleet; ")
+    assert capsys.readouterr().err.startswith(f"softsgx: {option}: not possible with --fleet; ")
 
 
 def test_a_plan_needs_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_journal_of_a_fleet_is_refused(
     (tmp_path / "results").write_text('{"other": 1}\n{"other": 2}\n')
     words = ["--results", str(tmp_path / "results"), "--jobs", "1"]
     assert main(["plan", "--fleet", spec, *words]) == 2
-    assert "results:1: no result of a fleet" in capsys.readouterr().err
+    assert "results:1: not a result of a fleet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

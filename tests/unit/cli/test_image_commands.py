@@ -195,7 +195,7 @@ def test_two_steps_with_a_key_elsewhere_give_what_one_gives(
     signature.write_bytes(bytes(384))
     argv = ["sign", stream, *join, "--isvprodid", "0x12", "--no-debug", "--force"]
     assert "signature" in refused(capsys, *argv)
-    assert "needs --data" in refused(capsys, "sign", stream, "--catsig", signature, "--force")
+    assert "without --data" in refused(capsys, "sign", stream, "--catsig", signature, "--force")
 
 
 def test_nothing_is_overwritten_without_force(
@@ -282,7 +282,7 @@ def test_refusals_name_the_file_and_the_remedy(
         (["sign"], "no FILE"),
         (["sign", stream, "--key", stream], "no private key in PEM"),
         (["sign", stream, "--key", tmp_path / "none.pem"], "No such file"),
-        (["sign", library, "--key", KEY_FILE], "name it with -o"),
+        (["sign", library, "--key", KEY_FILE], "give one with -o"),
         (["sign", stream, "--key", KEY_FILE, "--threads", "2"], "its layout is fixed"),
         (["sign", stream, "--key", KEY_FILE, "--isvfamilyid", "1"], "needs KSS"),
         (["sign", stream, "--key", KEY_FILE, "--isvfamilyid", hex(1 << 128)], "128 bits"),

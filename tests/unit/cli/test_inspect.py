@@ -162,7 +162,7 @@ def test_measuring_tells_how_far_it_is_and_keeps_to_its_limit(
     assert main(["measure", str(path), "--limit", "100MiB"]) == 2
     assert "raise it with --limit" in capsys.readouterr().err
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("softsgx.cli.measure._TOLD_FROM_BYTES", 1 << 20)
+    monkeypatch.setattr("softsgx.cli.measure._PROGRESS_FROM_BYTES", 1 << 20)
     assert main(["measure", str(path), "--limit", "1GiB"]) == 0
     assert "measuring: 4" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def test_a_profile_of_ones_own_changes_the_slowdown(
         (["--epc", "4KiB:8KiB"], "too small for an enclave"),
         (["--epc", "2MiB:1MiB"], "give the smaller size first"),
         (["--epc", "much"], "size 'much'"),
-        (["--policy", "random"], "policy 'random': not known"),
+        (["--policy", "random"], "policy 'random': unknown"),
         (["--limit", "a"], "write GROUP=SIZE"),
         (["--limit", "a=8KiB"], "limit of a"),
         (["--costs", "abacus"], "costs = 'abacus': not known"),

@@ -1,4 +1,4 @@
-"""``softsgx top``: what it refuses, and what it says when nothing runs.
+"""``softsgx top``: what it refuses, and what it prints when no program runs.
 
 Goal: one line, and the status.  Method: the command in this process, with no directory of sockets.
 """
@@ -23,14 +23,14 @@ def test_nothing_that_runs_is_one_line(capsys: pytest.CaptureFixture[str], optio
     assert main(["top", option]) == 1
     assert capsys.readouterr() == (
         "",
-        "softsgx: nothing runs; start a program with softsgx run -- PROGRAM\n",
+        "softsgx: no program runs; start one with softsgx run -- PROGRAM\n",
     )
 
 
 def test_a_process_that_is_no_run_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--once", "4000000"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("softsgx: 4000000: is no run of softsgx; ")
+    assert line.startswith("softsgx: 4000000: not a run of softsgx; ")
 
 
 def test_a_pipe_is_no_terminal(

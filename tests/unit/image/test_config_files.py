@@ -230,4 +230,6 @@ def test_a_configuration_does_not_change_what_is_laid_out(
     assert main(["sign", str(file), "-o", str(out), "--key", str(KEY_FILE)]) == 0
     argv = ["sign", str(out), "-o", str(file), "--force", "--key", str(KEY_FILE)]
     assert main([*argv, "--config", str(settings)]) == 2
-    assert "its layout is fixed; --config changes nothing" in capsys.readouterr().err
+    assert (
+        "its layout is fixed, so --config has no effect; remove --config" in capsys.readouterr().err
+    )
