@@ -19,7 +19,8 @@ from tests.support import modes
 from tests.support.native import needs_tracing
 
 from softsgx.driver import Mm
-from softsgx.engines.native import RunFailed, RunResult, abi, libc, run
+from softsgx.engines.native import RunFailed, RunResult, abi, libc, run, supervisor
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import decode_stop
 from softsgx.engines.native.vdso.permits import Permits
@@ -221,3 +222,19 @@ def test_calls_of_one_thread_do_not_stop_it(
     monkeypatch.setattr(Permits, "stopped", counted)
     assert program.run("same", 4000, enclave=program.two).exit_code == 0
     assert stops < 400, "of 16000 crossings"
+
+
+def test_an_exit_that_stops_is_marked_once_and_known_from_then_on(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[int] = []
+    mark = EnclaveMemory.mark
+
+    def noted(memory: EnclaveMemory, address: int) -> None:
+        marked.append(address)
+        mark(memory, address)
+
+    monkeypatch.setattr(EnclaveMemory, "mark", noted)
+    monkeypatch.setattr(supervisor, "can_cross_unseen", lambda: False)
+    assert program.run("same", 100, enclave=program.two).exit_code == 0
+    assert marked and len(marked) == len(set(marked)), "whatever signal an ENCLU raises here"

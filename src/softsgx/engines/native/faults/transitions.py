@@ -104,10 +104,10 @@ class Transitions:
         if stop.event or stop.signal not in _CROSSING_SIGNALS:
             return False
         regs, page_table = thread.load(), thread.image.page_table
-        leaf, is_enclu = regs.rax & _LOW_32, thread.image.read(regs.rip, len(ENCLU)) == ENCLU
+        leaf = regs.rax & _LOW_32
         if thread.cpu.inside is None:
-            return is_enclu and leaf == _EENTER
-        if is_enclu or page_table.is_marked(regs.rip):
+            return leaf == _EENTER and thread.image.read(regs.rip, len(ENCLU)) == ENCLU
+        if page_table.is_marked(regs.rip) or thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
             return leaf == _EEXIT
         return extended.replaced(thread) is not None and thread.siginfo().code > 0
 
@@ -152,7 +152,12 @@ class Transitions:
                 return self._enclave.enclu(thread)
         elif number == abi.SIGSEGV and inside:
             regs = thread.load()
-            if thread.image.page_table.is_marked(regs.rip):
+            image = thread.image
+            if image.page_table.is_marked(regs.rip):
+                return self._enclave.enclu(thread)
+            # Where SGX is on but not in use, ENCLU raises #GP.
+            if info.code == abi.SI_KERNEL and image.read(regs.rip, len(ENCLU)) == ENCLU:
+                image.page_table.mark(regs.rip)
                 return self._enclave.enclu(thread)
         thread.load()
         if inside:
