@@ -49,11 +49,11 @@ def parse_size(text: str) -> int:
     else:
         match = _SIZE.fullmatch(text)
         if match is None or match[2] not in _UNITS:
-            raise ValueError("no size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
+            raise ValueError("not a size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
         whole, _point, part = match[1].partition(".")
         size = int(whole + part) * _UNITS[match[2]] // 10 ** len(part)
     if size > MOST_BYTES:
-        raise ValueError("sizes are from 0 to 2**64 bytes")
+        raise ValueError("out of range; give 0 to 2**64 bytes")
     return size
 
 

@@ -65,7 +65,7 @@ def test_a_size_is_read_in_the_notation_of_its_unit(text: str, size: int) -> Non
     ],
 )
 def test_an_invalid_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no size; write|sizes are from 0 to"):
+    with pytest.raises(ValueError, match=r"not a size; write|out of range; give 0 to"):
         parse_size(text)
 
 

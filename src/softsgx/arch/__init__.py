@@ -1,4 +1,4 @@
-"""The SDM as data: constants, enums, structures, status codes.  No behaviour lives here."""
+"""The SDM as data: constants, enums, structures, status codes.  This package has no behaviour."""
 
 from softsgx.arch.keys import (
     REPORT_DATA_ALIGN,

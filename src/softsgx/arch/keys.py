@@ -1,4 +1,4 @@
-"""Reports and keys: what EREPORT and EGETKEY take and give.
+"""Reports and keys: the operands and results of EREPORT and EGETKEY.
 
 Source:
     SDM vol. 3D, "Report (REPORT)", "Report Target Info (TARGETINFO)", "Key Request (KEYREQUEST)",

@@ -1,4 +1,4 @@
-"""Leaf functions: their numbers, and what each needs and returns.
+"""Leaf functions: their numbers, and which of them return a code.
 
 Source:
     SDM vol. 3D, tables "Supervisor and User Mode Enclave Instruction Leaf Functions".
@@ -60,7 +60,7 @@ class Enclv(IntEnum):
     ESETCONTEXT = 0x02
 
 
-# Members of different enumerations are equal when their numbers are, so one set cannot hold them.
+# Members of different enumerations with one number are equal, so each enumeration has its own set.
 _SILENT_ENCLS = frozenset({Encls.ECREATE, Encls.EADD, Encls.EEXTEND, Encls.EPA, Encls.EAUG})
 _REPORTING_ENCLU = frozenset(
     {Enclu.EGETKEY, Enclu.EACCEPT, Enclu.EACCEPTCOPY, Enclu.EVERIFYREPORT2}

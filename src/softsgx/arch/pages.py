@@ -95,10 +95,10 @@ class SecInfo(Structure, size=64, align=64):
 
 
 class PageInfo(Structure, size=32, align=32):
-    """The operands of a leaf that do not fit its registers, all of them addresses.
+    """The operands of a leaf that do not fit its registers; all are addresses.
 
     Attributes:
-        linaddr: where the page is in the enclave; EWB writes it.
+        linaddr: the page's linear address; EWB writes it.
         srcpge: 4096 bytes of source or destination.
         secinfo: SECINFO, or PCMD for EWB and ELD*.
         secs: the EPC page that holds the SECS.
@@ -130,9 +130,9 @@ class Pcmd(Structure, size=128, align=128):
 
 
 class MacHeader(Structure, size=128, align=128):
-    """The data that the MAC of an evicted page covers beside its bytes and its version.
+    """The data that the MAC of an evicted page covers besides its bytes and its version.
 
-    Deviation: only the coverage is architectural; the order of the fields is ours.
+    Deviation: the manual fixes which fields the MAC covers, but not their order.
 
     Source:
         SDM vol. 3D, "EWB" and "ELDB/ELDU", TMP_HEADER.

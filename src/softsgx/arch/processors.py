@@ -1,4 +1,4 @@
-"""The Intel processors that profiles describe: their CPUID, except for SGX.
+"""The Intel processors of the profiles: their CPUID, without the leaves of SGX.
 
 Feature words hold the features that user mode can use and that operating systems enable: no
 performance counters, no processor trace, no resource directory, no key locker.

@@ -79,7 +79,7 @@ class Secs(Structure, size=4096, align=4096):
 
     Attributes:
         size: bytes of the enclave's linear range, a power of two.
-        base: where that range begins, a multiple of ``size``.
+        base: first address of that range, a multiple of ``size``.
         ssa_frame_size: pages of one SSA frame.
 
     Source:

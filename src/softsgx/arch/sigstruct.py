@@ -32,7 +32,7 @@ class SigStruct(Structure, size=1808, align=4096):
     Attributes:
         date: BCD yyyymmdd; no leaf checks it.
         attribute_mask: which ATTRIBUTES bits EINIT compares.
-        enclave_hash: the MRENCLAVE it is for.
+        enclave_hash: MRENCLAVE of the enclave that it signs.
         q1: floor(S² / N).
         q2: floor(S·(S² mod N) / N).
 

@@ -48,7 +48,7 @@ class Tcs(Structure, size=4096, align=4096):
         state: ``TCS_INACTIVE`` or ``TCS_ACTIVE``.
         ossa: offset of the SSA stack from the enclave's base, page aligned.
         cssa: index of the frame that the next entry or exit uses.
-        nssa: frames there are.
+        nssa: number of frames.
         oentry: offset of the entry point from the base.
         aep: asynchronous exit pointer of the last entry.
         ocetssa: CET only; zero in every enclave without CET.
@@ -141,7 +141,7 @@ class GprSgx(Structure, size=184, align=8):
 
     Attributes:
         exitinfo: vector in 7:0, type in 10:8, valid in 31.
-        aexnotify: bit 0 asks ERESUME to enter afresh.
+        aexnotify: bit 0 makes ERESUME enter at OENTRY instead of resuming.
 
     Source:
         SDM vol. 3D, "GPRSGX Region".

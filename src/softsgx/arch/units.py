@@ -1,4 +1,4 @@
-"""Sizes, addresses and arithmetic on them, which all other tables use."""
+"""Sizes, addresses and arithmetic on them, used by all other modules of this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE_SHIFT = 12
 PAGE_BYTES = 1 << PAGE_SHIFT
 
 LinAddr = NewType("LinAddr", int)
-"""A linear address: what an instruction names, before paging."""
+"""A linear address: the operand of an instruction, before paging."""
 
 EpcAddr = NewType("EpcAddr", int)
 """The physical address of an EPC page, 4096-byte aligned."""

@@ -1,4 +1,4 @@
-"""Limits on EPC for groups of processes: charging, ``misc.*`` files, the last resort.
+"""Limits on EPC for groups of processes: charging, ``misc.*`` files, out-of-memory kills.
 
 Implements :class:`~softsgx.paging.Group`, a protocol of the core; knows neither driver nor guests.
 """

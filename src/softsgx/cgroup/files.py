@@ -1,4 +1,4 @@
-"""The ``misc.*`` files of a group, as text that operators read and write.
+"""The ``misc.*`` files of a group, as text.
 
 Reading and writing them are system calls, so errors are ``OSError``.
 
@@ -61,11 +61,11 @@ def read_file(group: EpcCgroup, name: str) -> str:
 def write_file(group: EpcCgroup, name: str, text: str) -> None:
     """Write ``sgx_epc BYTES`` or ``sgx_epc max`` to ``misc.max``; bytes are rounded down to pages.
 
-    White space around the line is ignored, between key and number there is one space, and the
-    number is decimal, ``0x`` hexadecimal or ``0`` octal, with ``+`` before it or not.
+    White space around the line is ignored.  One space separates key and number.  The number is
+    decimal, hexadecimal after ``0x``, or octal after ``0``, with an optional ``+``.
 
-    If the limit is below the usage, ksgxd is asked for a batch at once, and the next charge has to
-    reclaim first.
+    If the usage is near the limit or above it, ksgxd runs a batch at once; while it is above, the
+    next charge has to reclaim first.
 
     Raises:
         OSError: EINVAL (no such key, no number), ERANGE (beyond 64 bits), E2BIG (more than a

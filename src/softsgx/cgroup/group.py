@@ -1,7 +1,7 @@
 """Groups that EPC pages are charged to, and their tree.
 
-A charge is to a group and all its ancestors, or to none.  The walks for reclaim that start at a
-group share one position, so that all groups of a subtree are reclaimed from equally often.
+A page is charged to a group and all its ancestors, or to none.  The walks for reclaim that start at
+a group share one position, so that all groups of a subtree are reclaimed from equally often.
 
 Lock order: the hierarchy's latch, then the latch of an LRU list, which is innermost.
 
@@ -67,9 +67,10 @@ class Hierarchy:
         runtime: for locks.
         tracer: receives events.
         request_reclaim: requests a batch in a group's subtree from ksgxd; never waits.
-        victims: returns what can be killed; called only when ``kill`` is set and reclaim failed.
+        victims: returns enclaves and guests to kill; called only when ``kill`` is set and reclaim
+            has failed.
         kill: whether to kill the largest victim as a last resort; otherwise the charge fails.
-        defects: those to switch on; it has the broken forms of package ``cgroup``.
+        defects: the defects to switch on; those of package ``cgroup`` have an effect.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class EpcCgroup:
     def __init__(self, hierarchy: Hierarchy, name: str, parent: EpcCgroup | None) -> None:
         self.hierarchy, self.name, self.parent = hierarchy, name, parent
         self.path: str = "/" if parent is None else f"{parent.path.rstrip('/')}/{name}"
-        # From here to the root; it never changes, and every charge goes along it.
+        # From here to the root; it never changes, and every charge uses it.
         self._ancestry: tuple[EpcCgroup, ...] = (self, *(parent._ancestry if parent else ()))
         self.lru = Lru(hierarchy.runtime)
         self.children: dict[str, EpcCgroup] = {}
@@ -208,7 +209,7 @@ class EpcCgroup:
         return [*self.children.values(), *self._dying]
 
     def subtree(self) -> Iterator[EpcCgroup]:
-        """Yield this group and everything below it, parents first."""
+        """Yield this group and all groups below it, parents first."""
         yield self
         for child in self.all_children():
             yield from child.subtree()
@@ -218,9 +219,9 @@ class EpcCgroup:
         return self._ancestry
 
     def _tree_changed(self) -> None:
-        """Make every walk that covers this group list its members anew at the next step.
+        """Make every walk that covers this group list its members again at its next step.
 
-        The latch is held, as while a walk looks at its list.
+        The latch is held, as while a walk reads its list.
         """
         for group in self._ancestry:
             group._order = []
@@ -328,7 +329,7 @@ class EpcCgroup:
         return lowest
 
     def should_reclaim(self) -> bool:
-        """Return whether usage is so near the limit that pages should be evicted ahead."""
+        """Return whether usage is so near the limit that ksgxd should reclaim before a refusal."""
         limit = self.limit_pages()
         if limit > _THRESHOLD_PAGES:
             limit -= _MARGIN_PAGES

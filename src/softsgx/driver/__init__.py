@@ -1,4 +1,4 @@
-"""``/dev/sgx_enclave`` and ``/dev/sgx_provision``: native enclaves, as Linux offers them.
+"""``/dev/sgx_enclave`` and ``/dev/sgx_provision``: Linux's interface to native enclaves.
 
 Knows the core (``paging``) and the processor's leaves; neither guests nor limits.
 """

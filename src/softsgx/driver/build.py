@@ -1,8 +1,8 @@
 """The ioctls that build an enclave: CREATE, ADD_PAGES, INIT, PROVISION.
 
 Each takes the enclave, the calling task and the address of its structure, and returns the number of
-bytes processed.  They raise ``OSError``, ``BadAddress`` and the refusals of the core;
-:mod:`.file` turns the latter two into errno values.
+bytes processed.  They raise ``OSError``, ``BadAddress`` and exceptions of the core; :mod:`.file`
+converts the latter two into errno values.
 
 Source:
     arch/x86/kernel/cpu/sgx/ioctl.c.
@@ -147,7 +147,7 @@ def create(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 def _ecreate(enclave: Enclave, task: Task, swap: EnclaveSwap, image: bytes) -> None:
-    """ECREATE; undone completely if it fails."""
+    """Execute ECREATE; a failure is undone completely."""
     driver = enclave.driver
     group, node = driver.group_and_node(task)
     epc = driver.core.alloc(
@@ -205,12 +205,12 @@ def add_pages(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 class _Template:
-    """What all pages of one ADD_PAGES have in common.
+    """The properties that all pages of one ADD_PAGES share.
 
     Attributes:
-        secinfo: as the caller gave it.
+        secinfo: the caller's.
         kind: the page type.
-        max_prot: the most a mapping may allow, PROT_*.
+        max_prot: the PROT_* rights that a mapping may have at most.
         measure: whether the content is measured.
     """
 
@@ -225,8 +225,8 @@ class _Template:
 class _Source:
     """The memory that ADD_PAGES copies, page by page.
 
-    Deviation: several pages are read at once, as many as the caller's memory gives, and signals are
-    checked before each such read; Linux does both for each page.
+    Deviation: several pages are read at once, as many as the caller's memory returns, and signals
+    are checked before each such read; Linux does both for each page.
 
     Args:
         task: the caller.
@@ -269,7 +269,7 @@ class _Source:
 
 
 def _interrupted(enclave: Enclave) -> int:
-    # Each of the two has an errno that does not restart the call.
+    # With either defect the errno does not restart the call.
     not_restarted = {Defect.CREATE_NOT_RESTARTED, Defect.EMPTY_ADD_PAGES_ACCEPTED}
     return EINTR if enclave.driver.defects & not_restarted else ERESTARTSYS
 

@@ -1,4 +1,4 @@
-"""Numbers of events of one enclave, for reports that need no tracer."""
+"""Counts of events of one enclave, for reports without a tracer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class EnclaveCounts:
 
     Attributes:
         faults: page faults by kind: ``minor``, ``major``, ``augment``, ``busy``, ``refused``.
-        touched: pages that a fault has mapped at least once; one that is removed and made anew
-            counts again.
+        touched: pages that a fault has mapped at least once; a page that is removed and added
+            again counts twice.
         fault_ns: time spent in page faults, waiting included.
         evictions: pages evicted by EWB, without SECS and VA pages.
         reloads: pages loaded by ELDU, without SECS and VA pages.

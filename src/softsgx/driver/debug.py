@@ -26,7 +26,7 @@ _WORD = 8
 
 
 def peek(mm: Mm, addr: int, size: int, task: Task | None = None) -> bytes:
-    """Return up to ``size`` bytes of a debug enclave; fewer where it ends or refuses.
+    """Return up to ``size`` bytes of a debug enclave; fewer where it ends or a leaf refuses.
 
     Args:
         mm: the address space that maps it.

@@ -42,11 +42,12 @@ class Driver:
         runtime: locks, waiting.
         group_of: returns the group that is charged for the EPC pages of a task.
         node_of: NUMA node of the processor that a task runs on.
-        tracer: receives events; ``None`` costs nothing.
-        defects: those to switch on; it has the broken forms of package ``driver``.
+        tracer: receives events; ``None``: events are not made.
+        defects: the defects to switch on; those of package ``driver`` have an effect.
         launch_control: whether to write the launch key hash of the signer before each EINIT, as
             Linux does; otherwise EINIT checks the hash that the machine has.
-        backing: makes the backing file of an enclave, given its pages; ``BackingError`` is ENOMEM.
+        backing: makes the backing file of an enclave from its size in pages; ``BackingError`` is
+            ENOMEM.
         unprivileged: attributes that need no permission.
         tokens: EINITTOKEN for EINIT by MRENCLAVE.  Linux's driver passes an empty one; Intel's
             earlier driver took it from its caller.
@@ -178,7 +179,7 @@ class Driver:
     def add_lifecycle_listener(self, listener: Tracer) -> None:
         """Send the events of enclaves' life cycles (create, init, kill, release) to ``listener``.
 
-        They are few; a listener costs nothing at other events.
+        Other events are not made for it.
         """
         self._lifecycle_listeners.append(listener)
 
@@ -215,6 +216,6 @@ class Driver:
         return next(self._pids)
 
     def check_invariants(self) -> None:
-        """Check every enclave; call while no task runs."""
+        """Check every enclave; call it while no task runs."""
         for enclave in self.enclaves:
             enclave.check_invariants()

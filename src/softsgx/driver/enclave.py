@@ -1,4 +1,4 @@
-"""One enclave: its pages, the address spaces that map it, and its life time.
+"""One enclave: its pages, the address spaces that map it, and its lifetime.
 
 Each page is an :class:`EnclavePage`, which the reclaimer calls;
 :class:`~softsgx.paging.EnclaveSwap` evicts and loads it.
@@ -144,7 +144,7 @@ class Enclave(RefCounted):
         """Return whether a page index is in the enclave's range."""
         return 0 <= index < self.size >> PAGE_SHIFT
 
-    # --- life time ------------------------------------------------------------------------------
+    # --- lifetime -------------------------------------------------------------------------------
 
     def release_file(self) -> None:
         """Unregister from every address space, then drop the reference of the file."""
@@ -241,7 +241,7 @@ class Enclave(RefCounted):
                     with mm.mmap_lock.reading():
                         for page in pages:
                             mm.ptes.zap(page.linaddr)
-            # The TCS pages are unmapped: a thread that leaves now cannot enter again.
+            # The TCS pages are unmapped: a thread that exits from now on cannot enter again.
             self.kick()
             with self.lock:
                 freed = sum(page.epc is not None and self._free_page(page) for page in pages)
@@ -271,8 +271,8 @@ class Enclave(RefCounted):
         with self._latch:
             if Defect.MM_WITHOUT_ENCLAVE_REFERENCE not in self.driver.defects:
                 self.references += 1
-            # A walk compares the version before and after: either it enters the new address space,
-            # or faults of that find the page marked.
+            # A walk compares the version before and after: either it visits the new address space,
+            # or faults of that address space find the page marked.
             self.mms = (entry, *self.mms)
             self._mm_version += 1
         return True
@@ -302,7 +302,7 @@ class Enclave(RefCounted):
                 finally:
                     mm.unpin()
 
-    # The next two methods walk without generators, since each page in a batch goes through them.
+    # The next two methods walk without generators, since the reclaimer calls them for each page.
 
     def test_and_clear_accessed(self, page: EnclavePage) -> bool:
         """Test and clear a page's accessed bits in every address space; ``True``: one was set."""
@@ -397,7 +397,7 @@ class Enclave(RefCounted):
         return sum(page.epc is not None for page in list(self.pages.values()))
 
     def check_invariants(self) -> None:
-        """Compare its counts with its pages; call while no task runs."""
+        """Compare its counts with its pages; call it while no task runs."""
         if not self.created or self.dead:
             return
         with self.lock:

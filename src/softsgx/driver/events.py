@@ -53,9 +53,9 @@ class FaultHandled(Event):
         kind: ``minor`` (the page was resident), ``major`` (it was loaded), ``augment`` (EAUG made
             it), ``busy`` (the access is repeated), ``refused``.
         result: ``nopage``, ``retry``, ``sigbus``, ``oom``.
-        duration_ns: how long the driver handled it, without what a repeated access waits for.
-            Time that passes for real differs from run to run: it is no part of the text, and two
-            events that differ in nothing else are equal.
+        duration_ns: how long the driver handled it, without the wait before a repeated access.
+            Real time differs from run to run: it is not in the text, and events that differ only
+            in it are equal.
     """
 
     NAME: ClassVar[str] = "sgx:fault"

@@ -1,7 +1,7 @@
-"""Page faults: an evicted page is loaded, or EAUG makes a page.
+"""Page faults: the driver loads an evicted page, or EAUG makes a page.
 
 The handlers run with the address space's ``mmap_lock`` held for reading, so they never reclaim.  If
-a fault cannot be served now, the task releases its locks, waits, and repeats the instruction.
+a fault cannot be handled now, the task releases its locks, waits, and repeats the instruction.
 
 Source:
     sgx_vma_fault(), sgx_encl_eaug_page(), sgx_encl_load_page(), arch/x86/kernel/cpu/sgx/encl.c.
@@ -213,7 +213,7 @@ def _augment(
 
 
 def _eaug(enclave: Enclave, linaddr: int, task: Task | None) -> SgxEpcPage | None:
-    """EAUG; ``None``: the leaf refused, and everything is undone.  The lock is held."""
+    """Execute EAUG; ``None``: it has failed, and all is undone.  The lock is held."""
     driver, swap = enclave.driver, enclave.swap
     core = driver.core
     group, node = driver.group_and_node(task)

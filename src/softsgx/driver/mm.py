@@ -1,14 +1,14 @@
 """An address space as the driver sees it: its mappings of enclaves and their system calls.
 
-It has no other mappings.  :class:`Ptes` stands for the page tables, of a simulated process or of a
-real one.
+It has no other mappings.  :class:`Ptes` is the interface to its page tables, those of a simulated
+process or of a real one.
 
 Lock order: ``mmap_lock``, then an enclave's lock, then the core's.  Faults and the reclaimer's
 walks hold it for reading, so they must not allocate with reclaim; system calls that change mappings
 hold it for writing.
 
 Source:
-    arch/x86/kernel/cpu/sgx/{driver,encl}.c; mm/mmap.c, mm/mremap.c for what every mapping obeys.
+    arch/x86/kernel/cpu/sgx/{driver,encl}.c; mm/mmap.c, mm/mremap.c for the rules of all mappings.
 """
 
 from __future__ import annotations
@@ -98,18 +98,18 @@ class Mm:
     Args:
         runtime: of the driver.
         ptes: its page tables.
-        owner: the task for faults that name none.
+        owner: the task for faults without a task.
         pick: returns the address of a mapping, given a hint and a length; by default below the
             lowest enclave mapping.
         ended: called when it has ended and released its mappings.
         name: its name, in messages and schedules.
-        pid: of the real process that it is of, for reports; 0 if there is none.
+        pid: of its real process, for reports; 0: it has none.
 
     Attributes:
         mmap_lock: see the module.
         notifiers: one entry for each enclave that is registered with it.
         users: its process, and each walk that has it pinned; 0: it has ended.
-        found: the last result of :meth:`find`, which may be of any address.
+        found: the last result of :meth:`find`, for any address.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ class Mm:
             return True
 
     def unpin(self) -> None:
-        """Undo :meth:`pin`; the last user's address space ends in a task of its own.
+        """Undo :meth:`pin`; with the last user the address space ends, in a separate task.
 
-        The end takes locks that a walker holds, and waits for the walk itself: hence mmput_async().
+        The end takes locks that a walker holds, and waits for the walk itself: as mmput_async().
         """
         if self._uninterleaved and self.users > 1:
             self.users -= 1
@@ -338,10 +338,10 @@ class Mm:
             ended: called when the child has ended and released its mappings.
             name: the child's name.
             pid: of the child.
-            copy_entries: whether the child gets the parent's PTEs, as Linux does it for PFN
-                mappings; otherwise it faults for each.
-            fail: simulate that there is no memory to register the child with its enclaves: each of
-                its accesses raises SIGBUS.
+            copy_entries: whether the child gets the parent's PTEs, as on Linux for PFN mappings;
+                otherwise it faults for each.
+            fail: whether the child cannot be registered with its enclaves, as without memory: each
+                of its accesses raises SIGBUS.
         """
         name = name or f"{self.name}'"
         child = Mm(
@@ -371,7 +371,7 @@ class Mm:
     # --- faults ---------------------------------------------------------------------------------
 
     def fault(self, addr: int, access: int, task: Task | None = None) -> FaultResult:
-        """Handle a page fault of the page tables, which is one without the SGX bit.
+        """Handle a page fault of the page tables: its error code has no SGX bit.
 
         Args:
             addr: the address.

@@ -1,11 +1,11 @@
-"""Second implementations: of what the reclaimer asks of a page, and of a fault that loads one.
+"""Optimised implementations of the reclaimer's calls to a page, and of a fault that loads a page.
 
 Each function handles the common case: no task holds a lock that it needs, and the enclave is
-alive.  It does in one function what the readable one does in many, in the same order, and falls
-back to it otherwise; then no state has changed.  It is for runtimes that do not interleave tasks:
-a lock that is free stays free, since none of them waits.  Neither tracer nor defects are
-looked at, so a driver that has them uses the readable methods.  ``tests/differential`` runs both
-on the same histories.
+alive.  One function has the effects of many readable ones, in the same order.  Otherwise it falls
+back to the readable ones; no state has changed.  It is for runtimes that do not interleave tasks: a
+free lock stays free, since no other task runs.  The functions use neither tracer nor defects, so a
+driver that has them uses the readable methods.  ``tests/differential`` runs both on the same
+histories.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PlainPage(EnclavePage):
         try:
             status = eblock(epc.addr)
         except Fault:
-            return super().block()  # EBLOCK again, which has changed nothing
+            return super().block()  # executes EBLOCK again; the first one has changed nothing
         if status is not _SUCCESS:
             return super().block()
         epc.blocked = True
@@ -115,7 +115,7 @@ class PlainPage(EnclavePage):
         dead = enclave.dead or epc is None or reservation is None
         if dead or enclave.waiting or enclave.lock.held():
             return super().write()
-        assert epc is not None and reservation is not None, "looked at above"
+        assert epc is not None and reservation is not None, "checked above"
         self.reservation = None
         self.entry = self.swap.write(epc, reservation)
         self.being_reclaimed = False

@@ -32,7 +32,7 @@ class EnclavePage:
             TCS changes them.
         kind: the page type as the driver knows it.
         epc: its EPC page; ``None`` while it is evicted.
-        entry: where it is while it is evicted; ``None`` while it is resident.
+        entry: its place in backing storage while it is evicted; ``None`` while it is resident.
         reservation: backing and VA slot of an eviction that is prepared.
         being_reclaimed: a batch is about to evict it: SGX_ENCL_PAGE_BEING_RECLAIMED.
         being_modified: an ioctl that changes it has released the enclave's lock for a while.
@@ -119,7 +119,7 @@ class EnclavePage:
             self.being_reclaimed = True
 
     def block(self) -> bool:
-        """Remove every PTE, then EBLOCK."""
+        """Remove every PTE, then execute EBLOCK."""
         enclave = self.enclave
         enclave.zap(self)
         enclave.lock.acquire()
@@ -139,7 +139,7 @@ class EnclavePage:
             enclave.lock.release()
 
     def write(self) -> bool:
-        """EWB; EREMOVE if the enclave was killed."""
+        """Execute EWB, or EREMOVE if the enclave was killed."""
         enclave = self.enclave
         enclave.lock.acquire()
         try:

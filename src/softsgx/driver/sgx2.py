@@ -154,7 +154,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
         if page.kind is not PageType.TRIM:
             refuse(EPERM, f"page {page.linaddr:#x} is {page.kind.name}, not TRIM")
         if not _accepted(enclave, epc):
-            refuse(EPERM, f"page {page.linaddr:#x}: the enclave has not accepted that it goes")
+            refuse(EPERM, f"page {page.linaddr:#x}: the enclave has not accepted its removal")
         _unmap(page, epc, EBUSY)
         enclave.free_epc_page(epc)
         page.epc = None
@@ -165,7 +165,7 @@ def remove_pages(enclave: Enclave, task: Task, arg: int) -> int:
 
 
 def _accepted(enclave: Enclave, epc: SgxEpcPage) -> bool:
-    """Probe: of a trimmed page, EMODPR says #PF once EACCEPT was done, and a code before."""
+    """Probe a trimmed page: EMODPR raises #PF after EACCEPT, and returns a code before."""
     try:
         enclave.driver.core.leaves.emodpr(SecInfo(flags=_RWX), epc.addr)
     except PageFault:
@@ -199,7 +199,7 @@ def _each(enclave: Enclave, task: Task, arg: int, args: Args, step: Step) -> int
                 try:
                     epc = load(page, task)
                 except (PageBusy, EpcBusy):
-                    refuse(EAGAIN, f"page {page.linaddr:#x} cannot be loaded just now")
+                    refuse(EAGAIN, f"page {page.linaddr:#x} cannot be loaded now")
                 except (NoEpc, LoadFailed, BackingError) as error:
                     refuse(EFAULT, f"page {page.linaddr:#x}: {error}")
                 step(page, epc)
@@ -229,7 +229,7 @@ def _code(leaf: Callable[[], Status]) -> None:
 
 
 def _track(enclave: Enclave) -> None:
-    """ETRACK, again after a round of interrupts if needed; then a round of interrupts.
+    """Execute ETRACK, if needed again after a round of interrupts; then a round of interrupts.
 
     When this returns, every thread that was inside has left, and EACCEPT finds the page tracked.
 

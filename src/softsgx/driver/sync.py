@@ -97,7 +97,7 @@ class RwLock:
 class Srcu:
     """Sleepable read-copy-update: a writer that has unlinked an entry waits for old readers.
 
-    There are two counters of readers; :meth:`synchronize` switches new readers to the other one and
+    It has two counters of readers; :meth:`synchronize` makes new readers use the other one, and
     waits until the old one is 0.
     """
 
@@ -142,7 +142,7 @@ class Srcu:
             assert not self._gone, "SRCU cleaned up during a grace period"
 
     def cleanup(self) -> None:
-        """End its use: the owner is destroyed, and no reader is left."""
+        """End its use: the owner is destroyed, and all readers have left."""
         assert not any(self._readers), "SRCU cleaned up with readers"
         assert not self._turn.held(), "SRCU cleaned up during a grace period"
         self._gone = True

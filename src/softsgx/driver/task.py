@@ -26,7 +26,7 @@ class VmaInfo:
     """The mapping that holds a source page of ADD_PAGES.
 
     Attributes:
-        start, end: a range of the mapping, as large as is known.
+        start, end: a range of the mapping, which may be larger.
         may_exec: VM_MAYEXEC: mprotect may make it executable; false on a noexec mount.
     """
 
@@ -46,7 +46,7 @@ class UserMemory(Protocol):
         """
 
     def read_pages(self, address: int, count: int) -> list[bytes]:
-        """Return the bytes of up to ``count`` pages, fewer where that is cheaper, but one at least.
+        """Return the bytes of at least one and at most ``count`` pages.
 
         Raises:
             BadAddress: the first of them is not readable.

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 ERESTARTSYS = 512
-"""A signal is pending and nothing was done: the kernel restarts the call or returns EINTR."""
+"""A signal is pending and nothing has changed: the kernel restarts the call or returns EINTR."""
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE = 1, 2, 3
@@ -87,7 +87,7 @@ class AddPages(Structure, size=48):
 
     Attributes:
         src: address of the first source page.
-        offset: where the pages go, bytes from the enclave's base.
+        offset: of the first page in the enclave, bytes from its base.
         length: bytes.
         secinfo: address of a 64-byte SECINFO.
         flags: :class:`AddPagesFlags`.

@@ -1,4 +1,4 @@
-"""One description of a platform: keyword arguments or a TOML file, checked before anything is made.
+"""The description of a platform: keyword arguments or a TOML file, checked before the platform.
 
 ::
 
@@ -83,15 +83,15 @@ def configured_size(value: int | str, what: str) -> int:
     """Return the bytes of a number, or of text that :func:`softsgx.sizes.parse_size` reads.
 
     Raises:
-        SoftSgxError: it is no size; the message begins with ``what``.
+        SoftSgxError: it is not a size; the message begins with ``what``.
     """
     try:
         if isinstance(value, str):
             return parse_size(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError("no size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
+            raise ValueError("not a size; write 4096, 64KiB, 93.5MiB, 512Mi or 0x10000")
         if not 0 <= value <= MOST_BYTES:
-            raise ValueError("sizes are from 0 to 2**64 bytes")
+            raise ValueError("out of range; give 0 to 2**64 bytes")
     except ValueError as error:
         raise SoftSgxError(f"{what} = {_shown(value)}: {error}") from None
     return value
@@ -104,7 +104,9 @@ def _hexadecimal(text: str, size: int, what: str) -> bytes:
     except ValueError:
         data = b""
     if len(data) != size:
-        raise SoftSgxError(f"{what} = {_shown(text)}: give {2 * size} hexadecimal digits")
+        raise SoftSgxError(
+            f"{what} = {_shown(text)}: not {size} bytes; give {2 * size} hexadecimal digits"
+        )
     return data
 
 
@@ -121,10 +123,10 @@ def _shown(value: object) -> str:
 
 
 def _check_defects(given: Iterable[object]) -> frozenset[Defect]:
-    """Return the defects with these identifiers; members of ``given`` may not be hashable.
+    """Return the defects with these identifiers; members of ``given`` need not be hashable.
 
     Raises:
-        SoftSgxError: an identifier is unknown, or softsgx cannot express the defect.
+        SoftSgxError: an identifier is unknown, or softsgx cannot reproduce the defect.
     """
     known = {str(defect): defect for defect in Defect}
     found = set[Defect]()
@@ -132,17 +134,17 @@ def _check_defects(given: Iterable[object]) -> frozenset[Defect]:
         defect = known.get(name) if isinstance(name, str) else None
         if defect is None:
             names = ", ".join(defect for defect in Defect if defect.can_be_switched_on)
-            raise SoftSgxError(f"defects: {_shown(name)} is not known; names are {names}")
+            raise SoftSgxError(f"defects: {_shown(name)}: unknown; give some of {names}")
         if not defect.can_be_switched_on:
             raise SoftSgxError(
-                f"defects: {defect} cannot be switched on; leave it out: {defect.explanation}"
+                f"defects: {defect}: cannot be switched on; remove it: {defect.explanation}"
             )
         found.add(defect)
     return frozenset(found)
 
 
 def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
-    """Check that every program makes progress with this number of EPC pages.
+    """Check that this number of EPC pages suffices for every program to make progress.
 
     Raises:
         SoftSgxError: they are too few.
@@ -150,8 +152,9 @@ def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
     needed = needed_pages(machine)
     if pages < needed:
         raise SoftSgxError(
-            f"{what}: {pages} pages; give at least {needed} ({needed * PAGE_BYTES // 1024}KiB): one"
-            " thread can need as many at once to execute an instruction, SECS and VA pages included"
+            f"{what}: {pages} pages are too few; give at least {needed}"
+            f" ({needed * PAGE_BYTES // 1024}KiB): one thread can need as many at once to execute"
+            " an instruction, SECS and VA pages included"
         )
 
 
@@ -173,15 +176,15 @@ class PlatformConfig:
         backing_directory: directory of the files.
         policy: "linux", "fifo", "clock", "prefetching", or "lru" where the engine sees every
             access; in Python also a policy object.
-        groups: path to ``{"max": SIZE}``; made with the platform.
-        launch_control: whether the launch key hash can be written, so that every signer may launch;
-            without, the driver behaves as Intel's did before Linux had one: an enclave needs the
+        groups: path to ``{"max": SIZE}``; the platform makes them.
+        launch_control: whether the launch key hash can be written, so that every signer may launch.
+            Without it, the driver behaves as Intel's out-of-tree driver: an enclave needs the
             signer of ``launch_key_hash``, or a token.
         launch_key_hash: reset value of IA32_SGXLEPUBKEYHASH as 64 hexadecimal digits, MRSIGNER of
             the launch enclave; Intel's by default.
         cpusvn: CPUSVN as 32 hexadecimal digits.
-        tokens: files with one EINITTOKEN of 304 bytes each, which INIT gives to EINIT.
-        kill: whether killing the largest enclave is the last resort of a group over its limit.
+        tokens: files with one EINITTOKEN of 304 bytes each, which INIT passes to EINIT.
+        kill: whether a group over its limit kills its largest enclave as a last resort.
         sanitize: whether ksgxd runs EREMOVE over the whole EPC first, as Linux does after kexec;
             the EPC of a new machine is empty.
         defects: known defects to enable: members of :class:`~softsgx.defects.Defect`, or their
@@ -211,13 +214,15 @@ class PlatformConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value not in wanted:
                 raise SoftSgxError(
-                    f"{name} = {_shown(value)}: not known; give one of {', '.join(wanted)}"
+                    f"{name} = {_shown(value)}: unknown; give one of {', '.join(wanted)}"
                 )
         if not -(1 << _NUMBER_BITS) < self.seed < 1 << _NUMBER_BITS:
-            raise SoftSgxError(f"seed = {_shown(self.seed)}: give less than 2**{_NUMBER_BITS}")
+            raise SoftSgxError(
+                f"seed = {_shown(self.seed)}: too large; give less than 2**{_NUMBER_BITS}"
+            )
         if self.processors > _MOST_PROCESSORS:
             raise SoftSgxError(
-                f"processors = {_shown(self.processors)}: give at most {_MOST_PROCESSORS}"
+                f"processors = {_shown(self.processors)}: too many; give at most {_MOST_PROCESSORS}"
             )
         pages = sum(size // PAGE_BYTES for size in self.section_bytes())
         check_pages(f"epc = {_shown(self.epc)}", pages, self._profile())
@@ -226,9 +231,9 @@ class PlatformConfig:
         self.machine()
 
     def _check_backing(self) -> None:
-        """Refuse a backing store that could not be opened."""
+        """Refuse a backing store that cannot be opened."""
         if self.backing not in ("memory", "file"):
-            raise SoftSgxError(f"backing = {_shown(self.backing)}: give memory or file")
+            raise SoftSgxError(f"backing = {_shown(self.backing)}: unknown; give memory or file")
         self.backing_limit_pages()
         directory = self.backing_directory
         if directory is None:
@@ -246,10 +251,12 @@ class PlatformConfig:
             if not all(group_name_ok(name) for name in path.strip("/").split("/")):
                 raise SoftSgxError(f"{where}: not a path; write names, such as jobs/a")
             if not isinstance(settings, Mapping):
-                raise SoftSgxError(f'{where} = {_shown(settings)}: give a table: max = "16MiB"')
+                raise SoftSgxError(
+                    f'{where} = {_shown(settings)}: not a table; write max = "16MiB" in it'
+                )
             odd = sorted(settings.keys() - {"max"})
             if odd:
-                raise SoftSgxError(f"{where}: {_shown(odd[0])} is not known; only max is")
+                raise SoftSgxError(f"{where}: {_shown(odd[0])}: unknown; only max is allowed")
             limit = self.group_max_pages(path)
             if limit is not None:
                 check_pages(f"{where}.max = {_shown(settings['max'])}", limit, self._profile())
@@ -263,7 +270,7 @@ class PlatformConfig:
         """Read a TOML file; keyword arguments override it.
 
         Raises:
-            SoftSgxError: the file cannot be read, is not TOML, or has an impossible value.
+            SoftSgxError: the file cannot be read, is not TOML, or has an invalid value.
         """
         try:
             with open(path, "rb") as file:
@@ -278,15 +285,15 @@ class PlatformConfig:
 
         Args:
             text: the contents.
-            name: what messages call the file.
+            name: the file's name in messages.
             changes: values that replace those of the text.
 
         Raises:
-            SoftSgxError: the text is not TOML, or has an impossible value.
+            SoftSgxError: the text is not TOML, or has an invalid value.
         """
         if len(text) > _FILE_BYTES:
             raise SoftSgxError(
-                f"{name}: more than {_FILE_BYTES} bytes; give a description of a platform in TOML"
+                f"{name}: larger than {_FILE_BYTES} bytes; give a platform's description in TOML"
             )
         import tomllib  # few platforms come from a file
 
@@ -294,9 +301,11 @@ class PlatformConfig:
             values = tomllib.loads(text.decode())
         # Errors of TOML and of UTF-8 are ValueErrors, and so are numbers of thousands of digits.
         except ValueError as error:
-            raise SoftSgxError(f"{name}: not TOML: {first_line(error)}") from error
+            raise SoftSgxError(
+                f"{name}: not TOML: {first_line(error)}; correct the line"
+            ) from error
         except RecursionError as error:
-            raise SoftSgxError(f"{name}: not TOML that can be read: nested too deep") from error
+            raise SoftSgxError(f"{name}: nested too deep; remove levels of arrays") from error
         try:
             return cls.of(**{**values, **changes})
         except SoftSgxError as error:
@@ -304,19 +313,19 @@ class PlatformConfig:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Return a configuration from keywords that come from a person.
+        """Return a configuration from a user's keywords, whose names and types are checked.
 
         Raises:
-            SoftSgxError: a key is unknown, or a value has the wrong type or is impossible.
+            SoftSgxError: a key is unknown, or a value has the wrong type or is invalid.
         """
         known = {item.name: item for item in fields(cls)}
         for name, value in values.items():
             if name not in known:
-                raise SoftSgxError(f"{_named(name)}: not known; keys are {', '.join(known)}")
+                raise SoftSgxError(f"{_named(name)}: unknown; give some of {', '.join(known)}")
             kinds = _KINDS[name]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise SoftSgxError(f"{name} = {_shown(value)}: give {wanted}")
+                raise SoftSgxError(f"{name} = {_shown(value)}: wrong type; give {wanted}")
         for name in ("epc", "tokens"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
@@ -338,7 +347,7 @@ class PlatformConfig:
         return self.epc if isinstance(self.epc, tuple) else (self.epc,)
 
     def roundings(self) -> list[str]:
-        """Return a line for people for each size that is rounded down to whole pages."""
+        """Return a message for each size that is rounded down to whole pages."""
         sizes = [(f"epc = {_shown(size)}", size) for size in self._sections()]
         for path, settings in self.groups.items():
             limit = settings.get("max", "max")
@@ -353,7 +362,7 @@ class PlatformConfig:
         return lines
 
     def group_max_pages(self, path: str) -> int | None:
-        """Return the limit of a configured group in pages, ``None`` for none."""
+        """Return the limit of a configured group in pages; ``None``: it has no limit."""
         limit = self.groups[path].get("max", "max")
         if limit == "max":
             return None
@@ -397,7 +406,7 @@ class PlatformConfig:
                 raise SoftSgxError(f"{path}: {error}; give a file with an EINITTOKEN") from None
             if len(data) != EinitToken.SIZE:
                 raise SoftSgxError(
-                    f"{path}: {len(data)} bytes; an EINITTOKEN has {EinitToken.SIZE}"
+                    f"{path}: {len(data)} bytes are no EINITTOKEN; give a file of {EinitToken.SIZE}"
                 )
             token = EinitToken.unpack(data)
             tokens[token.mrenclave] = token

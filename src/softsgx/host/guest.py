@@ -34,9 +34,9 @@ class GuestPlatform:
 
     Args:
         guest: the virtual machine.
-        policy: its core's.
+        policy: of its core.
         backing: makes the backing files of its enclaves, which are in its own memory.
-        tracer: receives the events of its core and driver: what the guest sees.
+        tracer: receives the events of its core and its driver.
 
     Attributes:
         guest: the virtual machine.
@@ -64,22 +64,22 @@ class GuestPlatform:
         self._started = True
 
     def stop(self) -> None:
-        """Stop its ksgxd; its enclaves are left as they are."""
+        """Stop its ksgxd; its enclaves stay as they are."""
         if self._started:
             self._started = False
-            with suppress(kvm.GuestStoppedError):  # which has ended it already
+            with suppress(kvm.GuestStoppedError):  # a stopped guest has no ksgxd any more
                 self.core.stop()
 
     def process(self, name: str = "") -> userland.SoftProcess:
-        """Return a new simulated process in it."""
+        """Return a new simulated process in the guest."""
         return userland.SoftProcess(self.guest, self.driver, name=name)
 
     def power_loss(self) -> None:
-        """Suspend and resume, or reset, this guest alone."""
+        """Suspend and resume, or reset, only this guest."""
         self.guest.power_transition()
 
     def check(self) -> None:
-        """Recount everything in it; call while nothing runs.
+        """Check the guest's counts against raw state; call it while no task runs.
 
         Raises:
             AssertionError: a count is wrong, or a page is not in exactly one place.
@@ -117,7 +117,7 @@ def check_ballast(
     """Return a ballast in pages.
 
     Raises:
-        SoftSgxError: with it the machine, or the guest's group, would have no page left for others.
+        SoftSgxError: it leaves too few pages to the machine, or to the guest's group.
     """
     pages = configured_size(ballast, f"guest {name}: ballast") // PAGE_BYTES
     others = sum(guest.ballast_pages for guest in guests)
@@ -125,12 +125,12 @@ def check_ballast(
     needed = needed_pages(machine)
     if pages and pages + others + needed > epc_pages:
         raise SoftSgxError(
-            f"guest {name}: ballast = {ballast!r}: with {others} pages of other guests' it leaves"
-            f" less than {needed} of {epc_pages} EPC pages; give less"
+            f"guest {name}: ballast = {ballast!r}: with the {others} pages of other guests it"
+            f" leaves fewer than {needed} of {epc_pages} EPC pages; give less"
         )
     if pages and pages >= group.limit_pages():
         raise SoftSgxError(
-            f"guest {name}: ballast = {ballast!r}: {group.path} may have {group.limit_pages()}"
-            " pages; give less"
+            f"guest {name}: ballast = {ballast!r}: not below the limit of {group.path},"
+            f" {group.limit_pages()} pages; give less"
         )
     return pages

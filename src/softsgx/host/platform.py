@@ -1,11 +1,11 @@
-"""A platform: machine, EPC core, groups, driver and guests; the one place that knows all.
+"""A platform: machine, EPC core, groups, driver and guests; only this module knows all of them.
 
 ::
 
     with Platform(epc="16MiB") as platform:
         process = platform.process(group="jobs/a")
 
-Nothing runs before ``with`` (or :meth:`Platform.start`), and everything has ended after it.
+No task runs before ``with`` (or :meth:`Platform.start`), and all have ended after it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class Platform:
         config: its description; or give the fields as keywords.
         runtime: runs its tasks; an :class:`~softsgx.runtime.InlineRuntime` with the configured
             seed when ``None``.
-        store: where the bytes of resident pages live; memory when ``None``.
-        ram: ordinary memory of the machine; an empty one when ``None``.
-        make_backing: makes an enclave's backing file of so many pages, instead of the configured
-            kind.
+        store: holds the bytes of resident pages; ``None``: in memory.
+        ram: ordinary memory of the machine; ``None``: an empty one.
+        make_backing: makes an enclave's backing file instead of the configured kind; its argument
+            is the enclave's size in pages.
         tracer: receives every event of every layer.
-        optimised: whether second implementations of hot leaves and of paging may run; they do the
-            same as the readable ones.
+        optimised: whether the optimised implementations of hot leaves and of paging may run; their
+            effects are those of the readable ones.
 
     Attributes:
         machine: the processor and its EPC.
         core: the paging core.
         cgroups: the tree of groups.
         guests: guests that were not removed, oldest first.
-        driver: the loaded driver, ``None`` while it is unloaded.
+        driver: the loaded driver; ``None``: it is unloaded.
 
     Raises:
-        SoftSgxError: the configuration is impossible.
+        SoftSgxError: the configuration is invalid.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Platform:
         """The device of guests' virtual EPC."""
         return kvm.VepcDevice(self.core, backing=self._backing, defects=self.config.defects)
 
-    # --- life -----------------------------------------------------------------------------------
+    # --- start and stop -------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start ksgxd and load the driver."""
@@ -126,7 +126,7 @@ class Platform:
         self.load("driver")
 
     def stop(self) -> None:
-        """Stop ksgxd, in guests as well; enclaves that are still open are left as they are."""
+        """Stop ksgxd, in guests as well; enclaves that are still open stay as they are."""
         for guest in self.guests:
             guest.stop()
         if self._started:
@@ -149,7 +149,7 @@ class Platform:
         """Load a module; ``"driver"`` is the only one.
 
         Raises:
-            OSError: EEXIST, it is loaded; ENODEV, the machine lacks a feature that it needs.
+            OSError: EEXIST: it is loaded; ENODEV: the machine lacks a feature that it needs.
         """
         self._require_driver(module)
         if self.driver is not None:
@@ -169,7 +169,7 @@ class Platform:
         """Unload a module; the core keeps running.
 
         Raises:
-            OSError: EBUSY, an enclave is open; ENOENT, it is not loaded.
+            OSError: EBUSY: an enclave is open; ENOENT: it is not loaded.
         """
         self._require_driver(module)
         if self.driver is None:
@@ -180,15 +180,14 @@ class Platform:
     @staticmethod
     def _require_driver(module: str) -> None:
         if module != "driver":
-            raise SoftSgxError(f"module {module!r}: only driver can be loaded and unloaded")
+            raise SoftSgxError(f"module {module!r}: unknown; give driver, the only module")
 
     def power_loss(self) -> None:
         """Lose power (suspend or reset): the EPC is lost, evicted pages cannot be loaded again."""
         self.machine.power_transition()
         self.vepc.power_lost()
 
-    # --- processes and guests
-    # ----------------------------------------------------------------------------
+    # --- processes and guests -------------------------------------------------------------------
 
     def process(
         self, name: str = "", *, group: str = "/", may_provision: bool = True
@@ -224,21 +223,21 @@ class Platform:
             name: in messages and schedules.
             epc: size of its virtual EPC, which may exceed the machine's; a sequence gives one
                 section each.
-            processors: how many it has.
+            processors: number of its processors.
             ballast: resident EPC that the host never evicts.
             group: path of the group that its EPC is charged to; made if it does not exist.
             provisioning: whether its enclaves may have the provisioning key.
             tracer: receives the events in the guest; events of the host go to the platform's.
 
         Raises:
-            SoftSgxError: an argument is impossible.
+            SoftSgxError: an argument is invalid.
         """
         sizes = epc if isinstance(epc, tuple) else (epc,)
         pages = [configured_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
         if min(pages) < 1 or processors < 1:
             raise SoftSgxError(
-                f"guest {name}: epc = {epc!r}, processors = {processors}: give at least one page a"
-                " section, and one processor"
+                f"guest {name}: epc = {epc!r}, processors = {processors}: too small; give at least"
+                " one page a section, and one processor"
             )
         check_pages(f"guest {name}: epc = {epc!r}", sum(pages), self.machine.config)
         charged = self.cgroups.make(group) if group.strip("/") else self.cgroups.root
@@ -266,13 +265,13 @@ class Platform:
         return made
 
     def remove_guest(self, guest: GuestPlatform) -> None:
-        """End a guest: its virtual EPCs are closed and all its EPC is free."""
+        """End a guest: close its virtual EPCs and free all its EPC."""
         guest.stop()
         guest.guest.destroy()
         self.guests.remove(guest)
 
     def check(self) -> None:
-        """Recount everything and compare; call while nothing runs.
+        """Check all counts against raw state; call it while no task runs.
 
         Raises:
             AssertionError: a count is wrong, or a page is not in exactly one place.

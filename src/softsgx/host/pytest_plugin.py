@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures with a simulated platform, and with real programs that use SGX.
 
-The distribution ``pytest-softsgx`` (``plugins/pytest-softsgx`` of a checkout) lets pytest find it
-by itself; without that, name it in ``conftest.py``::
+With the distribution ``pytest-softsgx`` (``plugins/pytest-softsgx`` of a checkout), pytest loads it
+automatically; otherwise name it in ``conftest.py``::
 
     pytest_plugins = ["softsgx.host.pytest_plugin"]
 
@@ -15,9 +15,9 @@ by itself; without that, name it in ``conftest.py``::
         done = sgx_run("./app", "--fast", epc="16MiB")
         assert done.returncode == 0 and not done.report["verdict"]["evictions"]
 
-It is a distribution of its own because pytest rewrites the assertions of every module of a
-distribution in which it finds a plugin; softsgx has thousands, which are on in every run.  This
-module asserts nothing and may be found in both ways at once: PYTEST_DONT_REWRITE.
+It is a separate distribution because pytest rewrites the assertions of every module of a
+distribution with a plugin; softsgx has thousands of assertions, which are on in every run.  This
+module has none, and pytest may find it in both ways at once: PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def sgx_platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
-    """A started platform; at the end every count of it is compared with a recount."""
-    # Imported here: a test run that uses no platform need not load one.
+    """A started platform; at the end its counts are checked against raw state."""
+    # Imported here: a test run without a platform does not need it.
     from softsgx.host.platform import Platform
 
     marker = request.node.get_closest_marker("sgx_platform")
@@ -67,7 +67,7 @@ class SgxRun:
 
     Attributes:
         returncode: the program's exit status, -n when signal n ended it.
-        stdout, stderr: what it wrote.
+        stdout, stderr: its output.
         report: the object that ``softsgx run --json`` writes.
     """
 
@@ -99,13 +99,13 @@ class SgxRunner:
     ) -> SgxRun:
         """Run a program; return how it ended.
 
-        A program that fails is no failure of the test by itself: assert the ``returncode``.
+        A failing program does not fail the test: assert the ``returncode``.
 
         Args:
             argv: the program and its arguments.
             epc: size of the EPC.
             options: of ``softsgx run``, as on its command line.
-            input: what the program reads.
+            input: the program's standard input.
             cwd: its working directory.
             env: its environment instead of this process' own.
             timeout: seconds; a program that takes longer is killed.
@@ -127,7 +127,7 @@ class SgxRunner:
             timeout=timeout,
             check=False,
         )
-        if not file.exists() or not file.read_bytes():  # nothing was run
+        if not file.exists() or not file.read_bytes():  # the program did not run
             reason = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
             pytest.fail(f"sgx_run: {reason} (status {done.returncode})")
         report = json.loads(file.read_text())

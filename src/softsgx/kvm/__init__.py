@@ -1,7 +1,6 @@
 """Guests: virtual EPC that the host reclaims without the guest's help, and trapped leaves.
 
-Knows the core (``paging``) and the processor's leaves; neither the driver nor limits, which run
-inside a guest or beside it.
+Knows the core (``paging``) and the processor's leaves, but neither the driver nor limits.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""``/dev/sgx_vepc``: every virtual EPC of one machine, and the pages that outlive their file.
+"""``/dev/sgx_vepc``: every virtual EPC of one machine, and pages that remain after their file.
 
 Source:
     sgx_vepc_open(), sgx_vepc_release(), arch/x86/kernel/cpu/sgx/virt.c.
@@ -26,8 +26,8 @@ class VepcDevice:
 
     Args:
         core: the EPC core.
-        backing: makes the backing file of a virtual EPC, given its pages.
-        defects: those to switch on; it has the broken forms of package ``kvm``.
+        backing: makes the backing file of a virtual EPC from its size in pages.
+        defects: the defects to switch on; those of package ``kvm`` have an effect.
 
     Attributes:
         zombies: SECS pages of closed files that EREMOVE refused, since their children are in
@@ -56,7 +56,7 @@ class VepcDevice:
         """Open the device: return a new, empty virtual EPC.
 
         Args:
-            monitor: of the guest whose VMM opens it.
+            monitor: of the guest; its VMM opens the device.
             base: guest-physical address of its first page.
         """
         return Vepc(self, monitor, base)
@@ -64,8 +64,8 @@ class VepcDevice:
     def power_lost(self) -> None:
         """Empty every virtual EPC after the machine has lost power.
 
-        Called while no task runs, as a kernel's resume callback is.  Guests continue, and see what
-        they see after their own loss of power.
+        Called while no task runs, as a kernel's resume callback is.  Guests continue, and see the
+        effects of their own loss of power.
         """
         for vepc in list(self.vepcs):
             with vepc.monitor.lock:
@@ -76,7 +76,7 @@ class VepcDevice:
                 page.vepc.forget_if_empty()
 
     def retry_zombies(self) -> None:
-        """Free the zombies that have no child any more."""
+        """Free the zombies that have no children any more."""
         for page in list(self.zombies):
             monitor = page.vepc.monitor
             with monitor.lock, monitor.host_working():

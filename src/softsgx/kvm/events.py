@@ -63,7 +63,7 @@ class PageKept(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConflictResolved(Event):
-    """A leaf of a guest met another leaf.
+    """A leaf of a guest was in conflict with another leaf.
 
     Attributes:
         guest: the guest's name.

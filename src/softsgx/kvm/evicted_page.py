@@ -1,4 +1,4 @@
-"""What a page of a guest is, and what the host remembers of one that it has evicted."""
+"""The kind of a guest's page, and the host's record of a page that it has evicted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["EvictedPage", "PageKind"]
 
 
 class PageKind(Enum):
-    """How the host evicts a page, from what ERDINFO says of it."""
+    """The kind of a page, from ERDINFO; it decides how the host evicts the page."""
 
     UNUSED = "unused"
     """Its EPCM entry is invalid: it needs no EWB."""
@@ -27,12 +27,12 @@ class PageKind(Enum):
 
 @dataclass(slots=True)
 class EvictedPage:
-    """Where an evicted page of a guest is, and what it takes to load it.
+    """The record of an evicted page of a guest, from which it can be loaded.
 
     Attributes:
-        entry: its bytes and its version.
+        entry: the places of its bytes and its version.
         linaddr: its linear address in its enclave, as EWB returned it.
-        kind: what it is.
+        kind: its kind.
         secs: the page that holds or held its enclave's SECS; ``None`` where it has none.
         blocked: the guest had blocked it, so the host loads it blocked.
     """

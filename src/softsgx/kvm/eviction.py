@@ -1,11 +1,11 @@
 """How the host evicts a page of a guest, without the guest's help.
 
-The host knows only what ERDINFO says of the page.  The guest may have blocked the page already; its
-SECS may be in another virtual EPC, and must still report its children to the guest; host and guest
-track the same enclaves.
+The host knows only what ERDINFO returns about the page.  The guest may have blocked the page
+already.  Its SECS may be in another virtual EPC, and must still report its children to the guest.
+Host and guest track the same enclaves.
 
-Every function is called with ``Monitor.lock`` held, while the host works on the guest's EPC, and
-when the guest can no longer reach the page.
+Every function is called with ``Monitor.lock`` held, during :meth:`Monitor.host_working`, and when
+the guest can no longer reach the page.
 
 Invariants: VIRTCHILDCNT is incremented before EWB decrements CHLDCNT, and decremented after ELD has
 incremented that, so their sum is never smaller than the number of children that the guest counts; a
@@ -35,7 +35,7 @@ _PAGE_TYPE_SHIFT, _PAGE_TYPE_MASK = 8, 0xFF
 
 
 def block(page: VepcPage) -> bool:
-    """Find out what ``page`` is, and EBLOCK it where EWB needs that.
+    """Find out the kind of ``page``, and EBLOCK it if EWB needs that.
 
     Returns:
         ``False``: it cannot be evicted now; nothing has changed.
@@ -67,8 +67,8 @@ def block(page: VepcPage) -> bool:
                 return _kept(page, f"its SECS is not at {info.enclave_context:#x}")
             page.kind, page.secs = PageKind.CHILD, secs
     if info.flags & RdInfoFlags.BLOCKED:
-        # The guest has blocked it, unless an earlier try of the host failed after EBLOCK. The host
-        # evicts it nevertheless: otherwise a guest could keep pages by blocking them.
+        # The guest has blocked it, unless an earlier try of the host failed after EBLOCK.  The host
+        # evicts it nevertheless: otherwise a guest could keep pages resident by blocking them.
         page.guest_blocked = not epc.blocked
         return True
     result = monitor.host_leaf(lambda: leaves.eblock(epc.addr))
@@ -115,7 +115,7 @@ def write(page: VepcPage) -> bool:
 
 
 def _ewb(page: VepcPage, epc: SgxEpcPage, secs: VepcPage | None) -> tuple[LeafResult, int, int]:
-    """EWB up to three times; return how the last one ended, the linear address, and the tries."""
+    """EWB up to three times; return the last result, the linear address, and the tries."""
     if secs is None:
         return *_ewb_once(page, epc), 1
     if not add_virtual_child(page, epc, secs):
@@ -132,7 +132,7 @@ def _ewb(page: VepcPage, epc: SgxEpcPage, secs: VepcPage | None) -> tuple[LeafRe
             result, linaddr = _ewb_once(page, epc)
             tries = 3
         elif result is not Status.SUCCESS:
-            page.vepc.monitor.kick()  # the guest must not have to complete the host's cycle
+            page.vepc.monitor.kick()  # complete the host's cycle, or the guest would have to
     if result is not Status.SUCCESS:
         remove_virtual_child(page, epc, secs)
     return result, linaddr, tries

@@ -1,13 +1,12 @@
-"""A guest: a virtual machine whose EPC pages the host may evict.
+"""A guest: a virtual machine; the host may evict its EPC pages.
 
-It offers to an operating system what a :class:`~softsgx.hw.Machine` offers (``config``, ``leaves``,
-``cpus``, memory), so that ``paging`` and ``driver`` run in it unchanged, with a reclaimer of their
-own.
+It has the interface of a :class:`~softsgx.hw.Machine` (``config``, ``leaves``, ``cpus``, memory),
+so that ``paging`` and ``driver`` run in it unchanged, with their own reclaimer.
 
 This module decides how an instruction of the guest continues after a VM exit or a conflict.  If a
 page is not resident, the host loads it and the guest executes the instruction again.  If a leaf
-failed while the host was at work, the guest executes it again.  Conflicts among the guest's own
-leaves are reflected to the guest.
+failed while the host worked on the guest's EPC, the guest executes it again.  Conflicts among the
+guest's own leaves are reflected to the guest.
 
 Source:
     arch/x86/kvm/vmx/sgx.c; SDM vol. 3D, "VMX Operation and SGX".
@@ -76,15 +75,15 @@ class Guest(Monitor):
     """One virtual machine.
 
     Args:
-        machine: the machine it runs on.
-        device: gives it its virtual EPC.
+        machine: the machine that it runs on.
+        device: provides its virtual EPC.
         name: its name, in messages and schedules.
-        epc_pages: pages of each of its EPC sections; each section is a virtual EPC of its own.
-        processors: how many it has.
+        epc_pages: pages of each of its EPC sections; each section is a separate virtual EPC.
+        processors: number of its processors.
         group: the group that its EPC pages are charged to; the root when ``None``.
         ballast_pages: resident pages that the host never evicts.
         provisioning: whether its enclaves may use the provisioning key.
-        config: changes to what its CPUID says, by field of :class:`~softsgx.hw.MachineConfig`.
+        config: changes to its CPUID, by field of :class:`~softsgx.hw.MachineConfig`.
         tracer: receives the host's events about it.
         leaf_tracer: receives the events of the guest's ENCLS leaves, as the guest sees them.
 
@@ -115,11 +114,13 @@ class Guest(Monitor):
     ) -> None:
         sizes = [epc_pages] if isinstance(epc_pages, int) else list(epc_pages)
         if not machine.config.features & SgxFeature.SGX1:
-            raise SoftSgxError(f"guest {name}: the machine has no SGX")
+            raise SoftSgxError(
+                f"guest {name}: the machine has no SGX; add SgxFeature.SGX1 to its features"
+            )
         if sum(sizes) < ballast_pages:
             raise SoftSgxError(
-                f"guest {name}: a ballast of {ballast_pages} pages in an EPC of {sum(sizes)};"
-                " give it at most that"
+                f"guest {name}: a ballast of {ballast_pages} pages exceeds its EPC of {sum(sizes)};"
+                " give less"
             )
         super().__init__(device.core, name, group=group, ballast_pages=ballast_pages, tracer=tracer)
         self.machine, self.device, self.defects = machine, device, device.defects
@@ -138,7 +139,9 @@ class Guest(Monitor):
             try:
                 vepc = device.open(self, base=section.base)
             except BackingError as error:
-                raise SoftSgxError(f"guest {name}: {error}") from error
+                raise SoftSgxError(
+                    f"guest {name}: {error}; change backing_directory or backing_limit"
+                ) from error
             self.mappings.append(vepc.mmap(section.pages))
             vepc.close()  # the mapping references it
         machine.add_virtual_processors(self.cpus)
@@ -171,7 +174,7 @@ class Guest(Monitor):
     # --- instructions ---------------------------------------------------------------------------
 
     def execute(self, cpu: LogicalProcessor, leaf: Callable[..., T], *operands: Any) -> T:
-        """Execute an ENCLS leaf to its end, again after each VM exit or conflict with the host.
+        """Execute an ENCLS leaf to its end: again after each VM exit or conflict with the host.
 
         Raises:
             Fault: the guest's own.
@@ -218,8 +221,8 @@ class Guest(Monitor):
         """Handle a VM exit of ENCLU or of a memory access, and execute ``again``.
 
         Raises:
-            EnclaveLeft: the exit was an asynchronous exit of the enclave: the processor goes on at
-                the AEP, as after any interrupt.
+            EnclaveLeft: the exit was an asynchronous exit of the enclave: the processor continues
+                at the AEP, as after any interrupt.
             GuestStoppedError: the guest was stopped.
         """
         if exit.reason is not VmExitReason.EPT_VIOLATION:
@@ -264,7 +267,7 @@ class Guest(Monitor):
         gpa = exit.guest_physical
         mapping = self.mapping_of(gpa)
         if mapping is None:
-            return  # ordinary memory is never missing: the guest was paused
+            return  # ordinary memory is always present: the exit came from a pause
         self.counters.violations += 1
         index = (gpa - mapping.vepc.base) // PAGE_BYTES
         shortages = 0
@@ -300,9 +303,9 @@ class Guest(Monitor):
     # --- conflicts ------------------------------------------------------------------------------
 
     def _should_repeat(self, leaf: str, what: str, before: int) -> bool:
-        """Return whether the guest executes a leaf again that met another leaf.
+        """Return whether the guest executes a leaf again after a conflict with another leaf.
 
-        It does if the other one may have been the host's.  Returns after the host has finished.
+        It does if the other leaf may have been the host's.  Returns after the host has finished.
         """
         again = self.host_worked_since(before)
         if again:
@@ -340,19 +343,19 @@ class Guest(Monitor):
     # --- pause and power ------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop executing: every processor exits; the guest loses nothing."""
+        """Stop executing: every processor exits; the guest keeps its state."""
         self.paused = True  # every translation from now on is a VM exit, which waits
         self.kick()
         self.quiesce()
 
     def unpause(self) -> None:
-        """Go on."""
+        """Continue after :meth:`pause`."""
         with self.lock:
             self.paused = False
             self.changed.notify_all()
 
     def power_transition(self) -> None:
-        """S3, S4, S5 or reset of this guest alone: its EPC is empty afterwards.
+        """Put only this guest through S3, S4, S5 or a reset: its EPC is empty afterwards.
 
         Its processors are outside enclaves, its launch key hash has the reset value.  Pages that
         the guest itself has evicted cannot be loaded again, since the versions were in its EPC.
@@ -405,7 +408,7 @@ class Guest(Monitor):
         )
 
     def check_invariants(self) -> None:
-        """Compare every count with its pages; call while no processor of it runs."""
+        """Compare every count with its pages; call it while none of its processors runs."""
         pages = [page for vepc in self.vepcs for page in vepc.pages.values()]
         resident = sum(page.epc is not None for page in pages)
         assert resident == self.resident, f"{self.resident} resident, recounted {resident}"

@@ -1,7 +1,7 @@
 """ENCLS as a guest's kernel executes it: the same leaves, with VM exits in between.
 
 A leaf that ends with a VM exit has changed nothing, so the host handles the exit and the guest
-executes the leaf again; the guest sees a leaf that took long.  The host traps ECREATE and EINIT
+executes the leaf again; to the guest the leaf only takes longer.  The host traps ECREATE and EINIT
 where it must check them, and executes them for the guest.
 
 Source:
@@ -48,10 +48,10 @@ _ALL = (1 << 64) - 1
 
 
 def exiting_bitmap(config: MachineConfig, guest: MachineConfig) -> int:
-    """Return the ENCLS-exiting bitmap: which leaves of the guest cause a VM exit.
+    """Return the ENCLS-exiting bitmap: the leaves of the guest that cause a VM exit.
 
-    They are all leaves that the guest's CPUID does not name; ECREATE, unless the guest may use all
-    features of the machine; and EINIT, where the launch key hash can be written.
+    They are all leaves that the guest's CPUID does not report; ECREATE, unless the guest may use
+    all features of the machine; and EINIT, if the launch key hash can be written.
 
     Source:
         vmx_write_encls_bitmap(), sgx_intercept_encls_ecreate(), vmx/sgx.c.
@@ -82,7 +82,7 @@ _SHOWN = SgxFeature.SGX1 | SgxFeature.SGX2
 class GuestLeaves(Leaves):
     """Leaves bound to the guest's kernel, as :class:`~softsgx.hw.Leaves` are to a machine's.
 
-    ERDINFO, ETRACKC, ELDBC, ELDUC and EUPDATESVN do not exist here (#GP), ENCLV neither (#UD).
+    ERDINFO, ETRACKC, ELDBC, ELDUC and EUPDATESVN raise #GP in a guest, ENCLV raises #UD.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GuestLeaves(Leaves):
         super().__init__(kernel, tracer=tracer)
 
     def _function(self, leaf: Leaf) -> Callable[..., Any]:
-        """Return what executes a leaf to its end: one event, however often it is repeated."""
+        """Return a function that executes a leaf to its end; repetitions make one event."""
         guest, exits = self._guest, self._cpu.encls_exiting >> leaf.number & 1
         if isinstance(leaf.number, Enclv):
             function = _undefined(leaf.function)

@@ -1,7 +1,7 @@
-"""How a page of a guest becomes resident: loaded as it was, or taken for the first time.
+"""How a page of a guest becomes resident: loaded after an eviction, or taken for the first time.
 
-Every function is called with ``Monitor.lock`` held, while the host works on the guest's EPC, and
-when the guest cannot reach the page.
+Every function is called with ``Monitor.lock`` held, during :meth:`Monitor.host_working`, and when
+the guest cannot reach the page.
 
 Source:
     arch/x86/kernel/cpu/sgx/virt.c of intel/kvm-sgx; SDM vol. 3D, "VMM Oversubscription of EPC".
@@ -27,7 +27,7 @@ _CONTEXT_BYTES = 8
 
 
 def make_resident(page: VepcPage, claim: Claim | None = None) -> SgxEpcPage | None:
-    """Return the EPC page of ``page``, which the guest can use; load or make it if need be.
+    """Return the EPC page of ``page``, which the guest can use; load or make it if needed.
 
     Args:
         page: the page.
@@ -38,7 +38,7 @@ def make_resident(page: VepcPage, claim: Claim | None = None) -> SgxEpcPage | No
 
     Raises:
         EpcBusy, NoEpc: no EPC page now, or at all; pages that were loaded first stay.
-        LoadFailed: it does not authenticate, or the backing store cannot give it.
+        LoadFailed: it does not authenticate, or the backing store cannot read it.
     """
     if page.blocked_by_host and not evict_blocked(page):
         return None
@@ -96,7 +96,7 @@ def _load(
 
 
 def _restore(page: VepcPage, epc: SgxEpcPage, evicted: EvictedPage) -> None:
-    """Restore what ELD does not: the enclave context, the child counts, the tracking."""
+    """Restore the state that ELD does not restore: enclave context, child counts, tracking."""
     monitor, secs = page.vepc.monitor, evicted.secs
     if evicted.kind is PageKind.SECS:
         monitor.counters.secs_in += 1

@@ -1,6 +1,6 @@
 """The host's view of one virtual machine: the lock of its virtual EPC, and stopping its processors.
 
-Linux has this in two places, the VMM's address space and KVM; here it is one object.
+On Linux this state is in two places, the VMM's address space and KVM; here it is one object.
 
 Lock order: ``lock``, then the core's locks, then ``cpu.busy`` and the gate's lock, which are
 innermost.  An instruction of the guest holds ``cpu.busy``, or is inside the gate, only while it
@@ -33,7 +33,7 @@ __all__ = ["CONFLICT_CODES", "Gate", "GuestCounters", "Monitor"]
 
 _MOST_TRIES = 1000
 CONFLICT_CODES = frozenset({Status.EPC_PAGE_CONFLICT, Status.ENTRYEPOCH_LOCKED})
-"""Codes of a leaf that met another leaf at the same page or enclave."""
+"""Codes of a leaf that was in conflict with another leaf at the same page or enclave."""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class GuestCounters:
             previous cycle was not complete.
         kicks: rounds of interrupts to the guest's processors.
         host_waits: times that a leaf of the host had to wait for a leaf of the guest.
-        again: leaves that the guest executed again, since the host was at work.
+        again: leaves that the guest executed again, since the host worked on its EPC.
         reflected: conflicts among the guest's own leaves.
         trapped: ECREATEs and EINITs that the host trapped.
         lost: pages that were resident or evicted when the machine lost power.
@@ -87,10 +87,10 @@ class GuestCounters:
 
 
 class Gate:
-    """The leaves of a guest that are executing: their operands may be translated already.
+    """Counts the leaves of a guest that are executing: their operands may be translated already.
 
     On silicon a TLB shoot-down waits for the instruction that executes; here :meth:`drain` waits
-    for the leaves.  Both methods do nothing where tasks do not interleave within a leaf.
+    for the leaves.  Both methods do nothing if tasks do not interleave within a leaf.
     """
 
     def __init__(self, runtime: Runtime, name: str) -> None:
@@ -132,8 +132,8 @@ class Monitor:
 
     Args:
         core: the host's EPC core.
-        name: for people and schedules.
-        group: who is charged for its EPC; the root when ``None``.
+        name: in messages and schedules.
+        group: the group that its EPC is charged to; ``None``: the root.
         ballast_pages: resident pages that the host never evicts.
         tracer: receives events.
 
@@ -184,7 +184,7 @@ class Monitor:
     # --- stopping processors --------------------------------------------------------------------
 
     def quiesce(self) -> None:
-        """Wait for the instructions that may have used an entry which was removed."""
+        """Wait for the instructions that may use an entry that was removed."""
         if not self.runtime.interleaves:
             return
         self.gate.drain()
@@ -215,8 +215,8 @@ class Monitor:
     def host_leaf(self, call: Callable[[], Status]) -> LeafResult:
         """Execute a leaf of the host on this machine's EPC, while :meth:`host_working`.
 
-        A leaf of the guest that conflicts with it is waited for.  Both can meet only at a SECS page
-        and its tracking, since the guest cannot reach the page itself.
+        It waits for a leaf of the guest that conflicts with it.  Such conflicts arise only at a
+        SECS page and its tracking, since the guest cannot reach the page itself.
 
         Returns:
             Its code, or the fault.
@@ -251,7 +251,7 @@ class Monitor:
         return None
 
     def above_ballast(self) -> bool:
-        """Return whether one more page can be evicted: the ballast stays."""
+        """Return whether one more page can be evicted: pages of the ballast cannot."""
         return self.resident - self.evicting > self.ballast_pages
 
     # --- the end --------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Monitor:
     def stop(self, reason: str) -> None:
         """Stop the guest and release all its EPC; other guests continue.
 
-        May be called with any lock held: if ``lock`` is not free, a task of its own waits for it.
+        May be called with any lock held: if ``lock`` is not free, a separate task waits for it.
         """
         if self.stopped is not None:
             return
@@ -271,7 +271,7 @@ class Monitor:
     def reap(self) -> None:
         """Free the EPC of a stopped guest.
 
-        Never waits: if ``lock`` is not free, a task of its own waits for it.
+        Never waits: if ``lock`` is not free, a separate task waits for it.
         """
         if self.stopped is None:
             return

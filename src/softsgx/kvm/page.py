@@ -30,15 +30,15 @@ class VepcPage:
         vepc: its virtual EPC.
         index: its index there.
         epc: the EPC page that it is in; ``None`` before its first use and while it is evicted.
-        evicted: where it is while it is evicted; else ``None``.
+        evicted: its record while it is evicted; otherwise ``None``.
         promised: its virtual EPC has a VA slot for its version.
         being_reclaimed: the host is evicting it: it must not be mapped.
         pins: instructions of the guest that need it together with other pages.
         evicted_children: if it holds a SECS, pages of that enclave that the host has evicted;
             VIRTCHILDCNT of the SECS is this plus ``deferred_edecvirtchild``.
         deferred_edecvirtchild: EDECVIRTCHILDs to execute when the SECS is loaded.
-        reservation, kind, secs, guest_blocked: of the eviction that is going on: backing and VA
-            slot; what the page is; the page with its SECS; whether the guest has blocked it.
+        reservation, kind, secs, guest_blocked: of the current eviction: backing and VA slot; the
+            page's kind; the page with its SECS; whether the guest has blocked it.
     """
 
     __slots__ = (
@@ -119,7 +119,7 @@ class VepcPage:
             return True
 
     def block(self) -> bool:
-        """Unmap it from the guest, find out what it is, and EBLOCK it."""
+        """Unmap it from the guest, find out its kind, and EBLOCK it."""
         monitor = self.vepc.monitor
         with monitor.lock:
             # Before ERDINFO, so that the guest cannot change what that returns.
@@ -132,7 +132,7 @@ class VepcPage:
             return False
 
     def write(self) -> bool:
-        """EWB; nothing when the guest does not use the page."""
+        """Execute EWB, unless the guest does not use the page."""
         monitor = self.vepc.monitor
         with monitor.lock, monitor.host_working():
             evicted = monitor.stopped is None and eviction.write(self)
@@ -142,16 +142,16 @@ class VepcPage:
                 self.cancel_eviction()
             return evicted
 
-    # --- how an eviction ends; the lock is held -------------------------------------------------
+    # --- the end of an eviction; the lock is held -----------------------------------------------
 
     def cancel_eviction(self) -> None:
-        """The page stays: give back what was reserved."""
+        """Release the reservation: the page stays resident."""
         assert self.reservation is not None, f"{self!r} was not prepared"
         self.vepc.swap.cancel(self.reservation)
         self.end_eviction()
 
     def end_eviction(self) -> None:
-        """The eviction has ended, one way or the other: wake the faults that wait for it."""
+        """End the eviction, successful or not: wake the faults that wait for it."""
         monitor = self.vepc.monitor
         self.reservation = self.kind = self.secs = None
         self.guest_blocked = self.being_reclaimed = False

@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 class _GuestDirectMap(DirectMap):
-    """Linear is guest-physical: the guest kernel's own mapping.
+    """The guest kernel's own mapping: a linear address equals the guest-physical one.
 
-    A type of its own, since the processor takes a shortcut where linear is physical.
+    It is a separate type, since the processor skips translation for a :class:`DirectMap` itself.
     """
 
 
@@ -61,7 +61,7 @@ class GuestProcessor(LogicalProcessor):
 
     @property
     def launch_key_hash(self) -> list[int]:
-        """The guest's launch key hash: what its RDMSR, EINIT and EGETKEY read.
+        """The guest's launch key hash, which its RDMSR, EINIT and EGETKEY read.
 
         Deviation: KVM loads it into the processor before EINIT only, so EGETKEY of a launch key
         fails on hardware after another EINIT on the same processor, of the host or another guest.

@@ -33,9 +33,9 @@ _MODE32 = 0xFFFF_FFFF
 def encls(guest: Guest, cpu: LogicalProcessor) -> None:
     """Execute ENCLS on a processor of a guest to its end: leaf in EAX, operands in registers.
 
-    Leaves that the guest's CPUID does not name do not exist.  ECREATE and EINIT are emulated where
-    the host traps them: on success RIP is behind the instruction, and EINIT's code in RAX, with ZF
-    set unless it is zero and the other status flags clear.
+    Leaves that the guest's CPUID does not report raise #GP.  Where the host traps ECREATE and
+    EINIT, it emulates them: on success RIP is behind the instruction, RAX is EINIT's code, ZF is
+    set if the code is not zero, and the other status flags are clear.
 
     Raises:
         Fault: the guest's own; nothing architectural has changed.

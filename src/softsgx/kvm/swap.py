@@ -1,8 +1,8 @@
 """EWB, ELDUC and ELDBC between EPC pages and the backing of one virtual EPC.
 
-The bookkeeping is that of any owner (:class:`~softsgx.paging.SwapSpace`).  A virtual EPC has no
-SECS of its own: each page may belong to another enclave of the guest.  Every method is called with
-the guest's lock held, unless it says otherwise.
+:class:`~softsgx.paging.SwapSpace` keeps the records, as for any owner.  A virtual EPC has no SECS:
+each page may belong to another enclave of the guest.  Every method is called with the guest's lock
+held, unless its docstring says otherwise.
 
 Source:
     ``__sgx_virt_epc_write()``, ``sgx_virt_epc_page_load()``, arch/x86/kernel/cpu/sgx/virt.c of
@@ -27,7 +27,7 @@ class VepcSwap(SwapSpace):
     """The swapping of one virtual EPC."""
 
     def ewb(self, run: RunLeaf, addr: int, reservation: Reservation) -> tuple[LeafResult, int]:
-        """EWB the page at ``addr`` once; the reservation still stands.
+        """EWB the page at ``addr`` once; the reservation stays valid.
 
         Returns:
             The code or fault; and on success the page's linear address, which EWB returns.
@@ -55,10 +55,10 @@ class VepcSwap(SwapSpace):
         Its VA page is resident: :meth:`load_va_page`.
 
         Returns:
-            The code or fault; on success ``entry`` is used up, otherwise nothing has changed.
+            The code or fault; on success ``entry`` is invalid, otherwise nothing has changed.
 
         Raises:
-            LoadFailed: the page is lost, or the backing store cannot give it.
+            LoadFailed: the page is lost, or the backing store cannot read it.
         """
         slot = entry.slot
         if slot is None:

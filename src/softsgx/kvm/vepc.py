@@ -1,10 +1,10 @@
-"""An open ``/dev/sgx_vepc``: EPC for a guest, page by page as it is touched.
+"""An open ``/dev/sgx_vepc``: EPC for a guest, allocated page by page at the first touch.
 
-An open file is one virtual EPC; a guest sees a mapping of it as an EPC section.  A page takes an
-EPC page when it is first touched; from then on the core may evict it, and a fault loads it.
+An open file is one virtual EPC; a guest sees a mapping of it as an EPC section.  A page gets an EPC
+page when it is first touched; from then on the core may evict it, and a fault loads it.
 
-Deviation: one table of a mapping stands for the VMM's page tables and for the guest's second-level
-tables.  A fork of the VMM is not modelled: its child would not get the mapping.
+Deviation: a mapping has one table for the VMM's page tables and the guest's second-level tables.  A
+fork of the VMM is not modelled: its child would not get the mapping.
 
 Source:
     arch/x86/kernel/cpu/sgx/virt.c; its oversubscription branch in intel/kvm-sgx.
@@ -42,7 +42,7 @@ __all__ = ["SGX_IOC_VEPC_REMOVE_ALL", "Vepc", "VepcMapping"]
 SGX_IOC_VEPC_REMOVE_ALL = 0xA404
 """_IO(SGX_MAGIC, 0x04)."""
 _MOST_PAGES = 1 << 36
-"""Beyond any virtual EPC: a file has no size of its own, its mappings have."""
+"""Larger than any virtual EPC: a file has no size, only its mappings have."""
 
 
 def _refuse(errno: int, why: str) -> NoReturn:
@@ -78,7 +78,7 @@ class VepcMapping:
         return self.vepc.fault(self, index, retry=retry, pins=pins, claim=claim)
 
     def unmap(self) -> None:
-        """munmap(2)."""
+        """Remove the mapping: munmap(2)."""
         vepc = self.vepc
         with vepc.monitor.lock:
             self.entries.clear()
@@ -95,7 +95,7 @@ class Vepc(RefCounted):
         pages: pages that were ever touched, by index.
         mappings: its mappings.
         swap: backing and VA slots.
-        refusal: why the last load that failed did so.
+        refusal: the reason of the last failed load.
     """
 
     def __init__(self, device: VepcDevice, monitor: Monitor, base: int) -> None:
@@ -181,7 +181,7 @@ class Vepc(RefCounted):
         pins: list[VepcPage] | None = None,
         claim: Claim | None = None,
     ) -> FaultResult:
-        """Let ``mapping`` reach page ``index``, loading or making it.
+        """Map page ``index`` through ``mapping``; load or make it first.
 
         Args:
             mapping: the mapping through which a processor touched it.
@@ -215,7 +215,7 @@ class Vepc(RefCounted):
                 with monitor.host_working():
                     epc = make_resident(page, claim)
                 if epc is not None:
-                    # Last: the guest must never see a page that is not loaded completely.
+                    # Last, so that the guest never sees a page that is not loaded completely.
                     mapping.entries[index] = epc.addr
                     if pins is not None:
                         page.pins += 1
@@ -395,7 +395,7 @@ class Vepc(RefCounted):
         return "ballast" if not self.monitor.above_ballast() else None
 
     def check_invariants(self) -> None:
-        """Check each page and each entry of a mapping; call while no task runs here."""
+        """Check each page and each entry of a mapping; call it while no task uses them."""
         self.swap.check_invariants()
         for page in self.pages.values():
             assert page.epc is None or page.evicted is None, f"{page!r} is in two places"

@@ -1,6 +1,6 @@
 """VIRTCHILDCNT: pages of an enclave that the host has evicted and the guest still counts.
 
-Every function is called with ``Monitor.lock`` held, while the host works on the guest's EPC.
+Every function is called with ``Monitor.lock`` held, during :meth:`Monitor.host_working`.
 
 Source:
     SDM vol. 3D, "EINCVIRTCHILD", "EDECVIRTCHILD".
@@ -20,7 +20,7 @@ __all__ = ["add_virtual_child", "remove_virtual_child"]
 
 
 def add_virtual_child(page: VepcPage, epc: SgxEpcPage, secs: VepcPage) -> bool:
-    """EINCVIRTCHILD for ``page``, which is in ``epc``; ``False``: the leaf refused."""
+    """Execute EINCVIRTCHILD for ``page``, which is in ``epc``; ``False``: the leaf has failed."""
     monitor = page.vepc.monitor
     assert secs.epc is not None, f"{page!r} is resident, its SECS is not"
     at = secs.epc.addr
@@ -29,7 +29,7 @@ def add_virtual_child(page: VepcPage, epc: SgxEpcPage, secs: VepcPage) -> bool:
 
 
 def remove_virtual_child(page: VepcPage, epc: SgxEpcPage, secs: VepcPage) -> None:
-    """EDECVIRTCHILD for ``page`` through ``epc``, a page of the enclave or its SECS."""
+    """Execute EDECVIRTCHILD for ``page`` through ``epc``, a page of the enclave or its SECS."""
     monitor = page.vepc.monitor
     assert secs.epc is not None, f"{secs!r} counts virtual children, but is evicted"
     at = secs.epc.addr

@@ -27,8 +27,8 @@ def test_sizes_as_text_are_rounded_down_to_pages_with_a_message() -> None:
     ("values", "words"),
     [
         ({"epc": "much"}, "epc = 'much'"),
-        ({"epc": "80KiB"}, "20 pages; give at least 25 (100KiB)"),
-        ({"groups": {"a": {"max": 0}}}, "groups.a.max = 0: 0 pages; give at least 25"),
+        ({"epc": "80KiB"}, "20 pages are too few; give at least 25 (100KiB)"),
+        ({"groups": {"a": {"max": 0}}}, "groups.a.max = 0: 0 pages are too few; give at least 25"),
         ({"epc": 114689}, "multiples of 4096"),
         ({"epc": True}, "epc = True"),
         ({"epc": ("1MiB",) * 9}, "9 EPC sections"),
@@ -39,15 +39,15 @@ def test_sizes_as_text_are_rounded_down_to_pages_with_a_message() -> None:
         ({"backing_limit": "x"}, "backing_limit"),
         ({"groups": {"a": {"min": 1}}}, "groups.a: 'min'"),
         ({"groups": {"a": {"max": "lots"}}}, "groups.a.max"),
-        ({"defects": ["B99"]}, "'B99' is not known"),
-        ({"colour": "red"}, "colour: not known; keys are epc, processors"),
+        ({"defects": ["B99"]}, "'B99': unknown"),
+        ({"colour": "red"}, "colour: unknown; give some of epc, processors"),
         ({"epc": "9" * 400 + "MiB"}, "epc = '9999"),
-        ({"epc": "99999999999999999999GiB"}, "sizes are from 0 to 2**64 bytes"),
-        ({"epc": "٤٠٩٦٠٠"}, "no size"),
+        ({"epc": "99999999999999999999GiB"}, "give 0 to 2**64 bytes"),
+        ({"epc": "٤٠٩٦٠٠"}, "not a size"),
         ({"processors": 1 << 30}, "at most 8192"),
         ({"seed": 1 << 20000}, "(a number of 20001 bits)"),
-        ({"groups": {"a": 5}}, "groups.a = 5: give a table"),
-        ({"groups": {"a": ["max"]}}, "groups.a = (a list of 1): give a table"),
+        ({"groups": {"a": 5}}, "groups.a = 5: not a table"),
+        ({"groups": {"a": ["max"]}}, "groups.a = (a list of 1): not a table"),
         ({"groups": {"a": {"max": -4096}}}, "groups.a.max = -4096"),
         ({"groups": {"a": {"max": 1.5}}}, "groups.a.max = 1.5"),
         ({"groups": {"a/../b": {"max": 0}}}, "not a path"),
@@ -61,9 +61,9 @@ def test_sizes_as_text_are_rounded_down_to_pages_with_a_message() -> None:
         ({"backing_directory": "/nowhere/at/all"}, "not a directory that can be written"),
         ({"backing_directory": "a\0b"}, "not a directory that can be written"),
         ({"backing_directory": "a" * 256}, "not a directory that can be written"),
-        ({"defects": ["B1", 5, "zz"]}, "is not known"),
-        ({"defects": [["B1"]]}, "defects: (a list of 1) is not known"),
-        ({"defects": [{"a": 1}]}, "defects: (a dict of 1) is not known"),
+        ({"defects": ["B1", 5, "zz"]}, "unknown; give"),
+        ({"defects": [["B1"]]}, "defects: (a list of 1): unknown"),
+        ({"defects": [{"a": 1}]}, "defects: (a dict of 1): unknown"),
     ],
 )
 def test_the_impossible_is_refused_in_one_line_that_names_it(
@@ -81,7 +81,7 @@ def test_a_defect_that_cannot_be_switched_on_is_refused_with_the_reason(defect: 
         with pytest.raises(SoftSgxError) as refused:
             PlatformConfig.of(defects=["B1", given])
         assert str(refused.value) == (
-            f"defects: {defect} cannot be switched on; leave it out: {defect.explanation}"
+            f"defects: {defect}: cannot be switched on; remove it: {defect.explanation}"
         )
 
 
@@ -97,7 +97,9 @@ def test_the_needed_pages_are_accepted_and_one_page_less_is_not(profile: str) ->
     needed = needed_pages(PlatformConfig(profile=profile).machine())
     enough, few = needed * PAGE_BYTES, (needed - 1) * PAGE_BYTES
     PlatformConfig(epc=enough, profile=profile, groups={"jobs": {"max": enough}})
-    complaint = rf": {needed - 1} pages; give at least {needed} \({needed * 4}KiB\): one"
+    complaint = (
+        rf": {needed - 1} pages are too few; give at least {needed} \({needed * 4}KiB\): one"
+    )
     with pytest.raises(SoftSgxError, match=rf"^epc = {few}{complaint}"):
         PlatformConfig(epc=few, profile=profile)
     with pytest.raises(SoftSgxError, match=rf"^groups.jobs.max = {few}{complaint}"):
@@ -127,11 +129,11 @@ def test_a_file_says_the_same_as_keywords(tmp_path: Path) -> None:
         (b"epc = ", "platform.toml: not TOML"),
         (b"epc = 1", "platform.toml: epc = 1"),
         (b'epc = "\xff"', "platform.toml: not TOML: 'utf-8' codec"),
-        (b"a = " + b"[" * 5000 + b"]" * 5000, "platform.toml: not TOML"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "platform.toml: nested too deep"),
         (b"seed = " + b"9" * 5000, "platform.toml: not TOML"),
         ((b"[" + b"a" * 5000 + b"]\n") * 2, "platform.toml: not TOML: Cannot declare ('aaa"),
         (b"seed = 0x" + b"f" * 5000, "(a number of 20000 bits)"),
-        (b"#" * (1 << 21), "more than 1048576 bytes"),
+        (b"#" * (1 << 21), "larger than 1048576 bytes"),
         (b"epc = 1979-05-27T07:32:00Z", "platform.toml: epc = "),
     ],
     ids=lambda value: str(value)[:24],

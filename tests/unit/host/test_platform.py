@@ -43,7 +43,7 @@ def test_the_driver_is_loaded_once_and_nothing_else_is() -> None:
     with Platform(epc="1MiB") as platform:
         with pytest.raises(OSError, match="is loaded"):
             platform.load("driver")
-        with pytest.raises(SoftSgxError, match="only driver"):
+        with pytest.raises(SoftSgxError, match="the only module"):
             platform.load("kvm")
 
 

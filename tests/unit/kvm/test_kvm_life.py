@@ -43,7 +43,7 @@ def test_a_batch_does_not_take_more_than_the_ballast_leaves() -> None:
 
 
 def test_a_ballast_larger_than_the_guests_epc_is_refused() -> None:
-    with pytest.raises(SoftSgxError, match="ballast of 30 pages in an EPC of 24"):
+    with pytest.raises(SoftSgxError, match="ballast of 30 pages exceeds its EPC of 24"):
         GuestHost().guest(24, ballast_pages=30)
 
 

@@ -50,10 +50,13 @@ def test_a_guest_is_charged_to_the_group_it_names() -> None:
     [
         ({"epc": "4KiB"}, r"give at least 25 \(100KiB\)"),
         ({"epc": "112KiB", "processors": 0}, "one processor"),
-        ({"epc": "2MiB", "ballast": "1000KiB"}, "leaves less than 25 of 256 EPC pages"),
-        ({"epc": "2MiB", "ballast": "100KiB", "group": "small"}, "/small may have 25 pages"),
-        ({"epc": "112KiB", "ballast": "128KiB"}, "a ballast of 32 pages in an EPC of 28"),
-        ({"epc": "many"}, "no size"),
+        ({"epc": "2MiB", "ballast": "1000KiB"}, "leaves fewer than 25 of 256 EPC pages"),
+        (
+            {"epc": "2MiB", "ballast": "100KiB", "group": "small"},
+            "not below the limit of /small, 25 pages",
+        ),
+        ({"epc": "112KiB", "ballast": "128KiB"}, "a ballast of 32 pages exceeds its EPC of 28"),
+        ({"epc": "many"}, "not a size"),
     ],
 )
 def test_impossible_guests_are_refused(options: dict[str, object], complaint: str) -> None:
@@ -67,7 +70,7 @@ def test_impossible_guests_are_refused(options: dict[str, object], complaint: st
 def test_ballasts_of_all_guests_count() -> None:
     with Platform(epc="256KiB") as platform:
         platform.guest("a", epc="256KiB", ballast="120KiB")
-        with pytest.raises(SoftSgxError, match="with 30 pages of other guests'"):
+        with pytest.raises(SoftSgxError, match="with the 30 pages of other guests"):
             platform.guest("b", epc="256KiB", ballast="80KiB")
 
 

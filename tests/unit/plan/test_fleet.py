@@ -282,7 +282,7 @@ def test_a_spec_is_what_the_file_says(tmp_path: Path) -> None:
         (HOST + TRACE + TRACE, "trace t: name used twice"),
         (HOST.replace("1MiB", "1kB") + TRACE, "too small"),
         (HOST.replace('"1MiB"', "[]") + TRACE, "no size; write at least one"),
-        (HOST.replace("1MiB", "much") + TRACE, "no size"),
+        (HOST.replace("1MiB", "much") + TRACE, "not a size"),
         (HOST + "count = 0\n" + TRACE, "count = 0"),
         (HOST + "cores = 4\n" + TRACE, "cores: not known"),
         (HOST + TRACE + "hosts = ['b']\n", "no such host"),
