@@ -5,6 +5,7 @@
 #include "speedups.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdint.h>
 #include <sys/ptrace.h>
 #include <sys/types.h>
@@ -71,10 +72,14 @@ fetch(pid_t tid, int status, PyObject *places)
         if (addresses[index] == (uint64_t)-1 && PyErr_Occurred())
             return -1;
     }
+    if (at_signal && request(PTRACE_GETSIGINFO, tid, 0, addresses[1]) != -1) {
+        fetched |= SIGNAL_INFORMATION;
+        /* Faults on enclave memory are served without the registers. */
+        if (signal == SIGBUS && ((siginfo_t *)(uintptr_t)addresses[1])->si_code == BUS_ADRERR)
+            return fetched;
+    }
     if (request(PTRACE_GETREGS, tid, 0, addresses[0]) != -1)
         fetched |= REGISTERS;
-    if (at_signal && request(PTRACE_GETSIGINFO, tid, 0, addresses[1]) != -1)
-        fetched |= SIGNAL_INFORMATION;
     return fetched;
 }
 

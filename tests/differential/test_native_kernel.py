@@ -55,13 +55,17 @@ def function(form: str, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def tracee() -> Iterator[int]:
-    """Run a traced child that sends SIGUSR1 to itself for ever; it is at its first stop."""
+def tracee(also: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """Run a traced child that sends SIGUSR1 to itself for ever; it is at its first stop.
+
+    After that it does ``also``.
+    """
     pid = os.fork()
     if pid == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
         while True:
             os.kill(os.getpid(), signal.SIGUSR1)
+            also()
     try:
         os.waitpid(pid, os.WUNTRACED)
         libc.ptrace(abi.PTRACE_SEIZE, pid, 0, abi.PTRACE_O_EXITKILL)
@@ -147,6 +151,25 @@ def test_a_stop_leads_to_the_same_registers_and_information(form: str) -> None:
             assert bytes(thread.load()) == bytes(fresh.load())
             assert bytes(thread.siginfo()) == bytes(fresh.siginfo())
             assert thread.siginfo().signo == signal.SIGUSR1
+
+
+def test_a_fault_on_a_file_is_reported_without_registers(form: str) -> None:
+    next_stop, file = function(form, "next_stop"), os.memfd_create("short")
+    os.ftruncate(file, PAGE)
+    memory = mmap.mmap(file, PAGE)
+    os.ftruncate(file, 0)
+    for also, code, expected in (
+        (lambda: memory[0], abi.BUS_ADRERR, 2),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), 0, 3),
+    ):
+        with tracee(also) as pid:
+            thread = Thread(pid, Waits())
+            thread.resume(0)
+            _tid, status, fetched = next_stop(0, place_of(thread))
+            thread.stopped(status, fetched)
+            assert (status >> 8, fetched) == (signal.SIGBUS, expected if form == "c" else 0)
+            assert thread.siginfo().code == code
+            assert bytes(thread.load()) == bytes(Thread(pid, thread.waits).load())
 
 
 def test_an_interrupt_fetches_nothing(form: str) -> None:

@@ -195,6 +195,10 @@ class Loop:
 
     def _straighten(self, thread: ProgramThread, stop: Stop) -> Stop:
         """Move a stopped thread to where it is by the program's code; return why it is there."""
+        if stop.signal == abi.SIGBUS:
+            self._permits.report(thread)
+            if thread.cpu.inside is not None and thread.siginfo().code == abi.BUS_ADRERR:
+                return stop  # stubs do not touch enclave memory inside
         self._permits.stopped(thread)
         image = thread.image
         stubs = image.cpuid_stubs is not None or image.path_stubs is not None

@@ -204,10 +204,20 @@ class Permits:
     # --- reporting to the machine ----------------------------------------------------------------
 
     def stopped(self, thread: ProgramThread) -> None:
-        """A thread has stopped; the loop calls this before it handles the stop.
+        """A thread has stopped: :meth:`report`, and move it out of a crossing that it is in.
 
         Raises:
             Gone: the thread has died.
+        """
+        self.report(thread)
+        if thread.image.permits_at:
+            crossing.straighten(thread)
+
+    def report(self, thread: ProgramThread) -> None:
+        """A thread has stopped: report its crossings, before the stop is handled.
+
+        If it is inside then, and its stop is a fault on enclave memory, it is in no crossing: the
+        code of crossings touches enclave memory only in EENTER, while the thread is outside.
         """
         self._exited = None
         if self._open:
@@ -218,8 +228,6 @@ class Permits:
                 self._unused[thread] = slot
             else:
                 self._report(self._slots_of(thread), thread)
-        if thread.image.permits_at:
-            crossing.straighten(thread)
 
     def settle(self) -> None:
         """Report all crossings, and end permits: the next operation may change what EENTER does."""
