@@ -43,16 +43,21 @@ def cache_directory() -> Path:
     return base / "softsgx" / "numba"
 
 
-def compiled(kernel: F, *, counts_references: bool = True) -> F:
+def compiled(kernel: F, *, inlined: bool = False, counts_references: bool = True) -> F:
     """Decorate a kernel, which releases the GIL.
 
     Args:
         kernel: the function.
+        inlined: compile it into its callers: a call passes each array as seven numbers.
         counts_references: ``False`` for a kernel that allocates nothing, and whose arrays the
             caller keeps: a call with many arrays then takes a fifth of the time.
     """
     # Not in the signature: numba's runtime counts references.
-    options: dict[str, Any] = {"nogil": True, "_nrt": counts_references}
+    options: dict[str, Any] = {
+        "nogil": True,
+        "forceinline": inlined,
+        "_nrt": counts_references,
+    }
     configured = _config.CACHE_DIR
     _config.CACHE_DIR = str(cache_directory())  # numba.njit reads it
     try:

@@ -28,10 +28,11 @@ from softsgx.plan.scene import MOST_WAITS, Counts, Epc, Scene, paths_of
 __all__ = ["LinuxReplay", "covers"]
 
 _compiled = partial(compiled, counts_references=False)  # LinuxReplay keeps the arrays
+_inlined = partial(_compiled, inlined=True)
 _MARGIN_PAGES, _THRESHOLD_PAGES = 32, 128  # as in softsgx.cgroup.group
 _RESIDENT, _ACCESSED, _EVICTED = 1, 2, 4
 _NONE, _PRESENT, _OUT = 0, 1, 2  # of a SECS
-_SCALARS = 25
+_SCALARS = 26
 (
     _FREE,
     _LOW,
@@ -58,6 +59,7 @@ _SCALARS = 25
     _EVICTIONS,
     _SECS_LOADS,
     _POSSIBLE,
+    _JUDGED,  # a group has a verdict
 ) = range(_SCALARS)
 _GROUP, _SECS, _CHILDREN, _PROMISED, _MADE_OF, _LOADS_OF = range(6)
 (
@@ -101,7 +103,7 @@ class _State(NamedTuple):
     work: np.ndarray[Any, Any]
 
 
-@_compiled
+@_inlined
 def _append(s: _State, node: int, group: int) -> None:
     """Lru.add, Lru.put_back."""
     head = len(s.flags) + s.enclaves.shape[1] + group
@@ -113,7 +115,7 @@ def _append(s: _State, node: int, group: int) -> None:
     s.groups[_LENGTH, group] += 1
 
 
-@_compiled
+@_inlined
 def _unlink(s: _State, node: int, group: int) -> None:
     """Lru.remove, one page of Lru.isolate."""
     before, after = s.links[node, _LAST], s.links[node, _NEXT]
@@ -123,15 +125,22 @@ def _unlink(s: _State, node: int, group: int) -> None:
     s.groups[_LENGTH, group] -= 1
 
 
-@_compiled
+@_inlined
+def _clear_verdicts(s: _State) -> None:
+    if s.scalars[_JUDGED]:
+        s.groups[_VERDICTS, :] = 0
+        s.scalars[_JUDGED] = 0
+
+
+@_inlined
 def _mark_reclaimable(s: _State, node: int, group: int) -> None:
     """EpcCore.mark_reclaimable with Ksgxd.candidate_added."""
     _append(s, node, group)
     s.scalars[_GAVE_UP] = 0
-    s.groups[_VERDICTS, :] = 0
+    _clear_verdicts(s)
 
 
-@_compiled
+@_inlined
 def _has_reclaimable(s: _State, group: int) -> bool:
     """EpcCgroup.has_reclaimable."""
     for at in range(s.groups[_MEMBERS, group]):  # noqa: SIM110 - numba has no generators
@@ -140,7 +149,7 @@ def _has_reclaimable(s: _State, group: int) -> bool:
     return False
 
 
-@_compiled
+@_inlined
 def _request(s: _State, group: int) -> None:
     """Ksgxd.request; -1: without a group."""
     scalars = s.scalars
@@ -155,7 +164,7 @@ def _request(s: _State, group: int) -> None:
         scalars[_WOKEN] = 1
 
 
-@_compiled
+@_inlined
 def _reclaim_ahead(s: _State, group: int) -> None:
     """The end of EpcCgroup.try_charge, with should_reclaim and limit_pages."""
     member = group
@@ -172,7 +181,7 @@ def _reclaim_ahead(s: _State, group: int) -> None:
         member = s.groups[_PARENT, member]
 
 
-@_compiled
+@_inlined
 def _alloc(s: _State, group: int) -> int:
     """EpcCore.alloc of a caller that must not reclaim.
 
@@ -204,7 +213,7 @@ def _alloc(s: _State, group: int) -> int:
     return _DONE
 
 
-@_compiled
+@_inlined
 def _free(s: _State, group: int) -> None:
     """EpcCore.free with Ksgxd.page_freed."""
     member = group
@@ -213,11 +222,11 @@ def _free(s: _State, group: int) -> None:
         member = s.groups[_PARENT, member]
     s.scalars[_FREE] += 1
     s.scalars[_GAVE_UP] = 0
-    s.groups[_VERDICTS, :] = 0
+    _clear_verdicts(s)
     s.scalars[_OUTCOMES] += 1
 
 
-@_compiled
+@_inlined
 def _evict_secs(s: _State, enclave: int) -> None:
     """The SECS is written."""
     s.enclaves[_SECS, enclave] = _OUT
@@ -225,7 +234,7 @@ def _evict_secs(s: _State, enclave: int) -> None:
     _free(s, s.enclaves[_GROUP, enclave])
 
 
-@_compiled
+@_inlined
 def _choose(s: _State, group: int, force: bool) -> tuple[int, int]:
     """Reclaimer._choose and _prepare; return pages scanned, and how many are victims."""
     scalars, pages = s.scalars, len(s.flags)
@@ -253,7 +262,7 @@ def _choose(s: _State, group: int, force: bool) -> tuple[int, int]:
     return scanned, chosen
 
 
-@_compiled
+@_inlined
 def _batch(s: _State, group: int, force: bool) -> tuple[int, int]:
     """Reclaimer.batch; return pages scanned and pages freed."""
     pages = len(s.flags)
@@ -273,18 +282,20 @@ def _batch(s: _State, group: int, force: bool) -> tuple[int, int]:
     return scanned, chosen
 
 
-@_compiled
+@_inlined
 def _reclaim(s: _State, group: int, force: bool) -> tuple[int, int]:
     """EpcCore.reclaim with EpcCgroup.walk."""
     while True:
-        s.groups[_POSITION, group] = (s.groups[_POSITION, group] + 1) % s.groups[_MEMBERS, group]
-        member = s.order[group, s.groups[_POSITION, group]]
+        position = s.groups[_POSITION, group] + 1
+        position = 0 if position == s.groups[_MEMBERS, group] else position
+        s.groups[_POSITION, group] = position
+        member = s.order[group, position]
         scanned, freed = _batch(s, member, force)
         if scanned or not _has_reclaimable(s, group):
             return scanned, freed
 
 
-@_compiled
+@_inlined
 def _begin_serving(s: _State) -> bool:
     """Ksgxd._next_work; ``False``: ksgxd sleeps."""
     scalars = s.scalars
@@ -304,7 +315,7 @@ def _begin_serving(s: _State) -> bool:
     return True
 
 
-@_compiled
+@_inlined
 def _serve_step(s: _State) -> bool:
     """One batch of Ksgxd._serve; return whether the group is served."""
     scalars = s.scalars
@@ -320,7 +331,9 @@ def _serve_step(s: _State) -> bool:
     if exhausted and scalars[_FORCED] >= scalars[_CAPACITY] - scalars[_FREE]:
         if group == 0:
             scalars[_GAVE_UP] = 1
-        s.groups[_VERDICTS, group] = 1 if scalars[_WAITING] == group else 0
+        s.groups[_VERDICTS, group] = 0
+        if scalars[_WAITING] == group:
+            s.groups[_VERDICTS, group] = scalars[_JUDGED] = 1
         scalars[_OUTCOMES] += 1
         return True
     if not _has_reclaimable(s, group):
@@ -329,7 +342,7 @@ def _serve_step(s: _State) -> bool:
     return False
 
 
-@_compiled
+@_inlined
 def _ksgxd(s: _State) -> bool:
     """Let ksgxd run until it yields; ``False``: it sleeps."""
     scalars = s.scalars
@@ -347,7 +360,7 @@ def _ksgxd(s: _State) -> bool:
     return True
 
 
-@_compiled
+@_inlined
 def _load_secs(s: _State, enclave: int) -> int:
     """EnclaveSwap.load_secs with secs_idle."""
     if s.enclaves[_SECS, enclave] != _OUT:
@@ -361,7 +374,7 @@ def _load_secs(s: _State, enclave: int) -> int:
     return result
 
 
-@_compiled
+@_inlined
 def _promise(s: _State, enclave: int, pages: int) -> int:
     """_Enclave._promise of the readable replay."""
     while s.enclaves[_PROMISED, enclave] < pages:
@@ -373,7 +386,7 @@ def _promise(s: _State, enclave: int, pages: int) -> int:
     return _DONE
 
 
-@_compiled
+@_inlined
 def _become_resident(s: _State, page: int, enclave: int) -> None:
     """EnclaveSwap.child_added and EpcCore.mark_reclaimable."""
     group = s.enclaves[_GROUP, enclave]
@@ -385,7 +398,7 @@ def _become_resident(s: _State, page: int, enclave: int) -> None:
     _mark_reclaimable(s, page, group)
 
 
-@_compiled
+@_inlined
 def _make(s: _State, page: int) -> int:
     """_Enclave.make of the readable replay."""
     enclave = s.enclave_of[page]
@@ -414,7 +427,7 @@ def _make(s: _State, page: int) -> int:
     return _DONE
 
 
-@_compiled
+@_inlined
 def _load(s: _State, page: int) -> int:
     """_Enclave.load of the readable replay, with EnclaveSwap.load."""
     enclave = s.enclave_of[page]
@@ -562,8 +575,8 @@ def _new_state(scene: Scene, epc: Epc, paths: tuple[str, ...]) -> _State:
     return _State(
         scalars=scalars,
         flags=np.zeros(pages, np.uint8),
-        enclave_of=np.repeat(np.arange(enclaves, dtype=np.int64), sizes),
-        links=np.repeat(np.arange(nodes, dtype=np.int64)[:, np.newaxis], 2, axis=1),
+        enclave_of=np.repeat(np.arange(enclaves, dtype=np.int32), sizes),
+        links=np.repeat(np.arange(nodes, dtype=np.int32)[:, np.newaxis], 2, axis=1),
         enclaves=of_enclaves,
         groups=of_groups,
         order=order,
