@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Distances", "StackDistances", "stack_distances"]
 
-_BLOCK = 1 << 12  # positions whose bits are counted together: 64 words
-_SUPERBLOCK = 1 << 18
+_WORD = 64
+_FAN = 64  # words of a block, blocks of a superblock
+_BLOCK = _WORD * _FAN
+_SUPERBLOCK = _BLOCK * _FAN
 _LEAST_POSITIONS = _SUPERBLOCK
 _MOST_POSITIONS = 1 << 31
 _POSITIONS_PER_PAGE = 4  # a quarter of the axis is in use after bits moved together
 _NEVER = -1
+_inlined = partial(compiled, inlined=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +85,37 @@ def stack_distances(parts: Iterable[NDArray[np.uint32]]) -> Distances:
     return distances.result()
 
 
+class _Axis(NamedTuple):
+    """A time axis; its length is a multiple of a superblock's.
+
+    Attributes:
+        bits: one for each position, 64 in a word.
+        in_block: for each word, the bits before it in its block.
+        in_superblock: for each block, the bits before it in its superblock.
+        before: for each superblock, the bits before it.
+    """
+
+    bits: NDArray[np.uint64]
+    in_block: NDArray[np.uint16]
+    in_superblock: NDArray[np.int32]
+    before: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pages: int, positions: int) -> _Axis:
+        """Return an axis whose first bits are set, one for each page."""
+        full, rest = divmod(pages, _WORD)
+        bits = np.zeros(positions // _WORD, np.uint64)
+        bits[:full] = ~np.uint64(0)
+        bits[full] = (1 << rest) - 1
+        words = np.arange(positions // _WORD)
+        return cls(
+            bits,
+            (words % _FAN * _WORD).astype(np.uint16),
+            (words[: positions // _BLOCK] % _FAN * _BLOCK).astype(np.int32),
+            words[: positions // _SUPERBLOCK] * _SUPERBLOCK,
+        )
+
+
 class StackDistances:
     """Counts distances, part by part."""
 
@@ -88,7 +123,7 @@ class StackDistances:
         self._pages = self._now = 0
         self._last = np.empty(0, np.int32)  # position of a page's last access
         self._counts = np.empty(0, np.int64)
-        self._clear_axis(_LEAST_POSITIONS)
+        self._axis = _Axis.of(0, _LEAST_POSITIONS)
 
     def add(self, numbers: NDArray[np.uint32]) -> None:
         """Count more accesses, each the number of a page."""
@@ -98,39 +133,22 @@ class StackDistances:
         done = 0
         while True:
             done, self._now, self._pages = _count(
-                numbers,
-                done,
-                self._last,
-                self._counts,
-                self._bits,
-                self._blocks,
-                self._superblocks,
-                self._now,
-                self._pages,
+                numbers, done, self._last, self._counts, self._axis, self._now, self._pages
             )
             if done == len(numbers):
                 return
             self._move_together()
 
     def result(self) -> Distances:
-        """Return the counts."""
+        """Return the distances so far."""
         return Distances(self._counts[: self._pages].copy(), self._pages)
 
     def _move_together(self) -> None:
-        before = np.concatenate(
-            (np.zeros(1, np.int64), np.cumsum(np.bitwise_count(self._bits), dtype=np.int64))
-        )
-        bits = self._bits
         wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_PAGE * self._pages)
         assert wanted < _MOST_POSITIONS, f"{self._pages} pages: positions have 31 bits"
-        self._clear_axis(-(-wanted // _SUPERBLOCK) * _SUPERBLOCK)
-        _place(self._last, bits, before, self._bits, self._blocks, self._superblocks)
+        _place(self._last, self._axis)
+        self._axis = _Axis.of(self._pages, -(-wanted // _SUPERBLOCK) * _SUPERBLOCK)
         self._now = self._pages
-
-    def _clear_axis(self, positions: int) -> None:
-        self._bits = np.zeros(positions // 64, np.uint64)
-        self._blocks = np.zeros(positions // _BLOCK, np.int32)
-        self._superblocks = np.zeros(positions // _SUPERBLOCK, np.int32)
 
 
 @compiled
@@ -139,14 +157,12 @@ def _count(
     done: int,
     last: NDArray[np.int32],
     counts: NDArray[np.int64],
-    bits: NDArray[np.uint64],
-    blocks: NDArray[np.int32],
-    superblocks: NDArray[np.int32],
+    axis: _Axis,
     now: int,
-    cold: int,
+    pages: int,
 ) -> tuple[int, int, int]:
-    """Count ``numbers[done:]`` until the axis is full; return (done, now, cold)."""
-    positions = len(bits) * 64
+    """Count ``numbers[done:]`` until the axis is full; return (done, now, pages)."""
+    positions = len(axis.bits) * _WORD
     for index in range(done, len(numbers)):
         page = numbers[index]
         position = last[page]
@@ -154,52 +170,69 @@ def _count(
             counts[0] += 1
             continue
         if now == positions:
-            return index, now, cold
+            return index, now, pages
         if position == _NEVER:
-            cold += 1
+            pages += 1
         else:
-            word = position >> 6
-            block, superblock = position >> 12, position >> 18
-            distance = popcount(bits[word] >> np.uint64(position & 63)) - np.uint64(1)
-            last_word = min((block << 6) + 63, now >> 6)
-            for other in range(word + 1, last_word + 1):
-                distance += popcount(bits[other])
-            last_block = min((superblock << 6) + 63, now >> 12)
-            far = 0
-            for other in range(block + 1, last_block + 1):
-                far += blocks[other]
-            for other in range(superblock + 1, (now >> 18) + 1):
-                far += superblocks[other]
-            counts[np.int64(distance) + far] += 1
-            bits[word] &= ~(np.uint64(1) << np.uint64(position & 63))
-            blocks[block] -= 1
-            superblocks[superblock] -= 1
-        bits[now >> 6] |= np.uint64(1) << np.uint64(now & 63)
-        blocks[now >> 12] += 1
-        superblocks[now >> 18] += 1
+            counts[pages - _rank(axis, position)] += 1
+            _clear(axis, position)
+        if now & (_WORD - 1) == 0:
+            _begin_word(axis, now)
+        axis.bits[now >> 6] |= np.uint64(1) << np.uint64(now & 63)
         last[page] = now
         now += 1
-    return len(numbers), now, cold
+    return len(numbers), now, pages
+
+
+@_inlined
+def _rank(axis: _Axis, position: int) -> int:
+    """Return the number of bits up to a position, itself included."""
+    word, block, superblock = position >> 6, position >> 12, position >> 18
+    own = popcount(axis.bits[word] << np.uint64(63 - (position & 63)))
+    rank: int = (
+        axis.before[superblock] + axis.in_superblock[block] + axis.in_block[word] + np.int64(own)
+    )
+    return rank
+
+
+@_inlined
+def _clear(axis: _Axis, position: int) -> None:
+    """Clear a bit, and count one less behind it; loops of one length need no branches."""
+    word, block = np.uint64(position >> 6), np.uint64(position >> 12)
+    axis.bits[word] &= ~(np.uint64(1) << np.uint64(position & 63))
+    first, inside = word & ~np.uint64(_FAN - 1), word & np.uint64(_FAN - 1)
+    for at in range(np.uint64(_FAN)):
+        axis.in_block[first + at] -= np.uint16(at > inside)
+    first, inside = block & ~np.uint64(_FAN - 1), block & np.uint64(_FAN - 1)
+    for at in range(np.uint64(_FAN)):
+        axis.in_superblock[first + at] -= np.int32(at > inside)
+    for other in range((position >> 18) + 1, len(axis.before)):
+        axis.before[other] -= 1
+
+
+@_inlined
+def _begin_word(axis: _Axis, now: int) -> None:
+    """Count the bits before a word, of which none was set yet."""
+    word, block, superblock = now >> 6, now >> 12, now >> 18
+    if word == 0:
+        axis.in_block[0] = axis.in_superblock[0] = axis.before[0] = 0
+        return
+    bits = axis.in_block[word - 1] + np.int64(popcount(axis.bits[word - 1]))
+    if now & (_BLOCK - 1):
+        axis.in_block[word] = bits
+        return
+    axis.in_block[word] = 0
+    bits += axis.in_superblock[block - 1]
+    if now & (_SUPERBLOCK - 1):
+        axis.in_superblock[block] = bits
+        return
+    axis.in_superblock[block] = 0
+    axis.before[superblock] = axis.before[superblock - 1] + bits
 
 
 @compiled
-def _place(
-    last: NDArray[np.int32],
-    bits: NDArray[np.uint64],
-    before: NDArray[np.int64],
-    new_bits: NDArray[np.uint64],
-    new_blocks: NDArray[np.int32],
-    new_superblocks: NDArray[np.int32],
-) -> None:
-    """Move each page's bit to the number of bits before it on the old axis."""
+def _place(last: NDArray[np.int32], axis: _Axis) -> None:
+    """Move each page to the number of bits before its own."""
     for page in range(len(last)):
-        position = last[page]
-        if position == _NEVER:
-            continue
-        below = (np.uint64(1) << np.uint64(position & 63)) - np.uint64(1)
-        word = position >> 6
-        new = before[word] + np.int64(popcount(bits[word] & below))
-        last[page] = new
-        new_bits[new >> 6] |= np.uint64(1) << np.uint64(new & 63)
-        new_blocks[new >> 12] += 1
-        new_superblocks[new >> 18] += 1
+        if last[page] != _NEVER:
+            last[page] = _rank(axis, last[page]) - 1

@@ -100,6 +100,15 @@ def test_distances_of_random_accesses_are_exact_over_many_axes(
         assert found.misses_at(size) == readable.lru(numbers.tolist(), size)
 
 
+def test_distances_of_random_accesses_are_exact_over_many_superblocks() -> None:
+    chance = np.random.default_rng(4)
+    hot = chance.integers(0, 3000, 500_000)
+    numbers = np.where(chance.random(500_000) < 0.3, hot, chance.integers(0, 200_000, 500_000))
+    found = stack_distances(parts(numbers.tolist(), [260_000, 400_001]))
+    for size in (100, 2000, 70_000, 140_000):
+        assert found.misses_at(size) == readable.lru(numbers.tolist(), size)
+
+
 def test_distances_are_those_of_numbers_in_any_order() -> None:
     found = stack_distances(parts([4, 0, 4, 9, 0], [3]))
     assert found.counts.tolist() == [0, 1, 1]
