@@ -212,21 +212,21 @@ def _clear(axis: _Axis, position: int) -> None:
 
 @_inlined
 def _begin_word(axis: _Axis, now: int) -> None:
-    """Count the bits before a word, of which none was set yet."""
+    """Count the bits before a word, of which none was set yet.
+
+    No bits are before the first word of a block in it, nor before the first block of a superblock.
+    """
     word, block, superblock = now >> 6, now >> 12, now >> 18
     if word == 0:
-        axis.in_block[0] = axis.in_superblock[0] = axis.before[0] = 0
         return
     bits = axis.in_block[word - 1] + np.int64(popcount(axis.bits[word - 1]))
     if now & (_BLOCK - 1):
         axis.in_block[word] = bits
         return
-    axis.in_block[word] = 0
     bits += axis.in_superblock[block - 1]
     if now & (_SUPERBLOCK - 1):
         axis.in_superblock[block] = bits
         return
-    axis.in_superblock[block] = 0
     axis.before[superblock] = axis.before[superblock - 1] + bits
 
 
