@@ -28,7 +28,7 @@ from softsgx.plan.scene import MOST_WAITS, Counts, Epc, Scene, paths_of
 __all__ = ["LinuxReplay", "covers"]
 
 _compiled = partial(compiled, counts_references=False)  # LinuxReplay keeps the arrays
-_inlined = partial(_compiled, inlined=True)
+_inlined = partial(compiled, inlined=True, counts_references=False)
 _MARGIN_PAGES, _THRESHOLD_PAGES = 32, 128  # as in softsgx.cgroup.group
 _RESIDENT, _ACCESSED, _EVICTED = 1, 2, 4
 _NONE, _PRESENT, _OUT = 0, 1, 2  # of a SECS
