@@ -6,8 +6,10 @@ SECINFO at RSI, the result going to R8, 8 keep RSI in XMM0 over a UD2 and store 
 RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX and RCX at R8, 11
 jump to RDI with R11 where to come back to, from 12 on the instructions of ``ILLEGAL`` and ``TIME``,
 and three on extended state: store XGETBV(0) at R8, XSAVE64 with every bit at RDI, XRSTOR64 with
-every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; the last one
-counts up the first words of RSI pages from RDI on, all of which must be R8.  Then it exits.
+every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; the next one
+counts up the first words of RSI pages from RDI on, all of which must be R8.  The last ones are
+those of ``MASKED`` with the area at RDI and flags of RSI; they store registers and what FXSAVE64
+does at R8.  Then it exits.
 """
 
 from __future__ import annotations
@@ -52,6 +54,17 @@ ILLEGAL = {
 TIME = {"rdtsc": "0f 31", "rdtscp": "0f 01 f9"}
 _STATE = ("getbv", "save", "restore", "sweep")
 
+#: Loads of EDX:EAX with constants and instructions on extended state, as runtimes have them.
+MASKED = {
+    "save_rdi": "b8 ff ff ff ff ba ff ff ff ff 48 0f ae 27",  # xsave64 [rdi]
+    "restore_rdi": "b8 ff ff ff ff ba ff ff ff ff 48 0f ae 2f",  # xrstor64 [rdi]
+    "compact_rcx": "ba ff ff ff ff b8 ff ff ff ff 48 0f c7 21",  # xsavec64 [rcx]
+    "restore_rcx": "48 c7 c0 ff ff ff ff 89 c2 48 0f ae 29",  # xrstor64 [rcx]
+    "optimised": "48 c7 c2 fe ff ff ff 48 89 d0 48 0f ae 74 39 c0",  # xsaveopt64 [rcx+rdi-64]
+    "narrow_save": "b8 02 00 00 00 ba 01 00 00 00 0f ae 67 40",  # xsave [rdi+64]
+    "narrow_restore": "b8 01 00 00 00 48 c7 c2 00 00 00 80 0f ae 6f 40",  # xrstor [rdi+64]
+}
+
 
 def enclave_code() -> bytes:
     """The enclave's only code page."""
@@ -61,7 +74,7 @@ def enclave_code() -> bytes:
     asm.near("0f 84", "registers")
     asm.label("dispatch")
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
-    for number, label in enumerate((*_OPERATIONS, *ILLEGAL, *TIME, *_STATE), start=1):
+    for number, label in enumerate((*_OPERATIONS, *ILLEGAL, *TIME, *_STATE, *MASKED), start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
         asm.near("0f 84", label)
     asm.label("exit")
@@ -132,6 +145,16 @@ def enclave_code() -> bytes:
     asm.emit("48 ff ce")  # dec rsi
     asm.short("75", "sweep")
     asm.near("e9", "exit")
+    for label, code in MASKED.items():
+        asm.label(label)
+        asm.emit("48 89 f9" if label != "optimised" else "b9 40 00 00 00")  # mov rcx, rdi or 64
+        asm.emit("56 9d")  # push rsi; popf
+        asm.emit(code)
+        asm.emit("9c 41 8f 40 20")  # pushf; pop [r8+32]
+        asm.emit("49 89 40 08 49 89 48 10 49 89 50 18")  # rax, rcx, rdx to r8+8
+        asm.emit("4d 89 50 28 49 89 78 30 fc")  # r10 to r8+40, rdi to r8+48; cld
+        asm.emit("49 0f ae 40 40")  # fxsave64 [r8+64]
+        asm.near("e9", "exit")
     for label, code in (ILLEGAL | TIME).items():
         asm.label(label)
         asm.emit("89 f0")  # mov eax, esi

@@ -7,7 +7,6 @@ instruction of the code that crosses, one crossing after the other.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,14 +14,15 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
+from tests.e2e.native.stepper import Stepper
 from tests.support import modes
 from tests.support.native import needs_tracing
 
 from softsgx.driver import Mm
-from softsgx.engines.native import RunFailed, RunResult, abi, libc, run, supervisor
+from softsgx.engines.native import RunFailed, RunResult, run, supervisor
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.tracee import decode_stop
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.report import Collector
 from softsgx.runtime import InlineRuntime
@@ -57,44 +57,10 @@ def program(builds: NativeBuilds, tmp_path_factory: pytest.TempPathFactory) -> P
     return Program(builds, tmp_path_factory.mktemp("crossings") / "out")
 
 
-class Stepper:
-    """Lets threads go on a step at a time, to stop one at each instruction that crosses, in turn.
-
-    Attributes:
-        stops: how often that was.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number, self.stops = number, 0
-        self._target, self._seen = 0, 0
-        self.resume = ProgramThread.resume
-
-    def __call__(self, thread: ProgramThread, number: int = 0) -> None:
-        image = thread.image
-        if number or image.permits is None or thread.in_call:
-            self.resume(thread, number)
-            return
-        while True:
-            thread.flush()
-            libc.ptrace(abi.PTRACE_SINGLESTEP, thread.tid, 0, 0)
-            status = thread.waits.of(thread.tid)
-            stop = decode_stop(status)
-            if stop.event or stop.signal != signal.SIGTRAP or not os.WIFSTOPPED(status):
-                thread.waits.keep(thread.tid, status)
-                return
-            thread.stopped(status)
-            vdso, place = image.vdso, thread.load().rip - image.vdso_base
-            if not (vdso.pushed <= place < vdso.undo or vdso.stubs <= place < vdso.end):
-                continue
-            self._seen += 1
-            if self._seen > self._target:
-                self._target, self._seen, self.stops = self._target + 1, 0, self.stops + 1
-                if self.number:
-                    os.kill(thread.tid, self.number)
-                else:
-                    thread.interrupt()
-                self.resume(thread)
-                return
+def _crosses(image: ProcessImage, place: int) -> bool:
+    """Return whether code at this offset from our vDSO enters or leaves an enclave."""
+    vdso = image.vdso
+    return vdso.pushed <= place < vdso.undo or vdso.stubs <= place < vdso.answers
 
 
 @pytest.mark.slow
@@ -102,7 +68,7 @@ class Stepper:
 def test_a_thread_may_be_stopped_at_each_instruction_of_a_crossing(
     program: Program, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    stepper = Stepper(number)
+    stepper = Stepper(number, _crosses, lambda thread: thread.image.permits is not None)
     monkeypatch.setattr(ProgramThread, "resume", lambda *arguments: stepper(*arguments))
     crossings = 400
     assert program.run("same", crossings, enclave=program.two).exit_code == 0

@@ -309,14 +309,21 @@ def can_answer_cpuid() -> bool:
     return bool(host_cpuid()(7, 0)[1] >> 8 & 1)
 
 
+def can_keep_flags() -> bool:
+    """Return whether programs may execute LAHF, as ``vdso/state_code.py`` does."""
+    return bool(host_cpuid()(0x8000_0001, 0)[2] & 1)
+
+
 def can_cross_unseen() -> bool:
     """Return whether programs may execute what ``vdso/permit_code.py`` does.
 
     That is WRFSBASE and WRGSBASE, RORX (BMI2), and LAHF in 64-bit mode.
     """
-    host = host_cpuid()
-    rorx, lahf = host(7, 0)[1] >> 8 & 1, host(0x8000_0001, 0)[2] & 1
-    return bool(libc.hardware_capabilities() & abi.HWCAP2_FSGSBASE and rorx and lahf)
+    rorx, fsgsbase = (
+        host_cpuid()(7, 0)[1] >> 8 & 1,
+        libc.hardware_capabilities() & abi.HWCAP2_FSGSBASE,
+    )
+    return bool(fsgsbase and rorx and can_keep_flags())
 
 
 @cache

@@ -27,6 +27,7 @@ from softsgx.engines.native.doctor import (
     can_answer_cpuid,
     can_cross_unseen,
     can_fault_cpuid,
+    can_keep_flags,
     choose_pager,
 )
 from softsgx.engines.native.faults.abort import AbortPage
@@ -64,6 +65,7 @@ from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.path_calls import PathCalls
 from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.vdso.state_jumps import StateJumps
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.errors import SoftSgxError
@@ -155,7 +157,7 @@ class Supervisor(Lifecycle):
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
         self._loop = self._make_loop(
-            self._make_transitions(answers, shortages, instruments.calls),
+            self._make_transitions(answers, shortages, instruments),
             self._make_handlers(ioctls, instruments.calls),
             instruments.gdb,
         )
@@ -177,9 +179,10 @@ class Supervisor(Lifecycle):
             self._recording = recording.Recording(self._recorder, self._images, self._permits)
 
     def _make_transitions(
-        self, answers: CpuidAnswers, shortages: Shortages, log: CallLog | None
+        self, answers: CpuidAnswers, shortages: Shortages, instruments: Instruments
     ) -> Transitions:
         make: Callable[..., Transitions] = Transitions
+        log = instruments.calls
         if log is not None:
             from softsgx.engines.native.faults.logged import LoggedTransitions
 
@@ -190,6 +193,8 @@ class Supervisor(Lifecycle):
             shortages.report_refused,
             self._permits,
             Breakpoints(self._stopped_inside),
+            # gdb steps through code, and stops at breakpoints in it.
+            StateJumps(instruments.gdb is None and can_keep_flags(), self._permits.stop_others),
         )
 
     def _make_loop(

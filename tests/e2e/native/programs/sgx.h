@@ -35,7 +35,7 @@ typedef int enter_t(uint64_t rdi, uint64_t rsi, uint64_t rdx, uint32_t fn, uint6
 		    uint64_t r9, struct run *run);
 /* What the enclave does; see enclave.py. */
 enum { NOP, PUT, GET, UD2, DIV, SPIN, ACCEPT, EXTEND, VECTOR, KEEP, REGISTERS, RUN, FIRST_ILLEGAL, LAST_ILLEGAL = FIRST_ILLEGAL + 7,
-       RDTSC, RDTSCP, GETBV, SAVE, RESTORE, SWEEP };
+       RDTSC, RDTSCP, GETBV, SAVE, RESTORE, SWEEP, MASKED, LAST_MASKED = MASKED + 6 };
 
 static enter_t *enter;
 static const char *file;

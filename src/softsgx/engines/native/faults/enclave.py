@@ -34,6 +34,7 @@ from softsgx.engines.native.faults.faulting_instruction import (
 from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.vdso.state_jumps import StateJumps
 from softsgx.engines.native.x86.insn import is_illegal_inside
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.hw import EXECUTE, READ, WRITE, Fault, PageFault, check_access
@@ -58,6 +59,7 @@ class EnclaveFaults:
         non_enclave: faults on memory that is not the enclave's.
         abort_page: executes an instruction that may not use a page that it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
+        state_jumps: instructions on extended state that do not stop.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class EnclaveFaults:
         non_enclave: NonEnclaveFaults,
         abort_page: AbortPage,
         refused: Callable[[ProgramThread, int], None],
+        state_jumps: StateJumps,
     ) -> None:
         self._exits, self._leaves, self._permits = exits, leaves, permits
+        self._state_jumps = state_jumps
         self._non_enclave = non_enclave
         self._abort_page, self._tell_refused = abort_page, refused
 
@@ -135,6 +139,7 @@ class EnclaveFaults:
         """Enclave code executes an instruction that depends on XCR0, which is its XFRM."""
         how = extended.out_of_line(thread, insn)
         if how is not None:
+            self._state_jumps.stopped_at(thread, insn)
             thread.execute_out_of_line(how)
         else:
             try:
@@ -253,4 +258,4 @@ class EnclaveFaults:
 def _was_jump(thread: ProgramThread) -> bool:
     """Whether an instruction has trapped because it was being put back in place of a jump."""
     memory = thread.image.page_table.memory_at(thread.regs.rip)
-    return memory is not None and thread.regs.rip in memory.former_exits
+    return memory is not None and thread.regs.rip in memory.former_jumps

@@ -30,6 +30,7 @@ from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.vdso.state_jumps import StateJumps
 
 __all__ = ["Transitions"]
 
@@ -50,6 +51,7 @@ class Transitions:
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
         breakpoints: hardware breakpoints of threads inside enclaves.
+        state_jumps: instructions on extended state that do not stop.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Transitions:
         refused: Callable[[ProgramThread, int], None],
         permits: Permits,
         breakpoints: Breakpoints,
+        state_jumps: StateJumps,
     ) -> None:
         self._cpuid = cpuid
         self.permits, self._breakpoints = permits, breakpoints
@@ -66,7 +69,8 @@ class Transitions:
         self._leaves = EncluLeaves(self._exits, refused, permits, breakpoints)
         self._non_enclave = NonEnclaveFaults(abort_page, refused)
         self._enclave = EnclaveFaults(
-            self._exits, self._leaves, permits, self._non_enclave, abort_page, refused
+            *(self._exits, self._leaves, permits, self._non_enclave, abort_page, refused),
+            state_jumps,
         )
 
     def enter(self, thread: ProgramThread) -> int:
@@ -109,7 +113,9 @@ class Transitions:
             return leaf == _EENTER and thread.image.read(regs.rip, len(ENCLU)) == ENCLU
         if page_table.is_marked(regs.rip) or thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
             return leaf == _EEXIT
-        return extended.replaced(thread) is not None and thread.siginfo().code > 0
+        code = thread.siginfo().code
+        trapped = code > 0 and (stop.signal == abi.SIGILL or code == abi.TRAP_HWBKPT)
+        return trapped and extended.replaced(thread) is not None
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""

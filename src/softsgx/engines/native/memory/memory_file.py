@@ -9,8 +9,10 @@ that an instruction traps.  Reads through this class return the enclave's own by
 
 Deviation: in shown read-only code, an ENCLU that was executed before starts with HLT, which traps
 faster; MOV EAX, 4 in front of an ENCLU is a jump to code that does EEXIT (``vdso/permits.py``); and
-CPUID is UD2 where the processor cannot make it fault.  Pages that are evicted, or are read through
-the machine, have their own bytes, and so has an instruction that raised an exception
+CPUID is UD2 where the processor cannot make it fault.  Where XFRM is not this machine's XCR0,
+instructions on extended state are UD2, and loads of EDX:EAX in front of them are jumps
+(``vdso/state_jumps.py``).  Pages that are evicted, or are read through the machine, have their own
+bytes, and so has an instruction that raised an exception
 (:mod:`softsgx.engines.native.faults.breakpoints`).  Only the enclave itself can see the difference,
 when it reads code that has raised none.
 """
@@ -113,9 +115,9 @@ class EnclaveMemory:
         forbidden: returns the offsets of the second opcode byte of each instruction in a page of
             code that must trap instead of being executed by this machine; ``None``: there are none.
         trapped: addresses of such bytes that keep their value: a breakpoint is at the instruction.
-        exits: addresses where a jump replaces MOV EAX, 4 in front of an ENCLU, with the number of
-            bytes replaced.
-        former_exits: addresses of such jumps that were removed while threads may have been
+        jumps: addresses where a jump to our vDSO replaces an instruction, with the number of bytes
+            replaced.
+        former_jumps: addresses of such jumps that were removed while threads may have been
             executing them.
     """
 
@@ -130,8 +132,8 @@ class EnclaveMemory:
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self.trapped: set[int] = set()
-        self.exits: dict[int, int] = {}
-        self.former_exits: set[int] = set()
+        self.jumps: dict[int, int] = {}
+        self.former_jumps: set[int] = set()
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
@@ -186,7 +188,7 @@ class EnclaveMemory:
                 offsets = self.marked.pop(linaddr, None)
                 if offsets is not None:
                     contents[index] = _own_bytes(contents[index], 0, offsets)
-                    self._forget_exits(linaddr)
+                    self._forget_jumps(linaddr)
         return contents
 
     def mark(self, address: int) -> None:
@@ -239,33 +241,33 @@ class EnclaveMemory:
         marks = self.marked.setdefault(page, {})
         for index in range(len(jump)):
             marks[offset + index] = own[index : index + 1]
-        self.exits[address] = len(jump)
+        self.jumps[address] = len(jump)
 
     def unmark_at(self, address: int) -> None:
         """Give the instruction at ``address`` of a shown page, which is marked, its own bytes."""
         marks = self.marked[address & -PAGE_BYTES]
-        if address in self.exits:
+        if address in self.jumps:
             self._end_jump(address, marks)
         else:
             os.pwrite(self.fd, marks.pop(address % PAGE_BYTES), address)
 
     def _end_jump(self, address: int, marks: dict[int, bytes]) -> None:
         """Restore the bytes that a jump replaced; the first one traps until the rest is there."""
-        offset, size = address % PAGE_BYTES, self.exits.pop(address)
+        offset, size = address % PAGE_BYTES, self.jumps.pop(address)
         own = b"".join(marks.pop(offset + index) for index in range(size))
-        self.former_exits.add(address)
+        self.former_jumps.add(address)
         os.pwrite(self.fd, _HLT, address)
         os.pwrite(self.fd, own[1:], address + 1)
         os.pwrite(self.fd, own[:1], address)
 
     def end_jumps(self) -> None:
         """Restore the bytes that all jumps have replaced."""
-        for address in list(self.exits):
+        for address in list(self.jumps):
             self._end_jump(address, self.marked[address & -PAGE_BYTES])
 
-    def _forget_exits(self, page: int) -> None:
-        for address in [at for at in self.exits if at & -PAGE_BYTES == page]:
-            del self.exits[address]
+    def _forget_jumps(self, page: int) -> None:
+        for address in [at for at in self.jumps if at & -PAGE_BYTES == page]:
+            del self.jumps[address]
 
     def is_enclu(self, address: int) -> bool:
         """Return whether the instruction at ``address`` is a marked ENCLU."""
@@ -275,7 +277,7 @@ class EnclaveMemory:
     def unmark(self, linaddr: int) -> None:
         """Give the marked instructions of a page their own bytes back."""
         marks = self.marked.pop(linaddr, {})
-        for address in [at for at in self.exits if at & -PAGE_BYTES == linaddr]:
+        for address in [at for at in self.jumps if at & -PAGE_BYTES == linaddr]:
             self._end_jump(address, marks)
         for offset, byte in marks.items():
             os.pwrite(self.fd, byte, linaddr + offset)

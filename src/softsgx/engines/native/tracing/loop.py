@@ -34,6 +34,7 @@ from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
 from softsgx.engines.native.tracing.unsupervised import Unsupervised, is_32_bit
 from softsgx.engines.native.tracing.waits import Waits, let_end
+from softsgx.engines.native.vdso import state_jumps
 
 __all__ = ["Loop"]
 
@@ -201,9 +202,11 @@ class Loop:
                 return stop  # stubs do not touch enclave memory inside
         self._permits.stopped(thread)
         image = thread.image
-        stubs = image.cpuid_stubs is not None or image.path_stubs is not None
+        stubs = image.cpuid_stubs is not None or image.path_stubs is not None or image.state_stubs
         if not (stubs and 0 <= thread.load().rip - image.vdso_base < image.vdso.end):
             return stop
+        if image.state_stubs:
+            state_jumps.straighten(thread)
         if image.cpuid_stubs is not None:
             image.cpuid_stubs.straighten(thread)
         if image.path_stubs is not None and image.path_stubs.straighten(thread):

@@ -27,6 +27,7 @@ from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.path_calls import PathStubs
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
 from softsgx.engines.native.vdso.shared_page import SharedPage
+from softsgx.engines.native.vdso.state_jumps import StateStub
 from softsgx.hw import EpcPage
 from softsgx.ondemand import dataclass
 from softsgx.runtime import Runtime
@@ -102,6 +103,8 @@ class ProcessImage:
         loader: address of the dynamic loader; 0: the program has none.
         cpuid_stubs: the stubs that answer CPUID of the loader, ``None`` without any.
         path_stubs: the stubs that make calls with paths, ``None`` before the first such call.
+        state_stubs: the stubs for extended state in the order of their addresses.
+        plain_states: addresses of instructions on extended state that have no stub.
 
     Raises:
         Gone: the thread has ended.
@@ -133,6 +136,8 @@ class ProcessImage:
         self.cpuid_stubs: CpuidStubs | None = None if parent is None else parent.cpuid_stubs
         copied = None if parent is None else parent.path_stubs
         self.path_stubs: PathStubs | None = None if copied is None else copied.copy()
+        self.state_stubs: list[StateStub] = [] if parent is None else list(parent.state_stubs)
+        self.plain_states: set[int] = set()
         self.registry, self.strict = services.registry, services.strict
         self.hold, self._failed = services.hold, services.failed
         self.threads: dict[int, ProgramThread] = {}

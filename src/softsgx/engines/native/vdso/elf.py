@@ -25,6 +25,7 @@ from softsgx.engines.native.vdso.code import (
 from softsgx.engines.native.vdso.cpuid_jumps import AREA_BYTES
 from softsgx.engines.native.vdso.path_calls import PATH_BYTES
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
+from softsgx.engines.native.vdso.state_code import STATE_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.ondemand import dataclass
 
@@ -73,6 +74,7 @@ class Vdso:
         slots: a page behind the image, for ``vdso/out_of_line.py``.
         stubs: room for ``most_stubs`` exit stubs, behind the slots.
         answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``.
+        state: room for what executes instructions on extended state, see ``vdso/state_jumps.py``.
         paths: room for ``vdso/path_calls.py``; end: where it ends.
         watched: a word that is not zero once the process has had a device.
         permits_at: where the supervisor writes the address of the table of permits.
@@ -96,6 +98,7 @@ class Vdso:
     stubs: int
     most_stubs: int
     answers: int
+    state: int
     paths: int
     end: int
     watched: int
@@ -188,8 +191,9 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
         stubs=stubs,
         most_stubs=_STUB_PAGES * abi.PAGE // STUB_BYTES,
         answers=answers,
-        paths=answers + AREA_BYTES,
-        end=answers + AREA_BYTES + PATH_BYTES,
+        state=answers + AREA_BYTES,
+        paths=answers + AREA_BYTES + STATE_BYTES,
+        end=answers + AREA_BYTES + STATE_BYTES + PATH_BYTES,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
         targets={name: base + asm.labels[target_of(name)] for name in forwarded},

@@ -148,7 +148,7 @@ class Permits:
             slot.open_out(thread.image.aep)
         else:
             slot, outside = self._slot(thread, inside), inside.outside
-            if slot is None or slot.memory is None or not slot.memory.exits:
+            if slot is None or slot.memory is None or not slot.memory.jumps:
                 return  # EEXIT stops in any case
             if outside.tf != 0 or thread.blocked is not None:
                 return  # EEXIT has to restore state that a stub cannot restore
@@ -178,7 +178,7 @@ class Permits:
         """Replace the load of EAX in front of an EEXIT by a jump to a stub, if possible."""
         image = thread.image
         memory, stubs = image.page_table.memory_at(enclu), image.exit_stubs
-        if memory is None or any(s.enclu == enclu and s.start in memory.exits for s in stubs):
+        if memory is None or any(s.enclu == enclu and s.start in memory.jumps for s in stubs):
             return
         found = load_in_front(image, enclu)
         start, between = found or (0, b"")
@@ -190,16 +190,20 @@ class Permits:
             return
         if memory.users != [image.page_table]:
             return  # a process with another vDSO may map it; a fork child would have the same one
-        self.settle()
-        for other in list(image.threads.values()):
-            if other is not thread and other.cpu.inside is not None:
-                self._hold(other)
+        self.stop_others(thread)
         if number == len(stubs):
             code, labels = exit_stub(base, enclu, image.permits_at, between)
             os.pwrite(image.memory_fd, code, base)
             stubs.append(ExitStub(start, between, enclu, labels))
         distance = base - (start + _JUMP_BYTES)
         memory.jump_at(start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
+
+    def stop_others(self, thread: ProgramThread) -> None:
+        """Stop all other threads of its address space that are inside an enclave."""
+        self.settle()
+        for other in list(thread.image.threads.values()):
+            if other is not thread and other.cpu.inside is not None:
+                self._hold(other)
 
     # --- reporting to the machine ----------------------------------------------------------------
 

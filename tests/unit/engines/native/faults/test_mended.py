@@ -67,7 +67,7 @@ class Scene:
         nothing = lambda *_arguments: None  # noqa: E731
         permits = cast(Any, SimpleNamespace(entering=nothing, settle=nothing))
         leaves = EncluLeaves(exits, stub, permits, breakpoints)
-        self.faults = EnclaveFaults(exits, leaves, permits, stub, stub, stub)
+        self.faults = EnclaveFaults(exits, leaves, permits, stub, stub, stub, stub)
 
     def write(self, page: int, offset: int, data: bytes) -> None:
         """Write to the TCS (0), or a page behind it."""

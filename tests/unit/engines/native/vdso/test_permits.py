@@ -70,7 +70,7 @@ class Scene:
         self.inhabited = Inhabited(threads, machine)
         self.held: list[Thread] = []
         self.permits = Permits(usable, cast(Callable[[Any], bool], self.hold), self.failed)
-        self.memory = SimpleNamespace(exits={0x1000: 5})
+        self.memory = SimpleNamespace(jumps={0x1000: 5})
         space = SimpleNamespace(memory_at=lambda linaddr: self.memory)
         self.image = SimpleNamespace(
             vdso=VDSO,
@@ -559,7 +559,7 @@ def test_some_exits_always_stop(why: str) -> None:
     if why == "signals are blocked":
         actor.thread.blocked = 1
     else:
-        scene.memory.exits.clear()
+        scene.memory.jumps.clear()
     actor.enter_with_a_stop()
     assert actor.slot.peek().state == CLOSED
 
