@@ -296,15 +296,18 @@ def read_profile(path: str | Path) -> CostProfile:
         raise SoftSgxError(f"{path}: {error}; give a profile in TOML") from error
     odd = sorted(document.keys() - {"name", "hertz", "source", "base", "prices"})
     if odd:
-        raise SoftSgxError(f"{path}: {odd[0]} is not known; give name, hertz, source, base, prices")
+        raise SoftSgxError(f"{path}: {odd[0]}: unknown; give name, hertz, source, base, prices")
     base = COST_PROFILES.get(str(document.get("base", "sgx2-server")))
     if base is None:
-        raise SoftSgxError(f"{path}: base: not known; give one of {', '.join(COST_PROFILES)}")
+        raise SoftSgxError(f"{path}: base: unknown; give one of {', '.join(COST_PROFILES)}")
     name = document.get("name", Path(path).stem)
     hertz = document.get("hertz", base.hertz)
     prices = document.get("prices", {})
     if not isinstance(name, str) or not _positive(hertz) or not isinstance(prices, dict):
-        raise SoftSgxError(f"{path}: give name as text, hertz as a number, prices as tables")
+        raise SoftSgxError(
+            f"{path}: a value of the wrong type; give name as text, hertz as a number, prices as"
+            " tables"
+        )
     source = f"measured: {document.get('source', path)}"
     measured = {
         event: _measured(f"{path}: prices.{event}", base, event, table, source)
@@ -318,11 +321,13 @@ def read_profile(path: str | Path) -> CostProfile:
 def _measured(where: str, base: CostProfile, event: str, table: Any, source: str) -> Price:
     known = {**base.prices, "swap": base.swap}
     if event not in known:
-        raise SoftSgxError(f"{where}: not known; give some of {', '.join(known)}")
+        raise SoftSgxError(f"{where}: unknown; give some of {', '.join(known)}")
     bad = not isinstance(table, dict) or table.keys() != {"low", "typical", "high"}
     ends = [] if bad else [table[end] for end in ("low", "typical", "high")]
     if bad or not all(map(_positive, ends)) or ends != sorted(ends):
-        raise SoftSgxError(f"{where}: give low, typical and high in cycles, in ascending order")
+        raise SoftSgxError(
+            f"{where}: not a price; give low, typical and high in cycles, in ascending order"
+        )
     low, typical, high = map(round, ends)
     return replace(
         known[event],

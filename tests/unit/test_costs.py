@@ -118,10 +118,10 @@ def test_a_profile_of_ones_own_divides_the_swapped_page_as_ours(tmp_path: Path) 
     ("text", "problem"),
     [
         ("name = ", "TOML"),
-        ("speed = 3", "speed is not known"),
-        ('base = "abacus"', "base: not known"),
+        ("speed = 3", "speed: unknown"),
+        ('base = "abacus"', "base: unknown"),
         ("hertz = -1", "hertz as a number"),
-        ("[prices.warp]\nlow = 1\ntypical = 1\nhigh = 1", "prices.warp: not known"),
+        ("[prices.warp]\nlow = 1\ntypical = 1\nhigh = 1", "prices.warp: unknown"),
         ("[prices.ewb]\nlow = 2\ntypical = 1\nhigh = 3", "ascending"),
         ("[prices.ewb]\nlow = 2\nhigh = 3", "low, typical and high"),
         ("[prices]\newb = 3", "low, typical and high"),

@@ -64,7 +64,8 @@ class Token:
             return cls(str(scenario), tuple(map(str, defects)), int(seed), stretches, int(digest))
         except (ValueError, TypeError, IndexError, zlib.error) as error:
             raise SoftSgxError(
-                f"token {text[:20]!r}…: not one that softsgx explore has printed ({error})"
+                f"token {text[:20]!r}…: not a token of softsgx explore ({error}); "
+                "copy the whole token from its output"
             ) from None
 
     @property

@@ -83,9 +83,11 @@ def _of_user(name: str, module: str, function: str) -> NamedScenario:
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise SoftSgxError(f"scenario {name!r}: {error}") from error
+        raise SoftSgxError(
+            f"scenario {name!r}: {error}; give MODULE:FUNCTION, importable from here"
+        ) from error
     if not callable(found):
-        raise SoftSgxError(f"scenario {name!r}: no function")
+        raise SoftSgxError(f"scenario {name!r}: not a function; give MODULE:FUNCTION")
     return NamedScenario(name, _summary(found), found)
 
 

@@ -56,7 +56,9 @@ class Store:
             try:
                 found.append(UnitResult.from_json(entry))
             except (ValueError, KeyError, TypeError) as error:
-                raise SoftSgxError(f"{self._units.path}:{number}: no result of explore") from error
+                raise SoftSgxError(
+                    f"{self._units.path}:{number}: not a result of explore; give another --out"
+                ) from error
         return found
 
     def append(self, result: UnitResult) -> None:

@@ -127,19 +127,23 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sections) <= _MAX_SECTIONS:
-            raise SoftSgxError(f"{len(self.sections)} EPC sections: give 1 to {_MAX_SECTIONS}")
+            raise SoftSgxError(
+                f"epc: {len(self.sections)} sections; give 1 to {_MAX_SECTIONS} sections"
+            )
         if self.processors < 1:
-            raise SoftSgxError(f"{self.processors} processors: give at least 1")
+            raise SoftSgxError(f"processors = {self.processors}: too few; give at least 1")
         end = 0
         for section in sorted(self.sections, key=lambda section: section.base):
             what = f"EPC section at {section.base:#x}, {section.size:#x} bytes"
             if section.base % PAGE_BYTES or section.size % PAGE_BYTES or section.size <= 0:
-                raise SoftSgxError(f"{what}: base and size must be positive multiples of 4096")
+                raise SoftSgxError(f"{what}: not whole pages; give positive multiples of 4096")
             if section.base < end:
-                raise SoftSgxError(f"{what}: overlaps the section below it")
+                raise SoftSgxError(f"{what}: overlaps the section below it; give a higher base")
             end = section.base + section.size
             if end > 1 << _PHYSICAL_BITS:
-                raise SoftSgxError(f"{what}: ends above {_PHYSICAL_BITS} physical address bits")
+                raise SoftSgxError(
+                    f"{what}: ends above {_PHYSICAL_BITS} physical address bits; give less EPC"
+                )
 
     @classmethod
     def with_epc(cls, size: int, **changes: object) -> MachineConfig:

@@ -121,7 +121,8 @@ def choose_secs(
     )
     if secs.base % plan.size:
         raise SoftSgxError(
-            f"{image.name}: base {secs.base:#x} is not a multiple of the size {plan.size:#x}"
+            f"{image.name}: base {secs.base:#x} is not a multiple of the size {plan.size:#x}; "
+            "give a multiple of it"
         )
     if sigstruct is not None:
         for check in check_against(sigstruct, secs):

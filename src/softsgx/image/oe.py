@@ -149,11 +149,16 @@ def oe_properties(file: Bytes, **changes: int | bytes) -> bytes:
         name for name in changes if OeProperties.OFFSETS.get(name, _IMAGE_INFO_AT) >= _IMAGE_INFO_AT
     ]
     if unknown:
-        raise SoftSgxError(f"{file.name}: no property {unknown[0]!r} to set in {OE_SECTION}")
+        raise SoftSgxError(
+            f"{file.name}: no property {unknown[0]!r} to set in {OE_SECTION}; give a field of "
+            "OeProperties"
+        )
     try:
         config = properties.replace(**changes).pack()[:_IMAGE_INFO_AT]
     except (struct.error, ValueError) as error:
-        raise SoftSgxError(f"{file.name}: properties {changes}: {error}") from error
+        raise SoftSgxError(
+            f"{file.name}: properties {changes}: {error}; give values that fit the fields"
+        ) from error
     copy = bytearray(file.view)
     copy[offset : offset + _IMAGE_INFO_AT] = config
     return bytes(copy)
@@ -254,7 +259,10 @@ def _plan(elf: Elf) -> Plan:
     start = properties.start_address if properties.flags & _ZERO_BASE else 0
     size = enclave_size(total + start)
     if size > MASK_64:
-        raise SoftSgxError(f"{elf.file.name}: its {OE_SECTION} asks for {total:#x} bytes")
+        raise SoftSgxError(
+            f"{elf.file.name}: its {OE_SECTION} asks for {total:#x} bytes, more than 2**64; give "
+            "less heap, fewer threads or smaller stacks"
+        )
 
     info = (oeinfo_rva, OeProperties.SIZE, image.size, len(relocations), heap_rva, size)
     image.write(oeinfo_rva + _IMAGE_INFO_AT, struct.pack("<6Q", *info), OE_SECTION)

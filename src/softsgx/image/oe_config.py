@@ -104,14 +104,16 @@ def _values(file: Bytes) -> dict[str, Any]:
         where = f"{file.name}: line {number}"
         match = _LINE.fullmatch(line)
         if match is None:
-            raise SoftSgxError(f"{where}: {line[:60]!r}: no Key=Value")
+            raise SoftSgxError(f"{where}: {line[:60]!r}: no Key=Value; write one, or a # comment")
         key, given = match[1], match[2]
         if key not in _KEYS:
-            raise SoftSgxError(f"{where}: {key[:60]!r}: no key of Open Enclave's signing tool")
+            raise SoftSgxError(
+                f"{where}: {key[:60]!r}: no key of Open Enclave's signing tool; remove the line"
+            )
         if key in values:
-            raise SoftSgxError(f"{where}: {key}: comes twice")
+            raise SoftSgxError(f"{where}: {key}: comes twice; remove one of the lines")
         _, read, wanted = _KEYS[key]
         values[key] = read(given)
         if values[key] is None:
-            raise SoftSgxError(f"{where}: {key}: {given[:60]!r}: give {wanted}")
+            raise SoftSgxError(f"{where}: {key}: {given[:60]!r}: invalid; give {wanted}")
     return values

@@ -220,7 +220,8 @@ class Plan:
         """Make the checks of ECREATE and EADD."""
         if not _SMALLEST_SECS_SIZE <= self.size <= LARGEST_SECS_SIZE or self.size & (self.size - 1):
             raise SoftSgxError(
-                f"plan: enclave size {self.size:#x} is not a power of two from 0x2000 to 2**56"
+                f"plan: enclave size {self.size:#x}: invalid; give a power of two from 0x2000 to "
+                "2**56"
             )
         if not 0 < self.ssa_frame_size < 1 << 32:
             raise SoftSgxError(
@@ -228,7 +229,7 @@ class Plan:
             )
         if self.base is not None and (self.base % self.size or self.base < 0):
             raise SoftSgxError(
-                f"plan: base {self.base:#x} is not a multiple of the size {self.size:#x}"
+                f"plan: base {self.base:#x} is not a multiple of the size {self.size:#x}; give one"
             )
         for run in self.runs:
             _check_run(run, self.size)
@@ -272,7 +273,10 @@ def _check_run(run: Run, size: int) -> None:
     if run.pages <= 0 or run.offset < 0 or run.offset % PAGE_BYTES:
         raise SoftSgxError(f"{where}: {run.pages} pages; offsets are page aligned, counts positive")
     if run.end > size:
-        raise SoftSgxError(f"{where}: end at {run.end:#x}, beyond the enclave's size {size:#x}")
+        raise SoftSgxError(
+            f"{where}: end at {run.end:#x}, beyond the enclave's size {size:#x}; "
+            "give the enclave a larger size"
+        )
     if isinstance(run.source, Data):
         have = run.source.view.nbytes
         assert have == run.pages * PAGE_BYTES, f"{have} bytes for {run.pages} pages"
@@ -280,16 +284,25 @@ def _check_run(run: Run, size: int) -> None:
         have = run.source.lead + run.source.view.nbytes
         assert run.pages == 1 and have <= PAGE_BYTES, f"{have} bytes for {run.pages} pages"
     elif not 0 <= run.source.word < 1 << 32:
-        raise SoftSgxError(f"{where}: fill word {run.source.word:#x} has more than 32 bits")
+        raise SoftSgxError(
+            f"{where}: fill word {run.source.word:#x} has more than 32 bits; give a smaller one"
+        )
     if not 0 <= run.mask <= MASK_ALL:
-        raise SoftSgxError(f"{where}: chunk mask {run.mask:#x} has more than 16 bits")
+        raise SoftSgxError(
+            f"{where}: chunk mask {run.mask:#x} has more than 16 bits; give one bit a chunk"
+        )
     rights = run.flags & SecInfoFlags.RWX
     if run.flags & ~_SETTABLE or run.page_type not in _ADDABLE:
-        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x} are none that EADD takes")
+        raise SoftSgxError(
+            f"{where}: SECINFO flags {run.flags:#x}: EADD refuses them; give a type that EADD "
+            "adds, with R, W and X"
+        )
     if run.is_tcs and rights:
-        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a TCS has no R, W or X")
+        raise SoftSgxError(
+            f"{where}: SECINFO flags {run.flags:#x}: a TCS has no R, W or X; clear them"
+        )
     if rights & SecInfoFlags.W and not rights & SecInfoFlags.R:
-        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: W needs R")
+        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: W needs R; set R")
 
 
 def _as_added(run: Run, size: int) -> Run:
@@ -309,7 +322,7 @@ def _as_added(run: Run, size: int) -> Run:
         if not tcs_ok(tcs, mode64=True, cet=True):
             raise SoftSgxError(
                 f"{where}: EADD refuses a TCS with PREVSSP or bytes from 88 on set; "
-                "is it a TCS at all?"
+                "clear them, or give the page its right type"
             )
         added = tcs_as_added(tcs)
         changed |= added != tcs
@@ -320,15 +333,22 @@ def _as_added(run: Run, size: int) -> Run:
 def _check_shadow_stack(run: Run, size: int, where: str) -> None:
     """Refuse shadow-stack pages that EADD refuses; the token follows from BASEADDR."""
     if run.flags & SecInfoFlags.RWX != SecInfoFlags.R | SecInfoFlags.W:
-        raise SoftSgxError(f"{where}: SECINFO flags {run.flags:#x}: a shadow stack has R and W")
+        raise SoftSgxError(
+            f"{where}: SECINFO flags {run.flags:#x}: not those of a shadow stack; give R and W"
+        )
     if run.offset == 0 or run.end == size:
-        raise SoftSgxError(f"{where}: a shadow stack at an end of the enclave's range")
+        raise SoftSgxError(
+            f"{where}: a shadow stack at an end of the enclave's range; leave a page before and "
+            "behind it"
+        )
     if run.source == ZERO and run.page_type == PageType.SS_REST:
         return
     zeros = PAGE_BYTES - (_TOKEN_BYTES if run.page_type == PageType.SS_FIRST else 0)
     pages = 1 if isinstance(run.source, Fill) else run.pages
     if any(any(run.source.page(index)[:zeros]) for index in range(pages)):
-        raise SoftSgxError(f"{where}: a shadow stack with more in it than its token")
+        raise SoftSgxError(
+            f"{where}: a shadow stack with more in it than its token; set the other bytes to zero"
+        )
 
 
 def _check_overlap(runs: tuple[Run, ...]) -> None:

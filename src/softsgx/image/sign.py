@@ -128,12 +128,14 @@ class SignOptions:
         for name, bits in widths.items():
             value = getattr(self, name)
             if not 0 <= value < 1 << bits:
-                raise SoftSgxError(f"sign: {name} {value:#x} does not fit {bits} bits")
+                raise SoftSgxError(
+                    f"sign: {name} {value:#x} does not fit {bits} bits; give a smaller value"
+                )
         if self.vendor not in (0, 0x8086):
             raise SoftSgxError(f"sign: vendor {self.vendor:#x}; EINIT takes 0 and 0x8086")
         if self.attributes & AttributesFlags.INIT:
             raise SoftSgxError(
-                f"sign: attributes {self.attributes:#x} have INIT, which only EINIT sets"
+                f"sign: attributes {self.attributes:#x} have INIT, which only EINIT sets; clear it"
             )
         for name in ("isv_family_id", "isv_ext_prod_id"):
             value = getattr(self, name)
@@ -285,7 +287,10 @@ def load_key(pem: bytes, name: str = "key", password: bytes | None = None) -> rs
     try:
         key = serialization.load_pem_private_key(pem, password)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SoftSgxError(f"{name}: no private key in PEM: {first_line(error)}") from error
+        raise SoftSgxError(
+            f"{name}: no private key in PEM: {first_line(error)}; make one with softsgx sign "
+            "--new-key"
+        ) from error
     if not isinstance(key, rsa.RSAPrivateKey):
         raise SoftSgxError(f"{name}: a {type(key).__name__}; SGX needs RSA-3072, exponent 3")
     _require_sgx_key(key.public_key(), name)
@@ -301,7 +306,9 @@ def load_public_key(pem: bytes, name: str = "public key") -> rsa.RSAPublicKey:
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SoftSgxError(f"{name}: no public key in PEM: {first_line(error)}") from error
+        raise SoftSgxError(
+            f"{name}: no public key in PEM: {first_line(error)}; make one with openssl rsa -pubout"
+        ) from error
     if not isinstance(key, rsa.RSAPublicKey):
         raise SoftSgxError(f"{name}: a {type(key).__name__}; SGX needs RSA-3072, exponent 3")
     _require_sgx_key(key, name)

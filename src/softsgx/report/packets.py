@@ -179,6 +179,6 @@ def require_perfetto() -> Any:
         from perfetto.protos.perfetto.trace import perfetto_trace_pb2
     except ImportError as error:
         raise SoftSgxError(
-            "a Perfetto trace needs the package perfetto: pip install 'softsgx[report]'"
+            "Perfetto traces: package perfetto is missing; pip install 'softsgx[report]'"
         ) from error
     return perfetto_trace_pb2

@@ -41,7 +41,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 _TEXT = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(>=|<=|==|!=|>|<)\s*(\S.*?)\s*", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
-_EXAMPLE = "write FIELD>VALUE, as evictions>0"
+_EXAMPLE = "not a comparison; write FIELD>VALUE, such as evictions>0"
 _SHORT = "verdict"
 
 
@@ -109,7 +109,9 @@ def _number(text: str, written: str) -> float:
     try:
         return parse_size(written)
     except ValueError:
-        raise SoftSgxError(f"threshold {text!r}: {written!r} is not a number or a size") from None
+        raise SoftSgxError(
+            f"threshold {text!r}: {written!r} is not a number or a size; write 4096 or 16MiB"
+        ) from None
 
 
 def _values(document: Any, field: tuple[str, ...], *, absent: object = None) -> Iterator[Any]:

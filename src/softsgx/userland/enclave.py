@@ -247,14 +247,14 @@ class LoadedEnclave:
     @property
     def _enclave(self) -> Enclave:
         if self.fd < 0:
-            raise SoftSgxError(f"{self.image.name}: the enclave is closed")
+            raise SoftSgxError(f"{self.image.name}: the enclave is closed; load it again")
         return self.process.enclave_file(self.fd).enclave
 
     def _no_access(self, offset: int, error: OSError | None) -> SoftSgxError:
         if not self.debug:
             why = "it is not a debug enclave; load it with debug=True"
         else:
-            why = str(error) if error is not None else "there is no page, or it is no REG page"
+            why = str(error) if error is not None else "not a REG page; see enclave.pages"
         return SoftSgxError(f"{self.image.name}: offset {offset:#x}: {why}")
 
 

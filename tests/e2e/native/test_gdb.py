@@ -282,5 +282,5 @@ def test_a_signal_ends_a_program_that_no_gdb_comes_for(start: Start) -> None:
 def test_a_strict_run_cannot_be_debugged(program: Path) -> None:
     command = [*SOFTSGX, "run", "--strict", "--gdb", "0", "--", str(program / "host")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert "gdb: does not go with a strict run; leave one of them out" in done.stderr
+    assert "gdb: not possible in a strict run; remove one of the two" in done.stderr
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

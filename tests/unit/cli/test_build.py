@@ -353,7 +353,7 @@ def test_cc_comes_before_ziglang_and_without_both_the_error_says_how_to_get_one(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert find_compiler().command[1:4] == ("-m", "ziglang", "cc")
     monkeypatch.setattr(compiler, "find_spec", lambda name: None)
-    with pytest.raises(SoftSgxError, match=r"no C compiler: .*softsgx\[cc\]"):
+    with pytest.raises(SoftSgxError, match=r"no C compiler; .*softsgx\[cc\]"):
         find_compiler()
 
 

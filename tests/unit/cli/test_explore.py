@@ -88,7 +88,7 @@ def test_results_are_appended_and_taken_up(
         (["no_such_module:f"], "scenario 'no_such_module:f': No module named"),
         (["softsgx.explore:missing"], "scenario 'softsgx.explore:missing': module"),
         (["--defect", "B5"], "defect 'B5': cannot be switched on"),
-        (["--replay", "nonsense"], "token 'nonsense'…: not one that"),
+        (["--replay", "nonsense"], "token 'nonsense'…: not a token"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -177,7 +177,7 @@ def test_a_larger_budget_goes_on_and_another_campaign_is_refused(tmp_path: Path)
 def test_a_damaged_line_is_reported_with_its_number(tmp_path: Path) -> None:
     store = Store(str(tmp_path), BROKEN)
     (tmp_path / "units.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(SoftSgxError, match=r"units.jsonl:1: no result"):
+    with pytest.raises(SoftSgxError, match=r"units.jsonl:1: not a result"):
         store.results()
 
 

@@ -99,7 +99,9 @@ def test_an_enclave_range_is_read_whole() -> None:
 def test_a_number_beyond_its_range_is_refused(key: str) -> None:
     low, high = _KEYS[key]
     for value in (high + 1, *([low - 1] if low else [])):
-        with pytest.raises(SoftSgxError, match=rf"e\.xml: {key}: '{value:#x}': give a number"):
+        with pytest.raises(
+            SoftSgxError, match=rf"e\.xml: {key}: '{value:#x}': invalid; give a number"
+        ):
             sdk(f"<{key}>{value:#x}</{key}>")
 
 
@@ -108,7 +110,7 @@ def test_a_number_beyond_its_range_is_refused(key: str) -> None:
     [
         ("<Colour>1</Colour>", "'Colour': no key"),
         ("<TCSNum>1</TCSNum><TCSNum>1</TCSNum>", "TCSNum: comes twice"),
-        ("<TCSNum></TCSNum>", "TCSNum: '': give a number"),
+        ("<TCSNum></TCSNum>", "TCSNum: '': invalid; give a number"),
         ("<TCSNum>-1</TCSNum>", "give a number"),
         ("<TCSNum>1 2</TCSNum>", "give a number"),
         ("<TCSNum>08</TCSNum>", "give a number"),
@@ -186,7 +188,7 @@ def test_debug_and_kss_follow_the_file() -> None:
         ("NumTCS", "line 1: 'NumTCS': no Key=Value"),
         ("=", "no Key=Value"),
         ("\nColour=1", "line 2: 'Colour': no key"),
-        ("Debug=2", "Debug: '2': give 0 or 1"),
+        ("Debug=2", "Debug: '2': invalid; give 0 or 1"),
         ("Debug=1\nDebug=1", "comes twice"),
         ("NumTCS=-1", "give a number"),
         ("NumTCS=99999999999999999999", "give a number"),

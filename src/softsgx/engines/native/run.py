@@ -221,12 +221,12 @@ def run(
     if cpuid not in CPUID_SOURCES:
         raise SoftSgxError(f"cpuid = {cpuid!r}: not known; give {' or '.join(CPUID_SOURCES)}")
     if gdb is not None and strict:
-        raise SoftSgxError("gdb: does not go with a strict run; leave one of them out")
+        raise SoftSgxError("gdb: not possible in a strict run; remove one of the two")
     injections = Injections.of(inject)
     tick_ns = None if tick is None else tick_period_ns(tick)
     for finding in doctor():
         if finding.needed and not finding.ok:
-            raise NotRun(f"{finding.name}: {finding.text}")
+            raise NotRun(f"{finding.name}: {finding.text}; see softsgx doctor")
     described = config.but(**keywords) if config else PlatformConfig.of(**keywords)
     with native_platform(described, tracer, cpuid=cpuid) as platform:
         assert platform.driver is not None, "a platform that runs has its driver"

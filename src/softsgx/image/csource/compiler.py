@@ -166,6 +166,6 @@ def find_compiler(named: str | None = None) -> Compiler:
         target = ("-target", f"x86_64-linux-{libc}", "-fno-sanitize=all")
         return Compiler((*zig, "cc", *target), (*zig, "ld.lld"), ("-mcpu=x86_64",))
     raise SoftSgxError(
-        "no C compiler: install one (Debian: apt-get install gcc libc6-dev), or ziglang by "
+        "cc: no C compiler; install one (Debian: apt-get install gcc libc6-dev), or ziglang by "
         f"{os.path.basename(sys.executable)} -m pip install 'softsgx[cc]'"
     )

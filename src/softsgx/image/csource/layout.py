@@ -72,10 +72,11 @@ class BuildOptions:
             size = getattr(self, f"{name}_bytes")
             if size % PAGE_BYTES or not least <= size <= _MAX_BYTES:
                 raise SoftSgxError(
-                    f"--{name} {size}: give whole pages of 4096 bytes, from {least} to 16GiB"
+                    f"--{name} {size}: invalid size; give whole pages of 4096 bytes, from {least} "
+                    "to 16GiB"
                 )
         if not 1 <= self.threads <= _MAX_THREADS:
-            raise SoftSgxError(f"--threads {self.threads}: give 1 to {_MAX_THREADS}")
+            raise SoftSgxError(f"--threads {self.threads}: out of range; give 1 to {_MAX_THREADS}")
 
 
 def build_enclave(

@@ -89,25 +89,28 @@ def _values(file: Bytes) -> dict[str, int]:
         raise SoftSgxError(f"{file.name}: {len(file)} bytes; no configuration file of the SDK")
     # Entities could expand a small file without bound, and the SDK's reader supports none.
     if b"<!DOCTYPE" in bytes(file.view):
-        raise SoftSgxError(f"{file.name}: has a document type; configuration files have none")
+        raise SoftSgxError(f"{file.name}: has a document type; remove <!DOCTYPE …>")
     try:
         root = ElementTree.fromstring(bytes(file.view))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise SoftSgxError(f"{file.name}: not XML: {error}") from error
+        raise SoftSgxError(f"{file.name}: not XML: {error}; correct the line") from error
     if root.tag != _ROOT:
-        raise SoftSgxError(f"{file.name}: element {_short(root.tag)}; the SDK's have <{_ROOT}>")
+        raise SoftSgxError(f"{file.name}: element {_short(root.tag)}; write <{_ROOT}>")
     values: dict[str, int] = {}
     for element in root:
         name, text = str(element.tag), (element.text or "").strip()
         if name not in _KEYS:
-            raise SoftSgxError(f"{file.name}: {_short(name)}: no key of the SDK's signing tool")
+            raise SoftSgxError(
+                f"{file.name}: {_short(name)}: no key of the SDK's signing tool; remove it"
+            )
         if name in values:
-            raise SoftSgxError(f"{file.name}: {name}: comes twice")
+            raise SoftSgxError(f"{file.name}: {name}: comes twice; remove one of them")
         low, high = _KEYS[name]
         value = _number(text)
         if value is None or not low <= value <= high:
             raise SoftSgxError(
-                f"{file.name}: {name}: {_short(text)}: give a number from {low:#x} to {high:#x}"
+                f"{file.name}: {name}: {_short(text)}: invalid; give a number from {low:#x} to "
+                f"{high:#x}"
             )
         values[name] = value
     return values
@@ -162,7 +165,9 @@ def _layout(name: str, values: dict[str, int]) -> dict[str, Any]:
     for field, (key, default) in _SIZES.items():
         size = values.get(key, default)
         if size is not None and size % PAGE_BYTES:
-            raise SoftSgxError(f"{name}: {key}: {size:#x}: not whole pages of 4096 bytes")
+            raise SoftSgxError(
+                f"{name}: {key}: {size:#x}: not whole pages; give a multiple of 4096"
+            )
         layout[field] = None if size is None else size // PAGE_BYTES
     if "ELRangeSize" in values:
         layout["elrange"] = Elrange(

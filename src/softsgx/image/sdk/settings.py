@@ -95,7 +95,8 @@ class SdkLayout:
         for name, ok in ordered:
             if not ok:
                 raise SoftSgxError(
-                    f"sign: {name}: sizes are positive, and minimum <= start <= maximum"
+                    f"sign: {name}: values out of order or range; give positive ones, with "
+                    "minimum <= start <= maximum"
                 )
         if self.user_region and not self.miscselect & self.misc_mask & MiscSelect.EXINFO:
             raise SoftSgxError(

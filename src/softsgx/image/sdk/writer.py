@@ -156,7 +156,9 @@ def embed_sigstruct(file: Bytes, sigstruct: SigStruct) -> bytes:
     """
     blocks = read_blocks(metadata_area(Elf(file)))
     if not blocks:
-        raise SoftSgxError(f"{file.name}: no metadata block to put a SIGSTRUCT in")
+        raise SoftSgxError(
+            f"{file.name}: no metadata block to put a SIGSTRUCT in; lay the library out first"
+        )
     free = ~sigstruct.attribute_mask.xfrm & sum(Xfrm)
     may_set = Attributes(
         flags=sigstruct.attributes.flags, xfrm=sigstruct.attributes.xfrm | free
@@ -282,7 +284,7 @@ def _checked_elrange(elf: Elf, elrange: Elrange | None, image_bytes: int) -> Elr
     if image < start or image + image_bytes > start + size:
         raise SoftSgxError(
             f"{elf.file.name}: the image from {image:#x} to {image + image_bytes:#x} lies outside "
-            f"its enclave range from {start:#x} to {start + size:#x}"
+            f"its enclave range from {start:#x} to {start + size:#x}; enlarge ELRangeSize"
         )
     return elrange
 
