@@ -162,8 +162,8 @@ take_pages(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     Py_ssize_t parts;
     long descriptor;
 
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "take_pages() takes 2 arguments");
+    if (count != 2 || !PyList_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "take_pages() takes a descriptor and a list");
         return NULL;
     }
     descriptor = PyLong_AsLong(args[0]);

@@ -90,8 +90,8 @@ next_stop(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     int status = 0, code, fetched = 0;
     long options;
 
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "next_stop() takes 2 arguments");
+    if (count != 2 || !PyDict_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "next_stop() takes options and a dict");
         return NULL;
     }
     options = PyLong_AsLong(args[0]);

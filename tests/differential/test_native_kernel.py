@@ -13,10 +13,11 @@ import mmap
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_arguments_that_are_no_words_are_refused() -> None:
         with pytest.raises((TypeError, OverflowError)):
             compiled.speedups.try_ptrace(*wrong)
     arguments: Any
-    for arguments in ((0,), (0, 1, 2), ("0", {})):
+    for arguments in ((0,), (0, 1, 2), ("0", {}), (0, [])):
         with pytest.raises(TypeError):
             compiled.speedups.next_stop(*arguments)
 
@@ -473,5 +474,36 @@ def test_files_that_pages_cannot_leave(form: str) -> None:
         with pytest.raises(OSError, match=r".") as failed:
             take_pages(descriptor, runs)
         assert failed.value.errno == number
-    with pytest.raises(TypeError):
-        take_pages(file, [0])
+    for wrong in ([0], 5):
+        with pytest.raises(TypeError):
+            take_pages(file, wrong)
+
+
+def test_c_forms_keep_no_reference() -> None:
+    core = compiled.speedups
+    if core is None:
+        pytest.skip(compiled.description)
+    file, data = os.memfd_create("pages"), bytes(PAGE)
+    os.ftruncate(file, 128 * PAGE)
+    runs: list[Any] = [(0, 100 * PAGE), (110 * PAGE, 112 * PAGE)]
+
+    def once() -> None:
+        core.try_ptrace(abi.PTRACE_GETREGS, NO_THREAD, 0, 0)
+        core.copy_page(file, 0, 0, data)
+        core.protect_pages(file, 0, PAGE, 1)
+        core.take_pages(file, runs)
+        for arguments in ((file, [(0, 1 << 40)]), (file, [(0,)]), (-1, runs), (file, None)):
+            with suppress(OSError, TypeError):
+                core.take_pages(*arguments)
+        for wrong in (b"", "text"):
+            with suppress(ValueError, TypeError):
+                core.copy_page(file, 0, 0, wrong)
+
+    for _ in range(10):
+        once()
+    before = sys.getallocatedblocks(), sys.getrefcount(data), sys.getrefcount(runs)
+    for _ in range(1000):
+        once()
+    blocks, *references = sys.getallocatedblocks(), sys.getrefcount(data), sys.getrefcount(runs)
+    assert references == list(before[1:])
+    assert blocks - before[0] < 100
