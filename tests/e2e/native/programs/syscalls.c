@@ -164,7 +164,7 @@ static void mappings(void)
 		if (one_in(8)) flags |= MAP_FIXED;
 		size = pages();
 		at = flags & (MAP_FIXED | 0x100000) ? one_in(5) ? wild() : arena() : 0;
-		if (at > 0x7fffffff && at < 0x700000000000 && size < 1ul << 40 && size > 8 * PAGE) size = PAGE;
+		if (size > 8 * PAGE && size < 0x7ffffffff000) size = PAGE; /* filled, it takes all memory for its page tables */
 		if (at >= 1 && at < 0x7fffffff) at = 0; /* such low mappings are root's right */
 		placed("mmap", raw(SYS_mmap, at, size, rights(), at ? flags : flags & ~(uint64_t)(MAP_FIXED | 0x100000), wide(descriptor()), PICK(0, 0, 0, PAGE, 1, 1ul << 63)), size);
 		break;
@@ -183,7 +183,14 @@ static void mappings(void)
 		placed("mremap", raw(SYS_mremap, at, one_in(8) ? PICK(0, ~0ul, 1ul << 47) : size, bigger, flags, memory(), 0), bigger);
 		break;
 	}
-	case 7: case 8: DO(SYS_madvise, memory(), pages(), advices[below(COUNT(advices))]); break;
+	case 7: case 8: {
+		uint64_t at = memory(), size = pages();
+		int advice = advices[below(COUNT(advices))];
+		/* An end above all memory is legal: libraries and the stack keep their content. */
+		if (advice == MADV_DONTNEED && size > 1ul << 40) size = PAGE;
+		DO(SYS_madvise, at, size, advice);
+		break;
+	}
 	default:
 		switch (below(5)) {
 		case 0: DO(SYS_mlock, memory(), (1 + below(4)) * PAGE); break;
