@@ -146,6 +146,8 @@ static void names(void)
 
 static uint64_t rights(void) { return PICK(0, 1, 2, 3, 3, 3, 5, 7, 8, 16, 0x1000003, ~0ul); }
 static const int advices[] = {0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 26, 30, 1000, -1};
+/* An end above all memory is legal: libraries and the stack keep their content. */
+static uint64_t advised(uint64_t size, int advice) { return advice == MADV_DONTNEED && size > 1ul << 40 ? PAGE : size; }
 
 /* Where memory was mapped or moved to outside the arena is the kernel's choice. */
 static void placed(const char *what, long at, uint64_t size)
@@ -186,9 +188,7 @@ static void mappings(void)
 	case 7: case 8: {
 		uint64_t at = memory(), size = pages();
 		int advice = advices[below(COUNT(advices))];
-		/* An end above all memory is legal: libraries and the stack keep their content. */
-		if (advice == MADV_DONTNEED && size > 1ul << 40) size = PAGE;
-		DO(SYS_madvise, at, size, advice);
+		DO(SYS_madvise, at, advised(size, advice), advice);
 		break;
 	}
 	default:
@@ -381,7 +381,11 @@ static void enclave_mappings(void)
 		mmap(other, 32768, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 		break;
 	}
-	case 9: QUIET(SYS_madvise, at, one_in(6) ? pages() : size, advices[below(COUNT(advices))]); break;
+	case 9: {
+		int advice = advices[below(COUNT(advices))];
+		QUIET(SYS_madvise, at, advised(one_in(6) ? pages() : size, advice), advice);
+		break;
+	}
 	case 10: QUIET(PICK(SYS_mlock, SYS_munlock, SYS_msync), at, size, 4); break;
 	default: restore();
 	}
