@@ -1,4 +1,4 @@
-"""What a page fault costs through the whole stack, and what it does not depend on.
+"""The cost of a page fault through the whole stack, and that it does not grow with the machine.
 
 A fault pair is one fault in the driver (page loaded by ELDU, PTE installed) and the eviction that
 makes room for it (aged, zapped, blocked, tracked, written back), with all checks and real crypto;
@@ -63,7 +63,7 @@ class Heap:
         self.pages = pages
 
     def fault(self, index: int) -> None:
-        """Fault until the page is there; waiting for room counts."""
+        """Repeat the fault until the page is mapped; waiting for a free page is included."""
         addr, mm = BASE + index * PAGE_BYTES, self.process.mm
         while (result := mm.fault(addr, READ, self.process)) is FaultResult.RETRY:
             pass
@@ -199,7 +199,7 @@ def scaling_enclaves(rounds: int, count: int) -> dict[str, float]:
 
 
 def va_eviction(enclave: int, *, on_disk: bool) -> dict[str, float]:
-    """Return what it costs to fill and read an enclave whose VA pages do not fit the EPC."""
+    """Return the cost of filling and reading an enclave with more VA pages than EPC."""
     epc = max(enclave * 187 // (128 << 10) // PAGE_BYTES, 64) * PAGE_BYTES
     pages = enclave // PAGE_BYTES
     with Platform(epc=epc, policy="fifo", backing="file" if on_disk else "memory") as platform:

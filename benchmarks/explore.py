@@ -18,7 +18,7 @@ LONG_RUNS = 2000
 
 
 def scenario(name: str, strategy: str, runs: int) -> dict[str, float]:
-    """Measure one scenario; the unit before it loads what is loaded once."""
+    """Measure one scenario; a unit before it does the imports."""
     run_unit(Unit(0, name, (), strategy, runs, 5))
     result = run_unit(Unit(1, name, (), strategy, 0, runs))
     coverage, seconds = result.coverage, result.seconds

@@ -1,4 +1,4 @@
-"""What it costs that the host evicts a guest's EPC, beside a native enclave that swaps.
+"""The cost of evicting a guest's EPC by the host, compared with a native enclave that swaps.
 
 ``fault``: a thread inside an enclave loads from pages in turn, more of them than there is EPC, so
 that each load faults, evicts a page and loads another, crypto included.  ``native`` is an enclave
@@ -48,7 +48,7 @@ RATIOS = (0.5, 1.5, 2.0, 4.0)
 
 
 class Enclave:
-    """An enclave of so many data pages, with a thread inside."""
+    """An enclave with a number of data pages, and a thread inside."""
 
     def __init__(self, process: SoftProcess, pages: int) -> None:
         tcs = Tcs(ossa=PAGE_BYTES, nssa=2, fs_limit=0xFFF, gs_limit=0xFFF).pack()
@@ -85,9 +85,9 @@ class Variant:
     """One way to run the same loads.
 
     Attributes:
-        platform: where.
-        enclave: whose pages.
-        guest: where the enclave is; ``None`` on the host.
+        platform: the machine.
+        enclave: the enclave; its pages are loaded.
+        guest: the guest of the enclave; ``None``: it is on the host.
     """
 
     platform: Platform
@@ -96,7 +96,7 @@ class Variant:
 
     @classmethod
     def make(cls, *, host: int, guest: int | None, enclave: int) -> Variant:
-        """Return one with EPCs and an enclave of so many pages, and touch all of it once."""
+        """Return a variant with EPCs and an enclave of these sizes, all its pages touched once."""
         platform = Platform(epc=host * PAGE_BYTES, policy="fifo")
         platform.start()
         inside = None if guest is None else platform.guest("guest", epc=guest * PAGE_BYTES)
@@ -123,7 +123,7 @@ def timed(variants: dict[str, Variant], loads: int, rounds: int) -> dict[str, li
 
 
 def faults(rounds: int) -> dict[str, dict[str, float]]:
-    """Return the cost of a load that faults, by who evicts."""
+    """Return the cost of a load that faults, by the party that evicts."""
     pages = 2 * SMALL
     variants = {
         "native": Variant.make(host=SMALL, guest=None, enclave=pages),

@@ -1,4 +1,4 @@
-"""How fast MRENCLAVE is computed, beside SHA-256 of as many bytes and as many pages of headers.
+"""The speed of computing MRENCLAVE, compared with SHA-256 of as many bytes and page headers.
 
 Prints one JSON object: MB/s of hashed bytes for pages of file data, for equal pages and for
 unmeasured ones, each with its ratio to ``hashlib.sha256`` in the same run, and the peak of memory.
@@ -51,7 +51,7 @@ def _sha256(total_bytes: int) -> None:
 
 
 def main() -> None:
-    """Measure three kinds of pages and print what came out."""
+    """Measure three kinds of pages and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=128, help="size of each enclave")
     parser.add_argument("--rounds", type=int, default=3)

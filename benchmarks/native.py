@@ -1,6 +1,6 @@
-"""What real programs pay under the native engine, beside what it cannot get below.
+"""The cost of the native engine for real programs, compared with its lower bounds.
 
-One run of everything, in turn, several times over:
+Each round runs all measurements in turn:
 
 ``compute``  the same C code inside an enclave and outside, over a second each
 ``ecall``    a call into an enclave that does nothing
@@ -10,14 +10,14 @@ One run of everything, in turn, several times over:
              larger than its EPC touches its pages in order, so that each touch is a fault
 ``fault_random``  the same in an order in which no page follows its neighbour
 ``trap``     floor of both: a breakpoint that bare Python handles as tracer, registers in and out
-``c_fault``  rival of the fault: a C program whose thread fills pages by userfaultfd; no eviction,
-             no crypto
+``c_fault``  comparison with the fault: a C program with a thread that fills pages by userfaultfd;
+             no eviction, no crypto
 ``aesgcm_pair``  the crypto of a fault
 ``add_pages``, ``build``  a page of ADD_PAGES, without and with EEXTEND
 ``edmm_page``  a page that the enclave accepts (EAUG at the fault of EACCEPT) and touches at once
 ``edmm_batch_page``  the same, when all pages are accepted before the first is touched
 ``edmm_trim_page``  a page of a range that is trimmed, accepted and removed
-``copy``, ``sha256``  rivals of ADD_PAGES: the copy out of another process, and the hash of a page
+``copy``, ``sha256``  comparison with ADD_PAGES: the copy out of another process, the hash of a page
 ``start``, ``exec``, ``fork``, ``tools``, ``supervisor``  see ``processes.py``
 
 Best and median of all rounds, in microseconds, or MiB/s where the name says so.  Programs are
@@ -90,14 +90,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Programs:
-    """What was compiled, and how to run it."""
+    """The compiled programs, and how to run them."""
 
     directory: Path
     pager: str | None
 
     @classmethod
     def build(cls, directory: Path, pager: str | None) -> Programs:
-        """Compile everything into ``directory``.
+        """Compile all programs into ``directory``.
 
         Raises:
             SoftSgxError: there is no compiler.
@@ -260,7 +260,7 @@ def _growing(programs: Programs, times: Times) -> None:
 
 
 def measure(programs: Programs, rounds: int) -> Times:
-    """Run everything in turn."""
+    """Run all measurements in turn."""
     times = Times()
     steps: list[Callable[[], None]] = [
         lambda: times.add("trap", [programs.trap() * 1e6]),
@@ -288,7 +288,7 @@ def _processes(rounds: int) -> dict[str, object]:
 
 
 def report(times: Times) -> dict[str, object]:
-    """Return what is printed."""
+    """Return the report."""
     result: dict[str, object] = {}
     grown = ("edmm_page", "edmm_batch_page", "edmm_trim_page")
     for name in ("ecall", "trap", "fault", "fault_random", "c_fault", "aesgcm_pair", *grown):
@@ -324,7 +324,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
     parser.add_argument("--pager", choices=PAGERS, help="default: the best this machine allows")
     args = parser.parse_args()
     for finding in doctor():

@@ -1,4 +1,4 @@
-"""What it costs to evict a page and load it again, beside the two AES-GCM calls in it.
+"""The cost of evicting a page and loading it again, compared with the two AES-GCM calls in it.
 
 A pair is EBLOCK + EWB + ELDU of one page, with ETRACK once for a batch of 16 pages, all checks and
 real crypto, without buffers in between, as the driver does it; ``buffered_pair_us`` is one with

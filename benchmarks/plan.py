@@ -1,4 +1,4 @@
-"""How fast traces are read, curves computed and policies replayed, beside libcachesim.
+"""The speed of reading traces, computing curves and replaying policies, next to libcachesim.
 
 Prints one JSON object.  Rates are millions of accesses per second of processor time, kernels
 compiled; libcachesim replays the same accesses in the same run with ``process_trace``, its fastest
@@ -149,7 +149,7 @@ def bytes_per_access() -> dict[str, float]:
 
 
 def large(path: Path, accesses: int, pages: int) -> dict[str, float]:
-    """Return time and memory of the curve of a long trace, computed by a process of its own."""
+    """Return time and memory of the curve of a long trace, computed in a separate process."""
     write(path, accesses, pages)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -175,7 +175,7 @@ def _curve(path: Path, sender: Any) -> None:
 
 
 def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure everything."""
+    """Run all measurements."""
     path = folder / "made.trace"
     write(path, given.accesses, given.pages)
     with open_trace(path) as trace:
@@ -213,7 +213,7 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    """Measure, and print what came out."""
+    """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--accesses", type=int, default=1 << 22)
     parser.add_argument("--pages", type=int, default=1 << 15, help="different pages; 128 MiB")

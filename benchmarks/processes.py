@@ -1,11 +1,11 @@
-"""What programs pay under the native engine for being processes, and what the supervisor takes.
+"""The cost of starting and forking processes under the native engine, and its memory.
 
-Each row stands beside the same without softsgx, in the same run:
+Each row is next to the same without softsgx, in the same run:
 
 ``start_ms``       ``softsgx run --quiet -- /bin/true``, beside an empty Python program
 ``exec_us``        an execve of a small dynamic program
 ``fork_us``        a fork, with the end of the child
-``tools_ratio``    a shell script of compiler, grep and sed, whatever of them is installed
+``tools_ratio``    a shell script of those of compiler, grep and sed that are installed
 ``supervisor_bytes_per_enclave_byte``  how much the supervisor grows with an enclave, nearly all of
                    which has left the EPC
 ``supervisor_mib`` its memory around ``/bin/true``, beside that of an empty Python program
@@ -53,7 +53,7 @@ _TOOLS = {
 
 
 def processes(directory: Path, rounds: int) -> dict[str, float]:
-    """Measure everything; programs are compiled into ``directory``.  The best of the rounds.
+    """Return the best of all rounds; programs are compiled into ``directory``.
 
     Raises:
         SoftSgxError: there is no compiler.
@@ -119,7 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default 3)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="softsgx-") as scratch:
         print(json.dumps(processes(Path(scratch), args.rounds), indent=2))

@@ -1,4 +1,4 @@
-"""What waiting through a runtime costs when nobody has to wait.
+"""The cost of a runtime's waiting functions when no task has to wait.
 
 Prints one JSON object: nanoseconds for ``with lock``, ``with latch``, ``point`` and a task switch
 on each runtime, beside ``threading.Lock`` and an empty Python context manager in the same run.  The
@@ -48,7 +48,7 @@ class _Empty:
 
 
 def lowest_ns(run: Callable[[int], None]) -> float:
-    """Return the nanoseconds a round of ``run`` takes; ``run`` does as many as it is told."""
+    """Return the nanoseconds of one round; ``run`` receives the number of rounds."""
     busy_ns: list[int] = []
     empty_ns: list[int] = []
     for _ in range(REPETITIONS):

@@ -4,7 +4,7 @@
     python3 examples/demo.py sorter       in an environment that has softsgx
     python3 examples/demo.py kvstore --epc 8MiB 20000
 
-Everything is built in a temporary directory that is gone afterwards.  Exit status: 0 when the
+The example is built in a temporary directory, which is removed afterwards.  Exit status: 0 when the
 example ran and verified its own result.
 """
 
@@ -24,7 +24,7 @@ SHARE = 4
 
 
 def main() -> int:
-    """Build, run, and say at each step what is done."""
+    """Build and run the example, and announce each step."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def build(example: str, scratch: Path, heap: str) -> dict[str, object] | None:
-    """Build into ``scratch``; return what ``softsgx build --json`` said, None after a failure."""
+    """Build into ``scratch``; return the object of ``softsgx build --json``; None: it failed."""
     source = HERE / example
     arguments = ["build", str(source / "enclave.c"), "--host", str(source / "host.c")]
     arguments += ["--heap", heap, "-o", str(scratch / f"{example}.sgxs")]
@@ -70,12 +70,12 @@ def build(example: str, scratch: Path, heap: str) -> dict[str, object] | None:
 
 
 def can_run() -> bool:
-    """Print what the machine allows; return whether that is enough."""
+    """Print the output of ``softsgx doctor``; return whether programs can run here."""
     return softsgx("doctor") == 0
 
 
 def tour_instead() -> int:
-    """Say that programs cannot be run here, and show the machine at work without one."""
+    """Print that programs cannot run here, and run ``softsgx tour`` instead."""
     print(
         "\nThis machine does not let programs be traced, so the example cannot run here: the lines "
         "above say what\nto change (a container needs --cap-add=SYS_PTRACE). This is NOT the demo: "

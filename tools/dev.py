@@ -1,6 +1,6 @@
-"""Set up a virtual environment here and do one thing in it.
+"""Set up a virtual environment in the checkout, and run one task in it.
 
-Needs Python 3.11+ with ``venv``, nothing else:
+Needs only Python 3.11+ with ``venv``:
 
     python3 tools/dev.py tour      the worked paging tour
     python3 tools/dev.py demo      build an example enclave and run it with a quarter of its EPC
@@ -12,9 +12,9 @@ Needs Python 3.11+ with ``venv``, nothing else:
     python3 tools/dev.py setup     only the environment
     python3 tools/dev.py core      only the compiled core, src/softsgx/_speedups.abi3.so
 
-Each also compiles the core when its C sources have changed; without a compiler there is none.
+Each also compiles the core when its C sources have changed; without a compiler it is left out.
 
-The environment is ``.venv``; it is made anew when what it must hold has changed.
+The environment is ``.venv``; it is made again when its requirements have changed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CORE = ("tools/speedups.py",)
 
 def main() -> int:
     """Parse the command line, set up, run; return the exit status."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is who tells those who have an older one
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is the check for older ones
         print("softsgx needs Python 3.11 or newer", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def set_up(*, dev: bool) -> None:
-    """Make ``.venv`` hold the package, and with ``dev`` everything that tests and docs need."""
+    """Install the package into ``.venv``, and with ``dev`` all packages for tests and docs."""
     import tomllib  # not before the version was checked
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -134,7 +134,7 @@ def side_by_side(steps: dict[str, list[str]]) -> list[str]:
 
 
 def checks(rest: list[str], *, full: bool) -> int:
-    """Run every check, tell which failed, and return non-zero when any did."""
+    """Run every check, print which failed, and return non-zero when any did."""
     failed = side_by_side((STATIC | {"docs": DOCS}) if full else STATIC)
     tests = ["pytest", "-q", "-rs", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     tests += [] if full else ["-m", "not slow and not exhaustive"]

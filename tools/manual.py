@@ -3,7 +3,7 @@
     python tools/manual.py DIRECTORY
 
 makes ``man/softsgx.1``, a page for each verb beside it, and ``completion/softsgx.SHELL`` for bash,
-zsh, fish, tcsh.  For those who package softsgx: nothing of it is in the wheel.  Needs the
+zsh, fish, tcsh.  It is for packagers: the wheel has none of these files.  Needs the
 dependency group ``manual``.  SOURCE_DATE_EPOCH sets the date of the pages.
 """
 
@@ -27,7 +27,7 @@ _DIRECTORIES = {"DIR", "DIRECTORY"}
 
 
 def main() -> int:
-    """Write all of it."""
+    """Write the man pages and the completions."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path, metavar="DIRECTORY")
     directory: Path = parser.parse_args().directory
@@ -71,7 +71,7 @@ def _page(parser: argparse.ArgumentParser, summary: str) -> str:
 
 
 def _roff(text: str) -> str:
-    """Return text whose lines no formatter takes for requests."""
+    """Return text with lines that roff does not read as requests."""
     escaped = text.strip("\n").replace("\\", "\\\\").replace("-", r"\-")
     return re.sub(r"^([.'])", r"\\&\1", escaped, flags=re.M)
 

@@ -1,4 +1,4 @@
-"""Draw what a command prints as an SVG: the pictures of README and docs are made by this.
+"""Draw the output of a command as an SVG, for the pictures of README and docs.
 
     python tools/picture.py OUT.svg COMMAND [ARG ...]
 
@@ -35,7 +35,7 @@ def main() -> int:
     console.print(Text(f"$ {shlex.join(command)}", style="bold"))
     console.print(Text.from_ansi(done.stdout.rstrip("\n")), soft_wrap=True)
     picture = console.export_svg(title="softsgx", font_aspect_ratio=0.61)
-    # No fonts from elsewhere: a picture shows the same offline.
+    # No fonts from the network: a picture looks the same offline.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     Path(out).write_text(picture)
     return done.returncode

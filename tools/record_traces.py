@@ -47,7 +47,7 @@ assert json.loads(json.dumps(tree)) == tree
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Return the programs, and write what they read."""
+    """Return the programs, and write their input files."""
     chance = random.Random(1)
     numbers = "".join(f"{chance.randrange(10**9)}\n" for _ in range(_NUMBERS))
     (folder / "numbers").write_text(numbers)
@@ -98,7 +98,7 @@ def _filtered(source: Source) -> Iterator[tuple[int, bool]]:
 
 
 def record(name: str, command: list[str]) -> Trace:
-    """Return the trace of a program, whose pages are numbered in order of first use."""
+    """Return the trace of a program; its pages are numbered in order of first use."""
     numbers: dict[int, int] = {}
     kept = [
         (numbers.setdefault(key, len(numbers)), write)
@@ -108,7 +108,7 @@ def record(name: str, command: list[str]) -> Trace:
 
 
 def main() -> None:
-    """Record the programs that were asked for."""
+    """Record the programs of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("program", nargs="*")
     here = Path(__file__).resolve().parent.parent / "tests" / "data"

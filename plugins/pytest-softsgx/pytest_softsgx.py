@@ -1,4 +1,4 @@
-"""What pytest finds: the fixtures of softsgx, from where they are."""
+"""The entry point for pytest: it exports the fixtures of softsgx."""
 
 from softsgx.host.pytest_plugin import pytest_configure, sgx_platform, sgx_run
 

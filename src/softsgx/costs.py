@@ -6,7 +6,7 @@ microcode and content of the caches.  Its basis says how far it can be trusted:
 ``read``
     A source was read, and ``printed`` has the figure as it is printed there.
 ``measured``
-    Somebody's program measured it on a processor: a profile from a file (:func:`read_profile`).
+    A user's program measured it on a processor: a profile from a file (:func:`read_profile`).
 ``estimated``
     No source was read.  The figure is of the right order, and no more.
 
@@ -172,7 +172,7 @@ def estimate(counts: Mapping[str, int], profile: CostProfile) -> Estimate:
     """Price what happened.
 
     Args:
-        counts: number of events by name; a name that no profile has is a mistake of ours.
+        counts: number of events by name; a name that no profile has is a bug.
         profile: the prices.
     """
     unknown = counts.keys() - profile.prices.keys()

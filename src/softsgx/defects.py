@@ -287,7 +287,7 @@ class Defect(StrEnum):
         "B33",
         "deadlock at munmap",
         None,
-        "The defect needs a notifier that runs inside munmap; ours runs only at the end of an"
+        "The defect needs a notifier that runs inside munmap; here it runs only at the end of an"
         " address space.",
         "The out-of-tree driver's callback takes no lock.",
     )
@@ -353,7 +353,7 @@ class Defect(StrEnum):
         "L7",
         "allocation never returns",
         "paging",
-        "Direct reclaim goes on while every page is young.",
+        "Direct reclaim does not end while every page is young.",
     )
     PEAK_RAISED_BY_REFUSED_CHARGE = (
         "L8",

@@ -17,7 +17,7 @@ STRATEGIES = {
 """What each strategy does, by name."""
 
 PARTS = 16
-"""Parts of a systematic search; the number does not depend on who searches, so that the parts give
+"""Parts of a systematic search; the number does not depend on the worker, so that the parts give
 the same schedules on one processor and on many."""
 
 _DEPTH = 3

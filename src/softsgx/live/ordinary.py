@@ -1,7 +1,7 @@
 """The state of an ordinary program that is recorded as if it were enclosed.
 
 The object has the names of :mod:`.state`; address spaces take the place of enclaves.  Without an
-EPC, ``epc`` is ``None`` and there are no groups; ``recording`` tells of intervals.
+EPC, ``epc`` is ``None`` and there are no groups; ``recording`` has the counts of intervals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PAGER = "userfaultfd"
 
 
 class OrdinaryState:
-    """Returns the state of a recording, in any thread, once it was told of one.
+    """Returns the state of a recording, in any thread, after :meth:`started`.
 
     Args:
         clock: returns seconds.

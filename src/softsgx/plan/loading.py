@@ -89,7 +89,7 @@ class _Source:
     """A trace that is being read.
 
     Attributes:
-        keys: ``trace << 48``, which tells its pages from those of the others.
+        keys: ``trace << 48``, which separates its pages from those of other traces.
         span_ns: times of its first and its last record.
         accesses: read so far.
         last_ns: time of the last of them, from 0.

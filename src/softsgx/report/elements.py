@@ -131,7 +131,7 @@ def prices_table(note: str, prices: Sequence[Price], counts: Sequence[int] = ())
     Args:
         note: what the prices are.
         prices: in order.
-        counts: how many events each is the price of; none: they are not told.
+        counts: how many events each is the price of; empty: no column.
     """
     rows = []
     told = [f"{count:,}" for count in counts]

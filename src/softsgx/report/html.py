@@ -120,7 +120,7 @@ def _pages_tile(pages: int, what: str, none: str) -> tuple[str, str]:
 
 
 def _faults_tile(run: RunSummary) -> tuple[str, str]:
-    """Tell page faults by what they did: a first touch costs little, a reload is paging."""
+    """Group page faults by their effect: a first touch costs little, a reload is paging."""
     faults = sum(enclave.fault_count for enclave in run.enclaves)
     touches = sum(enclave.faults[kind] for enclave in run.enclaves for kind in _FIRST_TOUCHES)
     reloads = sum(enclave.faults["major"] for enclave in run.enclaves)

@@ -3,7 +3,7 @@
 A listener that writes each event at once, so long runs need no memory.  Its tracks:
 
 * ``processor 0`` and so on: slices while it executes which enclave, and its crossings.  A thread
-  of the program has a processor of its own as long as it lives.
+  of the program has its own processor until it ends.
 * ``enclave 1`` and so on: a slice for each page fault; below it, its resident pages.
 * ``reclaim``: a slice for each batch.
 * ``group /jobs`` and so on: refused charges; below it, the pages charged to it.

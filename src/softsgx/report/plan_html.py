@@ -58,7 +58,7 @@ def plan_page(plan: Plan) -> str:
 
 
 def _told(plan: Plan) -> SizeResult:
-    """Return the recommended size, or the one that residency is told for."""
+    """Return the recommended size, or the one that residency is for."""
     wanted = plan.recommendation.epc_bytes or plan.residency.epc_bytes
     return min(plan.sizes, key=lambda size: abs(size.epc_bytes - wanted))
 

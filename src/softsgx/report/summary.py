@@ -60,7 +60,7 @@ class EnclaveSummary:
     Attributes:
         number: its name in events, from 1 in the order of opening.
         base, size_bytes: its linear range.
-        group: who pays for it.
+        group: the group that its EPC is charged to.
         state: ``building``, ``initialized``, ``killed``.
         created_s, initialized_s, released_s: when, seconds since the program's start.
         mrenclave: its measurement, hexadecimal; ``None`` before EINIT.

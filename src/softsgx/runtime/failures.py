@@ -1,6 +1,6 @@
 """Failures of a whole program of tasks, and of an exploration of it.
 
-They are mistakes of ours, never bad input, and therefore assertions.
+They are bugs, never bad input, and therefore assertions.
 """
 
 from __future__ import annotations

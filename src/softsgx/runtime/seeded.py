@@ -284,7 +284,7 @@ class SeededRuntime(Cooperative):
         return self._next()
 
     def _end_race(self, last: CoTask) -> CoTask:
-        """Return the main task, which goes on alone: other tasks may be ready, but are daemons."""
+        """Return the main task, which continues alone: other tasks that are ready are daemons."""
         self._record(last)
         main = self._main
         self._ready[main.name] = main

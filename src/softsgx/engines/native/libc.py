@@ -127,7 +127,7 @@ def read_pages(pid: int, address: int, count: int) -> list[bytes]:
 
 
 def read_scattered(pid: int, vector: array[int], address: int, size: int) -> int:
-    """Read a process's memory as it could itself into memory of ours; return how many bytes.
+    """Copy memory that a process can read into memory of this process; return how many bytes.
 
     Args:
         pid: the process.

@@ -82,7 +82,7 @@ class RunResult:
 
 
 class RunFailed(AssertionError):
-    """Mistakes of ours have ended processes or a background task; the other processes continued.
+    """Bugs of softsgx have ended processes or a background task; the other processes continued.
 
     Attributes:
         result: how the run ended.

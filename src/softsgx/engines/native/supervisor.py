@@ -305,7 +305,7 @@ class Supervisor(Lifecycle):
 
     @property
     def failures(self) -> list[Exception]:
-        """Exceptions that are mistakes of ours; see :mod:`.tracing.failures`."""
+        """Exceptions that are bugs of softsgx; see :mod:`.tracing.failures`."""
         return self._loop.failures.errors
 
     def _end(self, first: int) -> None:

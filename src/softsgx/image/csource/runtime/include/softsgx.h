@@ -58,7 +58,7 @@ void sgx_own_target(struct sgx_targetinfo *self);
 /* EGETKEY: SGX_SUCCESS and the key, or another status of softsgx_keys.h and `key` as it was. */
 int sgx_egetkey(const struct sgx_keyrequest *request, uint8_t key[SGX_KEY_BYTES]);
 
-/* What the entry code tells the host in RSI. */
+/* What the entry code returns to the host in RSI. */
 enum { SGX__DONE = 0, SGX__BUSY = 1, SGX__POINTER = 2 };
 
 #ifdef __cplusplus
