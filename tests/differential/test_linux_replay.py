@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 from tests.support.accesses import scene_of
+from tests.support.going import with_ends
 
 from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import FaultResult
@@ -20,7 +21,7 @@ from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_ke
 from softsgx.paging import EpcCore, Fifo, LinuxPolicy
 from softsgx.plan.core_replay import CoreReplay
 from softsgx.plan.linux_replay import LinuxReplay
-from softsgx.plan.scene import LINUX, Epc
+from softsgx.plan.scene import ENDS, GOES, LINUX, Epc
 from softsgx.runtime import InlineRuntime
 
 _BASE, _READ = 0x7000_0000_0000, 1
@@ -59,6 +60,45 @@ def test_both_replays_do_the_same(seed: int) -> None:
     if readable.possible:
         readable.core.check_invariants()
     readable.close()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_both_replays_do_the_same_where_pages_go_and_enclaves_end(seed: int) -> None:
+    chance = random.Random(seed)
+    count = chance.randint(1, 4)
+    sizes = [chance.choice((1, 5, 30, 100, 600, 1500)) for _ in range(count)]
+    groups = [chance.choice(_PATHS) for _ in range(count)]
+    scene = scene_of(chance, sizes, groups, chance.choice((200, 2000)))
+    limits = {path: chance.choice((25, 40, 129, 400)) for path in ("/a", "/b") if seed % 3 == 0}
+    epc = Epc(chance.choice((10, 25, 64, 128, 300, 1000)), limits, chance.choice(_POLICIES))
+    records = with_ends(chance, scene, chance.choice((0.02, 0.2, 0.6)), chance.choice((0, 0.01)))
+    readable, compiled = CoreReplay(scene, epc), LinuxReplay(scene, epc)
+    for part in np.array_split(records, 7):
+        readable.run(part.tolist())
+        compiled.run(part)
+        assert readable.counts() == compiled.counts()
+        assert (readable.resident() == compiled.resident()).all()
+        assert readable.order() == compiled.order()
+    if readable.possible:
+        readable.core.check_invariants()
+        assert readable.counts().accesses == int((records < GOES).sum())
+    readable.close()
+
+
+def test_an_enclave_that_has_ended_leaves_no_page_in_the_epc() -> None:
+    scene = scene_of(random.Random(1), [700, 40], ["/", "/"], 10)
+    for replay in (CoreReplay(scene, Epc(2000)), LinuxReplay(scene, Epc(2000))):
+        every = np.arange(740, dtype=np.uint32)
+        replay.run(every)
+        peak = replay.counts().peaks[0]
+        assert peak == 740 + 2 + 3, "two SECS, and VA pages for 701 and 41 slots"
+        gone = np.concatenate((every[:700] | GOES, np.array([GOES | ENDS]))).astype(np.uint32)
+        replay.run(gone)
+        replay.run(every[:700])
+        assert replay.counts().peaks[0] == peak, "what the enclave had was free again"
+        assert replay.counts().made == 740 + 700
+        assert replay.counts().evictions == 0
+        replay.close()
 
 
 def _evict_all(core: EpcCore) -> None:

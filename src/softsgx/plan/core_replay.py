@@ -32,7 +32,17 @@ from softsgx.paging import (
     SgxEpcPage,
     SwapEntry,
 )
-from softsgx.plan.scene import MOST_WAITS, Counts, Epc, Scene, SceneEnclave, paths_of
+from softsgx.plan.scene import (
+    ENDS,
+    GOES,
+    MOST_PAGES,
+    MOST_WAITS,
+    Counts,
+    Epc,
+    Scene,
+    SceneEnclave,
+    paths_of,
+)
 from softsgx.runtime import InlineRuntime
 
 if TYPE_CHECKING:
@@ -173,23 +183,54 @@ class _Enclave:
 
     def __init__(self, core: EpcCore, enclave: SceneEnclave, group: Group) -> None:
         self._core, self._group = core, group
-        size = 1 << max(enclave.pages - 1, 1).bit_length()
+        self._size = 1 << max(enclave.pages - 1, 1).bit_length()
         self._lock = core.runtime.lock("enclave")
-        self.swap = EnclaveSwap(
-            core,
-            _EmptyBacking(),
-            pages=size,
-            base=_BASE,
-            lock=self._lock,
-            pin=_Pin(),
-            kick=lambda: None,
-            group=group,
-        )
+        self.swap = self._new_swap()
         self._promised = 0
         self._made = 0
         self.loads = 0
         self.pages = [_Page(self, index) for index in range(enclave.pages)]
         self._by_index = dict(enumerate(self.pages))
+
+    def _new_swap(self) -> EnclaveSwap:
+        return EnclaveSwap(
+            self._core,
+            _EmptyBacking(),
+            pages=self._size,
+            base=_BASE,
+            lock=self._lock,
+            pin=_Pin(),
+            kick=lambda: None,
+            group=self._group,
+        )
+
+    def remove(self, page: _Page) -> None:
+        """Remove a page, if the enclave has it: EREMOVE, or the end of what was evicted.
+
+        Deviation: Linux loads an evicted page before EREMOVE; an enclave that gives a page up has
+        used it just before, by EACCEPT.
+        """
+        if page.epc is not None:
+            taken = self._core.unmark_reclaimable(page.epc)
+            assert taken, "a page is removed while a batch has it"
+            self._core.remove(page.epc)
+            page.epc = None
+            self.swap.child_removed()
+            self.swap.shrink()
+        elif page.entry is not None:
+            self.swap.drop(page.entry)
+            page.entry = None
+        else:
+            return
+        page.accessed = False
+        self._made -= 1
+        self._promised -= 1
+
+    def end(self) -> None:
+        """Free the SECS and the VA pages of an enclave that has no pages any more."""
+        self.swap.destroy()
+        self.swap = self._new_swap()
+        self._promised = 0
 
     def _promise(self, pages: int) -> None:
         """Allocate VA slots until ``pages`` pages have one, the SECS included."""
@@ -290,6 +331,9 @@ class CoreReplay:
         for number in pages:
             if not self.possible:
                 return
+            if number >= GOES:
+                self._go(number & MOST_PAGES - 1, ends=bool(number & ENDS))
+                continue
             page = every[number]
             if page.epc is not None:
                 page.accessed = True
@@ -303,6 +347,13 @@ class CoreReplay:
             self._accesses += 1
             if mark is not None and page.epc is not None:
                 mark(page.epc)
+
+    def _go(self, number: int, *, ends: bool) -> None:
+        """A page leaves its enclave, and perhaps the enclave ends."""
+        owner = self._owners[number]
+        owner.remove(self._pages[number])
+        if ends:
+            owner.end()
 
     def _until_done(self, step: Callable[[_Page], None], page: _Page, *, accessed: bool) -> bool:
         """Call ``step`` until it needs to wait no more; then let ksgxd run until it sleeps.

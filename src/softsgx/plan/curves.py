@@ -7,6 +7,10 @@ Method: a time axis has one bit for each page, at the page's last access.  The d
 number of later bits.  Counts of bits in blocks of the axis make long distances cheap.  When the
 axis is full, the bits are moved together, in order.  ``plan.readable`` has the same with a list.
 
+A page that leaves its enclave frees a frame in each cache that has it.  Its bit stays, as a *hole*.
+An access to a page that is below the latest hole, or nowhere, fills that hole in the caches that
+miss: its bit is cleared.  Where the page was, it leaves another hole, for the caches that hit.
+
 Source:
     R. L. Mattson et al., "Evaluation techniques for storage hierarchies", IBM Systems Journal 9
     (1970); B. T. Bennett and V. J. Kruskal, "LRU stack processing", IBM Journal of Research and
@@ -24,6 +28,7 @@ import numpy as np
 
 from softsgx.plan.compiled import compiled, popcount
 from softsgx.plan.numbering import end_of, grown
+from softsgx.plan.scene import GOES, MOST_PAGES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +52,7 @@ class Distances:
 
     Attributes:
         counts: of accesses by distance, from 0; as many as pages.
-        cold: first accesses to a page, which miss at every capacity.
+        cold: first accesses to a page, and to one made anew, which miss at every capacity.
     """
 
     counts: NDArray[np.int64]
@@ -60,8 +65,8 @@ class Distances:
 
     @property
     def pages(self) -> int:
-        """Pages that are used: at this capacity LRU misses first accesses only."""
-        return self.cold
+        """The most pages at once: at this capacity LRU misses first accesses only."""
+        return len(self.counts)
 
     def misses_at(self, capacity: int) -> int:
         """Return the misses of LRU at one capacity in pages."""
@@ -120,20 +125,48 @@ class StackDistances:
     """Counts distances, part by part."""
 
     def __init__(self) -> None:
-        self._pages = self._now = 0
+        self._depth = self._cold = self._now = 0  # bits of the axis; first accesses; its end
         self._last = np.empty(0, np.int32)  # position of a page's last access
         self._counts = np.empty(0, np.int64)
+        self._holes = np.zeros(1, np.int32)  # how many; then a heap of positions, the latest first
         self._axis = _Axis.of(0, _LEAST_POSITIONS)
 
     def add(self, numbers: NDArray[np.uint32]) -> None:
-        """Count more accesses, each the number of a page."""
+        """Count more accesses, each the number of a page, and pages that go (``GOES``)."""
         pages = end_of(numbers)
+        if pages > GOES or self._holes[0]:
+            self._add_with_holes(numbers)
+            return
         self._last = grown(self._last, pages, _NEVER)
         self._counts = grown(self._counts, pages, 0)
         done = 0
         while True:
-            done, self._now, self._pages = _count(
-                numbers, done, self._last, self._counts, self._axis, self._now, self._pages
+            before = self._depth
+            done, self._now, self._depth = _count(
+                numbers, done, self._last, self._counts, self._axis, self._now, self._depth
+            )
+            self._cold += self._depth - before
+            if done == len(numbers):
+                return
+            self._move_together()
+
+    def _add_with_holes(self, numbers: NDArray[np.uint32]) -> None:
+        pages = end_of(numbers & np.uint32(MOST_PAGES - 1))
+        self._last = grown(self._last, pages, _NEVER)
+        self._counts = grown(self._counts, pages, 0)
+        self._holes = grown(self._holes, len(self._last) + 1, 0)
+        done = 0
+        while True:
+            done, self._now, self._depth, self._cold = _count_with_holes(
+                numbers,
+                done,
+                self._last,
+                self._counts,
+                self._axis,
+                self._holes,
+                self._now,
+                self._depth,
+                self._cold,
             )
             if done == len(numbers):
                 return
@@ -141,14 +174,15 @@ class StackDistances:
 
     def result(self) -> Distances:
         """Return the distances so far."""
-        return Distances(self._counts[: self._pages].copy(), self._pages)
+        return Distances(self._counts[: self._depth].copy(), self._cold)
 
     def _move_together(self) -> None:
-        wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_PAGE * self._pages)
-        assert wanted < _MOST_POSITIONS, f"{self._pages} pages: positions have 31 bits"
+        wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_PAGE * self._depth)
+        assert wanted < _MOST_POSITIONS, f"{self._depth} pages: positions have 31 bits"
         _place(self._last, self._axis)
-        self._axis = _Axis.of(self._pages, -(-wanted // _SUPERBLOCK) * _SUPERBLOCK)
-        self._now = self._pages
+        _place(self._holes[1 : self._holes[0] + 1], self._axis)
+        self._axis = _Axis.of(self._depth, -(-wanted // _SUPERBLOCK) * _SUPERBLOCK)
+        self._now = self._depth
 
 
 @compiled
@@ -236,3 +270,85 @@ def _place(last: NDArray[np.int32], axis: _Axis) -> None:
     for page in range(len(last)):
         if last[page] != _NEVER:
             last[page] = _rank(axis, last[page]) - 1
+
+
+# --- with pages that go ---------------------------------------------------------------------------
+
+
+@compiled
+def _count_with_holes(
+    numbers: NDArray[np.uint32],
+    done: int,
+    last: NDArray[np.int32],
+    counts: NDArray[np.int64],
+    axis: _Axis,
+    holes: NDArray[np.int32],
+    now: int,
+    depth: int,
+    cold: int,
+) -> tuple[int, int, int, int]:
+    """As :func:`_count`, also where pages go; return (done, now, depth, cold)."""
+    positions = len(axis.bits) * _WORD
+    for index in range(done, len(numbers)):
+        page = numbers[index] & np.uint32(MOST_PAGES - 1)
+        position = last[page]
+        if numbers[index] >= GOES:
+            if position != _NEVER:
+                last[page] = _NEVER
+                _push(holes, position)
+            continue
+        if position == now - 1 and now > 0:
+            counts[0] += 1
+            continue
+        if now == positions:
+            return index, now, depth, cold
+        if position == _NEVER:
+            cold += 1
+            if holes[0]:
+                _clear(axis, _pop(holes))
+            else:
+                depth += 1
+        else:
+            counts[depth - _rank(axis, position)] += 1
+            if holes[0] and holes[1] > position:
+                _clear(axis, _pop(holes))
+                _push(holes, position)
+            else:
+                _clear(axis, position)
+        if now & (_WORD - 1) == 0:
+            _begin_word(axis, now)
+        axis.bits[now >> 6] |= np.uint64(1) << np.uint64(now & 63)
+        last[page] = now
+        now += 1
+    return len(numbers), now, depth, cold
+
+
+@compiled
+def _push(heap: NDArray[np.int32], value: int) -> None:
+    """Add a value to a heap whose largest value is ``heap[1]``; ``heap[0]`` counts them."""
+    heap[0] += 1
+    place = np.int64(heap[0])
+    while place > 1 and heap[place >> 1] < value:
+        heap[place] = heap[place >> 1]
+        place >>= 1
+    heap[place] = value
+
+
+@compiled
+def _pop(heap: NDArray[np.int32]) -> int:
+    """Remove the largest value of a heap, and return it."""
+    largest, moved = heap[1], heap[heap[0]]
+    heap[0] -= 1
+    size, place = np.int64(heap[0]), 1
+    while True:
+        child = 2 * place
+        if child > size:
+            break
+        if child < size and heap[child + 1] > heap[child]:
+            child += 1
+        if heap[child] <= moved:
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = moved
+    return np.int64(largest)  # type: ignore[return-value]

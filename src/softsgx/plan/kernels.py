@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softsgx.plan.compiled import compiled
+from softsgx.plan.scene import GOES, MOST_PAGES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["NEVER", "NO_GHOST", "clock", "next_uses", "opt", "s3fifo", "s3fifo_state"]
+__all__ = ["NEVER", "NO_GHOST", "clock", "lives", "next_uses", "opt", "s3fifo", "s3fifo_state"]
 
 NEVER = np.uint32(0xFFFFFFFF)
 """The next use of a page that is not accessed again."""
@@ -57,6 +58,32 @@ def clock(
                 hand = 0
         uses[page] = 0
     return hand, size, missed
+
+
+@compiled
+def lives(
+    numbers: NDArray[np.uint32], current: NDArray[np.uint32], count: int
+) -> tuple[NDArray[np.uint32], int]:
+    """Number the lives of pages; return the number of each access, and how many lives there are.
+
+    Args:
+        numbers: accesses, and pages that go.
+        current: the life of each page, ``NEVER`` while it has none.
+        count: lives so far.
+    """
+    found = np.empty(len(numbers), np.uint32)
+    size = 0
+    for number in numbers:
+        page = number & np.uint32(MOST_PAGES - 1)
+        if number >= GOES:
+            current[page] = NEVER
+            continue
+        if current[page] == NEVER:
+            current[page] = count
+            count += 1
+        found[size] = current[page]
+        size += 1
+    return found[:size].copy(), count
 
 
 # --- S3-FIFO -------------------------------------------------------------------------------------

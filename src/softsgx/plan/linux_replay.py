@@ -23,7 +23,7 @@ import numpy as np
 from softsgx.arch import VA_SLOTS
 from softsgx.paging import Fifo, LinuxPolicy, Policy
 from softsgx.plan.compiled import compiled
-from softsgx.plan.scene import MOST_WAITS, Counts, Epc, Scene, paths_of
+from softsgx.plan.scene import ENDS, GOES, MOST_PAGES, MOST_WAITS, Counts, Epc, Scene, paths_of
 
 __all__ = ["LinuxReplay", "covers"]
 
@@ -61,7 +61,7 @@ _SCALARS = 26
     _POSSIBLE,
     _JUDGED,  # a group has a verdict
 ) = range(_SCALARS)
-_GROUP, _SECS, _CHILDREN, _PROMISED, _MADE_OF, _LOADS_OF = range(6)
+_GROUP, _SECS, _CHILDREN, _PROMISED, _MADE_OF, _LOADS_OF, _VA_OF = range(7)
 (
     _PARENT,  # -1 above the root
     _CEILING,
@@ -378,10 +378,11 @@ def _load_secs(s: _State, enclave: int) -> int:
 def _promise(s: _State, enclave: int, pages: int) -> int:
     """_Enclave._promise of the readable replay."""
     while s.enclaves[_PROMISED, enclave] < pages:
-        if s.enclaves[_PROMISED, enclave] % VA_SLOTS == 0:
+        if s.enclaves[_PROMISED, enclave] == s.enclaves[_VA_OF, enclave] * VA_SLOTS:
             result = _alloc(s, s.enclaves[_GROUP, enclave])
             if result != _DONE:
                 return result
+            s.enclaves[_VA_OF, enclave] += 1
         s.enclaves[_PROMISED, enclave] += 1
     return _DONE
 
@@ -481,6 +482,56 @@ def _run(s: _State, pages: np.ndarray[Any, Any]) -> None:
         scalars[_ACCESSES] += 1
 
 
+@_compiled
+def _remove(s: _State, page: int) -> None:
+    """_Enclave.remove of the readable replay."""
+    enclave = s.enclave_of[page]
+    if not s.flags[page] & (_RESIDENT | _EVICTED):
+        return
+    if s.flags[page] & _RESIDENT:
+        group, secs = s.enclaves[_GROUP, enclave], len(s.flags) + enclave
+        _unlink(s, page, group)
+        _free(s, group)
+        s.enclaves[_CHILDREN, enclave] -= 1
+        if not s.enclaves[_CHILDREN, enclave] and s.links[secs, _NEXT] == secs:
+            _mark_reclaimable(s, secs, group)
+    s.flags[page] = 0
+    s.enclaves[_MADE_OF, enclave] -= 1
+    s.enclaves[_PROMISED, enclave] -= 1
+
+
+@_compiled
+def _end(s: _State, enclave: int) -> None:
+    """_Enclave.end of the readable replay."""
+    group, secs = s.enclaves[_GROUP, enclave], len(s.flags) + enclave
+    if s.enclaves[_SECS, enclave] == _PRESENT:
+        if s.links[secs, _NEXT] != secs:
+            _unlink(s, secs, group)
+        _free(s, group)
+    for _page in range(s.enclaves[_VA_OF, enclave]):
+        _free(s, group)
+    s.enclaves[_SECS, enclave] = _NONE
+    s.enclaves[_PROMISED, enclave] = s.enclaves[_VA_OF, enclave] = 0
+
+
+@_compiled
+def _run_with_removals(s: _State, pages: np.ndarray[Any, Any]) -> None:
+    """As :func:`_run`, also where pages go."""
+    flags, scalars = s.flags, s.scalars
+    for number in pages:
+        page: Any = np.int64(number & np.uint32(MOST_PAGES - 1))
+        if number >= GOES:
+            _remove(s, page)
+            if number & np.uint32(ENDS):
+                _end(s, s.enclave_of[page])
+            continue
+        if flags[page] & _RESIDENT:
+            flags[page] |= _ACCESSED
+        elif not _fault(s, page):
+            return
+        scalars[_ACCESSES] += 1
+
+
 def covers(policy: Policy) -> bool:
     """Return whether this implementation knows a policy."""
     return type(policy) in (Policy, LinuxPolicy, Fifo) and not policy.evict_va
@@ -504,7 +555,11 @@ class LinuxReplay:
 
     def run(self, pages: np.ndarray[Any, Any]) -> None:
         """As :meth:`CoreReplay.run`."""
-        if self.possible:
+        if not self.possible:
+            return
+        if len(pages) and pages.max() >= GOES:
+            _run_with_removals(self._state, pages)
+        else:
             _run(self._state, pages)
 
     def counts(self) -> Counts:
@@ -569,7 +624,7 @@ def _new_state(scene: Scene, epc: Epc, paths: tuple[str, ...]) -> _State:
     of_groups[_MEMBERS] = [len(subtree) for subtree in subtrees]
     for group, subtree in enumerate(subtrees):
         order[group, : len(subtree)] = subtree
-    of_enclaves = np.zeros((_LOADS_OF + 1, enclaves), np.int64)
+    of_enclaves = np.zeros((_VA_OF + 1, enclaves), np.int64)
     of_enclaves[_GROUP] = [number["/" + enclave.group.strip("/")] for enclave in scene.enclaves]
     sizes = [enclave.pages for enclave in scene.enclaves]
     return _State(

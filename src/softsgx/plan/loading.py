@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from softsgx.accesses import Chunk, Trace, TraceReader, open_trace
+from softsgx.accesses import Chunk, Event, Trace, TraceReader, open_trace
 from softsgx.errors import SoftSgxError
 from softsgx.plan.curves import Distances, StackDistances
+from softsgx.plan.living import Living
 from softsgx.plan.merging import Timed, merged
 from softsgx.plan.numbering import PageNumbers
 from softsgx.plan.result import TraceSummary
-from softsgx.plan.scene import Scene, SceneEnclave
+from softsgx.plan.scene import ENDS, GOES, MOST_PAGES, Scene, SceneEnclave
 from softsgx.plan.spool import PART_NUMBERS, Spool
 from softsgx.plan.time_bins import TimeBins
 
@@ -115,26 +117,74 @@ class _Source:
         opened = trace.open()
         return cls(trace, opened, np.uint64(at << _TRACE_SHIFT), opened.span_ns())
 
-    def chunks(self, numbers: PageNumbers) -> Iterator[Timed]:
-        """Yield its accesses: numbers of pages, and times from 0."""
+    def chunks(self, numbers: PageNumbers, living: Living) -> Iterator[Timed]:
+        """Yield its accesses, and pages that go: numbers of pages, and times from 0."""
         first_ns = np.uint64(self.span_ns[0])
         for chunk in _chunks(self.opened):
-            accesses = chunk.accesses
-            if not len(accesses):
+            if not len(chunk):
                 continue
-            known = numbers.pages
-            found = numbers.of(accesses.keys | self.keys)
-            times = accesses.times_ns - first_ns
+            accesses, known = chunk.accesses, numbers.pages
+            keys = accesses.keys | self.keys
+            found = numbers.of(keys)
+            if numbers.pages > MOST_PAGES:
+                raise SoftSgxError(f"{self.trace.name}: more than {MOST_PAGES} pages are used")
+            times = chunk.times_ns - first_ns
             first, last = int(times[0]), int(times[-1])
             # Times of a chunk, and what they are counted from, have wrapped around at most once.
-            if not self.last_ns <= first <= last or accesses.times_ns[-1] < first_ns:
+            if not self.last_ns <= first <= last or chunk.times_ns[-1] < first_ns:
                 raise SoftSgxError(f"{self.trace.name}: times decrease; record the trace again")
             self.accesses += len(found)
             self.pages += numbers.pages - known
             self.last_ns = last
-            if self._has_intervals:
-                self._count_again(found, times, known)
-            yield Timed(found, times)
+            if self._has_intervals and len(found):
+                self._count_again(found, times[chunk.events <= Event.WRITE], known)
+            owners = (keys >> np.uint64(_ENCLAVE_SHIFT)).astype(np.uint32)
+            if len(found) == len(chunk):
+                living.access(found, owners, numbers.pages)
+                yield Timed(found, times)
+            else:
+                yield from self._mixed(chunk, times, found, numbers, living, owners)
+
+    def _mixed(
+        self,
+        chunk: Chunk,
+        times: NDArray[np.uint64],
+        found: NDArray[np.uint32],
+        numbers: PageNumbers,
+        living: Living,
+        owners: NDArray[np.uint32],
+    ) -> Iterator[Timed]:
+        """Yield the records of a chunk in which pages go, or enclaves end.
+
+        Args:
+            chunk: accesses and others.
+            times: of all records.
+            found: numbers of the pages that are accessed.
+            numbers: has them.
+            living: pages that are there before.
+            owners: of the pages that are accessed.
+        """
+        living.own(found, owners, numbers.pages)
+        every = np.zeros(len(chunk), np.uint32)
+        every[chunk.events <= Event.WRITE] = found
+        keys = chunk.keys | self.keys
+        removed = np.flatnonzero(chunk.events == Event.REMOVED)
+        known = numbers.known(keys[removed])
+        every[removed[known]] = numbers.of(keys[removed[known]]) | np.uint32(GOES)
+        ended = np.flatnonzero(chunk.events == Event.ENDED)
+        keep = np.ones(len(chunk), np.bool)
+        keep[removed[~known]] = False
+        for first, end in pairwise(sorted({0, *(ended + 1).tolist(), len(chunk)})):
+            last = end - (end - 1 in ended)
+            part = slice(first, last)
+            kept = keep[part].copy()
+            kept[kept] = living.removals(every[part][kept])
+            if kept.any():
+                yield Timed(every[part][kept], times[part][kept])
+            if last < end:
+                gone = living.end(int(keys[last] >> np.uint64(_ENCLAVE_SHIFT)))
+                if len(gone):
+                    yield Timed(gone, np.full(len(gone), times[last], np.uint64))
 
     @property
     def _has_intervals(self) -> bool:
@@ -188,10 +238,17 @@ class _Renumbered:
     places: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
 
     def __iter__(self) -> Iterator[NDArray[np.uint32]]:
-        return map(self.places.__getitem__, self.spool)
+        return map(self._dense, self.spool)
 
     def __reversed__(self) -> Iterator[NDArray[np.uint32]]:
-        return map(self.places.__getitem__, reversed(self.spool))
+        return map(self._dense, reversed(self.spool))
+
+    def _dense(self, part: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        if len(part) and part.max() >= GOES:
+            flags = np.uint32(GOES | ENDS)
+            dense: NDArray[np.uint32] = self.places[part & ~flags] | (part & flags)
+            return dense
+        return np.asarray(self.places[part])
 
 
 def load(
@@ -212,8 +269,9 @@ def load(
     sources = [_Source.of(at, trace) for at, trace in enumerate(traces)]
     records = sum(len(source.opened) for source in sources)
     numbers, spool, distances = PageNumbers(), Spool(), StackDistances()
-    bins = TimeBins(_span_ns(sources), records)
-    for part in _ahead(merged([source.chunks(numbers) for source in sources])):
+    bins, living, goes = TimeBins(_span_ns(sources), records), Living(), False
+    for part in _ahead(merged([source.chunks(numbers, living) for source in sources])):
+        goes = goes or bool(part.numbers.max() >= GOES)
         distances.add(part.numbers)
         spool.append(part.numbers)
         bins.add(part.times_ns)
@@ -227,7 +285,7 @@ def load(
     places = np.empty(len(keys), np.uint32)
     places[order] = np.arange(len(keys), dtype=np.uint32)
     enclaves = _enclaves(sources, keys[order])
-    scene = Scene(enclaves, _Renumbered(spool, places), bins.edges(), bins.seconds)
+    scene = Scene(enclaves, _Renumbered(spool, places), bins.edges(), bins.seconds, goes)
     owners = [enclave.trace for enclave in enclaves]
     return Loaded(
         scene,

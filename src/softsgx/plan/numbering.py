@@ -52,6 +52,12 @@ class PageNumbers:
                 return found
             self._grow()
 
+    def known(self, keys: NDArray[np.uint64]) -> NDArray[np.bool]:
+        """Return which keys have a number."""
+        found = np.empty(len(keys), np.bool)
+        _known(keys, found, self._keys, self._numbers)
+        return found
+
     def keys(self) -> NDArray[np.uint64]:
         """Return the key of each number."""
         used = self._numbers != _EMPTY
@@ -111,3 +117,20 @@ def _number(
             pages += 1
         found[index] = table_numbers[slot]
     return len(keys), pages
+
+
+@compiled
+def _known(
+    keys: NDArray[np.uint64],
+    found: NDArray[np.bool],
+    table_keys: NDArray[np.uint64],
+    table_numbers: NDArray[np.uint32],
+) -> None:
+    mask = np.uint64(len(table_keys) - 1)
+    for index in range(len(keys)):
+        key = keys[index]
+        mixed = key * _MIX
+        slot = (mixed ^ (mixed >> np.uint64(32))) & mask
+        while table_numbers[slot] != _EMPTY and table_keys[slot] != key:
+            slot = (slot + np.uint64(1)) & mask
+        found[index] = table_numbers[slot] != _EMPTY

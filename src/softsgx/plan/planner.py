@@ -20,7 +20,7 @@ from softsgx.errors import SoftSgxError
 from softsgx.paging import LinuxPolicy, Policy, Prefetching
 from softsgx.plan.curves import Distances
 from softsgx.plan.loading import PlannedTrace, load
-from softsgx.plan.policies import POLICIES, misses
+from softsgx.plan.policies import POLICIES, lives, misses
 from softsgx.plan.replays import Part, ResidencyReplay, new_replay, replay_all
 from softsgx.plan.result import (
     Curve,
@@ -243,7 +243,7 @@ def plan(
     return Plan(
         traces=summaries,
         recommendation=_recommendation(planner, best, results, limit),
-        remarks=tuple(_remarks(planner, working_set)),
+        remarks=tuple(_remarks(planner, working_set, policies)),
         target_slowdown=target_slowdown,
         base_seconds=planner.base_seconds,
         footprint_pages=scene.footprint_pages,
@@ -282,7 +282,7 @@ def _certain_pages(scene: Scene, traces: Iterable[TraceSummary], working_set: in
 def _range(planner: _Planner) -> tuple[int, int]:
     """Return the smallest and the largest EPC to replay, in pages."""
     host, scene = planner.host, planner.scene
-    pages = scene.footprint_pages + scene.overhead_pages
+    pages = planner.distances.pages + scene.overhead_pages
     spare = planner.epc(_MOST_PAGES).policy.low_pages
     enough = _rounded_up(max(pages + spare, SMALLEST_PAGES))
     high = enough if host.largest_bytes is None else host.largest_bytes // PAGE_BYTES
@@ -413,6 +413,9 @@ def _compare(
     scene = planner.scene
     capacities = tuple(size.epc_bytes for size in sizes)
     room = [size // PAGE_BYTES - scene.overhead_pages for size in capacities]
+    parts, made = scene.parts, planner.distances.cold
+    if scene.goes and set(policies) - {"lru"}:
+        parts, made = lives(parts)
     for name in POLICIES:
         if name not in policies:
             continue
@@ -421,8 +424,8 @@ def _compare(
         if name == "lru":
             missed = iter([planner.distances.misses_at(pages) for pages in wanted])
         else:
-            missed = iter(misses(name, scene.parts, wanted))
-        loads = [next(missed) - scene.footprint_pages if pages > 0 else None for pages in room]
+            missed = iter(misses(name, parts, wanted))
+        loads = [next(missed) - made if pages > 0 else None for pages in room]
         yield PolicyResult(name, capacities, tuple(loads))
 
 
@@ -458,7 +461,7 @@ def _knee(pages: Sequence[int], missed: Sequence[int]) -> int | None:
     return pages[below.index(deepest)] if deepest > 0 else None
 
 
-def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
+def _remarks(planner: _Planner, working_set: int, policies: Sequence[str]) -> Iterable[str]:
     """Yield the assumptions and limits of the figures, each a sentence."""
     if not planner.base_seconds:
         yield (
@@ -469,6 +472,12 @@ def _remarks(planner: _Planner, working_set: int) -> Iterable[str]:
         yield (
             f"The run time without paging, {planner.base_seconds:.3g} s, is taken from the traces:"
             " processor time in user mode, where recorded; --run-time gives a measured one."
+        )
+    if planner.scene.goes and {"fifo", "clock", "s3fifo"} & set(policies):
+        yield (
+            "Pages leave their enclaves before the traces end. Linux's policy and LRU use their"
+            " frames at once; fifo, clock and s3fifo keep such pages until they evict them, so they"
+            " may load more here than they would."
         )
     for trace in planner.traces:
         if not trace.complete:

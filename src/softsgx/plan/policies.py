@@ -7,7 +7,7 @@ replayed part by part.  OPT needs later accesses, so all are read backwards firs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,12 +16,13 @@ from softsgx.errors import SoftSgxError
 from softsgx.plan import kernels
 from softsgx.plan.curves import stack_distances
 from softsgx.plan.numbering import end_of, grown
+from softsgx.plan.scene import GOES, MOST_PAGES
 from softsgx.plan.spool import Parts, Spool
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MOST_OPT_ACCESSES", "POLICIES", "PolicyName", "misses"]
+__all__ = ["MOST_OPT_ACCESSES", "POLICIES", "PolicyName", "lives", "misses"]
 
 PolicyName = Literal["fifo", "lru", "clock", "s3fifo", "opt"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -30,6 +31,23 @@ MOST_OPT_ACCESSES = (1 << 32) - 1
 
 _ABSENT = -1
 _SMALL_SHARE = 10  # S3-FIFO's small queue has a tenth of the capacity
+
+
+def lives(parts: Iterable[NDArray[np.uint32]]) -> tuple[Parts, int]:
+    """Return accesses in which a page that was made anew has another number, and how many have one.
+
+    Pages that go are left out: a policy keeps them until it evicts them.
+    """
+    spool, count, current = Spool(), 0, np.empty(0, np.uint32)
+    for part in parts:
+        flagged = part[part >= GOES]
+        pages = end_of(part[part < GOES])
+        if len(flagged):
+            pages = max(pages, end_of(flagged & np.uint32(MOST_PAGES - 1)))
+        current = grown(current, pages, int(kernels.NEVER))
+        found, count = kernels.lives(part, current, count)
+        spool.append(found)
+    return spool, count
 
 
 def misses(policy: PolicyName, parts: Parts, capacities: Sequence[int]) -> list[int]:

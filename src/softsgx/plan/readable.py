@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
+from softsgx.plan.scene import GOES, MOST_PAGES
+
 __all__ = ["clock", "distances", "fifo", "lru", "opt", "s3fifo"]
 
 
@@ -25,10 +27,13 @@ def distances(pages: Sequence[int]) -> Counter[int]:
 
 
 def lru(pages: Sequence[int], capacity: int) -> int:
-    """Evict the page that was not accessed for the longest time."""
+    """Evict the page that was not accessed for the longest time; pages may go (``GOES``)."""
     resident: OrderedDict[int, None] = OrderedDict()
     misses = 0
     for page in pages:
+        if page >= GOES:
+            resident.pop(page & MOST_PAGES - 1, None)
+            continue
         if page in resident:
             resident.move_to_end(page)
             continue

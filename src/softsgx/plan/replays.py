@@ -15,7 +15,7 @@ import numpy as np
 from softsgx.plan.core_replay import CoreReplay
 from softsgx.plan.linux_replay import LinuxReplay, covers
 from softsgx.plan.result import Residency
-from softsgx.plan.scene import Counts, Epc, Scene
+from softsgx.plan.scene import GOES, Counts, Epc, Scene
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -123,7 +123,7 @@ class ResidencyReplay:
     def _go_on(self, pages: NDArray[np.uint32]) -> None:
         if len(pages):
             self._replay.run(pages)
-            self._used[pages] = 1
+            self._used[pages[pages < GOES]] = 1
 
     def _end_bin(self) -> None:
         after = self._replay.counts()

@@ -19,7 +19,23 @@ from softsgx.paging import LinuxPolicy, Policy
 if TYPE_CHECKING:
     from softsgx.plan.spool import Parts
 
-__all__ = ["LINUX", "MOST_WAITS", "Counts", "Epc", "Scene", "SceneEnclave", "paths_of"]
+__all__ = [
+    "ENDS",
+    "GOES",
+    "LINUX",
+    "MOST_PAGES",
+    "MOST_WAITS",
+    "Counts",
+    "Epc",
+    "Scene",
+    "SceneEnclave",
+    "paths_of",
+]
+
+GOES, ENDS = 1 << 31, 1 << 30
+"""Bits of a number in a sequence of accesses.  With the first, its page is not accessed: it leaves
+its enclave, if it is there.  With both, the enclave ends; all its pages have left before."""
+MOST_PAGES = 1 << 30
 
 MOST_WAITS = 64
 """How often one access waits for ksgxd at most; then it needs more pages than the EPC has."""
@@ -57,15 +73,18 @@ class Scene:
 
     Attributes:
         enclaves: in order of their pages.
-        parts: the accesses, a dense page number each; they can be iterated any number of times.
+        parts: the accesses, a dense page number each, and with ``GOES`` pages that leave; they can
+            be iterated any number of times.
         edges: the access with which each bin of time begins, and how many accesses there are.
         bin_seconds: length of a bin; 0: there are no times, and bins have equally many accesses.
+        goes: whether ``parts`` have pages that leave.
     """
 
     enclaves: tuple[SceneEnclave, ...]
     parts: Parts
     edges: tuple[int, ...] = ()
     bin_seconds: float = 0.0
+    goes: bool = False
 
     @property
     def footprint_pages(self) -> int:
