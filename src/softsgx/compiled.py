@@ -6,8 +6,7 @@ Python code does the same.  With ``SOFTSGX_PURE=1`` in the environment it is not
 
 Modules that have something in C choose when they are imported::
 
-    if speedups is not None:
-        mac_header = speedups.mac_header
+    copy_page = _copy_page if speedups is None else speedups.copy_page
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["PURE", "description", "remedy", "speedups"]
 PURE = "SOFTSGX_PURE"
 """The variable of the environment that keeps Python from using the compiled core."""
 
-INTERFACE = 2
+INTERFACE = 3
 """Which functions and types of the extension this version uses, and how."""
 
 

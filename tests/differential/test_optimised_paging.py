@@ -10,7 +10,7 @@ slots, bytes in the EPC and in the backing, LRU order, free lists, records, char
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +20,9 @@ from tests.model.test_random_programs import SMALL, WORLD, World
 from tests.support.hw import RepeatingRuntime
 from tests.support.owners import FakeOwner
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
-from softsgx.driver.optimised import PlainPage
+from softsgx.driver.optimised import CompiledPage, PlainPage
 from softsgx.paging import (
     Backing,
     BackingError,
@@ -37,10 +38,16 @@ from softsgx.paging import (
     SwapEntry,
 )
 from softsgx.paging.flat import FlatFile, open_swap_file
-from softsgx.paging.optimised import PlainCore, PlainSwap
+from softsgx.paging.optimised import CompiledCore, CompiledSwap, PlainCore, PlainSwap
 from softsgx.paging.swapfile import PCMDS_PER_PAGE, SwapFile, enclave_layout
 from softsgx.paging.va_page import VaSlot
 from softsgx.runtime import InlineRuntime
+
+Implementation = bool | Literal["compiled"]
+"""Compiled, optimised in Python, or readable."""
+IMPLEMENTATIONS: list[Implementation] = [True, False]
+if compiled.speedups is not None:
+    IMPLEMENTATIONS.insert(0, "compiled")
 
 _PCMD_BYTES = PAGE_BYTES // PCMDS_PER_PAGE
 
@@ -160,21 +167,21 @@ def state(world: World) -> dict[str, object]:
     return seen
 
 
-def pair(epc_pages: int, **options: Any) -> tuple[World, World]:
-    """Two worlds that differ in nothing but the implementation."""
-    plain, readable = (
+def worlds_of(epc_pages: int, **options: Any) -> list[World]:
+    """Worlds that differ in nothing but the implementation, the readable one last."""
+    return [
         World(epc_pages, runtime=RepeatingRuntime(seed=7), optimised=optimised, **options)
-        for optimised in (True, False)
-    )
-    return plain, readable
+        for optimised in IMPLEMENTATIONS
+    ]
 
 
-def same(worlds: tuple[World, World], where: object) -> None:
-    """Compare the two."""
-    fast, readable = (state(world) for world in worlds)
-    assert fast.keys() == readable.keys(), where
-    for name, value in fast.items():
-        assert value == readable[name], (name, where)
+def same(worlds: list[World], where: object) -> None:
+    """Compare each with the readable one."""
+    *others, readable = (state(world) for world in worlds)
+    for fast in others:
+        assert fast.keys() == readable.keys(), where
+        for name, value in fast.items():
+            assert value == readable[name], (name, where)
 
 
 programs = st.lists(
@@ -185,7 +192,7 @@ programs = st.lists(
 )
 
 
-def run_both(worlds: tuple[World, World], program: list[tuple[str, int, int]]) -> None:
+def run_all(worlds: list[World], program: list[tuple[str, int, int]]) -> None:
     same(worlds, "start")
     for step in program:
         for world in worlds:
@@ -194,8 +201,8 @@ def run_both(worlds: tuple[World, World], program: list[tuple[str, int, int]]) -
         same(worlds, step)
     for world in worlds:
         world.finish()
-    fast, readable = (world.system.core.counters.as_dict() for world in worlds)
-    assert fast == readable
+    *others, readable = (world.system.core.counters.as_dict() for world in worlds)
+    assert all(fast == readable for fast in others)
 
 
 @pytest.mark.slow
@@ -204,7 +211,7 @@ def run_both(worlds: tuple[World, World], program: list[tuple[str, int, int]]) -
 def test_fast_and_readable_paging_do_the_same(
     epc_pages: int, program: list[tuple[str, int, int]]
 ) -> None:
-    run_both(pair(epc_pages), program)
+    run_all(worlds_of(epc_pages), program)
 
 
 @settings(max_examples=25, deadline=None)
@@ -212,7 +219,7 @@ def test_fast_and_readable_paging_do_the_same(
 def test_fast_and_readable_paging_do_the_same_under_limits(
     epc_pages: int, program: list[tuple[str, int, int]]
 ) -> None:
-    run_both(pair(epc_pages, limited=True), program)
+    run_all(worlds_of(epc_pages, limited=True), program)
 
 
 @pytest.mark.slow
@@ -221,7 +228,7 @@ def test_fast_and_readable_paging_do_the_same_under_limits(
 def test_fast_and_readable_paging_do_the_same_when_backing_is_full(
     limit: int, program: list[tuple[str, int, int]]
 ) -> None:
-    run_both(pair(32, backing_limit=limit), program)
+    run_all(worlds_of(32, backing_limit=limit), program)
 
 
 @pytest.mark.slow
@@ -230,22 +237,27 @@ def test_fast_and_readable_paging_do_the_same_when_backing_is_full(
 def test_fast_and_readable_paging_do_the_same_when_backing_fails(
     fail_every: int, program: list[tuple[str, int, int]]
 ) -> None:
-    run_both(pair(32, fail_every=fail_every), program)
+    run_all(worlds_of(32, fail_every=fail_every), program)
 
 
 def test_the_fast_paths_are_those_that_run() -> None:
-    fast, readable = pair(40)
-    for world, kinds in ((fast, (PlainCore, PlainSwap, PlainPage)),):
+    *others, readable = worlds_of(40)
+    wanted = [(PlainCore, PlainSwap, PlainPage)]
+    if compiled.speedups is not None:
+        wanted.insert(0, (CompiledCore, CompiledSwap, CompiledPage))
+    for world, kinds in zip(others, wanted, strict=True):
         enclave = world.system.driver.enclaves[0]
         found = world.system.core, enclave.swap, next(iter(enclave.pages.values()))
         assert all(type(one) is kind for one, kind in zip(found, kinds, strict=True))
     enclave = readable.system.driver.enclaves[0]
     found = readable.system.core, enclave.swap, next(iter(enclave.pages.values()))
-    assert not any("Plain" in type(one).__name__ for one in found)
+    assert not any(isinstance(one, PlainCore | PlainSwap | PlainPage) for one in found)
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_that_was_poisoned_while_it_was_free_is_not_allocated(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_that_was_poisoned_while_it_was_free_is_not_allocated(
+    optimised: Implementation,
+) -> None:
     core = World(40, optimised=optimised).system.core
     pages = [core.alloc(None, reclaim=False) for _ in range(2)]
     for page in pages:
@@ -255,9 +267,9 @@ def test_a_page_that_was_poisoned_while_it_was_free_is_not_allocated(optimised: 
     core.check_invariants()
 
 
-@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
 def test_a_turn_ends_when_its_thread_has_loaded_all_that_an_instruction_needs(
-    optimised: bool,
+    optimised: Implementation,
 ) -> None:
     core = World(40, optimised=optimised).system.core
     core.free(core.alloc(None, reclaim=False))
@@ -267,8 +279,8 @@ def test_a_turn_ends_when_its_thread_has_loaded_all_that_an_instruction_needs(
     assert core.claims.holder is None
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_refused_charge_is_counted(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_refused_charge_is_counted(optimised: Implementation) -> None:
     world = World(40, optimised=optimised)
     core = world.system.core
     core.free(core.alloc(None, reclaim=False))
@@ -279,8 +291,8 @@ def test_a_refused_charge_is_counted(optimised: bool) -> None:
     core.check_invariants()
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_freed_page_has_no_marks(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_freed_page_has_no_marks(optimised: Implementation) -> None:
     core = World(40, optimised=optimised).system.core
     page = core.alloc(None, reclaim=False)
     page.kept = page.blocked = True
@@ -288,8 +300,8 @@ def test_a_freed_page_has_no_marks(optimised: bool) -> None:
     assert not page.kept and not page.blocked and page.group is None
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_an_allocation_below_the_low_watermark_wakes_ksgxd(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_an_allocation_below_the_low_watermark_wakes_ksgxd(optimised: Implementation) -> None:
     runtime = InlineRuntime()
     core = World(40, optimised=optimised, runtime=runtime).system.core
     core.start()
@@ -305,9 +317,9 @@ def test_an_allocation_below_the_low_watermark_wakes_ksgxd(optimised: bool) -> N
     core.stop()
 
 
-@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
 def test_a_new_candidate_withdraws_the_verdict_that_no_page_can_be_evicted(
-    optimised: bool,
+    optimised: Implementation,
 ) -> None:
     core = World(40, optimised=optimised).system.core
     page, poisoned = (core.alloc(FakeOwner(""), reclaim=False) for _ in range(2))
@@ -319,8 +331,8 @@ def test_a_new_candidate_withdraws_the_verdict_that_no_page_can_be_evicted(
     assert page.tracked and not core._ksgxd.take_oom_verdict(core.root)
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: Implementation) -> None:
     world = World(40, optimised=optimised)
     pages = world.system.driver.enclaves[0].pages.values()
     page, epc = next((page, page.epc) for page in pages if page.epc and page.epc.lru)
@@ -336,9 +348,9 @@ def test_a_page_that_is_poisoned_in_a_batch_is_not_written(optimised: bool) -> N
     world.check()
 
 
-@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
 @pytest.mark.parametrize("why", ["poisoned", "kept"])
-def test_a_page_that_must_stay_is_no_victim(optimised: bool, why: str) -> None:
+def test_a_page_that_must_stay_is_no_victim(optimised: Implementation, why: str) -> None:
     world = World(40, optimised=optimised)
     core = world.system.core
     pages = world.system.driver.enclaves[0].pages.values()
@@ -357,9 +369,11 @@ def test_a_page_that_must_stay_is_no_victim(optimised: bool, why: str) -> None:
     world.check()
 
 
-@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_page_is_young_when_any_address_space_has_used_it(optimised: bool, which: int) -> None:
+def test_a_page_is_young_when_any_address_space_has_used_it(
+    optimised: Implementation, which: int
+) -> None:
     world = World(80, optimised=optimised)
     process = world.actor.process
     spaces = process, process.fork()
@@ -374,8 +388,8 @@ def test_a_page_is_young_when_any_address_space_has_used_it(optimised: bool, whi
     assert page.age(), "its accessed bit was not cleared"
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_load_keeps_the_va_page_that_it_needs(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_load_keeps_the_va_page_that_it_needs(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     world.launch()  # a second VA page makes the first worth an upper one
     system = world.system
@@ -400,8 +414,10 @@ def test_a_load_keeps_the_va_page_that_it_needs(optimised: bool) -> None:
     assert swap.peak_children == swap.children
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_entries_of_another_enclave_at_the_same_address_are_left_alone(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_entries_of_another_enclave_at_the_same_address_are_left_alone(
+    optimised: Implementation,
+) -> None:
     world = World(80, optimised=optimised)
     world.launch()
     enclave, other = world.system.driver.enclaves
@@ -420,8 +436,8 @@ def test_entries_of_another_enclave_at_the_same_address_are_left_alone(optimised
     assert not page.age(), "the bit was cleared"
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_load_without_a_free_page_has_used_its_va_page(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_load_without_a_free_page_has_used_its_va_page(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     core, swap = world.system.core, world.system.driver.enclaves[0].swap
     page = next(iter(world.system.driver.enclaves[0].pages.values()))
@@ -435,8 +451,8 @@ def test_a_load_without_a_free_page_has_used_its_va_page(optimised: bool) -> Non
     assert va_page.accessed
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_batch_unmaps_a_page_in_every_address_space(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_batch_unmaps_a_page_in_every_address_space(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     world.launch()
     enclave, other = world.system.driver.enclaves
@@ -451,8 +467,8 @@ def test_a_batch_unmaps_a_page_in_every_address_space(optimised: bool) -> None:
     assert not any(space.ptes.entry(page.linaddr) for space in spaces)
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_of_a_killed_enclave_is_not_blocked(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_of_a_killed_enclave_is_not_blocked(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     enclave = world.system.driver.enclaves[0]
     page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
@@ -465,8 +481,8 @@ def test_a_page_of_a_killed_enclave_is_not_blocked(optimised: bool) -> None:
     assert not world.system.epcm(epc.addr).valid
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_of_a_killed_enclave_is_not_prepared_but_leaves(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_of_a_killed_enclave_is_not_prepared_but_leaves(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     enclave = world.system.driver.enclaves[0]
     page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
@@ -477,8 +493,10 @@ def test_a_page_of_a_killed_enclave_is_not_prepared_but_leaves(optimised: bool) 
     assert page.block() and page.write() and page.epc is None
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_is_marked_from_its_reservation_until_it_is_written(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_is_marked_from_its_reservation_until_it_is_written(
+    optimised: Implementation,
+) -> None:
     world = World(80, optimised=optimised)
     enclave = world.system.driver.enclaves[0]
     page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
@@ -489,8 +507,8 @@ def test_a_page_is_marked_from_its_reservation_until_it_is_written(optimised: bo
     assert page.write() and not page.being_reclaimed and page.reservation is None
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_fault_beyond_what_a_page_allows_is_refused(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_fault_beyond_what_a_page_allows_is_refused(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     process, enclave = world.actor.process, world.system.driver.enclaves[0]
     page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
@@ -503,8 +521,8 @@ def test_a_fault_beyond_what_a_page_allows_is_refused(optimised: bool) -> None:
     assert process.mm.fault(page.linaddr, 1, process) is FaultResult.SIGBUS
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_fault_without_a_free_page_waits_and_is_repeated(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_fault_without_a_free_page_waits_and_is_repeated(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     core, process = world.system.core, world.actor.process
     enclave = world.system.driver.enclaves[0]
@@ -517,8 +535,8 @@ def test_a_fault_without_a_free_page_waits_and_is_repeated(optimised: bool) -> N
     assert process.mm.fault(page.linaddr, 1, process) is FaultResult.NOPAGE
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_fault_loads_what_the_policy_wants_ahead(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_fault_loads_what_the_policy_wants_ahead(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     core, process = world.system.core, world.actor.process
     core.policy = Prefetching(window_pages=2)
@@ -531,8 +549,8 @@ def test_a_fault_loads_what_the_policy_wants_ahead(optimised: bool) -> None:
     assert enclave.counts.reloads == 3 and not pages[1].touched
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_a_page_that_eldu_refuses_stays_evicted(optimised: bool) -> None:
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_page_that_eldu_refuses_stays_evicted(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     core, enclave = world.system.core, world.system.driver.enclaves[0]
     page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)

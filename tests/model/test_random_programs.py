@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,7 @@ from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
 from softsgx.defects import Defect
 from softsgx.paging import Backing, EpcCore, FailingBacking, FlatBacking, MemoryBacking
-from softsgx.paging.optimised import PlainCore
+from softsgx.paging.optimised import CompiledCore, PlainCore
 from softsgx.runtime import InlineRuntime, Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
 from softsgx.trace import Tracer
 from softsgx.userland import Signal
@@ -47,6 +48,13 @@ SHARED_STEPS = tuple(kind for kind in STEPS if kind != "remap")
 SMALL = st.integers(0, (1 << 24) - 1)
 
 
+CORES: dict[object, type[EpcCore]] = {
+    "compiled": CompiledCore,
+    True: PlainCore,
+    False: EpcCore,
+}
+
+
 class World:
     """One machine with one actor, and everything that may happen to it."""
 
@@ -58,7 +66,7 @@ class World:
         limited: bool = False,
         tracer: Tracer | None = None,
         runtime: Runtime | None = None,
-        optimised: bool = False,
+        optimised: bool | Literal["compiled"] = False,
         backing_limit: int | None = None,
     ) -> None:
         runtime = InlineRuntime() if runtime is None else runtime
@@ -72,7 +80,7 @@ class World:
             root=self.tree.root,
             backing=self._backing,
             tracer=tracer,
-            core_type=PlainCore if optimised else EpcCore,
+            core_type=CORES[optimised],
         )
         self.group = self.tree.make("jobs")
         self.limited = limited

@@ -13,9 +13,30 @@ import pytest
 from tools import speedups as builder
 
 from softsgx import compiled
-from softsgx.hw.optimised import paging
+from softsgx.cgroup import EpcCgroup
+from softsgx.driver.counts import EnclaveCounts
+from softsgx.driver.enclave import Enclave, EnclaveMm
+from softsgx.driver.mm import EnclaveVma, Mm
+from softsgx.driver.optimised import CompiledPage
+from softsgx.driver.sync import RwLock
+from softsgx.hw import EpcPage
+from softsgx.hw.secs import ResidentSecs
+from softsgx.paging import Claim, Counters, FlatBacking, Reservation, SgxEpcPage, SwapEntry
+from softsgx.paging.flat import FlatFile
+from softsgx.paging.ksgxd import Ksgxd
+from softsgx.paging.nodes import AtomicCount
+from softsgx.paging.optimised import CompiledSwap
+from softsgx.paging.swapfile import Pinned
+from softsgx.paging.va import VaArray
+from softsgx.paging.va_page import VaPage, VaSlot
+from softsgx.runtime.inline import _InlineLock
 
 ROOT = Path(__file__).parents[2]
+RECORDS: tuple[type, ...] = (
+    *(AtomicCount, Claim, CompiledSwap, Counters, Enclave, EnclaveCounts, EnclaveMm, EnclaveVma),
+    *(EpcCgroup, EpcPage, FlatBacking, FlatFile, Ksgxd, Mm, Pinned, Reservation, ResidentSecs),
+    *(RwLock, SgxEpcPage, SwapEntry, VaArray, VaPage, VaSlot),
+)
 SAY = "from softsgx import compiled; print(compiled.description, compiled.speedups is None)"
 
 
@@ -63,13 +84,19 @@ def test_a_core_that_cannot_be_loaded_is_told() -> None:
     assert said.startswith("pure Python (the compiled core was not built): ") and "gcc" in said
 
 
-def test_mac_headers_are_equal() -> None:
+def test_every_class_has_the_layout_that_c_code_expects() -> None:
     core = needs_core()
-    for fields in ((0, 0, 0), (1, 0x7000_0000_1000, 0x203), (2**64 - 1, 2**63, 2**64 - 1)):
-        assert core.mac_header(*fields) == paging._MAC_HEADER.pack(*fields)
-    for wrong in ((1, 2), (1, 2, 2**64), (1, -1, 3), (1, 2, "3")):
-        with pytest.raises((TypeError, OverflowError)):
-            core.mac_header(*wrong)
+    for name, record in {
+        **{one.__name__: one for one in RECORDS},
+        "InlineLock": _InlineLock,
+        "EnclavePage": CompiledPage,
+    }.items():
+        assert core.bind(name, record), name
+    assert not core.bind("VaSlot", Claim)
+    with pytest.raises(ValueError, match="no record Other"):
+        core.bind("Other", Claim)
+    with pytest.raises(ValueError, match="nothing here uses Other"):
+        core.give("Other", Claim)
 
 
 # --- the build ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup.events import ChargeRefused, VictimKilled
 from softsgx.defects import Defect
@@ -137,6 +138,27 @@ class EpcCgroup:
         events, events_local: charges that a limit refused, of the subtree and of this group.
         removed: ``rmdir`` has succeeded; the group exists until its last page is uncharged.
     """
+
+    __slots__ = (
+        "_ancestry",
+        "_ceiling_pages",
+        "_dying",
+        "_max_pages",
+        "_order",
+        "_position",
+        "children",
+        "events",
+        "events_local",
+        "hierarchy",
+        "lru",
+        "name",
+        "own_pages",
+        "parent",
+        "path",
+        "peak_pages",
+        "removed",
+        "usage_pages",
+    )
 
     def __init__(self, hierarchy: Hierarchy, name: str, parent: EpcCgroup | None) -> None:
         self.hierarchy, self.name, self.parent = hierarchy, name, parent
@@ -347,3 +369,8 @@ class EpcCgroup:
             tree.tracer(VictimKilled(self.path, largest.name, pages))
         largest.kill()
         return True
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("EpcCgroup", EpcCgroup)
+    compiled.speedups.give("EpcCgroup", EpcCgroup)

@@ -23,7 +23,7 @@ from softsgx.driver.page import EnclavePage
 from softsgx.driver.task import Task
 from softsgx.driver.uapi import refuse
 from softsgx.paging import Backing, EnclaveSwap, EpcCore, FlatBacking, Group, memory_backing
-from softsgx.paging.optimised import PlainSwap
+from softsgx.paging.optimised import CompiledSwap, PlainSwap
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
 
@@ -87,8 +87,13 @@ class Driver:
         self._lifecycle_listeners: list[Tracer] = []
         self._group_of, self._node_of = group_of, node_of
         self._optimised = core.optimised and tracer is None and not defects
-        self.page_type: type[EnclavePage] = optimised.PlainPage if self._optimised else EnclavePage
-        self.handle_fault = optimised.handle if self._optimised else fault.handle
+        self._compiled = self._optimised and core.compiled
+        self.page_type: type[EnclavePage] = EnclavePage
+        self.handle_fault = fault.handle
+        if self._compiled:
+            self.page_type, self.handle_fault = optimised.CompiledPage, optimised.fast_handle
+        elif self._optimised:
+            self.page_type, self.handle_fault = optimised.PlainPage, optimised.handle
         self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
         self._loaded = True
@@ -209,7 +214,9 @@ class Driver:
     def swap_type(self, backing: Backing) -> type[EnclaveSwap]:
         """Return the class of the swapping of an enclave with this backing."""
         plain = self._optimised and isinstance(backing, FlatBacking)
-        return PlainSwap if plain else EnclaveSwap
+        if not plain:
+            return EnclaveSwap
+        return CompiledSwap if self._compiled else PlainSwap
 
     def next_pid(self) -> int:
         """Return a number for a simulated process."""

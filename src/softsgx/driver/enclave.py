@@ -95,6 +95,30 @@ class Enclave(RefCounted):
             empty when the access itself was wrong.
     """
 
+    __slots__ = (
+        "_mm_version",
+        "_swap",
+        "allowed",
+        "attributes",
+        "base",
+        "changed",
+        "counts",
+        "created",
+        "dead",
+        "driver",
+        "group",
+        "initialized",
+        "lock",
+        "mms",
+        "number",
+        "pages",
+        "refusal",
+        "size",
+        "srcu",
+        "waiting",
+        "xfrm",
+    )
+
     def __init__(self, driver: Driver, opening: int) -> None:
         self.driver, self.number = driver, 0
         runtime = driver.runtime

@@ -112,6 +112,24 @@ class Mm:
         found: the last result of :meth:`find`, for any address.
     """
 
+    __slots__ = (
+        "_ended",
+        "_latch",
+        "_pick",
+        "_starts",
+        "_uninterleaved",
+        "_vmas",
+        "found",
+        "mmap_lock",
+        "name",
+        "notifiers",
+        "owner",
+        "pid",
+        "ptes",
+        "runtime",
+        "users",
+    )
+
     def __init__(
         self,
         runtime: Runtime,

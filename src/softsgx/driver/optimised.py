@@ -10,11 +10,15 @@ histories.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from softsgx import compiled
 from softsgx.arch import PAGE_SHIFT, Status
 from softsgx.driver import fault
+from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.hw import Fault
 from softsgx.paging import BackingError, EpcBusy, FaultResult, LoadFailed, NoEpc
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from softsgx.driver.mm import EnclaveVma, Mm
     from softsgx.driver.task import Task
 
-__all__ = ["PlainPage", "handle"]
+__all__ = ["CompiledPage", "PlainPage", "fast_handle", "handle"]
 
 _SUCCESS = Status.SUCCESS
 _NOPAGE, _SIGBUS = FaultResult.NOPAGE, FaultResult.SIGBUS
@@ -144,7 +148,8 @@ def handle(
     ):
         return fault.handle(enclave, mm, vma, linaddr, task)
     driver, counts = enclave.driver, enclave.counts
-    core, kind, result, wait = driver.core, "major", _NOPAGE, None
+    core, kind, result = driver.core, "major", _NOPAGE
+    wait: Callable[[], None] | None = None
     group, node = driver.group_and_node(task)
     try:
         epc = page.swap.load(
@@ -164,13 +169,68 @@ def handle(
         if not page.touched:
             page.touched = True
             counts.touched += 1
-    except EpcBusy as error:
-        # The traceback refers to this frame, which refers to the error: a reference cycle.
-        kind, wait = "busy", partial(core.wait_for_page, error.with_traceback(None))
-    except (NoEpc, LoadFailed, BackingError) as error:
-        kind, result, enclave.refusal = "refused", _SIGBUS, str(error)
-    except MemoryError:
-        result = _SIGBUS
+    except (EpcBusy, NoEpc, LoadFailed, BackingError, MemoryError) as error:
+        kind, result, wait = _ended(enclave, error)
     faults = counts.faults
     faults[kind] = faults.get(kind, 0) + 1
     return result, wait
+
+
+def _ended(
+    enclave: Enclave, error: BaseException
+) -> tuple[str, FaultResult, Callable[[], None] | None]:
+    """Return what a fault is that has ended with ``error``, and its outcome."""
+    if isinstance(error, EpcBusy):
+        # The traceback refers to a frame, which refers to the error: a reference cycle.
+        busy = error.with_traceback(None)
+        return "busy", _NOPAGE, partial(enclave.driver.core.wait_for_page, busy)
+    if not isinstance(error, MemoryError):
+        enclave.refusal = str(error)
+        return "refused", _SIGBUS, None
+    return "major", _SIGBUS, None
+
+
+# --- the same in C --------------------------------------------------------------------------------
+
+
+class CompiledPage(PlainPage):
+    """As :class:`PlainPage`, with methods of the compiled core."""
+
+    __slots__ = ()
+
+
+def _ended_in_core(
+    enclave: Enclave, error: BaseException
+) -> tuple[str, FaultResult, Callable[[], None] | None] | None:
+    """As :func:`_ended`; ``None`` for errors that :func:`handle` does not catch."""
+    known = EpcBusy, NoEpc, LoadFailed, BackingError, MemoryError
+    return _ended(enclave, error) if isinstance(error, known) else None
+
+
+def _give(core: ModuleType) -> None:
+    """Give the compiled core the classes and objects that it uses; take its methods."""
+    from softsgx.driver.enclave import Enclave, EnclaveMm
+    from softsgx.driver.mm import EnclaveVma, Mm
+    from softsgx.driver.sync import RwLock
+
+    for record in (Enclave, EnclaveCounts, EnclaveMm, EnclaveVma, Mm, RwLock):
+        core.bind(record.__name__, record)
+    core.bind("EnclavePage", CompiledPage)
+    for name, value in {
+        "CompiledPage": CompiledPage,
+        "Fault": Fault,
+        "NOPAGE": _NOPAGE,
+        "labels": LABELS,
+        "load_ahead": fault.load_ahead,
+        "major": "major",
+        "page_ended": _ended_in_core,
+    }.items():
+        core.give(name, value)
+    core.add_methods(CompiledPage)
+    core.fall_back(handle)
+
+
+fast_handle = handle
+if compiled.speedups is not None:
+    _give(compiled.speedups)
+    fast_handle = compiled.speedups.handle

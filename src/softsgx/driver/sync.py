@@ -36,6 +36,16 @@ class RwLock:
         has_writer: whether a writer holds it.
     """
 
+    __slots__ = (
+        "_changed",
+        "_lock",
+        "_readers",
+        "_reading",
+        "_uninterleaved",
+        "_waiting",
+        "has_writer",
+    )
+
     def __init__(self, runtime: Runtime, name: str) -> None:
         self._lock = runtime.lock(name)
         self._changed = runtime.condition(self._lock)

@@ -26,7 +26,7 @@ from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore, Ram
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.paging import Backing, EpcCore, FileBacking, FlatBacking, Group, MemoryBacking
-from softsgx.paging.optimised import PlainCore
+from softsgx.paging.optimised import FAST_CORE
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
 
@@ -96,7 +96,7 @@ class Platform:
         for path in self.config.groups:
             self.cgroups.make(path).max_pages = self.config.group_max_pages(path)
         plain = optimised and self._tracer is None and not self.config.defects
-        core = PlainCore if plain and not self.runtime.interleaves else EpcCore
+        core = FAST_CORE if plain and not self.runtime.interleaves else EpcCore
         self.core: EpcCore = core(
             self.machine,
             self.runtime,

@@ -71,10 +71,12 @@ class EpcCore:
         slowpath: the slow path of allocations.
         va: the upper levels of VA pages.
         optimised: whether second implementations run here, and may run in the driver.
+        compiled: whether the second implementations are those of the compiled core.
         reclaimer_type: class of what runs batches.
     """
 
     optimised = False
+    compiled = False
     reclaimer_type: type[Reclaimer] = Reclaimer
 
     def __init__(

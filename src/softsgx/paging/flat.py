@@ -47,6 +47,16 @@ class FlatBacking:
             are about to write one.
     """
 
+    __slots__ = (
+        "kinds",
+        "limit_pages",
+        "reserved",
+        "sealed",
+        "sharers",
+        "unusual",
+        "usual",
+    )
+
     def __init__(self, limit_pages: int | None = None) -> None:
         self.limit_pages = limit_pages
         self.sealed: dict[int, bytes] = {}
@@ -80,6 +90,16 @@ class FlatFile:
         counters: the core's.
         tracer: receives events; ``None`` for none.
     """
+
+    __slots__ = (
+        "_buffers",
+        "_counters",
+        "_flat",
+        "_layout",
+        "_sealed",
+        "_sharers",
+        "_tracer",
+    )
 
     def __init__(
         self, backing: FlatBacking, layout: Layout, *, counters: Counters, tracer: Tracer | None

@@ -51,6 +51,33 @@ class Ksgxd:
         asleep: whether the task sleeps.
     """
 
+    __slots__ = (
+        "_counters",
+        "_failed",
+        "_faults",
+        "_gave_up",
+        "_in_use",
+        "_lock",
+        "_oom_verdicts",
+        "_patience_passes",
+        "_progress",
+        "_reclaim",
+        "_requests",
+        "_root",
+        "_runtime",
+        "_sanitizer",
+        "_scarce",
+        "_stopping",
+        "_task",
+        "_tracer",
+        "_waiters",
+        "_wake",
+        "asleep",
+        "generation",
+        "outcomes",
+        "working",
+    )
+
     def __init__(
         self,
         runtime: Runtime,

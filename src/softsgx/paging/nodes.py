@@ -29,6 +29,11 @@ __all__ = ["AtomicCount", "Node", "TornCount", "walk_once", "walk_until_back"]
 class AtomicCount:
     """A number that several tasks add to."""
 
+    __slots__ = (
+        "_latch",
+        "value",
+    )
+
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch() if runtime.concurrent else None
         self.value = 0

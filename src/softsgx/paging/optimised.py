@@ -11,23 +11,32 @@ both implementations on the same histories.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, VA_SLOT_BYTES, Status
 from softsgx.paging.claims import Claim
 from softsgx.paging.core import EpcCore
+from softsgx.paging.counters import Counters
 from softsgx.paging.failures import BackingError, EpcBusy, Interrupted, LoadFailed, NoEpc
-from softsgx.paging.flat import FlatFile
+from softsgx.paging.flat import FlatBacking, FlatFile
 from softsgx.paging.interfaces import Group, Reclaimable
+from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.leafio import eldu
 from softsgx.paging.lru import Lru
+from softsgx.paging.nodes import AtomicCount
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.policy import Policy
 from softsgx.paging.reclaim import Reclaimer
 from softsgx.paging.slowpath import AllocRequest, no_signal
 from softsgx.paging.swap import EnclaveSwap
+from softsgx.paging.swapfile import Pinned
 from softsgx.paging.swapspace import Reservation, SwapEntry
+from softsgx.paging.va import VaArray
+from softsgx.paging.va_page import VaPage, VaSlot
 
-__all__ = ["PlainCore", "PlainSwap"]
+__all__ = ["FAST_CORE", "CompiledCore", "CompiledSwap", "PlainCore", "PlainSwap"]
 
 _SUCCESS = Status.SUCCESS
 
@@ -119,17 +128,29 @@ class PlainCore(EpcCore):
             free.value -= 1
         else:
             request = AllocRequest(reclaim, signal_pending, claim)
-            try:
-                page = self._take_page(group, refused, seen, cpu_node, request)
-            except (NoEpc, EpcBusy, Interrupted) as error:
-                self.slowpath.refused(kind, error)
-                raise
+            page = self._take_refused(group, refused, seen, cpu_node, request, kind)
         page.owner, page.group, page.kind = owner, group, kind
         held = self.counters.held
         held[kind] = held.get(kind, 0) + 1
         if free.value < self._low and ksgxd.asleep and self.root.has_reclaimable():
             ksgxd.request()
         return page
+
+    def _take_refused(
+        self,
+        group: Group,
+        refused: Group,
+        seen: tuple[int, int],
+        cpu_node: int,
+        request: AllocRequest,
+        kind: str,
+    ) -> SgxEpcPage:
+        """A charge was refused: as :meth:`EpcCore.alloc` goes on."""
+        try:
+            return self._take_page(group, refused, seen, cpu_node, request)
+        except (NoEpc, EpcBusy, Interrupted) as error:
+            self.slowpath.refused(kind, error)
+            raise
 
     def free(self, page: SgxEpcPage) -> None:
         """As :meth:`EpcCore.free`."""
@@ -163,6 +184,8 @@ class PlainCore(EpcCore):
 
 class PlainSwap(EnclaveSwap):
     """See the module.  Its backing is flat."""
+
+    __slots__ = ()
 
     _file: FlatFile
 
@@ -219,10 +242,7 @@ class PlainSwap(EnclaveSwap):
         linaddr = self._base + index * PAGE_BYTES
         slot_addr = va_epc.addr + slot.number * VA_SLOT_BYTES
         if not self._leaves.try_eldu(linaddr, secs.addr, sealed, flags, page.addr, slot_addr):
-            pinned = file.open(index)
-            result = eldu(self._leaves, page.addr, slot_addr, pinned, linaddr, secs.addr)
-            if result is not _SUCCESS:
-                raise self._refused(page, pinned, result)
+            self._load_by_leaf(page, index, slot_addr, linaddr, secs.addr)
         file.forget(index)
         self.va.slot_loaded(slot)
         self._counters.eldu += 1
@@ -232,3 +252,71 @@ class PlainSwap(EnclaveSwap):
         if claim is not None and owner is not None:
             core.claims.loaded(claim, owner, page)
         return page
+
+    def _load_by_leaf(
+        self, page: SgxEpcPage, index: int, slot_addr: int, linaddr: int, secs: int
+    ) -> None:
+        """ELDU by the readable leaf, which refuses what the optimised one did not load."""
+        pinned = self._file.open(index)
+        result = eldu(self._leaves, page.addr, slot_addr, pinned, linaddr, secs)
+        if result is not _SUCCESS:
+            raise self._refused(page, pinned, result)
+
+
+# --- the same in C --------------------------------------------------------------------------------
+
+
+class CompiledReclaimer(PlainReclaimer):
+    """As :class:`PlainReclaimer`, with methods of the compiled core."""
+
+    core: EpcCore
+
+
+class CompiledCore(PlainCore):
+    """As :class:`PlainCore`, with methods of the compiled core."""
+
+    compiled = True
+    reclaimer_type = CompiledReclaimer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self._reclaimer, CompiledReclaimer), "a core of another class's batches"
+        self._reclaimer.core = self
+
+    def _refused_alloc(
+        self,
+        group: Group,
+        refused: Group,
+        seen: tuple[int, int],
+        cpu_node: int,
+        kind: str,
+        claim: Claim | None,
+    ) -> SgxEpcPage:
+        """As :meth:`_take_refused`, for a load."""
+        request = AllocRequest(False, no_signal, claim)
+        return self._take_refused(group, refused, seen, cpu_node, request, kind)
+
+
+class CompiledSwap(PlainSwap):
+    """As :class:`PlainSwap`, with methods of the compiled core."""
+
+    __slots__ = ()
+
+
+def _give(core: ModuleType) -> None:
+    """Give the compiled core the classes and objects that it uses; take its methods."""
+    for record in (Claim, Counters, Pinned, Reservation, SgxEpcPage, SwapEntry, VaPage, VaSlot):
+        core.bind(record.__name__, record)
+    for one in (AtomicCount, CompiledSwap, FlatBacking, FlatFile, Ksgxd, VaArray):
+        core.bind(one.__name__, one)
+    for known in (CompiledCore, CompiledSwap, FlatFile, Ksgxd, Policy, VaArray):
+        core.give(known.__name__, known)
+    for completed in (CompiledReclaimer, CompiledCore, CompiledSwap):
+        core.add_methods(completed)
+
+
+if compiled.speedups is not None:
+    _give(compiled.speedups)
+
+#: The fastest there is.
+FAST_CORE: type[EpcCore] = PlainCore if compiled.speedups is None else CompiledCore

@@ -36,6 +36,12 @@ class RefCounted(ABC):
         references: how many there are.
     """
 
+    __slots__ = (
+        "_latch",
+        "_uninterleaved",
+        "references",
+    )
+
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
         self._uninterleaved = not runtime.interleaves  # no other task runs between two statements

@@ -68,6 +68,23 @@ class EnclaveSwap(SwapSpace):
         ewbs, etracks: EWBs and ETRACKs executed, those of the SECS included.
     """
 
+    __slots__ = (
+        "_base",
+        "_discards_failed",
+        "_frees_failed",
+        "_ignores_poison",
+        "_kick",
+        "_leaks_slots",
+        "_secs_may_leave",
+        "_secs_page",
+        "children",
+        "etracks",
+        "ewbs",
+        "peak_children",
+        "secs",
+        "secs_entry",
+    )
+
     def __init__(
         self,
         core: EpcCore,

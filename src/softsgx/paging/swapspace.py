@@ -88,6 +88,20 @@ class SwapSpace:
         lock: as given.
     """
 
+    __slots__ = (
+        "_backing",
+        "_core",
+        "_counters",
+        "_file",
+        "_group",
+        "_late_backing",
+        "_leaves",
+        "_pages",
+        "lock",
+        "pin",
+        "va",
+    )
+
     def __init__(
         self,
         core: EpcCore,

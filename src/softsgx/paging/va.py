@@ -74,6 +74,19 @@ class VaArray:
         room: free slots of usable pages: resident, and not being evicted.
     """
 
+    __slots__ = (
+        "_made_by_count",
+        "_pages",
+        "group",
+        "level",
+        "lock",
+        "pin",
+        "promised",
+        "room",
+        "tree",
+        "used",
+    )
+
     def __init__(
         self, tree: VaTree, level: int, lock: Lock, *, pin: Pin, group: Group | None
     ) -> None:

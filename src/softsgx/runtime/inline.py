@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import cast
 
+from softsgx import compiled
 from softsgx.runtime import base
 from softsgx.runtime._random import TaskRandom
 from softsgx.runtime._tasks import SLEEP, Cooperative, CoTask
@@ -300,3 +301,7 @@ def _sleep_really(duration_ns: int) -> None:
 def _not_yours(lock: _InlineLock) -> str:
     holder, me = lock._holder, lock._runtime._current
     return f"lock {lock.name!r} is held by {holder and holder.name}, not by task {me.name!r}"
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("InlineLock", _InlineLock)

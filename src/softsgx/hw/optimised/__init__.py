@@ -14,13 +14,13 @@ from typing import Any
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.optimised.building import building_leaves
 from softsgx.hw.optimised.entry import entry_leaves, try_virtual_exit
-from softsgx.hw.optimised.paging import paging_leaves
+from softsgx.hw.optimised.paging import compiled_leaves, paging_leaves
 from softsgx.hw.processor import LogicalProcessor
 
-__all__ = ["OPTIMISED", "try_virtual_exit"]
+__all__ = ["OPTIMISED", "PLAIN", "try_virtual_exit"]
 
 
-class _Optimised:
+class _Plain:
     def kernel(self, cpu: LogicalProcessor) -> Mapping[str, Callable[..., Any]]:
         return {**paging_leaves(cpu), **building_leaves(cpu)}
 
@@ -29,5 +29,12 @@ class _Optimised:
         return entry_leaves(cpu, leaves.eenter, leaves.eexit) if not cpu.vmx_nonroot else {}
 
 
-OPTIMISED = _Optimised()
+class _Compiled(_Plain):
+    def kernel(self, cpu: LogicalProcessor) -> Mapping[str, Callable[..., Any]]:
+        return {**compiled_leaves(cpu), **building_leaves(cpu)}
+
+
+OPTIMISED = _Compiled()
 """What :class:`softsgx.hw.Machine` takes as ``optimised``."""
+PLAIN = _Plain()
+"""The same, all in Python."""

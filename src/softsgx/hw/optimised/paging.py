@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any
+
+from cryptography.exceptions import InvalidTag
 
 from softsgx import compiled
 from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, Status
+from softsgx.hw.epcm import EpcPage
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
 from softsgx.hw.leaves.ewb import ewb
 from softsgx.hw.operands import PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import LogicalProcessor
+from softsgx.hw.secrets import PagingKey
+from softsgx.hw.secs import ResidentSecs
 from softsgx.hw.tracking import TRACKED_AGE
 
-__all__ = ["paging_leaves"]
+__all__ = ["compiled_leaves", "paging_leaves"]
 
 _CONTENT = struct.Struct(f"{PAGE_BYTES}s")  # without the MAC that follows it
 _PCMD = struct.Struct("<Q56xQ40x16s")
 _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _MAC_HEADER = struct.Struct("<QQQ104x")  # EID, LINADDR, SECINFO.FLAGS; the rest is zero
 assert _MAC_HEADER.size == MacHeader.SIZE, "the MAC header is 128 bytes"
-_mac_header: Callable[[int, int, int], bytes] = (
-    _MAC_HEADER.pack if compiled.speedups is None else compiled.speedups.mac_header
-)
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 _CHILD_TYPES = {int(pt): pt for pt in CHILD_TYPES}
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
@@ -49,6 +51,35 @@ def paging_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
         "try_eldu": _try_eldu,
     }
     return {name: MethodType(leaf, cpu) for name, leaf in leaves.items()}
+
+
+def compiled_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
+    """Return those that are compiled, and else those of :func:`paging_leaves`."""
+    leaves, core = paging_leaves(cpu), compiled.speedups
+    if core is not None:
+        for name in ("eblock", "try_ewb", "try_eldu"):
+            leaves[name] = MethodType(getattr(core, name), cpu)
+    return leaves
+
+
+def _give(core: ModuleType) -> None:
+    """Give the compiled core the classes and objects that its leaves use."""
+    for record in (EpcPage, ResidentSecs):
+        core.bind(record.__name__, record)
+    for name, value in {
+        "InvalidTag": InvalidTag,
+        "PagingKey": PagingKey,
+        "child_types": _CHILD_TYPES,
+        "SUCCESS": _SUCCESS,
+        "NOT_TRACKED": _NOT_TRACKED,
+        "TRACKED_AGE": TRACKED_AGE,
+        "eblock": eblock,
+    }.items():
+        core.give(name, value)
+
+
+if compiled.speedups is not None:
+    _give(compiled.speedups)
 
 
 def _eblock(cpu: LogicalProcessor, rcx: int) -> Status:
@@ -91,7 +122,7 @@ def _try_ewb(cpu: LogicalProcessor, rcx: int, rdx: int) -> Sealed | Status | Non
             if page.pending or page.modified or page.pr:
                 flags = page.secinfo_flags()
             version, eid = key.next_version(), enclave.eid
-            header = _mac_header(eid, page.linaddr, flags)
+            header = _MAC_HEADER.pack(eid, page.linaddr, flags)
             sealed = key.seal(hw.store.freeze(page), version, header)
             slots[slot] = version
             enclave.children -= 1
@@ -148,7 +179,7 @@ def _try_eldu(
     ):
         hw, enclave = cpu.hw, secs.enclave
         slot, slots = (rdx & _SLOT_MASK) >> 3, va_page.slots
-        header = _mac_header(enclave.eid, linaddr, flags)
+        header = _MAC_HEADER.pack(enclave.eid, linaddr, flags)
         plain = hw.secrets.paging.unseal(sealed, slots[slot], header)
         if plain is not None:
             page.pt, page.rwx = pt, flags & 7

@@ -17,7 +17,7 @@ from softsgx.defects import Defect
 from softsgx.driver import ERESTARTSYS, Driver, Enclave, EnclaveFile
 from softsgx.driver.page import EnclavePage
 from softsgx.hw import EpcPage, GeneralProtection, Leaves, Machine, MachineConfig
-from softsgx.hw.optimised import OPTIMISED
+from softsgx.hw.optimised import OPTIMISED, PLAIN
 from softsgx.image import (
     MASK_NONE,
     Data,
@@ -131,7 +131,7 @@ class System:
             ),
             self.runtime,
             tracer=tracer,
-            optimised=OPTIMISED,
+            optimised=OPTIMISED if self.core_type.compiled else PLAIN,
         )
         self.core = self.core_type(
             self._hardware(),

@@ -1,0 +1,376 @@
+/* Allocating and freeing EPC pages, and charges: as softsgx.paging.optimised and softsgx.cgroup. */
+
+#include "speedups.h"
+
+/* --- charges ------------------------------------------------------------------------------------ */
+
+/* Charge a group of class EpcCgroup and its ancestors: 1; 0: a limit refuses, nothing has changed. */
+static int
+charge_all(PyObject *ancestry, PyObject *group)
+{
+    Py_ssize_t count = PyTuple_Size(ancestry);
+    int64_t usage, ceiling, peak;
+    PyObject *one;
+
+    if (count < 0)
+        return -1;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        one = PyTuple_GetItem(ancestry, index);
+        if (GET_INTEGER(EpcCgroup, one, usage_pages, &usage) < 0
+            || GET_INTEGER(EpcCgroup, one, _ceiling_pages, &ceiling) < 0)
+            return -1;
+        if (usage >= ceiling)
+            return 0;
+    }
+    if (ADD_INTEGER(EpcCgroup, group, own_pages, 1) < 0)
+        return -1;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        one = PyTuple_GetItem(ancestry, index);
+        if (GET_INTEGER(EpcCgroup, one, usage_pages, &usage) < 0
+            || PUT_INTEGER(EpcCgroup, one, usage_pages, usage + 1) < 0
+            || GET_INTEGER(EpcCgroup, one, peak_pages, &peak) < 0
+            || (usage + 1 > peak && PUT_INTEGER(EpcCgroup, one, peak_pages, usage + 1) < 0))
+            return -1;
+    }
+    return 1;
+}
+
+/* Request reclaim for each group that is limited and near its limit. */
+static int
+reclaim_ahead(PyObject *ancestry, PyObject *group)
+{
+    PyObject *hierarchy = GETF(EpcCgroup, group, hierarchy), *request = NULL, *limit, *one;
+    int status = -1, near;
+
+    if (hierarchy == NULL || (request = GET(hierarchy, reclaim_ahead)) == NULL)
+        goto done;
+    status = 0;
+    for (Py_ssize_t index = 0; status == 0 && !is_none(request); index++) {
+        if (index >= PyTuple_Size(ancestry))
+            break;
+        one = PyTuple_GetItem(ancestry, index);
+        limit = GETF(EpcCgroup, one, _max_pages);
+        if (limit == NULL)
+            status = -1;
+        else if (!is_none(limit)) {
+            PyObject *answer = CALL0(one, should_reclaim);
+
+            near = answer == NULL ? -1 : PyObject_IsTrue(answer);
+            Py_XDECREF(answer);
+            status = near < 0 ? -1 : 0;
+            if (near > 0)
+                status = effect(PyObject_CallFunctionObjArgs(request, one, NULL));
+        }
+        Py_XDECREF(limit);
+    }
+done:
+    Py_XDECREF(request);
+    Py_XDECREF(hierarchy);
+    return status;
+}
+
+/* As Group.try_charge(). */
+static PyObject *
+try_charge(PyObject *group)
+{
+    PyObject *ancestry, *result = NULL;
+    int charged;
+
+    if (!is_exactly(group, given.EpcCgroup))
+        return CALL0(group, try_charge);
+    ancestry = GETF(EpcCgroup, group, _ancestry);
+    if (ancestry == NULL)
+        return NULL;
+    charged = charge_all(ancestry, group);
+    if (charged == 0)
+        result = CALL0(group, try_charge);  // refuses again, and counts it
+    else if (charged > 0 && reclaim_ahead(ancestry, group) == 0)
+        Py_INCREF(result = Py_None);
+    Py_DECREF(ancestry);
+    return result;
+}
+
+/* As Group.uncharge(). */
+static int
+uncharge(PyObject *group)
+{
+    PyObject *ancestry;
+    int64_t own;
+    int removed, status = 0;
+
+    if (!is_exactly(group, given.EpcCgroup))
+        return effect(CALL0(group, uncharge));
+    removed = GET_TRUTH(EpcCgroup, group, removed);
+    if (removed < 0 || GET_INTEGER(EpcCgroup, group, own_pages, &own) < 0)
+        return -1;
+    if (removed || own <= 0)
+        return effect(CALL0(group, uncharge));
+    ancestry = GETF(EpcCgroup, group, _ancestry);
+    if (ancestry == NULL)
+        return -1;
+    status = PUT_INTEGER(EpcCgroup, group, own_pages, own - 1);
+    for (Py_ssize_t index = 0; status == 0 && index < PyTuple_Size(ancestry); index++)
+        status = ADD_INTEGER(EpcCgroup, PyTuple_GetItem(ancestry, index), usage_pages, -1);
+    Py_DECREF(ancestry);
+    return status;
+}
+
+/* --- ksgxd -------------------------------------------------------------------------------------- */
+
+/* Withdraw the verdicts that no page can be evicted. */
+static int
+withdraw_verdicts(PyObject *ksgxd)
+{
+    PyObject *verdicts;
+    int status = 0;
+
+    if (SETF(Ksgxd, ksgxd, _gave_up, Py_False) < 0 || (verdicts = GETF(Ksgxd, ksgxd, _oom_verdicts)) == NULL)
+        return -1;
+    if (PyObject_Size(verdicts) > 0)
+        status = effect(CALL0(verdicts, clear));
+    Py_DECREF(verdicts);
+    return status;
+}
+
+/* As Ksgxd.page_freed(). */
+static int
+page_freed(PyObject *ksgxd)
+{
+    int64_t waiters;
+
+    if (withdraw_verdicts(ksgxd) < 0 || ADD_INTEGER(Ksgxd, ksgxd, outcomes, 1) < 0
+        || ADD_INTEGER(Ksgxd, ksgxd, generation, 1) < 0
+        || GET_INTEGER(Ksgxd, ksgxd, _waiters, &waiters) < 0)
+        return -1;
+    return waiters ? effect(CALL0(ksgxd, _wake_waiters)) : 0;
+}
+
+/* Wake ksgxd where few pages are free. */
+static int
+wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
+{
+    PyObject *answer;
+    int64_t low;
+    int wanted;
+
+    if (get_integer(core, names._low, &low) < 0)
+        return -1;
+    if (free >= low)
+        return 0;
+    wanted = GET_TRUTH(Ksgxd, ksgxd, asleep);
+    if (wanted <= 0)
+        return wanted;
+    answer = CALL0(root, has_reclaimable);
+    wanted = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return wanted <= 0 ? wanted : effect(CALL0(ksgxd, request));
+}
+
+/* --- pages -------------------------------------------------------------------------------------- */
+
+static int
+count_held(PyObject *core, PyObject *kind, int64_t change)
+{
+    PyObject *object = GET(core, counters), *count, *number;
+    Counters *counters = AS(Counters, object);
+    int64_t value = 0;
+    int status = -1;
+
+    if (counters != NULL && counters->held != NULL && PyDict_Check(counters->held)) {
+        count = PyDict_GetItemWithError(counters->held, kind);
+        if (count != NULL && !integer(count, &value))
+            PyErr_SetString(PyExc_TypeError, "the number of held pages is no integer");
+        number = PyErr_Occurred() ? NULL : PyLong_FromLongLong(value + change);
+        if (number != NULL)
+            status = PyDict_SetItem(counters->held, kind, number);
+        Py_XDECREF(number);
+    }
+    else if (object != NULL)
+        PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
+    Py_XDECREF(object);
+    return status;
+}
+
+/* The pages that were freed on the node that is tried first, and whether the first can be taken. */
+static PyObject *
+freed_pages(PyObject *core, PyObject *node_number, bool *usable)
+{
+    PyObject *pool = GET(core, _pool), *node = NULL, *freed = NULL, *first;
+    SgxEpcPage *page;
+
+    *usable = false;
+    if (pool != NULL)
+        node = CALL(pool, first, node_number, NULL);
+    if (node != NULL)
+        freed = GET(node, freed);
+    if (freed != NULL && PyObject_Size(freed) > 0) {
+        first = PySequence_GetItem(freed, 0);
+        page = AS(SgxEpcPage, first);
+        *usable = page != NULL && is_false(page->poisoned);
+        Py_XDECREF(first);
+    }
+    Py_XDECREF(node);
+    Py_XDECREF(pool);
+    if (PyErr_Occurred())
+        Py_CLEAR(freed);
+    return freed;
+}
+
+/* Take the first freed page for a charge that was made, or do what a refused charge leads to. */
+static PyObject *
+take(PyObject *core, PyObject *ksgxd, PyObject *freed, PyObject *count, PyObject *group,
+     PyObject *kind, PyObject *node, PyObject *claim)
+{
+    PyObject *generation = GETF(Ksgxd, ksgxd, generation), *outcomes = GETF(Ksgxd, ksgxd, outcomes);
+    PyObject *refused = NULL, *seen = NULL, *page = NULL;
+    SgxEpcPage *record;
+
+    if (generation == NULL || outcomes == NULL || (refused = try_charge(group)) == NULL)
+        goto done;
+    if (is_none(refused)) {
+        page = CALL0(freed, popleft);
+        record = AS(SgxEpcPage, page);
+        if (record == NULL || ADD_INTEGER(AtomicCount, count, value, -1) < 0) {
+            Py_CLEAR(page);
+            goto done;
+        }
+        set_field(&record->free, Py_False);
+        goto done;
+    }
+    seen = PyTuple_Pack(2, generation, outcomes);
+    if (seen != NULL)
+        page = CALL(core, _refused_alloc, group, refused, seen, node, kind, claim, NULL);
+done:
+    Py_XDECREF(seen);
+    Py_XDECREF(refused);
+    Py_XDECREF(outcomes);
+    Py_XDECREF(generation);
+    return page;
+}
+
+/* As PlainCore.alloc() with reclaim=False; NotImplemented: not plain, nothing has changed. */
+PyObject *
+core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind, PyObject *node,
+           PyObject *claim)
+{
+    PyObject *claims = GET(core, claims), *holder = NULL, *freed = NULL, *root = NULL;
+    PyObject *ksgxd = NULL, *count = NULL, *page = NULL, *result = NULL;
+    SgxEpcPage *record;
+    int64_t left;
+    bool usable;
+
+    if (claims == NULL || (holder = GET(claims, holder)) == NULL
+        || (freed = freed_pages(core, node, &usable)) == NULL)
+        goto done;
+    if (!is_none(holder) || !usable) {
+        Py_INCREF(result = Py_NotImplemented);
+        goto done;
+    }
+    root = GET(core, root);
+    ksgxd = GET(core, _ksgxd);
+    count = GET(core, _free);
+    if (root == NULL || ksgxd == NULL || count == NULL)
+        goto done;
+    if (is_none(group))
+        group = root;
+    page = take(core, ksgxd, freed, count, group, kind, node, claim);
+    record = AS(SgxEpcPage, page);
+    if (record == NULL)
+        goto done;
+    set_field(&record->owner, owner);
+    set_field(&record->group, group);
+    set_field(&record->kind, kind);
+    if (count_held(core, kind, 1) < 0 || GET_INTEGER(AtomicCount, count, value, &left) < 0
+        || wake(core, ksgxd, root, left) < 0)
+        goto done;
+    Py_INCREF(result = page);
+done:
+    Py_XDECREF(page);
+    Py_XDECREF(count);
+    Py_XDECREF(ksgxd);
+    Py_XDECREF(root);
+    Py_XDECREF(freed);
+    Py_XDECREF(holder);
+    Py_XDECREF(claims);
+    return result;
+}
+
+/* Put a page among the freed ones of its node. */
+static int
+give_back(PyObject *core, SgxEpcPage *page)
+{
+    PyObject *pool = GET(core, _pool), *nodes = NULL, *node = NULL, *freed = NULL, *count = NULL;
+    int status = -1;
+
+    if (pool != NULL && (nodes = GET(pool, nodes)) != NULL
+        && (node = PyObject_GetItem(nodes, page->node)) != NULL)
+        freed = GET(node, freed);
+    if (freed != NULL && (count = GET(core, _free)) != NULL
+        && effect(CALL(freed, append, (PyObject *)page, NULL)) == 0)
+        status = ADD_INTEGER(AtomicCount, count, value, 1);
+    Py_XDECREF(count);
+    Py_XDECREF(freed);
+    Py_XDECREF(node);
+    Py_XDECREF(nodes);
+    Py_XDECREF(pool);
+    return status;
+}
+
+/* As PlainCore.free(). */
+int
+core_free(PyObject *core, PyObject *object)
+{
+    SgxEpcPage *page = AS(SgxEpcPage, object);
+    PyObject *ksgxd, *kind;
+    int status = -1;
+
+    if (page == NULL || !is_false(page->poisoned) || !is_false(page->tracked)
+        || !is_false(page->leaked) || !is_false(page->free) || page->group == NULL
+        || is_none(page->group))
+        return effect(PyObject_CallFunctionObjArgs(readable[CORE_FREE], core, object, NULL));
+    if (uncharge(page->group) < 0)
+        return -1;
+    kind = page->kind;
+    Py_INCREF(kind);
+    set_field(&page->owner, Py_None);
+    set_field(&page->group, Py_None);
+    set_field(&page->blocked, Py_False);
+    set_field(&page->kept, Py_False);
+    if (count_held(core, kind, -1) == 0) {
+        set_field(&page->free, Py_True);
+        if (give_back(core, page) == 0 && (ksgxd = GET(core, _ksgxd)) != NULL) {
+            status = page_freed(ksgxd);
+            Py_DECREF(ksgxd);
+        }
+    }
+    Py_DECREF(kind);
+    return status;
+}
+
+/* As PlainCore.mark_reclaimable(). */
+int
+core_mark_reclaimable(PyObject *core, PyObject *object)
+{
+    SgxEpcPage *page = AS(SgxEpcPage, object);
+    PyObject *lru, *pages = NULL, *ksgxd;
+    int status = -1;
+
+    if (page == NULL || !is_false(page->poisoned) || !is_false(page->tracked)
+        || page->group == NULL || is_none(page->group))
+        return effect(
+            PyObject_CallFunctionObjArgs(readable[CORE_MARK_RECLAIMABLE], core, object, NULL));
+    lru = GETF(EpcCgroup, page->group, lru);
+    if (lru == NULL)
+        return -1;
+    set_field(&page->lru, lru);
+    set_field(&page->tracked, Py_True);
+    pages = GET(lru, pages);
+    if (pages != NULL && PyObject_SetItem(pages, object, Py_None) == 0
+        && (ksgxd = GET(core, _ksgxd)) != NULL) {
+        status = withdraw_verdicts(ksgxd);
+        Py_DECREF(ksgxd);
+    }
+    Py_XDECREF(pages);
+    Py_DECREF(lru);
+    return status;
+}

@@ -1,0 +1,327 @@
+/* What the reclaimer asks of a page: as softsgx.driver.optimised.PlainPage. */
+
+#include "speedups.h"
+
+static int
+readably(enum method method, PyObject *page)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(readable[method], page, NULL);
+    int truth = answer == NULL ? -1 : PyObject_IsTrue(answer);
+
+    Py_XDECREF(answer);
+    return truth;
+}
+
+/* Whether no task holds the enclave's lock: 0, 1, or -1 with an error. */
+static int
+is_free(PyObject *enclave)
+{
+    PyObject *object = GETF(Enclave, enclave, lock);
+    InlineLock *lock = AS(InlineLock, object);
+    int status = object == NULL ? -1 : lock != NULL && is_none(lock->_holder);
+
+    Py_XDECREF(object);
+    return status;
+}
+
+static int
+is_dead(PyObject *enclave)
+{
+    return GET_TRUTH(Enclave, enclave, dead);
+}
+
+/* The page's linear address. */
+static int
+linear_address(EnclavePage *page, int64_t *linaddr)
+{
+    int64_t base, index;
+
+    if (GET_INTEGER(Enclave, page->enclave, base, &base) < 0)
+        return -1;
+    if (!integer(page->index, &index)) {
+        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
+        return -1;
+    }
+    *linaddr = base + (index << PAGE_SHIFT);
+    return 0;
+}
+
+int
+page_get(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    int64_t references;
+
+    if (page == NULL)
+        return readably(PAGE_GET, object);
+    if (GET_INTEGER(Enclave, page->enclave, references, &references) < 0)
+        return -1;
+    if (references && PUT_INTEGER(Enclave, page->enclave, references, references + 1) < 0)
+        return -1;
+    return references != 0;
+}
+
+int
+page_put(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    int64_t references;
+
+    if (page == NULL)
+        return readably(PAGE_PUT, object);
+    if (GET_INTEGER(Enclave, page->enclave, references, &references) < 0)
+        return -1;
+    if (references > 1)
+        return PUT_INTEGER(Enclave, page->enclave, references, references - 1);
+    return readably(PAGE_PUT, object);
+}
+
+/* --- address spaces ----------------------------------------------------------------------------- */
+
+/* The address spaces that map an enclave, if none is being changed: 1; 0: one is. */
+static int
+address_spaces(PyObject *enclave, PyObject **found)
+{
+    PyObject *mms = GETF(Enclave, enclave, mms), *lock;
+    Py_ssize_t count = mms == NULL ? -1 : PyTuple_Size(mms);
+    int status = 1, written;
+    EnclaveMm *entry;
+
+    for (Py_ssize_t index = 0; status == 1 && index < count; index++) {
+        entry = AS(EnclaveMm, PyTuple_GetItem(mms, index));
+        if (entry == NULL)
+            status = 0;
+        else if ((lock = GETF(Mm, entry->mm, mmap_lock)) == NULL)
+            status = -1;
+        else {
+            written = GET_TRUTH(RwLock, lock, has_writer);
+            status = written < 0 ? -1 : !written;
+            Py_DECREF(lock);
+        }
+    }
+    if (count < 0)
+        status = -1;
+    if (status == 1)
+        *found = mms;
+    else
+        Py_XDECREF(mms);
+    return status;
+}
+
+/* Whether a mapping holds an address, and is of an enclave. */
+static bool
+maps(PyObject *object, int64_t linaddr, PyObject *enclave, bool *holds)
+{
+    EnclaveVma *vma = AS(EnclaveVma, object);
+    int64_t start, end;
+
+    *holds = vma != NULL && integer(vma->start, &start) && integer(vma->end, &end)
+        && start <= linaddr && linaddr < end;
+    return *holds && vma->enclave == enclave;
+}
+
+/* Whether an address space maps the page as one of the enclave: 0, 1, or -1 with an error. */
+static int
+is_mapped(PyObject *mm, PyObject *enclave, int64_t linaddr, PyObject *addr)
+{
+    PyObject *vma;
+    int64_t users;
+    bool holds, mapped;
+
+    if (GET_INTEGER(Mm, mm, users, &users) < 0)
+        return -1;
+    if (!users)
+        return 0;
+    vma = GETF(Mm, mm, found);
+    if (vma == NULL)
+        return -1;
+    mapped = maps(vma, linaddr, enclave, &holds);
+    Py_DECREF(vma);
+    if (holds)
+        return mapped;
+    vma = CALL(mm, find, addr, NULL);
+    if (vma == NULL)
+        return -1;
+    mapped = maps(vma, linaddr, enclave, &holds);
+    Py_DECREF(vma);
+    return mapped;
+}
+
+/* Call a method of the page tables that map the page: 1 if one has returned a true value. */
+static int
+in_page_tables(EnclavePage *page, PyObject *mms, PyObject *method)
+{
+    PyObject *addr = NULL, *ptes, *answer, *mm;
+    int64_t linaddr;
+    int result = 0, mapped, truth;
+
+    if (linear_address(page, &linaddr) < 0 || (addr = PyLong_FromLongLong(linaddr)) == NULL)
+        return -1;
+    for (Py_ssize_t index = 0; result >= 0 && index < PyTuple_Size(mms); index++) {
+        mm = ((EnclaveMm *)PyTuple_GetItem(mms, index))->mm;
+        mapped = is_mapped(mm, page->enclave, linaddr, addr);
+        if (mapped <= 0) {
+            result = mapped < 0 ? -1 : result;
+            continue;
+        }
+        ptes = GETF(Mm, mm, ptes);
+        answer = ptes == NULL ? NULL : PyObject_CallMethodObjArgs(ptes, method, addr, NULL);
+        truth = answer == NULL ? -1 : PyObject_IsTrue(answer);
+        result = truth < 0 ? -1 : result | truth;
+        Py_XDECREF(answer);
+        Py_XDECREF(ptes);
+    }
+    Py_DECREF(addr);
+    return result;
+}
+
+int
+page_age(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    PyObject *mms = NULL;
+    int dead = page == NULL ? -1 : is_dead(page->enclave), plain, young;
+
+    if (page == NULL)
+        return readably(PAGE_AGE, object);
+    if (dead)
+        return dead;
+    plain = address_spaces(page->enclave, &mms);
+    if (plain <= 0)
+        return plain < 0 ? -1 : readably(PAGE_AGE, object);
+    young = in_page_tables(page, mms, names.test_and_clear_accessed);
+    Py_DECREF(mms);
+    return young < 0 ? -1 : !young;
+}
+
+/* --- eviction ----------------------------------------------------------------------------------- */
+
+/* Whether an enclave is alive and no task holds its lock: 0, 1, or -1 with an error. */
+int
+enclave_is_plain(PyObject *enclave)
+{
+    int dead = is_dead(enclave);
+
+    return dead ? (dead < 0 ? -1 : 0) : is_free(enclave);
+}
+
+int
+page_prepare(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    PyObject *reservation;
+    int plain = page == NULL ? 0 : enclave_is_plain(page->enclave);
+
+    if (plain <= 0 || !is_exactly(page->swap, given.CompiledSwap))
+        return plain < 0 ? -1 : readably(PAGE_PREPARE, object);
+    reservation = swap_prepare(page->swap, page->index);
+    if (reservation == NULL)
+        return -1;
+    set_field(&page->reservation, reservation);
+    Py_DECREF(reservation);
+    if (is_none(reservation))
+        return 0;
+    set_field(&page->being_reclaimed, Py_True);
+    return 1;
+}
+
+/* EBLOCK of an EPC page by the core's leaves: 1; 0: it has another result than SUCCESS. */
+static int
+blocks(PyObject *enclave, PyObject *addr)
+{
+    PyObject *driver = GETF(Enclave, enclave, driver), *core = NULL, *leaves = NULL, *status = NULL;
+    int result = -1;
+
+    if (driver != NULL && (core = GET(driver, core)) != NULL
+        && (leaves = GET(core, leaves)) != NULL) {
+        status = CALL(leaves, eblock, addr, NULL);
+        if (status != NULL)
+            result = status == given.SUCCESS;
+        else if (PyErr_ExceptionMatches(given.Fault)) {
+            PyErr_Clear();
+            result = 0;
+        }
+    }
+    Py_XDECREF(status);
+    Py_XDECREF(leaves);
+    Py_XDECREF(core);
+    Py_XDECREF(driver);
+    return result;
+}
+
+int
+page_block(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    SgxEpcPage *epc = page == NULL ? NULL : AS(SgxEpcPage, page->epc);
+    PyObject *mms = NULL;
+    int plain = epc == NULL ? 0 : enclave_is_plain(page->enclave), done;
+
+    if (plain > 0)
+        plain = address_spaces(page->enclave, &mms);
+    if (plain <= 0)
+        return plain < 0 ? -1 : readably(PAGE_BLOCK, object);
+    HOLD(epc);
+    done = in_page_tables(page, mms, names.zap) < 0 ? -1 : blocks(page->enclave, epc->addr);
+    if (done > 0)
+        set_field(&epc->blocked, Py_True);
+    else if (done == 0)
+        done = readably(PAGE_BLOCK, object);  // EBLOCK again, which has changed nothing
+    RELEASE(epc);
+    Py_DECREF(mms);
+    return done;
+}
+
+/* Count an eviction of an enclave. */
+static int
+count_eviction(PyObject *enclave)
+{
+    PyObject *object = GETF(Enclave, enclave, counts);
+    EnclaveCounts *counts = AS(EnclaveCounts, object);
+    int status = -1;
+
+    if (counts != NULL)
+        status = add_to_field(&counts->evictions, 1);
+    else if (object != NULL)
+        PyErr_SetString(PyExc_TypeError, "the counts of an enclave are no EnclaveCounts");
+    Py_XDECREF(object);
+    return status;
+}
+
+int
+page_write(PyObject *object)
+{
+    EnclavePage *page = AS(EnclavePage, object);
+    PyObject *epc, *reservation, *entry;
+    int64_t waiting;
+    int plain = 0, result = -1;
+
+    if (page != NULL && is_record(page->epc, KIND_SgxEpcPage)
+        && is_record(page->reservation, KIND_Reservation)
+        && is_exactly(page->swap, given.CompiledSwap)) {
+        if (GET_INTEGER(Enclave, page->enclave, waiting, &waiting) < 0)
+            return -1;
+        plain = waiting ? 0 : enclave_is_plain(page->enclave);
+    }
+    if (plain <= 0)
+        return plain < 0 ? -1 : readably(PAGE_WRITE, object);
+    epc = page->epc;
+    reservation = page->reservation;
+    Py_INCREF(epc);
+    Py_INCREF(reservation);
+    set_field(&page->reservation, Py_None);
+    entry = swap_write(page->swap, epc, reservation);
+    if (entry != NULL) {
+        set_field(&page->entry, entry);
+        set_field(&page->being_reclaimed, Py_False);
+        result = !is_none(entry);
+        if (result) {
+            result = count_eviction(page->enclave) < 0 ? -1 : 1;
+            set_field(&page->epc, Py_None);
+        }
+        Py_DECREF(entry);
+    }
+    Py_DECREF(reservation);
+    Py_DECREF(epc);
+    return result;
+}

@@ -1,0 +1,413 @@
+/* EBLOCK, EWB and ELDU of a child page: as softsgx.hw.optimised.paging, check by check. */
+
+#include "speedups.h"
+
+#include <string.h>
+
+#define MAC_HEADER_BYTES 128
+#define SECINFO_PENDING 8
+#define SECINFO_MODIFIED 16
+#define SECINFO_PR 32
+
+/* The EPCM entry at an EPC address, borrowed; NULL: none, perhaps with an error. */
+static EpcPage *
+entry_at(PyObject *pages, PyObject *addr)
+{
+    return AS(EpcPage, PyDict_GetItemWithError(pages, addr));
+}
+
+static EpcPage *
+entry_of_slot(PyObject *pages, int64_t slot_addr)
+{
+    PyObject *addr = PyLong_FromLongLong(slot_addr & -PAGE_BYTES);
+    EpcPage *found;
+
+    if (addr == NULL)
+        return NULL;
+    found = entry_at(pages, addr);
+    Py_DECREF(addr);
+    return found;
+}
+
+/* Whether a leaf can use a slot of this VA page, sharing the page with other leaves. */
+static bool
+is_usable_va(const EpcPage *page)
+{
+    int64_t lock;
+
+    return page != NULL && is_true(page->valid) && page->slots != NULL && !is_none(page->slots)
+        && integer(page->lock, &lock) && lock >= 0;
+}
+
+static bool
+is_unlocked(const EpcPage *page)
+{
+    int64_t lock;
+
+    return integer(page->lock, &lock) && lock == 0;
+}
+
+static PyObject *
+header_of(PyObject *eid, uint64_t linaddr, uint64_t flags)
+{
+    uint64_t header[MAC_HEADER_BYTES / sizeof(uint64_t)] = {0};
+
+    header[0] = PyLong_AsUnsignedLongLong(eid);
+    if (header[0] == (uint64_t)-1 && PyErr_Occurred())
+        return NULL;
+    header[1] = linaddr;
+    header[2] = flags;
+    return PyBytes_FromStringAndSize((const char *)header, sizeof header);
+}
+
+/* The initialisation vector of a version: four zero bytes, and its eight, the highest first. */
+static PyObject *
+nonce_of(PyObject *version)
+{
+    unsigned char bytes[12] = {0};
+    uint64_t number = PyLong_AsUnsignedLongLong(version);
+
+    if (number == (uint64_t)-1 && PyErr_Occurred())
+        return NULL;
+    for (int index = 11; index >= 4; index--, number >>= 8)
+        bytes[index] = (unsigned char)number;
+    return PyBytes_FromStringAndSize((const char *)bytes, sizeof bytes);
+}
+
+static PyObject *
+paging_key(PyObject *hw)
+{
+    PyObject *secrets = GET(hw, secrets), *key = NULL;
+
+    if (secrets != NULL)
+        key = GET(secrets, paging);
+    Py_XDECREF(secrets);
+    return key;
+}
+
+/* As PagingKey.seal(data, version, header), and its inverse. */
+static PyObject *
+apply_cipher(PyObject *key, PyObject *method, PyObject *version, PyObject *data, PyObject *header)
+{
+    PyObject *aead = GET(key, _aead), *nonce = NULL, *result = NULL;
+
+    if (aead != NULL)
+        nonce = nonce_of(version);
+    if (nonce != NULL)
+        result = PyObject_CallMethodObjArgs(aead, method, nonce, data, header, NULL);
+    Py_XDECREF(nonce);
+    Py_XDECREF(aead);
+    return result;
+}
+
+static PyObject *
+next_version(PyObject *key)
+{
+    PyObject *versions, *version;
+
+    versions = GET(key, _versions);
+    if (versions == NULL)
+        return NULL;
+    version = PyIter_Next(versions);
+    Py_DECREF(versions);
+    if (version == NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_AssertionError, "the versions of a paging key have ended");
+    return version;
+}
+
+static bool
+right_arguments(Py_ssize_t count, Py_ssize_t wanted)
+{
+    if (count == wanted)
+        return true;
+    PyErr_Format(PyExc_TypeError, "%zd arguments instead of %zd", count, wanted);
+    return false;
+}
+
+/* The processor's machine; with its map of pages, new references. */
+static int
+machine_of(PyObject *cpu, PyObject **hw, PyObject **pages)
+{
+    *hw = GET(cpu, hw);
+    *pages = *hw == NULL ? NULL : GET(*hw, pages);
+    if (*pages != NULL && PyDict_Check(*pages))
+        return 0;
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "the machine's pages are no dictionary");
+    return -1;
+}
+
+/* eblock(cpu, addr): SUCCESS, or what the readable leaf does. */
+static PyObject *
+eblock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *hw = NULL, *pages = NULL, *result = NULL;
+    ResidentSecs *enclave;
+    EpcPage *page, *secs;
+
+    if (!right_arguments(count, 2) || machine_of(args[0], &hw, &pages) < 0)
+        goto done;
+    page = entry_at(pages, args[1]);
+    if (PyErr_Occurred())
+        goto done;
+    if (page != NULL && is_true(page->valid) && is_false(page->blocked) && is_unlocked(page)
+        && (secs = AS(EpcPage, page->secs)) != NULL
+        && (enclave = AS(ResidentSecs, secs->enclave)) != NULL
+        && is_false(enclave->etrack_running)) {
+        set_field(&page->blocked, Py_True);
+        set_field(&page->bepoch, enclave->epoch);
+        Py_INCREF(result = given.SUCCESS);
+    }
+    else
+        result = PyObject_CallFunctionObjArgs(given.eblock, args[0], args[1], NULL);
+done:
+    Py_XDECREF(pages);
+    Py_XDECREF(hw);
+    return result;
+}
+
+/* SECINFO.FLAGS of a page: R, W, X, PENDING, MODIFIED, PR and the type; false: no integers. */
+static bool
+secinfo_flags(const EpcPage *page, int64_t *flags)
+{
+    int64_t type, rights;
+
+    if (!integer(page->pt, &type) || !integer(page->rwx, &rights))
+        return false;
+    *flags = type << 8 | rights;
+    if (is_true(page->pending))
+        *flags |= SECINFO_PENDING;
+    if (is_true(page->modified))
+        *flags |= SECINFO_MODIFIED;
+    if (is_true(page->pr))
+        *flags |= SECINFO_PR;
+    return true;
+}
+
+/* What is left of EWB when all checks have passed: (ciphertext and MAC, flags, EID). */
+static PyObject *
+evict(PyObject *hw, EpcPage *page, EpcPage *va_page, Py_ssize_t slot, ResidentSecs *enclave,
+      uint64_t linaddr, int64_t flags)
+{
+    PyObject *key = paging_key(hw), *version = NULL, *header = NULL, *store = NULL;
+    PyObject *plain = NULL, *sealed = NULL, *result = NULL;
+
+    if (key == NULL)
+        goto done;
+    if (!is_exactly(key, given.PagingKey)) {
+        Py_INCREF(result = Py_None);
+        goto done;
+    }
+    version = next_version(key);
+    if (version == NULL || (header = header_of(enclave->eid, linaddr, (uint64_t)flags)) == NULL)
+        goto done;
+    store = GET(hw, store);
+    if (store == NULL || (plain = CALL(store, freeze, (PyObject *)page, NULL)) == NULL)
+        goto done;
+    sealed = apply_cipher(key, names.encrypt, version, plain, header);
+    if (sealed == NULL || PySequence_SetItem(va_page->slots, slot, version) < 0
+        || add_to_field(&enclave->children, -1) < 0
+        || effect(CALL(store, drop, (PyObject *)page, NULL)) < 0)
+        goto done;
+    set_field(&page->valid, Py_False);
+    result = Py_BuildValue("OLO", sealed, (long long)flags, enclave->eid);
+    set_field(&page->secs, Py_None);
+done:
+    Py_XDECREF(sealed);
+    Py_XDECREF(plain);
+    Py_XDECREF(store);
+    Py_XDECREF(header);
+    Py_XDECREF(version);
+    Py_XDECREF(key);
+    return result;
+}
+
+/* try_ewb(cpu, rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
+static PyObject *
+try_ewb(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *hw = NULL, *pages = NULL, *result = NULL, *version;
+    EpcPage *page, *va_page, *secs;
+    ResidentSecs *enclave;
+    int64_t slot_addr, epoch, blocked, cycles, previous, flags;
+    uint64_t linaddr;
+    Py_ssize_t slot;
+    int taken;
+
+    if (!right_arguments(count, 3) || machine_of(args[0], &hw, &pages) < 0)
+        goto done;
+    page = entry_at(pages, args[1]);
+    va_page = page != NULL && integer(args[2], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
+    if (PyErr_Occurred())
+        goto done;
+    result = Py_None;
+    if (page == NULL || !is_true(page->valid) || !is_true(page->blocked) || !is_unlocked(page)
+        || !is_usable_va(va_page) || slot_addr % SLOT_BYTES
+        || (secs = AS(EpcPage, page->secs)) == NULL
+        || (enclave = AS(ResidentSecs, secs->enclave)) == NULL
+        || !is_false(enclave->tracking_lock) || !integer(enclave->epoch, &epoch)
+        || !integer(page->bepoch, &blocked) || !integer(enclave->prev_count, &previous))
+        goto given_back;
+    cycles = epoch - blocked;
+    if (cycles < 0)
+        goto given_back;
+    if (cycles < PyLong_AsLongLong(given.TRACKED_AGE) && (!cycles || previous)) {
+        result = given.NOT_TRACKED;
+        goto given_back;
+    }
+    slot = (Py_ssize_t)(slot_addr % PAGE_BYTES / SLOT_BYTES);
+    version = PySequence_GetItem(va_page->slots, slot);
+    taken = version == NULL ? -1 : PyObject_IsTrue(version);
+    Py_XDECREF(version);
+    if (taken < 0) {
+        result = NULL;
+        goto done;
+    }
+    linaddr = page->linaddr == NULL ? 0 : PyLong_AsUnsignedLongLong(page->linaddr);
+    if (PyErr_Occurred()) {
+        result = NULL;
+        goto done;
+    }
+    if (!taken && secinfo_flags(page, &flags)) {
+        HOLD(page);
+        HOLD(va_page);
+        HOLD(enclave);
+        result = evict(hw, page, va_page, slot, enclave, linaddr, flags);
+        RELEASE(enclave);
+        RELEASE(va_page);
+        RELEASE(page);
+        goto done;
+    }
+given_back:
+    Py_INCREF(result);
+done:
+    Py_XDECREF(pages);
+    Py_XDECREF(hw);
+    return result;
+}
+
+/* What is left of ELDU when all checks but that of the MAC have passed: True, or False. */
+static PyObject *
+load(PyObject *hw, EpcPage *page, EpcPage *secs, EpcPage *va_page, Py_ssize_t slot,
+     PyObject *linaddr, PyObject *sealed, PyObject *type, uint64_t flags)
+{
+    ResidentSecs *enclave = (ResidentSecs *)secs->enclave;
+    PyObject *key = paging_key(hw), *header = NULL, *version = NULL, *plain = NULL;
+    PyObject *store = NULL, *zero = NULL, *result = NULL;
+    uint64_t address = PyLong_AsUnsignedLongLong(linaddr);
+    int64_t epoch;
+
+    if (key == NULL || (address == (uint64_t)-1 && PyErr_Occurred()))
+        goto done;
+    if (!is_exactly(key, given.PagingKey)) {
+        Py_INCREF(result = Py_False);
+        goto done;
+    }
+    header = header_of(enclave->eid, address, flags);
+    version = header == NULL ? NULL : PySequence_GetItem(va_page->slots, slot);
+    if (version == NULL)
+        goto done;
+    plain = apply_cipher(key, names.decrypt, version, sealed, header);
+    if (plain == NULL) {
+        if (given.InvalidTag != NULL && PyErr_ExceptionMatches(given.InvalidTag)) {
+            PyErr_Clear();
+            Py_INCREF(result = Py_False);
+        }
+        goto done;
+    }
+    if (!integer(enclave->epoch, &epoch)
+        || set_integer(&page->rwx, (int64_t)(flags & 7)) < 0
+        || set_integer(&page->bepoch, epoch - PyLong_AsLongLong(given.TRACKED_AGE)) < 0)
+        goto done;
+    set_field(&page->pt, type);
+    set_field(&page->secs, (PyObject *)secs);
+    set_field(&page->linaddr, linaddr);
+    set_field(&page->blocked, Py_False);
+    set_field(&page->pending, flags & SECINFO_PENDING ? Py_True : Py_False);
+    set_field(&page->modified, flags & SECINFO_MODIFIED ? Py_True : Py_False);
+    set_field(&page->pr, flags & SECINFO_PR ? Py_True : Py_False);
+    set_field(&page->enclave, Py_None);
+    set_field(&page->slots, Py_None);
+    store = GET(hw, store);
+    zero = PyLong_FromLong(0);
+    if (store == NULL || zero == NULL
+        || effect(CALL(store, fill, (PyObject *)page, plain, NULL)) < 0
+        || PySequence_SetItem(va_page->slots, slot, zero) < 0
+        || add_to_field(&enclave->children, 1) < 0)
+        goto done;
+    set_field(&page->valid, Py_True);
+    Py_INCREF(result = Py_True);
+done:
+    Py_XDECREF(zero);
+    Py_XDECREF(store);
+    Py_XDECREF(plain);
+    Py_XDECREF(version);
+    Py_XDECREF(header);
+    Py_XDECREF(key);
+    return result;
+}
+
+/* try_eldu(cpu, linaddr, secs_addr, sealed, flags, rcx, rdx): whether it was loaded. */
+static PyObject *
+try_eldu(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *hw = NULL, *pages = NULL, *result = NULL, *number, *type = NULL;
+    EpcPage *page, *va_page, *secs;
+    ResidentSecs *enclave;
+    int64_t slot_addr, lock;
+    uint64_t flags;
+
+    if (!right_arguments(count, 7) || machine_of(args[0], &hw, &pages) < 0)
+        goto done;
+    flags = PyLong_AsUnsignedLongLong(args[4]);
+    if (flags == (uint64_t)-1 && PyErr_Occurred())
+        goto done;
+    page = entry_at(pages, args[5]);
+    va_page = page != NULL && integer(args[6], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
+    secs = va_page != NULL ? entry_at(pages, args[2]) : NULL;
+    if (PyErr_Occurred())
+        goto done;
+    number = PyLong_FromUnsignedLongLong(flags >> 8);
+    if (number == NULL)
+        goto done;
+    type = PyDict_GetItemWithError(given.child_types, number);
+    Py_DECREF(number);
+    if (PyErr_Occurred())
+        goto done;
+    result = Py_False;
+    if (page != NULL && is_false(page->valid) && is_unlocked(page) && is_usable_va(va_page)
+        && slot_addr % SLOT_BYTES == 0 && secs != NULL && is_true(secs->valid)
+        && (enclave = AS(ResidentSecs, secs->enclave)) != NULL
+        && integer(secs->lock, &lock) && lock >= 0 && type != NULL) {
+        HOLD(page);
+        HOLD(va_page);
+        HOLD(secs);
+        result = load(hw, page, secs, va_page, (Py_ssize_t)(slot_addr % PAGE_BYTES / SLOT_BYTES),
+                      args[1], args[3], type, flags);
+        RELEASE(secs);
+        RELEASE(va_page);
+        RELEASE(page);
+        goto done;
+    }
+    Py_INCREF(result);
+done:
+    Py_XDECREF(pages);
+    Py_XDECREF(hw);
+    return result;
+}
+
+#define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
+
+static PyMethodDef functions[] = {
+    {"eblock", FAST(eblock), "eblock(cpu, addr): as Leaves.eblock."},
+    {"try_ewb", FAST(try_ewb), "try_ewb(cpu, rcx, rdx): as Leaves.try_ewb."},
+    {"try_eldu", FAST(try_eldu),
+     "try_eldu(cpu, linaddr, secs_addr, sealed, flags, rcx, rdx): as Leaves.try_eldu."},
+    {NULL, NULL, 0, NULL},
+};
+
+int
+add_leaves(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

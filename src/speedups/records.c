@@ -1,0 +1,228 @@
+/* Records of Python, names of attributes, and objects that Python code gives. */
+
+#include "speedups.h"
+
+#include <string.h>
+
+PyTypeObject *record_types[KINDS];
+struct names names;
+struct given given;
+
+#define TEXT(name) #name,
+#define FIELDS(type, fields) static const char *const type##_fields[] = {fields(TEXT) NULL};
+RECORDS(FIELDS)
+#undef FIELDS
+
+static const struct {
+    const char *name;
+    const char *const *fields;
+} layouts[KINDS] = {
+#define LAYOUT(type, fields) {#type, type##_fields},
+    RECORDS(LAYOUT)
+#undef LAYOUT
+};
+
+/* --- integers ----------------------------------------------------------------------------------- */
+
+bool
+integer(PyObject *field, int64_t *value)
+{
+    int overflow;
+
+    if (field == NULL || !PyLong_Check(field))
+        return false;
+    *value = PyLong_AsLongLongAndOverflow(field, &overflow);
+    return !overflow;
+}
+
+int
+set_integer(PyObject **field, int64_t value)
+{
+    PyObject *number = PyLong_FromLongLong(value), *old = *field;
+
+    if (number == NULL)
+        return -1;
+    *field = number;
+    Py_XDECREF(old);
+    return 0;
+}
+
+static int
+no_integer(void)
+{
+    PyErr_SetString(PyExc_TypeError, "a count is no integer of 64 bits");
+    return -1;
+}
+
+int
+add_to_field(PyObject **field, int64_t change)
+{
+    int64_t value;
+
+    return integer(*field, &value) ? set_integer(field, value + change) : no_integer();
+}
+
+int
+get_integer(PyObject *object, PyObject *name, int64_t *value)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+    int status = 0;
+
+    if (found == NULL)
+        return -1;
+    if (!integer(found, value))
+        status = no_integer();
+    Py_DECREF(found);
+    return status;
+}
+
+int
+put_integer(PyObject *object, PyObject *name, int64_t value)
+{
+    PyObject *number = PyLong_FromLongLong(value);
+    int status;
+
+    if (number == NULL)
+        return -1;
+    status = PyObject_SetAttr(object, name, number);
+    Py_DECREF(number);
+    return status;
+}
+
+int
+add_integer(PyObject *object, PyObject *name, int64_t change)
+{
+    int64_t value;
+
+    if (get_integer(object, name, &value) < 0)
+        return -1;
+    return put_integer(object, name, value + change);
+}
+
+int
+get_truth(PyObject *object, PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+    int truth;
+
+    if (found == NULL)
+        return -1;
+    truth = PyObject_IsTrue(found);
+    Py_DECREF(found);
+    return truth;
+}
+
+int
+effect(PyObject *result)
+{
+    if (result == NULL)
+        return -1;
+    Py_DECREF(result);
+    return 0;
+}
+
+/* --- binding ------------------------------------------------------------------------------------ */
+
+/* Whether each field of an instance is where the structure has it: 0, 1, or -1 with an error. */
+static int
+fits(PyObject *instance, const char *const *fields)
+{
+    PyObject *mark = PyLong_FromLong(0x5f3759df), **places;
+    int status = 1;
+
+    if (mark == NULL)
+        return -1;
+    places = (PyObject **)((char *)instance + sizeof(PyObject));
+    for (Py_ssize_t index = 0; fields[index] != NULL && status == 1; index++) {
+        if (places[index] != NULL)
+            status = 0;
+        else if (PyObject_SetAttrString(instance, fields[index], mark) < 0)
+            status = -1;
+        else if (places[index] != mark)
+            status = 0;
+    }
+    Py_DECREF(mark);
+    return status;
+}
+
+static PyObject *
+bind(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    const char *name;
+    PyObject *type, *instance, *size;
+    Py_ssize_t count = 0;
+    int status;
+
+    if (!PyArg_ParseTuple(args, "sO!", &name, &PyType_Type, &type))
+        return NULL;
+    for (int kind = 0; kind < KINDS; kind++) {
+        if (strcmp(layouts[kind].name, name) != 0)
+            continue;
+        while (layouts[kind].fields[count] != NULL)
+            count++;
+        size = PyObject_GetAttrString(type, "__basicsize__");
+        if (size == NULL)
+            return NULL;
+        status = PyLong_AsSsize_t(size)
+            == (Py_ssize_t)(sizeof(PyObject) + (size_t)count * sizeof(PyObject *));
+        Py_DECREF(size);
+        if (status) {
+            instance = PyType_GenericAlloc((PyTypeObject *)type, 0);
+            if (instance == NULL)
+                return NULL;
+            status = fits(instance, layouts[kind].fields);
+            Py_DECREF(instance);
+            if (status < 0)
+                return NULL;
+        }
+        if (status) {
+            Py_INCREF(type);
+            replace((PyObject **)&record_types[kind], type);
+        }
+        return PyBool_FromLong(status);
+    }
+    PyErr_Format(PyExc_ValueError, "no record %s", name);
+    return NULL;
+}
+
+static PyObject *
+give(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    const char *name;
+    PyObject *object, **place = (PyObject **)&given;
+    static const char *const known[] = {GIVEN(TEXT) NULL};
+
+    if (!PyArg_ParseTuple(args, "sO", &name, &object))
+        return NULL;
+    for (int index = 0; known[index] != NULL; index++) {
+        if (strcmp(known[index], name) == 0) {
+            Py_INCREF(object);
+            replace(&place[index], object);
+            Py_RETURN_NONE;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "nothing here uses %s", name);
+    return NULL;
+}
+
+static PyMethodDef functions[] = {
+    {"bind", bind, METH_VARARGS,
+     "bind(name, class): read and write instances directly; False: they are laid out otherwise."},
+    {"give", give, METH_VARARGS, "give(name, object): a class or an object that C code uses."},
+    {NULL, NULL, 0, NULL},
+};
+
+int
+add_records(PyObject *module)
+{
+    static const char *const texts[] = {NAMES(TEXT) NULL};
+    PyObject **place = (PyObject **)&names;
+
+    for (int index = 0; texts[index] != NULL; index++) {
+        if (place[index] == NULL)
+            place[index] = PyUnicode_InternFromString(texts[index]);
+        if (place[index] == NULL)
+            return -1;
+    }
+    return PyModule_AddFunctions(module, functions);
+}

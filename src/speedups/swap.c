@@ -1,0 +1,329 @@
+/* The swapping of one enclave: as softsgx.paging.optimised.PlainSwap and what it calls. */
+
+#include "speedups.h"
+
+/* --- out ---------------------------------------------------------------------------------------- */
+
+/* What swap_prepare needs, and whether there is all of it. */
+struct out {
+    PyObject *file, *flat, *va, *pages, *buffers, *core, *slowpath;
+    VaPage *va_page;
+};
+
+static int
+gather(PyObject *swap, struct out *out)
+{
+    PyObject *limit;
+    int late = GET_TRUTH(CompiledSwap, swap, _late_backing), plain;
+
+    if (late < 0 || (out->file = GETF(CompiledSwap, swap, _file)) == NULL || (out->va = GETF(CompiledSwap, swap, va)) == NULL)
+        return -1;
+    if (late || !is_exactly(out->file, given.FlatFile) || !is_exactly(out->va, given.VaArray)
+        || record_types[KIND_VaSlot] == NULL || record_types[KIND_Reservation] == NULL)
+        return 0;
+    if ((out->flat = GETF(FlatFile, out->file, _flat)) == NULL
+        || (out->buffers = GETF(FlatFile, out->file, _buffers)) == NULL
+        || (out->pages = GETF(VaArray, out->va, _pages)) == NULL
+        || (out->core = GETF(CompiledSwap, swap, _core)) == NULL
+        || (out->slowpath = GET(out->core, slowpath)) == NULL
+        || (limit = GETF(FlatBacking, out->flat, limit_pages)) == NULL)
+        return -1;
+    plain = is_none(limit) && PyList_Check(out->buffers) && PyList_Size(out->buffers) > 0
+        && is_record(PyList_GetItem(out->buffers, PyList_Size(out->buffers) - 1), KIND_Pinned);
+    Py_DECREF(limit);
+    if (plain)
+        out->va_page = page_with_room(out->pages);
+    if (PyErr_Occurred())
+        return -1;
+    return plain && out->va_page != NULL;
+}
+
+/* As SwapSpace.prepare(). */
+PyObject *
+swap_prepare(PyObject *swap, PyObject *index)
+{
+    struct out out = {0};
+    PyObject *pinned = NULL, *slot = NULL, *empty = NULL, *result = NULL;
+    Reservation *reservation;
+    int plain = gather(swap, &out);
+
+    if (plain < 0)
+        goto done;
+    if (!plain) {
+        result = PyObject_CallFunctionObjArgs(readable[SWAP_PREPARE], swap, index, NULL);
+        goto done;
+    }
+    if ((pinned = reserve(out.file, out.flat, out.buffers, index)) == NULL
+        || (empty = PyUnicode_FromString("")) == NULL
+        || SET(out.slowpath, backing_error, empty) < 0
+        || (slot = alloc_slot(out.va, out.pages, out.va_page)) == NULL)
+        goto done;
+    reservation = (Reservation *)PyType_GenericAlloc(record_types[KIND_Reservation], 0);
+    if (reservation != NULL) {
+        set_field(&reservation->index, index);
+        set_field(&reservation->slot, slot);
+        set_field(&reservation->pinned, pinned);
+    }
+    result = (PyObject *)reservation;
+done:
+    Py_XDECREF(empty);
+    Py_XDECREF(slot);
+    Py_XDECREF(pinned);
+    RELEASE(out.va_page);
+    Py_XDECREF(out.slowpath);
+    Py_XDECREF(out.core);
+    Py_XDECREF(out.pages);
+    Py_XDECREF(out.buffers);
+    Py_XDECREF(out.flat);
+    Py_XDECREF(out.va);
+    Py_XDECREF(out.file);
+    return result;
+}
+
+/* The EPC address of a slot. */
+static PyObject *
+slot_address(SgxEpcPage *va_epc, VaSlot *slot)
+{
+    int64_t base, number;
+
+    if (integer(va_epc->addr, &base) && integer(slot->number, &number))
+        return PyLong_FromLongLong(base + number * SLOT_BYTES);
+    PyErr_SetString(PyExc_TypeError, "a VA slot without an address");
+    return NULL;
+}
+
+/* EWB has succeeded at once: end the eviction; return where the page is now. */
+static PyObject *
+written(PyObject *swap, Reservation *reservation, PyObject *sealed)
+{
+    PyObject *file = GETF(CompiledSwap, swap, _file), *va = GETF(CompiledSwap, swap, va), *object = GETF(CompiledSwap, swap, _counters);
+    Counters *counters = AS(Counters, object);
+    SwapEntry *entry = NULL;
+
+    if (file == NULL || va == NULL || counters == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
+        goto done;
+    }
+    if (ADD_INTEGER(CompiledSwap, swap, ewbs, 1) < 0 || add_to_field(&counters->ewb_first, 1) < 0
+        || keep(file, reservation->pinned, sealed) < 0
+        || slot_written(va, (VaSlot *)reservation->slot) < 0
+        || ADD_INTEGER(CompiledSwap, swap, children, -1) < 0)
+        goto done;
+    entry = (SwapEntry *)PyType_GenericAlloc(record_types[KIND_SwapEntry], 0);
+    if (entry != NULL) {
+        set_field(&entry->index, reservation->index);
+        set_field(&entry->slot, reservation->slot);
+    }
+done:
+    Py_XDECREF(object);
+    Py_XDECREF(va);
+    Py_XDECREF(file);
+    return (PyObject *)entry;
+}
+
+/* As PlainSwap.write(). */
+PyObject *
+swap_write(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
+{
+    SgxEpcPage *page = AS(SgxEpcPage, page_object), *va_epc = NULL;
+    Reservation *reservation = AS(Reservation, reservation_object);
+    VaSlot *slot = reservation == NULL ? NULL : AS(VaSlot, reservation->slot);
+    VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
+    PyObject *leaves = NULL, *addr = NULL, *sealed = NULL, *file = NULL, *result = NULL;
+    int64_t children;
+
+    if (va_page != NULL)
+        va_epc = AS(SgxEpcPage, va_page->epc);
+    if (page == NULL || va_epc == NULL || !is_false(page->poisoned)
+        || !is_record(reservation->pinned, KIND_Pinned) || record_types[KIND_SwapEntry] == NULL)
+        goto readably;
+    if (GET_INTEGER(CompiledSwap, swap, children, &children) < 0 || (file = GETF(CompiledSwap, swap, _file)) == NULL)
+        return NULL;
+    if (children == 1 || !is_exactly(file, given.FlatFile))
+        goto readably;
+    leaves = GETF(CompiledSwap, swap, _leaves);
+    addr = leaves == NULL ? NULL : slot_address(va_epc, slot);
+    sealed = addr == NULL ? NULL : CALL(leaves, try_ewb, page->addr, addr, NULL);
+    if (sealed == NULL)
+        goto done;
+    if (!PyTuple_Check(sealed))
+        goto readably;  // tries it again, with the same result, and goes on from there
+    result = written(swap, reservation, sealed);
+    goto done;
+readably:
+    result = PyObject_CallFunctionObjArgs(readable[SWAP_WRITE], swap, page_object,
+                                          reservation_object, NULL);
+done:
+    Py_XDECREF(sealed);
+    Py_XDECREF(addr);
+    Py_XDECREF(leaves);
+    Py_XDECREF(file);
+    return result;
+}
+
+/* --- in ----------------------------------------------------------------------------------------- */
+
+/* As Claims.loaded(). */
+static int
+record_load(PyObject *core, PyObject *claim_object, PyObject *owner, PyObject *page)
+{
+    Claim *claim = AS(Claim, claim_object);
+    PyObject *claims = GET(core, claims), *holder = NULL, *most = NULL;
+    Py_ssize_t limit, count;
+    int status = -1, known;
+
+    if (claims == NULL || (holder = GET(claims, holder)) == NULL
+        || (most = GET(claims, pages)) == NULL)
+        goto done;
+    known = claim == NULL ? 1 : PySequence_Contains(claim->loads, owner);
+    limit = PyLong_AsSsize_t(most);
+    if (known < 0 || PyErr_Occurred())
+        goto done;
+    if (known || holder == claim_object) {
+        status = effect(CALL(claims, loaded, claim_object, owner, page, NULL));
+        goto done;
+    }
+    if (PyObject_SetItem(claim->loads, owner, page) < 0
+        || (count = PyObject_Size(claim->loads)) < 0
+        || (count > limit && effect(CALL(claim->loads, popitem, Py_False, NULL)) < 0))
+        goto done;
+    status = PyObject_Size(claim->prerequisites) > 0
+        ? effect(CALL0(claim->prerequisites, clear))
+        : 0;
+done:
+    Py_XDECREF(most);
+    Py_XDECREF(holder);
+    Py_XDECREF(claims);
+    return status;
+}
+
+/* ELDU has loaded a page: count it, and free its backing and its slot. */
+static int
+loaded(PyObject *swap, PyObject *file, VaSlot *slot, PyObject *index)
+{
+    PyObject *object = GETF(CompiledSwap, swap, _counters), *va = GETF(CompiledSwap, swap, va);
+    Counters *counters = AS(Counters, object);
+    int64_t children, peak;
+    int status = -1;
+
+    if (counters != NULL && va != NULL && forget(file, counters, index) == 0
+        && slot_loaded(va, slot) == 0 && add_to_field(&counters->eldu, 1) == 0
+        && GET_INTEGER(CompiledSwap, swap, children, &children) == 0
+        && PUT_INTEGER(CompiledSwap, swap, children, children + 1) == 0
+        && GET_INTEGER(CompiledSwap, swap, peak_children, &peak) == 0)
+        status = children + 1 > peak ? PUT_INTEGER(CompiledSwap, swap, peak_children, children + 1) : 0;
+    else if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
+    Py_XDECREF(va);
+    Py_XDECREF(object);
+    return status;
+}
+
+/* ELDU of a page into EPC page `page`; then all that follows from it. */
+static int
+load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, VaSlot *slot, PyObject *slot_addr,
+          PyObject *index, PyObject *sealed, PyObject *flags, SgxEpcPage *page)
+{
+    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *linaddr = NULL, *answer = NULL;
+    int64_t base, number;
+    int status = -1, done;
+
+    if (leaves == NULL || GET_INTEGER(CompiledSwap, swap, _base, &base) < 0 || !integer(index, &number)
+        || (linaddr = PyLong_FromLongLong(base + number * PAGE_BYTES)) == NULL)
+        goto done;
+    answer = CALL(leaves, try_eldu, linaddr, secs_addr, sealed, flags, page->addr, slot_addr, NULL);
+    done = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    if (done < 0
+        || (!done
+            && effect(CALL(swap, _load_by_leaf, (PyObject *)page, index, slot_addr, linaddr,
+                           secs_addr, NULL)) < 0))
+        goto done;
+    status = loaded(swap, file, slot, index);
+done:
+    Py_XDECREF(answer);
+    Py_XDECREF(linaddr);
+    Py_XDECREF(leaves);
+    return status;
+}
+
+static PyObject *
+load_readably(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind, PyObject *node,
+              PyObject *group, PyObject *claim)
+{
+    PyObject *args = PyTuple_Pack(3, swap, entry, owner), *result = NULL;
+    PyObject *named = Py_BuildValue("{sOsOsOsO}", "kind", kind, "cpu_node", node, "group", group,
+                                    "claim", claim);
+
+    if (args != NULL && named != NULL)
+        result = PyObject_Call(readable[SWAP_LOAD], args, named);
+    Py_XDECREF(named);
+    Py_XDECREF(args);
+    return result;
+}
+
+/* As PlainSwap.load(). */
+PyObject *
+swap_load(PyObject *swap, PyObject *entry_object, PyObject *owner, PyObject *kind, PyObject *node,
+          PyObject *group, PyObject *claim)
+{
+    SwapEntry *entry = AS(SwapEntry, entry_object);
+    VaSlot *slot = entry == NULL ? NULL : AS(VaSlot, entry->slot);
+    VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
+    SgxEpcPage *va_epc = NULL, *secs;
+    PyObject *secs_object = GETF(CompiledSwap, swap, secs), *core = GETF(CompiledSwap, swap, _core), *file = GETF(CompiledSwap, swap, _file);
+    PyObject *sealed = NULL, *flags = NULL, *slot_addr = NULL, *page = NULL, *index = NULL;
+    PyObject *result = NULL, *was = NULL;
+    int64_t children;
+    int found = 0;
+
+    if (secs_object == NULL || core == NULL || file == NULL
+        || GET_INTEGER(CompiledSwap, swap, children, &children) < 0)
+        goto done;
+    secs = AS(SgxEpcPage, secs_object);
+    if (va_page != NULL && is_none(va_page->eviction))
+        va_epc = AS(SgxEpcPage, va_page->epc);
+    if (va_epc == NULL || secs == NULL || !children || !is_exactly(core, given.CompiledCore)
+        || !is_exactly(file, given.FlatFile))
+        goto readably;
+    index = entry->index;
+    Py_INCREF(index);
+    HOLD(slot);
+    found = kept(file, index, &sealed, &flags);
+    if (found < 0)
+        goto done;
+    if (!found)
+        goto readably;
+    if ((slot_addr = slot_address(va_epc, slot)) == NULL)
+        goto done;
+    Py_INCREF(was = va_page->accessed);
+    set_field(&va_page->accessed, Py_True);
+    page = core_alloc(core, owner, group, kind, node, claim);
+    if (page == Py_NotImplemented) {
+        set_field(&va_page->accessed, was);
+        goto readably;
+    }
+    if (page == NULL
+        || load_into(swap, file, secs->addr, slot, slot_addr, index, sealed, flags,
+                     (SgxEpcPage *)page) < 0)
+        goto done;
+    if (!is_none(claim) && !is_none(owner) && record_load(core, claim, owner, page) < 0)
+        goto done;
+    Py_INCREF(result = page);
+    goto done;
+readably:
+    result = load_readably(swap, entry_object, owner, kind, node, group, claim);
+done:
+    Py_XDECREF(was);
+    Py_XDECREF(page);
+    Py_XDECREF(slot_addr);
+    Py_XDECREF(flags);
+    Py_XDECREF(sealed);
+    if (index != NULL)
+        RELEASE(slot);
+    Py_XDECREF(index);
+    Py_XDECREF(file);
+    Py_XDECREF(core);
+    Py_XDECREF(secs_object);
+    return result;
+}
