@@ -7,7 +7,6 @@ process of several.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import struct
@@ -20,7 +19,7 @@ import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import RunFailed, Supervisor, abi, run
+from softsgx.engines.native import RunFailed, Supervisor, abi, kernel, run
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -124,7 +123,7 @@ def test_hundreds_of_processes_run_at_once_with_a_thousand_descriptors() -> None
 def test_without_free_descriptors_only_the_new_process_is_ended_with_a_message() -> None:
     shell = 'for i in $(seq 500); do sleep 1000 & p="$p $!"; done; kill $p; wait; exit 7'
     command = [sys.executable, "-m", "softsgx", "run", "--quiet", "--", "/bin/bash", "-c", shell]
-    limited = ["/bin/bash", "-c", 'ulimit -n 1024; exec "$@"', "bash", *command]
+    limited = ["/bin/bash", "-c", 'ulimit -n 400; exec "$@"', "bash", *command]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     told = [line for line in done.stderr.splitlines() if "is ended" in line]
     assert done.returncode == 7
@@ -303,26 +302,27 @@ def test_a_request_on_an_address_space_that_the_kernel_refuses_ends_its_process_
     caplog: pytest.LogCaptureFixture,
     code: int,
 ) -> None:
-    adopt, ioctl = Supervisor._adopt_program, fcntl.ioctl
+    adopt, protect = Supervisor._adopt_program, kernel.protect_pages
     pagers: dict[str, UffdPager] = {}
 
     def adopting(self: Supervisor, *arguments: Any) -> ProgramThread:
         thread = adopt(self, *arguments)
+        thread.image._start_paging()
         assert isinstance(thread.image.pager, UffdPager)
         pagers[Path(f"/proc/{thread.tid}/comm").read_text().strip()] = thread.image.pager
         return thread
 
-    def refusing(descriptor: int, request: int, argument: bytes) -> Any:
-        if request == abi.UFFDIO_WRITEPROTECT and descriptor == pagers["sleep"]._uffd:
-            raise OSError(code, os.strerror(code))
-        return ioctl(descriptor, request, argument)
+    def refusing(descriptor: int, start: int, end: int, mode: int) -> int:
+        if descriptor == pagers["sleep"]._uffd:
+            return code
+        return protect(descriptor, start, end, mode)
 
     def listen(event: Event) -> None:
         if event.NAME == "sgx:enclave_init":
             pagers["sleep"].before_hide(1 << 20, 3 << 20)
 
     monkeypatch.setattr(Supervisor, "_adopt_program", adopting)
-    monkeypatch.setattr(fcntl, "ioctl", refusing)
+    monkeypatch.setattr(kernel, "protect_pages", refusing)
     begun = 'sleep 1000 & while [ "$(cat /proc/$!/comm)" != sleep ]; do :; done'
     argv = ["/bin/bash", "-c", f"{begun}; {' '.join(program)} secrets; echo $?; wait $!; echo $?"]
     with (tmp_path / "out").open("w+b") as out:

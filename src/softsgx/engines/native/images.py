@@ -17,7 +17,7 @@ from softsgx.engines.native.syscalls.advice import drop_left_behind
 from softsgx.engines.native.syscalls.registry import Registry
 from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.start import install_vdso, share_page
+from softsgx.engines.native.tracing.start import install_vdso
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.path_calls import PathCalls
@@ -54,20 +54,15 @@ class AddressSpaces:
         """Prepare the address space of a new program.
 
         Args:
-            thread: its only thread, stopped at the end of its execve.
+            thread: its only thread, stopped at the event or at the end of its execve.
             cpuid_faults: whether to make CPUID of the program fault.
         """
         memory = _open_memory(thread.tid)
         with ExitStack() as undo:
             undo.callback(os.close, memory)
-            base, vdso, loader = install_vdso(thread, memory)
-            page = share_page(thread, memory, base, vdso)
-            if page is not None:
-                undo.callback(page.close)
-            if cpuid_faults:
-                thread.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
+            base, vdso, loader = install_vdso(thread, memory, cpuid_faults=cpuid_faults)
             number = next(self._numbers)
-            image = ProcessImage(number, thread, memory, base, vdso, self._services, page=page)
+            image = ProcessImage(number, thread, memory, base, vdso, self._services)
             image.loader = loader
             self._answers.loaded(image)
             self._paths.loaded(image)
@@ -94,7 +89,6 @@ class AddressSpaces:
                 parent.vdso_base,
                 parent.vdso,
                 self._services,
-                page=parent.page,
                 parent=parent,
             )
             if image.permits_at:
@@ -126,9 +120,6 @@ class AddressSpaces:
         if image.permits is not None:
             image.permits.close()
         del self._images[image.index]
-        page = image.page
-        if page and all(other.page is not page for other in self._images.values()):
-            page.close()
         self._registry.sweep()
 
 

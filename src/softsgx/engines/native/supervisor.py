@@ -40,6 +40,7 @@ from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.limits import raise_limits, set_limits
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.memory.pagers import check_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.shortages import Shortages
@@ -125,7 +126,9 @@ class Supervisor(Lifecycle):
         self._injections, self._recorder = instruments.injections, instruments.recorder
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         self._affinity: Affinity | None = None
-        self.pager = pager or choose_pager(recorded=self._recorder is not None)
+        recorded = self._recorder is not None
+        self.pager = pager or choose_pager(recorded=recorded)
+        check_pager(self.pager, recorded=recorded)
         self.injected, shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         self._code = None if self._faulting else NewCode()
@@ -152,7 +155,7 @@ class Supervisor(Lifecycle):
         )
         # A debugger shows the loader's code, and steps through it.
         jumping = instruments.gdb is None and can_answer_cpuid()
-        answers = CpuidAnswers(cpuid, jumping=jumping)
+        answers = CpuidAnswers(cpuid, jumping=jumping, faulting=self._faulting)
         self._paths = PathCalls(jumping=jumping and not strict)
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
@@ -250,7 +253,7 @@ class Supervisor(Lifecycle):
         try:
             first = start_program(
                 argv,
-                build_filter(everything=self._strict),
+                build_filter(everything=self._strict, code=self._code is not None),
                 self._waits,
                 env=env,
                 cwd=cwd,

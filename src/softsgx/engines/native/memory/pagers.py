@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from errno import EPERM
 
 from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native.memory.mprotect import MprotectPager
@@ -16,10 +17,91 @@ from softsgx.engines.native.memory.uffd import MINOR_FEATURES, UffdPager, open_u
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.errors import SoftSgxError
 
-__all__ = ["PAGERS", "make_pager"]
+__all__ = ["PAGERS", "NoPager", "check_pager", "make_pager"]
 
 PAGERS = ("userfaultfd", "mprotect")
 """Names of the pagers, the faster one first."""
+
+
+class NoPager:
+    """The pager of an address space without mappings of enclaves: it has nothing to do."""
+
+    name = "none"
+
+    def map_prot(self, prot: int) -> int:
+        """No mapping has other rights than it should have."""
+        return prot
+
+    def mapped(self, start: int, end: int, prot: int, shown: dict[int, int]) -> None:
+        """Another pager is made before that."""
+        raise AssertionError(f"an enclave at {start:#x} without a pager")
+
+    def reveal(self, start: int, end: int, prot: int) -> None:
+        """There is nothing to show."""
+
+    def before_hide(self, start: int, end: int) -> None:
+        """Nothing can be stored to."""
+
+    def after_hide(self, start: int, end: int) -> None:
+        """Nothing was shown."""
+
+    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
+        """It cannot fill a page."""
+        return False
+
+    def shown(self, linaddr: int, rights: int) -> None:
+        """The page is not mapped here."""
+
+    def set_rights(self, linaddr: int, rights: int) -> None:
+        """The page is not mapped here."""
+
+    def test_and_clear_accessed(self, linaddr: int) -> bool:
+        """No page was used."""
+        return False
+
+    def touched(self, linaddr: int, access: int) -> bool:
+        """No page is watched."""
+        return False
+
+    def flush(self) -> None:
+        """Nothing is deferred."""
+
+    def close(self) -> None:
+        """It has no resource."""
+
+
+_UFFD_FLAGS = abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
+
+
+def check_pager(name: str, *, recorded: bool) -> None:
+    """Raise ``SoftSgxError`` if this machine forbids a pager; ``recorded``: for a recording."""
+    if name != "userfaultfd":
+        return
+    try:
+        uffd = libc.syscall(abi.SYS_USERFAULTFD, _UFFD_FLAGS)
+    except OSError as error:
+        raise _forbidden(error.errno or EPERM) from None
+    _negotiate(uffd, recorded=recorded)
+    os.close(uffd)
+
+
+def _forbidden(number: int) -> SoftSgxError:
+    return SoftSgxError(
+        f"userfaultfd: {os.strerror(number)}; choose the mprotect pager, or allow it "
+        "(sysctl vm.unprivileged_userfaultfd, or the container's seccomp profile)"
+    )
+
+
+def _negotiate(uffd: int, *, recorded: bool) -> None:
+    try:
+        open_userfaultfd(uffd, MINOR_FEATURES if recorded else 0)
+    except OSError as error:
+        os.close(uffd)
+        oldest = "6.4 for recording" if recorded else "5.19"
+        raise SoftSgxError(
+            f"userfaultfd: {error.strerror}: the kernel is older than {oldest}; "
+            "choose the mprotect pager"
+        ) from None
 
 
 def make_pager(
@@ -53,27 +135,14 @@ def make_pager(
             return recording.RecordedMprotectPager(inject, prot_at, stores=stores)
         return MprotectPager(inject, prot_at)
     assert name == "userfaultfd", f"no pager is called {name!r}"
-    theirs = thread.syscall(
-        abi.SYS_USERFAULTFD, abi.O_CLOEXEC | abi.O_NONBLOCK | abi.UFFD_USER_MODE_ONLY
-    )
+    theirs = thread.syscall(abi.SYS_USERFAULTFD, _UFFD_FLAGS)
     if theirs < 0:
-        raise SoftSgxError(
-            f"userfaultfd: {os.strerror(-theirs)}; choose the mprotect pager, or allow it "
-            "(sysctl vm.unprivileged_userfaultfd, or the container's seccomp profile)"
-        )
+        raise _forbidden(-theirs)
     try:
         ours = libc.take_descriptor(thread.tid, theirs)
     finally:
         thread.syscall(abi.SYS_CLOSE, theirs)
-    try:
-        open_userfaultfd(ours, 0 if recorder is None else MINOR_FEATURES)
-    except OSError as error:
-        os.close(ours)
-        oldest = "5.19" if recorder is None else "6.4 for recording"
-        raise SoftSgxError(
-            f"userfaultfd: {error.strerror}: the kernel is older than {oldest}; "
-            "choose the mprotect pager"
-        ) from None
+    _negotiate(ours, recorded=recorder is not None)
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     arguments = ours, pagemap, inject, is_running, prot_at, failed
     if recorder is not None:

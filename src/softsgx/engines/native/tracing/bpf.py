@@ -184,7 +184,7 @@ def build_descriptor_guard(descriptor: int) -> bytes:
     return _pack(code)
 
 
-def build_filter(*, everything: bool = False) -> bytes:
+def build_filter(*, everything: bool = False, code: bool = True) -> bytes:
     """Return the filter for the start of a program as an array of ``struct sock_filter``.
 
     Calls that the supervisor makes in the program's name carry a mark in a free register, if there
@@ -192,47 +192,49 @@ def build_filter(*, everything: bool = False) -> bytes:
 
     Args:
         everything: stop every call that can return, as strict mode needs.
+        code: stop mappings of code from files, as is needed where CPUID does not fault.
     """
-    code = _of_this_architecture()
+    instructions = _of_this_architecture()
     if everything:
-        code += [(_JEQ, _ALLOW, 0, number) for number in _NEVER]
-        return _assemble([*code, (_JA, 0, 0, _STOP)])
-    code += [(_JEQ, _STOP, 0, number) for number in _ALWAYS]
+        instructions += [(_JEQ, _ALLOW, 0, number) for number in _NEVER]
+        return _assemble([*instructions, (_JA, 0, 0, _STOP)])
+    instructions += [(_JEQ, _STOP, 0, number) for number in _ALWAYS]
     # ioctl: only commands of type 0xA4, SGX's own.
-    code += _if_call(
+    instructions += _if_call(
         abi.SYS_IOCTL,
         (_LD_ABS, 0, 0, _ARGUMENTS + 8),
         (_AND, 0, 0, 0xFF00),
         (_JEQ, _STOP, _ALLOW, 0xA400),
     )
     # clone: threads that would not be traced.
-    code += _if_call(
+    instructions += _if_call(
         abi.SYS_CLONE,
         (_LD_ABS, 0, 0, _ARGUMENTS),
         (_AND, 0, 0, abi.CLONE_UNTRACED),
         (_JEQ, _ALLOW, _STOP, 0),
     )
     # fcntl: seals, which devices do not have.
-    code += _if_call(
+    instructions += _if_call(
         abi.SYS_FCNTL,
         (_LD_ABS, 0, 0, _ARGUMENTS + 8),
         (_JEQ, _STOP, 0, abi.F_ADD_SEALS),
         (_JEQ, _STOP, _ALLOW, abi.F_GET_SEALS),
     )
-    # mmap: code from files, and shared files; one may be a device received from a process.
-    code += _if_call(
+    # mmap: shared files, since one may be a device received from a process; code from files.
+    mask = abi.PROT_EXEC if code else 0
+    instructions += _if_call(
         abi.SYS_MMAP,
         (_LD_ABS, 0, 0, _ARGUMENTS + 24),
         (_AND, 0, 0, abi.MAP_ANONYMOUS | abi.MAP_TYPE),
         (_JEQ, 1, 0, abi.MAP_PRIVATE),
         (_JEQ, _ALLOW, 3, abi.MAP_ANONYMOUS | abi.MAP_PRIVATE),
         (_LD_ABS, 0, 0, _ARGUMENTS + 16),
-        (_AND, 0, 0, abi.PROT_EXEC),
+        (_AND, 0, 0, mask),
         (_JEQ, _ALLOW, _STOP, 0),
         (_AND, 0, 0, abi.MAP_ANONYMOUS),
         (_JEQ, _STOP, _ALLOW, 0),
     )
-    return _assemble([*code, (_JA, 0, 0, _ALLOW)])
+    return _assemble([*instructions, (_JA, 0, 0, _ALLOW)])
 
 
 def build_calls_filter(numbers: Iterable[int]) -> bytes:

@@ -88,7 +88,7 @@ class Loop:
         self._waits.places[thread.tid] = thread.place
 
     def executed(self, thread: Thread, process: Process) -> Callable[[], None]:
-        """Adopt the program of ``thread``, at the end of its execve; return what resumes it."""
+        """Adopt the program of ``thread``, stopped by its execve; return what resumes it."""
         if is_32_bit(thread):
             self.unsupervised.add(thread.tid, process)
             return partial(self.unsupervised.resume, thread.tid)
@@ -202,13 +202,18 @@ class Loop:
                 return stop  # stubs do not touch enclave memory inside
         self._permits.stopped(thread)
         image = thread.image
-        stubs = image.cpuid_stubs is not None or image.path_stubs is not None or image.state_stubs
-        if not (stubs and 0 <= thread.load().rip - image.vdso_base < image.vdso.end):
+        cpuid_stubs = image.cpuid_stubs
+        if cpuid_stubs is None and image.path_stubs is None and not image.state_stubs:
+            return stop
+        rip = thread.load().rip
+        if cpuid_stubs is not None and rip in cpuid_stubs.entries:
+            cpuid_stubs.straighten(thread)
+        if not 0 <= rip - image.vdso_base < image.vdso.end:
             return stop
         if image.state_stubs:
             state_jumps.straighten(thread)
-        if image.cpuid_stubs is not None:
-            image.cpuid_stubs.straighten(thread)
+        if cpuid_stubs is not None:
+            cpuid_stubs.straighten(thread)
         if image.path_stubs is not None and image.path_stubs.straighten(thread):
             return Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)  # the fault is not the program's
         return stop
@@ -415,7 +420,8 @@ class Loop:
             self._die(other)
             self._forget(other)
         self._die(thread)
-        finish_exec(thread)
+        if is_32_bit(thread):
+            finish_exec(thread)  # for another program the first calls in its name do that
         self._forget(thread)
         self.executed(thread, process)()
 

@@ -15,18 +15,18 @@ from softsgx.driver import BadAddress, EnclaveFile, Mm
 from softsgx.engines.native import abi, recording
 from softsgx.engines.native.memory.foreign import ForeignMappings
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
-from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.pagers import make_pager
+from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager
+from softsgx.engines.native.memory.pagers import NoPager, make_pager
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.image_memory import ImageMemory
 from softsgx.engines.native.tracing.tracee import Gone, Thread
+from softsgx.engines.native.vdso.code import CALL_WORDS, pack_calls
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
 from softsgx.engines.native.vdso.elf import Vdso
 from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.path_calls import PathStubs
 from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
-from softsgx.engines.native.vdso.shared_page import SharedPage
 from softsgx.engines.native.vdso.state_jumps import StateStub
 from softsgx.hw import EpcPage
 from softsgx.ondemand import dataclass
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["ImageServices", "ProcessImage"]
 
 _ENCLU_BYTES = 3
+#: In one table.
+_MOST_CALLS = abi.PAGE // (8 * CALL_WORDS)
 #: The most mappings of an enclave that are uncovered when it is entered.
 _MOST_UNCOVERED = 16
 
@@ -85,7 +87,6 @@ class ProcessImage:
         vdso_base: address of our vDSO.
         vdso: our vDSO.
         services: objects and callbacks that address spaces share.
-        page: the page shared with the program; ``None``: the program has no room for it.
         parent: the address space that fork has copied.
 
     Attributes:
@@ -108,7 +109,7 @@ class ProcessImage:
 
     Raises:
         Gone: the thread has ended.
-        SoftSgxError: this machine forbids the pager.
+        SoftSgxError: this machine forbids the pager of a recording.
     """
 
     def __init__(
@@ -120,10 +121,9 @@ class ProcessImage:
         vdso: Vdso,
         services: ImageServices,
         *,
-        page: SharedPage | None = None,
         parent: ProcessImage | None = None,
     ) -> None:
-        self.index, self.memory_fd, self.page = index, memory_fd, page
+        self.index, self.memory_fd = index, memory_fd
         self.vdso_base, self.vdso = vdso_base, vdso
         self.slots = OutOfLineSlots(memory_fd, vdso_base + vdso.slots)
         self.permits: PermitTable | None = None
@@ -151,15 +151,17 @@ class ProcessImage:
         self.cpuid_sites: set[int] = set() if parent is None else set(parent.cpuid_sites)
         known = () if parent is None else tuple(parent.foreign_mappings.ranges)
         self.foreign_mappings: ForeignMappings = ForeignMappings(self.inject, known)
-        self.pager = make_pager(
+        self._make_pager: Callable[[Thread], Pager] = partial(
+            make_pager,
             services.pager,
-            thread,
             inject=self.inject,
             is_running=self.is_running,
             prot_at=self.usable_prot_at,
             failed=partial(services.failed, self),
             recorder=services.recorder,
         )
+        # Most programs never map an enclave; recordings ask each pager for its uses.
+        self.pager: Pager = NoPager() if services.recorder is None else self._make_pager(thread)
         make_table: Callable[..., EnclavePageTable] = EnclavePageTable
         if services.recorder is not None:
             make_table = partial(recording.RecordedPageTable, recorder=services.recorder)
@@ -277,7 +279,17 @@ class ProcessImage:
         """Update the pager: a part of one enclave mapping is new, or has other rights."""
         device = self.device_at(start)
         assert device is not None, f"no enclave is mapped at {start:#x}"
+        if isinstance(self.pager, NoPager):
+            self._start_paging()
         self.pager.mapped(start, end, prot, device.memory.within(start, end))
+
+    def _start_paging(self) -> None:
+        """Make the pager; its descriptor is one of the program for a moment."""
+        assert self.current is not None, "a mapping is new, and no thread has made it"
+        for other in list(self.threads.values()):
+            if other is not self.current and not (other.in_call or other.unstoppable):
+                self.hold(other)  # it could find the descriptor, or pass it on by fork
+        self.pager = self.page_table.pager = self._make_pager(self.current)
 
     # --- strict mode ----------------------------------------------------------------------------
 
@@ -398,16 +410,15 @@ class ProcessImage:
             self.inject([])
 
     def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
-        page = self.page
-        if page is None or len(calls) == 1:
-            for number, *arguments in calls:
-                thread.syscall(number, *arguments)
+        if len(calls) == 1:
+            thread.syscall(*calls[0])
             return
         start, end = self.vdso_base + self.vdso.calls, self.vdso_base + self.vdso.called
-        for first in range(0, len(calls), page.MOST_CALLS):
-            some = calls[first : first + page.MOST_CALLS]
-            page.put_calls(some)
-            thread.borrow(start, end, rbx=page.calls_at, rbp=len(some))
+        table = self.vdso_base + self.vdso.table
+        for first in range(0, len(calls), _MOST_CALLS):
+            some = calls[first : first + _MOST_CALLS]
+            os.pwrite(self.memory_fd, pack_calls(some), table)
+            thread.borrow(start, end, rbx=table, rbp=len(some))
 
     def _candidates(self) -> list[ProgramThread]:
         others = [

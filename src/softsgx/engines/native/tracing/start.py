@@ -28,10 +28,10 @@ from softsgx.engines.native.vdso.elf import (
     image_bytes,
     read_symbols,
 )
-from softsgx.engines.native.vdso.shared_page import SharedPage
+from softsgx.engines.native.x86.asm import Assembler
 from softsgx.errors import NotRun, SoftSgxError
 
-__all__ = ["TRACE_OPTIONS", "EndedEarly", "install_vdso", "share_page", "start_program"]
+__all__ = ["TRACE_OPTIONS", "EndedEarly", "install_vdso", "start_program"]
 
 TRACE_OPTIONS = (
     abi.PTRACE_O_TRACESYSGOOD
@@ -46,8 +46,6 @@ TRACE_OPTIONS = (
 
 #: Exit statuses of a child that could not execute the program, as env(1) has them.
 _NOT_FOUND, _NOT_EXECUTABLE, _NOT_PREPARED = 127, 126, 125
-#: The shared page in ``/proc/PID/maps``.
-_SHARED_NAME = b"softsgx\0"
 
 
 class EndedEarly(Exception):
@@ -230,19 +228,22 @@ def finish_exec(thread: Thread) -> None:
         libc.ptrace(abi.PTRACE_SYSCALL, thread.tid, 0, 0)
 
 
-def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso, int]:
+def install_vdso(
+    thread: Thread, memory: int, *, cpuid_faults: bool = False
+) -> tuple[int, Vdso, int]:
     """Map our vDSO into the image of a new program.
 
     Args:
-        thread: stopped at the end of its execve; its ``inject_at`` is set.
+        thread: stopped at the event of its execve or at the end of the call, which is over
+            afterwards; its ``inject_at`` is set.
         memory: a descriptor of its ``/proc/PID/mem``, for reading and writing.
+        cpuid_faults: whether to make its CPUID fault.
 
     Returns:
         The address of the vDSO, the vDSO, and the address of the dynamic loader, 0 without one.
     """
     regs = thread.load()
-    entry, stack = regs.rip, regs.rsp
-    auxiliary = _auxiliary_vector(memory, stack)
+    auxiliary = _auxiliary_vector(memory, regs.rsp)
     slot, original = auxiliary.get(abi.AT_SYSINFO_EHDR, (0, 0))
     _place, loader = auxiliary.get(abi.AT_BASE, (0, 0))
     symbols: dict[str, int] = {}
@@ -252,20 +253,22 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso, int]:
         symbols = {name: original + value for name, value in read_symbols(image).items()}
     vdso = build_vdso(symbols)
 
-    # There is no other code yet, so the first call runs at the program's own entry point.
-    kept = os.pread(memory, 3, entry)
-    os.pwrite(memory, b"\x0f\x05\xcc", entry)
-    thread.inject_at = entry
-    base = thread.syscall(
-        abi.SYS_MMAP,
-        0,
-        vdso.end,
-        abi.PROT_READ | abi.PROT_EXEC,
-        abi.MAP_PRIVATE | abi.MAP_ANONYMOUS,
-        (1 << 64) - 1,
-        0,
+    # There is no other code yet, so the first calls run in the page of the entry point.
+    regs.rax, page = 0, regs.rip & -abi.PAGE
+    code = _first_calls(vdso.end)
+    kept = os.pread(memory, len(code), page)
+    os.pwrite(memory, code, page)
+    base = thread.borrow(
+        page + (0 if cpuid_faults else _MAPPING_AT),
+        page + len(code),
+        rdi=abi.ARCH_SET_CPUID,
+        rsi=0,
+        rdx=abi.PROT_READ | abi.PROT_EXEC,
+        r10=abi.MAP_PRIVATE | abi.MAP_ANONYMOUS,
+        r8=-1,
+        r9=0,
     )
-    os.pwrite(memory, kept, entry)
+    os.pwrite(memory, kept, page)
     if base < 0:
         raise SoftSgxError(f"process {thread.tid}: no room for a vDSO ({os.strerror(-base)})")
     os.pwrite(memory, vdso.image, base)  # a tracer may write what the program may not
@@ -275,28 +278,22 @@ def install_vdso(thread: Thread, memory: int) -> tuple[int, Vdso, int]:
     return base, vdso, loader
 
 
-def share_page(thread: Thread, memory: int, base: int, vdso: Vdso) -> SharedPage | None:
-    """Share a page with the image of a new program; ``None``: it has no room for a page.
+def _first_calls(bytes_mapped: int) -> bytes:
+    """Return code that calls arch_prctl with the arguments in registers, and mmap after it.
 
-    Args:
-        thread: a stopped thread of the image, its vDSO installed.
-        memory: a descriptor of its ``/proc/PID/mem``.
-        base: address of the vDSO.
-        vdso: the vDSO.
+    At ``_MAPPING_AT`` it begins with mmap, whose first two arguments the code itself sets.
     """
-    os.pwrite(memory, _SHARED_NAME, base + vdso.scratch)
-    theirs = thread.syscall(abi.SYS_MEMFD_CREATE, base + vdso.scratch, abi.MFD_CLOEXEC)
-    if theirs < 0:
-        return None
-    page = SharedPage(libc.take_descriptor(thread.tid, theirs))
-    rights = abi.PROT_READ | abi.PROT_WRITE
-    at = thread.syscall(abi.SYS_MMAP, 0, abi.PAGE, rights, abi.MAP_SHARED, theirs, 0)
-    thread.syscall(abi.SYS_CLOSE, theirs)
-    if at < 0:
-        page.close()
-        return None
-    page.address = at
-    return page
+    asm = Assembler()
+    asm.word("b8", abi.SYS_ARCH_PRCTL)  # mov eax, number
+    asm.emit("0f 05")  # syscall
+    asm.emit("31 ff")  # xor edi, edi
+    asm.word("be", bytes_mapped)  # mov esi, length
+    asm.word("b8", abi.SYS_MMAP)  # mov eax, number
+    asm.emit("0f 05 cc")  # syscall; int3
+    return asm.finish()
+
+
+_MAPPING_AT = 7
 
 
 def _auxiliary_vector(memory: int, stack: int) -> dict[int, tuple[int, int]]:

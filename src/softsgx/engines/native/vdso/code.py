@@ -12,29 +12,33 @@ Source:
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 from softsgx.engines.native import abi
 from softsgx.engines.native.vdso.permit_code import emit_permitted_entry
 from softsgx.engines.native.x86.asm import Assembler
 
 __all__ = [
-    "CALLS_AT",
     "CALL_WORDS",
     "KEPT_R11",
     "SCRATCH_BYTES",
     "emit_enter_enclave",
     "emit_forward",
     "emit_injection",
+    "pack_calls",
     "target_of",
 ]
 
 _EINVAL = -22
+_WORD = (1 << 64) - 1
 SCRATCH_BYTES = 512
 
 KEPT_R11 = -8
 """Where R11 is, from RSP, at the system call that asks for EENTER."""
 
-CALLS_AT, CALL_WORDS = 128, 7
-"""Where the table of calls is in the shared page; quadwords of each: number and six arguments."""
+CALL_WORDS = 7
+"""Quadwords of a call in a table of calls: its number and six arguments."""
 
 #: mov rax, rdi, rsi, rdx, r10, r8, r9 from RBX and a byte.
 _CALL_REGISTERS = (
@@ -54,8 +58,7 @@ def emit_injection(asm: Assembler) -> None:
     ``permits_at`` is the address of the table of permits, or zero.  The word at ``watched`` is not
     zero once the process has had a device.
 
-    The code from ``calls`` to ``called`` makes RBP calls from the table at RBX, and stores each
-    result over the number of the call.
+    The code from ``calls`` to ``called`` makes RBP calls from the table at RBX.
     """
     asm.label("inject")
     asm.emit("0f05")  # syscall
@@ -67,7 +70,6 @@ def emit_injection(asm: Assembler) -> None:
     for register, place in zip(_CALL_REGISTERS, range(CALL_WORDS), strict=True):
         asm.emit(f"{register} {8 * place:02x}")  # mov register, [rbx+8*place]
     asm.emit("0f 05")  # syscall
-    asm.emit("48 89 03")  # mov [rbx], rax
     asm.emit(f"48 83 c3 {8 * CALL_WORDS:02x}")  # add rbx, bytes of an entry
     asm.emit("ff cd")  # dec ebp
     asm.short("75", "calls")  # jnz
@@ -81,6 +83,18 @@ def emit_injection(asm: Assembler) -> None:
     asm.quad(0)
     asm.label("watched")
     asm.quad(0)
+
+
+def pack_calls(calls: Sequence[tuple[int, ...]]) -> bytes:
+    """Return a table of calls, each given as its number and its arguments."""
+    words = array("Q")
+    for call in calls:
+        # The mark, unless the call has a sixth argument.
+        rest = (
+            (*(0,) * (CALL_WORDS - 1 - len(call)), abi.OUR_CALL) if len(call) < CALL_WORDS else ()
+        )
+        words.extend(value & _WORD for value in (*call, *rest))
+    return words.tobytes()
 
 
 def emit_forward(asm: Assembler, name: str) -> None:

@@ -7,6 +7,10 @@ has a copy of that instruction and of those between it and the CPUID, and then c
 (``vdso/cpuid_code.py``).  No other instruction of the loader is changed: code that jumps to one
 between finds it, and then the CPUID itself, which stops as before.
 
+Where no such instruction leads to a CPUID, the CPUID itself becomes a short jump to a no-operation
+near it, of seven bytes or more.  That becomes a short jump over its own rest, where there is room
+for the jump to the stub; so it still does nothing.  The stub has a CPUID of its own then.
+
 A thread that is stopped in a stub is moved to where it would be in the loader: at the instruction
 of which the stub has a copy, or behind the CPUID, with its answer.
 
@@ -24,10 +28,11 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from typing import TYPE_CHECKING
 
+from softsgx.engines.native import abi
 from softsgx.engines.native.vdso.cpuid_code import (
     ANSWER_CODE,
     LABELS,
@@ -36,7 +41,7 @@ from softsgx.engines.native.vdso.cpuid_code import (
     THEN_AT,
     answer_table,
 )
-from softsgx.engines.native.x86.rewrite import CPUID, in_step
+from softsgx.engines.native.x86.rewrite import CPUID, TRAP, in_step
 from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
@@ -68,6 +73,9 @@ LOADER_BYTES = 1 << 20
 """The dynamic loader is smaller."""
 _DISTANCE = struct.Struct("<i")
 _LOW_32 = 0xFFFF_FFFF
+_FEW = 512
+#: Behind the code that answers.
+_TRAP_AT = len(ANSWER_CODE)
 #: An instruction that a jump may replace: mov r32, imm32; mov byte or dword [rsp+disp8], imm; and,
 #: with a distance from its end, jcc, or mov [rip+disp32], reg.
 _REPLACED = (
@@ -78,6 +86,10 @@ _REPLACED = (
 _BETWEEN = (
     rb"(?:[\x40-\x4f]?[\x31\x89][\xc0-\xff]|[\x40-\x4f]?\x83[\xc0-\xff].|\x41?[\xb8-\xbf].{4})*"
 )
+#: No-operations of compilers: nop [rax] and nop [rax+rax], with a distance and with prefixes.
+_NOP = re.compile(rb"\x66{0,2}\x2e?\x0f\x1f(?:\x80\x00{4}|\x84\x00{5})", re.DOTALL)
+_SHORT_JUMP, _SHORT_JUMP_BYTES, _REACH = 0xEB, 2, range(-128, 128)
+
 COPIED = re.compile(_BETWEEN, re.DOTALL)
 """Matches instructions that do the same elsewhere."""
 
@@ -95,16 +107,34 @@ class Window:
         start: its distance from the start of the loader.
         code: its instructions, up to the CPUID.
         relative: bytes of its first instruction, where that ends with a distance; else 0.
+        nop: the distance of a no-operation from the start of the loader, by which a jump leads to
+            the stub; 0: the first instruction of ``code`` is the jump.
+        nop_code: its bytes.
     """
 
     start: int
     code: bytes
     relative: int
+    nop: int = 0
+    nop_code: bytes = b""
 
     @property
     def site(self) -> int:
         """The distance of the CPUID from the start of the loader."""
         return self.start + len(self.code)
+
+    @property
+    def entry(self) -> int:
+        """The distance of the jump to the stub from the start of the loader."""
+        return self.nop + _SHORT_JUMP_BYTES if self.nop else self.start
+
+    def is_in(self, code: bytes, low: int) -> bool:
+        """Return whether the code of a loader from ``low`` on has what this was made from."""
+        start, nop = self.start - low, self.nop - low
+        there = self.code + CPUID
+        if code[start : start + len(there)] != there:
+            return False
+        return not self.nop or code[nop : nop + len(self.nop_code)] == self.nop_code
 
 
 @cache
@@ -126,20 +156,63 @@ def window_before(code: bytes, at: int) -> tuple[bytes, int] | None:
     return None
 
 
+def nop_near(code: bytes, at: int, taken: Container[int] = ()) -> tuple[int, bytes] | None:
+    """Return a no-operation that a short jump at ``at`` in ``code`` reaches, and its bytes.
+
+    Args:
+        code: the code around a CPUID.
+        at: where the CPUID is.
+        taken: distances from it of no-operations that have jumps already.
+    """
+    found = [
+        (match.start(), match[0])
+        for match in _NOP.finditer(code)
+        if match.start() - at in _REACH and match.start() - at not in taken
+    ]
+    for start, nop in sorted(found, key=lambda each: abs(each[0] - at)):
+        if in_step(code, start):
+            return start, nop
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is stored in an address space.
+
+    Attributes:
+        windows: what each stub stands for.
+        stubs: the table and the stubs.
+        changes: (distance from the start of the loader, bytes) of what changes there.
+    """
+
+    windows: tuple[Window, ...]
+    stubs: bytes
+    changes: tuple[tuple[int, bytes], ...]
+
+
 class CpuidAnswers:
     """What CPUID gives a program, with or without a stop.
 
     Args:
         cpuid: what CPUID (leaf, sub-leaf) gives.
         jumping: whether jumps may be stored in the loader.
+        faulting: whether CPUID faults; otherwise other code takes its place.
     """
 
-    def __init__(self, cpuid: Callable[[int, int], CpuidLeaf], *, jumping: bool) -> None:
+    def __init__(
+        self,
+        cpuid: Callable[[int, int], CpuidLeaf],
+        *,
+        jumping: bool,
+        faulting: bool = True,
+    ) -> None:
         self._cpuid, self._jumping = cpuid, jumping
+        self._trap = CPUID if faulting else TRAP
         # Code around each CPUID that has stopped, by its place in its loader; None: looked at.
         self._seen: dict[tuple[int, bytes], bytes | None] = {}
         self._windows: list[Window] = []
         self._table = b""
+        self._last: tuple[tuple[int, int, bytes], _Prepared] | None = None
 
     def __call__(self, leaf: int, sub: int) -> CpuidLeaf:
         """Return EAX, EBX, ECX and EDX."""
@@ -152,11 +225,14 @@ class CpuidAnswers:
             return
         if len(self._windows) >= _MOST_WINDOWS or len(self._seen) >= 8 * _MOST_WINDOWS:
             return
+        stubs = image.cpuid_stubs
+        again = stubs is not None and stubs.has(offset)  # it was not reached by its stub
         code = image.read(site - _CONTEXT, 2 * _CONTEXT)
         # The bytes of CPUID may have been replaced, too.
         code = code[:_CONTEXT] + CPUID + code[_CONTEXT + len(CPUID) :]
         if len(code) == 2 * _CONTEXT:
-            self._seen.setdefault((offset, code[_CONTEXT - _LONGEST : _CONTEXT]), code)
+            before = b"" if again else code[_CONTEXT - _LONGEST : _CONTEXT]
+            self._seen.setdefault((offset, before), code)
 
     def _look(self) -> None:
         """Look at the code that was seen: a run of one program has no use for that."""
@@ -164,10 +240,16 @@ class CpuidAnswers:
             if code is None:
                 continue
             self._seen[offset, before] = None
-            found = window_before(code, _CONTEXT)
+            found = window_before(code, _CONTEXT) if before else None
             if found is not None:
                 moved, relative = found
                 self._windows.append(Window(offset - len(moved), moved, relative))
+                continue
+            taken = {window.nop - offset for window in self._windows if window.nop}
+            near = nop_near(code, _CONTEXT, taken)
+            if near is not None:
+                start, nop = near
+                self._windows.append(Window(offset, b"", 0, offset + start - _CONTEXT, nop))
 
     def loaded(self, image: ProcessImage) -> None:
         """A program was loaded, and has executed nothing: answer what is known of its loader."""
@@ -175,25 +257,45 @@ class CpuidAnswers:
         self._look()
         if not (base and self._windows) or abs(area - base) >> 30:
             return
-        low = min(window.start for window in self._windows)
-        high = max(window.site for window in self._windows)
+        low = min(window.start for window in self._windows) - _CONTEXT
+        high = max(window.site for window in self._windows) + _CONTEXT
         code = image.read(base + low, high - low)
-        there = [
-            window
-            for window in self._windows
-            if code[window.start - low : window.site - low] == window.code
-        ]
-        if not there:
+        # Most programs have the same loader, at the same distance from the vDSO.
+        key = len(self._windows), area - base, code
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._prepare(area - base, low, code)
+        found = self._last[1]
+        if not found.windows:
             return
+        os.pwrite(image.memory_fd, found.stubs, area)
+        for place, changed in found.changes:
+            os.pwrite(image.memory_fd, changed, base + place)
+        stubs = self._stubs(area, base, found.windows)
+        if self._trap != CPUID:
+            image.cpuid_sites |= stubs.traps()
+        image.cpuid_stubs = stubs
+
+    def _stubs(self, area: int, base: int, windows: tuple[Window, ...]) -> CpuidStubs:
+        return CpuidStubs(self, area, len(self._table), base, windows, trap=self._trap)
+
+    def _prepare(self, area: int, low: int, code: bytes) -> _Prepared:
+        """Prepare what is stored, for a loader at address 0 with ``code`` from ``low`` on."""
         if not self._table:
             self._table = answer_table(self._cpuid)
             self._table += bytes(-len(self._table) % _STUB_BYTES)
         most = (AREA_BYTES - len(self._table)) // _STUB_BYTES
-        stubs = CpuidStubs(self, area, len(self._table), base, tuple(there[:most]))
-        os.pwrite(image.memory_fd, self._table + stubs.code(), area)
-        for place, jump in stubs.jumps():
-            os.pwrite(image.memory_fd, jump, place)
-        image.cpuid_stubs = stubs
+        windows = tuple([each for each in self._windows if each.is_in(code, low)][:most])
+        stubs = self._stubs(area, 0, windows)
+        changes: list[tuple[int, bytes]] = []
+        for place, data in sorted(stubs.jumps()):
+            if changes:
+                start, before = changes[-1]
+                between = code[start + len(before) - low : place - low]
+                if len(between) < _FEW:  # one write is cheaper than two
+                    changes[-1] = start, before + between + data
+                    continue
+            changes.append((place, data))
+        return _Prepared(windows, self._table + stubs.code(), tuple(changes))
 
 
 class CpuidStubs:
@@ -205,6 +307,11 @@ class CpuidStubs:
         table_bytes: size of the table.
         base: where the loader is.
         windows: what each stub stands for.
+        trap: what stops in place of a CPUID.
+
+    Attributes:
+        entries: places in the loader from which a jump leads to a stub, other than instructions
+            that it has a copy of, and the CPUID each stands for.
     """
 
     def __init__(
@@ -214,10 +321,18 @@ class CpuidStubs:
         table_bytes: int,
         base: int,
         windows: tuple[Window, ...],
+        *,
+        trap: bytes = CPUID,
     ) -> None:
         self._answers, self._area, self._base, self._windows = answers, area, base, windows
+        self._trap = trap
+        self.entries = {base + each.entry: base + each.site for each in windows if each.nop}
         self._start = area + table_bytes
         self._end = self._start + _STUB_BYTES * len(windows)
+
+    def has(self, site: int) -> bool:
+        """Return whether there is a stub for the CPUID at a distance from the loader's start."""
+        return any(window.site == site for window in self._windows)
 
     def code(self) -> bytes:
         """Return the code of all stubs."""
@@ -227,12 +342,27 @@ class CpuidStubs:
         )
 
     def jumps(self) -> list[tuple[int, bytes]]:
-        """Return (address, bytes) of each jump that leads to a stub."""
-        return [
-            (at, jump(at, self._start + _STUB_BYTES * number))
+        """Return (address, bytes) of each jump that leads to a stub, or to such a jump."""
+        found = []
+        for number, window in enumerate(self._windows):
+            entry = self._base + window.entry
+            to_stub = jump(entry, self._start + _STUB_BYTES * number)
+            if window.nop:
+                over = len(window.nop_code) - _SHORT_JUMP_BYTES
+                found.append((self._base + window.nop, bytes((_SHORT_JUMP, over)) + to_stub))
+                distance = window.nop - window.site
+                found.append((self._base + window.site, bytes((_SHORT_JUMP, distance & 0xFF))))
+            else:
+                found.append((entry, to_stub))
+        return found
+
+    def traps(self) -> set[int]:
+        """Return the addresses of the stubs' own CPUIDs."""
+        return {
+            self._start + _STUB_BYTES * number + len(window.code) + _TRAP_AT
             for number, window in enumerate(self._windows)
-            for at in (self._base + window.start,)
-        ]
+            if window.nop
+        }
 
     def _stub(self, window: Window, start: int) -> bytes:
         moved, site = bytearray(window.code), self._base + window.site
@@ -241,11 +371,15 @@ class CpuidStubs:
             (distance,) = _DISTANCE.unpack_from(moved, at)
             _DISTANCE.pack_into(moved, at, distance + self._base + window.start - start)
         code = bytearray(ANSWER_CODE)
-        begin = start + len(moved)
+        begin, then = start + len(moved), site + len(CPUID)
+        if window.nop:
+            site = begin + _TRAP_AT
+            code += self._trap
+            code += jump(begin + len(code), then)
         for at, target in (
             (TABLE_AT, self._area),
             (SITE_AT, site),
-            (THEN_AT, site + len(CPUID)),
+            (THEN_AT, then),
         ):
             _DISTANCE.pack_into(code, at, target - (begin + at + _DISTANCE.size))
         return bytes(moved + code).ljust(_STUB_BYTES, b"\xcc")
@@ -258,6 +392,10 @@ class CpuidStubs:
         """
         regs = thread.load()
         if not self._start <= regs.rip < self._end:
+            site = self.entries.get(regs.rip)
+            if site is not None:
+                regs.rip = site
+                thread.store()
             return
         number, at = divmod(regs.rip - self._start, _STUB_BYTES)
         window = self._windows[number]
@@ -266,7 +404,9 @@ class CpuidStubs:
             regs.rip = self._base + window.site + at
             thread.store()
             return
-        if at < LABELS["found"]:
+        if at in (_TRAP_AT, _TRAP_AT + 1) and _has_trapped(thread):
+            return  # its CPUID is the stop that is handled next
+        if at < LABELS["found"] or at == _TRAP_AT:
             answer = self._answers(regs.rax & _LOW_32, regs.rbx & _LOW_32)
             regs.rax, regs.rbx, regs.rcx, regs.rdx = answer
         elif at < LABELS["loaded"]:
@@ -278,3 +418,10 @@ class CpuidStubs:
             regs.rax, regs.rbx, regs.rcx, regs.rdx = answer_words
         regs.rip = self._base + window.site + len(CPUID)
         thread.store()
+
+
+def _has_trapped(thread: ProgramThread) -> bool:
+    if not thread.at_signal:
+        return False
+    info = thread.siginfo()
+    return info.signo in (abi.SIGSEGV, abi.SIGTRAP) and info.code == abi.SI_KERNEL

@@ -75,7 +75,8 @@ class Vdso:
         stubs: room for ``most_stubs`` exit stubs, behind the slots.
         answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``.
         state: room for what executes instructions on extended state, see ``vdso/state_jumps.py``.
-        paths: room for ``vdso/path_calls.py``; end: where it ends.
+        paths: room for ``vdso/path_calls.py``.
+        table: a page for a table of calls; end: where it ends.
         watched: a word that is not zero once the process has had a device.
         permits_at: where the supervisor writes the address of the table of permits.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
@@ -100,6 +101,7 @@ class Vdso:
     answers: int
     state: int
     paths: int
+    table: int
     end: int
     watched: int
     permits_at: int
@@ -193,7 +195,8 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
         answers=answers,
         state=answers + AREA_BYTES,
         paths=answers + AREA_BYTES + STATE_BYTES,
-        end=answers + AREA_BYTES + STATE_BYTES + PATH_BYTES,
+        table=answers + AREA_BYTES + STATE_BYTES + PATH_BYTES,
+        end=answers + AREA_BYTES + STATE_BYTES + PATH_BYTES + abi.PAGE,
         **{name: base + asm.labels[name] for name in _PLACES},
         symbols={name: base + asm.labels[name] for name in names},
         targets={name: base + asm.labels[target_of(name)] for name in forwarded},

@@ -97,6 +97,8 @@ class ProfileCpuid:
         highest = _HIGHEST_EXTENDED if leaf & _EXTENDED else self._model.highest_basic
         if leaf > highest:
             leaf = self._model.highest_basic
+        if leaf & _EXTENDED:
+            sub = 0  # those of Intel have no sub-leaves
         found = self._leaves.get(leaf)
         return self._words(leaf, sub) if found is None else found(sub)
 

@@ -153,6 +153,15 @@ def test_without_a_device_code_and_shared_files_are_looked_at(
     assert verdict(abi.SYS_MMAP, 0, 4096, prot, flags, 3) == expected
 
 
+def test_code_is_not_looked_at_where_cpuid_faults() -> None:
+    def without_code(prot: int, flags: int) -> int:
+        return interpret(build_filter(code=False), abi.SYS_MMAP, 0, 4096, prot, flags, 3)
+
+    assert without_code(abi.PROT_READ | abi.PROT_EXEC, abi.MAP_PRIVATE) == ALLOW
+    assert without_code(abi.PROT_READ, abi.MAP_PRIVATE) == ALLOW
+    assert without_code(abi.PROT_READ | abi.PROT_EXEC, abi.MAP_SHARED) == TRACE
+
+
 def test_programs_of_another_architecture_are_let_be() -> None:
     assert verdict_with_devices(abi.SYS_OPENAT, arch=I386) == ALLOW
 

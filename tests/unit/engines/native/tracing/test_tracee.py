@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +13,10 @@ from tests.support.native import needs_tracing
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.bpf import build_filter
-from softsgx.engines.native.tracing.start import install_vdso, share_page, start_program
+from softsgx.engines.native.tracing.start import install_vdso, start_program
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
-from softsgx.engines.native.vdso.code import CALL_WORDS, CALLS_AT
+from softsgx.engines.native.vdso.code import pack_calls
 from softsgx.engines.native.vdso.elf import build_vdso
 
 _TGKILL, _RT_TGSIGQUEUEINFO = 234, 297
@@ -145,20 +146,27 @@ def test_a_thread_is_not_borrowed_while_its_own_call_is_to_be_made(thread: Threa
 
 def test_a_table_of_calls_is_made_in_one_stop(thread: Thread) -> None:
     memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR)
-    base, vdso = thread.inject_at, build_vdso({})
-    base -= vdso.inject  # where the fixture has put it
-    page = share_page(thread, memory, base, vdso)
-    os.close(memory)
-    assert page is not None
+    vdso = build_vdso({})
+    base = thread.inject_at - vdso.inject  # where the fixture has put it
     before = bytes(thread.load())
-    page.put_calls([(abi.SYS_GETPID,), (abi.SYS_CLOSE, 12345), (abi.SYS_GETPID,)])
-    thread.borrow(base + vdso.calls, base + vdso.called, rbx=page.calls_at, rbp=3)
-    first, step = CALLS_AT // 8, CALL_WORDS
-    results = [page.words[first + number * step] for number in range(3)]
-    assert results == [thread.tid, (1 << 64) - 9, thread.tid]
+    calls = [(abi.SYS_DUP2, 0, 40), (abi.SYS_FCNTL, 0, abi.F_DUPFD, 41), (abi.SYS_CLOSE, 40)]
+    os.pwrite(memory, pack_calls(calls), base + vdso.table)
+    os.close(memory)
+    thread.borrow(base + vdso.calls, base + vdso.called, rbx=base + vdso.table, rbp=len(calls))
+    assert {"40", "41"} & set(os.listdir(f"/proc/{thread.tid}/fd")) == {"41"}
     assert bytes(thread.regs) == before
-    page.close()
     assert finish(thread) == 7
+
+
+def test_calls_of_a_table_have_a_mark_unless_they_have_six_arguments() -> None:
+    assert unpack_words(pack_calls([(1, -1), (9, 1, 2, 3, 4, 5, 6)])) == (
+        *(1, (1 << 64) - 1, 0, 0, 0, 0, abi.OUR_CALL),
+        *(9, 1, 2, 3, 4, 5, 6),
+    )
+
+
+def unpack_words(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 8}Q", data)
 
 
 def test_a_thread_that_is_killed_is_gone(thread: Thread) -> None:

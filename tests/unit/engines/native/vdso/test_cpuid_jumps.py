@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import struct
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from softsgx.engines.native import abi
 from softsgx.engines.native.doctor import can_answer_cpuid
 from softsgx.engines.native.vdso.cpuid_code import ANSWER_CODE, LABELS
 from softsgx.engines.native.vdso.cpuid_jumps import (
@@ -22,9 +24,11 @@ from softsgx.engines.native.vdso.cpuid_jumps import (
     CpuidAnswers,
     CpuidStubs,
     Window,
+    nop_near,
     window_before,
 )
 from softsgx.engines.native.x86.insn import decode
+from softsgx.engines.native.x86.rewrite import TRAP
 
 CPUID = b"\x0f\xa2"
 Leaf = tuple[int, int, int, int]
@@ -55,6 +59,7 @@ class Image:
         self.vdso_base, self.vdso = self.loader, SimpleNamespace(answers=LOADER_BYTES)
         self.memory_fd = os.open("/proc/self/mem", os.O_RDWR)
         self.cpuid_stubs: CpuidStubs | None = None
+        self.cpuid_sites: set[int] = set()
 
     def read(self, address: int, size: int) -> bytes:
         return os.pread(self.memory_fd, size, address)
@@ -298,3 +303,149 @@ def test_distances_are_those_from_the_new_place() -> None:
     ((place, jump),) = stubs.jumps()
     assert place == 0x1000_0500
     assert place + 5 + struct.unpack("<i", jump[1:])[0] == 0x2000_4000
+
+
+NOP = bytes.fromhex("66 2e 0f 1f 84 00 00 00 00 00")
+#: No instruction of five bytes leads to the CPUID at AT; there is a no-operation behind it.
+TIGHT = bytes.fromhex("90" * 200 + "89 f8" + "89 f1") + CPUID + b"\x90" * 60 + NOP + b"\x90" * 200
+AT = TIGHT.index(CPUID)
+
+
+@pytest.fixture
+def tight() -> Any:
+    made = Image(TIGHT)
+    yield made
+    made.close()
+
+
+def test_a_cpuid_without_room_in_front_jumps_by_a_no_operation(tight: Any) -> None:
+    learned(tight, TIGHT).loaded(tight)
+    nop = TIGHT.index(NOP)
+    after = bytes(tight.memory[: len(TIGHT)])
+    assert after[:AT] == TIGHT[:AT]
+    assert after[AT] == 0xEB
+    assert AT + 2 + after[AT + 1] == nop + 2
+    assert after[nop : nop + 3] == bytes((0xEB, len(NOP) - 2, 0xE9))  # it still does nothing
+    assert after[AT + 2 : nop] == TIGHT[AT + 2 : nop]
+    assert after[nop + 7 :] == TIGHT[nop + 7 :]
+
+
+@pytest.mark.skipif(not can_answer_cpuid(), reason="needs BMI2")
+def test_such_a_stub_answers_or_executes_cpuid_itself(tight: Any) -> None:
+    learned(tight, TIGHT).loaded(tight)
+    (trap,) = tight.cpuid_stubs.traps()
+    at = bytes.fromhex("49c7c502000000") + _RETURN  # mov r13, 2
+    behind = bytes.fromhex("49c7c501000000") + _RETURN
+    for place, code in ((0x400, behind), (0x500, at), (0x600, _CALL)):
+        tight.memory[place : place + len(code)] = code
+    assert tight.read(trap, 2) == CPUID
+    (distance,) = struct.unpack("<i", tight.read(trap + 3, 4))
+    assert trap + 7 + distance == tight.loader + AT + 2
+    jumps = [(trap - tight.loader, 0x500), (AT + 2, 0x400)]
+    for place, target in jumps:
+        tight.memory[place : place + 5] = b"\xe9" + struct.pack("<i", target - (place + 5))
+    call = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    answered = 0
+    for leaf, sub in [*ASKED, (0x25, 0), (0xFFFF_FFFF, 1)]:
+        given = (ctypes.c_uint64 * 5)(leaf, 8, sub, 10, 0x246)
+        out = (ctypes.c_uint64 * 5)()
+        entry = tight.loader + AT
+        how = call(tight.loader + 0x600)(ctypes.addressof(given), ctypes.addressof(out), entry)
+        if how == 1:
+            assert tuple(out[:4]) == cpuid(leaf, sub)
+            answered += 1
+        else:
+            assert (out[0], out[2] & 0xFFFF_FFFF) == (leaf, sub)
+    assert answered > len(ASKED) * 0.7
+
+
+def trapped(image: Any, rip: int, signo: int | None, code: int = abi.SI_KERNEL) -> Any:
+    thread = Stopped(image, rip, rax=4, rbx=2, rcx=2, rdx=5)
+    thread.at_signal = signo is not None  # type: ignore[attr-defined]
+    thread.siginfo = lambda: SimpleNamespace(signo=signo, code=code)  # type: ignore[attr-defined]
+    image.cpuid_stubs.straighten(thread)
+    return thread
+
+
+def test_a_thread_at_a_jump_or_at_the_cpuid_of_such_a_stub(tight: Any) -> None:
+    learned(tight, TIGHT).loaded(tight)
+    (trap,) = tight.cpuid_stubs.traps()
+    site = tight.loader + AT
+    entry = tight.loader + TIGHT.index(NOP) + 2
+    assert trapped(tight, entry, None).regs.rip == site
+    assert trapped(tight, trap, abi.SIGSEGV).regs.rip == trap  # the stop is that of its CPUID
+    for signo, code in ((None, 0), (abi.SIGSEGV, 1), (signal.SIGTERM, abi.SI_KERNEL)):
+        answered = trapped(tight, trap, signo, code).regs
+        assert answered.rip == site + 2
+        assert (answered.rax, answered.rbx, answered.rcx, answered.rdx) == cpuid(4, 2)
+    behind = trapped(tight, trap + 2, None).regs
+    assert (behind.rip, behind.rax) == (site + 2, 4)
+
+
+def test_where_cpuid_does_not_fault_a_trap_takes_its_place(tight: Any) -> None:
+    answers = CpuidAnswers(cpuid, jumping=True, faulting=False)
+    answers.executed(tight, tight.loader + AT)
+    answers.loaded(tight)
+    (trap,) = tight.cpuid_stubs.traps()
+    assert tight.read(trap, 2) == TRAP
+    assert tight.cpuid_sites == {trap}
+    assert trapped(tight, trap + 1, abi.SIGTRAP).regs.rip == trap + 1
+
+
+def test_a_cpuid_that_its_stub_does_not_serve_gets_another(image: Any) -> None:
+    code = CODE[:-180] + NOP + CODE[-180 + len(NOP) :]
+    image.memory[: len(code)] = code
+    answers = learned(image, code)
+    answers.loaded(image)
+    site = image.loader + code.index(CPUID)
+    answers.executed(image, site)  # code jumps to an instruction behind the first
+    answers.executed(image, site)
+    image.memory[: len(code)] = code
+    answers.loaded(image)
+    nop = code.index(NOP)
+    assert image.memory[nop : nop + 1] == b"\xeb"
+    assert image.memory[code.index(CPUID)] == 0xEB
+    assert len(image.cpuid_stubs.jumps()) == 3
+
+
+@pytest.mark.parametrize(
+    ("nop", "distance", "usable"),
+    [
+        ("0f1f8000000000", 40, True),
+        ("0f1f840000000000", -90, True),
+        ("66662e0f1f840000000000", 100, True),
+        ("0f1f440000", 40, False),  # no room
+        ("0f1f8400000000cc", 40, False),
+        ("0f1f8000000000", 130, False),  # too far
+    ],
+)
+def test_only_a_near_no_operation_with_room_has_a_jump(
+    nop: str, distance: int, usable: bool
+) -> None:
+    code = bytearray(b"\x90" * 300)
+    code[128:130] = CPUID
+    made = bytes.fromhex(nop)
+    code[128 + distance : 128 + distance + len(made)] = made
+    expected = (128 + distance, made) if usable else None
+    assert nop_near(bytes(code), 128) == expected
+    assert nop_near(bytes(code), 128, {distance}) is None
+
+
+def test_another_instruction_in_the_place_of_the_no_operation_stays(tight: Any) -> None:
+    answers = learned(tight, TIGHT)
+    other = Image(TIGHT.replace(NOP, bytes.fromhex("48b80f1f84000000cccc")))
+    try:
+        answers.loaded(other)  # type: ignore[arg-type]
+        assert other.cpuid_stubs is None
+    finally:
+        other.close()
+
+
+def test_two_cpuids_do_not_share_a_no_operation(tight: Any) -> None:
+    code = TIGHT.replace(CPUID + b"\x90" * 40, CPUID + b"\x90" * 20 + CPUID + b"\x90" * 18)
+    tight.memory[: len(code)] = code
+    answers = learned(tight, code)
+    answers.executed(tight, tight.loader + code.rindex(CPUID))
+    answers.loaded(tight)
+    assert len(tight.cpuid_stubs.jumps()) == 2
+    assert tight.read(tight.loader + code.rindex(CPUID), 2) == CPUID

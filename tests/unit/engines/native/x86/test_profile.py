@@ -76,6 +76,14 @@ def test_no_feature_is_claimed_that_the_machine_lacks(profile: str) -> None:
     assert cpuid(0x1D, 1) in ((0, 0, 0, 0), beyond), "tiles without AMX"
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_leaves_without_sub_leaves_ignore_ecx(profile: str) -> None:
+    cpuid = view(profile)
+    for leaf in (0, 1, 2, 6, 0x15, 0x16, *range(0x8000_0000, 0x8000_0009)):
+        for ecx in (1, 7, 0x121, 0xFFFF_FFFF):
+            assert cpuid(leaf, ecx) == cpuid(leaf, 0), hex(leaf)
+
+
 def test_no_feature_is_claimed_that_the_profile_lacks() -> None:
     assert not view("sgx1-client")(7, 0)[1] & AVX512F
     assert view("sgx2-server")(7, 0)[1] & AVX512F
