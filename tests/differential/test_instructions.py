@@ -1,4 +1,4 @@
-"""Typed calls against instructions: the same history through both ways in ends the same.
+"""Typed calls against instructions: the same history through both interfaces ends the same.
 
 Two machines of one seed run one random history each: one by ``machine.leaves`` and ``cpu.enclu``
 with operands as objects, its twin by ENCLS and ENCLU with operands in memory.  After every step

@@ -1,4 +1,4 @@
-"""What pages of the documentation take for granted: a program, an enclave file, a key."""
+"""Files that pages of the documentation expect: a program, an enclave file, a key."""
 
 from __future__ import annotations
 

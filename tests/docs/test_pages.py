@@ -1,4 +1,4 @@
-"""What the pages of the documentation tell a reader to type works.
+"""The commands and scripts on the pages of the documentation work.
 
 Method: each page is a program.  Its blocks are run in order in one directory: files are written,
 Python is executed, commands go to one shell.  Output that a page shows must appear in that order,

@@ -1,4 +1,4 @@
-"""Enclaves built from C keep their promises, and examples their results, in an EPC far too small.
+"""Enclaves built from C work, and examples get their results, in an EPC that is far too small.
 
 Goal: ``softsgx build``, its runtime and its host header, and the examples that people see first.
 Method: everything is built by the command and run by the command; ``csource/`` asks the runtime

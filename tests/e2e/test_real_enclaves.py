@@ -1,6 +1,6 @@
-"""Enclaves that other people's tools signed are measured, launched and refused as on hardware.
+"""Enclaves signed by other tools are measured, launched and refused as on hardware.
 
-Goal: our reading of the formats is judged by files that were not made with it.  Method: each file
+Goal: the readers of formats agree with files of other tools.  Method: each file
 below the directory that ``SOFTSGX_ENCLAVES`` names is built by the driver's ioctls and launched
 with the SIGSTRUCT that came with it, then once more with one bit changed.  A file without a
 SIGSTRUCT is signed here with a throwaway key.

@@ -1,4 +1,4 @@
-"""The page that lists known defects says what the code says; --update-golden rewrites it."""
+"""The page of known defects agrees with the code; --update-golden rewrites it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Actors that use enclaves at random, and a dictionary that says what their memory must hold.
+"""Actors that use enclaves at random, and a dictionary with the expected content of their memory.
 
-An actor is a process with a thread on a processor of its own.  It keeps to its own share of the
-pages of an enclave, so whatever others do, each of its pages holds what it stored last, or the
-step fails in a way the step allows.
+An actor is a process with a thread on its own processor.  It uses only its own share of the pages
+of an enclave.  So each of its pages holds the last value that it stored, with all actions of other
+actors, or the step fails in a way that it allows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Limits that hold whoever uses the EPC: groups on a running platform (scenario 13 and its kin).
+"""Limits hold for all users of the EPC: groups on a running platform.
 
-Method: processes in a tree of groups build enclaves larger than their limits and use them; what
-they read must be what they wrote, and the groups' files must tell the truth at each step.
+Method: processes in a tree of groups build enclaves larger than their limits and use them; they
+must read what they wrote, and the groups' files must be correct at each step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every defect that can be switched on by name shows, and without its name it does not.
+"""Every defect that is switched on violates its property; without it the property holds.
 
-Method: the stories of the package, each told with its defect and without it.
+Method: the stories of the package, each run with its defect and without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Guests under a host that takes their EPC away, against a dictionary of what memory must hold.
+"""Guests under a host that evicts their EPC, against a dictionary of expected memory.
 
 Goal: three guests, each with a virtual EPC as large as the host's whole EPC and enclaves larger
 than that, beside native enclaves under a limit: host and guests swap at the same time, and nothing

@@ -1,9 +1,9 @@
 """The same guest workload with and without pressure from the host is the same to the guest.
 
-Goal: whatever the host evicts meanwhile, a guest's enclaves hold the same bytes, its system calls
-end the same, and its own paging makes the same decisions in the same order.
+Goal: with all evictions by the host, a guest's enclaves hold the same bytes, its system calls end
+the same, and its own paging makes the same decisions in the same order.
 
-Method: Hypothesis draws a program for a guest and what the host does between its steps.  It runs on
+Method: Hypothesis draws a program for a guest, and actions of its host between steps.  It runs on
 a host with room for all that does nothing, and on a host whose EPC is smaller than the guest's own,
 with another guest and a native enclave that want it too.  The streams of events that the guest's
 kernel, core and driver see are compared, apart from time: when a tracking cycle is complete, and so

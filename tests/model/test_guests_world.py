@@ -1,11 +1,11 @@
-"""A guest and everything that its host may do to it, against a dictionary of its memory.
+"""A guest under all actions of its host, against a dictionary of its memory.
 
 Goal: pressure, limits, backing that fails, poisoned memory, pauses, loss of power of guest or
 machine, and the end of a neighbour: the guest reads back what it stored, or knows that it has lost
-it; a guest that cannot go on is stopped with a reason; the host's counts always agree.
+it; a guest that cannot continue is stopped with a reason; the host's counts always agree.
 
-Method: Hypothesis draws histories of one actor in one of two guests, with the host's doings between
-its steps, on the inline runtime; every count is recounted after each step.
+Method: Hypothesis draws histories of one actor in one of two guests, with actions of the host
+between its steps, on the inline runtime; every count is recounted after each step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Histories of all leaves on several processors, against dictionaries that say what must be.
+"""Histories of all leaves on several processors, against a reference made of dictionaries.
 
 Goal: the properties that hold everywhere.  After every step each EPC page is in one place and as
 the reference has it, counts agree with a recount, no lock is left; every leaf and every access

@@ -1,8 +1,8 @@
 """No failing request of a backing store loses a byte, ends another enclave, or stops the platform.
 
 Method: two enclaves and a guest with one share an EPC that is too small for them, on a platform
-whose n-th request of a kind fails, for every n.  An enclave may get SIGBUS, which names the
-reason; whoever tries again then finds its bytes.
+on which the n-th request of a kind fails, for every n.  An enclave may get SIGBUS, with the
+reason; a thread that tries again then finds its bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The situations that a scheduler-controlled bench must bring about, one by one.
 
 Goal: at each border between the phases of a reclaim batch (isolated, prepared, blocked, written),
-whatever else happens to the page, the enclave or its address spaces ends as specified.
+all other actions on the page, the enclave or its address spaces end as specified.
 
 Method: a batch of one page is driven phase by phase from here, or a seeded runtime interleaves;
 counts come from the events.

@@ -1,7 +1,7 @@
 """Histories of the EPC core on real leaves: no byte is lost, every page is in one place.
 
-Goal: whatever is added, used, stored, removed, evicted, killed, poisoned or refused its backing, in
-whatever order, each page reads back what was written to it last, and every count agrees with a
+Goal: after additions, uses, stores, removals, evictions, kills, poison and failing backing in any
+order, each page reads back the bytes that were written to it last, and every count agrees with a
 recount.  Method: Hypothesis drives toy enclaves one call at a time; the seeded runtime then runs
 several of them at once, with ksgxd, and switches at every lock and leaf.
 """

@@ -1,4 +1,4 @@
-"""Random programs of tasks: what must hold of the runtimes whatever the program and the schedule.
+"""Random programs of tasks: properties of the runtimes for all programs and schedules.
 
 Method: Hypothesis draws programs of nested lock sections, waits, sleeps, yields and spawned tasks.
 An interpreter runs one on a runtime and checks mutual exclusion with books of its own; its log

@@ -1,10 +1,9 @@
-"""Random histories for as long as one likes, each from a seed: ``python -m tests.soak --help``.
+"""Random histories for any length of time, each from a seed: ``python -m tests.soak --help``.
 
 A kind of history is a module of this package that is named in ``KINDS``.  It has ``run(seconds,
-seed)``, which returns how much was done as a dictionary from names to numbers, and raises
-AssertionError when something went wrong, :class:`Found` where what was done before is known; and it
-may have ``minimise(seed)``, which returns how little of a history that failed still fails, as a
-sentence.
+seed)``, which returns counts of its work by name.  It raises AssertionError after a failure, or
+:class:`Found` if the counts up to the failure are known.  It may have ``minimise(seed)``, which
+returns the smallest part of the history that still fails, as a sentence.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random histories for some minutes: ``python -m tests.soak --minutes N --jobs N``.
 
-Each kind of history gets its turn, in slices with seeds that follow from the first one.  A slice
-that fails is told with its seed and, where the kind can, how little of it still fails.  With
-``--record FILE`` what was done is added to a file, which several runs may share.
+The kinds of histories take turns, in slices with seeds that follow from the first one.  A slice
+that fails is reported with its seed and, if the kind can minimise, with the smallest part that
+still fails.  With ``--record FILE`` the counts are added to a file, which several runs may share.
 """
 
 from __future__ import annotations

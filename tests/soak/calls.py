@@ -1,4 +1,4 @@
-"""Random system calls while enclaves are alive, threads are inside and another process goes on.
+"""Random system calls while enclaves exist, threads are inside and another process runs.
 
 Method: ``programs/syscalls.c`` makes them from a seed, with softsgx and without, and logs the
 results of those that concern no enclave: both logs agree.  It checks what its enclave holds after

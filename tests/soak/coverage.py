@@ -1,7 +1,7 @@
-"""Which lines of the package have been executed: told once a line, so that watching costs nothing.
+"""Which lines of the package have been executed: one event a line, so that watching is cheap.
 
-Python has had this since 3.12 (``sys.monitoring``); before, :class:`NewLines` sees nothing, and a
-fuzzer goes by what its parsers return alone.
+Python has this since 3.12 (``sys.monitoring``).  Before, :class:`NewLines` sees no lines, and a
+fuzzer uses only the results of its parsers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counts of entries and exits stay exact over millions of calls, most of them by permit.
 
-Method: ``programs/crossings.c`` has threads that come and go, under a timer of 0.9 ms and signals
+Method: ``programs/crossings.c`` has threads that start and end, under a timer of 0.9 ms and signals
 that they send themselves, and then processes with two threads each that are killed in the middle of
 calls.  It prints how many calls it has made.
 

@@ -1,4 +1,4 @@
-"""Lives of processes that use enclaves under EPC pressure, and end in every way there is.
+"""Lifetimes of processes that use enclaves under EPC pressure, and end in every possible way.
 
 Method: ``programs/lifetimes.c`` makes processes that share enclaves or build their own, with
 threads inside, and that exit, are killed, execute, fork, vfork, stop or fault.  Timing is not part

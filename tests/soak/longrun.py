@@ -1,9 +1,9 @@
-"""Millions of EPC faults of one program: is each of them as cheap as the first, and nothing kept?
+"""Millions of EPC faults of one program: the cost of a fault and the memory do not grow.
 
 Method: ``programs/longrun.c`` visits every page of an enclave that is larger than its EPC, again
 and again, so that nearly every visit is a fault with an eviction, and each page counts its visits.
-Meanwhile the supervisor is looked at: its memory, descriptors, Python objects and processor time.
-What is counted are loads of pages by the core (``eldu``), not visits.
+Meanwhile the test samples the supervisor: its memory, descriptors, Python objects and processor
+time.  It counts loads of pages by the core (``eldu``), not visits.
 
 ``python -m tests.soak.longrun --faults 10000000 --rows 10`` prints a table, for documents.
 """

@@ -1,8 +1,7 @@
 """Damage to inputs of parsers: bytes of binary files, words of texts.
 
-A mutator draws everything from one random generator, so its seed says what it does.  Places in
-tables are hit more often than the middle of some code, and short inputs are damaged more often
-than long ones: both lead further for the same time.
+A mutator has one random generator, so its seed determines its work.  It changes tables more often
+than code, and short inputs more often than long ones: both find more in the same time.
 """
 
 from __future__ import annotations

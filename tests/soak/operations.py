@@ -1,11 +1,11 @@
 """Random operations over every consumer of the EPC, many of them a second.
 
-Method: the actors, worlds and machines of ``tests/model`` without Hypothesis: a seed chooses what
-happens, and recounts, which cost more than most operations, come after every few of them.  Most
-accesses share their entry into the enclave with others, as those of programs do.  Each kind of
-history gets its turn: one thread with everything that may happen to a machine, guests the same
-way, guests and native enclaves on seeded schedules and on threads, the core alone, and all leaves
-against a reference.  A history of one thread that fails is reduced to steps that still fail.
+Method: the actors, worlds and machines of ``tests/model`` without Hypothesis: a seed chooses the
+operations, and recounts, which cost more than most operations, follow every few of them.  Most
+accesses share their entry into the enclave with others, as those of programs do.  The kinds of
+histories take turns: one thread with all events of a machine, guests the same way, guests and
+native enclaves on seeded schedules and on threads, the core alone, and all leaves against a
+reference.  A history of one thread that fails is reduced to steps that still fail.
 
 Counted are operations (steps of actors, accesses of visits, happenings of worlds), and by the
 events of machine and driver the leaves that ended, the ioctls and the faults.

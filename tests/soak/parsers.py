@@ -1,10 +1,10 @@
-"""Damaged input for every parser, for as long as there is time.
+"""Damaged input for every parser, for a given time.
 
-Method: damage valid inputs, and inputs that led somewhere new (``mutate.py``).  Where an input
-leads is told by the lines that refuse it, or by the shape of what was read: each refusal is a
-branch of its own, so this is coverage without its cost; where Python can tell lines that were never
-executed before (``coverage.py``), a new line counts, too.  What is read from an image is
-measured and verified when the input led somewhere new, and else for one input in sixteen.
+Method: damage valid inputs, and inputs that reached new behaviour (``mutate.py``).  The behaviour
+of an input is the line that refuses it, or the shape of the parsed result: each refusal is a
+separate branch, so this approximates coverage at a low cost.  Where Python reports lines that were
+never executed before (``coverage.py``), a new line counts as well.  An image that is read is
+measured and verified when the behaviour is new, and otherwise for one input in sixteen.
 
 A fault is any exception but SoftSgxError, a refusal of more than one line, an input that takes more
 than ``SLOW_SECONDS`` of processor time, or one that takes more than ``LARGE_BYTES`` of memory.  A

@@ -1,4 +1,4 @@
-"""What a soak has done, kept in a file: a line of JSON for each slice, so that runs add up.
+"""The counts of soaks in a file: a line of JSON for each slice, so that runs add up.
 
 ``python -m tests.soak --totals FILE`` prints the sums.
 """

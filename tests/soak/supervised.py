@@ -1,8 +1,8 @@
 """Run a program as one history and say whether the supervisor was at fault.
 
 ``python -m tests.soak.supervised OPTIONS PROGRAM ARG...`` prints one line of JSON; OPTIONS are the
-keywords of :func:`softsgx.engines.native.run` as JSON.  A process of its own can be ended when it
-hangs, and leaves nothing behind.
+keywords of :func:`softsgx.engines.native.run` as JSON.  It is a separate process, so that it can be
+killed when it hangs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables of a leaf's checks, and the order in which two that fail together are seen.
+"""Tables of a leaf's checks, and which one decides when two fail together.
 
-A :class:`Check` is one row of a leaf's list: what breaks it, and how the leaf then ends.  Each row
+A :class:`Check` is one row of a leaf's list: how to break it, and how the leaf then ends.  Each row
 alone must end so; any two rows broken together must end as the earlier one.  In both cases nothing
 may have changed.
 """

@@ -1,4 +1,4 @@
-"""Clients: SGX programs of other people, prepared on the machine that runs the tests.
+"""Clients: SGX programs of other projects, prepared on the machine that runs the tests.
 
 ``SOFTSGX_CLIENTS`` names a directory; ``docs/reference/clients.md`` describes the TOML files in it.
 """

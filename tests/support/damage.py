@@ -1,4 +1,4 @@
-"""Valid enclave files of every format, and where in them damage hurts."""
+"""Valid enclave files of every format, and the places in them to damage."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the hardware must be like, in dictionaries: the reference of the state machine test.
+"""The expected behaviour of the hardware, in dictionaries: the reference of the state machine test.
 
-Written from the manual's promises, not from our epochs: a page is tracked when everybody who was
-inside at the first ETRACK after its block has left since.  Every ``expect_*`` says how a leaf or an
-access must end; every ``do_*`` records that it has succeeded.
+It follows the manual's text, not the epochs of ``hw``: a page is tracked when each thread that was
+inside at the first ETRACK after its block has left since.  Every ``expect_*`` returns how a leaf or
+an access must end; every ``do_*`` records that it has succeeded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Enclave files of every format, made from nothing, and what they must measure as.
+"""Enclave files of every format, made by the tests, and their expected measurements.
 
 ``mrenclave`` is the manual's sequence block by block; ``pages_of`` a list of pages written down by
 hand.  Both are independent of the package's own measuring and laying out.

@@ -1,4 +1,4 @@
-"""An enclave with threads in it: the other half of every story about tracking.
+"""An enclave with threads in it, for tests of tracking.
 
 :class:`Inhabited` builds an enclave by the real leaves, maps it into a process, lets logical
 processors enter, leave, be interrupted and touch memory, and plays the operating system that

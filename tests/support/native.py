@@ -1,4 +1,4 @@
-"""What tests that run programs under the native engine have in common."""
+"""Helpers of tests that run programs under the native engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owners of EPC pages that do as they are told and write down what they were asked."""
+"""Fake owners of EPC pages with scripted results, which record their calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small story for reports: enclaves page on a platform whose clock ticks once a look."""
+"""History for reports: enclaves page on a platform with a clock that ticks at each reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices: bands are bands, nothing is priced that nobody measured, and sums are sums."""
+"""Prices: bands are ordered, only measured events have prices, and sums are correct."""
 
 from __future__ import annotations
 

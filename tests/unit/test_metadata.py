@@ -1,4 +1,4 @@
-"""What tells strangers about the project agrees with itself."""
+"""The metadata of the project is consistent."""
 
 from __future__ import annotations
 

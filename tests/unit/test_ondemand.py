@@ -1,7 +1,7 @@
-"""What is made at its first use: names of packages, methods of dataclasses; and what a run spares.
+"""Objects made at first use: names of packages, methods of dataclasses; and what a run saves.
 
-Method: a fresh interpreter for what is imported; the packages' own source for what they declare.
-Dataclasses are declared twice, and those of the standard library say what ours have to do.
+Method: a new interpreter for imports; the packages' own source for their declarations.  Dataclasses
+are declared twice, and are compared with those of the standard library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What soaks have done adds up over runs, and nothing that failed is lost."""
+"""The records of soaks add up over runs, and no failure is lost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Enclaves that give their reports and keys away, and a running program that asks them for it.
+"""Enclaves that return their reports and keys, and a running program that requests them.
 
-The sources are ``programs/attest_*``; test, program and enclave tell each other :class:`Asked`.
+The sources are ``programs/attest_*``; test, program and enclave exchange :class:`Asked`.
 """
 
 from __future__ import annotations

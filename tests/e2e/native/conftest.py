@@ -1,4 +1,4 @@
-"""A quick run starts real programs with one pager, the whole one with both; all share builds."""
+"""A quick run starts real programs with one pager, a full run with both; all tests share builds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fetching and building the Linux kernel's own SGX selftest; its sources are never part of us.
+"""Fetches and builds the Linux kernel's SGX selftest; this project does not contain its sources.
 
-The sources come from Debian's package ``linux-source-6.1``, and what is built from them is kept in
-the user's cache directory.
+The sources come from Debian's package ``linux-source-6.1``; the programs built from them are kept
+in the user's cache directory.
 
 Source:
     tools/testing/selftests/sgx, Linux v6.1.

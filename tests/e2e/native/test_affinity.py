@@ -1,7 +1,7 @@
 """A program of one thread shares the supervisor's processor, and does not see it.
 
-Method: a Python program under the engine compares what the kernel answers with ``/proc``, which
-tells the truth.
+Method: a Python program under the engine compares results of system calls with ``/proc``, which
+has the real affinity.
 """
 
 from __future__ import annotations

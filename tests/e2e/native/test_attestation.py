@@ -1,7 +1,7 @@
 """Programs that attest locally and seal: EREPORT and EGETKEY of C enclaves that page.
 
-Goal: reports convince whom they are for and nobody else; keys depend on what the manual says and
-on nothing else, whatever was paged out meanwhile; refusals and faults come as the manual orders.
+Goal: only the target enclave accepts a report; keys depend only on the inputs that the manual
+names, also when pages were evicted meanwhile; refusals and faults have the manual's order.
 Method: enclaves built by ``softsgx.image.csource`` run in an EPC of a third of one of them, and
 page all they have out before each leaf; the test holds the keys and computes the MACs.
 

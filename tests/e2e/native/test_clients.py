@@ -1,6 +1,6 @@
-"""Programs of other people do under softsgx what they do on hardware.
+"""SGX programs of other projects behave under softsgx as on hardware.
 
-Goal: the promise that unmodified SGX programs run is judged by such programs.  Method: each client
+Goal: unmodified SGX programs run.  Method: each client
 below the directory that ``SOFTSGX_CLIENTS`` names is run on every machine that its description
 asks for; exit status and output are compared with those written down there.
 """

@@ -1,4 +1,4 @@
-"""``softsgx run`` on the real engine: what it says fits what the program did.
+"""``softsgx run`` on the real engine: its output matches the program's behaviour.
 
 Goal: the command from its arguments to its files.  Method: a compiled program that pages inside an
 enclave, started as a user starts it.

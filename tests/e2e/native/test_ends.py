@@ -1,7 +1,8 @@
-"""However a run ends, and whoever runs beside it, nothing is left behind and no secret gets out.
+"""After every kind of end, no process, file or EPC page of a run remains, and no secret leaks.
 
-Goal: processes, memory files and EPC after ends of every kind; what supervisors write.  Method:
-programs that wait to be killed or work under pressure, and a look at what is there afterwards.
+Goal: processes, memory files and EPC after ends of every kind, also beside other runs; output of
+supervisors.  Method: programs that wait to be killed or work under pressure, and a check of
+processes and files afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faults of enclave code, and of ENCLU itself, look to a program as hardware and Linux have them.
+"""A program sees faults of enclave code, and of ENCLU itself, as on hardware with Linux.
 
 Goal: error codes in ``struct sgx_enclave_run``; number, information and frame of signals.  Method:
 ``programs/faults.c`` makes each fault and compares; an EPC smaller than the enclave.

@@ -1,8 +1,8 @@
-"""Handlers of signals that enter the enclave again find what hardware would have left for them.
+"""Signal handlers that enter the enclave again find the state that hardware leaves for them.
 
-Goal: exceptions inside enclaves, whatever happens to the thread at the same moment, for programs
-that use ENCLU themselves.  Method: ``programs/handlers.c`` mends each exception from within the
-enclave and counts.
+Goal: exceptions inside enclaves, with other events at the same moment, for programs that execute
+ENCLU themselves.  Method: ``programs/handlers.c`` handles each exception inside the enclave and
+counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an enclave must not do, and what must not be done to it, ends as hardware ends it.
+"""Forbidden actions of an enclave, and forbidden accesses to it, end as on hardware.
 
 Goal: abort-page semantics of strict runs, and illegal instructions, seen by the program itself.
 Method: ``programs/limits.c`` tries each thing with an EPC smaller than its enclave.

@@ -1,7 +1,7 @@
-"""The dynamic loader learns from CPUID what it learns with stops; later programs have few of them.
+"""The dynamic loader gets the same CPUID with jumps as with stops; later programs stop rarely.
 
-Goal: a fast start of programs that nothing can tell from a slow one.  Method: ``getconf`` prints
-what the loader has found out about caches; the supervisor is told to jump, or not to.
+Goal: a fast start of programs, with the results of a slow one.  Method: ``getconf`` prints the
+loader's data about caches, with the supervisor's jumps switched on and off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Crossings by permit are crossings: what threads find on both sides, and how many there are.
+"""Crossings by permit have the state and the counts of crossings that stop.
 
 Method: a program whose enclave code notes its registers, and that notes them again behind EEXIT,
 compares each crossing with its first, which stops twice.  Meanwhile the thread is stopped at each

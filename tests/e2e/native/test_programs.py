@@ -1,8 +1,8 @@
-"""Unmodified programs see an SGX system, whatever they try and however small the EPC is.
+"""Unmodified programs see an SGX system, also with a small EPC.
 
 Goal: the native engine with the real machine, core and driver.  Method: ``programs/host.c`` checks
-from inside what hardware and Linux promise; each scenario runs with an EPC that is smaller than its
-enclave, so that code, stacks, SSA frames and TCS come and go under it.
+behaviour of hardware and Linux from inside the enclave; each scenario runs with an EPC that is
+smaller than its enclave, so that code, stacks, SSA frames and TCS are evicted and loaded.
 """
 
 from __future__ import annotations

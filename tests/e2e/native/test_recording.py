@@ -1,8 +1,8 @@
 """A recording has each page that a program uses in an interval once, in order of its first use.
 
-Goal: the two pagers, permits, leaves, forks and enclaves that come and go, with the real engine.
-Method: ``programs/recorded.c`` uses pages in an order that a test tells it, and the recorder's time
-passes at stores to one page only, so intervals are where the test wants them.
+Goal: the two pagers, permits, leaves, forks, and enclaves that are created and released, with the
+real engine.  Method: ``programs/recorded.c`` uses pages in the order of its arguments; the
+recorder's clock advances at stores to one page only, so the test controls the intervals.
 """
 
 from __future__ import annotations

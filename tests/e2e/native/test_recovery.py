@@ -1,4 +1,4 @@
-"""What ``--inject`` and ``--tick`` do to a program is what hardware and Linux would show it.
+"""A program sees ``--inject`` and ``--tick`` as it sees such events with hardware and Linux.
 
 Goal: each failure on demand, and timer interrupts, seen by the program itself.  Method:
 ``programs/recovery.c``, with an EPC that holds its enclave or does not.

@@ -1,6 +1,6 @@
-"""What a machine lacks is told in one line, and what goes wrong with one process stays there.
+"""A missing feature of the machine is one line; a failure of one process affects no other.
 
-Method: supervisors under system call filters and resource limits, and failures put into one
+Method: supervisors under system call filters and resource limits, and failures injected into one
 process of several.
 """
 

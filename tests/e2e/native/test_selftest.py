@@ -1,8 +1,8 @@
-"""The Linux kernel's own selftest passes, unmodified, whatever the size of the EPC.
+"""The Linux kernel's own selftest passes, unmodified, with every size of the EPC.
 
-Goal: the one program whose authors wrote the driver that we imitate.  Method: ``test_sgx`` is built
-from Debian's package of the kernel's sources at test time and run by the engine; it is skipped, and
-says why, where that package or a compiler cannot be had.
+Goal: the tests of the driver's own authors.  Method: ``test_sgx`` is built from Debian's package of
+the kernel's sources at test time and run by the engine; it is skipped, with the reason, where that
+package or a compiler is not available.
 """
 
 from __future__ import annotations

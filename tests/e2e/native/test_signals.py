@@ -1,4 +1,4 @@
-"""Signals to ``softsgx run``: the program gets what it would get without us, whenever they come.
+"""Signals to ``softsgx run``: the program gets those that it gets without softsgx, at any time.
 
 Method: a command that is sent a signal at a chosen step of its start, of its run, or of its end.
 """

@@ -1,4 +1,4 @@
-"""No history of processes, system calls or faults ends the supervisor or leaves anything behind.
+"""No history of processes, system calls or faults ends the supervisor or leaks its resources.
 
 Method: a short run of the kinds of ``tests/soak`` that need the native engine, with fixed seeds.
 """

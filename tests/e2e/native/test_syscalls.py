@@ -1,4 +1,4 @@
-"""``softsgx run --syscalls``: what the program asks of SGX is printed as strace prints it.
+"""``softsgx run --syscalls``: the program's use of SGX is printed in the style of strace.
 
 Goal: each call to the device, to memory mapped from it and to the vDSO has its line, and no other
 call has one.  Method: a program of softsgx_host.h, whose calls are known.

@@ -1,7 +1,7 @@
-"""32-bit programs run to their own end, and 64-bit programs around them are served.
+"""32-bit programs run without supervision, and 64-bit programs in the same tree are supervised.
 
-Method: executables of a few instructions, written by hand, since compilers for 32-bit code are
-seldom there.
+Method: executables of a few instructions, assembled by the test, since compilers for 32-bit code
+are rarely installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Helpers: programs of this folder compiled, recorded, and what was recorded."""
+"""Helpers: compile the programs of this folder, record them, and return the accesses."""
 
 from __future__ import annotations
 

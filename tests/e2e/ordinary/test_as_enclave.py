@@ -1,7 +1,7 @@
-"""Ordinary programs recorded as if enclosed behave as without us, and their pages are counted.
+"""Ordinary programs recorded with ``--as-enclave`` behave as without it, and pages are counted.
 
-Goal: outputs, exit statuses and contents of memory while pages come and go; which pages are counted
-and when.  Method: programs of Debian and of this folder, run with and without the recorder.
+Goal: outputs, exit statuses and contents of memory while pages are hidden and shown; which pages
+are counted and when.  Method: programs of Debian and of this folder, with and without the recorder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ordinary programs in a small EPC: their memory really leaves and comes back, unchanged.
+"""Ordinary programs in a small EPC: their memory is evicted and loaded again, unchanged.
 
 Goal: outputs that depend on every byte, with evictions; which loads the trace has.  Method:
 programs whose working set is known, or larger than the EPC.

@@ -1,4 +1,4 @@
-"""Traces of other tools become the accesses that they tell, or are refused with their line."""
+"""Traces of other tools give the accesses in them, or are refused with the line's number."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A trace file is read as it was written, whole or cut off, and cannot cost much memory.
 
 Method: files in memory; a small file is cut at every byte; hostile ones are made by pyarrow, whose
-messages may say more than a writer of ours would.
+messages may have values that :class:`TraceWriter` never writes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Numbers software sees: error codes and their flags, leaf numbers, types, bits, MSRs.
 
-Goal: nobody renumbers the manual.  Method: tables typed from it, decimal where it prints decimal
+Goal: all numbers are the manual's.  Method: tables typed from it, decimal where it prints decimal
 and hexadecimal where it prints hexadecimal.
 """
 

@@ -1,4 +1,4 @@
-"""Groups come and go while a reclaimer in another thread walks them."""
+"""Groups are made and removed while a reclaimer in another thread walks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long an enclave lives: files, mappings, address spaces, batches; killing; unloading.
+"""The lifetime of an enclave: files, mappings, address spaces, batches; killing; unloading.
 
 Each test ends with every EPC page free again.
 """

@@ -1,4 +1,4 @@
-"""mmap, mprotect, munmap, mremap, fork: what mappings of enclaves may be and may become."""
+"""mmap, mprotect, munmap, mremap, fork: which mappings of enclaves are allowed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """EREPORT, EGETKEY and EVERIFYREPORT2, as an enclave uses them.
 
-Goal: who can verify a report and who gets a key, and each refusal in its order.  Method: real
+Goal: which enclave can verify a report or gets a key, and each refusal in its order.  Method: real
 enclaves that real entries went into; calls that would succeed are broken row by row.
 
 Source:

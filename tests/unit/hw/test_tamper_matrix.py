@@ -1,4 +1,4 @@
-"""Whatever the operating system does to an evicted page, it comes back as it was or not at all.
+"""An evicted page is loaded unchanged or not at all, after every change by the operating system.
 
 Goal: every tampered, replayed, moved or foreign page is refused with the code the manual gives,
 nothing changes, and the untouched page still loads afterwards.  Method: every bit of the metadata,

@@ -1,7 +1,7 @@
-"""Tracking, scenario by scenario: when may a page leave, and what is seen until then.
+"""Tracking, scenario by scenario: when EWB accepts a page, and what threads see until then.
 
-Goal: the eighteen stories that a model without epochs, or without a TLB for each processor, gets
-wrong.  Method: each is a test named by its sentence, told with real entries, exits and accesses.
+Goal: the eighteen scenarios that a model without epochs, or without a TLB for each processor, gets
+wrong.  Method: each is a test named by its sentence, with real entries, exits and accesses.
 
 Source:
     SDM vol. 3D, "EPC and Management of EPC Pages"; "EWB", "ETRACK", "EBLOCK", Operation.

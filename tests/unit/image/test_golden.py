@@ -1,7 +1,7 @@
-"""Measurements on record: of files built here, and of real ones that someone has.
+"""Recorded measurements, of files built here and of real ones.
 
-Goal: a change that moves any MRENCLAVE is seen.  ``--update-golden`` records them anew.  Real
-signed files are not ours to ship; point ``SOFTSGX_ENCLAVES`` at a directory of them.
+Goal: a change of any MRENCLAVE fails a test.  ``--update-golden`` records them again.  The project
+may not distribute real signed files; set ``SOFTSGX_ENCLAVES`` to a directory of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Leaves of host and guest at the same time: conflicts are resolved, and only the guest's own seen.
+"""Leaves of host and guest at the same time: the guest sees only conflicts of its own leaves.
 
-Goal: where both need a SECS or its tracking, each gets done what it wants; what the guest's own
-leaves do to each other is reflected to it with the code or fault of a machine.
+Goal: where both need a SECS or its tracking, both leaves complete; conflicts among the guest's own
+leaves are reflected to it with the code or fault of a machine.
 
 Method: scripted schedules stop one side in the middle of a leaf, where it holds its locks, and let
 the other one run into it.

@@ -1,10 +1,10 @@
-"""What the host does to a guest's pages, and what the guest sees of it: nothing.
+"""The guest sees no effect of the host's evictions of its pages.
 
 Goal: each difference between native and guest EPC (the table "native and guest" of
-``docs/internals/guests.md``) is handled, and goes unnoticed.
+``docs/internals/guests.md``) is handled, and the guest does not see it.
 
-Method: a guest with its own driver on a host with room for all; the test evicts chosen pages as a
-batch of reclaim would, looks at the EPCM, and lets the guest go on.
+Method: a guest with its own driver on a host with room for all; the test evicts chosen pages in the
+steps of a reclaim batch, checks the EPCM, and lets the guest continue.
 """
 
 from __future__ import annotations

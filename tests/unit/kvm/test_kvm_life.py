@@ -1,4 +1,4 @@
-"""Ballast, limits, shortage, pause and loss of power: what one guest suffers, others do not."""
+"""Ballast, limits, shortage, pause and loss of power affect one guest and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trapped leaves: what a guest may create and launch is for its host to say.
+"""Trapped leaves: the host decides which enclaves a guest may create and launch.
 
 Method: ECREATE and EINIT as the guest's kernel executes them, beside the same leaves on the host.
 """

@@ -1,6 +1,6 @@
-"""``softsgx run --metrics``: what Prometheus gets, and what Grafana's dashboard asks for.
+"""``softsgx run --metrics``: the samples for Prometheus, and the queries of Grafana's dashboard.
 
-Goal: every sample is what the state says, under names that the conventions allow.  Method: scrapes
+Goal: every sample equals the state, under names that the conventions allow.  Method: scrapes
 of a platform that pages, read by Prometheus' own parser.
 """
 

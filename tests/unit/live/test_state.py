@@ -1,4 +1,4 @@
-"""The state of a run, as another process reads it while the supervisor goes on.
+"""The state of a run, as another process reads it while the supervisor continues.
 
 Goal: its numbers fit together, and totals never fall.  Method: a platform that pages; readings at
 every line of the code that counts a released enclave.

@@ -1,7 +1,7 @@
-"""The socket where a run tells its state: for its user, at no cost to the run.
+"""The status socket of a run: only its user can read it, and no client delays the run.
 
-Goal: who may ask, what a bad client can do, what is left behind.  Method: servers of this process
-in directories of the test; clients that hang, go, or find a socket nobody serves.
+Goal: access rights, effects of a bad client, files that remain.  Method: servers of this process in
+directories of the test; clients that hang, disconnect, or find the socket of a killed run.
 """
 
 from __future__ import annotations

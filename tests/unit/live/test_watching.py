@@ -1,4 +1,4 @@
-"""What ``softsgx top`` computes and draws, from states that runs have told.
+"""What ``softsgx top`` computes and draws from states of runs.
 
 Goal: rates of the right interval; drawings that fit.  Method: invented states; every drawing is
 measured, on terminals of 40 to 200 columns.

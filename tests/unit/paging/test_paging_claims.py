@@ -1,7 +1,7 @@
-"""Progress: every instruction completes, however many threads need how few pages.
+"""Progress: every instruction completes, with any number of threads in the smallest EPC.
 
-Method: toy enclaves in an EPC of exactly the pages that are said to do, and threads whose
-instructions each need as many pages at once as an instruction can, under seeded schedules.
+Method: toy enclaves in an EPC of exactly the smallest size that is accepted, and threads with
+instructions that each need as many pages at once as possible, under seeded schedules.
 """
 
 from __future__ import annotations

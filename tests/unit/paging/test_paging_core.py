@@ -1,4 +1,4 @@
-"""The core: what an allocation answers and when, who pays, what poison does, ksgxd.
+"""The core: results of allocations, charges, poison, ksgxd.
 
 Owners are fakes; a page's EPCM entry is never made valid except where EREMOVE is the point.
 """

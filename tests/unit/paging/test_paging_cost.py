@@ -1,4 +1,4 @@
-"""What one eviction and one load cost: the same whatever the EPC's size and the enclaves' number.
+"""The cost of an eviction and a load does not depend on the EPC's size or the number of enclaves.
 
 The cost is counted in calls of functions, which, unlike time, are the same in every run: the
 garbage collector, which calls finalizers and callbacks of other libraries, is off meanwhile.

@@ -1,4 +1,4 @@
-"""Free lists: order, NUMA walks, poison, and what a huge EPC costs."""
+"""Free lists: order, NUMA walks, poison, and the cost of a huge EPC."""
 
 from __future__ import annotations
 

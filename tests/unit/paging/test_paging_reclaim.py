@@ -1,4 +1,4 @@
-"""Batches of reclaim, seen from the owner: what it is asked, in what order, and what a no means.
+"""Batches of reclaim, seen from the owner: which calls it gets, in which order, and refusals.
 
 Owners are fakes that write down each call.
 """

@@ -1,4 +1,4 @@
-"""Placements of a fleet: complete, below the target, the same wherever the replays are made.
+"""Placements of a fleet: complete, below the target, the same with all kinds of workers.
 
 Goal: no program is lost or placed twice; workers, their order and interruptions change nothing.
 Method: replays by arithmetic (a host has room for so many pages), and real ones on a Dask cluster

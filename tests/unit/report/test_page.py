@@ -1,4 +1,4 @@
-"""The page needs nothing from elsewhere, and samples cover a run whatever its length."""
+"""The page needs no other files, and samples cover a run of any length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a plan needs nothing from elsewhere, and tells the answer first and all it rests on.
+"""The page of a plan needs no other files, and has the answer first and all its assumptions.
 
 Method: plans of made-up traces, and the parser of the page of runs.
 """

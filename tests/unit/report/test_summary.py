@@ -1,7 +1,7 @@
 """Summaries agree with the stream of events, although they are made without it.
 
 Goal: the counts that driver, core and processor keep are those that a listener would have counted.
-Method: the same story with a listener and without; the events are counted anew here.
+Method: the same history with a listener and without; the test counts the events.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is printed and written stays as it is on record, and fits the terminal.
+"""Printed and written summaries equal the recorded ones, and fit the terminal.
 
-``--update-golden`` records ``tests/golden/run-summary.txt`` and ``.json`` anew.
+``--update-golden`` records ``tests/golden/run-summary.txt`` and ``.json`` again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verdict names what was too small, only if it was, and an option that changes it."""
+"""The verdict names what was too small, if anything was, and the option that enlarges it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every runtime under one name, for what must hold on all of them."""
+"""A fixture with every runtime, for tests that must pass on all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A local cluster is this command's own: the keys of its terminal do not reach the workers."""
+"""A local cluster belongs to one command: keys of the terminal do not signal its workers."""
 
 from __future__ import annotations
 

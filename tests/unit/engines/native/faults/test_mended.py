@@ -1,4 +1,4 @@
-"""A page fault that the driver mends is an exit wherever somebody could tell.
+"""A page fault that the driver resolves is an exit wherever a program can see the difference.
 
 Method: a real machine with an enclave whose processor has the registers of a fake thread.
 """

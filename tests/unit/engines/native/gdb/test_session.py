@@ -1,6 +1,6 @@
-"""What gdb's packets are answered.
+"""Answers to gdb's packets.
 
-Goal: whatever gdb sends has an answer, and that is the manual's.  Method: packets against a program
+Goal: every packet of gdb has an answer, and it is the manual's.  Method: packets against a program
 without threads, and Hypothesis.
 """
 

@@ -1,6 +1,6 @@
 """A page is executable exactly when its mapping and its EPCM entry both say so.
 
-Method: histories of what spaces and stores tell, against page tables that the calls change.
+Method: histories of calls by address spaces and stores, against simulated page tables.
 """
 
 from __future__ import annotations

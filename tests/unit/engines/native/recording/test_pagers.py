@@ -1,4 +1,4 @@
-"""Watching pages changes nothing that the reclaimer learns, and misses no first use.
+"""Watching pages changes no accessed bit that the reclaimer reads, and misses no first use.
 
 Method: a plain pager and a recording one go through the same histories above a stand-in for the
 kernel, which has the entries, rights and write protection of a few pages.

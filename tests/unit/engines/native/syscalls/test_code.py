@@ -1,4 +1,4 @@
-"""CPUID is replaced in what is mapped, whatever was mapped before from a file of that name.
+"""CPUID is replaced in each new mapping, also when a file of that name was mapped before.
 
 Method: this process is the program; it maps files of its own, and its memory is written through
 ``/proc/self/mem`` as a tracer does.
