@@ -4,6 +4,7 @@ Each round runs all measurements in turn:
 
 ``compute``  the same C code inside an enclave and outside, over a second each
 ``ecall``    a call into an enclave that does nothing
+``ecall_sdk``  the same, with extended state cleared at entry and exit, as Intel's SDK does
 ``ecall_threads``  calls in a second by 1, 2, 4, 8 threads at once, each by a TCS of its own; beside
              them what the same loop does with a C function, and what two stops would allow
 ``fault``    an EPC fault, with the eviction and the two AES-GCM calls that go with it: an enclave
@@ -219,6 +220,8 @@ def _computing(programs: Programs, times: Times) -> None:
 def _ecalls(programs: Programs, times: Times) -> None:
     slices, _reloads = programs.engine("ecall", ECALLS, SLICES, epc_bytes=4 * EPC_BYTES)
     times.add("ecall", [numbers[0] / ECALLS * 1e6 for numbers in slices])
+    slices, _reloads = programs.engine("clear", ECALLS, SLICES, epc_bytes=4 * EPC_BYTES)
+    times.add("ecall_sdk", [numbers[0] / ECALLS * 1e6 for numbers in slices])
 
 
 def _threads(programs: Programs, times: Times) -> None:
@@ -291,7 +294,16 @@ def report(times: Times) -> dict[str, object]:
     """Return the report."""
     result: dict[str, object] = {}
     grown = ("edmm_page", "edmm_batch_page", "edmm_trim_page")
-    for name in ("ecall", "trap", "fault", "fault_random", "c_fault", "aesgcm_pair", *grown):
+    for name in (
+        "ecall",
+        "ecall_sdk",
+        "trap",
+        "fault",
+        "fault_random",
+        "c_fault",
+        "aesgcm_pair",
+        *grown,
+    ):
         if times.all.get(name):
             result[f"{name}_us"] = round(times.best(name), 2)
             result[f"{name}_median_us"] = round(times.median(name), 2)

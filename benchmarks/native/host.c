@@ -1,5 +1,6 @@
 /* host ENCLAVE compute SLICES PASSES: seconds of each slice of work, inside and outside in turn
  * host ENCLAVE ecall COUNT SLICES: seconds of COUNT calls that do nothing, for each slice
+ * host ENCLAVE clear COUNT SLICES: the same with calls that clear extended state twice
  * host ENCLAVE threads THREADS COUNT SLICES: seconds of COUNT calls by each of THREADS at once
  * host ENCLAVE functions THREADS COUNT SLICES: the same with a C function by its address
  * host ENCLAVE touch PAGES ROUNDS SLICES: seconds of touching so many pages so often, for each
@@ -57,13 +58,13 @@ static void compute(uint64_t slices, uint64_t passes)
     }
 }
 
-static void ecalls(uint64_t count, uint64_t slices)
+static void ecalls(unsigned long function, uint64_t count, uint64_t slices)
 {
     for (uint64_t i = 0; i < slices; i++) {
         double start = now();
 
         for (uint64_t n = 0; n < count; n++)
-            call(NOTHING, 0, 0);
+            call(function, 0, 0);
         printf("%.9f\n", now() - start);
     }
 }
@@ -148,8 +149,8 @@ int main(int argc, char **argv)
     }
     if (!strcmp(argv[2], "compute"))
         compute(numbers[0], numbers[1]);
-    else if (!strcmp(argv[2], "ecall"))
-        ecalls(numbers[0], numbers[1]);
+    else if (!strcmp(argv[2], "ecall") || !strcmp(argv[2], "clear"))
+        ecalls(strcmp(argv[2], "clear") ? NOTHING : CLEAR, numbers[0], numbers[1]);
     else if (!strcmp(argv[2], "threads") || !strcmp(argv[2], "functions"))
         together((unsigned)numbers[0], numbers[1], numbers[2], !strcmp(argv[2], "threads"));
     else

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { NOTHING, COMPUTE, PREPARE, TOUCH, SCATTER, GROW, GROW_ALL, ACCEPT_TRIM };
+enum { NOTHING, COMPUTE, PREPARE, TOUCH, SCATTER, GROW, GROW_ALL, ACCEPT_TRIM, CLEAR };
 enum { WORDS = 2048, PAGE = 4096 };
 
 /* Aligned, so that its loop lies on cache lines the same way in both programs. */
