@@ -94,7 +94,7 @@ static void refused(void)
 	for (int round = 0; round < 3; round++)
 		for (int kind = 0; kind < KINDS; kind++) {
 			for (int again = 0; again < 3; again++) perform(kind, 3 + again, area, &out);
-			for (int bad = 0; bad < 4; bad++) {
+			for (int bad = 0; bad < 5; bad++) {
 				struct run run = {.tcs = base};
 				struct seen seen;
 				uint64_t at = (uint64_t)area, frame = SSA_FRAME(0), flags = flags_of[bad + 1];
@@ -102,6 +102,7 @@ static void refused(void)
 				prepare(kind, 1, real);
 				memset(real + 512, 0, 64);
 				if (bad == 0) at += 8;
+				else if (bad == 4) at = base + 7 * PAGE + 8; /* nothing is there: that it is misaligned comes first */
 				else if (!restores[kind]) continue;
 				else if (bad == 1) *(uint64_t *)(real + 512) = 4;
 				else if (bad == 2) *(uint64_t *)(real + 520) = 1ul << 63 | 7;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -110,6 +111,19 @@ def stub_for(loads: bytes) -> tuple[StateStub, StateSite]:
     code, labels = site.stub(STUBS + STATE_STUB_BYTES, 7, range(0x1000, 0x9000), 832)
     assert len(code) <= STATE_STUB_BYTES
     return StateStub(site, 7, range(0x1000, 0x9000), labels), site
+
+
+@pytest.mark.parametrize("xfrm", [3, 0x6_00E7, 1 << 62 | 3])
+def test_a_stub_masks_both_halves_by_xfrm(xfrm: int) -> None:
+    site = site_of(b"\x48\xc7\xc0\xff\xff\xff\xff\x89\xc2")
+    assert site is not None
+    code, labels = site.stub(STUBS, xfrm, range(0x1000, 0x9000), 832)
+    low, high = xfrm & 0xFFFF_FFFF, xfrm >> 32
+    wanted = b"\xb8" + low.to_bytes(4, "little") + b"\xba" + high.to_bytes(4, "little") + XRSTOR
+    assert code[labels["flagged"] : labels["executed"]] == wanted
+    start, room, foreign = struct.unpack_from("<3Q", code, labels["enclave"])
+    assert (start, room) == (0x1000, 0x8000 - 832), "an area may start there"
+    assert foreign == (1 << 63) - 1 & ~xfrm
 
 
 @pytest.mark.parametrize(("loads", "register"), [(EAX + EDX, "rax"), (EDX + EAX, "rdx")])
