@@ -164,6 +164,16 @@ def test_a_thread_in_a_stub_is_in_front_of_the_instruction_or_behind_it(
     assert regs.rflags & FLAGS == flags & FLAGS
 
 
+@pytest.mark.parametrize(("ax", "flags"), [(0xD501, 0xAD7), (0x0200, 0x202)])
+def test_flags_that_looking_at_the_area_has_changed_come_back(ax: int, flags: int) -> None:
+    stub, _site = stub_for(EAX + EDX)
+    behind_lea = stub.labels["kept"] + 4
+    for at in range(behind_lea, stub.labels["added"]):
+        thread = thread_at(stub, at, rax=ax, rflags=0xAD7 ^ flags ^ 0x202)
+        straighten(thread)
+        assert thread.regs.rflags & FLAGS == flags & FLAGS
+
+
 def test_a_thread_elsewhere_stays_there() -> None:
     stub, _site = stub_for(EAX + EDX)
     for at in (-STATE_STUB_BYTES - 1, STATE_STUB_BYTES):
