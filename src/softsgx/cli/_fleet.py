@@ -68,7 +68,8 @@ def run_fleet(args: argparse.Namespace, defaults: argparse.Namespace) -> int:
     journal = None if args.results is None else Journal(Path(args.results))
     known = {} if journal is None else _known(journal)
     to_stdout = args.json == _STANDARD_OUTPUT
-    files = [args.json] if args.json and not to_stdout else []
+    json_file = None if to_stdout else args.json
+    files = [name for name in (json_file, args.report) if name]
     with Outputs(files, force=args.force) as outputs, _workers(args) as workers:
         try:
             with _following() as found:
@@ -83,6 +84,10 @@ def run_fleet(args: argparse.Namespace, defaults: argparse.Namespace) -> int:
                 print(text, end="")
             else:
                 outputs.write(args.json, text.encode())
+        if args.report:
+            from softsgx.report.fleet_html import fleet_page
+
+            outputs.write(args.report, fleet_page(plan).encode())
     if not args.quiet and not to_stdout:
         print_fleet(plan, Console(highlight=False, markup=False, emoji=False))
     return 0 if plan.best is not None else 1

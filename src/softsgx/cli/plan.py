@@ -84,7 +84,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--json", metavar="FILE", help="write the plan as one JSON object; - is standard output"
     )
     output.add_argument(
-        "--report", metavar="FILE.html", help="write a page with curve, residency and prices"
+        "--report",
+        metavar="FILE.html",
+        help="write a page with curve, residency and prices; of a fleet, with hosts and sizes",
     )
     output.add_argument("--quiet", action="store_true", help="print no text")
     output.add_argument("--force", action="store_true", help="overwrite files")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ import softsgx
 from softsgx.plan.fleet import FleetPlan, PlacedHost, Placement
 from softsgx.plan.sentence import exact_size, percent
 
-__all__ = ["FLEET_FORMAT", "fleet_document", "print_fleet"]
+__all__ = ["FLEET_FORMAT", "answer", "fleet_document", "print_fleet"]
 
 FLEET_FORMAT = "softsgx-fleet/1"
 
@@ -64,8 +63,7 @@ def print_fleet(plan: FleetPlan, console: Console) -> None:
     """Print the best placement, then what each choice of EPC sizes needs."""
     best = plan.best
     programs = sum(trace.count for trace in plan.spec.traces)
-    for line in _answer(best, programs):
-        console.print(line)
+    console.print(answer(best, programs))
     if best is not None:
         console.print(_hosts(best))
     if len(plan.placements) > 1:
@@ -74,15 +72,20 @@ def print_fleet(plan: FleetPlan, console: Console) -> None:
     console.print(f"\n{plan.units} replays; prices of {plan.spec.costs.name}", style="dim")
 
 
-def _answer(best: Placement | None, programs: int) -> Iterator[str]:
+def answer(best: Placement | None, programs: int) -> str:
+    """Return the answer in one sentence.
+
+    Args:
+        best: the placement to choose; ``None``: no placement has room for all.
+        programs: how many there are.
+    """
     if best is None:
-        yield f"No placement has room for all {programs} programs; add hosts or EPC."
-        return
+        return f"No placement has room for all {programs} programs; add hosts or EPC."
     kinds = Counter((host.kind, host.epc_bytes) for host in best.hosts)
     hosts = ", ".join(
         f"{count} × {kind} ({exact_size(size)})" for (kind, size), count in kinds.items()
     )
-    yield f"{programs} programs on {hosts}: {exact_size(best.epc_bytes)} of EPC in all."
+    return f"{programs} programs on {hosts}: {exact_size(best.epc_bytes)} of EPC in all."
 
 
 def _hosts(placement: Placement) -> Table:
