@@ -18,7 +18,7 @@ from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, Secs
 from softsgx.driver import FaultResult
 from softsgx.host import Platform
 from softsgx.image import SECINFO_RW, Blob, SignOptions, sign_plan, throwaway_key
-from softsgx.paging import EpcCore, Fifo, LinuxPolicy
+from softsgx.paging import EpcCore, Fifo, LinuxPolicy, Prefetching
 from softsgx.plan.core_replay import CoreReplay
 from softsgx.plan.linux_replay import LinuxReplay
 from softsgx.plan.scene import ENDS, GOES, LINUX, Epc
@@ -32,10 +32,12 @@ _POLICIES = (
     LinuxPolicy(evict_va=False, batch_pages=4, scan_pages=64),
     LinuxPolicy(evict_va=False, batch_pages=1, scan_pages=1, low_pages=1, high_pages=2),
     Fifo(evict_va=False),
+    Prefetching(evict_va=False),
+    Prefetching(evict_va=False, window_pages=40, low_pages=1, high_pages=2),
 )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_both_replays_do_the_same(seed: int) -> None:
     chance = random.Random(seed)
     count = chance.randint(1, 4)
