@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PART = 1 << 20
+_RESOLUTION_NS = 1000  # as recorders have it
 _READABLE_ACCESSES = 20_000
 _DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 _RECORD = np.dtype([("seconds", "<u4"), ("object", "<u8"), ("size", "<u4"), ("next", "<i8")])
@@ -56,7 +57,9 @@ def made(accesses: int, pages: int) -> Iterator[Chunk]:
 def write(path: Path, accesses: int, pages: int) -> None:
     """Write a trace file of such accesses."""
     last_ns = np.uint64(0)
-    with TraceWriter(path, precision="accesses", program="made up") as writer:
+    with TraceWriter(
+        path, precision="accesses", program="made up", resolution_ns=_RESOLUTION_NS
+    ) as writer:
         writer.add_enclave("made up", pages, 0)
         for chunk in made(accesses, pages):
             times = np.maximum(chunk.times_ns, last_ns)  # parts overlap a little

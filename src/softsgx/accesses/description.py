@@ -95,6 +95,7 @@ class TraceInfo:
             is whole.
         late_intervals: how many intervals took more than twice ``interval_ns``.
         user_ns: processor time that the program used in user mode; 0: the recorder does not say.
+        resolution_ns: times are rounded down to a multiple of it.
     """
 
     version: int
@@ -108,6 +109,7 @@ class TraceInfo:
     complete: bool
     late_intervals: int = 0
     user_ns: int = 0
+    resolution_ns: int = 1
 
 
 def trace_text(info: TraceInfo) -> str:
@@ -120,6 +122,7 @@ def trace_text(info: TraceInfo) -> str:
         "program": info.program,
         "page_bytes": info.page_bytes,
         "timed": info.timed,
+        "resolution_ns": info.resolution_ns,
     }
     return json.dumps(fields)
 
@@ -152,6 +155,7 @@ def read_trace_text(text: bytes) -> TraceInfo:
         timed=timed,
         enclaves=(),
         complete=False,
+        resolution_ns=max(1, _number({"resolution_ns": 1} | fields, "resolution_ns", _MOST_NS)),
     )
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["TraceWriter", "write_trace"]
 
 _BATCH_RECORDS = 1 << 16
+_COMPRESSION_LEVEL = 3  # higher levels save at most a tenth, in several times the time
 _BATCH_ENCLAVES = 256  # described in one batch: bounds the size of its metadata
 _MOST_DELTA_NS = (1 << 32) - 1
 
@@ -50,6 +51,7 @@ class TraceWriter:
     Args:
         file: a path, where an existing file is replaced, or an open file, which stays open.
         precision, interval_ns, epc_pages, program, timed: see :class:`TraceInfo`.
+        resolution_ns: times are rounded down to a multiple of it, which makes the file smaller.
 
     Raises:
         SoftSgxError: the file cannot be written; :meth:`flush`, and methods that call it, raise it
@@ -65,6 +67,7 @@ class TraceWriter:
         interval_ns: int = 0,
         epc_pages: int = 0,
         timed: bool = True,
+        resolution_ns: int = 1,
     ) -> None:
         info = TraceInfo(
             version=VERSION,
@@ -76,7 +79,9 @@ class TraceWriter:
             timed=timed,
             enclaves=(),
             complete=False,
+            resolution_ns=resolution_ns,
         )
+        self._resolution_ns = resolution_ns
         self._enclaves: list[TracedEnclave] = []
         self._undescribed: dict[int, None] = {}  # numbers of new or grown enclaves
         self._now_ns = self._late_intervals = self._user_ns = 0
@@ -90,7 +95,8 @@ class TraceWriter:
                 else file
             )
             described = schema({TRACE_KEY: trace_text(info)})
-            options = pa.ipc.IpcWriteOptions(compression="zstd")
+            codec = pa.Codec("zstd", compression_level=_COMPRESSION_LEVEL)
+            options = pa.ipc.IpcWriteOptions(compression=codec)
             self._stream = pa.ipc.new_stream(self._file, described, options=options)
         try:
             self._write(Chunk.joined(()))  # pyarrow writes the schema with the first batch
@@ -238,7 +244,7 @@ class TraceWriter:
 
     def _write(self, chunk: Chunk) -> None:
         """Write a chunk: one batch, or several where a difference of times exceeds 32 bits."""
-        times = chunk.times_ns
+        times = chunk.times_ns - chunk.times_ns % np.uint64(self._resolution_ns)
         before = np.concatenate((np.array([self._now_ns], np.uint64), times[:-1]))[: len(times)]
         assert (before <= times).all(), "records are not in order of time"
         sizes = np.array([one.pages for one in self._enclaves], np.uint64)
@@ -252,6 +258,8 @@ class TraceWriter:
             if first in late:
                 self._now_ns = int(times[first])
             self._write_batch(chunk[first:end], deltas[first:end])
+            if end > first:
+                self._now_ns = int(times[end - 1])
 
     def _write_batch(self, chunk: Chunk, deltas: NDArray[np.uint64]) -> None:
         described = [self._enclaves[number] for number in self._undescribed]
@@ -263,8 +271,6 @@ class TraceWriter:
             self._stream.write_batch(batch, custom_metadata=metadata)
             self._file.flush()
         self._undescribed.clear()
-        if len(chunk):
-            self._now_ns = int(chunk.times_ns[-1])
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -288,6 +294,7 @@ def write_trace(file: str | Path | BinaryIO, trace: Trace) -> None:
         interval_ns=info.interval_ns,
         epc_pages=info.epc_pages,
         timed=info.timed,
+        resolution_ns=info.resolution_ns,
     ) as writer:
         for enclave in info.enclaves:
             writer.add_enclave(enclave.name, enclave.pages, enclave.pid)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["TraceFile", "check_libraries", "describe_overhead", "shell_status"]
 
 _LIBRARIES = ("numpy", "pyarrow")
+_RESOLUTION_NS = 1000  # of times in the file, far below any interval
 
 
 def check_libraries() -> None:
@@ -98,6 +99,7 @@ class TraceFile:
             program=self._program,
             interval_ns=self._interval_ns,
             epc_pages=epc_pages,
+            resolution_ns=_RESOLUTION_NS,
         )
 
     def add_enclave(self, name: str, pages: int, pid: int) -> int:

@@ -243,6 +243,36 @@ def test_an_enclave_without_pages_can_end() -> None:
     assert rows(opened(file.getvalue()).read().records) == [(0, 0, 3, 5)]
 
 
+@given(st.lists(st.integers(0, 1 << 34), max_size=20), st.sampled_from([1, 7, 1000, 1 << 33]))
+def test_times_are_rounded_down_to_the_resolution(waits: list[int], resolution_ns: int) -> None:
+    file, now_ns, expected = io.BytesIO(), 0, []
+    with TraceWriter(file, precision="faults", resolution_ns=resolution_ns) as writer:
+        writer.add_enclave("a", 1, 1)
+        for at, wait_ns in enumerate(waits):
+            now_ns += wait_ns
+            writer.append(0, 0, False, now_ns)
+            expected.append(now_ns // resolution_ns * resolution_ns)
+            if at % 3 == 0:
+                writer.flush()
+    trace = opened(file.getvalue()).read()
+    assert trace.records.times_ns.tolist() == expected
+    assert trace.info.resolution_ns == resolution_ns
+    again = io.BytesIO()
+    write_trace(again, trace)
+    assert opened(again.getvalue()).read().info == trace.info
+
+
+def test_records_of_a_jittered_clock_take_at_most_three_bytes_each() -> None:
+    chance, count = np.random.default_rng(2), 1 << 16
+    times = np.cumsum(chance.integers(0, 20_000, count)).astype(np.uint64)
+    file = io.BytesIO()
+    with TraceWriter(file, precision="accesses", resolution_ns=1000) as writer:
+        writer.add_enclave("a", 1 << 15, 1)
+        pages = np.minimum(chance.zipf(1.2, count), 1 << 15) - 1
+        writer.extend(0, pages, chance.random(count) < 0.3, times)
+    assert len(file.getvalue()) <= 3 * count
+
+
 def test_typical_records_take_at_most_four_bytes_each() -> None:
     chance, count = np.random.default_rng(1), 1 << 17
     pages = np.minimum(chance.zipf(1.3, count), 4096) - 1
@@ -302,6 +332,7 @@ def test_the_streams_that_are_damaged_here_are_read_undamaged() -> None:
         ({"precision": "pages"}, "unknown precision"),
         ({"page_bytes": 8192}, "pages of 8192 bytes"),
         ({"epc_pages": -1}, "epc_pages is not from 0"),
+        ({"resolution_ns": -1}, "resolution_ns is not from 0"),
         ({"interval_ns": True}, "interval_ns is not from 0"),
         ({"program": 5}, "program is not a string"),
         ({"timed": 1}, "timed is not true or false"),
