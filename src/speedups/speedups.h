@@ -164,7 +164,7 @@ is_none(PyObject *field)
 /* Whether a field is an integer that fits; then it is stored. */
 bool integer(PyObject *field, int64_t *value);
 
-/* Store a value in a field, which must be of a record that somebody else references. */
+/* Store a value in a field, which must be of a record with another reference. */
 static inline void
 set_field(PyObject **field, PyObject *value)
 {

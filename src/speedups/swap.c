@@ -148,7 +148,7 @@ swap_write(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
     if (sealed == NULL)
         goto done;
     if (!PyTuple_Check(sealed))
-        goto readably;  // tries it again, with the same result, and goes on from there
+        goto readably;  // tries it again, with the same result, and continues from there
     result = written(swap, reservation, sealed);
     goto done;
 readably:

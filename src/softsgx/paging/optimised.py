@@ -145,7 +145,7 @@ class PlainCore(EpcCore):
         request: AllocRequest,
         kind: str,
     ) -> SgxEpcPage:
-        """A charge was refused: as :meth:`EpcCore.alloc` goes on."""
+        """Continue as :meth:`EpcCore.alloc` after a refused charge."""
         try:
             return self._take_page(group, refused, seen, cpu_node, request)
         except (NoEpc, EpcBusy, Interrupted) as error:

@@ -64,12 +64,12 @@ def clock(
 def lives(
     numbers: NDArray[np.uint32], current: NDArray[np.uint32], count: int
 ) -> tuple[NDArray[np.uint32], int]:
-    """Number the lives of pages; return the number of each access, and how many lives there are.
+    """Number the lifetimes of pages; return the number of each access, and how many there are.
 
     Args:
-        numbers: accesses, and pages that go.
-        current: the life of each page, ``NEVER`` while it has none.
-        count: lives so far.
+        numbers: accesses and removed pages.
+        current: the lifetime of each page; ``NEVER``: it is not in the enclave.
+        count: lifetimes so far.
     """
     found = np.empty(len(numbers), np.uint32)
     size = 0

@@ -30,7 +30,7 @@ LONGEST = 15
 """Bytes of an instruction at most."""
 
 _PAGE_MASK = -PAGE_BYTES
-#: The most repetitions in a row of a fault without a reason: more are a mistake of ours.
+#: The most repetitions in a row of a fault without a reason: more are a bug of softsgx.
 _SPURIOUS_LIMIT = 10_000
 _NONE = 0, (0, 0)
 

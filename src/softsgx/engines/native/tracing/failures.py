@@ -1,4 +1,4 @@
-"""Boundaries for exceptions that are mistakes of ours: each ends the smallest part of the program.
+"""Boundaries for exceptions that are bugs of softsgx: each ends the smallest part of the program.
 
 The first of these places that the exception reaches catches it, and the rest of the program
 continues:
@@ -48,7 +48,7 @@ class Failures:
     """See the module.
 
     Attributes:
-        errors: mistakes of ours, the earliest first.
+        errors: the exceptions, the earliest first.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Failures:
         self._ended.discard(pid)
 
     def note(self, what: str, error: Exception) -> None:
-        """Keep and log a mistake of ours; no process is ended."""
+        """Keep and log an exception that is a bug of softsgx; no process is ended."""
         _LOG.error("%s", what, exc_info=error)
         self.errors.append(error)
 

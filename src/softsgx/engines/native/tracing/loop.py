@@ -59,7 +59,7 @@ class Loop:
     Attributes:
         threads: living threads by id.
         statuses: exit status of each process that has ended, as wait(2) encodes it.
-        failures: exceptions that are mistakes of ours.
+        failures: exceptions that are bugs of softsgx.
         unsupervised: threads of 32-bit programs.
     """
 

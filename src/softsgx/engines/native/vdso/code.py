@@ -108,7 +108,7 @@ def emit_forward(asm: Assembler, name: str) -> None:
 
 
 def target_of(name: str) -> str:
-    """Return the label of the address that a forwarding function goes on at."""
+    """Return the label of the address where a forwarding function continues."""
     return f"target of {name}"
 
 

@@ -81,7 +81,7 @@ class Vdso:
         permits_at: where the supervisor writes the address of the table of permits.
         ask, pushed, popping, popped, added, permit_end, undo: as ``vdso/permit_code.py`` has them.
         symbols: exported functions.
-        targets: where the addresses belong that those of the kernel's vDSO go on at.
+        targets: places for the addresses where functions of the kernel's vDSO continue.
     """
 
     image: bytes

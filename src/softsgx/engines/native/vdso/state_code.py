@@ -8,7 +8,7 @@ whose values are known, and keeps the flags in RAX.
 
 The stub refuses what the processor would not do as with XFRM in XCR0, or what the supervisor has
 reasons to look at: an area that is not aligned or not in the enclave, and an XRSTOR whose header
-has more than XFRM.  Then the thread goes on at the instruction itself, which stops it.
+has more than XFRM.  Then the thread continues at the instruction itself, which stops it.
 
 Source:
     SDM vol. 1, "Managing State Using the XSAVE Feature Set"; vol. 2, LAHF, SETcc, SAHF, LEA.
