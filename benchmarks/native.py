@@ -10,6 +10,7 @@ Each round runs all measurements in turn:
 ``fault``    an EPC fault, with the eviction and the two AES-GCM calls that go with it: an enclave
              larger than its EPC touches its pages in order, so that each touch is a fault
 ``fault_random``  the same in an order in which no page follows its neighbour
+``pure_fault``, ``pure_fault_random``  the same without the compiled core, where there is one
 ``trap``     floor of both: a breakpoint that bare Python handles as tracer, registers in and out
 ``c_fault``  comparison with the fault: a C program with a thread that fills pages by userfaultfd;
              no eviction, no crypto
@@ -47,6 +48,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import PAGERS, abi, doctor, libc, run
 from softsgx.errors import SoftSgxError
@@ -211,6 +213,19 @@ def _faults(programs: Programs, times: Times) -> None:
         times.add(name, [numbers[0] / touches * 1e6 for numbers in slices])
 
 
+def _pure_faults(programs: Programs, times: Times) -> None:
+    """Measure faults without the compiled core, in a process of its own."""
+    if compiled.speedups is None:
+        return
+    argv = [sys.executable, __file__, "--only-faults", str(programs.directory)]
+    if programs.pager is not None:
+        argv += ["--pager", programs.pager]
+    environment = {**os.environ, compiled.PURE: "1"}
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=environment)
+    for name, values in json.loads(done.stdout).items():
+        times.add(f"pure_{name}", values)
+
+
 def _computing(programs: Programs, times: Times) -> None:
     slices, _reloads = programs.engine("compute", SLICES, PASSES, epc_bytes=4 * EPC_BYTES)
     times.add("inside", [numbers[0] * 1e6 for numbers in slices])
@@ -272,6 +287,7 @@ def measure(programs: Programs, rounds: int) -> Times:
         lambda: times.add("aesgcm_pair", [_crypto() * 1e6]),
         lambda: times.add("c_fault", [t / PAGES * 1e6 for t in programs.rival()]),
         lambda: _faults(programs, times),
+        lambda: _pure_faults(programs, times),
         lambda: _computing(programs, times),
         lambda: _adding(programs, times),
         lambda: _growing(programs, times),
@@ -300,6 +316,8 @@ def report(times: Times) -> dict[str, object]:
         "trap",
         "fault",
         "fault_random",
+        "pure_fault",
+        "pure_fault_random",
         "c_fault",
         "aesgcm_pair",
         *grown,
@@ -327,6 +345,10 @@ def report(times: Times) -> dict[str, object]:
         floor = times.best("c_fault") + times.best("aesgcm_pair")
         for name in ("fault", "fault_random"):
             result[f"{name}_per_rival"] = round(times.best(name) / floor, 2)
+    for name in ("fault", "fault_random"):
+        if times.all.get(f"pure_{name}"):
+            ratio = times.best(f"pure_{name}") / times.best(name)
+            result[f"{name}_compiled_speedup"] = round(ratio, 2)
     return result
 
 
@@ -338,7 +360,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
     parser.add_argument("--pager", choices=PAGERS, help="default: the best this machine allows")
+    parser.add_argument("--only-faults", type=Path, metavar="PROGRAMS", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only_faults:
+        times = Times()
+        _faults(Programs(args.only_faults, args.pager), times)
+        print(json.dumps(times.all))
+        return 0
     for finding in doctor():
         if not finding.ok and (finding.needed or finding.name == "userfaultfd"):
             print(f"{finding.name}: {finding.text}", file=sys.stderr)
