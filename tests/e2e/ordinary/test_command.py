@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.e2e.native.test_unsupervised import executing, forking
 from tests.support.native import needs_tracing
 
 from softsgx.engines.ordinary import can_record
@@ -100,3 +101,20 @@ def test_options_of_a_machine_are_refused(options: list[str], text: bytes) -> No
     assert done.stderr.startswith(b"softsgx: ")
     assert text in done.stderr
     assert done.stderr.count(b"\n") == 1
+
+
+def test_a_32_bit_child_runs_and_a_line_says_that_its_pages_do_not_count(tmp_path: Path) -> None:
+    small = forking(tmp_path / "small", 7)
+    try:
+        subprocess.run([small], check=False)
+    except OSError:
+        pytest.skip("this kernel executes no 32-bit programs")
+    script = f"{small}; echo status $?; exec {executing(tmp_path / 'back', ['/bin/echo', 'again'])}"
+    done = command("-o", str(tmp_path / "trace"), "--quiet", "--", "/bin/sh", "-c", script)
+    assert (done.returncode, done.stdout) == (0, b"status 7\nagain\n")
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 2, "one for each such program that is executed"
+    for line, name in zip(lines, ("small", "back"), strict=True):
+        assert line.startswith("softsgx: process ")
+        assert f"{tmp_path / name}" in line
+        assert "32-bit" in line
