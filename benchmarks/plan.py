@@ -5,15 +5,17 @@ compiled; libcachesim replays the same accesses in the same run with ``process_t
 way.
 
     python benchmarks/plan.py --json
-    python benchmarks/plan.py --json --large 200000000     and the memory that a long trace takes
+    python benchmarks/plan.py --json --large 200000000     and softsgx plan with a long trace
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -152,29 +154,20 @@ def bytes_per_access() -> dict[str, float]:
 
 
 def large(path: Path, accesses: int, pages: int) -> dict[str, float]:
-    """Return time and memory of the curve of a long trace, computed in a separate process."""
+    """Return time and memory of ``softsgx plan`` with a long trace."""
     write(path, accesses, pages)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_curve, args=(path, sender))
-    process.start()
-    taken, peak_bytes = receiver.recv()
-    process.join()
+    command = [sys.executable, "-m", "softsgx", "plan", str(path), "--quiet"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, env=os.environ | {"TMPDIR": str(path.parent)})
+    taken, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "accesses": accesses,
         "bytes_per_access": path.stat().st_size / accesses,
         "seconds": taken,
-        "million_per_s": accesses / taken / 1e6,
-        "peak_mib": peak_bytes / (1 << 20),
+        "processor_seconds": used,
+        "peak_mib": after.ru_maxrss / 1024,
     }
-
-
-def _curve(path: Path, sender: Any) -> None:
-    start = time.process_time()
-    with open_trace(path) as trace:
-        stack_distances(numbered(trace))
-    taken = time.process_time() - start
-    sender.send((taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
 
 
 def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:

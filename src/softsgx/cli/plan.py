@@ -239,7 +239,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda _what, _done, _of: None
         return
-    with console.status("compiling, or loading compiled code") as status:
+    with console.status("starting") as status:
         yield lambda what, done, of: status.update(
             f"{what}: {100 * done // of} %" if of > 1 else what
         )

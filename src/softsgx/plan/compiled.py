@@ -10,6 +10,8 @@ Source:
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +28,22 @@ except ImportError as error:
         f"plan: package {error.name} is missing; pip install 'softsgx[plan]'"
     ) from error
 
-__all__ = ["cache_directory", "compiled", "popcount"]
+__all__ = ["cache_directory", "compiled", "is_cached", "popcount"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _config: Any = numba.config
 
 
 def cache_directory() -> Path:
-    """Return the directory of compiled kernels: ``NUMBA_CACHE_DIR`` or one of the user's."""
+    """Return the directory of compiled kernels: in ``NUMBA_CACHE_DIR`` or one of the user's.
+
+    Kernels of other sources have another one: numba compares the time of a kernel's own file, and
+    misses a change in a kernel or a constant that it uses from another file.
+    """
+    return _base_directory() / _digest_of_sources()
+
+
+def _base_directory() -> Path:
     if _config.CACHE_DIR:
         return Path(_config.CACHE_DIR)
     # The specification says that a relative path must be ignored.
@@ -41,6 +51,21 @@ def cache_directory() -> Path:
     if not base.is_absolute():
         base = Path(os.path.expanduser("~")) / ".cache"
     return base / "softsgx" / "numba"
+
+
+@functools.cache
+def _digest_of_sources() -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def is_cached(kernel: Callable[..., Any]) -> bool:
+    """Return whether a kernel is compiled: for this process, or in the cache."""
+    dispatcher: Any = kernel
+    name = dispatcher.py_func.__qualname__
+    return bool(dispatcher.signatures) or any(cache_directory().rglob(f"*.{name}-*.nbc"))
 
 
 def compiled(kernel: F, *, inlined: bool = False, counts_references: bool = True) -> F:

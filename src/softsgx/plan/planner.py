@@ -35,6 +35,7 @@ from softsgx.plan.result import (
 )
 from softsgx.plan.scene import Counts, Epc, Scene, paths_of
 from softsgx.plan.sentence import exact_size, recommendation_text
+from softsgx.plan.warm_up import compile_kernels
 from softsgx.sizes import size_text
 
 __all__ = ["Host", "Options", "plan"]
@@ -219,6 +220,7 @@ def plan(
     """
     if not 1 < target_slowdown < math.inf:
         raise SoftSgxError(f"target slowdown {target_slowdown}: not above 1; give 1.1 for 10 %")
+    compile_kernels(progress)
     progress("reading traces", 0, 1)
     loaded = load(traces, lambda done, of: progress("reading traces", done, of))
     scene, summaries, working_set = loaded.scene, loaded.summaries, loaded.working_set

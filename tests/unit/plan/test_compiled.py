@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from softsgx.plan import compiled
+
 SCRIPT = """
 import numpy as np
 from softsgx.plan.policies import misses
@@ -22,9 +24,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return kept | {"HOME": str(home)} | more
 
 
-def run(where: dict[str, str]) -> str:
+def run(where: dict[str, str], script: str = SCRIPT) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=where, text=True, capture_output=True, check=True
+        [sys.executable, "-c", script], env=where, text=True, capture_output=True, check=True
     )
     return done.stdout
 
@@ -36,6 +38,36 @@ def test_machine_code_is_cached_in_the_users_directory(tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert run(environment(tmp_path, XDG_CACHE_HOME=str(other))) == "[3, 2]\n"
     assert list((other / "softsgx/numba").rglob("*.nbc"))
+
+
+PLAN = """
+from softsgx.accesses import Trace
+from softsgx.plan import PlannedTrace, plan
+told = []
+trace = Trace.of([(page % 60, False) for page in range(300)])
+plan([PlannedTrace(trace)], progress=lambda what, _done, _of: told.append(what))
+print([what for what in told if "compiling" in what], "reading traces" in told)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_plan_says_that_it_compiles_and_the_second_does_not(tmp_path: Path) -> None:
+    both = "['compiling the curve, once', 'compiling the replay, once'] True\n"
+    assert [run(environment(tmp_path), PLAN) for _ in "12"] == [both, "[] True\n"]
+
+
+def test_other_sources_have_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = compiled.cache_directory()
+    (tmp_path / "kernels.py").write_text("changed")
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    compiled._digest_of_sources.cache_clear()
+    try:
+        after = compiled.cache_directory()
+    finally:
+        monkeypatch.undo()
+        compiled._digest_of_sources.cache_clear()
+    assert after != before == compiled.cache_directory()
+    assert after.parent == before.parent
 
 
 @pytest.mark.slow
