@@ -83,7 +83,10 @@ class Loop:
         self.unsupervised = Unsupervised(waits, lifecycle.new_process)
 
     def add(self, thread: ProgramThread) -> None:
-        """Add a stopped thread."""
+        """Add the first thread of a program, stopped."""
+        self._know(thread)
+
+    def _know(self, thread: ProgramThread) -> None:
         self.threads[thread.tid] = thread
         self._waits.places[thread.tid] = thread.place
 
@@ -403,7 +406,7 @@ class Loop:
             shares = bool(flags & abi.CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
         image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
         thread = lifecycle.new_thread(tid, process, image)
-        self.add(thread)
+        self._know(thread)
         # The kernel copies filters.  What fork has copied may have been made before the filter was.
         thread.watched = shares and parent.watched
         if not shares:
