@@ -18,6 +18,7 @@ from typing import Protocol, TextIO, cast
 import softsgx
 from softsgx import compiled
 from softsgx.cli._common import discard, tell
+from softsgx.cli._help import HelpFormatter
 from softsgx.cli._signals import EndedBySignal
 from softsgx.errors import SoftSgxError
 
@@ -179,7 +180,7 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
         prog="softsgx",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     version = f"softsgx {softsgx.__version__}, {compiled.description}"
     parser.add_argument("--version", action="version", version=version)
@@ -194,7 +195,8 @@ def whole_parser() -> argparse.ArgumentParser:
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """Return the parser of one verb, as ``softsgx VERB`` has it."""
-    return _add_verbs(argparse.ArgumentParser(prog="softsgx"), (verb,))[verb]
+    parser = argparse.ArgumentParser(prog="softsgx", formatter_class=HelpFormatter)
+    return _add_verbs(parser, (verb,))[verb]
 
 
 def _add_verbs(
@@ -209,7 +211,7 @@ def _add_verbs(
             help=summary.rstrip("."),
             description=summary,
             epilog=rest.strip("\n"),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         command.configure(verb)
         verb.set_defaults(command=command)

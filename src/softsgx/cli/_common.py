@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -101,6 +100,8 @@ def discard(descriptor: int) -> None:
 
 def print_json(document: dict[str, object]) -> None:
     """Print one object."""
+    import json
+
     print(json.dumps(document, indent=2))
 
 

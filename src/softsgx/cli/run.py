@@ -20,9 +20,7 @@ This is an emulation: it protects nothing from the owner of this machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -246,6 +244,8 @@ def _exceeded(thresholds: list[report.Threshold], summary: RunSummary) -> int:
     for threshold in thresholds:
         seen = threshold.exceeded(run)
         if seen is not None:
+            import shlex
+
             tell(f"softsgx: --fail-if {shlex.quote(threshold.text)}: {seen}")
             status = _EXCEEDED
     return status
@@ -260,6 +260,8 @@ def _report(
         with errors_printed():
             outputs.write(args.report, report.html_page(summary, sampler.samples).encode())
     if args.json:
+        import json
+
         text = json.dumps(document(summary), indent=2) + "\n"
         with errors_printed():
             if args.json == _STANDARD_OUTPUT:

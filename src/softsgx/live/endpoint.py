@@ -14,7 +14,6 @@ Source:
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import stat
@@ -78,6 +77,8 @@ class StatusServer:
             with peer, suppress(OSError):  # the client may disconnect, or not read
                 peer.settimeout(self._patience_s)
                 if peer_may_talk(peer):
+                    import json
+
                     peer.sendall(json.dumps(self._state(), separators=(",", ":")).encode() + b"\n")
 
 

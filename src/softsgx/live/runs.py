@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +65,8 @@ def ask(pid: int) -> dict[str, Any]:
             peer.connect(str(path))
             if not peer_may_talk(peer):
                 raise NoAnswer(f"{path}: belongs to another user")
+            import json
+
             document = json.loads(_read_all(peer))
         except FileNotFoundError:
             raise RunEnded(f"{pid}: has ended") from None

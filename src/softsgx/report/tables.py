@@ -6,7 +6,6 @@ Few enclaves get a paragraph each, many a row; either way it fits into 80 column
 from __future__ import annotations
 
 import re
-import shlex
 import textwrap
 
 from rich.console import Console, Group, RenderableType
@@ -113,6 +112,8 @@ def cycles_text(cycles: int) -> str:
 def _print_head(run: RunSummary, console: Console) -> None:
     platform = run.platform
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
+    import shlex
+
     head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
     head.append(f": {ended}", "not bold")
     console.print(head)
