@@ -170,7 +170,8 @@ def test_prometheus_scrapes_the_recording(
     assert accesses >= (0 if options else PAGES), "what is in no ended interval is not counted yet"
     assert ("softsgx_epc_size_bytes" in samples) == bool(options)
     if options:
-        assert samples["softsgx_reloads_total"].value == state["totals"]["reloads"] > 0
+        # The program may load pages until it waits for its line.
+        assert 0 < samples["softsgx_reloads_total"].value <= state["totals"]["reloads"]
 
 
 def test_metrics_at_a_port_that_is_taken_end_the_command_before_the_program_starts(
