@@ -43,6 +43,13 @@ def test_a_program_finds_a_device_in_strict_runs(program: list[str], scenario: s
     assert run([*program, scenario], epc=EPC_PAGES * 4096, strict=True).exit_code == 0
 
 
+def test_a_child_without_the_vdso_ends_with_a_reason_and_its_parent_goes_on(
+    program: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run([*program, "bare"], epc=EPC_PAGES * 4096, pager="mprotect").exit_code == 0
+    assert ["not in the child of fork" in message for message in caplog.messages] == [True]
+
+
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 def test_memory_past_page_tables_is_the_drivers(
     builds: NativeBuilds, program: list[str], pager: str

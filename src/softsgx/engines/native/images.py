@@ -22,6 +22,7 @@ from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.path_calls import PathCalls
 from softsgx.engines.native.vdso.permit_table import reserve_table
+from softsgx.errors import SoftSgxError
 
 __all__ = ["AddressSpaces"]
 
@@ -82,6 +83,7 @@ class AddressSpaces:
         memory = _open_memory(thread.tid)
         with ExitStack() as undo:
             undo.callback(os.close, memory)
+            _check_vdso(memory, parent)
             image = ProcessImage(
                 next(self._numbers),
                 thread,
@@ -121,6 +123,19 @@ class AddressSpaces:
             image.permits.close()
         del self._images[image.index]
         self._registry.sweep()
+
+
+def _check_vdso(memory: int, parent: ProcessImage) -> None:
+    """Raise an error if a fork child has not inherited what the supervisor needs of its vDSO."""
+    vdso = parent.vdso
+    try:
+        for place in (vdso.inject, vdso.permits_at):
+            os.pread(memory, 1, parent.vdso_base + place)
+    except OSError as error:
+        raise SoftSgxError(
+            f"vDSO at {parent.vdso_base:#x}: not in the child of fork ({error.strerror}); let the "
+            "program not apply MADV_DONTFORK to it"
+        ) from None
 
 
 def _open_memory(pid: int) -> int:

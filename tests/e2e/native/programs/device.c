@@ -177,6 +177,20 @@ static void heirs(void)
 	check();
 }
 
+/* A child without the vDSO that its parent has. */
+static void bare(void)
+{
+	int status;
+	build();
+	fill();
+	char *vdso = (char *)getauxval(AT_SYSINFO_EHDR);
+	for (int page = 0; page < 64; page++) madvise(vdso + page * PAGE, PAGE, MADV_DONTFORK);
+	pid_t child = fork();
+	if (!child) _exit(0);
+	CHECK(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	check();
+}
+
 /* Whether a page is mapped, by the kernel that runs here. */
 static int is_mapped(uint64_t page)
 {
@@ -445,7 +459,7 @@ static void orphan(void)
 int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
-		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"refused", refused}, {"maps", maps},
+		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"refused", refused}, {"bare", bare}, {"maps", maps},
 		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
 		{"thread", thread}, {"orphan", orphan},
 	};

@@ -146,8 +146,8 @@ static void names(void)
 
 static uint64_t rights(void) { return PICK(0, 1, 2, 3, 3, 3, 5, 7, 8, 16, 0x1000003, ~0ul); }
 static const int advices[] = {0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 26, 30, 1000, -1};
-/* An end above all memory is legal: libraries and the stack keep their content. */
-static uint64_t advised(uint64_t size, int advice) { return advice == MADV_DONTNEED && size > 1ul << 40 ? PAGE : size; }
+/* An end above all memory is legal: libraries and the stack keep their content, also in children. */
+static uint64_t advised(uint64_t size, int advice) { return (advice == MADV_DONTNEED || advice == MADV_DONTFORK) && size > 1ul << 40 ? PAGE : size; }
 
 /* Where memory was mapped or moved to outside the arena is the kernel's choice. */
 static void placed(const char *what, long at, uint64_t size)

@@ -19,6 +19,7 @@ from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
 from softsgx.engines.native.vdso.out_of_line import OutOfLine
+from softsgx.errors import SoftSgxError
 from softsgx.ondemand import dataclass
 
 __all__ = ["Gone", "Stop", "Thread", "decode_stop"]
@@ -476,6 +477,11 @@ class Thread:
                 self.load()
                 if self.regs.rip == end:
                     return stopped_by_signal
+            # Blocked signals do not stop it, so its own code has raised this one.
+            if stop.event == 0 and stop.signal in (abi.SIGSEGV, abi.SIGBUS):
+                raise SoftSgxError(
+                    f"vDSO at {end:#x}: not mapped; let the program not unmap or protect it"
+                )
             stopped_by_signal |= stop.event == 0 and stop.signal == abi.SIGSTOP
             self.resume()
 
