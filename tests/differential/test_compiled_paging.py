@@ -1,0 +1,63 @@
+"""What random programs of ``test_optimised_paging`` seldom meet, in each implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.differential.test_optimised_paging import IMPLEMENTATIONS, Implementation
+from tests.model.test_random_programs import World
+
+from softsgx.arch import PageType
+from softsgx.paging import EpcBusy
+
+
+def evicted_page(world: World) -> Any:
+    """A page of the first enclave that was evicted just now."""
+    core, enclave = world.system.core, world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.epc is not None and core.evict(page.epc) and page.entry is not None
+    return page
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_load_in_a_full_group_is_refused_and_counted(optimised: Implementation) -> None:
+    world = World(80, optimised=optimised)
+    page, group = evicted_page(world), world.group
+    group.max_pages = group.usage_pages
+    with pytest.raises(EpcBusy):
+        page.swap.load(page.entry, page, group=group)
+    assert group.events == 1 and world.system.core.counters.alloc_busy == 1
+    group.max_pages = group.usage_pages + 1
+    epc = page.swap.load(page.entry, page, group=group)
+    assert epc.group is group and group.usage_pages == group.max_pages
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_load_raises_the_peaks_of_its_groups(optimised: Implementation) -> None:
+    world = World(80, optimised=optimised)
+    page, groups = evicted_page(world), (world.group, world.tree.root)
+    for group in groups:
+        group.peak_pages = group.usage_pages
+    page.swap.load(page.entry, page, group=world.group)
+    assert all(group.peak_pages == group.usage_pages for group in groups)
+    world.tree.root.peak_pages += 5
+    before = world.tree.root.peak_pages
+    page = next(p for p in world.system.driver.enclaves[0].pages.values() if p.epc and p.epc.lru)
+    assert world.system.core.evict(page.epc)
+    page.swap.load(page.entry, page, group=world.group)
+    assert world.tree.root.peak_pages == before
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_no_version_of_another_page_is_overwritten(optimised: Implementation) -> None:
+    world = World(80, optimised=optimised)
+    enclave = world.system.driver.enclaves[0]
+    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
+    assert page.epc is not None and page.epc.lru is not None
+    assert page.epc.lru.isolate_page(page.epc) and page.prepare() and page.block()
+    assert page.reservation is not None and page.reservation.slot.page.epc is not None
+    slot = page.reservation.slot
+    world.system.epcm(slot.page.epc.addr).versions[slot.number] = 8
+    with pytest.raises(AssertionError, match="another page's version"):
+        page.write()
