@@ -39,12 +39,13 @@ def test_a_load_raises_the_peaks_of_its_groups(optimised: Implementation) -> Non
     page, groups = evicted_page(world), (world.group, world.tree.root)
     for group in groups:
         group.peak_pages = group.usage_pages
-    page.swap.load(page.entry, page, group=world.group)
+    epc = page.swap.load(page.entry, page, group=world.group)
     assert all(group.peak_pages == group.usage_pages for group in groups)
     world.tree.root.peak_pages += 5
     before = world.tree.root.peak_pages
-    page = next(p for p in world.system.driver.enclaves[0].pages.values() if p.epc and p.epc.lru)
-    assert world.system.core.evict(page.epc)
+    world.system.core.mark_reclaimable(epc)
+    page.epc, page.entry = epc, None
+    assert world.system.core.evict(epc)
     page.swap.load(page.entry, page, group=world.group)
     assert world.tree.root.peak_pages == before
 
@@ -53,8 +54,7 @@ def test_a_load_raises_the_peaks_of_its_groups(optimised: Implementation) -> Non
 def test_no_version_of_another_page_is_overwritten(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
     enclave = world.system.driver.enclaves[0]
-    page = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
-    assert page.epc is not None and page.epc.lru is not None
+    page: Any = next(page for page in enclave.pages.values() if page.kind is PageType.REG)
     assert page.epc.lru.isolate_page(page.epc) and page.prepare() and page.block()
     assert page.reservation is not None and page.reservation.slot.page.epc is not None
     slot = page.reservation.slot
