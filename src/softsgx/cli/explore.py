@@ -68,7 +68,7 @@ def budget(text: str) -> Budget:
 
 def _jobs(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MOST_JOBS:
-        raise argparse.ArgumentTypeError(f"jobs {text!r}; write a number from 1")
+        raise argparse.ArgumentTypeError(f"jobs {text!r}; write a number from 1 to {_MOST_JOBS}")
     return int(text)
 
 

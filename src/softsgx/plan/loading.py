@@ -118,7 +118,7 @@ class _Source:
         return cls(trace, opened, np.uint64(at << _TRACE_SHIFT), opened.span_ns())
 
     def chunks(self, numbers: PageNumbers, living: Living) -> Iterator[Timed]:
-        """Yield its accesses, and pages that go: numbers of pages, and times from 0."""
+        """Yield its accesses and the pages that leave it: numbers of pages, and times from 0."""
         first_ns = np.uint64(self.span_ns[0])
         for chunk in _chunks(self.opened):
             if not len(chunk):
@@ -127,7 +127,9 @@ class _Source:
             keys = accesses.keys | self.keys
             found = numbers.of(keys)
             if numbers.pages > MOST_PAGES:
-                raise SoftSgxError(f"{self.trace.name}: more than {MOST_PAGES} pages are used")
+                raise SoftSgxError(
+                    f"{self.trace.name}: more than {MOST_PAGES} pages are used; give fewer traces"
+                )
             times = chunk.times_ns - first_ns
             first, last = int(times[0]), int(times[-1])
             # Times of a chunk, and what they are counted from, have wrapped around at most once.
