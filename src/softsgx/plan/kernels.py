@@ -5,7 +5,8 @@ An access is the number of a page.  ``uses[page]`` is -1 while the page is not r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,13 +16,25 @@ from softsgx.plan.scene import GOES, MOST_PAGES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["NEVER", "NO_GHOST", "clock", "lives", "next_uses", "opt", "s3fifo", "s3fifo_state"]
+__all__ = [
+    "NEVER",
+    "NO_GHOST",
+    "Heap",
+    "S3Fifo",
+    "clock",
+    "lives",
+    "next_uses",
+    "opt",
+    "s3fifo",
+    "s3fifo_state",
+]
 
 NEVER = np.uint32(0xFFFFFFFF)
 """The next use of a page that is not accessed again."""
 NO_GHOST = -2
 """The neighbour of a page that is not among the ghosts."""
 _END = -1  # the neighbour of the first or the last ghost
+_inlined = partial(compiled, inlined=True)
 _MOST_USES = 3  # S3-FIFO counts two bits
 
 
@@ -95,32 +108,35 @@ _SMALL_FIRST, _SMALL_LENGTH, _MAIN_FIRST, _MAIN_LENGTH = 2, 3, 4, 5
 _OLDEST, _NEWEST, _GHOSTS = 6, 7, 8
 
 
+class S3Fifo(NamedTuple):
+    """The queues of S3-FIFO.
+
+    Attributes:
+        uses: of each page; -1: not resident.
+        newer: the ghost after each ghost; ``NO_GHOST``: the page is none.
+        older: the ghost before each ghost.
+        small: ring of new pages, with room for all resident pages.
+        main: ring of the other resident pages, of the same size.
+        state: a number for each of the names above.
+    """
+
+    uses: NDArray[np.int8]
+    newer: NDArray[np.int32]
+    older: NDArray[np.int32]
+    small: NDArray[np.int32]
+    main: NDArray[np.int32]
+    state: NDArray[np.int64]
+
+
 def s3fifo_state(small_pages: int, main_pages: int) -> NDArray[np.int64]:
     """Return the state of empty queues."""
     return np.array([small_pages, main_pages, 0, 0, 0, 0, _END, _END, 0], np.int64)
 
 
 @compiled
-def s3fifo(
-    numbers: NDArray[np.uint32],
-    uses: NDArray[np.int8],
-    small: NDArray[np.int32],
-    main: NDArray[np.int32],
-    newer: NDArray[np.int32],
-    older: NDArray[np.int32],
-    state: NDArray[np.int64],
-) -> int:
-    """Replay S3-FIFO; return the misses.
-
-    Args:
-        numbers: the accesses.
-        uses: of resident pages.
-        small: ring of new pages, with room for all resident pages.
-        main: ring of the other resident pages, of the same size.
-        newer: the ghost after each ghost.
-        older: the ghost before each ghost.
-        state: see :func:`s3fifo_state`.
-    """
+def s3fifo(numbers: NDArray[np.uint32], q: S3Fifo) -> int:
+    """Replay S3-FIFO; return the misses."""
+    uses, state = q.uses, q.state
     missed = 0
     for page in numbers:
         if uses[page] >= 0:
@@ -128,59 +144,52 @@ def s3fifo(
                 uses[page] += 1
             continue
         missed += 1
-        while state[_SMALL_LENGTH] + state[_MAIN_LENGTH] >= len(small):
+        while state[_SMALL_LENGTH] + state[_MAIN_LENGTH] >= len(q.small):
             if state[_SMALL_LENGTH] >= state[_SMALL_PAGES]:
-                _evict_from_small(uses, small, main, newer, older, state)
+                _evict_from_small(q)
             else:
-                _evict_from_main(uses, main, state)
-        if newer[page] != NO_GHOST:
-            _remove_ghost(page, newer, older, state)
-            _push(main, page, state, _MAIN_FIRST)
+                _evict_from_main(q)
+        if q.newer[page] != NO_GHOST:
+            _remove_ghost(q, page)
+            _push(q.main, page, state, _MAIN_FIRST)
         else:
-            _push(small, page, state, _SMALL_FIRST)
+            _push(q.small, page, state, _SMALL_FIRST)
         uses[page] = 0
     return missed
 
 
-@compiled
-def _evict_from_small(
-    uses: NDArray[np.int8],
-    small: NDArray[np.int32],
-    main: NDArray[np.int32],
-    newer: NDArray[np.int32],
-    older: NDArray[np.int32],
-    state: NDArray[np.int64],
-) -> None:
+@_inlined
+def _evict_from_small(q: S3Fifo) -> None:
+    uses, state = q.uses, q.state
     while state[_SMALL_LENGTH] > 0:
-        page = _pop(small, state, _SMALL_FIRST)
+        page = _pop(q.small, state, _SMALL_FIRST)
         if uses[page] <= 1:
             uses[page] = -1
             if state[_MAIN_PAGES] > 0:
                 if state[_GHOSTS] == state[_MAIN_PAGES]:
-                    _remove_ghost(state[_OLDEST], newer, older, state)
-                _add_ghost(page, newer, older, state)
+                    _remove_ghost(q, state[_OLDEST])
+                _add_ghost(q, page)
             return
         full = state[_MAIN_LENGTH] >= state[_MAIN_PAGES]
         if full:
-            _evict_from_main(uses, main, state)
-        _push(main, page, state, _MAIN_FIRST)
+            _evict_from_main(q)
+        _push(q.main, page, state, _MAIN_FIRST)
         if full:
             return
 
 
-@compiled
-def _evict_from_main(
-    uses: NDArray[np.int8], main: NDArray[np.int32], state: NDArray[np.int64]
-) -> None:
+@_inlined
+def _evict_from_main(q: S3Fifo) -> None:
+    uses, state = q.uses, q.state
     while state[_MAIN_LENGTH] > 0:
-        page = _pop(main, state, _MAIN_FIRST)
+        page = _pop(q.main, state, _MAIN_FIRST)
         uses[page] -= 1
         if uses[page] < 0:
             return
-        _push(main, page, state, _MAIN_FIRST)
+        _push(q.main, page, state, _MAIN_FIRST)
 
 
-@compiled
+@_inlined
 def _push(ring: NDArray[np.int32], page: int, state: NDArray[np.int64], first: int) -> None:
     """Append a page to the queue whose first and length are at ``first`` of the state."""
     place = state[first] + state[first + 1]
@@ -188,7 +197,7 @@ def _push(ring: NDArray[np.int32], page: int, state: NDArray[np.int64], first: i
     state[first + 1] += 1
 
 
-@compiled
+@_inlined
 def _pop(ring: NDArray[np.int32], state: NDArray[np.int64], first: int) -> int:
     page: int = ring[state[first]]
     state[first] = state[first] + 1 if state[first] + 1 < len(ring) else 0
@@ -196,10 +205,9 @@ def _pop(ring: NDArray[np.int32], state: NDArray[np.int64], first: int) -> int:
     return page
 
 
-@compiled
-def _add_ghost(
-    page: int, newer: NDArray[np.int32], older: NDArray[np.int32], state: NDArray[np.int64]
-) -> None:
+@_inlined
+def _add_ghost(q: S3Fifo, page: int) -> None:
+    newer, older, state = q.newer, q.older, q.state
     older[page], newer[page] = state[_NEWEST], _END
     if state[_NEWEST] == _END:
         state[_OLDEST] = page
@@ -209,10 +217,9 @@ def _add_ghost(
     state[_GHOSTS] += 1
 
 
-@compiled
-def _remove_ghost(
-    page: int, newer: NDArray[np.int32], older: NDArray[np.int32], state: NDArray[np.int64]
-) -> None:
+@_inlined
+def _remove_ghost(q: S3Fifo, page: int) -> None:
+    newer, older, state = q.newer, q.older, q.state
     if older[page] == _END:
         state[_OLDEST] = newer[page]
     else:
@@ -248,83 +255,81 @@ def next_uses(
     return found
 
 
+class Heap(NamedTuple):
+    """Resident pages; the first is the one whose next access is the latest.
+
+    Attributes:
+        pages: the heap.
+        places: of each page in the heap; -1: not resident.
+        keys: for each resident page, the number of its next access.
+    """
+
+    pages: NDArray[np.int32]
+    places: NDArray[np.int32]
+    keys: NDArray[np.uint32]
+
+
 @compiled
 def opt(
-    numbers: NDArray[np.uint32],
-    next_uses: NDArray[np.uint32],
-    heap: NDArray[np.int32],
-    places: NDArray[np.int32],
-    keys: NDArray[np.uint32],
-    size: int,
+    numbers: NDArray[np.uint32], next_uses: NDArray[np.uint32], heap: Heap, size: int
 ) -> tuple[int, int]:
     """Replay OPT; return (size, misses).
 
     Args:
         numbers: the accesses.
         next_uses: the number of the next access to the page of each.
-        heap: resident pages; the first is the one whose next access is the latest.
-        places: of pages in the heap; -1: not resident.
-        keys: number of the next access to a resident page.
-        size: of the heap.
+        heap: resident pages.
+        size: how many they are.
     """
     missed = 0
     for index in range(len(numbers)):
         page = numbers[index]
-        keys[page] = next_uses[index]
-        if places[page] >= 0:
-            _rise(page, places[page], heap, places, keys)
+        heap.keys[page] = next_uses[index]
+        if heap.places[page] >= 0:
+            _rise(heap, page, heap.places[page])
             continue
         missed += 1
-        if size < len(heap):
+        if size < len(heap.pages):
             size += 1
-            _rise(page, size - 1, heap, places, keys)
+            _rise(heap, page, size - 1)
         else:
-            places[heap[0]] = -1
-            _sink(page, heap, places, keys)
+            heap.places[heap.pages[0]] = -1
+            _sink(heap, page)
     return size, missed
 
 
-@compiled
-def _rise(
-    page: int,
-    place: int,
-    heap: NDArray[np.int32],
-    places: NDArray[np.int32],
-    keys: NDArray[np.uint32],
-) -> None:
+@_inlined
+def _rise(heap: Heap, page: int, place: int) -> None:
     """Put a page at ``place`` of the heap, or above pages that are accessed earlier."""
+    pages, places, keys = heap.pages, heap.places, heap.keys
     while place > 0:
         parent = (place - 1) // 2
-        other = heap[parent]
+        other = pages[parent]
         if keys[other] >= keys[page]:
             break
-        heap[place] = other
+        pages[place] = other
         places[other] = place
         place = parent
-    heap[place] = page
+    pages[place] = page
     places[page] = place
 
 
-@compiled
-def _sink(
-    page: int,
-    heap: NDArray[np.int32],
-    places: NDArray[np.int32],
-    keys: NDArray[np.uint32],
-) -> None:
+@_inlined
+def _sink(heap: Heap, page: int) -> None:
     """Put a page in place of the first of the heap, or below pages that are accessed later."""
+    pages, places, keys = heap.pages, heap.places, heap.keys
     place = 0
     while True:
         child = 2 * place + 1
-        if child >= len(heap):
+        if child >= len(pages):
             break
-        if child + 1 < len(heap) and keys[heap[child + 1]] > keys[heap[child]]:
+        if child + 1 < len(pages) and keys[pages[child + 1]] > keys[pages[child]]:
             child += 1
-        other = heap[child]
+        other = pages[child]
         if keys[other] <= keys[page]:
             break
-        heap[place] = other
+        pages[place] = other
         places[other] = place
         place = child
-    heap[place] = page
+    pages[place] = page
     places[page] = place

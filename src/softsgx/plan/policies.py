@@ -101,14 +101,14 @@ class _Opt:
 
     def __init__(self, capacity: int, pages: int) -> None:
         self.misses = self._size = 0
-        self._heap = np.empty(min(capacity, pages), np.int32)
-        self._places = np.full(pages, _ABSENT, np.int32)
-        self._keys = np.empty(pages, np.uint32)
+        self._heap = kernels.Heap(
+            pages=np.empty(min(capacity, pages), np.int32),
+            places=np.full(pages, _ABSENT, np.int32),
+            keys=np.empty(pages, np.uint32),
+        )
 
     def add(self, numbers: NDArray[np.uint32], next_uses: NDArray[np.uint32]) -> None:
-        self._size, missed = kernels.opt(
-            numbers, next_uses, self._heap, self._places, self._keys, self._size
-        )
+        self._size, missed = kernels.opt(numbers, next_uses, self._heap, self._size)
         self.misses += missed
 
 
@@ -150,21 +150,23 @@ class _S3Fifo:
     def __init__(self, capacity: int) -> None:
         self.misses = 0
         small_pages = max(1, capacity // _SMALL_SHARE)
-        self._state = kernels.s3fifo_state(small_pages, capacity - small_pages)
-        self._uses = np.empty(0, np.int8)
-        self._newer = np.empty(0, np.int32)
-        self._older = np.empty(0, np.int32)
-        self._small = np.empty(capacity, np.int32)
-        self._main = np.empty(capacity, np.int32)
+        self._queues = kernels.S3Fifo(
+            uses=np.empty(0, np.int8),
+            newer=np.empty(0, np.int32),
+            older=np.empty(0, np.int32),
+            small=np.empty(capacity, np.int32),
+            main=np.empty(capacity, np.int32),
+            state=kernels.s3fifo_state(small_pages, capacity - small_pages),
+        )
 
     def add(self, numbers: NDArray[np.uint32]) -> None:
-        pages = end_of(numbers)
-        self._uses = grown(self._uses, pages, _ABSENT)
-        self._newer = grown(self._newer, pages, kernels.NO_GHOST)
-        self._older = grown(self._older, pages, kernels.NO_GHOST)
-        self.misses += kernels.s3fifo(
-            numbers, self._uses, self._small, self._main, self._newer, self._older, self._state
+        pages, queues = end_of(numbers), self._queues
+        self._queues = queues._replace(
+            uses=grown(queues.uses, pages, _ABSENT),
+            newer=grown(queues.newer, pages, kernels.NO_GHOST),
+            older=grown(queues.older, pages, kernels.NO_GHOST),
         )
+        self.misses += kernels.s3fifo(numbers, self._queues)
 
 
 def _fifo(capacity: int) -> _Replay:
