@@ -32,17 +32,18 @@ is_dead(PyObject *enclave)
 
 /* The page's linear address. */
 static int
-linear_address(EnclavePage *page, int64_t *linaddr)
+linear_address(EnclavePage *page, uint64_t *linaddr)
 {
-    int64_t base, index;
+    uint64_t base;
+    int64_t index;
 
-    if (GET_INTEGER(Enclave, page->enclave, base, &base) < 0)
+    if (GET_ADDRESS(Enclave, page->enclave, base, &base) < 0)
         return -1;
     if (!integer(page->index, &index)) {
         PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
         return -1;
     }
-    *linaddr = base + (index << PAGE_SHIFT);
+    *linaddr = base + ((uint64_t)index << PAGE_SHIFT);
     return 0;
 }
 
@@ -110,19 +111,19 @@ address_spaces(PyObject *enclave, PyObject **found)
 
 /* Whether a mapping holds an address, and is of an enclave. */
 static bool
-maps(PyObject *object, int64_t linaddr, PyObject *enclave, bool *holds)
+maps(PyObject *object, uint64_t linaddr, PyObject *enclave, bool *holds)
 {
     EnclaveVma *vma = AS(EnclaveVma, object);
-    int64_t start, end;
+    uint64_t start, end;
 
-    *holds = vma != NULL && integer(vma->start, &start) && integer(vma->end, &end)
+    *holds = vma != NULL && address(vma->start, &start) && address(vma->end, &end)
         && start <= linaddr && linaddr < end;
     return *holds && vma->enclave == enclave;
 }
 
 /* Whether an address space maps the page as one of the enclave: 0, 1, or -1 with an error. */
 static int
-is_mapped(PyObject *mm, PyObject *enclave, int64_t linaddr, PyObject *addr)
+is_mapped(PyObject *mm, PyObject *enclave, uint64_t linaddr, PyObject *addr)
 {
     PyObject *vma;
     int64_t users;
@@ -152,10 +153,11 @@ static int
 in_page_tables(EnclavePage *page, PyObject *mms, PyObject *method)
 {
     PyObject *addr = NULL, *ptes, *answer, *mm;
-    int64_t linaddr;
+    uint64_t linaddr;
     int result = 0, mapped, truth;
 
-    if (linear_address(page, &linaddr) < 0 || (addr = PyLong_FromLongLong(linaddr)) == NULL)
+    if (linear_address(page, &linaddr) < 0
+        || (addr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
         return -1;
     for (Py_ssize_t index = 0; result >= 0 && index < PyTuple_Size(mms); index++) {
         mm = ((EnclaveMm *)PyTuple_GetItem(mms, index))->mm;

@@ -17,14 +17,16 @@ loadable(struct fault *fault)
 {
     PyObject *pages, *number;
     EnclavePage *page = NULL;
-    int64_t base, linaddr, wanted, most;
+    uint64_t base, linaddr;
+    int64_t wanted, most;
     int plain;
 
-    if (GET_INTEGER(Enclave, fault->enclave, base, &base) < 0
+    if (GET_ADDRESS(Enclave, fault->enclave, base, &base) < 0
         || (pages = GETF(Enclave, fault->enclave, pages)) == NULL)
         return NULL;
-    if (PyDict_Check(pages) && integer(fault->linaddr, &linaddr)) {
-        fault->index = (linaddr - base) >> PAGE_SHIFT;
+    if (PyDict_Check(pages) && address(fault->linaddr, &linaddr)) {
+        /* An address below the base wraps to an index that no enclave has. */
+        fault->index = (int64_t)((linaddr - base) >> PAGE_SHIFT);
         number = PyLong_FromLongLong(fault->index);
         if (number != NULL)
             page = AS(EnclavePage, PyDict_GetItemWithError(pages, number));

@@ -35,6 +35,18 @@ integer(PyObject *field, int64_t *value)
     return !overflow;
 }
 
+bool
+address(PyObject *field, uint64_t *value)
+{
+    if (field == NULL || !PyLong_Check(field))
+        return false;
+    *value = PyLong_AsUnsignedLongLong(field);
+    if (*value != (uint64_t)-1 || !PyErr_Occurred())
+        return true;
+    PyErr_Clear();
+    return false;
+}
+
 int
 set_integer(PyObject **field, int64_t value)
 {
@@ -72,6 +84,22 @@ get_integer(PyObject *object, PyObject *name, int64_t *value)
         return -1;
     if (!integer(found, value))
         status = no_integer();
+    Py_DECREF(found);
+    return status;
+}
+
+int
+get_address(PyObject *object, PyObject *name, uint64_t *value)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+    int status = 0;
+
+    if (found == NULL)
+        return -1;
+    if (!address(found, value)) {
+        PyErr_SetString(PyExc_TypeError, "an address is no integer of 64 bits");
+        status = -1;
+    }
     Py_DECREF(found);
     return status;
 }

@@ -164,6 +164,9 @@ is_none(PyObject *field)
 /* Whether a field is an integer that fits; then it is stored. */
 bool integer(PyObject *field, int64_t *value);
 
+/* A linear address of 64 bits; false, and no error, if the field is none. */
+bool address(PyObject *field, uint64_t *value);
+
 /* Store a value in a field, which must be of a record with another reference. */
 static inline void
 set_field(PyObject **field, PyObject *value)
@@ -222,6 +225,7 @@ extern struct names names;
 
 /* An integer attribute: 0, or -1 with an error. */
 int get_integer(PyObject *object, PyObject *name, int64_t *value);
+int get_address(PyObject *object, PyObject *name, uint64_t *value);
 int put_integer(PyObject *object, PyObject *name, int64_t value);
 int add_integer(PyObject *object, PyObject *name, int64_t change);
 
@@ -241,6 +245,10 @@ int get_truth(PyObject *object, PyObject *name);
     (IS(kind, object) && integer(*PLACE(kind, object, name), value)                              \
          ? 0                                                                                     \
          : get_integer((PyObject *)(object), names.name, value))
+#define GET_ADDRESS(kind, object, name, value)                                                   \
+    (IS(kind, object) && address(*PLACE(kind, object, name), value)                              \
+         ? 0                                                                                     \
+         : get_address((PyObject *)(object), names.name, value))
 #define PUT_INTEGER(kind, object, name, value)                                                   \
     (IS(kind, object) ? set_integer(PLACE(kind, object, name), value)                            \
                       : put_integer((PyObject *)(object), names.name, value))

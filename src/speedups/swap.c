@@ -226,11 +226,12 @@ load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, VaSlot *slot, PyO
           PyObject *index, PyObject *sealed, PyObject *flags, SgxEpcPage *page)
 {
     PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *linaddr = NULL, *answer = NULL;
-    int64_t base, number;
+    uint64_t base;
+    int64_t number;
     int status = -1, done;
 
-    if (leaves == NULL || GET_INTEGER(CompiledSwap, swap, _base, &base) < 0 || !integer(index, &number)
-        || (linaddr = PyLong_FromLongLong(base + number * PAGE_BYTES)) == NULL)
+    if (leaves == NULL || GET_ADDRESS(CompiledSwap, swap, _base, &base) < 0 || !integer(index, &number)
+        || (linaddr = PyLong_FromUnsignedLongLong(base + (uint64_t)number * PAGE_BYTES)) == NULL)
         goto done;
     answer = CALL(leaves, try_eldu, linaddr, secs_addr, sealed, flags, page->addr, slot_addr, NULL);
     done = answer == NULL ? -1 : PyObject_IsTrue(answer);

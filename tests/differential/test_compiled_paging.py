@@ -8,8 +8,9 @@ import pytest
 from tests.differential.test_optimised_paging import IMPLEMENTATIONS, Implementation
 from tests.model.test_random_programs import World
 
-from softsgx.arch import PageType
+from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType
 from softsgx.paging import EpcBusy
+from softsgx.sim.stories.system import build, plan_for
 
 
 def evicted_page(world: World) -> Any:
@@ -61,3 +62,20 @@ def test_no_version_of_another_page_is_overwritten(optimised: Implementation) ->
     world.system.epcm(slot.page.epc.addr).versions[slot.number] = 8
     with pytest.raises(AssertionError, match="another page's version"):
         page.write()
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_an_enclave_with_a_base_that_no_program_can_map_is_evicted_and_loaded(
+    optimised: Implementation,
+) -> None:
+    world = World(80, optimised=optimised)
+    # ECREATE takes each canonical base; the driver does not look at it.
+    process = world.system.process(group=world.group)
+    build(process, plan_for(4), base=0xFFFF_8000_0000_0000, flags=AttributesFlags.MODE64BIT)
+    enclave = world.system.driver.enclaves[-1]
+    pages: list[Any] = [page for page in enclave.pages.values() if page.kind is PageType.REG]
+    assert enclave.base == 0xFFFF_8000_0000_0000 and pages
+    epc = pages[0].epc
+    assert world.system.core.evict(epc) and pages[0].entry is not None
+    loaded = pages[0].swap.load(pages[0].entry, pages[0], group=world.group)
+    assert world.system.epcm(loaded.addr).linaddr == enclave.base + pages[0].index * PAGE_BYTES
