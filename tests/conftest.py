@@ -25,12 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     Programs get the signals of a terminal, not those of a shell's jobs.
 
     A shell without job control starts a command with ``&`` so that it ignores SIGINT and SIGQUIT,
-    and what is ignored stays ignored over execve.
+    nohup one that ignores SIGHUP, and what is ignored stays ignored over execve.
     """
     _require_current_core()
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "softsgx")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     mode = config.getoption("--native-mode")
     if mode:
         try:
