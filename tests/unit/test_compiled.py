@@ -175,6 +175,7 @@ def test_a_source_distribution_has_what_the_build_needs(tmp_path: Path) -> None:
     assert not any(name.endswith(".so") for name in inside)
 
 
+@pytest.mark.slow
 def test_sources_compile_without_a_warning() -> None:
     needs_core()
     builder.check()

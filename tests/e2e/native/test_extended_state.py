@@ -81,7 +81,7 @@ def test_only_the_first_execution_of_each_stops(program: Program) -> None:
     assert program.stops == KINDS
 
 
-@pytest.mark.parametrize("pager", [None, "mprotect"])
+@pytest.mark.parametrize("pager", [pytest.param(None, marks=pytest.mark.slow), "mprotect"])
 def test_areas_may_leave_the_epc(program: Program, pager: str | None) -> None:
     rounds = 2
     (line,) = program.run("same", rounds, 24, pages=26, pager=pager)
@@ -121,6 +121,7 @@ def test_a_thread_may_be_stopped_at_each_instruction_of_a_stub(
     assert line.split() == [str(rounds * KINDS * VARIANTS), str(handled)]
 
 
+@pytest.mark.slow
 def test_faults_of_such_an_instruction_settle_all_permits(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

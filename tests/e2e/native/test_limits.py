@@ -123,7 +123,7 @@ def test_xcr0_is_xfrm_inside(
 
 
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_thread_stopped_out_of_line_is_at_its_instruction_or_after_it(
     program: list[str], pager: str, strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

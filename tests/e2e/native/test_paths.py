@@ -61,6 +61,7 @@ def output(program: Path, directory: Path, *arguments: str) -> str:
         return out.read()
 
 
+@pytest.mark.slow
 def test_calls_give_the_same_with_a_stop_and_without(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: dict[bytes, int]
 ) -> None:

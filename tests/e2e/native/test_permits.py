@@ -131,7 +131,11 @@ def test_a_crossing_counts_when_it_has_happened_also_of_threads_that_are_killed(
 
 @pytest.mark.parametrize(
     ("threads", "calls", "pages", "always"),
-    [(3, 3000, 256, True), pytest.param(3, 1000, 28, False, marks=pytest.mark.slow)],
+    [
+        (3, 300, 256, True),
+        pytest.param(3, 3000, 256, True, marks=pytest.mark.slow),
+        pytest.param(3, 1000, 28, False, marks=pytest.mark.slow),
+    ],
 )
 def test_only_crossings_happen_while_running_threads_have_permits(
     program: Program,

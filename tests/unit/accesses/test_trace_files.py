@@ -177,6 +177,7 @@ def test_an_enclave_can_grow_and_another_can_come_later() -> None:
     assert rows(trace.accesses) == [(0, 0, False, 1), (0, 8, False, 2), (1, 2, True, 3)]
 
 
+@pytest.mark.slow
 def test_a_file_cut_at_any_byte_has_each_whole_batch_and_is_incomplete() -> None:
     data, everything, ends = written([[(0, page, True, 5) for page in range(9)]] * 3)
     began, *after = ends

@@ -129,6 +129,7 @@ def test_stack_distances_are_those_of_lru_in_frames_that_become_free(seed: int) 
     assert found.misses_at(found.pages) == found.cold
 
 
+@pytest.mark.slow
 def test_holes_stay_in_order_when_the_axis_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(5)
     wanted = with_removals(chance, 2000, 700_000, 0.2)
