@@ -11,6 +11,7 @@ import random
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support.accesses import scene_of
 from tests.support.going import with_ends
 
@@ -37,6 +38,16 @@ _POLICIES = (
 )
 
 
+def run_both(readable: CoreReplay, compiled: LinuxReplay, parts: list[NDArray[np.uint32]]) -> None:
+    """Replay parts of a trace by both; they agree after each."""
+    for part in parts:
+        readable.run(part.tolist())
+        compiled.run(part)
+        assert readable.counts() == compiled.counts()
+        assert (readable.resident() == compiled.resident()).all()
+        assert readable.order() == compiled.order()
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_both_replays_do_the_same(seed: int) -> None:
     chance = random.Random(seed)
@@ -53,12 +64,7 @@ def test_both_replays_do_the_same(seed: int) -> None:
     epc = Epc(pages, limits, chance.choice(_POLICIES))
     readable, compiled = CoreReplay(scene, epc), LinuxReplay(scene, epc)
     (accesses,) = scene.parts
-    for part in np.array_split(accesses, 4):
-        readable.run(part.tolist())
-        compiled.run(part)
-        assert readable.counts() == compiled.counts()
-        assert (readable.resident() == compiled.resident()).all()
-        assert readable.order() == compiled.order()
+    run_both(readable, compiled, np.array_split(accesses, 4))
     if readable.possible:
         readable.core.check_invariants()
     readable.close()
@@ -75,12 +81,7 @@ def test_both_replays_do_the_same_where_pages_go_and_enclaves_end(seed: int) -> 
     epc = Epc(chance.choice((10, 25, 64, 128, 300, 1000)), limits, chance.choice(_POLICIES))
     records = with_ends(chance, scene, chance.choice((0.02, 0.2, 0.6)), chance.choice((0, 0.01)))
     readable, compiled = CoreReplay(scene, epc), LinuxReplay(scene, epc)
-    for part in np.array_split(records, 7):
-        readable.run(part.tolist())
-        compiled.run(part)
-        assert readable.counts() == compiled.counts()
-        assert (readable.resident() == compiled.resident()).all()
-        assert readable.order() == compiled.order()
+    run_both(readable, compiled, np.array_split(records, 7))
     if readable.possible:
         readable.core.check_invariants()
         assert readable.counts().accesses == int((records < GOES).sum())
