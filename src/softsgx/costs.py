@@ -10,7 +10,7 @@ microcode and content of the caches.  Its basis says how far it can be trusted:
 ``estimated``
     No source was read.  The figure is of the right order, and no more.
 
-An event of which not even that is known has no price; an estimate names the events that it leaves
+An event whose order is not known has no price; an estimate names the events that it leaves
 out.
 
 A page that is swapped, so one page loaded and another one evicted for it, was read as one figure.
@@ -24,12 +24,13 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softsgx.errors import SoftSgxError
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field, replace
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "BASES",
@@ -60,7 +61,7 @@ class Price:
         what: the event in words.
         low, typical, high: cycles; all ``None`` without a price.
         basis: one of :data:`BASES`; see the module.
-        source: who says so; for an estimate, where such figures are published.
+        source: the publication; for an estimate, where such figures are published.
         printed: the figure as the source prints it, if ``basis`` is ``read``.
     """
 
@@ -138,7 +139,7 @@ class Estimate:
     """What a run would have cost on silicon, beside what its code computes.
 
     Attributes:
-        profile: whose prices.
+        profile: the profile of the prices.
         items: each kind of event that happened.
         unpriced: names of those among them for which no figure is published.
     """
@@ -287,6 +288,7 @@ def read_profile(path: str | Path) -> CostProfile:
         SoftSgxError: the file cannot be read, or is no profile.
     """
     import tomllib  # few runs read a file of prices
+    from pathlib import Path
 
     try:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))

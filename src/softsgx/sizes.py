@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from softsgx.ondemand import pattern
+
 __all__ = ["MOST_BYTES", "parse_size", "size_text"]
 
 MOST_BYTES = (1 << 64) - 1
@@ -24,8 +26,8 @@ _DECIMAL = {
     for suffix in ("", "B")
 }
 _UNITS = {"": 1, "B": 1, "bytes": 1} | _BINARY | _DECIMAL
-_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)", re.ASCII)
-_HEXADECIMAL = re.compile(r"0[xX][0-9A-Fa-f]{1,30}", re.ASCII)
+_SIZE = pattern(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)", re.ASCII)
+_HEXADECIMAL = pattern(r"0[xX][0-9A-Fa-f]{1,30}", re.ASCII)
 
 
 def parse_size(text: str) -> int:

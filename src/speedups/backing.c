@@ -6,15 +6,28 @@
 
 /* The bit of a slot, as the bitmaps of VA pages have it. */
 static PyObject *
-bit_of(PyObject *number)
+bit_of(int64_t number)
 {
-    PyObject *one = PyLong_FromLong(1), *bit;
+    PyObject *one = PyLong_FromLong(1), *places = PyLong_FromLongLong(number), *bit = NULL;
 
-    if (one == NULL)
-        return NULL;
-    bit = PyNumber_Lshift(one, number);
-    Py_DECREF(one);
+    if (one != NULL && places != NULL)
+        bit = PyNumber_Lshift(one, places);
+    Py_XDECREF(places);
+    Py_XDECREF(one);
     return bit;
+}
+
+static VaSlot *
+make_slot(VaPage *page, int64_t number)
+{
+    VaSlot *slot = (VaSlot *)PyType_GenericAlloc(record_types[KIND_VaSlot], 0);
+
+    if (slot == NULL)
+        return NULL;
+    set_field(&slot->page, (PyObject *)page);
+    if (set_integer(&slot->number, number) < 0)
+        RELEASE(slot), slot = NULL;
+    return slot;
 }
 
 /* Replace a field by what a function makes of it and another number. */
@@ -32,14 +45,19 @@ combine(PyObject **field, PyObject *(*function)(PyObject *, PyObject *), PyObjec
 
 /* As VaArray.slot_loaded(). */
 int
-slot_loaded(PyObject *va, VaSlot *slot)
+slot_loaded(PyObject *va, struct place *slot)
 {
-    VaPage *page = AS(VaPage, slot->page);
+    VaPage *page = slot->page;
     PyObject *bit, *pages;
     int status;
 
-    if (page == NULL || !is_exactly(va, given.VaArray))
-        return effect(CALL(va, slot_loaded, (PyObject *)slot, NULL));
+    if (!is_exactly(va, given.VaArray)) {
+        PyObject *object = (PyObject *)make_slot(page, slot->number);
+
+        status = object == NULL ? -1 : effect(CALL(va, slot_loaded, object, NULL));
+        Py_XDECREF(object);
+        return status;
+    }
     set_field(&page->accessed, Py_True);
     bit = bit_of(slot->number);
     if (bit == NULL)
@@ -48,7 +66,7 @@ slot_loaded(PyObject *va, VaSlot *slot)
     Py_DECREF(bit);
     if (status < 0 || ADD_INTEGER(VaArray, va, used, -1) < 0)
         return -1;
-    if (is_none(page->epc) || !is_none(page->eviction))
+    if (!is_none(page->eviction))  // resident it is: ELDU has used the slot
         return 0;
     if (ADD_INTEGER(VaArray, va, room, 1) < 0 || (pages = GETF(VaArray, va, _pages)) == NULL)
         return -1;
@@ -62,11 +80,18 @@ int
 slot_written(PyObject *va, VaSlot *slot)
 {
     VaPage *page = AS(VaPage, slot->page);
-    int64_t promised, used, stale;
+    SgxEpcPage *epc;
+    int64_t promised, used, stale, pins;
 
-    if (page == NULL || !is_exactly(va, given.VaArray) || !integer(page->stale, &stale) || stale)
+    if (page == NULL || !is_exactly(va, given.VaArray) || !integer(page->stale, &stale) || stale
+        || !integer(page->pins, &pins))
         return effect(CALL(va, slot_written, (PyObject *)slot, NULL));
-    if (add_to_field(&page->pins, -1) < 0 || GET_INTEGER(VaArray, va, promised, &promised) < 0
+    if (set_integer(&page->pins, --pins) < 0)
+        return -1;
+    epc = AS(SgxEpcPage, page->epc);
+    if (pins || (epc != NULL && is_true(epc->tracked)))  // stays as it is, or is listed already
+        return 0;
+    if (GET_INTEGER(VaArray, va, promised, &promised) < 0
         || GET_INTEGER(VaArray, va, used, &used) < 0)
         return -1;
     if (promised == used || PyObject_Not(page->free) > 0)
@@ -99,15 +124,14 @@ PyObject *
 alloc_slot(PyObject *va, PyObject *pages, VaPage *page)
 {
     PyObject *one = PyLong_FromLong(1), *less = NULL, *rest = NULL, *bit = NULL, *bits = NULL;
-    PyObject *result = NULL;
-    VaSlot *slot;
+    VaSlot *slot = NULL;
     int64_t length;
     int full;
 
     if (one == NULL || (less = PyNumber_Subtract(page->free, one)) == NULL
         || (rest = PyNumber_And(page->free, less)) == NULL
         || (bit = PyNumber_Xor(page->free, rest)) == NULL
-        || (bits = PyObject_CallMethod(bit, "bit_length", NULL)) == NULL)
+        || (bits = CALL0(bit, bit_length)) == NULL)
         goto done;
     set_field(&page->free, rest);
     if (add_to_field(&page->pins, 1) < 0)
@@ -117,21 +141,15 @@ alloc_slot(PyObject *va, PyObject *pages, VaPage *page)
     if (ADD_INTEGER(VaArray, va, used, 1) < 0 || ADD_INTEGER(VaArray, va, room, -1) < 0 || full < 0
         || (full && effect(CALL(pages, move_to_end, (PyObject *)page, NULL)) < 0))
         goto done;
-    slot = (VaSlot *)PyType_GenericAlloc(record_types[KIND_VaSlot], 0);
-    if (slot == NULL)
-        goto done;
-    set_field(&slot->page, (PyObject *)page);
-    if (integer(bits, &length) && set_integer(&slot->number, length - 1) == 0)
-        result = (PyObject *)slot;
-    else
-        RELEASE(slot);
+    if (integer(bits, &length))
+        slot = make_slot(page, length - 1);
 done:
     Py_XDECREF(bits);
     Py_XDECREF(bit);
     Py_XDECREF(rest);
     Py_XDECREF(less);
     Py_XDECREF(one);
-    return result;
+    return (PyObject *)slot;
 }
 
 /* --- backing ------------------------------------------------------------------------------------ */
@@ -198,12 +216,12 @@ done:
 static int
 is_usual(PyObject *flat, PyObject *sealed)
 {
-    PyObject *usual = GETF(FlatBacking, flat, usual), *kind = NULL;
-    int same = -1;
+    PyObject *usual = GETF(FlatBacking, flat, usual);
+    int same = usual == NULL ? -1 : PyTuple_Check(usual) && PyTuple_Size(usual) == 2;
 
-    if (usual != NULL && (kind = PyTuple_GetSlice(sealed, 1, 3)) != NULL)
-        same = PyObject_RichCompareBool(kind, usual, Py_EQ);
-    Py_XDECREF(kind);
+    for (Py_ssize_t index = 0; same > 0 && index < 2; index++)
+        same = PyObject_RichCompareBool(PyTuple_GetItem(sealed, index + 1),
+                                        PyTuple_GetItem(usual, index), Py_EQ);
     Py_XDECREF(usual);
     return same;
 }
@@ -224,7 +242,7 @@ keep(PyObject *file, PyObject *pinned, PyObject *sealed)
     contents = GETF(FlatFile, file, _sealed);
     buffers = GETF(FlatFile, file, _buffers);
     if (contents != NULL && buffers != NULL && ADD_INTEGER(FlatBacking, flat, reserved, -1) == 0
-        && PyDict_SetItem(contents, ((Pinned *)pinned)->index, PyTuple_GetItem(sealed, 0)) == 0)
+        && sealed_put(contents, ((Pinned *)pinned)->index, PyTuple_GetItem(sealed, 0)) == 0)
         status = PyList_Append(buffers, pinned);
 done:
     Py_XDECREF(buffers);
@@ -244,7 +262,7 @@ kept(PyObject *file, PyObject *index, PyObject **sealed, PyObject **flags)
     if (contents == NULL || flat == NULL || (unusual = GETF(FlatBacking, flat, unusual)) == NULL
         || (usual = GETF(FlatBacking, flat, usual)) == NULL)
         goto done;
-    *sealed = PyDict_GetItemWithError(contents, index);
+    *sealed = sealed_get(contents, index);
     kind = *sealed == NULL ? NULL : PyDict_GetItemWithError(unusual, index);
     if (PyErr_Occurred())
         goto done;
@@ -252,7 +270,6 @@ kept(PyObject *file, PyObject *index, PyObject **sealed, PyObject **flags)
         kind = usual;
     found = *sealed != NULL && PyTuple_Check(kind);
     if (found) {
-        Py_INCREF(*sealed);
         *flags = PyTuple_GetItem(kind, 0);
         Py_XINCREF(*flags);
     }
@@ -274,7 +291,7 @@ forget(PyObject *file, Counters *counters, PyObject *index)
     int status = -1;
 
     if (contents == NULL || flat == NULL || sharers == NULL || group == NULL
-        || (unusual = GETF(FlatBacking, flat, unusual)) == NULL || PyDict_DelItem(contents, index) < 0)
+        || (unusual = GETF(FlatBacking, flat, unusual)) == NULL || sealed_drop(contents, index) < 0)
         goto done;
     if (PyDict_Size(unusual) > 0 && effect(CALL(unusual, pop, index, Py_None, NULL)) < 0)
         goto done;

@@ -8,15 +8,9 @@
 static int
 ask(PyObject *owner, int (*compiled)(PyObject *), PyObject *name)
 {
-    PyObject *answer;
-    int truth;
-
     if (is_exactly(owner, given.CompiledPage))
         return compiled(owner);
-    answer = PyObject_CallMethodObjArgs(owner, name, NULL);
-    truth = answer == NULL ? -1 : PyObject_IsTrue(answer);
-    Py_XDECREF(answer);
-    return truth;
+    return is_so(PyObject_CallMethodObjArgs(owner, name, NULL));
 }
 
 /* One page of a batch, its record and owner referenced; false: an error is set. */
@@ -59,30 +53,72 @@ counters_of(PyObject *reclaimer)
     return counters;
 }
 
-/* Whether a page may leave: 0, 1, or -1 with an error. */
+/* Take the oldest page off a list and pin its owner: as Lru.isolate(); no other task runs, so that
+ * the latch is free.  1; 0: its owner is being destroyed; or -1 with an error. */
 static int
-is_old(PyObject *policy, PyObject *owner)
+isolate_one(PyObject *listed, PyObject *isolated)
 {
-    PyObject *mine = PyObject_GetAttr((PyObject *)Py_TYPE(policy), names.old);
-    PyObject *usual = PyObject_GetAttr(given.Policy, names.old), *answer;
-    int truth = -1;
+    PyObject *pair = CALL(listed, popitem, Py_False, NULL), *owner;
+    SgxEpcPage *page = pair == NULL ? NULL : AS(SgxEpcPage, PyTuple_GetItem(pair, 0));
+    int pinned;
 
-    if (mine != NULL && usual != NULL) {
-        if (mine == usual)
-            truth = ask(owner, page_age, names.age);
-        else if ((answer = CALL(policy, old, owner, NULL)) != NULL) {
-            truth = PyObject_IsTrue(answer);
-            Py_DECREF(answer);
-        }
+    if (page == NULL || page->owner == NULL || is_none(page->owner)) {
+        if (pair != NULL)
+            PyErr_SetString(PyExc_AssertionError, "a page on a list has no owner");
+        Py_XDECREF(pair);
+        return -1;
     }
-    Py_XDECREF(usual);
-    Py_XDECREF(mine);
-    return truth;
+    Py_INCREF(owner = page->owner);
+    pinned = ask(owner, page_get, names.get);
+    if (pinned > 0 && PyList_Append(isolated, (PyObject *)page) < 0)
+        pinned = -1;
+    else if (pinned == 0) {  // its destructor frees the page; a tracked page would seem isolated
+        set_field(&page->tracked, Py_False);
+        set_field(&page->lru, Py_None);
+    }
+    Py_DECREF(owner);
+    Py_DECREF(pair);
+    return pinned;
 }
 
-/* Age and prepare one page: 1: it is a victim, 0: it went back to its list. */
+/* As Reclaimer._isolate(): a list, and how many more pages left the list; NULL with an error. */
+static PyObject *
+isolate(PyObject *lru, Py_ssize_t count, Py_ssize_t *dying)
+{
+    PyObject *isolated = PyList_New(0), *listed = GETF(Lru, lru, pages);
+    Py_ssize_t left;
+    int pinned = isolated == NULL || listed == NULL ? -1 : 0;
+
+    *dying = 0;
+    left = pinned < 0 ? 0 : PyObject_Size(listed);
+    if (left > count)
+        left = count;
+    for (; pinned >= 0 && left > 0; left--) {
+        pinned = isolate_one(listed, isolated);
+        *dying += pinned == 0;
+    }
+    Py_XDECREF(listed);
+    if (pinned < 0 || left != 0)
+        Py_CLEAR(isolated);
+    return isolated;
+}
+
+PyObject *
+reclaimer_isolate(PyObject *lru, Py_ssize_t count)
+{
+    Py_ssize_t dying;
+    PyObject *isolated = isolate(lru, count, &dying), *result = NULL;
+
+    if (isolated != NULL)
+        result = Py_BuildValue("On", isolated, dying);
+    Py_XDECREF(isolated);
+    return result;
+}
+
+/* Age and prepare one page: 1: it is a victim, 0: it went back to its list.  The policy decides what
+ * is old, or (NULL) the owner. */
 static int
-prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *policy,
+prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *decides,
             Counters *counters, SgxEpcPage *page, PyObject *owner, int force)
 {
     int old, prepared;
@@ -92,7 +128,9 @@ prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *poli
     if (!is_false(page->kept))
         return add_to_field(&counters->kept, 1) < 0 ? -1
                                                     : skip(reclaimer, lru, page, owner, "kept");
-    old = force ? 1 : is_old(policy, owner);
+    old = force             ? 1
+        : decides != NULL ? is_so(CALL(decides, old, owner, NULL))
+                          : ask(owner, page_age, names.age);
     if (old < 0)
         return -1;
     if (!old) {
@@ -118,18 +156,26 @@ prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *poli
 PyObject *
 reclaimer_prepare(PyObject *reclaimer, PyObject *lru, PyObject *pages, int force)
 {
-    PyObject *victims = PyList_New(0), *listed = GET(lru, pages), *owner;
+    PyObject *victims = PyList_New(0), *listed = GETF(Lru, lru, pages), *owner;
     PyObject *policy = GET(reclaimer, _policy);
     Counters *counters = counters_of(reclaimer);
     SgxEpcPage *page;
     int status = victims && listed && policy && counters ? 0 : -1;
+    int usual = 1;
 
+    if (status == 0 && !force)
+        force = has_method_of(policy, given.Fifo, names.old);
+    if (status == 0 && !force)
+        usual = has_method_of(policy, given.Policy, names.old);
+    if (force < 0 || usual < 0)
+        status = -1;
     for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(pages); index++) {
         if (!page_of(pages, index, &page, &owner)) {
             status = -1;
             break;
         }
-        status = prepare_one(reclaimer, lru, listed, policy, counters, page, owner, force);
+        status = prepare_one(reclaimer, lru, listed, usual ? NULL : policy, counters, page, owner,
+                             force);
         if (status > 0)
             status = PyList_Append(victims, (PyObject *)page);
         Py_DECREF(owner);
@@ -196,7 +242,7 @@ free_one(PyObject *core, PyObject *listed, SgxEpcPage *page, PyObject *owner)
 PyObject *
 reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
 {
-    PyObject *listed = GET(lru, pages), *core = GET(reclaimer, core), *owner;
+    PyObject *listed = GETF(Lru, lru, pages), *core = GET(reclaimer, core), *owner;
     Counters *counters = counters_of(reclaimer);
     SgxEpcPage *page;
     long freed = 0;
@@ -225,4 +271,86 @@ reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
     Py_XDECREF(core);
     Py_XDECREF(listed);
     return status < 0 ? NULL : PyLong_FromLong(freed);
+}
+
+/* A scheduling point, as runtimes have them. */
+static int
+point(PyObject *reclaimer, const char *where)
+{
+    PyObject *function = GET(reclaimer, _point), *word = PyUnicode_InternFromString(where);
+    int status = -1;
+
+    if (function != NULL && word != NULL)
+        status = effect(PyObject_CallFunctionObjArgs(function, word, NULL));
+    Py_XDECREF(word);
+    Py_XDECREF(function);
+    return status;
+}
+
+/* As Reclaimer._choose(). */
+static PyObject *
+choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_t *scanned)
+{
+    PyObject *listed = GETF(Lru, lru, pages), *victims = PyList_New(0), *isolated, *prepared;
+    Py_ssize_t dying, count, chosen = 0;
+    int64_t most, limit;
+    int status = -1;
+
+    *scanned = 0;
+    if (listed == NULL || victims == NULL
+        || get_integer(reclaimer, names._batch_pages, &most) < 0
+        || get_integer(reclaimer, names._scan_pages, &limit) < 0)
+        goto done;
+    if (limit < most)
+        limit = most;
+    if (limit > PyObject_Size(listed))
+        limit = PyObject_Size(listed);
+    status = 0;
+    while (status == 0 && *scanned < limit && chosen < most) {
+        count = limit - *scanned < most - chosen ? limit - *scanned : most - chosen;
+        isolated = isolate(lru, count, &dying);
+        count = isolated == NULL ? 0 : PyList_Size(isolated);
+        *scanned += count + dying;
+        prepared = isolated == NULL || (dying && add_to_field(&counters->dying, dying) < 0)
+                || point(reclaimer, "reclaim: age") < 0
+            ? NULL
+            : reclaimer_prepare(reclaimer, lru, isolated, force);
+        status = prepared == NULL ? -1 : PyList_SetSlice(victims, chosen, chosen, prepared);
+        chosen = PyList_Size(victims);
+        Py_XDECREF(prepared);
+        Py_XDECREF(isolated);
+        if (!count && !dying)
+            break;
+    }
+done:
+    if (status < 0)
+        Py_CLEAR(victims);
+    Py_XDECREF(listed);
+    return victims;
+}
+
+/* As Reclaimer.batch(). */
+PyObject *
+reclaimer_batch(PyObject *reclaimer, PyObject *lru, int force)
+{
+    Counters *counters = counters_of(reclaimer);
+    PyObject *victims = NULL, *blocked = NULL, *freed = NULL, *number = NULL, *result = NULL;
+    int64_t scanned, evicted;
+
+    if (counters != NULL && (victims = choose(reclaimer, lru, force, counters, &scanned)) != NULL
+        && point(reclaimer, "reclaim: block") == 0
+        && (blocked = reclaimer_block(reclaimer, lru, victims)) != NULL
+        && point(reclaimer, "reclaim: write") == 0
+        && (freed = reclaimer_write(reclaimer, lru, blocked)) != NULL
+        && integer(freed, &evicted) && add_to_field(&counters->batches, 1) == 0
+        && add_to_field(&counters->scanned, scanned) == 0
+        && add_to_field(&counters->reclaimed, evicted) == 0
+        && (number = PyLong_FromLongLong(scanned)) != NULL)
+        result = PyObject_CallFunctionObjArgs(given.Batch, number, freed, NULL);
+    Py_XDECREF(number);
+    Py_XDECREF(freed);
+    Py_XDECREF(blocked);
+    Py_XDECREF(victims);
+    RELEASE(counters);
+    return result;
 }

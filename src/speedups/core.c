@@ -35,37 +35,38 @@ charge_all(PyObject *ancestry, PyObject *group)
     return 1;
 }
 
-/* Request reclaim for each group that is limited and near its limit. */
+/* Whether a group is limited and near its limit: 0, 1, or -1 with an error. */
+static int
+is_near_limit(PyObject *group)
+{
+    PyObject *limit = GETF(EpcCgroup, group, _max_pages);
+    int near = limit == NULL   ? -1
+        : is_none(limit) ? 0
+                         : is_so(CALL0(group, should_reclaim));
+
+    Py_XDECREF(limit);
+    return near;
+}
+
+/* Request reclaim for each group that is near its limit. */
 static int
 reclaim_ahead(PyObject *ancestry, PyObject *group)
 {
-    PyObject *hierarchy = GETF(EpcCgroup, group, hierarchy), *request = NULL, *limit, *one;
-    int status = -1, near;
+    PyObject *hierarchy = NULL, *request = NULL, *one;
+    int status = 0, near;
 
-    if (hierarchy == NULL || (request = GET(hierarchy, reclaim_ahead)) == NULL)
-        goto done;
-    status = 0;
-    for (Py_ssize_t index = 0; status == 0 && !is_none(request); index++) {
-        if (index >= PyTuple_Size(ancestry))
-            break;
+    for (Py_ssize_t index = 0; status == 0 && index < PyTuple_Size(ancestry); index++) {
         one = PyTuple_GetItem(ancestry, index);
-        limit = GETF(EpcCgroup, one, _max_pages);
-        if (limit == NULL)
+        near = is_near_limit(one);
+        if (near > 0 && request == NULL && (hierarchy = GETF(EpcCgroup, group, hierarchy)) != NULL)
+            request = GET(hierarchy, reclaim_ahead);
+        if (near < 0 || (near > 0 && request == NULL))
             status = -1;
-        else if (!is_none(limit)) {
-            PyObject *answer = CALL0(one, should_reclaim);
-
-            near = answer == NULL ? -1 : PyObject_IsTrue(answer);
-            Py_XDECREF(answer);
-            status = near < 0 ? -1 : 0;
-            if (near > 0)
-                status = effect(PyObject_CallFunctionObjArgs(request, one, NULL));
-        }
-        Py_XDECREF(limit);
+        else if (near > 0 && !is_none(request))
+            status = effect(PyObject_CallFunctionObjArgs(request, one, NULL));
+        Py_CLEAR(hierarchy);
     }
-done:
     Py_XDECREF(request);
-    Py_XDECREF(hierarchy);
     return status;
 }
 
@@ -153,7 +154,7 @@ wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
     int64_t low;
     int wanted;
 
-    if (get_integer(core, names._low, &low) < 0)
+    if (GET_INTEGER(EpcCore, core, _low, &low) < 0)
         return -1;
     if (free >= low)
         return 0;
@@ -171,7 +172,7 @@ wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
 static int
 count_held(PyObject *core, PyObject *kind, int64_t change)
 {
-    PyObject *object = GET(core, counters), *count, *number;
+    PyObject *object = GETF(EpcCore, core, counters), *count, *number;
     Counters *counters = AS(Counters, object);
     int64_t value = 0;
     int status = -1;
@@ -191,18 +192,33 @@ count_held(PyObject *core, PyObject *kind, int64_t change)
     return status;
 }
 
+/* As FreePages.first(). */
+static PyObject *
+first_node(PyObject *pool, PyObject *number)
+{
+    PyObject *orders = GETF(FreePages, pool, _orders), *order = NULL, *node = NULL;
+
+    if (orders != NULL)
+        order = PyDict_GetItemWithError(orders, number);
+    if (order != NULL)
+        node = PyTuple_GetItem(order, 0);
+    Py_XINCREF(node);
+    Py_XDECREF(orders);
+    return node != NULL || PyErr_Occurred() ? node : CALL(pool, first, number, NULL);
+}
+
 /* The pages that were freed on the node that is tried first, and whether the first can be taken. */
 static PyObject *
 freed_pages(PyObject *core, PyObject *node_number, bool *usable)
 {
-    PyObject *pool = GET(core, _pool), *node = NULL, *freed = NULL, *first;
+    PyObject *pool = GETF(EpcCore, core, _pool), *node = NULL, *freed = NULL, *first;
     SgxEpcPage *page;
 
     *usable = false;
     if (pool != NULL)
-        node = CALL(pool, first, node_number, NULL);
+        node = first_node(pool, node_number);
     if (node != NULL)
-        freed = GET(node, freed);
+        freed = GETF(Node, node, freed);
     if (freed != NULL && PyObject_Size(freed) > 0) {
         first = PySequence_GetItem(freed, 0);
         page = AS(SgxEpcPage, first);
@@ -216,10 +232,10 @@ freed_pages(PyObject *core, PyObject *node_number, bool *usable)
     return freed;
 }
 
-/* Take the first freed page for a charge that was made, or do what a refused charge leads to. */
+/* Charge a page; take the first freed one if it is `usable`, or do what follows otherwise. */
 static PyObject *
-take(PyObject *core, PyObject *ksgxd, PyObject *freed, PyObject *count, PyObject *group,
-     PyObject *kind, PyObject *node, PyObject *claim)
+take(PyObject *core, PyObject *ksgxd, PyObject *freed, bool usable, PyObject *count,
+     PyObject *group, PyObject *kind, PyObject *node, PyObject *claim)
 {
     PyObject *generation = GETF(Ksgxd, ksgxd, generation), *outcomes = GETF(Ksgxd, ksgxd, outcomes);
     PyObject *refused = NULL, *seen = NULL, *page = NULL;
@@ -227,7 +243,7 @@ take(PyObject *core, PyObject *ksgxd, PyObject *freed, PyObject *count, PyObject
 
     if (generation == NULL || outcomes == NULL || (refused = try_charge(group)) == NULL)
         goto done;
-    if (is_none(refused)) {
+    if (usable && is_none(refused)) {
         page = CALL0(freed, popleft);
         record = AS(SgxEpcPage, page);
         if (record == NULL || ADD_INTEGER(AtomicCount, count, value, -1) < 0) {
@@ -239,7 +255,7 @@ take(PyObject *core, PyObject *ksgxd, PyObject *freed, PyObject *count, PyObject
     }
     seen = PyTuple_Pack(2, generation, outcomes);
     if (seen != NULL)
-        page = CALL(core, _refused_alloc, group, refused, seen, node, kind, claim, NULL);
+        page = CALL(core, _take_otherwise, group, refused, seen, node, kind, claim, NULL);
 done:
     Py_XDECREF(seen);
     Py_XDECREF(refused);
@@ -248,32 +264,32 @@ done:
     return page;
 }
 
-/* As PlainCore.alloc() with reclaim=False; NotImplemented: not plain, nothing has changed. */
+/* As PlainCore.alloc() with reclaim=False. */
 PyObject *
 core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind, PyObject *node,
            PyObject *claim)
 {
-    PyObject *claims = GET(core, claims), *holder = NULL, *freed = NULL, *root = NULL;
+    PyObject *claims = GETF(EpcCore, core, claims), *holder = NULL, *freed = NULL, *root = NULL;
     PyObject *ksgxd = NULL, *count = NULL, *page = NULL, *result = NULL;
     SgxEpcPage *record;
     int64_t left;
     bool usable;
 
-    if (claims == NULL || (holder = GET(claims, holder)) == NULL
+    if (claims == NULL || (holder = GETF(Claims, claims, holder)) == NULL
         || (freed = freed_pages(core, node, &usable)) == NULL)
         goto done;
-    if (!is_none(holder) || !usable) {
-        Py_INCREF(result = Py_NotImplemented);
+    if (!is_none(holder)) {
+        result = CALL(core, _alloc_for_load, owner, group, kind, node, claim, NULL);
         goto done;
     }
-    root = GET(core, root);
-    ksgxd = GET(core, _ksgxd);
-    count = GET(core, _free);
+    root = GETF(EpcCore, core, root);
+    ksgxd = GETF(EpcCore, core, _ksgxd);
+    count = GETF(EpcCore, core, _free);
     if (root == NULL || ksgxd == NULL || count == NULL)
         goto done;
     if (is_none(group))
         group = root;
-    page = take(core, ksgxd, freed, count, group, kind, node, claim);
+    page = take(core, ksgxd, freed, usable, count, group, kind, node, claim);
     record = AS(SgxEpcPage, page);
     if (record == NULL)
         goto done;
@@ -299,13 +315,13 @@ done:
 static int
 give_back(PyObject *core, SgxEpcPage *page)
 {
-    PyObject *pool = GET(core, _pool), *nodes = NULL, *node = NULL, *freed = NULL, *count = NULL;
+    PyObject *pool = GETF(EpcCore, core, _pool), *nodes = NULL, *node = NULL, *freed = NULL, *count = NULL;
     int status = -1;
 
-    if (pool != NULL && (nodes = GET(pool, nodes)) != NULL
+    if (pool != NULL && (nodes = GETF(FreePages, pool, nodes)) != NULL
         && (node = PyObject_GetItem(nodes, page->node)) != NULL)
-        freed = GET(node, freed);
-    if (freed != NULL && (count = GET(core, _free)) != NULL
+        freed = GETF(Node, node, freed);
+    if (freed != NULL && (count = GETF(EpcCore, core, _free)) != NULL
         && effect(CALL(freed, append, (PyObject *)page, NULL)) == 0)
         status = ADD_INTEGER(AtomicCount, count, value, 1);
     Py_XDECREF(count);
@@ -338,7 +354,7 @@ core_free(PyObject *core, PyObject *object)
     set_field(&page->kept, Py_False);
     if (count_held(core, kind, -1) == 0) {
         set_field(&page->free, Py_True);
-        if (give_back(core, page) == 0 && (ksgxd = GET(core, _ksgxd)) != NULL) {
+        if (give_back(core, page) == 0 && (ksgxd = GETF(EpcCore, core, _ksgxd)) != NULL) {
             status = page_freed(ksgxd);
             Py_DECREF(ksgxd);
         }
@@ -364,9 +380,9 @@ core_mark_reclaimable(PyObject *core, PyObject *object)
         return -1;
     set_field(&page->lru, lru);
     set_field(&page->tracked, Py_True);
-    pages = GET(lru, pages);
+    pages = GETF(Lru, lru, pages);
     if (pages != NULL && PyObject_SetItem(pages, object, Py_None) == 0
-        && (ksgxd = GET(core, _ksgxd)) != NULL) {
+        && (ksgxd = GETF(EpcCore, core, _ksgxd)) != NULL) {
         status = withdraw_verdicts(ksgxd);
         Py_DECREF(ksgxd);
     }

@@ -5,11 +5,7 @@
 static int
 readably(enum method method, PyObject *page)
 {
-    PyObject *answer = PyObject_CallFunctionObjArgs(readable[method], page, NULL);
-    int truth = answer == NULL ? -1 : PyObject_IsTrue(answer);
-
-    Py_XDECREF(answer);
-    return truth;
+    return is_so(PyObject_CallFunctionObjArgs(readable[method], page, NULL));
 }
 
 /* Whether no task holds the enclave's lock: 0, 1, or -1 with an error. */
@@ -45,6 +41,16 @@ linear_address(EnclavePage *page, uint64_t *linaddr)
     }
     *linaddr = base + ((uint64_t)index << PAGE_SHIFT);
     return 0;
+}
+
+PyObject *
+swap_of(EnclavePage *page)
+{
+    Enclave *enclave = AS(Enclave, page->enclave);
+
+    return enclave != NULL && enclave->_swap != NULL && is_exactly(enclave->_swap, given.CompiledSwap)
+        ? enclave->_swap
+        : NULL;
 }
 
 int
@@ -109,50 +115,33 @@ address_spaces(PyObject *enclave, PyObject **found)
     return status;
 }
 
-/* Whether a mapping holds an address, and is of an enclave. */
-static bool
-maps(PyObject *object, uint64_t linaddr, PyObject *enclave, bool *holds)
-{
-    EnclaveVma *vma = AS(EnclaveVma, object);
-    uint64_t start, end;
-
-    *holds = vma != NULL && address(vma->start, &start) && address(vma->end, &end)
-        && start <= linaddr && linaddr < end;
-    return *holds && vma->enclave == enclave;
-}
-
 /* Whether an address space maps the page as one of the enclave: 0, 1, or -1 with an error. */
 static int
-is_mapped(PyObject *mm, PyObject *enclave, uint64_t linaddr, PyObject *addr)
+is_mapped(PyObject *mm, PyObject *enclave, PyObject *addr)
 {
-    PyObject *vma;
+    PyObject *found;
+    EnclaveVma *vma;
     int64_t users;
-    bool holds, mapped;
+    bool mapped;
 
     if (GET_INTEGER(Mm, mm, users, &users) < 0)
         return -1;
     if (!users)
         return 0;
-    vma = GETF(Mm, mm, found);
-    if (vma == NULL)
+    found = mapping_at(mm, addr);
+    if (found == NULL)
         return -1;
-    mapped = maps(vma, linaddr, enclave, &holds);
-    Py_DECREF(vma);
-    if (holds)
-        return mapped;
-    vma = CALL(mm, find, addr, NULL);
-    if (vma == NULL)
-        return -1;
-    mapped = maps(vma, linaddr, enclave, &holds);
-    Py_DECREF(vma);
+    vma = AS(EnclaveVma, found);
+    mapped = vma != NULL && vma->enclave == enclave;
+    Py_DECREF(found);
     return mapped;
 }
 
-/* Call a method of the page tables that map the page: 1 if one has returned a true value. */
+/* Call a function with the page tables that map the page: 1 if it has returned 1. */
 static int
-in_page_tables(EnclavePage *page, PyObject *mms, PyObject *method)
+in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, PyObject *))
 {
-    PyObject *addr = NULL, *ptes, *answer, *mm;
+    PyObject *addr = NULL, *ptes, *mm;
     uint64_t linaddr;
     int result = 0, mapped, truth;
 
@@ -161,16 +150,14 @@ in_page_tables(EnclavePage *page, PyObject *mms, PyObject *method)
         return -1;
     for (Py_ssize_t index = 0; result >= 0 && index < PyTuple_Size(mms); index++) {
         mm = ((EnclaveMm *)PyTuple_GetItem(mms, index))->mm;
-        mapped = is_mapped(mm, page->enclave, linaddr, addr);
+        mapped = is_mapped(mm, page->enclave, addr);
         if (mapped <= 0) {
             result = mapped < 0 ? -1 : result;
             continue;
         }
         ptes = GETF(Mm, mm, ptes);
-        answer = ptes == NULL ? NULL : PyObject_CallMethodObjArgs(ptes, method, addr, NULL);
-        truth = answer == NULL ? -1 : PyObject_IsTrue(answer);
+        truth = ptes == NULL ? -1 : function(ptes, addr);
         result = truth < 0 ? -1 : result | truth;
-        Py_XDECREF(answer);
         Py_XDECREF(ptes);
     }
     Py_DECREF(addr);
@@ -191,7 +178,7 @@ page_age(PyObject *object)
     plain = address_spaces(page->enclave, &mms);
     if (plain <= 0)
         return plain < 0 ? -1 : readably(PAGE_AGE, object);
-    young = in_page_tables(page, mms, names.test_and_clear_accessed);
+    young = in_page_tables(page, mms, test_and_clear_accessed);
     Py_DECREF(mms);
     return young < 0 ? -1 : !young;
 }
@@ -211,12 +198,12 @@ int
 page_prepare(PyObject *object)
 {
     EnclavePage *page = AS(EnclavePage, object);
-    PyObject *reservation;
-    int plain = page == NULL ? 0 : enclave_is_plain(page->enclave);
+    PyObject *reservation, *swap = page == NULL ? NULL : swap_of(page);
+    int plain = swap == NULL ? 0 : enclave_is_plain(page->enclave);
 
-    if (plain <= 0 || !is_exactly(page->swap, given.CompiledSwap))
+    if (plain <= 0)
         return plain < 0 ? -1 : readably(PAGE_PREPARE, object);
-    reservation = swap_prepare(page->swap, page->index);
+    reservation = swap_prepare(swap, page->index);
     if (reservation == NULL)
         return -1;
     set_field(&page->reservation, reservation);
@@ -234,9 +221,9 @@ blocks(PyObject *enclave, PyObject *addr)
     PyObject *driver = GETF(Enclave, enclave, driver), *core = NULL, *leaves = NULL, *status = NULL;
     int result = -1;
 
-    if (driver != NULL && (core = GET(driver, core)) != NULL
-        && (leaves = GET(core, leaves)) != NULL) {
-        status = CALL(leaves, eblock, addr, NULL);
+    if (driver != NULL && (core = GETF(Driver, driver, core)) != NULL
+        && (leaves = GETF(EpcCore, core, leaves)) != NULL) {
+        status = call_leaf(leaves, EBLOCK, (PyObject *[7]){addr});
         if (status != NULL)
             result = status == given.SUCCESS;
         else if (PyErr_ExceptionMatches(given.Fault)) {
@@ -264,7 +251,7 @@ page_block(PyObject *object)
     if (plain <= 0)
         return plain < 0 ? -1 : readably(PAGE_BLOCK, object);
     HOLD(epc);
-    done = in_page_tables(page, mms, names.zap) < 0 ? -1 : blocks(page->enclave, epc->addr);
+    done = in_page_tables(page, mms, zap) < 0 ? -1 : blocks(page->enclave, epc->addr);
     if (done > 0)
         set_field(&epc->blocked, Py_True);
     else if (done == 0)
@@ -294,13 +281,12 @@ int
 page_write(PyObject *object)
 {
     EnclavePage *page = AS(EnclavePage, object);
-    PyObject *epc, *reservation, *entry;
+    PyObject *epc, *reservation, *entry, *swap = page == NULL ? NULL : swap_of(page);
     int64_t waiting;
     int plain = 0, result = -1;
 
-    if (page != NULL && is_record(page->epc, KIND_SgxEpcPage)
-        && is_record(page->reservation, KIND_Reservation)
-        && is_exactly(page->swap, given.CompiledSwap)) {
+    if (swap != NULL && is_record(page->epc, KIND_SgxEpcPage)
+        && is_record(page->reservation, KIND_Reservation)) {
         if (GET_INTEGER(Enclave, page->enclave, waiting, &waiting) < 0)
             return -1;
         plain = waiting ? 0 : enclave_is_plain(page->enclave);
@@ -312,13 +298,15 @@ page_write(PyObject *object)
     Py_INCREF(epc);
     Py_INCREF(reservation);
     set_field(&page->reservation, Py_None);
-    entry = swap_write(page->swap, epc, reservation);
+    entry = swap_write_to(swap, epc, reservation);
     if (entry != NULL) {
-        set_field(&page->entry, entry);
         set_field(&page->being_reclaimed, Py_False);
         result = !is_none(entry);
         if (result) {
-            result = count_eviction(page->enclave) < 0 ? -1 : 1;
+            result = entry_put(swap, page->index, entry) < 0
+                    || count_eviction(page->enclave) < 0
+                ? -1
+                : 1;
             set_field(&page->epc, Py_None);
         }
         Py_DECREF(entry);

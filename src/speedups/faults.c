@@ -1,21 +1,43 @@
 /* The fault that loads a page: as softsgx.driver.optimised.handle. */
 
+#define _POSIX_C_SOURCE 200809L
+
 #include "speedups.h"
+
+#include <time.h>
 
 struct fault {
     PyObject *enclave, *mm, *linaddr, *task;
     EnclaveVma *vma;
     EnclavePage *page;
-    PyObject *driver, *core;
+    PyObject *driver, *core, *entry;  // the entry is NULL where there is a place
+    struct place place;
     EnclaveCounts *counts;
     int64_t index;
 };
+
+/* The page of an enclave at an index, borrowed: as EnclavePages.get(); NULL: perhaps an error. */
+static EnclavePage *
+page_at(PyObject *object, int64_t index)
+{
+    EnclavePages *pages = AS(EnclavePages, object);
+    PyObject *high, *chunk;
+
+    if (pages == NULL || pages->chunks == NULL || !PyDict_Check(pages->chunks)
+        || (high = PyLong_FromLongLong(index >> CHUNK_SHIFT)) == NULL)
+        return NULL;
+    chunk = PyDict_GetItemWithError(pages->chunks, high);
+    Py_DECREF(high);
+    if (chunk == NULL || !PyList_Check(chunk))
+        return NULL;
+    return AS(EnclavePage, PyList_GetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK)));
+}
 
 /* The page that a fault can load by the plain path; NULL: none, perhaps with an error. */
 static EnclavePage *
 loadable(struct fault *fault)
 {
-    PyObject *pages, *number;
+    PyObject *pages;
     EnclavePage *page = NULL;
     uint64_t base, linaddr;
     int64_t wanted, most;
@@ -24,53 +46,70 @@ loadable(struct fault *fault)
     if (GET_ADDRESS(Enclave, fault->enclave, base, &base) < 0
         || (pages = GETF(Enclave, fault->enclave, pages)) == NULL)
         return NULL;
-    if (PyDict_Check(pages) && address(fault->linaddr, &linaddr)) {
+    if (address(fault->linaddr, &linaddr)) {
         /* An address below the base wraps to an index that no enclave has. */
         fault->index = (int64_t)((linaddr - base) >> PAGE_SHIFT);
-        number = PyLong_FromLongLong(fault->index);
-        if (number != NULL)
-            page = AS(EnclavePage, PyDict_GetItemWithError(pages, number));
-        Py_XDECREF(number);
+        page = page_at(pages, fault->index);
         if (page != NULL)
             HOLD(page);
     }
     Py_DECREF(pages);
     if (page == NULL)
         return NULL;
-    if (is_none(page->entry) || !is_false(page->being_reclaimed) || !is_false(page->being_modified)
+    if (!is_none(page->epc) || !is_false(page->being_reclaimed)
         || fault->vma == NULL || !integer(fault->vma->prot, &wanted)
         || !integer(page->max_prot, &most) || wanted & ~most
-        || !is_exactly(page->swap, given.CompiledSwap))
+        || swap_of(page) == NULL || PySet_Size(((Enclave *)page->enclave)->modified) != 0)
         plain = 0;
     else
         plain = enclave_is_plain(fault->enclave);
+    if (plain > 0 && (plain = entry_place(swap_of(page), page->index, &fault->place)) == 0) {
+        fault->entry = entry_get(swap_of(page), page->index);
+        plain = fault->entry == NULL ? -1 : !is_none(fault->entry);
+    }
     if (plain <= 0)
         RELEASE(page), page = NULL;
     return page;
+}
+
+/* The answer to a question about the task that faults: the driver's _group_of or _node_of, which is
+ * released. */
+static PyObject *
+of_task(struct fault *fault, PyObject *function)
+{
+    PyObject *answer = NULL;
+
+    if (function != NULL && function != given.first_node)
+        answer = PyObject_CallFunctionObjArgs(function, fault->task, NULL);
+    else if (function != NULL)
+        answer = PyLong_FromLong(0);
+    Py_XDECREF(function);
+    return answer;
 }
 
 /* Load the page for the task, as PlainSwap.load(). */
 static PyObject *
 load_for(struct fault *fault)
 {
-    PyObject *where = CALL(fault->driver, group_and_node, fault->task, NULL), *claim = NULL;
-    PyObject *label = NULL, *epc = NULL;
+    PyObject *label = PyDict_GetItemWithError(given.labels, fault->page->kind), *epc = NULL;
+    PyObject *claim = NULL, *group = NULL, *node = NULL;
 
-    if (where == NULL || !PyTuple_Check(where))
-        goto done;
-    label = PyDict_GetItemWithError(given.labels, fault->page->kind);
-    if (is_none(fault->task))
+    if (is_none(fault->task)) {
         Py_INCREF(claim = Py_None);
-    else
+        Py_INCREF(group = Py_None);
+        node = PyLong_FromLong(0);
+    }
+    else if ((group = of_task(fault, GETF(Driver, fault->driver, _group_of))) != NULL
+             && (node = of_task(fault, GETF(Driver, fault->driver, _node_of))) != NULL)
         claim = GET(fault->task, claim);
-    if (label != NULL && claim != NULL)
-        epc = swap_load(fault->page->swap, fault->page->entry, (PyObject *)fault->page, label,
-                        PyTuple_GetItem(where, 1), PyTuple_GetItem(where, 0), claim);
-done:
-    if (epc == NULL && !PyErr_Occurred())
+    if (label != NULL && node != NULL && claim != NULL)
+        epc = swap_load_from(swap_of(fault->page), fault->entry, fault->page->index, &fault->place,
+                             (PyObject *)fault->page, label, node, group, claim);
+    else if (!PyErr_Occurred())
         PyErr_SetString(PyExc_TypeError, "a page of no known type");
+    Py_XDECREF(node);
+    Py_XDECREF(group);
     Py_XDECREF(claim);
-    Py_XDECREF(where);
     return epc;
 }
 
@@ -78,11 +117,17 @@ done:
 static int
 load_ahead(struct fault *fault)
 {
-    PyObject *policy = GET(fault->core, policy), *index = NULL, *pages = NULL, *wanted = NULL;
+    PyObject *policy = GETF(EpcCore, fault->core, policy), *index = NULL, *pages = NULL;
+    PyObject *wanted = NULL;
     int64_t size;
+    int none = policy == NULL ? -1 : has_method_of(policy, given.Policy, names.neighbours);
     int any = -1;
 
-    if (policy != NULL && GET_INTEGER(Enclave, fault->enclave, size, &size) == 0
+    if (none != 0) {
+        Py_XDECREF(policy);
+        return none < 0 ? -1 : 0;
+    }
+    if (GET_INTEGER(Enclave, fault->enclave, size, &size) == 0
         && (index = PyLong_FromLongLong(fault->index)) != NULL
         && (pages = PyLong_FromLongLong(size >> PAGE_SHIFT)) != NULL
         && (wanted = CALL(policy, neighbours, index, pages, NULL)) != NULL)
@@ -108,12 +153,11 @@ resolve(struct fault *fault)
     if (epc == NULL)
         return -1;
     set_field(&page->epc, epc);
-    set_field(&page->entry, Py_None);
-    if (add_to_field(&fault->counts->reloads, 1) == 0
+    if (entry_put(swap_of(page), page->index, Py_None) == 0
+        && add_to_field(&fault->counts->reloads, 1) == 0
         && core_mark_reclaimable(fault->core, epc) == 0 && load_ahead(fault) == 0
         && (ptes = GETF(Mm, fault->mm, ptes)) != NULL) {
-        status = effect(CALL(ptes, install, fault->linaddr, ((SgxEpcPage *)epc)->addr,
-                             fault->vma->prot, NULL));
+        status = install(ptes, fault->vma, fault->linaddr, ((SgxEpcPage *)epc)->addr);
         Py_DECREF(ptes);
         if (status == 0 && is_false(page->touched)) {
             set_field(&page->touched, Py_True);
@@ -162,28 +206,21 @@ ended_by_error(struct fault *fault)
     return ended;
 }
 
-/* handle(enclave, mm, vma, linaddr, task): as softsgx.driver.optimised.handle. */
-PyObject *
-handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+/* As softsgx.driver.optimised.handle: (result, wait). */
+static PyObject *
+handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, PyObject *task)
 {
-    struct fault fault = {0};
+    struct fault fault = {
+        .enclave = enclave, .mm = mm, .vma = AS(EnclaveVma, vma), .linaddr = linaddr, .task = task
+    };
     PyObject *counts = NULL, *ended = NULL, *result = NULL;
 
-    if (count != 5) {
-        PyErr_SetString(PyExc_TypeError, "handle() takes 5 arguments");
-        return NULL;
-    }
-    fault.enclave = args[0];
-    fault.mm = args[1];
-    fault.vma = AS(EnclaveVma, args[2]);
-    fault.linaddr = args[3];
-    fault.task = args[4];
     fault.page = loadable(&fault);
     if (PyErr_Occurred())
         goto done;
     if (fault.page != NULL) {
         fault.driver = GETF(Enclave, fault.enclave, driver);
-        fault.core = fault.driver == NULL ? NULL : GET(fault.driver, core);
+        fault.core = fault.driver == NULL ? NULL : GETF(Driver, fault.driver, core);
         counts = fault.core == NULL ? NULL : GETF(Enclave, fault.enclave, counts);
         if (counts == NULL)
             goto done;
@@ -191,8 +228,8 @@ handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     }
     if (fault.counts == NULL || !is_exactly(fault.core, given.CompiledCore)
         || !PyDict_Check(fault.counts->faults)) {
-        result = PyObject_CallFunctionObjArgs(readable[HANDLE], args[0], args[1], args[2], args[3],
-                                              args[4], NULL);
+        result = PyObject_CallFunctionObjArgs(readable[HANDLE], enclave, mm, vma, linaddr, task,
+                                              NULL);
         goto done;
     }
     if (resolve(&fault) == 0)
@@ -204,8 +241,158 @@ handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 done:
     Py_XDECREF(ended);
     Py_XDECREF(counts);
+    RELEASE(fault.place.page);
+    Py_XDECREF(fault.entry);
     Py_XDECREF(fault.core);
     Py_XDECREF(fault.driver);
     RELEASE(fault.page);
+    return result;
+}
+
+/* handle(enclave, mm, vma, linaddr, task): as softsgx.driver.optimised.handle. */
+PyObject *
+handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (count == 5)
+        return handle_fault(args[0], args[1], args[2], args[3], args[4]);
+    PyErr_SetString(PyExc_TypeError, "handle() takes 5 arguments");
+    return NULL;
+}
+
+/* --- address spaces ----------------------------------------------------------------------------- */
+
+PyObject *
+mapping_at(PyObject *mm, PyObject *addr)
+{
+    PyObject *found = GETF(Mm, mm, found);
+    EnclaveVma *vma = AS(EnclaveVma, found);
+    uint64_t at, start, end;
+
+    if (found != NULL
+        && (vma == NULL || !address(addr, &at) || !address(vma->start, &start)
+            || !address(vma->end, &end) || at < start || at >= end))
+        replace(&found, CALL(mm, find, addr, NULL));
+    return found;
+}
+
+/* Whether a fault at a mapping is one for handle_fault(): 0, 1, or -1 with an error. */
+static int
+is_for_c(PyObject *vma_object, PyObject *access)
+{
+    EnclaveVma *vma = AS(EnclaveVma, vma_object);
+    Enclave *enclave = vma == NULL ? NULL : AS(Enclave, vma->enclave);
+    PyObject *handler;
+    int64_t wanted, prot;
+
+    if (enclave == NULL || !IS(EnclaveCounts, enclave->counts) || !integer(access, &wanted)
+        || !integer(vma->prot, &prot) || wanted & ~prot)
+        return 0;
+    handler = GETF(Driver, enclave->driver, handle_fault);
+    Py_XDECREF(handler);
+    return handler == NULL ? -1 : handler == given.handle;
+}
+
+/* The time of a runtime, whose clock is time.monotonic_ns() or another one. */
+static int
+now_ns(PyObject *runtime, int64_t *time)
+{
+    PyObject *clock = is_exactly(runtime, given.InlineRuntime) ? GET(runtime, _clock_ns) : NULL;
+    PyObject *number = NULL;
+    struct timespec now;
+    int status;
+
+    if (clock != NULL && clock == given.monotonic_ns && clock_gettime(CLOCK_MONOTONIC, &now) == 0) {
+        *time = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+        Py_DECREF(clock);
+        return 0;
+    }
+    if (!PyErr_Occurred())
+        number = clock != NULL ? PyObject_CallNoArgs(clock) : CALL0(runtime, now_ns);
+    status = number != NULL && integer(number, time) ? 0 : -1;
+    Py_XDECREF(clock);
+    if (number != NULL && status < 0)
+        PyErr_SetString(PyExc_TypeError, "a time is no integer of 64 bits");
+    Py_XDECREF(number);
+    return status;
+}
+
+/* Give a lock back that was taken for reading; an error that is set stays. */
+static int
+release_read(RwLock *lock)
+{
+    PyObject *type, *error, *traceback;
+    int64_t waiting;
+    int status;
+
+    PyErr_Fetch(&type, &error, &traceback);
+    status = integer(lock->_waiting, &waiting) && !waiting
+        ? add_to_field(&lock->_readers, -1)
+        : effect(CALL0(lock, release_read));
+    if (type == NULL)
+        return status;
+    PyErr_Restore(type, error, traceback);
+    return -1;
+}
+
+/* handle_fault() with the lock held for reading; then wait, if need be. */
+static PyObject *
+fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *task)
+{
+    PyObject *linaddr = NULL, *outcome = NULL, *result = NULL, *wait;
+    EnclaveCounts *counts;
+    int64_t began, ended;
+    uint64_t at = 0;
+
+    if (now_ns(mm->runtime, &began) < 0)
+        return NULL;
+    address(addr, &at);
+    linaddr = PyLong_FromUnsignedLongLong(at & -(uint64_t)PAGE_BYTES);
+    if (linaddr == NULL || add_to_field(&lock->_readers, 1) < 0)
+        goto done;
+    outcome = handle_fault(vma->enclave, (PyObject *)mm, (PyObject *)vma, linaddr, task);
+    if (release_read(lock) < 0 || outcome == NULL)
+        goto done;
+    result = PyTuple_GetItem(outcome, 0);
+    wait = PyTuple_GetItem(outcome, 1);
+    if (result == NULL || wait == NULL)
+        goto done;
+    if (!is_none(wait))
+        result = effect(PyObject_CallNoArgs(wait)) < 0 ? NULL : given.RETRY;
+    if (result != NULL && now_ns(mm->runtime, &ended) == 0) {
+        counts = (EnclaveCounts *)((Enclave *)vma->enclave)->counts;
+        if (add_to_field(&counts->fault_ns, ended - began) < 0)
+            result = NULL;
+    }
+    else
+        result = NULL;
+    Py_XINCREF(result);
+done:
+    Py_XDECREF(outcome);
+    Py_XDECREF(linaddr);
+    return result;
+}
+
+/* As Mm.fault(). */
+PyObject *
+mm_fault(PyObject *object, PyObject *addr, PyObject *access, PyObject *task)
+{
+    Mm *mm = AS(Mm, object);
+    RwLock *lock = mm == NULL ? NULL : AS(RwLock, mm->mmap_lock);
+    PyObject *vma = NULL, *result = NULL;
+    int plain = 0, given_task;
+
+    if (lock != NULL && is_true(mm->_uninterleaved) && is_false(lock->has_writer)) {
+        vma = mapping_at(object, addr);
+        plain = vma == NULL ? -1 : is_for_c(vma, access);
+    }
+    given_task = PyObject_IsTrue(task);
+    if (plain > 0 && given_task >= 0) {
+        HOLD(lock);
+        result = fault_locked(mm, lock, (EnclaveVma *)vma, addr, given_task ? task : mm->owner);
+        RELEASE(lock);
+    }
+    else if (plain == 0 && given_task >= 0)
+        result = PyObject_CallFunctionObjArgs(readable[MM_FAULT], object, addr, access, task, NULL);
+    Py_XDECREF(vma);
     return result;
 }

@@ -77,10 +77,10 @@ nonce_of(PyObject *version)
 static PyObject *
 paging_key(PyObject *hw)
 {
-    PyObject *secrets = GET(hw, secrets), *key = NULL;
+    PyObject *secrets = GETF(Machine, hw, secrets), *key = NULL;
 
     if (secrets != NULL)
-        key = GET(secrets, paging);
+        key = GETF(Secrets, secrets, paging);
     Py_XDECREF(secrets);
     return key;
 }
@@ -89,8 +89,10 @@ paging_key(PyObject *hw)
 static PyObject *
 apply_cipher(PyObject *key, PyObject *method, PyObject *version, PyObject *data, PyObject *header)
 {
-    PyObject *aead = GET(key, _aead), *nonce = NULL, *result = NULL;
+    PyObject *aead = GETF(PagingKey, key, _aead), *nonce = NULL, *result = NULL;
 
+    if (aead != NULL && is_none(aead))
+        replace(&aead, CALL0(key, _cipher));
     if (aead != NULL)
         nonce = nonce_of(version);
     if (nonce != NULL)
@@ -105,7 +107,7 @@ next_version(PyObject *key)
 {
     PyObject *versions, *version;
 
-    versions = GET(key, _versions);
+    versions = GETF(PagingKey, key, _versions);
     if (versions == NULL)
         return NULL;
     version = PyIter_Next(versions);
@@ -124,30 +126,39 @@ right_arguments(Py_ssize_t count, Py_ssize_t wanted)
     return false;
 }
 
-/* The processor's machine; with its map of pages, new references. */
-static int
-machine_of(PyObject *cpu, PyObject **hw, PyObject **pages)
+/* What leaves are bound to: a processor, and its machine. */
+static PyObject *
+cpu_of(PyObject *self)
 {
-    *hw = GET(cpu, hw);
-    *pages = *hw == NULL ? NULL : GET(*hw, pages);
-    if (*pages != NULL && PyDict_Check(*pages))
-        return 0;
-    if (!PyErr_Occurred())
-        PyErr_SetString(PyExc_TypeError, "the machine's pages are no dictionary");
-    return -1;
+    return PyTuple_GetItem(self, 0);
 }
 
-/* eblock(cpu, addr): SUCCESS, or what the readable leaf does. */
+/* The machine, borrowed; its map of pages, a new reference, or NULL. */
 static PyObject *
-eblock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+machine_of(PyObject *self, PyObject **pages)
 {
-    PyObject *hw = NULL, *pages = NULL, *result = NULL;
+    PyObject *hw = PyTuple_GetItem(self, 1);
+
+    *pages = GETF(Machine, hw, pages);
+    if (*pages != NULL && !PyDict_Check(*pages)) {
+        PyErr_SetString(PyExc_TypeError, "the machine's pages are no dictionary");
+        Py_CLEAR(*pages);
+    }
+    return hw;
+}
+
+/* eblock(addr): SUCCESS, or what the readable leaf does. */
+static PyObject *
+eblock(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *pages, *result = NULL;
     ResidentSecs *enclave;
     EpcPage *page, *secs;
 
-    if (!right_arguments(count, 2) || machine_of(args[0], &hw, &pages) < 0)
+    machine_of(self, &pages);
+    if (pages == NULL || !right_arguments(count, 1))
         goto done;
-    page = entry_at(pages, args[1]);
+    page = entry_at(pages, args[0]);
     if (PyErr_Occurred())
         goto done;
     if (page != NULL && is_true(page->valid) && is_false(page->blocked) && is_unlocked(page)
@@ -159,10 +170,9 @@ eblock(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
         Py_INCREF(result = given.SUCCESS);
     }
     else
-        result = PyObject_CallFunctionObjArgs(given.eblock, args[0], args[1], NULL);
+        result = PyObject_CallFunctionObjArgs(given.eblock, cpu_of(self), args[0], NULL);
 done:
     Py_XDECREF(pages);
-    Py_XDECREF(hw);
     return result;
 }
 
@@ -184,6 +194,45 @@ secinfo_flags(const EpcPage *page, int64_t *flags)
     return true;
 }
 
+/* The bytes of a simulated machine's pages, borrowed; NULL: another store has them. */
+static PyObject *
+simulated_pages(PyObject *store)
+{
+    return is_exactly(store, (PyObject *)record_types[KIND_DictStore])
+        ? ((DictStore *)store)->_pages
+        : NULL;
+}
+
+static PyObject *
+freeze_page(PyObject *store, EpcPage *page)
+{
+    PyObject *pages = simulated_pages(store), *data = NULL;
+
+    if (pages != NULL)
+        data = PyDict_GetItemWithError(pages, page->addr);
+    Py_XINCREF(data);
+    return data != NULL || PyErr_Occurred() ? data : freeze(store, page);
+}
+
+static int
+drop_page(PyObject *store, EpcPage *page)
+{
+    PyObject *pages = simulated_pages(store);
+
+    return pages != NULL ? PyDict_DelItem(pages, page->addr) : drop(store, page);
+}
+
+static int
+fill_page(PyObject *store, EpcPage *page, PyObject *data)
+{
+    PyObject *pages = simulated_pages(store);
+    const char *bytes = pages != NULL && PyBytes_Check(data) ? PyBytes_AsString(data) : NULL;
+
+    /* Pages of zeros share an object. */
+    return bytes != NULL && *bytes ? PyDict_SetItem(pages, page->addr, data)
+                                   : fill(store, page, data);
+}
+
 /* What is left of EWB when all checks have passed: (ciphertext and MAC, flags, EID). */
 static PyObject *
 evict(PyObject *hw, EpcPage *page, EpcPage *va_page, Py_ssize_t slot, ResidentSecs *enclave,
@@ -201,13 +250,13 @@ evict(PyObject *hw, EpcPage *page, EpcPage *va_page, Py_ssize_t slot, ResidentSe
     version = next_version(key);
     if (version == NULL || (header = header_of(enclave->eid, linaddr, (uint64_t)flags)) == NULL)
         goto done;
-    store = GET(hw, store);
-    if (store == NULL || (plain = CALL(store, freeze, (PyObject *)page, NULL)) == NULL)
+    store = GETF(Machine, hw, store);
+    if (store == NULL || (plain = freeze_page(store, page)) == NULL)
         goto done;
     sealed = apply_cipher(key, names.encrypt, version, plain, header);
     if (sealed == NULL || PySequence_SetItem(va_page->slots, slot, version) < 0
         || add_to_field(&enclave->children, -1) < 0
-        || effect(CALL(store, drop, (PyObject *)page, NULL)) < 0)
+        || drop_page(store, page) < 0)
         goto done;
     set_field(&page->valid, Py_False);
     result = Py_BuildValue("OLO", sealed, (long long)flags, enclave->eid);
@@ -222,11 +271,11 @@ done:
     return result;
 }
 
-/* try_ewb(cpu, rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
+/* try_ewb(rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
 static PyObject *
-try_ewb(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *hw = NULL, *pages = NULL, *result = NULL, *version;
+    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL, *version;
     EpcPage *page, *va_page, *secs;
     ResidentSecs *enclave;
     int64_t slot_addr, epoch, blocked, cycles, previous, flags;
@@ -234,10 +283,10 @@ try_ewb(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     Py_ssize_t slot;
     int taken;
 
-    if (!right_arguments(count, 3) || machine_of(args[0], &hw, &pages) < 0)
+    if (pages == NULL || !right_arguments(count, 2))
         goto done;
-    page = entry_at(pages, args[1]);
-    va_page = page != NULL && integer(args[2], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
+    page = entry_at(pages, args[0]);
+    va_page = page != NULL && integer(args[1], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
     if (PyErr_Occurred())
         goto done;
     result = Py_None;
@@ -282,7 +331,6 @@ given_back:
     Py_INCREF(result);
 done:
     Py_XDECREF(pages);
-    Py_XDECREF(hw);
     return result;
 }
 
@@ -328,10 +376,10 @@ load(PyObject *hw, EpcPage *page, EpcPage *secs, EpcPage *va_page, Py_ssize_t sl
     set_field(&page->pr, flags & SECINFO_PR ? Py_True : Py_False);
     set_field(&page->enclave, Py_None);
     set_field(&page->slots, Py_None);
-    store = GET(hw, store);
+    store = GETF(Machine, hw, store);
     zero = PyLong_FromLong(0);
     if (store == NULL || zero == NULL
-        || effect(CALL(store, fill, (PyObject *)page, plain, NULL)) < 0
+        || fill_page(store, page, plain) < 0
         || PySequence_SetItem(va_page->slots, slot, zero) < 0
         || add_to_field(&enclave->children, 1) < 0)
         goto done;
@@ -347,24 +395,24 @@ done:
     return result;
 }
 
-/* try_eldu(cpu, linaddr, secs_addr, sealed, flags, rcx, rdx): whether it was loaded. */
+/* try_eldu(linaddr, secs_addr, sealed, flags, rcx, rdx): whether it was loaded. */
 static PyObject *
-try_eldu(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+try_eldu(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *hw = NULL, *pages = NULL, *result = NULL, *number, *type = NULL;
+    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL, *number, *type = NULL;
     EpcPage *page, *va_page, *secs;
     ResidentSecs *enclave;
     int64_t slot_addr, lock;
     uint64_t flags;
 
-    if (!right_arguments(count, 7) || machine_of(args[0], &hw, &pages) < 0)
+    if (pages == NULL || !right_arguments(count, 6))
         goto done;
-    flags = PyLong_AsUnsignedLongLong(args[4]);
+    flags = PyLong_AsUnsignedLongLong(args[3]);
     if (flags == (uint64_t)-1 && PyErr_Occurred())
         goto done;
-    page = entry_at(pages, args[5]);
-    va_page = page != NULL && integer(args[6], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
-    secs = va_page != NULL ? entry_at(pages, args[2]) : NULL;
+    page = entry_at(pages, args[4]);
+    va_page = page != NULL && integer(args[5], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
+    secs = va_page != NULL ? entry_at(pages, args[1]) : NULL;
     if (PyErr_Occurred())
         goto done;
     number = PyLong_FromUnsignedLongLong(flags >> 8);
@@ -383,7 +431,7 @@ try_eldu(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
         HOLD(va_page);
         HOLD(secs);
         result = load(hw, page, secs, va_page, (Py_ssize_t)(slot_addr % PAGE_BYTES / SLOT_BYTES),
-                      args[1], args[3], type, flags);
+                      args[0], args[2], type, flags);
         RELEASE(secs);
         RELEASE(va_page);
         RELEASE(page);
@@ -392,22 +440,78 @@ try_eldu(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     Py_INCREF(result);
 done:
     Py_XDECREF(pages);
-    Py_XDECREF(hw);
     return result;
 }
+
+static PyObject *(*const calls[])(PyObject *, PyObject *const *, Py_ssize_t) = {
+    [EBLOCK] = eblock, [TRY_EWB] = try_ewb, [TRY_ELDU] = try_eldu
+};
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
 static PyMethodDef functions[] = {
-    {"eblock", FAST(eblock), "eblock(cpu, addr): as Leaves.eblock."},
-    {"try_ewb", FAST(try_ewb), "try_ewb(cpu, rcx, rdx): as Leaves.try_ewb."},
-    {"try_eldu", FAST(try_eldu),
-     "try_eldu(cpu, linaddr, secs_addr, sealed, flags, rcx, rdx): as Leaves.try_eldu."},
+    [EBLOCK] = {"eblock", FAST(eblock), "eblock(addr): as Leaves.eblock."},
+    [TRY_EWB] = {"try_ewb", FAST(try_ewb), "try_ewb(rcx, rdx): as Leaves.try_ewb."},
+    [TRY_ELDU] = {"try_eldu", FAST(try_eldu),
+                  "try_eldu(linaddr, secs_addr, sealed, flags, rcx, rdx): as Leaves.try_eldu."},
+};
+#define LEAVES (sizeof functions / sizeof *functions)
+
+PyObject *
+call_leaf(PyObject *leaves, enum leaf which, PyObject *const args[7])
+{
+    PyObject *own = PyObject_GenericGetDict(leaves, NULL), *name, *found, *result;
+    Py_ssize_t count = 0;
+
+    if (own == NULL)
+        return NULL;
+    name = which == EBLOCK ? names.eblock : which == TRY_EWB ? names.try_ewb : names.try_eldu;
+    found = PyDict_GetItemWithError(own, name);
+    Py_XINCREF(found);
+    Py_DECREF(own);
+    if (found == NULL && (PyErr_Occurred() || (found = PyObject_GetAttr(leaves, name)) == NULL))
+        return NULL;
+    if (PyCFunction_CheckExact(found)
+        && PyCFunction_GetFunction(found) == functions[which].ml_meth) {
+        while (args[count] != NULL)
+            count++;
+        result = calls[which](PyCFunction_GetSelf(found), args, count);
+    }
+    else
+        result = PyObject_CallFunctionObjArgs(found, args[0], args[1], args[2], args[3], args[4],
+                                              args[5], NULL);
+    Py_DECREF(found);
+    return result;
+}
+
+/* leaves(cpu, machine): the leaves by name, bound to a processor. */
+static PyObject *
+bound_leaves(PyObject *Py_UNUSED(module), PyObject *self)
+{
+    PyObject *leaves, *leaf;
+    int status = 0;
+
+    if (!right_arguments(PyTuple_Size(self), 2) || (leaves = PyDict_New()) == NULL)
+        return NULL;
+
+    for (size_t index = 0; status == 0 && index < LEAVES; index++) {
+        leaf = PyCFunction_NewEx(&functions[index], self, NULL);
+        status = leaf == NULL ? -1
+                              : PyDict_SetItemString(leaves, functions[index].ml_name, leaf);
+        Py_XDECREF(leaf);
+    }
+    if (status < 0)
+        Py_CLEAR(leaves);
+    return leaves;
+}
+
+static PyMethodDef module_functions[] = {
+    {"leaves", bound_leaves, METH_VARARGS, "leaves(cpu, machine): leaves by name."},
     {NULL, NULL, 0, NULL},
 };
 
 int
 add_leaves(PyObject *module)
 {
-    return PyModule_AddFunctions(module, functions);
+    return PyModule_AddFunctions(module, module_functions);
 }

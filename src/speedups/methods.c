@@ -101,6 +101,22 @@ swap_load_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObje
     return result;
 }
 
+/* fault(addr, access, task=None) */
+static PyObject *
+fault_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    Py_ssize_t all = count + (keywords == NULL ? 0 : PyTuple_Size(keywords));
+
+    if (all > count
+        && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(keywords, 0), "task") != 0) {
+        PyErr_SetString(PyExc_TypeError, "fault() has no such argument");
+        return NULL;
+    }
+    if (count < 2 || !takes(all, all == 2 ? 2 : 3))
+        return count < 2 ? (takes(count, 2), NULL) : NULL;
+    return mm_fault(self, args[0], args[1], all == 3 ? args[2] : Py_None);
+}
+
 #define ASK(function)                                                                            \
     static PyObject *function##_method(PyObject *self, PyObject *Py_UNUSED(none))                \
     {                                                                                            \
@@ -118,6 +134,32 @@ page_put_method(PyObject *self, PyObject *Py_UNUSED(none))
     return nothing(page_put(self));
 }
 
+
+/* batch(lru, *, force=False) */
+static PyObject *
+reclaimer_batch_method(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                       PyObject *keywords)
+{
+    int force = 0;
+
+    if (!takes(count, 1))
+        return NULL;
+    if (keywords != NULL && PyTuple_Size(keywords) > 0)
+        force = PyObject_IsTrue(args[1]);
+    return force < 0 ? NULL : reclaimer_batch(self, args[0], force);
+}
+
+/* _isolate(lru, count) */
+static PyObject *
+reclaimer_isolate_method(PyObject *Py_UNUSED(self), PyObject *const *args, Py_ssize_t count)
+{
+    Py_ssize_t wanted;
+
+    if (!takes(count, 2))
+        return NULL;
+    wanted = PyLong_AsSsize_t(args[1]);
+    return wanted == -1 && PyErr_Occurred() ? NULL : reclaimer_isolate(args[0], wanted);
+}
 
 /* _prepare(lru, pages, *, force) */
 static PyObject *
@@ -166,6 +208,8 @@ static struct {
     {"CompiledSwap",
      {"load", FUNCTION(swap_load_method), METH_FASTCALL | METH_KEYWORDS, "As EnclaveSwap.load."},
      SWAP_LOAD},
+    {"Mm", {"fault", FUNCTION(fault_method), METH_FASTCALL | METH_KEYWORDS, "As Mm.fault."},
+     MM_FAULT},
     {"CompiledPage", {"get", page_get_method, METH_NOARGS, "As EnclavePage.get."}, PAGE_GET},
     {"CompiledPage", {"put", page_put_method, METH_NOARGS, "As EnclavePage.put."}, PAGE_PUT},
     {"CompiledPage", {"age", page_age_method, METH_NOARGS, "As EnclavePage.age."}, PAGE_AGE},
@@ -176,6 +220,13 @@ static struct {
      PAGE_BLOCK},
     {"CompiledPage", {"write", page_write_method, METH_NOARGS, "As EnclavePage.write."},
      PAGE_WRITE},
+    {"CompiledReclaimer",
+     {"batch", FUNCTION(reclaimer_batch_method), METH_FASTCALL | METH_KEYWORDS,
+      "As Reclaimer.batch."},
+     RECLAIMER_BATCH},
+    {"CompiledReclaimer",
+     {"_isolate", FUNCTION(reclaimer_isolate_method), METH_FASTCALL, "As Reclaimer._isolate."},
+     RECLAIMER_ISOLATE},
     {"CompiledReclaimer",
      {"_prepare", FUNCTION(reclaimer_prepare_method), METH_FASTCALL | METH_KEYWORDS,
       "As Reclaimer._prepare."},

@@ -12,7 +12,6 @@
 #include <sys/ioctl.h>
 #include <sys/uio.h>
 
-#define PAGE_BYTES 4096
 #define COPY 0xC028AA03
 #define WRITEPROTECT 0xC018AA06
 #define MOST_AT_ONCE 64
@@ -44,12 +43,33 @@ number_or_error(int code)
     return code < 0 ? NULL : PyLong_FromLong(code);
 }
 
+int
+copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data)
+{
+    static const char zeros[PAGE_BYTES];
+    uint64_t words[5] = {linaddr, (uintptr_t)zeros, PAGE_BYTES, mode, 0};
+    Py_buffer bytes;
+    int code;
+
+    if (data == NULL)
+        return until_done(uffd, COPY, words);
+    if (PyObject_GetBuffer(data, &bytes, PyBUF_SIMPLE) < 0)
+        return -1;
+    words[1] = (uintptr_t)bytes.buf;
+    if (bytes.len == PAGE_BYTES)
+        code = until_done(uffd, COPY, words);
+    else {
+        PyErr_SetString(PyExc_ValueError, "copy_page() takes the bytes of one page");
+        code = -1;
+    }
+    PyBuffer_Release(&bytes);
+    return code;
+}
+
 static PyObject *
 copy_page(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    uint64_t values[3], words[5] = {0};
-    Py_buffer data;
-    int code;
+    uint64_t values[3];
 
     if (count != 4) {
         PyErr_SetString(PyExc_TypeError, "copy_page() takes 4 arguments");
@@ -57,20 +77,7 @@ copy_page(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     }
     if (read_words("copy_page", args, 3, values, 3) < 0)
         return NULL;
-    if (PyObject_GetBuffer(args[3], &data, PyBUF_SIMPLE) < 0)
-        return NULL;
-    if (data.len != PAGE_BYTES) {
-        PyBuffer_Release(&data);
-        PyErr_SetString(PyExc_ValueError, "copy_page() takes the bytes of one page");
-        return NULL;
-    }
-    words[0] = values[1];
-    words[1] = (uintptr_t)data.buf;
-    words[2] = PAGE_BYTES;
-    words[3] = values[2];
-    code = until_done((int)values[0], COPY, words);
-    PyBuffer_Release(&data);
-    return number_or_error(code);
+    return number_or_error(copy_to((int)values[0], values[1], values[2], args[3]));
 }
 
 static PyObject *
@@ -142,7 +149,7 @@ punch(int descriptor, off_t start, off_t length)
 }
 
 /* The bytes of a run of pages, appended to ``contents``; they are holes then. */
-static int
+int
 take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents)
 {
     for (uint64_t at = start; at < end; at += (uint64_t)MOST_AT_ONCE * PAGE_BYTES) {

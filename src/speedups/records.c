@@ -149,6 +149,27 @@ effect(PyObject *result)
     return 0;
 }
 
+int
+is_so(PyObject *result)
+{
+    int truth = result == NULL ? -1 : PyObject_IsTrue(result);
+
+    Py_XDECREF(result);
+    return truth;
+}
+
+int
+has_method_of(PyObject *policy, PyObject *type, PyObject *name)
+{
+    PyObject *mine = PyObject_GetAttr((PyObject *)Py_TYPE(policy), name);
+    PyObject *its = PyObject_GetAttr(type, name);
+    int same = mine == NULL || its == NULL ? -1 : mine == its;
+
+    Py_XDECREF(its);
+    Py_XDECREF(mine);
+    return same;
+}
+
 /* --- binding ------------------------------------------------------------------------------------ */
 
 /* Whether each field of an instance is where the structure has it: 0, 1, or -1 with an error. */

@@ -17,6 +17,8 @@
 #define PAGE_BYTES 4096
 #define PAGE_SHIFT 12
 #define SLOT_BYTES 8
+#define CHUNK_SHIFT 7  // of EnclavePages and SparseNumbers
+#define CHUNK_MASK ((1 << CHUNK_SHIFT) - 1)
 
 /* Read exactly ``wanted`` integers of 64 bits. */
 int read_words(const char *name, PyObject *const *args, Py_ssize_t count, uint64_t *words,
@@ -25,8 +27,10 @@ int read_words(const char *name, PyObject *const *args, Py_ssize_t count, uint64
 /* Each source file adds its functions and types to the module. */
 int add_pages(PyObject *module);
 int add_stops(PyObject *module);
+int add_plain_faults(PyObject *module);
 int add_records(PyObject *module);
 int add_leaves(PyObject *module);
+int add_memory(PyObject *module);
 int add_methods(PyObject *module);
 
 /* --- records ------------------------------------------------------------------------------------
@@ -35,24 +39,38 @@ int add_methods(PyObject *module);
  * object's head; bind() checks that, and a class that is not bound has no instances here.
  */
 
-#define CLAIM(X) X(grace_ns) X(loads) X(loads_left) X(prerequisites) X(since_ns)
+#define CLAIM(X) X(expired) X(group) X(loads) X(loads_left) X(prerequisites) X(since_ns)
+#define CROSSINGS(X) X(aex) X(eenter) X(eexit) X(eresume)
 #define COUNTERS(X)                                                                              \
     X(alloc_busy) X(alloc_interrupted) X(alloc_none) X(batches) X(claims) X(direct) X(dying)     \
     X(eldu) X(eldu_failed) X(etrack) X(ewb_failed) X(ewb_first) X(ewb_second) X(ewb_third)       \
     X(held) X(kept) X(kicks) X(leaked) X(lost) X(not_blocked) X(not_prepared) X(not_written)     \
     X(pcmd_truncated) X(prev_trk_incmpl) X(reclaimed) X(scanned) X(secs_in) X(secs_out)          \
     X(truncated) X(unsanitized) X(va_in) X(va_made) X(va_out) X(wakeups) X(young)
+#define DICT_STORE(X) X(_pages)
 #define ENCLAVE_COUNTS(X)                                                                        \
     X(evictions) X(fault_ns) X(faults) X(kicks) X(reloads) X(touched)
+#define ENCLAVE_MODE(X)                                                                          \
+    X(cet_slot) X(enclave) X(entry_epoch) X(frame) X(outside) X(secs) X(tcs) X(tcs_linaddr)
 #define ENCLAVE_MM(X) X(enclave) X(mm)
 #define ENCLAVE_PAGE(X)                                                                          \
-    X(being_modified) X(being_reclaimed) X(enclave) X(entry) X(epc) X(index) X(kind)             \
-    X(max_prot) X(reservation) X(swap) X(touched)
+    X(being_reclaimed) X(enclave) X(epc) X(index) X(kind) X(max_prot) X(reservation) X(touched)
+#define ENCLAVE_PAGES(X) X(_count) X(chunks)
 #define ENCLAVE_VMA(X) X(enclave) X(end) X(file) X(prot) X(start)
+#define ENCLAVE_MEMORY(X)                                                                        \
+    X(_windows) X(fd) X(forbidden) X(former_jumps) X(jumps) X(key) X(marked) X(pages)            \
+    X(trapped) X(users)
+#define ENCLAVE_PAGE_TABLE(X)                                                                    \
+    X(_entries) X(_installed) X(_mapped_in) X(_marked) X(_pages) X(_store) X(_used) X(index)     \
+    X(is_readable) X(kick_all) X(memory_at) X(pager)
 #define EPC_PAGE(X)                                                                              \
     X(addr) X(bepoch) X(blocked) X(enclave) X(linaddr) X(lock) X(modification_lock)              \
     X(modified) X(pending) X(pr) X(pt) X(rwx) X(secs) X(slots) X(valid)
+#define FAULT_EVENTS(X)                                                                          \
+    X(epoll) X(images) X(in_a_row) X(latest) X(may_have_stopped) X(signals)
+#define FETCHES(X) X(_prot_at) X(_taken) X(due) X(rights)
 #define INLINE_LOCK(X) X(_holder) X(_runtime) X(name)
+#define NATIVE_STORE(X) X(_hidden) X(_leaving) X(_maps) X(poisoned) X(shown)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
 #define RESERVATION(X) X(index) X(pinned) X(slot)
 #define RESIDENT_SECS(X)                                                                         \
@@ -64,10 +82,48 @@ int add_methods(PyObject *module);
 #define SGX_EPC_PAGE(X)                                                                          \
     X(addr) X(blocked) X(free) X(group) X(kept) X(kind) X(leaked) X(lru) X(node) X(owner)        \
     X(poisoned) X(tracked)
+#define SLOT(X)                                                                                  \
+    X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
+    X(opened) X(stay) X(table) X(tcs)
+#define SWAP_ENTRIES(X) X(_numbers) X(_va_pages)
 #define SWAP_ENTRY(X) X(index) X(slot)
+#define UFFD_PAGER(X)                                                                            \
+    X(_close_events) X(_dontwake) X(_failed) X(_fetches) X(_inject) X(_pagemap) X(_present)      \
+    X(_running) X(_uffd) X(_watched)
 #define VA_PAGE(X)                                                                               \
     X(accessed) X(array) X(epc) X(eviction) X(free) X(index) X(lost) X(parent) X(pins) X(stale)
 #define VA_SLOT(X) X(number) X(page)
+
+#define CLAIMS(X) \
+    X(_counters) X(_kept) X(_kept_prerequisites) X(_latch) X(_queue) X(_released) \
+    X(_runtime) X(grace_ns) X(holder) X(pages) X(short_in)
+#define DRIVER(X) \
+    X(_compiled) X(_enclaves) X(_files) X(_group_of) X(_latch) X(_lifecycle_listeners) \
+    X(_loaded) X(_node_of) X(_numbers) X(_openings) X(_optimised) X(_pids) X(backing) \
+    X(core) X(defects) X(handle_fault) X(launch_control) X(launch_lock) X(page_type) \
+    X(runtime) X(sgx2) X(tokens) X(tracer) X(unprivileged)
+#define EPC_CORE(X) \
+    X(_free) X(_held_latch) X(_high) X(_ksgxd) X(_low) X(_pool) X(_reclaimer) X(_sanitizer) \
+    X(claims) X(counters) X(defects) X(epc_pages) X(hw) X(leaves) X(policy) X(reclaim_ns) \
+    X(root) X(runtime) X(slowpath) X(tracer) X(va)
+#define FREE_PAGES(X) \
+    X(_counts_poisoned) X(_orders) X(_sections) X(_walk) X(_walks_without_end) X(count) \
+    X(nodes) X(records)
+#define LRU(X) \
+    X(_latch) X(pages)
+#define MACHINE(X) \
+    X(_bases) X(_eids) X(_sections) X(config) X(cpus) X(cpusvn) X(crossings) \
+    X(einit_outcome) X(entropy_failures) X(feature_control) X(features) X(kernel) X(latch) \
+    X(launch_key_hash) X(leaf_locks) X(leaves) X(measurements) X(microcode_svn) X(optimised) \
+    X(pages) X(point) X(ram) X(runtime) X(secrets) X(store) X(tracer) X(virtual_cpus) \
+    X(xsave)
+#define NODE(X) \
+    X(_fresh) X(_latch) X(_pages) X(epc_pages) X(freed) X(number) X(quarantine)
+#define PAGING_KEY(X) \
+    X(_aead) X(_key) X(_versions)
+#define SECRETS(X) \
+    X(_entropy) X(device_key) X(owner_epoch) X(paging) X(report_key_id) X(seal_fuses) \
+    X(tee_report_key)
 
 /* Those of a derived class come behind those of its base. */
 #define EPC_CGROUP(X) \
@@ -86,10 +142,12 @@ int add_methods(PyObject *module);
     X(kinds) X(limit_pages) X(reserved) X(sealed) X(sharers) X(unusual) X(usual)
 #define FLAT_FILE(X) \
     X(_buffers) X(_counters) X(_flat) X(_layout) X(_sealed) X(_sharers) X(_tracer)
+#define SEALED_PAGES(X) X(_blocks) X(_places) X(free)
+#define SPARSE_NUMBERS(X) X(chunks)
 #define ENCLAVE(X) \
     X(_latch) X(_uninterleaved) X(references) X(_mm_version) X(_swap) X(allowed) \
     X(attributes) X(base) X(changed) X(counts) X(created) X(dead) X(driver) X(group) \
-    X(initialized) X(lock) X(mms) X(number) X(pages) X(refusal) X(size) X(srcu) \
+    X(initialized) X(lock) X(mms) X(modified) X(number) X(pages) X(refusal) X(size) X(srcu) \
     X(waiting) X(xfrm)
 #define MM(X) \
     X(_ended) X(_latch) X(_pick) X(_starts) X(_uninterleaved) X(_vmas) X(found) \
@@ -101,18 +159,23 @@ int add_methods(PyObject *module);
     X(_latch) X(value)
 #define COMPILED_SWAP(X) \
     X(_backing) X(_core) X(_counters) X(_file) X(_group) X(_late_backing) X(_leaves) \
-    X(_pages) X(lock) X(pin) X(va) X(_base) X(_discards_failed) X(_frees_failed) \
+    X(_pages) X(entries) X(lock) X(pin) X(va) X(_base) X(_discards_failed) X(_frees_failed) \
     X(_ignores_poison) X(_kick) X(_leaks_slots) X(_secs_may_leave) X(_secs_page) \
     X(children) X(etracks) X(ewbs) X(peak_children) X(secs) X(secs_entry)
 
 #define RECORDS(X)                                                                               \
-    X(Claim, CLAIM) X(Counters, COUNTERS) X(EnclaveCounts, ENCLAVE_COUNTS)                       \
-    X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclaveVma, ENCLAVE_VMA)             \
+    X(Claim, CLAIM) X(Counters, COUNTERS) X(DictStore, DICT_STORE) X(EnclaveCounts, ENCLAVE_COUNTS)                       \
+    X(Crossings, CROSSINGS) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)                           \
+    X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES) X(EnclaveVma, ENCLAVE_VMA)             \
     X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK) X(Pinned, PINNED)                            \
     X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(SgxEpcPage, SGX_EPC_PAGE)       \
-    X(SwapEntry, SWAP_ENTRY) X(VaPage, VA_PAGE) X(VaSlot, VA_SLOT) \
+    X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaPage, VA_PAGE) X(VaSlot, VA_SLOT) \
     X(EpcCgroup, EPC_CGROUP) X(VaArray, VA_ARRAY) X(Ksgxd, KSGXD) X(FlatBacking, FLAT_BACKING) \
-    X(FlatFile, FLAT_FILE) X(Enclave, ENCLAVE) X(Mm, MM) \
+    X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS) X(Enclave, ENCLAVE) X(Mm, MM) \
+    X(EnclaveMemory, ENCLAVE_MEMORY) X(EnclavePageTable, ENCLAVE_PAGE_TABLE)                     \
+    X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES) X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER)                    \
+    X(Claims, CLAIMS) X(Driver, DRIVER) X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES)            \
+    X(Lru, LRU) X(Machine, MACHINE) X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)   \
     X(RwLock, RW_LOCK) X(AtomicCount, ATOMIC_COUNT) X(CompiledSwap, COMPILED_SWAP)
 
 #define FIELD(name) PyObject *name;
@@ -137,7 +200,13 @@ is_record(PyObject *object, enum kind kind)
 }
 
 /* The record of that kind, or NULL (without an error). */
-#define AS(kind, object) ((kind *)(is_record(object, KIND_##kind) ? (object) : NULL))
+#define AS(kind, object) ((kind *)as_record((PyObject *)(object), KIND_##kind))
+
+static inline PyObject *
+as_record(PyObject *object, enum kind kind)
+{
+    return is_record(object, kind) ? object : NULL;
+}
 
 /* References of records. */
 #define HOLD(record) Py_INCREF((PyObject *)(record))
@@ -193,24 +262,38 @@ int add_to_field(PyObject **field, int64_t change);
 
 /* --- other objects ------------------------------------------------------------------------------ */
 
-#define NAMES(X) \
-    X(_aead) X(_ancestry) X(_base) X(_buffers) X(_ceiling_pages) X(_core) X(_counters) \
-    X(_file) X(_flat) X(_free) X(_gave_up) X(_ksgxd) X(_late_backing) X(_leave) X(_leaves) \
-    X(_load_by_leaf) X(_low) X(_max_pages) X(_oom_verdicts) X(_pages) X(_policy) X(_pool) \
-    X(_refused_alloc) X(_sealed) X(_sharers) X(_skip) X(_versions) X(_waiters) \
-    X(_wake_waiters) X(age) X(append) X(asleep) X(backing_error) X(base) X(block) \
-    X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(dead) X(decrypt) \
-    X(driver) X(drop) X(eblock) X(encrypt) X(ewbs) X(fill) X(find) X(first) X(found) \
-    X(freed) X(freeze) X(generation) X(group_and_node) X(has_reclaimable) X(has_writer) \
-    X(hierarchy) X(holder) X(hw) X(install) X(keep) X(leaves) X(limit_pages) X(loaded) \
-    X(lock) X(lru) X(mark_reclaimable) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) \
-    X(nodes) X(old) X(outcomes) X(own_pages) X(pages) X(paging) X(peak_children) \
-    X(peak_pages) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(promised) X(ptes) \
-    X(put) X(reclaim_ahead) X(references) X(removed) X(request) X(reserved) X(room) X(root) \
-    X(secrets) X(secs) X(should_reclaim) X(size) X(slot_loaded) X(slot_written) X(slowpath) \
-    X(store) X(test_and_clear_accessed) X(try_charge) X(try_eldu) X(try_ewb) X(uncharge) \
-    X(unusual) X(usage_pages) X(used) X(users) X(usual) X(va) X(value) X(waiting) X(write) \
-    X(zap)
+#define NAMES(X)                                                                                 \
+    X(_aead) X(_alloc_for_load) X(_ancestry) X(_at_signal) X(_base) X(_batch_pages) X(_borrowed) X(_buffers) X(_ceiling_pages)      \
+    X(_changed) X(_cipher) X(_clock_ns) X(_conclude) X(_core) X(_counters) X(_deferred_calls)    \
+    X(_enclave) X(_ended) X(_exited) X(_exits) X(_fetched) X(_file) X(_flat) X(_free)            \
+    X(_gave_up) X(_group_of) X(_has_failures) X(_kept) X(_ksgxd) X(_late_backing) X(_leave)      \
+    X(_leaves) X(_leaving) X(_load_by_leaf) X(_loaded) X(_lock_waiters) X(_low) X(_max_pages)    \
+    X(_new_xstate) X(_node_of) X(_oom_verdicts) X(_open) X(_orders) X(_own_tid) X(_pages)        \
+    X(_permits) X(_point) X(_policy) X(_pool) X(_ready) X(_real_xstate) X(_recorded)        \
+    X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
+    X(_store) X(_take_otherwise) X(_timers) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
+    X(_wake_waiters) X(aex) X(age) X(append) X(asleep) X(at_call) X(background)                  \
+    X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
+    X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
+    X(current) X(dead) X(decrypt) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)              \
+    X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(failed) X(fault) X(faulted) X(faulting)    \
+    X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(gate_at)           \
+    X(generation) X(get) X(going) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
+    X(held) X(hide) X(hide_unmapped) X(hierarchy) X(hold) X(holder) X(hw) X(image) X(images)     \
+    X(in_call) X(info_at) X(inside) X(install) X(keep) X(kept) X(leaves) X(limit_pages)          \
+    X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
+    X(mid_call) X(mm) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
+    X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
+    X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
+    X(pid) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
+    X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
+    X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
+    X(root) X(running) X(secrets) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
+    X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
+    X(spurious) X(stay) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
+    X(test_and_clear_accessed) X(thread) X(threads) X(tid) X(tracer) X(try_charge)               \
+    X(try_eldu) X(try_ewb) X(uncharge) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
+    X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(zap)
 
 #define NAME(name) PyObject *name;
 struct names { NAMES(NAME) };
@@ -270,8 +353,12 @@ reference(PyObject *field, PyObject *object, PyObject *name)
     return field;
 }
 
-/* Call a method for its effect. */
+/* Call a method for its effect; for its truth: 0, 1, or -1 with an error. */
 int effect(PyObject *result);
+int is_so(PyObject *result);
+
+/* Whether a method of a policy is that of a class of policies: 0, 1, or -1 with an error. */
+int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
 
 /* --- what Python code gives ---------------------------------------------------------------------
  *
@@ -280,10 +367,13 @@ int effect(PyObject *result);
  */
 
 #define GIVEN(X)                                                                                 \
-    X(CompiledCore) X(CompiledPage) X(CompiledSwap) X(EpcCgroup) X(FlatFile) X(InvalidTag)       \
-    X(Ksgxd) X(PagingKey) X(VaArray) X(Policy) X(child_types) X(labels) X(NOPAGE) X(NOT_TRACKED) \
-    X(TRACKED_AGE) X(SUCCESS) X(Fault)         \
-    X(eblock) X(load_ahead) X(major) X(page_ended)
+    X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledSwap) X(EnclaveMemory)               \
+    X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
+    X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
+    X(PagingKey) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
+    X(SUCCESS) X(TRACKED_AGE) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
+    X(closed_behind) X(eblock) X(exited_word) X(first_node) X(handle) X(labels) X(load_ahead)    \
+    X(major) X(monotonic_ns) X(page_ended) X(sigbus_stop)
 
 #define POINTER(name) PyObject *name;
 struct given { GIVEN(POINTER) };
@@ -293,10 +383,14 @@ extern struct given given;
 static inline bool
 is_exactly(PyObject *object, PyObject *type)
 {
-    return type != NULL && (PyObject *)Py_TYPE(object) == type;
+    return type != NULL && object != NULL && (PyObject *)Py_TYPE(object) == type;
 }
 
 /* --- steps that others build on ----------------------------------------------------------------- */
+
+/* hw: call a leaf of a core's leaves with arguments that end with NULL. */
+enum leaf { EBLOCK, TRY_EWB, TRY_ELDU };
+PyObject *call_leaf(PyObject *leaves, enum leaf leaf, PyObject *const args[7]);
 
 /* paging: a free page, as PlainCore.alloc with reclaim=False; NULL with an error. */
 PyObject *core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind,
@@ -310,8 +404,25 @@ PyObject *swap_write(PyObject *swap, PyObject *page, PyObject *reservation);
 PyObject *swap_load(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind,
                     PyObject *node, PyObject *group, PyObject *claim);
 
+/* The same without a SwapEntry: write() returns the slot; load() takes the page's index, and NULL for
+ * what it then finds itself.  Where the version of an evicted page is: a VA page, and its slot. */
+struct place {
+    VaPage *page;
+    int64_t number;
+};
+PyObject *swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation);
+PyObject *swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
+                         PyObject *owner, PyObject *kind, PyObject *node, PyObject *group,
+                         PyObject *claim);
+
+/* paging: where an evicted page is: a SwapEntry, or None; and its inverse, which also takes the
+ * slot alone. */
+PyObject *entry_get(PyObject *swap, PyObject *index);
+int entry_put(PyObject *swap, PyObject *index, PyObject *entry);
+int entry_place(PyObject *swap, PyObject *index, struct place *place);
+
 /* paging: VA slots and backing; as the methods of those names. */
-int slot_loaded(PyObject *va, VaSlot *slot);
+int slot_loaded(PyObject *va, struct place *slot);
 int slot_written(PyObject *va, VaSlot *slot);
 VaPage *page_with_room(PyObject *pages);
 PyObject *alloc_slot(PyObject *va, PyObject *pages, VaPage *page);
@@ -320,13 +431,71 @@ int keep(PyObject *file, PyObject *pinned, PyObject *sealed);
 int kept(PyObject *file, PyObject *index, PyObject **sealed, PyObject **flags);
 int forget(PyObject *file, Counters *counters, PyObject *index);
 
+/* paging: as the methods of SealedPages; without a page sealed_get() returns NULL, and no error. */
+bool sealed_has_room(PyObject *pages, int64_t wanted);
+PyObject *sealed_get(PyObject *pages, PyObject *index);
+int sealed_put(PyObject *pages, PyObject *index, PyObject *sealed);
+int sealed_drop(PyObject *pages, PyObject *index);
+
 /* paging: the phases of a batch, as the methods of PlainReclaimer. */
+PyObject *reclaimer_batch(PyObject *reclaimer, PyObject *lru, int force);
+PyObject *reclaimer_isolate(PyObject *lru, Py_ssize_t count);
 PyObject *reclaimer_prepare(PyObject *reclaimer, PyObject *lru, PyObject *pages, int force);
 PyObject *reclaimer_block(PyObject *reclaimer, PyObject *lru, PyObject *pages);
 PyObject *reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages);
 
+/* engine: wait for a stop or an end, and fetch what handlers ask for: 0, or -1 with an error. */
+enum { REGISTERS = 1, SIGNAL_INFORMATION = 2 };
+int wait_for_stop(int options, PyObject *places, int *tid, int *status, int *fetched);
+
+/* engine: a fault whose thread waits: softsgx.engines.native.kernel.next_fault. */
+struct fault_event {
+    int uffd, tid;
+    uint64_t address, flags;
+};
+
+/* 1: there is one; 0: a signal has arrived, or the time is over; -1: an error. */
+int wait_for_fault(int epoll, int signals, int limit_ms, int first, struct fault_event *event);
+int wake_waiting(int uffd, uint64_t linaddr);
+
+/* engine: PTRACE_CONT without a signal: 0, or errno. */
+int continue_thread(int tid);
+
+/* The native engine's page tables and store; others by their methods.  See memory.c. */
+int page_has_entry(PyObject *table, uint64_t linaddr);
+int pager_has_nothing_due(PyObject *table);
+int install(PyObject *table, EnclaveVma *vma, PyObject *linaddr, PyObject *addr);
+int zap(PyObject *table, PyObject *linaddr);
+int test_and_clear_accessed(PyObject *table, PyObject *linaddr);
+int fill(PyObject *store, EpcPage *page, PyObject *data);
+int drop(PyObject *store, EpcPage *page);
+PyObject *freeze(PyObject *store, EpcPage *page);
+int hide_unmapped(PyObject *store);
+
+/* The page of a thread that waits: install() may leave its UFFDIO_COPY to the end of the fault, which
+ * wakes the thread too.  Until then the file has a hole where page table and store say that the page
+ * is shown: no Python code may run that could look.  See memory.c. */
+void expect_late_page(PyObject *table, int uffd, PyObject *linaddr);
+int show_late_page(void); /* at once, and without a wake-up; 0 too if there is none */
+int wake_with_late_page(void); /* 1; 0: nothing is left to copy; -1: an error */
+
+/* UFFDIO_COPY of 4096 bytes, or of zeros (NULL): errno, or -1 with an error. */
+int copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data);
+
+/* Append the bytes of a run of pages of a file to a list; they are holes then. */
+int take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents);
+
+/* driver: the swapping of a page's enclave, borrowed; NULL, and no error: none that C code knows. */
+PyObject *swap_of(EnclavePage *page);
+
 /* driver: whether an enclave is alive and no task holds its lock: 0, 1, or -1 with an error. */
 int enclave_is_plain(PyObject *enclave);
+
+/* driver: the mapping that holds an address, as Mm.find(); a new reference. */
+PyObject *mapping_at(PyObject *mm, PyObject *addr);
+
+/* driver: as Mm.fault(addr, access, task). */
+PyObject *mm_fault(PyObject *mm, PyObject *addr, PyObject *access, PyObject *task);
 
 /* driver: as softsgx.driver.optimised.handle. */
 PyObject *handle(PyObject *module, PyObject *const *args, Py_ssize_t count);
@@ -344,8 +513,8 @@ enum method {
     CORE_FREE, CORE_MARK_RECLAIMABLE,
     SWAP_PREPARE, SWAP_WRITE, SWAP_LOAD,
     PAGE_GET, PAGE_PUT, PAGE_AGE, PAGE_PREPARE, PAGE_BLOCK, PAGE_WRITE,
-    RECLAIMER_PREPARE, RECLAIMER_BLOCK, RECLAIMER_WRITE,
-    HANDLE,
+    RECLAIMER_BATCH, RECLAIMER_ISOLATE, RECLAIMER_PREPARE, RECLAIMER_BLOCK, RECLAIMER_WRITE,
+    HANDLE, MM_FAULT,
     METHODS
 };
 extern PyObject *readable[METHODS];

@@ -1,4 +1,4 @@
-/* ptrace(2) and wait(2): what the tracer asks of the kernel at each stop.
+/* ptrace(2), wait(2) and userfaultfd(2): what the tracer asks of the kernel at each stop or fault.
  *
  * The readable form is softsgx/engines/native/kernel.py. */
 
@@ -7,6 +7,9 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/ptrace.h>
 #include <sys/types.h>
 #include <sys/wait.h>
@@ -17,8 +20,6 @@
 #define __WALL 0x40000000
 #endif
 
-enum { REGISTERS = 1, SIGNAL_INFORMATION = 2 };
-
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #define SECCOMP_EVENT 7
 
@@ -27,6 +28,12 @@ static long
 request(long what, pid_t tid, uint64_t address, uint64_t data)
 {
     return syscall(SYS_ptrace, what, (long)tid, (long)address, (long)data);
+}
+
+int
+continue_thread(int tid)
+{
+    return request(PTRACE_CONT, tid, 0, 0) == -1 ? errno : 0;
 }
 
 static PyObject *
@@ -83,11 +90,44 @@ fetch(pid_t tid, int status, PyObject *places)
     return fetched;
 }
 
+/* Wait for a stop or an end: 0, or -1 with an error. */
+int
+wait_for_stop(int options, PyObject *places, int *thread, int *status, int *fetched)
+{
+    pid_t tid;
+    int code;
+
+    *status = *fetched = 0;
+    for (;;) {
+        Py_BEGIN_ALLOW_THREADS
+        tid = waitpid(-1, status, options | __WALL);
+        code = errno;
+        Py_END_ALLOW_THREADS
+        if (tid >= 0)
+            break;
+        if (code != EINTR) {
+            errno = code;
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        if (PyErr_CheckSignals() < 0)
+            return -1;
+    }
+    *thread = tid;
+    if (tid == 0)
+        *status = 0;
+    else if (WIFSTOPPED(*status)) {
+        *fetched = fetch(tid, *status, places);
+        if (*fetched < 0)
+            return -1;
+    }
+    return 0;
+}
+
 static PyObject *
 next_stop(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    pid_t tid;
-    int status = 0, code, fetched = 0;
+    int tid, status, fetched;
     long options;
 
     if (count != 2 || !PyDict_Check(args[1])) {
@@ -97,28 +137,105 @@ next_stop(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     options = PyLong_AsLong(args[0]);
     if (options == -1 && PyErr_Occurred())
         return NULL;
+    if (wait_for_stop((int)options, args[1], &tid, &status, &fetched) < 0)
+        return NULL;
+    return Py_BuildValue("(iii)", tid, status, fetched);
+}
+
+/* --- faults whose threads wait ------------------------------------------------------------------- */
+
+#define WAKE 0x8010AA02
+#define SIGNAL_BYTES 128
+
+/* struct uffd_msg, of a page fault. */
+struct message {
+    uint8_t event, padding[7];
+    uint64_t flags, address;
+    uint32_t tid, more;
+};
+
+int
+wait_for_fault(int epoll, int signals, int limit_ms, int first, struct fault_event *event)
+{
+    struct epoll_event ready = {0};
+    struct message message;
+    char information[SIGNAL_BYTES];
+    int count, code;
+
     for (;;) {
         Py_BEGIN_ALLOW_THREADS
-        tid = waitpid(-1, &status, (int)options | __WALL);
+        ready.data.fd = first;
+        count = first >= 0 ? 1 : epoll_wait(epoll, &ready, 1, limit_ms);
+        first = -1;
         code = errno;
+        if (count > 0) {
+            if (ready.data.fd == signals)
+                count = (int)read(signals, information, sizeof(information));
+            else
+                count = (int)read(ready.data.fd, &message, sizeof(message));
+            code = errno;
+        }
+        else if (count == 0)
+            ready.data.fd = signals;
         Py_END_ALLOW_THREADS
-        if (tid >= 0)
+        if (count >= 0)
             break;
-        if (code != EINTR) {
+        if (code != EAGAIN && code != EINTR) { /* EAGAIN: none, or the thread has taken it back */
             errno = code;
-            return PyErr_SetFromErrno(PyExc_OSError);
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
         }
         if (PyErr_CheckSignals() < 0)
-            return NULL;
+            return -1;
     }
-    if (tid == 0)
-        status = 0;
-    else if (WIFSTOPPED(status)) {
-        fetched = fetch(tid, status, args[1]);
-        if (fetched < 0)
-            return NULL;
+    if (ready.data.fd == signals)
+        return 0;
+    *event = (struct fault_event){ready.data.fd, (int)message.tid, message.address, message.flags};
+    return 1;
+}
+
+static PyObject *
+next_fault(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    struct fault_event event;
+    uint64_t values[2];
+    int epoll, status, first;
+
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "next_fault() takes 4 arguments");
+        return NULL;
     }
-    return Py_BuildValue("(iii)", (int)tid, status, fetched);
+    first = (int)PyLong_AsLong(args[3]);
+    if (PyErr_Occurred() || (epoll = PyObject_AsFileDescriptor(args[0])) < 0
+        || read_words("next_fault", args + 1, 2, values, 2) < 0
+        || (status = wait_for_fault(epoll, (int)values[0], (int)values[1], first, &event)) < 0)
+        return NULL;
+    if (status == 0)
+        Py_RETURN_NONE;
+    return Py_BuildValue("iiKK", event.uffd, event.tid, (unsigned long long)event.address,
+                         (unsigned long long)event.flags);
+}
+
+int
+wake_waiting(int uffd, uint64_t linaddr)
+{
+    uint64_t range[2] = {linaddr & ~(uint64_t)(PAGE_BYTES - 1), PAGE_BYTES};
+
+    if (ioctl(uffd, WAKE, range) != -1)
+        return 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+static PyObject *
+wake_page(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    uint64_t values[2];
+
+    if (read_words("wake_page", args, count, values, 2) < 0
+        || wake_waiting((int)values[0], values[1]) < 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef functions[] = {
@@ -126,6 +243,10 @@ static PyMethodDef functions[] = {
      "try_ptrace(request, tid, address, data): the result, or -errno."},
     {"next_stop", (PyCFunction)(void (*)(void))next_stop, METH_FASTCALL,
      "next_stop(options, places): thread, status of wait(2), what was fetched."},
+    {"next_fault", (PyCFunction)(void (*)(void))next_fault, METH_FASTCALL,
+     "next_fault(epoll, signals, limit_ms, first): userfaultfd, thread, address, flags; or None."},
+    {"wake_page", (PyCFunction)(void (*)(void))wake_page, METH_FASTCALL,
+     "wake_page(uffd, address): UFFDIO_WAKE of a page."},
     {NULL, NULL, 0, NULL},
 };
 

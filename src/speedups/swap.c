@@ -6,7 +6,7 @@
 
 /* What swap_prepare needs, and whether there is all of it. */
 struct out {
-    PyObject *file, *flat, *va, *pages, *buffers, *core, *slowpath;
+    PyObject *file, *flat, *sealed, *va, *pages, *buffers, *core, *slowpath;
     VaPage *va_page;
 };
 
@@ -14,6 +14,7 @@ static int
 gather(PyObject *swap, struct out *out)
 {
     PyObject *limit;
+    int64_t reserved;
     int late = GET_TRUTH(CompiledSwap, swap, _late_backing), plain;
 
     if (late < 0 || (out->file = GETF(CompiledSwap, swap, _file)) == NULL || (out->va = GETF(CompiledSwap, swap, va)) == NULL)
@@ -22,13 +23,16 @@ gather(PyObject *swap, struct out *out)
         || record_types[KIND_VaSlot] == NULL || record_types[KIND_Reservation] == NULL)
         return 0;
     if ((out->flat = GETF(FlatFile, out->file, _flat)) == NULL
+        || (out->sealed = GETF(FlatFile, out->file, _sealed)) == NULL
+        || GET_INTEGER(FlatBacking, out->flat, reserved, &reserved) < 0
         || (out->buffers = GETF(FlatFile, out->file, _buffers)) == NULL
         || (out->pages = GETF(VaArray, out->va, _pages)) == NULL
         || (out->core = GETF(CompiledSwap, swap, _core)) == NULL
-        || (out->slowpath = GET(out->core, slowpath)) == NULL
+        || (out->slowpath = GETF(EpcCore, out->core, slowpath)) == NULL
         || (limit = GETF(FlatBacking, out->flat, limit_pages)) == NULL)
         return -1;
-    plain = is_none(limit) && PyList_Check(out->buffers) && PyList_Size(out->buffers) > 0
+    plain = is_none(limit) && sealed_has_room(out->sealed, reserved + 1)
+        && PyList_Check(out->buffers) && PyList_Size(out->buffers) > 0
         && is_record(PyList_GetItem(out->buffers, PyList_Size(out->buffers) - 1), KIND_Pinned);
     Py_DECREF(limit);
     if (plain)
@@ -74,6 +78,7 @@ done:
     Py_XDECREF(out.core);
     Py_XDECREF(out.pages);
     Py_XDECREF(out.buffers);
+    Py_XDECREF(out.sealed);
     Py_XDECREF(out.flat);
     Py_XDECREF(out.va);
     Py_XDECREF(out.file);
@@ -82,84 +87,123 @@ done:
 
 /* The EPC address of a slot. */
 static PyObject *
-slot_address(SgxEpcPage *va_epc, VaSlot *slot)
+slot_address(SgxEpcPage *va_epc, int64_t number)
 {
-    int64_t base, number;
+    int64_t base;
 
-    if (integer(va_epc->addr, &base) && integer(slot->number, &number))
+    if (integer(va_epc->addr, &base))
         return PyLong_FromLongLong(base + number * SLOT_BYTES);
     PyErr_SetString(PyExc_TypeError, "a VA slot without an address");
     return NULL;
 }
 
-/* EWB has succeeded at once: end the eviction; return where the page is now. */
+/* The last of so many EWBs has succeeded: end the eviction; return the slot of the version. */
 static PyObject *
-written(PyObject *swap, Reservation *reservation, PyObject *sealed)
+written(PyObject *swap, Reservation *reservation, PyObject *sealed, int64_t tries)
 {
     PyObject *file = GETF(CompiledSwap, swap, _file), *va = GETF(CompiledSwap, swap, va), *object = GETF(CompiledSwap, swap, _counters);
     Counters *counters = AS(Counters, object);
-    SwapEntry *entry = NULL;
+    PyObject **succeeded, *slot = NULL;
 
     if (file == NULL || va == NULL || counters == NULL) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
         goto done;
     }
-    if (ADD_INTEGER(CompiledSwap, swap, ewbs, 1) < 0 || add_to_field(&counters->ewb_first, 1) < 0
+    succeeded = tries == 1 ? &counters->ewb_first
+        : tries == 2       ? &counters->ewb_second
+                           : &counters->ewb_third;
+    if (ADD_INTEGER(CompiledSwap, swap, ewbs, tries) < 0 || add_to_field(succeeded, 1) < 0
         || keep(file, reservation->pinned, sealed) < 0
         || slot_written(va, (VaSlot *)reservation->slot) < 0
         || ADD_INTEGER(CompiledSwap, swap, children, -1) < 0)
         goto done;
-    entry = (SwapEntry *)PyType_GenericAlloc(record_types[KIND_SwapEntry], 0);
-    if (entry != NULL) {
-        set_field(&entry->index, reservation->index);
-        set_field(&entry->slot, reservation->slot);
-    }
+    Py_INCREF(slot = reservation->slot);
 done:
     Py_XDECREF(object);
     Py_XDECREF(va);
     Py_XDECREF(file);
-    return (PyObject *)entry;
+    return slot;
 }
 
-/* As PlainSwap.write(). */
+/* EWB of a page; again by PlainSwap._try_again() where the first is too early: what the last one
+ * returned, and how many there were. */
+static PyObject *
+evict(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries)
+{
+    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *sealed = NULL, *again;
+
+    if (leaves != NULL)
+        sealed = call_leaf(leaves, TRY_EWB, (PyObject *[7]){addr, slot_addr});
+    Py_XDECREF(leaves);
+    *tries = 1;
+    if (sealed != given.NOT_TRACKED)
+        return sealed;
+    Py_CLEAR(sealed);
+    again = CALL(swap, _try_again, addr, slot_addr, NULL);
+    if (again != NULL && PyArg_ParseTuple(again, "OL", &sealed, tries))
+        Py_INCREF(sealed);
+    Py_XDECREF(again);
+    return sealed;
+}
+
+/* As PlainSwap.write(); but where C code has written the page, the slot of its version. */
 PyObject *
-swap_write(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
+swap_write_to(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
 {
     SgxEpcPage *page = AS(SgxEpcPage, page_object), *va_epc = NULL;
     Reservation *reservation = AS(Reservation, reservation_object);
     VaSlot *slot = reservation == NULL ? NULL : AS(VaSlot, reservation->slot);
     VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
-    PyObject *leaves = NULL, *addr = NULL, *sealed = NULL, *file = NULL, *result = NULL;
-    int64_t children;
+    PyObject *addr = NULL, *sealed = NULL, *file = NULL, *number = NULL, *result = NULL;
+    int64_t children, tries, at;
 
     if (va_page != NULL)
         va_epc = AS(SgxEpcPage, va_page->epc);
     if (page == NULL || va_epc == NULL || !is_false(page->poisoned)
-        || !is_record(reservation->pinned, KIND_Pinned) || record_types[KIND_SwapEntry] == NULL)
+        || !is_record(reservation->pinned, KIND_Pinned) || !integer(slot->number, &at)
+        || record_types[KIND_SwapEntry] == NULL)
         goto readably;
     if (GET_INTEGER(CompiledSwap, swap, children, &children) < 0 || (file = GETF(CompiledSwap, swap, _file)) == NULL)
         return NULL;
     if (children == 1 || !is_exactly(file, given.FlatFile))
         goto readably;
-    leaves = GETF(CompiledSwap, swap, _leaves);
-    addr = leaves == NULL ? NULL : slot_address(va_epc, slot);
-    sealed = addr == NULL ? NULL : CALL(leaves, try_ewb, page->addr, addr, NULL);
+    addr = slot_address(va_epc, at);
+    sealed = addr == NULL ? NULL : evict(swap, page->addr, addr, &tries);
     if (sealed == NULL)
         goto done;
-    if (!PyTuple_Check(sealed))
-        goto readably;  // tries it again, with the same result, and continues from there
-    result = written(swap, reservation, sealed);
+    if (PyTuple_Check(sealed))
+        result = written(swap, reservation, sealed, tries);
+    else if ((number = PyLong_FromLongLong(tries)) != NULL)
+        result = CALL(swap, _conclude, page_object, reservation_object, sealed, number, NULL);
     goto done;
 readably:
     result = PyObject_CallFunctionObjArgs(readable[SWAP_WRITE], swap, page_object,
                                           reservation_object, NULL);
 done:
+    Py_XDECREF(number);
     Py_XDECREF(sealed);
     Py_XDECREF(addr);
-    Py_XDECREF(leaves);
     Py_XDECREF(file);
     return result;
+}
+
+/* As PlainSwap.write(). */
+PyObject *
+swap_write(PyObject *swap, PyObject *page, PyObject *reservation)
+{
+    PyObject *result = swap_write_to(swap, page, reservation);
+    SwapEntry *entry;
+
+    if (!IS(VaSlot, result))
+        return result;
+    entry = (SwapEntry *)PyType_GenericAlloc(record_types[KIND_SwapEntry], 0);
+    if (entry != NULL) {
+        set_field(&entry->index, ((Reservation *)reservation)->index);
+        set_field(&entry->slot, result);
+    }
+    Py_DECREF(result);
+    return (PyObject *)entry;
 }
 
 /* --- in ----------------------------------------------------------------------------------------- */
@@ -169,12 +213,12 @@ static int
 record_load(PyObject *core, PyObject *claim_object, PyObject *owner, PyObject *page)
 {
     Claim *claim = AS(Claim, claim_object);
-    PyObject *claims = GET(core, claims), *holder = NULL, *most = NULL;
+    PyObject *claims = GETF(EpcCore, core, claims), *holder = NULL, *most = NULL;
     Py_ssize_t limit, count;
     int status = -1, known;
 
-    if (claims == NULL || (holder = GET(claims, holder)) == NULL
-        || (most = GET(claims, pages)) == NULL)
+    if (claims == NULL || (holder = GETF(Claims, claims, holder)) == NULL
+        || (most = GETF(Claims, claims, pages)) == NULL)
         goto done;
     known = claim == NULL ? 1 : PySequence_Contains(claim->loads, owner);
     limit = PyLong_AsSsize_t(most);
@@ -200,7 +244,7 @@ done:
 
 /* ELDU has loaded a page: count it, and free its backing and its slot. */
 static int
-loaded(PyObject *swap, PyObject *file, VaSlot *slot, PyObject *index)
+loaded(PyObject *swap, PyObject *file, struct place *slot, PyObject *index)
 {
     PyObject *object = GETF(CompiledSwap, swap, _counters), *va = GETF(CompiledSwap, swap, va);
     Counters *counters = AS(Counters, object);
@@ -222,8 +266,8 @@ loaded(PyObject *swap, PyObject *file, VaSlot *slot, PyObject *index)
 
 /* ELDU of a page into EPC page `page`; then all that follows from it. */
 static int
-load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, VaSlot *slot, PyObject *slot_addr,
-          PyObject *index, PyObject *sealed, PyObject *flags, SgxEpcPage *page)
+load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, struct place *slot,
+          PyObject *slot_addr, PyObject *index, PyObject *sealed, PyObject *flags, SgxEpcPage *page)
 {
     PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *linaddr = NULL, *answer = NULL;
     uint64_t base;
@@ -233,7 +277,8 @@ load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, VaSlot *slot, PyO
     if (leaves == NULL || GET_ADDRESS(CompiledSwap, swap, _base, &base) < 0 || !integer(index, &number)
         || (linaddr = PyLong_FromUnsignedLongLong(base + (uint64_t)number * PAGE_BYTES)) == NULL)
         goto done;
-    answer = CALL(leaves, try_eldu, linaddr, secs_addr, sealed, flags, page->addr, slot_addr, NULL);
+    answer = call_leaf(leaves, TRY_ELDU, (PyObject *[7]){linaddr, secs_addr, sealed, flags,
+                                                         page->addr, slot_addr});
     done = answer == NULL ? -1 : PyObject_IsTrue(answer);
     if (done < 0
         || (!done
@@ -263,21 +308,20 @@ load_readably(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind, 
     return result;
 }
 
-/* As PlainSwap.load(). */
+/* As PlainSwap.load(), of the page at `index`; its entry is found where it is needed and NULL. */
 PyObject *
-swap_load(PyObject *swap, PyObject *entry_object, PyObject *owner, PyObject *kind, PyObject *node,
-          PyObject *group, PyObject *claim)
+swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
+               PyObject *owner, PyObject *kind, PyObject *node, PyObject *group, PyObject *claim)
 {
-    SwapEntry *entry = AS(SwapEntry, entry_object);
-    VaSlot *slot = entry == NULL ? NULL : AS(VaSlot, entry->slot);
-    VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
+    VaPage *va_page = place->page;
     SgxEpcPage *va_epc = NULL, *secs;
     PyObject *secs_object = GETF(CompiledSwap, swap, secs), *core = GETF(CompiledSwap, swap, _core), *file = GETF(CompiledSwap, swap, _file);
-    PyObject *sealed = NULL, *flags = NULL, *slot_addr = NULL, *page = NULL, *index = NULL;
-    PyObject *result = NULL, *was = NULL;
+    PyObject *sealed = NULL, *flags = NULL, *slot_addr = NULL, *page = NULL;
+    PyObject *result = NULL;
     int64_t children;
     int found = 0;
 
+    Py_XINCREF(entry);
     if (secs_object == NULL || core == NULL || file == NULL
         || GET_INTEGER(CompiledSwap, swap, children, &children) < 0)
         goto done;
@@ -287,25 +331,17 @@ swap_load(PyObject *swap, PyObject *entry_object, PyObject *owner, PyObject *kin
     if (va_epc == NULL || secs == NULL || !children || !is_exactly(core, given.CompiledCore)
         || !is_exactly(file, given.FlatFile))
         goto readably;
-    index = entry->index;
-    Py_INCREF(index);
-    HOLD(slot);
     found = kept(file, index, &sealed, &flags);
     if (found < 0)
         goto done;
     if (!found)
         goto readably;
-    if ((slot_addr = slot_address(va_epc, slot)) == NULL)
+    if ((slot_addr = slot_address(va_epc, place->number)) == NULL)
         goto done;
-    Py_INCREF(was = va_page->accessed);
     set_field(&va_page->accessed, Py_True);
     page = core_alloc(core, owner, group, kind, node, claim);
-    if (page == Py_NotImplemented) {
-        set_field(&va_page->accessed, was);
-        goto readably;
-    }
     if (page == NULL
-        || load_into(swap, file, secs->addr, slot, slot_addr, index, sealed, flags,
+        || load_into(swap, file, secs->addr, place, slot_addr, index, sealed, flags,
                      (SgxEpcPage *)page) < 0)
         goto done;
     if (!is_none(claim) && !is_none(owner) && record_load(core, claim, owner, page) < 0)
@@ -313,18 +349,37 @@ swap_load(PyObject *swap, PyObject *entry_object, PyObject *owner, PyObject *kin
     Py_INCREF(result = page);
     goto done;
 readably:
-    result = load_readably(swap, entry_object, owner, kind, node, group, claim);
+    if (entry != NULL || (entry = entry_get(swap, index)) != NULL)
+        result = load_readably(swap, entry, owner, kind, node, group, claim);
 done:
-    Py_XDECREF(was);
     Py_XDECREF(page);
     Py_XDECREF(slot_addr);
     Py_XDECREF(flags);
     Py_XDECREF(sealed);
-    if (index != NULL)
-        RELEASE(slot);
-    Py_XDECREF(index);
     Py_XDECREF(file);
     Py_XDECREF(core);
     Py_XDECREF(secs_object);
+    Py_XDECREF(entry);
+    return result;
+}
+
+/* As PlainSwap.load(). */
+PyObject *
+swap_load(PyObject *swap, PyObject *object, PyObject *owner, PyObject *kind, PyObject *node,
+          PyObject *group, PyObject *claim)
+{
+    SwapEntry *entry = AS(SwapEntry, object);
+    VaSlot *slot = entry == NULL ? NULL : AS(VaSlot, entry->slot);
+    struct place place = {0};
+    PyObject *index = entry == NULL ? NULL : entry->index, *result;
+
+    if (slot != NULL && integer(slot->number, &place.number))
+        place.page = AS(VaPage, slot->page);
+    if (place.page != NULL)
+        HOLD(place.page);
+    Py_XINCREF(index);
+    result = swap_load_from(swap, object, index, &place, owner, kind, node, group, claim);
+    Py_XDECREF(index);
+    RELEASE(place.page);
     return result;
 }

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup.group import EpcCgroup
+from softsgx.ondemand import pattern
 
 __all__ = ["KEY", "file_names", "read_file", "write_file"]
 
@@ -23,7 +23,7 @@ _U64_MAX = (1 << 64) - 1
 _MOST_DIGITS = 22  # of a number of 64 bits, in base 8
 _SPACES = " \t\n\v\f\r"
 #: The digits of the base that the prefix selects.
-_DIGITS = re.compile(r"0[xX](?P<hex>[0-9a-fA-F]+)|0[0-7]*|[1-9][0-9]*")
+_DIGITS = pattern(r"0[xX](?P<hex>[0-9a-fA-F]+)|0[0-7]*|[1-9][0-9]*")
 
 
 def file_names(group: EpcCgroup) -> list[str]:

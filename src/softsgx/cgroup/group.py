@@ -295,15 +295,15 @@ class EpcCgroup:
             usage = refused.usage_pages * PAGE_BYTES
             tree.tracer(ChargeRefused(self.path, refused.path, usage))
 
-    def uncharge(self) -> None:
-        """Uncharge one page from this group and its ancestors."""
+    def uncharge(self, pages: int = 1) -> None:
+        """Uncharge pages from this group and its ancestors."""
         latch = self.hierarchy.latch
         latch.acquire()
         try:
-            assert self.own_pages > 0, f"{self.path}: more pages uncharged than charged"
-            self.own_pages -= 1
+            assert self.own_pages >= pages, f"{self.path}: more pages uncharged than charged"
+            self.own_pages -= pages
             for group in self._ancestry:
-                group.usage_pages -= 1
+                group.usage_pages -= pages
             if self.removed and not self.usage_pages:
                 assert self.parent is not None, "the root cannot be removed"
                 self.parent._dying.remove(self)

@@ -7,13 +7,15 @@ A verb's module has a docstring, which is its help, ``NAME``, ``configure(parser
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EPIPE
 from importlib import import_module
-from typing import Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import softsgx
 from softsgx import compiled
@@ -62,21 +64,22 @@ class Command(Protocol):
         """Run the verb; return the exit status."""
 
 
-VERBS = (
-    "tour",
-    "build",
-    "run",
-    "top",
-    "record",
-    "plan",
-    "doctor",
-    "inspect",
-    "measure",
-    "sign",
-    "load",
-    "defects",
-    "explore",
-)
+VERBS: Mapping[str, str] = {
+    "tour": "Show how one page is evicted from the EPC and loaded again, leaf by leaf.",
+    "build": "Build an enclave from C: compile, lay out, measure, sign.",
+    "run": "Run a program that uses SGX, unmodified, on a machine without SGX.",
+    "top": "Show running programs live: enclaves, page faults, evictions, EPC, limits.",
+    "record": "Record which pages of enclaves an unmodified program uses, and when.",
+    "plan": "Predict how much EPC recorded programs need, and the slowdown with less.",
+    "doctor": "Show what this machine allows, and which engine and pager programs would use.",
+    "inspect": "Show what is in an enclave file: pages, threads, signature, metadata.",
+    "measure": "Measure an enclave file, and say whether its signature matches.",
+    "sign": "Sign an enclave file, in one step, or in two steps with a key on another machine.",
+    "load": "Load an enclave file through the driver, and say whether EINIT accepts it.",
+    "defects": "List, explain and run the known defects of Linux's SGX code.",
+    "explore": "Find races: run small scenarios under many schedules and check everything.",
+}
+"""The verbs, each with the first line of its module's docstring."""
 
 
 _OUTPUT_FAILURES = frozenset({EDQUOT, EFBIG, EIO, ENOSPC, EPIPE})
@@ -96,7 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _complete_standard_files()
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        parser, _verbs = _parser(_wanted(words))
+        with _uncollected() if argv is None else nullcontext():
+            args = parser.parse_args(words)
+        if not hasattr(args, "command"):
+            parser.print_help()
+            return 2
+        args.words = list(words)
+        return _run(args)
     except KeyboardInterrupt:
         number = int(signal.SIGINT)
     except EndedBySignal as ended:
@@ -106,13 +117,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + number if argv is not None else _end_by(number)
 
 
-def _run(argv: Sequence[str]) -> int:
-    parser = _parser(_wanted(argv))
-    args = parser.parse_args(argv)
-    args.words = list(argv)
-    if not hasattr(args, "command"):
-        parser.print_help()
-        return 2
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without collections of garbage, and leave what is imported out of later ones.
+
+    Modules stay until the process ends.  To look at all of them again and again took a tenth of the
+    start and of the end of a command.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _run(args: argparse.Namespace) -> int:
     command: Command = args.command
     try:
         status = command.run(args)
@@ -167,15 +187,34 @@ def _end_by(number: int) -> int:
     return 128 + number  # the first process of a process namespace survives it
 
 
-def _wanted(argv: Sequence[str]) -> tuple[str, ...]:
-    """Return the verbs to parse; importing all of them takes half a second."""
+class _VerbParser(argparse.ArgumentParser):
+    """The parser of one verb, whose module is imported when it is used."""
+
+    verb = ""
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        """As the base class has it."""
+        self.complete()
+        return super().parse_known_args(*arguments, **named)
+
+    def complete(self) -> None:
+        """Add what the verb's module has to say."""
+        if self.verb:
+            command = command_of(self.verb)
+            self.epilog = (command.__doc__ or "").partition("\n")[2].strip("\n")
+            command.configure(self)
+            self.set_defaults(command=command)
+            self.verb = ""
+
+
+def _wanted(argv: Sequence[str]) -> Iterable[str]:
+    """Return the verbs to make parsers of, which takes a millisecond for all."""
     first = argv[0] if argv else ""
-    if first == "--version":
-        return ()
     return (first,) if first in VERBS else VERBS
 
 
-def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
+def _parser(names: Iterable[str]) -> tuple[argparse.ArgumentParser, Mapping[str, _VerbParser]]:
+    """Return the parser of the command line with some verbs, and theirs by name."""
     parser = argparse.ArgumentParser(
         prog="softsgx",
         description=_DESCRIPTION,
@@ -184,35 +223,35 @@ def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:
     )
     version = f"softsgx {softsgx.__version__}, {compiled.description}"
     parser.add_argument("--version", action="version", version=version)
-    _add_verbs(parser, names)
-    return parser
+    return parser, _add_verbs(parser, names)
 
 
 def whole_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, with every verb."""
-    return _parser(VERBS)
+    parser, verbs = _parser(VERBS)
+    for verb in verbs.values():
+        verb.complete()
+    return parser
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """Return the parser of one verb, as ``softsgx VERB`` has it."""
     parser = argparse.ArgumentParser(prog="softsgx", formatter_class=HelpFormatter)
-    return _add_verbs(parser, (verb,))[verb]
+    found = _add_verbs(parser, (verb,))[verb]
+    found.complete()
+    return found
 
 
-def _add_verbs(
-    parser: argparse.ArgumentParser, names: tuple[str, ...]
-) -> dict[str, argparse.ArgumentParser]:
+def _add_verbs(parser: argparse.ArgumentParser, names: Iterable[str]) -> Mapping[str, _VerbParser]:
     """Add the verbs' parsers; return them by name."""
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
-    for command in map(command_of, names):
-        summary, _, rest = (command.__doc__ or "").partition("\n")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=_VerbParser)
+    for name in names:
+        summary = VERBS[name]
         verb = verbs.add_parser(
-            command.NAME,
+            name,
             help=summary.rstrip("."),
             description=summary,
-            epilog=rest.strip("\n"),
             formatter_class=HelpFormatter,
         )
-        command.configure(verb)
-        verb.set_defaults(command=command)
+        verb.verb = name
     return verbs.choices

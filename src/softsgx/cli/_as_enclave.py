@@ -70,6 +70,7 @@ def record_ordinary(
         except RecordFailed as failed:  # the trace is not complete
             trace.is_whole = False
             return failed.result, failed.errors
+        signals.ended(result.exit_code)
     return result, []
 
 

@@ -6,12 +6,16 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from softsgx.errors import SoftSgxError
 from softsgx.sizes import parse_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "absolute",
@@ -22,7 +26,9 @@ __all__ = [
     "read_file",
     "size_as_written",
     "size_bytes",
+    "takes_styles",
     "tell",
+    "utc_now",
     "write_file",
 ]
 
@@ -60,6 +66,24 @@ def tell(line: str) -> None:
         discard(2)
 
 
+def takes_styles(file: TextIO) -> bool:
+    """Return whether colours and bold text may be written to a file: it is a terminal.
+
+    Source:
+        no-color.org; force-color.org; terminfo(5) (``dumb``).
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def utc_now() -> str:
+    """Return date and time in ISO 8601, to the second: ``2026-01-31T23:59:58+00:00``."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+
+
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record behind the name of the command."""
@@ -83,6 +107,8 @@ def absolute(path: str) -> Path:
     Raises:
         SoftSgxError: the working directory was deleted.
     """
+    from pathlib import Path  # a run names no files
+
     try:
         return Path(path).absolute()
     except FileNotFoundError:
@@ -108,7 +134,8 @@ def print_json(document: dict[str, object]) -> None:
 def read_file(path: str) -> bytes:
     """Return a small file's bytes: a key, a signature."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise SoftSgxError(f"{path}: {error.strerror or error}") from error
 

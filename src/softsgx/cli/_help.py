@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 __all__ = ["HelpFormatter", "terminal_columns"]
 
@@ -33,15 +32,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, indent_increment, max_help_position, width)
 
 
-def terminal_columns() -> int:
-    """Return COLUMNS, or the columns of the terminal of standard output, or 80."""
+def terminal_columns(descriptor: int = 1) -> int:
+    """Return COLUMNS, or the columns of the terminal of an output, or 80."""
     try:
         columns = int(os.environ.get("COLUMNS", ""))
     except ValueError:
         columns = 0
     if columns <= 0:
         try:
-            columns = os.get_terminal_size(sys.__stdout__.fileno()).columns  # type: ignore[union-attr]
-        except (AttributeError, ValueError, OSError):
+            columns = os.get_terminal_size(descriptor).columns
+        except OSError:
             columns = 0
     return columns if columns > 0 else _DEFAULT_COLUMNS

@@ -15,7 +15,7 @@ from typing import Any
 
 from softsgx.cli._common import discard, size_as_written, tell
 from softsgx.cli._signals import EndedBySignal
-from softsgx.engines.native import CPUID_SOURCES, PAGERS, doctor, libc
+from softsgx.engines.native import CPUID_SOURCES, PAGERS, libc, requirements
 from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import PROFILES, PlatformConfig
 from softsgx.report import CpuTimes
@@ -70,7 +70,7 @@ def add_machine_arguments(
         "--cpus",
         type=_cpus,
         metavar="N",
-        help="processors it may use (default: one while it has one thread, then all)",
+        help="processors it may use (default: one while one thread runs at a time, then all)",
     )
     machine.add_argument("--pager", choices=PAGERS, help="default: the best that doctor finds")
     machine.add_argument(
@@ -118,8 +118,8 @@ def check_machine() -> None:
     Raises:
         NotRun: it lacks something.
     """
-    for finding in doctor():
-        if finding.needed and not finding.ok:
+    for finding in requirements():
+        if not finding.ok:
             raise NotRun(f"{finding.name}: {finding.text}; see softsgx doctor")
 
 

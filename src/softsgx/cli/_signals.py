@@ -11,8 +11,14 @@ instead of the program.
 
 Deviation: a program gets a signal twice that another process sends to the whole process group.
 
+The command can get one twice, too: timeout(1) sends its signal to the process that it started, and
+then to the process group.  The first ends the program, and the second can come when the program has
+ended and the command writes its reports.  Therefore, after the program's end, the command drops one
+signal of each number that has reached the program.
+
 Source:
-    signal(7), sigwaitinfo(2), sigaction(2) (``si_code``), credentials(7); timeout(1).
+    signal(7), sigwaitinfo(2), sigaction(2) (``si_code``), credentials(7); timeout(1), and
+    coreutils, src/timeout.c: ``cleanup()``.
 """
 
 from __future__ import annotations
@@ -60,6 +66,7 @@ class ProgramSignals:
         self._pidfd: int | None = None
         self._waiter: threading.Thread | None = None
         self._ended = False
+        self._reached = set[int]()  # numbers that have reached the program
 
     def __enter__(self) -> ProgramSignals:
         self._before = {number: signal.getsignal(number) for number in _ENDING}
@@ -92,17 +99,27 @@ class ProgramSignals:
         self._waiter = threading.Thread(target=self._wait, daemon=True)
         self._waiter.start()
 
+    def ended(self, exit_code: int) -> None:
+        """Take note of how the program has ended, in the context of :meth:`waiting`."""
+        if exit_code < 0:
+            self._reached.add(-exit_code)  # from the sender that also sends it to the command
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._pidfd is None:
+        if self._pidfd is not None:
+            self._pass_on(number)  # a thread that does not block it has received it
+        elif number in self._reached:
+            self._reached.remove(number)  # a repetition; the next one ends the command
+        else:
             raise EndedBySignal(number)
-        self._pass_on(number)  # a thread that does not block it has received it
 
     def _wait(self) -> None:
         while True:
             info = signal.sigwaitinfo(self._passed_on)
             if self._ended and info.si_pid == os.getpid() and info.si_signo == _STOP:
                 return
-            if not _sent_by_key(info):
+            if _sent_by_key(info):
+                self._reached.add(info.si_signo)
+            else:
                 self._pass_on(info.si_signo)
 
     def _pass_on(self, number: int) -> None:
@@ -116,8 +133,10 @@ class ProgramSignals:
                     os.kill(pid, number)
             if not running:
                 self._keep(number)
+                return
         except PermissionError:
             return  # the program runs as another user: the sender could not signal it either
+        self._reached.add(number)
 
     @staticmethod
     def _keep(number: int) -> None:
@@ -139,7 +158,9 @@ class ProgramSignals:
             self._waiter.join()
             self._waiter = None
             for info in list(self._received()):
-                if not _sent_by_key(info):
+                if _sent_by_key(info):
+                    self._reached.add(info.si_signo)
+                else:
                     self._keep(info.si_signo)
         if self._pidfd is not None:
             os.close(self._pidfd)

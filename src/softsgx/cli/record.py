@@ -29,7 +29,6 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from softsgx.cli._as_enclave import (
     record_ordinary,
     refuse_machine,
 )
-from softsgx.cli._common import log_to_stderr, tell
+from softsgx.cli._common import log_to_stderr, tell, utc_now
 from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
@@ -223,6 +222,7 @@ def _run_recorded(
         except RunFailed as failed:  # the trace is not complete
             trace.is_whole = False
             return failed.result, failed.errors
+        signals.ended(result.exit_code)
     return result, []
 
 
@@ -234,7 +234,7 @@ def _live(
         state,
         verb=NAME,
         command=argv,
-        began=datetime.now(UTC).isoformat(timespec="seconds"),
+        began=utc_now(),
         quiet=args.quiet,
         metrics=args.metrics,
     )

@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import UTC, datetime
 from functools import partial
 from typing import BinaryIO, cast
 
 from softsgx import report
-from softsgx.cli._common import discard, log_to_stderr, tell
+from softsgx.cli._common import log_to_stderr, takes_styles, tell, utc_now
+from softsgx.cli._help import terminal_columns
 from softsgx.cli._live import Live, add_metrics
 from softsgx.cli._outputs import Outputs
 from softsgx.cli._program import (
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
                     tell(f"softsgx: {line}")
             collector = Collector(time.monotonic_ns, cpu_times, args.costs)
             sampler = Sampler(collector) if args.report else None
-            began = datetime.now(UTC).isoformat(timespec="seconds")
+            began = utc_now()
             live = Live(
                 partial(state, collector),
                 verb=NAME,
@@ -235,6 +236,7 @@ def _run_watched(
             )
         except RunFailed as failed:  # the summary covers a failed run, too
             return failed.result, failed.errors
+        watch.signals.ended(result.exit_code)
     return result, []
 
 
@@ -269,10 +271,8 @@ def _report(
             else:
                 outputs.write(args.json, text.encode())
     if not args.quiet:
-        try:
-            report.print_summary(summary, report.error_console())
-        except OSError:
-            discard(2)
+        width, styled = terminal_columns(2), takes_styles(sys.stderr)
+        tell(report.summary_text(summary, width, styled=styled).removesuffix("\n"))
 
 
 @contextmanager

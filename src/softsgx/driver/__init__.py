@@ -19,7 +19,7 @@ from softsgx.driver.events import (
 )
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import EnclaveVma, Mm, Ptes
-from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo
+from softsgx.driver.task import BadAddress, Task, UserMemory, VmaInfo, first_node
 from softsgx.driver.uapi import (
     ERESTARTSYS,
     MAP_FIXED,
@@ -85,6 +85,7 @@ __all__ = [
     "Task",
     "UserMemory",
     "VmaInfo",
+    "first_node",
     "peek",
     "poke",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 
 __all__ = ["EnclaveCounts"]
 

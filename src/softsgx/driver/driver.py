@@ -14,24 +14,22 @@ from itertools import count
 from operator import attrgetter
 from types import MappingProxyType
 
+from softsgx import compiled
 from softsgx.arch import EinitToken, SgxFeature
 from softsgx.defects import Defect
 from softsgx.driver import fault, optimised
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
+from softsgx.driver.mm import Mm
 from softsgx.driver.page import EnclavePage
-from softsgx.driver.task import Task
+from softsgx.driver.task import Task, first_node
 from softsgx.driver.uapi import refuse
 from softsgx.paging import Backing, EnclaveSwap, EpcCore, FlatBacking, Group, memory_backing
-from softsgx.paging.optimised import CompiledSwap, PlainSwap
+from softsgx.paging.optimised import CompiledSwap, PlainCore, PlainSwap
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
 
 __all__ = ["Driver"]
-
-
-def _node_of(task: Task) -> int:
-    return 0
 
 
 class Driver:
@@ -60,13 +58,40 @@ class Driver:
         OSError: ENODEV: the machine has no SGX, or a launch key hash that cannot be written.
     """
 
+    __slots__ = (
+        "_compiled",
+        "_enclaves",
+        "_files",
+        "_group_of",
+        "_latch",
+        "_lifecycle_listeners",
+        "_loaded",
+        "_node_of",
+        "_numbers",
+        "_openings",
+        "_optimised",
+        "_pids",
+        "backing",
+        "core",
+        "defects",
+        "handle_fault",
+        "launch_control",
+        "launch_lock",
+        "page_type",
+        "runtime",
+        "sgx2",
+        "tokens",
+        "tracer",
+        "unprivileged",
+    )
+
     def __init__(
         self,
         core: EpcCore,
         runtime: Runtime,
         *,
         group_of: Callable[[Task], Group] = attrgetter("group"),
-        node_of: Callable[[Task], int] = _node_of,
+        node_of: Callable[[Task], int] = first_node,
         tracer: Tracer | None = None,
         defects: frozenset[Defect] = frozenset(),
         launch_control: bool = True,
@@ -94,6 +119,10 @@ class Driver:
             self.page_type, self.handle_fault = optimised.CompiledPage, optimised.fast_handle
         elif self._optimised:
             self.page_type, self.handle_fault = optimised.PlainPage, optimised.handle
+            from softsgx.driver.plain_batch import evict_together  # not with the compiled core
+
+            assert isinstance(core, PlainCore), "an optimised core of another class"
+            core.evict_together(evict_together)
         self._openings, self._numbers, self._pids = count(1), count(1), count(1)
         self._latch = runtime.latch()
         self._loaded = True
@@ -209,7 +238,12 @@ class Driver:
         if task is None:
             return None, 0
         group_of, node_of = self._group_of, self._node_of
-        return group_of(task), node_of(task)
+        return group_of(task), 0 if node_of is first_node else node_of(task)
+
+    @property
+    def mm_type(self) -> type[Mm]:
+        """The class of address spaces."""
+        return optimised.PlainMm if self._optimised and not self._compiled else Mm
 
     def swap_type(self, backing: Backing) -> type[EnclaveSwap]:
         """Return the class of the swapping of an enclave with this backing."""
@@ -226,3 +260,7 @@ class Driver:
         """Check every enclave; call it while no task runs."""
         for enclave in self.enclaves:
             enclave.check_invariants()
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("Driver", Driver)

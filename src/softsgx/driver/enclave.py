@@ -29,6 +29,7 @@ from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKick
 from softsgx.driver.fault import Outcome
 from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.page import EnclavePage
+from softsgx.driver.pages import EnclavePages
 from softsgx.driver.sync import Srcu
 from softsgx.driver.uapi import refuse
 from softsgx.hw import Fault
@@ -87,6 +88,7 @@ class Enclave(RefCounted):
         created, initialized: whether CREATE and INIT have succeeded.
         dead: it was killed.
         pages: its pages by index.
+        modified: pages that an ioctl changes which has released the lock for a while.
         mms: its registrations with address spaces; a change replaces the tuple.
         srcu: protects walks over them.
         group: charged for SECS and VA pages: that of the task that called CREATE.
@@ -110,6 +112,7 @@ class Enclave(RefCounted):
         "initialized",
         "lock",
         "mms",
+        "modified",
         "number",
         "pages",
         "refusal",
@@ -130,7 +133,8 @@ class Enclave(RefCounted):
         self.base = self.size = self.attributes = self.xfrm = 0
         self.allowed = UNPRIVILEGED
         self.created = self.initialized = self.dead = False
-        self.pages: dict[int, EnclavePage] = {}
+        self.pages = EnclavePages()
+        self.modified: set[EnclavePage] = set()
         self.group: Group | None = None
         self.counts = EnclaveCounts()
         self.refusal = ""
@@ -193,13 +197,12 @@ class Enclave(RefCounted):
         assert not self.mms, f"{self!r} destroyed with address spaces registered"
         yields = Defect.RELEASE_WITHOUT_RESCHED not in self.driver.defects
         if self.created:
-            for done, page in enumerate(list(self.pages.values()), 1):
+            for done, page in enumerate(self.pages.drain(), 1):
                 with self.lock:
                     freed = self._free_page(page)
                 assert freed, f"{page!r} is in a batch that does not pin its enclave"
                 if done % CHECK_SCHED_PAGES == 0 and yields:
                     self.driver.runtime.yield_now()
-            self.pages.clear()
             with self.lock:
                 self.swap.destroy()
         self.srcu.cleanup()
@@ -214,8 +217,8 @@ class Enclave(RefCounted):
             self.free_epc_page(page.epc)
             self.swap.shrink()
             page.epc = None
-        elif page.entry is not None:
-            self.swap.drop(page.entry)
+        elif (entry := page.entry) is not None:
+            self.swap.drop(entry)
             page.entry = None
         return True
 
@@ -259,15 +262,15 @@ class Enclave(RefCounted):
                 if self.dead or not self.created:
                     return 0
                 self.dead = True
-                pages = list(self.pages.values())
             with self.walk() as mms:
                 for mm in mms:
                     with mm.mmap_lock.reading():
-                        for page in pages:
+                        for page in self.pages.values():
                             mm.ptes.zap(page.linaddr)
             # The TCS pages are unmapped: a thread that exits from now on cannot enter again.
             self.kick()
             with self.lock:
+                pages = self.pages.values()
                 freed = sum(page.epc is not None and self._free_page(page) for page in pages)
                 for page in pages:
                     if page.epc is None:
@@ -326,7 +329,7 @@ class Enclave(RefCounted):
                 finally:
                     mm.unpin()
 
-    # The next two methods walk without generators, since the reclaimer calls them for each page.
+    # The next methods walk without generators, since the reclaimer calls them often.
 
     def test_and_clear_accessed(self, page: EnclavePage) -> bool:
         """Test and clear a page's accessed bits in every address space; ``True``: one was set."""
@@ -375,10 +378,18 @@ class Enclave(RefCounted):
         """
         self.counts.kicks += 1
         spaces = 0
-        with self.walk() as mms:
-            for mm in mms:
-                mm.ptes.kick()
-                spaces += 1
+        reading = self.srcu.enter()
+        try:
+            for entry in self.mms:
+                mm = entry.mm
+                if mm.pin():
+                    try:
+                        mm.ptes.kick()
+                        spaces += 1
+                    finally:
+                        mm.unpin()
+        finally:
+            self.srcu.leave(reading)
         if self.driver.tracer is not None:
             self.driver.tracer(ProcessorsKicked(self.number, spaces))
 
@@ -392,7 +403,7 @@ class Enclave(RefCounted):
         if last - first < len(self.pages):
             found = (self.pages.get(index) for index in range(first, last))
             return [page for page in found if page is not None]
-        return [page for index, page in list(self.pages.items()) if first <= index < last]
+        return [page for index, page in self.pages.items() if first <= index < last]
 
     def may_map(self, start: int, end: int, prot: int, task: Task | None) -> None:
         """Check that a range may be mapped with PROT_* rights.
@@ -418,7 +429,7 @@ class Enclave(RefCounted):
     @property
     def resident_pages(self) -> int:
         """EPC pages that it has now, without SECS and VA pages."""
-        return sum(page.epc is not None for page in list(self.pages.values()))
+        return sum(page.epc is not None for page in self.pages.values())
 
     def check_invariants(self) -> None:
         """Compare its counts with its pages; call it while no task runs."""

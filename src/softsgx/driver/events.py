@@ -6,10 +6,9 @@ again while the driver is loaded.
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import ClassVar
 
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 from softsgx.trace import Event
 
 __all__ = [

@@ -135,9 +135,10 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
         raise PageBusy(page)
     if epc is not None:
         return epc
-    if page.entry is None:
+    entry = page.entry
+    if entry is None:
         raise LoadFailed("lost")
-    epc = _reload(page, page.entry, task, None if task is None else task.claim)
+    epc = _reload(page, entry, task, None if task is None else task.claim)
     load_ahead(page, task)
     return epc
 
@@ -148,10 +149,11 @@ def load_ahead(page: EnclavePage, task: Task | None) -> None:
     policy = enclave.driver.core.policy
     for index in policy.neighbours(page.index, enclave.size >> PAGE_SHIFT):
         other = enclave.pages.get(index)
-        if other is None or other.entry is None or other.busy:
+        entry = None if other is None or other.busy else other.entry
+        if other is None or entry is None:
             continue
         try:
-            _reload(other, other.entry, task, None)
+            _reload(other, entry, task, None)
         except (EpcBusy, NoEpc, LoadFailed, BackingError):
             break
 

@@ -7,13 +7,11 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from errno import EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, ENOTTY
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.defects import Defect
-from softsgx.driver import build, sgx2
 from softsgx.driver.enclave import Enclave
 from softsgx.driver.events import IoctlDone
 from softsgx.driver.mm import EnclaveVma, Mm, put_files
@@ -40,11 +38,16 @@ _MAP_TYPE = 3
 
 
 class _File(RefCounted):
-    """An open file; descriptor tables and mappings reference it."""
+    """An open file; descriptor tables and mappings reference it.
+
+    Attributes:
+        memory: what the engine maps where the file is mapped; ``None``: it maps nothing.
+    """
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver.runtime)
         self._driver = driver
+        self.memory: Any = None
 
     def hold(self) -> None:
         """Take another reference."""
@@ -124,7 +127,9 @@ class EnclaveFile(_File):
         return 0
 
     def _dispatch(self, task: Task, cmd: int, arg: int) -> int:
-        command = _COMMANDS.get(cmd)
+        from softsgx.driver.ioctls import COMMANDS
+
+        command = COMMANDS.get(cmd)
         if command is None:
             refuse(ENOTTY, f"ioctl {cmd:#x}")
         try:
@@ -204,15 +209,3 @@ def _name(cmd: int) -> str:
         return f"SGX_IOC_{Ioctl(cmd).name}"
     except ValueError:
         return f"{cmd:#x}"
-
-
-_COMMANDS: dict[int, Callable[[Enclave, Task, int], int]] = {
-    Ioctl.ENCLAVE_CREATE: build.create,
-    Ioctl.ENCLAVE_ADD_PAGES: build.add_pages,
-    Ioctl.ENCLAVE_INIT: build.init,
-    Ioctl.ENCLAVE_PROVISION: build.provision,
-    Ioctl.ENCLAVE_RESTRICT_PERMISSIONS: sgx2.restrict_permissions,
-    Ioctl.ENCLAVE_MODIFY_TYPES: sgx2.modify_types,
-    Ioctl.ENCLAVE_REMOVE_PAGES: sgx2.remove_pages,
-}
-"""The function of each command; it returns the bytes processed, or 0 if it does not count."""

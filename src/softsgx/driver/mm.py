@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import replace
 from errno import EEXIST, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,7 +28,7 @@ from softsgx.driver.uapi import (
     PROT_WRITE,
     refuse,
 )
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, replace
 from softsgx.paging import FaultResult
 from softsgx.runtime import Runtime
 
@@ -66,6 +65,12 @@ class Ptes(Protocol):
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """Return whether the page was accessed since the last call, or since it was mapped."""
+
+    def zap_pages(self, linaddrs: list[int]) -> None:
+        """As :meth:`zap` of each."""
+
+    def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
+        """As :meth:`test_and_clear_accessed` of each."""
 
     def kick(self) -> None:
         """Interrupt every processor that may run this address space, and wait for each.
@@ -362,7 +367,7 @@ class Mm:
                 of its accesses raises SIGBUS.
         """
         name = name or f"{self.name}'"
-        child = Mm(
+        child = type(self)(
             self.runtime, ptes, owner=owner, pick=self._pick, ended=ended, name=name, pid=pid
         )
         with self.mmap_lock.writing():
@@ -400,22 +405,26 @@ class Mm:
             How it ended; no lock is held then.
         """
         busy = enclave = None
-        began = self.runtime.now_ns()
+        now_ns = self.runtime.now_ns
+        began = now_ns()
         self.mmap_lock.acquire_read()
         try:
-            vma = self.find(addr)
+            vma = self.found
+            if vma is None or not vma.start <= addr < vma.end:
+                vma = self.find(addr)
             if vma is None or access & ~vma.prot:
                 return FaultResult.SEGV
             enclave = vma.enclave
             if enclave is None:
                 return FaultResult.SIGBUS
-            result, busy = enclave.fault(self, vma, addr & -PAGE_BYTES, task or self.owner)
+            handle = enclave.driver.handle_fault
+            result, busy = handle(enclave, self, vma, addr & -PAGE_BYTES, task or self.owner)
         finally:
             self.mmap_lock.release_read()
         if busy is not None:
             busy()
             result = FaultResult.RETRY
-        enclave.counts.fault_ns += self.runtime.now_ns() - began
+        enclave.counts.fault_ns += now_ns() - began
         return result
 
     def zap(self, enclave: Enclave, linaddr: int) -> None:

@@ -16,19 +16,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from softsgx import compiled
-from softsgx.arch import PAGE_SHIFT, Status
+from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, Status
 from softsgx.driver import fault
 from softsgx.driver.counts import EnclaveCounts
+from softsgx.driver.mm import Mm
 from softsgx.driver.page import LABELS, EnclavePage
+from softsgx.driver.pages import EnclavePages
+from softsgx.driver.task import first_node
 from softsgx.hw import Fault
-from softsgx.paging import BackingError, EpcBusy, FaultResult, LoadFailed, NoEpc
+from softsgx.paging import BackingError, EpcBusy, FaultResult, LoadFailed, NoEpc, Policy
+from softsgx.paging.optimised import PlainSwap
+from softsgx.paging.plain_load import load_at
+from softsgx.paging.sparse import MASK, SHIFT
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
-    from softsgx.driver.mm import EnclaveVma, Mm
+    from softsgx.driver.mm import EnclaveVma
     from softsgx.driver.task import Task
 
-__all__ = ["CompiledPage", "PlainPage", "fast_handle", "handle"]
+__all__ = ["CompiledPage", "PlainMm", "PlainPage", "fast_handle", "handle"]
 
 _SUCCESS = Status.SUCCESS
 _NOPAGE, _SIGBUS = FaultResult.NOPAGE, FaultResult.SIGBUS
@@ -107,7 +113,7 @@ class PlainPage(EnclavePage):
         enclave = self.enclave
         if enclave.dead or enclave.lock.held():
             return super().prepare()
-        reservation = self.reservation = self.swap.prepare(self.index)
+        reservation = self.reservation = enclave.swap.prepare(self.index)
         if reservation is None:
             return False
         self.being_reclaimed = True
@@ -121,10 +127,12 @@ class PlainPage(EnclavePage):
             return super().write()
         assert epc is not None and reservation is not None, "checked above"
         self.reservation = None
-        self.entry = self.swap.write(epc, reservation)
+        swap = enclave.swap
+        entry = swap.write(epc, reservation)
         self.being_reclaimed = False
-        if self.entry is None:
+        if entry is None:
             return False
+        swap.entries.put(self.index, entry)
         enclave.counts.evictions += 1
         self.epc = None
         return True
@@ -136,12 +144,14 @@ def handle(
     """As :func:`fault.handle`."""
     index = linaddr - enclave.base >> PAGE_SHIFT
     page = enclave.pages.get(index)
-    entry = None if page is None else page.entry
+    swap = enclave._swap
+    entry = None if page is None or swap is None else swap.entries.get(index)
     if (
         page is None
         or entry is None
+        or swap is None
         or page.being_reclaimed
-        or page.being_modified
+        or enclave.modified
         or vma.prot & ~page.max_prot
         or enclave.dead
         or enclave.lock.held()
@@ -152,7 +162,7 @@ def handle(
     wait: Callable[[], None] | None = None
     group, node = driver.group_and_node(task)
     try:
-        epc = page.swap.load(
+        epc = swap.load(
             entry,
             page,
             kind=LABELS[page.kind],
@@ -160,10 +170,13 @@ def handle(
             group=group,
             claim=None if task is None else task.claim,
         )
-        page.epc, page.entry = epc, None
+        page.epc = epc
+        swap.entries.put(index, None)
         counts.reloads += 1
         core.mark_reclaimable(epc)
-        if core.policy.neighbours(index, enclave.size >> PAGE_SHIFT):
+        policy = core.policy
+        ahead = type(policy).neighbours is not Policy.neighbours
+        if ahead and policy.neighbours(index, enclave.size >> PAGE_SHIFT):
             fault.load_ahead(page, task)
         mm.ptes.install(linaddr, epc.addr, vma.prot)
         if not page.touched:
@@ -174,6 +187,67 @@ def handle(
     faults = counts.faults
     faults[kind] = faults.get(kind, 0) + 1
     return result, wait
+
+
+class PlainMm(Mm):
+    """As :class:`Mm`; its faults on evicted pages are one step."""
+
+    __slots__ = ()
+
+    def fault(self, addr: int, access: int, task: Task | None = None) -> FaultResult:
+        """As :meth:`Mm.fault`.  No task runs meanwhile, so ``mmap_lock`` is not needed."""
+        vma = self.found
+        if vma is None or not vma.start <= addr < vma.end:
+            vma = self.find(addr)
+        enclave = None if vma is None else vma.enclave
+        if vma is None or enclave is None or self.mmap_lock.has_writer:
+            return super().fault(addr, access, task)
+        index, prot = addr - enclave.base >> PAGE_SHIFT, vma.prot
+        chunk = enclave.pages.chunks.get(index >> SHIFT)
+        page = None if chunk is None else chunk[index & MASK]
+        swap, driver, task = enclave._swap, enclave.driver, task or self.owner
+        policy = driver.core.policy
+        if (
+            page is None
+            or type(swap) is not PlainSwap
+            or access & ~prot
+            or prot & ~page.max_prot
+            or page.being_reclaimed
+            or enclave.modified
+            or enclave.dead
+            or enclave.lock.held()
+            or type(policy).neighbours is not Policy.neighbours
+        ):
+            return super().fault(addr, access, task)
+        counts, kind, result = enclave.counts, "major", _NOPAGE
+        wait: Callable[[], None] | None = None
+        now_ns = self.runtime.now_ns
+        began_ns = now_ns()
+        try:
+            if task is None:
+                epc = load_at(swap, index, page, LABELS[page.kind], 0, None, None)
+            else:
+                node_of = driver._node_of
+                node = 0 if node_of is first_node else node_of(task)
+                group, claim = driver._group_of(task), task.claim
+                epc = load_at(swap, index, page, LABELS[page.kind], node, group, claim)
+            if epc is None:
+                return super().fault(addr, access, task)
+            page.epc = epc
+            counts.reloads += 1
+            self.ptes.install(addr & -PAGE_BYTES, epc.addr, prot)
+            if not page.touched:
+                page.touched = True
+                counts.touched += 1
+        except (EpcBusy, NoEpc, LoadFailed, BackingError, MemoryError) as error:
+            kind, result, wait = _ended(enclave, error)
+        faults = counts.faults
+        faults[kind] = faults.get(kind, 0) + 1
+        if wait is not None:
+            wait()
+            result = FaultResult.RETRY
+        counts.fault_ns += now_ns() - began_ns
+        return result
 
 
 def _ended(
@@ -210,9 +284,10 @@ def _ended_in_core(
 def _give(core: ModuleType) -> None:
     """Give the compiled core the classes and objects that it uses; take its methods."""
     from softsgx.driver.enclave import Enclave, EnclaveMm
-    from softsgx.driver.mm import EnclaveVma, Mm
+    from softsgx.driver.mm import EnclaveVma
     from softsgx.driver.sync import RwLock
 
+    core.bind("EnclavePages", EnclavePages)
     for record in (Enclave, EnclaveCounts, EnclaveMm, EnclaveVma, Mm, RwLock):
         core.bind(record.__name__, record)
     core.bind("EnclavePage", CompiledPage)
@@ -220,6 +295,9 @@ def _give(core: ModuleType) -> None:
         "CompiledPage": CompiledPage,
         "Fault": Fault,
         "NOPAGE": _NOPAGE,
+        "RETRY": FaultResult.RETRY,
+        "handle": core.handle,
+        "first_node": first_node,
         "labels": LABELS,
         "load_ahead": fault.load_ahead,
         "major": "major",
@@ -227,6 +305,7 @@ def _give(core: ModuleType) -> None:
     }.items():
         core.give(name, value)
     core.add_methods(CompiledPage)
+    core.add_methods(Mm)
     core.fall_back(handle)
 
 

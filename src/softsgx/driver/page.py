@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, PageType
 from softsgx.defects import Defect
-from softsgx.paging import Reservation, SgxEpcPage, SwapEntry
+from softsgx.paging import EnclaveSwap, Reservation, SgxEpcPage, SwapEntry
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
@@ -26,45 +26,61 @@ class EnclavePage:
 
     Attributes:
         enclave: its enclave.
-        swap: the enclave's swapping.
         index: page index in the enclave.
         max_prot: the PROT_* rights that a mapping may have at most; only MODIFY_TYPES from REG to
             TCS changes them.
         kind: the page type as the driver knows it.
         epc: its EPC page; ``None`` while it is evicted.
-        entry: its place in backing storage while it is evicted; ``None`` while it is resident.
         reservation: backing and VA slot of an eviction that is prepared.
         being_reclaimed: a batch is about to evict it: SGX_ENCL_PAGE_BEING_RECLAIMED.
-        being_modified: an ioctl that changes it has released the enclave's lock for a while.
         touched: a fault has mapped it at some time.
     """
 
     __slots__ = (
-        "being_modified",
         "being_reclaimed",
         "enclave",
-        "entry",
         "epc",
         "index",
         "kind",
         "max_prot",
         "reservation",
-        "swap",
         "touched",
     )
 
     def __init__(self, enclave: Enclave, index: int, max_prot: int, kind: PageType) -> None:
-        self.enclave, self.index, self.swap = enclave, index, enclave.swap
+        self.enclave, self.index = enclave, index
         self.max_prot, self.kind = max_prot, kind
         self.epc: SgxEpcPage | None = None
-        self.entry: SwapEntry | None = None
         self.reservation: Reservation | None = None
-        self.being_reclaimed = self.being_modified = self.touched = False
+        self.being_reclaimed = self.touched = False
+
+    @property
+    def swap(self) -> EnclaveSwap:
+        """The enclave's swapping."""
+        return self.enclave.swap
+
+    @property
+    def being_modified(self) -> bool:
+        """Whether an ioctl that changes it has released the enclave's lock for a while."""
+        return self in self.enclave.modified
+
+    @being_modified.setter
+    def being_modified(self, modified: bool) -> None:
+        (self.enclave.modified.add if modified else self.enclave.modified.discard)(self)
 
     @property
     def linaddr(self) -> int:
         """Its linear address."""
         return self.enclave.base + (self.index << PAGE_SHIFT)
+
+    @property
+    def entry(self) -> SwapEntry | None:
+        """Its place in backing storage while it is evicted; ``None`` while it is resident."""
+        return self.swap.entries.get(self.index)
+
+    @entry.setter
+    def entry(self, entry: SwapEntry | None) -> None:
+        self.swap.entries.put(self.index, entry)
 
     @property
     def busy(self) -> bool:

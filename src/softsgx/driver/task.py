@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softsgx.driver.mm import Mm
     from softsgx.paging import Claim, Group
 
-__all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo"]
+__all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo", "first_node"]
 
 
 class BadAddress(Exception):
@@ -94,3 +94,8 @@ class Task(Protocol):
 
     def signal_pending(self) -> bool:
         """Return whether a signal is waiting to be delivered."""
+
+
+def first_node(task: Task) -> int:
+    """Return NUMA node 0, where each task runs on a machine with one node."""
+    return 0

@@ -1,7 +1,7 @@
 """Assembly: a machine, the core, groups and the driver, from one configuration object."""
 
-from softsgx.host.config import PROFILES, PlatformConfig
+from softsgx.host.config import PROFILES, PlatformConfig, least_bytes
 from softsgx.host.guest import GuestPlatform
 from softsgx.host.platform import Platform
 
-__all__ = ["PROFILES", "GuestPlatform", "Platform", "PlatformConfig"]
+__all__ = ["PROFILES", "GuestPlatform", "Platform", "PlatformConfig", "least_bytes"]

@@ -18,9 +18,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
-from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from softsgx.arch import (
     PAGE_BYTES,
@@ -34,7 +32,7 @@ from softsgx.cgroup import group_name_ok
 from softsgx.defects import Defect
 from softsgx.errors import SoftSgxError, first_line
 from softsgx.hw import DEFAULT_EPC_BASE, EpcSection, MachineConfig
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field, field_names, replace
 from softsgx.paging import (
     Clock,
     Fifo,
@@ -46,7 +44,10 @@ from softsgx.paging import (
 )
 from softsgx.sizes import MOST_BYTES, parse_size
 
-__all__ = ["PROFILES", "PlatformConfig", "check_pages", "configured_size"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["PROFILES", "PlatformConfig", "check_pages", "configured_size", "least_bytes"]
 
 _SECTION_GAP = 1 << 30
 _MOST_PROCESSORS = 8192  # the largest NR_CPUS of Linux on x86-64
@@ -141,6 +142,11 @@ def _check_defects(given: Iterable[object]) -> frozenset[Defect]:
             )
         found.add(defect)
     return frozenset(found)
+
+
+def least_bytes(profile: str) -> int:
+    """Return the smallest EPC, and the smallest limit of a group, with a profile."""
+    return needed_pages(MachineConfig(**PROFILES[profile])) * PAGE_BYTES
 
 
 def check_pages(what: str, pages: int, machine: MachineConfig) -> None:
@@ -318,7 +324,7 @@ class PlatformConfig:
         Raises:
             SoftSgxError: a key is unknown, or a value has the wrong type or is invalid.
         """
-        known = {item.name: item for item in fields(cls)}
+        known = field_names(cls)
         for name, value in values.items():
             if name not in known:
                 raise SoftSgxError(f"{_named(name)}: unknown; give some of {', '.join(known)}")
@@ -401,7 +407,8 @@ class PlatformConfig:
         tokens = {}
         for path in self.tokens:
             try:
-                data = Path(path).read_bytes()
+                with open(path, "rb") as file:
+                    data = file.read()
             except (OSError, ValueError) as error:
                 raise SoftSgxError(f"{path}: {error}; give a file with an EINITTOKEN") from None
             if len(data) != EinitToken.SIZE:
@@ -447,4 +454,4 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "sanitize": (bool,),
     "defects": (frozenset, set, list, tuple),
 }
-assert _KINDS.keys() == {item.name for item in fields(PlatformConfig)}, "a key without its types"
+assert _KINDS.keys() == set(field_names(PlatformConfig)), "a key without its types"

@@ -19,7 +19,7 @@ from typing import Any, Self
 from softsgx import kvm, userland
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
-from softsgx.driver import Driver, EnclaveFile
+from softsgx.driver import Driver, EnclaveFile, first_node
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import PlatformConfig, check_pages, configured_size
 from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
@@ -154,10 +154,11 @@ class Platform:
         self._require_driver(module)
         if self.driver is not None:
             raise OSError(errno.EEXIST, "the driver is loaded")
+        node = self.machine.config.cpu_nodes[0]
         self.driver = Driver(
             self.core,
             self.runtime,
-            node_of=lambda task: self.machine.config.cpu_nodes[0],
+            node_of=first_node if not node else lambda task: node,
             tracer=self._tracer,
             defects=self.config.defects,
             backing=self._backing,

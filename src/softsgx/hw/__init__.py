@@ -3,12 +3,13 @@
 The only package that can read or write the bytes of an EPC page; it knows no operating system.
 """
 
+from typing import TYPE_CHECKING
+
 from softsgx.hw import access, extended_state
 from softsgx.hw.access import check as check_access
 from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.hw.cpuid import CpuidResult, cpuid
-from softsgx.hw.dispatch import encls, enclu, enclv, finish_leaf
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
 from softsgx.hw.faults import (
@@ -26,7 +27,6 @@ from softsgx.hw.faults import (
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.aex import aex, deliver, interrupt
 from softsgx.hw.leaves.enclu import EncluLeaves
-from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, OptimisedLeaves, traced
 from softsgx.hw.machine import Machine
 from softsgx.hw.msr import rdmsr, wrmsr
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
@@ -34,6 +34,11 @@ from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segme
 from softsgx.hw.secs import Crossings
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
 from softsgx.hw.store import DictStore, PageStore, share_zero_page
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.hw.dispatch import encls, enclu, enclv, finish_leaf
+    from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, OptimisedLeaves, traced
 
 __all__ = [
     "DEFAULT_EPC_BASE",
@@ -98,3 +103,11 @@ __all__ = [
     "traced",
     "wrmsr",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "dispatch": ("encls", "enclu", "enclv", "finish_leaf"),
+        "leaves.registry": ("ENCLS", "ENCLU", "ENCLV", "Leaf", "OptimisedLeaves", "traced"),
+    },
+)

@@ -7,7 +7,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
 
 from softsgx.arch import (
     INTEL_LEPUBKEYHASH,
@@ -22,7 +21,7 @@ from softsgx.arch import (
     Xfrm,
 )
 from softsgx.errors import SoftSgxError
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 
 __all__ = ["DEFAULT_EPC_BASE", "EpcSection", "MachineConfig"]
 

@@ -17,11 +17,11 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
+from typing import TYPE_CHECKING
 
 from softsgx.arch import (
     FEATURE_CONTROL_READY,
@@ -38,7 +38,6 @@ from softsgx.hw.events import PowerLost
 from softsgx.hw.faults import Fault
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.enclu import EncluLeaves
-from softsgx.hw.leaves.registry import OptimisedLeaves
 from softsgx.hw.locks import LatchedLeafLocks, LeafLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
@@ -48,6 +47,11 @@ from softsgx.hw.store import DictStore, PageStore
 from softsgx.hw.xsave import XsaveLayout
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+    from softsgx.hw.leaves.registry import OptimisedLeaves
 
 __all__ = ["Machine"]
 
@@ -84,6 +88,37 @@ class Machine:
         entropy_failures: how many EUPDATESVN find too little entropy.
     """
 
+    __slots__ = (
+        "_bases",
+        "_eids",
+        "_sections",
+        "config",
+        "cpus",
+        "cpusvn",
+        "crossings",
+        "einit_outcome",
+        "entropy_failures",
+        "feature_control",
+        "features",
+        "kernel",
+        "latch",
+        "launch_key_hash",
+        "leaf_locks",
+        "leaves",
+        "measurements",
+        "microcode_svn",
+        "optimised",
+        "pages",
+        "point",
+        "ram",
+        "runtime",
+        "secrets",
+        "store",
+        "tracer",
+        "virtual_cpus",
+        "xsave",
+    )
+
     def __init__(
         self,
         config: MachineConfig,
@@ -112,7 +147,7 @@ class Machine:
         self.entropy_failures = 0
         self.einit_outcome: Status | Fault | None = None
         self.pages: dict[int, EpcPage] = {}
-        self.measurements: dict[int, hashlib._Hash] = {}
+        self.measurements: dict[int, _Hash] = {}
         self.crossings: dict[int, Crossings] = {}
         self._sections = sorted(config.sections, key=lambda section: section.base)
         self._bases = [section.base for section in self._sections]

@@ -8,7 +8,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import InitVar, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from softsgx.arch import (
@@ -28,7 +27,7 @@ from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap
 from softsgx.layout import Structure
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
@@ -208,15 +207,13 @@ class LogicalProcessor:
         busy: held for one ENCLU or one memory access, and by a task that interrupts the
             processor: an interrupt waits for the end of the instruction.
         name: in schedules; ``cpu`` and the index by default.
-        enclu: the ENCLU leaves bound to this processor.
-
-    Args:
         enclu_leaves: makes ``enclu``.
+        enclu: the ENCLU leaves bound to this processor.
     """
 
     hw: Machine
     index: int
-    enclu_leaves: InitVar[Callable[[LogicalProcessor], EncluLeaves]]
+    enclu_leaves: Callable[[LogicalProcessor], EncluLeaves] = field(repr=False)
     regs: Registers = field(default_factory=Registers)
     space: AddressSpace = field(default_factory=DirectMap)
     cpl: int = 0
@@ -251,10 +248,10 @@ class LogicalProcessor:
     enclu: EncluLeaves = field(init=False, repr=False)
     name: str = ""
 
-    def __post_init__(self, enclu_leaves: Callable[[LogicalProcessor], EncluLeaves]) -> None:
+    def __post_init__(self) -> None:
         self.name = self.name or f"cpu{self.index}"
         self.busy = self.hw.runtime.lock(self.name)
-        self.enclu = enclu_leaves(self)
+        self.enclu = self.enclu_leaves(self)
 
     @property
     def launch_key_hash(self) -> list[int]:

@@ -1,6 +1,7 @@
 """The package's secrets, and sealing of evicted pages.
 
-No secret leaves ``hw``.  AES-GCM and AES-CMAC come from the ``cryptography`` library.
+No secret leaves ``hw``.  AES-GCM and AES-CMAC come from the ``cryptography`` library, which is
+imported with the first page that leaves or the first key that is derived.
 
 Source:
     SDM vol. 3D, "EWB", "ELDB/ELDU", Operation; tables "Key derivation" in "EGETKEY".
@@ -12,14 +13,13 @@ import random
 import struct
 from collections.abc import Callable
 from itertools import count
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import algorithms
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.cmac import CMAC
+from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.hw.operands import Buffer
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 __all__ = ["MAC_BYTES", "PagingKey", "Secrets", "cmac"]
 
@@ -30,7 +30,10 @@ _IV = struct.Struct(">4xQ")
 
 def cmac(key: bytes, message: bytes) -> bytes:
     """Return the AES-128-CMAC of ``message``, 16 bytes."""
-    mac = CMAC(algorithms.AES(key))
+    from cryptography.hazmat.primitives.ciphers.algorithms import AES
+    from cryptography.hazmat.primitives.cmac import CMAC
+
+    mac = CMAC(AES(key))
     mac.update(message)
     return mac.finalize()
 
@@ -44,9 +47,23 @@ class PagingKey:
     Modelled: the byte order of the counter block.
     """
 
+    __slots__ = (
+        "_aead",
+        "_key",
+        "_versions",
+    )
+
     def __init__(self, key: bytes) -> None:
-        self._aead = AESGCM(key)
+        self._key = key
         self._versions = count(_VERSION_STEP, _VERSION_STEP)
+        self._aead: AESGCM | None = None
+
+    def _cipher(self) -> AESGCM:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        if self._aead is None:
+            self._aead = AESGCM(self._key)
+        return self._aead
 
     def next_version(self) -> int:
         """Return a version that no page has had: never 0, a multiple of 8."""
@@ -60,7 +77,8 @@ class PagingKey:
             version: from :meth:`next_version`.
             header: a packed :class:`~softsgx.arch.MacHeader`.
         """
-        return self._aead.encrypt(_IV.pack(version), page, header)
+        aead = self._aead or self._cipher()
+        return aead.encrypt(_IV.pack(version), page, header)
 
     def unseal(self, sealed: Buffer, version: int, header: bytes) -> bytes | None:
         """Return the 4096 bytes of plaintext; ``None`` where an argument differs from EWB's.
@@ -70,10 +88,15 @@ class PagingKey:
             version: the content of the VA slot.
             header: a packed :class:`~softsgx.arch.MacHeader`.
         """
+        aead = self._aead or self._cipher()
         try:
-            return self._aead.decrypt(_IV.pack(version), sealed, header)
-        except InvalidTag:
-            return None
+            return aead.decrypt(_IV.pack(version), sealed, header)
+        except Exception as error:
+            from cryptography.exceptions import InvalidTag  # an import takes half as long as ELDU
+
+            if isinstance(error, InvalidTag):
+                return None
+            raise
 
 
 class Secrets:
@@ -88,6 +111,16 @@ class Secrets:
         entropy: returns a number of random bytes, for keys of one power cycle.  A paging key that
             came twice would seal different pages under the same versions.
     """
+
+    __slots__ = (
+        "_entropy",
+        "device_key",
+        "owner_epoch",
+        "paging",
+        "report_key_id",
+        "seal_fuses",
+        "tee_report_key",
+    )
 
     def __init__(self, rng: random.Random, entropy: Callable[[int], bytes]) -> None:
         self._entropy = entropy

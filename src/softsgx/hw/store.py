@@ -62,6 +62,8 @@ class PageStore(Protocol):
 class DictStore:
     """Bytes in a dictionary; its memory grows and shrinks with the pages in use."""
 
+    __slots__ = ("_pages",)
+
     def __init__(self) -> None:
         self._pages: dict[EpcAddr, bytes | bytearray] = {}
 

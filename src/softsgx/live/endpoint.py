@@ -21,7 +21,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 __all__ = ["StatusServer", "peer_may_talk", "status_directories"]
@@ -61,7 +60,7 @@ class StatusServer:
             return
         self._closed.set()
         with suppress(OSError):
-            self.path.unlink()
+            os.unlink(self.path)
         self._listener.shutdown(socket.SHUT_RDWR)  # accept() returns
         self._thread.join()
         self._listener.close()
@@ -82,27 +81,27 @@ class StatusServer:
                     peer.sendall(json.dumps(self._state(), separators=(",", ":")).encode() + b"\n")
 
 
-def status_directories() -> Iterator[Path]:
+def status_directories() -> Iterator[str]:
     """Yield the directories that may have sockets of this user's runs, the preferred one first.
 
     ``XDG_RUNTIME_DIR`` is used only if it belongs to this user: sudo(8) can keep the variable of
     another user.
     """
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    if runtime.is_absolute():
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
         with suppress(OSError):
-            if runtime.stat().st_uid == os.geteuid():
-                yield runtime / "softsgx"
-    yield Path(f"/tmp/softsgx-{os.geteuid()}")
+            if os.stat(runtime).st_uid == os.geteuid():
+                yield os.path.join(runtime, "softsgx")
+    yield f"/tmp/softsgx-{os.geteuid()}"
 
 
-def is_private(directory: Path) -> bool:
+def is_private(directory: str) -> bool:
     """Return whether a directory (not a link to one) belongs to this user and only they may use it.
 
     Raises:
         OSError: it does not exist, or cannot be reached.
     """
-    found = directory.lstat()
+    found = os.lstat(directory)
     return (
         stat.S_ISDIR(found.st_mode)
         and found.st_uid == os.geteuid()
@@ -117,32 +116,33 @@ def peer_may_talk(peer: socket.socket) -> bool:
     return uid in (os.geteuid(), _ROOT)
 
 
-def _listen(name: str) -> tuple[socket.socket, Path]:
+def _listen(name: str) -> tuple[socket.socket, str]:
     """Listen in the first directory that can be used."""
     failure: OSError | None = None
     for directory in status_directories():
         try:
             with suppress(FileExistsError):
-                directory.mkdir(mode=0o700)
+                os.mkdir(directory, mode=0o700)
             if not is_private(directory):
                 raise PermissionError(f"{directory}: is not a directory of this user alone")
-            return _listen_at(directory / name), directory / name
+            path = os.path.join(directory, name)
+            return _listen_at(path), path
         except OSError as error:
             failure = error
     assert failure is not None, "there is a directory to try"
     raise failure
 
 
-def _listen_at(path: Path) -> socket.socket:
+def _listen_at(path: str) -> socket.socket:
     """Return a socket that accepts at ``path``, in place of one that a killed run has left."""
-    unfinished = path.with_suffix(".new")
+    unfinished = f"{os.path.splitext(path)[0]}.new"
     listener = socket.socket(socket.AF_UNIX)
     try:
         with suppress(FileNotFoundError):
-            unfinished.unlink()
-        listener.bind(str(unfinished))
+            os.unlink(unfinished)
+        listener.bind(unfinished)
         listener.listen(_WAITING_CLIENTS)
-        unfinished.rename(path)
+        os.rename(unfinished, path)
     except OSError:
         listener.close()
         raise

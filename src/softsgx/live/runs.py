@@ -34,7 +34,9 @@ def running_pids() -> list[int]:
         with suppress(OSError):
             if is_private(directory):
                 found.update(
-                    int(path.stem) for path in directory.glob("*.sock") if path.stem.isdecimal()
+                    int(path.stem)
+                    for path in Path(directory).glob("*.sock")
+                    if path.stem.isdecimal()
                 )
     return sorted(found)
 
@@ -42,7 +44,7 @@ def running_pids() -> list[int]:
 def socket_of(pid: int) -> Path | None:
     """Return the socket of a run; ``None``: it has none."""
     for directory in status_directories():
-        path = directory / f"{pid}.sock"
+        path = Path(directory, f"{pid}.sock")
         with suppress(OSError):
             if is_private(directory) and path.is_socket():
                 return path

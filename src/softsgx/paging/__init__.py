@@ -14,6 +14,7 @@ from softsgx.paging.backing import (
 from softsgx.paging.claims import Claim, needed_pages
 from softsgx.paging.core import EpcCore
 from softsgx.paging.counters import Counters
+from softsgx.paging.entries import SwapEntry
 from softsgx.paging.failures import (
     BackingError,
     EpcBusy,
@@ -40,7 +41,7 @@ from softsgx.paging.policy import (
 )
 from softsgx.paging.reclaim import Batch
 from softsgx.paging.swap import EnclaveSwap
-from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
+from softsgx.paging.swapspace import Reservation, SwapSpace
 from softsgx.paging.vm_fault import FaultResult
 
 __all__ = [

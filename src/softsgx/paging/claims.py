@@ -9,13 +9,17 @@ first thread of the queue *holds* the EPC until its instruction has completed:
 * the reclaimer keeps the pages that it loads, as many as an instruction can touch;
 * while it loads a page, the reclaimer also keeps the pages that must be loaded first (SECS, VA
   pages); afterwards they stay because the loaded page needs them;
-* while it waits for a page, allocations of other threads in the group without pages stand back.
+* allocations of other threads in its group stand back, and once it has waited for a page, those in
+  the group that had none: each would evict pages, and an eviction makes threads leave their
+  enclaves, which then need pages to come back.
 
 One thread holds at a time, so the number of kept pages is bounded, whatever the number of threads.
 A turn ends when the engine reports that the instruction has completed (:meth:`Claims.release`),
 when the thread has loaded more pages than an instruction can touch, or when another thread needs a
 page and the holder has had time to execute: an engine that runs threads on real processors does not
-learn of completed instructions.
+learn of completed instructions.  How long that takes depends on the machine and on the number of
+threads, so it is measured: between the pages that a holder needs in its turn, and when a thread
+thrashes again whose turn has ended by time.
 
 Deviation: Linux guarantees no progress.  Its threads can evict each other's pages without end; with
 the EPC of real machines this is not seen.
@@ -48,7 +52,9 @@ _CODE_PAGES, _DATA_PAGES = 2, 4
 page border; the largest operand is the area of XRSTOR with AMX state, of four pages.  String,
 gather and scatter instructions and tile loads keep their progress when they fault."""
 _UPPER_VA_PAGES = 2
-_FIRST_GRACE_NS, _LONGEST_GRACE_NS = 1_000_000, 1_000_000_000
+_SHORTEST_GRACE_NS, _LONGEST_GRACE_NS = 1_000_000, 1_000_000_000
+_GAPS = 4
+"""How many times the time between two needs of a holder it gets to execute its instruction."""
 
 
 def pages_at_once(config: MachineConfig) -> int:
@@ -77,18 +83,20 @@ class Claim:
     Attributes:
         loads: owner and EPC page of its latest loads of enclave pages, oldest first.
         prerequisites: owner and EPC page of the SECS and VA pages that the load in progress needed.
-        since_ns: while it holds: when its thread last needed a page.
-        grace_ns: how long the thread may take from then on to execute its instruction.
+        since_ns: when its thread last needed a page in its turn.
         loads_left: while it holds: loads until its instruction must have completed.
+        expired: whether its last turn has ended by time, and it has not thrashed since.
+        group: that of the page by which it thrashes; ``None``: it has not thrashed.
     """
 
-    __slots__ = ("grace_ns", "loads", "loads_left", "prerequisites", "since_ns")
+    __slots__ = ("expired", "group", "loads", "loads_left", "prerequisites", "since_ns")
 
     def __init__(self) -> None:
         self.loads: OrderedDict[Reclaimable, SgxEpcPage] = OrderedDict()
         self.prerequisites: dict[Reclaimable, SgxEpcPage] = {}
         self.since_ns = self.loads_left = 0
-        self.grace_ns = _FIRST_GRACE_NS
+        self.expired = False
+        self.group: Group | None = None
 
 
 class Claims:
@@ -103,9 +111,24 @@ class Claims:
     Attributes:
         pages: as given.
         holder: the claim that holds; ``None`` while no thread thrashes.
-        short: the group in which the holder waits for a page; allocations of other threads that are
-            charged there stand back.
+        short_in: the group of the holder's pages, or in which it has waited for a page; allocations
+            of other threads that are charged there stand back.
+        grace_ns: how long the holder may take to execute its instruction after it needed a page.
     """
+
+    __slots__ = (
+        "_counters",
+        "_kept",
+        "_kept_prerequisites",
+        "_latch",
+        "_queue",
+        "_released",
+        "_runtime",
+        "grace_ns",
+        "holder",
+        "pages",
+        "short_in",
+    )
 
     def __init__(
         self,
@@ -117,7 +140,8 @@ class Claims:
     ) -> None:
         self.pages = pages
         self.holder: Claim | None = None
-        self.short: Group | None = None
+        self.short_in: Group | None = None
+        self.grace_ns = _SHORTEST_GRACE_NS
         self._runtime, self._counters, self._released = runtime, counters, released
         self._latch = runtime.latch()
         self._queue: deque[Claim] = deque()
@@ -131,11 +155,11 @@ class Claims:
         thrashes = owner in claim.prerequisites
         claim.prerequisites[owner] = page
         if claim is self.holder:
-            claim.since_ns = self._runtime.now_ns()
+            self._needs_page(claim)
             page.kept = True
             self._kept_prerequisites.append(page)
         elif thrashes:
-            self._line_up(claim)
+            self._line_up(claim, page.group)
 
     def loaded(self, claim: Claim, owner: Reclaimable, page: SgxEpcPage) -> None:
         """Record the load of a page of its enclave for the thread of ``claim``."""
@@ -147,12 +171,12 @@ class Claims:
         claim.prerequisites.clear()
         if claim is self.holder:
             self._release_prerequisites()
-            claim.since_ns = self._runtime.now_ns()
+            self._needs_page(claim)
             claim.loads_left -= 1
             page.kept = True
             self._kept.append(page)
         elif thrashes:
-            self._line_up(claim)
+            self._line_up(claim, page.group)
 
     def allocating(self, claim: Claim | None) -> None:
         """The thread of ``claim`` is about to allocate a page."""
@@ -163,26 +187,29 @@ class Claims:
     def waiting(self, claim: Claim | None, group: Group) -> None:
         """The thread of ``claim`` waits until a page leaves in the subtree of ``group``."""
         if claim is not None and claim is self.holder:
-            self.short = group
-            claim.since_ns = self._runtime.now_ns()
+            self.short_in = group
+            self._needs_page(claim)
 
-    def got_page(self, claim: Claim | None) -> None:
-        """The thread of ``claim`` no longer waits."""
-        if claim is self.holder:
-            self.short = None
+    def _needs_page(self, holder: Claim) -> None:
+        """The holder needs a page: measure how long that took, and begin to wait again."""
+        now = self._runtime.now_ns()
+        gap, holder.since_ns = now - holder.since_ns, now
+        # A single long gap is forgotten in some turns.
+        grace = max(_GAPS * gap, self.grace_ns - self.grace_ns // 16, _SHORTEST_GRACE_NS)
+        self.grace_ns = min(grace, _LONGEST_GRACE_NS)
 
     def release(self, claim: Claim) -> None:
         """The thread's instruction has completed, or never will: forget its loads, end its turn."""
         claim.loads.clear()
         claim.prerequisites.clear()
-        claim.grace_ns = _FIRST_GRACE_NS
+        claim.expired = False
         self._end(claim)
 
     # --- calls for other threads ------------------------------------------------------------------
 
     def must_stand_back(self, claim: Claim | None, group: Group) -> bool:
         """Return whether an allocation charged to ``group`` must leave a page to the holder."""
-        short = self.short
+        short = self.short_in
         return (
             short is not None
             and claim is not self.holder
@@ -195,16 +222,19 @@ class Claims:
         holder = self.holder
         if holder is None or holder is claim:
             return False
-        if self._runtime.now_ns() - holder.since_ns <= holder.grace_ns:
+        if self._runtime.now_ns() - holder.since_ns <= self.grace_ns:
             return True
-        # The holder had time to execute. If that was too short, it thrashes again and gets more.
-        holder.grace_ns = min(2 * holder.grace_ns, _LONGEST_GRACE_NS)
+        holder.expired = True
         self._end(holder)
         return self.holder is not None
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _line_up(self, claim: Claim) -> None:
+    def _line_up(self, claim: Claim, group: Group | None) -> None:
+        claim.group = group
+        if claim.expired:  # its turn may have been too short
+            claim.expired = False
+            self.grace_ns = min(2 * self.grace_ns, _LONGEST_GRACE_NS)
         with self._latch:
             if claim not in self._queue and claim is not self.holder:
                 self._queue.append(claim)
@@ -222,7 +252,7 @@ class Claims:
                 page.kept = False
             self._kept.clear()
             self._release_prerequisites()
-            self.holder = self.short = None
+            self.holder = self.short_in = None
             self._next()
         self._released()
 
@@ -236,5 +266,6 @@ class Claims:
         if not self._queue:
             return
         claim = self.holder = self._queue.popleft()
+        self.short_in = claim.group
         claim.loads_left, claim.since_ns = self.pages, self._runtime.now_ns()
         self._counters.claims += 1

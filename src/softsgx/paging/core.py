@@ -75,6 +75,30 @@ class EpcCore:
         reclaimer_type: class of what runs batches.
     """
 
+    __slots__ = (
+        "_free",
+        "_held_latch",
+        "_high",
+        "_ksgxd",
+        "_low",
+        "_pool",
+        "_reclaimer",
+        "_sanitizer",
+        "claims",
+        "counters",
+        "defects",
+        "epc_pages",
+        "hw",
+        "leaves",
+        "policy",
+        "reclaim_ns",
+        "root",
+        "runtime",
+        "slowpath",
+        "tracer",
+        "va",
+    )
+
     optimised = False
     compiled = False
     reclaimer_type: type[Reclaimer] = Reclaimer
@@ -157,7 +181,7 @@ class EpcCore:
             self._pool.give_all_but([start for start, _end in ranges])
         return Sanitizer(
             ranges,
-            eremove=self.leaves.eremove,
+            eremove=lambda address: self.leaves.eremove(address),  # the leaves are bound then
             clean=self._give_sanitized,
             poisoned=self._pool.is_poisoned,
             runtime=self.runtime,
@@ -228,7 +252,7 @@ class EpcCore:
             claims.allocating(claim)
         request = AllocRequest(reclaim, signal_pending, claim)
         try:
-            if claims.short is not None:
+            if claims.short_in is not None:
                 self.slowpath.stand_back(group, request)
             ksgxd = self._ksgxd
             seen = ksgxd.generation, ksgxd.outcomes
@@ -273,8 +297,6 @@ class EpcCore:
         except BaseException:
             group.uncharge()
             raise
-        if self.claims.short is not None:
-            self.claims.got_page(request.claim)
         return page
 
     def _count_held(self, kind: str, change: int) -> None:

@@ -6,9 +6,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
-
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field, field_names
 
 __all__ = ["Counters"]
 
@@ -78,4 +76,5 @@ class Counters:
 
     def as_dict(self) -> dict[str, object]:
         """Return a copy of the counters by name."""
-        return asdict(self)
+        values = {name: getattr(self, name) for name in field_names(Counters)}
+        return {**values, "held": dict(self.held)}

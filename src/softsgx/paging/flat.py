@@ -1,4 +1,4 @@
-"""Contents and PCMDs of evicted pages in memory, each page's in one object.
+"""Contents and PCMDs of evicted pages in memory, those of a page side by side.
 
 A second implementation of a :class:`~softsgx.paging.swapfile.SwapFile` over a
 :class:`~softsgx.paging.MemoryBacking`: counts, limits and events are those of its backing pages,
@@ -19,6 +19,7 @@ from softsgx.paging.counters import Counters
 from softsgx.paging.events import Truncated
 from softsgx.paging.failures import BackingError
 from softsgx.paging.interfaces import BackingFile
+from softsgx.paging.sealed import SealedPages
 from softsgx.paging.swapfile import PCMDS_PER_PAGE, Layout, Pinned, SwapFile
 from softsgx.trace import Tracer
 
@@ -37,7 +38,7 @@ class FlatBacking:
             content, one for each 32 PCMDs; ``None`` for any number.
 
     Attributes:
-        sealed: by index, ciphertext ‖ MAC of each evicted page.
+        sealed: ciphertext ‖ MAC of each evicted page.
         usual: SECINFO flags and enclave identifier in the PCMD of most pages, which are regular
             ones R W; ``None`` before the first.
         unusual: by index, those of the other pages.
@@ -59,7 +60,7 @@ class FlatBacking:
 
     def __init__(self, limit_pages: int | None = None) -> None:
         self.limit_pages = limit_pages
-        self.sealed: dict[int, bytes] = {}
+        self.sealed = SealedPages()
         self.usual: tuple[int, int] | None = None
         self.unusual: dict[int, tuple[int, int]] = {}
         self.kinds: dict[tuple[int, int], tuple[int, int]] = {}
@@ -116,6 +117,8 @@ class FlatFile:
         limit = flat.limit_pages
         if limit is not None and flat.pages() + (1 if count else 2) > limit:
             raise BackingError(f"backing file is full: {limit} pages")
+        if len(self._sealed.free) <= flat.reserved:
+            self._make_room(flat.reserved + 1)
         sharers[group] = count + 1
         flat.reserved += 1
         if self._buffers:
@@ -123,6 +126,12 @@ class FlatFile:
             pinned.index = index
             return pinned
         return Pinned(index, bytearray(PAGE_BYTES), bytearray(Pcmd.SIZE))
+
+    def _make_room(self, pages: int) -> None:
+        try:
+            self._sealed.make_room(pages)
+        except OSError as error:
+            raise BackingError(f"backing memory cannot grow: {error.strerror}") from error
 
     def announce(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.announce`: :meth:`reserve` has done it."""
@@ -136,14 +145,19 @@ class FlatFile:
         """As :meth:`written`, of a page that EWB has not written to ``pinned``."""
         flat, index = self._flat, pinned.index
         flat.reserved -= 1
-        self._sealed[index], flags, eid = page
-        kind = flags, eid
-        if kind != flat.usual:
-            if flat.usual is None and flags == _HEAP:
-                flat.usual = kind
-            else:
-                flat.unusual[index] = flat.kinds.setdefault(kind, kind)
+        sealed, flags, eid = page
+        self._sealed.put(index, sealed)
+        if (flags, eid) != flat.usual:
+            self.keep_kind(index, flags, eid)
         self._buffers.append(pinned)
+
+    def keep_kind(self, index: int, flags: int, eid: int) -> None:
+        """Keep flags and identifier of a page that are not the usual ones."""
+        flat, kind = self._flat, (flags, eid)
+        if flat.usual is None and flags == _HEAP:
+            flat.usual = kind
+        else:
+            flat.unusual[index] = flat.kinds.setdefault(kind, kind)
 
     def cancel(self, pinned: Pinned) -> None:
         """As :meth:`SwapFile.cancel`."""
@@ -154,11 +168,11 @@ class FlatFile:
     def open(self, index: int) -> Pinned:
         """As :meth:`SwapFile.open`."""
         sealed, flags, eid = self.kept(index)
-        pcmd = _PCMD.pack(flags, eid, sealed[PAGE_BYTES:])
-        return Pinned(index, memoryview(sealed)[:PAGE_BYTES], memoryview(pcmd))
+        pcmd = _PCMD.pack(flags, eid, bytes(sealed[PAGE_BYTES:]))
+        return Pinned(index, sealed[:PAGE_BYTES], memoryview(pcmd))
 
-    def kept(self, index: int) -> Sealed:
-        """Return what :meth:`keep` has kept of a page, or :meth:`written`.
+    def kept(self, index: int) -> tuple[memoryview, int, int]:
+        """Return what :meth:`keep` has kept of a page, or :meth:`written`, until it is forgotten.
 
         Raises:
             BackingError: no such page is evicted.
@@ -179,7 +193,7 @@ class FlatFile:
 
     def forget(self, index: int) -> None:
         """The page was loaded, or its enclave does without it."""
-        del self._sealed[index]
+        self._sealed.drop(index)
         if self._flat.unusual:
             self._flat.unusual.pop(index, None)
         self._counters.truncated += 1

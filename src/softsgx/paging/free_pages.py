@@ -36,6 +36,17 @@ class FreePages:
         count: pages that can be taken.
     """
 
+    __slots__ = (
+        "_counts_poisoned",
+        "_orders",
+        "_sections",
+        "_walk",
+        "_walks_without_end",
+        "count",
+        "nodes",
+        "records",
+    )
+
     def __init__(
         self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[Defect]
     ) -> None:

@@ -22,7 +22,7 @@ class Ungrouped:
         """Return ``None``: no charge is refused."""
         return None
 
-    def uncharge(self) -> None:
+    def uncharge(self, pages: int = 1) -> None:
         """Do nothing."""
 
     def walk(self) -> Iterator[Group]:

@@ -88,8 +88,8 @@ class Group(Protocol):
             limit refused: the caller reclaims in its subtree.
         """
 
-    def uncharge(self) -> None:
-        """Uncharge one page from this group and its ancestors."""
+    def uncharge(self, pages: int = 1) -> None:
+        """Uncharge pages from this group and its ancestors."""
 
     def walk(self) -> Iterator[Group]:
         """Yield the groups of the subtree in turn, without end.

@@ -28,6 +28,11 @@ class Lru:
         pages: the pages, oldest first.
     """
 
+    __slots__ = (
+        "_latch",
+        "pages",
+    )
+
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
         self.pages: OrderedDict[SgxEpcPage, None] = OrderedDict()

@@ -85,6 +85,16 @@ class Node:
         quarantine: poisoned pages that are not in use.
     """
 
+    __slots__ = (
+        "_fresh",
+        "_latch",
+        "_pages",
+        "epc_pages",
+        "freed",
+        "number",
+        "quarantine",
+    )
+
     def __init__(self, number: int, runtime: Runtime, pages: dict[int, SgxEpcPage]) -> None:
         self.number = number
         self.epc_pages = 0

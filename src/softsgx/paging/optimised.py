@@ -1,4 +1,4 @@
-"""Second implementations of the hot paths: allocating and freeing a page, batches, EWB and ELDU.
+"""Second implementations of the hot paths: allocating and freeing a page, EWB and ELDU.
 
 Each method handles the common case: a page is free, nothing is missing, the first EWB or ELDU
 succeeds.  It does in one function what the readable one does in many, in the same order.  Otherwise
@@ -16,82 +16,54 @@ from typing import Any
 
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, VA_SLOT_BYTES, Status
-from softsgx.paging.claims import Claim
+from softsgx.hw import Sealed
+from softsgx.paging.claims import Claim, Claims
 from softsgx.paging.core import EpcCore
 from softsgx.paging.counters import Counters
+from softsgx.paging.entries import SwapEntries, SwapEntry
 from softsgx.paging.failures import BackingError, EpcBusy, Interrupted, LoadFailed, NoEpc
 from softsgx.paging.flat import FlatBacking, FlatFile
+from softsgx.paging.free_pages import FreePages
 from softsgx.paging.interfaces import Group, Reclaimable
 from softsgx.paging.ksgxd import Ksgxd
-from softsgx.paging.leafio import eldu
+from softsgx.paging.leafio import LeafResult, eldu, ewb
 from softsgx.paging.lru import Lru
-from softsgx.paging.nodes import AtomicCount
+from softsgx.paging.nodes import AtomicCount, Node
 from softsgx.paging.page import SgxEpcPage
-from softsgx.paging.policy import Policy
-from softsgx.paging.reclaim import Reclaimer
+from softsgx.paging.plain_batch import EvictTogether, PlainReclaimer
+from softsgx.paging.policy import Fifo, Policy
+from softsgx.paging.reclaim import Batch, Reclaimer
+from softsgx.paging.sealed import SealedPages
 from softsgx.paging.slowpath import AllocRequest, no_signal
+from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swap import EnclaveSwap
 from softsgx.paging.swapfile import Pinned
-from softsgx.paging.swapspace import Reservation, SwapEntry
+from softsgx.paging.swapspace import Reservation
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaPage, VaSlot
 
 __all__ = ["FAST_CORE", "CompiledCore", "CompiledSwap", "PlainCore", "PlainSwap"]
 
-_SUCCESS = Status.SUCCESS
-
-
-class PlainReclaimer(Reclaimer):
-    """See the module."""
-
-    def _prepare(self, lru: Lru, pages: list[SgxEpcPage], *, force: bool) -> list[SgxEpcPage]:
-        """As :meth:`Reclaimer._prepare`."""
-        victims: list[SgxEpcPage] = []
-        counters, old, listed = self._counters, self._policy.old, lru.pages
-        asks_owner = type(self._policy).old is Policy.old
-        for page in pages:
-            owner = page.owner
-            assert owner is not None, f"{page!r} in a batch has no owner"
-            if page.poisoned:
-                self._skip(lru, page, owner, "poisoned")
-            elif page.kept:
-                counters.kept += 1
-                self._skip(lru, page, owner, "kept")
-            elif not (force or (owner.age() if asks_owner else old(owner))):
-                counters.young += 1
-                assert page.tracked and page.lru is lru, f"{page!r} was not isolated from here"
-                listed[page] = None
-                owner.put()
-            elif owner.prepare():
-                victims.append(page)
-            else:
-                counters.not_prepared += 1
-                self._skip(lru, page, owner, "prepare")
-        return victims
-
-    def _write(self, lru: Lru, pages: list[SgxEpcPage]) -> int:
-        """As :meth:`Reclaimer._write`."""
-        freed, free, listed = 0, self._free, lru.pages
-        for page in pages:
-            owner = page.owner
-            assert owner is not None, f"{page!r} in a batch has no owner"
-            if owner.write():
-                assert page.tracked and page not in listed, f"{page!r} was not isolated"
-                page.tracked, page.lru = False, None
-                free(page)
-                owner.put()
-                freed += 1
-            else:
-                self._counters.not_written += 1
-                self._skip(lru, page, owner, "write")
-        return freed
+_SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
 
 
 class PlainCore(EpcCore):
     """See the module."""
 
+    __slots__ = ()
+
     optimised = True
     reclaimer_type = PlainReclaimer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self._reclaimer, PlainReclaimer), "a core of another class's batches"
+        self._reclaimer.core = self
+
+    def evict_together(self, evict: EvictTogether) -> None:
+        """Let ``evict`` do the plain batches."""
+        assert isinstance(self._reclaimer, PlainReclaimer), "a core of another class's batches"
+        self._reclaimer.evict_together = evict
 
     def alloc(
         self,
@@ -106,7 +78,9 @@ class PlainCore(EpcCore):
     ) -> SgxEpcPage:
         """As :meth:`EpcCore.alloc`."""
         claims = self.claims
-        freed = self._pool.first(cpu_node).freed
+        pool = self._pool
+        order = pool._orders.get(cpu_node)
+        freed = pool.first(cpu_node).freed if order is None else order[0].freed
         if claims.holder is not None or not freed or freed[0].poisoned:
             return super().alloc(
                 owner,
@@ -139,13 +113,13 @@ class PlainCore(EpcCore):
     def _take_refused(
         self,
         group: Group,
-        refused: Group,
+        refused: Group | None,
         seen: tuple[int, int],
         cpu_node: int,
         request: AllocRequest,
         kind: str,
     ) -> SgxEpcPage:
-        """Continue as :meth:`EpcCore.alloc` after a refused charge."""
+        """Continue as :meth:`EpcCore.alloc` after a charge."""
         try:
             return self._take_page(group, refused, seen, cpu_node, request)
         except (NoEpc, EpcBusy, Interrupted) as error:
@@ -170,6 +144,29 @@ class PlainCore(EpcCore):
         self._free.value += 1
         self._ksgxd.page_freed()
 
+    def free_evicted(self, lru: Lru, pages: list[SgxEpcPage]) -> None:
+        """Free isolated pages of a list that were evicted and are not poisoned."""
+        if not pages:
+            return
+        listed, held, nodes = lru.pages, self.counters.held, self._pool.nodes
+        group = pages[0].group
+        assert group is not None and group.lru is lru, f"{pages[0]!r} is not of this list"
+        for page in pages:
+            assert page.tracked and page.group is group, f"{page!r} was not isolated"
+            assert page not in listed and not page.free, f"{page!r} is freed twice"
+            page.tracked, page.lru = False, None
+            page.owner = page.group = None
+            page.blocked = page.kept = False
+            held[page.kind] -= 1
+            page.free = True
+            nodes[page.node].freed.append(page)
+        count, ksgxd = len(pages), self._ksgxd
+        group.uncharge(count)
+        self._free.value += count
+        ksgxd.outcomes += count - 1
+        ksgxd.generation += count - 1
+        ksgxd.page_freed()
+
     def mark_reclaimable(self, page: SgxEpcPage) -> None:
         """As :meth:`EpcCore.mark_reclaimable`."""
         assert page.group is not None, f"{page!r} is marked but not allocated"
@@ -187,6 +184,7 @@ class PlainSwap(EnclaveSwap):
 
     __slots__ = ()
 
+    _core: PlainCore
     _file: FlatFile
 
     def write(self, page: SgxEpcPage, reservation: Reservation) -> SwapEntry | None:
@@ -195,20 +193,48 @@ class PlainSwap(EnclaveSwap):
         va_epc = slot.page.epc
         if page.poisoned or pinned is None or va_epc is None or self.children == 1:
             return super().write(page, reservation)
-        sealed = self._leaves.try_ewb(page.addr, va_epc.addr + slot.number * VA_SLOT_BYTES)
-        if sealed is None:
-            return super().write(page, reservation)
-        if isinstance(sealed, Status):
-            entry = self._concluded(page, reservation, "page", pinned, sealed)
-            if entry is not None:
-                self.children -= 1
-            return entry
-        self.ewbs += 1
-        self._counters.ewb_first += 1
+        addr, slot_addr = page.addr, va_epc.addr + slot.number * VA_SLOT_BYTES
+        sealed, tries = self._leaves.try_ewb(addr, slot_addr), 1
+        if sealed is _NOT_TRACKED:
+            sealed, tries = self._try_again(addr, slot_addr)
+        if not isinstance(sealed, tuple):
+            return self._conclude(page, reservation, sealed, tries)
+        self.ewbs += tries
+        counters = self._counters
+        if tries == 1:
+            counters.ewb_first += 1
+        elif tries == 2:
+            counters.ewb_second += 1
+        else:
+            counters.ewb_third += 1
         self._file.keep(pinned, sealed)
         self.va.slot_written(slot)
         self.children -= 1
         return SwapEntry(reservation.index, slot)
+
+    def _try_again(self, addr: int, slot_addr: int) -> tuple[Sealed | Status | None, int]:
+        """As :meth:`EnclaveSwap._track`."""
+        try_ewb = self._leaves.try_ewb
+        self._start_epoch()
+        sealed = try_ewb(addr, slot_addr)
+        if sealed is not _NOT_TRACKED:
+            return sealed, 2
+        self._kick_cpus()
+        return try_ewb(addr, slot_addr), 3
+
+    def _conclude(
+        self, page: SgxEpcPage, reservation: Reservation, result: Status | None, tries: int
+    ) -> SwapEntry | None:
+        """Continue as :meth:`EnclaveSwap.write` after an EWB that did not succeed."""
+        pinned = reservation.pinned
+        assert pinned is not None, "EWB without backing"
+        last: LeafResult | None = result
+        if last is None:
+            last = ewb(self._leaves, page.addr, reservation.slot.addr, pinned)
+        entry = self._concluded(page, reservation, "page", pinned, last, tries)
+        if entry is not None:
+            self.children -= 1
+        return entry
 
     def load(
         self,
@@ -269,32 +295,47 @@ class PlainSwap(EnclaveSwap):
 class CompiledReclaimer(PlainReclaimer):
     """As :class:`PlainReclaimer`, with methods of the compiled core."""
 
-    core: EpcCore
+    batch = Reclaimer.batch
 
 
 class CompiledCore(PlainCore):
     """As :class:`PlainCore`, with methods of the compiled core."""
 
+    __slots__ = ()
+
     compiled = True
     reclaimer_type = CompiledReclaimer
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        assert isinstance(self._reclaimer, CompiledReclaimer), "a core of another class's batches"
-        self._reclaimer.core = self
-
-    def _refused_alloc(
+    def _take_otherwise(
         self,
         group: Group,
-        refused: Group,
+        refused: Group | None,
         seen: tuple[int, int],
         cpu_node: int,
         kind: str,
         claim: Claim | None,
     ) -> SgxEpcPage:
-        """As :meth:`_take_refused`, for a load."""
+        """As :meth:`_take_refused`, for a load while no thread holds a claim."""
+        ksgxd = self._ksgxd
+        if refused is not None and not ksgxd._oom_verdicts and refused.has_reclaimable():
+            ksgxd.request(refused)
+            self.counters.alloc_busy += 1
+            raise EpcBusy(seen[1], refused)
         request = AllocRequest(False, no_signal, claim)
         return self._take_refused(group, refused, seen, cpu_node, request, kind)
+
+    def _alloc_for_load(
+        self,
+        owner: Reclaimable | None,
+        group: Group | None,
+        kind: str,
+        cpu_node: int,
+        claim: Claim | None,
+    ) -> SgxEpcPage:
+        """As :meth:`EpcCore.alloc`, for a load."""
+        return EpcCore.alloc(
+            self, owner, reclaim=False, group=group, kind=kind, cpu_node=cpu_node, claim=claim
+        )
 
 
 class CompiledSwap(PlainSwap):
@@ -307,9 +348,11 @@ def _give(core: ModuleType) -> None:
     """Give the compiled core the classes and objects that it uses; take its methods."""
     for record in (Claim, Counters, Pinned, Reservation, SgxEpcPage, SwapEntry, VaPage, VaSlot):
         core.bind(record.__name__, record)
-    for one in (AtomicCount, CompiledSwap, FlatBacking, FlatFile, Ksgxd, VaArray):
+    for one in (AtomicCount, CompiledSwap, FlatBacking, FlatFile, Ksgxd, SealedPages):
         core.bind(one.__name__, one)
-    for known in (CompiledCore, CompiledSwap, FlatFile, Ksgxd, Policy, VaArray):
+    for part in (Claims, EpcCore, FreePages, Lru, Node, SparseNumbers, SwapEntries, VaArray):
+        core.bind(part.__name__, part)
+    for known in (Batch, CompiledCore, CompiledSwap, Fifo, FlatFile, Policy, VaArray):
         core.give(known.__name__, known)
     for completed in (CompiledReclaimer, CompiledCore, CompiledSwap):
         core.add_methods(completed)

@@ -151,7 +151,7 @@ class Reclaimer:
         scanned, limit = 0, min(max(self._scan_pages, self._batch_pages), len(lru))
         while scanned < limit and len(victims) < self._batch_pages:
             wanted = min(limit - scanned, self._batch_pages - len(victims))
-            isolated, dying = lru.isolate(wanted)
+            isolated, dying = self._isolate(lru, wanted)
             if self.tracer is not None:
                 self.tracer(Isolated(len(isolated), dying, force))
             self._counters.dying += dying
@@ -161,6 +161,10 @@ class Reclaimer:
             if not isolated and not dying:
                 break
         return scanned, victims
+
+    def _isolate(self, lru: Lru, count: int) -> tuple[list[SgxEpcPage], int]:
+        """As :meth:`Lru.isolate`."""
+        return lru.isolate(count)
 
     def _prepare(self, lru: Lru, pages: list[SgxEpcPage], *, force: bool) -> list[SgxEpcPage]:
         """Age and prepare each page; return the victims."""

@@ -24,6 +24,7 @@ from softsgx.arch import PAGE_BYTES, Status
 from softsgx.defects import Defect
 from softsgx.hw import Fault, PageFault
 from softsgx.paging.claims import Claim
+from softsgx.paging.entries import SwapEntry
 from softsgx.paging.events import Evicted, Loaded, TrackingRound
 from softsgx.paging.failures import BackingError, LoadFailed, MachineCheck
 from softsgx.paging.flat import Backing
@@ -34,7 +35,7 @@ from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.reclaim import EVICT_POISONED
 from softsgx.paging.swapfile import Pinned
-from softsgx.paging.swapspace import Reservation, SwapEntry, SwapSpace
+from softsgx.paging.swapspace import Reservation, SwapSpace
 from softsgx.paging.va import VaSlot
 from softsgx.runtime import Lock
 
@@ -234,10 +235,11 @@ class EnclaveSwap(SwapSpace):
         kind: str,
         pinned: Pinned,
         result: LeafResult,
+        tries: int = 1,
     ) -> SwapEntry | None:
-        """The first EWB of ``page`` has ended with ``result``: do what is left of its eviction."""
-        index, slot, tries = reservation.index, reservation.slot, 1
-        if result is _NOT_TRACKED:
+        """The last of ``tries`` EWBs has ended with ``result``: do what is left of an eviction."""
+        index, slot = reservation.index, reservation.slot
+        if result is _NOT_TRACKED and tries == 1:
             result, tries = self._track(page, slot, pinned)
         self.ewbs += tries
         counters = self._counters

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from softsgx.defects import Defect
 from softsgx.ondemand import dataclass
 from softsgx.paging.claims import Claim
+from softsgx.paging.entries import SwapEntries, SwapEntry
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
 from softsgx.paging.flat import Backing, open_swap_file
 from softsgx.paging.interfaces import Group
@@ -53,24 +54,6 @@ class Reservation:
     pinned: Pinned | None
 
 
-@dataclass(slots=True)
-class SwapEntry:
-    """Where an evicted page is.
-
-    Attributes:
-        index: page index in the enclave; the enclave's size in pages stands for the SECS.
-        slot: the VA slot with its version; ``None`` when the page can never be loaded again.
-    """
-
-    index: int
-    slot: VaSlot | None
-
-    @property
-    def lost(self) -> bool:
-        """Whether its content no longer exists: every load fails."""
-        return self.slot is None
-
-
 class SwapSpace:
     """Backing and VA slots of one owner.
 
@@ -83,6 +66,7 @@ class SwapSpace:
         group: charged for VA pages; ``None`` is the root.
 
     Attributes:
+        entries: where evicted pages are, for an owner whose pages do not keep it themselves.
         va: the VA pages.
         pin: as given.
         lock: as given.
@@ -97,6 +81,7 @@ class SwapSpace:
         "_late_backing",
         "_leaves",
         "_pages",
+        "entries",
         "lock",
         "pin",
         "va",
@@ -114,6 +99,7 @@ class SwapSpace:
     ) -> None:
         self.lock, self.pin = lock, pin
         self.va: VaArray = core.va.array(lock, pin=pin, group=group)
+        self.entries = SwapEntries(core.va.pages)
         self._core, self._leaves, self._counters = core, core.leaves, core.counters
         self._backing, self._pages, self._group = backing, pages, group
         self._file = open_swap_file(
@@ -293,6 +279,7 @@ class SwapSpace:
         """
         for page in self.va.pages():
             self.va.unlink(page)
+        self.entries.clear()
         self._backing.close()
 
     def check_invariants(self) -> None:

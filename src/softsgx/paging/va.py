@@ -189,7 +189,7 @@ class VaArray:
         except Fault as fault:
             core.remove(epc)
             raise LoadFailed(str(fault)) from fault
-        page = VaPage(self, self.tree.alloc_index())
+        page = self.tree.new_page(self)
         page.epc, epc.owner = epc, page
         core.counters.va_made += 1
         return page
@@ -318,7 +318,7 @@ class VaArray:
                 page.parent.page.array.slot_dropped(page.parent)
                 self.tree.free_if_unused(page.parent.page)
                 page.parent = None
-            self.tree.free_index(page.index)
+            self.tree.forget(page)
             self.tree.free_unused_level(self.level + 1)
 
     def check_invariants(self) -> None:
@@ -343,6 +343,7 @@ class VaTree:
         backing: backing file of evicted VA pages.
 
     Attributes:
+        pages: every VA page, of all levels, by its index in the file.
         lock: protects the upper levels and the file.
         file: contents and PCMDs of evicted VA pages of all levels.
     """
@@ -359,7 +360,7 @@ class VaTree:
         )
         self._levels: dict[int, VaArray] = {}
         self._latch = core.runtime.latch()
-        self._indices = 0
+        self.pages: dict[int, VaPage] = {}
         self._counts: dict[int, int] = {}
         self._spare: list[int] = []
 
@@ -385,18 +386,18 @@ class VaTree:
         """Return whether an upper page for ``level`` pays: it must let two pages be evicted."""
         return self._counts.get(level, 0) > 1
 
-    def alloc_index(self) -> int:
-        """Return an unused index in the file."""
+    def new_page(self, array: VaArray) -> VaPage:
+        """Return a VA page of ``array`` with an index that no other one has."""
         with self._latch:
-            if self._spare:
-                return self._spare.pop()
-            self._indices += 1
-            return self._indices - 1
+            index = self._spare.pop() if self._spare else len(self.pages)
+            page = self.pages[index] = VaPage(array, index)
+        return page
 
-    def free_index(self, index: int) -> None:
-        """The VA page of this index was removed: the index may be used again."""
+    def forget(self, page: VaPage) -> None:
+        """``page`` was removed: its index may be used again."""
         with self._latch:
-            self._spare.append(index)
+            del self.pages[page.index]
+            self._spare.append(page.index)
 
     def needs_spare_upper_page(self) -> bool:
         """Return whether an upper page should be made now, before an eviction needs it.

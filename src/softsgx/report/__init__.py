@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from softsgx.report.perfetto import PerfettoWriter
     from softsgx.report.tables import (
         cycles_text,
-        error_console,
-        print_summary,
         seconds_text,
         status_line,
+        summary_text,
     )
     from softsgx.report.thresholds import Threshold
 
@@ -53,12 +52,11 @@ __all__ = [
     "Verdict",
     "cycles_text",
     "document",
-    "error_console",
     "estimate",
     "html_page",
-    "print_summary",
     "seconds_text",
     "status_line",
+    "summary_text",
     "verdict",
 ]
 
@@ -69,10 +67,9 @@ __getattr__ = on_demand(
         "perfetto": ("PerfettoWriter",),
         "tables": (
             "cycles_text",
-            "error_console",
-            "print_summary",
             "seconds_text",
             "status_line",
+            "summary_text",
         ),
         "thresholds": ("Threshold",),
     },

@@ -1,7 +1,8 @@
 """Charts as HTML and inline SVG, without a library: lines, heat maps, shares, bars with a band.
 
-Text is HTML and only the lines are SVG, which is stretched to the width that there is; so letters
-keep their size on a phone.  Colours are the style sheet's variables ``--c0`` to ``--c11``.
+Text is HTML and only the lines are SVG.  A browser stretches the lines to the width of the page,
+and letters keep their size on a phone.  Colours are variables of the style sheet,
+``--c0`` to ``--c11``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Series:
 
     Attributes:
         name: in the legend.
-        values: one for each place on the axis; ``None`` where the line has not begun, or is over.
+        values: one for each place on the axis; ``None`` before the line begins and after its end.
         colour: CSS.
     """
 

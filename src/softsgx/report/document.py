@@ -18,7 +18,7 @@ FORMAT = "softsgx-run/1"
 
 
 def document(run: RunSummary) -> dict[str, Any]:
-    """Return the object; everything in it is what :mod:`json` knows."""
+    """Return the object, of types that :mod:`json` writes."""
     judged = verdict(run)
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""What pages are put together from: the page itself, figures, tables, prices.
+"""Parts of pages: the page itself, figures, tables, prices.
 
 A page loads nothing and needs no library; style sheet and script are files beside this module.
 """

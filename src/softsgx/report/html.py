@@ -1,6 +1,6 @@
 """A run as one page that opens offline: verdict, residency and paging over time, costs.
 
-See :mod:`~softsgx.report.elements` for what pages are put together from.
+See :mod:`~softsgx.report.elements` for the parts of pages.
 """
 
 from __future__ import annotations

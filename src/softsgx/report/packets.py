@@ -89,7 +89,7 @@ class PacketFile:
 
         Args:
             name: of the track.
-            pages: the counter of pages below it is meant.
+            pages: whether it is the counter of pages below the track.
         """
         key = f"{name} pages" if pages else name
         uuid = self._tracks.get(key)

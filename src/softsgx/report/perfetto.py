@@ -2,13 +2,13 @@
 
 A listener that writes each event at once, so long runs need no memory.  Its tracks:
 
-* ``processor 0`` and so on: slices while it executes which enclave, and its crossings.  A thread
+* ``processor 0`` and so on: a slice while it executes an enclave, and its crossings.  A thread
   of the program has its own processor until it ends.
 * ``enclave 1`` and so on: a slice for each page fault; below it, its resident pages.
 * ``reclaim``: a slice for each batch.
 * ``group /jobs`` and so on: refused charges; below it, the pages charged to it.
 * ``EPC``: below it, the pages in use.
-* ``ENCLS``, and one for each layer: whatever has no track of its own, as instants.
+* ``ENCLS``, and one for each layer: events without a track of their own, as instants.
 
 Each slice or instant has all fields of its event, except those that its track shows.
 """

@@ -1,7 +1,7 @@
-"""Looks at a run from time to time, for pages and status lines: no events, no cost per fault.
+"""Takes samples of a run from time to time, for pages and status lines; a fault costs nothing.
 
-The samples always cover the whole run evenly: when there are too many, every second one goes and
-the interval doubles.
+When there are too many samples, the sampler drops every second one and doubles the interval.  So
+they always cover the whole run evenly.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SHARE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How things stood.
+    """The state of a run at one moment.
 
     Attributes:
         time_s: since the program's start.
-        used_pages: EPC pages in use, whatever for.
+        used_pages: EPC pages in use for any purpose.
         faults, evictions, reloads: so far, of all enclaves.
         fault_s: time spent in page faults so far.
         resident: resident pages by enclave, of the first enclaves that live.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from types import MappingProxyType
 
 import softsgx
@@ -22,7 +21,7 @@ from softsgx.driver import Enclave, EnclaveCreated, EnclaveInitialized, EnclaveK
 from softsgx.driver import EnclaveReleased as Released
 from softsgx.host import Platform
 from softsgx.hw import Crossings
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.trace import Event
 
@@ -162,9 +161,9 @@ class RunSummary:
         wall_s, supervisor_s, program_s: time that passed, and processor time.
         enclaves: in the order of creation.
         groups: the root first.
-        platform: see there.
+        platform: the machine and its operating-system half.
         estimate: of all enclaves together.
-        injected: what happened because it was asked for, by name.
+        injected: failures and ticks that the user asked for, by name.
         began: date and time of the program's start, ISO 8601 in UTC; empty where none was given.
         version: of softsgx.
         options: of the command line, without program and arguments.

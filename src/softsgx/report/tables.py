@@ -1,16 +1,14 @@
-"""A run as text for a terminal: what ``softsgx run`` says at the end.
+"""A run as text for a terminal, as ``softsgx run`` prints it at the end.
 
-Few enclaves get a paragraph each, many a row; either way it fits into 80 columns.
+A few enclaves have a paragraph each, many have a row each; the text fits into 80 columns.  Every
+run prints it, so it does not use ``rich``, whose import takes longer than a short program runs.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
-
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.costs import Estimate
@@ -21,12 +19,13 @@ from softsgx.sizes import size_text
 __all__ = [
     "cycles_text",
     "enclave_name",
-    "error_console",
-    "print_summary",
     "seconds_text",
     "status_line",
+    "summary_text",
 ]
 
+#: Numbers of ECMA-48, "Select Graphic Rendition".
+_PLAIN, _BOLD, _DIM, _YELLOW, _CYAN = 0, 1, 2, 33, 36
 _PARAGRAPHS = 3
 _ROWS = 20
 _LARGE = 1_000_000
@@ -48,34 +47,36 @@ _INJECTED = {
 }
 
 
-def error_console() -> Console:
-    """Return a console on stderr that prints summaries as they are."""
-    return Console(stderr=True, highlight=False, markup=False)
+def summary_text(run: RunSummary, width: int, *, styled: bool = False) -> str:
+    """Return the whole run as lines.
 
-
-def print_summary(run: RunSummary, console: Console) -> None:
-    """Print the whole run."""
-    width = console.width
-    _print_head(run, console)
-    for enclave in run.enclaves[:_PARAGRAPHS] if len(run.enclaves) <= _PARAGRAPHS else ():
-        console.print(_paragraph(enclave, width))
-    if len(run.enclaves) > _PARAGRAPHS:
-        console.print(_rows(run))
+    Args:
+        run: the run.
+        width: columns of the terminal.
+        styled: whether titles and remarks have a style of their own (ECMA-48).
+    """
+    page = _Page(width, styled)
+    _add_head(run, page)
+    if len(run.enclaves) <= _PARAGRAPHS:
+        for enclave in run.enclaves:
+            _add_paragraph(enclave, page)
+    else:
+        _add_rows(run, page)
     injected = [f"{_INJECTED[what]} {count:,}" for what, count in run.injected.items() if count]
     if injected:
-        console.print(_line("on demand", ", ".join(injected), width, indent=0))
+        page.add_named("on demand", ", ".join(injected), indent=0)
     if len(run.enclaves) > 1:
-        console.print(_line("on silicon", _estimate_text(run.estimate), width, indent=0))
+        page.add_named("on silicon", _estimate_text(run.estimate), indent=0)
     if run.estimate.unpriced:
         unpriced = ", ".join(run.estimate.unpriced)
-        console.print(Text(f"not priced, since no figure is known: {unpriced}", "dim"))
+        page.add(f"not priced, since no figure is known: {unpriced}", _DIM)
     if run.estimate.items:
-        basis = textwrap.fill(run.estimate.profile.basis_text, width)
-        console.print(Text(basis, "dim"))
+        page.add(run.estimate.profile.basis_text, _DIM)
+    return page.text()
 
 
 def status_line(collector: Collector) -> str:
-    """Return how a run stands in one short line; may be called from another thread."""
+    """Return the state of a run in one short line; may be called from another thread."""
     assert collector.platform is not None, "a status before the collector was attached"
     epc_bytes = collector.platform.core.epc_pages * PAGE_BYTES
     resident, totals = collector.resident(), collector.totals()
@@ -109,47 +110,92 @@ def cycles_text(cycles: int) -> str:
     return str(cycles)
 
 
-def _print_head(run: RunSummary, console: Console) -> None:
+class _Page:
+    """Lines of text, at most as wide as the terminal.
+
+    Args:
+        width: columns.
+        styled: whether styles are written.
+    """
+
+    def __init__(self, width: int, styled: bool) -> None:
+        self._width, self._styled = width, styled
+        self._lines: list[str] = []
+
+    def text(self) -> str:
+        """Return all lines."""
+        return "".join(f"{line}\n" for line in self._lines)
+
+    def add(self, text: str, style: int = _PLAIN) -> None:
+        """Add a paragraph in one style."""
+        lines = textwrap.wrap(text, self._width)
+        self._lines += [self._in_style(line, style) for line in lines]
+
+    def add_title(self, title: str, text: str, remark: str = "") -> None:
+        """Add a line that begins with a title and may end with a remark."""
+        whole = textwrap.fill(f"{title}{text}{remark}", self._width)
+        if whole.startswith(title):
+            whole = self._in_style(title, _BOLD) + whole[len(title) :]
+        word = remark.strip(", ")
+        if word and whole.endswith(word):
+            whole = whole[: -len(word)] + self._in_style(word, _YELLOW)
+        self._lines.append(whole)
+
+    def add_named(self, name: str, text: str, indent: int = 2) -> None:
+        """Add a name and its text; the lines of a long text stay in their column."""
+        start = indent + _NAME_WIDTH
+        glued = _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
+        lines = textwrap.wrap(glued, max(self._width - start, 20), break_on_hyphens=False)
+        column = ("\n" + " " * start).join(lines).replace("\N{NO-BREAK SPACE}", " ")
+        name = self._in_style(name.ljust(_NAME_WIDTH), _CYAN)
+        self._lines.append(f"{' ' * indent}{name}{column}")
+
+    def add_table(self, rows: list[tuple[str, ...]]) -> None:
+        """Add columns that end at the right; the first row is their titles."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for number, row in enumerate(rows):
+            cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            line = "  ".join(cells)
+            if len(line) > self._width:
+                line = line[: self._width - 1] + "…"
+            self._lines.append(self._in_style(line, _PLAIN if number else _CYAN))
+
+    def _in_style(self, text: str, style: int) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if self._styled and style else text
+
+
+def _add_head(run: RunSummary, page: _Page) -> None:
     platform = run.platform
     ended = f"exit status {run.exit_status}" if run.signal is None else f"ended by {run.signal}"
-    import shlex
-
-    head = Text(f"softsgx: {shlex.join(run.command)}", "bold")
-    head.append(f": {ended}", "not bold")
-    console.print(head)
-    console.print(textwrap.fill(verdict(run).text, console.width))
-    times = (
+    page.add_title(f"softsgx: {shlex.join(run.command)}", f": {ended}")
+    page.add(verdict(run).text)
+    page.add(
         f"{seconds_text(run.wall_s)}, of which reclaim {seconds_text(platform.reclaim_s)}; "
         f"processor time: program {seconds_text(run.program_s)}, "
         f"softsgx {seconds_text(run.supervisor_s)}"
     )
-    epc = (
+    page.add(
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
         f"{platform.profile}, pager {platform.pager}"
     )
-    console.print(textwrap.fill(times, console.width))
-    console.print(textwrap.fill(epc, console.width))
     if platform.defects:
-        defects = f"defects switched on: {', '.join(platform.defects)}"
-        console.print(Text(textwrap.fill(defects, console.width), "yellow"))
+        page.add(f"defects switched on: {', '.join(platform.defects)}", _YELLOW)
     for group in run.groups:
         if group.max_bytes is not None:
             refused = f", {_times(group.refused, 'charge')} refused" if group.refused else ""
-            console.print(
+            page.add(
                 f"group {group.path}: limit {size_text(group.max_bytes)}, "
                 f"peak {size_text(group.peak_bytes)}{refused}"
             )
 
 
-def _paragraph(enclave: EnclaveSummary, width: int) -> RenderableType:
-    title = Text(enclave_name(enclave), "bold")
-    title.append(
+def _add_paragraph(enclave: EnclaveSummary, page: _Page) -> None:
+    page.add_title(
+        enclave_name(enclave),
         f": {size_text(enclave.size_bytes)}, {enclave.pages_added:,} pages added, "
         f"peak resident {size_text(enclave.peak_resident_bytes)}",
-        "not bold",
+        "" if enclave.state == "initialized" else f", {enclave.state}",
     )
-    if enclave.state != "initialized":
-        title.append(f", {enclave.state}", "yellow not bold")
     kinds = [f"{count:,} {_NAMES[kind]}" for kind, count in enclave.faults.items() if count]
     faults = f"{enclave.fault_count:,}"
     if kinds:
@@ -157,59 +203,44 @@ def _paragraph(enclave: EnclaveSummary, width: int) -> RenderableType:
         faults += (
             f" ({', '.join(kinds)}); {seconds_text(enclave.fault_s)}, {seconds_text(each)} each"
         )
-    return Group(
-        title,
-        _line("faults", faults, width),
-        _line(
-            "paging",
-            f"{enclave.evictions:,} evictions, {enclave.reloads:,} reloads; EWB {enclave.ewb:,}, "
-            f"ELDU {enclave.reloads:,}, ETRACK {enclave.etrack:,}, IPI {enclave.ipi:,}",
-            width,
-        ),
-        _line(
-            "crossings",
-            f"EENTER {enclave.eenter:,}, EEXIT {enclave.eexit:,}, AEX {enclave.aex:,}, "
-            f"ERESUME {enclave.eresume:,}",
-            width,
-        ),
-        _line("on silicon", _estimate_text(enclave.estimate), width),
+    page.add_named("faults", faults)
+    page.add_named(
+        "paging",
+        f"{enclave.evictions:,} evictions, {enclave.reloads:,} reloads; EWB {enclave.ewb:,}, "
+        f"ELDU {enclave.reloads:,}, ETRACK {enclave.etrack:,}, IPI {enclave.ipi:,}",
     )
+    page.add_named(
+        "crossings",
+        f"EENTER {enclave.eenter:,}, EEXIT {enclave.eexit:,}, AEX {enclave.aex:,}, "
+        f"ERESUME {enclave.eresume:,}",
+    )
+    page.add_named("on silicon", _estimate_text(enclave.estimate))
 
 
-def _rows(run: RunSummary) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="cyan")
-    columns = ("enclave", "size", "peak", "faults", "evicted", "reloaded", "enter", "AEX", "cycles")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+def _add_rows(run: RunSummary, page: _Page) -> None:
+    rows: list[tuple[str, ...]] = [
+        ("enclave", "size", "peak", "faults", "evicted", "reloaded", "enter", "AEX", "cycles")
+    ]
     ranked = sorted(run.enclaves, key=lambda enclave: enclave.fault_count, reverse=True)
     for enclave in sorted(ranked[:_ROWS], key=lambda enclave: enclave.number):
         mark = {"initialized": "", "killed": " killed", "building": " new"}[enclave.state]
-        table.add_row(
-            f"{enclave.number}{mark}",
-            size_text(enclave.size_bytes),
-            size_text(enclave.peak_resident_bytes),
-            _count(enclave.fault_count),
-            _count(enclave.evictions),
-            _count(enclave.reloads),
-            _count(enclave.eenter),
-            _count(enclave.aex),
-            cycles_text(enclave.estimate.typical),
+        rows.append(
+            (
+                f"{enclave.number}{mark}",
+                size_text(enclave.size_bytes),
+                size_text(enclave.peak_resident_bytes),
+                _count(enclave.fault_count),
+                _count(enclave.evictions),
+                _count(enclave.reloads),
+                _count(enclave.eenter),
+                _count(enclave.aex),
+                cycles_text(enclave.estimate.typical),
+            )
         )
+    page.add_table(rows)
     more = len(run.enclaves) - _ROWS
-    if more <= 0:
-        return table
-    return Group(table, Text(f"and {more} more with fewer faults; --json has them all", "dim"))
-
-
-def _line(name: str, text: str, width: int, indent: int = 2) -> RenderableType:
-    """A name and its text; the lines of a long text stay in their column."""
-    start = indent + _NAME_WIDTH
-    glued = _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
-    wrapped = textwrap.wrap(glued, max(width - start, 20), break_on_hyphens=False)
-    line = Text(" " * indent)
-    line.append(name.ljust(_NAME_WIDTH), "cyan")
-    line.append(("\n" + " " * start).join(wrapped).replace("\N{NO-BREAK SPACE}", " "))
-    return line
+    if more > 0:
+        page.add(f"and {more} more with fewer faults; --json has them all", _DIM)
 
 
 def _estimate_text(estimate: Estimate) -> str:

@@ -120,8 +120,8 @@ def _values(document: Any, field: tuple[str, ...], *, absent: object = None) -> 
     Args:
         document: what it is a field of.
         field: the names that are left.
-        absent: what a count is that is not there, since nothing was counted; without it the name
-            is unknown.
+        absent: the value of a count that the document lacks, since nothing was counted; without
+            it such a name is unknown.
 
     Raises:
         KeyError: there is no such field.
@@ -189,8 +189,8 @@ def _example_document() -> dict[str, Any]:
         estimate=priced,
     )
     platform = PlatformSummary(
-        epc_bytes=0,
-        peak_epc_bytes=0,
+        epc_bytes=1 << 30,
+        peak_epc_bytes=1 << 30,  # so that the verdict advises less
         processors=1,
         profile=profile.name,
         engine="native",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from math import ceil
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.host import least_bytes
 from softsgx.ondemand import dataclass
 from softsgx.report.summary import RunSummary
-from softsgx.sizes import size_text
+from softsgx.sizes import parse_size, size_text
 
 __all__ = ["Fit", "Verdict", "verdict"]
 
@@ -43,7 +43,8 @@ class Verdict:
         here: time spent in page faults as a share of the run under softsgx.
         silicon: estimated time of page faults and paging as a share of the run on silicon: the
             program's processor time here and the estimate of all its SGX events.
-        next_option: option of ``softsgx run`` to try next, ``None`` without an enclave.
+        next_option: option of ``softsgx run`` to try next, as a shell reads it; ``None`` without an
+            enclave, and where ``run`` accepts no smaller EPC that would make pages leave.
     """
 
     fit: Fit
@@ -61,7 +62,9 @@ class Verdict:
         """The verdict for people, in one sentence or two."""
         if self.fit is Fit.NO_ENCLAVE:
             return "No enclave was created."
-        advice = f" To see what less costs, try {self.next_option}."
+        advice = ""
+        if self.next_option is not None:
+            advice = f" To see what less costs, try {self.next_option}."
         used = f"{self.touched:,} pages were touched, {self.added:,} were added"
         what = "limit of " + ", ".join(self.limited_by) if self.limited_by else "EPC"
         if self.fit is Fit.FITS:
@@ -96,15 +99,14 @@ def verdict(run: RunSummary) -> Verdict:
     else:
         fit = Fit.SMALL
     limited = tuple(group.path for group in limiting) if evictions else ()
-    if fit is Fit.NO_ENCLAVE:
-        option = None
-    elif fit is Fit.SMALL and limited:
+    option = None
+    if fit is Fit.SMALL and limited:
         group = limiting[0]
-        option = f"--limit {group.path.strip('/')}={_option(2 * (group.max_bytes or 0))}"
+        option = _limit_option(group.path, max(2 * (group.max_bytes or 0), _least(run)))
     elif fit is Fit.SMALL:
-        option = f"--epc {_option(2 * run.platform.epc_bytes)}"
-    else:
-        option = f"--epc {_option(run.platform.peak_epc_bytes / 2)}"
+        option = f"--epc {_size_option(2 * run.platform.epc_bytes)}"
+    elif fit is not Fit.NO_ENCLAVE:
+        option = _smaller_option(run)
     here = min(1.0, _share(fault_s, run.wall_s))  # threads may fault at the same time
     touched = sum(enclave.pages_touched for enclave in run.enclaves)
     added = sum(enclave.pages_added for enclave in run.enclaves)
@@ -120,6 +122,25 @@ def _percent(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
 
 
-def _option(size: float) -> str:
-    """Return a size, rounded up to pages, as the command line reads it."""
-    return size_text(ceil(size / PAGE_BYTES) * PAGE_BYTES).replace(" ", "")
+def _least(run: RunSummary) -> int:
+    return least_bytes(run.platform.profile)
+
+
+def _smaller_option(run: RunSummary) -> str | None:
+    """Return the option for half of the EPC pages that were in use, or as few as ``run`` takes."""
+    peak = run.platform.peak_epc_bytes
+    half = -(-peak // (2 * PAGE_BYTES)) * PAGE_BYTES
+    size = max(half, _least(run))
+    return f"--epc {_size_option(size)}" if size < peak else None
+
+
+def _limit_option(path: str, size: int) -> str:
+    import shlex  # few runs are limited
+
+    return "--limit " + shlex.quote(f"{path.strip('/')}={_size_option(size)}")
+
+
+def _size_option(size: int) -> str:
+    """Return a size of whole pages as the command line reads it."""
+    text = size_text(size)
+    return (text if parse_size(text) == size else f"{size // 1024}KiB").replace(" ", "")

@@ -118,6 +118,7 @@ class Cooperative(ABC):
     def __init__(self) -> None:
         self._main = CoTask(self, MAIN, daemon=False)
         self._current = self._main
+        self._has_failures = False  # whether a task may have failed
         self._tasks: list[CoTask] = []  # spawned, and running, or failed and not joined
         self._names: dict[str, int] = {}
         self._timers: list[tuple[int, int, CoTask, int]] = []  # due, tie-break, task, ticket
@@ -177,6 +178,7 @@ class Cooperative(ABC):
             pass
         except Exception as error:
             task.error = error
+            self._has_failures = True
         except BaseException as error:
             # An interrupt is not the task's result: it ends the program.
             task.finished = True

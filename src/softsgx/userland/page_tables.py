@@ -80,10 +80,19 @@ class SoftPageTable(PageTables):
                 self.map(linaddr, entry[0], rights)
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        """As :meth:`Ptes.test_and_clear_accessed`; a hot TLB entry hides accesses, as always."""
+        """As :meth:`Ptes.test_and_clear_accessed`; an entry in the TLB hides accesses."""
         young = linaddr in self._accessed
         self._accessed.discard(linaddr)
         return young
+
+    def zap_pages(self, linaddrs: list[int]) -> None:
+        """As :meth:`Ptes.zap_pages`."""
+        for linaddr in linaddrs:
+            self.zap(linaddr)
+
+    def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
+        """As :meth:`Ptes.test_and_clear_pages`."""
+        return [self.test_and_clear_accessed(linaddr) for linaddr in linaddrs]
 
     def kick(self) -> None:
         """As :meth:`Ptes.kick`."""

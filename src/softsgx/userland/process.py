@@ -83,7 +83,7 @@ class SoftProcess:
         self.ptes = SoftPageTable(machine)
         self.memory = SoftMemory(machine, self.ptes, _FRAMES + pid * _FRAMES_BYTES)
         self.mm = (
-            Mm(driver.runtime, self.ptes, owner=self, name=self.name)
+            driver.mm_type(driver.runtime, self.ptes, owner=self, name=self.name)
             if make_mm is None
             else make_mm(self)
         )

@@ -4,7 +4,7 @@ Enclave code runs on the real processor; the supervisor handles ENCLU, faults, t
 Linux on x86-64 only; no root needed.
 """
 
-from softsgx.engines.native.doctor import Finding, choose_pager, doctor
+from softsgx.engines.native.doctor import Finding, choose_pager, doctor, requirements
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import INJECTIONS
 from softsgx.engines.native.memory.pagers import PAGERS
@@ -37,5 +37,6 @@ __all__ = [
     "cpuid_of",
     "doctor",
     "native_platform",
+    "requirements",
     "run",
 ]

@@ -34,6 +34,8 @@ __all__ = [
     "can_fault_cpuid",
     "choose_pager",
     "doctor",
+    "requirements",
+    "untraceable",
 ]
 
 
@@ -56,14 +58,27 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """Probe this machine and return the findings, those that matter most first."""
+    return [*_needed(traceable=can_ptrace()), *_improving()]
+
+
+def requirements() -> list[Finding]:
+    """Return the findings about what no run can do without.
+
+    Without a tracer of this process, the start of a program tries ptrace.  With one, a child shows
+    whether the tracer follows children, as ``strace -f`` does.
+    """
+    return _needed(traceable=not own_tracer() or can_ptrace())
+
+
+def _needed(*, traceable: bool) -> list[Finding]:
     return [
         _platform(),
         _finding(
             "ptrace",
-            can_ptrace(),
+            traceable,
             needed=True,
             good="programs can be traced",
-            bad=_untraceable(),
+            bad="" if traceable else untraceable(),
         ),
         _finding(
             "seccomp",
@@ -105,6 +120,12 @@ def doctor() -> list[Finding]:
             bad="pidfd_getfd is missing (Linux before 5.6) or forbidden (container: "
             "--cap-add=SYS_PTRACE)",
         ),
+    ]
+
+
+def _improving() -> list[Finding]:
+    """Return the findings about what a run is faster or more faithful with."""
+    return [
         _finding(
             "compiled core",
             compiled.speedups is not None,
@@ -167,7 +188,7 @@ def choose_pager(*, recorded: bool = False) -> str:
     return "userfaultfd" if can_userfaultfd(MINOR_FEATURES if recorded else 0) else "mprotect"
 
 
-def _untraceable() -> str:
+def untraceable() -> str:
     """Return why no child can be traced, and what to do about it."""
     tracer = own_tracer()
     if tracer:
@@ -296,12 +317,16 @@ def can_userfaultfd(more_features: int = 0) -> bool:
 
 @cache
 def can_fault_cpuid() -> bool:
-    """Return whether CPUID can be made to fault."""
+    """Return whether CPUID can be made to fault.
 
-    def child() -> None:
-        libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, 0)
+    Where it cannot, the kernel also refuses to let it execute as it does.
+    """
 
-    return _in_child(child) == 0
+    def probe() -> None:
+        executes = libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_GET_CPUID, 0)
+        libc.syscall(abi.SYS_ARCH_PRCTL, abi.ARCH_SET_CPUID, executes)
+
+    return _works(probe)
 
 
 def can_answer_cpuid() -> bool:
@@ -312,6 +337,15 @@ def can_answer_cpuid() -> bool:
 def can_keep_flags() -> bool:
     """Return whether programs may execute LAHF, as ``vdso/state_code.py`` does."""
     return bool(host_cpuid()(0x8000_0001, 0)[2] & 1)
+
+
+def can_load_components() -> bool:
+    """Return whether programs may execute what ``vdso/moved_state.py`` does beside XRSTOR.
+
+    That is PEXT (BMI2), and the instructions of AVX512F and AVX512BW, where XCR0 has their state.
+    """
+    words = host_cpuid()(7, 0)[1]
+    return all(words >> bit & 1 for bit in (8, 16, 30))
 
 
 def can_cross_unseen() -> bool:

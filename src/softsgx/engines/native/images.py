@@ -12,17 +12,20 @@ from contextlib import ExitStack
 from itertools import count
 
 from softsgx.engines.native import abi
-from softsgx.engines.native.limits import keep_spare
 from softsgx.engines.native.syscalls.advice import drop_left_behind
+from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.registry import Registry
-from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
+from softsgx.engines.native.tracing.fresh import CopiedImage
+from softsgx.engines.native.tracing.image_services import ImageServices
+from softsgx.engines.native.tracing.memory_descriptor import open_inherited, open_memory
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.start import install_vdso
 from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.path_calls import PathCalls
 from softsgx.engines.native.vdso.permit_table import reserve_table
-from softsgx.errors import SoftSgxError
 
 __all__ = ["AddressSpaces"]
 
@@ -35,6 +38,7 @@ class AddressSpaces:
         registry: the open devices.
         answers: what CPUID gives the program.
         paths: what is known of its calls with paths.
+        code: replaces CPUID in code; ``None`` where it faults.
         make_services: makes what address spaces need, given what to call when one has ended.
     """
 
@@ -44,10 +48,11 @@ class AddressSpaces:
         registry: Registry,
         answers: CpuidAnswers,
         paths: PathCalls,
+        code: NewCode | None,
         make_services: Callable[[Callable[[ProcessImage], None]], ImageServices],
     ) -> None:
         self._images, self._registry = images, registry
-        self._answers, self._paths = answers, paths
+        self._answers, self._paths, self._code = answers, paths, code
         self._services = make_services(self._ended)
         self._numbers = count(1)
 
@@ -58,13 +63,17 @@ class AddressSpaces:
             thread: its only thread, stopped at the event or at the end of its execve.
             cpuid_faults: whether to make CPUID of the program fault.
         """
-        memory = _open_memory(thread.tid)
+        memory = open_memory(thread.tid)
         with ExitStack() as undo:
             undo.callback(os.close, memory)
             base, vdso, loader = install_vdso(thread, memory, cpuid_faults=cpuid_faults)
             number = next(self._numbers)
-            image = ProcessImage(number, thread, memory, base, vdso, self._services)
+            image = ProcessImage(
+                *(number, thread.tid, base, vdso, self._services), memory_fd=memory, thread=thread
+            )
             image.loader = loader
+            if self._code is not None:
+                self._code.executed(image, thread.tid)
             self._answers.loaded(image)
             self._paths.loaded(image)
             thread.flush()
@@ -72,37 +81,42 @@ class AddressSpaces:
         self._images[image.index] = image
         return image
 
-    def fork(self, thread: Thread, parent: ProcessImage) -> ProcessImage:
+    def fork(self, tid: int, parent: ProcessImage | CopiedImage, waits: Waits) -> ProcessImage:
         """Copy an address space: same vDSO, same replaced code, page tables of its own.
 
         Args:
-            thread: the only thread in the copy, stopped before its first step.
+            tid: the only thread in the copy, stopped before its first step.
             parent: the original.
+            waits: receives stops of the thread.
         """
-        thread.inject_at = parent.vdso_base + parent.vdso.inject
-        memory = _open_memory(thread.tid)
+        number, vdso_base, vdso = next(self._numbers), parent.vdso_base, parent.vdso
+        if parent.uninvolved:  # most such children need nothing of it
+            image = ProcessImage(number, tid, vdso_base, vdso, self._services, parent=parent)
+            self._images[number] = image
+            return image
+        thread = Thread(tid, waits)
+        thread.inject_at = vdso_base + vdso.inject
+        memory = open_inherited(tid, vdso_base, vdso)
         with ExitStack() as undo:
             undo.callback(os.close, memory)
-            _check_vdso(memory, parent)
             image = ProcessImage(
-                next(self._numbers),
-                thread,
-                memory,
-                parent.vdso_base,
-                parent.vdso,
-                self._services,
+                *(number, tid, vdso_base, vdso, self._services),
                 parent=parent,
+                memory_fd=memory,
+                thread=thread,
             )
             if image.permits_at:
                 reserve_table(thread, image)
             thread.flush()
             undo.pop_all()
-        self._images[image.index] = image
+        self._images[number] = image
         return image
 
     def adopt_fork(self, thread: ProgramThread) -> None:
         """Set up paging in a fork child, which has inherited mappings but not their watching."""
         image = thread.image
+        if not image.has_enclaves:
+            return
         drop_left_behind(image, thread.tid, self._registry)
         for vma in image.mm.vmas():
             device = self._registry.of_file(vma.file)
@@ -116,27 +130,11 @@ class AddressSpaces:
 
     def _ended(self, image: ProcessImage) -> None:
         """The driver has let go of an address space."""
-        self._registry.forget_page_table(image.page_table)
+        if not image.uninvolved:
+            self._registry.forget_page_table(image.page_table)
         image.pager.close()
-        os.close(image.memory_fd)
+        image.close_memory()
         if image.permits is not None:
             image.permits.close()
         del self._images[image.index]
         self._registry.sweep()
-
-
-def _check_vdso(memory: int, parent: ProcessImage) -> None:
-    """Raise an error if a fork child has not inherited what the supervisor needs of its vDSO."""
-    vdso = parent.vdso
-    try:
-        for place in (vdso.inject, vdso.permits_at):
-            os.pread(memory, 1, parent.vdso_base + place)
-    except OSError as error:
-        raise SoftSgxError(
-            f"vDSO at {parent.vdso_base:#x}: not in the child of fork ({error.strerror}); let the "
-            "program not apply MADV_DONTFORK to it"
-        ) from None
-
-
-def _open_memory(pid: int) -> int:
-    return keep_spare(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))

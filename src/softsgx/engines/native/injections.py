@@ -20,15 +20,13 @@ Source:
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Iterable
-from dataclasses import field
 
 from softsgx.arch import Status
 from softsgx.errors import SoftSgxError
 from softsgx.hw import Fault, GeneralProtection, PageFault
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field, pattern
 
 __all__ = ["EINIT_OUTCOMES", "INJECTIONS", "Injections", "tick_period_ns"]
 
@@ -58,8 +56,8 @@ _FORMS = (
     "poison@N, provision or noexec"
 )
 _SIGNALS = {"SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
-_NUMBER = re.compile(r"[0-9]{1,18}")
-_PERIOD = re.compile(r"([0-9]{1,9})(us|ms|s)")
+_NUMBER = pattern(r"[0-9]{1,18}")
+_PERIOD = pattern(r"([0-9]{1,9})(us|ms|s)")
 _NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 _SHORTEST_NS, _LONGEST_NS = 1_000_000, 1_000_000_000
 

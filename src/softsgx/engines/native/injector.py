@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from softsgx.engines.native.injections import Injections
 from softsgx.engines.native.memory.store import NativeStore
@@ -32,7 +31,7 @@ from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.hw import EpcPage, Machine
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field_names
 from softsgx.paging import EpcCore
 
 __all__ = ["Injected", "Injector", "RefusedInits", "Ticks"]
@@ -56,7 +55,7 @@ class Injected:
 
     def as_dict(self) -> dict[str, int]:
         """Return all of it by name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in field_names(Injected)}
 
 
 class Ticks:

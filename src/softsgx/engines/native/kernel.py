@@ -5,7 +5,7 @@ compiled core is.  The forms here are the reference.  None of them raises for wh
 expects to happen: a thread that is killed, a page that is not mapped.
 
 Source:
-    ptrace(2), wait(2), ioctl_userfaultfd(2), fallocate(2).
+    ptrace(2), wait(2), userfaultfd(2), ioctl_userfaultfd(2), fallocate(2).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
+import struct
 
 from softsgx import compiled
 from softsgx.engines.native import abi, libc
@@ -22,10 +24,12 @@ __all__ = [
     "REGISTERS",
     "Place",
     "copy_page",
+    "next_fault",
     "next_stop",
     "protect_pages",
     "take_pages",
     "try_ptrace",
+    "wake_page",
 ]
 
 REGISTERS, INFORMATION = 1, 2
@@ -58,6 +62,51 @@ def _next_stop(options: int, places: dict[int, Place]) -> tuple[int, int, int]:
     """
     tid, status = os.waitpid(-1, options | abi.WALL)
     return tid, status, 0
+
+
+def _next_fault(
+    epoll: select.epoll, signals: int, limit_ms: int, first: int
+) -> tuple[int, int, int, int] | None:
+    """Wait until a thread waits for a page, or a signal arrives.
+
+    Args:
+        epoll: waits for the userfaultfds and for ``signals``, a signalfd.
+        signals: see there.
+        limit_ms: of the wait.
+        first: a userfaultfd whose event, if it has one, is taken before all others; -1: none.
+
+    Returns:
+        The userfaultfd, the thread in its own PID namespace, the address that it has touched, and
+        UFFD_PAGEFAULT_FLAG_* bits.  ``None``: a signal has arrived, or the time is over.
+    """
+    while True:
+        descriptor, first = first, -1
+        if descriptor < 0:
+            found = epoll.poll(limit_ms / 1000, 1)
+            if not found:
+                return None
+            descriptor = found[0][0]
+        if descriptor == signals:
+            os.read(signals, _SIGNAL_BYTES)
+            return None
+        try:
+            message = os.read(descriptor, _MESSAGE.size)
+        except BlockingIOError:
+            continue  # it has none, or the thread has taken it back
+        _event, flags, address, tid = _MESSAGE.unpack(message)
+        return descriptor, tid, address, flags
+
+
+def _wake_page(uffd: int, address: int) -> None:
+    """Wake the threads that wait for a page: UFFDIO_WAKE.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    _PROTECT_WORDS[0], _PROTECT_WORDS[1] = address, abi.PAGE
+    code = _until_done(uffd, abi.UFFDIO_WAKE, _PROTECT_AT)
+    if code:
+        raise OSError(code, f"UFFDIO_WAKE: {os.strerror(code)}")
 
 
 def _copy_page(uffd: int, address: int, mode: int, data: bytes | bytearray) -> int:
@@ -103,6 +152,8 @@ def _take_pages(descriptor: int, runs: list[tuple[int, int]]) -> list[bytes]:
     return contents
 
 
+_MESSAGE = struct.Struct("<B7xQQI4x")  # of userfaultfd: a page fault
+_SIGNAL_BYTES = 128
 _MOST_BYTES = 4096 * abi.PAGE
 _ptrace, _ioctl = libc.raw_ptrace, libc.raw_ioctl
 _SOURCE = ctypes.create_string_buffer(abi.PAGE)
@@ -115,7 +166,9 @@ _PROTECT_AT = ctypes.addressof(_PROTECT_WORDS)
 if compiled.speedups is None:
     try_ptrace, next_stop = _try_ptrace, _next_stop
     copy_page, protect_pages, take_pages = _copy_page, _protect_pages, _take_pages
+    next_fault, wake_page = _next_fault, _wake_page
 else:
     try_ptrace, next_stop = compiled.speedups.try_ptrace, compiled.speedups.next_stop
     copy_page, protect_pages = compiled.speedups.copy_page, compiled.speedups.protect_pages
     take_pages = compiled.speedups.take_pages
+    next_fault, wake_page = compiled.speedups.next_fault, compiled.speedups.wake_page

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
-import struct
+import signal
 from array import array
 from typing import Any
 
@@ -56,13 +55,6 @@ _PAGES = ctypes.create_string_buffer(MOST_PAGES * abi.PAGE)
 _PAGES_VIEW = memoryview(_PAGES).cast("B")
 
 
-_PROCMAP_QUERY = struct.Struct("<6Q32xI4xQ8x")
-_PROCMAP_QUERY_COMMAND = 0xC0686611
-_NAME_BYTES = 4096
-#: PROCMAP_QUERY_VMA_*: writable, executable, shared.
-_EXECUTABLE, _ACCESS_FLAGS = 4, 2 | 4 | 8
-
-
 def _failure(what: str) -> OSError:
     code = ctypes.get_errno()
     return OSError(code, f"{what}: {os.strerror(code)}")
@@ -90,6 +82,13 @@ def ioctl(descriptor: int, command: int, argument: ctypes.Array[Any]) -> None:
     """Make an ioctl whose argument is the buffer ``argument``."""
     if _ioctl(descriptor, command, ctypes.addressof(argument)) == -1:
         raise _failure("ioctl")
+
+
+def child_signals() -> int:
+    """Return a new signalfd that is ready while a SIGCHLD waits, which the caller blocks."""
+    mask = ctypes.c_uint64(1 << signal.SIGCHLD - 1)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    return syscall(abi.SYS_SIGNALFD4, -1, ctypes.addressof(mask), ctypes.sizeof(mask), flags)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
@@ -139,45 +138,6 @@ def read_scattered(pid: int, vector: array[int], address: int, size: int) -> int
     remote = abi.IoVec(address, size)
     done: int = _readv(pid, local, len(vector) // 2, ctypes.addressof(remote), 1, 0)
     return max(done, 0)
-
-
-def find_mapping(maps: int, address: int) -> tuple[int, int, str] | None:
-    """Return (start, end, path or other name) of the mapping that holds ``address``, if any.
-
-    Args:
-        maps: a descriptor of ``/proc/PID/maps``.
-        address: where.
-
-    Raises:
-        OSError: ENOTTY: this kernel cannot be asked (before Linux 6.11); ENAMETOOLONG: the path
-            is longer than a path may be.
-    """
-    found = _query_mapping(maps, address)
-    return None if found is None else (found[0], found[1], found[3])
-
-
-def find_library_code(maps: int, address: int) -> tuple[int, str] | None:
-    """Return (start, path) of the private mapping of a file's code that holds ``address``, if any.
-
-    The process can execute and cannot write it.  Arguments and errors are :func:`find_mapping`'s.
-    """
-    found = _query_mapping(maps, address)
-    if found is None or found[2] & _ACCESS_FLAGS != _EXECUTABLE or not found[3].startswith("/"):
-        return None
-    return found[0], found[3]
-
-
-def _query_mapping(maps: int, address: int) -> tuple[int, int, int, str] | None:
-    request = bytearray(_PROCMAP_QUERY.size)
-    name = ctypes.create_string_buffer(_NAME_BYTES)
-    fields = (_PROCMAP_QUERY.size, 0, address, 0, 0, 0, _NAME_BYTES, ctypes.addressof(name))
-    _PROCMAP_QUERY.pack_into(request, 0, *fields)
-    try:
-        fcntl.ioctl(maps, _PROCMAP_QUERY_COMMAND, request)
-    except FileNotFoundError:
-        return None
-    _size, _flags, _address, start, end, flags, _bytes, _name = _PROCMAP_QUERY.unpack(request)
-    return start, end, flags, os.fsdecode(name.value)
 
 
 def write_memory(pid: int, address: int, data: bytes) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from softsgx.engines.native import recording
-from softsgx.engines.native.doctor import doctor
+from softsgx.engines.native.doctor import requirements
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.engines.native.instruments import Instruments
@@ -37,7 +35,7 @@ from softsgx.engines.native.x86.tsc import tsc_khz
 from softsgx.errors import NotRun, SoftSgxError
 from softsgx.host import Platform, PlatformConfig
 from softsgx.hw import MachineConfig
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field_names, replace
 from softsgx.trace import Tracer
 
 if TYPE_CHECKING:
@@ -126,7 +124,7 @@ def native_platform(
     config: PlatformConfig, tracer: Tracer | None = None, *, cpuid: str = "profile"
 ) -> Platform:
     """Return a platform for a :class:`Supervisor`: made of ``config``, pages in memory files."""
-    values = {item.name: getattr(config, item.name) for item in fields(PlatformConfig)}
+    values = {name: getattr(config, name) for name in field_names(PlatformConfig)}
     return Platform(
         NativePlatformConfig(**values, cpuid=cpuid),
         store=NativeStore(),
@@ -158,7 +156,8 @@ def _call_log(write: Callable[[str], None]) -> CallLog:
 
 
 def _cpuinfo(leaves: Callable[[int, int], CpuidLeaf]) -> bytes:
-    return rewrite_cpuinfo(Path("/proc/cpuinfo").read_text(), leaves).encode()
+    with open("/proc/cpuinfo") as cpuinfo:
+        return rewrite_cpuinfo(cpuinfo.read(), leaves).encode()
 
 
 def run(
@@ -191,8 +190,9 @@ def run(
         pager: one of :data:`PAGERS`; the best this machine allows by default.
         cpuid: what CPUID describes: the machine of the profile, as far as this one can keep the
             promise, or this one, with SGX ("host").
-        cpus: processors that program and supervisor may run on; by default one while the program
-            has one thread, which is the fastest for it, and otherwise all that we may use.
+        cpus: processors that program and supervisor may run on; by default one while one thread of
+            the program runs at a time, which is the fastest for it, and otherwise all that we may
+            use.
         strict: code outside that touches an enclave's memory reads ones and stores nothing, as
             on hardware; by default the bytes are there, and everything is faster.
         inject: failures on demand, ``WHAT`` or ``WHAT@WHEN`` of :data:`INJECTIONS`.  A signal that
@@ -224,8 +224,8 @@ def run(
         raise SoftSgxError("gdb: not possible in a strict run; remove one of the two")
     injections = Injections.of(inject)
     tick_ns = None if tick is None else tick_period_ns(tick)
-    for finding in doctor():
-        if finding.needed and not finding.ok:
+    for finding in requirements():
+        if not finding.ok:
             raise NotRun(f"{finding.name}: {finding.text}; see softsgx doctor")
     described = config.but(**keywords) if config else PlatformConfig.of(**keywords)
     with native_platform(described, tracer, cpuid=cpuid) as platform:

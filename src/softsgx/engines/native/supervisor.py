@@ -15,12 +15,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from errno import EACCES
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from softsgx.driver import Driver, EnclaveFile, ProvisionFile
+from softsgx.driver import Driver
 from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native import gdb as debugging
 from softsgx.engines.native.doctor import (
@@ -28,6 +27,7 @@ from softsgx.engines.native.doctor import (
     can_cross_unseen,
     can_fault_cpuid,
     can_keep_flags,
+    can_load_components,
     choose_pager,
 )
 from softsgx.engines.native.faults.abort import AbortPage
@@ -44,10 +44,9 @@ from softsgx.engines.native.memory.pagers import check_pager
 from softsgx.engines.native.memory.ram import NativeRam
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.shortages import Shortages
-from softsgx.engines.native.syscalls.advice import madvise, mlock
-from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
+from softsgx.engines.native.syscalls.handlers import Opener, make_handlers
 from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
 from softsgx.engines.native.syscalls.mman import Mappings
 from softsgx.engines.native.syscalls.nodes import Nodes
@@ -56,9 +55,11 @@ from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.remote import RemoteMemory
 from softsgx.engines.native.syscalls.sched import Affinity
 from softsgx.engines.native.tracing.bpf import build_filter
+from softsgx.engines.native.tracing.fresh import CopiedImage, FreshChild
+from softsgx.engines.native.tracing.image_services import ImageServices
 from softsgx.engines.native.tracing.lifecycle import Lifecycle
 from softsgx.engines.native.tracing.loop import Handler, Loop
-from softsgx.engines.native.tracing.process_image import ImageServices, ProcessImage
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import EndedEarly, start_program
 from softsgx.engines.native.tracing.tracee import Thread
@@ -71,7 +72,6 @@ from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.errors import SoftSgxError
 from softsgx.hw import LogicalProcessor, Machine, interrupt
-from softsgx.ondemand import dataclass
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
@@ -91,8 +91,8 @@ class Supervisor(Lifecycle):
         cpuid: what CPUID (leaf, sub-leaf) gives the program.
         nodes: names that exist for the program only.
         pager: which pager to use; the best one by default.
-        cpus: the processors that program and supervisor may run on; by default one while the
-            program has one thread, and otherwise those of the calling process.
+        cpus: the processors that program and supervisor may run on; by default one while one
+            thread of the program runs at a time, and otherwise those of the calling process.
         strict: give the abort page to code outside that touches an enclave.
         instruments: what the run is examined with.
 
@@ -127,6 +127,7 @@ class Supervisor(Lifecycle):
         self._free_cpus: list[LogicalProcessor] = list(reversed(machine.cpus))
         self._affinity: Affinity | None = None
         recorded = self._recorder is not None
+        self._leaves_alone = not (strict or recorded or instruments.gdb is not None)
         self.pager = pager or choose_pager(recorded=recorded)
         check_pager(self.pager, recorded=recorded)
         self.injected, shortages = Injected(), Shortages()
@@ -156,6 +157,8 @@ class Supervisor(Lifecycle):
         # A debugger shows the loader's code, and steps through it.
         jumping = instruments.gdb is None and can_answer_cpuid()
         answers = CpuidAnswers(cpuid, jumping=jumping, faulting=self._faulting)
+        # Where a node's name is a file's, calls on it have to stop.
+        jumping = jumping and not any(map(os.path.lexists, nodes.devices))
         self._paths = PathCalls(jumping=jumping and not strict)
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
@@ -163,6 +166,7 @@ class Supervisor(Lifecycle):
             self._make_transitions(answers, shortages, instruments),
             self._make_handlers(ioctls, instruments.calls),
             instruments.gdb,
+            logged=instruments.calls is not None,
         )
         self._injector = Injector(
             self._injections,
@@ -175,7 +179,7 @@ class Supervisor(Lifecycle):
             self.injected,
         )
         self._address_spaces = AddressSpaces(
-            self._images, self._registry, answers, self._paths, self._make_services
+            self._images, self._registry, answers, self._paths, self._code, self._make_services
         )
         self._recording = None
         if self._recorder is not None:
@@ -197,11 +201,20 @@ class Supervisor(Lifecycle):
             self._permits,
             Breakpoints(self._stopped_inside),
             # gdb steps through code, and stops at breakpoints in it.
-            StateJumps(instruments.gdb is None and can_keep_flags(), self._permits.stop_others),
+            StateJumps(
+                instruments.gdb is None and can_keep_flags(),
+                can_load_components(),
+                self._permits.stop_others,
+            ),
         )
 
     def _make_loop(
-        self, transitions: Transitions, handlers: dict[int, Handler], gdb: GdbServer | None
+        self,
+        transitions: Transitions,
+        handlers: dict[int, Handler],
+        gdb: GdbServer | None,
+        *,
+        logged: bool,
     ) -> Loop:
         if gdb is not None:
             assert not self._strict, "gdb lets threads run that have to wait for their turn"
@@ -209,23 +222,30 @@ class Supervisor(Lifecycle):
             return debugging.DebugLoop(
                 self, self._waits, transitions, handlers, server=gdb, files=files
             )
-        loop = StrictLoop if self._strict else Loop
-        return loop(self, self._waits, transitions, handlers)
+        if self._strict:
+            return StrictLoop(self, self._waits, transitions, handlers)
+        loop = Loop(self, self._waits, transitions, handlers)
+        if self._recorder is None and not logged:
+            loop.serve_plain_faults(self._store, self._runtime)
+        return loop
 
     def _make_services(self, ended: Callable[[ProcessImage], None]) -> ImageServices:
         return ImageServices(
             pager=self.pager,
             strict=self._strict,
             runtime=self._runtime,
+            mm_type=self._driver.mm_type,
             registry=self._registry,
             store=self._store,
-            page_at=self._machine.page_at,
+            pages=self._machine.pages,
             hold=self._loop.hold,
             failed=self._loop.image_failed,
             kick=self._loop.kick,
             ended=ended,
-            installed=self._injector.page_mapped,
+            installed=self._injector.page_mapped if self._injections.poisoned_faults else None,
+            may_be_uninvolved=self._leaves_alone,
             recorder=self._recorder,
+            waits=self._waits,
         )
 
     def run(
@@ -244,7 +264,7 @@ class Supervisor(Lifecycle):
         Raises:
             SoftSgxError: it cannot be started, or this machine does not allow it.
         """
-        self._affinity = Affinity(self._cpus)
+        self._affinity = Affinity(self._cpus, self._waits)
         # The terminal's interrupt goes to the program as well; what it means is for it to say.
         main = threading.current_thread() is threading.main_thread()
         handled = main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
@@ -253,13 +273,18 @@ class Supervisor(Lifecycle):
         try:
             first = start_program(
                 argv,
-                build_filter(everything=self._strict, code=self._code is not None),
+                build_filter(
+                    everything=self._strict,
+                    code=self._code is not None,
+                    executions=not self._leaves_alone,
+                ),
                 self._waits,
                 env=env,
                 cwd=cwd,
                 cpus=self._cpus,
                 stdio=stdio,
                 limits=limits,
+                ends=not self._leaves_alone,
             )
             self._supervise(first, started)
             status = self._loop.statuses.get(first.tid)
@@ -281,6 +306,8 @@ class Supervisor(Lifecycle):
                 # Hidden pages and the paging key are in our memory.  Not earlier: a child that
                 # has not executed yet would inherit it, and could not be traced.
                 libc.set_dumpable(False)
+                if self.pager == "userfaultfd" and self._loop.resolves_faults_of_waiting_threads():
+                    self._waits.accept_faults()
                 resume = self._loop.executed(first, Process(first.tid, self._group))
                 if started is not None:
                     started(first.tid)
@@ -327,52 +354,27 @@ class Supervisor(Lifecycle):
     # --- system calls ---------------------------------------------------------------------------
 
     def _make_handlers(self, ioctls: EnclaveIoctls, log: CallLog | None) -> dict[int, Handler]:
-        files = NamedFiles(
-            _Opener(self._driver, self._injections.provision),
-            self._registry,
-            self._nodes,
-            self._descriptors.open_memory,
-            self._image_of,
-        )
-        mappings = Mappings(self._registry, code=self._code, noexec=self._injections.noexec)
-        handlers = (
-            self._descriptors.handlers()
-            | files.handlers()
-            | {
-                abi.SYS_CLONE: clone,
-                abi.SYS_CLONE3: clone3,
-                abi.SYS_MMAP: mappings.mmap,
-                abi.SYS_MPROTECT: mappings.mprotect,
-                abi.SYS_PKEY_MPROTECT: mappings.mprotect,
-                abi.SYS_MUNMAP: mappings.munmap,
-                abi.SYS_MREMAP: mappings.mremap,
-                abi.SYS_MADVISE: madvise,
-                abi.SYS_MLOCK: mlock,
-                abi.SYS_MLOCK2: mlock,
-                abi.SYS_PROCESS_VM_READV: self._remote.process_vm,
-                abi.SYS_PROCESS_VM_WRITEV: self._remote.process_vm,
-                abi.SYS_IOCTL: ioctls.ioctl,
-                abi.SYS_SCHED_GETAFFINITY: self._getaffinity,
-                abi.SYS_SCHED_SETAFFINITY: self._setaffinity,
-            }
+        handlers = make_handlers(
+            ioctls,
+            NamedFiles(
+                Opener(self._driver, provision=self._injections.provision),
+                self._registry,
+                self._nodes,
+                self._descriptors.open_memory,
+                self._image_of,
+            ),
+            self._descriptors,
+            Mappings(self._registry, code=self._code, noexec=self._injections.noexec),
+            self._remote,
+            lambda: self._affinity,
         )
         handlers = self._paths.watching(handlers)
         return handlers if log is None else log.watching(handlers, self._registry)
 
     def _image_of(self, pid: int) -> ProcessImage | None:
         """Return the address space of a process or thread of the program."""
-        for thread in self._loop.threads.values():
-            if pid in (thread.tid, thread.process.pid):
-                return thread.image
-        return None
-
-    def _getaffinity(self, thread: ProgramThread) -> int | None:
-        assert self._affinity is not None, "a program runs without its processors being seen to"
-        return self._affinity.getaffinity(thread)
-
-    def _setaffinity(self, thread: ProgramThread) -> int | None:
-        assert self._affinity is not None, "a program runs without its processors being seen to"
-        return self._affinity.setaffinity(thread)
+        thread = self._loop.find(pid)
+        return None if thread is None else thread.image
 
     def _stop_other_users(self, thread: ProgramThread, device: Device) -> None:
         """Stop the other threads that could use the memory of ``device`` now."""
@@ -418,7 +420,7 @@ class Supervisor(Lifecycle):
         image.members += 1
         process.alive += 1
         if self._affinity is not None:
-            self._affinity.born(tid)
+            self._affinity.born(tid, alone=process.alive == 1)
         return thread
 
     def _another_cpu(self) -> LogicalProcessor:
@@ -427,17 +429,25 @@ class Supervisor(Lifecycle):
 
     def new_process(self, pid: int, parent: Process) -> Process:
         """A child is charged to its parent's group."""
-        return Process(
-            pid,
-            parent.group,
-            guarded=set(parent.guarded),
-            guarded_descriptors=set(parent.guarded_descriptors),
-            memory_descriptors=set(parent.memory_descriptors),
-        )
+        return Process(pid, parent.group, parent)
 
-    def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
+    def fork_fresh(self, tid: int, parent: ProgramThread) -> FreshChild | None:
+        """Keep what a child needs when it stops for the first time."""
+        if not parent.image.is_left_alone:
+            return None
+        if self._affinity is not None:
+            self._affinity.born(tid)
+        return FreshChild(self.new_process(tid, parent.process), CopiedImage(parent.image))
+
+    def fresh_ended(self, tid: int) -> None:
+        """It had nothing but its processor; its descriptors are closed."""
+        if self._affinity is not None:
+            self._affinity.gone(tid)
+        self._registry.sweep()
+
+    def fork_image(self, tid: int, parent: ProcessImage | CopiedImage) -> ProcessImage:
         """Copy an image; see :meth:`.images.AddressSpaces.fork`."""
-        return self._address_spaces.fork(Thread(tid, self._waits), parent)
+        return self._address_spaces.fork(tid, parent, self._waits)
 
     def adopt_fork(self, thread: ProgramThread) -> None:
         """Set up paging in a fork child; see :meth:`.images.AddressSpaces.adopt_fork`."""
@@ -447,6 +457,14 @@ class Supervisor(Lifecycle):
         """Prepare the program that execve has loaded."""
         return self._adopt_program(Thread(tid, self._waits), process)
 
+    def served_first(self) -> ProgramThread | None:
+        """The thread that holds the EPC."""
+        holder = self._driver.core.claims.holder
+        if holder is None:
+            return None
+        threads = self._loop.threads.values()
+        return next((thread for thread in threads if thread.claim is holder), None)
+
     def before_resume(self) -> None:
         """Hide the pages that page tables have lost."""
         self._store.hide_unmapped()
@@ -455,8 +473,7 @@ class Supervisor(Lifecycle):
 
     def thread_died(self, thread: ProgramThread) -> None:
         """An interrupt takes its processor out of any enclave, and it never resumes."""
-        del thread.image.threads[thread.tid]
-        thread.image.slots.release(thread.tid)
+        thread.image.thread_died(thread.tid)
         self._driver.core.claims.release(thread.claim)
         if self._affinity is not None:
             self._affinity.gone(thread.tid)
@@ -468,7 +485,7 @@ class Supervisor(Lifecycle):
         self._free_cpus.append(thread.cpu)
         image.members -= 1
         if not image.members:
-            image.mm.exit()
+            image.exit()
         process.alive -= 1
         if not process.alive:  # its descriptors are closed
             self._registry.sweep()
@@ -479,23 +496,7 @@ class Supervisor(Lifecycle):
         thread = self.new_thread(bare.tid, process, image)
         self._loop.add(thread)
         image.current = thread
-        if self._code is not None:
-            self._code.executed(thread)
         return thread
-
-
-@dataclass(frozen=True, slots=True)
-class _Opener:
-    driver: Driver
-    provision: bool
-
-    def open_enclave(self, thread: ProgramThread) -> EnclaveFile:
-        return self.driver.open(thread)
-
-    def open_provision(self, thread: ProgramThread) -> ProvisionFile:
-        if not self.provision:
-            raise OSError(EACCES, "refused on demand")
-        return self.driver.open_provision(thread)
 
 
 def _left_to_program(_number: int, _frame: FrameType | None) -> None:

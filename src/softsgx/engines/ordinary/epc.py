@@ -26,7 +26,6 @@ from softsgx.driver import (
     AddPages,
     Enclave,
     Ioctl,
-    Mm,
 )
 from softsgx.engines.ordinary.contents import Contents
 from softsgx.engines.ordinary.space import AddressSpace
@@ -123,6 +122,15 @@ class _PageTables:
         enclosed.aged.add(page)
         return True
 
+    def zap_pages(self, linaddrs: list[int]) -> None:
+        """As :meth:`Ptes.zap_pages`."""
+        for linaddr in linaddrs:
+            self.zap(linaddr)
+
+    def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
+        """As :meth:`Ptes.test_and_clear_pages`."""
+        return [self.test_and_clear_accessed(linaddr) for linaddr in linaddrs]
+
     def kick(self) -> None:
         """As :meth:`Ptes.kick`; nothing to do: hiding a page has flushed its translations."""
 
@@ -209,7 +217,7 @@ class Epc:
             platform.machine,
             driver,
             name="ordinary",
-            make_mm=lambda process: Mm(runtime, tables, owner=process, name="ordinary"),
+            make_mm=lambda process: driver.mm_type(runtime, tables, owner=process, name="ordinary"),
         )
         memory = self._process.memory
         self._source = memory.map(PAGE_BYTES)

@@ -10,17 +10,16 @@ Source:
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import select
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.failures import Failures, kill
+from softsgx.engines.native.tracing.orphans import parent_of, tracees
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop
 from softsgx.engines.native.tracing.unsupervised import is_32_bit
@@ -90,10 +89,7 @@ class Loop:
         self._exits = Exits()
         self._early: dict[int, int] = {}
         self._born: dict[int, _Birth] = {}
-        mask = ctypes.c_uint64(1 << signal.SIGCHLD - 1)
-        self._children = libc.syscall(
-            abi.SYS_SIGNALFD4, -1, ctypes.addressof(mask), 8, os.O_CLOEXEC | os.O_NONBLOCK
-        )
+        self._children = libc.child_signals()
         self._poll = select.epoll()
         self._poll.register(self._children, select.EPOLLIN)
 
@@ -219,6 +215,8 @@ class Loop:
         elif stop.event == abi.PTRACE_EVENT_EXIT:
             if thread.space is not None and self._spaces.users(thread.space) > 1:
                 self._exits.begin(thread, thread.space)
+            if thread.holds is not None:  # it ends inside a call, which may be fork
+                self._expect_unreported(thread)
             let_end(thread.tid)
         else:
             thread.resume()
@@ -226,18 +224,32 @@ class Loop:
     # --- new tasks, execve and ends -------------------------------------------------------------
 
     def _birth(self, parent: ProgramThread, event: int) -> None:
-        tid = parent.event_message()
+        tid = parent.event_message(event)
         try:
             pid = libc.leader(tid)
         except OSError:  # it has been killed and reaped
             parent.release()
             return
+        if tid not in self.threads and tid not in self._born:  # else it was taken for an orphan
+            self._expect(
+                tid, pid, parent, shares=pid == parent.pid or _share_memory(tid, parent.tid)
+            )
+
+    def _expect(self, tid: int, pid: int, parent: ProgramThread, *, shares: bool) -> None:
+        """Expect the first stop of a task that a thread has made.
+
+        Args:
+            tid: the task.
+            pid: its process.
+            parent: the thread.
+            shares: whether the task has its address space, and no copy of it.
+        """
         thread = ProgramThread(tid, pid, self._waits)
         thread.cleared_at = parent.cleared_by_child
         copied = None
         if parent.space is not None:
             thread.inject_at = parent.inject_at
-            if pid == parent.pid or _shares_memory(tid, parent.tid):
+            if shares:
                 self._enter(thread, parent.space)
             else:
                 copied = parent.space.snapshot()
@@ -289,6 +301,18 @@ class Loop:
         self._exits.ended(thread.tid)
         self._leave(thread)
 
+    def _expect_unreported(self, parent: ProgramThread) -> None:
+        """Expect the process that a thread has made, which ends before it reports it.
+
+        The thread is at the event of its end, so its children are still children of its process.
+        """
+        resident = None if parent.space is None else parent.space.resident.tid
+        for tid in tracees():
+            known = tid in self.threads or tid in self._born or self._spaces.is_ours(tid)
+            if not known and parent_of(tid) == parent.pid:
+                shares = resident is not None and _share_memory(tid, resident)
+                self._expect(tid, tid, parent, shares=shares)
+
     def _enter(self, thread: ProgramThread, space: AddressSpace | None) -> None:
         thread.space = space
         if space is not None and self._spaces.enter(space):
@@ -306,6 +330,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shares_memory(tid: int, other: int) -> bool:
+def _share_memory(tid: int, other: int) -> bool:
     """Return whether two tasks share an address space."""
     return libc.syscall(abi.SYS_KCMP, tid, other, abi.KCMP_VM, 0, 0) == 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from softsgx.engines.native import abi, libc
-from softsgx.engines.native.tracing.tracee import Stop, Thread
+from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class ProgramThread(Thread):
         """Record a stop, and the id of a task that it has made by clone."""
         stop = super().stopped(status, fetched)
         if stop.event == abi.PTRACE_EVENT_CLONE:
-            self.made = self.event_message()
+            self.made = 0
+            with suppress(Gone):  # the next request to it finds that out, too
+                self.made = self.event_message(stop.event)
         return stop
 
     def rseq_at(self) -> int:

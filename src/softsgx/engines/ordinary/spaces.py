@@ -9,9 +9,10 @@ from collections.abc import Callable
 from errno import EPERM
 
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.mappings import Mapping, mappings
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.ordinary.contents import Contents
-from softsgx.engines.ordinary.mappings import Mapping, mappings, private_memory
+from softsgx.engines.ordinary.mappings import counts, private_memory
 from softsgx.engines.ordinary.pager import Pager
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.resident import RESIDENT_BYTES, Resident, install_code
@@ -116,8 +117,8 @@ class Spaces:
             faults = self._userfaults(thread)
             hole = base, base + RESIDENT_BYTES
             copy = Snapshot()
-            for each in list(mappings(thread.tid)):
-                if each.counts and not hole[0] <= each.start < hole[1]:
+            for each in mappings(thread.tid):
+                if counts(each) and not hole[0] <= each.start < hole[1]:
                     self._take_content(memory, copy, each)
                     _empty(thread, each)
         finally:

@@ -129,13 +129,18 @@ def _legal(secinfo: SecInfo) -> bool:
 
 
 def _becomes_tcs(cpu: LogicalProcessor, page: EpcPage, enclave: ResidentSecs) -> bool:
-    """Return whether a page that EMODT retyped holds a TCS that no processor has entered."""
+    """Return whether a page that EMODT retyped holds a TCS that no processor has entered.
+
+    Deviation: the manual refuses CSSA >= NSSA, and so a page of zeros.  Intel's tests of its memory
+    manager accept such a page and demand success, so processors seem to take it (inferred, not
+    measured).  No thread can enter it.
+    """
     tcs = Tcs.unpack(cpu.hw.store.read(page, 0, PAGE_BYTES))
     cet = bool(enclave.flags & AttributesFlags.CET)
     return (
         tcs_ok(tcs, mode64=enclave.mode64, cet=cet)
         and not tcs.flags & TcsFlags.DBGOPTIN
-        and tcs.cssa < tcs.nssa
+        and (tcs.cssa < tcs.nssa or not tcs.cssa)
         and not tcs.aep
         and not tcs.state
     )

@@ -8,14 +8,14 @@ from typing import Any
 
 from softsgx.arch import Status
 from softsgx.hw.faults import VmExit
-from softsgx.hw.leaves.registry import ENCLU, eid_inside, traced
+from softsgx.hw.leaves.late import LateLeaves
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
 __all__ = ["EncluLeaves"]
 
 
-class EncluLeaves:
+class EncluLeaves(LateLeaves):
     """ENCLU leaves, bound to one logical processor: ``cpu.enclu.eenter(tcs, aep)``.
 
     Operands are linear addresses in the processor's address space.  Each attribute is the leaf's
@@ -42,6 +42,12 @@ class EncluLeaves:
     edeccssa: Callable[[], None]
 
     def __init__(self, cpu: LogicalProcessor, *, tracer: Tracer | None = None) -> None:
+        self._cpu, self._tracer = cpu, tracer
+
+    def _bind(self) -> None:
+        from softsgx.hw.leaves.registry import ENCLU, eid_inside, traced
+
+        cpu, tracer = self._cpu, self._tracer
         for leaf in ENCLU.values():
             function = leaf.function
             if tracer is not None:

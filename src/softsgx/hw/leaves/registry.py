@@ -9,7 +9,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any, Protocol, TypeAlias
 
 from softsgx.arch import Encls, Enclu, Enclv, SgxFeature, Status
@@ -145,14 +144,19 @@ def eid_inside(cpu: LogicalProcessor, page: int) -> int:
     return 0 if cpu.inside is None else cpu.inside.enclave.eid
 
 
+def _registers(function: _Function) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[1 : code.co_argcount]
+
+
 def _kernel(number: Encls | Enclv, function: _Function, needs: SgxFeature) -> Leaf:
-    registers = tuple(signature(function).parameters)[1:]
+    registers = _registers(function)
     page = registers.index("rcx") if "rcx" in registers else 0 if registers else None
     return Leaf(number, function, int(needs), registers, page)
 
 
 def _user(number: Enclu, function: _Function, needs: SgxFeature, page: str | None = None) -> Leaf:
-    registers = tuple(signature(function).parameters)[1:]
+    registers = _registers(function)
     return Leaf(
         number, function, int(needs), registers, None if page is None else registers.index(page)
     )

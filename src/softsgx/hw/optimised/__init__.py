@@ -1,4 +1,4 @@
-"""Second implementations of leaves, where they are hot: EADD, EBLOCK, EWB, ELDU, EENTER, EEXIT.
+"""Second implementations of hot leaves: EADD, EBLOCK, ETRACK, EWB, ELDU, EENTER, EEXIT.
 
 The specification (``hw.leaves``, ``hw.entry`` …) does not import this package, which import-linter
 checks; a machine takes it as an argument.  Each function handles the plain case that succeeds in
@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from softsgx.hw.leaves.enclu import EncluLeaves
-from softsgx.hw.optimised.building import building_leaves
 from softsgx.hw.optimised.entry import entry_leaves, try_virtual_exit
-from softsgx.hw.optimised.paging import compiled_leaves, paging_leaves
 from softsgx.hw.processor import LogicalProcessor
 
 __all__ = ["OPTIMISED", "PLAIN", "try_virtual_exit"]
@@ -22,7 +20,9 @@ __all__ = ["OPTIMISED", "PLAIN", "try_virtual_exit"]
 
 class _Plain:
     def kernel(self, cpu: LogicalProcessor) -> Mapping[str, Callable[..., Any]]:
-        return {**paging_leaves(cpu), **building_leaves(cpu)}
+        from softsgx.hw.optimised import building, paging
+
+        return {**paging.paging_leaves(cpu), **building.building_leaves(cpu)}
 
     def user(self, cpu: LogicalProcessor, leaves: EncluLeaves) -> Mapping[str, Callable[..., Any]]:
         # The leaves of a guest's processor end with VM exits.
@@ -31,7 +31,9 @@ class _Plain:
 
 class _Compiled(_Plain):
     def kernel(self, cpu: LogicalProcessor) -> Mapping[str, Callable[..., Any]]:
-        return {**compiled_leaves(cpu), **building_leaves(cpu)}
+        from softsgx.hw.optimised import building, paging
+
+        return {**paging.compiled_leaves(cpu), **building.building_leaves(cpu)}
 
 
 OPTIMISED = _Compiled()

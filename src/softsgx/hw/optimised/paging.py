@@ -1,4 +1,4 @@
-"""EBLOCK, EWB and ELDU for the hot path: a page is evicted and loaded again.
+"""EBLOCK, ETRACK, EWB and ELDU for the hot path: a page is evicted and loaded again.
 
 These serve one thread, operands that are objects, and child pages: the cases that succeed, and an
 EWB before its ETRACK, with which every batch begins.
@@ -14,16 +14,18 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 
 from softsgx import compiled
-from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, Status
+from softsgx.arch import CHILD_TYPES, PAGE_BYTES, MacHeader, PageType, Status
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.leaves.eblock import eblock
 from softsgx.hw.leaves.eld import eldu
+from softsgx.hw.leaves.etrack import etrack
 from softsgx.hw.leaves.ewb import ewb
-from softsgx.hw.operands import PageInfoArgs, Ref, Sealed
-from softsgx.hw.processor import LogicalProcessor
-from softsgx.hw.secrets import PagingKey
-from softsgx.hw.secs import ResidentSecs
-from softsgx.hw.tracking import TRACKED_AGE
+from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
+from softsgx.hw.processor import EnclaveMode, LogicalProcessor
+from softsgx.hw.secrets import PagingKey, Secrets
+from softsgx.hw.secs import Crossings, ResidentSecs
+from softsgx.hw.store import DictStore
+from softsgx.hw.tracking import TRACKED_AGE, start_cycle
 
 __all__ = ["compiled_leaves", "paging_leaves"]
 
@@ -33,6 +35,7 @@ _READ_PCMD = struct.Struct("<Q56s8s40s16s")
 _MAC_HEADER = struct.Struct("<QQQ104x")  # EID, LINADDR, SECINFO.FLAGS; the rest is zero
 assert _MAC_HEADER.size == MacHeader.SIZE, "the MAC header is 128 bytes"
 _SUCCESS, _NOT_TRACKED = Status.SUCCESS, Status.NOT_TRACKED
+_SECS = PageType.SECS
 _CHILD_TYPES = {int(pt): pt for pt in CHILD_TYPES}
 _STATES = 8 | 16 | 32  # PENDING, MODIFIED, PR
 _NO_RESERVED = bytes(40)
@@ -45,10 +48,13 @@ def paging_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
     """Return the leaves by name, bound to ``cpu``, whose space must be the direct map."""
     leaves: dict[str, Callable[..., Any]] = {
         "eblock": _eblock,
+        "etrack": _etrack,
         "ewb": _ewb,
         "eldu": _eldu,
         "try_ewb": _try_ewb,
         "try_eldu": _try_eldu,
+        "eblock_pages": _eblock_pages,
+        "ewb_pages": _ewb_pages,
     }
     return {name: MethodType(leaf, cpu) for name, leaf in leaves.items()}
 
@@ -57,14 +63,18 @@ def compiled_leaves(cpu: LogicalProcessor) -> dict[str, Callable[..., Any]]:
     """Return those that are compiled, and else those of :func:`paging_leaves`."""
     leaves, core = paging_leaves(cpu), compiled.speedups
     if core is not None:
-        for name in ("eblock", "try_ewb", "try_eldu"):
-            leaves[name] = MethodType(getattr(core, name), cpu)
+        leaves.update(core.leaves(cpu, cpu.hw))
     return leaves
 
 
 def _give(core: ModuleType) -> None:
     """Give the compiled core the classes and objects that its leaves use."""
-    for record in (EpcPage, ResidentSecs):
+    from softsgx.hw.machine import Machine
+
+    for record in (
+        *(Crossings, DictStore, EnclaveMode, EpcPage, Machine, PagingKey, ResidentSecs),
+        Secrets,
+    ):
         core.bind(record.__name__, record)
     for name, value in {
         "InvalidTag": InvalidTag,
@@ -91,6 +101,31 @@ def _eblock(cpu: LogicalProcessor, rcx: int) -> Status:
             page.bepoch = secs.enclave.epoch
             return _SUCCESS
     return eblock(cpu, rcx)
+
+
+def _eblock_pages(cpu: LogicalProcessor, addresses: list[int]) -> int:
+    pages: dict[int, Any] = cpu.hw.pages
+    done = 0
+    for addr in addresses:
+        page = pages.get(addr)
+        if page is None or not page.valid or page.blocked or page.lock:
+            break
+        secs = page.secs
+        if secs is None or secs.enclave.etrack_running:
+            break
+        page.blocked = True
+        page.bepoch = secs.enclave.epoch
+        done += 1
+    return done
+
+
+def _etrack(cpu: LogicalProcessor, rcx: int) -> Status:
+    page = cpu.hw.pages.get(rcx)
+    if page is not None and page.valid and page.pt is _SECS and page.lock >= 0:
+        enclave = page.enclave
+        if enclave is not None and not enclave.tracking_lock and start_cycle(enclave):
+            return _SUCCESS
+    return etrack(cpu, rcx)
 
 
 def _try_ewb(cpu: LogicalProcessor, rcx: int, rdx: int) -> Sealed | Status | None:
@@ -132,6 +167,50 @@ def _try_ewb(cpu: LogicalProcessor, rcx: int, rdx: int) -> Sealed | Status | Non
     return None
 
 
+def _ewb_pages(cpu: LogicalProcessor, addresses: list[int], slots: list[int]) -> list[Sealed]:
+    hw = cpu.hw
+    pages: dict[int, Any] = hw.pages
+    store, key = hw.store, hw.secrets.paging
+    freeze, drop, pack, seal = store.freeze, store.drop, _MAC_HEADER.pack, key.seal
+    done: list[Sealed] = []
+    va_addr, versions = -1, None
+    for rcx, rdx in zip(addresses, slots, strict=True):
+        if rdx & _PAGE_MASK != va_addr:
+            va_addr = rdx & _PAGE_MASK
+            va_page = pages.get(va_addr)
+            if va_page is None or not va_page.valid or va_page.lock < 0:
+                break
+            versions = va_page.slots
+        page, slot = pages.get(rcx), (rdx & _SLOT_MASK) >> 3
+        if (
+            versions is None
+            or page is None
+            or not page.valid
+            or page.secs is None
+            or not page.blocked
+            or page.lock
+            or rdx & 7
+            or versions[slot]
+        ):
+            break
+        enclave = page.secs.enclave
+        cycles = enclave.epoch - page.bepoch
+        if cycles <= 0 or enclave.tracking_lock or (cycles < TRACKED_AGE and enclave.prev_count):
+            break
+        flags = page.pt << 8 | page.rwx
+        if page.pending or page.modified or page.pr:
+            flags = page.secinfo_flags()
+        version, eid = key.next_version(), enclave.eid
+        header = pack(eid, page.linaddr, flags)
+        sealed = seal(freeze(page), version, header)
+        versions[slot] = version
+        enclave.children -= 1
+        drop(page)
+        page.valid, page.secs = False, None
+        done.append((sealed, flags, eid))
+    return done
+
+
 def _ewb(cpu: LogicalProcessor, rbx: Ref | PageInfoArgs, rcx: int, rdx: int) -> Status:
     if type(rbx) is PageInfoArgs and not rbx.linaddr and not rbx.secs:
         srcpge: Any = rbx.srcpge
@@ -154,7 +233,7 @@ def _try_eldu(
     cpu: LogicalProcessor,
     linaddr: int,
     secs_addr: int,
-    sealed: bytes,
+    sealed: Buffer,
     flags: int,
     rcx: int,
     rdx: int,

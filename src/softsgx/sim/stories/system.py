@@ -16,7 +16,7 @@ from softsgx.arch import PAGE_BYTES, Attributes, AttributesFlags, PageType, SecI
 from softsgx.defects import Defect
 from softsgx.driver import ERESTARTSYS, Driver, Enclave, EnclaveFile
 from softsgx.driver.page import EnclavePage
-from softsgx.hw import EpcPage, GeneralProtection, Leaves, Machine, MachineConfig
+from softsgx.hw import EpcPage, GeneralProtection, Leaves, Machine, MachineConfig, PageStore
 from softsgx.hw.optimised import OPTIMISED, PLAIN
 from softsgx.image import (
     MASK_NONE,
@@ -106,6 +106,7 @@ class System:
         tracer: receives the events, where they are not kept.
         refusals: by name of a leaf, how many of the kernel's first calls end with #GP(0).
         config: further fields of the machine's configuration.
+        store: holds the bytes of resident pages; ``None``: in memory.
     """
 
     epc_pages: int = 64
@@ -121,6 +122,7 @@ class System:
     tracer: Tracer | None = None
     refusals: Mapping[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    store: PageStore | None = None
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -130,6 +132,7 @@ class System:
                 self.epc_pages * PAGE_BYTES, processors=self.processors, **self.config
             ),
             self.runtime,
+            store=self.store,
             tracer=tracer,
             optimised=OPTIMISED if self.core_type.compiled else PLAIN,
         )

@@ -138,8 +138,8 @@ class EnclaveFaults:
     def _extended_state(self, thread: ProgramThread, insn: StateInsn) -> int:
         """Enclave code executes an instruction that depends on XCR0, which is its XFRM."""
         how = extended.out_of_line(thread, insn)
+        self._state_jumps.stopped_at(thread, insn)
         if how is not None:
-            self._state_jumps.stopped_at(thread, insn)
             thread.execute_out_of_line(how)
         else:
             try:
@@ -172,12 +172,22 @@ class EnclaveFaults:
             ) and self._exits.return_at_once(thread):
                 # Load or store, the mapping allows it: no need to decode the instruction.
                 result = image.mm.fault(address, READ, thread)
-                if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
-                    if thread.cpu.inside is None:  # kicked meanwhile
-                        return self._mended(thread, _U, address)
-                    resolved(thread)
-                    self._exits.skip(thread, Vector.PF)  # its TCS is in use, and the same
-                    return 0
+                return self.faulted(thread, address, signal_code, result)
+        return self._by_instruction(thread, address, signal_code)
+
+    def faulted(
+        self, thread: ProgramThread, address: int, signal_code: int, result: FaultResult
+    ) -> int:
+        """The driver has handled a fault of enclave code in a mapping that allows any access."""
+        if result is FaultResult.NOPAGE or result is FaultResult.RETRY:
+            if thread.cpu.inside is None:  # kicked meanwhile
+                return self._mended(thread, _U, address)
+            resolved(thread)
+            self._exits.skip(thread, Vector.PF)  # its TCS is in use, and the same
+            return 0
+        return self._by_instruction(thread, address, signal_code)
+
+    def _by_instruction(self, thread: ProgramThread, address: int, signal_code: int) -> int:
         thread.load()
         access = access_at(thread, address)
         if access is None:

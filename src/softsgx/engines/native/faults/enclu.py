@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from softsgx import hw
 from softsgx.arch import Enclu, Pfec, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
@@ -19,13 +20,17 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.exits import ENCLU, AsynchronousExits, block_signals_again
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.permits import Permits
-from softsgx.hw import READ, WRITE, Fault, LogicalProcessor, PageFault, enclu
+from softsgx.hw import READ, WRITE, Fault, LogicalProcessor, PageFault
 
 __all__ = ["EncluLeaves"]
 
 _LOW_32 = 0xFFFF_FFFF
 _EENTER, _ERESUME, _EEXIT = int(Enclu.EENTER), int(Enclu.ERESUME), int(Enclu.EEXIT)
 _ENTRIES = frozenset({_EENTER, _ERESUME})
+_WAITED = -1
+#: Waits for one page, after which the thread executes the instruction again, as on hardware: it may
+#: stand back for another thread, whose stops the loop has to handle first.
+_MOST_WAITS = 2
 _EPCM_CHANGES = frozenset(int(leaf) for leaf in (Enclu.EACCEPT, Enclu.EMODPE, Enclu.EACCEPTCOPY))
 
 
@@ -63,6 +68,7 @@ class EncluLeaves:
         operand, at, inside = regs.rcx, regs.rip, cpu.inside
         if leaf in _ENTRIES:
             self._permits.entering(regs.rbx)
+        waits = 0
         while True:
             if leaf == _ERESUME:
                 cpu.regs.xsave = thread.machine_xstate()
@@ -73,8 +79,13 @@ class EncluLeaves:
                 if cpu.inside is not None:
                     raise
                 failed = self._entry_fault(thread, leaf, fault)
-                if failed is not None:
+                if failed is None:
+                    waits = 0
+                elif failed != _WAITED:
                     return failed
+                elif (waits := waits + 1) > _MOST_WAITS and _may_trap(thread):
+                    thread.store()
+                    return 0
             except Fault as fault:
                 self._permits.settle()
                 return self._exits.refused(thread, leaf, fault)
@@ -103,14 +114,20 @@ class EncluLeaves:
         return 0
 
     def _entry_fault(self, thread: ProgramThread, leaf: int, fault: PageFault) -> int | None:
-        """EENTER or ERESUME needs a page that is not resident; return ``None`` to try again."""
+        """EENTER or ERESUME needs a page that is not resident.
+
+        Returns:
+            As :meth:`execute`.  ``None``: try again; ``_WAITED``: the page may still be missing.
+        """
         self._permits.settle()
         mm, result = thread.image.mm, FaultResult.SEGV
         if not fault.code & Pfec.SGX and mm.find(fault.address) is not None:
             access = WRITE if fault.code & Pfec.W else READ
             result = mm.fault(fault.address, access, thread)
-            if result in (FaultResult.NOPAGE, FaultResult.RETRY):
+            if result is FaultResult.NOPAGE:
                 return None
+            if result is FaultResult.RETRY:
+                return _WAITED
             if result is not FaultResult.SEGV:
                 self._tell_refused(thread, fault.address)
         if self._exits.fix_up(thread, leaf, Vector.PF, fault.code, fault.address):
@@ -128,6 +145,11 @@ class EncluLeaves:
             thread.set_sigmask(mask & ~abi.FAULT_SIGNALS)
 
 
+def _may_trap(thread: ProgramThread) -> bool:
+    """Return whether a thread may stop at its ENCLU: it blocks no signal of faults."""
+    return not thread.sigmask() & abi.FAULT_SIGNALS
+
+
 def _execute(cpu: LogicalProcessor, leaf: int) -> None:
     """ENCLU; the checks before any leaf cannot fail for the leaves that are done directly."""
     regs = cpu.regs
@@ -138,4 +160,4 @@ def _execute(cpu: LogicalProcessor, leaf: int) -> None:
         if leaf == _EENTER and cpu.inside is None:
             cpu.enclu.eenter(regs.rbx, regs.rcx)
             return
-    enclu(cpu)
+    hw.enclu(cpu)

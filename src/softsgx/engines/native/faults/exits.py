@@ -21,6 +21,7 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso import state_jumps
 from softsgx.hw import AsynchronousExit, Fault, LeafDone, aex
 from softsgx.hw.optimised import try_virtual_exit
 
@@ -90,7 +91,7 @@ class AsynchronousExits:
         assert cpu.inside is not None, "an interrupt of a thread that is in no enclave"
         if not self.return_at_once(thread) or not try_virtual_exit(cpu):
             return False
-        if thread is not image.current:  # else the fault at hand is its exit
+        if thread not in (image.current, image.faulting):  # else the fault at hand is its exit
             self.skip(thread, _NO_VECTOR)
         return True
 
@@ -113,6 +114,8 @@ class AsynchronousExits:
             comes_back: the reason was removed; the thread continues at the AEP, which resumes.
         """
         cpu = thread.cpu
+        if thread.image.state_stubs:
+            state_jumps.straighten(thread)  # a fault of paging in a stub comes as it is
         cpu.regs.xsave = thread.machine_xstate()
         aex(cpu, vector, code, address)
         thread.set_machine_xstate(cpu.regs.xsave)

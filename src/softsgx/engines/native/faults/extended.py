@@ -66,16 +66,18 @@ def out_of_line(thread: ProgramThread, insn: StateInsn) -> OutOfLine | None:
     cpu, image, regs = thread.cpu, thread.image, thread.regs
     assert cpu.inside is not None, "extended state of an enclave outside an enclave"
     enclave = cpu.inside.enclave
-    if insn.operation is StateOperation.XGETBV or not thread.areas.same:
+    if insn.operation is StateOperation.XGETBV:
         return None
     address, xfrm = insn.address(regs), enclave.xfrm
+    moved = (regs.rax & _LOW_32 | (regs.rdx & _LOW_32) << 32) & xfrm & thread.areas.moved
     last = address + cpu.hw.config.xsave_bytes(xfrm) - 1
     # Memory of others has a meaning of its own for enclave code.
     if not enclave.covers(address) or not enclave.covers(last):
         return None
-    if insn.operation is StateOperation.XRSTOR and not _is_plain(
-        image.read(address + _HEADER_AT, _HEADER_BYTES), xfrm
-    ):
+    if insn.operation is StateOperation.XRSTOR:
+        if not _is_plain(image.read(address + _HEADER_AT, _HEADER_BYTES), xfrm, moved):
+            return None
+    elif moved and insn.operation is not StateOperation.XSAVEC:
         return None
     copy = COPIES[insn.operation][bool(insn.rex & _REX_W)]
     given = regs.rax & xfrm & _LOW_32, address, regs.rdx & xfrm >> 32
@@ -107,10 +109,15 @@ def execute_by_model(thread: ProgramThread, insn: StateInsn) -> None:
     thread.store()
 
 
-def _is_plain(header: bytes, xfrm: int) -> bool:
-    """Return whether XRSTOR finds state of XFRM only behind this header."""
+def _is_plain(header: bytes, xfrm: int, moved: int) -> bool:
+    """Return whether XRSTOR finds state of XFRM only behind this header, and where it looks for it.
+
+    ``moved`` are those of its components that CPUID describes elsewhere: in the non-compacted form.
+    """
     if len(header) < _HEADER_BYTES:
         return False
     held = int.from_bytes(header[:8], "little")
     form = int.from_bytes(header[8:16], "little")
-    return not (held | form & ~_COMPACTED) & ~xfrm
+    if (held | form & ~_COMPACTED) & ~xfrm:
+        return False
+    return bool(form & _COMPACTED) or not held & moved

@@ -144,7 +144,7 @@ class StrictLoop(Loop):
         for each in ready:
             thread = each.thread
             if each.entry is not None:
-                self._guard(thread, each.entry)
+                self.guard(thread, each.entry)
                 continue
             try:
                 super().resume_thread(thread, each.number)

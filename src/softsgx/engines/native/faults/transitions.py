@@ -23,7 +23,7 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.faults.enclu import EncluLeaves
 from softsgx.engines.native.faults.exits import ENCLU, INTERRUPT, AsynchronousExits
-from softsgx.engines.native.faults.faulting_instruction import trap_vector
+from softsgx.engines.native.faults.faulting_instruction import repeat, trap_vector
 from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
@@ -31,6 +31,7 @@ from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.vdso.state_jumps import StateJumps
+from softsgx.hw import WRITE
 
 __all__ = ["Transitions"]
 
@@ -65,10 +66,10 @@ class Transitions:
     ) -> None:
         self._cpuid = cpuid
         self.permits, self._breakpoints = permits, breakpoints
-        self._exits = AsynchronousExits(breakpoints)
+        self.exits = self._exits = AsynchronousExits(breakpoints)
         self._leaves = EncluLeaves(self._exits, refused, permits, breakpoints)
         self._non_enclave = NonEnclaveFaults(abort_page, refused)
-        self._enclave = EnclaveFaults(
+        self.enclave = self._enclave = EnclaveFaults(
             *(self._exits, self._leaves, permits, self._non_enclave, abort_page, refused),
             state_jumps,
         )
@@ -84,6 +85,10 @@ class Transitions:
         number = self._leaves.execute(thread)
         if outside and thread.cpu.inside is not None:
             self.permits.entered(thread)
+        elif not number and regs.rip == image.eenter:  # it waits for a page: make the call again
+            regs.rip = image.vdso_base + image.vdso.eenter_after - _SYSCALL_BYTES
+            regs.rax = abi.SYS_SOFTSGX_EENTER
+            thread.store()
         return self._at_call(thread, number)
 
     def is_entry(self, thread: ProgramThread, stop: Stop) -> bool:
@@ -213,7 +218,10 @@ class Transitions:
 
     def _enclu_outside(self, thread: ProgramThread) -> int:
         """Code of the program executes ENCLU; if it leads to another one, execute that, too."""
+        outside, enclu, leaf = thread.cpu.inside is None, thread.regs.rip, thread.regs.rax & _LOW_32
         number = self._leaves.execute(thread)
+        if leaf == _EENTER and outside and thread.cpu.inside is not None:
+            self.permits.entered(thread, enclu)
         if not number and not thread.image.strict:  # where a thread inside waits for its turn
             number = self._enclave.resumed(thread)
         return number
@@ -234,6 +242,8 @@ class Transitions:
             return int(thread.outgoing.info.signo)
         code = image.read(regs.rip, len(ENCLU))
         if code == ENCLU and number in (abi.SIGILL, abi.SIGSEGV, abi.SIGBUS):
+            if number != abi.SIGILL and info.code in (1, 2):
+                _let_stub_store(thread, info.addr)
             return self._enclu_outside(thread)
         if number == abi.SIGSEGV and info.code == abi.SI_KERNEL and code[:2] == _CPUID:
             self._emulate_cpuid(thread, regs.rip + 2)
@@ -248,6 +258,16 @@ class Transitions:
         regs.rax, regs.rbx, regs.rcx, regs.rdx = self._cpuid(regs.rax & _LOW_32, regs.rcx & _LOW_32)
         regs.rip = then
         thread.store()
+
+
+def _let_stub_store(thread: ProgramThread, address: int) -> None:
+    """A stub has faulted at URSP or URBP, and its thread was moved in front of its ENCLU.
+
+    EENTER by the machine needs no page table of the program, so without this the stub would fault
+    at each entry, where the pager has not shown the page in this process or watches it.
+    """
+    if thread.image.page_table.is_shown(address):
+        repeat(thread, address, WRITE)
 
 
 def _take_call_back(regs: UserRegs) -> None:

@@ -51,7 +51,7 @@ from softsgx.engines.native.tracing.waits import Waits
 
 __all__ = ["DebugLoop"]
 
-_ERESUME = 3
+_ERESUME, _SYSCALL_BYTES = 3, 2
 _DEBUG = int(AttributesFlags.DEBUG)
 _INTERRUPTED = Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)
 #: ``si_code`` of a step over an instruction, over a system call, and to the entry of a handler.
@@ -360,6 +360,8 @@ class DebugLoop(Loop):
         rip = thread.load().rip
         if not action.step or before is None or rip == before or action.returning:
             return False
+        if thread.at_call or thread.illegal_at is not None:
+            return False  # the kernel still reports the end of the step, or a signal follows
         inside = thread.cpu.inside
         if inside is not None and not inside.enclave.flags & _DEBUG:
             return False
@@ -405,24 +407,25 @@ class DebugLoop(Loop):
             signalled = not stop.event and not stop.syscall
             action = self._actions.get(thread.tid)
             if action is not None:
-                action.before = thread.load().rip if signalled else None
+                action.before = _begun_at(thread, stop)
             outside = thread.cpu.inside is None
             if signalled and stop.signal == abi.SIGTRAP and outside and self._take_back(thread):
                 self._halt(thread, StopReason(thread.tid, abi.SIGTRAP, _BREAKPOINT))
                 return
         super()._handle(thread, stop)
 
-    def _guard(self, thread: ProgramThread, stop: Stop) -> None:
+    def guard(self, thread: ProgramThread, stop: Stop) -> None:
+        """Handle a stop of a thread that gdb lets run."""
         if self._may_run(thread) or stop.event == abi.PTRACE_EVENT_EXIT:
-            super()._guard(thread, stop)
+            super().guard(thread, stop)
         else:
             thread.pending.append(stop)
-            self._later.append(thread)
+            self.held.append(thread)
 
     def _next_held(self) -> ProgramThread | None:
-        for index in range(len(self._later) - 1, -1, -1):
-            if self._may_run(self._later[index]) or not self._later[index].pending:
-                return self._later.pop(index)
+        for index in range(len(self.held) - 1, -1, -1):
+            if self._may_run(self.held[index]) or not self.held[index].pending:
+                return self.held.pop(index)
         return None
 
     def _call(self, thread: ProgramThread) -> None:
@@ -480,3 +483,10 @@ class DebugLoop(Loop):
         if thread.tid == self.pid:
             self._debugged = False
             self._link.send_end(status)
+
+
+def _begun_at(thread: ProgramThread, stop: Stop) -> int | None:
+    """Return the address of the instruction that a stop is a part of; ``None``: of none."""
+    if stop.event == abi.PTRACE_EVENT_SECCOMP:
+        return thread.load().rip - _SYSCALL_BYTES
+    return None if stop.event or stop.syscall else thread.load().rip

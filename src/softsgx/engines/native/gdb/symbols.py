@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from softsgx.engines.native.gdb.libraries import Library, Read
+from softsgx.engines.native.mappings import mappings
 from softsgx.errors import SoftSgxError
 from softsgx.image import read_bytes
 from softsgx.image.elf import ELF_MAGIC, PF_X, Elf, ProgramHeader
@@ -88,12 +89,7 @@ def _with_companions(names: Iterable[str]) -> Iterator[str]:
 
 def _mapped(tid: int) -> list[str]:
     """Return the files that a thread has mapped or open."""
-    found = []
-    with open(f"/proc/{tid}/maps") as maps:
-        for line in maps:
-            words = line.rstrip("\n").split(maxsplit=5)
-            if len(words) > 5 and words[5].startswith("/"):
-                found.append(words[5])
+    found = [each.path for each in mappings(tid) if each.path.startswith("/")]
     directory = f"/proc/{tid}/fd"
     for descriptor in os.listdir(directory):
         try:

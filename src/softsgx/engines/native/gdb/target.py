@@ -34,7 +34,7 @@ class Action:
         step: whether it executes one instruction, or runs.
         start: a step continues while RIP is in ``[start, end)``.
         end: see ``start``.
-        before: RIP before the current stop was handled; ``None``: the stop is not a signal's.
+        before: address of the instruction that the current stop is a part of; ``None``: of none.
         returning: the thread has to return into its enclave before its step begins.
     """
 

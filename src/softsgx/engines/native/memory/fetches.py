@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.memory_file import EXECUTE, runs
@@ -20,6 +21,7 @@ from softsgx.engines.native.memory.memory_file import EXECUTE, runs
 __all__ = ["Fetches"]
 
 _BLOCK_BYTES = 64 * PAGE_BYTES
+_PROT_EXEC = abi.PROT_EXEC
 
 Call = tuple[int, ...]
 
@@ -36,6 +38,8 @@ class Fetches:
         due: pages for which calls are to be made.
     """
 
+    __slots__ = ("_prot_at", "_taken", "due", "rights")
+
     def __init__(self, prot_at: Callable[[int], int | None]) -> None:
         self._prot_at = prot_at
         self.rights: dict[int, int] = {}
@@ -46,7 +50,9 @@ class Fetches:
         """A page is shown."""
         self.rights[page] = rights
         if (page in self._taken) == bool(rights & EXECUTE):
-            self._owe(page)
+            prot = self._prot_at(page)
+            if prot is not None and prot & _PROT_EXEC:
+                self.due.add(page)
 
     def changed(self, page: int, rights: int) -> None:
         """A shown page has these rights now, or had the wrong ones here."""
@@ -124,3 +130,7 @@ def _protect(wanted: dict[int, list[int]]) -> list[Call]:
         for prot, pages in wanted.items()
         for start, end in runs(pages)
     ]
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("Fetches", Fetches)

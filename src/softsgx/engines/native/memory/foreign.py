@@ -18,11 +18,10 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.registry import Device
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, replace
 
 __all__ = ["ForeignMapping", "ForeignMappings"]
 

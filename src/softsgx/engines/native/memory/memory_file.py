@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
 
@@ -121,6 +122,19 @@ class EnclaveMemory:
             executing them.
     """
 
+    __slots__ = (
+        "_windows",
+        "fd",
+        "forbidden",
+        "former_jumps",
+        "jumps",
+        "key",
+        "marked",
+        "pages",
+        "trapped",
+        "users",
+    )
+
     def __init__(self, theirs: int) -> None:
         """Open the file of ``theirs``, the supervisor's duplicate of the program's descriptor.
 
@@ -137,13 +151,20 @@ class EnclaveMemory:
         self._windows: dict[int, mmap.mmap] = {}
         try:
             self.fd = os.open(f"/proc/self/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
-            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self.fd, MEMORY_FILE_BYTES)
-            fcntl.fcntl(self.fd, abi.F_ADD_SEALS, _SEALS)
-            info = os.fstat(self.fd)
-            self.key = info.st_dev, info.st_ino
+            try:
+                self._prepare(theirs)
+            except OSError:
+                os.close(self.fd)
+                raise
         finally:
             os.close(theirs)
+
+    def _prepare(self, theirs: int) -> None:
+        fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self.fd, MEMORY_FILE_BYTES)
+        fcntl.fcntl(self.fd, abi.F_ADD_SEALS, _SEALS)
+        info = os.fstat(self.fd)
+        self.key = info.st_dev, info.st_ino
 
     def released(self) -> bool:
         """Return whether the program has neither a descriptor nor a mapping of it."""
@@ -332,9 +353,24 @@ class EnclaveMemory:
             window = self._windows[number] = mmap.mmap(self.fd, 1 << _WINDOW_SHIFT, offset=start)
         return window
 
-    def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> None:
-        """Put the page into the file at once: no thread sees it half filled."""
+    def show(
+        self, linaddr: int, data: bytes | bytearray, rights: int, user: User | None = None
+    ) -> None:
+        """Put the page into the file at once: no thread sees it half filled.
+
+        Args:
+            linaddr: its address.
+            data: its bytes.
+            rights: those of its EPCM entry.
+            user: one that maps the file there; ``None``: each user is asked.
+        """
         self.pages[linaddr] = rights
+        if user is not None and self.users == [user]:
+            guard = user.pager
+            if not guard.show(linaddr, data, rights):
+                os.pwrite(self.fd, data, linaddr)
+                guard.shown(linaddr, rights)
+            return
         filled = False
         others: list[Guard] = []
         for user in self.users:
@@ -369,7 +405,7 @@ class EnclaveMemory:
         return [user.pager for user in self.users if user.maps(self, linaddr)]
 
 
-def runs(pages: list[int]) -> list[tuple[int, int]]:
+def python_runs(pages: list[int]) -> list[tuple[int, int]]:
     """Return (start, end) of each run of adjacent pages; ``pages`` are ascending."""
     found: list[tuple[int, int]] = []
     start = end = -1
@@ -391,3 +427,10 @@ def _own_bytes(data: bytes, start: int, marks: dict[int, bytes]) -> bytes:
         if start <= offset < start + len(own):
             own[offset - start : offset - start + 1] = byte
     return bytes(own)
+
+
+runs = python_runs
+if compiled.speedups is not None:
+    runs = compiled.speedups.runs
+    if compiled.speedups.bind("EnclaveMemory", EnclaveMemory):
+        compiled.speedups.give("EnclaveMemory", EnclaveMemory)

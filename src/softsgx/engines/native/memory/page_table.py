@@ -10,9 +10,10 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard
 from softsgx.engines.native.memory.store import NativeStore
@@ -74,33 +75,57 @@ class Pager(Guard, Protocol):
 class EnclavePageTable:
     """See the module.
 
+    Args:
+        index: as the attribute.
+        store: of the bytes of resident pages.
+        pages: the machine's EPC pages, by address.
+        pager: as the attribute.
+        memory_at: as the attribute.
+        mapped_in: returns (start, end, memory file) of each mapping of an enclave that overlaps a
+            range, lowest first.
+        is_readable: as the attribute.
+        kick_all: as the attribute.
+        installed: called with each page that the driver has mapped; ``None``: nothing is.
+
     Attributes:
         pager: makes absent pages fault.
         index: number of the address space; part of "physical" addresses of ordinary memory.
         memory_at: returns the memory file mapped at an address, ``None`` where none is.
         is_readable: returns whether ordinary memory can be read at an address.
         kick_all: interrupts every thread of this space that is inside an enclave.
-
-    ``installed`` is called with each page that the driver has mapped.  ``mapped_in`` returns
-    (start, end, memory file) of each mapping of an enclave that overlaps a range, lowest first.
     """
+
+    __slots__ = (
+        "_entries",
+        "_installed",
+        "_mapped_in",
+        "_marked",
+        "_pages",
+        "_store",
+        "_used",
+        "index",
+        "is_readable",
+        "kick_all",
+        "memory_at",
+        "pager",
+    )
 
     def __init__(
         self,
         index: int,
         store: NativeStore,
-        pages: Callable[[int], EpcPage | None],
+        pages: Mapping[int, EpcPage],
         pager: Pager,
         *,
         memory_at: Callable[[int], EnclaveMemory | None],
         mapped_in: Callable[[int, int], list[tuple[int, int, EnclaveMemory]]],
         is_readable: Callable[[int], bool],
         kick_all: Callable[[], None],
-        installed: Callable[[EpcPage], None],
+        installed: Callable[[EpcPage], None] | None = None,
     ) -> None:
         self.index, self.pager = index, pager
         self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
-        self._store, self._page_at, self._installed = store, pages, installed
+        self._store, self._pages, self._installed = store, pages, installed
         self._mapped_in = mapped_in
         self._entries: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()  # pages that a leaf has used since their bit was cleared
@@ -117,17 +142,19 @@ class EnclavePageTable:
                 return
             self._marked.pop(linaddr, None)
             self._store.unmapped(old[0])
-        page, memory = self._page_at(epc_addr), self.memory_at(linaddr)
+        page, memory = self._pages.get(epc_addr), self.memory_at(linaddr)
         assert page is not None and memory is not None, f"an entry for {linaddr:#x} of no enclave"
-        self._store.mapped(page, memory, linaddr)
-        self._installed(page)
+        self._store.mapped(page, memory, linaddr, self)
+        if self._installed is not None:
+            self._installed(page)
 
     def zap(self, linaddr: int) -> None:
         """Remove the page's entry, if there is one."""
         entry = self._entries.pop(linaddr, None)
         if entry is not None:
             self._used.discard(linaddr)
-            self._marked.pop(linaddr, None)
+            if self._marked:
+                self._marked.pop(linaddr, None)
             self._store.unmapped(entry[0])
 
     def protect(self, start: int, end: int, prot: int) -> None:
@@ -145,13 +172,22 @@ class EnclavePageTable:
         used = linaddr in self._used
         if used:
             self._used.discard(linaddr)
-        if self._store.is_shown(entry[0]):
+        if entry[0] in self._store.shown:
             return self.pager.test_and_clear_accessed(linaddr) or used
         return used
 
+    def zap_pages(self, linaddrs: list[int]) -> None:
+        """As :meth:`zap` of each."""
+        for linaddr in linaddrs:
+            self.zap(linaddr)
+
+    def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
+        """As :meth:`test_and_clear_accessed` of each."""
+        return [self.test_and_clear_accessed(linaddr) for linaddr in linaddrs]
+
     def kick(self) -> None:
         """Interrupt every thread that is inside an enclave here, and wait until each has left."""
-        self._store.hide_unmapped()  # pages without an entry fault from now on
+        hide_unmapped(self._store)  # pages without an entry fault from now on
         self.kick_all()
 
     # --- for the processor ----------------------------------------------------------------------
@@ -239,7 +275,7 @@ class EnclavePageTable:
         entry, memory = self.entry(address), self.memory_at(address)
         if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - size:
             return None
-        page = self._page_at(entry[0])
+        page = self._pages.get(entry[0])
         usable = page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0])
         return memory if usable else None
 
@@ -264,7 +300,7 @@ class EnclavePageTable:
         """The EPCM entry of the page at ``linaddr`` may have changed."""
         entry = self.entry(linaddr)
         if entry is not None:
-            page = self._page_at(entry[0])
+            page = self._pages.get(entry[0])
             assert page is not None, f"{entry[0]:#x} is no EPC page"
             self._store.refresh(page)
 
@@ -284,7 +320,7 @@ class EnclavePageTable:
         """Set the rights of a page again, after a fault that its rights do not explain."""
         entry = self.entry(linaddr)
         if entry is not None:
-            page = self._page_at(entry[0])
+            page = self._pages.get(entry[0])
             assert page is not None, f"{entry[0]:#x} is no EPC page"
             self._store.refresh(page)
             rights = self._store.rights(entry[0])
@@ -317,3 +353,9 @@ def _code(access: int, *, user: bool) -> int:
     if access == EXECUTE:
         code |= Pfec.I
     return int(code)
+
+
+hide_unmapped = NativeStore.hide_unmapped
+if compiled.speedups is not None and compiled.speedups.bind("EnclavePageTable", EnclavePageTable):
+    compiled.speedups.give("EnclavePageTable", EnclavePageTable)
+    hide_unmapped = compiled.speedups.hide_unmapped

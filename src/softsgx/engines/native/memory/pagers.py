@@ -92,9 +92,9 @@ def _forbidden(number: int) -> SoftSgxError:
     )
 
 
-def _negotiate(uffd: int, *, recorded: bool) -> None:
+def _negotiate(uffd: int, *, recorded: bool, events: bool = False) -> None:
     try:
-        open_userfaultfd(uffd, MINOR_FEATURES if recorded else 0)
+        open_userfaultfd(uffd, MINOR_FEATURES if recorded else 0, events=events)
     except OSError as error:
         os.close(uffd)
         oldest = "6.4 for recording" if recorded else "5.19"
@@ -102,6 +102,9 @@ def _negotiate(uffd: int, *, recorded: bool) -> None:
             f"userfaultfd: {error.strerror}: the kernel is older than {oldest}; "
             "choose the mprotect pager"
         ) from None
+
+
+Events = tuple[Callable[[int], None], Callable[[int], None]]
 
 
 def make_pager(
@@ -113,6 +116,7 @@ def make_pager(
     prot_at: Callable[[int], int | None],
     failed: Callable[[Exception], None],
     recorder: recording.Recorder | None = None,
+    events: Events | None = None,
 ) -> Pager:
     """Set up a pager in an address space.
 
@@ -125,6 +129,8 @@ def make_pager(
             enclave is mapped.
         failed: ends the processes of the address space after an error that leaves it inconsistent.
         recorder: records uses of pages; ``None``: uses are not recorded.
+        events: begins and ends to wait for the events of a userfaultfd; ``None``: faults are
+            signals.
 
     Raises:
         SoftSgxError: the kernel refuses the pager.
@@ -142,9 +148,13 @@ def make_pager(
         ours = libc.take_descriptor(thread.tid, theirs)
     finally:
         thread.syscall(abi.SYS_CLOSE, theirs)
-    _negotiate(ours, recorded=recorder is not None)
+    _negotiate(ours, recorded=recorder is not None, events=events is not None)
     pagemap = os.open(f"/proc/{thread.tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     arguments = ours, pagemap, inject, is_running, prot_at, failed
     if recorder is not None:
         return recording.RecordedUffdPager(*arguments, stores=stores)
-    return UffdPager(*arguments)
+    if events is None:
+        return UffdPager(*arguments)
+    begin, end = events
+    begin(ours)
+    return UffdPager(*arguments, end)

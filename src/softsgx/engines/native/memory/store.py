@@ -25,13 +25,22 @@ the run is strict.
 
 from __future__ import annotations
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, PageType
-from softsgx.engines.native.memory.memory_file import ALL_RIGHTS, EXECUTE, READ, EnclaveMemory
+from softsgx.engines.native.memory.memory_file import (
+    ALL_RIGHTS,
+    EXECUTE,
+    READ,
+    WRITE,
+    EnclaveMemory,
+    User,
+)
 from softsgx.hw import EpcPage
 
-__all__ = ["NativeStore"]
+__all__ = ["ZEROS", "NativeStore"]
 
-_ONES, _ZEROS = b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES)
+_ONES, ZEROS = b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES)
+_REG = PageType.REG  # the lookup of an enumeration's member is slow
 
 
 class NativeStore:
@@ -39,12 +48,16 @@ class NativeStore:
 
     Attributes:
         poisoned: EPC addresses of pages whose memory has an uncorrected error.
+        shown: memory file, linear address and EPCM rights of each page that is in a file, by EPC
+            address; also of those that no page table maps any more.
     """
+
+    __slots__ = ("_hidden", "_leaving", "_maps", "poisoned", "shown")
 
     def __init__(self) -> None:
         self.poisoned: set[int] = set()
         self._hidden: dict[int, bytes | bytearray] = {}
-        self._shown: dict[int, tuple[EnclaveMemory, int, int]] = {}
+        self.shown: dict[int, tuple[EnclaveMemory, int, int]] = {}
         self._maps: dict[int, tuple[EnclaveMemory, int, int]] = {}
         self._leaving: set[int] = set()
 
@@ -52,16 +65,19 @@ class NativeStore:
 
     def fill(self, page: EpcPage, data: bytes) -> None:
         """Keep the bytes, hidden until a page table maps the page."""
-        self._keep(page.addr, data)
+        if data == ZEROS:
+            self._hidden.pop(page.addr, None)
+        else:
+            self._hidden[page.addr] = data
 
     def freeze(self, page: EpcPage) -> bytes | bytearray:
         """Hide the page, so that no thread can store to it, and return its bytes."""
         addr = page.addr
         if addr in self._leaving:
             self.hide_unmapped()
-        elif addr in self._shown:
+        elif addr in self.shown:
             self._hide(addr)
-        return self._hidden.get(addr, _ZEROS)
+        return self._hidden.get(addr, ZEROS)
 
     def thaw(self, page: EpcPage) -> None:
         """The page was not evicted: show it again, if its entries allow that."""
@@ -69,25 +85,27 @@ class NativeStore:
 
     def drop(self, page: EpcPage) -> None:
         """Forget the bytes."""
-        self._hide(page.addr)
-        self._hidden.pop(page.addr, None)
+        addr = page.addr
+        if addr in self.shown:
+            self._hide(addr)
+        self._hidden.pop(addr, None)
 
     def read(self, page: EpcPage, offset: int, size: int) -> bytes:
         """Return bytes of a page, shown or hidden."""
-        shown = self._shown.get(page.addr)
+        shown = self.shown.get(page.addr)
         if shown is None:
-            return bytes(self._hidden.get(page.addr, _ZEROS)[offset : offset + size])
+            return bytes(self._hidden.get(page.addr, ZEROS)[offset : offset + size])
         memory, linaddr, _rights = shown
         return memory.read(linaddr + offset, size)
 
     def write(self, page: EpcPage, offset: int, data: bytes) -> None:
         """Replace bytes of a page, shown or hidden."""
-        shown = self._shown.get(page.addr)
+        shown = self.shown.get(page.addr)
         if shown is not None:
             memory, linaddr, _rights = shown
             memory.write(linaddr + offset, data)
             return
-        kept = self._hidden.get(page.addr, _ZEROS)
+        kept = self._hidden.get(page.addr, ZEROS)
         if not isinstance(kept, bytearray):
             kept = self._hidden[page.addr] = bytearray(kept)
         kept[offset : offset + len(data)] = data
@@ -99,18 +117,40 @@ class NativeStore:
 
     def clear(self) -> None:
         """Drop the bytes of all pages, after a loss of power."""
-        for addr in list(self._shown):
+        for addr in list(self.shown):
             self._hide(addr)
         self._hidden.clear()
 
     # --- the page tables' side ------------------------------------------------------------------
 
-    def mapped(self, page: EpcPage, memory: EnclaveMemory, linaddr: int) -> None:
-        """One more page table maps ``page``, at ``linaddr``."""
-        known = self._maps.get(page.addr)
-        count = 0 if known is None else known[2]
-        self._maps[page.addr] = memory, linaddr, count + 1
-        self._leaving.discard(page.addr)
+    def mapped(
+        self, page: EpcPage, memory: EnclaveMemory, linaddr: int, user: User | None = None
+    ) -> None:
+        """One more page table maps ``page``, at ``linaddr``.
+
+        Args:
+            page: the page.
+            memory: what is mapped there.
+            linaddr: its address.
+            user: the page table; ``None``: no matter which.
+        """
+        addr = page.addr
+        known = self._maps.get(addr)
+        self._maps[addr] = memory, linaddr, 1 if known is None else known[2] + 1
+        rights = page.rwx
+        if (
+            rights & WRITE
+            and page.valid
+            and page.pt is _REG
+            and not (page.pending or page.modified)
+            and addr not in self.shown
+            and addr not in self.poisoned
+        ):
+            # As refresh() does it: a hidden page that becomes usable, has R, and has no marks.
+            self.shown[addr] = memory, linaddr, rights
+            memory.show(linaddr, self._hidden.pop(addr, ZEROS), rights, user)
+            return
+        self._leaving.discard(addr)
         self.refresh(page)
 
     def unmapped(self, addr: int) -> None:
@@ -120,7 +160,7 @@ class NativeStore:
             self._maps[addr] = memory, linaddr, count - 1
         else:
             del self._maps[addr]
-            if addr in self._shown:
+            if addr in self.shown:
                 self._leaving.add(addr)
 
     def hide_unmapped(self) -> None:
@@ -131,16 +171,21 @@ class NativeStore:
         leaving = self._leaving
         if not leaving:
             return
-        by_file: dict[EnclaveMemory, list[tuple[int, int]]] = {}
+        shown, hidden = self.shown, self._hidden
+        by_file: dict[EnclaveMemory, dict[int, int]] = {}
         for addr in leaving:
-            memory, linaddr, _rights = self._shown[addr]
-            by_file.setdefault(memory, []).append((linaddr, addr))
+            memory, linaddr, _rights = shown[addr]
+            pages = by_file.get(memory)
+            if pages is None:
+                pages = by_file[memory] = {}
+            pages[linaddr] = addr
         for memory, pages in by_file.items():
-            pages.sort()
-            contents = memory.hide([linaddr for linaddr, _addr in pages])
-            for (_linaddr, addr), data in zip(pages, contents, strict=True):
-                self._keep(addr, data)
-                del self._shown[addr]
+            ascending = sorted(pages)
+            for linaddr, data in zip(ascending, memory.hide(ascending), strict=True):
+                addr = pages[linaddr]
+                if data != ZEROS:
+                    hidden[addr] = data
+                del shown[addr]
         leaving.clear()
 
     def lend(self, addr: int, memory: EnclaveMemory, linaddr: int) -> None:
@@ -159,11 +204,11 @@ class NativeStore:
 
     def is_shown(self, addr: int) -> bool:
         """Return whether page tables map the page and its bytes are in a memory file."""
-        return addr in self._shown and addr not in self._leaving
+        return addr in self.shown and addr not in self._leaving
 
     def rights(self, addr: int) -> int:
         """Return the EPCM rights of the page at EPC address ``addr``; 0: it is not shown."""
-        return self._shown[addr][2] if self.is_shown(addr) else 0
+        return self.shown[addr][2] if self.is_shown(addr) else 0
 
     def refresh(self, page: EpcPage) -> None:
         """Make the program's rights on ``page`` agree with its EPCM entry.
@@ -173,38 +218,40 @@ class NativeStore:
         addr, rights = page.addr, page.rwx
         if rights & EXECUTE:
             rights |= READ
-        usable = page.valid and page.pt is PageType.REG and not (page.pending or page.modified)
+        usable = page.valid and page.pt is _REG and not (page.pending or page.modified)
         usable = usable and addr not in self.poisoned
         where = self._maps.get(addr)
         if where is None or not usable or not rights:
             self._hide(addr)
             return
         memory, linaddr, _count = where
-        shown = self._shown.get(addr)
+        shown = self.shown.get(addr)
         if shown is None:
-            data = self._hidden.pop(addr, _ZEROS)
-            self._shown[addr] = memory, linaddr, rights
+            data = self._hidden.pop(addr, ZEROS)
+            self.shown[addr] = memory, linaddr, rights
             if rights & ~READ == EXECUTE:
                 data = memory.forbid(linaddr, bytes(data))
             memory.show(linaddr, data, rights)
         elif shown[2] != rights:
             memory.unmark(linaddr)  # writable code has no marks
-            self._shown[addr] = memory, linaddr, rights
+            self.shown[addr] = memory, linaddr, rights
             memory.set_rights(linaddr, rights)
             if rights & ~READ == EXECUTE:
                 memory.forbid_shown(linaddr)
 
-    def _keep(self, addr: int, data: bytes | bytearray) -> None:
-        if data == _ZEROS:
-            self._hidden.pop(addr, None)
-        else:
-            self._hidden[addr] = data
-
     def _hide(self, addr: int) -> None:
-        shown = self._shown.get(addr)
+        shown = self.shown.get(addr)
         if shown is not None:
             memory, linaddr, _rights = shown
             (data,) = memory.hide([linaddr])
-            self._keep(addr, data)
-            del self._shown[addr]
+            if data != ZEROS:
+                self._hidden[addr] = data
+            del self.shown[addr]
             self._leaving.discard(addr)
+
+
+if compiled.speedups is not None:
+    if compiled.speedups.bind("NativeStore", NativeStore):
+        compiled.speedups.give("NativeStore", NativeStore)
+    compiled.speedups.give("REG", _REG)
+    compiled.speedups.give("ZEROS", ZEROS)

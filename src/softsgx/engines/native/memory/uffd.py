@@ -1,8 +1,16 @@
-"""Enclave memory by userfaultfd: a thread that touches a hole in the memory file gets SIGBUS.
+"""Enclave memory by userfaultfd: a thread that touches a hole in the memory file faults.
 
-Most of the state is the file's holes and its write protection.  The supervisor sees a fault as a
-signal-delivery stop, where it can still change the thread's registers.  :mod:`.fetches` keeps the
-program from executing pages whose EPCM entries lack X.
+Most of the state is the file's holes and its write protection.  A fault is one of two things, the
+same for all faults of an address space:
+
+- an *event*: the thread waits in the kernel until its page is there and it is woken
+  (:mod:`softsgx.engines.native.tracing.fault_events`);
+- a *signal*: SIGBUS, which the supervisor sees as a signal-delivery stop.
+
+At a stop the supervisor can change the thread's registers; it makes a thread that waits stop if it
+has to.  No request of the pager wakes a thread, so it continues when all is done that has to be
+done before.  :mod:`.fetches` keeps the program from executing pages whose EPCM entries
+lack X.
 
 Accessed pages are found in the page tables: the supervisor drops the entry of a page, and the
 kernel makes it again when the page is touched.
@@ -19,6 +27,7 @@ import struct
 from collections.abc import Callable
 from errno import EINVAL, ENOENT, ESRCH
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.memory.fetches import Fetches
@@ -34,27 +43,28 @@ With the second one, UFFDIO_CONTINUE can make a page that is write-protected.
 """
 
 _WRITE = 2
-_FEATURES = (
-    abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-)
+_FEATURES = abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+_EVENTS = abi.UFFD_FEATURE_THREAD_ID | abi.UFFD_FEATURE_EXACT_ADDRESS
 UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
 """Errors for a page that is not mapped here, or a process that has ended."""
 
-_PRESENT = 0x80  # bit 63, seen in the word's last byte
-_PAGE_SHIFT, _BLOCK_PAGES, _BLOCK_MASK, _BLOCK_SHIFT = 12, 64, 63, 18
+PRESENT = 0x80  # bit 63, seen in the word's last byte
+PAGE_SHIFT, BLOCK_PAGES, BLOCK_MASK, BLOCK_SHIFT = 12, 64, 63, 18
 
 
-def open_userfaultfd(ours: int, more_features: int = 0) -> None:
+def open_userfaultfd(ours: int, more_features: int = 0, *, events: bool = False) -> None:
     """Negotiate the API on a fresh userfaultfd.
 
     Args:
         ours: the descriptor.
         more_features: UFFD_FEATURE_* bits besides those of :class:`UffdPager`.
+        events: whether faults are events; otherwise they are signals.
 
     Raises:
         OSError: EINVAL: the kernel lacks one of the features.
     """
-    request = struct.pack("<QQQ", abi.UFFD_API, _FEATURES | more_features, 0)
+    features = _FEATURES | more_features | (_EVENTS if events else abi.UFFD_FEATURE_SIGBUS)
+    request = struct.pack("<QQQ", abi.UFFD_API, features, 0)
     fcntl.ioctl(ours, abi.UFFDIO_API, bytearray(request))
 
 
@@ -72,7 +82,21 @@ class UffdPager:
         failed: ends the processes of the address space; called after an unexpected error of the
             kernel (out of memory, for example), which may arise while the supervisor handles
             another process.
+        close_events: called before the userfaultfd is closed; ``None``: faults are signals.
     """
+
+    __slots__ = (
+        "_close_events",
+        "_dontwake",
+        "_failed",
+        "_fetches",
+        "_inject",
+        "_pagemap",
+        "_present",
+        "_running",
+        "_uffd",
+        "_watched",
+    )
 
     name = "userfaultfd"
     _mode = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
@@ -85,8 +109,10 @@ class UffdPager:
         running: Callable[[], bool],
         prot_at: Callable[[int], int | None],
         failed: Callable[[Exception], None],
+        close_events: Callable[[int], None] | None = None,
     ) -> None:
-        self._failed = failed
+        self._failed, self._close_events = failed, close_events
+        self._dontwake = 0 if close_events is None else abi.UFFDIO_COPY_MODE_DONTWAKE
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._fetches = Fetches(prot_at)
         self._watched: set[int] = set()
@@ -135,13 +161,14 @@ class UffdPager:
 
     def show(self, linaddr: int, data: bytes | bytearray, rights: int) -> bool:
         """Fill the hole by UFFDIO_COPY, which makes the page and its entry in one step."""
-        mode = 0 if rights & _WRITE else abi.UFFDIO_COPY_MODE_WP
+        mode = self._dontwake | (0 if rights & _WRITE else abi.UFFDIO_COPY_MODE_WP)
         code = kernel.copy_page(self._uffd, linaddr, mode, data)
         if code:
             if code not in UNMAPPED:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
-        self._present.pop(linaddr >> _BLOCK_SHIFT, None)  # was read before the new entry existed
+        if self._present:  # was read before the new entry existed
+            self._present.pop(linaddr >> BLOCK_SHIFT, None)
         self._fetches.shown(linaddr, rights)
         return True
 
@@ -156,7 +183,10 @@ class UffdPager:
         self._fetches.changed(linaddr, rights)
 
     def _allow_stores(self, linaddr: int, rights: int) -> None:
-        mode = 0 if rights & _WRITE else abi.UFFDIO_WRITEPROTECT_MODE_WP
+        if not rights & _WRITE:
+            mode = abi.UFFDIO_WRITEPROTECT_MODE_WP
+        else:
+            mode = abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE if self._dontwake else 0
         self._protect(linaddr, linaddr + PAGE_BYTES, mode)
 
     def _protect(self, start: int, end: int, mode: int) -> bool:
@@ -176,10 +206,10 @@ class UffdPager:
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
         # Queries for neighbours follow: one reading serves them until the program is resumed.
-        flags = self._present.get(linaddr >> _BLOCK_SHIFT)
+        flags = self._present.get(linaddr >> BLOCK_SHIFT)
         if flags is None:
-            flags = self._read_block(linaddr >> _BLOCK_SHIFT)
-        if flags[linaddr >> _PAGE_SHIFT & _BLOCK_MASK] < _PRESENT:
+            flags = self._read_block(linaddr >> BLOCK_SHIFT)
+        if flags[linaddr >> PAGE_SHIFT & BLOCK_MASK] < PRESENT:
             return False
         self._watched.add(linaddr)
         return True
@@ -187,10 +217,10 @@ class UffdPager:
     def _read_block(self, block: int) -> bytes:
         """Return the last byte of each word of pagemap for a block of pages."""
         try:
-            words = os.pread(self._pagemap, 8 * _BLOCK_PAGES, block * 8 * _BLOCK_PAGES)
+            words = os.pread(self._pagemap, 8 * BLOCK_PAGES, block * 8 * BLOCK_PAGES)
         except OSError:
             words = b""
-        flags = self._present[block] = words[7::8].ljust(_BLOCK_PAGES, b"\0")
+        flags = self._present[block] = words[7::8].ljust(BLOCK_PAGES, b"\0")
         return flags
 
     def flush(self) -> None:
@@ -215,5 +245,11 @@ class UffdPager:
 
     def close(self) -> None:
         """Close the descriptors."""
+        if self._close_events is not None:
+            self._close_events(self._uffd)
         os.close(self._uffd)
         os.close(self._pagemap)
+
+
+if compiled.speedups is not None and compiled.speedups.bind("UffdPager", UffdPager):
+    compiled.speedups.give("UffdPager", UffdPager)

@@ -11,6 +11,7 @@ from errno import EINVAL, ENODEV, ENOMEM
 
 from softsgx.driver import EnclaveVma
 from softsgx.engines.native import abi
+from softsgx.engines.native.mappings import mappings
 from softsgx.engines.native.syscalls.registry import Registry
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -81,16 +82,13 @@ def drop_left_behind(image: ProcessImage, tid: int, registry: Registry) -> None:
     vmas = image.mm.vmas()
     if not vmas:
         return
-    inherited: dict[int, list[tuple[int, int]]] = {}
-    with open(f"/proc/{tid}/maps") as maps:
-        for line in maps:
-            place, _rights, _offset, _device, inode, *_path = line.split(maxsplit=5)
-            start, end = (int(part, 16) for part in place.split("-"))
-            inherited.setdefault(int(inode), []).append((start, end))
+    inherited: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for each in mappings(tid):
+        inherited.setdefault((each.device, each.inode), []).append((each.start, each.end))
     for vma in vmas:
-        _device_number, inode_number = registry.of_file(vma.file).memory.key
+        key = registry.of_file(vma.file).memory.key
         at, end = vma.start, vma.end
-        for low, high in [*inherited.get(inode_number, []), (end, end)]:
+        for low, high in [*inherited.get(key, []), (end, end)]:
             if at < min(low, end):
                 image.mm.munmap(at, min(low, end) - at)
             if low < end:

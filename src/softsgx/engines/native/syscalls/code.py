@@ -1,7 +1,8 @@
 """Replaces CPUID in new code of the program, which execve and mmap have mapped.
 
 Programs execute the same files many times.  The positions of CPUID in a piece of a file are cached
-as long as the file does not change.
+as long as the file does not change, and so is what is written there, as long as the code between
+the first and the last of them is the same.
 
 Deviation: CPUID in shared mappings of files is the processor's own: a replacement there would
 change the file.
@@ -15,10 +16,14 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from softsgx.engines.native.mappings import file_code
+from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.x86.rewrite import CPUID, TRAP, cpuid_sites
+from softsgx.engines.native.vdso.stubs import merged
+from softsgx.engines.native.x86.rewrite import CPUID, TRAP, find_cpuid
 
 __all__ = ["NewCode"]
 
@@ -39,50 +44,88 @@ class _Piece(NamedTuple):
     length: int
 
 
+class _Known:
+    """What is known of a piece.
+
+    Attributes:
+        sites: offsets of CPUID.
+        code: the code from the first to the last of them when it was mapped last.
+        changes: (offset, bytes) of what was written then.
+        replaced: the offsets of the CPUIDs that this replaced.
+    """
+
+    __slots__ = ("changes", "code", "replaced", "sites")
+
+    def __init__(self, sites: list[int]) -> None:
+        self.sites = sites
+        self.code: bytes | None = None
+        self.changes: list[tuple[int, bytes]] = []
+        self.replaced: frozenset[int] = frozenset()
+
+    def look(self, code: bytes) -> None:
+        """Prepare the changes for code that begins at the first site."""
+        if code == self.code:
+            return
+        first = self.sites[0]
+        self.code = code
+        self.replaced = frozenset(
+            site for site in self.sites if code[site - first : site - first + len(CPUID)] == CPUID
+        )
+        self.changes = merged([(site, TRAP) for site in sorted(self.replaced)], code, first)
+
+
 class NewCode:
     """Replaces CPUID in new mappings of files."""
 
     def __init__(self) -> None:
-        self._sites: dict[_Piece, list[int]] = {}
+        self._pieces: dict[_Piece, _Known] = {}
 
-    def executed(self, thread: ProgramThread) -> None:
-        """Look at what execve has mapped: the program and its loader."""
-        with open(f"/proc/{thread.tid}/maps") as maps:
-            for line in maps:
-                words = line.rstrip("\n").split(maxsplit=5)
-                if "x" in words[1] and len(words) > 5 and words[5].startswith("/"):
-                    start, end = (int(part, 16) for part in words[0].split("-"))
-                    piece = _piece(words[5], int(words[2], 16), end - start)
-                    if piece and (piece.device, piece.inode) != (_device(words[3]), int(words[4])):
-                        piece = None  # another file has that name here
-                    self._replace(thread, start, end - start, piece)
+    def executed(self, image: ProcessImage, tid: int) -> None:
+        """Look at what execve has mapped for its thread: the program and its loader."""
+        for each in file_code(tid):
+            length = each.end - each.start
+            piece = _piece(each.path, each.offset, length)
+            if piece and (piece.device, piece.inode) != (each.device, each.inode):
+                piece = None  # another file has that name here
+            self._replace(image, each.start, length, piece)
+
+    def knows_none(self, thread: ProgramThread, length: int, descriptor: int, offset: int) -> bool:
+        """Return whether what mmap will map is known and has no CPUID."""
+        piece = _piece(f"/proc/{thread.tid}/fd/{descriptor}", offset, length)
+        known = None if piece is None else self._pieces.get(piece)
+        return known is not None and not known.sites
 
     def mapped(
         self, thread: ProgramThread, address: int, length: int, descriptor: int, offset: int
     ) -> None:
         """Look at what mmap has mapped from an open file."""
         piece = _piece(f"/proc/{thread.tid}/fd/{descriptor}", offset, length)
-        self._replace(thread, address, length, piece)
+        self._replace(thread.image, address, length, piece)
 
     def _replace(
-        self, thread: ProgramThread, address: int, length: int, piece: _Piece | None
+        self, image: ProcessImage, address: int, length: int, piece: _Piece | None
     ) -> None:
-        image = thread.image
-        sites = None if piece is None else self._sites.get(piece)
-        if sites is None:
-            sites = cpuid_sites(image.read(address, length))
+        known = None if piece is None else self._pieces.get(piece)
+        if known is None:
+            sites = find_cpuid(lambda offset, size: image.read(address + offset, size), length)
+            known = _Known(sites)
             if piece is not None:
-                self._remember(piece, sites)
-        for site in sites:
-            at = address + site
-            if image.read(at, len(CPUID)) == CPUID:
-                os.pwrite(image.memory_fd, TRAP, at)
-                image.cpuid_sites.add(at)
+                self._remember(piece, known)
+        if not known.sites:
+            return
+        first, last = known.sites[0], known.sites[-1]
+        known.look(image.read(address + first, last + len(CPUID) - first))
+        changes: Iterable[tuple[int, bytes]] = known.changes
+        if image.members > 1:  # another thread may be changing the code between
+            changes = [(site, TRAP) for site in known.replaced]
+        for place, data in changes:
+            os.pwrite(image.memory_fd, data, address + place)
+        image.cpuid_sites.add(address, known.replaced)
 
-    def _remember(self, piece: _Piece, sites: list[int]) -> None:
-        if len(self._sites) >= _MOST_PIECES:
-            del self._sites[next(iter(self._sites))]
-        self._sites[piece] = sites
+    def _remember(self, piece: _Piece, known: _Known) -> None:
+        if len(self._pieces) >= _MOST_PIECES:
+            del self._pieces[next(iter(self._pieces))]
+        self._pieces[piece] = known
 
 
 def _piece(path: str, offset: int, length: int) -> _Piece | None:
@@ -103,9 +146,3 @@ def _piece(path: str, offset: int, length: int) -> _Piece | None:
         offset,
         length,
     )
-
-
-def _device(text: str) -> int:
-    """Return the number of a device as ``/proc/PID/maps`` writes it."""
-    major, minor = text.split(":")
-    return os.makedev(int(major, 16), int(minor, 16))

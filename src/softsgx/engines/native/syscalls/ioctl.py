@@ -5,7 +5,8 @@ initialized one gets a filter on its code, so that its system calls stop and bec
 change of EPCM entries, address spaces that map the enclave are brought up to date.
 
 Source:
-    sgx_ioctl(), arch/x86/kernel/cpu/sgx/ioctl.c; SDM vol. 3D, "Illegal Instructions".
+    sgx_ioctl(), arch/x86/kernel/cpu/sgx/ioctl.c; do_vfs_ioctl(), fs/ioctl.c;
+    SDM vol. 3D, "Illegal Instructions".
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ __all__ = ["EnclaveIoctls"]
 _MOST_GUARDED = 64
 
 _TYPE, _SGX_TYPE = 0xFF00, 0xA400
+#: FIBMAP, FIONREAD, FIOQSIZE; FS_IOC_* that get and set flags and attributes; FS_IOC_RESVSP and the
+#: like, which change the size of a file.
+_OF_REGULAR_FILES = frozenset(
+    {
+        *(0x0001, 0x541B, 0x5460),
+        *(0x8008_6601, 0x4008_6602, 0x801C_581F, 0x401C_5820),
+        *(0x4030_5828, 0x4030_5829, 0x4030_582A, 0x4030_582B, 0x4030_5839),
+    }
+)
 
 
 class EnclaveIoctls:
@@ -71,11 +81,16 @@ class EnclaveIoctls:
     def ioctl(self, thread: ProgramThread) -> int | None:
         """Do the ioctl of ``thread``; return ``None`` if its descriptor is no device.
 
-        Commands of other types, as FIOCLEX, are the kernel's.  They stop in strict mode only.
+        Commands of other types, as FIOCLEX, are the kernel's, but for those that the kernel answers
+        for regular files and passes to a device.
         """
         regs = thread.regs
         if regs.rsi & _TYPE != _SGX_TYPE:
-            return None
+            asks = regs.rsi & 0xFFFF_FFFF in _OF_REGULAR_FILES
+            device = (
+                self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF) if asks else None
+            )
+            return None if device is None else -ENOTTY
         device = self._registry.of_descriptor(thread.tid, regs.rdi & 0xFFFF_FFFF)
         if device is None:
             return None
@@ -123,10 +138,11 @@ class EnclaveIoctls:
 
     def _forbid(self, device: Device, file: EnclaveFile) -> None:
         """Name the instructions that code of a new enclave may not execute as this machine does."""
+        xfrm = file.enclave.xfrm
         forbidden = ForbiddenCode(
             cpuid=not self._cpuid_faults,
             time=not self._config.features & SgxFeature.SGX2,
-            state=file.enclave.xfrm != self._xcr0 or not self._areas.same,
+            state=xfrm != self._xcr0 or bool(xfrm & self._areas.moved),
         )
         device.memory.forbidden = forbidden or None
 

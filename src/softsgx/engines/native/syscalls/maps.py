@@ -15,6 +15,7 @@ import os
 
 from softsgx.driver import EnclaveVma
 from softsgx.engines.native import abi
+from softsgx.engines.native.mappings import parse_lines
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, Node
 from softsgx.engines.native.syscalls.registry import Registry
 from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -24,24 +25,24 @@ __all__ = ["maps_text"]
 _NAME_COLUMN = 73
 
 
-def maps_text(text: str, image: ProcessImage, registry: Registry, node: Node) -> str:
+def maps_text(lines: list[str], image: ProcessImage, registry: Registry, node: Node) -> str:
     """Return the text for the program.
 
     Args:
-        text: the kernel's.
+        lines: the kernel's.
         image: whose mappings it lists.
         registry: which memory file each mapping of an enclave is of.
         node: the device's node.
     """
     vmas = image.mm.vmas()
-    inodes = {registry.of_file(vma.file).memory.key[1] for vma in vmas}
-    lines = [
-        (int(line.partition("-")[0], 16), line)
-        for line in text.splitlines()
-        if int(line.split(maxsplit=5)[4]) not in inodes
+    keys = {registry.of_file(vma.file).memory.key for vma in vmas}
+    shown = [
+        (each.start, line)
+        for each, line in zip(parse_lines(lines), lines, strict=True)
+        if (each.device, each.inode) not in keys
     ]
-    lines += [(vma.start, _line(vma, node)) for vma in vmas]
-    return "".join(f"{line}\n" for _start, line in sorted(lines))
+    shown += [(vma.start, _line(vma, node)) for vma in vmas]
+    return "".join(f"{line}\n" for _start, line in sorted(shown))
 
 
 def _line(vma: EnclaveVma, node: Node) -> str:

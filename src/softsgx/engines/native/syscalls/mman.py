@@ -10,24 +10,25 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
+from softsgx.engines.native.mappings import mappings
 from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.syscalls.advice import drop_left_behind
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.engines.native.vdso.host_jumps import put_back
+from softsgx.ondemand import replace
 
 __all__ = ["Mappings"]
 
 _NO_FD = (1 << 64) - 1
 _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
 _MREMAP_FLAGS = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
-_LETTERS = ((0, abi.PROT_READ), (1, abi.PROT_WRITE), (2, abi.PROT_EXEC))
 _RIGHTS = abi.PROT_READ | abi.PROT_WRITE | abi.PROT_EXEC
 
 
@@ -57,7 +58,7 @@ class Mappings:
         code = self._code if private_file and prot & abi.PROT_EXEC else None
         length, descriptor, offset = regs.rsi, _int32(regs.r8), regs.r9
         displaces = flags & abi.MAP_FIXED and _overlaps(thread, regs.rdi, length)
-        if code is None and not displaces:
+        if not displaces and (code is None or self._concerns_nothing(thread)):
             return None
         start = regs.rdi
         address = thread.finish_syscall()
@@ -70,6 +71,16 @@ class Mappings:
         if code is not None:
             code.mapped(thread, address, length, descriptor, offset)
         return address
+
+    def _concerns_nothing(self, thread: ProgramThread) -> bool:
+        """Return whether nothing is to be done when the kernel has mapped code of a file.
+
+        Another thread could put another file in its place meanwhile.
+        """
+        regs, image = thread.regs, thread.image
+        if self._code is None or image.members > 1:
+            return False
+        return self._code.knows_none(thread, regs.rsi, _int32(regs.r8), regs.r9)
 
     def _map_device(self, thread: ProgramThread, device: Device) -> int:
         if self._noexec and thread.regs.rdx & abi.PROT_EXEC:
@@ -189,6 +200,8 @@ class Mappings:
         regs, image = thread.regs, thread.image
         address, length, prot = regs.rdi, regs.rsi, regs.rdx
         length = -(-length // abi.PAGE) * abi.PAGE
+        if prot & abi.PROT_WRITE:
+            put_back(thread, address, address + length)
         foreign = image.foreign_mappings.within(address, address + length)
         if foreign and address % abi.PAGE == 0 and not image.mm.vmas(address, address + length):
             result = thread.finish_syscall()
@@ -268,6 +281,7 @@ class Mappings:
         call that fails after that.
         """
         image = thread.image
+        put_back(thread, old, old + old_length)
         foreign = image.foreign_mappings.within(old, old + old_length)
         replaces = new is not None and _overlaps(thread, new, new_length)
         if not (foreign or replaces or image.mm.vmas(old + new_length, old + old_length)):
@@ -300,7 +314,9 @@ def _overlaps(thread: ProgramThread, address: int, length: int) -> bool:
     """Return whether enclaves are, or were, mapped in a range that the kernel would replace."""
     end, image = address + length, thread.image
     fits = bool(length) and address % abi.PAGE == 0 and end <= abi.TASK_SIZE
-    return fits and bool(image.mm.vmas(address, end) or image.foreign_mappings.within(address, end))
+    if not (fits and image.has_had_enclaves):
+        return False
+    return bool(image.mm.vmas(address, end) or image.foreign_mappings.within(address, end))
 
 
 def _rounded(length: int) -> int:
@@ -325,29 +341,21 @@ def _is_invalid(old: int, old_length: int, new_length: int, flags: int, new: int
 
 def _with_rights(ranges: list[ForeignMapping], tid: int) -> list[ForeignMapping]:
     """Return the parts of ranges where something is mapped, with the rights it has."""
-    found = []
-    with open(f"/proc/{tid}/maps") as maps:
-        for line in maps:
-            place, rights = line.split(maxsplit=2)[:2]
-            start, end = (int(part, 16) for part in place.split("-"))
-            prot = sum(right for at, right in _LETTERS if rights[at] != "-")
-            found += [
-                replace(each, start=max(each.start, start), end=min(each.end, end), prot=prot)
-                for each in ranges
-                if each.start < end and start < each.end
-            ]
-    return found
+    return [
+        replace(each, start=max(each.start, at.start), end=min(each.end, at.end), prot=at.prot)
+        for at in mappings(tid)
+        for each in ranges
+        if each.start < at.end and at.start < each.end
+    ]
 
 
 def _holes(tid: int, start: int, end: int) -> list[tuple[int, int]]:
     """Return the parts of a range where nothing is mapped."""
     found, at = [], start
-    with open(f"/proc/{tid}/maps") as maps:
-        for line in maps:
-            low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
-            if at < min(low, end):
-                found.append((at, min(low, end)))
-            at = max(at, high)
+    for each in mappings(tid):
+        if at < min(each.start, end):
+            found.append((at, min(each.start, end)))
+        at = max(at, each.end)
     return [*found, (at, end)] if at < end else found
 
 

@@ -11,10 +11,9 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import field
 
 from softsgx.cgroup import Hierarchy, file_names, read_file
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, field
 
 __all__ = ["CGROUP", "ENCLAVE", "PROVISION", "Node", "Nodes", "devices"]
 
@@ -112,12 +111,16 @@ class Nodes:
     Args:
         groups: whose files are below :data:`CGROUP`.
         cpuinfo: returns the text of ``/proc/cpuinfo``.
+
+    Attributes:
+        devices: the device nodes and their directory, by each of their names.
     """
 
     def __init__(self, groups: Hierarchy, cpuinfo: Callable[[], bytes]) -> None:
         self._groups = groups
-        self._known = devices()
-        self._known[_CPUINFO] = Node(_CPUINFO, stat.S_IFREG | 0o444, text=cpuinfo, shadows=True)
+        self.devices = devices()
+        shadow = Node(_CPUINFO, stat.S_IFREG | 0o444, text=cpuinfo, shadows=True)
+        self._known = {**self.devices, _CPUINFO: shadow}
 
     def may_name(self, start: bytes) -> bool:
         """Return whether a path that starts with these eight bytes may be a node."""
@@ -128,8 +131,10 @@ class Nodes:
         return self._known[name]
 
     def find(self, path: bytes) -> Node | None:
-        """Return the node at an absolute path."""
+        """Return the node at an absolute path, ``None`` also if only a walk can tell."""
         name = os.path.normpath(path)
+        if name in self.devices and b"/.." in path:
+            return None  # behind a device it is an error
         node = self._known.get(name)
         if node is None and name.startswith(CGROUP):
             node = self._group_node(name)

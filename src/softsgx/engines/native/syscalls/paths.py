@@ -1,7 +1,8 @@
 """System calls that name files: opening, inspecting and changing the nodes that are not there.
 
-A path is recognized when it is absolute.  A file of text is a memory file with what it holds at the
-moment it is opened, sealed against changes.
+A node is found by every path that leads to it, from any directory and through links (``walk.py``);
+files of groups and ``/proc/cpuinfo`` are found by their absolute names only.  A file of text is a
+memory file with what it holds at the moment it is opened, sealed against changes.
 
 Deviation: the nodes are not listed in ``/dev``, and the directories cannot be opened.
 
@@ -16,33 +17,43 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable
 from errno import EACCES, EEXIST, EFAULT, EINVAL, EISDIR, ENODATA, ENOTDIR, EPERM
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.mappings import maps_lines
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.syscalls.walk import Walks
 from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.loop import Handler
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.ondemand import pattern
 
 __all__ = ["NamedFiles", "Opener"]
 
 _PROC = b"/proc/"
-_LINK = re.compile(rb"/proc/(self|thread-self|\d+)/fd/(\d+)")
-_OF_PROCESS = re.compile(rb"/proc/(?P<pid>self|thread-self|\d+)(/task/\d+)?/(?P<what>mem|maps)")
+_LINK = pattern(rb"(?:/proc/(self|thread-self|\d+)|/dev)/fd/(\d+)")
+_OF_PROCESS = pattern(rb"/proc/(?P<pid>self|thread-self|\d+)(/task/\d+)?/(?P<what>mem|maps)")
 _SEALED = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW | abi.F_SEAL_WRITE
 _PERMISSIONS = 0o7777
 _HOW = struct.Struct("<QQQ")  # struct open_how
 _UNCHANGED = 0xFFFF_FFFF
+
+
+class _Place(NamedTuple):
+    """A path in the program's memory: where it is, where it starts, whether a last link counts."""
+
+    directory: int
+    path: int
+    follow: bool
 
 
 class Opener(Protocol):
@@ -76,41 +87,56 @@ class NamedFiles:
     ) -> None:
         self._opener, self._registry, self._nodes = opener, registry, nodes
         self._open_memory, self._image_of = open_memory, image_of
+        self._walks = Walks(nodes.devices, self._node_of_file)
 
     def handlers(self) -> dict[int, Handler]:
         """Return the handlers by number of the call."""
         found: dict[int, Handler] = {
-            abi.SYS_OPEN: lambda thread: self._open(thread, thread.regs.rdi, thread.regs.rsi),
-            abi.SYS_OPENAT: lambda thread: self._open(thread, thread.regs.rsi, thread.regs.rdx),
+            abi.SYS_OPEN: lambda thread: self._open(thread, _of(thread), thread.regs.rsi),
+            abi.SYS_OPENAT: lambda thread: self._open(thread, _at(thread), thread.regs.rdx),
             abi.SYS_OPENAT2: self._openat2,
             abi.SYS_CREAT: lambda thread: self._open(
-                thread, thread.regs.rdi, abi.O_CREAT | abi.O_WRONLY | abi.O_TRUNC
+                thread, _of(thread), abi.O_CREAT | abi.O_WRONLY | abi.O_TRUNC
             ),
-            abi.SYS_STAT: self._stat,
-            abi.SYS_LSTAT: self._stat,
+            abi.SYS_STAT: lambda thread: self._stat(thread, _of(thread)),
+            abi.SYS_LSTAT: lambda thread: self._stat(thread, _of(thread, follow=False)),
             abi.SYS_FSTAT: self._fstat,
             abi.SYS_NEWFSTATAT: self._newfstatat,
             abi.SYS_STATX: self._statx,
-            abi.SYS_ACCESS: lambda thread: self._access(thread, thread.regs.rdi, thread.regs.rsi),
-            abi.SYS_FACCESSAT: self._faccessat,
-            abi.SYS_FACCESSAT2: self._faccessat,
+            abi.SYS_ACCESS: lambda thread: self._access(thread, _of(thread), thread.regs.rsi),
+            abi.SYS_FACCESSAT: lambda thread: self._access(thread, _at(thread), thread.regs.rdx),
+            abi.SYS_FACCESSAT2: lambda thread: self._access(
+                thread, _at(thread, thread.regs.r10), thread.regs.rdx
+            ),
             abi.SYS_READLINK: self._readlink,
             abi.SYS_READLINKAT: self._readlinkat,
-            abi.SYS_CHMOD: lambda thread: self._chmod(thread, thread.regs.rdi, thread.regs.rsi),
-            abi.SYS_FCHMODAT: lambda thread: self._chmod(thread, thread.regs.rsi, thread.regs.rdx),
-            abi.SYS_FCHMODAT2: lambda thread: self._chmod(thread, thread.regs.rsi, thread.regs.rdx),
-            abi.SYS_CHOWN: self._chown,
-            abi.SYS_LCHOWN: self._chown,
+            abi.SYS_CHMOD: lambda thread: self._chmod(thread, _of(thread), thread.regs.rsi),
+            abi.SYS_FCHMODAT: lambda thread: self._chmod(thread, _at(thread), thread.regs.rdx),
+            abi.SYS_FCHMODAT2: lambda thread: self._chmod(
+                thread, _at(thread, thread.regs.r10), thread.regs.rdx
+            ),
+            abi.SYS_CHOWN: lambda thread: self._chown(thread, _of(thread)),
+            abi.SYS_LCHOWN: lambda thread: self._chown(thread, _of(thread, follow=False)),
             abi.SYS_FCHOWNAT: self._fchownat,
             abi.SYS_STATFS: self._statfs,
-        }
-        found |= {number: self._touch_at("rdi") for number in (abi.SYS_UTIME, abi.SYS_UTIMES)}
-        found |= {
-            number: self._touch_at("rsi") for number in (abi.SYS_FUTIMESAT, abi.SYS_UTIMENSAT)
+            abi.SYS_UTIME: lambda thread: self._touch(thread, _of(thread), thread.regs.rsi),
+            abi.SYS_UTIMES: lambda thread: self._touch(thread, _of(thread), thread.regs.rsi),
+            abi.SYS_FUTIMESAT: lambda thread: self._touch(thread, _at(thread), thread.regs.rdx),
+            abi.SYS_UTIMENSAT: lambda thread: self._touch(
+                thread, _at(thread, thread.regs.r10), thread.regs.rdx
+            ),
+            abi.SYS_MKNOD: self._answer(-EEXIST, lambda thread: _of(thread, follow=False)),
+            abi.SYS_MKNODAT: self._answer(
+                -EEXIST, lambda thread: _at(thread, abi.AT_SYMLINK_NOFOLLOW)
+            ),
         }
         for error, numbers in _ANSWERS.items():
-            found |= {number: self._answer("rdi", -error) for number in numbers}
-        found[abi.SYS_MKNODAT] = self._answer("rsi", -EEXIST)
+            found |= {number: self._answer(-error, _of) for number in numbers}
+        for error, numbers in _ANSWERS_OF_LINKS.items():
+            found |= {
+                number: self._answer(-error, lambda thread: _of(thread, follow=False))
+                for number in numbers
+            }
         return found
 
     # --- opening --------------------------------------------------------------------------------
@@ -121,12 +147,14 @@ class NamedFiles:
         if len(how) < _HOW.size or not _HOW.size <= regs.r10 <= abi.PAGE:
             return None  # the kernel says what is wrong, before it looks at the path
         flags, _mode, _resolve = _HOW.unpack(how)
-        return self._open(thread, regs.rsi, flags)
+        return self._open(thread, _at(thread), flags)
 
-    def _open(self, thread: ProgramThread, path: int, flags: int) -> int | None:
-        node = self._node(thread, path) or self._linked_node(thread, path)
+    def _open(self, thread: ProgramThread, place: _Place, flags: int) -> int | None:
+        if flags & abi.O_NOFOLLOW or (flags & abi.O_CREAT and flags & abi.O_EXCL):
+            place = place._replace(follow=False)
+        node = self._node(thread, place) or self._linked_node(thread, place.path)
         if node is None:
-            return self._open_process(thread, path, flags)
+            return self._open_process(thread, place.path, flags)
         if flags & abi.O_CREAT and flags & abi.O_EXCL:
             return -EEXIST
         if node.is_directory:
@@ -148,14 +176,13 @@ class NamedFiles:
             return self._open_memory(thread)
         pid = int(match["pid"]) if match["pid"].isdigit() else thread.process.pid
         image = self._image_of(pid)
-        if image is None or not image.mm.vmas():
+        if image is None or not image.has_enclaves:
             return None
         try:
-            with open(f"/proc/{pid}/maps") as file:
-                text = file.read()
+            lines = maps_lines(pid)
         except OSError as error:
             return -(error.errno or EACCES)
-        shown = maps_text(text, image, self._registry, self._nodes.device(ENCLAVE))
+        shown = maps_text(lines, image, self._registry, self._nodes.device(ENCLAVE))
         return self._open_text(thread, os.fsencode(shown), flags)
 
     def _open_text(self, thread: ProgramThread, text: bytes, flags: int) -> int:
@@ -176,6 +203,7 @@ class NamedFiles:
         descriptor = watch_devices(thread) or _make_file(thread, flags)
         if descriptor < 0:
             return descriptor
+        memory = None
         try:
             memory = EnclaveMemory(libc.take_descriptor(thread.tid, descriptor))
             file: EnclaveFile | ProvisionFile
@@ -184,6 +212,8 @@ class NamedFiles:
             else:
                 file = self._opener.open_provision(thread)
         except OSError as error:
+            if memory is not None:
+                memory.close()
             thread.syscall(abi.SYS_CLOSE, descriptor)
             return -(error.errno or EACCES)
         self._registry.add(Device(file, memory, flags & abi.O_ACCMODE))
@@ -191,8 +221,8 @@ class NamedFiles:
 
     # --- inspecting -----------------------------------------------------------------------------
 
-    def _stat(self, thread: ProgramThread) -> int | None:
-        node = self._own_node(thread, thread.regs.rdi)
+    def _stat(self, thread: ProgramThread, place: _Place) -> int | None:
+        node = self._own_node(thread, place)
         return None if node is None else _give(thread, thread.regs.rsi, node.stat())
 
     def _fstat(self, thread: ProgramThread) -> int | None:
@@ -201,19 +231,16 @@ class NamedFiles:
 
     def _newfstatat(self, thread: ProgramThread) -> int | None:
         regs = thread.regs
-        node = self._node_at(thread, regs.rdi, regs.rsi, regs.r10)
+        node = self._node_at(thread, regs.r10)
         return None if node is None else _give(thread, regs.rdx, node.stat())
 
     def _statx(self, thread: ProgramThread) -> int | None:
         regs = thread.regs
-        node = self._node_at(thread, regs.rdi, regs.rsi, regs.rdx)
+        node = self._node_at(thread, regs.rdx)
         return None if node is None else _give(thread, regs.r8, node.statx())
 
-    def _faccessat(self, thread: ProgramThread) -> int | None:
-        return self._access(thread, thread.regs.rsi, thread.regs.rdx)
-
-    def _access(self, thread: ProgramThread, path: int, mode: int) -> int | None:
-        node = self._own_node(thread, path)
+    def _access(self, thread: ProgramThread, place: _Place, mode: int) -> int | None:
+        node = self._own_node(thread, place)
         if node is None:
             return None
         everybody = node.mode & 7
@@ -221,16 +248,19 @@ class NamedFiles:
 
     def _readlink(self, thread: ProgramThread) -> int | None:
         regs = thread.regs
-        return self._read_link(thread, regs.rdi, regs.rsi, regs.rdx)
+        return self._read_link(thread, _of(thread, follow=False), regs.rsi, regs.rdx)
 
     def _readlinkat(self, thread: ProgramThread) -> int | None:
         regs = thread.regs
-        return self._read_link(thread, regs.rsi, regs.rdx, regs.r10)
+        place = _at(thread, abi.AT_SYMLINK_NOFOLLOW)
+        return self._read_link(thread, place, regs.rdx, regs.r10)
 
-    def _read_link(self, thread: ProgramThread, path: int, buffer: int, size: int) -> int | None:
-        if self._own_node(thread, path) is not None:
+    def _read_link(
+        self, thread: ProgramThread, place: _Place, buffer: int, size: int
+    ) -> int | None:
+        if self._own_node(thread, place) is not None:
             return -EINVAL
-        node = self._linked_node(thread, path)
+        node = self._linked_node(thread, place.path)
         if node is None:
             return None
         given = _give(thread, buffer, node.name[:size])
@@ -238,7 +268,7 @@ class NamedFiles:
 
     def _statfs(self, thread: ProgramThread) -> int | None:
         """Answer for the file system of ``/dev``, where the nodes would be."""
-        if self._own_node(thread, thread.regs.rdi) is None:
+        if self._own_node(thread, _of(thread)) is None:
             return None
         image = thread.image
         scratch = image.vdso_base + image.vdso.scratch
@@ -247,8 +277,8 @@ class NamedFiles:
 
     # --- changing -------------------------------------------------------------------------------
 
-    def _chmod(self, thread: ProgramThread, path: int, mode: int) -> int | None:
-        node = self._own_node(thread, path)
+    def _chmod(self, thread: ProgramThread, place: _Place, mode: int) -> int | None:
+        node = self._own_node(thread, place)
         if node is None:
             return None
         if not _owns(thread, node):
@@ -256,16 +286,15 @@ class NamedFiles:
         node.mode = stat.S_IFMT(node.mode) | mode & _PERMISSIONS
         return 0
 
-    def _chown(self, thread: ProgramThread) -> int | None:
-        regs = thread.regs
-        return self._change_owner(thread, regs.rdi, regs.rsi, regs.rdx)
+    def _chown(self, thread: ProgramThread, place: _Place) -> int | None:
+        return self._change_owner(thread, place, thread.regs.rsi, thread.regs.rdx)
 
     def _fchownat(self, thread: ProgramThread) -> int | None:
         regs = thread.regs
-        return self._change_owner(thread, regs.rsi, regs.rdx, regs.r10)
+        return self._change_owner(thread, _at(thread, regs.r8), regs.rdx, regs.r10)
 
-    def _change_owner(self, thread: ProgramThread, path: int, uid: int, gid: int) -> int | None:
-        node = self._own_node(thread, path)
+    def _change_owner(self, thread: ProgramThread, place: _Place, uid: int, gid: int) -> int | None:
+        node = self._own_node(thread, place)
         if node is None:
             return None
         uid, gid = uid & _UNCHANGED, gid & _UNCHANGED
@@ -275,43 +304,43 @@ class NamedFiles:
         node.gid = node.gid if gid == _UNCHANGED else gid
         return 0
 
-    def _touch_at(self, register: str) -> Handler:
+    def _touch(self, thread: ProgramThread, place: _Place, times: int) -> int | None:
         """Set a node's times, which are not kept: it exists for this run only."""
+        node = self._own_node(thread, place)
+        if node is None:
+            return None
+        return 0 if not times or _owns(thread, node) else -EPERM
 
-        def touch(thread: ProgramThread) -> int | None:
-            node = self._own_node(thread, getattr(thread.regs, register))
-            if node is None:
-                return None
-            times = thread.regs.rdx if register == "rsi" else thread.regs.rsi
-            return 0 if not times or _owns(thread, node) else -EPERM
-
-        return touch
-
-    def _answer(self, register: str, result: int) -> Handler:
+    def _answer(self, result: int, place_of: Callable[[ProgramThread], _Place]) -> Handler:
         def answer(thread: ProgramThread) -> int | None:
-            node = self._own_node(thread, getattr(thread.regs, register))
+            node = self._own_node(thread, place_of(thread))
             return None if node is None else result
 
         return answer
 
     # --- which node -----------------------------------------------------------------------------
 
-    def _node(self, thread: ProgramThread, path: int) -> Node | None:
+    def _node(self, thread: ProgramThread, place: _Place) -> Node | None:
         """Return the node that a path in the program's memory names."""
-        # Most paths name other files: their first eight bytes show it.
-        if not self._nodes.may_name(thread.image.read(path, 8)):
-            return None
-        return self._nodes.find(thread.image.read_string(path))
+        path = thread.image.read_string(place.path)
+        if self._nodes.may_name(path[:8]):
+            node = self._nodes.find(path)
+            if node is not None:
+                return node
+        return self._walks.find(
+            thread, place.directory, path, follow=place.follow, opened=bool(len(self._registry))
+        )
 
-    def _own_node(self, thread: ProgramThread, path: int) -> Node | None:
+    def _own_node(self, thread: ProgramThread, place: _Place) -> Node | None:
         """Return the node that a path names, if no real file answers for it."""
-        node = self._node(thread, path)
+        node = self._node(thread, place)
         return None if node is None or node.shadows else node
 
-    def _node_at(self, thread: ProgramThread, directory: int, path: int, flags: int) -> Node | None:
-        node = self._own_node(thread, path)
-        if node is None and flags & abi.AT_EMPTY_PATH and not thread.image.read_string(path):
-            node = self._descriptor_node(thread, directory)
+    def _node_at(self, thread: ProgramThread, flags: int) -> Node | None:
+        place = _at(thread, flags)
+        node = self._own_node(thread, place)
+        if node is None and flags & abi.AT_EMPTY_PATH and not thread.image.read_string(place.path):
+            node = self._descriptor_node(thread, place.directory)
         return node
 
     def _descriptor_node(self, thread: ProgramThread, descriptor: int) -> Node | None:
@@ -323,14 +352,18 @@ class NamedFiles:
 
         Opening such a link opens the device again.
         """
-        if not len(self._registry) or thread.image.read(path, len(_PROC)) != _PROC:
+        if not len(self._registry):
             return None
         link = _LINK.fullmatch(thread.image.read_string(path))
         if link is None:
             return None
         itself = thread.tid if link[1] == b"thread-self" else thread.process.pid
-        owner = int(link[1]) if link[1].isdigit() else itself
+        owner = int(link[1]) if link[1] and link[1].isdigit() else itself
         device = self._registry.of_descriptor(owner, int(link[2]))
+        return None if device is None else self._node_of(device)
+
+    def _node_of_file(self, key: tuple[int, int]) -> Node | None:
+        device = self._registry.of_inode(key)
         return None if device is None else self._node_of(device)
 
     def _node_of(self, device: Device) -> Node:
@@ -338,19 +371,28 @@ class NamedFiles:
         return self._nodes.device(ENCLAVE if is_enclave else PROVISION)
 
 
-#: Calls that set times, by the register of their path; the times come next.
-_TOUCHES = {
-    "rdi": (abi.SYS_UTIME, abi.SYS_UTIMES),
-    "rsi": (abi.SYS_FUTIMESAT, abi.SYS_UTIMENSAT),
-}
 #: Calls whose first argument is a path, by what they end with at a node.
 _ANSWERS = {
-    ENODATA: (abi.SYS_GETXATTR, abi.SYS_LGETXATTR),
-    0: (abi.SYS_LISTXATTR, abi.SYS_LLISTXATTR),
-    EPERM: (*(abi.SYS_SETXATTR, abi.SYS_LSETXATTR, abi.SYS_REMOVEXATTR, abi.SYS_LREMOVEXATTR),),
+    ENODATA: (abi.SYS_GETXATTR,),
+    0: (abi.SYS_LISTXATTR,),
+    EPERM: (abi.SYS_SETXATTR, abi.SYS_REMOVEXATTR),
     EINVAL: (abi.SYS_TRUNCATE,),
-    EEXIST: (abi.SYS_MKNOD,),
 }
+_ANSWERS_OF_LINKS = {
+    ENODATA: (abi.SYS_LGETXATTR,),
+    0: (abi.SYS_LLISTXATTR,),
+    EPERM: (abi.SYS_LSETXATTR, abi.SYS_LREMOVEXATTR),
+}
+
+
+def _of(thread: ProgramThread, *, follow: bool = True) -> _Place:
+    """Return the path of a call whose first argument it is."""
+    return _Place(abi.AT_FDCWD, thread.regs.rdi, follow)
+
+
+def _at(thread: ProgramThread, flags: int = 0) -> _Place:
+    """Return the path of a call whose first arguments are a directory and a path."""
+    return _Place(thread.regs.rdi, thread.regs.rsi, not flags & abi.AT_SYMLINK_NOFOLLOW)
 
 
 def _make_file(thread: ProgramThread, flags: int) -> int:

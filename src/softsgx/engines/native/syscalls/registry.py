@@ -63,6 +63,7 @@ class Registry:
         """Remember a device that was just opened."""
         self._by_inode[device.memory.key] = device
         self._by_file[id(device.file)] = device
+        device.file.memory = device.memory
 
     def has(self, device: Device) -> bool:
         """Return whether a device is still open or mapped somewhere."""
@@ -84,6 +85,10 @@ class Registry:
         except OSError:
             return None
         return self._by_inode.get((info.st_dev, info.st_ino))
+
+    def of_inode(self, key: tuple[int, int]) -> Device | None:
+        """Return the device whose memory file has this (device, inode), if any."""
+        return self._by_inode.get(key)
 
     def forget_page_table(self, page_table: EnclavePageTable) -> None:
         """An address space has ended: its pager is closed."""

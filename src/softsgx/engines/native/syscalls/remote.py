@@ -19,7 +19,6 @@ Source:
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Callable
 from errno import EFAULT, EIO
@@ -28,11 +27,11 @@ from softsgx.driver import peek, poke
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, pattern
 
 __all__ = ["RemoteMemory"]
 
-_MEMORY = re.compile(r"/proc/(\d+)(?:/task/\d+)?/mem")
+_MEMORY = pattern(r"/proc/(\d+)(?:/task/\d+)?/mem")
 _IOVEC = struct.Struct("<QQ")
 _MOST_PARTS = 1024
 _MOST_BYTES = 1 << 24

@@ -70,8 +70,6 @@ _ALWAYS = (
     abi.SYS_UTIMENSAT,
     abi.SYS_FCHMODAT2,
     abi.SYS_CLONE3,
-    abi.SYS_EXECVE,
-    abi.SYS_EXECVEAT,
     abi.SYS_PROCESS_VM_READV,
     abi.SYS_PROCESS_VM_WRITEV,
     abi.SYS_FTRUNCATE,
@@ -82,14 +80,17 @@ _ALWAYS = (
     abi.SYS_SOFTSGX_EENTER,
 )
 
-#: Stop in a process that has a device: they concern its descriptors and mappings.
+_EXECVES = (abi.SYS_EXECVE, abi.SYS_EXECVEAT)
+#: Stop in a process that has a device: they concern its descriptors and mappings.  A thread in
+#: execve cannot be stopped for another one that needs a page.
 _WITH_DEVICES = (
+    *_EXECVES,
     *(abi.SYS_FSTAT, abi.SYS_DUP, abi.SYS_DUP2, abi.SYS_DUP3),
     *(abi.SYS_MPROTECT, abi.SYS_PKEY_MPROTECT, abi.SYS_MUNMAP, abi.SYS_MREMAP),
     *(abi.SYS_MLOCK, abi.SYS_MLOCK2),
 )
 
-#: Stop when this argument is the descriptor of a device: they transfer data, or seek.
+#: Stop when this argument is the descriptor of a device: they transfer data, seek, or ask.
 _ON_DESCRIPTOR = (
     (0, abi.SYS_READ),
     (0, abi.SYS_WRITE),
@@ -110,6 +111,7 @@ _ON_DESCRIPTOR = (
     (0, abi.SYS_PWRITEV),
     (0, abi.SYS_COPY_FILE_RANGE),
     (2, abi.SYS_COPY_FILE_RANGE),
+    (0, abi.SYS_IOCTL),
     (0, abi.SYS_PREADV2),
     (0, abi.SYS_PWRITEV2),
 )
@@ -184,7 +186,7 @@ def build_descriptor_guard(descriptor: int) -> bytes:
     return _pack(code)
 
 
-def build_filter(*, everything: bool = False, code: bool = True) -> bytes:
+def build_filter(*, everything: bool = False, code: bool = True, executions: bool = False) -> bytes:
     """Return the filter for the start of a program as an array of ``struct sock_filter``.
 
     Calls that the supervisor makes in the program's name carry a mark in a free register, if there
@@ -193,12 +195,14 @@ def build_filter(*, everything: bool = False, code: bool = True) -> bytes:
     Args:
         everything: stop every call that can return, as strict mode needs.
         code: stop mappings of code from files, as is needed where CPUID does not fault.
+        executions: stop execve, too.
     """
     instructions = _of_this_architecture()
     if everything:
         instructions += [(_JEQ, _ALLOW, 0, number) for number in _NEVER]
         return _assemble([*instructions, (_JA, 0, 0, _STOP)])
-    instructions += [(_JEQ, _STOP, 0, number) for number in _ALWAYS]
+    always = _ALWAYS + (_EXECVES if executions else ())
+    instructions += [(_JEQ, _STOP, 0, number) for number in always]
     # ioctl: only commands of type 0xA4, SGX's own.
     instructions += _if_call(
         abi.SYS_IOCTL,

@@ -40,12 +40,14 @@ def watch_devices(thread: ProgramThread) -> int:
     if result < 0:
         return result
     image.watched = thread.watched = True
+    thread.announce_end()
     os.pwrite(image.memory_fd, b"\1", image.vdso_base + image.vdso.watched)
     for other in list(image.threads.values()):
         if not other.watched:
             other.watched = other.process is thread.process and result == 0
         # It may have read the word already, or the loop adds the filter when it resumes it.
         in_stub = image.path_stubs is not None and other is not thread
+        other.stop_after_call()
         if (in_stub or not other.watched) and not (other.in_call or other.unstoppable):
             image.hold(other)
     return 0

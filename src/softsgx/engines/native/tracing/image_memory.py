@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from errno import ENAMETOOLONG, ENOTTY
 
 from softsgx.driver import BadAddress, VmaInfo
 from softsgx.engines.native import libc
+from softsgx.engines.native.mappings import mapping_at
 
 __all__ = ["ImageMemory"]
 
@@ -26,7 +26,6 @@ class ImageMemory:
 
     def __init__(self, any_pid: Callable[[], int]) -> None:
         self._any_pid = any_pid
-        self._maps: list[tuple[int, int, bool]] | None = None
 
     def read(self, address: int, size: int) -> bytes:
         """Return ``size`` bytes.
@@ -70,44 +69,12 @@ class ImageMemory:
             raise BadAddress(str(error)) from None
 
     def vma_info(self, address: int) -> VmaInfo | None:
-        """Return the mapping that holds ``address``.
-
-        If the kernel has no query for one mapping, all are read, once for this object: loaders that
-        add their pages one by one would read them for each page.
-        """
-        if self._maps is None:
-            try:
-                with open(f"/proc/{self._any_pid()}/maps", "rb", buffering=0) as maps:
-                    found = libc.find_mapping(maps.fileno(), address)
-            except OSError as error:
-                if error.errno not in (ENOTTY, ENAMETOOLONG):
-                    raise
-                self._maps = _read_maps(self._any_pid())
-            else:
-                if found is None:
-                    return None
-                start, end, path = found
-                noexec = path.startswith("/") and _on_noexec_mount(path)
-                return VmaInfo(start, end, may_exec=not noexec)
-        for start, end, may_exec in self._maps:
-            if start <= address < end:
-                return VmaInfo(start, end, may_exec=may_exec)
-        return None
-
-
-def _read_maps(pid: int) -> list[tuple[int, int, bool]]:
-    """Return (start, end, whether it may be made executable) of each mapping."""
-    noexec: dict[str, bool] = {}
-    found = []
-    with open(f"/proc/{pid}/maps") as maps:
-        for line in maps:
-            words = line.rstrip("\n").split(maxsplit=5)
-            start, end = (int(part, 16) for part in words[0].split("-"))
-            path = words[5] if len(words) > 5 else ""
-            if path.startswith("/") and path not in noexec:
-                noexec[path] = _on_noexec_mount(path)
-            found.append((start, end, not noexec.get(path, False)))
-    return found
+        """Return the mapping that holds ``address``."""
+        found = mapping_at(self._any_pid(), address)
+        if found is None:
+            return None
+        noexec = found.path.startswith("/") and _on_noexec_mount(found.path)
+        return VmaInfo(found.start, found.end, may_exec=not noexec)
 
 
 def _on_noexec_mount(path: str) -> bool:

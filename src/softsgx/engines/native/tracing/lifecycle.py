@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from softsgx.engines.native.tracing.fresh import CopiedImage, FreshChild
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 
@@ -26,7 +27,15 @@ class Lifecycle:
         """Make the object of a new process."""
         raise NotImplementedError
 
-    def fork_image(self, tid: int, parent: ProcessImage) -> ProcessImage:
+    def fork_fresh(self, tid: int, parent: ProgramThread) -> FreshChild | None:
+        """Make the object of a child of fork; ``None``: it has to be prepared, and is not fresh."""
+        raise NotImplementedError
+
+    def fresh_ended(self, tid: int) -> None:
+        """A fresh child was reaped."""
+        raise NotImplementedError
+
+    def fork_image(self, tid: int, parent: ProcessImage | CopiedImage) -> ProcessImage:
         """Make the copy of an address space; ``tid`` is stopped in it, before its first step."""
         raise NotImplementedError
 
@@ -54,6 +63,10 @@ class Lifecycle:
 
     def has_timed_work(self) -> bool:
         """Return whether :meth:`between` can have work to do in this run."""
+        raise NotImplementedError
+
+    def served_first(self) -> ProgramThread | None:
+        """Return the thread for which others stand back; ``None``: threads are all the same."""
         raise NotImplementedError
 
     def before_resume(self) -> None:

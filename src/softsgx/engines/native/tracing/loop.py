@@ -3,12 +3,6 @@
 The loop and all handlers run in one OS thread.  A stopped thread of the program stays stopped until
 the loop, or the code that holds it, resumes it; its further stops are kept in ``pending``.
 
-A thread ends in two steps.  It *dies* when it stops running code of the program: at the event of
-its exit, or when a ptrace request or wait(2) reports the end, possibly while the loop serves
-another thread.  Then it leaves its enclave, and the loop makes no more requests to it.  It is
-*gone* when wait(2) has reaped it: the kernel has released its resources, and the loop, between two
-stops, releases those that the supervisor holds for it.
-
 An exception while a thread is served, or while it is stopped for another thread, ends the process
 of that thread, and no other (see :mod:`.failures`).
 
@@ -21,33 +15,36 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from functools import partial
 
 from softsgx.engines.native import abi
+from softsgx.engines.native.abi import UserRegs
+from softsgx.engines.native.faults.plain import PlainFaults
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.tracing.failures import Failures, kill
+from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.tracing.failures import kill
+from softsgx.engines.native.tracing.fault_events import FaultEvent
 from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.lifecycle import Lifecycle
 from softsgx.engines.native.tracing.process_image import ProcessImage
-from softsgx.engines.native.tracing.program import Process, ProgramThread, Trap
-from softsgx.engines.native.tracing.start import finish_exec
-from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
-from softsgx.engines.native.tracing.unsupervised import Unsupervised, is_32_bit
+from softsgx.engines.native.tracing.program import ProgramThread, Trap
+from softsgx.engines.native.tracing.tasks import GROUP_STOPS, Tasks
+from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso import state_jumps
+from softsgx.runtime import InlineRuntime
 
 __all__ = ["Loop"]
 
 _NO_CALL = (1 << 64) - 1
 _TWO_QWORDS = struct.Struct("<QQ")
+_SIGCHLD_STOP = abi.SIGCHLD << 8 | 0x7F
 _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
-_GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 
 Handler = Callable[[ProgramThread], "int | None"]
 """Emulates a system call: returns its result or -ERESTARTSYS; ``None``: the kernel executes it."""
 
 
-class Loop:
+class Loop(Tasks):
     """See the module.
 
     Args:
@@ -55,12 +52,6 @@ class Loop:
         waits: receives stops and ends.
         transitions: handles signals and ENCLU.
         calls: handlers of system calls that stop, by number.
-
-    Attributes:
-        threads: living threads by id.
-        statuses: exit status of each process that has ended, as wait(2) encodes it.
-        failures: exceptions that are bugs of softsgx.
-        unsupervised: threads of 32-bit programs.
     """
 
     def __init__(
@@ -70,49 +61,72 @@ class Loop:
         transitions: Transitions,
         calls: dict[int, Handler],
     ) -> None:
-        self._lifecycle, self._waits = lifecycle, waits
+        super().__init__(lifecycle, waits, transitions.permits)
         self._transitions, self._calls = transitions, calls
-        self.threads: dict[int, ProgramThread] = {}
-        self.statuses: dict[int, int] = {}
-        self.failures = Failures()
         self._before_resume, self._background = lifecycle.before_resume, lifecycle.background
-        self._permits = transitions.permits
-        self._later: list[ProgramThread] = []
+        self._plain: PlainFaults | None = None
+        self._faults_first = False  # of the two kinds of events, in turn
         self._has_timed_work = True
-        self._dying: dict[int, ProgramThread] = {}
-        self.unsupervised = Unsupervised(waits, lifecycle.new_process)
 
-    def add(self, thread: ProgramThread) -> None:
-        """Add the first thread of a program, stopped."""
-        self._know(thread)
+    def serve_plain_faults(self, store: NativeStore, runtime: InlineRuntime) -> None:
+        """Serve faults of :mod:`~softsgx.engines.native.faults.plain` on the short path."""
+        transitions = self._transitions
+        self._plain = PlainFaults(
+            *(self, self._waits, transitions.enclave, transitions.exits, self._permits),
+            *(store, runtime),
+        )
 
-    def _know(self, thread: ProgramThread) -> None:
-        self.threads[thread.tid] = thread
-        self._waits.places[thread.tid] = thread.place
-
-    def executed(self, thread: Thread, process: Process) -> Callable[[], None]:
-        """Adopt the program of ``thread``, stopped by its execve; return what resumes it."""
-        if is_32_bit(thread):
-            self.unsupervised.add(thread.tid, process)
-            return partial(self.unsupervised.resume, thread.tid)
-        return partial(self.resume_thread, self._lifecycle.exec_image(thread.tid, process))
+    def resolves_faults_of_waiting_threads(self) -> bool:
+        """Return whether most faults are resolved without a stop, where they are events."""
+        return self._plain is not None and not self._lifecycle.has_timed_work()
 
     def run(self) -> None:
         """Serve the program until its last thread is gone."""
         self._has_timed_work = self._lifecycle.has_timed_work()
-        while self.threads or self._dying or self.unsupervised.processes:
+        plain = None if self._has_timed_work else self._plain
+        while self.are_any():
             until_ns = self._between()
             thread = self._next_held()
             if thread is not None:
                 if thread.pending and self.threads.get(thread.tid) is thread:
-                    self._guard(thread, thread.pending.pop(0))
+                    self.guard(thread, thread.pending.pop(0))
                 continue
             try:
-                event = self._waits.next(until_ns)
+                first = self._lifecycle.served_first()
+                if first is not None:
+                    event = self._next_fairly(first, plain, until_ns)
+                elif plain is not None and not self._waits.kept:
+                    event = plain.next()
+                else:
+                    event = self._waits.next(until_ns)
             except ChildProcessError:
                 break
             if event is not None:
                 self._event(*event)
+
+    def _next_fairly(
+        self, first: ProgramThread, plain: PlainFaults | None, until_ns: int | None
+    ) -> tuple[int, int, int] | None:
+        """As :meth:`Waits.next`, while threads stand back for ``first``: its stops come first.
+
+        wait(2) reports the stops of the oldest threads first, and they come before faults of
+        threads that wait.  Those that stand back stop again and again, so others would not be
+        served.
+        """
+        waits = self._waits
+        event = waits.stop_of(first.tid)
+        if event is not None:
+            return event
+        self._faults_first = not self._faults_first
+        fault = waits.fault_now() if self._faults_first else None
+        report = waits.next_or_fault(until_ns) if fault is None else fault
+        if not isinstance(report, FaultEvent):
+            return report
+        if plain is not None:
+            plain.resolve(report)
+        else:
+            waits.stop_at(report)
+        return None
 
     def _between(self) -> int | None:
         """As :meth:`Lifecycle.between`."""
@@ -120,14 +134,23 @@ class Loop:
 
     def _next_held(self) -> ProgramThread | None:
         """Return a held thread whose stop the loop must handle now."""
-        return self._later.pop() if self._later else None
+        return self.held.pop() if self.held else None
+
+    def background(self) -> None:
+        """As :meth:`Lifecycle.background`."""
+        self._background()
 
     def resume_thread(self, thread: ProgramThread, number: int = 0) -> None:
         """Resume a stopped thread, delivering signal ``number``."""
         image = thread.image
-        if thread.mid_call:  # the thread stops again at the end of the call
+        if thread.mid_call:
             image.current = None
-            thread.running = thread.in_call = True
+            # Where calls may have to be made in its name, it stops at the end of this one.
+            shared = thread.unstoppable and len(image.threads) > 2
+            thread.in_call = shared or not image.uninvolved
+            if not thread.in_call:
+                self._before_resume()
+            thread.running = True
             self._go(thread, number)
             return
         image.current = thread
@@ -170,7 +193,7 @@ class Loop:
             # The stack has no room for the frame, or the thread has stopped for another reason.
             thread.running = False
             thread.pending.append(stop)
-            self._later.append(thread)
+            self.held.append(thread)
             return
         mask = thread.sigmask()
         if mask & abi.FAULT_SIGNALS:
@@ -194,11 +217,13 @@ class Loop:
             return False
         thread.running = False
         thread.pending.append(stop)
-        self._later.append(thread)
+        self.held.append(thread)
         return True
 
     def _straighten(self, thread: ProgramThread, stop: Stop) -> Stop:
         """Move a stopped thread to where it is by the program's code; return why it is there."""
+        if thread.mid_call:
+            return stop
         if stop.signal == abi.SIGBUS:
             self._permits.report(thread)
             if thread.cpu.inside is not None and thread.siginfo().code == abi.BUS_ADRERR:
@@ -206,14 +231,14 @@ class Loop:
         self._permits.stopped(thread)
         image = thread.image
         cpuid_stubs = image.cpuid_stubs
-        if cpuid_stubs is None and image.path_stubs is None and not image.state_stubs:
+        if cpuid_stubs is None and image.path_stubs is None and not image.has_state_stubs:
             return stop
         rip = thread.load().rip
-        if cpuid_stubs is not None and rip in cpuid_stubs.entries:
+        if cpuid_stubs is not None and cpuid_stubs.has_entry(rip):
             cpuid_stubs.straighten(thread)
         if not 0 <= rip - image.vdso_base < image.vdso.end:
             return stop
-        if image.state_stubs:
+        if image.has_state_stubs:
             state_jumps.straighten(thread)
         if cpuid_stubs is not None:
             cpuid_stubs.straighten(thread)
@@ -254,6 +279,10 @@ class Loop:
 
     def _event(self, tid: int, status: int, fetched: int) -> None:
         thread = self.threads.get(tid) or self._dying.get(tid)
+        if thread is None and tid in self.fresh:
+            thread = self._fresh_event(tid, status)
+            if thread is None:
+                return
         if tid in self.unsupervised.processes:
             self._unsupervised(tid, status)
         elif thread is None:
@@ -262,26 +291,40 @@ class Loop:
             self._gone(thread, status)
         else:
             thread.running = thread.unstoppable = False
-            self._guard(thread, thread.stopped(status, fetched))
+            stop = thread.stopped(status, fetched)
+            if status != _SIGCHLD_STOP or not self._passes(thread):
+                self.guard(thread, stop)
 
-    def _unsupervised(self, tid: int, status: int) -> None:
-        process = self.unsupervised.processes[tid]
-        if not os.WIFSTOPPED(status):
-            del self.unsupervised.processes[tid]
-            self._reaped(tid, process, status)
-            return
+    def _passes(self, thread: ProgramThread) -> bool:
+        """Resume a thread that has stopped for SIGCHLD, if nothing else is to be done; else False.
+
+        Most children of ordinary programs end with such a stop of their parents.
+        """
+        image = thread.image
+        if not image.uninvolved or thread.process.guarded:
+            return False
         try:
-            if self.unsupervised.stopped(tid, status) is not None:
-                self.executed(Thread(tid, self._waits), process)()
+            rip, stubs = thread.load().rip, image.cpuid_stubs
+            if 0 <= rip - image.vdso_base < image.vdso.end:
+                return False  # it may have to be moved out of a stub
+            if stubs is not None and stubs.has_entry(rip):
+                return False
+            self._permits.settle()
+            self._background()
+            self._before_resume()
+            thread.running = True
+            thread.resume(abi.SIGCHLD)
         except Exception as error:
-            self.failed(process.pid, tid, error)
+            self.failed(thread.process.pid, thread.tid, error)
+        return True
 
-    def _guard(self, thread: ProgramThread, stop: Stop) -> None:
+    def guard(self, thread: ProgramThread, stop: Stop) -> None:
+        """Handle a stop of a thread; an exception ends its process."""
         image = thread.image
         image.current = thread
         try:
             if stop.event == abi.PTRACE_EVENT_EXIT:
-                self._die(thread)
+                self._announced_end(thread)
                 let_end(thread.tid)
                 return
             if stop.event == abi.PTRACE_EVENT_STOP:
@@ -298,30 +341,13 @@ class Loop:
         finally:
             image.current = None
 
-    def failed(self, pid: int, tid: int, error: Exception) -> None:
-        """End the process of a thread that could not be served, unless the thread had ended."""
-        if isinstance(error, Gone):
-            self._note(error)
-        elif isinstance(error, OSError | struct.error) and self._waits.has_moved(tid):
-            self._note(Gone(tid))  # the thread ended after the stop that was being handled
-        else:
-            self.failures.end_process(pid, error)
-
-    def image_failed(self, image: ProcessImage, error: Exception) -> None:
-        """End the processes of an address space in which calls have failed."""
-        for thread in list(image.threads.values()):
-            if thread.running:  # it has left its stop because we resumed it, not by its end
-                self.failures.end_process(thread.process.pid, error)
-            else:
-                self.failed(thread.process.pid, thread.tid, error)
-
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if not stop.event and not stop.syscall:
             self.resume_thread(thread, self._transitions.signal(thread, stop.signal))
         elif stop.event == abi.PTRACE_EVENT_SECCOMP:
             self._call(thread)
         elif stop.event == abi.PTRACE_EVENT_STOP:
-            if stop.signal in _GROUP_STOPS:
+            if stop.signal in GROUP_STOPS:
                 thread.running = True
                 thread.listen()
             else:
@@ -338,11 +364,13 @@ class Loop:
             self.resume_thread(thread)
 
     def _call(self, thread: ProgramThread) -> None:
-        if thread.again:
-            thread.again = False
-            self._make_call(thread)
-            return
-        number = thread.load().orig_rax
+        regs, again = thread.load(), thread.again
+        if again is not None:
+            thread.again = None
+            if again == _call_of(regs):
+                self._make_call(thread)
+                return
+        number = regs.orig_rax
         if number == abi.SYS_SOFTSGX_EENTER:
             self._transitions.enter(thread)
             self.resume_thread(thread)
@@ -369,132 +397,15 @@ class Loop:
         thread.image.flush()
         if not thread.at_call:
             regs = thread.load()
+            thread.again = _call_of(regs)
             regs.rip, regs.rax, regs.orig_rax = regs.rip - 2, regs.orig_rax, _NO_CALL
             thread.store()
-            thread.again = True
         elif thread.load().orig_rax in _EXECVES:
             thread.in_call = thread.unstoppable = True
         self.resume_thread(thread)
 
-    # --- births and deaths ----------------------------------------------------------------------
 
-    def _born(self, parent: ProgramThread, event: int) -> None:
-        tid = parent.event_message()
-        flags = _clone_flags(parent)
-        status = self._waits.first_stop(tid)
-        if status is None:
-            return
-        try:
-            thread = self._child(tid, parent, event, flags)
-        except Exception as error:
-            self.failed(parent.process.pid if flags & abi.CLONE_THREAD else tid, tid, error)
-            return
-        stop = decode_stop(status)  # calls have been made in its name since
-        if stop.event == abi.PTRACE_EVENT_STOP and stop.signal not in _GROUP_STOPS:
-            self.resume_thread(thread)
-        else:
-            thread.pending.append(stop)
-            self._later.append(thread)
-
-    def _child(self, tid: int, parent: ProgramThread, event: int, flags: int) -> ProgramThread:
-        """Add the thread that ``parent`` has made; it is stopped before its first step."""
-        lifecycle = self._lifecycle
-        if flags & abi.CLONE_THREAD:
-            process, shares = parent.process, True
-        else:
-            process = lifecycle.new_process(tid, parent.process)
-            shares = bool(flags & abi.CLONE_VM) or event == abi.PTRACE_EVENT_VFORK
-        image = parent.image if shares else lifecycle.fork_image(tid, parent.image)
-        thread = lifecycle.new_thread(tid, process, image)
-        self._know(thread)
-        # The kernel copies filters.  What fork has copied may have been made before the filter was.
-        thread.watched = shares and parent.watched
-        if not shares:
-            image.current = thread
-            lifecycle.adopt_fork(thread)
-        return thread
-
-    def _exec(self, thread: ProgramThread) -> None:
-        """Handle the event of execve: other threads have ended, this one has the leader's id."""
-        process = thread.process
-        known = [*self.threads.values(), *self._dying.values()]
-        former = [other for other in known if other.process is process and other is not thread]
-        for other in former:
-            self._die(other)
-            self._forget(other)
-        self._die(thread)
-        if is_32_bit(thread):
-            finish_exec(thread)  # for another program the first calls in its name do that
-        self._forget(thread)
-        self.executed(thread, process)()
-
-    def _note(self, gone: Gone) -> None:
-        """Handle the end of a thread during a request to it."""
-        thread = self.threads.get(gone.tid)
-        if thread is not None:
-            self._die(thread)
-
-    def _die(self, thread: ProgramThread) -> None:
-        """Do the first step of a thread's end: it runs no more code of the program."""
-        if self.threads.get(thread.tid) is not thread:
-            return
-        del self.threads[thread.tid], self._waits.places[thread.tid]
-        self._dying[thread.tid] = thread
-        self._permits.ended(thread)
-        self._ended(thread, self._lifecycle.thread_died)
-
-    def _gone(self, thread: ProgramThread, status: int) -> None:
-        """Do the second step: wait(2) has reaped it with this status."""
-        self._reaped(thread.tid, thread.process, status)
-        self._die(thread)
-        self._forget(thread)
-
-    def _reaped(self, tid: int, process: Process, status: int) -> None:
-        if tid == process.pid:
-            self.statuses[tid] = status
-            self.failures.reaped(tid)
-
-    def _forget(self, thread: ProgramThread) -> None:
-        if self._dying.get(thread.tid) is thread:
-            del self._dying[thread.tid]
-            self._ended(thread, self._lifecycle.thread_gone)
-
-    def _ended(self, thread: ProgramThread, tell: Callable[[ProgramThread], None]) -> None:
-        """Report the end of a thread to ``tell``; an exception there ends no process."""
-        try:
-            tell(thread)
-        except Exception as error:
-            self.failures.note(f"thread {thread.tid} has ended: {error!r} in releasing it", error)
-
-    def kill(self) -> None:
-        """End every process, and wait until it is gone."""
-        ignored = self.unsupervised.processes
-        supervised = {thread.process.pid for thread in self.threads.values()}
-        others = {process.pid for process in ignored.values()}
-        for pid in supervised | others | set(self._waits.unreported):
-            kill(pid)
-        while self.threads or self._dying or ignored:
-            try:
-                event = self._waits.next()
-            except ChildProcessError:
-                return
-            if event is None:
-                continue
-            tid, status, _fetched = event
-            thread = self.threads.get(tid) or self._dying.get(tid)
-            if not os.WIFSTOPPED(status):
-                ignored.pop(tid, None)
-                if thread is not None:
-                    self._gone(thread, status)
-            else:
-                kill(tid)  # it may be a child whose event has not arrived yet
-                let_end(tid)
-
-
-def _clone_flags(parent: ProgramThread) -> int:
-    regs = parent.load()
-    if regs.orig_rax == abi.SYS_CLONE:
-        return regs.rdi
-    if regs.orig_rax == abi.SYS_CLONE3:
-        return int.from_bytes(parent.image.read(regs.rdi, 8), "little")
-    return 0
+def _call_of(regs: UserRegs) -> tuple[int, ...]:
+    """Return what tells a system call from the others that a thread makes."""
+    arguments = regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9
+    return (regs.rip, regs.rsp, regs.orig_rax, *arguments)

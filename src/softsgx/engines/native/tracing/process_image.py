@@ -6,169 +6,117 @@ Threads of one process share an image, and so does a vfork child until it execut
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import cached_property, partial
 
-from softsgx.driver import BadAddress, EnclaveFile, Mm
+from softsgx.driver import EnclaveFile, Mm
 from softsgx.engines.native import abi, recording
+from softsgx.engines.native.mappings import mapping_at, mappings
 from softsgx.engines.native.memory.foreign import ForeignMappings
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager
 from softsgx.engines.native.memory.pagers import NoPager, make_pager
-from softsgx.engines.native.memory.store import NativeStore
-from softsgx.engines.native.syscalls.registry import Device, Registry
+from softsgx.engines.native.memory.plain_table import FAST_PAGE_TABLE
+from softsgx.engines.native.syscalls.registry import Device
+from softsgx.engines.native.tracing.fresh import CopiedImage
 from softsgx.engines.native.tracing.image_memory import ImageMemory
-from softsgx.engines.native.tracing.tracee import Gone, Thread
-from softsgx.engines.native.vdso.code import CALL_WORDS, pack_calls
+from softsgx.engines.native.tracing.image_services import ImageServices
+from softsgx.engines.native.tracing.image_threads import ThreadsOfImage
+from softsgx.engines.native.tracing.tracee import Thread
+from softsgx.engines.native.vdso.areas import make_area
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
+from softsgx.engines.native.vdso.crossing_sites import ExitSite
 from softsgx.engines.native.vdso.elf import Vdso
+from softsgx.engines.native.vdso.host_jumps import EntrySite
 from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.path_calls import PathStubs
-from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable
-from softsgx.engines.native.vdso.state_jumps import StateStub
-from softsgx.hw import EpcPage
-from softsgx.ondemand import dataclass
-from softsgx.runtime import Runtime
+from softsgx.engines.native.vdso.permit_code import STUB_BYTES
+from softsgx.engines.native.vdso.permit_table import PermitTable
+from softsgx.engines.native.vdso.state_code import MOST_STATE_STUBS, STATE_STUB_BYTES
+from softsgx.engines.native.vdso.state_jumps import EnclaveSite
+from softsgx.engines.native.vdso.stubs import Stubs
+from softsgx.engines.native.x86.rewrite import Places
 
-if TYPE_CHECKING:
-    from softsgx.engines.native.tracing.program import ProgramThread
-
-__all__ = ["ImageServices", "ProcessImage"]
+__all__ = ["ProcessImage"]
 
 _ENCLU_BYTES = 3
-#: In one table.
-_MOST_CALLS = abi.PAGE // (8 * CALL_WORDS)
+#: What is made at its first use, and copied by fork.
+_COPIED = frozenset({"exit_stubs", "entry_stubs", "state_stubs", "foreign_mappings", "mm"})
 #: The most mappings of an enclave that are uncovered when it is entered.
 _MOST_UNCOVERED = 16
 
 
-@dataclass(frozen=True, slots=True)
-class ImageServices:
-    """Objects and callbacks that all address spaces of a run share.
-
-    Attributes:
-        pager: the name of the pager.
-        strict: whether mappings of enclaves are covered for threads that are not inside.
-        runtime: the driver's.
-        registry: open devices.
-        store: content of the EPC.
-        page_at: returns the EPC page at an EPC address.
-        hold: stops a running thread; returns whether it is stopped and has not died.
-        kick: makes the threads of an address space that are inside an enclave leave it.
-        failed: ends the processes of an address space in which calls cannot be made.
-        ended: called when the driver has released an address space.
-        installed: called when the driver has mapped a page of an enclave.
-        recorder: records uses of pages of enclaves; ``None``: nothing does.
-    """
-
-    pager: str
-    strict: bool
-    runtime: Runtime
-    registry: Registry
-    store: NativeStore
-    page_at: Callable[[int], EpcPage | None]
-    hold: Callable[[ProgramThread], bool]
-    kick: Callable[[ProcessImage], None]
-    failed: Callable[[ProcessImage, Exception], None]
-    ended: Callable[[ProcessImage], None]
-    installed: Callable[[EpcPage], None]
-    recorder: recording.Recorder | None = None
-
-
-class ProcessImage:
+class ProcessImage(ThreadsOfImage):
     """See the module.
 
     Args:
         index: its number, a part of stand-in physical addresses.
-        thread: the first thread in it, stopped; no system call of the program is under way.
-        memory_fd: descriptor of ``/proc/PID/mem``; it reads and writes what a debugger may.
+        pid: the process that begins in it.
         vdso_base: address of our vDSO.
         vdso: our vDSO.
         services: objects and callbacks that address spaces share.
         parent: the address space that fork has copied.
+        memory_fd: descriptor of ``/proc/PID/mem``; ``None``: it is opened at its first use.
+        thread: its first thread, stopped; no system call of the program is under way.  ``None``:
+            it is not recorded.
 
     Attributes:
+        mm: the driver's address space.
         cpuid_sites: addresses where a CPUID was replaced.
-        threads: the threads that may run code in it again, by id.
         watched: whether calls of its threads that concern open devices have to stop.
-        members: number of its threads that were not reaped yet.
-        current: the thread whose stop is being handled.
         view: the device whose mappings are uncovered now, in a strict run.
         slots: slots for out-of-line execution.
         permits: the table of permits, ``None`` before it is made; permits_at: its address.
         has_room_for_permits: whether a table can be made.
-        exit_stubs: the exit stubs in the order of their addresses.
-        plain_exits: addresses of EEXITs that have no stub and always stop.
+        exit_stubs: the stubs for EEXITs; entry_stubs: those for EENTERs of the host's own code.
         loader: address of the dynamic loader; 0: the program has none.
         cpuid_stubs: the stubs that answer CPUID of the loader, ``None`` without any.
         path_stubs: the stubs that make calls with paths, ``None`` before the first such call.
-        state_stubs: the stubs for extended state in the order of their addresses.
-        plain_states: addresses of instructions on extended state that have no stub.
+        state_stubs: the stubs for instructions on extended state.
 
     Raises:
         Gone: the thread has ended.
         SoftSgxError: this machine forbids the pager of a recording.
     """
 
+    # As each address space begins: most of those of short programs end so.
+    permits: PermitTable | None = None
+    has_room_for_permits = True
+    watched = False
+    view: EnclaveFile | None = None
+    permits_at = loader = 0
+    cpuid_stubs: CpuidStubs | None = None
+    path_stubs: PathStubs | None = None
+
     def __init__(
         self,
         index: int,
-        thread: Thread,
-        memory_fd: int,
+        pid: int,
         vdso_base: int,
         vdso: Vdso,
         services: ImageServices,
         *,
-        parent: ProcessImage | None = None,
+        parent: ProcessImage | CopiedImage | None = None,
+        memory_fd: int | None = None,
+        thread: Thread | None = None,
     ) -> None:
-        self.index, self.memory_fd = index, memory_fd
-        self.vdso_base, self.vdso = vdso_base, vdso
-        self.slots = OutOfLineSlots(memory_fd, vdso_base + vdso.slots)
-        self.permits: PermitTable | None = None
-        self.has_room_for_permits = True
-        # In a fork child these are at the same addresses.
-        self.permits_at: int = 0 if parent is None else parent.permits_at
-        self.exit_stubs: list[ExitStub] = [] if parent is None else list(parent.exit_stubs)
-        self.plain_exits: set[int] = set()
-        self.loader: int = 0 if parent is None else parent.loader
-        self.cpuid_stubs: CpuidStubs | None = None if parent is None else parent.cpuid_stubs
-        copied = None if parent is None else parent.path_stubs
-        self.path_stubs: PathStubs | None = None if copied is None else copied.copy()
-        self.state_stubs: list[StateStub] = [] if parent is None else list(parent.state_stubs)
-        self.plain_states: set[int] = set()
+        super().__init__(vdso_base, vdso, services.hold, NoPager())
+        self.index, self._pid, self._services = index, pid, services
+        if memory_fd is not None:
+            self.memory_fd = memory_fd
         self.registry, self.strict = services.registry, services.strict
-        self.hold, self._failed = services.hold, services.failed
-        self.threads: dict[int, ProgramThread] = {}
-        self.members, self.watched = 0, False
-        self.current: ProgramThread | None = None
-        self.view: EnclaveFile | None = None
-        self._deferred_calls: list[tuple[int, ...]] = []
-        self._collecting = False
+        self.may_be_uninvolved = services.may_be_uninvolved
         self._uncovered: list[tuple[int, int]] = []
         self._used: dict[EnclaveFile, list[tuple[int, int]]] = {}
-        self.cpuid_sites: set[int] = set() if parent is None else set(parent.cpuid_sites)
-        known = () if parent is None else tuple(parent.foreign_mappings.ranges)
-        self.foreign_mappings: ForeignMappings = ForeignMappings(self.inject, known)
-        self._make_pager: Callable[[Thread], Pager] = partial(
-            make_pager,
-            services.pager,
-            inject=self.inject,
-            is_running=self.is_running,
-            prot_at=self.usable_prot_at,
-            failed=partial(services.failed, self),
-            recorder=services.recorder,
-        )
-        # Most programs never map an enclave; recordings ask each pager for its uses.
-        self.pager: Pager = NoPager() if services.recorder is None else self._make_pager(thread)
-        make_table: Callable[..., EnclavePageTable] = EnclavePageTable
+        if thread is not None and services.recorder is not None:
+            self.pager = self._make_pager(thread)  # recordings ask each for its uses
+        make_table: Callable[..., EnclavePageTable] = FAST_PAGE_TABLE
         if services.recorder is not None:
             make_table = partial(recording.RecordedPageTable, recorder=services.recorder)
         self.page_table: EnclavePageTable = make_table(
             index,
             services.store,
-            services.page_at,
+            services.pages,
             self.pager,
             memory_at=self.memory_at,
             mapped_in=self.mapped_in,
@@ -176,12 +124,128 @@ class ProcessImage:
             kick_all=partial(services.kick, self),
             installed=services.installed,
         )
-        ended, pid = partial(services.ended, self), thread.tid  # its first thread leads the process
-        name = f"mm of {pid}"
-        if parent is None:
-            self.mm = Mm(services.runtime, self.page_table, ended=ended, name=name, pid=pid)
+        self.cpuid_sites = Places()
+        if parent is not None:
+            self._copy(parent)
+
+    def _copy(self, parent: ProcessImage | CopiedImage) -> None:
+        """Take over what fork has copied; it is at the same addresses."""
+        self.permits_at, self.loader = parent.permits_at, parent.loader
+        self.cpuid_stubs, self.cpuid_sites = parent.cpuid_stubs, parent.cpuid_sites.copy()
+        self.path_stubs = None if parent.path_stubs is None else parent.path_stubs.copy()
+        if isinstance(parent, CopiedImage):
+            return
+        made = vars(parent)
+        if "exit_stubs" in made:
+            self.exit_stubs = parent.exit_stubs.copy()
+        if "entry_stubs" in made:
+            self.entry_stubs = parent.entry_stubs.copy()
+        if "state_stubs" in made:
+            self.state_stubs = parent.state_stubs.copy()
+        if "foreign_mappings" in made:
+            self.foreign_mappings = ForeignMappings(
+                self.inject, tuple(parent.foreign_mappings.ranges)
+            )
+        if "mm" in made:
+            pid, ended = self._pid, partial(self._services.ended, self)
+            self.mm = parent.mm.fork(self.page_table, ended=ended, name=f"mm of {pid}", pid=pid)
+
+    # --- made at their first use: most address spaces never need them ----------------------------
+
+    @cached_property
+    def mm(self) -> Mm:
+        """See the class."""
+        services, pid = self._services, self._pid
+        ended, name = partial(services.ended, self), f"mm of {pid}"
+        return services.mm_type(services.runtime, self.page_table, ended=ended, name=name, pid=pid)
+
+    @cached_property
+    def slots(self) -> OutOfLineSlots:
+        """See the class."""
+        return OutOfLineSlots(self.memory_fd, self.vdso_base + self.vdso.slots)
+
+    @cached_property
+    def exit_stubs(self) -> Stubs[ExitSite]:
+        """See the class."""
+        area = self.vdso_base + self.vdso.stubs, self.vdso.most_stubs
+        return Stubs(STUB_BYTES, area, make_area)
+
+    @cached_property
+    def entry_stubs(self) -> Stubs[EntrySite]:
+        """See the class."""
+        return Stubs(STUB_BYTES, make_area=make_area)
+
+    @cached_property
+    def state_stubs(self) -> Stubs[EnclaveSite]:
+        """See the class."""
+        return Stubs(STATE_STUB_BYTES, (self.vdso_base + self.vdso.state, MOST_STATE_STUBS))
+
+    @property
+    def has_state_stubs(self) -> bool:
+        """Whether there are stubs for instructions on extended state."""
+        return bool(vars(self).get("state_stubs"))
+
+    @cached_property
+    def foreign_mappings(self) -> ForeignMappings:
+        """Mappings of other memory in the ranges of enclaves."""
+        return ForeignMappings(self.inject)
+
+    def _make_pager(self, thread: Thread) -> Pager:
+        services, events = self._services, None
+        faults = services.waits.faults
+        if faults is not None:
+            events = partial(faults.add, image=self), faults.remove
+        return make_pager(
+            services.pager,
+            thread,
+            inject=self.inject,
+            is_running=self.is_running,
+            prot_at=self.usable_prot_at if self.strict else self.prot_at,
+            failed=partial(services.failed, self),
+            recorder=services.recorder,
+            events=events,
+        )
+
+    def _failed(self, error: Exception) -> None:
+        self._services.failed(self, error)
+
+    def exit(self) -> None:
+        """Its last thread has ended, or executes another program."""
+        if "mm" in vars(self):
+            self.mm.exit()
         else:
-            self.mm = parent.mm.fork(self.page_table, ended=ended, name=name, pid=pid)
+            self._services.ended(self)
+
+    def close_memory(self) -> None:
+        """Close the descriptor of its memory."""
+        if "memory_fd" in vars(self):
+            os.close(self.memory_fd)
+
+    def thread_died(self, tid: int) -> None:
+        """Forget a thread that runs no more code of the program."""
+        del self.threads[tid]
+        if "slots" in vars(self):
+            self.slots.release(tid)
+
+    @property
+    def has_enclaves(self) -> bool:
+        """Whether an enclave is mapped."""
+        return "mm" in vars(self) and bool(self.mm.vmas())
+
+    @property
+    def has_had_enclaves(self) -> bool:
+        """Whether an enclave is mapped, or may have been, and other memory where one was."""
+        return "mm" in vars(self)
+
+    @property
+    def uninvolved(self) -> bool:
+        """Whether it has no open device and no enclave yet: no call is made in its name."""
+        return self.may_be_uninvolved and not self.watched and isinstance(self.pager, NoPager)
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether a copy that fork makes of it needs no preparation."""
+        return self.uninvolved and vars(self).keys().isdisjoint(_COPIED)
 
     @property
     def aep(self) -> int:
@@ -202,8 +266,9 @@ class ProcessImage:
         """Return up to ``size`` bytes, fewer or none where memory ends or an enclave begins."""
         if address >= abi.TASK_SIZE:  # a program may pass anything as a pointer
             return b""
+        memory = self.memory_fd
         try:
-            return os.pread(self.memory_fd, size, address)
+            return os.pread(memory, size, address)
         except OSError:
             return b""
 
@@ -227,14 +292,16 @@ class ProcessImage:
 
     def memory_at(self, linaddr: int) -> EnclaveMemory | None:
         """Return the memory file of the enclave mapped at an address."""
-        vma = self.mm.find(linaddr)
-        return None if vma is None else self.registry.of_file(vma.file).memory
+        mm = self.mm
+        vma = mm.found
+        if vma is None or not vma.start <= linaddr < vma.end:
+            vma = mm.find(linaddr)
+        memory: EnclaveMemory | None = None if vma is None else vma.file.memory
+        return memory
 
     def mapped_in(self, start: int, end: int) -> list[tuple[int, int, EnclaveMemory]]:
         """Return (start, end, memory file) of the mappings of enclaves that overlap a range."""
-        of_file = self.registry.of_file
-        vmas = self.mm.vmas(start, end)
-        return [(vma.start, vma.end, of_file(vma.file).memory) for vma in vmas]
+        return [(vma.start, vma.end, vma.file.memory) for vma in self.mm.vmas(start, end)]
 
     def prot_at(self, linaddr: int) -> int | None:
         """Return the rights the program asked for where an enclave is mapped."""
@@ -252,12 +319,10 @@ class ProcessImage:
 
     def is_mapped_up_to(self, start: int, end: int) -> bool:
         """Return whether something is mapped everywhere in ``[start, end)``."""
-        with open(f"/proc/{self.any_pid()}/maps") as maps:
-            for line in maps:
-                low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
-                if start >= end or start < low:
-                    break
-                start = max(start, high)
+        for each in mappings(self.any_pid()):
+            if start >= end or start < each.start:
+                break
+            start = max(start, each.end)
         return start >= end
 
     def is_present(self, linaddr: int) -> bool:
@@ -267,13 +332,9 @@ class ProcessImage:
             word = os.pread(pagemap.fileno(), 8, linaddr // abi.PAGE * 8)
         if not int.from_bytes(word, "little") >> 63:
             return False
-        with open(f"/proc/{pid}/maps") as maps:
-            for line in maps:
-                place, rights = line.split(maxsplit=2)[:2]
-                start, end = (int(part, 16) for part in place.split("-"))
-                if start <= linaddr < end:
-                    return rights[:3] != "---"  # the kernel calls such entries present
-        return False
+        mapping = mapping_at(pid, linaddr)
+        # The kernel calls entries of memory without rights present.
+        return mapping is not None and mapping.prot != abi.PROT_NONE
 
     def mapped(self, start: int, end: int, prot: int) -> None:
         """Update the pager: a part of one enclave mapping is new, or has other rights."""
@@ -361,84 +422,3 @@ class ProcessImage:
         """Cover a page again, if it has to be."""
         if self.is_covered(page):
             self.pager.reveal(page, page + abi.PAGE, abi.PROT_NONE)
-
-    # --- calls in the program's name ------------------------------------------------------------
-
-    def inject(self, calls: list[tuple[int, ...]]) -> None:
-        """Make system calls in the program's name; their results are ignored.
-
-        Uses the current thread, or stops another one.  If all threads are in system calls that
-        cannot be interrupted, the calls are made before any of them runs code of the program again.
-        Without a living thread there is nothing to do.  A failure ends the processes that have this
-        image.
-        """
-        self._deferred_calls += calls
-        if self._collecting:
-            return
-        calls, self._deferred_calls = self._deferred_calls, []
-        for thread in self._candidates():
-            try:
-                if thread is not self.current and not self.hold(thread):
-                    continue
-                if not thread.mid_call:
-                    self._make(thread, calls)
-                    return
-            except Gone:
-                continue
-            except Exception as error:
-                self._failed(self, error)
-                return
-        if self.threads:
-            self._deferred_calls = calls
-
-    def flush(self) -> None:
-        """Make the deferred calls: the current thread is about to run code of the program."""
-        self.pager.flush()
-        if self._deferred_calls:
-            self.inject([])
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Collect the calls that the ``with`` block injects, and make them together at its end."""
-        assert not self._collecting, "calls are being collected already"
-        self._collecting = True
-        try:
-            yield
-        finally:
-            self._collecting = False
-        if self._deferred_calls:
-            self.inject([])
-
-    def _make(self, thread: ProgramThread, calls: list[tuple[int, ...]]) -> None:
-        if len(calls) == 1:
-            thread.syscall(*calls[0])
-            return
-        start, end = self.vdso_base + self.vdso.calls, self.vdso_base + self.vdso.called
-        table = self.vdso_base + self.vdso.table
-        for first in range(0, len(calls), _MOST_CALLS):
-            some = calls[first : first + _MOST_CALLS]
-            os.pwrite(self.memory_fd, pack_calls(some), table)
-            thread.borrow(start, end, rbx=table, rbp=len(some))
-
-    def _candidates(self) -> list[ProgramThread]:
-        others = [
-            thread
-            for thread in self.threads.values()
-            if thread is not self.current and not thread.unstoppable
-        ]
-        others.sort(key=lambda thread: thread.running)  # those that are stopped anyway come first
-        return others if self.current is None else [self.current, *others]
-
-    def is_running(self) -> bool:
-        """Return whether any of its threads may be executing."""
-        return any(thread.running for thread in self.threads.values())
-
-    def any_pid(self) -> int:
-        """Return the id of some thread that has this address space.
-
-        Raises:
-            BadAddress: there is none any more.
-        """
-        for thread in self.threads.values():
-            return thread.tid
-        raise BadAddress("the process has ended")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import field
+from contextlib import suppress
 from typing import cast
 
 from softsgx.driver import Mm
@@ -24,25 +24,42 @@ __all__ = ["Process", "ProgramThread", "Trap"]
 _READ_IMPLIES_EXEC = 0x0040_0000
 
 
-@dataclass(eq=False, slots=True)
 class Process:
     """A thread group.
 
-    Attributes:
+    Args:
         pid: its id.
         group: the limit group that its EPC is charged to.
+        parent: the process that has made it, if a process of the program has.
+
+    Attributes:
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs with a filter: system calls of their code stop.
         guarded_descriptors: descriptors whose reads and writes stop.
         memory_descriptors: those that were opened as ``/proc/PID/mem``.
+        ended_in_fork: whether a thread of it has ended inside fork, or may have.
     """
 
-    pid: int
-    group: Group
-    alive: int = 0
-    guarded: set[tuple[int, int]] = field(default_factory=set)
-    guarded_descriptors: set[int] = field(default_factory=set)
-    memory_descriptors: set[int] = field(default_factory=set)
+    __slots__ = (
+        "alive",
+        "ended_in_fork",
+        "group",
+        "guarded",
+        "guarded_descriptors",
+        "memory_descriptors",
+        "pid",
+    )
+
+    def __init__(self, pid: int, group: Group, parent: Process | None = None) -> None:
+        self.pid, self.group, self.alive = pid, group, 0
+        self.ended_in_fork = False
+        self.guarded: set[tuple[int, int]] = set()
+        self.guarded_descriptors: set[int] = set()
+        self.memory_descriptors: set[int] = set()
+        if parent is not None:
+            self.guarded |= parent.guarded
+            self.guarded_descriptors |= parent.guarded_descriptors
+            self.memory_descriptors |= parent.memory_descriptors
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +79,28 @@ class Trap:
     address: int | None
 
 
-@dataclass(eq=False)
 class ProgramThread(Thread):
     """See the module.  It is the driver's :class:`~softsgx.driver.Task`.
 
-    Attributes:
+    Args:
+        tid: its id.
+        waits: receives its stops.
         process: its thread group.
         image: its address space.
         cpu: the logical processor it is.
         areas: XSAVE layouts of this machine and of the CPUID that the program sees.
+
+    Attributes:
+        process, image, cpu, areas: as given.
         running: whether it may be executing; ``False`` while the supervisor keeps it stopped.
         pending: stops that arrived while the supervisor waited for something else.
         blocked: its signal mask before it entered an enclave, if the supervisor has changed it.
         watched: whether its calls that concern open devices stop.
         unstoppable: it is in vfork or execve and stops, even for an interrupt, only when its child
             has ended or executed a program, or the other threads of its process have ended.
-        again: the next seccomp stop is the repetition of a call that the kernel shall execute.
+        announces_end: whether it stops before it ends.
+        again: a call that the thread repeats, so that the kernel executes it.  If it stops, it does
+            so next, unless a handler of a signal makes calls before.
         spurious: how often the fault at (RIP, address) was repeated without a reason.
         illegal_at: RIP and exception to report when it executes the illegal instruction of our
             vDSO.
@@ -88,35 +111,60 @@ class ProgramThread(Thread):
         claim: the pages that one instruction of it needs together.
     """
 
-    tid: int
-    waits: Waits
-    process: Process
-    image: ProcessImage
-    cpu: LogicalProcessor
-    areas: AreaLayouts
-    running: bool = False
-    pending: list[Stop] = field(default_factory=list)
+    # As each thread begins: most threads of short programs end so.
+    running = watched = unstoppable = announces_end = kicked = False
+    again: tuple[int, ...] | None = None
     blocked: int | None = None
-    watched: bool = False
-    unstoppable: bool = False
-    again: bool = False
     illegal_at: tuple[int, Trap] | None = None
     resumes: EnclaveMode | None = None
-    kicked: bool = False
-    breakpoints: int = 0
+    breakpoints = _own_tid = 0
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None
-    claim: Claim = field(default_factory=Claim)
-    _own_tid: int = 0
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        tid: int,
+        waits: Waits,
+        process: Process,
+        image: ProcessImage,
+        cpu: LogicalProcessor,
+        areas: AreaLayouts,
+    ) -> None:
         regs = NativeRegisters()
-        super().__init__(self.tid, self.waits, regs)
+        super().__init__(tid, waits, regs)
+        self.process, self.image, self.cpu, self.areas = process, image, cpu, areas
+        self.pending: list[Stop] = []
+        self.claim = Claim()
         # Thread and processor have one set of registers: nothing is copied at a transition.
-        regs.xcr0 = self.cpu.hw.config.xcr0
-        self.cpu.regs = cast(Registers, regs)
-        self.inject_at = self.image.vdso_base + self.image.vdso.inject
+        regs.xcr0 = areas.xcr0
+        cpu.regs = cast(Registers, regs)
+        self.inject_at = image.vdso_base + image.vdso.inject
+
+    # --- stops ----------------------------------------------------------------------------------
+
+    def announce_end(self) -> None:
+        """Make the stopped thread stop before it ends."""
+        if not self.announces_end:
+            self.announces_end = True
+            self._set_options(abi.TRACE_OPTIONS | abi.PTRACE_O_TRACEEXIT)
+
+    def end_silently(self) -> None:
+        """Undo :meth:`announce_end`."""
+        if self.announces_end:
+            self.announces_end = False
+            self._set_options(abi.TRACE_OPTIONS)
+
+    def _set_options(self, options: int) -> None:
+        with suppress(Gone):  # it has been killed
+            self._request(abi.PTRACE_SETOPTIONS, 0, options)
+
+    def stop_after_call(self) -> None:
+        """If it is in vfork, make it stop before it runs code of the program again."""
+        if self.unstoppable and not self.in_call:
+            self.in_call = True
+            with suppress(Gone):
+                self.interrupt()
 
     # --- the processor --------------------------------------------------------------------------
 

@@ -14,35 +14,26 @@ import ctypes
 import os
 import signal
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from errno import ENOENT, ENOEXEC
+from functools import cache
 
 from softsgx.engines.native import abi, libc
+from softsgx.engines.native.doctor import untraceable
 from softsgx.engines.native.limits import Limits, set_limits
 from softsgx.engines.native.tracing.tracee import Gone, Thread
 from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso.elf import (
     HEADER_BYTES,
     Vdso,
-    build_vdso,
     image_bytes,
-    read_symbols,
+    linker,
 )
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.errors import NotRun, SoftSgxError
 
-__all__ = ["TRACE_OPTIONS", "EndedEarly", "install_vdso", "start_program"]
-
-TRACE_OPTIONS = (
-    abi.PTRACE_O_TRACESYSGOOD
-    | abi.PTRACE_O_TRACEFORK
-    | abi.PTRACE_O_TRACEVFORK
-    | abi.PTRACE_O_TRACECLONE
-    | abi.PTRACE_O_TRACEEXEC
-    | abi.PTRACE_O_TRACEEXIT
-    | abi.PTRACE_O_TRACESECCOMP
-    | abi.PTRACE_O_EXITKILL
-)
+__all__ = ["EndedEarly", "install_vdso", "start_program"]
 
 #: Exit statuses of a child that could not execute the program, as env(1) has them.
 _NOT_FOUND, _NOT_EXECUTABLE, _NOT_PREPARED = 127, 126, 125
@@ -70,6 +61,7 @@ def start_program(
     cpus: set[int] | None = None,
     stdio: tuple[int, int, int] | None = None,
     limits: Limits | None = None,
+    ends: bool = True,
 ) -> Thread:
     """Start ``argv`` traced, and return its first thread stopped at the end of its execve.
 
@@ -82,6 +74,7 @@ def start_program(
         cpus: the processors it may run on; by default the supervisor's.
         stdio: descriptors to be its standard input, output and error.
         limits: its resource limits, those that differ from the supervisor's.
+        ends: whether its threads stop before they end.
 
     Raises:
         NotRun: there is no such program, or this machine forbids tracing.
@@ -91,6 +84,7 @@ def start_program(
     supervisor = os.getpid()
     # A handler of this process that ran in the child would take a signal from the program.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    options = abi.TRACE_OPTIONS | (abi.PTRACE_O_TRACEEXIT if ends else 0)
     pid = os.fork()
     if pid == 0:
         _become(supervisor, argv, bpf, failed_write, env, cwd, cpus, stdio, limits)
@@ -102,7 +96,7 @@ def start_program(
         if not os.WIFSTOPPED(status):
             waits.keep(pid, status)
             raise Gone(pid)
-        libc.ptrace(abi.PTRACE_SEIZE, pid, 0, TRACE_OPTIONS)
+        libc.ptrace(abi.PTRACE_SEIZE, pid, 0, options)
         os.kill(pid, signal.SIGCONT)
         _follow_to_exec(thread)
     except Gone:
@@ -112,10 +106,7 @@ def start_program(
         _end(thread)
         if not isinstance(error, OSError):
             raise
-        raise NotRun(
-            f"{argv[0]}: cannot be traced ({error.strerror}); allow ptrace of own children "
-            "(container: --cap-add=SYS_PTRACE)"
-        ) from None
+        raise NotRun(f"ptrace: {untraceable()} ({error.strerror}); see softsgx doctor") from None
     finally:
         os.close(failed_read)
     return thread
@@ -212,7 +203,7 @@ def _install_filter(bpf: bytes) -> None:
 def _follow_to_exec(thread: Thread) -> None:
     """Run a seized child to the end of its execve."""
     while True:
-        stop = thread.wait()
+        stop = thread.wait(executes=True)
         if stop.event == abi.PTRACE_EVENT_EXEC:
             break
         # The stop it began with, signals, and the calls Python makes before execve.
@@ -246,12 +237,12 @@ def install_vdso(
     auxiliary = _auxiliary_vector(memory, regs.rsp)
     slot, original = auxiliary.get(abi.AT_SYSINFO_EHDR, (0, 0))
     _place, loader = auxiliary.get(abi.AT_BASE, (0, 0))
-    symbols: dict[str, int] = {}
+    image = b""
     if original:
         size = image_bytes(os.pread(memory, HEADER_BYTES, original))
         image = os.pread(memory, size, original)
-        symbols = {name: original + value for name, value in read_symbols(image).items()}
-    vdso = build_vdso(symbols)
+    link = linker(image)
+    vdso = link.vdso
 
     # There is no other code yet, so the first calls run in the page of the entry point.
     regs.rax, page = 0, regs.rip & -abi.PAGE
@@ -271,13 +262,14 @@ def install_vdso(
     os.pwrite(memory, kept, page)
     if base < 0:
         raise SoftSgxError(f"process {thread.tid}: no room for a vDSO ({os.strerror(-base)})")
-    os.pwrite(memory, vdso.image, base)  # a tracer may write what the program may not
+    os.pwrite(memory, link.link(original), base)  # a tracer may write what the program may not
     thread.inject_at = base + vdso.inject
     if slot:
         os.pwrite(memory, struct.pack("<Q", base), slot)
     return base, vdso, loader
 
 
+@cache
 def _first_calls(bytes_mapped: int) -> bytes:
     """Return code that calls arch_prctl with the arguments in registers, and mmap after it.
 
@@ -298,24 +290,26 @@ _MAPPING_AT = 7
 
 def _auxiliary_vector(memory: int, stack: int) -> dict[int, tuple[int, int]]:
     """Return (address, value) of each entry of the vector on a fresh stack, by its kind."""
-    (argc,) = struct.unpack("<Q", os.pread(memory, 8, stack))
-    words, at = _words(memory, stack + 8 * (argc + 2)), stack + 8 * (argc + 2)
-    for word in words:  # the environment
-        at += 8
-        if not word:
-            break
-    found: dict[int, tuple[int, int]] = {}
-    for kind in words:
-        if kind == abi.AT_NULL:
-            break
-        found[kind] = at + 8, next(words)
-        at += 16
-    return found
-
-
-def _words(memory: int, address: int) -> Iterator[int]:
-    """Yield the quadwords from ``address`` on, read by pages."""
+    words, size = array("Q"), _FIRST_STACK_BYTES
     while True:
-        some = os.pread(memory, abi.PAGE - address % abi.PAGE, address)
-        yield from struct.unpack(f"<{len(some) // 8}Q", some)
-        address += len(some)
+        words.frombytes(_read_up_to(memory, stack + 8 * len(words), size))
+        try:
+            environment = words[0] + 2  # behind the number of arguments, these, and a zero
+            vector = words.index(0, environment) + 1
+            kinds, values = words[vector::2], words[vector + 1 :: 2]
+            end = kinds.index(abi.AT_NULL)
+        except (IndexError, ValueError):
+            size *= 4
+            continue
+        place = stack + 8 * vector + 8  # of the first value
+        places = range(place, place + 16 * end, 16)
+        return dict(zip(kinds[:end], zip(places, values, strict=False), strict=False))
+
+
+def _read_up_to(memory: int, address: int, size: int) -> bytes:
+    """Return whole quadwords up to a distance, or as far as memory goes."""
+    data = os.pread(memory, size, address)
+    return data[: len(data) & -8]
+
+
+_FIRST_STACK_BYTES = 4096

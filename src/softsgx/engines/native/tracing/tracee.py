@@ -1,7 +1,7 @@
-"""A thread of the program under ptrace: registers, signals, system calls made in its name.
+"""A thread of the program under ptrace: its stops, resuming it, system calls made in its name.
 
 The module does not depend on SGX.  The thread must be in a ptrace stop for every method; all calls
-come from the one OS thread that is the tracer.
+come from the one OS thread that is the tracer.  What is read and set at a stop: :mod:`.stopped`.
 
 Source:
     ptrace(2); Linux kernel/ptrace.c, kernel/seccomp.c for the order of stops.
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from errno import ESRCH
 from functools import cache
 
-from softsgx.engines.native import abi, kernel
+from softsgx.engines.native import abi, kernel, libc
 from softsgx.engines.native.abi import SigInfo, UserRegs
-from softsgx.engines.native.tracing.waits import Waits, let_end, stops_at_exit
-from softsgx.engines.native.vdso.out_of_line import OutOfLine
+from softsgx.engines.native.tracing.stopped import Gone, StoppedThread
+from softsgx.engines.native.tracing.waits import let_end, stops_at_exit
 from softsgx.errors import SoftSgxError
 from softsgx.ondemand import dataclass
 
@@ -39,18 +37,6 @@ _MID_CALL = frozenset(
 )
 
 
-class Gone(Exception):
-    """The thread runs no more code of the program; wait(2) reports, or will report, its end.
-
-    Attributes:
-        tid: its id.
-    """
-
-    def __init__(self, tid: int) -> None:
-        super().__init__(f"thread {tid} is gone")
-        self.tid = tid
-
-
 @dataclass(slots=True, frozen=True)
 class Stop:
     """Why a thread stopped: a signal, or an event (0 for none), or the end of a system call."""
@@ -67,193 +53,13 @@ def decode_stop(status: int) -> Stop:
     return Stop(signal & 0x7F, status >> 16, signal == abi.SIGTRAP | 0x80)
 
 
-class Thread:
-    """One thread of the program.
+_INTERRUPTED = Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)
+_FAULTED = Stop(abi.SIGBUS, 0, False)
+_ALL_BUT_BUS = _MINUS_ONE ^ 1 << abi.SIGBUS - 1
 
-    Args:
-        tid: its id.
-        waits: receives its stops.
-        regs: receives its registers; by default an object of its own.
 
-    Attributes:
-        tid: its id.
-        regs: its general registers, valid between :meth:`load` and the next resume.
-        place: where a wait may put its registers and its signal information.
-        inject_at: address of a ``syscall; int3`` in its memory, 0 while there is none.
-        at_call: whether it is at a seccomp stop whose call can still be made or skipped.
-        in_call: whether it is in the kernel and stops before it runs code of the program again.
-        mid_call: whether it is stopped in the middle of a system call that continues when it is
-            resumed, as at the events of fork and execve: no call can be made in its name.
-    """
-
-    def __init__(self, tid: int, waits: Waits, regs: UserRegs | None = None) -> None:
-        self.tid, self.waits = tid, waits
-        self.regs = UserRegs() if regs is None else regs
-        self._regs_at = ctypes.addressof(self.regs)
-        self._info = SigInfo()
-        self._info_at = ctypes.addressof(self._info)
-        self.place = self._regs_at, self._info_at, self.regs, self._info
-        self.inject_at = 0
-        self.at_call = self.in_call = self.mid_call = False
-        self._at_signal = self._borrowed = False
-        self._kept: SigInfo | None = None
-        # The instruction to execute out of line at the next resume, and the one of the last resume.
-        self._next: OutOfLine | None = None
-        self._elsewhere: OutOfLine | None = None
-        self._loaded = self._changed = False
-        self._fetched = 0  # by the wait; what load and siginfo need not ask for
-        self._new_xstate: bytes | None = None
-        self._real_xstate: bytes | None = None
-
-    # --- registers ------------------------------------------------------------------------------
-
-    def load(self) -> UserRegs:
-        """Fetch the registers; changes that are not in the thread yet are kept."""
-        if self._loaded:
-            return self.regs
-        fetched = self._fetched & kernel.REGISTERS
-        if not fetched and _ptrace(abi.PTRACE_GETREGS, self.tid, 0, self._regs_at) < 0:
-            raise Gone(self.tid)
-        self._loaded = True
-        if self._elsewhere is not None:
-            self._changed |= self._elsewhere.leave(self.regs)
-            self._elsewhere = None
-        return self.regs
-
-    def store(self) -> None:
-        """Set the thread's registers to ``regs``, at the latest when it is resumed."""
-        self._changed = True
-        self._next = self._elsewhere = None
-
-    def execute_out_of_line(self, how: OutOfLine) -> None:
-        """Make the thread execute the instruction at RIP out of line when it is resumed.
-
-        :meth:`store` before that cancels it.
-        """
-        self.store()
-        self._next = how
-
-    def flush(self) -> None:
-        """Store all changed state in the thread now."""
-        if self._changed:
-            self._changed, regs_at = False, self._regs_at
-            how, self._next = self._next, None
-            if how is not None:
-                ctypes.memmove(_ELSEWHERE_AT, regs_at, _REGS_BYTES)
-                how.enter(_ELSEWHERE)
-                self._elsewhere, regs_at = how, _ELSEWHERE_AT
-            if _ptrace(abi.PTRACE_SETREGS, self.tid, 0, regs_at) < 0:
-                raise Gone(self.tid)
-        if self._new_xstate is not None:
-            area, self._new_xstate, self._real_xstate = self._new_xstate, None, None
-            self._write_xstate(area)
-
-    def xstate(self) -> bytes:
-        """Return the XSAVE area, non-compacted form, as large as this machine makes it."""
-        if self._new_xstate is not None:
-            return self._new_xstate
-        if self._real_xstate is not None:
-            return self._real_xstate
-        buffer = _XSTATE
-        vector = abi.IoVec(ctypes.addressof(buffer), len(buffer))
-        self._request(abi.PTRACE_GETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
-        self._real_xstate = buffer.raw[: vector.length]
-        return self._real_xstate
-
-    def set_xstate(self, area: bytes) -> None:
-        """Replace the XSAVE area, at the latest when it is resumed.
-
-        Args:
-            area: as large as the result of :meth:`xstate`.
-        """
-        self._new_xstate = None if area == self._real_xstate else area
-
-    def _write_xstate(self, area: bytes) -> None:
-        buffer = ctypes.create_string_buffer(area, len(area))
-        vector = abi.IoVec(ctypes.addressof(buffer), len(area))
-        self._request(abi.PTRACE_SETREGSET, abi.NT_X86_XSTATE, ctypes.addressof(vector))
-
-    def set_breakpoints(self, addresses: Sequence[int]) -> None:
-        """Set hardware breakpoints: SIGTRAP, TRAP_HWBKPT, before one of at most 4 instructions.
-
-        They replace the earlier ones; execve removes them.
-
-        Raises:
-            OSError: the kernel refuses them.
-        """
-        enabled = sum(1 << 2 * place for place in range(len(addresses)))
-        for place, value in ((7, 0), *enumerate(addresses), (7, enabled)):
-            self._request(abi.PTRACE_POKEUSER, abi.DEBUG_REGISTERS + 8 * place, value)
-
-    # --- signals --------------------------------------------------------------------------------
-
-    def siginfo(self) -> SigInfo:
-        """Return the signal information of this signal stop; reused by the next call."""
-        if self._kept is not None:
-            return self._kept
-        if not self._fetched & kernel.INFORMATION:
-            if _ptrace(abi.PTRACE_GETSIGINFO, self.tid, 0, self._info_at) < 0:
-                raise Gone(self.tid)
-            self._fetched |= kernel.INFORMATION
-        return self._info
-
-    def set_siginfo(self, info: SigInfo) -> None:
-        """Replace the signal information that the handler receives."""
-        self._kept = None
-        self._fetched &= ~kernel.INFORMATION
-        self._request(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
-
-    def sigmask(self) -> int:
-        """Return the blocked signals; bit n-1 is signal n."""
-        if _ptrace(abi.PTRACE_GETSIGMASK, self.tid, 8, _WORD_AT) < 0:
-            raise Gone(self.tid)
-        return _WORD.value
-
-    def set_sigmask(self, mask: int) -> None:
-        """Replace the blocked signals."""
-        buffer = ctypes.c_uint64(mask)
-        self._request(abi.PTRACE_SETSIGMASK, 8, ctypes.addressof(buffer))
-
-    def waiting_signals(self) -> list[int]:
-        """Return the numbers of pending signals; only some of them if there are many."""
-        found = []
-        for shared in (0, 1):
-            _PEEK[0], _PEEK[1] = 0, shared | _PEEKED << 32
-            count = _ptrace(
-                abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
-            )
-            found += [_INFOS[index].signo for index in range(count)]
-        return found
-
-    def fault_waits(self) -> bool:
-        """Return whether the signal of a fault is pending that has not stopped the thread yet."""
-        _PEEK[0], _PEEK[1] = 0, _PEEKED << 32
-        count = _ptrace(
-            abi.PTRACE_PEEKSIGINFO, self.tid, ctypes.addressof(_PEEK), ctypes.addressof(_INFOS)
-        )
-        return any(
-            info.code > 0 and abi.FAULT_SIGNALS >> info.signo - 1 & 1
-            for info in _INFOS[: max(count, 0)]
-        )
-
-    def event_message(self) -> int:
-        """Return the result of PTRACE_GETEVENTMSG: a new thread's id, an exit status."""
-        buffer = ctypes.c_uint64()
-        self._request(abi.PTRACE_GETEVENTMSG, 0, ctypes.addressof(buffer))
-        return buffer.value
-
-    @property
-    def at_signal(self) -> bool:
-        """Whether it is at a signal stop: the signal can be delivered, replaced or dropped."""
-        return self._at_signal
-
-    @property
-    def borrowable(self) -> bool:
-        """Whether :meth:`borrow` has no side effect on what the kernel does next.
-
-        At other stops the kernel is about to execute a system call, or to return from one.
-        """
-        return self._at_signal or (self.at_call and self.load().orig_rax == _MINUS_ONE)
+class Thread(StoppedThread):
+    """One thread of the program; arguments and attributes are those of the base class."""
 
     # --- resuming -------------------------------------------------------------------------------
 
@@ -264,6 +70,8 @@ class Thread:
         """
         if self._changed or self._new_xstate is not None or self._kept is not None:
             self._prepare(signal)
+        if self.waits.kept or self._ended:
+            self._check_place()
         request = abi.PTRACE_SYSCALL if self.in_call else abi.PTRACE_CONT
         if step:
             request = abi.PTRACE_SINGLESTEP
@@ -272,8 +80,17 @@ class Thread:
 
     def _prepare(self, signal: int) -> None:
         self.flush()
-        if signal and self._kept is not None and self._kept.signo == signal:
-            self.set_siginfo(self._kept)
+        if signal:
+            self._receive_signal()
+            if self._kept is not None and self._kept.signo == signal:
+                self.set_siginfo(self._kept)
+
+    def set_siginfo(self, info: SigInfo) -> None:
+        """Replace the signal information that the handler receives."""
+        self._receive_signal()
+        self._kept = None
+        self._fetched &= ~kernel.INFORMATION
+        self._change(abi.PTRACE_SETSIGINFO, 0, ctypes.addressof(info))
 
     def step(self, signal: int = 0) -> Stop:
         """Execute one instruction, or deliver a signal, and wait for the stop after it.
@@ -285,7 +102,7 @@ class Thread:
             Gone: the thread died instead.
         """
         self._prepare(signal)
-        self._request(abi.PTRACE_SINGLESTEP, 0, signal)
+        self._change(abi.PTRACE_SINGLESTEP, 0, signal)
         return self.wait()
 
     def listen(self) -> None:
@@ -296,28 +113,35 @@ class Thread:
             self.interrupt()
             self.resume()
         else:
-            self._request(abi.PTRACE_LISTEN, 0, 0)
+            self._change(abi.PTRACE_LISTEN, 0, 0)
 
     def interrupt(self) -> None:
         """Ask a running thread to stop."""
         self._request(abi.PTRACE_INTERRUPT, 0, 0)
 
-    def wait(self) -> Stop:
+    def wait(self, *, executes: bool = False) -> Stop:
         """Block until this thread stops.
+
+        Args:
+            executes: whether it may execute a program.  Otherwise a program in its place is that of
+                another thread, which has taken over its id.
 
         Raises:
             Gone: it ends instead.
         """
+        self._ended = True  # until it is known that it has stopped
         try:
             status = self.waits.of(self.tid)
         except ChildProcessError:
             raise Gone(self.tid) from None
-        if not os.WIFSTOPPED(status):
+        replaced = status >> 16 == abi.PTRACE_EVENT_EXEC and not executes
+        if replaced or not os.WIFSTOPPED(status):
             self.waits.keep(self.tid, status)
             raise Gone(self.tid)
         if stops_at_exit(status):
             let_end(self.tid)
             raise Gone(self.tid)
+        self._ended = False
         return self.stopped(status)
 
     def behind(self, stop: Stop) -> Stop:
@@ -349,7 +173,33 @@ class Thread:
         self.mid_call = stop.event in _MID_CALL
         if stop.event in (0, abi.PTRACE_EVENT_STOP):
             self.in_call = False  # such stops come after the end of the call
+        self._at_fault = False
+        address = self.waits.asked.pop(self.tid, None) if self.waits.asked else None
+        if address is not None and stop == _INTERRUPTED:
+            stop = _FAULTED
+            self._kept = SigInfo(signo=abi.SIGBUS, code=abi.BUS_ADRERR, addr=address)
+            self._at_signal = self._at_fault = True
         return stop
+
+    def _receive_signal(self) -> None:
+        """At a stop that stands for SIGBUS: make it a stop by SIGBUS, where signals are delivered.
+
+        The kernel merges a SIGBUS that a process sends to the thread meanwhile with this one, as it
+        does with two of them.
+        """
+        if not self._at_fault:
+            return
+        self.flush()
+        kept, mask = self._kept, self.sigmask()
+        self.set_sigmask(_ALL_BUT_BUS)
+        libc.syscall(abi.SYS_TKILL, self.tid, abi.SIGBUS)
+        stop = None
+        while stop is None or stop.event or stop.signal != abi.SIGBUS:
+            if _ptrace(abi.PTRACE_CONT, self.tid, 0, 0) < 0:
+                raise Gone(self.tid)
+            stop = self.wait()  # an interrupt comes first
+        self.set_sigmask(mask)
+        self._kept = kept
 
     def skip_syscall(self, result: int) -> None:
         """At a seccomp stop with registers loaded: skip the call, and return ``result`` from it.
@@ -395,7 +245,7 @@ class Thread:
             self._set_arguments(arguments)
             self.store()
         self.flush()
-        self._request(abi.PTRACE_SYSCALL, 0, 0)
+        self._change(abi.PTRACE_SYSCALL, 0, 0)
         stop = self.wait()
         while not stop.syscall:
             # Only a fatal or group event can come before the end of the call.
@@ -463,6 +313,7 @@ class Thread:
         self._next = out_of_line
         self.set_sigmask(mask)
         self._kept, self._at_signal, self._borrowed = kept, at_signal, True
+        self._at_fault = False  # it has stopped by a signal since
         if stops_again:
             os.kill(self.tid, abi.SIGSTOP)
         return result
@@ -490,24 +341,9 @@ class Thread:
         regs = self.regs
         regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = six
 
-    def _request(self, request: int, address: int, data: int) -> None:
-        result = _ptrace(request, self.tid, address, data)
-        if result == -ESRCH:
-            raise Gone(self.tid)
-        if result < 0:
-            raise OSError(-result, f"ptrace: {os.strerror(-result)}")
-
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
 _ptrace = kernel.try_ptrace
-_PEEKED = 16
-_PEEK = (ctypes.c_uint64 * 2)()
-_INFOS = (SigInfo * _PEEKED)()
-_WORD = ctypes.c_uint64()
-_ELSEWHERE = UserRegs()
-_ELSEWHERE_AT = ctypes.addressof(_ELSEWHERE)
-_WORD_AT = ctypes.addressof(_WORD)
-_XSTATE = ctypes.create_string_buffer(16384)

@@ -81,7 +81,7 @@ class Unsupervised:
         elif stop.event == abi.PTRACE_EVENT_EXEC:
             return self._executed(tid)
         elif stop.event in _BIRTHS:
-            self._born(tid)
+            self._born(tid, stop.event)
             self.resume(tid)
         elif stop.event == abi.PTRACE_EVENT_STOP and stop.signal != abi.SIGTRAP:
             kernel.try_ptrace(abi.PTRACE_LISTEN, tid, 0, 0)  # it stays in its group stop
@@ -92,22 +92,27 @@ class Unsupervised:
     def _executed(self, tid: int) -> Process:
         """Handle the event of execve: other threads have ended, this one has the leader's id."""
         thread = Thread(tid, self._waits)
-        process = self.processes.pop(thread.event_message())
+        process = self.processes.pop(thread.event_message(abi.PTRACE_EVENT_EXEC))
         self.processes.pop(tid, None)
         finish_exec(thread)
         return process
 
-    def _born(self, parent: int) -> None:
-        tid = Thread(parent, self._waits).event_message()
+    def _born(self, parent: int, event: int) -> None:
+        tid = Thread(parent, self._waits).event_message(event)
+        if tid not in self.processes:  # else it was taken for an orphan
+            self.adopt(tid, self.processes[parent])
+
+    def adopt(self, tid: int, maker: Process) -> None:
+        """Add a thread that a process has made, and resume it."""
         status = self._waits.first_stop(tid)
         if status is None:
             return
-        process = self.processes[parent]
-        leader = libc.leader(tid)
-        self.processes[tid] = process if leader == process.pid else self._new_process(tid, process)
         try:
+            leader = libc.leader(tid)
+            process = maker if leader == maker.pid else self._new_process(tid, maker)
+            self.processes[tid] = process
             self.stopped(tid, status)
-        except Gone:
+        except (Gone, FileNotFoundError, ProcessLookupError):
             return  # wait(2) reports its end
 
 

@@ -4,8 +4,12 @@ wait(2) reports a stop or an end once, often while the supervisor waits for anot
 request to one thread can depend on the end of another one.  So every wait accepts reports of all
 threads, lets ending threads end, and keeps the other reports for later.
 
-A time limit or signals may end a wait: then the supervisor does timed work.  Such waits are for
-SIGCHLD, so SIGCHLD and those signals are blocked while the program runs.
+A time limit or signals may end a wait: then the supervisor does timed work.  A look interrupts it
+at a time.  Such waits are for SIGCHLD, so SIGCHLD and those signals are blocked while the program
+runs.
+
+Where faults are events (:mod:`.fault_events`), a wait accepts them, too.  The caller of
+:meth:`Waits.next_or_fault` resolves them; at any other wait the thread of a fault is stopped.
 
 Deviation: every child of the calling process that ends while a program runs is reaped here.
 
@@ -26,12 +30,18 @@ from contextlib import contextmanager
 
 from softsgx.engines.native import abi, kernel, libc
 from softsgx.engines.native.kernel import Place
+from softsgx.engines.native.tracing.fault_events import (
+    FaultEvent,
+    FaultEvents,
+    can_wait_for_events,
+)
 
-__all__ = ["Waits", "let_end", "stops_at_exit"]
+__all__ = ["LONGEST_WAIT_S", "Waits", "let_end", "stops_at_exit"]
 
 
 #: Another thread of the calling process that does not block SIGCHLD may take it: look again.
 _LONGEST_WAIT_NS = 100_000_000
+LONGEST_WAIT_S = _LONGEST_WAIT_NS / 1e9
 
 
 class Waits:
@@ -46,7 +56,12 @@ class Waits:
 
     Attributes:
         places: by thread, memory for what a wait fetches of it when it has stopped.
+        kept: (thread, status) of the stops and ends that :meth:`next` returns before it waits.
         unreported: last status of each thread that no event of its parent has reported yet.
+        look: called once by :meth:`next` when no thread has stopped and the time on the clock is
+            ``look_ns``; it may set another time.  ``None``: at no time.
+        faults: faults whose threads wait; ``None``: each fault stops its thread.
+        asked: what each thread waits for that waited for a page and was asked to stop.
     """
 
     def __init__(
@@ -60,25 +75,36 @@ class Waits:
         self._keeps_exits = keeps_exits
         self._signals, self.clock = frozenset(signals), clock
         self._ended_by = self._signals | wakes
-        self._kept: deque[tuple[int, int]] = deque()
+        self.kept: deque[tuple[int, int]] = deque()
         self._received = 0
         self.places: dict[int, Place] = {}
         self.unreported: dict[int, int] = {}
+        self.look_ns: int | None = None
+        self.look: Callable[[], None] = lambda: None
+        self.faults: FaultEvents | None = None
+        self.asked: dict[int, int] = {}
 
     @contextmanager
     def signals_blocked(self) -> Iterator[None]:
         """Block SIGCHLD and the signals that end waits; threads that start meanwhile inherit that.
 
-        Signals that no call has received are dropped at the end.
+        No fault is accepted afterwards.  Signals that no call has received are dropped at the end.
         """
         ended_by = self._ended_by
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *ended_by})
         try:
             yield
         finally:
+            if self.faults is not None:
+                self.faults.close()
             while ended_by and signal.sigtimedwait(ended_by, 0) is not None:
                 pass
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def accept_faults(self) -> None:
+        """Let faults be events, if that is possible; SIGCHLD is blocked."""
+        if can_wait_for_events():
+            self.faults = FaultEvents()
 
     def received(self) -> bool:
         """Return whether one of the signals has arrived; each of them is reported once.
@@ -104,18 +130,60 @@ class Waits:
         Raises:
             ChildProcessError: there is no thread, and no other child.
         """
-        if self._kept:
-            return *self._kept.popleft(), 0
-        if until_ns is None and not self._ended_by:
-            return kernel.next_stop(0, self.places)
         while True:
-            event = kernel.next_stop(os.WNOHANG, self.places)
-            if event[0]:
+            event = self.next_or_fault(until_ns)
+            if not isinstance(event, FaultEvent):
                 return event
+            self.stop_at(event)
+
+    def stop_of(self, tid: int) -> tuple[int, int, int] | None:
+        """Return a stop or end of thread ``tid`` as :meth:`next`; ``None``: it has none now."""
+        if self.kept:
+            return None  # they are served before
+        try:
+            tid, status = os.waitpid(tid, abi.WALL | os.WNOHANG)
+        except ChildProcessError:
+            return None
+        return (tid, status, 0) if tid else None
+
+    def fault_now(self) -> FaultEvent | None:
+        """Return a fault whose thread waits now, before stops that are not kept."""
+        if self.kept or self.faults is None or not self.faults.images:
+            return None
+        return self.faults.wait(0)
+
+    def next_or_fault(
+        self, until_ns: int | None = None
+    ) -> tuple[int, int, int] | FaultEvent | None:
+        """As :meth:`next`; or return a fault whose thread waits: the caller has to see to it."""
+        if self.kept:
+            return *self.kept.popleft(), 0
+        faults = self.faults if self.faults is not None and self.faults.images else None
+        while True:
+            timed = self.look_ns is not None or until_ns is not None or bool(self._ended_by)
+            if faults is None and not timed:
+                return kernel.next_stop(0, self.places)
+            if faults is None or faults.may_have_stopped:
+                event = kernel.next_stop(os.WNOHANG, self.places)
+                if event[0]:
+                    return event
+                if faults is not None:
+                    faults.may_have_stopped = False
+            if self.look_ns is not None and self.clock() >= self.look_ns:
+                self.look_ns = None
+                self.look()
+                continue
             left_ns = _LONGEST_WAIT_NS if until_ns is None else until_ns - self.clock()
             if left_ns <= 0:
                 return None
+            if self.look_ns is not None:
+                left_ns = max(min(left_ns, self.look_ns - self.clock()), 0)
             limit_s = min(left_ns, _LONGEST_WAIT_NS) / 1e9
+            if faults is not None:
+                fault = faults.wait(limit_s)
+                if fault is not None:
+                    return fault
+                continue
             came = signal.sigtimedwait({signal.SIGCHLD, *self._ended_by}, limit_s)
             if came is not None and came.si_signo in self._ended_by:
                 self._received += came.si_signo in self._signals
@@ -125,20 +193,54 @@ class Waits:
         """Return the next status of thread ``tid``.
 
         Raises:
-            ChildProcessError: there is no such thread any more.
+            ChildProcessError: there is no such thread any more; it may have executed a program,
+                which gave it the id of its leader.
         """
-        for index, (other, status) in enumerate(self._kept):
+        for index, (other, status) in enumerate(self.kept):
             if other == tid:
-                del self._kept[index]
+                del self.kept[index]
                 return status
         os.waitid(os.P_PID, tid, _PEEK)  # fails at once for a thread that does not exist
         while True:
-            other, status = os.waitpid(-1, abi.WALL)
+            other, status = self._wait()
             if other == tid:
                 return status
             if stops_at_exit(status) and not self._keeps_exits:
                 let_end(other)
-            self._kept.append((other, status))
+            self.kept.append((other, status))
+            if os.WIFSTOPPED(status) and status >> 16 == abi.PTRACE_EVENT_EXEC:
+                message = ctypes.c_uint64()
+                at = ctypes.addressof(message)
+                if kernel.try_ptrace(abi.PTRACE_GETEVENTMSG, other, 0, at) == 0 and (
+                    message.value == tid
+                ):
+                    raise ChildProcessError
+
+    def _wait(self) -> tuple[int, int]:
+        """Wait for any stop or end; threads that wait for pages stop, too."""
+        faults = self.faults
+        if faults is None or not faults.images:
+            return os.waitpid(-1, abi.WALL)
+        faults.may_have_stopped = True
+        while True:
+            tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
+            if tid:
+                return tid, status
+            fault = faults.wait(_LONGEST_WAIT_NS / 1e9)
+            if fault is not None:
+                self.stop_at(fault)
+
+    def stop_at(self, fault: FaultEvent) -> None:
+        """Make a thread that waits for a page stop, as if it had received SIGBUS.
+
+        :meth:`Thread.stopped() <softsgx.engines.native.tracing.tracee.Thread.stopped>` recognises
+        the stop.
+        """
+        assert self.faults is not None, "a fault is reported, and none can be"
+        thread = self.faults.thread(fault)
+        if thread is not None:
+            self.asked[thread.tid] = fault.address
+            kernel.try_ptrace(abi.PTRACE_INTERRUPT, thread.tid, 0, 0)  # or it has been killed
 
     def keep_first(self, tid: int, status: int) -> None:
         """Keep a status of an unknown thread until its parent's event reports the thread.
@@ -157,8 +259,14 @@ class Waits:
         Returns:
             ``None``: the thread has ended, or ends now without having run.
         """
+        status = self.unreported.pop(tid, None)
+        if status is None:
+            status = next((status for other, status in self.kept if other == tid), None)
+            if status is not None:
+                self.kept.remove((tid, status))
         try:
-            status = self.unreported.pop(tid, None) or self.of(tid)
+            if status is None:  # no other thread has to end for it
+                _tid, status = os.waitpid(tid, abi.WALL)
         except ChildProcessError:
             return None
         if not os.WIFSTOPPED(status):
@@ -170,11 +278,16 @@ class Waits:
 
     def keep(self, tid: int, status: int) -> None:
         """Report a status again through :meth:`next`; the caller of :meth:`of` cannot handle it."""
-        self._kept.append((tid, status))
+        later = (index for index, (other, _status) in enumerate(self.kept) if other == tid)
+        self.kept.insert(next(later, len(self.kept)), (tid, status))
+
+    def keeps(self, tid: int) -> bool:
+        """Return whether a status of a thread is kept that :meth:`next` has not returned yet."""
+        return bool(self.kept) and any(other == tid for other, _status in self.kept)
 
     def has_moved(self, tid: int) -> bool:
         """Return whether a stopped thread has left its stop, which only SIGKILL can cause."""
-        if any(other == tid for other, _status in self._kept):
+        if self.keeps(tid):
             return True
         try:
             if os.waitid(os.P_PID, tid, _PEEK) is not None:
@@ -195,5 +308,16 @@ def stops_at_exit(status: int) -> bool:
 
 
 def let_end(tid: int) -> None:
-    """Resume a thread from the stop before its end; do nothing if it is not in that stop."""
-    kernel.try_ptrace(abi.PTRACE_CONT, tid, 0, 0)
+    """Resume a thread from the stop before its end; do nothing if it is not in that stop.
+
+    The report of the stop may have been kept, and the thread resumed.  If it was a leader, another
+    thread that executes a program has its id then, and stops for the event of that.
+    """
+    at_exit = kernel.try_ptrace(abi.PTRACE_GETSIGINFO, tid, 0, _INFO_AT) == 0
+    if at_exit and _INFO.code == _EXITING:
+        kernel.try_ptrace(abi.PTRACE_CONT, tid, 0, 0)
+
+
+_INFO = abi.SigInfo()
+_INFO_AT = ctypes.addressof(_INFO)
+_EXITING = abi.PTRACE_EVENT_EXIT << 8 | abi.SIGTRAP  # si_code of the stop

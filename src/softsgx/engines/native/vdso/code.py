@@ -85,15 +85,19 @@ def emit_injection(asm: Assembler) -> None:
     asm.quad(0)
 
 
+# By the number of words a call has, what fills its row: the mark, unless it has a sixth argument.
+_RESTS = [
+    array("Q", (*[0] * (CALL_WORDS - 1 - count), abi.OUR_CALL) if count < CALL_WORDS else ())
+    for count in range(CALL_WORDS + 1)
+]
+
+
 def pack_calls(calls: Sequence[tuple[int, ...]]) -> bytes:
     """Return a table of calls, each given as its number and its arguments."""
     words = array("Q")
     for call in calls:
-        # The mark, unless the call has a sixth argument.
-        rest = (
-            (*(0,) * (CALL_WORDS - 1 - len(call)), abi.OUR_CALL) if len(call) < CALL_WORDS else ()
-        )
-        words.extend(value & _WORD for value in (*call, *rest))
+        words.extend([value & _WORD for value in call])
+        words.extend(_RESTS[len(call)])
     return words.tobytes()
 
 

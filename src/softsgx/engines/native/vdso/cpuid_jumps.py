@@ -41,8 +41,9 @@ from softsgx.engines.native.vdso.cpuid_code import (
     THEN_AT,
     answer_table,
 )
+from softsgx.engines.native.vdso.stubs import JUMP_BYTES, jump, merged
 from softsgx.engines.native.x86.rewrite import CPUID, TRAP, in_step
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, pattern
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -52,28 +53,24 @@ if TYPE_CHECKING:
 __all__ = [
     "AREA_BYTES",
     "COPIED",
-    "JUMP_BYTES",
     "LOADER_BYTES",
     "CpuidAnswers",
     "CpuidStubs",
     "Window",
-    "jump",
     "window_before",
 ]
 
 AREA_BYTES = 8 << 12
 """Of an address space, for table and stubs."""
-JUMP_BYTES = 5
-"""Of the jump that replaces an instruction."""
 _STUB_BYTES = 128
 _LONGEST = 24
 _CONTEXT = 128
 _MOST_WINDOWS = 64
+_MOST_TRIES = 8
 LOADER_BYTES = 1 << 20
 """The dynamic loader is smaller."""
 _DISTANCE = struct.Struct("<i")
 _LOW_32 = 0xFFFF_FFFF
-_FEW = 512
 #: Behind the code that answers.
 _TRAP_AT = len(ANSWER_CODE)
 #: An instruction that a jump may replace: mov r32, imm32; mov byte or dword [rsp+disp8], imm; and,
@@ -87,16 +84,11 @@ _BETWEEN = (
     rb"(?:[\x40-\x4f]?[\x31\x89][\xc0-\xff]|[\x40-\x4f]?\x83[\xc0-\xff].|\x41?[\xb8-\xbf].{4})*"
 )
 #: No-operations of compilers: nop [rax] and nop [rax+rax], with a distance and with prefixes.
-_NOP = re.compile(rb"\x66{0,2}\x2e?\x0f\x1f(?:\x80\x00{4}|\x84\x00{5})", re.DOTALL)
+_NOP = pattern(rb"\x66{0,2}\x2e?\x0f\x1f(?:\x80\x00{4}|\x84\x00{5})", re.DOTALL)
 _SHORT_JUMP, _SHORT_JUMP_BYTES, _REACH = 0xEB, 2, range(-128, 128)
 
-COPIED = re.compile(_BETWEEN, re.DOTALL)
+COPIED = pattern(_BETWEEN, re.DOTALL)
 """Matches instructions that do the same elsewhere."""
-
-
-def jump(start: int, target: int) -> bytes:
-    """Return a jump from one address to another."""
-    return b"\xe9" + _DISTANCE.pack(target - start - JUMP_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +120,13 @@ class Window:
         """The distance of the jump to the stub from the start of the loader."""
         return self.nop + _SHORT_JUMP_BYTES if self.nop else self.start
 
-    def is_in(self, code: bytes, low: int) -> bool:
-        """Return whether the code of a loader from ``low`` on has what this was made from."""
+    def is_in(self, code: bytes, low: int, trap: bytes = CPUID) -> bool:
+        """Return whether the code of a loader from ``low`` on has what this was made from.
+
+        ``trap`` is what it has in place of CPUID.
+        """
         start, nop = self.start - low, self.nop - low
-        there = self.code + CPUID
+        there = self.code + trap
         if code[start : start + len(there)] != there:
             return False
         return not self.nop or code[nop : nop + len(self.nop_code)] == self.nop_code
@@ -183,11 +178,15 @@ class _Prepared:
         windows: what each stub stands for.
         stubs: the table and the stubs.
         changes: (distance from the start of the loader, bytes) of what changes there.
+        entries: distance of a jump, and that of its CPUID, where there is no copy of the jump.
+        traps: distances of the stubs' own CPUIDs.
     """
 
     windows: tuple[Window, ...]
     stubs: bytes
     changes: tuple[tuple[int, bytes], ...]
+    entries: dict[int, int]
+    traps: frozenset[int]
 
 
 class CpuidAnswers:
@@ -210,7 +209,10 @@ class CpuidAnswers:
         self._trap = CPUID if faulting else TRAP
         # Code around each CPUID that has stopped, by its place in its loader; None: looked at.
         self._seen: dict[tuple[int, bytes], bytes | None] = {}
+        self._unseen: list[tuple[int, bytes]] = []  # that were not looked at yet
+        self._tries: dict[int, tuple[int, int]] = {}  # in how many address spaces each has stopped
         self._windows: list[Window] = []
+        self._range = (1 << 64, 0)  # of the code of all windows
         self._table = b""
         self._last: tuple[tuple[int, int, bytes], _Prepared] | None = None
 
@@ -225,6 +227,12 @@ class CpuidAnswers:
             return
         if len(self._windows) >= _MOST_WINDOWS or len(self._seen) >= 8 * _MOST_WINDOWS:
             return
+        last, tries = self._tries.get(offset, (-1, 0))
+        if last != image.index:
+            tries += 1
+            self._tries[offset] = image.index, tries
+        if tries > _MOST_TRIES:
+            return
         stubs = image.cpuid_stubs
         again = stubs is not None and stubs.has(offset)  # it was not reached by its stub
         code = image.read(site - _CONTEXT, 2 * _CONTEXT)
@@ -232,24 +240,32 @@ class CpuidAnswers:
         code = code[:_CONTEXT] + CPUID + code[_CONTEXT + len(CPUID) :]
         if len(code) == 2 * _CONTEXT:
             before = b"" if again else code[_CONTEXT - _LONGEST : _CONTEXT]
-            self._seen.setdefault((offset, before), code)
+            key = offset, before
+            if key not in self._seen:
+                self._seen[key] = code
+                self._unseen.append(key)
 
     def _look(self) -> None:
         """Look at the code that was seen: a run of one program has no use for that."""
-        for (offset, before), code in self._seen.items():
-            if code is None:
-                continue
-            self._seen[offset, before] = None
+        unseen, self._unseen = self._unseen, []
+        for offset, before in unseen:
+            code, self._seen[offset, before] = self._seen[offset, before], None
+            assert code is not None, "it is looked at once"
             found = window_before(code, _CONTEXT) if before else None
             if found is not None:
                 moved, relative = found
-                self._windows.append(Window(offset - len(moved), moved, relative))
+                self._add(Window(offset - len(moved), moved, relative))
                 continue
             taken = {window.nop - offset for window in self._windows if window.nop}
             near = nop_near(code, _CONTEXT, taken)
             if near is not None:
                 start, nop = near
-                self._windows.append(Window(offset, b"", 0, offset + start - _CONTEXT, nop))
+                self._add(Window(offset, b"", 0, offset + start - _CONTEXT, nop))
+
+    def _add(self, window: Window) -> None:
+        self._windows.append(window)
+        low, high = self._range
+        self._range = min(low, window.start - _CONTEXT), max(high, window.site + _CONTEXT)
 
     def loaded(self, image: ProcessImage) -> None:
         """A program was loaded, and has executed nothing: answer what is known of its loader."""
@@ -257,8 +273,7 @@ class CpuidAnswers:
         self._look()
         if not (base and self._windows) or abs(area - base) >> 30:
             return
-        low = min(window.start for window in self._windows) - _CONTEXT
-        high = max(window.site for window in self._windows) + _CONTEXT
+        low, high = self._range
         code = image.read(base + low, high - low)
         # Most programs have the same loader, at the same distance from the vDSO.
         key = len(self._windows), area - base, code
@@ -270,13 +285,20 @@ class CpuidAnswers:
         os.pwrite(image.memory_fd, found.stubs, area)
         for place, changed in found.changes:
             os.pwrite(image.memory_fd, changed, base + place)
-        stubs = self._stubs(area, base, found.windows)
+        stubs = self._stubs(area, base, found.windows, found.entries)
         if self._trap != CPUID:
-            image.cpuid_sites |= stubs.traps()
+            image.cpuid_sites.add(base, found.traps)
         image.cpuid_stubs = stubs
 
-    def _stubs(self, area: int, base: int, windows: tuple[Window, ...]) -> CpuidStubs:
-        return CpuidStubs(self, area, len(self._table), base, windows, trap=self._trap)
+    def _stubs(
+        self,
+        area: int,
+        base: int,
+        windows: tuple[Window, ...],
+        entries: dict[int, int] | None = None,
+    ) -> CpuidStubs:
+        table_bytes = len(self._table)
+        return CpuidStubs(self, area, table_bytes, base, windows, trap=self._trap, entries=entries)
 
     def _prepare(self, area: int, low: int, code: bytes) -> _Prepared:
         """Prepare what is stored, for a loader at address 0 with ``code`` from ``low`` on."""
@@ -284,18 +306,19 @@ class CpuidAnswers:
             self._table = answer_table(self._cpuid)
             self._table += bytes(-len(self._table) % _STUB_BYTES)
         most = (AREA_BYTES - len(self._table)) // _STUB_BYTES
-        windows = tuple([each for each in self._windows if each.is_in(code, low)][:most])
+        windows = tuple(
+            [each for each in self._windows if each.is_in(code, low, self._trap)][:most]
+        )
         stubs = self._stubs(area, 0, windows)
-        changes: list[tuple[int, bytes]] = []
-        for place, data in sorted(stubs.jumps()):
-            if changes:
-                start, before = changes[-1]
-                between = code[start + len(before) - low : place - low]
-                if len(between) < _FEW:  # one write is cheaper than two
-                    changes[-1] = start, before + between + data
-                    continue
-            changes.append((place, data))
-        return _Prepared(windows, self._table + stubs.code(), tuple(changes))
+        changes = merged(sorted(stubs.jumps()), code, low)
+        stored = self._table + stubs.code()
+        traps = frozenset(stubs.traps())
+        return _Prepared(windows, stored, tuple(changes), _entries(windows), traps)
+
+
+def _entries(windows: tuple[Window, ...]) -> dict[int, int]:
+    """Return the distance of the jump, and of the CPUID, where a CPUID is such a jump itself."""
+    return {each.entry: each.site for each in windows if each.nop}
 
 
 class CpuidStubs:
@@ -308,10 +331,7 @@ class CpuidStubs:
         base: where the loader is.
         windows: what each stub stands for.
         trap: what stops in place of a CPUID.
-
-    Attributes:
-        entries: places in the loader from which a jump leads to a stub, other than instructions
-            that it has a copy of, and the CPUID each stands for.
+        entries: distances of jumps and their CPUIDs, if they are known already.
     """
 
     def __init__(
@@ -323,10 +343,13 @@ class CpuidStubs:
         windows: tuple[Window, ...],
         *,
         trap: bytes = CPUID,
+        entries: dict[int, int] | None = None,
     ) -> None:
         self._answers, self._area, self._base, self._windows = answers, area, base, windows
         self._trap = trap
-        self.entries = {base + each.entry: base + each.site for each in windows if each.nop}
+        # Distances in the loader from which a jump leads to a stub, other than instructions that it
+        # has a copy of, and the CPUID each stands for.
+        self._entries = _entries(windows) if entries is None else entries
         self._start = area + table_bytes
         self._end = self._start + _STUB_BYTES * len(windows)
 
@@ -384,6 +407,10 @@ class CpuidStubs:
             _DISTANCE.pack_into(code, at, target - (begin + at + _DISTANCE.size))
         return bytes(moved + code).ljust(_STUB_BYTES, b"\xcc")
 
+    def has_entry(self, place: int) -> bool:
+        """Return whether a jump at an address leads to a stub that has no copy of it."""
+        return place - self._base in self._entries
+
     def straighten(self, thread: ProgramThread) -> None:
         """Move a stopped thread out of a stub, if it is in one.
 
@@ -392,9 +419,9 @@ class CpuidStubs:
         """
         regs = thread.load()
         if not self._start <= regs.rip < self._end:
-            site = self.entries.get(regs.rip)
+            site = self._entries.get(regs.rip - self._base)
             if site is not None:
-                regs.rip = site
+                regs.rip = self._base + site
                 thread.store()
             return
         number, at = divmod(regs.rip - self._start, _STUB_BYTES)

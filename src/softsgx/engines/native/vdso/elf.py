@@ -11,8 +11,7 @@ Source:
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from softsgx.engines.native import abi
@@ -23,13 +22,25 @@ from softsgx.engines.native.vdso.code import (
     target_of,
 )
 from softsgx.engines.native.vdso.cpuid_jumps import AREA_BYTES
+from softsgx.engines.native.vdso.entry_code import TAILS_BYTES
 from softsgx.engines.native.vdso.path_calls import PATH_BYTES
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
 from softsgx.engines.native.vdso.state_code import STATE_BYTES
 from softsgx.engines.native.x86.asm import Assembler
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, replace
 
-__all__ = ["DEVICE_NAME", "HEADER_BYTES", "Vdso", "build_vdso", "image_bytes", "read_symbols"]
+__all__ = [
+    "DEVICE_NAME",
+    "HEADER_BYTES",
+    "Linker",
+    "Vdso",
+    "build_vdso",
+    "image_bytes",
+    "linked_image",
+    "linker",
+    "read_symbols",
+    "vdso_of",
+]
 
 DEVICE_NAME = b"sgx_enclave\0"
 """Name of the memory file behind an open enclave device, as ``/proc/PID/maps`` shows it."""
@@ -73,6 +84,7 @@ class Vdso:
         calls: makes a table of calls; called: RIP after its int3.
         slots: a page behind the image, for ``vdso/out_of_line.py``.
         stubs: room for ``most_stubs`` exit stubs, behind the slots.
+        tails: room for the tails of slots, see ``vdso/entry_code.py``.
         answers: room for what answers CPUID, see ``vdso/cpuid_jumps.py``.
         state: room for what executes instructions on extended state, see ``vdso/state_jumps.py``.
         paths: room for ``vdso/path_calls.py``.
@@ -98,6 +110,7 @@ class Vdso:
     slots: int
     stubs: int
     most_stubs: int
+    tails: int
     answers: int
     state: int
     paths: int
@@ -162,11 +175,62 @@ def build_vdso(original: Mapping[str, int]) -> Vdso:
     Args:
         original: absolute address of each function of the kernel's vDSO in this process.
     """
-    blank = _blank_vdso(tuple(sorted({*original} - {_ENTER})))
-    image = bytearray(blank.image)
-    for name, place in blank.targets.items():
+    blank = vdso_of(original)
+    return replace(blank, image=linked_image(blank, original))
+
+
+def vdso_of(original: Iterable[str]) -> Vdso:
+    """Return the vDSO with functions of these names, before it is known where they lead to."""
+    return _blank_vdso(tuple(sorted({*original} - {_ENTER})))
+
+
+def linked_image(vdso: Vdso, original: Mapping[str, int]) -> bytes:
+    """Return the image of a vDSO whose functions lead to those of the kernel's.
+
+    Args:
+        vdso: of :func:`vdso_of`.
+        original: absolute address of each function of the kernel's vDSO in this process.
+    """
+    image = bytearray(vdso.image)
+    for name, place in vdso.targets.items():
         _TARGET.pack_into(image, place, original[name])
-    return replace(blank, image=bytes(image))
+    return bytes(image)
+
+
+class Linker:
+    """Makes images as :func:`linked_image` does, for one vDSO of the kernel at any address.
+
+    Each place gets an address that is the kernel's base more than a constant.  An image is a
+    number, so one multiplication adds the base at all places; no sum is longer than its place.
+
+    Args:
+        image: of the kernel's vDSO; empty without one.
+
+    Attributes:
+        vdso: as :func:`vdso_of` returns it.
+    """
+
+    def __init__(self, image: bytes) -> None:
+        self.image = image
+        symbols = read_symbols(image)
+        self.vdso = vdso_of(symbols)
+        self._at_zero = int.from_bytes(linked_image(self.vdso, symbols), "little")
+        self._places = sum(1 << 8 * place for place in self.vdso.targets.values())
+
+    def link(self, original: int) -> bytes:
+        """Return our image for a process that has the kernel's vDSO at ``original``."""
+        linked = self._at_zero + original * self._places
+        return linked.to_bytes(len(self.vdso.image), "little")
+
+
+def linker(image: bytes) -> Linker:
+    """Return the linker for an image of the kernel's vDSO, which most programs share."""
+    if not _latest or image != _latest[0].image:
+        _latest[:] = [Linker(image)]
+    return _latest[0]
+
+
+_latest: list[Linker] = []
 
 
 @lru_cache(maxsize=4)
@@ -186,12 +250,14 @@ def _blank_vdso(forwarded: tuple[str, ...]) -> Vdso:
     base = layout.text
     slots = len(layout.image)
     stubs = slots + abi.PAGE
-    answers = stubs + _STUB_PAGES * abi.PAGE
+    tails = stubs + _STUB_PAGES * abi.PAGE
+    answers = tails + TAILS_BYTES
     return Vdso(
         image=layout.image,
         slots=slots,
         stubs=stubs,
         most_stubs=_STUB_PAGES * abi.PAGE // STUB_BYTES,
+        tails=tails,
         answers=answers,
         state=answers + AREA_BYTES,
         paths=answers + AREA_BYTES + STATE_BYTES,

@@ -10,7 +10,8 @@ loader at execve, and those of another library when it makes its first such call
 only while its address space has one thread, which is stopped.
 
 A thread that is stopped in a stub is moved to where it would be in the library: at an instruction
-of which the stub has a copy, at the ``syscall``, or behind it.
+of which the stub has a copy, at the ``syscall``, or behind it.  If its call has ended with ENOENT,
+it makes the call once more, with a stop.
 
 Deviation: code that reads the library's code finds the jumps.
 
@@ -27,18 +28,22 @@ Source:
 from __future__ import annotations
 
 import os
-import re
 import struct
-from errno import ENAMETOOLONG, ENOTTY
+from errno import ENOENT
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING
 
-from softsgx.engines.native import abi, libc
-from softsgx.engines.native.vdso.cpuid_jumps import COPIED, JUMP_BYTES, LOADER_BYTES, jump
-from softsgx.engines.native.vdso.path_code import BY_RDI, BY_RSI, KEPT_BYTES, PathCode
+from softsgx.engines.native import abi
+from softsgx.engines.native.mappings import Mapping, mapping_at
+from softsgx.engines.native.vdso.cpuid_jumps import COPIED, LOADER_BYTES
+from softsgx.engines.native.vdso.path_code import KEPT_BYTES, NUMBERS, PathCode, path_code
+from softsgx.engines.native.vdso.stubs import JUMP_BYTES, jump
 from softsgx.engines.native.x86.rewrite import in_step
-from softsgx.ondemand import dataclass
+from softsgx.ondemand import dataclass, pattern
 
 if TYPE_CHECKING:
+    from softsgx.engines.native.abi import UserRegs
     from softsgx.engines.native.tracing.loop import Handler
     from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
@@ -47,30 +52,20 @@ __all__ = ["PATH_BYTES", "PathCalls", "PathStubs", "PathWindow", "window_of_call
 
 PATH_BYTES = 3 << 12
 """Of an address space, for stubs."""
-_STUB_BYTES = 160
+_STUB_BYTES = 336
 _MOST_STUBS = PATH_BYTES // _STUB_BYTES
 _MOST_LIBRARIES = 16
 _LONGEST = 24
 _BEFORE, _AFTER = 128, 64
 _SYSCALL = b"\x0f\x05"
 _MOV_EAX = 0xB8
-_WORD, _DISTANCE = struct.Struct("<Q"), struct.Struct("<i")
+_DISTANCE = struct.Struct("<i")
+#: What the code of a call keeps on the stack: R9, and registers of flags and buffer.
+_KEPT = struct.Struct("<3Q")
+_MISSING = (1 << 64) - ENOENT
 #: The loader and the C library, in one file or in several.
-_LIBRARY = re.compile(r".*/(?:ld|libc|libpthread)[-.][^/]*so[^/]*")
+_LIBRARY = pattern(r".*/(?:ld|libc|libpthread)[-.][^/]*so[^/]*")
 _LOADER = ""
-
-_CODE: dict[int, PathCode] = {
-    **dict.fromkeys(
-        (abi.SYS_OPEN, abi.SYS_STAT, abi.SYS_LSTAT, abi.SYS_ACCESS, abi.SYS_READLINK), BY_RDI
-    ),
-    **dict.fromkeys(
-        (
-            *(abi.SYS_OPENAT, abi.SYS_NEWFSTATAT, abi.SYS_STATX, abi.SYS_READLINKAT),
-            *(abi.SYS_FACCESSAT, abi.SYS_FACCESSAT2),
-        ),
-        BY_RSI,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +86,14 @@ class PathWindow:
         return self.start + len(self.code)
 
     @property
+    def number(self) -> int:
+        """The number of the call."""
+        return int.from_bytes(self.code[1:JUMP_BYTES], "little")
+
+    @property
     def path_code(self) -> PathCode:
         """The code that makes the call."""
-        return _CODE[int.from_bytes(self.code[1:JUMP_BYTES], "little")]
+        return path_code(self.number)
 
 
 def window_of_call(code: bytes, at: int, number: int) -> bytes | None:
@@ -102,7 +102,7 @@ def window_of_call(code: bytes, at: int, number: int) -> bytes | None:
     Returns:
         ``None``: some of that cannot be executed elsewhere, or it is not known to be instructions.
     """
-    if number not in _CODE or code[at : at + len(_SYSCALL)] != _SYSCALL:
+    if number not in NUMBERS or code[at : at + len(_SYSCALL)] != _SYSCALL:
         return None
     load = bytes((_MOV_EAX,)) + number.to_bytes(4, "little")
     start = code.rfind(load, max(at - _LONGEST, 0), at)
@@ -127,7 +127,7 @@ class PathCalls:
         """Return the table of handlers; those of calls with paths learn from what they let run."""
         if not self._jumping:
             return handlers
-        return handlers | {number: self._watched(handlers[number]) for number in _CODE}
+        return handlers | {number: self._watched(handlers[number]) for number in NUMBERS}
 
     def _watched(self, handler: Handler) -> Handler:
         def watched(thread: ProgramThread) -> int | None:
@@ -149,14 +149,19 @@ class PathCalls:
         if image.path_stubs is None:
             image.path_stubs = PathStubs(image.vdso_base + image.vdso.paths)
         stubs, site = image.path_stubs, regs.rip - len(_SYSCALL)
+        if site in stubs.sites:
+            return  # its stub let it stop
         stops = stubs.stops.get(site, 0) + 1
         stubs.stops[site] = stops
         repeated = stops == 2 or (stops == 1 and _in_loader(image, site))
         if not repeated and (stops > 2 or not self._has_at(site % abi.PAGE)):
             return
-        base, name = _library(image, thread.tid, site)
-        if not base:
+        found = _library(thread.tid, site)
+        if found is None:
             return
+        base, name = found.start, found.path
+        if _in_loader(image, site):
+            base, name = image.loader, _LOADER
         if repeated and len(self._windows) < _MOST_LIBRARIES:
             self._learn(image, base, name, site, regs.orig_rax)
         self._store(image, base, name)
@@ -189,6 +194,24 @@ class PathCalls:
             return  # what cannot be written stays as it is
 
 
+@lru_cache(maxsize=4 * _MOST_STUBS)
+def _stub(window: PathWindow, base: int, watched: int) -> bytes:
+    """Return a stub at address 0 for a library at ``base``.
+
+    Most programs have stub, library and word as far apart.
+    """
+    made = window.path_code
+    code = bytearray(made.code)
+    for label, target in (
+        ("watched", watched),
+        ("site", base + window.site),
+        ("then", base + window.site + len(_SYSCALL)),
+    ):
+        at = made.labels[label]
+        _DISTANCE.pack_into(code, at, target - (len(window.code) + at + _DISTANCE.size))
+    return bytes(window.code + code).ljust(_STUB_BYTES, b"\xcc")
+
+
 class PathStubs:
     """The stubs of one address space.
 
@@ -196,18 +219,21 @@ class PathStubs:
         area: where they are.
 
     Attributes:
-        stops: how often the call at an address has stopped.
+        stops: how often the call at an address has stopped, if no stub stands for it.
+        sites: addresses of the calls that stubs stand for.
     """
 
     def __init__(self, area: int) -> None:
         self._area = area
         self.stops: dict[int, int] = {}
+        self.sites: set[int] = set()
         self._stubs: list[tuple[int, PathWindow]] = []
 
     def copy(self) -> PathStubs:
         """Return those of an address space that fork makes of this one."""
         other = PathStubs(self._area)
-        other.stops, other._stubs = dict(self.stops), list(self._stubs)
+        other.stops, other.sites = dict(self.stops), set(self.sites)
+        other._stubs = list(self._stubs)
         return other
 
     def store(self, image: ProcessImage, base: int, windows: list[PathWindow]) -> None:
@@ -227,27 +253,15 @@ class PathStubs:
             return
         watched = image.vdso_base + image.vdso.watched
         code = b"".join(
-            self._stub(first + _STUB_BYTES * number, base, window, watched)
-            for number, window in enumerate(windows)
+            _stub(window, base - start, watched - start)
+            for start, window in zip(count(first, _STUB_BYTES), windows, strict=False)
         )
         os.pwrite(image.memory_fd, code, first)
         for number, window in enumerate(windows):
             at = base + window.start
             os.pwrite(image.memory_fd, jump(at, first + _STUB_BYTES * number), at)
             self._stubs.append((base, window))
-
-    def _stub(self, start: int, base: int, window: PathWindow, watched: int) -> bytes:
-        made = window.path_code
-        code = bytearray(made.code)
-        begin = start + len(window.code)
-        for label, target in (
-            ("watched", watched),
-            ("site", base + window.site),
-            ("then", base + window.site + len(_SYSCALL)),
-        ):
-            at = made.labels[label]
-            _DISTANCE.pack_into(code, at, target - (begin + at + _DISTANCE.size))
-        return bytes(window.code + code).ljust(_STUB_BYTES, b"\xcc")
+            self.sites.add(base + window.site)
 
     def straighten(self, thread: ProgramThread) -> bool:
         """Move a stopped thread out of a stub, if it is in one.
@@ -263,20 +277,37 @@ class PathStubs:
             return False
         number, at = divmod(regs.rip - self._area, _STUB_BYTES)
         base, window = self._stubs[number]
-        labels, site = window.path_code.labels, base + window.site
+        made, site = window.path_code, base + window.site
+        labels, image = made.labels, thread.image
         at -= len(window.code)
         then = site + min(at, 0)
-        if labels["kept"] < at <= labels["made"]:
-            kept = thread.image.read(regs.rsp, _WORD.size)
-            if len(kept) == _WORD.size:  # unless another thread has unmapped the stack
-                (regs.r9,) = _WORD.unpack(kept)
-        if labels["moved"] <= at < labels["left"]:
+        moved = labels["moved"] <= at < labels["left"]
+        moved |= labels["missing"] <= at < labels["again_left"]
+        if moved and at > labels["moved"]:
+            kept = image.read(regs.rsp, _KEPT.size)
+            if len(kept) == _KEPT.size:  # unless another thread has unmapped the stack
+                regs.r9, flags, buffer = _KEPT.unpack(kept)
+                if labels["changed"] <= at < labels["unchanged"]:
+                    _set(regs, made, flags, buffer)
+        if moved:
             regs.rsp += KEPT_BYTES
         if labels["made"] <= at:
             then = site + len(_SYSCALL)
+            if at >= labels["missing"] or regs.rax == _MISSING:
+                # It has changed nothing, and the supervisor has to see the path.
+                then, regs.rax = site, window.number
         regs.rip = then
         thread.store()
-        return 0 < at <= labels["moved"] and thread.at_signal and _is_fault(thread)
+        reads = 0 < at <= labels["moved"] or labels["missing"] <= at < labels["again"]
+        return reads and thread.at_signal and _is_fault(thread)
+
+
+def _set(regs: UserRegs, made: PathCode, flags: int, buffer: int) -> None:
+    """Give the registers of a call their values of before."""
+    if made.flags:
+        setattr(regs, made.flags, flags)
+    if made.buffer:
+        setattr(regs, made.buffer, buffer)
 
 
 def _is_fault(thread: ProgramThread) -> bool:
@@ -284,29 +315,17 @@ def _is_fault(thread: ProgramThread) -> bool:
     return info.signo in (abi.SIGSEGV, abi.SIGBUS) and info.code > 0
 
 
-def _library(image: ProcessImage, tid: int, site: int) -> tuple[int, str]:
-    """Return base and name of the C library with the code at ``site``; (0, "") for other code."""
-    nothing = 0, ""
-    with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
-        try:
-            found = libc.find_library_code(maps.fileno(), site)
-        except OSError as error:
-            if error.errno not in (ENOTTY, ENAMETOOLONG):
-                raise
-            found = _find_in_text(maps.read().decode(errors="replace"), site)
-    if found is None or not _LIBRARY.fullmatch(found[1]):
-        return nothing
-    return (image.loader, _LOADER) if _in_loader(image, site) else found
+def _library(tid: int, site: int) -> Mapping | None:
+    """Return the mapping of the C library, or the loader, with the code at ``site``."""
+    found = mapping_at(tid, site)
+    if (
+        found is None
+        or found.shared
+        or found.prot & (abi.PROT_WRITE | abi.PROT_EXEC) != abi.PROT_EXEC
+    ):
+        return None
+    return found if _LIBRARY.fullmatch(found.path) else None
 
 
 def _in_loader(image: ProcessImage, site: int) -> bool:
     return bool(image.loader) and 0 <= site - image.loader < LOADER_BYTES
-
-
-def _find_in_text(text: str, address: int) -> tuple[int, str] | None:
-    for line in text.splitlines():
-        words = line.split(maxsplit=5)
-        start, end = (int(part, 16) for part in words[0].split("-"))
-        if start <= address < end:
-            return (start, words[5]) if words[1] == "r-xp" and len(words) > 5 else None
-    return None

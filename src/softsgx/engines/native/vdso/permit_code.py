@@ -36,6 +36,8 @@ __all__ = [
     "CLOSED",
     "CROSSING",
     "EXITS_AT",
+    "FLAGS_BACK",
+    "FLAGS_KEPT",
     "HASHED",
     "IN",
     "OUT",
@@ -43,13 +45,16 @@ __all__ = [
     "SLOTS",
     "SLOTS_AT",
     "SLOT_BYTES",
+    "SLOT_PLACES",
     "STATE_MASK",
     "STUB_BYTES",
     "TABLE_BYTES",
     "THREAD_MASK",
     "THREAD_SHIFT",
     "WHO_MASK",
+    "emit_own_tid",
     "emit_permitted_entry",
+    "emit_release",
     "exit_stub",
     "hashed",
 ]
@@ -77,20 +82,23 @@ SLOT = {
             *("gate", "tcs", "entry", "cssa", "fs", "gs", "ursp", "aep", "exited"),
             *("outside_fs", "outside_gs"),
             *("lock", "rcx", "rdx", "r11", "flags", "inside_fs", "inside_gs", "rcx_then"),
+            *("rdi", "rsi", "r10", "tail"),
         )
     )
 }
 """Offsets of the quadwords of a slot from the address that pointers to it hold; each fits a byte.
 
-The supervisor writes the first line, and threads its gate; EEXIT adds ``exited`` to the gate.
-EENTER writes the second line for EEXIT.  The thread that holds the lock writes the third.
+The supervisor writes the first line and ``tail``, and threads its gate; EEXIT adds ``exited`` to
+the gate.  EENTER writes ``aep`` and the second line for EEXIT.  The thread that holds the lock
+writes the others.
 """
 
-_BYTES = {name: offset & 0xFF for name, offset in SLOT.items()}
+SLOT_PLACES = {name: offset & 0xFF for name, offset in SLOT.items()}
+"""The same as displacements of one byte."""
 
 STUB_BYTES = 512
-_FLAGS_KEPT = "9f 0f 90 c0"  # lahf; seto al
-_FLAGS_BACK = "04 7f 9e"  # add al, 0x7f; sahf
+FLAGS_KEPT = "9f 0f 90 c0"  # lahf; seto al
+FLAGS_BACK = "04 7f 9e"  # add al, 0x7f; sahf
 
 
 def hashed(address: int) -> int:
@@ -108,7 +116,7 @@ def emit_permitted_entry(asm: Assembler) -> None:
     - At ``added`` the thread is inside, unless the gate was already closed.
     - At ``permit_end`` the thread is at the entry point.
     """
-    slot = _BYTES
+    slot = SLOT_PLACES
     asm.near("48 8b 0d", "permits_at")  # mov rcx, [rip+permits_at]
     asm.emit("48 85 c9")  # test rcx, rcx
     asm.near("0f 84", "ask")  # jz
@@ -135,6 +143,8 @@ def emit_permitted_entry(asm: Assembler) -> None:
     _emit_claim(asm)
     asm.emit(f"f3 48 0f ae c0 49 89 41 {slot['outside_fs']:02x}")  # rdfsbase rax; mov [r9+…], rax
     asm.emit(f"f3 48 0f ae c8 49 89 41 {slot['outside_gs']:02x}")  # rdgsbase rax; mov [r9+…], rax
+    asm.near("48 8d 05", "aep")  # lea rax, [rip+aep]
+    asm.emit(f"49 89 41 {slot['aep']:02x}")  # mov [r9+aep], rax
     asm.emit(f"49 8b 41 {slot['ursp']:02x}")  # mov rax, [r9+ursp]
     asm.emit("48 8d 54 24 38")  # lea rdx, [rsp+7*8]
     asm.emit("48 89 10 48 89 68 08")  # mov [rax], rdx; mov [rax+8], rbp
@@ -162,7 +172,7 @@ def emit_permitted_entry(asm: Assembler) -> None:
 
 def _emit_claim(asm: Assembler) -> None:
     """Set the gate of the slot at R9 to BUSY with this thread's id, or jump to ``undo``."""
-    slot = _BYTES
+    slot = SLOT_PLACES
     asm.near("48 8b 15", "permits_at")  # mov rdx, [rip+permits_at]
     asm.word("8b b2", ALONE_AT)  # mov esi, [rdx+alone]
     asm.emit("85 f6")  # test esi, esi
@@ -179,6 +189,31 @@ def _emit_claim(asm: Assembler) -> None:
     asm.emit(f"48 8d 74 f0 {BUSY - OUT:02x}")  # lea rsi, [rax+8*rsi+1]: BUSY, and its id
     asm.emit(f"f0 49 0f b1 71 {slot['gate']:02x}")  # lock cmpxchg [r9+gate], rsi
     asm.near("0f 85", "undo")  # jne
+
+
+def emit_own_tid(asm: Assembler, table: int) -> None:
+    """Load EAX with the id of the thread; the system call changes RCX and R11."""
+    asm.word("8b 04 25", table + ALONE_AT)  # mov eax, [alone]
+    asm.emit("85 c0")  # test eax, eax
+    asm.short("75", "known")  # jnz
+    asm.word("b8", abi.SYS_GETTID)  # mov eax, number
+    asm.emit("0f 05")  # syscall
+    asm.label("known")
+
+
+def emit_release(asm: Assembler, restored: str, leaf: int) -> None:
+    """With the slot at RDX: restore flags and RDX, release the lock, and load EAX.
+
+    The lock is free from the label ``released``, and RDX is restored from the label ``restored``.
+    """
+    slot = SLOT_PLACES
+    asm.emit(f"48 8b 42 {slot['flags']:02x} {FLAGS_BACK}")  # mov rax, [rdx+flags]; …
+    asm.emit(f"48 8b 42 {slot['rdx']:02x}")  # mov rax, [rdx+rdx]
+    asm.word(f"48 c7 42 {slot['lock']:02x}", 0)  # mov qword [rdx+lock], 0
+    asm.label("released")
+    asm.emit("48 89 c2")  # mov rdx, rax
+    asm.label(restored)
+    asm.word("b8", leaf)  # mov eax, leaf
 
 
 _POP_ALL = "41 5b 41 5b 41 5a 41 59 5a 5e 5f"
@@ -209,7 +244,7 @@ def exit_stub(
         between: instructions between the load and ENCLU; they are position-independent and do not
             use RAX.
     """
-    slot, asm = _BYTES, Assembler()
+    slot, asm = SLOT_PLACES, Assembler()
     asm.labels["enclu"] = enclu - base
     asm.emit(between.hex())
     asm.label("begun")
@@ -230,12 +265,7 @@ def exit_stub(
     _emit_spill(asm, table)
     asm.label("spilled")
     asm.emit("48 89 ca")  # mov rdx, rcx
-    asm.word("8b 04 25", table + ALONE_AT)  # mov eax, [alone]
-    asm.emit("85 c0")  # test eax, eax
-    asm.short("75", "known")  # jnz
-    asm.word("b8", abi.SYS_GETTID)  # mov eax, number
-    asm.emit("0f 05")  # syscall
-    asm.label("known")
+    emit_own_tid(asm, table)
     asm.word("4c 8d 1c c5", IN)  # lea r11, [8*rax+IN]
     asm.emit(f"48 8b 42 {slot['gate']:02x}")  # mov rax, [rdx+gate]
     asm.emit("89 c1")  # mov ecx, eax
@@ -255,13 +285,7 @@ def exit_stub(
     asm.short("75", "refuse")  # jne
     asm.emit(f"4c 8b 5a {slot['r11']:02x}")  # mov r11, [rdx+r11]
     asm.emit(f"48 8b 4a {slot['rcx_then']:02x}")  # mov rcx, [rdx+…]
-    asm.emit(f"48 8b 42 {slot['flags']:02x} {_FLAGS_BACK}")  # mov rax, [rdx+flags]; …
-    asm.emit(f"48 8b 42 {slot['rdx']:02x}")  # mov rax, [rdx+rdx]
-    asm.word(f"48 c7 42 {slot['lock']:02x}", 0)  # mov qword [rdx+lock], 0
-    asm.label("released")
-    asm.emit("48 89 c2")  # mov rdx, rax
-    asm.label("restored")
-    asm.word("b8", 4)  # mov eax, 4
+    emit_release(asm, "restored", 4)
     asm.emit("ff e3")  # jmp rbx
     asm.label("refuse")
     asm.emit("f4")  # hlt: a stop, where the supervisor undoes the attempt
@@ -273,7 +297,7 @@ def exit_stub(
 
 def _emit_spill(asm: Assembler, table: int) -> None:
     """With the lock held, save all that is changed to the slot, and its address in RCX."""
-    slot = _BYTES
+    slot = SLOT_PLACES
     asm.label("owned")
     asm.emit("f3 48 0f ae c9")  # rdgsbase rcx
     asm.emit("c4 e3 7b f0 c9 0c 0f b7 c9")  # rorx ecx, ecx, 12; movzx ecx, cx
@@ -284,4 +308,4 @@ def _emit_spill(asm: Assembler, table: int) -> None:
     asm.emit(f"4c 89 59 {slot['r11']:02x}")  # mov [rcx+r11], r11
     asm.emit(f"f3 48 0f ae c0 48 89 41 {slot['inside_fs']:02x}")  # rdfsbase rax; mov [rcx+…], rax
     asm.emit(f"f3 48 0f ae c8 48 89 41 {slot['inside_gs']:02x}")  # rdgsbase rax; mov [rcx+…], rax
-    asm.emit(f"{_FLAGS_KEPT} 48 89 41 {slot['flags']:02x}")  # …; mov [rcx+flags], rax
+    asm.emit(f"{FLAGS_KEPT} 48 89 41 {slot['flags']:02x}")  # …; mov [rcx+flags], rax

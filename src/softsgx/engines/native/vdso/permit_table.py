@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
+from softsgx import compiled
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.vdso.permit_code import (
     ALONE_AT,
@@ -47,7 +48,22 @@ if TYPE_CHECKING:
     from softsgx.hw.processor import EnclaveMode
     from softsgx.hw.secs import ResidentSecs
 
-__all__ = ["Entry", "ExitStub", "Gate", "PermitTable", "Slot", "make_table", "reserve_table"]
+__all__ = [
+    "CLOSED_BEHIND",
+    "EXITED_WORD",
+    "Entry",
+    "Gate",
+    "PermitTable",
+    "Slot",
+    "make_table",
+    "reserve_table",
+]
+
+CLOSED_BEHIND = CROSSING + CLOSED
+"""What EEXIT adds to a gate behind which no crossing is permitted."""
+
+EXITED_WORD = (SLOT["exited"] - SLOT["gate"]) // 8
+"""The place of that quadword, from the gate of its slot."""
 
 _WORD_BYTES = 8
 _MIDDLE = -SLOT["gate"]
@@ -55,27 +71,6 @@ _WORDS = {name: offset // _WORD_BYTES for name, offset in SLOT.items()}
 _NAME = b"softsgx\0"
 _MEMFD_FLAGS = abi.MFD_CLOEXEC | abi.MFD_ALLOW_SEALING
 _SEALS = abi.F_SEAL_SEAL | abi.F_SEAL_SHRINK | abi.F_SEAL_GROW
-
-
-@dataclass(slots=True, frozen=True)
-class ExitStub:
-    """Code that replaces ``mov eax, 4 … enclu`` of an enclave.
-
-    Attributes:
-        start: address of the jump to it, which replaces the load of EAX.
-        between: the instructions between the load and ENCLU.
-        enclu: address of the ENCLU.
-        labels: as :func:`.permit_code.exit_stub` returns them.
-    """
-
-    start: int
-    between: bytes
-    enclu: int
-    labels: dict[str, int]
-
-    def replaces(self, start: int, between: bytes, enclu: int) -> bool:
-        """Return whether it replaces this code; several enclaves may use an address in turn."""
-        return (self.start, self.between, self.enclu) == (start, between, enclu)
 
 
 @dataclass(slots=True, frozen=True)
@@ -123,9 +118,12 @@ class Slot:
 
     Attributes:
         table: the table that it is in.
+        number: its place in the table.
         address: its address in the program, which pointers to it hold.
+        gate_at: address of its gate in the supervisor.
         tcs: the address of the TCS.
         entry: the outcome of EENTER; ``None`` when the next EENTER must stop.
+        opened: the value of the gate when it was opened for a thread inside.
         inside: the thread that was inside by this TCS when the gate was opened; ``None`` once the
             machine has its EEXIT.
         stay: that thread's enclave mode.
@@ -134,19 +132,20 @@ class Slot:
     """
 
     __slots__ = (
-        *("_at", "_opened", "_words", "address", "enclave", "entry", "inside", "memory"),
-        *("stay", "table", "tcs"),
+        *("_at", "_words", "address", "enclave", "entry", "gate_at", "inside", "memory"),
+        *("number", "opened", "stay", "table", "tcs"),
     )
 
     def __init__(self, table: PermitTable, number: int, tcs: int) -> None:
-        self.table, self.tcs = table, tcs
+        self.table, self.number, self.tcs = table, number, tcs
         offset = SLOTS_AT + number * SLOT_BYTES + _MIDDLE
         self._words, self._at = table.words, offset // _WORD_BYTES
+        self.gate_at = table.mapped_at + offset + SLOT["gate"]
         self.address = table.address + offset
         self.entry: Entry | None = None
         self.inside: ProgramThread | None = None
         self.stay: EnclaveMode | None = None
-        self._opened = CLOSED
+        self.opened = CLOSED
         self.enclave: ResidentSecs | None = None
         self.memory: EnclaveMemory | None = None
 
@@ -166,14 +165,10 @@ class Slot:
         """Record the enclave that the TCS belongs to now."""
         self.enclave, self.memory = enclave, memory
 
-    def open_out(self, aep: int) -> None:
-        """Permit EENTER with the outcome of :attr:`entry`, and the crossings after it.
-
-        Args:
-            aep: RCX of EENTER.
-        """
+    def open_out(self) -> None:
+        """Permit EENTER with the outcome of :attr:`entry`, and the crossings after it."""
         self.inside = self.stay = None
-        self._put_entry(aep)
+        self._put_entry()
         self.set("gate", OUT)
 
     def open_in(self, thread: ProgramThread, own_tid: int, aep: int, fs: int, gs: int) -> None:
@@ -188,27 +183,27 @@ class Slot:
         """
         self.inside, self.stay = thread, thread.cpu.inside
         if self.entry is None:
-            self.set("aep", aep)
             self.close_behind()
         else:
-            self._put_entry(aep)
+            self._put_entry()
+        self.set("aep", aep)
         self.set("outside_fs", fs)
         self.set("outside_gs", gs)
-        self._opened = own_tid << THREAD_SHIFT | IN
-        self.set("gate", self._opened)
+        self.opened = own_tid << THREAD_SHIFT | IN
+        self.set("gate", self.opened)
 
     def close_behind(self) -> None:
         """Permit no crossing after the next EEXIT."""
-        self.set("exited", CROSSING + CLOSED)
+        self.set("exited", CLOSED_BEHIND)
 
     def has_only(self, thread: ProgramThread) -> bool:
         """Return whether ``thread`` has been inside ever since the gate was opened.
 
         Only it can use the gate then.
         """
-        return self.inside is thread and self.word("gate") == self._opened
+        return self.inside is thread and self.word("gate") == self.opened
 
-    def _put_entry(self, aep: int) -> None:
+    def _put_entry(self) -> None:
         entry = self.entry
         assert entry is not None, "EENTER is permitted without an outcome"
         self.set("entry", entry.rip)
@@ -216,13 +211,11 @@ class Slot:
         self.set("fs", entry.fs_base)
         self.set("gs", entry.gs_base)
         self.set("ursp", entry.ursp)
-        self.set("aep", aep)
         self.set("exited", CROSSING + OUT)
 
     def close(self) -> Gate:
         """Close the gate; return its value at that moment."""
-        at = self.table.mapped_at + (self._at * _WORD_BYTES) + SLOT["gate"]
-        return Gate.unpack(_exchange()(at, CLOSED))
+        return Gate.unpack(_exchange()(self.gate_at, CLOSED))
 
 
 class PermitTable:
@@ -281,6 +274,10 @@ class PermitTable:
             if slot.address == pointer:
                 return slot
         raise AssertionError(f"no slot of permits is at {pointer:#x}")
+
+    def slot_of_tcs(self, tcs: int) -> Slot:
+        """Return the slot that an EENTER of the host finds for this operand."""
+        return self.slot_at(self.words[hashed(tcs)])
 
     def slot_of_gs(self, gs: int) -> Slot:
         """Return the slot that an EEXIT with this GS base finds."""
@@ -344,10 +341,10 @@ def make_table(thread: Thread, image: ProcessImage) -> PermitTable | None:
 
 
 def reserve_table(thread: Thread, image: ProcessImage) -> None:
-    """Replace the parent's table in a fork child by a reserved range, for a table of its own."""
+    """Replace the parent's table in a fork child by zeros, until it has a table of its own."""
     os.pwrite(image.memory_fd, bytes(8), image.vdso_base + image.vdso.permits_at)
     kind = abi.MAP_PRIVATE | abi.MAP_ANONYMOUS | abi.MAP_FIXED
-    thread.syscall(abi.SYS_MMAP, image.permits_at, TABLE_BYTES, abi.PROT_NONE, kind, -1, 0)
+    thread.syscall(abi.SYS_MMAP, image.permits_at, TABLE_BYTES, abi.PROT_READ, kind, -1, 0)
 
 
 # mov rax, rsi; xchg [rdi], rax; ret
@@ -370,3 +367,7 @@ def _exchange() -> Callable[[int, int], int]:
     prototype = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
     _pages.append(anchor)  # must outlive the function
     return prototype(ctypes.addressof(anchor))
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("Slot", Slot)

@@ -29,17 +29,20 @@ Source:
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from softsgx.arch import GprSgx, Tcs
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.vdso import crossing
-from softsgx.engines.native.vdso.permit_code import BUSY, IN, STUB_BYTES, exit_stub
-from softsgx.engines.native.vdso.permit_table import Entry, ExitStub, Gate, Slot, make_table
-from softsgx.engines.native.x86.rewrite import in_step
+from softsgx.engines.native.vdso.crossing_sites import find_exit
+from softsgx.engines.native.vdso.entry_code import TAIL_BYTES, tail
+from softsgx.engines.native.vdso.host_jumps import replace_in_host
+from softsgx.engines.native.vdso.permit_code import BUSY, IN
+from softsgx.engines.native.vdso.permit_table import Entry, Gate, Slot, make_table
+from softsgx.engines.native.vdso.stubs import replace_in_enclave
 from softsgx.hw import Registers
 from softsgx.hw.entry import GPR_OFFSET
 from softsgx.hw.processor import EnclaveMode
@@ -48,25 +51,12 @@ if TYPE_CHECKING:
     from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["Permits", "load_in_front"]
+__all__ = ["Permits"]
 
-_PAGE_BYTES = 4096
 _URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
 _AEP = Tcs.OFFSETS["aep"]
 _PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # EENTER uses no flag but TF, and with TF set every instruction stops
-_ENCLU = b"\x0f\x01\xd7"
-#: mov eax, 4 or mov rax, 4, and what may come between it and EEXIT: registers but RAX and RSP are
-#: scrubbed by XOR with themselves, flags by add rdx, rdx and cld.
-_LOAD = re.compile(
-    rb"(?:\xb8\x04\0\0\0|\x48\xc7\xc0\x04\0\0\0)"
-    rb"((?:\x48?\x31[\xc9\xd2\xdb\xed\xf6\xff]"
-    rb"|[\x45\x4d]\x31[\xc0\xc9\xd2\xdb\xe4\xed\xf6\xff]"
-    rb"|\x48\x01\xd2|\xfc)*)\x0f\x01\xd7\Z"
-)
-_LONGEST_LOAD = 64
-_JUMP_BYTES = 5
-_TOO_NEAR = 16  # to the start of a page: the start of instructions is not known there
 
 
 class Permits:
@@ -100,14 +90,25 @@ class Permits:
         if self._open:
             self._report([slot for slot in self._open if slot.tcs == tcs])
 
-    def entered(self, thread: ProgramThread) -> None:
-        """EENTER from our vDSO has succeeded; the thread has its new registers."""
-        inside, regs, table = thread.cpu.inside, thread.regs, thread.image.permits
+    def entered(self, thread: ProgramThread, enclu: int | None = None) -> None:
+        """EENTER has succeeded; the thread has its new registers.
+
+        Args:
+            thread: see there.
+            enclu: address of the host's own ENCLU; ``None``: it was an EENTER of our vDSO.
+        """
+        inside, regs, image = thread.cpu.inside, thread.regs, thread.image
         assert inside is not None, "the thread is in no enclave after EENTER"
-        if table is None or not self._has_permits(thread) or inside.outside.tf != 0:
+        if image.permits is None or not self._has_permits(thread) or inside.outside.tf != 0:
             return
+        if enclu is not None:
+            replace_in_host(thread, enclu)
         slot = self._slot(thread, inside)
         if slot is not None:
+            if enclu is not None and not slot.word("tail"):
+                place = image.vdso_base + image.vdso.tails + TAIL_BYTES * slot.number
+                os.pwrite(image.memory_fd, tail(slot.address), place)
+                slot.set("tail", place)
             gpr = inside.frame.gpr
             outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
             slot.entry = Entry(gpr, gpr.linaddr + _URSP_OFFSET, *outcome)
@@ -123,8 +124,8 @@ class Permits:
                 image.permits = make_table(thread, image)
                 image.has_room_for_permits = image.permits is not None
             return
-        if enclu not in image.plain_exits:
-            self._replace(thread, enclu)
+        find = partial(find_exit, image)
+        replace_in_enclave(thread, enclu, image.exit_stubs, find, self.stop_others)
         slot = image.permits.slot(inside.tcs_linaddr)
         if slot is not None and slot.entry is not None:
             self._exited = thread, slot
@@ -145,7 +146,7 @@ class Permits:
                 return
             slot: Slot | None = exited[1]
             assert slot is not None, "EEXIT by a TCS without a slot"
-            slot.open_out(thread.image.aep)
+            slot.open_out()
         else:
             slot, outside = self._slot(thread, inside), inside.outside
             if slot is None or slot.memory is None or not slot.memory.jumps:
@@ -156,6 +157,11 @@ class Permits:
             slot.open_in(thread, thread.own_tid, aep, outside.fs_base, outside.gs_base)
         table.set_alone(thread.own_tid if len(thread.image.threads) == 1 else 0)
         self._open.add(slot)
+
+    def has_slot(self, thread: ProgramThread, inside: EnclaveMode) -> bool:
+        """Return whether :meth:`going` does not need the registers of a thread inside."""
+        table = thread.image.permits
+        return table is None or table.slot(inside.tcs_linaddr) is not None
 
     def _has_permits(self, thread: ProgramThread) -> bool:
         """Whether there are permits; a tracer receives each crossing when it happens."""
@@ -171,32 +177,6 @@ class Permits:
         if slot is not None and slot.enclave is not inside.enclave:
             slot.belongs_to(inside.enclave, image.page_table.memory_at(tcs))
         return slot
-
-    # --- code of the enclave --------------------------------------------------------------------
-
-    def _replace(self, thread: ProgramThread, enclu: int) -> None:
-        """Replace the load of EAX in front of an EEXIT by a jump to a stub, if possible."""
-        image = thread.image
-        memory, stubs = image.page_table.memory_at(enclu), image.exit_stubs
-        if memory is None or any(s.enclu == enclu and s.start in memory.jumps for s in stubs):
-            return
-        found = load_in_front(image, enclu)
-        start, between = found or (0, b"")
-        number = next((n for n, s in enumerate(stubs) if s.replaces(start, between, enclu)), None)
-        number = len(stubs) if number is None else number
-        base = image.vdso_base + image.vdso.stubs + STUB_BYTES * number
-        if found is None or number == image.vdso.most_stubs or abs(base - enclu) >> 30:
-            image.plain_exits.add(enclu)
-            return
-        if memory.users != [image.page_table]:
-            return  # a process with another vDSO may map it; a fork child would have the same one
-        self.stop_others(thread)
-        if number == len(stubs):
-            code, labels = exit_stub(base, enclu, image.permits_at, between)
-            os.pwrite(image.memory_fd, code, base)
-            stubs.append(ExitStub(start, between, enclu, labels))
-        distance = base - (start + _JUMP_BYTES)
-        memory.jump_at(start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
 
     def stop_others(self, thread: ProgramThread) -> None:
         """Stop all other threads of its address space that are inside an enclave."""
@@ -350,7 +330,7 @@ class Permits:
         regs.xcr0 = real.xcr0
         cpu.regs = self._then
         try:
-            cpu.enclu.eenter(slot.tcs, owner.image.aep)
+            cpu.enclu.eenter(slot.tcs, slot.word("aep"))
         finally:
             cpu.regs = real
         real.xcr0 = regs.xcr0
@@ -358,19 +338,3 @@ class Permits:
         assert outcome == (entry.rip, entry.cssa, entry.fs_base, entry.gs_base), (
             f"an entry by permit at {slot.tcs:#x} is not as the one before"
         )
-
-
-def load_in_front(image: ProcessImage, enclu: int) -> tuple[int, bytes] | None:
-    """Return the address of the load of 4 into EAX in front of an ENCLU, and the bytes in between.
-
-    All of them are in one page.
-    """
-    page, behind = enclu & -_PAGE_BYTES, enclu % _PAGE_BYTES + len(_ENCLU)
-    memory = image.page_table.read_only_code(page, 1)
-    if memory is None or behind > _PAGE_BYTES:
-        return None
-    code = memory.own_code(page, behind)
-    found = _LOAD.search(code, max(_TOO_NEAR, behind - _LONGEST_LOAD))
-    if found is None or not in_step(code, found.start()):
-        return None
-    return page + found.start(), found[1]

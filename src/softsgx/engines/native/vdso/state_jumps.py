@@ -15,44 +15,56 @@ Source:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native.vdso.state_code import (
-    MOST_STATE_STUBS,
-    STATE_STUB_BYTES,
-    StateSite,
-    find_site,
-)
+from softsgx.engines.native.vdso.state_code import StateSite, find_site
+from softsgx.engines.native.vdso.stubs import replace_in_enclave
+from softsgx.engines.native.x86.areas import Move
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["StateJumps", "StateStub", "straighten"]
+__all__ = ["EnclaveSite", "StateJumps", "straighten"]
 
-_JUMP_BYTES = 5
 _ARITHMETIC = 0x8D5  # OF, SF, ZF, AF, PF, CF
 _LOW_FLAGS, _OF, _OF_SHIFT = 0xD5, 0x800, 11
 
 
 @dataclass(slots=True, frozen=True)
-class StateStub:
-    """A stub of an address space.
+class EnclaveSite:
+    """A site in an enclave.
 
     Attributes:
-        site: what it stands for.
-        xfrm, enclave: of the enclave.
-        labels: as :meth:`StateSite.stub` returns them.
+        code: its code.
+        xfrm, enclave, area_bytes, moves, loading: as :meth:`StateSite.stub` takes them.
     """
 
-    site: StateSite
+    code: StateSite
     xfrm: int
     enclave: range
-    labels: dict[str, int]
+    area_bytes: int
+    moves: tuple[Move, ...]
+    loading: bool
+
+    @property
+    def start(self) -> int:
+        """As :attr:`Site.start`."""
+        return self.code.start
+
+    @property
+    def at(self) -> int:
+        """As :attr:`Site.at`."""
+        return self.code.at
+
+    def stub(self, place: int) -> tuple[bytes, dict[str, int]]:
+        """As :meth:`Site.stub`."""
+        return self.code.stub(
+            place, self.xfrm, self.enclave, self.area_bytes, self.moves, self.loading
+        )
 
 
 class StateJumps:
@@ -60,48 +72,41 @@ class StateJumps:
 
     Args:
         usable: whether this run allows them, and the processor has the instructions they use.
+        loading: whether it has those that load moved components.
         stop_others: stops all other threads of an address space that are inside an enclave.
     """
 
-    def __init__(self, usable: bool, stop_others: Callable[[ProgramThread], None]) -> None:
-        self._usable, self._stop_others = usable, stop_others
+    def __init__(
+        self, usable: bool, loading: bool, stop_others: Callable[[ProgramThread], None]
+    ) -> None:
+        self._usable, self._loading, self._stop_others = usable, loading, stop_others
 
     def stopped_at(self, thread: ProgramThread, insn: StateInsn) -> None:
         """A thread has stopped at an instruction, registers loaded: spare the next one that."""
-        image, rip = thread.image, thread.regs.rip
-        if not self._usable or not thread.areas.same or rip in image.plain_states:
+        rip, page_table = thread.regs.rip, thread.image.page_table
+        if not self._usable:
             return
-        memory = image.page_table.read_only_code(rip, insn.length)
-        if memory is None:
+        if page_table.read_only_code(rip, insn.length) is None:
             return
-        page, offset = rip & -PAGE_BYTES, rip % PAGE_BYTES
-        site = find_site(memory.own_code(page, offset + insn.length), offset, page)
-        stubs, inside = image.state_stubs, thread.cpu.inside
-        assert inside is not None, "extended state of an enclave outside an enclave"
-        if site is not None and site.start in memory.jumps:
-            return
-        enclave = inside.enclave
-        addresses = range(enclave.base, enclave.base + enclave.size)
-        known = (
-            n
-            for n, s in enumerate(stubs)
-            if (s.site, s.xfrm, s.enclave) == (site, enclave.xfrm, addresses)
-        )
-        number = next(known, len(stubs))
-        place = image.vdso_base + image.vdso.state + STATE_STUB_BYTES * number
-        if site is None or number == MOST_STATE_STUBS or abs(place - rip) >> 30:
-            image.plain_states.add(rip)
-            return
-        if memory.users != [image.page_table]:
-            return  # a process with another vDSO may map it; a fork child would have the same one
-        self._stop_others(thread)
-        if number == len(stubs):
-            area_bytes = thread.cpu.hw.config.xsave_bytes(enclave.xfrm)
-            code, labels = site.stub(place, enclave.xfrm, addresses, area_bytes)
-            os.pwrite(image.memory_fd, code, place)
-            stubs.append(StateStub(site, enclave.xfrm, addresses, labels))
-        distance = place - (site.start + _JUMP_BYTES)
-        memory.jump_at(site.start, b"\xe9" + distance.to_bytes(4, "little", signed=True))
+
+        def find(at: int) -> EnclaveSite | None:
+            return _site(thread, at, insn.length, self._loading)
+
+        replace_in_enclave(thread, rip, thread.image.state_stubs, find, self._stop_others)
+
+
+def _site(thread: ProgramThread, at: int, length: int, loading: bool) -> EnclaveSite | None:
+    page, offset = at & -PAGE_BYTES, at % PAGE_BYTES
+    memory, inside = thread.image.page_table.memory_at(at), thread.cpu.inside
+    assert inside is not None, "extended state of an enclave outside an enclave"
+    assert memory is not None, "an instruction of an enclave outside an enclave"
+    code = find_site(memory.own_code(page, offset + length), offset, page)
+    enclave, moves = inside.enclave, thread.areas.moves
+    if code is None or not code.can_have_stub(enclave.xfrm, moves):
+        return None
+    addresses = range(enclave.base, enclave.base + enclave.size)
+    area_bytes = thread.cpu.hw.config.xsave_bytes(enclave.xfrm)
+    return EnclaveSite(code, enclave.xfrm, addresses, area_bytes, moves, loading)
 
 
 def straighten(thread: ProgramThread) -> None:
@@ -111,11 +116,11 @@ def straighten(thread: ProgramThread) -> None:
         Gone: it has died meanwhile.
     """
     image, regs = thread.image, thread.load()
-    number, at = divmod(regs.rip - (image.vdso_base + image.vdso.state), STATE_STUB_BYTES)
-    if not 0 <= number < len(image.state_stubs):
+    found = image.state_stubs.find(regs.rip)
+    if found is None:
         return
-    stub = image.state_stubs[number]
-    site, labels = stub.site, stub.labels
+    stub, at = found
+    site, labels = stub.site.code, stub.labels
     _restore_flags(thread, at, labels)
     if not at:  # also when it steps: it has executed one instruction
         regs.rip = site.start + site.first
@@ -123,21 +128,26 @@ def straighten(thread: ProgramThread) -> None:
             regs.rax = site.rax
         else:
             regs.rdx = site.rdx
+    elif at < len(site.before):  # the copy has changed registers and flags as the code would
+        regs.rip = site.start + at
     else:
         regs.rip = site.behind if site.executed(labels, at) else site.at
         regs.rax, regs.rdx = site.rax, site.rdx
     thread.store()
 
 
+#: Behind which label and up to which one flags are in AX; at the latter overflow is back.
+_KEPT = (("kept", "added"), ("kept_again", "added_again"), ("kept_loading", "added_loading"))
+#: The same, from the first label on.
+_BROUGHT = (("refuse", "refuse_added"), ("loads", "added_loads"))
+
+
 def _restore_flags(thread: ProgramThread, at: int, labels: dict[str, int]) -> None:
     """Give a thread at offset ``at`` of a stub its own flags, which may be in AX."""
-    regs, whole = thread.regs, False
-    if labels["kept"] < at <= labels["added"]:
-        whole = at < labels["added"]
-    elif labels["refuse"] <= at <= labels["refuse_added"]:
-        whole = at == labels["refuse"]
-    else:
-        return
-    kept = regs.rax >> 8 & _LOW_FLAGS | (regs.rax & 1) << _OF_SHIFT
-    changed = _ARITHMETIC if whole else _ARITHMETIC & ~_OF
-    regs.rflags = regs.rflags & ~changed | kept & changed
+    regs = thread.regs
+    for pairs, first in ((_KEPT, 1), (_BROUGHT, 0)):
+        for start, added in pairs:
+            if start in labels and labels[start] + first <= at <= labels[added]:
+                kept = regs.rax >> 8 & _LOW_FLAGS | (regs.rax & 1) << _OF_SHIFT
+                changed = _ARITHMETIC if at < labels[added] else _ARITHMETIC & ~_OF
+                regs.rflags = regs.rflags & ~changed | kept & changed

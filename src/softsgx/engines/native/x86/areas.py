@@ -10,10 +10,26 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-__all__ = ["AreaLayouts"]
+__all__ = ["AreaLayouts", "Move"]
 
 _EXTENDED = 576
+
+
+class Move(NamedTuple):
+    """A component that is elsewhere.
+
+    Attributes:
+        number: its bit in XCR0.
+        size: bytes.
+        real, described: its offsets on this machine and as the program sees it.
+    """
+
+    number: int
+    size: int
+    real: int
+    described: int
 
 
 class AreaLayouts:
@@ -22,6 +38,12 @@ class AreaLayouts:
     Args:
         real: XSAVE component: (bytes, offset) on this machine.
         described: the same as the program sees it; the same components, as large.
+
+    Attributes:
+        moves: the components that are elsewhere.  The compacted form is the same in both.
+        moved: the same as bits of XCR0.
+        same: whether there are none.
+        xcr0: the components that the program sees, as XCR0 has them.
     """
 
     def __init__(
@@ -32,7 +54,16 @@ class AreaLayouts:
             for number, (size, offset) in real.items()
             if number in described
         ]
-        self.same = all(real_at == described_at for _size, real_at, described_at in places)
+        self.moves = tuple(
+            [
+                Move(number, size, offset, described[number][1])
+                for number, (size, offset) in real.items()
+                if number in described and offset != described[number][1]
+            ]
+        )
+        self.moved = sum(1 << move.number for move in self.moves)
+        self.same = not self.moved
+        self.xcr0 = 3 | sum(1 << number for number in described)  # x87 and SSE are always there
         self._places = places
         self._size = max((at + size for size, _real, at in places), default=_EXTENDED)
 

@@ -15,8 +15,6 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
-
 from softsgx.engines.native.x86.rewrite import cpuid_sites, in_step
 from softsgx.engines.native.x86.state import decode_state
 from softsgx.ondemand import dataclass
@@ -27,7 +25,7 @@ _TIME = (b"\x0f\x31", b"\x0f\x01\xf9")
 _STATE = (b"\x0f\x01\xd0", b"\x0f\xae", b"\x0f\xc7")
 _MOST_PREFIXES = 3
 
-_known: dict[tuple[ForbiddenCode, bytes], list[int]] = {}
+_known: dict[tuple[ForbiddenCode, int, int], list[int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class ForbiddenCode:
         patterns = (*(_TIME if self.time else ()), *(_STATE if self.state else ()))
         if not self.cpuid and all(code.find(pattern) < 0 for pattern in patterns):
             return []
-        key = self, hashlib.blake2b(code, digest_size=16).digest()
+        key = self, hash(code), len(code)
         known = _known.get(key)
         if known is None:
             known = _known[key] = self._find(code)

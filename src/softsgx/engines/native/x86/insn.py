@@ -9,7 +9,7 @@ Source:
 
 from __future__ import annotations
 
-from softsgx.ondemand import dataclass
+from typing import NamedTuple
 
 __all__ = ["Insn", "decode", "is_illegal_inside", "is_write"]
 
@@ -81,8 +81,7 @@ _ILLEGAL1 = frozenset(
 _ILLEGAL2 = frozenset({0x05, 0x33, 0x34, 0x37, 0xA1, 0xA2, 0xA9, 0xB2, 0xB4, 0xB5})
 
 
-@dataclass(frozen=True, slots=True)
-class Insn:
+class Insn(NamedTuple):
     """One instruction.
 
     Attributes:

@@ -11,51 +11,126 @@ machine's own CPUID.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Iterator, Set
 
-from softsgx.engines.native.x86.insn import decode
+from softsgx.engines.native.x86.insn import Insn, decode
 
-__all__ = ["CPUID", "TRAP", "cpuid_sites", "in_step"]
+__all__ = ["CPUID", "TRAP", "Places", "cpuid_sites", "find_cpuid", "in_step"]
 
 CPUID = b"\x0f\xa2"
 TRAP = b"\xcc\x90"
 
-_known: dict[bytes, list[int]] = {}
+#: What was found, by size, places of the byte pair, and the code around each.
+_known: dict[tuple[int, tuple[int, ...], bytes], list[int]] = {}
 
 _BACK = 96
 _AHEAD = 6
+_LONGEST = 15
+_BEHIND = len(CPUID) + _AHEAD * _LONGEST
 _IN_STEP = 0.7
 _RECENT = 16
 _TOO_FEW = 12
+#: Of code that is read at once: it stays in the processor's cache.
+_PART_BYTES = 1 << 17
+
+
+class Places:
+    """Places in an address space: those in files are distances from where these are mapped.
+
+    The same file has the same places in each address space, so they are there once.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Set[int]]] = []
+
+    def add(self, base: int, distances: Set[int]) -> None:
+        """Add places at distances from an address; the set must stay as it is."""
+        if distances:
+            self._parts.append((base, distances))
+
+    def __contains__(self, place: int) -> bool:
+        """Return whether an address is one of them."""
+        for base, distances in self._parts:  # noqa: SIM110 - it is asked at each trap
+            if place - base in distances:
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[int]:
+        """Return each of them once, in no order."""
+        return iter({base + each for base, distances in self._parts for each in distances})
+
+    def copy(self) -> Places:
+        """Return the same places; what is added to the copy is not in this."""
+        other = Places()
+        other._parts = list(self._parts)
+        return other
 
 
 def cpuid_sites(code: bytes) -> list[int]:
-    """Return the offsets of the CPUID instructions in ``code``.
+    """Return the offsets of the CPUID instructions in ``code``."""
+    return find_cpuid(lambda offset, size: code[offset : offset + size], len(code))
+
+
+def find_cpuid(read: Callable[[int, int], bytes], length: int) -> list[int]:
+    """Return the offsets of the CPUID instructions in code that is read in parts.
 
     The same libraries are loaded again and again: what was found in them is remembered.
+
+    Args:
+        read: returns the bytes at an offset, up to a number of bytes; fewer or none: the code ends.
+        length: bytes of code, at most.
     """
-    if code.find(CPUID) < 0:
+    places, offset = [], 0
+    while offset < length:
+        size = min(_PART_BYTES, length - offset)
+        part = read(offset, size)
+        places += [offset + at for at in _pairs(part)]
+        if len(part) < size or offset + size == length:
+            length = offset + len(part)
+            break
+        offset += size - 1  # a pair may begin with the last byte
+    if not places:
         return []
-    key = hashlib.blake2b(code, digest_size=16).digest()
+    starts = [max(0, at - _BACK) for at in places]
+    around = [
+        read(start, min(at + _BEHIND, length) - start)
+        for start, at in zip(starts, places, strict=True)
+    ]
+    key = length, tuple(places), b"".join(around)
     known = _known.get(key)
     if known is None:
-        known = _known[key] = _find_sites(code)
+        decoded: dict[int, Insn | None] = {}
+        known = _known[key] = [
+            at
+            for start, at, code in zip(starts, places, around, strict=True)
+            if _is_instruction(code, at - start, start, decoded)
+        ]
     return known
 
 
-def _find_sites(code: bytes) -> list[int]:
-    sites = []
-    at = code.find(CPUID)
+def _pairs(code: bytes) -> list[int]:
+    """Return where the bytes of CPUID are; its second one is the rarer."""
+    first, second = CPUID
+    places, at = [], code.find(second, 1)
     while at >= 0:
-        if _is_instruction(code, at):
-            sites.append(at)
-        at = code.find(CPUID, at + 1)
-    return sites
+        if code[at - 1] == first:
+            places.append(at - 1)
+        at = code.find(second, at + 1)
+    return places
 
 
-def _is_instruction(code: bytes, at: int) -> bool:
-    """Return whether decoding from most places before ``at`` arrives there, with EAX loaded."""
-    arrived, loaded_ones, starts = _arrivals(code, at)
+def _is_instruction(code: bytes, at: int, start: int, decoded: dict[int, Insn | None]) -> bool:
+    """Return whether decoding from most places before ``at`` arrives there, with EAX loaded.
+
+    Args:
+        code: the code around the place.
+        at: the place in ``code``.
+        start: where ``code`` is in all the code.
+        decoded: instructions by their places in all the code, which this adds to.
+    """
+    arrived, loaded_ones, starts = _arrivals(code, at, start, decoded)
     if starts and arrived < _IN_STEP * starts:
         return False
     return loaded_ones * 2 > arrived and _goes_on(code, at + 2)
@@ -66,22 +141,31 @@ def in_step(code: bytes, at: int) -> bool:
 
     Close to the start of ``code`` there are too few of them; there the bytes after ``at`` decide.
     """
-    arrived, _loaded, starts = _arrivals(code, at)
+    arrived, _loaded, starts = _arrivals(code, at, 0, {})
     return (starts < _TOO_FEW or arrived >= _IN_STEP * starts) and _goes_on(code, at)
 
 
-def _arrivals(code: bytes, at: int) -> tuple[int, int, int]:
-    """Return from how many places before ``at`` decoding arrives, with EAX loaded, of how many."""
+def _arrivals(
+    code: bytes, at: int, begin: int, decoded: dict[int, Insn | None]
+) -> tuple[int, int, int]:
+    """Return from how many places before ``at`` decoding arrives, with EAX loaded, of how many.
+
+    ``decoded`` is as in :func:`_is_instruction`, and ``begin`` where ``code`` is.
+    """
     first = max(0, at - _BACK)
     # For each start that arrives: instructions on the way, and whether a late one loads EAX.
     ways: dict[int, tuple[int, bool]] = {at: (0, False)}
     for start in range(at - 1, first - 1, -1):
-        piece = code[start : min(start + 15, at)]
-        insn = decode(piece)
+        place = begin + start
+        if place in decoded:
+            insn = decoded[place]
+        else:
+            insn = decoded[place] = decode(code[start : start + _LONGEST])
         way = None if insn is None else ways.get(start + insn.length)
         if way is not None:
             steps, loaded = way
-            ways[start] = steps + 1, loaded or (steps < _RECENT and _loads_eax(piece))
+            loaded = loaded or (steps < _RECENT and _loads_eax(code[start : start + _LONGEST]))
+            ways[start] = steps + 1, loaded
     return len(ways) - 1, sum(loaded for _steps, loaded in ways.values()), at - first
 
 

@@ -7,7 +7,7 @@ Source:
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from softsgx.engines.native.x86.cpuid import HostCpuid
 from softsgx.errors import SoftSgxError
@@ -19,7 +19,7 @@ _TIMING_LEAF = 0x4000_0010
 _KHZ_PER_BOGOMIPS = 500
 
 
-def tsc_khz(host: HostCpuid, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+def tsc_khz(host: HostCpuid, cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> int:
     """Return the frequency in kHz.
 
     Raises:
@@ -31,7 +31,9 @@ def tsc_khz(host: HostCpuid, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
     if host(1, 0)[2] & _HYPERVISOR_BIT and host(_TIMING_LEAF, 0)[0]:
         return host(_TIMING_LEAF, 0)[0]
     try:
-        for line in cpuinfo.read_text().splitlines():
+        with open(cpuinfo) as file:
+            lines = file.read().splitlines()
+        for line in lines:
             name, _colon, value = line.partition(":")
             if name.strip() == "bogomips":
                 return round(float(value) * _KHZ_PER_BOGOMIPS)

@@ -1,0 +1,129 @@
+"""The page table of an address space whose enclave pages are shown by userfaultfd, in few steps.
+
+One function has the effects of many: of :class:`EnclavePageTable`, the store, the memory file and
+the pager, in the same order.  It handles a page that only this address space maps, which appears
+with the rights R and W; otherwise it falls back to the readable form before anything has changed.
+Without the compiled core, which does the same in C.
+"""
+
+from __future__ import annotations
+
+from softsgx import compiled
+from softsgx.arch import PageType
+from softsgx.driver import PROT_EXEC
+from softsgx.engines.native import kernel
+from softsgx.engines.native.memory.memory_file import EXECUTE, WRITE
+from softsgx.engines.native.memory.page_table import EnclavePageTable
+from softsgx.engines.native.memory.store import ZEROS, NativeStore
+from softsgx.engines.native.memory.uffd import (
+    BLOCK_MASK,
+    BLOCK_SHIFT,
+    PAGE_SHIFT,
+    PRESENT,
+    UffdPager,
+)
+
+__all__ = ["FAST_PAGE_TABLE", "PlainPageTable"]
+
+_REG = PageType.REG
+
+
+class PlainPageTable(EnclavePageTable):
+    """See the module."""
+
+    __slots__ = ()
+
+    def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
+        """As :meth:`EnclavePageTable.install`."""
+        entries, store, pager = self._entries, self._store, self.pager
+        page, memory = self._pages.get(epc_addr), self.memory_at(linaddr)
+        maps, shown = store._maps, store.shown
+        if (
+            page is None
+            or memory is None
+            or type(pager) is not UffdPager
+            or type(store) is not NativeStore
+            or linaddr in entries
+            or epc_addr in maps
+            or epc_addr in shown
+            or epc_addr in store.poisoned
+            or not page.rwx & WRITE
+            or not page.valid
+            or page.pt is not _REG
+            or page.pending
+            or page.modified
+            or len(memory.users) != 1
+            or memory.users[0] is not self
+        ):
+            super().install(linaddr, epc_addr, prot)
+            return
+        rights = page.rwx
+        entries[linaddr] = epc_addr, prot
+        maps[epc_addr] = memory, linaddr, 1
+        shown[epc_addr] = memory, linaddr, rights
+        memory.pages[linaddr] = rights
+        data = store._hidden.pop(epc_addr, ZEROS)
+        if kernel.copy_page(pager._uffd, linaddr, pager._dontwake, data):
+            memory.show(linaddr, data, rights, self)  # it fails again, and is written otherwise
+        else:
+            if pager._present:  # was read before the new entry existed
+                pager._present.pop(linaddr >> BLOCK_SHIFT, None)
+            fetches = pager._fetches
+            fetches.rights[linaddr] = rights
+            if prot & PROT_EXEC and (linaddr in fetches._taken) == bool(rights & EXECUTE):
+                fetches.shown(linaddr, rights)  # a call is due
+        if self._installed is not None:
+            self._installed(page)
+
+    def zap_pages(self, linaddrs: list[int]) -> None:
+        """As :meth:`EnclavePageTable.zap_pages`."""
+        store, entries, used, marked = self._store, self._entries, self._used, self._marked
+        if type(store) is not NativeStore:
+            super().zap_pages(linaddrs)
+            return
+        maps, shown, leaving = store._maps, store.shown, store._leaving
+        for linaddr in linaddrs:
+            entry = entries.pop(linaddr, None)
+            if entry is None:
+                continue
+            if used:
+                used.discard(linaddr)
+            if marked:
+                marked.pop(linaddr, None)
+            addr = entry[0]
+            if maps[addr][2] > 1:
+                store.unmapped(addr)
+                continue
+            del maps[addr]
+            if addr in shown:
+                leaving.add(addr)
+
+    def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
+        """As :meth:`EnclavePageTable.test_and_clear_pages`."""
+        pager = self.pager
+        if type(pager) is not UffdPager:
+            return super().test_and_clear_pages(linaddrs)
+        entries, used, shown = self._entries, self._used, self._store.shown
+        watched, present = pager._watched, pager._present
+        young: list[bool] = []
+        for linaddr in linaddrs:
+            entry = entries.get(linaddr)
+            if entry is None:
+                young.append(False)
+                continue
+            accessed = linaddr in used
+            if accessed:
+                used.discard(linaddr)
+            if entry[0] in shown and linaddr not in watched:
+                flags = present.get(linaddr >> BLOCK_SHIFT)
+                if flags is None:
+                    flags = pager._read_block(linaddr >> BLOCK_SHIFT)
+                if flags[linaddr >> PAGE_SHIFT & BLOCK_MASK] >= PRESENT:
+                    watched.add(linaddr)
+                    accessed = True
+            young.append(accessed)
+        return young
+
+
+#: The fastest there is.
+FAST_PAGE_TABLE = PlainPageTable if compiled.speedups is None else EnclavePageTable

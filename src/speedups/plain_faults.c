@@ -1,0 +1,604 @@
+/* The loop over plain faults: as softsgx/engines/native/faults/plain.py, PlainFaults._next. */
+
+#include "plain_faults.h"
+
+#include <signal.h>
+#include <stddef.h>
+#include <sys/wait.h>
+
+#define SIGBUS_STOP (SIGBUS << 8 | 0x7f)
+#define READ_WRITE 3
+#define LONGEST_WAIT_MS 100
+#define MOST_IN_A_ROW 16
+
+void
+release(void *references, size_t bytes)
+{
+    PyObject **each = references;
+
+    for (size_t index = 0; index < bytes / sizeof(PyObject *); index++)
+        Py_CLEAR(each[index]);
+}
+
+int
+has_any(PyObject *object, PyObject *name)
+{
+    PyObject *container = PyObject_GetAttr(object, name);
+    Py_ssize_t size = container == NULL ? -1 : PyObject_Size(container);
+
+    Py_XDECREF(container);
+    return size < 0 ? -1 : size > 0;
+}
+
+int
+has(PyObject *object, PyObject *name, PyObject *value)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+
+    Py_XDECREF(found);
+    return found == NULL ? -1 : found == value;
+}
+
+/* --- a fault ------------------------------------------------------------------------------------ */
+
+/* Whether the page of an address has an entry: 0, 1, or -1 with an error. */
+static int
+has_entry(struct fault *fault, uint64_t linaddr)
+{
+    PyObject *entry;
+    int status = page_has_entry(fault->page_table, linaddr);
+
+    if (status != -2)
+        return status;
+    entry = CALL(fault->page_table, entry, fault->linaddr, NULL);
+    Py_XDECREF(entry);
+    return entry == NULL ? -1 : !is_none(entry);
+}
+
+/* As PlainFaults._may_be_plain. */
+int
+is_plain(struct service *service, struct fault *fault, uint64_t linaddr)
+{
+    PyObject *found;
+    EnclaveVma *vma;
+    int64_t prot = 0;
+    int status;
+
+    if ((status = get_truth(fault->thread, names.breakpoints)))
+        return status < 0 ? -1 : 0;
+    if ((status = get_truth(fault->image, names.watched)) > 0
+        && (status = get_truth(fault->thread, names.watched)) == 0)
+        return 0;
+    if (status < 0 || (fault->mm == NULL && (fault->mm = GET(fault->image, mm)) == NULL)
+        || (found = mapping_at(fault->mm, fault->linaddr)) == NULL)
+        return -1;
+    vma = AS(EnclaveVma, found);
+    status = vma != NULL && integer(vma->prot, &prot) && prot == READ_WRITE;
+    Py_DECREF(found);
+    if (status <= 0)
+        return status;
+    if ((fault->page_table == NULL && (fault->page_table = GET(fault->image, page_table)) == NULL)
+        || (status = has_entry(fault, linaddr)) < 0)
+        return -1;
+    if (status > 0)
+        return 0;
+    status = has(fault->thread, names.resumes, fault->inside);
+    if (status == 0) {
+        PyObject *at_once = CALL(service->exits, return_at_once, fault->thread, NULL);
+
+        status = at_once == NULL ? -1 : PyObject_IsTrue(at_once);
+        Py_XDECREF(at_once);
+    }
+    return status;
+}
+
+int
+is_quiet(struct service *service)
+{
+    PyObject *runtime = service->runtime;
+    Py_ssize_t waiting;
+    int status;
+
+    if (service->ready != NULL) {
+        waiting = PyObject_Size(service->ready) | PyObject_Size(service->lock_waiters)
+            | PyObject_Size(service->timers);
+        status = waiting < 0 ? -1 : waiting > 0;
+        if (status == 0)
+            status = get_truth(runtime, names._has_failures);
+    }
+    else if ((status = has_any(runtime, names._ready)) == 0
+        && (status = has_any(runtime, names._lock_waiters)) == 0
+        && (status = has_any(runtime, names._timers)) == 0)
+        status = get_truth(runtime, names._has_failures);
+    return status < 0 ? -1 : !status;
+}
+
+int
+is_untraced(struct fault *fault)
+{
+    PyObject *tracer;
+
+    if (fault->hw == NULL && (fault->hw = GET(fault->cpu, hw)) == NULL)
+        return -1;
+    tracer = GETF(Machine, fault->hw, tracer);
+    Py_XDECREF(tracer);
+    return tracer == NULL ? -1 : is_none(tracer);
+}
+
+/* Whether the fault was resolved, and nothing else has to be done: 0, 1, or -1 with an error. */
+static int
+is_usual(struct service *service, struct fault *fault, PyObject *result)
+{
+    int status;
+
+    if (result != given.NOPAGE && result != given.RETRY)
+        return 0;
+    if ((status = has(fault->cpu, names.inside, fault->inside)) <= 0)
+        return status;
+    status = is_untraced(fault);
+    return status <= 0 ? status : is_quiet(service);
+}
+
+int
+count_exit(PyObject *inside)
+{
+    PyObject *enclave = GETF(EnclaveMode, inside, enclave);
+    PyObject *crossings = enclave == NULL ? NULL : GETF(ResidentSecs, enclave, crossings);
+    int status = -1;
+
+    if (crossings != NULL && ADD_INTEGER(Crossings, crossings, aex, 1) == 0)
+        status = ADD_INTEGER(Crossings, crossings, eresume, 1);
+    Py_XDECREF(crossings);
+    Py_XDECREF(enclave);
+    return status;
+}
+
+/* As flush() of address spaces. */
+static int
+flush(struct fault *fault)
+{
+    int status = 0;
+
+    if (is_exactly(fault->image, given.ProcessImage)
+        && (status = has_any(fault->image, names._deferred_calls)) == 0
+        && (status = pager_has_nothing_due(fault->page_table)) > 0)
+        return 0;
+    return status < 0 || show_late_page() < 0 ? -1 : effect(CALL0(fault->image, flush));
+}
+
+/* As resume() of threads. */
+static int
+go(struct service *service, struct fault *fault)
+{
+    PyObject *thread = fault->thread;
+    Py_ssize_t kept = PyObject_Size(service->kept);
+    int status;
+    int64_t tid;
+
+    if (kept < 0)
+        return -1;
+    if (kept == 0 && is_exactly(thread, given.ProgramThread)) {
+        if ((status = get_truth(thread, names._changed)) == 0
+            && (status = get_truth(thread, names._ended)) == 0
+            && (status = get_truth(thread, names.in_call)) == 0
+            && (status = has(thread, names._new_xstate, Py_None)) > 0
+            && (status = has(thread, names._kept, Py_None)) > 0
+            && (status = get_integer(thread, names.tid, &tid)) == 0
+            && continue_thread((int)tid) == 0)
+            return 0;
+        if (status < 0)
+            return -1;
+    }
+    return effect(CALL0(thread, resume));  // it has ended, perhaps: resume() says so
+}
+
+int
+finish(struct service *service, struct fault *fault)
+{
+    int leaving = has_any(service->store, names._leaving);
+
+    if (leaving < 0 || (leaving && (show_late_page() < 0 || hide_unmapped(service->store) < 0)))
+        return -1;
+    return flush(fault);
+}
+
+/* Resume the thread: as Loop.resume_thread() at such a stop. */
+static int
+resume(struct service *service, struct fault *fault)
+{
+    if (finish(service, fault) < 0 || permits_going(service, fault) < 0
+        || SET(fault->thread, running, Py_True) < 0
+        || SET(fault->image, current, Py_None) < 0)
+        return -1;
+    return go(service, fault);
+}
+
+/* Let the driver resolve a plain fault, and resume the thread. */
+static int
+resolve(struct service *service, struct fault *fault)
+{
+    PyObject *result, *number;
+    int usual;
+
+    if (add_integer(service->plain, names.served, 1) < 0 || permits_settle(service) < 0)
+        return -1;
+    result = CALL(fault->mm, fault, fault->linaddr, given.READ, fault->thread, NULL);
+    if (result == NULL)
+        return -1;
+    usual = is_usual(service, fault, result);
+    if (usual == 0) {
+        number = CALL(service->enclave, faulted, fault->thread, fault->linaddr, given.BUS_ADRERR,
+                      result, NULL);
+        Py_DECREF(result);
+        if (number == NULL)
+            return -1;
+        usual = effect(CALL(service->server, resume_thread, fault->thread, number, NULL));
+        Py_DECREF(number);
+        return usual;
+    }
+    Py_DECREF(result);
+    if (usual < 0 || SET(fault->thread, spurious, given.NO_REPETITION) < 0
+        || count_exit(fault->inside) < 0)
+        return -1;
+    return resume(service, fault);
+}
+
+int
+find_inside(struct service *service, struct fault *fault)
+{
+    if ((fault->cpu == NULL && (fault->cpu = GET(fault->thread, cpu)) == NULL)
+        || (fault->inside = GET(fault->cpu, inside)) == NULL || permits_report(service, fault) < 0)
+        return -1;
+    replace(&fault->inside, GET(fault->cpu, inside)); /* reports change it */
+    return fault->inside == NULL ? -1 : !is_none(fault->inside);
+}
+
+/* As PlainFaults._serve: 1, 0: the fault is not plain, or -1 with an error. */
+static int
+attempt(struct service *service, struct fault *fault, uint64_t linaddr)
+{
+    int status;
+
+    if (SET(fault->image, current, fault->thread) < 0)
+        return -1;
+    status = find_inside(service, fault);
+    if (status <= 0)
+        return status;
+    if ((fault->linaddr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
+        return -1;
+    status = is_plain(service, fault, linaddr);
+    if (status > 0)
+        status = resolve(service, fault) < 0 ? -1 : 1;
+    return status;
+}
+
+int
+failed(struct service *service, PyObject *thread)
+{
+    PyObject *type, *error, *traceback, *process, *pid = NULL, *tid = NULL;
+    int status = -1;
+
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (!PyErr_GivenExceptionMatches(type, PyExc_Exception)) {
+        PyErr_Restore(type, error, traceback);
+        return -1;
+    }
+    if (traceback != NULL)
+        PyException_SetTraceback(error, traceback);
+    process = GET(thread, process);
+    if (process != NULL && (pid = GET(process, pid)) != NULL && (tid = GET(thread, tid)) != NULL)
+        status = effect(CALL(service->server, failed, pid, tid, error, NULL));
+    Py_XDECREF(tid);
+    Py_XDECREF(pid);
+    Py_XDECREF(process);
+    Py_XDECREF(traceback);
+    Py_XDECREF(error);
+    Py_XDECREF(type);
+    return status;
+}
+
+/* As stopped() of threads, for a SIGBUS; *stop is a new reference. */
+static int
+record_stop(PyObject *thread, int fetched, PyObject **stop)
+{
+    PyObject *no[] = {names._loaded, names._borrowed, names.at_call, names.mid_call, names.in_call};
+    PyObject *what = PyLong_FromLong(fetched), *status;
+    int done = what == NULL ? -1 : 0;
+
+    if (done == 0 && is_exactly(thread, given.ProgramThread)) {
+        Py_INCREF(*stop = given.sigbus_stop);
+        for (size_t index = 0; done == 0 && index < sizeof no / sizeof *no; index++)
+            done = PyObject_SetAttr(thread, no[index], Py_False);
+        if (done == 0 && SET(thread, _fetched, what) == 0
+            && SET(thread, _real_xstate, Py_None) == 0 && SET(thread, _kept, Py_None) == 0)
+            done = SET(thread, _at_signal, Py_True);
+        else
+            done = -1;
+    }
+    else if (done == 0) {
+        status = PyLong_FromLong(SIGBUS_STOP);
+        if (status == NULL || (*stop = CALL(thread, stopped, status, what, NULL)) == NULL)
+            done = -1;
+        Py_XDECREF(status);
+    }
+    Py_XDECREF(what);
+    return done;
+}
+
+/* Serve the SIGBUS of a thread. */
+static int
+serve(struct service *service, PyObject *thread, int fetched)
+{
+    struct fault fault = {.thread = thread, .image = GET(thread, image)};
+    PyObject *stop = NULL, *type, *error, *traceback;
+    uint64_t info_at;
+    int status = -1;
+
+    Py_INCREF(thread);
+    if (fault.image == NULL || SET(thread, running, Py_False) < 0 || SET(thread, unstoppable, Py_False) < 0
+        || record_stop(thread, fetched, &stop) < 0
+        || get_address(thread, names.info_at, &info_at) < 0)
+        goto done;
+    status = 0;
+    if (fetched & SIGNAL_INFORMATION) {
+        const siginfo_t *info = (const siginfo_t *)(uintptr_t)info_at;
+
+        if (info->si_code == BUS_ADRERR) {
+            status = attempt(service, &fault, (uint64_t)(uintptr_t)info->si_addr);
+            if (status < 0)
+                status = failed(service, thread) < 0 ? -1 : 1;
+            PyErr_Fetch(&type, &error, &traceback);
+            if (SET(fault.image, current, Py_None) < 0)
+                status = -1;
+            if (type != NULL)
+                PyErr_Restore(type, error, traceback);
+        }
+    }
+    if (status == 0)
+        status = effect(CALL(service->server, guard, thread, stop, NULL));
+done:
+    Py_XDECREF(stop);
+    release(&fault, sizeof(fault));
+    return status < 0 ? -1 : 0;
+}
+
+/* Find what a wait for events needs. */
+static int
+find_events(struct service *service)
+{
+    PyObject *epoll;
+    int64_t signals;
+
+    if ((service->faults = GET(service->waits, faults)) == NULL)
+        return -1;
+    if (is_none(service->faults))
+        return 0;
+    epoll = GET(service->faults, epoll);
+    if (is_exactly(service->runtime, given.InlineRuntime)
+        && ((service->ready = GET(service->runtime, _ready)) == NULL
+            || (service->lock_waiters = GET(service->runtime, _lock_waiters)) == NULL
+            || (service->timers = GET(service->runtime, _timers)) == NULL)) {
+        Py_XDECREF(epoll);
+        return -1;
+    }
+    service->epoll = epoll == NULL ? -1 : PyObject_AsFileDescriptor(epoll);
+    Py_XDECREF(epoll);
+    if (service->epoll < 0 || get_integer(service->faults, names.signals, &signals) < 0)
+        return -1;
+    service->signals = (int)signals;
+    return 0;
+}
+
+static int
+find_objects(struct service *service, PyObject *plain)
+{
+    Py_INCREF(service->plain = plain);
+    if ((service->server = GET(plain, _server)) == NULL
+        || (service->held = GET(service->server, held)) == NULL
+        || (service->threads = GET(service->server, threads)) == NULL
+        || (service->waits = GET(plain, _waits)) == NULL
+        || (service->kept = GET(service->waits, kept)) == NULL
+        || (service->places = GET(service->waits, places)) == NULL
+        || (service->permits = GET(plain, _permits)) == NULL
+        || (service->open = GET(service->permits, _open)) == NULL
+        || (service->unused = GET(service->permits, _unused)) == NULL
+        || (service->recorded = GET(service->permits, _recorded)) == NULL
+        || (service->enclave = GET(plain, _enclave)) == NULL
+        || (service->exits = GET(plain, _exits)) == NULL
+        || (service->store = GET(plain, _store)) == NULL
+        || (service->runtime = GET(plain, _runtime)) == NULL || find_events(service) < 0)
+        return -1;
+    if (PyDict_Check(service->threads) && PyDict_Check(service->places)
+        && PyDict_Check(service->unused) && PySet_Check(service->open)
+        && PySet_Check(service->recorded))
+        return 0;
+    PyErr_SetString(PyExc_TypeError, "an object of plain faults is of another class");
+    return -1;
+}
+
+/* What has been waited for. */
+struct found {
+    bool is_event;
+    struct fault_event event;
+    int tid, status, fetched; /* otherwise: of a stop or an end */
+};
+
+/* Wait where the loop has something to do at a time: 0; 1: the wait has ended without an event; or
+ * -1. */
+static int
+wait_in_python(struct service *service, struct found *found)
+{
+    PyObject *event = is_none(service->faults) ? CALL0(service->waits, next)
+                                               : CALL0(service->waits, next_or_fault);
+    unsigned long long address, flags;
+    int done;
+
+    if (event == NULL)
+        return -1;
+    if (is_none(event)) {
+        Py_DECREF(event);
+        return 1;
+    }
+    if (is_exactly(event, given.FaultEvent)) {
+        found->is_event = true;
+        done = PyArg_ParseTuple(event, "iiKK", &found->event.uffd, &found->event.tid, &address,
+                                &flags);
+        found->event.address = address;
+        found->event.flags = flags;
+    }
+    else
+        done = PyArg_ParseTuple(event, "iii", &found->tid, &found->status, &found->fetched);
+    Py_DECREF(event);
+    return done ? 0 : -1;
+}
+
+/* As FaultEvents.wait(). */
+static int
+wait_for_event(struct service *service, struct fault_event *event)
+{
+    FaultEvents *faults = (FaultEvents *)service->faults;
+    int64_t latest, count;
+    int status, first;
+
+    if (!integer(faults->latest, &latest) || !integer(faults->in_a_row, &count)) {
+        PyErr_SetString(PyExc_TypeError, "a number of faults is no integer");
+        return -1;
+    }
+    first = count < MOST_IN_A_ROW ? (int)latest : -1;
+    status = wait_for_fault(service->epoll, service->signals, LONGEST_WAIT_MS, first, event);
+    if (status < 0)
+        return -1;
+    if (status == 0) {
+        set_field(&faults->may_have_stopped, Py_True);
+        return set_integer(&faults->latest, -1);
+    }
+    count = event->uffd == first ? count + 1 : 1;
+    if (set_integer(&faults->in_a_row, count) < 0 || set_integer(&faults->latest, event->uffd) < 0)
+        return -1;
+    return 1;
+}
+
+/* As Waits.next_or_fault(), where faults are events: 0, or -1. */
+static int
+wait_for_either(struct service *service, struct found *found)
+{
+    int status;
+
+    for (;;) {
+        if ((status = GET_TRUTH(FaultEvents, service->faults, may_have_stopped)) < 0)
+            return -1;
+        if (status) {
+            if (wait_for_stop(WNOHANG, service->places, &found->tid, &found->status,
+                              &found->fetched) < 0)
+                return -1;
+            if (found->tid)
+                return 0;
+            set_field(&((FaultEvents *)service->faults)->may_have_stopped, Py_False);
+        }
+        status = wait_for_event(service, &found->event);
+        found->is_event = status > 0;
+        if (status)
+            return status < 0 ? -1 : 0;
+    }
+}
+
+/* Wait for a stop, an end or an event; otherwise as wait_in_python(). */
+static int
+wait_for(struct service *service, int events, struct found *found)
+{
+    int only = has(service->waits, names.look_ns, Py_None);
+
+    *found = (struct found){0};
+    if (events && !IS(FaultEvents, service->faults))
+        only = only < 0 ? -1 : 0;
+    if (only <= 0)
+        return only < 0 ? -1 : wait_in_python(service, found);
+    return events ? wait_for_either(service, found)
+                  : wait_for_stop(0, service->places, &found->tid, &found->status, &found->fetched);
+}
+
+/* The thread of a stop that may be a plain fault, borrowed; NULL: of no such stop, or an error. */
+static PyObject *
+stopped_thread(struct service *service, const struct found *found)
+{
+    PyObject *thread, *key;
+
+    if (found->status != SIGBUS_STOP || (key = PyLong_FromLong(found->tid)) == NULL)
+        return NULL;
+    thread = PyDict_GetItemWithError(service->threads, key);
+    Py_DECREF(key);
+    return thread;
+}
+
+/* Whether faults can be events now: 0, 1, or -1 with an error. */
+static int
+have_events(struct service *service)
+{
+    FaultEvents *faults = AS(FaultEvents, service->faults);
+
+    if (faults != NULL && PyDict_Check(faults->images))
+        return PyDict_Size(faults->images) > 0;
+    return is_none(service->faults) ? 0 : has_any(service->faults, names.images);
+}
+
+/* Whether the loop or its waits hold a stop: 0, 1, or -1 with an error. */
+static int
+is_anything_held(struct service *service)
+{
+    Py_ssize_t waiting = PyObject_Size(service->held);
+
+    if (waiting == 0)
+        waiting = PyObject_Size(service->kept);
+    return waiting < 0 ? -1 : waiting > 0;
+}
+
+/* Serve plain faults; return the first other stop or end, or None. */
+static PyObject *
+serve_faults(PyObject *Py_UNUSED(module), PyObject *plain)
+{
+    struct service service = {0};
+    struct found found;
+    PyObject *result = NULL, *thread;
+    int events, status = find_objects(&service, plain);
+
+    while (status == 0) {
+        if ((status = is_anything_held(&service)) != 0) {
+            if (status > 0)
+                Py_INCREF(result = Py_None);
+            break;
+        }
+        if (PyErr_CheckSignals() < 0 || (events = have_events(&service)) < 0)
+            break;
+        if ((status = wait_for(&service, events, &found)) != 0) {
+            if (status > 0)
+                Py_INCREF(result = Py_None);
+            break;
+        }
+        if (found.is_event) {
+            status = serve_event(&service, &found.event);
+            continue;
+        }
+        thread = events ? NULL : stopped_thread(&service, &found);
+        if (thread == NULL) {
+            if (!PyErr_Occurred())
+                result = Py_BuildValue("(iii)", found.tid, found.status, found.fetched);
+            break;
+        }
+        status = serve(&service, thread, found.fetched);
+    }
+    release(&service, offsetof(struct service, epoll));
+    return result;
+}
+
+static PyMethodDef functions[] = {
+    {"serve_faults", serve_faults, METH_O,
+     "serve_faults(plain): as PlainFaults.next()."},
+    {NULL, NULL, 0, NULL},
+};
+
+int
+add_plain_faults(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

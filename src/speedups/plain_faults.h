@@ -1,0 +1,66 @@
+/* What the parts of PlainFaults in C share: plain_faults.c, waiting_faults.c, unseen.c. */
+
+#ifndef PLAIN_FAULTS_H
+#define PLAIN_FAULTS_H
+
+#include "speedups.h"
+
+/* The thread of the last event, and what it has until it ends. */
+struct known {
+    PyObject *thread, *image, *cpu, *hw, *mm, *page_table;
+};
+
+/* The objects that PlainFaults has; they are the same for a run. */
+struct service {
+    PyObject *plain, *server, *held, *threads, *waits, *kept, *places, *permits, *open, *unused;
+    PyObject *recorded, *enclave, *exits, *store, *runtime;
+    PyObject *ready, *lock_waiters, *timers; /* of an InlineRuntime, otherwise NULL */
+    PyObject *faults; /* None: no fault is an event */
+    struct known known;
+    int epoll, signals;
+    int uffd; /* of the known thread */
+};
+
+/* One fault: objects that the thread has now. */
+struct fault {
+    PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr;
+};
+
+/* Whether an attribute is an object, and whether a container attribute has anything in it:
+ * 0, 1, or -1 with an error. */
+int has(PyObject *object, PyObject *name, PyObject *value);
+int has_any(PyObject *object, PyObject *name);
+
+/* As the methods of Permits; see unseen.c. */
+int permits_report(struct service *service, struct fault *fault);
+int permits_settle(struct service *service);
+int permits_going(struct service *service, struct fault *fault);
+int permits_have_slot(struct fault *fault);
+
+/* Whether nothing receives the events of the thread's machine: 0, 1, or -1 with an error. */
+int is_untraced(struct fault *fault);
+
+/* Whether a fault is plain once it is known that the thread is inside: 0, 1, or -1 with an error. */
+int is_plain(struct service *service, struct fault *fault, uint64_t linaddr);
+
+/* Find cpu and inside of the thread, when its crossings are reported: 1, 0: it is outside, or -1. */
+int find_inside(struct service *service, struct fault *fault);
+
+/* Whether no background task has anything to do: 0, 1, or -1 with an error. */
+int is_quiet(struct service *service);
+
+/* Count the exit and the ERESUME that are skipped. */
+int count_exit(PyObject *inside);
+
+/* Hide what is unmapped, and make the calls that are due: before a thread continues. */
+int finish(struct service *service, struct fault *fault);
+
+/* An exception ends the process of the thread; others than Exception end the run. */
+int failed(struct service *service, PyObject *thread);
+
+void release(void *references, size_t bytes);
+
+/* Wake the thread of an event, or make it stop; as PlainFaults.resolve(): 0, or -1 with an error. */
+int serve_event(struct service *service, const struct fault_event *event);
+
+#endif

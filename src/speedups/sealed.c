@@ -1,0 +1,274 @@
+/* Evicted pages: as SparseNumbers, SwapEntries and SealedPages of softsgx.paging. */
+
+#include "speedups.h"
+
+#define BLOCK_PAGES 255
+#define SEALED_BYTES (PAGE_BYTES + 16)
+
+/* --- numbers by page index ---------------------------------------------------------------------- */
+
+/* The chunk that has the number of a page, borrowed; NULL: none, perhaps with an error. */
+static PyObject *
+chunk_of(PyObject *numbers, int64_t index)
+{
+    SparseNumbers *record = AS(SparseNumbers, numbers);
+    PyObject *high, *chunk;
+
+    if (record == NULL || record->chunks == NULL || !PyDict_Check(record->chunks)) {
+        PyErr_SetString(PyExc_TypeError, "numbers of pages that are no SparseNumbers");
+        return NULL;
+    }
+    high = PyLong_FromLongLong(index >> CHUNK_SHIFT);
+    if (high == NULL)
+        return NULL;
+    chunk = PyDict_GetItemWithError(record->chunks, high);
+    Py_DECREF(high);
+    return chunk;
+}
+
+static int
+get_of_chunk(PyObject *chunk, int64_t index, int64_t *number)
+{
+    PyObject *found = PySequence_GetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK));
+    int status = found != NULL && integer(found, number) ? 0 : -1;
+
+    Py_XDECREF(found);
+    return status;
+}
+
+static int
+put_to_chunk(PyObject *chunk, int64_t index, int64_t number)
+{
+    PyObject *value = PyLong_FromLongLong(number);
+    int status = value == NULL
+        ? -1
+        : PySequence_SetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK), value);
+
+    Py_XDECREF(value);
+    return status;
+}
+
+/* As SparseNumbers.get(), and the chunk, borrowed, or NULL. */
+static int
+number_get(PyObject *numbers, int64_t index, int64_t *number, PyObject **chunk)
+{
+    *number = 0;
+    *chunk = chunk_of(numbers, index);
+    if (*chunk == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    return get_of_chunk(*chunk, index, number);
+}
+
+/* As SparseNumbers.put(), with the chunk of number_get(). */
+static int
+number_put(PyObject *numbers, PyObject *chunk, int64_t index, int64_t number)
+{
+    PyObject *place, *value;
+    int status = -1;
+
+    if (chunk != NULL)
+        return put_to_chunk(chunk, index, number);
+    place = PyLong_FromLongLong(index);
+    value = PyLong_FromLongLong(number);
+    if (place != NULL && value != NULL)
+        status = effect(CALL(numbers, put, place, value, NULL));
+    Py_XDECREF(value);
+    Py_XDECREF(place);
+    return status;
+}
+
+/* --- entries ------------------------------------------------------------------------------------ */
+
+#define LOST 1
+#define FIRST 2
+#define VA_SLOTS 512
+
+static SwapEntries *
+entries_of(PyObject *swap, PyObject *index, int64_t *number, PyObject **owned)
+{
+    SwapEntries *entries;
+
+    *owned = GETF(CompiledSwap, swap, entries);
+    entries = AS(SwapEntries, *owned);
+    if (*owned == NULL)
+        return NULL;
+    if (entries != NULL && entries->_numbers != NULL && entries->_va_pages != NULL
+        && PyDict_Check(entries->_va_pages) && integer(index, number))
+        return entries;
+    PyErr_SetString(PyExc_TypeError, "entries of pages that are no SwapEntries");
+    return NULL;
+}
+
+/* Where the version of an evicted page is, with a reference to its VA page: 1; 0: C code does not
+ * know of it (as where the page is resident or lost); or -1 with an error. */
+int
+entry_place(PyObject *swap, PyObject *index, struct place *place)
+{
+    PyObject *owned, *chunk, *va_index = NULL;
+    int64_t page, number;
+    SwapEntries *entries = entries_of(swap, index, &page, &owned);
+    int status = -1;
+
+    place->page = NULL;
+    if (entries == NULL || number_get(entries->_numbers, page, &number, &chunk) < 0)
+        goto done;
+    status = 0;
+    if (number <= LOST || record_types[KIND_VaSlot] == NULL)
+        goto done;
+    number -= FIRST;
+    place->number = number % VA_SLOTS;
+    va_index = PyLong_FromLongLong(number / VA_SLOTS);
+    if (va_index != NULL)
+        place->page = AS(VaPage, PyDict_GetItemWithError(entries->_va_pages, va_index));
+    if (place->page != NULL)
+        HOLD(place->page);
+    status = PyErr_Occurred() ? -1 : place->page != NULL;
+done:
+    Py_XDECREF(va_index);
+    Py_XDECREF(owned);
+    return status;
+}
+
+PyObject *
+entry_get(PyObject *swap, PyObject *index)
+{
+    PyObject *entries = GETF(CompiledSwap, swap, entries), *entry = NULL;
+
+    if (entries != NULL)
+        entry = CALL(entries, get, index, NULL);
+    Py_XDECREF(entries);
+    return entry;
+}
+
+int
+entry_put(PyObject *swap, PyObject *index, PyObject *object)
+{
+    PyObject *owned, *chunk;
+    int64_t page, va_index, number;
+    SwapEntries *entries = entries_of(swap, index, &page, &owned);
+    SwapEntry *entry = AS(SwapEntry, object);
+    VaSlot *slot = AS(VaSlot, entry == NULL ? object : entry->slot);
+    VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
+    int status = -1;
+
+    if (entries == NULL)
+        goto done;
+    if (is_none(object))
+        number = 0;
+    else if (va_page != NULL && integer(va_page->index, &va_index)
+             && integer(slot->number, &number))
+        number += va_index * VA_SLOTS + FIRST;
+    else {
+        status = effect(CALL(owned, put, index, object, NULL));
+        goto done;
+    }
+    chunk = chunk_of(entries->_numbers, page);
+    if (chunk != NULL || !PyErr_Occurred())
+        status = number_put(entries->_numbers, chunk, page, number);
+done:
+    Py_XDECREF(owned);
+    return status;
+}
+
+/* --- sealed pages ------------------------------------------------------------------------------- */
+
+static SealedPages *
+record_of(PyObject *pages)
+{
+    SealedPages *record = AS(SealedPages, pages);
+
+    if (record == NULL || record->_blocks == NULL || !PyList_Check(record->_blocks)
+        || record->free == NULL || record->_places == NULL) {
+        PyErr_SetString(PyExc_TypeError, "backing that is no SealedPages");
+        return NULL;
+    }
+    return record;
+}
+
+bool
+sealed_has_room(PyObject *pages, int64_t wanted)
+{
+    SealedPages *record = AS(SealedPages, pages);
+
+    return record != NULL && record->free != NULL && PyObject_Size(record->free) >= wanted;
+}
+
+/* The place of a page plus one; 0: it has none; -1: an error.  Also its index and chunk. */
+static int64_t
+place_of(SealedPages *record, PyObject *index, int64_t *number, PyObject **chunk)
+{
+    int64_t place;
+
+    if (!integer(index, number)) {
+        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
+        return -1;
+    }
+    return number_get(record->_places, *number, &place, chunk) < 0 ? -1 : place;
+}
+
+/* The block of a place, borrowed, and where the page is in it. */
+static PyObject *
+block_of(SealedPages *record, int64_t place, Py_ssize_t *start)
+{
+    *start = (Py_ssize_t)((place - 1) % BLOCK_PAGES * SEALED_BYTES);
+    return PyList_GetItem(record->_blocks, (Py_ssize_t)((place - 1) / BLOCK_PAGES));
+}
+
+PyObject *
+sealed_get(PyObject *pages, PyObject *index)
+{
+    SealedPages *record = record_of(pages);
+    PyObject *block, *chunk;
+    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
+    Py_ssize_t start;
+
+    if (place <= 0 || (block = block_of(record, place, &start)) == NULL)
+        return NULL;
+    return PySequence_GetSlice(block, start, start + SEALED_BYTES);
+}
+
+int
+sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
+{
+    SealedPages *record = record_of(pages);
+    PyObject *block, *chunk, *taken;
+    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
+    Py_ssize_t start;
+
+    if (place < 0)
+        return -1;
+    if (!place) {
+        if (!sealed_has_room(pages, 1))
+            return effect(CALL(pages, put, index, sealed, NULL));
+        taken = CALL0(record->free, pop);
+        if (taken == NULL || !integer(taken, &place)
+            || number_put(record->_places, chunk, number, ++place) < 0) {
+            Py_XDECREF(taken);
+            return -1;
+        }
+        Py_DECREF(taken);
+    }
+    block = block_of(record, place, &start);
+    return block == NULL ? -1 : PySequence_SetSlice(block, start, start + SEALED_BYTES, sealed);
+}
+
+int
+sealed_drop(PyObject *pages, PyObject *index)
+{
+    SealedPages *record = record_of(pages);
+    PyObject *freed, *chunk;
+    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
+    int status;
+
+    if (place < 0)
+        return -1;
+    /* The last page: blocks are freed. */
+    if (!place
+        || PyObject_Size(record->free) + 1 == PyList_Size(record->_blocks) * BLOCK_PAGES)
+        return effect(CALL(pages, drop, index, NULL));
+    if (put_to_chunk(chunk, number, 0) < 0 || (freed = PyLong_FromLongLong(place - 1)) == NULL)
+        return -1;
+    status = effect(CALL(record->free, append, freed, NULL));
+    Py_DECREF(freed);
+    return status;
+}

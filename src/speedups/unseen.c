@@ -1,0 +1,165 @@
+/* Crossings that no stop has shown: as softsgx/engines/native/vdso/permits.py, at a plain fault. */
+
+#include "plain_faults.h"
+
+/* The quadwords of the gate of a slot and behind it; NULL with an error. */
+static volatile uint64_t *
+gate_of(PyObject *slot)
+{
+    uint64_t at;
+
+    return GET_ADDRESS(Slot, slot, gate_at, &at) < 0 ? NULL : (volatile uint64_t *)(uintptr_t)at;
+}
+
+/* Record the slot whose gate only the thread can use, if it has one open: as Permits.report(). */
+static int
+is_unused(struct service *service, struct fault *fault)
+{
+    PyObject *table = GET(fault->image, permits), *slots = NULL, *tcs = NULL, *slot = NULL;
+    volatile uint64_t *gate;
+    uint64_t opened;
+    int status = -1;
+
+    if (table == NULL)
+        return -1;
+    if (is_none(table) || is_none(fault->inside)) {
+        Py_DECREF(table);
+        return 0;
+    }
+    if ((slots = GET(table, _slots)) != NULL && PyDict_Check(slots)
+        && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL) {
+        slot = PyDict_GetItemWithError(slots, tcs);
+        Py_XINCREF(slot);
+        status = slot != NULL ? PySet_Contains(service->open, slot) : PyErr_Occurred() ? -1 : 0;
+        if (status > 0)
+            status = IS(Slot, slot) ? ((Slot *)slot)->inside == fault->thread
+                                    : has(slot, names.inside, fault->thread);
+        if (status > 0) {
+            gate = gate_of(slot);
+            if (gate == NULL || GET_ADDRESS(Slot, slot, opened, &opened) < 0)
+                status = -1;
+            else
+                status = *gate == opened;
+        }
+        if (status > 0 && PyDict_SetItem(service->unused, fault->thread, slot) < 0)
+            status = -1;
+    }
+    if (status < 0 && !PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "slots of permits are in no dict");
+    Py_XDECREF(slot);
+    Py_XDECREF(tcs);
+    Py_XDECREF(slots);
+    Py_DECREF(table);
+    return status;
+}
+
+/* As Permits.report(). */
+int
+permits_report(struct service *service, struct fault *fault)
+{
+    if (PySet_Size(service->open) > 0) {
+        int unused = is_unused(service, fault);
+
+        if (unused < 0)
+            return -1;
+        if (!unused)
+            return effect(CALL(service->permits, report, fault->thread, NULL));
+    }
+    return SET(service->permits, _exited, Py_None);
+}
+
+/* As Permits.settle(). */
+int
+permits_settle(struct service *service)
+{
+    PyObject *slot;
+    Py_ssize_t place = 0;
+    uint64_t offset, closed;
+
+    if (PySet_Size(service->open) > PyDict_Size(service->unused)
+        || PySet_Size(service->recorded) > 0)
+        return effect(CALL0(service->permits, settle));
+    if (!address(given.exited_word, &offset) || !address(given.closed_behind, &closed)) {
+        PyErr_SetString(PyExc_TypeError, "the layout of slots was not given");
+        return -1;
+    }
+    while (PyDict_Next(service->unused, &place, NULL, &slot)) {
+        volatile uint64_t *gate = gate_of(slot);
+
+        if (gate == NULL)
+            return -1;
+        gate[offset] = closed;
+    }
+    return SET(service->permits, _exited, Py_None);
+}
+
+/* Whether the EEXIT of a thread would stop in any case, so that its gate stays closed: 0, 1, or -1 with
+ * an error. */
+static int
+stops_at_exit(struct fault *fault)
+{
+    PyObject *table = GET(fault->image, permits), *slots, *slot;
+    EnclaveMode *inside = AS(EnclaveMode, fault->inside);
+    EnclaveMemory *memory;
+    int status = table == NULL ? -1 : 0;
+
+    if (inside != NULL && table != NULL && (slots = GET(table, _slots)) != NULL) {
+        slot = PyDict_Check(slots) ? PyDict_GetItemWithError(slots, inside->tcs_linaddr) : NULL;
+        if (IS(Slot, slot) && ((Slot *)slot)->enclave == inside->enclave) {
+            memory = AS(EnclaveMemory, ((Slot *)slot)->memory);
+            status = memory == NULL ? is_none(((Slot *)slot)->memory)
+                                    : PyDict_Check(memory->jumps) && !PyDict_Size(memory->jumps);
+        }
+        Py_DECREF(slots);
+    }
+    Py_XDECREF(table);
+    return PyErr_Occurred() ? -1 : status;
+}
+
+/* As Permits.going(). */
+int
+permits_going(struct service *service, struct fault *fault)
+{
+    int status = has(fault->image, names.permits, Py_None);
+    PyObject *slot;
+
+    if (status)
+        return status < 0 ? -1 : 0;
+    slot = PyDict_GetItemWithError(service->unused, fault->thread);
+    if (slot == NULL && PyErr_Occurred())
+        return -1;
+    if (slot != NULL) {
+        status = IS(Slot, slot) ? ((Slot *)slot)->stay == fault->inside
+                                : has(slot, names.stay, fault->inside);
+        if (status > 0)
+            status = has(fault->thread, names.blocked, Py_None);
+        if (status < 0)
+            return -1;
+        if (status)
+            return PyDict_DelItem(service->unused, fault->thread);
+    }
+    else if ((status = stops_at_exit(fault)) != 0)
+        return status < 0 ? -1 : 0;
+    if (show_late_page() < 0)
+        return -1;
+    return effect(CALL(service->permits, going, fault->thread, NULL));
+}
+
+/* As Permits.has_slot(). */
+int
+permits_have_slot(struct fault *fault)
+{
+    PyObject *table = GET(fault->image, permits), *slots = NULL, *tcs = NULL;
+    int status = -1;
+
+    if (table == NULL)
+        return -1;
+    if (is_none(table))
+        status = 1;
+    else if ((slots = GET(table, _slots)) != NULL && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL)
+        status = PyMapping_HasKey(slots, tcs);
+    Py_XDECREF(tcs);
+    Py_XDECREF(slots);
+    Py_DECREF(table);
+    return status;
+}
