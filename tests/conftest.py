@@ -32,12 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})  # in this thread alone
     mode = config.getoption("--native-mode")
     if mode:
         try:
             modes.apply_everywhere(mode)
         except ValueError as error:
             raise pytest.UsageError(f"--native-mode: {error}") from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Let the threads of workers block SIGCHLD, as far as no test runs in them.
+
+    Where another thread of the supervisor may take SIGCHLD, faults are signals and no events.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
 
 
 def _require_current_core() -> None:

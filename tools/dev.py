@@ -7,6 +7,7 @@ Needs only Python 3.11+ with ``venv``:
     python3 tools/dev.py test      lint, spelling, dead code, types, layers, docs and all tests
     python3 tools/dev.py quick     the same without docs and slow tests, and samples of large tables
     python3 tools/dev.py soak      random histories: --minutes N --jobs N [--seed N] [--kind KIND]
+    python3 tools/dev.py modes     end-to-end tests in every mode of the native engine, as a table
     python3 tools/dev.py docs      the documentation, to docs/_build/html
     python3 tools/dev.py format    rewrite the sources as ruff has them
     python3 tools/dev.py setup     only the environment
@@ -166,6 +167,7 @@ TASKS: dict[str, Callable[[list[str]], int]] = {
     "test": lambda rest: checks(rest, full=True),
     "quick": lambda rest: checks(rest, full=False),
     "soak": lambda rest: run("python", "-m", "tests.soak", *rest),
+    "modes": lambda rest: run("python", "-m", "tools.modes", *rest),
     "docs": lambda rest: run(*DOCS, *rest),
     "format": lambda rest: run("ruff", "check", "--fix", ".") or run("ruff", "format", "."),
     "setup": lambda rest: 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from tests.differential.test_optimised_paging import IMPLEMENTATIONS, Implementa
 from tests.model.test_random_programs import World
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, PageType
-from softsgx.paging import EpcBusy
+from softsgx.paging import EpcBusy, FaultResult
+from softsgx.runtime import InlineRuntime
 from softsgx.sim.stories.system import build, plan_for
 
 
@@ -81,3 +83,15 @@ def test_an_enclave_with_a_base_that_no_program_can_map_is_evicted_and_loaded(
     assert world.system.core.evict(epc) and pages[0].entry is not None
     loaded = pages[0].swap.load(pages[0].entry, pages[0], group=world.group)
     assert world.system.epcm(loaded.addr).linaddr == enclave.base + pages[0].index * PAGE_BYTES
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_fault_lasts_as_long_as_the_clock_of_its_runtime_says(optimised: Implementation) -> None:
+    ticks = count(1, 1000)
+    world = World(
+        80, optimised=optimised, runtime=InlineRuntime(seed=7, clock_ns=lambda: next(ticks))
+    )
+    page, process = evicted_page(world), world.actor.process
+    before = page.enclave.counts.fault_ns
+    assert process.mm.fault(page.linaddr, 1, process) is FaultResult.NOPAGE
+    assert page.entry is None and page.enclave.counts.fault_ns - before == 1000

@@ -12,7 +12,10 @@ import errno
 import mmap
 import os
 import random
+import select
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -35,6 +38,8 @@ pytestmark = needs_tracing
 FORMS = ["python"] if compiled.speedups is None else ["python", "c"]
 NO_THREAD = 1 << 22  # above the largest process id
 PAGE = abi.PAGE
+_LAST_WORD = (1 << 64) - 1  # as an address, what C code returns for an error
+SYS_GETPPID, SYS_PRCTL, PR_SET_NO_NEW_PRIVS = 110, 157, 38
 WRITE_PROTECTED = 1 << 57  # in a word of pagemap
 EVENT_REMOVE = 1 << 3
 
@@ -184,6 +189,44 @@ def test_an_interrupt_fetches_nothing(form: str) -> None:
         assert (tid, status >> 16, fetched) == (pid, abi.PTRACE_EVENT_STOP, 0)
 
 
+def trace_getppid() -> None:
+    """Install a filter by which getppid() stops a thread that is traced."""
+    load, equal, answer = 0x20, 0x15, 6
+    lines = [(load, 0, 0, 0), (equal, 0, 1, SYS_GETPPID), (answer, 0, 0, abi.SECCOMP_RET_TRACE)]
+    lines.append((answer, 0, 0, abi.SECCOMP_RET_ALLOW))
+    code = b"".join(struct.pack("<HBBI", *line) for line in lines)
+    words = ctypes.create_string_buffer(code, len(code))
+    program = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", 4, ctypes.addressof(words)))
+    libc.syscall(SYS_PRCTL, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    at = ctypes.addressof(program)
+    libc.syscall(SYS_PRCTL, abi.PR_SET_SECCOMP, abi.SECCOMP_MODE_FILTER, at, 0, 0)
+
+
+def test_a_system_call_is_reported_with_registers_and_its_end_with_nothing(form: str) -> None:
+    next_stop = function(form, "next_stop")
+    begun: list[bool] = []
+
+    def also() -> None:
+        if not begun:
+            trace_getppid()
+            begun.append(True)
+        os.getppid()
+
+    with tracee(also) as pid:
+        libc.ptrace(abi.PTRACE_SETOPTIONS, pid, 0, abi.TRACE_OPTIONS)
+        thread = Thread(pid, Waits())
+        thread.resume(0)
+        _tid, status, fetched = next_stop(0, place_of(thread))
+        assert (status >> 16, fetched) == (abi.PTRACE_EVENT_SECCOMP, 1 if form == "c" else 0)
+        thread.stopped(status, fetched)
+        assert thread.load().orig_rax == SYS_GETPPID
+        assert bytes(thread.load()) == bytes(Thread(pid, thread.waits).load())
+        thread.in_call = True
+        thread.resume(0)
+        _tid, status, fetched = next_stop(0, place_of(thread))
+        assert (status >> 8, fetched) == (signal.SIGTRAP | 0x80, 0)
+
+
 def test_a_thread_without_a_place_is_reported_alone(form: str) -> None:
     next_stop = function(form, "next_stop")
     with tracee() as pid:
@@ -196,11 +239,47 @@ def test_what_cannot_be_fetched_is_not_said_to_be() -> None:
         pytest.skip(compiled.description)
     with tracee() as pid:
         regs, info = UserRegs(), SigInfo()
-        at, info_at, nowhere = ctypes.addressof(regs), ctypes.addressof(info), 16
-        for place, expected in (((at, nowhere), 1), ((nowhere, info_at), 2), ((16, 16), 0)):
+        at, info_at, nowhere, last = ctypes.addressof(regs), ctypes.addressof(info), 16, _LAST_WORD
+        for place, expected in (
+            *(((at, nowhere), 1), ((nowhere, info_at), 2), ((nowhere, nowhere), 0)),
+            *(((at, last), 1), ((last, info_at), 2)),
+        ):
             libc.ptrace(abi.PTRACE_CONT, pid)
             fetched = compiled.speedups.next_stop(0, {pid: (*place, regs, info)})[2]
             assert fetched == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ((), IndexError),
+        ((16,), IndexError),
+        (("16", 16), TypeError),
+        ((16, None), TypeError),
+        ((-1, 16), OverflowError),
+        ((16, 1 << 64), OverflowError),
+    ],
+)
+def test_a_place_that_is_none_is_refused(place: tuple[object, ...], error: type[Exception]) -> None:
+    if compiled.speedups is None:
+        pytest.skip(compiled.description)
+    with tracee() as pid:
+        libc.ptrace(abi.PTRACE_CONT, pid)
+        with pytest.raises(error):
+            compiled.speedups.next_stop(0, {pid: place})
+        libc.ptrace(abi.PTRACE_CONT, pid)
+        assert compiled.speedups.next_stop(0, {})[0] == pid, "it is at its next stop"
+
+
+def test_an_end_asks_for_nothing(form: str) -> None:
+    def work() -> bool:
+        child = os.fork()
+        if child == 0:
+            os._exit(signal.SIGBUS)  # the place of a stop's signal in its status
+        no_place: Any = {child: ()}
+        return bool(function(form, "next_stop")(0, no_place) == (child, signal.SIGBUS << 8, 0))
+
+    alone(work)
 
 
 def test_information_that_was_replaced_is_fetched_again(form: str) -> None:
@@ -317,6 +396,53 @@ def test_handlers_of_signals_run_during_a_wait(form: str) -> None:
         assert next_stop(0, {}) == (child, signal.SIGKILL, 0)
         timer.join()
     assert len(came) >= 2
+
+
+@contextmanager
+def faults() -> Iterator[tuple[select.epoll, int, Callable[[], None]]]:
+    """What is waited on: epoll, the descriptor of signals; and a function that sends a fault.
+
+    The descriptor of faults is always ready, whether there is one to read or not.
+    """
+    ours, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    signals, idle = os.pipe2(os.O_NONBLOCK)
+    ours.setblocking(False)
+    with ours, others, select.epoll() as epoll:
+        epoll.register(signals, select.EPOLLIN)
+
+        def send() -> None:
+            others.send(struct.pack("<B7xQQI4x", 0x12, 5, 7 * PAGE, 4711))
+
+        def begin() -> None:
+            epoll.register(ours, select.EPOLLIN | select.EPOLLOUT)
+            threading.Timer(0.2, send).start()
+
+        yield epoll, signals, begin
+    os.close(signals)
+    os.close(idle)
+
+
+def test_an_event_that_its_thread_has_taken_back_is_waited_on_again(form: str) -> None:
+    with faults() as (epoll, signals, begin):
+        begin()
+        assert function(form, "next_fault")(epoll, signals, 10_000, -1)[1:] == (4711, 7 * PAGE, 5)
+
+
+def test_a_wait_for_faults_has_an_end(form: str) -> None:
+    with faults() as (epoll, signals, _begin):
+        for limit_ms in (0, 20):
+            assert function(form, "next_fault")(epoll, signals, limit_ms, -1) is None
+
+
+def test_handlers_of_signals_run_during_a_wait_for_faults(form: str) -> None:
+    next_fault = function(form, "next_fault")
+    with faults() as (epoll, signals, begin):
+        with alarm(raises=True), pytest.raises(Alarm):
+            next_fault(epoll, signals, 10_000, -1)
+        with alarm(raises=False) as came:
+            threading.Timer(0.2, begin).start()  # until then nothing is ready
+            assert next_fault(epoll, signals, 10_000, -1)[1:] == (4711, 7 * PAGE, 5)
+    assert came
 
 
 # --- pages ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ good and bad ones, and must agree in result, EPCM, slots, page bytes and every b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -249,3 +250,33 @@ def test_the_fast_leaves_are_those_that_run() -> None:
         if isinstance(done, tuple):
             sealed, flags, _eid = done
             assert half.hw.leaves.try_eldu(ELRANGE, half.base, sealed, flags, target, slot)
+
+
+WAYS: dict[str, Callable[[Half], object]] = {
+    "nothing": lambda half: None,
+    "a processor of the previous cycle": lambda half: setattr(half.enclave, "prev_count", 1),
+    "a processor of this cycle": lambda half: setattr(half.enclave, "cur_count", 1),
+    "the facility is in use": lambda half: setattr(half.enclave, "tracking_lock", True),
+    "a leaf has the page alone": lambda half: setattr(half.page(SECS), "lock", -1),
+    "leaves share the page": lambda half: setattr(half.page(SECS), "lock", 2),
+    "the page is invalid": lambda half: setattr(half.page(SECS), "valid", False),
+    "the page is of another type": lambda half: setattr(half.page(SECS), "pt", PageType.REG),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("offset", [0, 8, 4096 * FIRST, 4096 * VA, 4096 * 63, 1 << 40])
+def test_a_tracking_cycle_begins_where_nothing_is_in_its_way(way: str, offset: int) -> None:
+    ended, epochs = [], []
+    for half in (Half(fast=True), Half(fast=False)):
+        WAYS[way](half)
+        before = half.enclave.epoch
+        try:
+            ended.append(half.hw.leaves.etrack(half.base + offset).name)
+        except Fault as fault:
+            ended.append(str(fault))
+        counts = half.enclave.prev_count, half.enclave.cur_count
+        epochs.append((half.enclave.epoch - before, counts, half.state()))
+    assert ended[0] == ended[1] and epochs[0] == epochs[1]
+    free = way in ("nothing", "a processor of this cycle", "leaves share the page")
+    assert (ended[0] == "SUCCESS") is (free and not offset)

@@ -123,7 +123,7 @@ def state(world: World) -> dict[str, object]:
             (g.usage_pages, g.own_pages, g.peak_pages, g.events, g.events_local) for g in groups
         ],
         "ksgxd": (core._ksgxd.generation, core._ksgxd.outcomes, core._ksgxd.asleep),
-        "claims": (core.claims.holder is None, core.claims.short is None),
+        "claims": (core.claims.holder is None, core.claims.short_in is None),
         "kept": [page.addr for page in pool.records.values() if page.kept],
     }
     for number, enclave in enumerate(system.driver.enclaves):
@@ -672,6 +672,8 @@ def test_a_closed_backing_holds_nothing(kind: type[FlatBacking | MemoryBacking])
     assert half.backing.pages() == 42
     half.backing.close()
     assert half.backing.pages() == 0
+    half.do("evict", 3)
+    assert half.backing.pages() == 2 and half.holds(3)
 
 
 @pytest.mark.parametrize("kind", [FlatBacking, MemoryBacking])

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests.support.native import HAS_PERMITS, needs_permits
 
 from softsgx.cli import main
 from softsgx.costs import read_profile
@@ -153,9 +154,11 @@ def test_calibrate_prints_a_profile_that_plan_reads(
     profile = read_profile(tmp_path / "mine.toml")
     assert profile.swap.basis == profile.prices["eenter"].basis == "measured"
     swap, call = profile.swap.typical, profile.prices["eenter"].typical
-    assert swap is not None and call is not None and swap > call
+    assert swap is not None and call is not None
+    assert swap > call or not HAS_PERMITS, "a call that stops twice takes as long"
 
 
+@needs_permits  # it takes the time of a call off that of a touch
 def test_calibrate_without_paging_prints_no_profile(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

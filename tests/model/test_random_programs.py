@@ -26,7 +26,7 @@ from tests.support.driver import System
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import Hierarchy
 from softsgx.defects import Defect
-from softsgx.paging import Backing, EpcCore, FailingBacking, FlatBacking, MemoryBacking
+from softsgx.paging import Backing, EpcCore, FailingBacking, FlatBacking, MemoryBacking, Policy
 from softsgx.paging.optimised import CompiledCore, PlainCore
 from softsgx.runtime import InlineRuntime, Pct, Runtime, SeededRuntime, ThreadsRuntime, Uniform
 from softsgx.trace import Tracer
@@ -68,7 +68,10 @@ class World:
         runtime: Runtime | None = None,
         optimised: bool | Literal["compiled"] = False,
         backing_limit: int | None = None,
+        policy: Policy | None = None,
+        data_pages: int = 4,
     ) -> None:
+        self.data_pages = data_pages
         runtime = InlineRuntime() if runtime is None else runtime
         self.optimised, self.backing_limit = optimised, backing_limit
         self.backings: list[Backing] = []
@@ -81,6 +84,7 @@ class World:
             backing=self._backing,
             tracer=tracer,
             core_type=CORES[optimised],
+            policy=policy,
         )
         self.group = self.tree.make("jobs")
         self.limited = limited
@@ -104,7 +108,7 @@ class World:
         return bool(self.fail_every) and request % self.fail_every == 0
 
     def launch(self) -> None:
-        self.actor.launch(4)
+        self.actor.launch(self.data_pages)
 
     def do(self, kind: str, number: int, value: int) -> None:
         actor, core = self.actor, self.system.core

@@ -11,6 +11,7 @@ time.  It counts loads of pages by the core (``eldu``), not visits.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -71,6 +72,7 @@ class _Observer:
 
     def started(self, pid: int) -> None:
         """The program is about to start."""
+        gc.collect()  # what the process dropped before the run must not leave between two samples
         self._began = time.monotonic()
         self.samples.append(self._look(self._counters))
         self.ticker = Ticker(self._tick, _LOOKS_S)

@@ -18,14 +18,20 @@ from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.enclave import Enclave, EnclaveMm
 from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.optimised import CompiledPage
+from softsgx.driver.pages import EnclavePages
 from softsgx.driver.sync import RwLock
-from softsgx.hw import EpcPage
-from softsgx.hw.secs import ResidentSecs
+from softsgx.engines.native.tracing.fault_events import FaultEvents
+from softsgx.engines.native.vdso.permit_table import Slot
+from softsgx.hw import EnclaveMode, EpcPage
+from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.paging import Claim, Counters, FlatBacking, Reservation, SgxEpcPage, SwapEntry
+from softsgx.paging.entries import SwapEntries
 from softsgx.paging.flat import FlatFile
 from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.nodes import AtomicCount
 from softsgx.paging.optimised import CompiledSwap
+from softsgx.paging.sealed import SealedPages
+from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swapfile import Pinned
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaPage, VaSlot
@@ -35,7 +41,8 @@ ROOT = Path(__file__).parents[2]
 RECORDS: tuple[type, ...] = (
     *(AtomicCount, Claim, CompiledSwap, Counters, Enclave, EnclaveCounts, EnclaveMm, EnclaveVma),
     *(EpcCgroup, EpcPage, FlatBacking, FlatFile, Ksgxd, Mm, Pinned, Reservation, ResidentSecs),
-    *(RwLock, SgxEpcPage, SwapEntry, VaArray, VaPage, VaSlot),
+    *(RwLock, SealedPages, SgxEpcPage, SparseNumbers, SwapEntries, SwapEntry, VaArray, VaPage),
+    *(EnclavePages, VaSlot, Crossings, EnclaveMode, FaultEvents, Slot),
 )
 SAY = "from softsgx import compiled; print(compiled.description, compiled.speedups is None)"
 

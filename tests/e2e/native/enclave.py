@@ -7,9 +7,9 @@ RSI at RDI, then a byte at R9, then what RDI holds at R8, 10 store R10, R11, RAX
 jump to RDI with R11 where to come back to, from 12 on the instructions of ``ILLEGAL`` and ``TIME``,
 and three on extended state: store XGETBV(0) at R8, XSAVE64 with every bit at RDI, XRSTOR64 with
 every bit from RDI, both with XMM0, RAX, RCX, RDX, RFLAGS and the RCX of entry to R8; the next one
-counts up the first words of RSI pages from RDI on, all of which must be R8.  The last ones are
+counts up the first words of RSI pages from RDI on, all of which must be R8.  The next ones are
 those of ``MASKED`` with the area at RDI and flags of RSI; they store registers and what FXSAVE64
-does at R8.  Then it exits.
+does at R8.  The last one stores RSI at RDI, and leaves as 5 does.  Then it exits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.support.builds import Builds
 from tests.support.driver import sigstruct_for
 
-from softsgx.arch import AttributesFlags, Tcs
+from softsgx.arch import Attributes, AttributesFlags, Tcs
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.image import MASK_ALL, MASK_NONE, SECINFO_RW, SECINFO_RX, SECINFO_TCS, Data, Plan, Run
 
@@ -63,6 +63,11 @@ MASKED = {
     "optimised": "48 c7 c2 fe ff ff ff 48 89 d0 48 0f ae 74 39 c0",  # xsaveopt64 [rcx+rdi-64]
     "narrow_save": "b8 02 00 00 00 ba 01 00 00 00 0f ae 67 40",  # xsave [rdi+64]
     "narrow_restore": "b8 01 00 00 00 48 c7 c2 00 00 00 80 0f ae 6f 40",  # xrstor [rdi+64]
+    "some_save": "b8 66 00 00 00 ba 00 00 00 00 48 0f ae 67 40",  # xsave64 [rdi+64]
+    "some_restore": "b8 66 00 00 00 ba 00 00 00 00 48 0f ae 6f 40",  # xrstor64 [rdi+64]
+    "by_xor": "b8 ef 00 00 00 31 d2 0f ae 2f",  # xrstor [rdi]
+    # As the dynamic loader: mov eax, mask; xor edx, edx; stores of RDX; xsavec [rsp+64].
+    "on_stack": "b8 ee 00 00 00 31 d2 48 89 94 24 50 02 00 00 48 89 54 24 78 0f c7 64 24 40",
 }
 
 
@@ -74,7 +79,8 @@ def enclave_code() -> bytes:
     asm.near("0f 84", "registers")
     asm.label("dispatch")
     asm.emit("49 89 ca")  # mov r10, rcx: where to go back to
-    for number, label in enumerate((*_OPERATIONS, *ILLEGAL, *TIME, *_STATE, *MASKED), start=1):
+    labels = (*_OPERATIONS, *ILLEGAL, *TIME, *_STATE, *MASKED, "leave")
+    for number, label in enumerate(labels, start=1):
         asm.emit(f"83 fa {number:02x}")  # cmp edx, number
         asm.near("0f 84", label)
     asm.label("exit")
@@ -96,11 +102,15 @@ def enclave_code() -> bytes:
     asm.label("spin")
     asm.emit("48 ff cf")  # dec rdi
     asm.short("75", "spin")
+    asm.label("scrubbed")
     # As some runtimes leave: they scrub registers and flags behind the load of EAX.
     asm.emit("4c 89 d3")  # mov rbx, r10
     asm.emit("48 c7 c0 04 00 00 00")  # mov rax, 4
     asm.emit("48 31 c9 48 31 d2 4d 31 d2 48 01 d2 fc")  # xor rcx, rcx; …; add rdx, rdx; cld
     asm.emit("0f 01 d7")
+    asm.label("leave")
+    asm.emit("48 89 37")  # mov [rdi], rsi
+    asm.near("e9", "scrubbed")
     for label, leaf in (("accept", 5), ("extend", 6)):
         asm.label(label)
         asm.emit("48 89 f3 48 89 f9")  # mov rbx, rsi; mov rcx, rdi
@@ -149,6 +159,8 @@ def enclave_code() -> bytes:
         asm.label(label)
         asm.emit("48 89 f9" if label != "optimised" else "b9 40 00 00 00")  # mov rcx, rdi or 64
         asm.emit("56 9d")  # push rsi; popf
+        if label == "on_stack":
+            code = f"49 89 e3 48 89 fc {code} 4c 89 dc"  # mov r11, rsp; mov rsp, rdi; …; back
         asm.emit(code)
         asm.emit("9c 41 8f 40 20")  # pushf; pop [r8+32]
         asm.emit("49 89 40 08 49 89 48 10 49 89 50 18")  # rax, rcx, rdx to r8+8
@@ -194,12 +206,14 @@ def write_enclave(
     data_pages: int,
     threads: int = THREADS,
     flags: int = AttributesFlags.MODE64BIT,
+    xfrm: int = 3,
 ) -> Path:
     """Write the file that the programs read."""
     plan = enclave_plan(data_pages, threads)
+    fields = {} if xfrm == 3 else {"attributes": Attributes(flags=int(flags), xfrm=xfrm)}
     with path.open("wb") as file:
         file.write(struct.pack("<QQ", plan.size, len(plan.runs)))
-        file.write(sigstruct_for(plan, flags))
+        file.write(sigstruct_for(plan, flags, **fields))
         for run in plan.runs:
             measured = int(run.mask == MASK_ALL)
             file.write(struct.pack("<QQQQ", run.offset, run.pages, run.flags, measured))
@@ -227,12 +241,16 @@ class NativeBuilds(Builds):
         return str(self.directory(name, partial(compile_host, name=name)) / name)
 
     def enclave(
-        self, data_pages: int, threads: int = THREADS, flags: int = AttributesFlags.MODE64BIT
+        self,
+        data_pages: int,
+        threads: int = THREADS,
+        flags: int = AttributesFlags.MODE64BIT,
+        xfrm: int = 3,
     ) -> str:
         """Return the path of an enclave, see :func:`write_enclave`."""
-        name = f"enclave-{data_pages}-{threads}-{int(flags):x}"
+        name = f"enclave-{data_pages}-{threads}-{int(flags):x}-{xfrm:x}"
 
         def write(directory: Path) -> None:
-            write_enclave(directory / "enclave", data_pages, threads, flags)
+            write_enclave(directory / "enclave", data_pages, threads, flags, xfrm)
 
         return str(self.directory(name, write) / "enclave")

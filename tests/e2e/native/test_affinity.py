@@ -1,4 +1,4 @@
-"""A program of one thread shares the supervisor's processor, and does not see it.
+"""A program of which one thread runs shares the supervisor's processor, and does not see it.
 
 Method: a Python program under the engine compares results of system calls with ``/proc``, which
 has the real affinity.
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 PROGRAM = """
-import os, sys, threading
+import os, sys, threading, time
 
 def count():
     status = open("/proc/thread-self/status").read()
@@ -38,10 +38,30 @@ print("two", len(os.sched_getaffinity(0)), count(), file=out)
 go.set()
 thread.join()
 print("second", seen[0], seen[0], file=out)
+while len(os.listdir("/proc/self/task")) > 1:
+    time.sleep(0.01)
+for each in range(50):  # on a busy machine both may want to run for a while
+    pid = os.fork()
+    if not pid:
+        time.sleep(0.1)
+        os._exit(count())
+    had = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if had == 1:
+        break
+print("child", asked, had, file=out)
+end = time.monotonic() + 20
 pid = os.fork()
+had = count()
+while had == 1 and time.monotonic() < end:
+    had = count()
 if not pid:
-    os._exit(count())
-print("child", asked, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=out)
+    more = time.monotonic() + 0.5
+    while time.monotonic() < more:
+        pass  # with its end the parent would have one processor again, perhaps before it looks
+    os._exit(had)
+print("parent", asked, had, file=out)  # the child may have ended meanwhile
+print("busy", asked, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=out)
+print("again", len(os.sched_getaffinity(0)), count(), file=out)
 chosen = min(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {chosen})
 print("chosen", len(os.sched_getaffinity(0)), count(), file=out)
@@ -58,12 +78,15 @@ def told(path: Path, **options: object) -> dict[str, tuple[int, int]]:
     return {name: (int(asked), int(had)) for name, asked, had in rows}
 
 
-def test_one_thread_has_one_processor_and_two_have_all_of_them(tmp_path: Path) -> None:
+def test_one_running_thread_has_one_processor_and_two_have_all_of_them(tmp_path: Path) -> None:
     ours = os.sched_getaffinity(0)
     told_of = told(tmp_path / "out")
     every = len(ours)
     assert told_of["alone"] == (every, 1)
-    assert told_of["two"] == told_of["second"] == told_of["child"] == (every, every)
+    assert told_of["two"] == told_of["second"] == (every, every)
+    assert told_of["child"] == (every, 1), "its parent waits for it"
+    assert told_of["parent"] == told_of["busy"] == (every, every)
+    assert told_of["again"] == (every, 1)
     assert told_of["chosen"] == (1, 1)
     assert told_of["own"] == (every, every), "the program has chosen itself, and alone still"
     assert os.sched_getaffinity(0) == ours

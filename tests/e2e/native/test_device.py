@@ -6,9 +6,12 @@ Method: ``programs/device.c`` makes the calls, with an EPC smaller than its encl
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
-from tests.support.native import USABLE_PAGERS, needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_free_calls, needs_tracing
 
 from softsgx.arch import AttributesFlags
 from softsgx.engines.native import CPUID_SOURCES, run
@@ -16,6 +19,7 @@ from softsgx.host import PROFILES
 
 DATA_PAGES = 30
 EPC_PAGES = 26
+NODE = "/dev/sgx_enclave"
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -73,7 +77,11 @@ def watched(builds: NativeBuilds) -> str:
 
 @pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
 @pytest.mark.parametrize(
-    "way", ["opened", "thread", "filtered", "vfork", "clone", "message", "fork", "execve"]
+    "way",
+    [
+        *("opened", "thread", "filtered", "vfork", "after_vfork", "clone", "message", "fork"),
+        *("execve", "beside_execve"),
+    ],
 )
 def test_calls_on_a_device_are_the_drivers_however_a_process_came_to_it(
     watched: str, way: str, strict: bool
@@ -81,8 +89,30 @@ def test_calls_on_a_device_are_the_drivers_however_a_process_came_to_it(
     assert run([watched, way], epc=EPC_PAGES * 4096, strict=strict).exit_code == 0
 
 
+@needs_free_calls
+def test_a_child_without_its_vdso_runs_until_it_needs_it(
+    watched: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run([watched, "bare"], epc=EPC_PAGES * 4096).exit_code == 0
+    assert "not in the child of fork" in caplog.text
+
+
 def test_the_nodes_are_those_of_a_file_system(program: list[str]) -> None:
     assert run([*program, "nodes"], epc=EPC_PAGES * 4096).exit_code == 0
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+def test_every_path_that_leads_to_a_node_is_the_nodes(
+    program: list[str], strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTSGX_LINKS", str(tmp_path))
+    existed = os.path.lexists(NODE)
+    try:
+        assert run([*program, "walks"], epc=EPC_PAGES * 4096, strict=strict).exit_code == 0
+        assert os.path.lexists(NODE) == existed
+    finally:
+        if os.path.isfile(NODE):  # the kernel has made it, where a call did not stop
+            os.unlink(NODE)
 
 
 def test_a_program_can_watch_its_epc(program: list[str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
-from tests.support.native import needs_tracing
+from tests.support.native import needs_both_pagers, needs_tracing
 
 from softsgx.engines.native import abi, run
 from softsgx.host import Platform
@@ -123,6 +123,7 @@ sys.exit(result.exit_code)
 """
 
 
+@needs_both_pagers
 def test_where_userfaultfd_is_refused_mprotect_serves(program: list[str]) -> None:
     refuse = [(0x20, 0, 0, 0), (0x15, 0, 1, abi.SYS_USERFAULTFD), (6, 0, 0, 0x5_0001)]
     refuse.append((6, 0, 0, abi.SECCOMP_RET_ALLOW))

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.native.enclave import COMPILER, PROGRAMS, NativeBuilds
 from tests.support.enclave_files import KEY_FILE
+from tests.support.native import USABLE_PAGERS
 
 from softsgx.engines.native import doctor
 from softsgx.image.csource import INCLUDE
@@ -76,9 +77,12 @@ class Run:
 class Debugged:
     """``softsgx run --gdb`` of a program, which waits for its gdb."""
 
-    def __init__(self, program: Path, socket: Path, enclave: str, *arguments: str) -> None:
+    def __init__(
+        self, program: Path, socket: Path, enclave: str, *arguments: str, pager: str | None = None
+    ) -> None:
         self.socket = socket
-        words = ["--quiet", "--gdb", str(self.socket), "--", str(program / "host")]
+        words = ["--quiet", "--gdb", str(self.socket), *(["--pager", pager] if pager else [])]
+        words += ["--", str(program / "host")]
         self.softsgx = subprocess.Popen(
             [*SOFTSGX, "run", *words, str(program / f"{enclave}.sgxs"), *arguments],
             stdout=subprocess.PIPE,
@@ -125,8 +129,8 @@ Start = Callable[..., Debugged]
 def start(program: Path, tmp_path: Path) -> Iterator[Start]:
     started: list[Debugged] = []
 
-    def begin(enclave: str, *arguments: str) -> Debugged:
-        started.append(Debugged(program, tmp_path / "socket", enclave, *arguments))
+    def begin(enclave: str, *arguments: str, pager: str | None = None) -> Debugged:
+        started.append(Debugged(program, tmp_path / "socket", enclave, *arguments, pager=pager))
         return started[-1]
 
     yield begin
@@ -163,8 +167,9 @@ def test_a_breakpoint_in_the_host_shows_its_function(start: Start) -> None:
     assert run.status == 8, run.gdb
 
 
-def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start) -> None:
-    run = start("debug", "call").run(
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
+def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start, pager: str) -> None:
+    run = start("debug", "call", pager=pager).run(
         *("break __vdso_sgx_enter_enclave", "continue", "info symbol $pc"),
         "python base = int(gdb.execute('monitor enclaves', to_string=True).split()[2], 16)",
         "python inside = lambda: base <= int(gdb.parse_and_eval('$pc')) < base + 0x1000",
@@ -176,6 +181,24 @@ def test_steps_lead_into_a_debug_enclave_and_out_of_it(start: Start) -> None:
     )
     assert "sgx_entry in section .text" in run.gdb
     assert "back outside" in run.gdb
+    assert run.status == 42, run.gdb
+
+
+@pytest.mark.parametrize("pager", USABLE_PAGERS)
+@pytest.mark.parametrize("call", ["open", "mmap", "ioctl"])
+def test_a_step_over_a_call_that_the_supervisor_makes_ends_behind_it(
+    start: Start, call: str, pager: str
+) -> None:
+    run = start("debug", "call", pager=pager).run(
+        *("break main", "continue", f"break {call}", "continue"),
+        "python code = lambda: bytes(gdb.selected_inferior().read_memory(at(), 2))",
+        "python at = lambda: int(gdb.parse_and_eval('(long)$pc'))",
+        "python\nwhile code() != b'\\x0f\\x05': gdb.execute('stepi', to_string=True)\n",
+        "python before = at(); gdb.execute('stepi', to_string=True)",
+        "python print('the step has', at() - before, 'bytes')",
+        *("delete", "continue"),
+    )
+    assert "the step has 2 bytes" in run.gdb, run.gdb
     assert run.status == 42, run.gdb
 
 
@@ -200,7 +223,7 @@ def test_a_production_enclave_shows_nothing(start: Start) -> None:
 def test_an_interrupt_stops_threads_inside_and_outside(start: Start, kind: str) -> None:
     debugged = start(kind, "spin")
     gdb = debugged.gdb(
-        *("continue", "info threads", "thread apply all print $rip", "thread 1", "info registers"),
+        *("continue", "info threads", "thread apply all backtrace", "thread 1", "info registers"),
         *("print shared.stop = 1", "continue"),
     )
     assert debugged.softsgx.stdout is not None

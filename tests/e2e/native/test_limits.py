@@ -13,7 +13,7 @@ from signal import SIGUSR1
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, ILLEGAL, TIME, NativeBuilds, write_enclave
-from tests.support.native import USABLE_PAGERS, needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_no_strict_mode, needs_tracing
 
 from softsgx.engines.native import abi, libc, run
 from softsgx.engines.native.faults import exits, extended
@@ -79,6 +79,7 @@ def test_in_strict_runs_a_thread_outside_sees_nothing_of_those_inside(
     assert exit_code(program, "spies", strict=True, pager=pager) == 0
 
 
+@needs_no_strict_mode
 def test_by_default_only_pages_that_enclave_code_cannot_use_read_as_ones(
     program: list[str],
 ) -> None:

@@ -6,20 +6,18 @@ loader's data about caches, with the supervisor's jumps switched on and off.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.native.stepper import go_in_steps
 from tests.support.native import needs_tracing
 
-from softsgx.engines.native import abi, libc, run, supervisor
+from softsgx.engines.native import run, supervisor
 from softsgx.engines.native.doctor import can_answer_cpuid
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.tracing.tracee import decode_stop
 
 pytestmark = [
     needs_tracing,
@@ -29,6 +27,7 @@ pytestmark = [
 
 SIZES = ("LEVEL1_DCACHE_SIZE", "LEVEL2_CACHE_SIZE", "LEVEL3_CACHE_SIZE", "LEVEL1_DCACHE_LINESIZE")
 ROUNDS = 4
+_MOST_VISITS = 40
 
 
 def printed(tmp_path: Path, rounds: int = ROUNDS, **options: Any) -> list[str]:
@@ -72,49 +71,43 @@ def test_the_loader_finds_the_same_and_stops_less(
     assert sum(stops.values()) < sum(counts.values()) / 2
 
 
-class Stepper:
-    """Steps a thread through its loader, and takes it out of stubs at each instruction in turn.
+class Visits:
+    """Takes a thread that goes in steps out of stubs, at each of their instructions in turn.
 
     Attributes:
         places: at how many instructions of a stub that was.
     """
 
     def __init__(self) -> None:
-        self.resume = ProgramThread.resume
         self.places: set[int] = set()
         self._inside = self._visits = 0
         self._stepped: set[int] = set()
 
-    def __call__(self, thread: ProgramThread, number: int = 0) -> None:
+    def steps(self, thread: ProgramThread) -> bool:
+        """Return whether it is a thread of the first program that has stubs."""
         image = thread.image
-        stubs = image.cpuid_stubs
         first = not self._stepped or image.index in self._stepped
-        if number or stubs is None or thread.in_call or not first:
-            self.resume(thread, number)
-            return
+        if image.cpuid_stubs is None or not first or self._visits >= _MOST_VISITS:
+            return False
         self._stepped.add(image.index)
-        area = image.vdso_base + image.vdso.answers
-        while self._visits < 40:
-            thread.flush()
-            libc.ptrace(abi.PTRACE_SINGLESTEP, thread.tid, 0, 0)
-            status = thread.waits.of(thread.tid)
-            stop = decode_stop(status)
-            if stop.event or stop.signal != signal.SIGTRAP or not os.WIFSTOPPED(status):
-                thread.waits.keep(thread.tid, status)
-                return
-            thread.stopped(status)
-            rip = thread.load().rip
-            if not area <= rip < image.vdso_base + image.vdso.end:
-                self._inside = 0
-                continue
-            self._inside += 1
-            if self._inside == self._visits % 30 + 1:
-                self._visits += 1
-                self._inside = -100  # what it does again, up to the end of the stub
-                self.places.add((rip - area) % 128)
-                stubs.straighten(thread)
-                assert not area <= thread.load().rip < image.vdso_base + image.vdso.end
-        self.resume(thread)
+        return True
+
+    def after(self, thread: ProgramThread, rip: int) -> bool:
+        """Count a step, and take the thread out of a stub if it is the stub's turn."""
+        image, stubs = thread.image, thread.image.cpuid_stubs
+        area = range(image.vdso_base + image.vdso.answers, image.vdso_base + image.vdso.state)
+        if rip not in area:
+            self._inside = 0
+            return False
+        self._inside += 1
+        if self._inside == self._visits % 30 + 1:
+            self._visits += 1
+            self._inside = -100  # what it does again, up to the end of the stub
+            self.places.add((rip - area.start) % 128)
+            assert stubs is not None
+            stubs.straighten(thread)
+            assert thread.load().rip not in area
+        return self._visits >= _MOST_VISITS
 
 
 @pytest.mark.slow
@@ -122,7 +115,7 @@ def test_a_thread_may_be_stopped_at_each_instruction_of_a_stub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = printed(tmp_path, 1)
-    stepper = Stepper()
-    monkeypatch.setattr(ProgramThread, "resume", lambda *arguments: stepper(*arguments))
+    visits = Visits()
+    go_in_steps(monkeypatch, visits.steps, visits.after)
     assert printed(tmp_path, 2) == plain * 2
-    assert len(stepper.places) > 20
+    assert len(visits.places) > 20

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.e2e.native.stepper import Stepper
-from tests.support import modes
-from tests.support.native import needs_tracing
+from tests.soak import crossings
+from tests.support.native import needs_pages_that_stay, needs_permits, needs_tracing
 
 from softsgx.driver import Mm
 from softsgx.engines.native import RunFailed, RunResult, run, supervisor
@@ -30,7 +30,7 @@ from softsgx.runtime import InlineRuntime
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
     needs_tracing,
-    pytest.mark.skipif(modes.has("stops", "strict"), reason="there are no permits in this mode"),
+    needs_permits,
 ]
 
 
@@ -68,22 +68,23 @@ def _crosses(image: ProcessImage, place: int) -> bool:
 def test_a_thread_may_be_stopped_at_each_instruction_of_a_crossing(
     program: Program, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    stepper = Stepper(number, _crosses, lambda thread: thread.image.permits is not None)
-    monkeypatch.setattr(ProgramThread, "resume", lambda *arguments: stepper(*arguments))
-    crossings = 400
-    assert program.run("same", crossings, enclave=program.two).exit_code == 0
+    stepper = Stepper(
+        monkeypatch, number, _crosses, lambda thread: thread.image.permits is not None
+    )
+    calls = 400
+    assert program.run("same", calls, enclave=program.two).exit_code == 0
     assert stepper.stops > 150
     made, handled = program.printed()
     (enclave,) = program.collector.enclaves()
-    assert (enclave.eenter, enclave.eexit) == (2 * crossings, 2 * crossings)
-    assert (made, handled) == (crossings, stepper.stops if number else 0)
+    assert (enclave.eenter, enclave.eexit) == (3 * calls, 3 * calls)
+    assert (made, handled) == (calls, stepper.stops if number else 0)
 
 
 def test_crossings_by_permit_are_as_those_that_stop(program: Program) -> None:
-    crossings = 20_000
-    assert program.run("same", crossings, enclave=program.two).exit_code == 0
+    calls = 20_000
+    assert program.run("same", calls, enclave=program.two).exit_code == 0
     (enclave,) = program.collector.enclaves()
-    assert (enclave.eenter, enclave.eexit) == (2 * crossings, 2 * crossings)
+    assert (enclave.eenter, enclave.eexit) == (3 * calls, 3 * calls)
 
 
 def test_an_exit_to_an_address_that_is_not_canonical_faults_inside(program: Program) -> None:
@@ -102,34 +103,6 @@ def test_a_program_that_writes_to_its_table_of_permits_harms_itself_only(
 
 
 @pytest.mark.parametrize(
-    ("threads", "rounds", "calls"),
-    [(1, 3, 20_000), (2, 4, 8000), pytest.param(8, 6, 20_000, marks=pytest.mark.slow)],
-)
-def test_calls_of_threads_that_come_and_go_are_counted_exactly(
-    program: Program, threads: int, rounds: int, calls: int
-) -> None:
-    assert program.run("many", threads, rounds, calls).exit_code == 0
-    made, handled = program.printed()
-    (enclave,) = program.collector.enclaves()
-    assert handled > threads * rounds
-    assert (enclave.eenter, enclave.eexit) == (made, made)
-    assert enclave.aex == enclave.eresume
-
-
-@pytest.mark.parametrize("processes", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_crossing_counts_when_it_has_happened_also_of_threads_that_are_killed(
-    program: Program, processes: int
-) -> None:
-    assert program.run("killed", processes, 2000).exit_code == 0
-    begun, ended = program.printed()
-    enclaves = program.collector.enclaves()
-    assert len(enclaves) == processes
-    entries, exits = (sum(getattr(each, name) for each in enclaves) for name in ("eenter", "eexit"))
-    assert ended <= exits <= entries <= begun
-    assert begun - ended <= 2 * processes
-
-
-@pytest.mark.parametrize(
     ("threads", "calls", "pages", "always"),
     [
         (3, 300, 256, True),
@@ -138,13 +111,14 @@ def test_a_crossing_counts_when_it_has_happened_also_of_threads_that_are_killed(
     ],
 )
 def test_only_crossings_happen_while_running_threads_have_permits(
-    program: Program,
+    builds: NativeBuilds,
     monkeypatch: pytest.MonkeyPatch,
     threads: int,
     calls: int,
     pages: int,
     always: bool,
 ) -> None:
+    counting = builds.host("counts"), builds.enclave(crossings.DATA_PAGES, crossings.TCS)
     made: list[Permits] = []
     looked: set[str] = set()
     init = Permits.__init__
@@ -174,10 +148,11 @@ def test_only_crossings_happen_while_running_threads_have_permits(
     watch(InlineRuntime, "run_pending")
     watch(Mm, "fault")
     watch(ProgramThread, "skip_syscall")
-    assert program.run("many", threads, 2, calls, pages=pages).exit_code == 0
+    crossings.many(counting, threads, 2, calls, 5000, epc=pages * 4096)
     assert looked == {"run_pending", "fault", "skip_syscall"}
 
 
+@needs_pages_that_stay
 def test_calls_of_one_thread_do_not_stop_it(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,8 +21,10 @@ from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support import modes
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.engines.native import RunFailed, RunResult, libc, run
+from softsgx.engines.native import RunFailed, RunResult, abi, libc, run
 from softsgx.engines.native.faults.enclave import EnclaveFaults
+from softsgx.engines.native.tracing.loop import Loop
+from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.errors import SoftSgxError
 from softsgx.report import Collector
 from softsgx.trace import Event
@@ -90,6 +92,27 @@ def test_a_program_finds_what_hardware_and_linux_promise(program: Program, scena
     assert program.run(scenario).exit_code == 0
 
 
+@pytest.mark.parametrize("scenario", ["untraced", "moved", "names", "reopen", "execs"])
+def test_a_call_is_handled_though_calls_for_pages_have_used_the_stop_of_it_or_of_one_before(
+    program: Program, scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread repeats such a call, and not each of them stops again."""
+    used: set[int] = set()
+    handle = Loop._call
+
+    def handle_late(self: Loop, thread: ProgramThread) -> None:
+        number = thread.load().orig_rax
+        outside = thread.cpu.inside is None and number != abi.SYS_SOFTSGX_EENTER
+        if outside and thread.at_call and thread.again is None:
+            used.add(number)
+            thread.syscall(abi.SYS_GETPID)
+        handle(self, thread)
+
+    monkeypatch.setattr(Loop, "_call", handle_late)
+    assert program.run(scenario).exit_code == 0
+    assert {abi.SYS_OPENAT, abi.SYS_MMAP} <= used
+
+
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pager", USABLE_PAGERS)
 @pytest.mark.parametrize("scenario", ["rights", "unreadable", "foreign", "moved"])
@@ -116,6 +139,7 @@ def test_a_fault_is_judged_by_its_own_code_even_if_that_has_left_since(
         return handle(self, thread, address, code)
 
     monkeypatch.setattr(EnclaveFaults, "page_fault", handle_late)
+    monkeypatch.setattr(Loop, "serve_plain_faults", lambda *_: None)  # reads no code
     assert program.run("readers", pager=pager).exit_code == 0
     assert len(zapped) > DATA_PAGES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, PAGE, compile_host, enclave_plan, write_enclave
-from tests.support.native import USABLE_PAGERS, needs_tracing
+from tests.support.native import USABLE_PAGERS, needs_no_strict_mode, needs_tracing
 
 from softsgx.engines.native import RunResult, run
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
@@ -246,6 +246,7 @@ def test_a_child_uses_pages_of_its_parents_enclave(program: list[str], pager: st
     assert len(recording.written.enclaves) == 1
 
 
+@needs_no_strict_mode
 @each_pager
 def test_a_use_from_outside_the_enclave_counts(program: list[str], pager: str) -> None:
     recording, _ = record(program, "o1 g0 o2 / o0", pager=pager)

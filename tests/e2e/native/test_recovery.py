@@ -7,7 +7,9 @@ Goal: each failure on demand, and timer interrupts, seen by the program itself. 
 from __future__ import annotations
 
 import errno
+import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,13 @@ def test_a_signal_to_the_supervisor_takes_the_power_and_does_not_reach_the_progr
 def test_init_and_the_provision_device_are_refused_on_demand(program: list[str]) -> None:
     inject = ("init@1", "provision")
     assert run([*program, "denied"], epc="1MiB", inject=inject).exit_code == 0
+
+
+def test_a_device_that_is_refused_leaves_the_supervisor_no_descriptor(program: list[str]) -> None:
+    gc.collect()  # what earlier tests dropped closes its descriptors now, not in between
+    before = len(os.listdir("/proc/self/fd"))
+    run([*program, "denied"], epc="1MiB", inject=("init@1", "provision"))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
-from tests.support.native import USABLE_PAGERS, needs_tracing
+from tests.support.native import needs_tracing, needs_userfaultfd
 
-from softsgx.engines.native import RunFailed, Supervisor, abi, kernel, run
+from softsgx.engines.native import RunFailed, Supervisor, abi, kernel, libc, run
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -173,6 +173,17 @@ def test_a_run_inside_a_run_is_refused_because_a_process_has_one_tracer() -> Non
     assert nested.stderr.count("\n") == 1
 
 
+def test_a_machine_that_forbids_tracing_is_found_out_by_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(libc, "ptrace", refuse)
+    with pytest.raises(NotRun, match=r"^ptrace: .* --cap-add=SYS_PTRACE.*; see softsgx doctor$"):
+        run(["/bin/true"])
+
+
 def test_a_directory_that_is_not_there_is_named() -> None:
     with pytest.raises(NotRun, match=r"^/no/such/directory: No such file or directory") as failed:
         run(["/bin/true"], cwd="/no/such/directory")
@@ -181,23 +192,21 @@ def test_a_directory_that_is_not_there_is_named() -> None:
 
 _KILLED = """
 import os, sys
-from softsgx.engines.native import abi, libc, run
-ptrace, left = libc.ptrace, int(sys.argv[1])
+from softsgx.engines.native import abi, doctor, libc, run
+ptrace = libc.ptrace
 def dying(request, *arguments):
-    global left
-    left -= request == abi.PTRACE_SEIZE
-    if not left:
+    if request == abi.PTRACE_SEIZE:
         os.kill(os.getpid(), 9)
     return ptrace(request, *arguments)
 libc.ptrace = dying
-run(["/bin/true"], epc="1MiB")
+doctor() if sys.argv[1] == "probe" else run(["/bin/true"], epc="1MiB")
 """
 
 
-@pytest.mark.parametrize("seizure", [1, 2])
-def test_no_child_outlives_a_supervisor_that_is_killed_before_it_traces(seizure: int) -> None:
+@pytest.mark.parametrize("seizes", ["probe", "start"])
+def test_no_child_outlives_a_supervisor_that_is_killed_before_it_traces(seizes: str) -> None:
     read, write = os.pipe()
-    command = [sys.executable, "-c", _KILLED, str(seizure)]
+    command = [sys.executable, "-c", _KILLED, seizes]
     assert subprocess.run(command, stdout=write, check=False).returncode == -9
     os.close(write)
     with os.fdopen(read) as out:
@@ -293,7 +302,7 @@ def test_a_process_in_which_no_call_can_be_made_ends_and_not_the_one_that_needs_
     assert (tmp_path / "out").read_bytes() == b"0\n137\n"
 
 
-@pytest.mark.skipif("userfaultfd" not in USABLE_PAGERS, reason="needs userfaultfd")
+@needs_userfaultfd
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM])
 def test_a_request_on_an_address_space_that_the_kernel_refuses_ends_its_process_and_no_other(
     program: list[str],

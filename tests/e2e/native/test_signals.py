@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support.native import needs_tracing
 
 pytestmark = needs_tracing
 
 COMMAND = [sys.executable, "-m", "softsgx", "run", "--epc", "1MiB"]
 NAMES = ["INT", "TERM", "HUP", "QUIT"]
+TIMEOUT = shutil.which("timeout")
 
 #: The command, which is sent a signal in the given call of itself.
 _SIGNALLED = """
@@ -94,6 +97,20 @@ def test_a_signal_behind_the_programs_end_ends_the_command_and_leaves_no_half_of
     assert not path.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["softsgx.cli.run document", "softsgx.engines.native.run RunResult"]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repetition_of_the_signal_that_ended_the_program_costs_no_report(
+    place: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    words = ["--quiet", "--json", str(path), "--", "/bin/sh", "-c", f"kill -{name} $$"]
+    assert signalled(place, name, *words).returncode == -getattr(signal, f"SIG{name}")
+    assert json.loads(path.read_text())["signal"] == f"SIG{name}"
+
+
 def test_a_signal_ignored_when_the_command_starts_is_ignored_by_the_program() -> None:
     shell = 'trap "" INT HUP; exec "$@"'
     script = "kill -INT $$; kill -HUP $$; exit 4"
@@ -106,10 +123,23 @@ def said(stream: IO[str] | None) -> str:
     return stream.readline().strip()
 
 
+WAITS_FOR_A_SIGNAL = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+print("ready", flush=True)
+signal.sigwait([number])
+print("got", flush=True)
+input()
+last = input()
+print("again" if number in signal.sigpending() else last, flush=True)
+raise SystemExit(9)
+"""
+
+
 @pytest.mark.parametrize("name", [*NAMES, "USR1"])
 def test_a_signal_sent_to_the_command_alone_reaches_the_program_once(name: str) -> None:
-    script = f'trap "echo got" {name}; echo ready; read x; read y; echo $y; exit 9'
-    command = [*COMMAND, "--quiet", "--", "bash", "-c", script]
+    # Not a trap of a shell: its read waits on where the signal comes just before it.
+    script = f"number = signal.SIG{name}" + WAITS_FOR_A_SIGNAL
+    command = [*COMMAND, "--quiet", "--", sys.executable, "-S", "-c", f"import signal\n{script}"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as started:
         assert started.stdin is not None
@@ -118,7 +148,7 @@ def test_a_signal_sent_to_the_command_alone_reaches_the_program_once(name: str) 
         assert said(started.stdout) == "got"
         started.stdin.write("one\ntwo\n")
         started.stdin.close()
-        assert said(started.stdout) in ("one", "two")
+        assert said(started.stdout) == "two"
         assert started.wait() == 9
 
 
@@ -129,39 +159,61 @@ def test_the_command_ends_by_the_signal_that_ended_the_program(name: str) -> Non
 
 
 def test_a_signal_behind_the_end_of_the_first_process_reaches_those_that_run_on() -> None:
-    script = '(trap "echo got; exit" TERM; echo ready; while :; do read x; done) <&3 & exit 6'
-    command = [*COMMAND, "--quiet", "--", "bash", "-c", script]
-    read, write = os.pipe()
-    shell = ["/bin/bash", "-c", f'exec 3<&{read}; exec "$@"', "bash", *command]
-    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True, pass_fds=[read]) as started:
+    waits = f"import signal\nnumber = signal.SIGTERM{WAITS_FOR_A_SIGNAL}"
+    shell = '"$@" <&3 & exit 6'
+    words = ["/bin/bash", "-c", shell, "bash", sys.executable, "-S", "-c", waits]
+    outside = ["/bin/bash", "-c", 'exec 3<&0; exec "$@"', "bash", *COMMAND, "--quiet", "--"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*outside, *words], stdin=pipe, stdout=pipe, text=True) as started:
         assert said(started.stdout) == "ready"
         while Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text():
             pass
         started.send_signal(signal.SIGTERM)
         assert said(started.stdout) == "got"
+        assert started.stdin is not None
+        started.stdin.write("one\ntwo\n")
+        started.stdin.close()
+        assert said(started.stdout) == "two"
         assert started.wait() == 6
-    os.close(read)
-    os.close(write)
 
 
-@pytest.mark.parametrize("key", [b"\x03", b"\x1c"])
-def test_a_key_of_the_terminal_reaches_the_program_once(key: bytes) -> None:
-    script = 'trap "echo got" INT QUIT; echo ready; read x; read x; exit 9'
+@pytest.mark.skipif(TIMEOUT is None, reason="needs timeout(1)")
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_run_that_timeout_ends_writes_its_reports(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    program = ["sh", "-c", "echo ready; exec sleep 600"]
+    command = [*COMMAND, "--quiet", "--json", str(path), "--force", "--", *program]
+    for _ in range(2):  # the second signal comes before, at or after the program's end
+        words = [str(TIMEOUT), "--signal", name, "600", *command]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as timeout:
+            assert said(timeout.stdout) == "ready"
+            timeout.send_signal(signal.SIGALRM)  # its timer's, now
+            assert timeout.wait() == 124
+        assert json.loads(path.read_text())["signal"] == f"SIG{name}"
+        path.unlink()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+@pytest.mark.parametrize(("key", "name"), [(b"\x03", b"INT "), (b"\x1c", b"QUIT ")])
+def test_a_key_of_the_terminal_reaches_the_program_once(
+    builds: NativeBuilds, key: bytes, name: bytes
+) -> None:
+    program = builds.host("keys")
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", "bash", "-c", script])
+        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", program])
     shown = b""
     while b"ready" not in shown:
         shown += os.read(terminal, 100)
     os.write(terminal, key)
-    while b"got" not in shown:
+    while name not in shown:
         shown += os.read(terminal, 100)
     os.write(terminal, b"\n\n")
     _, status = os.waitpid(pid, 0)
     shown += os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 9
-    assert shown.count(b"got") == 1
+    assert (shown.count(b"INT "), shown.count(b"QUIT ")) == (name == b"INT ", name == b"QUIT ")
 
 
 def test_the_end_of_its_terminal_ends_the_program() -> None:

@@ -6,15 +6,19 @@ are rarely installed.
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
+from tests.support.ends import kill_at_event
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import run
+from softsgx.engines.native.tracing.program import Process
+from softsgx.engines.native.tracing.unsupervised import Unsupervised
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C compiler"),
@@ -49,6 +53,15 @@ def forking(path: Path, status: int) -> str:
     leave = b"\x8b\x1c\x24\xc1\xeb\x08" + load(0, 1) + _INT80  # mov ebx, [esp]; shr ebx, 8; exit
     fork = load(0, 2) + _INT80 + b"\x85\xc0\x75" + bytes([len(child)])  # test eax, eax; jnz
     return elf32(path, fork + child + wait + leave)
+
+
+def telling(path: Path) -> str:
+    """fork; the child writes one byte to standard output; the parent waits for it."""
+    leave = load(3, 0) + load(0, 1) + _INT80
+    child = load(3, 1) + load(1, _BASE) + load(2, 1) + load(0, 4) + _INT80 + leave
+    wait = load(3, 0xFFFF_FFFF) + load(1, 0) + load(2, 0) + load(0, 7) + _INT80 + leave
+    fork = load(0, 2) + _INT80 + b"\x85\xc0\x75" + bytes([len(child)])
+    return elf32(path, fork + child + wait)
 
 
 def executing(path: Path, words: list[str]) -> str:
@@ -103,3 +116,48 @@ def test_a_64_bit_program_that_a_32_bit_one_executes_has_enclaves(
     result = run([path], epc=25 * 4096)
     assert result.exit_code == 0
     assert result.counters["reclaimed"]
+
+
+@pytest.mark.parametrize("strict", [False, True])  # with it there is an event of the end
+def test_the_child_of_a_32_bit_parent_that_is_killed_at_the_event_of_fork_runs(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    killed: list[int] = []
+    adopted: list[int] = []
+    born, adopt = Unsupervised._born, Unsupervised.adopt
+
+    def killing(unsupervised: Unsupervised, parent: int, event: int) -> None:
+        killed.append(parent)
+        kill_at_event(parent)
+        born(unsupervised, parent, event)
+
+    def noting(unsupervised: Unsupervised, tid: int, maker: Process) -> None:
+        adopted.append(tid)
+        adopt(unsupervised, tid, maker)
+
+    monkeypatch.setattr(Unsupervised, "_born", killing)
+    monkeypatch.setattr(Unsupervised, "adopt", noting)
+    reading, writing = os.pipe()
+    try:
+        argv = [telling(tmp_path / "telling")]
+        result = run(argv, epc="1MiB", strict=strict, stdio=(0, writing, 2))
+    finally:
+        os.close(writing)
+    with os.fdopen(reading, "rb") as told:
+        assert (result.exit_code, told.read()) == (-9, b"\x7f")
+    assert len(killed) == len(adopted) == 1 and killed != adopted
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_32_bit_program_that_is_killed_at_the_event_of_execve_ends_as_killed(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    executed = Unsupervised._executed
+
+    def killing(unsupervised: Unsupervised, tid: int) -> Process:
+        kill_at_event(tid)
+        return executed(unsupervised, tid)
+
+    monkeypatch.setattr(Unsupervised, "_executed", killing)
+    path = executing(tmp_path / "executing", [small])
+    assert run([path], epc="1MiB", strict=strict).exit_code == -9

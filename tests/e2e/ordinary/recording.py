@@ -62,15 +62,21 @@ def compile_program(directory: Path, name: str, *options: str) -> str:
 
 
 def record(
-    argv: list[str], *, interval_ms: float = 10, epc: int = 0, given: bytes = b""
+    argv: list[str],
+    *,
+    interval_ms: float = 10,
+    epc: int = 0,
+    given: bytes = b"",
+    by: tuple[str, ...] = (__file__,),
 ) -> tuple[AsEnclaveResult, bytes, Recorded]:
     """Record a program in a process of its own; return how it ended, its output, what was recorded.
 
-    A thread of pytest would take the signals that wake the recorder.
+    A thread of pytest would take the signals that wake the recorder.  ``by`` are the words of a
+    script that calls :func:`main`.
     """
     with tempfile.TemporaryFile() as answer:
         numbers = str(answer.fileno()), str(interval_ms), str(epc)
-        command = [sys.executable, __file__, *numbers, *argv]
+        command = [sys.executable, *by, *numbers, *argv]
         done = subprocess.run(
             command,
             input=given,
@@ -86,8 +92,8 @@ def record(
     return result, done.stdout, Recorded(*parts)
 
 
-def _main() -> None:
-    answer, interval_ms, epc, *argv = sys.argv[1:]
+def main(words: list[str]) -> None:
+    answer, interval_ms, epc, *argv = words
     os.set_inheritable(int(answer), False)
     recorded = Recorded()
     found: object
@@ -102,4 +108,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main(sys.argv[1:])

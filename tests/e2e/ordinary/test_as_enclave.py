@@ -158,7 +158,8 @@ def test_pages_that_are_unmapped_and_processes_that_end_are_gone(directory: Path
             events.setdefault(page % BLOCK, []).append(how[0])
     assert all("r" not in events[page] for page in (*range(10), *range(60, 90)))
     assert [page for page in events if events[page][-1] == "r"] == [*range(20, 60), *range(90, 100)]
-    assert {"".join(events[page]) for page in range(10, 20)} <= {"WrW", "WrWW"}
+    # A thread that the end of an interval interrupts stores again.
+    assert all(re.fullmatch("W+rW+", "".join(events[page])) for page in range(10, 20))
     ends = [enclave for enclave, _page, how in recorded.events if how == "ended"]
     assert ends == [1, 0], "the child ends before its parent"
 

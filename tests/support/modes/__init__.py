@@ -6,6 +6,7 @@ this process or by the command ``softsgx``, runs
 ``mprotect``     with that pager
 ``userfaultfd``  likewise
 ``stops``        without permits: each entry and each exit of an enclave stops
+``signals``      so that each fault on enclave memory is a signal, and none an event
 ``strict``       in strict mode, except under gdb
 ``recorded``     with all pages hidden each millisecond, except under gdb
 
@@ -23,7 +24,7 @@ from typing import Any
 __all__ = ["VARIABLE", "WORDS", "apply", "apply_everywhere", "has"]
 
 VARIABLE = "SOFTSGX_TEST_MODE"
-WORDS = ("mprotect", "userfaultfd", "stops", "strict", "recorded")
+WORDS = ("mprotect", "userfaultfd", "signals", "stops", "strict", "recorded")
 _PAGERS = {"mprotect", "userfaultfd"}
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
@@ -53,6 +54,9 @@ def apply(mode: str) -> None:
     supervisor: Any = import_module("softsgx.engines.native.supervisor")
     Instruments: Any = import_module("softsgx.engines.native.instruments").Instruments  # noqa: N806
     Recorder: Any = import_module("softsgx.engines.native.recording").Recorder  # noqa: N806
+    if "signals" in words:
+        waits: Any = import_module("softsgx.engines.native.tracing.waits")
+        waits.can_wait_for_events = lambda: False
     if "stops" in words:
         supervisor.can_cross_unseen = lambda: False
     begin = supervisor.Supervisor.__init__

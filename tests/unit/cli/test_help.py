@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from softsgx.cli import VERBS, command_of
 from softsgx.cli._help import HelpFormatter, terminal_columns
 
 
@@ -38,3 +39,22 @@ def test_a_run_imports_no_module_that_it_does_not_use() -> None:
     )
     argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"]
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_list_of_verbs_has_the_first_line_of_each(verb: str) -> None:
+    command = command_of(verb)
+    assert verb == command.NAME
+    assert VERBS[verb] == (command.__doc__ or "").partition("\n")[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["bogus"]])
+def test_what_concerns_no_verb_imports_none(words: list[str]) -> None:
+    code = (
+        "import sys; from softsgx.cli import main, VERBS\n"
+        f"try: main({words})\n"
+        "except SystemExit: pass\n"
+        "print('imported:', *[v for v in VERBS if f'softsgx.cli.{v}' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].strip() == "imported:"

@@ -418,6 +418,16 @@ def test_an_accepted_tcs_can_be_entered() -> None:
     border.hw.check_invariants()
 
 
+def test_a_page_of_zeros_becomes_a_tcs_that_no_thread_can_enter() -> None:
+    call = Call("eaccept", "tcs")
+    call.border.hw.store.write(call.target, 0, bytes(PAGE_BYTES))
+    assert call.run() is Status.SUCCESS
+    other = call.border.hw.cpus[2]
+    call.border.prepare(other)
+    assert ended(lambda: other.enclu.eenter(call.rcx, AEP)) == GP
+    call.border.hw.check_invariants()
+
+
 def test_eacceptcopy_copies_and_gives_the_rights_it_was_asked_for() -> None:
     call = Call("eacceptcopy")
     store(call.border.cpu, call.rdx, b"\xc3code")

@@ -47,7 +47,7 @@ def test_a_client_gets_the_state_of_the_run(server: StatusServer) -> None:
 
 
 def test_only_the_user_can_enter_the_directory(server: StatusServer, directory: Path) -> None:
-    assert server.path == directory / f"{os.getpid()}.sock"
+    assert server.path == str(directory / f"{os.getpid()}.sock")
     assert directory.stat().st_mode & 0o777 == 0o700
 
 
@@ -88,7 +88,7 @@ def test_the_second_directory_serves_where_the_first_cannot_be_used(
     monkeypatch.setattr(endpoint, "status_directories", lambda: found)
     monkeypatch.setattr(runs, "status_directories", lambda: found)
     server = StatusServer(lambda: STATE)
-    assert server.path.parent == second
+    assert Path(server.path).parent == second
     assert live.ask(os.getpid()) == STATE
     server.close()
 
@@ -97,9 +97,9 @@ def test_a_runtime_directory_of_another_user_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert next(iter(live.status_directories())) == tmp_path / "softsgx"
+    assert next(iter(live.status_directories())) == str(tmp_path / "softsgx")
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    assert list(live.status_directories()) == [Path(f"/tmp/softsgx-{os.geteuid()}")]
+    assert list(live.status_directories()) == [f"/tmp/softsgx-{os.geteuid()}"]
 
 
 @pytest.mark.parametrize("value", ["", "relative/path", "/no/such/directory"])
@@ -107,7 +107,7 @@ def test_a_variable_that_names_no_directory_is_ignored(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-    assert list(live.status_directories()) == [Path(f"/tmp/softsgx-{os.geteuid()}")]
+    assert list(live.status_directories()) == [f"/tmp/softsgx-{os.geteuid()}"]
 
 
 @pytest.mark.parametrize(("uid", "may"), [(4000, True), (0, True), (4001, False)])

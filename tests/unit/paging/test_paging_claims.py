@@ -176,7 +176,7 @@ def test_a_thread_that_does_not_come_back_holds_for_a_bounded_time() -> None:
 def test_the_end_of_a_turn_lets_every_page_go() -> None:
     runtime = SeededRuntime(1)
     core = crowd(runtime, steps=1)
-    assert core.claims.holder is None and core.claims.short is None
+    assert core.claims.holder is None and core.claims.short_in is None
     assert not any(page.kept for page in core._pool.records.values())
 
 
@@ -184,14 +184,65 @@ def test_a_page_for_the_thread_that_holds_is_not_taken_by_others() -> None:
     runtime = InlineRuntime()
     core = make_core(runtime, 64)
     holder, other = Claim(), Claim()
-    core.claims._line_up(holder)
+    core.claims._line_up(holder, None)
     core.claims.waiting(holder, core.root)
-    with pytest.raises(EpcBusy) as refused:
-        core.alloc(None, reclaim=False, claim=other)
-    assert refused.value.pause
-    page = core.alloc(None, reclaim=False, claim=holder)
-    core.free(page)
+    for _page in range(2):  # until its turn has ended, not only for the page that it waits for
+        with pytest.raises(EpcBusy) as refused:
+            core.alloc(None, reclaim=False, claim=other)
+        assert refused.value.pause
+        core.free(core.alloc(None, reclaim=False, claim=holder))
+    core.claims.release(holder)
     core.free(core.alloc(None, reclaim=False, claim=other))
+    core.stop()
+
+
+def test_threads_of_the_group_that_thrashes_stand_back_and_others_do_not() -> None:
+    runtime = InlineRuntime()
+    tree = Hierarchy(64, runtime)
+    tight, roomy = tree.make("tight"), tree.make("roomy")
+    core = make_core(runtime, 64, root=tree.root)
+    core.claims._line_up(Claim(), tight)  # EPC pages are free: it need not wait for one
+    with pytest.raises(EpcBusy) as refused:
+        core.alloc(None, reclaim=False, group=tight, claim=Claim())
+    assert refused.value.pause
+    core.free(core.alloc(None, reclaim=False, group=roomy, claim=Claim()))
+    core.stop()
+
+
+def test_the_time_of_a_turn_follows_the_time_between_the_pages_of_a_holder() -> None:
+    clock = Late()
+    core = make_core(InlineRuntime(clock_ns=clock), 64)
+    claims, holder, other = core.claims, Claim(), Claim()
+    claims._line_up(holder, None)
+    clock.now_ns += 900_000
+    claims.waiting(holder, core.root)  # the machine is slow
+    clock.now_ns += 3_000_000
+    assert claims.held_by_other(other)
+    for _need in range(40):
+        clock.now_ns += 1000
+        claims.waiting(holder, core.root)
+    assert claims.grace_ns == 1_000_000
+    clock.now_ns += 1_000_001
+    assert not claims.held_by_other(other)
+    core.stop()
+
+
+def test_a_thread_that_thrashes_again_after_a_turn_that_ended_by_time_gets_more() -> None:
+    clock = Late()
+    core = make_core(InlineRuntime(clock_ns=clock), 64)
+    claims, holder, other = core.claims, Claim(), Claim()
+    graces = []
+    for _turn in range(12):
+        claims._line_up(holder, None)
+        assert claims.holder is holder
+        graces.append(claims.grace_ns)
+        clock.now_ns += claims.grace_ns + 1
+        assert not claims.held_by_other(other)
+    assert graces == [min(1_000_000 << turn, 1_000_000_000) for turn in range(12)]
+    claims._line_up(holder, None)
+    claims.release(holder)  # its instruction has completed
+    claims._line_up(holder, None)
+    assert claims.grace_ns == 1_000_000_000
     core.stop()
 
 
@@ -199,7 +250,7 @@ def test_turns_come_in_the_order_in_which_threads_were_robbed() -> None:
     core = make_core(InlineRuntime(), 64)
     claims = [Claim() for _ in range(4)]
     for claim in claims:
-        core.claims._line_up(claim)
+        core.claims._line_up(claim, None)
     order = []
     for _turn in count():
         if core.claims.holder is None:

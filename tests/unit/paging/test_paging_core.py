@@ -509,8 +509,8 @@ class Limited:
         self.usage += 1
         return None
 
-    def uncharge(self) -> None:
-        self.usage -= 1
+    def uncharge(self, pages: int = 1) -> None:
+        self.usage -= pages
         assert self.usage >= 0, "uncharged more than was charged"
 
     def walk(self) -> Iterator[Group]:

@@ -5,24 +5,26 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 from tests.support.report import Story, enclave_summary, made_up, told
 
 from softsgx.report import (
     RunSummary,
     cycles_text,
     document,
-    print_summary,
     seconds_text,
     status_line,
+    summary_text,
 )
 from softsgx.sizes import size_text
 
@@ -31,9 +33,7 @@ REFERENCE = Path(__file__).parents[3] / "docs" / "reference" / "run-json.md"
 
 
 def printed(run: RunSummary, width: int = 80) -> str:
-    out = io.StringIO()
-    print_summary(run, Console(file=out, width=width, highlight=False, markup=False))
-    return out.getvalue()
+    return summary_text(run, width)
 
 
 def many(enclaves: int) -> Story:
@@ -71,6 +71,24 @@ def test_the_document_is_as_on_record(update_golden: bool) -> None:
 def test_no_line_is_wider_than_the_terminal(width: int, enclaves: int) -> None:
     lines = printed(many(enclaves).summary(), width).splitlines()
     assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("enclaves", [0, 1, 3, 4, 25])
+@pytest.mark.parametrize("width", [40, 80])
+def test_styles_change_no_text(width: int, enclaves: int) -> None:
+    run = many(enclaves).summary()
+    styled = summary_text(run, width, styled=True)
+    assert re.sub(r"\x1b\[\d+m", "", styled) == printed(run, width)
+    for line in styled.splitlines():
+        assert Text.from_ansi(line).plain == re.sub(r"\x1b\[\d+m", "", line)
+    title = next(iter(Text.from_ansi(styled).spans))
+    assert (title.start, title.style) == (0, Style(bold=True))
+
+
+def test_a_command_that_is_too_long_for_a_line_is_wrapped() -> None:
+    run = replace(made_up(), command=("/a/long/name" * 10, "x" * 100))
+    assert max(map(len, printed(run).splitlines())) <= 80
+    assert summary_text(run, 80, styled=True).count("\x1b[1m") <= 1
 
 
 def test_more_enclaves_than_rows_are_counted() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.report import Story, enclave_summary, made_up, told
 
+from softsgx.arch import PAGE_BYTES
+from softsgx.cli import parser_of
+from softsgx.cli._program import config_of, group_of
+from softsgx.host import PROFILES, least_bytes
 from softsgx.report import Fit, GroupSummary, RunSummary, verdict
 from softsgx.sizes import parse_size
 
@@ -71,3 +78,46 @@ def test_the_share_of_faults_is_of_the_run() -> None:
     run = replace(without_limit(made_up(enclave)), wall_s=1.5)
     assert verdict(run).here == 0.5
     assert verdict(replace(run, wall_s=0.5)).here == 1.0
+
+
+@given(
+    profile=st.sampled_from(sorted(PROFILES)),
+    epc_pages=st.integers(21, 1 << 24),
+    share=st.floats(0, 1),
+    limit_pages=st.none() | st.integers(1, 1 << 20),
+    path=st.sampled_from(["/jobs/a", "/two words", "/it's", "/a=b", "/$HOME"]),
+    evictions=st.sampled_from([0, 100]),
+    reloads=st.sampled_from([0, 100]),
+)
+def test_run_accepts_the_option_that_a_verdict_advises(
+    profile: str,
+    epc_pages: int,
+    share: float,
+    limit_pages: int | None,
+    path: str,
+    evictions: int,
+    reloads: int,
+) -> None:
+    run = made_up(replace(enclave_summary(1, busy=100), evictions=evictions, reloads=reloads))
+    peak = int(share * epc_pages) * PAGE_BYTES
+    epc = epc_pages * PAGE_BYTES
+    platform = replace(run.platform, profile=profile, epc_bytes=epc, peak_epc_bytes=peak)
+    limit = None if limit_pages is None else limit_pages * PAGE_BYTES
+    groups = (GroupSummary("/", None, peak, 0), GroupSummary(path, limit, peak, 9))
+    judged = verdict(replace(run, platform=platform, groups=groups))
+    if judged.next_option is None:
+        assert judged.fit is not Fit.SMALL
+        assert peak <= least_bytes(profile)
+        assert "try" not in judged.text
+        return
+    assert judged.next_option in judged.text
+    words = [*shlex.split(judged.next_option), "--profile", profile, "--", "./app"]
+    args = parser_of("run").parse_args(words)
+    config = config_of(args)
+    assert not config.roundings()
+    if judged.fit is not Fit.SMALL:
+        assert sum(config.section_bytes()) < peak
+    elif judged.limited_by:
+        assert group_of(args, config) == path.strip("/")
+    else:
+        assert sum(config.section_bytes()) == 2 * epc

@@ -1,9 +1,9 @@
-/* host FILE MODE …: what a thread has inside and behind EEXIT, and how often threads cross. */
+/* crossings ENCLAVE [WAY:]MODE NUMBER: what a thread has inside and behind EEXIT. */
 #include "sgx.h"
-#include <sched.h>
+#include "ways.h"
 
 /* What enclave code finds, and what is there behind EEXIT: everything in registers but XMM0-15. */
-enum { INSIDE = 18, OUTSIDE = 19, WORDS = INSIDE + OUTSIDE };
+enum { INSIDE = 18, OUTSIDE = 19, PROBED = 4, WORDS = INSIDE + OUTSIDE + PROBED };
 uint64_t record[WORDS], kept_rsp;
 void cross(uint64_t seed, enter_t *fn, struct run *run);
 /* RUN executes `inside` as enclave code; it goes on at the enclave's EEXIT, behind what scrubs. */
@@ -11,7 +11,9 @@ __asm__(".text\ncross:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r
 	" mov %rsp,kept_rsp(%rip)\n mov %edi,%eax\n and $1,%eax\n shl $6,%eax\n sub %rax,%rsp\n mov %rsi,%rax\n push %rdx\n push %rdx\n"
 	" lea 1(%rdi),%rsi\n lea 2(%rdi),%r9\n lea 3(%rdi),%r10\n lea 4(%rdi),%r11\n lea 5(%rdi),%r12\n"
 	" lea 6(%rdi),%r13\n lea 7(%rdi),%r14\n mov %rdi,%r15\n lea 8(%rdi),%rbp\n lea 9(%rdi),%rbx\n"
-	" lea record(%rip),%r8\n lea inside(%rip),%rdi\n mov $11,%edx\n mov $2,%ecx\n call *%rax\n ud2\n"
+	" lea record(%rip),%r8\n lea inside(%rip),%rdi\n mov $11,%edx\n mov $2,%ecx\n"
+	" mov %rax,%r11\n test $1,%r15b\n jz 1f\n mov $0xd77f,%eax\n add $1,%al\n sahf\n std\n call *%r11\n ud2\n" /* a step over POPF would set TF */
+	"1: mov $0x0200,%eax\n add $0,%al\n sahf\n cld\n call *%r11\n ud2\n"
 	"inside:\n mov %rax,(%r8)\n mov %rbx,8(%r8)\n mov %rcx,16(%r8)\n mov %rsp,24(%r8)\n mov %rbp,32(%r8)\n"
 	" mov %rsi,40(%r8)\n mov %rdi,48(%r8)\n mov %r9,56(%r8)\n mov %r10,64(%r8)\n mov %r12,72(%r8)\n"
 	" mov %r13,80(%r8)\n mov %r14,88(%r8)\n mov %r15,96(%r8)\n rdfsbase %rax\n mov %rax,104(%r8)\n"
@@ -19,7 +21,8 @@ __asm__(".text\ncross:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r
 	" mov 3*4096-32(%rbx),%rax\n mov %rax,128(%r8)\n mov %r8,136(%r8)\n"
 	" add $7,%r11\n lea outside(%rip),%rbx\n mov %r15,%rdx\n not %rdx\n mov %rdx,%rcx\n lea 1(%rdx),%rsi\n"
 	" lea 2(%rdx),%rdi\n lea 3(%rdx),%r9\n lea 4(%rdx),%r10\n lea 5(%rdx),%r12\n lea 6(%rdx),%r13\n"
-	" lea 7(%rdx),%rbp\n test $1,%r15b\n jz 1f\n pushq $0x202\n popfq\n jmp *%r11\n1: pushq $0xed7\n popfq\n jmp *%r11\n"
+	" lea 7(%rdx),%rbp\n test $1,%r15b\n jz 1f\n mov $0x0200,%eax\n add $0,%al\n sahf\n cld\n jmp *%r11\n"
+	"1: mov $0xd77f,%eax\n add $1,%al\n sahf\n std\n jmp *%r11\n"
 	"outside:\n lea record(%rip),%r8\n mov %rax,144(%r8)\n mov %rbx,152(%r8)\n mov %rcx,160(%r8)\n mov %rdx,168(%r8)\n"
 	" mov %rsi,176(%r8)\n mov %rdi,184(%r8)\n mov %rbp,192(%r8)\n mov %rsp,200(%r8)\n mov %r9,208(%r8)\n"
 	" mov %r10,216(%r8)\n mov %r11,224(%r8)\n mov %r12,232(%r8)\n mov %r13,240(%r8)\n mov %r14,248(%r8)\n"
@@ -27,29 +30,44 @@ __asm__(".text\ncross:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r
 	" pushfq\n pop %rax\n and $~0x100,%rax\n mov %rax,280(%r8)\n cld\n"
 	" mov kept_rsp(%rip),%rsp\n add $8,%rsp\n pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
 
+/* R10, R11, RAX and RCX as EENTER leaves them. */
+void probe(uint64_t seed, enter_t *fn, struct run *run);
+__asm__(".text\nprobe:\n push %rbp\n push %rbx\n push %rdx\n push %rdx\n push %rdx\n mov %rsi,%rax\n lea record+8*37(%rip),%r8\n"
+	" lea 3(%rdi),%r10\n lea 4(%rdi),%r11\n mov $10,%edx\n mov $2,%ecx\n call *%rax\n add $24,%rsp\n pop %rbx\n pop %rbp\n ret\n");
+
 static uint64_t handled;
 static void noted(int number) { handled++; }
-/* Each crossing is as the first one of its kind was. */
-static void same(uint64_t count)
+/* Each crossing is as the first one of its kind was, whose EENTER stops; the ways take turns. */
+static void same(uint64_t count, enter_t **turns, uint64_t kinds, int blocks)
 {
-	uint64_t first[2][WORDS];
+	uint64_t first[8][WORDS];
 	struct sigaction action = {.sa_handler = noted};
 	CHECK(!sigaction(SIGUSR1, &action, NULL));
 	build();
-	__asm__ volatile("wrgsbase %0" : : "r"(0x123456789000ul));
 	for (uint64_t i = 0; i < count; i++) {
 		struct run run = {.tcs = base};
 		double x = 1.5, y;
+		uint64_t kind = i % (2 * kinds), seed = 0x1122334455667780 + kind / kinds;
+		if (i < 2 * kinds) munmap(NULL, 0); /* ends permits to enter */
 		memset(record, 0, sizeof record);
+		__asm__ volatile("wrgsbase %0" : : "r"(0x123456789000 + (kind << 12)));
 		__asm__ volatile("movq %0, %%xmm15" : : "r"(i) : "xmm15");
-		cross(0x1122334455667780 + (i & 1), enter, &run);
+		sigset_t set, now;
+		sigemptyset(&set);
+		if (blocks) { /* a signal of faults: such an entry stops */
+			sigaddset(&set, SIGFPE);
+			CHECK(!sigprocmask(i % 4 < 2 ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL));
+		}
+		cross(seed, turns[kind % kinds], &run);
+		probe(seed, turns[kind % kinds], &run);
 		CHECK(!call(0, SPIN, 3, 0, 0, &run) && run.function == 4); /* by another EEXIT */
+		CHECK(!sigprocmask(SIG_BLOCK, NULL, &now) && sigismember(&now, SIGFPE) == (blocks && i % 4 < 2));
 		__asm__ volatile("movq %%xmm15, %0" : "=r"(*(uint64_t *)&y));
 		CHECK(*(uint64_t *)&y == i && x == 1.5);
-		if (i < 2) memcpy(first[i], record, sizeof record);
+		if (i < 2 * kinds) memcpy(first[i], record, sizeof record);
 		for (int word = 0; word < WORDS; word++)
-			if (record[word] != first[i & 1][word]) {
-				fprintf(stderr, "crossing %lu: word %d is %lx, not %lx\n", i, word, record[word], first[i & 1][word]);
+			if (record[word] != first[kind][word]) {
+				fprintf(stderr, "crossing %lu: word %d is %lx, not %lx\n", i, word, record[word], first[kind][word]);
 				exit(1);
 			}
 	}
@@ -98,88 +116,63 @@ static void go_on(void)
 	for (int i = 0; i < 100; i++) CHECK(!call(0, NOP, 0, 0, 0, &run));
 }
 
-/* Threads that come and go, each with a TCS, make calls; timers and each other interrupt them. */
-static uint64_t made[64], calls_of_each;
-static pthread_t crowd[64];
-static void *caller(void *arg)
+/* Two enclaves whose TCSs have the same place in a list of permits. */
+static void twins(uint64_t count)
 {
-	uint64_t n = (uint64_t)arg;
+	uint64_t bases[2], words[2], value;
 	struct run run;
-	for (uint64_t i = 0; i < calls_of_each; i++) {
-		CHECK(!call(n, PUT, data + i % data_pages * PAGE + 8 * n, i, 0, &run) && run.function == 4);
-		made[n]++;
-		if (i % 1024 == 0) pthread_kill(pthread_self(), SIGUSR1);
+	for (uint64_t n = 0; n < 2; n++) {
+		hint = (void *)(0x500000000 + n * 0x10000000);
+		build();
+		CHECK(base == (uint64_t)hint);
+		bases[n] = base, words[n] = data;
 	}
-	return NULL;
-}
-static void many(uint64_t threads, uint64_t rounds, uint64_t calls)
-{
-	struct sigaction action = {.sa_handler = noted, .sa_flags = SA_RESTART};
-	struct itimerval timer = {{0, 900}, {0, 900}}, stop = {{0}};
-	uint64_t sum = 0;
-	calls_of_each = calls;
-	build();
-	CHECK(!sigaction(SIGUSR1, &action, NULL) && !sigaction(SIGALRM, &action, NULL));
-	setitimer(ITIMER_REAL, &timer, NULL);
-	for (uint64_t round = 0; round < rounds; round++) {
-		for (uint64_t n = 0; n < threads; n++) CHECK(!pthread_create(&crowd[n], NULL, caller, (void *)n));
-		for (uint64_t n = 0; n < threads; n++) CHECK(!pthread_join(crowd[n], NULL));
-	}
-	setitimer(ITIMER_REAL, &stop, NULL);
-	for (uint64_t n = 0; n < threads; n++) sum += made[n];
-	CHECK(sum == threads * rounds * calls);
-	printf("%lu %lu\n", sum, handled);
+	for (uint64_t i = 0; i < count; i++)
+		for (int n = 0; n < 2; n++) {
+			base = bases[n];
+			CHECK(!call(0, PUT, words[n], 2 * i + n, 0, &run) && run.function == 4);
+			CHECK(!call(0, GET, words[n], 0, (uint64_t)&value, &run) && run.function == 4 && value == 2 * i + n);
+		}
 }
 
-/* Processes whose threads make calls until they are killed; what each has begun, and ended. */
-static volatile uint64_t (*lives)[2];
-static void *endless(void *arg)
+/* EENTER with an AEP that is not canonical is #GP at the ENCLU, also where it has not stopped. */
+static sigjmp_buf back;
+static void failed(int number) { siglongjmp(back, number); }
+static void noncanonical(void)
 {
-	uint64_t n = (uint64_t)arg, who = n % 2;
-	volatile uint64_t *mine = lives[n];
+	struct sigaction action = {.sa_handler = failed};
 	struct run run;
-	for (uint64_t i = 0;; i++) {
-		mine[0]++;
-		CHECK(!call(who, PUT, data + i % data_pages * PAGE + 8 * who, i, 0, &run) && run.function == 4);
-		mine[1]++;
-	}
-}
-static void killed(uint64_t processes, uint64_t least)
-{
-	uint64_t begun = 0, ended = 0;
-	int status;
-	lives = mmap(NULL, processes * 32, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	CHECK(lives != MAP_FAILED);
-	for (uint64_t i = 0; i < processes; i++) {
-		pid_t child = fork();
-		CHECK(child >= 0);
-		if (!child) {
-			pthread_t other;
-			build();
-			CHECK(!pthread_create(&other, NULL, endless, (void *)(2 * i + 1)));
-			endless((void *)(2 * i));
+	CHECK(!sigaction(SIGSEGV, &action, NULL));
+	build();
+	enter = any;
+	for (volatile int round = 0; round < 3; round++) {
+		any_aep = (uint64_t)own_aep;
+		for (int i = 0; i < 50; i++) CHECK(!call(0, NOP, 0, 0, 0, &run) && run.function == 4);
+		any_aep = 0x800000000000;
+		int number = sigsetjmp(back, 1);
+		if (!number) {
+			call(0, NOP, 0, 0, 0, &run);
+			CHECK(0);
 		}
-		while (lives[2 * i][1] < least + 37 * i || lives[2 * i + 1][1] < least) sched_yield();
-		CHECK(!kill(child, SIGKILL) && waitpid(child, &status, 0) == child && WTERMSIG(status) == SIGKILL);
+		CHECK(number == SIGSEGV);
 	}
-	for (uint64_t n = 0; n < 2 * processes; n++) begun += lives[n][0], ended += lives[n][1];
-	CHECK(begun - ended <= 2 * processes);
-	printf("%lu %lu\n", begun, ended);
 }
 
 int main(int argc, char **argv)
 {
 	CHECK(argc > 3);
-	uint64_t numbers[3] = {0};
-	for (int i = 3; i < argc && i < 6; i++) numbers[i - 3] = strtoul(argv[i], NULL, 0);
 	file = argv[1];
-	enter = find_enter();
+	enter = find_way(&argv[2]);
 	CHECK(enter);
-	if (!strcmp(argv[2], "same")) same(numbers[0]);
+	enter_t *turns[] = {own, gap, far, find_enter()};
+	if (!strcmp(argv[2], "low")) where = MAP_32BIT, argv[2] = "same";
+	if (!strcmp(argv[2], "same")) same(strtoul(argv[3], NULL, 0), &enter, 1, 0);
+	else if (!strcmp(argv[2], "blocked")) same(strtoul(argv[3], NULL, 0), &enter, 1, 1);
+	else if (!strcmp(argv[2], "noncanonical")) noncanonical();
+	else if (!strcmp(argv[2], "twins")) twins(strtoul(argv[3], NULL, 0));
+	else if (!strcmp(argv[2], "mixed")) same(strtoul(argv[3], NULL, 0), turns, 4, 0);
 	else if (!strcmp(argv[2], "astray")) astray();
 	else if (!strcmp(argv[2], "spoil")) spoil();
-	else if (!strcmp(argv[2], "go_on")) go_on();
-	else if (!strcmp(argv[2], "killed")) killed(numbers[0], numbers[1]);
-	else many(numbers[0], numbers[1], numbers[2]);
+	else go_on();
 	return 0;
 }

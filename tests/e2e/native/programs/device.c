@@ -49,6 +49,9 @@ static void try_all(int fd)
 	FAILS(sendfile(null, fd, &at, 64), EINVAL);
 	FAILS(copy_file_range(fd, &zero, null, NULL, 64, 0), EINVAL);
 	FAILS(fcntl(fd, SEALS, 8), EINVAL);
+	static const unsigned long of_files[] = {0x541b, 0x5460, 0x80086601, 0x40305828};
+	for (int i = 0; i < 4; i++) FAILS(ioctl(fd, of_files[i], buffer), ENOTTY);
+	CHECK(!ioctl(fd, 0x5451, NULL) && fcntl(fd, F_GETFD) == FD_CLOEXEC); /* FIOCLEX */
 	CHECK(!flock(fd, LOCK_EX) && !flock(fd, LOCK_UN));
 	CHECK(buffer[0] == 1);
 	/* other files are as ever */
@@ -358,6 +361,91 @@ static void nodes(void)
 	CHECK(fd >= 0 && !fstat(fd, &st) && S_ISCHR(st.st_mode));
 }
 
+/* Replaces '@' by the directory that has the links. */
+static const char *in_links(const char *pattern)
+{
+	static char name[512];
+	const char *at = strchr(pattern, '@');
+	if (!at) return pattern;
+	snprintf(name, sizeof name, "%.*s%s%s", (int)(at - pattern), pattern, getenv("SOFTSGX_LINKS"), at + 1);
+	return name;
+}
+
+/* Every path that leads to a node is the node's, whichever call walks it. */
+static void walks(void)
+{
+	static const char *names[] = {
+		"sgx_enclave", "./sgx_enclave", "sgx/enclave", "sgx/../sgx_enclave", "../dev/sgx_enclave", "..//dev/./sgx/./enclave",
+		"/dev//sgx_enclave", "/dev/./sgx_enclave", "//dev/sgx_enclave", "/./dev/sgx_enclave", "/tmp/../dev/sgx_enclave",
+		"/proc/self/root/dev/sgx_enclave", "/proc/self/cwd/sgx_enclave", "/proc/thread-self/cwd/sgx/enclave",
+		"@/absolute", "@/relative", "@/twice", "@/dev/sgx_enclave",
+		"@/sgx/enclave", "/proc/self/cwd/..@/twice", "@/named/enclave",
+	}, *others[] = {
+		"sgx_enclavex", "sgx_enclave/", "sgx_enclave/x", "/tmp/sgx_enclave", "@/loop", "@/nowhere",
+		"@/sgx/other", "/dev/sgx/enclave/..", "/proc/self/fd/999/sgx_enclave", "no/../sgx_enclave",
+	};
+	struct stat st;
+	char text[64];
+	CHECK(!chdir(in_links("@")));
+	symlink("/dev/sgx_enclave", "absolute");
+	symlink("dev/../dev/sgx_enclave", "relative");
+	symlink("./absolute", "twice");
+	symlink("/dev", "dev");
+	symlink("/dev/sgx", "sgx");
+	mkdir("named", 0700);
+	symlink("/dev/sgx_enclave", "named/enclave");
+	symlink("loop", "loop");
+	symlink("/nowhere/sgx_enclave", "nowhere");
+	CHECK(!chdir("/dev"));
+	int dev = open("/dev", O_RDONLY | O_DIRECTORY), tmp = open(in_links("@"), O_RDONLY | O_DIRECTORY);
+	for (int round = 0; round < 4; round++) /* stubs replace calls that were made often */
+		for (unsigned i = 0; i < sizeof names / sizeof *names; i++) {
+			const char *name = in_links(names[i]);
+			int follows = strstr(name, "/absolute") || strstr(name, "/relative") || strstr(name, "/twice") || strstr(name, "/named/");
+			for (int flags = 0; flags < 3; flags++) {
+				int fd = open(name, flags == 1 ? O_RDWR | O_CREAT : flags == 2 ? O_RDONLY : O_RDWR, 0600);
+				if (fd < 0 || fstat(fd, &st) || !S_ISCHR(st.st_mode)) fprintf(stderr, "open %s: %d %d\n", name, fd, errno);
+				CHECK(fd >= 0 && !fstat(fd, &st) && S_ISCHR(st.st_mode) && st.st_rdev == 0xa7d);
+				close(fd);
+			}
+			CHECK(!stat(name, &st) && S_ISCHR(st.st_mode));
+			CHECK(!lstat(name, &st) && (follows ? S_ISLNK(st.st_mode) : S_ISCHR(st.st_mode)));
+			CHECK(!access(name, R_OK | W_OK));
+			if (follows) CHECK(readlink(name, text, sizeof text) > 0);
+			else FAILS(readlink(name, text, sizeof text), EINVAL);
+			FAILS(truncate(name, 0), EINVAL);
+			if (follows) FAILS(open(name, O_RDONLY | O_NOFOLLOW), ELOOP);
+			FAILS(open(name, O_RDWR | O_CREAT | O_EXCL, 0600), EEXIST);
+		}
+	for (unsigned i = 0; i < sizeof others / sizeof *others; i++)
+		for (int round = 0; round < 4; round++) {
+			const char *name = in_links(others[i]);
+			CHECK(open(name, O_RDWR) == -1 && (errno == ENOENT || errno == ENOTDIR || errno == ELOOP));
+			CHECK(stat(name, &st) == -1 && access(name, F_OK) == -1);
+		}
+	CHECK(!chdir("/"));
+	for (int round = 0; round < 4; round++) {
+		int fd = openat(dev, "sgx_enclave", O_RDWR), copy = dup(dev), also = openat(copy, "sgx/enclave", O_RDWR | O_CREAT, 0600);
+		CHECK(fd >= 0 && also >= 0 && !fstat(also, &st) && S_ISCHR(st.st_mode));
+		CHECK(!fstatat(dev, "sgx_enclave", &st, 0) && S_ISCHR(st.st_mode));
+		CHECK(!fstatat(tmp, "absolute", &st, 0) && S_ISCHR(st.st_mode) && !fstatat(tmp, "absolute", &st, AT_SYMLINK_NOFOLLOW) && S_ISLNK(st.st_mode));
+		CHECK(!faccessat(tmp, "twice", R_OK, 0) && !faccessat(dev, "sgx_provision", R_OK, 0));
+		FAILS(readlinkat(dev, "sgx_enclave", text, sizeof text), EINVAL);
+		FAILS(openat(tmp, "sgx_enclave", O_RDWR), ENOENT);
+		FAILS(openat(fd, "sgx_enclave", O_RDWR), ENOTDIR);
+		for (int link = 0; link < 2; link++) {
+			snprintf(text, sizeof text, link ? "/dev/fd/%d" : "/proc/self/fd/%d", fd);
+			CHECK(!stat(text, &st) && S_ISCHR(st.st_mode) && !lstat(text, &st) && S_ISLNK(st.st_mode));
+			int again = open(text, O_RDWR);
+			uint64_t zero[5] = {0};
+			CHECK(again >= 0 && ioctl(again, 0xc028a405, zero) == -1 && errno == EINVAL); /* another, not created */
+			close(again);
+		}
+		close(fd); close(copy); close(also);
+	}
+	CHECK(lstat("/dev/sgx_enclave", &st) == 0);
+}
+
 static uint64_t usage(const char *name)
 {
 	char path[256], text[64] = {0};
@@ -460,7 +548,7 @@ int main(int argc, char **argv)
 {
 	static const struct { const char *name; void (*go)(void); } all[] = {
 		{"calls", calls}, {"links", links}, {"modes", modes}, {"advice", advice}, {"dumps", dumps}, {"heirs", heirs}, {"refused", refused}, {"bare", bare}, {"maps", maps},
-		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"watches", watches}, {"cpuinfo", cpuinfo},
+		{"remote", remote}, {"closed", closed}, {"nodes", nodes}, {"walks", walks}, {"watches", watches}, {"cpuinfo", cpuinfo},
 		{"thread", thread}, {"orphan", orphan},
 	};
 	CHECK(argc >= 3);

@@ -117,16 +117,30 @@ static void on(int number)
 	CHECK(!sigaction(number, &action, NULL));
 }
 
-static void signals(void)
+/* One signal, so many microseconds from now.  A timer that repeats could leave a slow machine no time
+ * for the program. */
+static void signal_in(long us)
+{
+	struct itimerval once = {.it_value.tv_usec = us};
+	CHECK(!setitimer(ITIMER_REAL, &once, NULL));
+}
+
+/* Calls that signals interrupt, and those that use all pages. */
+static void spin_under_signals(void)
 {
 	struct run run;
-	struct itimerval timer = {{0, 3000}, {0, 3000}};
+	for (int i = 0, seen = -1; i < 40 || ticks < 8; i++) {
+		if (ticks != seen) seen = ticks, signal_in(3000);
+		CHECK(!call(0, SPIN, 3000000, 0, 0, &run) && run.function == 4);
+	}
+}
+
+static void signals(void)
+{
 	build();
 	on(SIGALRM);
-	setitimer(ITIMER_REAL, &timer, NULL);
-	CHECK(!call(0, SPIN, 100000000, 0, 0, &run) && run.function == 4);
-	CHECK(ticks > 0);
-	churn(0);
+	spin_under_signals();
+	for (int i = 0; i < 3; i++) signal_in(3000), churn(0);
 }
 
 static sigjmp_buf *jump;
@@ -138,7 +152,7 @@ static void leave(int number, siginfo_t *info, void *context)
 #include <setjmp.h>
 static void raw(void)
 {
-	struct itimerval timer = {{0, 3000}, {0, 3000}}, stop = {{0}};
+	struct itimerval stop = {{0}};
 	sigjmp_buf buffer;
 	uint64_t value = 0;
 	build();
@@ -146,8 +160,7 @@ static void raw(void)
 	raw_enter(base, data, 0, GET, (uint64_t)&value);
 	CHECK(value == 4711);
 	on(SIGALRM);
-	setitimer(ITIMER_REAL, &timer, NULL);
-	for (int i = 0; i < 200 && !interrupted; i++) raw_enter(base, 20000000, 0, SPIN, 0);
+	for (int i = 0; i < 200 && !interrupted; i++) signal_in(3000), raw_enter(base, 20000000, 0, SPIN, 0);
 	setitimer(ITIMER_REAL, &stop, NULL);
 	CHECK(interrupted);
 	struct sigaction action = {.sa_sigaction = leave, .sa_flags = SA_SIGINFO | SA_NODEFER};
@@ -185,19 +198,16 @@ static void blocked(void)
 static void shielded(void)
 {
 	int faults[] = {SIGSEGV, SIGBUS, SIGILL};
-	struct itimerval timer = {{0, 2000}, {0, 2000}}, stop = {{0}};
+	struct itimerval stop = {{0}};
 	struct sigaction action;
-	struct run run;
 	sigset_t set, now;
 	build();
 	on(SIGALRM);
 	sigemptyset(&set);
 	for (int i = 0; i < 3; i++) { on(faults[i]); sigaddset(&set, faults[i]); }
 	sigprocmask(SIG_BLOCK, &set, NULL);
-	setitimer(ITIMER_REAL, &timer, NULL);
-	CHECK(!call(0, SPIN, 60000000, 0, 0, &run) && run.function == 4);
+	spin_under_signals();
 	setitimer(ITIMER_REAL, &stop, NULL);
-	CHECK(ticks > 0);
 	churn(0);
 	sigprocmask(SIG_BLOCK, NULL, &now);
 	for (int i = 0; i < 3; i++) {
@@ -220,14 +230,14 @@ static void ring(int number, siginfo_t *info, void *context)
 static void often(void)
 {
 	struct sigaction action = {.sa_sigaction = ring, .sa_flags = SA_SIGINFO};
-	struct itimerval timer = {{0, 0}, {0, 700}}, stop = {{0}};
+	struct itimerval stop = {{0}};
 	sigset_t set;
 	build();
 	on(SIGSEGV); on(SIGBUS); on(SIGILL);
 	CHECK(!sigaction(SIGALRM, &action, NULL));
 	for (uint64_t i = 0; i < 6000; i++) {
 		/* Again only when a call was made: the handler may take longer than that. */
-		if (!armed) { armed = 1; setitimer(ITIMER_REAL, &timer, NULL); }
+		if (!armed) { armed = 1; signal_in(700); }
 		put(0, data, i);
 		if (i % 8 == 0) CHECK(get(0, data) == i);
 	}

@@ -35,12 +35,14 @@ typedef int enter_t(uint64_t rdi, uint64_t rsi, uint64_t rdx, uint32_t fn, uint6
 		    uint64_t r9, struct run *run);
 /* What the enclave does; see enclave.py. */
 enum { NOP, PUT, GET, UD2, DIV, SPIN, ACCEPT, EXTEND, VECTOR, KEEP, REGISTERS, RUN, FIRST_ILLEGAL, LAST_ILLEGAL = FIRST_ILLEGAL + 7,
-       RDTSC, RDTSCP, GETBV, SAVE, RESTORE, SWEEP, MASKED, LAST_MASKED = MASKED + 6 };
+       RDTSC, RDTSCP, GETBV, SAVE, RESTORE, SWEEP, MASKED, LAST_MASKED = MASKED + 10, LEAVE };
 
 static enter_t *enter;
+static __thread enter_t *by; /* in place of it */
 static const char *file;
-static int device, on_failed_init;
-static uint64_t base, size, data, data_pages, attributes = 4; /* MODE64BIT */
+static int device, on_failed_init, where; /* MAP_32BIT, for one */
+static void *hint;
+static uint64_t base, size, data, data_pages, attributes = 4 /* MODE64BIT */, xfrm = 3;
 
 struct span { uint64_t offset, pages, flags, measured; };
 
@@ -80,13 +82,13 @@ static inline void build(void)
 	CHECK(fread(sigstruct, sizeof sigstruct, 1, f) == 1);
 	device = open("/dev/sgx_enclave", O_RDWR);
 	CHECK(device >= 0);
-	char *reserved = mmap(NULL, 2 * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	char *reserved = mmap(hint, 2 * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | where, -1, 0);
 	CHECK(reserved != MAP_FAILED);
 	base = ((uint64_t)reserved + size - 1) & -size;
 	munmap(reserved, base - (uint64_t)reserved);
 	munmap((void *)(base + size), (uint64_t)reserved + size - base);
 	*(uint64_t *)secs = size; *(uint64_t *)(secs + 8) = base; *(uint32_t *)(secs + 16) = 1;
-	*(uint64_t *)(secs + 48) = attributes; *(uint64_t *)(secs + 56) = 3;
+	*(uint64_t *)(secs + 48) = attributes; *(uint64_t *)(secs + 56) = xfrm;
 	uint64_t create = (uint64_t)secs;
 	CHECK(!ioctl(device, 0x4008a400, &create));
 	for (uint64_t i = 0; i < count; i++) {
@@ -122,7 +124,7 @@ __attribute__((noinline)) static int go(int thread, int function, uint64_t op, u
 {
 	memset(run, 0, sizeof *run);
 	run->tcs = base + thread * PAGE;
-	int result = enter(rdi, rsi, op, function, r8, 0, run);
+	int result = (by ? by : enter)(rdi, rsi, op, function, r8, 0, run);
 	/* An asynchronous exit leaves zeros in these, for the vDSO's caller to mind. */
 	__asm__ volatile("" : : : "rbx", "r12", "r13", "r14", "r15");
 	return result;

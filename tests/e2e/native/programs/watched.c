@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -122,6 +123,8 @@ static void by_a_vfork_child(void)
 		opens(NULL);
 		_exit(0);
 	}
+	/* The first call of the parent, and it does not stop without a device. */
+	CHECK(madvise(place, SIZE, MADV_COLD) == -1 && errno == EINVAL);
 	use();
 }
 
@@ -131,6 +134,57 @@ static int open_and_map(void *unused)
 	go = 1;
 	while (go == 1);
 	return 0;
+}
+
+static int waits_and_maps(void *unused)
+{
+	while (!go);
+	opens(unused);
+	go = 2;
+	while (go == 2);
+	return 0;
+}
+
+/* The child of vfork has ended, and another process still shares the memory. */
+static void by_a_child_of_a_vfork_child(void)
+{
+	static char stack[1 << 16] __attribute__((aligned(16)));
+	if (!vfork()) {
+		CHECK(clone(waits_and_maps, stack + sizeof stack, CLONE_VM | CLONE_FILES | CLONE_PARENT | SIGCHLD, NULL) > 0);
+		_exit(0);
+	}
+	go = 1;
+	while (go == 1);
+	use();
+	go = 3;
+	for (int each = 0; each < 2; each++) {
+		int status;
+		CHECK(wait(&status) > 0 && !status);
+	}
+}
+
+static void *executes(void *unused)
+{
+	go = 1;
+	execl("/bin/true", "true", NULL);
+	return unused;
+}
+
+/* A thread that is not the first executes a program while another one opens the device. */
+static void beside_execve(void)
+{
+	for (int each = 0; each < 100; each++) {
+		int status, pid = fork();
+		pthread_t thread;
+		if (!pid) {
+			CHECK(!pthread_create(&thread, NULL, executes, NULL));
+			while (!go);
+			for (int turns = 0; turns < each * 200; turns++) __asm__ volatile("");
+			open_device();
+			pause();
+		}
+		CHECK(pid > 0 && waitpid(pid, &status, 0) == pid && !status);
+	}
 }
 
 /* A process that shares memory and descriptors, and is no thread. */
@@ -208,13 +262,31 @@ static void after_execve(char *program)
 	execl(program, program, "inherited", number, NULL);
 }
 
+/* Children without the vDSO of their parent: one that needs nothing of it, and one that does. */
+static void bare(void)
+{
+	char *vdso = (char *)getauxval(AT_SYSINFO_EHDR);
+	for (int page = 0; page < 64; page++) madvise(vdso + page * 4096, 4096, MADV_DONTFORK);
+	for (int needs = 0; needs < 2; needs++) {
+		int status, pid = fork();
+		if (!pid && needs) open("/dev/sgx_enclave", O_RDWR);
+		if (!pid) __asm__ volatile("syscall" : : "a"(SYS_exit_group), "D"(7)); /* the loader may be missing, too */
+		CHECK(pid > 0 && waitpid(pid, &status, 0) == pid);
+		CHECK(needs ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL : status == 7 << 8);
+	}
+	opened();
+}
+
 int main(int count, char **arguments)
 {
 	char *scenario = arguments[1];
+	if (!strcmp(scenario, "bare")) { bare(); return 0; }
 	if (!strcmp(scenario, "opened")) opened();
 	else if (!strcmp(scenario, "thread")) by_a_thread();
 	else if (!strcmp(scenario, "filtered")) beside_a_filtered_thread();
 	else if (!strcmp(scenario, "vfork")) by_a_vfork_child();
+	else if (!strcmp(scenario, "after_vfork")) by_a_child_of_a_vfork_child();
+	else if (!strcmp(scenario, "beside_execve")) beside_execve();
 	else if (!strcmp(scenario, "clone")) by_a_clone();
 	else if (!strcmp(scenario, "message")) by_a_message();
 	else if (!strcmp(scenario, "fork")) after_fork();

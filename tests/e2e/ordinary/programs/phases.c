@@ -1,5 +1,6 @@
 /* Uses known pages of an array of 512 pages for known times: phase N uses the pages that N + 2
  * divides, reads the even ones of them and writes the others, again and again for 80 ms of its time. */
+#define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -15,9 +16,12 @@ static long now_ms(void) {
 
 int main(void) {
     size_t bytes = (size_t)PAGES * PAGE;
-    char *all = mmap(0, 2 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    volatile unsigned char *array = (void *)(((size_t)all + bytes - 1) / bytes * bytes);
+    /* Not where the loader had anything, which would be pages of the same numbers. */
+    volatile unsigned char *array = mmap((void *)(1ul << 44), bytes, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     unsigned long sum = 0;
+    if (array == MAP_FAILED)
+        abort();
     for (int phase = 0; phase < PHASES; phase++) {
         long end = now_ms() + 80;
         unsigned char stored = 0;

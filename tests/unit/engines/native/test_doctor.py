@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from errno import ENODEV
 from importlib import import_module
 
 import pytest
 
-from softsgx.engines.native import PAGERS, choose_pager, doctor
+from softsgx.engines.native import PAGERS, abi, choose_pager, doctor, requirements
 
 MODULE = import_module("softsgx.engines.native.doctor")  # the package has a function of that name
 
@@ -43,3 +44,39 @@ def test_an_operation_that_a_container_forbids_is_reported_with_the_flag_that_al
     found = next(finding for finding in doctor() if finding.name == name)
     assert not found.ok
     assert flag in found.text
+
+
+def test_what_a_run_requires_is_what_doctor_calls_needed() -> None:
+    needed = [finding for finding in doctor() if finding.needed]
+    assert requirements() == needed
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_tracer_hinders_a_run_only_if_it_follows_children(
+    monkeypatch: pytest.MonkeyPatch, follows: bool
+) -> None:
+    monkeypatch.setattr(MODULE, "own_tracer", lambda: 4711)
+    monkeypatch.setattr(MODULE, "can_ptrace", lambda: not follows)
+    ptrace = next(finding for finding in requirements() if finding.name == "ptrace")
+    assert ptrace.ok is not follows
+
+
+@pytest.mark.parametrize("executes", [1, 0])
+@pytest.mark.parametrize("supported", [False, True])
+def test_cpuid_faulting_is_probed_without_a_change(
+    monkeypatch: pytest.MonkeyPatch, executes: int, supported: bool
+) -> None:
+    set_to = []
+
+    def syscall(number: int, code: int, argument: int) -> int:
+        assert number == abi.SYS_ARCH_PRCTL
+        if code == abi.ARCH_GET_CPUID:
+            return executes
+        set_to.append(argument)
+        if not supported:
+            raise OSError(ENODEV, "no CPUID faulting")
+        return 0
+
+    monkeypatch.setattr(MODULE.libc, "syscall", syscall)
+    assert MODULE.can_fault_cpuid.__wrapped__() is supported
+    assert set_to == [executes]

@@ -13,6 +13,8 @@ from tests.support.inhabited import Inhabited
 
 from softsgx.arch import AttributesFlags, GprSgx, Pfec, Tcs, TcsFlags
 from softsgx.driver import FaultResult
+from softsgx.engines.native import abi
+from softsgx.engines.native.faults import enclu
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.enclave import EnclaveFaults
 from softsgx.engines.native.faults.enclu import EncluLeaves
@@ -43,7 +45,9 @@ class Scene:
         if notified:
             self.write(1, GPR_OFFSET + GprSgx.OFFSETS["aexnotify"], b"\x01")
         regs.rip = INSIDE
-        image = SimpleNamespace(aep=OUR_AEP, eenter=0, read=lambda address, size: code)
+        image = SimpleNamespace(
+            aep=OUR_AEP, eenter=0, read=lambda address, size: code, state_stubs={}
+        )
         self.thread = cast(
             Any,
             SimpleNamespace(
@@ -147,3 +151,32 @@ def test_an_enclu_that_faults_again_lets_other_threads_run_before_it_is_repeated
 def test_an_enclu_whose_own_page_may_have_left_is_not_executed_for_the_thread() -> None:
     scene, leaves = _enclu(1, traps=False)
     assert leaves.tries == 1 and scene.regs.rip == INSIDE
+
+
+@pytest.mark.parametrize(("blocked", "waits"), [(0, 3), (abi.FAULT_SIGNALS, 41)])
+def test_an_entry_that_has_waited_without_success_lets_the_loop_serve_others(
+    monkeypatch: pytest.MonkeyPatch, blocked: int, waits: int
+) -> None:
+    scene, execute = Scene(), enclu._execute
+    scene.faults._exits.leave(scene.thread, 14, 4, 0x5000, comes_back=True)
+    results = [*[FaultResult.RETRY] * 40, FaultResult.NOPAGE]
+    seen: list[FaultResult] = []
+
+    def fault(*_fault: object) -> FaultResult:
+        seen.append(results[len(seen)])
+        return seen[-1]
+
+    def needs_a_page(cpu: Any, leaf: int) -> None:
+        if FaultResult.NOPAGE not in seen:
+            raise PageFault(0x5000, int(Pfec.U))
+        execute(cpu, leaf)
+
+    monkeypatch.setattr(enclu, "_execute", needs_a_page)
+    scene.thread.image.mm = SimpleNamespace(find=lambda _at: 1, fault=fault)
+    scene.thread.sigmask = lambda: blocked
+    scene.thread.set_sigmask = lambda _mask: None
+    assert scene.faults._leaves.resume(scene.thread) == 0
+    assert len(seen) == waits
+    # A thread that blocks SIGILL cannot trap: the kernel would reset its handler.
+    assert (scene.cpu.inside is None) == (not blocked)
+    assert scene.regs.rip == (INSIDE if blocked else AEP)

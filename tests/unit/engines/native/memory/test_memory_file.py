@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 from collections.abc import Iterator
 
@@ -40,3 +42,13 @@ def test_jumps_that_end_are_known_to_threads_that_are_at_them(memory: EnclaveMem
     memory.end_jumps()
     assert memory.code(PAGE, len(OWN)) == OWN
     assert not memory.jumps and memory.former_jumps == {AT}
+
+
+def test_a_file_that_cannot_be_a_device_leaves_no_descriptor() -> None:
+    theirs = os.memfd_create("enclave", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(theirs, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    gc.collect()  # what earlier tests dropped closes its descriptors now, not in between
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionError):
+        EnclaveMemory(theirs)
+    assert len(os.listdir("/proc/self/fd")) == before - 1

@@ -33,7 +33,7 @@ class Scene:
         self.table = EnclavePageTable(
             0,
             self.store,
-            lambda _addr: self.page,
+            {self.page.addr: self.page},
             cast(Any, None),
             memory_at=lambda _linaddr: self.memory,
             mapped_in=lambda start, end: [

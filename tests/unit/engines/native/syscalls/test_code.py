@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +19,7 @@ import pytest
 from softsgx.engines.native.syscalls import code as new_code
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.x86.rewrite import CPUID, TRAP, cpuid_sites
+from softsgx.engines.native.x86.rewrite import CPUID, TRAP, Places, find_cpuid
 
 PAGE = mmap.PAGESIZE
 NOPS = b"\x90" * 32
@@ -32,7 +32,8 @@ class Program:
 
     def __init__(self, path: Path) -> None:
         self.path, self.memory = path, os.open("/proc/self/mem", os.O_RDWR)
-        self.image = SimpleNamespace(memory_fd=self.memory, cpuid_sites=set(), read=self.read)
+        self.image = SimpleNamespace(memory_fd=self.memory, cpuid_sites=Places(), read=self.read)
+        self.image.members = 1
         self.thread = cast(ProgramThread, SimpleNamespace(tid=os.getpid(), image=self.image))
 
     def read(self, address: int, size: int) -> bytes:
@@ -67,11 +68,11 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the times of a file count at once; return the sizes of what was searched."""
     found: list[int] = []
 
-    def search(code: bytes) -> Any:
-        found.append(len(code))
-        return cpuid_sites(code)
+    def search(read: Callable[[int, int], bytes], length: int) -> Any:
+        found.append(length)
+        return find_cpuid(read, length)
 
-    monkeypatch.setattr(new_code, "cpuid_sites", search)
+    monkeypatch.setattr(new_code, "find_cpuid", search)
     monkeypatch.setattr(new_code, "_SETTLED_NS", 0)
     return found
 
@@ -115,8 +116,69 @@ def test_only_bytes_that_are_a_cpuid_are_replaced(program: Program, searched: li
     program.write(256)
     code = NewCode()
     program.map(code)
-    code._sites = {piece: [100, *sites] for piece, sites in code._sites.items()}
+    for known in code._pieces.values():
+        known.sites, known.code = [100, *known.sites], None
     assert program.map(code).count(TRAP) == 1
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_is_between_replaced_instructions_stays(
+    program: Program, searched: list[int], monkeypatch: pytest.MonkeyPatch, members: int
+) -> None:
+    """Also where the code is not that of the last mapping, as if a file changed without a trace."""
+    piece = new_code._Piece(1, 2, PAGE, 3, 4, 0, PAGE)
+    monkeypatch.setattr(new_code, "_piece", lambda *_: piece)
+    program.image.members = members
+    code, places = NewCode(), (256, 512, 3000)
+    for between in (b"first", b"other", b"first"):
+        program.write(*places)
+        with program.path.open("r+b") as file:
+            file.seek(400)
+            file.write(between)
+        before = program.path.read_bytes()
+        expected = bytearray(before)
+        for place in places:
+            expected[at(place)] = TRAP
+        assert program.map(code) == expected
+        assert program.path.read_bytes() == before
+    assert searched == [PAGE]
+    assert len(set(program.image.cpuid_sites)) >= len(places)
+
+
+def test_beside_other_threads_nothing_but_the_instructions_is_written(
+    program: Program, searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def write(descriptor: int, data: bytes, address: int) -> int:
+        written.append(len(data))
+        return pwrite(descriptor, data, address)
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(new_code, "os", SimpleNamespace(pwrite=write, stat=os.stat))
+    program.write(256, 512)
+    for members, sizes in ((2, [2, 2]), (1, [258])):
+        program.image.members = members
+        written.clear()
+        assert program.map(NewCode()).count(TRAP) == 2
+        assert written == sizes
+
+
+def test_only_a_known_piece_without_cpuid_needs_no_look(
+    program: Program, searched: list[int]
+) -> None:
+    def known(page: int) -> bool:
+        with program.path.open("rb") as file:
+            return code.knows_none(program.thread, PAGE, file.fileno(), page * PAGE)
+
+    code = NewCode()
+    program.write(256, pages=2)
+    assert not known(0) and not known(1)
+    program.map(code, 0)
+    program.map(code, 1)
+    assert not known(0) and known(1)
+    program.write(PAGE + 256, pages=2)
+    assert not known(1), "it has changed"
 
 
 def test_a_file_that_may_still_change_is_not_remembered(

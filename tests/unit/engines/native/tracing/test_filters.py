@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,15 +28,23 @@ def test_other_threads_leave_their_stubs_before_there_is_a_device(
         path_stubs=stubs,
         hold=held.append,
     )
+    announced: list[int] = []
     threads: list[Any] = [
         SimpleNamespace(
-            process=process, image=image, watched=False, in_call=in_call, unstoppable=False
+            process=process,
+            image=image,
+            watched=False,
+            in_call=in_call,
+            unstoppable=False,
+            announce_end=partial(announced.append, number),
+            stop_after_call=lambda: None,
         )
-        for in_call in (False, False, True)
+        for number, in_call in enumerate((False, False, True))
     ]
     image.threads = dict(enumerate(threads))
     assert filters.watch_devices(threads[0]) == 0
     assert all(thread.watched for thread in threads)
+    assert announced == [0]
     assert held == ([] if stubs is None else [threads[1]])
     assert os.pread(memory, 8, 64) != bytes(8)
     os.close(memory)

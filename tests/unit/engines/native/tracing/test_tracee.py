@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.native import needs_tracing
+from tests.support.tracees import end_tracee
 
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.bpf import build_filter
@@ -31,11 +32,7 @@ def thread() -> Iterator[Thread]:
     install_vdso(started, memory)
     os.close(memory)
     yield started
-    try:
-        os.kill(started.tid, signal.SIGKILL)
-        os.waitpid(started.tid, abi.WALL)
-    except (ProcessLookupError, ChildProcessError):
-        return
+    end_tracee(started.tid)
 
 
 def finish(thread: Thread) -> int:

@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import struct
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from softsgx.engines.native.vdso.cpuid_jumps import (
     window_before,
 )
 from softsgx.engines.native.x86.insn import decode
-from softsgx.engines.native.x86.rewrite import TRAP
+from softsgx.engines.native.x86.rewrite import TRAP, Places
 
 CPUID = b"\x0f\xa2"
 Leaf = tuple[int, int, int, int]
@@ -48,10 +49,14 @@ LOADER_BYTES = 0x1000
 CODE = bytes.fromhex("90" * 200 + "b8 44 33 22 11" + "89 f8" + "89 f1") + CPUID + b"\x90" * 200
 
 
+_NUMBERS = count()
+
+
 class Image:
     """A loader and our vDSO in memory of this process."""
 
     def __init__(self, code: bytes = CODE) -> None:
+        self.index = next(_NUMBERS)
         self.memory = mmap.mmap(-1, LOADER_BYTES + AREA_BYTES, prot=7)
         self.anchor = ctypes.c_char.from_buffer(self.memory)
         self.loader = ctypes.addressof(self.anchor)
@@ -59,7 +64,7 @@ class Image:
         self.vdso_base, self.vdso = self.loader, SimpleNamespace(answers=LOADER_BYTES)
         self.memory_fd = os.open("/proc/self/mem", os.O_RDWR)
         self.cpuid_stubs: CpuidStubs | None = None
-        self.cpuid_sites: set[int] = set()
+        self.cpuid_sites = Places()
 
     def read(self, address: int, size: int) -> bytes:
         return os.pread(self.memory_fd, size, address)
@@ -372,6 +377,8 @@ def test_a_thread_at_a_jump_or_at_the_cpuid_of_such_a_stub(tight: Any) -> None:
     (trap,) = tight.cpuid_stubs.traps()
     site = tight.loader + AT
     entry = tight.loader + TIGHT.index(NOP) + 2
+    stubs = tight.cpuid_stubs
+    assert [place for place in range(entry - 9, entry + 9) if stubs.has_entry(place)] == [entry]
     assert trapped(tight, entry, None).regs.rip == site
     assert trapped(tight, trap, abi.SIGSEGV).regs.rip == trap  # the stop is that of its CPUID
     for signo, code in ((None, 0), (abi.SIGSEGV, 1), (signal.SIGTERM, abi.SI_KERNEL)):
@@ -383,12 +390,14 @@ def test_a_thread_at_a_jump_or_at_the_cpuid_of_such_a_stub(tight: Any) -> None:
 
 
 def test_where_cpuid_does_not_fault_a_trap_takes_its_place(tight: Any) -> None:
+    tight.memory[AT : AT + 2] = TRAP  # new code is looked at first
     answers = CpuidAnswers(cpuid, jumping=True, faulting=False)
     answers.executed(tight, tight.loader + AT)
     answers.loaded(tight)
     (trap,) = tight.cpuid_stubs.traps()
     assert tight.read(trap, 2) == TRAP
-    assert tight.cpuid_sites == {trap}
+    assert tight.read(tight.loader + AT, 1) == b"\xeb"
+    assert set(tight.cpuid_sites) == {trap}
     assert trapped(tight, trap + 1, abi.SIGTRAP).regs.rip == trap + 1
 
 

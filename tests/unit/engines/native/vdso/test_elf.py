@@ -17,7 +17,10 @@ from softsgx.engines.native.vdso.elf import (
     Vdso,
     build_vdso,
     image_bytes,
+    linked_image,
+    linker,
     read_symbols,
+    vdso_of,
 )
 
 ORIGINAL = {
@@ -119,6 +122,21 @@ def test_each_process_goes_on_at_its_own_addresses(vdso: Vdso) -> None:
     for name, place in other.targets.items():
         assert int.from_bytes(other.image[place : place + 8], "little") == elsewhere[name]
     assert build_vdso(ORIGINAL) == vdso
+
+
+@pytest.mark.parametrize(
+    "original", [1 << 12, 0x7FFF_F7FC_0000, 0x7FFF_FFFF_F000, 0x7FC4_85CB_D000]
+)
+def test_a_linker_makes_the_image_that_is_linked_name_by_name(original: int) -> None:
+    kernels = [b"", build_vdso({}).image, build_vdso(ORIGINAL).image, build_vdso({"a": 5}).image]
+    for kernel in [*kernels, *reversed(kernels)]:
+        symbols = read_symbols(kernel)
+        expected = vdso_of(symbols)
+        at = {name: original + value for name, value in symbols.items()}
+        made = linker(kernel)
+        assert made.vdso == expected
+        assert made.link(original) == linked_image(expected, at)
+        assert made is linker(bytes(bytearray(kernel)))
 
 
 def test_a_process_without_a_vdso_still_gets_the_entry() -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests.support.inhabited import Inhabited
 
 from softsgx.engines.native.tracing.registers import NativeRegisters
+from softsgx.engines.native.vdso.crossing_sites import ExitSite, find_exit
 from softsgx.engines.native.vdso.elf import build_vdso
 from softsgx.engines.native.vdso.permit_code import (
     BUSY,
@@ -29,8 +30,9 @@ from softsgx.engines.native.vdso.permit_code import (
     STUB_BYTES,
     exit_stub,
 )
-from softsgx.engines.native.vdso.permit_table import ExitStub, PermitTable, Slot
-from softsgx.engines.native.vdso.permits import Permits, load_in_front
+from softsgx.engines.native.vdso.permit_table import PermitTable, Slot
+from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.vdso.stubs import Stub, Stubs
 from softsgx.hw import Machine, MachineConfig, aex
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.runtime import InlineRuntime
@@ -82,9 +84,13 @@ class Scene:
             permits=None,
             permits_at=TABLE,
             has_room_for_permits=False,
-            exit_stubs=[ExitStub(ENCLU - 5, b"", ENCLU, STUB)],
-            plain_exits={ENCLU},
+            exit_stubs=Stubs(STUB_BYTES, (BASE + VDSO.stubs, VDSO.most_stubs)),
         )
+        self.image.entry_stubs = Stubs(STUB_BYTES)
+        self.image.exit_stubs._areas[0].made.append(
+            Stub(ExitSite(ENCLU - 5, b"", ENCLU, TABLE), STUB)
+        )
+        self.image.exit_stubs.plain.add(ENCLU)
         if table:
             fd = os.memfd_create("permits", os.MFD_ALLOW_SEALING)
             self.image.permits = PermitTable(fd, TABLE, cast(Any, self.image.threads))
@@ -492,7 +498,8 @@ def test_what_is_between_the_load_and_the_exit_is_executed_once(done: int) -> No
     actor.enter_with_a_stop()
     between = bytes.fromhex("4831c9 4831d2 fc")
     labels = exit_stub(BASE + VDSO.stubs, ENCLU, TABLE, between)[1]
-    actor.scene.image.exit_stubs[0] = ExitStub(ENCLU - 12, between, ENCLU, labels)
+    stub = Stub(ExitSite(ENCLU - 12, between, ENCLU, TABLE), labels)
+    actor.scene.image.exit_stubs._areas[0].made[0] = stub
     actor.regs.rip, actor.regs.rax = BASE + VDSO.stubs + done, 0xBAD
     actor.stop()
     assert (actor.regs.rip, actor.regs.rax) == (ENCLU - len(between) + done, 4)
@@ -518,8 +525,9 @@ def test_loads_of_eax_in_front_of_an_exit_are_found(code: str, between: int | No
     page = (front + b"\x0f\x01\xd7" + b"\x0f\x0b" * 8).ljust(4096, b"\xcc")
     memory = SimpleNamespace(own_code=lambda address, size: page[:size])
     table = SimpleNamespace(read_only_code=lambda address, size: memory)
-    found = load_in_front(cast(Any, SimpleNamespace(page_table=table)), 0x5000 + len(front))
-    assert (None if found is None else len(found[1])) == between
+    image = cast(Any, SimpleNamespace(page_table=table, permits_at=TABLE))
+    found = find_exit(image, 0x5000 + len(front))
+    assert (None if found is None else len(found.between)) == between
 
 
 def test_a_lock_of_another_thread_is_left_alone() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from softsgx.engines.native.abi import UserRegs
 from softsgx.engines.native.vdso.state_code import MOST_STATE_STUBS, STATE_STUB_BYTES, find_site
-from softsgx.engines.native.vdso.state_jumps import StateJumps, StateStub
+from softsgx.engines.native.vdso.state_jumps import EnclaveSite, StateJumps
+from softsgx.engines.native.vdso.stubs import Stub, Stubs
+from softsgx.engines.native.x86.areas import Move
 from softsgx.engines.native.x86.state import StateInsn, decode_state
 
 PAGE, STUBS = 0x7000, 0x10_0000
@@ -19,17 +21,21 @@ LOADS, XRSTOR = b"\xb8\xff\xff\xff\xff\xba\xff\xff\xff\xff", b"\x48\x0f\xae\x29"
 START = 64
 CODE = b"\x90" * START + LOADS + XRSTOR
 AT = START + len(LOADS)
+MOVES = (Move(5, 64, 832, 1088), Move(6, 512, 896, 1152), Move(7, 1024, 1408, 1664))
 
 
 class Scene:
     """A thread that has stopped at XRSTOR of its enclave, and what was done, in order."""
 
-    def __init__(self, directory: Path, code: bytes = CODE) -> None:
+    def __init__(self, directory: Path, code: bytes = CODE, insn: bytes = XRSTOR) -> None:
+        self.insn = insn
         self.did: list[str] = []
         self.fd = os.open(directory / "memory", os.O_RDWR | os.O_CREAT)
         os.ftruncate(self.fd, STUBS + MOST_STATE_STUBS * STATE_STUB_BYTES)
         self.memory: Any
-        self.page_table = SimpleNamespace(read_only_code=lambda _at, _size: self.memory)
+        self.page_table = SimpleNamespace(
+            read_only_code=lambda _at, _size: self.memory, memory_at=lambda _at: self.memory
+        )
         self.memory = SimpleNamespace(
             jumps={},
             users=[self.page_table],
@@ -39,10 +45,7 @@ class Scene:
         self.image = SimpleNamespace(
             page_table=self.page_table,
             memory_fd=self.fd,
-            state_stubs=[],
-            plain_states=set(),
-            vdso=SimpleNamespace(state=0),
-            vdso_base=STUBS,
+            state_stubs=Stubs(STATE_STUB_BYTES, (STUBS, MOST_STATE_STUBS)),
         )
         self.enclave = SimpleNamespace(base=0x4000, size=0x8000, xfrm=3)
         config = SimpleNamespace(xsave_bytes=lambda _xfrm: 576)
@@ -53,7 +56,7 @@ class Scene:
             image=self.image,
             regs=UserRegs(rip=PAGE + AT),
             cpu=cpu,
-            areas=SimpleNamespace(same=True),
+            areas=SimpleNamespace(moves=MOVES),
         )
 
     def jump_at(self, address: int, jump: bytes) -> None:
@@ -65,8 +68,8 @@ class Scene:
     def stop(self, *, usable: bool = True) -> list[str]:
         """Return what the stop has caused."""
         self.did.clear()
-        jumps = StateJumps(usable, lambda _thread: self.did.append("others stopped"))
-        jumps.stopped_at(self.thread, cast(StateInsn, decode_state(XRSTOR)))
+        jumps = StateJumps(usable, True, lambda _thread: self.did.append("others stopped"))
+        jumps.stopped_at(self.thread, cast(StateInsn, decode_state(self.insn)))
         return self.did
 
 
@@ -82,8 +85,8 @@ def test_other_threads_are_stopped_before_a_jump_is_stored(scene: Scene) -> None
     (stub,) = scene.image.state_stubs
     site = find_site(CODE, AT, PAGE)
     assert site is not None
-    code, labels = site.stub(STUBS, 3, range(0x4000, 0xC000), 576)
-    assert stub == StateStub(site, 3, range(0x4000, 0xC000), labels)
+    code, labels = site.stub(STUBS, 3, range(0x4000, 0xC000), 576, MOVES, True)
+    assert stub == Stub(EnclaveSite(site, 3, range(0x4000, 0xC000), 576, MOVES, True), labels)
     assert os.pread(scene.fd, len(code), STUBS) == code
 
 
@@ -117,18 +120,31 @@ def test_there_are_no_more_stubs_than_places(scene: Scene) -> None:
     scene.enclave.size = 0x1000
     scene.memory.jumps.clear()
     assert scene.stop() == []
-    assert scene.image.plain_states == {PAGE + AT}
+    assert scene.image.state_stubs.plain == {PAGE + AT}
 
 
 def test_code_that_others_map_has_no_jumps(scene: Scene) -> None:
     scene.memory.users.append(object())
     assert scene.stop() == []
-    assert not scene.image.plain_states, "they may unmap it"
+    assert not scene.image.state_stubs.plain, "they may unmap it"
 
 
-def test_areas_of_another_layout_have_no_jumps(scene: Scene) -> None:
-    scene.thread.areas.same = False
+@pytest.mark.parametrize(("xfrm", "moves"), [(3, MOVES), (7, MOVES), (0xE7, ())])
+def test_components_that_xfrm_has_not_may_be_elsewhere(
+    tmp_path: Path, xfrm: int, moves: tuple[Move, ...]
+) -> None:
+    xsave = b"\x48\x0f\xae\x21"
+    scene = Scene(tmp_path, CODE[: START + len(LOADS)] + xsave, xsave)
+    scene.enclave.xfrm, scene.thread.areas.moves = xfrm, moves
+    assert scene.stop() == ["others stopped", f"jump {PAGE + START:#x} to stub 0"]
+
+
+def test_what_cannot_save_components_that_are_elsewhere_always_stops(tmp_path: Path) -> None:
+    xsave = b"\x48\x0f\xae\x31"  # XSAVEOPT
+    scene = Scene(tmp_path, CODE[: START + len(LOADS)] + xsave, xsave)
+    scene.enclave.xfrm = 0xE7
     assert scene.stop() == []
+    assert scene.image.state_stubs.plain == {PAGE + AT}
 
 
 def test_there_are_none_where_they_are_not_allowed(scene: Scene) -> None:
@@ -152,5 +168,5 @@ def test_code_without_constants_is_looked_at_once(tmp_path: Path) -> None:
 
 
 def test_code_far_from_the_vdso_has_no_jump(scene: Scene) -> None:
-    scene.image.vdso_base += 1 << 31
+    scene.image.state_stubs = Stubs(STATE_STUB_BYTES, (STUBS + (1 << 31), MOST_STATE_STUBS))
     assert scene.stop() == []

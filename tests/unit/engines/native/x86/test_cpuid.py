@@ -11,6 +11,7 @@ from softsgx.engines.native.x86.cpuid import (
     CpuidLeaf,
     HostCpuid,
     host_cpuid,
+    instruction,
     virtual_leaf,
     xsave_components,
 )
@@ -71,3 +72,34 @@ def test_this_machine_answers() -> None:
     for (offset, size), (following, _size) in pairwise(ends):
         assert offset >= 576
         assert offset + size <= following
+
+
+@pytest.mark.parametrize(("leaf", "count"), [(4, 16), (7, 4), (0xD, 64), (0x14, 4), (0x18, 16)])
+def test_sub_leaves_that_are_not_read_are_zeros_on_this_machine(leaf: int, count: int) -> None:
+    host, execute = host_cpuid(), instruction()
+    wanted = [execute(leaf, sub) if leaf <= host(0, 0)[0] else (0,) * 4 for sub in range(count)]
+    found = [host(leaf, sub) for sub in range(count)]
+    if leaf == 7:  # OSPKE and the like are the same; the speculation bits are per processor
+        wanted, found = wanted[1:], found[1:]
+    assert found == wanted
+
+
+def test_only_the_sub_leaves_that_there_are_are_read() -> None:
+    read = []
+    answers = {
+        (0, 0): (0x18, 0, 0, 0),
+        (4, 0): (1, 0, 0, 0),
+        (4, 1): (2, 0, 0, 0),
+        (7, 0): (1, 0, 0, 0),
+        (0xD, 0): (1 << 2 | 7, 0, 0, 1 << 4),  # AVX and component 36
+        (0xD, 1): (0, 0, 1 << 11, 0),
+        (0x18, 0): (2, 0, 0, 0),
+    }
+
+    def execute(leaf: int, sub: int) -> CpuidLeaf:
+        read.append((leaf, sub))
+        return answers.get((leaf, sub), (0, 0, 0, 0))
+
+    HostCpuid(execute)
+    subs = {leaf: [sub for number, sub in read if number == leaf] for leaf in (4, 7, 0xD, 0x18)}
+    assert subs == {4: [0, 1, 2], 7: [0, 1], 0xD: [0, 1, 2, 11, 36], 0x18: [0, 1, 2]}

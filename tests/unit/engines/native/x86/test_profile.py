@@ -145,7 +145,34 @@ def test_areas_keep_every_component_in_either_layout() -> None:
         at = INTEL_XSAVE[number][1]
         assert described[at : at + size] == bytes([number]) * size
     assert areas.real(described, bytes(COMPACT_SIZE)) == bytes(real)
+    assert areas.moved == 0x2E0 and not areas.same
     assert AreaLayouts(INTEL_XSAVE, INTEL_XSAVE).same
+
+
+#: XSAVE components with (bytes, offset) by processor: those of the machines people run this on.
+REAL_LAYOUTS: dict[str, tuple[dict[int, tuple[int, int]], int]] = {
+    "x87 and SSE only": ({}, 0),
+    "Intel Haswell, AMD Zen to Zen 3": ({2: (256, 576)}, 0),
+    "AMD Zen 3 with protection keys": ({2: (256, 576), 9: (8, 832)}, 0x200),
+    "AMD Zen 4, Zen 5": ({2: (256, 576), 5: (64, 832), 6: (512, 896), 7: (1024, 1408)}, 0xE0),
+    "the same with protection keys": (
+        {2: (256, 576), 5: (64, 832), 6: (512, 896), 7: (1024, 1408), 9: (8, 2432)},
+        0x2E0,
+    ),
+    "Intel Alder Lake": ({2: (256, 576), 9: (8, 2688)}, 0),
+    "Intel Skylake": ({number: INTEL_XSAVE[number] for number in (2, 3, 4)}, 0),
+    "Intel Xeon with AVX-512": ({number: INTEL_XSAVE[number] for number in (2, 5, 6, 7, 9)}, 0),
+    "Intel Xeon with AMX": (dict(INTEL_XSAVE), 0),
+}
+
+
+@pytest.mark.parametrize("name", REAL_LAYOUTS)
+def test_components_that_are_elsewhere_are_known_one_by_one(name: str) -> None:
+    real, moved = REAL_LAYOUTS[name]
+    described = {number: INTEL_XSAVE[number] for number in real}
+    areas = AreaLayouts(real, described)
+    assert areas.moved == moved
+    assert areas.same == (not moved)
 
 
 def test_the_time_stamp_counter_has_its_real_frequency() -> None:

@@ -1,0 +1,285 @@
+"""What random steps of ``test_native_memory`` meet seldom, in each implementation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tests.differential.test_native_memory import ENCLU, Site, compare, sites
+from tests.support.native import USABLE_PAGERS, needs_tracing
+
+from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.driver import FaultResult
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.memory.store import NativeStore
+from softsgx.hw import EpcPage
+
+pytestmark = [
+    needs_tracing,
+    pytest.mark.skipif("userfaultfd" not in USABLE_PAGERS, reason="needs userfaultfd"),
+]
+
+WRITABLE = 0  # number of a page with rights R W
+
+
+@pytest.fixture
+def made() -> Iterator[list[Site]]:
+    with sites("userfaultfd") as some:
+        yield some
+
+
+def out(site: Site, number: int) -> None:
+    """Let the page be evicted, and the first of those in use be the one that is freed last."""
+    if site.page(number).epc is not None:
+        assert site.do("evict", number, 0)
+
+
+def next_addr(site: Site) -> int:
+    """The EPC page that the next load takes."""
+    (node,) = site.system.core._pool.nodes.values()
+    return int(node.freed[0].addr)
+
+
+# --- pages that become usable ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [PageType.REG, PageType.TCS, PageType.TRIM])
+@pytest.mark.parametrize("flag", ["", "pending", "modified"])
+def test_only_pages_that_the_program_can_use_are_shown(
+    made: list[Site], kind: PageType, flag: str
+) -> None:
+    for site in made:
+        site.do("fault", WRITABLE, 0)
+        entry: Any = site.epcm(WRITABLE)
+        entry.pt = kind
+        if flag:
+            setattr(entry, flag, True)
+        site.store.refresh(entry)
+        out(site, WRITABLE)
+        site.mm.fault(site.address(WRITABLE), 1, site.process)
+        assert site.store.is_shown(site.page(WRITABLE).epc.addr) is (
+            kind is PageType.REG and not flag
+        )
+    compare(made, (kind, flag))
+
+
+def older_entry(site: Site, at: int, _addr: int) -> None:
+    """The address has the entry of another page."""
+    site.do("fault", 1, 0)
+    other = site.page(1).epc.addr
+    site.table._entries[at] = other, 3
+    memory, linaddr, _count = site.store._maps[other]
+    site.store._maps[other] = memory, linaddr, 2
+
+
+def mapped_elsewhere(site: Site, at: int, addr: int) -> None:
+    site.store._maps[addr] = site.memory, at, 1
+
+
+def shown_already(site: Site, at: int, addr: int) -> None:
+    site.store.shown[addr] = site.memory, at, 1
+    site.memory.show(at, b"\1" * PAGE_BYTES, 1)
+
+
+def poisoned(site: Site, _at: int, addr: int) -> None:
+    site.store.poisoned.add(addr)
+
+
+def only_user_is_another(site: Site, _at: int, _addr: int) -> None:
+    site.memory.users[:] = [site.other]
+
+
+def no_hole(site: Site, at: int, _addr: int) -> None:
+    """UFFDIO_COPY fails: the file has a page there."""
+    os.pwrite(site.file, b"\2" * PAGE_BYTES, at)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [older_entry, mapped_elsewhere, shown_already, poisoned, only_user_is_another, no_hole],
+    ids=lambda state: state.__name__,
+)
+def test_a_page_is_mapped_over_what_is_there(
+    made: list[Site], state: Callable[[Site, int, int], None]
+) -> None:
+    for site in made:
+        out(site, WRITABLE)
+        if state is older_entry:
+            out(site, 1)
+        at = site.address(WRITABLE)
+        state(site, at, next_addr(site))
+        assert site.mm.fault(at, 1, site.process) is FaultResult.NOPAGE
+    compare(made, state)
+
+
+class OtherStore(NativeStore):
+    """A store of another class, which C code asks."""
+
+    __slots__ = ()
+    log: list[str]
+
+    def mapped(self, page: EpcPage, *arguments: Any) -> None:
+        OtherStore.log.append("mapped")
+        super().mapped(page, *arguments)
+
+    def unmapped(self, addr: int) -> None:
+        OtherStore.log.append("unmapped")
+        super().unmapped(addr)
+
+
+def test_a_store_of_another_class_is_asked_itself(made: list[Site]) -> None:
+    for site in made:
+        out(site, WRITABLE)
+        kind = type(site.store)
+        if kind is NativeStore:
+            OtherStore.log = []
+            site.store.__class__ = OtherStore
+        site.do("fault", WRITABLE, 0)
+        site.do("age", WRITABLE, 0)
+        out(site, WRITABLE)
+        site.do("go on", WRITABLE, 0)
+        if kind is NativeStore:
+            site.store.__class__ = NativeStore
+            assert OtherStore.log == ["mapped", "unmapped"]
+    compare(made, "evicted")
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes(PAGE_BYTES),
+        b"\x5a" * PAGE_BYTES,
+        bytes(PAGE_BYTES - 1) + b"\1",
+        b"\1" + bytes(PAGE_BYTES - 1),
+        bytes(PAGE_BYTES // 2) + b"\1" + bytes(PAGE_BYTES // 2 - 1),
+    ],
+    ids=["zeros", "the same", "last", "first", "middle"],
+)
+def test_a_page_comes_back_with_its_bytes(made: list[Site], data: bytes) -> None:
+    for site in made:
+        site.do("fault", WRITABLE, 0)
+        page: Any = site.epcm(WRITABLE)
+        site.store.write(page, 0, data)
+        site.do("zap", WRITABLE, 0)
+        site.hide()
+        assert (page.addr in site.store._hidden) is any(data)
+        out(site, WRITABLE)
+        site.do("fault", WRITABLE, 0)
+        assert os.pread(site.file, PAGE_BYTES, site.address(WRITABLE)) == data
+    compare(made, "back")
+
+
+def test_a_page_that_is_still_shown_leaves_with_its_bytes(made: list[Site]) -> None:
+    for site in made:
+        site.do("fault", WRITABLE, 0)
+        page, at = site.page(WRITABLE), site.address(WRITABLE)
+        data = os.pread(site.file, PAGE_BYTES, at)
+        vma: Any = site.mm.find(at)
+        assert any(data) and page.epc.lru.isolate_page(page.epc) and page.prepare()
+        vma.enclave = None  # its entry stays
+        assert page.block()
+        vma.enclave = site.enclave
+        assert site.store.is_shown(page.epc.addr) and page.write()
+        site.system.core.free(_untracked(site, at))
+        page.put()
+        site.table._entries.pop(at)
+        site.store._maps.clear()
+        assert site.mm.fault(at, 1, site.process) is FaultResult.NOPAGE
+        assert os.pread(site.file, PAGE_BYTES, at) == data
+
+
+def _untracked(site: Site, at: int) -> Any:
+    """The EPC page of an entry that was evicted, off its list."""
+    record: Any = site.system.core._pool.records[site.table._entries[at][0]]
+    record.tracked, record.lru = False, None
+    return record
+
+
+def test_nothing_is_asked_of_a_store_without_pages_that_leave(made: list[Site]) -> None:
+    for site in made:
+        site.do("fault", WRITABLE, 0)
+        site.hide()
+        assert site.store.is_shown(site.page(WRITABLE).epc.addr)
+    compare(made, "hidden")
+
+
+# --- hiding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    "numbers", [(0,), (0, 1), (0, 2), (0, 1, 3, 4, 8), (8, 6, 4), (5, 4, 3, 1)]
+)
+def test_runs_of_pages_are_hidden_with_their_own_bytes(
+    made: list[Site], numbers: tuple[int, ...], running: bool
+) -> None:
+    for site in made:
+        for number in range(9):
+            site.do("fault", number, 0)
+        before = {
+            site.page(number).epc.addr: os.pread(site.file, PAGE_BYTES, site.address(number))
+            for number in numbers
+        }
+        for number in numbers:
+            site.do("zap", number, 0)
+        site.running = running
+        site.hide()
+        site.running = False
+        for addr, data in before.items():
+            assert site.store._hidden.get(addr, bytes(PAGE_BYTES)) == data
+    compare(made, numbers)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_of_a_file_with_two_users_are_hidden_from_both(
+    made: list[Site], shared: bool
+) -> None:
+    for site in made:
+        if shared:
+            site.do("join", 0, 0)
+        for number in (0, 1, 3):
+            site.do("fault", number, 0)
+            site.do("zap", number, 0)
+        site.hide()
+        assert bool(site.note.log) is shared
+    compare(made, "hidden")
+
+
+def test_pages_of_two_files_are_hidden_each_in_its_own(made: list[Site]) -> None:
+    for site in made:
+        other = EnclaveMemory(os.memfd_create("other", os.MFD_ALLOW_SEALING))
+        for number in (0, 1):
+            site.do("fault", number, 0)
+            site.do("zap", number, 0)
+        addr = site.page(1).epc.addr
+        at = site.address(1)
+        os.pwrite(other.fd, b"\7" * PAGE_BYTES, at)
+        other.pages[at] = 3
+        site.store.shown[addr] = other, at, 3
+        site.hide()
+        assert site.store._hidden[addr] == b"\7" * PAGE_BYTES
+        assert not other.pages and not site.store._leaving
+        other.close()
+    compare(made, "hidden")
+
+
+@pytest.mark.parametrize("marked", [0, 1, 2])
+def test_any_page_of_those_that_are_hidden_can_have_marks(made: list[Site], marked: int) -> None:
+    first = next(at for at, rights in enumerate(made[0].rights) if rights == 7)
+    for site in made:
+        for number in range(first, first + 3):
+            site.do("fault", number, 0)
+            site.do("zap", number, 0)
+        at = site.address(first + marked)
+        own = bytearray(site.memory.read(at, PAGE_BYTES))
+        own[8:9] = ENCLU[:1]  # what a mark replaces
+        site.memory.mark(at + 8)
+        site.hide()
+        assert site.store._hidden[site.page(first + marked).epc.addr] == bytes(own)
+        assert not site.memory.marked
+    compare(made, "hidden")
