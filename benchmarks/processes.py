@@ -6,8 +6,10 @@ Each row is next to the same without softsgx, in the same run:
 ``exec_us``        an execve of a small dynamic program
 ``fork_us``        a fork, with the end of the child
 ``tools_ratio``    a shell script of those of compiler, grep and sed that are installed
-``supervisor_bytes_per_enclave_byte``  how much the supervisor grows with an enclave, nearly all of
-                   which has left the EPC
+``supervisor_bytes_per_enclave_byte``  how much more memory the supervisor has at most with an
+                   enclave of 256 MiB than with one of 8 MiB, for each byte of the difference, all
+                   of which has left the EPC.  Python takes memory in steps of 1 MiB, so the sizes
+                   are far apart
 ``supervisor_mib`` its memory around ``/bin/true``, beside that of an empty Python program
 
 None of the programs of the first four opens a device.
@@ -37,7 +39,7 @@ _NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != _NO_BYTECODE}
 _RUN = (sys.executable, "-m", "softsgx", "run", "--quiet")
 _FORKS, _EXECUTIONS, _ROUNDS_OF_TOOLS = 300, 100, 10
-_EPC_BYTES, _SMALL_PAGES, _LARGE_PAGES = 4 << 20, 2048, 8192
+_EPC_BYTES, _SMALL_PAGES, _LARGE_PAGES = 4 << 20, 2048, 65536
 #: Prints how much memory a process had at most, in KiB, since it executed its program.
 _PEAK = """
 import sys
