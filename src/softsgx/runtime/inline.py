@@ -179,6 +179,7 @@ class InlineRuntime(Cooperative):
         self._sleep_ns = sleep_ns if sleep_ns is not None else _sleep_really
         self._ready: deque[CoTask] = deque()
         self._lock_waiters: list[CoTask] = []
+        self._main_is_last = False  # in run_pending(): the main task runs when no other can
 
     def entropy(self, size: int) -> bytes:
         """Return bytes of the system's random number generator."""
@@ -226,13 +227,10 @@ class InlineRuntime(Cooperative):
     def run_pending(self) -> None:
         """Let the tasks run until each of them waits; the main task calls it between events."""
         assert self._current is self._main, f"run_pending() called by {self.task_name()!r}"
-        while True:
-            if self._lock_waiters or self._timers:
-                self._wake_due()
-            if not self._ready:
-                return
-            self._ready.append(self._main)
-            self._park()
+        if self.has_pending():
+            self._main_is_last = True
+            self._park()  # raises only at the end of all tasks
+            self._main_is_last = False
 
     _run_pending = run_pending
 
@@ -278,6 +276,8 @@ class InlineRuntime(Cooperative):
             self._wake_due()
             if self._ready:
                 return self._ready.popleft()
+            if self._main_is_last:
+                return self._main
             due_ns = self._next_due_ns()
             if due_ns is None:
                 raise self._deadlock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import greenlet
 import pytest
 from greenlet import GreenletExit
 
@@ -288,6 +289,93 @@ def test_run_pending_gives_every_task_its_turn_until_all_wait() -> None:
             more.notify_all()
         runtime.run_pending()
         assert log == ["turn", "turn"]
+
+
+def test_tasks_of_run_pending_take_turns_and_main_waits_for_all_of_them() -> None:
+    clock = [0]
+    runtime = InlineRuntime(clock_ns=lambda: clock[0])
+    lock = runtime.lock("work")
+    log: list[str] = []
+
+    def worker(name: str) -> None:
+        for _ in range(2):
+            log.append(name)
+            runtime.yield_now()
+        with lock:
+            log.append(f"{name} last")
+            runtime.yield_now()
+
+    def late() -> None:
+        runtime.sleep(100)
+        log.append("late")
+
+    def child() -> None:
+        log.append("child")
+        runtime.spawn(lambda: log.append("grandchild"), "grandchild")
+
+    with runtime:
+        for name in ("a", "b"):
+            runtime.spawn(partial(worker, name), name)
+        runtime.spawn(late, "late", daemon=True)
+        runtime.spawn(child, "child")
+        runtime.run_pending()
+        assert log == [*"ab", "child", *"ab", "grandchild", "a last", "b last"]
+        log.clear()
+        runtime.run_pending()
+        assert log == []
+        clock[0] = 100
+        runtime.run_pending()
+        assert log == ["late"]
+
+
+def test_a_yielding_task_of_run_pending_runs_on_unless_another_task_can() -> None:
+    """Each switch costs as much as a page of a batch, and ksgxd yields after each batch."""
+    runtime = InlineRuntime()
+    switches: list[str] = []
+
+    def worker() -> None:
+        for _ in range(5):
+            runtime.yield_now()
+
+    with runtime:
+        runtime.spawn(worker, "worker")
+        former = greenlet.settrace(lambda event, _targets: switches.append(event))
+        try:
+            runtime.run_pending()
+        finally:
+            greenlet.settrace(former)
+        assert switches == ["switch", "switch"]
+
+
+def test_main_takes_its_turn_again_after_run_pending() -> None:
+    runtime = InlineRuntime()
+    log: list[str] = []
+
+    def worker() -> None:
+        for _ in range(2):
+            log.append("worker")
+            runtime.yield_now()
+
+    with runtime:
+        runtime.spawn(worker, "first")
+        runtime.run_pending()
+        log.clear()
+        runtime.spawn(worker, "second")
+        for _ in range(3):
+            runtime.yield_now()
+            log.append("main")
+        assert log == ["worker", "main", "worker", "main", "main"]
+
+
+def test_run_pending_ends_only_when_the_clock_need_not_be_waited_for() -> None:
+    def sleep(_duration_ns: int) -> None:
+        raise AssertionError("main can run, and the runtime sleeps")
+
+    runtime = InlineRuntime(clock_ns=lambda: 0, sleep_ns=sleep)
+    with runtime:
+        runtime.spawn(partial(runtime.sleep, 100), "sleeper", daemon=True)
+        runtime.run_pending()
+        runtime.run_pending()
 
 
 def test_run_pending_wakes_only_sleepers_whose_time_has_come() -> None:
