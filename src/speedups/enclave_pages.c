@@ -244,7 +244,7 @@ page_block(PyObject *object)
     EnclavePage *page = AS(EnclavePage, object);
     SgxEpcPage *epc = page == NULL ? NULL : AS(SgxEpcPage, page->epc);
     PyObject *mms = NULL;
-    int plain = epc == NULL ? 0 : enclave_is_plain(page->enclave), done;
+    int plain = epc == NULL || !is_false(epc->poisoned) ? 0 : enclave_is_plain(page->enclave), done;
 
     if (plain > 0)
         plain = address_spaces(page->enclave, &mms);

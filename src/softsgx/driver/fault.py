@@ -128,10 +128,14 @@ def load(page: EnclavePage, task: Task | None) -> SgxEpcPage:
     Raises:
         PageBusy: it is being evicted or modified.
         EpcBusy, NoEpc: no EPC page for it now, or at all.
-        LoadFailed, BackingError: it cannot be loaded.
+        LoadFailed, BackingError: it cannot be loaded, or its memory has failed after EBLOCK.
     """
     epc = page.epc
     if page.being_reclaimed or page.being_modified or (epc is not None and epc.blocked):
+        if page.unusable and not page.being_reclaimed:
+            # Modelled: Linux executes EWB in this case, which reads the failed memory: the
+            # processor shuts down, and the kernel panics.
+            raise LoadFailed("poisoned")
         raise PageBusy(page)
     if epc is not None:
         return epc
@@ -270,7 +274,7 @@ def wait_while_busy(page: EnclavePage) -> None:
                 enclave.changed.wait()
             finally:
                 enclave.waiting -= 1
-        blocked = page.busy
+        blocked = page.busy and not page.unusable
     if blocked:
         # An eviction has failed after EBLOCK; the page is usable after another one.
         enclave.driver.core.reclaim(force=True)

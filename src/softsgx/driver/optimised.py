@@ -84,7 +84,7 @@ class PlainPage(EnclavePage):
     def block(self) -> bool:
         """As :meth:`EnclavePage.block`."""
         enclave, epc = self.enclave, self.epc
-        if enclave.dead or enclave.lock.held() or epc is None:
+        if enclave.dead or enclave.lock.held() or epc is None or epc.poisoned:
             return super().block()
         linaddr = enclave.base + (self.index << PAGE_SHIFT)
         for entry in enclave.mms:

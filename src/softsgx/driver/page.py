@@ -91,6 +91,12 @@ class EnclavePage:
             or (self.epc is not None and self.epc.blocked)
         )
 
+    @property
+    def unusable(self) -> bool:
+        """Whether it can neither be mapped nor evicted: its memory has failed after EBLOCK."""
+        epc = self.epc
+        return epc is not None and epc.blocked and epc.poisoned
+
     def __repr__(self) -> str:
         return f"<page {self.linaddr:#x} of {self.enclave!r}>"
 
@@ -135,7 +141,7 @@ class EnclavePage:
             self.being_reclaimed = True
 
     def block(self) -> bool:
-        """Remove every PTE, then execute EBLOCK."""
+        """Remove every PTE, then execute EBLOCK, unless the page is poisoned by now."""
         enclave = self.enclave
         enclave.zap(self)
         enclave.lock.acquire()

@@ -243,16 +243,21 @@ def limit_fault(stage: Stage) -> None:
 
 
 def poison_reclaim(stage: Stage) -> None:
-    """Memory of a page fails while a batch evicts it and a fault wants its neighbour."""
+    """Memory of a page fails while a batch evicts it and faults want it and its neighbour."""
     platform = stage.platform
     enclave = stage.enclave(3)
     enclave.evict(0)
     epc = enclave.page(1).epc
     assert epc is not None, "the page is resident"
     enclave.content.pop(1)  # nothing is read from failed memory
+
+    def use() -> None:
+        enclave.touch(0)
+        enclave.fault(1)
+
     stage.task("poison", lambda: platform.core.poison(epc.addr + 5))
     stage.task("reclaim", lambda: (enclave.evict(1), platform.core.reclaim(force=True)))
-    stage.task("fault", lambda: enclave.touch(0))
+    stage.task("fault", use)
 
 
 def poison_free(stage: Stage) -> None:

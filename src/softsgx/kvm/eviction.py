@@ -42,6 +42,8 @@ def block(page: VepcPage) -> bool:
     """
     epc, monitor = page.epc, page.vepc.monitor
     assert epc is not None, f"{page!r} is blocked"
+    if epc.poisoned:
+        return _kept(page, "poisoned")  # EBLOCK cannot be undone, and EWB would read the page
     leaves = monitor.host.leaves
     info = RdInfo()
     result = monitor.host_leaf(lambda: leaves.erdinfo(info, epc.addr))
@@ -89,6 +91,8 @@ def write(page: VepcPage) -> bool:
     assert epc is not None and kind is not None and page.reservation is not None, f"{page!r}"
     tries, linaddr = 0, 0
     result: LeafResult = Status.SUCCESS
+    if epc.poisoned:
+        return _kept(page, "poisoned")
     if kind is not PageKind.UNUSED:
         result, linaddr, tries = _ewb(page, epc, secs)
     if result is not Status.SUCCESS:

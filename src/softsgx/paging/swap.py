@@ -180,8 +180,11 @@ class EnclaveSwap(SwapSpace):
         """EBLOCK ``page``, which no PTE maps; set ``page.blocked``.
 
         Returns:
-            ``False``: it is not blocked; the reservation still stands.
+            ``False``: it is not blocked; the reservation still stands.  A page whose memory has
+            failed is not blocked, since EBLOCK cannot be undone and EWB would read the page.
         """
+        if page.poisoned and not self._ignores_poison:
+            return False
         eblock = self._leaves.eblock
         try:
             status = eblock(page.addr)
@@ -203,7 +206,7 @@ class EnclaveSwap(SwapSpace):
 
         Returns:
             Where the page is now.  ``None``: it is resident, still blocked; fault handlers wait
-            (``page.blocked``) until another try has evicted it.
+            (``page.blocked``) until another try has evicted it, or refuse it if it is poisoned.
         """
         entry = self._evict(page, reservation, "page")
         if entry is not None:

@@ -16,7 +16,7 @@ from tests.support.guests import GuestHost, GuestSystem
 from softsgx.arch import PAGE_BYTES, PageType, Status
 from softsgx.hw import Fault, PageInfoArgs
 from softsgx.kvm import GuestStoppedError, PageKept, PageKind, VepcEvicted
-from softsgx.paging import MemoryBacking
+from softsgx.paging import FaultResult, MemoryBacking
 
 
 def system(**options: object) -> tuple[GuestHost, GuestSystem, Launched]:
@@ -304,6 +304,35 @@ def test_a_page_that_could_not_be_written_is_not_seen_blocked() -> None:
     assert enclave.virt_children == 0
     assert made.thread().load(made.data(1), 8) == pattern(1)[:8]
     assert not page.blocked_by_host and not host.epcm(page).blocked
+    host.check_invariants()
+
+
+def test_a_page_poisoned_before_ewb_is_not_read_and_its_faults_are_sigbus() -> None:
+    host, guest, made = system()
+    page = guest.data(made.enclave, index(made, 1))
+    assert page.get() and page.prepare() and page.block()
+    epc = page.epc
+    assert epc is not None and epc.lru is not None and epc.lru.isolate_page(epc)
+    host.core.poison(epc.addr)
+    assert not page.write() and page.epc is epc
+    epc.lru.put_back(epc)
+    page.put()
+    evicted = guest.guest.counters.evicted
+    assert page.vepc.mappings[0].fault(page.index) is FaultResult.SIGBUS
+    assert guest.guest.counters.evicted == evicted and host.epcm(page).valid
+    host.check_invariants()
+
+
+def test_a_page_poisoned_before_eblock_is_not_blocked() -> None:
+    host, guest, made = system()
+    page = guest.data(made.enclave, index(made, 1))
+    assert page.get() and page.prepare()
+    assert page.epc is not None
+    host.core.poison(page.epc.addr)
+    assert not page.block()
+    page.put()
+    assert not page.blocked_by_host and not host.epcm(page).blocked
+    assert made.thread().load(made.data(1), 8) == pattern(1)[:8]
     host.check_invariants()
 
 
