@@ -277,20 +277,28 @@ count_eviction(PyObject *enclave)
     return status;
 }
 
+/* Tell the tasks that wait for a page of an enclave. Some of them may do so since EWB has interrupted
+ * processors. */
+static int
+tell_waiting(PyObject *enclave)
+{
+    int64_t waiting;
+
+    if (GET_INTEGER(Enclave, enclave, waiting, &waiting) < 0)
+        return -1;
+    return waiting ? effect(CALL0(enclave, page_changed)) : 0;
+}
+
 int
 page_write(PyObject *object)
 {
     EnclavePage *page = AS(EnclavePage, object);
     PyObject *epc, *reservation, *entry, *swap = page == NULL ? NULL : swap_of(page);
-    int64_t waiting;
     int plain = 0, result = -1;
 
     if (swap != NULL && is_record(page->epc, KIND_SgxEpcPage)
-        && is_record(page->reservation, KIND_Reservation)) {
-        if (GET_INTEGER(Enclave, page->enclave, waiting, &waiting) < 0)
-            return -1;
-        plain = waiting ? 0 : enclave_is_plain(page->enclave);
-    }
+        && is_record(page->reservation, KIND_Reservation))
+        plain = enclave_is_plain(page->enclave);
     if (plain <= 0)
         return plain < 0 ? -1 : readably(PAGE_WRITE, object);
     epc = page->epc;
@@ -300,7 +308,6 @@ page_write(PyObject *object)
     set_field(&page->reservation, Py_None);
     entry = swap_write_to(swap, epc, reservation);
     if (entry != NULL) {
-        set_field(&page->being_reclaimed, Py_False);
         result = !is_none(entry);
         if (result) {
             result = entry_put(swap, page->index, entry) < 0
@@ -309,7 +316,10 @@ page_write(PyObject *object)
                 : 1;
             set_field(&page->epc, Py_None);
         }
+        set_field(&page->being_reclaimed, Py_False);
         Py_DECREF(entry);
+        if (result >= 0 && tell_waiting(page->enclave) < 0)
+            result = -1;
     }
     Py_DECREF(reservation);
     Py_DECREF(epc);

@@ -284,7 +284,7 @@ int add_to_field(PyObject **field, int64_t change);
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
     X(mid_call) X(mm) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
-    X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
+    X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
     X(pid) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \

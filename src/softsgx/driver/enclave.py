@@ -281,6 +281,11 @@ class Enclave(RefCounted):
         self.driver.trace_lifecycle(EnclaveKilled(self.number, freed))
         return freed
 
+    def page_changed(self) -> None:
+        """Tell the tasks that wait for a page, which is no longer busy; takes ``lock``."""
+        with self.lock:
+            self.changed.notify_all()
+
     # --- address spaces -------------------------------------------------------------------------
 
     def add_mm(self, mm: Mm) -> bool:

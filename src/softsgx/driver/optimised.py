@@ -122,20 +122,19 @@ class PlainPage(EnclavePage):
     def write(self) -> bool:
         """As :meth:`EnclavePage.write`."""
         enclave, epc, reservation = self.enclave, self.epc, self.reservation
-        dead = enclave.dead or epc is None or reservation is None
-        if dead or enclave.waiting or enclave.lock.held():
+        if enclave.dead or epc is None or reservation is None or enclave.lock.held():
             return super().write()
-        assert epc is not None and reservation is not None, "checked above"
         self.reservation = None
         swap = enclave.swap
         entry = swap.write(epc, reservation)
+        if entry is not None:
+            swap.entries.put(self.index, entry)
+            enclave.counts.evictions += 1
+            self.epc = None
         self.being_reclaimed = False
-        if entry is None:
-            return False
-        swap.entries.put(self.index, entry)
-        enclave.counts.evictions += 1
-        self.epc = None
-        return True
+        if enclave.waiting:  # read after EWB: tasks run while it interrupts processors
+            enclave.page_changed()
+        return entry is not None
 
 
 def handle(
