@@ -16,7 +16,7 @@ settings.register_profile("softsgx", deadline=None)
 # A quick run tries fewer examples, where a test does not say how many it needs.
 settings.register_profile("quick", deadline=None, max_examples=30)
 
-pytest_plugins = ["softsgx.host.pytest_plugin"]
+pytest_plugins = ["softsgx.host.pytest_plugin", "tests.support.overdue"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -30,8 +30,10 @@ def running(
         try:
             yield child
         except BaseException:
-            if group:
-                with suppress(ProcessLookupError):  # nothing of the group is left
+            # Not child.kill(): it looks for an end first, and takes a stop of a tracee for one.
+            with suppress(ProcessLookupError):
+                if child.returncode is None:
+                    os.kill(child.pid, signal.SIGKILL)
+                if group:
                     os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
             raise
