@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.native.enclave import compile_host, write_enclave
+from tests.support.children import running
 
 from softsgx.engines.native import run
 
@@ -51,13 +52,14 @@ def check(argv: list[str], options: dict[str, Any], seconds: float = _HANGS_S) -
     """
     command = [sys.executable, "-m", "tests.soak.supervised", json.dumps(options), *argv]
     said = f"replay: {' '.join(command[1:])}"
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, err = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        child.kill()  # and the kernel ends what it traces
-        out, err = child.communicate()
-        raise AssertionError(f"no end after {seconds:.0f} s: {argv}\n{out}{err[-4000:]}") from None
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            out, err = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()  # and the kernel ends what it traces
+            out, err = child.communicate()
+            told = f"no end after {seconds:.0f} s: {argv}\n{out}{err[-4000:]}"
+            raise AssertionError(told) from None
     lines = out.splitlines()
     assert child.returncode == 0 and lines, f"{argv}: {out}{err[-4000:]}\n{said}"
     told = json.loads(lines[-1])

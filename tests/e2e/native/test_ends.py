@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
+from tests.support.children import running
 from tests.support.native import needs_both_pagers, needs_tracing
 
 from softsgx.engines.native import abi, run
@@ -74,7 +75,7 @@ def test_nothing_stays_when_a_program_is_killed_inside_an_enclave(
 def test_every_process_ends_with_a_supervisor_that_is_killed(program: list[str]) -> None:
     quoted = " ".join(program)
     shell = ["/bin/sh", "-c", f"{quoted} sit & {quoted} sit & wait"]
-    with subprocess.Popen([sys.executable, "-c", RUN, *shell], stdout=subprocess.PIPE) as started:
+    with running([sys.executable, "-c", RUN, *shell], stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         pids = [int(started.stdout.readline().split()[1]) for _program in range(2)]
         ends = [os.pidfd_open(pid) for pid in pids]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
+from tests.support.children import running
 from tests.support.ends import kill_at_event
 from tests.support.native import needs_tracing
 
@@ -68,7 +69,7 @@ def test_the_sister_of_a_process_that_is_killed_in_clone_runs(
 
 def test_only_a_thread_at_the_event_of_a_child_may_report_it() -> None:
     forks = [sys.executable, "-c", "import os; os.read(0, 1); os.fork(); os.read(0, 1)"]
-    with subprocess.Popen(forks, stdin=subprocess.PIPE) as parent:
+    with running(forks, stdin=subprocess.PIPE) as parent:
         libc.ptrace(abi.PTRACE_SEIZE, parent.pid, 0, abi.PTRACE_O_TRACEFORK | abi.PTRACE_O_EXITKILL)
         assert parent.stdin is not None
         assert not may_report(parent.pid, 0)
@@ -101,7 +102,7 @@ def is_elsewhere(pid: int) -> bool:
 def test_a_thread_that_waits_for_a_child_of_vfork_has_reported_it() -> None:
     reading, writing = os.pipe()
     vforks = f"import ctypes; ctypes.CDLL(None).vfork() or ctypes.CDLL(None).read({reading}, 0, 1)"
-    with subprocess.Popen([sys.executable, "-c", vforks], pass_fds=[reading]) as parent:
+    with running([sys.executable, "-c", vforks], pass_fds=[reading]) as parent:
         while not children_of(parent.pid):
             pass
         assert not may_report(parent.pid, children_of(parent.pid)[0])
@@ -111,7 +112,7 @@ def test_a_thread_that_waits_for_a_child_of_vfork_has_reported_it() -> None:
 
 
 def test_what_is_known_of_a_child_that_no_event_has_reported() -> None:
-    with subprocess.Popen(["sleep", "100"]) as child:
+    with running(["sleep", "100"]) as child:
         lines = Path("/proc/self/maps").read_text().splitlines()
         vdso = next(int(line.split("-")[0], 16) for line in lines if line.endswith("[vdso]"))
         assert child.pid not in set(tracees())

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.support import modes
+from tests.support.children import running
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx.engines.native import RunFailed, RunResult, abi, libc, run
@@ -216,7 +217,7 @@ def test_a_supervisor_that_is_aborted_leaves_no_core_dump(program: Program, tmp_
         "run(sys.argv[1:], epc=4 << 20)"
     )
     command = [sys.executable, "-c", code, *program.argv("endless")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path) as supervisor:
+    with running(command, stdout=subprocess.PIPE, cwd=tmp_path) as supervisor:
         assert supervisor.stdout is not None
         assert supervisor.stdout.readline()
         supervisor.send_signal(signal.SIGABRT)
@@ -239,7 +240,7 @@ def test_after_a_run_its_caller_can_be_dumped_as_before(program: Program) -> Non
 def test_the_program_ends_with_its_supervisor(program: Program, how: signal.Signals) -> None:
     code = "import sys; from softsgx.engines.native import run; run(sys.argv[1:], epc=4 << 20)"
     command = [sys.executable, "-c", code, *program.argv("endless")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
+    with running(command, stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
         pid = int(supervisor.stdout.readline())
         watched = os.pidfd_open(pid)

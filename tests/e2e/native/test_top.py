@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.native.enclave import COMPILER, compile_host, write_enclave
+from tests.support import children
 from tests.support.live import ALTERNATE_OFF, SOFTSGX, Terminal, runtime_directory, top
 from tests.support.native import needs_tracing
 
@@ -143,7 +144,7 @@ def test_a_run_that_is_killed_ends_the_stream(
 ) -> None:
     with running(words, environment) as (run,):
         command = [*SOFTSGX, "top", "--json", "--interval", "0.05", str(run.pid)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as stream:
+        with children.running(command, stdout=subprocess.PIPE, env=environment) as stream:
             assert stream.stdout is not None
             lines: list[Any] = [json.loads(stream.stdout.readline()) for _ in range(3)]
             run.process.kill()
@@ -170,7 +171,7 @@ def test_prometheus_scrapes_what_the_run_says_at_its_end(
     words: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     options = ["--quiet", "--epc", "256KiB", "--metrics", "0", "--json", str(tmp_path / "json")]
-    with subprocess.Popen(
+    with children.running(
         [*SOFTSGX, "run", *options, "--", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -200,7 +201,7 @@ def test_a_program_that_is_recorded_is_shown_too(
     words: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     command = [*SOFTSGX, "record", "--quiet", "-o", str(tmp_path / "trace"), "--", *words]
-    with subprocess.Popen(
+    with children.running(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.native.test_unsupervised import elf32, load
 from tests.e2e.ordinary.recording import COMPILER, MS, compile_program, record
+from tests.support.children import running
 from tests.support.native import needs_tracing
 
 from softsgx.engines.ordinary import can_record
@@ -241,7 +242,7 @@ record_as_enclave(sys.argv[1:], Recorded(), interval_ns=1_000_000)
 
 
 def test_no_process_stays_when_the_recorder_is_killed() -> None:
-    with subprocess.Popen(
+    with running(
         [sys.executable, "-c", KILLED, "/bin/sh", "-c", "echo ready; (cat <&3; :) 3<&0; :"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

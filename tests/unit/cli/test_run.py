@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.children import running
 from tests.support.driver import BASE, launch
 from tests.support.live import runtime_directory
 
@@ -364,7 +364,7 @@ def test_strict_is_for_the_engine(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["TERM", "USR1", "USR2", "INT", "QUIT", "HUP"])
 def test_signals_are_passed_on(engine: Engine, name: str) -> None:
     number = getattr(signal, f"SIG{name}")
-    with subprocess.Popen(["sleep", "1000"]) as program:
+    with running(["sleep", "1000"]) as program:
         engine.pid = program.pid
 
         def during() -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tests.support.children import running
 from tests.support.native import needs_tracing
 
 from softsgx import compiled
@@ -206,7 +206,7 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
 @pytest.fixture
 def stopped() -> Iterator[int]:
     """A stopped process that this one traces."""
-    with subprocess.Popen(["sleep", "100"]) as process:
+    with running(["sleep", "100"]) as process:
         libc.ptrace(abi.PTRACE_SEIZE, process.pid, 0, abi.PTRACE_O_EXITKILL)
         libc.ptrace(abi.PTRACE_INTERRUPT, process.pid, 0, 0)
         os.waitpid(process.pid, abi.WALL)
