@@ -81,7 +81,12 @@ class ProgramSignals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Block signals while the program starts, runs and ends in this context."""
+        """Block signals while the program starts, runs and ends in this context.
+
+        Threads that start meanwhile inherit that, and all of the command's do: one that does not
+        block a signal can receive it, and Python's handler then waits for the main thread, which
+        waits for the program.
+        """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             yield

@@ -12,12 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
-from tests.support.native import needs_tracing
+from tests.support.children import running
+from tests.support.native import needs_tracing, needs_userfaultfd
 
 pytestmark = needs_tracing
 
@@ -141,7 +144,7 @@ def test_a_signal_sent_to_the_command_alone_reaches_the_program_once(name: str) 
     script = f"number = signal.SIG{name}" + WAITS_FOR_A_SIGNAL
     command = [*COMMAND, "--quiet", "--", sys.executable, "-S", "-c", f"import signal\n{script}"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as started:
+    with running(command, stdin=pipe, stdout=pipe, text=True) as started:
         assert started.stdin is not None
         assert said(started.stdout) == "ready"
         started.send_signal(getattr(signal, f"SIG{name}"))
@@ -164,7 +167,7 @@ def test_a_signal_behind_the_end_of_the_first_process_reaches_those_that_run_on(
     words = ["/bin/bash", "-c", shell, "bash", sys.executable, "-S", "-c", waits]
     outside = ["/bin/bash", "-c", 'exec 3<&0; exec "$@"', "bash", *COMMAND, "--quiet", "--"]
     pipe = subprocess.PIPE
-    with subprocess.Popen([*outside, *words], stdin=pipe, stdout=pipe, text=True) as started:
+    with running([*outside, *words], stdin=pipe, stdout=pipe, text=True) as started:
         assert said(started.stdout) == "ready"
         while Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text():
             pass
@@ -185,7 +188,7 @@ def test_a_run_that_timeout_ends_writes_its_reports(name: str, tmp_path: Path) -
     command = [*COMMAND, "--quiet", "--json", str(path), "--force", "--", *program]
     for _ in range(2):  # the second signal comes before, at or after the program's end
         words = [str(TIMEOUT), "--signal", name, "600", *command]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as timeout:
+        with running(words, group=True, stdout=subprocess.PIPE, text=True) as timeout:
             assert said(timeout.stdout) == "ready"
             timeout.send_signal(signal.SIGALRM)  # its timer's, now
             assert timeout.wait() == 124
@@ -193,23 +196,34 @@ def test_a_run_that_timeout_ends_writes_its_reports(name: str, tmp_path: Path) -
         path.unlink()
 
 
+@contextmanager
+def in_terminal(*words: str) -> Iterator[tuple[int, int]]:
+    """Run the command in a terminal of its own; yield its process and the terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, *words])
+    try:
+        yield pid, terminal
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 @pytest.mark.parametrize(("key", "name"), [(b"\x03", b"INT "), (b"\x1c", b"QUIT ")])
 def test_a_key_of_the_terminal_reaches_the_program_once(
     builds: NativeBuilds, key: bytes, name: bytes
 ) -> None:
-    program = builds.host("keys")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(COMMAND[0], [*COMMAND, "--quiet", "--", program])
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(terminal, 100)
-    os.write(terminal, key)
-    while name not in shown:
-        shown += os.read(terminal, 100)
-    os.write(terminal, b"\n\n")
-    _, status = os.waitpid(pid, 0)
+    with in_terminal("--quiet", "--", builds.host("keys")) as (pid, terminal):
+        shown = b""
+        while b"ready" not in shown:
+            shown += os.read(terminal, 100)
+        os.write(terminal, key)
+        while name not in shown:
+            shown += os.read(terminal, 100)
+        os.write(terminal, b"\n\n")
+        _, status = os.waitpid(pid, 0)
     shown += os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 9
@@ -217,12 +231,56 @@ def test_a_key_of_the_terminal_reaches_the_program_once(
 
 
 def test_the_end_of_its_terminal_ends_the_program() -> None:
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(COMMAND[0], [*COMMAND, "--", "sh", "-c", "echo ready; exec sleep 600"])
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(terminal, 100)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
+    program = ["sh", "-c", "echo ready; exec sleep 600"]
+    with in_terminal("--", *program) as (pid, terminal):
+        shown = b""
+        while b"ready" not in shown:
+            shown += os.read(terminal, 100)
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGHUP
+
+
+PASSED_ON = [getattr(signal, f"SIG{name}") for name in [*NAMES, "USR1", "USR2"]]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("run", ["--metrics", "0"]),
+        ("run", ["--status", "--report", "out"]),
+        ("run", ["--trace", "out"]),
+        ("run", ["--inject", "power-loss@SIGUSR1"]),
+        ("record", ["--output", "out"]),
+        pytest.param("record", ["--as-enclave", "--output", "out"], marks=needs_userfaultfd),
+    ],
+    ids=lambda words: words if isinstance(words, str) else words[0],
+)
+def test_one_thread_at_most_takes_a_signal_from_the_program(
+    verb: str, options: list[str], tmp_path: Path
+) -> None:
+    """Only the thread that passes a signal on, or uses it, may not block it.
+
+    Another thread would run Python's handler, which waits for the main thread, which waits for
+    the program.
+    """
+    if verb == "record":
+        pytest.importorskip("pyarrow")
+    if "--metrics" in options:
+        pytest.importorskip("prometheus_client")
+    command = [sys.executable, "-m", "softsgx", verb, "--epc", "1MiB", *options, "--"]
+    program = ["sh", "-c", "echo ready; exec sleep 600"]
+    pipe = subprocess.PIPE
+    with running([*command, *program], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path) as run:
+        assert said(run.stdout) == "ready"
+        threads = list(Path(f"/proc/{run.pid}/task").iterdir())
+        blocked = [blocked_by(thread) for thread in threads]
+        for number in PASSED_ON:
+            assert len(threads) - sum(number in each for each in blocked) <= 1, number
+        run.kill()
+
+
+def blocked_by(thread: Path) -> set[int]:
+    lines = dict(line.split(":", 1) for line in (thread / "status").read_text().splitlines())
+    mask = int(lines["SigBlk"], 16)
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
