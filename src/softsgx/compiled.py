@@ -20,7 +20,7 @@ __all__ = ["PURE", "description", "remedy", "speedups"]
 PURE = "SOFTSGX_PURE"
 """The variable of the environment that keeps Python from using the compiled core."""
 
-INTERFACE = 10
+INTERFACE = 11
 """Which functions and types of the extension this version uses, and how."""
 
 

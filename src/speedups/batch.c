@@ -1,4 +1,5 @@
-/* The phases of a batch of reclaim: as softsgx.paging.optimised.PlainReclaimer. */
+/* The phases of a batch of reclaim: as softsgx.paging.optimised.PlainReclaimer.  Tasks do not
+ * interleave here, so that scheduling points would do nothing. */
 
 #include "speedups.h"
 
@@ -273,20 +274,6 @@ reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
     return status < 0 ? NULL : PyLong_FromLong(freed);
 }
 
-/* A scheduling point, as runtimes have them. */
-static int
-point(PyObject *reclaimer, const char *where)
-{
-    PyObject *function = GET(reclaimer, _point), *word = PyUnicode_InternFromString(where);
-    int status = -1;
-
-    if (function != NULL && word != NULL)
-        status = effect(PyObject_CallFunctionObjArgs(function, word, NULL));
-    Py_XDECREF(word);
-    Py_XDECREF(function);
-    return status;
-}
-
 /* As Reclaimer._choose(). */
 static PyObject *
 choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_t *scanned)
@@ -312,7 +299,6 @@ choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_
         count = isolated == NULL ? 0 : PyList_Size(isolated);
         *scanned += count + dying;
         prepared = isolated == NULL || (dying && add_to_field(&counters->dying, dying) < 0)
-                || point(reclaimer, "reclaim: age") < 0
             ? NULL
             : reclaimer_prepare(reclaimer, lru, isolated, force);
         status = prepared == NULL ? -1 : PyList_SetSlice(victims, chosen, chosen, prepared);
@@ -329,28 +315,50 @@ done:
     return victims;
 }
 
-/* As Reclaimer.batch(). */
+/* A Batch: as its __init__, which is Python code and does no more. */
 PyObject *
-reclaimer_batch(PyObject *reclaimer, PyObject *lru, int force)
+new_batch(int64_t scanned, int64_t freed)
+{
+    PyObject *first = PyLong_FromLongLong(scanned), *second = PyLong_FromLongLong(freed);
+    PyObject *batch = NULL;
+
+    if (first != NULL && second != NULL
+        && (batch = PyType_GenericAlloc((PyTypeObject *)given.Batch, 0)) != NULL
+        && (PyObject_GenericSetAttr(batch, names.scanned, first) < 0
+            || PyObject_GenericSetAttr(batch, names.freed, second) < 0))
+        Py_CLEAR(batch);
+    Py_XDECREF(second);
+    Py_XDECREF(first);
+    return batch;
+}
+
+/* As Reclaimer.batch(): 0, or -1 with an error. */
+int
+reclaimer_run(PyObject *reclaimer, PyObject *lru, int force, int64_t *scanned, int64_t *evicted)
 {
     Counters *counters = counters_of(reclaimer);
-    PyObject *victims = NULL, *blocked = NULL, *freed = NULL, *number = NULL, *result = NULL;
-    int64_t scanned, evicted;
+    PyObject *victims = NULL, *blocked = NULL, *freed = NULL;
+    int status = -1;
 
-    if (counters != NULL && (victims = choose(reclaimer, lru, force, counters, &scanned)) != NULL
-        && point(reclaimer, "reclaim: block") == 0
+    if (counters != NULL && (victims = choose(reclaimer, lru, force, counters, scanned)) != NULL
         && (blocked = reclaimer_block(reclaimer, lru, victims)) != NULL
-        && point(reclaimer, "reclaim: write") == 0
-        && (freed = reclaimer_write(reclaimer, lru, blocked)) != NULL
-        && integer(freed, &evicted) && add_to_field(&counters->batches, 1) == 0
-        && add_to_field(&counters->scanned, scanned) == 0
-        && add_to_field(&counters->reclaimed, evicted) == 0
-        && (number = PyLong_FromLongLong(scanned)) != NULL)
-        result = PyObject_CallFunctionObjArgs(given.Batch, number, freed, NULL);
-    Py_XDECREF(number);
+        && (freed = reclaimer_write(reclaimer, lru, blocked)) != NULL && integer(freed, evicted)
+        && add_to_field(&counters->batches, 1) == 0
+        && add_to_field(&counters->scanned, *scanned) == 0)
+        status = add_to_field(&counters->reclaimed, *evicted);
     Py_XDECREF(freed);
     Py_XDECREF(blocked);
     Py_XDECREF(victims);
     RELEASE(counters);
-    return result;
+    return status;
+}
+
+PyObject *
+reclaimer_batch(PyObject *reclaimer, PyObject *lru, int force)
+{
+    int64_t scanned, freed;
+
+    if (reclaimer_run(reclaimer, lru, force, &scanned, &freed) < 0)
+        return NULL;
+    return new_batch(scanned, freed);
 }

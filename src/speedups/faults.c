@@ -79,10 +79,12 @@ of_task(struct fault *fault, PyObject *function)
 {
     PyObject *answer = NULL;
 
-    if (function != NULL && function != given.first_node)
-        answer = PyObject_CallFunctionObjArgs(function, fault->task, NULL);
-    else if (function != NULL)
+    if (function != NULL && function == given.own_group)
+        answer = GET(fault->task, group);
+    else if (function != NULL && function == given.first_node)
         answer = PyLong_FromLong(0);
+    else if (function != NULL)
+        answer = PyObject_CallFunctionObjArgs(function, fault->task, NULL);
     Py_XDECREF(function);
     return answer;
 }
@@ -292,8 +294,8 @@ is_for_c(PyObject *vma_object, PyObject *access)
     return handler == NULL ? -1 : handler == given.handle;
 }
 
-/* The time of a runtime, whose clock is time.monotonic_ns() or another one. */
-static int
+/* As Runtime.now_ns(), whose clock is time.monotonic_ns() or another one. */
+int
 now_ns(PyObject *runtime, int64_t *time)
 {
     PyObject *clock = is_exactly(runtime, given.InlineRuntime) ? GET(runtime, _clock_ns) : NULL;

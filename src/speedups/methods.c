@@ -41,6 +41,30 @@ mark_reclaimable_method(PyObject *self, PyObject *page)
     return nothing(core_mark_reclaimable(self, page));
 }
 
+/* reclaim(group=None, *, force=False) */
+static PyObject *
+reclaim_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    Py_ssize_t more = keywords == NULL ? 0 : PyTuple_Size(keywords);
+    PyObject *group = count > 0 ? args[0] : Py_None, *word;
+    int force = 0;
+
+    if (count > 1)
+        return takes(count, 1), NULL;
+    for (Py_ssize_t index = 0; force >= 0 && index < more; index++) {
+        word = PyTuple_GetItem(keywords, index);
+        if (PyUnicode_CompareWithASCIIString(word, "force") == 0)
+            force = PyObject_IsTrue(args[count + index]);
+        else if (count == 0 && PyUnicode_CompareWithASCIIString(word, "group") == 0)
+            group = args[index];
+        else {
+            PyErr_SetString(PyExc_TypeError, "reclaim() has no such argument");
+            return NULL;
+        }
+    }
+    return force < 0 ? NULL : core_reclaim(self, group, force);
+}
+
 /* prepare(index, *, announced=True): the reclaimer of plain classes leaves the option out. */
 static PyObject *
 swap_prepare_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
@@ -198,6 +222,9 @@ static struct {
     {"CompiledCore",
      {"mark_reclaimable", mark_reclaimable_method, METH_O, "As EpcCore.mark_reclaimable."},
      CORE_MARK_RECLAIMABLE},
+    {"CompiledCore",
+     {"reclaim", FUNCTION(reclaim_method), METH_FASTCALL | METH_KEYWORDS, "As EpcCore.reclaim."},
+     CORE_RECLAIM},
     {"CompiledSwap",
      {"prepare", FUNCTION(swap_prepare_method), METH_FASTCALL | METH_KEYWORDS,
       "As EnclaveSwap.prepare."},

@@ -269,16 +269,16 @@ int add_to_field(PyObject **field, int64_t change);
     X(_gave_up) X(_group_of) X(_has_failures) X(_kept) X(_ksgxd) X(_late_backing) X(_leave)      \
     X(_leaves) X(_leaving) X(_load_by_leaf) X(_loaded) X(_lock_waiters) X(_low) X(_max_pages)    \
     X(_new_xstate) X(_node_of) X(_oom_verdicts) X(_open) X(_orders) X(_own_tid) X(_pages)        \
-    X(_permits) X(_point) X(_policy) X(_pool) X(_ready) X(_real_xstate) X(_recorded)        \
+    X(_permits) X(_policy) X(_pool) X(_position) X(_ready) X(_real_xstate) X(_recorded)        \
     X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
     X(_store) X(_take_otherwise) X(_timers) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
     X(_wake_waiters) X(aex) X(age) X(append) X(asleep) X(at_call) X(background)                  \
     X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
-    X(current) X(dead) X(decrypt) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)              \
+    X(current) X(dead) X(decrypt) X(defects) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)              \
     X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(failed) X(fault) X(faulted) X(faulting)    \
     X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(gate_at)           \
-    X(generation) X(get) X(going) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
+    X(generation) X(get) X(going) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
     X(held) X(hide) X(hide_unmapped) X(hierarchy) X(hold) X(holder) X(hw) X(image) X(images)     \
     X(in_call) X(info_at) X(inside) X(install) X(keep) X(kept) X(leaves) X(limit_pages)          \
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
@@ -288,9 +288,9 @@ int add_to_field(PyObject **field, int64_t change);
     X(pid) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
-    X(root) X(running) X(secrets) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
+    X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
     X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
-    X(spurious) X(stay) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
+    X(subtree)     X(spurious) X(stay) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
     X(test_and_clear_accessed) X(thread) X(threads) X(tid) X(tracer) X(try_charge)               \
     X(try_eldu) X(try_ewb) X(uncharge) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
     X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(zap)
@@ -367,13 +367,13 @@ int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
  */
 
 #define GIVEN(X)                                                                                 \
-    X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledSwap) X(EnclaveMemory)               \
+    X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
     X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
     X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
     X(PagingKey) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
     X(SUCCESS) X(TRACKED_AGE) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
     X(closed_behind) X(eblock) X(exited_word) X(first_node) X(handle) X(labels) X(load_ahead)    \
-    X(major) X(monotonic_ns) X(page_ended) X(sigbus_stop)
+    X(major) X(monotonic_ns) X(own_group) X(page_ended) X(sigbus_stop)
 
 #define POINTER(name) PyObject *name;
 struct given { GIVEN(POINTER) };
@@ -397,6 +397,9 @@ PyObject *core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject 
                      PyObject *node, PyObject *claim);
 int core_free(PyObject *core, PyObject *page);
 int core_mark_reclaimable(PyObject *core, PyObject *page);
+
+/* paging: as EpcCore.reclaim(); the group is None for the root. */
+PyObject *core_reclaim(PyObject *core, PyObject *group, int force);
 
 /* paging: as the methods of PlainSwap. */
 PyObject *swap_prepare(PyObject *swap, PyObject *index);
@@ -437,7 +440,10 @@ PyObject *sealed_get(PyObject *pages, PyObject *index);
 int sealed_put(PyObject *pages, PyObject *index, PyObject *sealed);
 int sealed_drop(PyObject *pages, PyObject *index);
 
-/* paging: the phases of a batch, as the methods of PlainReclaimer. */
+/* paging: a batch, and its phases, as the methods of PlainReclaimer. */
+PyObject *new_batch(int64_t scanned, int64_t freed);
+int reclaimer_run(PyObject *reclaimer, PyObject *lru, int force, int64_t *scanned,
+                  int64_t *evicted);
 PyObject *reclaimer_batch(PyObject *reclaimer, PyObject *lru, int force);
 PyObject *reclaimer_isolate(PyObject *lru, Py_ssize_t count);
 PyObject *reclaimer_prepare(PyObject *reclaimer, PyObject *lru, PyObject *pages, int force);
@@ -491,6 +497,9 @@ PyObject *swap_of(EnclavePage *page);
 /* driver: whether an enclave is alive and no task holds its lock: 0, 1, or -1 with an error. */
 int enclave_is_plain(PyObject *enclave);
 
+/* runtime: as Runtime.now_ns(): 0, or -1 with an error. */
+int now_ns(PyObject *runtime, int64_t *time);
+
 /* driver: the mapping that holds an address, as Mm.find(); a new reference. */
 PyObject *mapping_at(PyObject *mm, PyObject *addr);
 
@@ -510,7 +519,7 @@ int page_write(PyObject *page);
 
 /* Functions that C code falls back to, given with add_method(). */
 enum method {
-    CORE_FREE, CORE_MARK_RECLAIMABLE,
+    CORE_FREE, CORE_MARK_RECLAIMABLE, CORE_RECLAIM,
     SWAP_PREPARE, SWAP_WRITE, SWAP_LOAD,
     PAGE_GET, PAGE_PUT, PAGE_AGE, PAGE_PREPARE, PAGE_BLOCK, PAGE_WRITE,
     RECLAIMER_BATCH, RECLAIMER_ISOLATE, RECLAIMER_PREPARE, RECLAIMER_BLOCK, RECLAIMER_WRITE,

@@ -10,6 +10,7 @@ from tests.differential.test_optimised_paging import IMPLEMENTATIONS, Implementa
 from tests.model.test_random_programs import World
 
 from softsgx.arch import PageType
+from softsgx.cgroup import EpcCgroup
 from softsgx.paging import Claim, FaultResult, FlatBacking, LinuxPolicy
 from softsgx.paging.optimised import PlainSwap
 
@@ -233,6 +234,31 @@ def test_a_fault_of_a_task_on_another_node_takes_its_pages_there(
     evict(world, page)
     fault(world, page)
     assert asked == [world.actor.process]
+
+
+def test_a_fault_charges_the_group_that_its_task_has_then(optimised: Implementation) -> None:
+    world = World(80, optimised=optimised)
+    page, process = data_pages(world)[0], world.actor.process
+    for group in (world.group.mkdir("moved"), world.group):
+        process.group = group
+        evict(world, page)
+        fault(world, page)
+        assert page.epc is not None and page.epc.group is group
+
+
+def test_a_fault_charges_the_group_that_the_driver_is_told(optimised: Implementation) -> None:
+    world = World(80, optimised=optimised)
+    page, driver, other = data_pages(world)[0], world.system.driver, world.group.mkdir("other")
+    asked: list[object] = []
+
+    def group_of(task: object) -> EpcCgroup:
+        asked.append(task)
+        return other
+
+    driver._group_of = group_of
+    evict(world, page)
+    fault(world, page)
+    assert asked == [world.actor.process] and page.epc is not None and page.epc.group is other
 
 
 def test_the_time_of_a_fault_is_counted(optimised: Implementation) -> None:

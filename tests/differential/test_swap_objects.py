@@ -18,6 +18,7 @@ from tests.differential.test_swap_corners import evict_together
 from tests.model.test_random_programs import World
 from tests.support.hw import RepeatingRuntime
 
+from softsgx import compiled
 from softsgx.arch import VA_SLOTS
 from softsgx.driver import FaultResult
 from softsgx.paging import EpcBusy
@@ -367,8 +368,9 @@ def test_a_batch_takes_as_many_pages_as_it_may(batch: int, scan: int, force: boo
     steps: list[list[str]] = []
     (scanned, freed, *_counters), _left = compare(action)
     assert freed <= batch and scanned <= max(batch, scan) and (freed or not force)
-    # Python code without interleaving tasks has no points in a plain batch.
-    assert steps[0] == steps[-1] and steps[0][-2:] == ["reclaim: block", "reclaim: write"]
+    assert steps[-1][-2:] == ["reclaim: block", "reclaim: write"]
+    if compiled.speedups is not None:  # where tasks do not interleave, a point does nothing
+        assert steps[0] == []
 
 
 def test_pages_of_dying_owners_count_as_scanned() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from errno import EBUSY, ENODEV
 from itertools import count
-from operator import attrgetter
 from types import MappingProxyType
 
 from softsgx import compiled
@@ -22,7 +21,7 @@ from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import Mm
 from softsgx.driver.page import EnclavePage
-from softsgx.driver.task import Task, first_node
+from softsgx.driver.task import Task, first_node, own_group
 from softsgx.driver.uapi import refuse
 from softsgx.paging import Backing, EnclaveSwap, EpcCore, FlatBacking, Group, memory_backing
 from softsgx.paging.optimised import CompiledSwap, PlainCore, PlainSwap
@@ -90,7 +89,7 @@ class Driver:
         core: EpcCore,
         runtime: Runtime,
         *,
-        group_of: Callable[[Task], Group] = attrgetter("group"),
+        group_of: Callable[[Task], Group] = own_group,
         node_of: Callable[[Task], int] = first_node,
         tracer: Tracer | None = None,
         defects: frozenset[Defect] = frozenset(),

@@ -22,7 +22,7 @@ from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.mm import Mm
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.pages import EnclavePages
-from softsgx.driver.task import first_node
+from softsgx.driver.task import first_node, own_group
 from softsgx.hw import Fault
 from softsgx.paging import BackingError, EpcBusy, FaultResult, LoadFailed, NoEpc, Policy
 from softsgx.paging.optimised import PlainSwap
@@ -300,6 +300,7 @@ def _give(core: ModuleType) -> None:
         "labels": LABELS,
         "load_ahead": fault.load_ahead,
         "major": "major",
+        "own_group": own_group,
         "page_ended": _ended_in_core,
     }.items():
         core.give(name, value)

@@ -6,6 +6,8 @@ control group.  The native engine implements it for real threads, ``userland`` f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from softsgx.ondemand import dataclass
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from softsgx.driver.mm import Mm
     from softsgx.paging import Claim, Group
 
-__all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo", "first_node"]
+__all__ = ["BadAddress", "Task", "UserMemory", "VmaInfo", "first_node", "own_group"]
 
 
 class BadAddress(Exception):
@@ -94,6 +96,10 @@ class Task(Protocol):
 
     def signal_pending(self) -> bool:
         """Return whether a signal is waiting to be delivered."""
+
+
+own_group: Callable[[Task], Group] = attrgetter("group")
+"""Returns the group of a task itself."""
 
 
 def first_node(task: Task) -> int:

@@ -352,9 +352,10 @@ def _give(core: ModuleType) -> None:
         core.bind(one.__name__, one)
     for part in (Claims, EpcCore, FreePages, Lru, Node, SparseNumbers, SwapEntries, VaArray):
         core.bind(part.__name__, part)
-    for known in (Batch, CompiledCore, CompiledSwap, Fifo, FlatFile, Policy, VaArray):
+    for known in (Batch, Fifo, FlatFile, Policy, VaArray):
         core.give(known.__name__, known)
     for completed in (CompiledReclaimer, CompiledCore, CompiledSwap):
+        core.give(completed.__name__, completed)
         core.add_methods(completed)
 
 

@@ -29,7 +29,7 @@ class Process:
 
     Args:
         pid: its id.
-        group: the limit group that its EPC is charged to.
+        group: the limit group that its EPC is charged to, from its first thread to its last.
         parent: the process that has made it, if a process of the program has.
 
     Attributes:
@@ -92,6 +92,7 @@ class ProgramThread(Thread):
 
     Attributes:
         process, image, cpu, areas: as given.
+        group: the limit group that its EPC is charged to, always that of its process.
         running: whether it may be executing; ``False`` while the supervisor keeps it stopped.
         pending: stops that arrived while the supervisor waited for something else.
         blocked: its signal mask before it entered an enclave, if the supervisor has changed it.
@@ -134,6 +135,7 @@ class ProgramThread(Thread):
         regs = NativeRegisters()
         super().__init__(tid, waits, regs)
         self.process, self.image, self.cpu, self.areas = process, image, cpu, areas
+        self.group = process.group  # asked for at each fault
         self.pending: list[Stop] = []
         self.claim = Claim()
         # Thread and processor have one set of registers: nothing is copied at a transition.
@@ -189,11 +191,6 @@ class ProgramThread(Thread):
         if self.user_memory is None:
             self.user_memory = self.image.memory
         return self.user_memory
-
-    @property
-    def group(self) -> Group:
-        """The limit group that its EPC is charged to."""
-        return self.process.group
 
     @property
     def personality_read_implies_exec(self) -> bool:

@@ -10,8 +10,9 @@ import pytest
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.supervisor import Supervisor
-from softsgx.engines.native.tracing.program import Process
+from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.tasks import Tasks, _clone_flags
+from softsgx.engines.native.tracing.waits import Waits
 
 FORK, VFORK, CLONE = abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE
 
@@ -112,3 +113,12 @@ def test_flags_of_a_birth_are_those_of_its_call(number: int, flags: int) -> None
     regs = Fake(orig_rax=number, rdi=0x111)
     image = Fake(read=lambda at, size: (0x222).to_bytes(size, "little") if at == 0x111 else b"")
     assert _clone_flags(cast(Any, Fake(load=lambda: regs, image=image))) == flags
+
+
+def test_a_thread_charges_its_epc_pages_to_the_group_of_its_process() -> None:
+    group = cast(Any, "group")
+    parent = Process(3, group)
+    image = Fake(vdso_base=0x1000, vdso=Fake(inject=0x20))
+    for process in (parent, Supervisor.new_process(cast(Any, None), 9, parent)):
+        parts: Any = (Waits(), process, image, Fake(), Fake(xcr0=7))
+        assert ProgramThread(process.pid, *parts).group is process.group is group
