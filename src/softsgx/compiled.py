@@ -14,8 +14,11 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import ModuleType
+from typing import TypeVar
 
-__all__ = ["PURE", "description", "remedy", "speedups"]
+__all__ = ["PURE", "description", "record", "remedy", "speedups"]
+
+_T = TypeVar("_T")
 
 PURE = "SOFTSGX_PURE"
 """The variable of the environment that keeps Python from using the compiled core."""
@@ -42,3 +45,27 @@ def _load() -> tuple[ModuleType | None, str, str]:
 
 
 speedups, description, remedy = _load()
+
+
+def record(cls: type[_T]) -> type[_T]:
+    """Return the class with its fields in a structure of C, if the compiled core has one for it.
+
+    That has the name of the class and exactly its fields.  A field that is a count is then 0 before
+    it is set, takes integers of 64 bits alone, and cannot be deleted.
+
+    Args:
+        cls: a class without bases that has ``__slots__``, or that another decorator makes a
+            dataclass with slots.  Its methods do not use ``super()`` without arguments.
+    """
+    structure = None if speedups is None else speedups.fields(cls.__name__)
+    names = {*vars(cls).get("__slots__", cls.__annotations__)}
+    if structure is None or names != {*structure.__slots__} or cls.__bases__ != (object,):
+        return cls
+    kept = dict(vars(cls))
+    for name in ("__dict__", "__weakref__", *kept.get("__slots__", ())):
+        kept.pop(name, None)
+    made: type[_T] = type(cls)(  # type: ignore[misc]
+        cls.__name__, (structure,), {**kept, "__slots__": ()}
+    )
+    made.__qualname__ = cls.__qualname__
+    return made

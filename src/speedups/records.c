@@ -13,19 +13,22 @@ struct given given;
 RECORDS(FIELDS)
 #undef FIELDS
 
+/* Without fields: it derives from the type of that structure. */
 static const struct {
     const char *name;
     const char *const *fields;
 } layouts[KINDS] = {
 #define LAYOUT(type, fields) {#type, type##_fields},
-    RECORDS(LAYOUT)
+#define STRUCTURED(type, fields) {#type, NULL},
+    RECORDS(LAYOUT) STRUCTURES(STRUCTURED)
+#undef STRUCTURED
 #undef LAYOUT
 };
 
 /* --- integers ----------------------------------------------------------------------------------- */
 
 bool
-integer(PyObject *field, int64_t *value)
+read_integer(PyObject *field, int64_t *value)
 {
     int overflow;
 
@@ -48,7 +51,7 @@ address(PyObject *field, uint64_t *value)
 }
 
 int
-set_integer(PyObject **field, int64_t value)
+put_object(PyObject **field, int64_t value)
 {
     PyObject *number = PyLong_FromLongLong(value), *old = *field;
 
@@ -67,11 +70,20 @@ no_integer(void)
 }
 
 int
-add_to_field(PyObject **field, int64_t change)
+no_count(void)
+{
+    PyErr_SetString(PyExc_OverflowError, "a count is beyond 64 bits");
+    return -1;
+}
+
+int
+add_to_object(PyObject **field, int64_t change)
 {
     int64_t value;
 
-    return integer(*field, &value) ? set_integer(field, value + change) : no_integer();
+    if (!read_integer(*field, &value))
+        return no_integer();
+    return add_to_count(&value, change) < 0 ? -1 : put_object(field, value);
 }
 
 int
@@ -194,12 +206,41 @@ fits(PyObject *instance, const char *const *fields)
     return status;
 }
 
+/* Whether instances of a class are laid out as records of a kind: 0, 1, or -1 with an error. */
+static int
+is_laid_out(PyTypeObject *type, int kind)
+{
+    const char *const *fields = layouts[kind].fields;
+    PyObject *instance, *size, *structure;
+    size_t count = 0;
+    int status;
+
+    if (fields == NULL) {
+        structure = structure_type(layouts[kind].name);
+        return structure == NULL ? -1 : PyType_IsSubtype(type, (PyTypeObject *)structure);
+    }
+    while (fields[count] != NULL)
+        count++;
+    size = PyObject_GetAttrString((PyObject *)type, "__basicsize__");
+    if (size == NULL)
+        return -1;
+    status = PyLong_AsSize_t(size) == sizeof(PyObject) + count * sizeof(PyObject *);
+    Py_DECREF(size);
+    if (status == 0)
+        return 0;
+    instance = PyType_GenericAlloc(type, 0);
+    if (instance == NULL)
+        return -1;
+    status = fits(instance, fields);
+    Py_DECREF(instance);
+    return status;
+}
+
 static PyObject *
 bind(PyObject *Py_UNUSED(module), PyObject *args)
 {
     const char *name;
-    PyObject *type, *instance, *size;
-    Py_ssize_t count = 0;
+    PyObject *type;
     int status;
 
     if (!PyArg_ParseTuple(args, "sO!", &name, &PyType_Type, &type))
@@ -207,23 +248,9 @@ bind(PyObject *Py_UNUSED(module), PyObject *args)
     for (int kind = 0; kind < KINDS; kind++) {
         if (strcmp(layouts[kind].name, name) != 0)
             continue;
-        while (layouts[kind].fields[count] != NULL)
-            count++;
-        size = PyObject_GetAttrString(type, "__basicsize__");
-        if (size == NULL)
+        status = is_laid_out((PyTypeObject *)type, kind);
+        if (status < 0)
             return NULL;
-        status = PyLong_AsSsize_t(size)
-            == (Py_ssize_t)(sizeof(PyObject) + (size_t)count * sizeof(PyObject *));
-        Py_DECREF(size);
-        if (status) {
-            instance = PyType_GenericAlloc((PyTypeObject *)type, 0);
-            if (instance == NULL)
-                return NULL;
-            status = fits(instance, layouts[kind].fields);
-            Py_DECREF(instance);
-            if (status < 0)
-                return NULL;
-        }
         if (status) {
             Py_INCREF(type);
             replace((PyObject **)&record_types[kind], type);

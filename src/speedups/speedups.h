@@ -14,6 +14,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "fields.h"
+
 #define PAGE_BYTES 4096
 #define PAGE_SHIFT 12
 #define SLOT_BYTES 8
@@ -29,6 +31,7 @@ int add_pages(PyObject *module);
 int add_stops(PyObject *module);
 int add_plain_faults(PyObject *module);
 int add_records(PyObject *module);
+int add_fields(PyObject *module);
 int add_leaves(PyObject *module);
 int add_memory(PyObject *module);
 int add_methods(PyObject *module);
@@ -40,16 +43,7 @@ int add_methods(PyObject *module);
  */
 
 #define CLAIM(X) X(expired) X(group) X(loads) X(loads_left) X(prerequisites) X(since_ns)
-#define CROSSINGS(X) X(aex) X(eenter) X(eexit) X(eresume)
-#define COUNTERS(X)                                                                              \
-    X(alloc_busy) X(alloc_interrupted) X(alloc_none) X(batches) X(claims) X(direct) X(dying)     \
-    X(eldu) X(eldu_failed) X(etrack) X(ewb_failed) X(ewb_first) X(ewb_second) X(ewb_third)       \
-    X(held) X(kept) X(kicks) X(leaked) X(lost) X(not_blocked) X(not_prepared) X(not_written)     \
-    X(pcmd_truncated) X(prev_trk_incmpl) X(reclaimed) X(scanned) X(secs_in) X(secs_out)          \
-    X(truncated) X(unsanitized) X(va_in) X(va_made) X(va_out) X(wakeups) X(young)
 #define DICT_STORE(X) X(_pages)
-#define ENCLAVE_COUNTS(X)                                                                        \
-    X(evictions) X(fault_ns) X(faults) X(kicks) X(reloads) X(touched)
 #define ENCLAVE_MODE(X)                                                                          \
     X(cet_slot) X(enclave) X(entry_epoch) X(frame) X(outside) X(secs) X(tcs) X(tcs_linaddr)
 #define ENCLAVE_MM(X) X(enclave) X(mm)
@@ -155,8 +149,6 @@ int add_methods(PyObject *module);
 #define RW_LOCK(X) \
     X(_changed) X(_lock) X(_readers) X(_reading) X(_uninterleaved) X(_waiting) \
     X(has_writer)
-#define ATOMIC_COUNT(X) \
-    X(_latch) X(value)
 #define COMPILED_SWAP(X) \
     X(_backing) X(_core) X(_counters) X(_file) X(_group) X(_late_backing) X(_leaves) \
     X(_pages) X(entries) X(lock) X(pin) X(va) X(_base) X(_discards_failed) X(_frees_failed) \
@@ -164,8 +156,8 @@ int add_methods(PyObject *module);
     X(children) X(etracks) X(ewbs) X(peak_children) X(secs) X(secs_entry)
 
 #define RECORDS(X)                                                                               \
-    X(Claim, CLAIM) X(Counters, COUNTERS) X(DictStore, DICT_STORE) X(EnclaveCounts, ENCLAVE_COUNTS)                       \
-    X(Crossings, CROSSINGS) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)                           \
+    X(Claim, CLAIM) X(DictStore, DICT_STORE)                       \
+    X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)                           \
     X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES) X(EnclaveVma, ENCLAVE_VMA)             \
     X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK) X(Pinned, PINNED)                            \
     X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(SgxEpcPage, SGX_EPC_PAGE)       \
@@ -176,7 +168,7 @@ int add_methods(PyObject *module);
     X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES) X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER)                    \
     X(Claims, CLAIMS) X(Driver, DRIVER) X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES)            \
     X(Lru, LRU) X(Machine, MACHINE) X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)   \
-    X(RwLock, RW_LOCK) X(AtomicCount, ATOMIC_COUNT) X(CompiledSwap, COMPILED_SWAP)
+    X(RwLock, RW_LOCK) X(CompiledSwap, COMPILED_SWAP)
 
 #define FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;
@@ -185,7 +177,7 @@ RECORDS(STRUCTURE)
 #undef FIELD
 
 #define KIND(type, fields) KIND_##type,
-enum kind { RECORDS(KIND) KINDS };
+enum kind { RECORDS(KIND) STRUCTURES(KIND) KINDS };
 #undef KIND
 
 extern PyTypeObject *record_types[KINDS];
@@ -231,7 +223,15 @@ is_none(PyObject *field)
 }
 
 /* Whether a field is an integer that fits; then it is stored. */
-bool integer(PyObject *field, int64_t *value);
+#define integer(field, value) _Generic((field), int64_t: read_count, default: read_integer)(field, value)
+bool read_integer(PyObject *field, int64_t *value);
+
+static inline bool
+read_count(int64_t field, int64_t *value)
+{
+    *value = field;
+    return true;
+}
 
 /* A linear address of 64 bits; false, and no error, if the field is none. */
 bool address(PyObject *field, uint64_t *value);
@@ -257,8 +257,32 @@ replace(PyObject **place, PyObject *value)
     Py_XDECREF(old);
 }
 
-int set_integer(PyObject **field, int64_t value);
-int add_to_field(PyObject **field, int64_t change);
+/* Beyond 64 bits is an OverflowError; the field stays as it is. */
+#define set_integer(field, value)                                                                \
+    _Generic((field), int64_t *: put_count, default: put_object)(field, value)
+#define add_to_field(field, change)                                                              \
+    _Generic((field), int64_t *: add_to_count, default: add_to_object)(field, change)
+int put_object(PyObject **field, int64_t value);
+int add_to_object(PyObject **field, int64_t change);
+int no_count(void);
+
+static inline int
+put_count(int64_t *field, int64_t value)
+{
+    *field = value;
+    return 0;
+}
+
+static inline int
+add_to_count(int64_t *field, int64_t change)
+{
+    int64_t sum;
+
+    if (__builtin_add_overflow(*field, change, &sum))
+        return no_count();
+    *field = sum;
+    return 0;
+}
 
 /* --- other objects ------------------------------------------------------------------------------ */
 

@@ -103,7 +103,8 @@ written(PyObject *swap, Reservation *reservation, PyObject *sealed, int64_t trie
 {
     PyObject *file = GETF(CompiledSwap, swap, _file), *va = GETF(CompiledSwap, swap, va), *object = GETF(CompiledSwap, swap, _counters);
     Counters *counters = AS(Counters, object);
-    PyObject **succeeded, *slot = NULL;
+    PyObject *slot = NULL;
+    int64_t *succeeded;
 
     if (file == NULL || va == NULL || counters == NULL) {
         if (!PyErr_Occurred())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from softsgx.compiled import record
 from softsgx.ondemand import dataclass, field
 
 __all__ = ["EnclaveCounts"]
 
 
 @dataclass(slots=True)
+@record
 class EnclaveCounts:
     """Events of one enclave since it was opened; each number only grows.
 

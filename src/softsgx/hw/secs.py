@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from softsgx.arch import PADDING_BYTES, Attributes, AttributesFlags, Secs
+from softsgx.compiled import record
 from softsgx.layout import U64, Raw, Structure, at
 from softsgx.ondemand import dataclass
 
@@ -43,6 +44,7 @@ assert Secs.OFFSETS["reserved4"] <= _HIDDEN_AT, "hidden fields lie on named ones
 
 
 @dataclass(slots=True)
+@record
 class Crossings:
     """How often processors have entered and left an enclave, for reports.
 

@@ -6,12 +6,14 @@ Source:
 
 from __future__ import annotations
 
+from softsgx.compiled import record
 from softsgx.ondemand import dataclass, field, field_names
 
 __all__ = ["Counters"]
 
 
 @dataclass(slots=True)
+@record
 class Counters:
     """Events since the core was made; each number only grows, except ``held``.
 

@@ -20,12 +20,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.compiled import record
 from softsgx.paging.page import SgxEpcPage
 from softsgx.runtime import Runtime
 
 __all__ = ["AtomicCount", "Node", "TornCount", "walk_once", "walk_until_back"]
 
 
+@record
 class AtomicCount:
     """A number that several tasks add to."""
 
