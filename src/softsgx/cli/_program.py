@@ -17,7 +17,7 @@ from softsgx.cli._common import discard, size_as_written, tell
 from softsgx.cli._signals import EndedBySignal
 from softsgx.engines.native import CPUID_SOURCES, PAGERS, libc, requirements
 from softsgx.errors import NotRun, SoftSgxError
-from softsgx.host import PROFILES, PlatformConfig
+from softsgx.host import PROFILES, PlatformConfig, check_group_path, limit_option
 from softsgx.report import CpuTimes
 
 __all__ = [
@@ -152,10 +152,11 @@ def group_of(args: argparse.Namespace, config: PlatformConfig) -> str:
         path = str(args.group).strip("/")
         known = {"", *(name.strip("/") for name in config.groups)}
         if path not in known:
+            check_group_path(path, f"group {path!r}")
             names = ", ".join(sorted(known - {""})) or "none"
             raise SoftSgxError(
-                f"group {path}: not configured (configured: {names}); add --limit {path}=SIZE, or "
-                f"--limit {path}=max for no limit"
+                f"group {path}: not configured (configured: {names}); add "
+                f"{limit_option(path, 'SIZE')}, or {limit_option(path, 'max')} for no limit"
             )
         return path or "/"
     return str(args.limit[-1][0]) if args.limit else "/"

@@ -252,7 +252,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _limit(text: str) -> tuple[str, int]:
-    path, equals, size = text.partition("=")
+    path, equals, size = text.rpartition("=")
     if not equals or not path.strip("/"):
         raise argparse.ArgumentTypeError(f"limit {text!r}; write GROUP=SIZE, such as jobs/a=16MiB")
     return path.strip("/"), size_bytes(size)

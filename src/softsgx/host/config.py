@@ -47,7 +47,15 @@ from softsgx.sizes import MOST_BYTES, parse_size
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["PROFILES", "PlatformConfig", "check_pages", "configured_size", "least_bytes"]
+__all__ = [
+    "PROFILES",
+    "PlatformConfig",
+    "check_group_path",
+    "check_pages",
+    "configured_size",
+    "least_bytes",
+    "limit_option",
+]
 
 _SECTION_GAP = 1 << 30
 _MOST_PROCESSORS = 8192  # the largest NR_CPUS of Linux on x86-64
@@ -254,8 +262,7 @@ class PlatformConfig:
         """Refuse group paths that are not legal, and unknown settings."""
         for path, settings in self.groups.items():
             where = f"groups.{_named(path)}"
-            if not all(group_name_ok(name) for name in path.strip("/").split("/")):
-                raise SoftSgxError(f"{where}: not a path; write names, such as jobs/a")
+            check_group_path(path, where)
             if not isinstance(settings, Mapping):
                 raise SoftSgxError(
                     f'{where} = {_shown(settings)}: not a table; write max = "16MiB" in it'
@@ -428,6 +435,29 @@ class PlatformConfig:
         if self.backing_limit is None:
             return None
         return configured_size(self.backing_limit, "backing_limit") // PAGE_BYTES
+
+
+def check_group_path(path: str, where: str) -> None:
+    """Check that a group can have this path.
+
+    Args:
+        path: such as ``jobs/a``; slashes at the ends do not count.
+        where: starts the message.
+
+    Raises:
+        SoftSgxError: it cannot.
+    """
+    if not all(group_name_ok(name) for name in path.strip("/").split("/")):
+        raise SoftSgxError(f"{where}: not a path; write names, such as jobs/a")
+
+
+def limit_option(path: str, size: str) -> str:
+    """Return the option that limits a group, as a shell reads it."""
+    import shlex  # only for advice
+
+    path = path.strip("/")
+    # A parser takes a word that begins with a dash for an option.
+    return ("--limit=" if path.startswith("-") else "--limit ") + shlex.quote(f"{path}={size}")
 
 
 def _named(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.host import least_bytes
+from softsgx.host import least_bytes, limit_option
 from softsgx.ondemand import dataclass
 from softsgx.report.summary import RunSummary
 from softsgx.sizes import parse_size, size_text
@@ -102,7 +102,8 @@ def verdict(run: RunSummary) -> Verdict:
     option = None
     if fit is Fit.SMALL and limited:
         group = limiting[0]
-        option = _limit_option(group.path, max(2 * (group.max_bytes or 0), _least(run)))
+        size = max(2 * (group.max_bytes or 0), _least(run))
+        option = limit_option(group.path, _size_option(size))
     elif fit is Fit.SMALL:
         option = f"--epc {_size_option(2 * run.platform.epc_bytes)}"
     elif fit is not Fit.NO_ENCLAVE:
@@ -132,12 +133,6 @@ def _smaller_option(run: RunSummary) -> str | None:
     half = -(-peak // (2 * PAGE_BYTES)) * PAGE_BYTES
     size = max(half, _least(run))
     return f"--epc {_size_option(size)}" if size < peak else None
-
-
-def _limit_option(path: str, size: int) -> str:
-    import shlex  # few runs are limited
-
-    return "--limit " + shlex.quote(f"{path.strip('/')}={_size_option(size)}")
 
 
 def _size_option(size: int) -> str:

@@ -85,7 +85,7 @@ def test_the_share_of_faults_is_of_the_run() -> None:
     epc_pages=st.integers(21, 1 << 24),
     share=st.floats(0, 1),
     limit_pages=st.none() | st.integers(1, 1 << 20),
-    path=st.sampled_from(["/jobs/a", "/two words", "/it's", "/a=b", "/$HOME"]),
+    path=st.sampled_from(["/jobs/a", "/-x", "/two words", "/it's", "/a=b", "/$HOME"]),
     evictions=st.sampled_from([0, 100]),
     reloads=st.sampled_from([0, 100]),
 )
