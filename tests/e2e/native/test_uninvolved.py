@@ -89,7 +89,7 @@ if not os.fork():
     os._exit(0)
 """
 ENDS = """
-import os, resource, signal, sys, threading, time
+import os, resource, signal, sys, threading
 
 def child(do):
     pid = os.fork()
@@ -103,13 +103,13 @@ def child(do):
 def in_thread(do):
     thread = threading.Thread(target=do)
     thread.start()
-    time.sleep(5)
+    thread.join()
 
 def orphan():
     read, write = os.pipe()
     if not os.fork():
-        time.sleep(0.05)
-        os.write(write, str(os.getppid()).encode())
+        os.close(write)
+        os.read(read, 1)  # until the parent has ended
         os._exit(0)
     os._exit(5)
 
@@ -138,7 +138,7 @@ signal.signal(signal.SIGCHLD, lambda *_: signals.append(1))
 print("told", child(lambda: os._exit(9)), len(signals))
 sleeper = os.fork()
 if not sleeper:
-    time.sleep(60)
+    signal.pause()
 os.kill(sleeper, signal.SIGKILL)
 print("killed asleep", os.waitpid(sleeper, 0)[1])
 """
