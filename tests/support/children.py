@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["running"]
+__all__ = ["end", "running"]
 
 
 @contextmanager
@@ -30,10 +30,19 @@ def running(
         try:
             yield child
         except BaseException:
-            # Not child.kill(): it looks for an end first, and takes a stop of a tracee for one.
+            end(child)
             with suppress(ProcessLookupError):
-                if child.returncode is None:
-                    os.kill(child.pid, signal.SIGKILL)
                 if group:
                     os.killpg(child.pid, signal.SIGKILL)
             raise
+
+
+def end(child: subprocess.Popen[Any]) -> None:
+    """Kill a child that this process may trace.
+
+    ``child.kill()`` looks for an end first.  It takes a stop of a tracee for one, such as that for
+    SIGCHLD when a grandchild was killed, and sends no signal then: the tracee stays stopped.
+    """
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)

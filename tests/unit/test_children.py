@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.children import running
+from tests.support.children import end, running
 from tests.support.native import needs_tracing
 from tests.support.overdue_watcher import descendants
 
@@ -103,3 +103,14 @@ def test_a_child_ends_with_the_block_that_raises(command: list[str], group: bool
         fail_beside(command, write, group=group)
     assert os.read(read, 1) == b""  # no process has the other end
     os.close(read)
+
+
+@needs_tracing
+def test_a_tracee_that_has_stopped_ends() -> None:
+    """As the parent of a child that was killed: it stops for SIGCHLD."""
+    with running(["sleep", "1234"]) as child:
+        libc.ptrace(abi.PTRACE_SEIZE, child.pid, 0, abi.PTRACE_O_EXITKILL)
+        os.kill(child.pid, signal.SIGCHLD)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        end(child)
+    assert child.returncode == -signal.SIGKILL

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
-from tests.support.children import running
+from tests.support.children import end, running
 from tests.support.ends import kill_at_event
 from tests.support.native import needs_tracing
 
@@ -86,7 +86,7 @@ def test_only_a_thread_at_the_event_of_a_child_may_report_it() -> None:
         assert not may_report(parent.pid, child)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, abi.WALL)
-        parent.kill()
+        end(parent)  # it may have stopped for SIGCHLD
     assert not may_report(parent.pid, child)
 
 
@@ -107,7 +107,7 @@ def test_a_thread_that_waits_for_a_child_of_vfork_has_reported_it() -> None:
             pass
         assert not may_report(parent.pid, children_of(parent.pid)[0])
         os.close(writing)
-        parent.kill()
+        end(parent)
     os.close(reading)
 
 
@@ -125,5 +125,5 @@ def test_what_is_known_of_a_child_that_no_event_has_reported() -> None:
         assert child.pid not in seen
         assert parent_of(child.pid) == os.getpid()
         assert has_copy_of(os.getpid(), vdso) and not has_copy_of(os.getpid(), vdso + 4096)
-        child.kill()
+        end(child)
     assert parent_of(child.pid) is None and not has_copy_of(child.pid, vdso)

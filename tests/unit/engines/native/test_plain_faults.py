@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tests.support.children import running
+from tests.support.children import end, running
 from tests.support.native import needs_tracing
 
 from softsgx import compiled
@@ -211,7 +211,7 @@ def stopped() -> Iterator[int]:
         libc.ptrace(abi.PTRACE_INTERRUPT, process.pid, 0, 0)
         os.waitpid(process.pid, abi.WALL)
         yield process.pid
-        process.kill()
+        end(process)
 
 
 def test_a_plain_fault_is_resolved_and_the_thread_continues(scene: Scene) -> None:
