@@ -66,7 +66,7 @@ class Story:
 
     def summary(self, exit_code: int = 0) -> RunSummary:
         """What the collector says."""
-        return self.collector.summary(["./app", "--two words"], exit_code)
+        return self.collector.summary(["./app", "--two words"], exit_code, fault_delivery="events")
 
 
 def told(listen: bool = False) -> Story:
@@ -158,6 +158,7 @@ def made_up(*enclaves: EnclaveSummary, exit_code: int = 0) -> RunSummary:
             profile="sgx2-server",
             engine="native",
             pager="userfaultfd",
+            fault_delivery="events",
             defects=(),
             reclaim_s=0.5,
             counters={"held": {"reg": 0}, "batches": 12},

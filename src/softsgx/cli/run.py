@@ -187,7 +187,12 @@ def run(args: argparse.Namespace) -> int:
             result, mistakes = _run_watched(args, argv, config, group, watch)
             outputs.keep(args.trace, args.syscalls)
             summary = collector.summary(
-                argv, result.exit_code, result.injected, began=began, options=_options(args)
+                argv,
+                result.exit_code,
+                result.injected,
+                fault_delivery=result.fault_delivery,
+                began=began,
+                options=_options(args),
             )
             _report(args, outputs, summary, sampler)
     exceeded = _exceeded(thresholds, summary)

@@ -50,6 +50,7 @@ def document(run: RunSummary) -> dict[str, Any]:
             "profile": run.platform.profile,
             "engine": run.platform.engine,
             "pager": run.platform.pager,
+            "fault_delivery": run.platform.fault_delivery,
             "defects": list(run.platform.defects),
             "reclaim_seconds": round(run.platform.reclaim_s, 6),
             "counters": run.platform.counters,

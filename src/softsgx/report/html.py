@@ -23,7 +23,7 @@ from softsgx.report.elements import (
     tiles,
 )
 from softsgx.report.sampler import Sample
-from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary
+from softsgx.report.summary import EnclaveSummary, GroupSummary, RunSummary, pager_text
 from softsgx.report.tables import cycles_text, seconds_text
 from softsgx.report.verdict import Verdict, verdict
 from softsgx.sizes import size_text
@@ -313,7 +313,7 @@ def _circumstances(run: RunSummary) -> str:
         ("options", shlex.join(run.options) or "none"),
         ("machine", f"{platform.profile}, {size_text(platform.epc_bytes)} of EPC"),
         ("processors", str(platform.processors)),
-        ("engine", f"{platform.engine}, pager {platform.pager}"),
+        ("engine", f"{platform.engine}, pager {pager_text(platform)}"),
         ("defects", ", ".join(platform.defects) or "none switched on"),
         *(
             (f"MRENCLAVE of {enclave.number}", enclave.mrenclave)

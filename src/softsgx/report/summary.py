@@ -134,6 +134,7 @@ class PlatformSummary:
         processors: logical processors that the machine began with.
         profile: features it has.
         engine, pager: what ran the program.
+        fault_delivery: how faults reached the supervisor: ``events``, ``sigbus`` or ``sigsegv``.
         defects: ids of the defects that are switched on.
         reclaim_s: time spent in batches of reclaim; what a fault had to wait for is also in its
             own time.
@@ -146,9 +147,17 @@ class PlatformSummary:
     profile: str
     engine: str
     pager: str
+    fault_delivery: str
     defects: tuple[str, ...]
     reclaim_s: float
     counters: dict[str, object]
+
+
+def pager_text(platform: PlatformSummary) -> str:
+    """Return the pager for display, with how faults reach the supervisor."""
+    known = {"sigbus": "SIGBUS stops", "sigsegv": "SIGSEGV stops"}
+    delivery = platform.fault_delivery
+    return f"{platform.pager} ({known.get(delivery, delivery)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +378,7 @@ class Collector:
         exit_code: int,
         injected: Mapping[str, int] = MappingProxyType({}),
         *,
+        fault_delivery: str,
         began: str = "",
         options: Sequence[str] = (),
     ) -> RunSummary:
@@ -378,6 +388,7 @@ class Collector:
             command: program and arguments.
             exit_code: its exit status, or -n when signal n ended it.
             injected: failures on demand and ticks, by name.
+            fault_delivery: of the platform.
             began: date and time of the program's start.
             options: of the command line.
         """
@@ -401,6 +412,7 @@ class Collector:
                 profile=platform.config.profile,
                 engine="native",
                 pager=self.pager,
+                fault_delivery=fault_delivery,
                 defects=tuple(sorted(platform.config.defects)),
                 reclaim_s=core.reclaim_ns / 1e9,
                 counters=core.counters.as_dict(),

@@ -12,7 +12,7 @@ import textwrap
 
 from softsgx.arch import PAGE_BYTES
 from softsgx.costs import Estimate
-from softsgx.report.summary import Collector, EnclaveSummary, RunSummary
+from softsgx.report.summary import Collector, EnclaveSummary, RunSummary, pager_text
 from softsgx.report.verdict import verdict
 from softsgx.sizes import size_text
 
@@ -176,7 +176,7 @@ def _add_head(run: RunSummary, page: _Page) -> None:
     )
     page.add(
         f"EPC {size_text(platform.epc_bytes)}, {size_text(platform.peak_epc_bytes)} used at most; "
-        f"{platform.profile}, pager {platform.pager}"
+        f"{platform.profile}, pager {pager_text(platform)}"
     )
     if platform.defects:
         page.add(f"defects switched on: {', '.join(platform.defects)}", _YELLOW)

@@ -195,6 +195,7 @@ def _example_document() -> dict[str, Any]:
         profile=profile.name,
         engine="native",
         pager="userfaultfd",
+        fault_delivery="events",
         defects=("",),
         reclaim_s=0.0,
         counters=Counters().as_dict(),

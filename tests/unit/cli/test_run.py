@@ -63,7 +63,7 @@ class Engine:
             self.during()
             process.exit()
             pages = platform.core.epc_pages
-            return RunResult(self.exit_code, "userfaultfd", pages, {}, {"ticks": 3})
+            return RunResult(self.exit_code, "userfaultfd", "events", pages, {}, {"ticks": 3})
 
 
 @pytest.fixture

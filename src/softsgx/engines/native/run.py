@@ -67,6 +67,8 @@ class RunResult:
     Attributes:
         exit_code: the program's exit status, or -n when signal n ended it.
         pager: the mechanism that was used.
+        fault_delivery: how faults reached the supervisor: as ``events`` of userfaultfd, which stop
+            no thread, or as stops of threads for a signal, ``sigbus`` or ``sigsegv`` (mprotect).
         epc_pages: pages of the EPC.
         counters: how often things happened, by name (:class:`softsgx.paging.Counters`).
         injected: how often what was asked for happened, by name: failures on demand and ticks.
@@ -74,6 +76,7 @@ class RunResult:
 
     exit_code: int
     pager: str
+    fault_delivery: str
     epc_pages: int
     counters: dict[str, object]
     injected: dict[str, int]
@@ -261,6 +264,7 @@ def run(
         result = RunResult(
             exit_code,
             supervisor.pager,
+            supervisor.fault_delivery,
             platform.core.epc_pages,
             platform.core.counters.as_dict(),
             supervisor.injected.as_dict(),

@@ -334,6 +334,13 @@ class Supervisor(Lifecycle):
             self._recorder.enclave_ended(memory)
 
     @property
+    def fault_delivery(self) -> str:
+        """How faults reach the supervisor: see :class:`softsgx.engines.native.run.RunResult`."""
+        if self._waits.faults is not None:
+            return "events"
+        return "sigbus" if self.pager == "userfaultfd" else "sigsegv"
+
+    @property
     def failures(self) -> list[Exception]:
         """Exceptions that are bugs of softsgx; see :mod:`.tracing.failures`."""
         return self._loop.failures.errors
