@@ -47,13 +47,22 @@ is_unlocked(const EpcPage *page)
     return integer(page->lock, &lock) && lock == 0;
 }
 
+/* An integer of 64 bits without a sign; false with an error. */
+static bool
+unsigned_of(PyObject *number, uint64_t *value)
+{
+    if (address(number, value))
+        return true;
+    *value = PyLong_AsUnsignedLongLong(number);
+    return *value != (uint64_t)-1 || !PyErr_Occurred();
+}
+
 static PyObject *
 header_of(PyObject *eid, uint64_t linaddr, uint64_t flags)
 {
     uint64_t header[MAC_HEADER_BYTES / sizeof(uint64_t)] = {0};
 
-    header[0] = PyLong_AsUnsignedLongLong(eid);
-    if (header[0] == (uint64_t)-1 && PyErr_Occurred())
+    if (!unsigned_of(eid, &header[0]))
         return NULL;
     header[1] = linaddr;
     header[2] = flags;
@@ -65,9 +74,9 @@ static PyObject *
 nonce_of(PyObject *version)
 {
     unsigned char bytes[12] = {0};
-    uint64_t number = PyLong_AsUnsignedLongLong(version);
+    uint64_t number;
 
-    if (number == (uint64_t)-1 && PyErr_Occurred())
+    if (!unsigned_of(version, &number))
         return NULL;
     for (int index = 11; index >= 4; index--, number >>= 8)
         bytes[index] = (unsigned char)number;
@@ -312,8 +321,9 @@ try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
         result = NULL;
         goto done;
     }
-    linaddr = page->linaddr == NULL ? 0 : PyLong_AsUnsignedLongLong(page->linaddr);
-    if (PyErr_Occurred()) {
+    if (page->linaddr == NULL)
+        linaddr = 0;
+    else if (!unsigned_of(page->linaddr, &linaddr)) {
         result = NULL;
         goto done;
     }
@@ -342,16 +352,16 @@ load(PyObject *hw, EpcPage *page, EpcPage *secs, EpcPage *va_page, Py_ssize_t sl
     ResidentSecs *enclave = (ResidentSecs *)secs->enclave;
     PyObject *key = paging_key(hw), *header = NULL, *version = NULL, *plain = NULL;
     PyObject *store = NULL, *zero = NULL, *result = NULL;
-    uint64_t address = PyLong_AsUnsignedLongLong(linaddr);
+    uint64_t at;
     int64_t epoch;
 
-    if (key == NULL || (address == (uint64_t)-1 && PyErr_Occurred()))
+    if (key == NULL || !unsigned_of(linaddr, &at))
         goto done;
     if (!is_exactly(key, given.PagingKey)) {
         Py_INCREF(result = Py_False);
         goto done;
     }
-    header = header_of(enclave->eid, address, flags);
+    header = header_of(enclave->eid, at, flags);
     version = header == NULL ? NULL : PySequence_GetItem(va_page->slots, slot);
     if (version == NULL)
         goto done;
@@ -407,8 +417,7 @@ try_eldu(PyObject *self, PyObject *const *args, Py_ssize_t count)
 
     if (pages == NULL || !right_arguments(count, 6))
         goto done;
-    flags = PyLong_AsUnsignedLongLong(args[3]);
-    if (flags == (uint64_t)-1 && PyErr_Occurred())
+    if (!unsigned_of(args[3], &flags))
         goto done;
     page = entry_at(pages, args[4]);
     va_page = page != NULL && integer(args[5], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;

@@ -27,12 +27,19 @@ static const struct {
 
 /* --- integers ----------------------------------------------------------------------------------- */
 
+/* In the stable ABI PyLong_Check is a call. */
+static inline bool
+is_integer(PyObject *field)
+{
+    return field != NULL && (Py_IS_TYPE(field, &PyLong_Type) || PyLong_Check(field));
+}
+
 bool
 read_integer(PyObject *field, int64_t *value)
 {
     int overflow;
 
-    if (field == NULL || !PyLong_Check(field))
+    if (!is_integer(field))
         return false;
     *value = PyLong_AsLongLongAndOverflow(field, &overflow);
     return !overflow;
@@ -41,8 +48,14 @@ read_integer(PyObject *field, int64_t *value)
 bool
 address(PyObject *field, uint64_t *value)
 {
-    if (field == NULL || !PyLong_Check(field))
+    int overflow;
+
+    if (!is_integer(field))
         return false;
+    /* Python converts to an unsigned integer in a loop over bytes. */
+    *value = (uint64_t)PyLong_AsLongLongAndOverflow(field, &overflow);
+    if (overflow == 0)
+        return (int64_t)*value >= 0;
     *value = PyLong_AsUnsignedLongLong(field);
     if (*value != (uint64_t)-1 || !PyErr_Occurred())
         return true;
