@@ -68,4 +68,7 @@ def record(cls: type[_T]) -> type[_T]:
         cls.__name__, (structure,), {**kept, "__slots__": ()}
     )
     made.__qualname__ = cls.__qualname__
+    if "__slots__" in vars(cls):
+        # As readers of the class expect it.
+        made.__slots__ = vars(cls)["__slots__"]  # type: ignore[attr-defined]
     return made

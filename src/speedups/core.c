@@ -237,11 +237,13 @@ static PyObject *
 take(PyObject *core, PyObject *ksgxd, PyObject *freed, bool usable, PyObject *count,
      PyObject *group, PyObject *kind, PyObject *node, PyObject *claim)
 {
-    PyObject *generation = GETF(Ksgxd, ksgxd, generation), *outcomes = GETF(Ksgxd, ksgxd, outcomes);
     PyObject *refused = NULL, *seen = NULL, *page = NULL;
+    int64_t generation, outcomes;
     SgxEpcPage *record;
 
-    if (generation == NULL || outcomes == NULL || (refused = try_charge(group)) == NULL)
+    if (GET_INTEGER(Ksgxd, ksgxd, generation, &generation) < 0
+        || GET_INTEGER(Ksgxd, ksgxd, outcomes, &outcomes) < 0
+        || (refused = try_charge(group)) == NULL)
         goto done;
     if (usable && is_none(refused)) {
         page = CALL0(freed, popleft);
@@ -253,14 +255,12 @@ take(PyObject *core, PyObject *ksgxd, PyObject *freed, bool usable, PyObject *co
         set_field(&record->free, Py_False);
         goto done;
     }
-    seen = PyTuple_Pack(2, generation, outcomes);
+    seen = Py_BuildValue("LL", (long long)generation, (long long)outcomes);
     if (seen != NULL)
         page = CALL(core, _take_otherwise, group, refused, seen, node, kind, claim, NULL);
 done:
     Py_XDECREF(seen);
     Py_XDECREF(refused);
-    Py_XDECREF(outcomes);
-    Py_XDECREF(generation);
     return page;
 }
 

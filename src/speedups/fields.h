@@ -9,19 +9,46 @@
 #define SOFTSGX_FIELDS_H
 
 #define ATOMIC_COUNT(C, O) O(_latch) C(value)
-#define COUNTERS(C, O)                                                                        \
+#define COUNTERS(C, O)                                                                           \
     C(alloc_busy) C(alloc_interrupted) C(alloc_none) C(batches) C(claims) C(direct) C(dying)     \
     C(eldu) C(eldu_failed) C(etrack) C(ewb_failed) C(ewb_first) C(ewb_second) C(ewb_third)       \
     O(held) C(kept) C(kicks) C(leaked) C(lost) C(not_blocked) C(not_prepared) C(not_written)     \
     C(pcmd_truncated) C(prev_trk_incmpl) C(reclaimed) C(scanned) C(secs_in) C(secs_out)          \
     C(truncated) C(unsanitized) C(va_in) C(va_made) C(va_out) C(wakeups) C(young)
 #define CROSSINGS(C, O) C(aex) C(eenter) C(eexit) C(eresume)
-#define ENCLAVE_COUNTS(C, O)                                                                  \
+#define ENCLAVE_COUNTS(C, O)                                                                     \
     C(evictions) C(fault_ns) O(faults) C(kicks) C(reloads) C(touched)
+#define EPC_CGROUP(C, O)                                                                         \
+    O(_ancestry) C(_ceiling_pages) O(_dying) O(_max_pages) O(_order) O(_position) O(children)    \
+    O(events) O(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
+    C(peak_pages) O(removed) C(usage_pages)
+#define FLAT_BACKING(C, O)                                                                       \
+    O(kinds) O(limit_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)
+#define KSGXD(C, O)                                                                              \
+    O(_counters) O(_failed) O(_faults) O(_gave_up) O(_in_use) O(_lock) O(_oom_verdicts)          \
+    O(_patience_passes) O(_progress) O(_reclaim) O(_requests) O(_root) O(_runtime)               \
+    O(_sanitizer) O(_scarce) O(_stopping) O(_task) O(_tracer) C(_waiters) O(_wake) O(asleep)     \
+    C(generation) C(outcomes) O(working)
+#define RESIDENT_SECS(C, O)                                                                      \
+    O(base) O(cet_attributes) O(cet_leg_bitmap_offset) C(children) O(config_id) O(config_svn)    \
+    O(context) O(crossings) O(cur_count) O(eid) O(epoch) O(etrack_running) O(flags)              \
+    O(isv_ext_prod_id) O(isv_family_id) O(isv_prod_id) O(isv_svn) O(machine_check)               \
+    O(measurement_lock) O(miscselect) O(mrenclave) O(mrsigner) O(padding) O(prev_count)          \
+    O(size) O(ssa_frame_size) O(tracking_lock) O(virt_children) O(xfrm)
+#define RW_LOCK(C, O)                                                                            \
+    O(_changed) O(_lock) C(_readers) O(_reading) O(_uninterleaved) C(_waiting) O(has_writer)
+#define VA_ARRAY(C, O)                                                                           \
+    O(_made_by_count) O(_pages) O(group) O(level) O(lock) O(pin) C(promised) C(room) O(tree)     \
+    C(used)
+#define VA_PAGE(C, O)                                                                            \
+    O(accessed) O(array) O(epc) O(eviction) O(free) O(index) O(lost) O(parent) C(pins)           \
+    O(stale)
 
 #define STRUCTURES(X)                                                                            \
     X(AtomicCount, ATOMIC_COUNT) X(Counters, COUNTERS) X(Crossings, CROSSINGS)                   \
-    X(EnclaveCounts, ENCLAVE_COUNTS)
+    X(EnclaveCounts, ENCLAVE_COUNTS) X(EpcCgroup, EPC_CGROUP) X(FlatBacking, FLAT_BACKING)       \
+    X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(VaArray, VA_ARRAY)       \
+    X(VaPage, VA_PAGE)
 
 #define COUNT_FIELD(name) int64_t name;
 #define OBJECT_FIELD(name) PyObject *name;

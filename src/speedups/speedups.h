@@ -67,12 +67,6 @@ int add_methods(PyObject *module);
 #define NATIVE_STORE(X) X(_hidden) X(_leaving) X(_maps) X(poisoned) X(shown)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
 #define RESERVATION(X) X(index) X(pinned) X(slot)
-#define RESIDENT_SECS(X)                                                                         \
-    X(base) X(cet_attributes) X(cet_leg_bitmap_offset) X(children) X(config_id) X(config_svn)    \
-    X(context) X(crossings) X(cur_count) X(eid) X(epoch) X(etrack_running) X(flags)              \
-    X(isv_ext_prod_id) X(isv_family_id) X(isv_prod_id) X(isv_svn) X(machine_check)               \
-    X(measurement_lock) X(miscselect) X(mrenclave) X(mrsigner) X(padding) X(prev_count)          \
-    X(size) X(ssa_frame_size) X(tracking_lock) X(virt_children) X(xfrm)
 #define SGX_EPC_PAGE(X)                                                                          \
     X(addr) X(blocked) X(free) X(group) X(kept) X(kind) X(leaked) X(lru) X(node) X(owner)        \
     X(poisoned) X(tracked)
@@ -84,8 +78,6 @@ int add_methods(PyObject *module);
 #define UFFD_PAGER(X)                                                                            \
     X(_close_events) X(_dontwake) X(_failed) X(_fetches) X(_inject) X(_pagemap) X(_present)      \
     X(_running) X(_uffd) X(_watched)
-#define VA_PAGE(X)                                                                               \
-    X(accessed) X(array) X(epc) X(eviction) X(free) X(index) X(lost) X(parent) X(pins) X(stale)
 #define VA_SLOT(X) X(number) X(page)
 
 #define CLAIMS(X) \
@@ -120,20 +112,6 @@ int add_methods(PyObject *module);
     X(tee_report_key)
 
 /* Those of a derived class come behind those of its base. */
-#define EPC_CGROUP(X) \
-    X(_ancestry) X(_ceiling_pages) X(_dying) X(_max_pages) X(_order) X(_position) \
-    X(children) X(events) X(events_local) X(hierarchy) X(lru) X(name) X(own_pages) \
-    X(parent) X(path) X(peak_pages) X(removed) X(usage_pages)
-#define VA_ARRAY(X) \
-    X(_made_by_count) X(_pages) X(group) X(level) X(lock) X(pin) X(promised) X(room) \
-    X(tree) X(used)
-#define KSGXD(X) \
-    X(_counters) X(_failed) X(_faults) X(_gave_up) X(_in_use) X(_lock) X(_oom_verdicts) \
-    X(_patience_passes) X(_progress) X(_reclaim) X(_requests) X(_root) X(_runtime) \
-    X(_sanitizer) X(_scarce) X(_stopping) X(_task) X(_tracer) X(_waiters) X(_wake) \
-    X(asleep) X(generation) X(outcomes) X(working)
-#define FLAT_BACKING(X) \
-    X(kinds) X(limit_pages) X(reserved) X(sealed) X(sharers) X(unusual) X(usual)
 #define FLAT_FILE(X) \
     X(_buffers) X(_counters) X(_flat) X(_layout) X(_sealed) X(_sharers) X(_tracer)
 #define SEALED_PAGES(X) X(_blocks) X(_places) X(free)
@@ -146,9 +124,6 @@ int add_methods(PyObject *module);
 #define MM(X) \
     X(_ended) X(_latch) X(_pick) X(_starts) X(_uninterleaved) X(_vmas) X(found) \
     X(mmap_lock) X(name) X(notifiers) X(owner) X(pid) X(ptes) X(runtime) X(users)
-#define RW_LOCK(X) \
-    X(_changed) X(_lock) X(_readers) X(_reading) X(_uninterleaved) X(_waiting) \
-    X(has_writer)
 #define COMPILED_SWAP(X) \
     X(_backing) X(_core) X(_counters) X(_file) X(_group) X(_late_backing) X(_leaves) \
     X(_pages) X(entries) X(lock) X(pin) X(va) X(_base) X(_discards_failed) X(_frees_failed) \
@@ -156,19 +131,17 @@ int add_methods(PyObject *module);
     X(children) X(etracks) X(ewbs) X(peak_children) X(secs) X(secs_entry)
 
 #define RECORDS(X)                                                                               \
-    X(Claim, CLAIM) X(DictStore, DICT_STORE)                       \
-    X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)                           \
-    X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES) X(EnclaveVma, ENCLAVE_VMA)             \
-    X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK) X(Pinned, PINNED)                            \
-    X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(SgxEpcPage, SGX_EPC_PAGE)       \
-    X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaPage, VA_PAGE) X(VaSlot, VA_SLOT) \
-    X(EpcCgroup, EPC_CGROUP) X(VaArray, VA_ARRAY) X(Ksgxd, KSGXD) X(FlatBacking, FLAT_BACKING) \
-    X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS) X(Enclave, ENCLAVE) X(Mm, MM) \
-    X(EnclaveMemory, ENCLAVE_MEMORY) X(EnclavePageTable, ENCLAVE_PAGE_TABLE)                     \
-    X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES) X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER)                    \
-    X(Claims, CLAIMS) X(Driver, DRIVER) X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES)            \
-    X(Lru, LRU) X(Machine, MACHINE) X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)   \
-    X(RwLock, RW_LOCK) X(CompiledSwap, COMPILED_SWAP)
+    X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
+    X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES)         \
+    X(EnclaveVma, ENCLAVE_VMA) X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                   \
+    X(Pinned, PINNED) X(Reservation, RESERVATION) X(SgxEpcPage, SGX_EPC_PAGE)                    \
+    X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
+    X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS)         \
+    X(Enclave, ENCLAVE) X(Mm, MM) X(EnclaveMemory, ENCLAVE_MEMORY)                               \
+    X(EnclavePageTable, ENCLAVE_PAGE_TABLE) X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES)     \
+    X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
+    X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
+    X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)
 
 #define FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;

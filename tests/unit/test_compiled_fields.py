@@ -16,10 +16,15 @@ from tests.model.test_random_programs import World
 
 from softsgx import compiled
 from softsgx.arch import PageType
+from softsgx.cgroup import EpcCgroup
 from softsgx.driver.counts import EnclaveCounts
-from softsgx.hw.secs import Crossings
-from softsgx.paging import Counters
+from softsgx.driver.sync import RwLock
+from softsgx.hw.secs import Crossings, ResidentSecs
+from softsgx.paging import Counters, FlatBacking
+from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.nodes import AtomicCount
+from softsgx.paging.va import VaArray
+from softsgx.paging.va_page import VaPage
 from softsgx.runtime import InlineRuntime
 
 TOP = 2**63 - 1
@@ -30,6 +35,9 @@ def records() -> list[Any]:
 
 
 RECORDS = [type(one) for one in records()]
+CLASSES: list[Any] = [
+    *(*RECORDS, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock, VaArray, VaPage),
+]
 needs_core = pytest.mark.skipif(compiled.speedups is None, reason=compiled.description)
 
 
@@ -40,6 +48,18 @@ def counts_of(one: object) -> list[str]:
 def values_of(one: Any) -> dict[str, object]:
     names = getattr(type(one).__base__, "__slots__", None) or type(one).__slots__
     return {name: getattr(one, name) for name in names}
+
+
+def blank(cls: Any) -> Any:
+    """An instance whose __init__ has not run."""
+    return cls.__new__(cls)
+
+
+def fields_of(cls: Any) -> tuple[list[str], list[str]]:
+    """The counts and the objects of a class with a structure."""
+    one, names = blank(cls), vars(cls.__base__)["__slots__"]
+    counts = [name for name in names if getattr(one, name, None) == 0]
+    return counts, [name for name in names if name not in counts]
 
 
 # --- as a class of Python -------------------------------------------------------------------------
@@ -95,7 +115,7 @@ def test_a_class_made_from_the_standard_librarys_init_is_the_same() -> None:
 @needs_core
 def test_the_compiled_core_has_the_fields_of_each_class() -> None:
     core: Any = compiled.speedups
-    for cls in RECORDS:
+    for cls in CLASSES:
         structure = core.fields(cls.__name__)
         assert structure is not None and cls.__base__ is structure, cls
         assert core.fields(cls.__name__) is structure
@@ -122,10 +142,23 @@ def test_a_class_with_other_fields_stays_as_it_is_written() -> None:
 
 
 @needs_core
-@pytest.mark.parametrize("number", range(len(RECORDS)))
-def test_what_is_no_integer_of_64_bits_is_refused(number: int) -> None:
-    one = records()[number]
-    for name in counts_of(one):
+@pytest.mark.parametrize("cls", CLASSES)
+def test_each_field_has_its_own_place(cls: Any) -> None:
+    one, (counts, objects) = blank(cls), fields_of(cls)
+    assert counts
+    values: dict[str, object] = {name: n - (1 << 40) for n, name in enumerate(counts)}
+    values |= {name: f"the object of {name}" for name in objects}
+    for name, value in values.items():
+        setattr(one, name, value)
+    assert {name: getattr(one, name) for name in values} == values
+    assert sys.getsizeof(one) >= 8 * len(values)
+
+
+@needs_core
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_is_no_integer_of_64_bits_is_refused(cls: Any) -> None:
+    one = blank(cls)
+    for name in fields_of(cls)[0]:
         setattr(one, name, 5)
         for wrong, error in [
             *((TOP + 1, OverflowError), (-TOP - 2, OverflowError), (1 << 200, OverflowError)),
@@ -137,8 +170,8 @@ def test_what_is_no_integer_of_64_bits_is_refused(number: int) -> None:
         with pytest.raises(TypeError):
             delattr(one, name)
         assert getattr(one, name) == 5
-    setattr(one, counts_of(one)[0], True)
-    assert type(getattr(one, counts_of(one)[0])) is int
+        setattr(one, name, True)
+        assert type(getattr(one, name)) is int
 
 
 @needs_core
@@ -182,17 +215,19 @@ class Anything:
 
 @needs_core
 def test_cycles_through_a_record_are_collected() -> None:
-    for number in (0, 1, 3):
-        one = records()[number]
-        assert gc.is_tracked(one)
-        inside = Anything(one)
-        name = next(name for name in values_of(one) if name not in counts_of(one))
-        setattr(one, name, inside)
-        assert gc.get_referents(one) == [inside, type(one)]
-        seen = weakref.ref(inside)
-        del inside, one
-        gc.collect()
-        assert seen() is None
+    seen = []
+    for cls in CLASSES:
+        assert gc.is_tracked(blank(cls))
+        one = blank(cls)
+        for name in fields_of(cls)[1]:
+            inside = Anything(one)
+            setattr(one, name, inside)
+            seen.append((cls, name, weakref.ref(inside)))
+            assert gc.get_referents(one).count(inside) == 1, name
+        assert gc.get_referents(one).count(cls) == 1
+    del one, inside
+    gc.collect()
+    assert [(cls, name) for cls, name, inside_it in seen if inside_it() is not None] == []
 
 
 @needs_core
@@ -217,10 +252,14 @@ def test_records_that_end_leave_nothing_behind() -> None:
                 setattr(one, counts_of(one)[0], 1 << 60)
                 with pytest.raises(TypeError):
                     setattr(one, counts_of(one)[0], None)
+            for cls in CLASSES:
+                one, (counts, objects) = blank(cls), fields_of(cls)
+                for name in counts + objects:
+                    setattr(one, name, 1 << 50)
 
     def state() -> list[int]:
         gc.collect()
-        return [sys.getrefcount(held), *map(sys.getrefcount, RECORDS)]
+        return [sys.getrefcount(held), *map(sys.getrefcount, CLASSES)]
 
     use()
     before, blocks = state(), sys.getallocatedblocks()

@@ -127,6 +127,7 @@ class Hierarchy:
             assert len(group.lru) <= group.own_pages, f"{group.path}: more pages than charges"
 
 
+@compiled.record
 class EpcCgroup:
     """One group; a :class:`~softsgx.paging.Group`.  Made by :meth:`mkdir` of its parent.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from softsgx.compiled import record
 from softsgx.runtime import Runtime
 
 __all__ = ["RwLock", "Srcu"]
@@ -29,6 +30,7 @@ class _Reading:
         self._release()
 
 
+@record
 class RwLock:
     """A sleeping reader-writer lock; readers may nest: they never wait for a waiting writer.
 

@@ -61,6 +61,7 @@ class Crossings:
     aex: int = 0
 
 
+@record
 class ResidentSecs:
     """One SECS that is in the EPC.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 
 from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
+from softsgx.compiled import record
 from softsgx.defects import Defect
 from softsgx.hw import Sealed
 from softsgx.paging.counters import Counters
@@ -30,6 +31,7 @@ _PCMD = struct.Struct("<Q56xQ40x16s")  # SECINFO.FLAGS, ENCLAVEID, MAC; the rest
 assert _PCMD.size == Pcmd.SIZE, "a PCMD is 128 bytes"
 
 
+@record
 class FlatBacking:
     """The backing of one owner's evicted pages in this process' memory.
 

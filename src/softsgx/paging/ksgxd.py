@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from softsgx.compiled import record
 from softsgx.paging.claims import PAUSE_NS
 from softsgx.paging.counters import Counters
 from softsgx.paging.events import Sanitized
@@ -29,6 +30,7 @@ from softsgx.trace import Tracer
 __all__ = ["Ksgxd"]
 
 
+@record
 class Ksgxd:
     """The task, its requests, and the tasks that wait for it.
 

@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOTS, PageType, Status
+from softsgx.compiled import record
 from softsgx.defects import Defect
 from softsgx.hw import Fault
 from softsgx.paging.claims import Claim
@@ -58,6 +59,7 @@ class _AlwaysAlive:
         pass
 
 
+@record
 class VaArray:
     """The VA pages of one enclave, or of one upper level.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS, Status
+from softsgx.compiled import record
 from softsgx.paging.events import Evicted
 from softsgx.paging.failures import BackingError
 from softsgx.paging.leafio import LeafResult, ewb, result_name, vanished
@@ -57,6 +58,7 @@ class VaSlot:
         return False
 
 
+@record
 class VaPage:
     """One VA page, a :class:`~softsgx.paging.Reclaimable`.
 
