@@ -120,6 +120,8 @@ def test_the_compiled_core_has_the_fields_of_each_class() -> None:
         assert structure is not None and cls.__base__ is structure, cls
         assert core.fields(cls.__name__) is structure
         assert core.bind(cls.__name__, cls)
+        if not dataclasses.is_dataclass(cls):
+            assert {*cls.__slots__} == {*vars(structure)["__slots__"]}
         assert not core.bind(cls.__name__, int)
         assert cls.__basicsize__ == object.__basicsize__ + 8 * len(vars(structure)["__slots__"])
     assert core.fields("Other") is None
