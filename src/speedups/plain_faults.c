@@ -163,7 +163,7 @@ flush(struct fault *fault)
         && (status = has_any(fault->image, names._deferred_calls)) == 0
         && (status = pager_has_nothing_due(fault->page_table)) > 0)
         return 0;
-    return status < 0 || show_late_page() < 0 ? -1 : effect(CALL0(fault->image, flush));
+    return status < 0 || show_late_page(&fault->late) < 0 ? -1 : effect(CALL0(fault->image, flush));
 }
 
 /* As resume() of threads. */
@@ -197,7 +197,7 @@ finish(struct service *service, struct fault *fault)
 {
     int leaving = has_any(service->store, names._leaving);
 
-    if (leaving < 0 || (leaving && (show_late_page() < 0 || hide_unmapped(service->store) < 0)))
+    if (leaving < 0 || (leaving && (show_late_page(&fault->late) < 0 || hide_unmapped(service->store) < 0)))
         return -1;
     return flush(fault);
 }
@@ -359,7 +359,7 @@ serve(struct service *service, PyObject *thread, int fetched)
         status = effect(CALL(service->server, guard, thread, stop, NULL));
 done:
     Py_XDECREF(stop);
-    release(&fault, sizeof(fault));
+    release(&fault, offsetof(struct fault, late));
     return status < 0 ? -1 : 0;
 }
 

@@ -3,7 +3,7 @@
 #ifndef PLAIN_FAULTS_H
 #define PLAIN_FAULTS_H
 
-#include "speedups.h"
+#include "memory.h"
 
 /* The thread of the last event, and what it has until it ends. */
 struct known {
@@ -24,6 +24,7 @@ struct service {
 /* One fault: objects that the thread has now. */
 struct fault {
     PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr;
+    struct late_page late;
 };
 
 /* Whether an attribute is an object, and whether a container attribute has anything in it:

@@ -33,7 +33,7 @@ int add_plain_faults(PyObject *module);
 int add_records(PyObject *module);
 int add_fields(PyObject *module);
 int add_leaves(PyObject *module);
-int add_memory(PyObject *module);
+int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
 
 /* --- records ------------------------------------------------------------------------------------
@@ -55,16 +55,17 @@ int add_methods(PyObject *module);
     X(_windows) X(fd) X(forbidden) X(former_jumps) X(jumps) X(key) X(marked) X(pages)            \
     X(trapped) X(users)
 #define ENCLAVE_PAGE_TABLE(X)                                                                    \
-    X(_entries) X(_installed) X(_mapped_in) X(_marked) X(_pages) X(_store) X(_used) X(index)     \
-    X(is_readable) X(kick_all) X(memory_at) X(pager)
+    X(_entries) X(_installed) X(_mapped_in) X(_marked) X(_pages) X(_prots) X(_store) X(_used)    \
+    X(index) X(is_readable) X(kick_all) X(memory_at) X(pager)
 #define EPC_PAGE(X)                                                                              \
     X(addr) X(bepoch) X(blocked) X(enclave) X(linaddr) X(lock) X(modification_lock)              \
-    X(modified) X(pending) X(pr) X(pt) X(rwx) X(secs) X(slots) X(valid)
+    X(modified) X(pending) X(pr) X(pt) X(rwx) X(secs) X(slots) X(stored) X(valid)
 #define FAULT_EVENTS(X)                                                                          \
     X(epoll) X(images) X(in_a_row) X(latest) X(may_have_stopped) X(signals)
 #define FETCHES(X) X(_prot_at) X(_taken) X(due) X(rights)
 #define INLINE_LOCK(X) X(_holder) X(_runtime) X(name)
-#define NATIVE_STORE(X) X(_hidden) X(_leaving) X(_maps) X(poisoned) X(shown)
+#define NATIVE_STORE(X) X(_leaving) X(_pages)
+#define PAGE_RIGHTS(X) X(_room) X(blocks)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
 #define RESERVATION(X) X(index) X(pinned) X(slot)
 #define SGX_EPC_PAGE(X)                                                                          \
@@ -73,6 +74,7 @@ int add_methods(PyObject *module);
 #define SLOT(X)                                                                                  \
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
     X(opened) X(stay) X(table) X(tcs)
+#define STORED_PAGE(X) X(data) X(linaddr) X(maps) X(memory) X(page) X(poisoned) X(rights)
 #define SWAP_ENTRIES(X) X(_numbers) X(_va_pages)
 #define SWAP_ENTRY(X) X(index) X(slot)
 #define UFFD_PAGER(X)                                                                            \
@@ -141,7 +143,8 @@ int add_methods(PyObject *module);
     X(EnclavePageTable, ENCLAVE_PAGE_TABLE) X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES)     \
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
-    X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)
+    X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)    \
+    X(PageRights, PAGE_RIGHTS) X(StoredPage, STORED_PAGE)
 
 #define FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;
@@ -272,7 +275,7 @@ add_to_count(int64_t *field, int64_t change)
     X(_wake_waiters) X(aex) X(age) X(append) X(asleep) X(at_call) X(background)                  \
     X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
-    X(current) X(dead) X(decrypt) X(defects) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)              \
+    X(current) X(dead) X(decrypt) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)   \
     X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(failed) X(fault) X(faulted) X(faulting)    \
     X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(gate_at)           \
     X(generation) X(get) X(going) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
@@ -464,7 +467,7 @@ int wake_waiting(int uffd, uint64_t linaddr);
 /* engine: PTRACE_CONT without a signal: 0, or errno. */
 int continue_thread(int tid);
 
-/* The native engine's page tables and store; others by their methods.  See memory.c. */
+/* The native engine's page tables and store; others by their methods.  See memory.c, hiding.c. */
 int page_has_entry(PyObject *table, uint64_t linaddr);
 int pager_has_nothing_due(PyObject *table);
 int install(PyObject *table, EnclaveVma *vma, PyObject *linaddr, PyObject *addr);
@@ -474,13 +477,6 @@ int fill(PyObject *store, EpcPage *page, PyObject *data);
 int drop(PyObject *store, EpcPage *page);
 PyObject *freeze(PyObject *store, EpcPage *page);
 int hide_unmapped(PyObject *store);
-
-/* The page of a thread that waits: install() may leave its UFFDIO_COPY to the end of the fault, which
- * wakes the thread too.  Until then the file has a hole where page table and store say that the page
- * is shown: no Python code may run that could look.  See memory.c. */
-void expect_late_page(PyObject *table, int uffd, PyObject *linaddr);
-int show_late_page(void); /* at once, and without a wake-up; 0 too if there is none */
-int wake_with_late_page(void); /* 1; 0: nothing is left to copy; -1: an error */
 
 /* UFFDIO_COPY of 4096 bytes, or of zeros (NULL): errno, or -1 with an error. */
 int copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data);

@@ -140,7 +140,7 @@ permits_going(struct service *service, struct fault *fault)
     }
     else if ((status = stops_at_exit(fault)) != 0)
         return status < 0 ? -1 : 0;
-    if (show_late_page() < 0)
+    if (show_late_page(&fault->late) < 0)
         return -1;
     return effect(CALL(service->permits, going, fault->thread, NULL));
 }

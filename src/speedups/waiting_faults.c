@@ -2,6 +2,8 @@
 
 #include "plain_faults.h"
 
+#include <stddef.h>
+
 #define WRITE_PROTECTED 2
 
 static PyObject *
@@ -84,7 +86,7 @@ skip(struct service *service, struct fault *fault)
 {
     int plain = is_untraced(fault);
 
-    if (plain < 0 || (!plain && show_late_page() < 0))
+    if (plain < 0 || (!plain && show_late_page(&fault->late) < 0))
         return -1;
     if (!plain)
         return effect(CALL(service->exits, skip, fault->thread, given.PF, NULL));
@@ -99,7 +101,8 @@ continue_it(struct service *service, struct fault *fault, const struct fault_eve
 
     if (SET(fault->thread, spurious, given.NO_REPETITION) < 0 || skip(service, fault) < 0
         || (status = is_quiet(service)) < 0
-        || (!status && (show_late_page() < 0 || effect(CALL0(service->server, background)) < 0))
+        || (!status && (show_late_page(&fault->late) < 0
+            || effect(CALL0(service->server, background)) < 0))
         || finish(service, fault) < 0)
         return -1;
     status = get_truth(fault->thread, names.running);
@@ -107,7 +110,7 @@ continue_it(struct service *service, struct fault *fault, const struct fault_eve
         return status;
     if (permits_going(service, fault) < 0)
         return -1;
-    status = wake_with_late_page();
+    status = wake_with_late_page(&fault->late);
     return status ? (status < 0 ? -1 : 0) : wake_waiting(event->uffd, event->address);
 }
 
@@ -121,9 +124,9 @@ resolve(struct service *service, struct fault *fault, const struct fault_event *
     if (add_integer(service->plain, names.served, 1) < 0
         || SET(fault->image, faulting, fault->thread) < 0 || permits_settle(service) < 0)
         return -1;
-    expect_late_page(fault->page_table, event->uffd, fault->linaddr);
+    expect_late_page(&fault->late, fault->page_table, event->uffd, fault->linaddr);
     result = CALL(fault->mm, fault, fault->linaddr, given.READ, fault->thread, NULL);
-    expect_late_page(NULL, 0, NULL);
+    expect_no_late_page();
     if (result == NULL)
         return -1;
     status = get_truth(fault->thread, names.running);
@@ -207,7 +210,7 @@ serve_event(struct service *service, const struct fault_event *event)
     else
         fault.image = GET(thread, image);
     status = fault.image == NULL ? -1 : attempt(service, &fault, event);
-    if (show_late_page() < 0) /* of a thread that is not woken */
+    if (show_late_page(&fault.late) < 0) /* of a thread that is not woken */
         status = -1;
     if (status == 0)
         status = stop_at(service, event);
@@ -218,6 +221,6 @@ serve_event(struct service *service, const struct fault_event *event)
         status = -1;
     if (type != NULL)
         PyErr_Restore(type, error, traceback);
-    release(&fault, sizeof(fault));
+    release(&fault, offsetof(struct fault, late));
     return status < 0 ? -1 : 0;
 }

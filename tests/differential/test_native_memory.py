@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -30,7 +30,7 @@ from softsgx.engines.native.memory.memory_file import EnclaveMemory, User, pytho
 from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager, hide_unmapped
 from softsgx.engines.native.memory.plain_table import PlainPageTable
-from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.memory.store import NativeStore, StoredPage
 from softsgx.engines.native.memory.uffd import UffdPager, open_userfaultfd
 from softsgx.hw import EpcPage, MachineCheck, PageFault
 from softsgx.image import MASK_NONE, Data, Plan, Run
@@ -41,7 +41,7 @@ from softsgx.userland import SoftProcess
 pytestmark = needs_tracing
 
 READ, WRITE, EXECUTE = 1, 2, 4
-BASE, APART, SIZE = 0x3000_0000_0000, 0x10_0000_0000, 64 * PAGE_BYTES
+BASE, APART, SIZE = 0x3000_001C_0000, 0x10_0000_0000, 64 * PAGE_BYTES  # the last of 2 MiB
 KINDS = ((3, 12), (1, 4), (5, 6), (7, 6))
 """Rights, and how many data pages have them."""
 EPC_PAGES = 34
@@ -59,9 +59,11 @@ class ReadableStore(NativeStore):
     def mapped(
         self, page: EpcPage, memory: EnclaveMemory, linaddr: int, user: User | None = None
     ) -> None:
-        known = self._maps.get(page.addr)
-        self._maps[page.addr] = memory, linaddr, 1 if known is None else known[2] + 1
-        self._leaving.discard(page.addr)
+        record = self.record(page)
+        if record in self._leaving:
+            self._leaving.remove(record)
+        record.memory, record.linaddr = memory, linaddr
+        record.maps += 1
         self.refresh(page)
 
 
@@ -69,12 +71,12 @@ class ReadableTable(EnclavePageTable):
     """Asks the store and the pager for each step."""
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
-        entry = self._entries.get(linaddr)
-        if entry is None:
+        page = self.page(linaddr)
+        if page is None:
             return False
         used = linaddr in self._used
         self._used.discard(linaddr)
-        shown = self._store.is_shown(entry[0])
+        shown = self._store.is_shown(page)
         return bool(shown and self.pager.test_and_clear_accessed(linaddr)) or used
 
 
@@ -354,24 +356,54 @@ class Site:
 
     # --- state ------------------------------------------------------------------------------------
 
+    def stored(self, number: int) -> StoredPage:
+        """What the store knows of a resident page."""
+        page = self.epcm(number)
+        assert page is not None
+        return self.store.record(page)
+
+    def _stored(self, record: StoredPage) -> object:
+        assert record.page.stored is record
+        where = None if record.memory is None else record.linaddr - self.base
+        data = None if record.data is None else bytes(record.data)
+        return where, record.maps, record.rights, data, record.poisoned
+
+    def check(self) -> None:
+        """Page tables, the file and the list of those that leave are what the records say."""
+        records, tables = self.store._pages, (self.table, self.other)
+        leaving = {record.page.addr for record in self.store._leaving}
+        assert len(leaving) == len(self.store._leaving)
+        for record in records:
+            addr, maps = record.page.addr, 0
+            for table in tables:
+                mapped = [at for at, known in table._entries.items() if known is record]
+                assert mapped in ([], [record.linaddr])
+                maps += len(mapped)
+            assert record.maps == maps
+            assert (addr in leaving) is (record.rights != 0 and not maps)
+            assert record.data is None or (not record.rights and any(record.data))
+        shown = {record.linaddr: record.rights for record in records if record.rights}
+        assert shown == self.memory.pages
+        for table in tables:
+            assert table._prots.keys() <= table._entries.keys()
+
     def state(self) -> dict[str, object]:
         base, store, memory = self.base, self.store, self.memory
         core, enclave, machine = self.system.core, self.enclave, self.system.machine
 
-        def placed(known: Mapping[int, Any]) -> object:
-            return {addr: (where - base, *rest) for addr, (_memory, where, *rest) in known.items()}
-
         seen: dict[str, object] = {
             "entries": [
-                {at - base: entry for at, entry in table._entries.items()}
+                {at - base: table.entry(at) for at in table._entries}
                 for table in (self.table, self.other)
             ],
             "used": [{at - base for at in table._used} for table in (self.table, self.other)],
+            "prots": [
+                {at - base: prot for at, prot in table._prots.items()}
+                for table in (self.table, self.other)
+            ],
             "table marks": {at - base for at in self.table._marked},
-            "shown": placed(store.shown),
-            "maps": placed(store._maps),
-            "hidden": {addr: bytes(data) for addr, data in store._hidden.items()},
-            "leaving": store._leaving,
+            "stored": {record.page.addr: self._stored(record) for record in store._pages},
+            "leaving": [record.page.addr for record in store._leaving],
             "file": {at - base: rights for at, rights in memory.pages.items()},
             "marks": {at - base: marks for at, marks in memory.marked.items()},
             "bytes": {at - base: os.pread(self.file, PAGE_BYTES, at) for at in memory.pages},
@@ -433,6 +465,8 @@ STEPS = (
 
 
 def compare(made: list[Site], where: object) -> None:
+    for site in made:
+        site.check()
     readable, *others = (site.state() for site in made)
     for other in others:
         assert other.keys() == readable.keys(), where
@@ -489,7 +523,7 @@ def test_pages_that_are_marked_while_threads_are_kept_from_them_leave_with_their
                 site.do("fault", number, 0)
                 site.do("zap", number, 0)
             pager, last, calls = cast(Any, site.pager), site.address(first + pages - 1), [0]
-            addr = site.page(first + pages - 1).epc.addr
+            record = site.stored(first + pages - 1)
 
             def running(site: Site = site, last: int = last, calls: list[int] = calls) -> bool:
                 calls[0] += 1
@@ -502,7 +536,7 @@ def test_pages_that_are_marked_while_threads_are_kept_from_them_leave_with_their
             own[8:9] = ENCLU[:1]  # what a mark replaces
             site.hide()
             assert calls[0] and not site.memory.marked
-            assert site.store._hidden[addr] == bytes(own)
+            assert record.data == bytes(own)
             pager._running = lambda: False
         compare(made, "hidden")
 

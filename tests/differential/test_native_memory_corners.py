@@ -10,10 +10,11 @@ import pytest
 from tests.differential.test_native_memory import ENCLU, Site, compare, sites
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
-from softsgx.arch import PAGE_BYTES, PageType
+from softsgx.arch import PAGE_BYTES, EpcAddr, PageType
 from softsgx.driver import FaultResult
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
-from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.memory.page_rights import BLOCK_SHIFT
+from softsgx.engines.native.memory.store import NativeStore, StoredPage
 from softsgx.hw import EpcPage
 
 pytestmark = [
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif("userfaultfd" not in USABLE_PAGERS, reason="needs userfaultfd"),
 ]
 
+BLOCK_BYTES = 1 << BLOCK_SHIFT
 WRITABLE = 0  # number of a page with rights R W
 
 
@@ -36,10 +38,12 @@ def out(site: Site, number: int) -> None:
         assert site.do("evict", number, 0)
 
 
-def next_addr(site: Site) -> int:
+def next_page(site: Site) -> StoredPage:
     """The EPC page that the next load takes."""
     (node,) = site.system.core._pool.nodes.values()
-    return int(node.freed[0].addr)
+    page = site.system.machine.page_at(node.freed[0].addr)
+    assert page is not None
+    return site.store.record(page)
 
 
 # --- pages that become usable ---------------------------------------------------------------------
@@ -59,57 +63,68 @@ def test_only_pages_that_the_program_can_use_are_shown(
         site.store.refresh(entry)
         out(site, WRITABLE)
         site.mm.fault(site.address(WRITABLE), 1, site.process)
-        assert site.store.is_shown(site.page(WRITABLE).epc.addr) is (
+        assert site.store.is_shown(site.stored(WRITABLE).page) is (
             kind is PageType.REG and not flag
         )
     compare(made, (kind, flag))
 
 
-def older_entry(site: Site, at: int, _addr: int) -> None:
+def older_entry(site: Site, at: int, _page: StoredPage) -> None:
     """The address has the entry of another page."""
     site.do("fault", 1, 0)
-    other = site.page(1).epc.addr
-    site.table._entries[at] = other, 3
-    memory, linaddr, _count = site.store._maps[other]
-    site.store._maps[other] = memory, linaddr, 2
+    other = site.stored(1)
+    site.table._entries[at] = other
+    other.maps = 2
 
 
-def mapped_elsewhere(site: Site, at: int, addr: int) -> None:
-    site.store._maps[addr] = site.memory, at, 1
+def mapped_elsewhere(site: Site, at: int, page: StoredPage) -> None:
+    page.memory, page.linaddr, page.maps = site.memory, at, 1
+    site.other._entries[at] = page
 
 
-def shown_already(site: Site, at: int, addr: int) -> None:
-    site.store.shown[addr] = site.memory, at, 1
-    site.memory.show(at, b"\1" * PAGE_BYTES, 1)
+def shown_already(site: Site, _at: int, page: StoredPage) -> None:
+    """The page has lost its entry, and is not hidden yet."""
+    site.do("fault", WRITABLE, 0)
+    site.do("zap", WRITABLE, 0)
+    assert page.rights and site.store._leaving == [page]
 
 
-def poisoned(site: Site, _at: int, addr: int) -> None:
-    site.store.poisoned.add(addr)
+def poisoned(_site: Site, _at: int, page: StoredPage) -> None:
+    page.poisoned = True
 
 
-def only_user_is_another(site: Site, _at: int, _addr: int) -> None:
+def only_user_is_another(site: Site, _at: int, _page: StoredPage) -> None:
     site.memory.users[:] = [site.other]
 
 
-def no_hole(site: Site, at: int, _addr: int) -> None:
+def first_use(site: Site, _at: int, page: StoredPage) -> None:
+    """The store has not known the EPC page."""
+    site.store._pages.remove(page)
+    page.page.stored = None
+
+
+def no_hole(site: Site, at: int, _page: StoredPage) -> None:
     """UFFDIO_COPY fails: the file has a page there."""
     os.pwrite(site.file, b"\2" * PAGE_BYTES, at)
 
 
 @pytest.mark.parametrize(
     "state",
-    [older_entry, mapped_elsewhere, shown_already, poisoned, only_user_is_another, no_hole],
+    [
+        *(older_entry, mapped_elsewhere, shown_already, poisoned, only_user_is_another, first_use),
+        no_hole,
+    ],
     ids=lambda state: state.__name__,
 )
 def test_a_page_is_mapped_over_what_is_there(
-    made: list[Site], state: Callable[[Site, int, int], None]
+    made: list[Site], state: Callable[[Site, int, StoredPage], None]
 ) -> None:
     for site in made:
         out(site, WRITABLE)
         if state is older_entry:
             out(site, 1)
         at = site.address(WRITABLE)
-        state(site, at, next_addr(site))
+        state(site, at, next_page(site))
         assert site.mm.fault(at, 1, site.process) is FaultResult.NOPAGE
     compare(made, state)
 
@@ -124,9 +139,9 @@ class OtherStore(NativeStore):
         OtherStore.log.append("mapped")
         super().mapped(page, *arguments)
 
-    def unmapped(self, addr: int) -> None:
+    def unmapped(self, record: StoredPage) -> None:
         OtherStore.log.append("unmapped")
-        super().unmapped(addr)
+        super().unmapped(record)
 
 
 def test_a_store_of_another_class_is_asked_itself(made: list[Site]) -> None:
@@ -167,7 +182,7 @@ def test_a_page_comes_back_with_its_bytes(made: list[Site], data: bytes) -> None
         site.store.write(page, 0, data)
         site.do("zap", WRITABLE, 0)
         site.hide()
-        assert (page.addr in site.store._hidden) is any(data)
+        assert (page.stored.data is not None) is any(data)
         out(site, WRITABLE)
         site.do("fault", WRITABLE, 0)
         assert os.pread(site.file, PAGE_BYTES, site.address(WRITABLE)) == data
@@ -184,18 +199,19 @@ def test_a_page_that_is_still_shown_leaves_with_its_bytes(made: list[Site]) -> N
         vma.enclave = None  # its entry stays
         assert page.block()
         vma.enclave = site.enclave
-        assert site.store.is_shown(page.epc.addr) and page.write()
-        site.system.core.free(_untracked(site, at))
+        record = site.stored(WRITABLE)
+        assert site.store.is_shown(record.page) and page.write()
+        site.system.core.free(_untracked(site, record))
         page.put()
         site.table._entries.pop(at)
-        site.store._maps.clear()
+        record.maps = 0
         assert site.mm.fault(at, 1, site.process) is FaultResult.NOPAGE
         assert os.pread(site.file, PAGE_BYTES, at) == data
 
 
-def _untracked(site: Site, at: int) -> Any:
-    """The EPC page of an entry that was evicted, off its list."""
-    record: Any = site.system.core._pool.records[site.table._entries[at][0]]
+def _untracked(site: Site, stored: StoredPage) -> Any:
+    """An EPC page that was evicted, off its list."""
+    record: Any = site.system.core._pool.records[stored.page.addr]
     record.tracked, record.lru = False, None
     return record
 
@@ -204,7 +220,7 @@ def test_nothing_is_asked_of_a_store_without_pages_that_leave(made: list[Site]) 
     for site in made:
         site.do("fault", WRITABLE, 0)
         site.hide()
-        assert site.store.is_shown(site.page(WRITABLE).epc.addr)
+        assert site.store.is_shown(site.stored(WRITABLE).page)
     compare(made, "hidden")
 
 
@@ -221,17 +237,17 @@ def test_runs_of_pages_are_hidden_with_their_own_bytes(
     for site in made:
         for number in range(9):
             site.do("fault", number, 0)
-        before = {
-            site.page(number).epc.addr: os.pread(site.file, PAGE_BYTES, site.address(number))
+        before = [
+            (site.stored(number), os.pread(site.file, PAGE_BYTES, site.address(number)))
             for number in numbers
-        }
+        ]
         for number in numbers:
             site.do("zap", number, 0)
         site.running = running
         site.hide()
         site.running = False
-        for addr, data in before.items():
-            assert site.store._hidden.get(addr, bytes(PAGE_BYTES)) == data
+        for record, data in before:
+            assert (record.data or bytes(PAGE_BYTES)) == data and not record.rights
     compare(made, numbers)
 
 
@@ -256,16 +272,41 @@ def test_pages_of_two_files_are_hidden_each_in_its_own(made: list[Site]) -> None
         for number in (0, 1):
             site.do("fault", number, 0)
             site.do("zap", number, 0)
-        addr = site.page(1).epc.addr
-        at = site.address(1)
+        record, at = site.stored(1), site.address(1)
         os.pwrite(other.fd, b"\7" * PAGE_BYTES, at)
         other.pages[at] = 3
-        site.store.shown[addr] = other, at, 3
+        del site.memory.pages[at]
+        record.memory = other
         site.hide()
-        assert site.store._hidden[addr] == b"\7" * PAGE_BYTES
+        assert record.data == b"\7" * PAGE_BYTES
+        record.memory = site.memory
         assert not other.pages and not site.store._leaving
         other.close()
     compare(made, "hidden")
+
+
+@pytest.mark.parametrize("around", [[], [-1, 0, 1, 2], [-3, 512, 1024]], ids=str)
+def test_pages_of_several_blocks_are_no_longer_known(made: list[Site], around: list[int]) -> None:
+    """Of a run over an end of 2 MiB, or of two; those beside it keep what is known of them."""
+    for site in made:
+        end = (site.base | BLOCK_BYTES - 1) + 1
+        hidden = [end + at * PAGE_BYTES for at in range(-2, 515) if at not in around]
+        beside = [
+            end + at * PAGE_BYTES for at in (-3, *(at for at in around if -3 < at < 515), 515)
+        ]
+        fetches: Any = site.pager
+        fetches = fetches._fetches
+        for at in (*hidden, *beside):
+            fetches.rights[at] = 3
+        for number, at in enumerate((*hidden, *beside)):
+            page = EpcPage(EpcAddr(number << 12 | 1 << 40))
+            page.fill(PageType.REG, rwx=3, linaddr=at)
+            site.store.mapped(page, site.memory, at)
+            if at not in beside:
+                site.store.unmapped(site.store.record(page))
+        site.hide()
+        for rights in (site.memory.pages, fetches.rights):
+            assert rights == dict.fromkeys(beside, 3)
 
 
 @pytest.mark.parametrize("marked", [0, 1, 2])
@@ -280,6 +321,6 @@ def test_any_page_of_those_that_are_hidden_can_have_marks(made: list[Site], mark
         own[8:9] = ENCLU[:1]  # what a mark replaces
         site.memory.mark(at + 8)
         site.hide()
-        assert site.store._hidden[site.page(first + marked).epc.addr] == bytes(own)
+        assert site.stored(first + marked).data == bytes(own)
         assert not site.memory.marked
     compare(made, "hidden")

@@ -17,6 +17,7 @@ from tests.differential.test_native_memory import Site
 from tests.support.native import USABLE_PAGERS, needs_tracing
 
 from softsgx import compiled
+from softsgx.engines.native.memory.store import StoredPage
 
 TIMES = 300
 
@@ -37,8 +38,8 @@ def shared(site: Site) -> list[object]:
     objects += site.system.machine.pages.values()
     objects += list(site.enclave.pages.values())
     objects += [page.index for page in site.enclave.pages.values()]
-    objects += store._maps.values()
-    objects += store.shown.values()
+    for record in store._pages:
+        objects += [record, *(getattr(record, name) for name in StoredPage.__slots__)]
     return objects
 
 

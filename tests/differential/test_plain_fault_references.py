@@ -17,9 +17,12 @@ from tests.differential.test_plain_fault_steps import SETTINGS, Scene
 from tests.differential.test_plain_fault_threads import faults_of, with_image, with_thread
 
 from softsgx import compiled
+from softsgx.arch import EpcAddr
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults import plain
+from softsgx.engines.native.memory.store import StoredPage
+from softsgx.hw import EpcPage
 
 TIMES = 100
 
@@ -53,7 +56,7 @@ def real_space(scene: Scene) -> None:
 
 def real_entry(scene: Scene) -> None:
     image, _pager = with_image(scene)
-    image.page_table._entries[0x7000_1000] = 0x8000, 3
+    image.page_table._entries[0x7000_1000] = StoredPage(EpcPage(EpcAddr(0x8000)))
 
 
 def no_event(scene: Scene) -> None:

@@ -30,13 +30,14 @@ from tests.differential.test_plain_fault_steps import (
 from tests.support.native import needs_tracing
 
 from softsgx import compiled
+from softsgx.arch import EpcAddr
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.faults import plain
 from softsgx.engines.native.faults.plain import PlainFaults
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.store import NativeStore
+from softsgx.engines.native.memory.store import NativeStore, StoredPage
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -44,7 +45,7 @@ from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.permits import Permits
-from softsgx.hw import EnclaveMode
+from softsgx.hw import EnclaveMode, EpcPage
 
 NO_THREAD = 1 << 22  # above the largest process id
 PAGE = 4096
@@ -236,7 +237,7 @@ def test_a_real_page_table_has_the_entry_of_each_address_in_a_page(page: int, of
     for serve in both():
         scene = Scene()
         image, _pager = with_image(scene)
-        image.page_table._entries[PAGE_AT + page * PAGE] = 0x8000, 3
+        image.page_table._entries[PAGE_AT + page * PAGE] = StoredPage(EpcPage(EpcAddr(0x8000)))
         scene.threads[11].signal(abi.BUS_ADRERR, PAGE_AT + offset)
         faults = faults_of(scene)
         states.append((serve(faults), scene.state(), faults.served))

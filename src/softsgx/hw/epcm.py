@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import MutableSequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softsgx.arch import VA_SLOTS, EpcAddr, PageType, SecInfoFlags
 
@@ -47,6 +47,7 @@ class EpcPage:
         modification_lock: whether one of EACCEPT, EACCEPTCOPY, EMODPE, EMODPR, EMODT works on it.
         enclave: of a SECS page, its enclave.
         slots: of a VA page, its 512 versions; 0 is an empty slot.
+        stored: what the machine's page store keeps with the page; nothing else uses it.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class EpcPage:
         "rwx",
         "secs",
         "slots",
+        "stored",
         "valid",
     )
 
@@ -80,6 +82,7 @@ class EpcPage:
         self.bepoch = 0
         self.enclave: ResidentSecs | None = None
         self.slots: MutableSequence[int] | None = None
+        self.stored: Any = None
 
     def clear(self) -> None:
         """Make the entry invalid and drop the page's content."""

@@ -32,6 +32,8 @@ class PageStore(Protocol):
     Calls for one page come one at a time (its EPCM lock is held, or it is a plain access).
     ``page.secs`` and ``page.linaddr`` are already set when ``fill`` is called and still set in
     ``drop``.
+
+    A store may keep an object of its own for a page in ``page.stored``.
     """
 
     def fill(self, page: EpcPage, data: bytes) -> None:

@@ -106,13 +106,13 @@ class AbortPage:
         device = image.device_at(page)
         if device is None:
             return self._lend_foreign(thread, page, lent)
-        entry = image.page_table.entry(page)
-        while entry is None:
+        epc = image.page_table.page(page)
+        while epc is None:
             if image.mm.fault(page, PROT_READ, thread) not in _MENDED:
                 return False
-            entry = image.page_table.entry(page)
+            epc = image.page_table.page(page)
         self._stop_other_users(thread, device)
-        self._store.lend(entry[0], device.memory, page)
+        self._store.lend(epc, device.memory, page)
         lent[page] = device.memory
         image.pager.touched(page, WRITE)  # else its use would be a fault that only reports it
         image.lift(page)

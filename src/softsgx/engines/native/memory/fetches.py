@@ -17,6 +17,7 @@ from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.memory_file import EXECUTE, runs
+from softsgx.engines.native.memory.page_rights import PageRights
 
 __all__ = ["Fetches"]
 
@@ -42,7 +43,7 @@ class Fetches:
 
     def __init__(self, prot_at: Callable[[int], int | None]) -> None:
         self._prot_at = prot_at
-        self.rights: dict[int, int] = {}
+        self.rights = PageRights()
         self._taken: set[int] = set()  # pages that have lost PROT_EXEC
         self.due: set[int] = set()
 
@@ -62,7 +63,7 @@ class Fetches:
     def hidden(self, pages: Iterable[int]) -> None:
         """Pages are holes now."""
         for page in pages:
-            self.rights.pop(page, None)
+            self.rights.discard(page)
 
     def mapped(self, start: int, end: int, shown: dict[int, int]) -> None:
         """The program has mapped the range, or changed its rights, and the kernel has set them.
@@ -81,10 +82,7 @@ class Fetches:
 
     def within(self, start: int, end: int) -> list[int]:
         """Return the shown pages of a range, lowest first."""
-        rights = self.rights
-        if (end - start) // PAGE_BYTES < len(rights):
-            return [page for page in range(start, end, PAGE_BYTES) if page in rights]
-        return sorted(page for page in rights if start <= page < end)
+        return list(self.rights.within(start, end))
 
     def calls(self) -> list[Call]:
         """Return the deferred calls; the caller makes them."""

@@ -28,6 +28,7 @@ from typing import Protocol
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
+from softsgx.engines.native.memory.page_rights import PageRights
 
 __all__ = [
     "ALL_RIGHTS",
@@ -142,7 +143,7 @@ class EnclaveMemory:
         changing its size.
         """
         self.users: list[User] = []
-        self.pages: dict[int, int] = {}
+        self.pages = PageRights()
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self.trapped: set[int] = set()
@@ -200,7 +201,7 @@ class EnclaveMemory:
         for guard, low, high in guarded:
             guard.before_hide(low, high)
         for linaddr in pages:
-            self.pages.pop(linaddr, None)
+            self.pages.discard(linaddr)
         contents = kernel.take_pages(self.fd, parts)
         for guard, low, high in guarded:
             guard.after_hide(low, high)
@@ -395,10 +396,7 @@ class EnclaveMemory:
 
     def within(self, start: int, end: int) -> dict[int, int]:
         """Return :attr:`pages` of a range."""
-        pages = self.pages
-        if (end - start) // PAGE_BYTES < len(pages):
-            return {at: pages[at] for at in range(start, end, PAGE_BYTES) if at in pages}
-        return {at: rights for at, rights in pages.items() if start <= at < end}
+        return self.pages.within(start, end)
 
     def _guards_at(self, linaddr: int) -> list[Guard]:
         """Return the guards of the address spaces that map this file at ``linaddr``."""

@@ -16,12 +16,13 @@ from typing import Protocol
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard
-from softsgx.engines.native.memory.store import NativeStore
-from softsgx.hw import EXECUTE, WRITE, EpcPage, MachineCheck, PageFault
+from softsgx.engines.native.memory.store import NativeStore, StoredPage
+from softsgx.hw import EXECUTE, READ, WRITE, EpcPage, MachineCheck, PageFault
 
 __all__ = ["EnclavePageTable", "Pager"]
 
 _PAGE_MASK = -PAGE_BYTES
+_READ_WRITE = READ | WRITE
 _ENCLU_BYTES = 3
 
 
@@ -101,6 +102,7 @@ class EnclavePageTable:
         "_mapped_in",
         "_marked",
         "_pages",
+        "_prots",
         "_store",
         "_used",
         "index",
@@ -127,7 +129,8 @@ class EnclavePageTable:
         self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
         self._store, self._pages, self._installed = store, pages, installed
         self._mapped_in = mapped_in
-        self._entries: dict[int, tuple[int, int]] = {}
+        self._entries: dict[int, StoredPage] = {}
+        self._prots: dict[int, int] = {}  # of entries with other rights than R and W
         self._used: set[int] = set()  # pages that a leaf has used since their bit was cleared
         self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
 
@@ -135,44 +138,54 @@ class EnclavePageTable:
 
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
         """Map the page at ``linaddr`` with PROT_* rights; an older entry is replaced."""
-        old = self._entries.get(linaddr)
-        self._entries[linaddr] = epc_addr, prot
+        page = self._pages.get(epc_addr)
+        assert page is not None, f"{epc_addr:#x} is no EPC page"
+        old, record = self._entries.get(linaddr), self._store.record(page)
+        self._entries[linaddr] = record
+        self._set_prot(linaddr, prot)
         if old is not None:
-            if old[0] == epc_addr:
+            if old is record:
                 return
             self._marked.pop(linaddr, None)
-            self._store.unmapped(old[0])
-        page, memory = self._pages.get(epc_addr), self.memory_at(linaddr)
-        assert page is not None and memory is not None, f"an entry for {linaddr:#x} of no enclave"
+            self._store.unmapped(old)
+        memory = self.memory_at(linaddr)
+        assert memory is not None, f"an entry for {linaddr:#x} of no enclave"
         self._store.mapped(page, memory, linaddr, self)
         if self._installed is not None:
             self._installed(page)
 
     def zap(self, linaddr: int) -> None:
         """Remove the page's entry, if there is one."""
-        entry = self._entries.pop(linaddr, None)
-        if entry is not None:
+        record = self._entries.pop(linaddr, None)
+        if record is not None:
+            if self._prots:
+                self._prots.pop(linaddr, None)
             self._used.discard(linaddr)
             if self._marked:
                 self._marked.pop(linaddr, None)
-            self._store.unmapped(entry[0])
+            self._store.unmapped(record)
 
     def protect(self, start: int, end: int, prot: int) -> None:
         """Give the entries in a range the PROT_* rights ``prot``."""
-        entries = self._entries
         for linaddr in self._inside(start, end):
-            entries[linaddr] = entries[linaddr][0], prot
+            self._set_prot(linaddr, prot)
+
+    def _set_prot(self, linaddr: int, prot: int) -> None:
+        if prot != _READ_WRITE:
+            self._prots[linaddr] = prot
+        elif self._prots:
+            self._prots.pop(linaddr, None)
 
     def test_and_clear_accessed(self, linaddr: int) -> bool:
         """Return whether the page was used since the last call, or since it was mapped."""
-        entry = self._entries.get(linaddr)
-        if entry is None:
+        record = self._entries.get(linaddr)
+        if record is None:
             return False
         # Leaves use pages, too; TCS and SSA pages are mostly used by leaves alone.
         used = linaddr in self._used
         if used:
             self._used.discard(linaddr)
-        if entry[0] in self._store.shown:
+        if record.rights:
             return self.pager.test_and_clear_accessed(linaddr) or used
         return used
 
@@ -203,15 +216,16 @@ class EnclavePageTable:
             MachineCheck: the page is poisoned.
         """
         page = linaddr & _PAGE_MASK
-        entry = self._entries.get(page)
-        if entry is not None:
-            if access & ~entry[1]:
-                present = Pfec.P if entry[1] else 0  # PROT_NONE makes entries that are not present
+        record = self._entries.get(page)
+        if record is not None:
+            prot = self._prots.get(page, _READ_WRITE)
+            if access & ~prot:
+                present = Pfec.P if prot else 0  # PROT_NONE makes entries that are not present
                 raise PageFault(linaddr, _code(access, user=user) | present)
             self._used.add(page)
-            if entry[0] in self._store.poisoned:
+            if record.poisoned:
                 raise MachineCheck
-            return entry[0] | linaddr & ~_PAGE_MASK
+            return record.page.addr | linaddr & ~_PAGE_MASK
         if self.memory_at(linaddr) is not None or not self.is_readable(linaddr):
             raise PageFault(linaddr, _code(access, user=user))
         return ordinary(self.index, linaddr)
@@ -246,22 +260,30 @@ class EnclavePageTable:
 
     def entry(self, linaddr: int) -> tuple[int, int] | None:
         """Return (EPC address, PROT_* rights) of the page that holds ``linaddr``."""
-        return self._entries.get(linaddr & _PAGE_MASK)
+        linaddr &= _PAGE_MASK
+        record = self._entries.get(linaddr)
+        if record is None:
+            return None
+        return record.page.addr, self._prots.get(linaddr, _READ_WRITE)
+
+    def page(self, linaddr: int) -> EpcPage | None:
+        """Return the EPC page of the entry for the page that holds ``linaddr``."""
+        record = self._entries.get(linaddr & _PAGE_MASK)
+        return None if record is None else record.page
 
     def is_poisoned(self, linaddr: int) -> bool:
         """Return whether the memory of the page that holds ``linaddr`` has an uncorrected error."""
-        entry = self.entry(linaddr)
-        return entry is not None and entry[0] in self._store.poisoned
+        record = self._entries.get(linaddr & _PAGE_MASK)
+        return record is not None and record.poisoned
 
     def is_shown(self, linaddr: int) -> bool:
         """Return whether the page that holds ``linaddr`` can be used without a fault."""
-        entry = self.entry(linaddr)
-        return entry is not None and self._store.is_shown(entry[0])
+        return self.rights(linaddr) != 0
 
     def rights(self, linaddr: int) -> int:
         """Return the EPCM rights of the page that holds ``linaddr``; 0: it is not shown here."""
-        entry = self.entry(linaddr)
-        return 0 if entry is None else self._store.rights(entry[0])
+        record = self._entries.get(linaddr & _PAGE_MASK)
+        return 0 if record is None else record.rights
 
     def mark(self, address: int) -> None:
         """Let the ENCLU at ``address`` trap faster from now on, if it is in read-only code."""
@@ -272,12 +294,10 @@ class EnclavePageTable:
 
     def read_only_code(self, address: int, size: int) -> EnclaveMemory | None:
         """Return the memory file of an instruction in one shown page that cannot be written."""
-        entry, memory = self.entry(address), self.memory_at(address)
-        if entry is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - size:
+        page, memory = self.page(address), self.memory_at(address)
+        if page is None or memory is None or address % PAGE_BYTES > PAGE_BYTES - size:
             return None
-        page = self._pages.get(entry[0])
-        usable = page is not None and not page.rwx & WRITE and self._store.is_shown(entry[0])
-        return memory if usable else None
+        return memory if not page.rwx & WRITE and self.is_shown(address) else None
 
     def touched(self, linaddr: int, access: int) -> bool:
         """As :meth:`Pager.touched`."""
@@ -291,17 +311,15 @@ class EnclavePageTable:
     def traps_at(self, address: int) -> bool:
         """Return whether the code at ``address`` can be executed here and is a marked ENCLU."""
         entry = self.entry(address)
-        if entry is None or not entry[1] & self._store.rights(entry[0]) & EXECUTE:
+        if entry is None or not entry[1] & self.rights(address) & EXECUTE:
             return False
         memory = self.memory_at(address)
         return memory is not None and memory.is_enclu(address)
 
     def refresh(self, linaddr: int) -> None:
         """The EPCM entry of the page at ``linaddr`` may have changed."""
-        entry = self.entry(linaddr)
-        if entry is not None:
-            page = self._pages.get(entry[0])
-            assert page is not None, f"{entry[0]:#x} is no EPC page"
+        page = self.page(linaddr)
+        if page is not None:
             self._store.refresh(page)
 
     def refresh_range(self, start: int, end: int) -> None:
@@ -318,12 +336,10 @@ class EnclavePageTable:
 
     def reshow(self, linaddr: int) -> None:
         """Set the rights of a page again, after a fault that its rights do not explain."""
-        entry = self.entry(linaddr)
-        if entry is not None:
-            page = self._pages.get(entry[0])
-            assert page is not None, f"{entry[0]:#x} is no EPC page"
+        page = self.page(linaddr)
+        if page is not None:
             self._store.refresh(page)
-            rights = self._store.rights(entry[0])
+            rights = self.rights(linaddr)
             if rights:
                 self.pager.set_rights(linaddr & _PAGE_MASK, rights)
 

@@ -12,9 +12,11 @@ from softsgx import compiled
 from softsgx.arch import PageType
 from softsgx.driver import PROT_EXEC
 from softsgx.engines.native import kernel
-from softsgx.engines.native.memory.memory_file import EXECUTE, WRITE
+from softsgx.engines.native.memory.memory_file import EXECUTE, READ, WRITE
+from softsgx.engines.native.memory.page_rights import BLOCK_SHIFT as RIGHTS_SHIFT
+from softsgx.engines.native.memory.page_rights import INDEX_MASK, INDEX_SHIFT
 from softsgx.engines.native.memory.page_table import EnclavePageTable
-from softsgx.engines.native.memory.store import ZEROS, NativeStore
+from softsgx.engines.native.memory.store import ZEROS, NativeStore, StoredPage
 from softsgx.engines.native.memory.uffd import (
     BLOCK_MASK,
     BLOCK_SHIFT,
@@ -25,7 +27,7 @@ from softsgx.engines.native.memory.uffd import (
 
 __all__ = ["FAST_PAGE_TABLE", "PlainPageTable"]
 
-_REG = PageType.REG
+_REG, _READ_WRITE = PageType.REG, READ | WRITE
 
 
 class PlainPageTable(EnclavePageTable):
@@ -37,16 +39,17 @@ class PlainPageTable(EnclavePageTable):
         """As :meth:`EnclavePageTable.install`."""
         entries, store, pager = self._entries, self._store, self.pager
         page, memory = self._pages.get(epc_addr), self.memory_at(linaddr)
-        maps, shown = store._maps, store.shown
+        record: StoredPage | None = None if page is None else page.stored
         if (
             page is None
+            or record is None
             or memory is None
             or type(pager) is not UffdPager
             or type(store) is not NativeStore
             or linaddr in entries
-            or epc_addr in maps
-            or epc_addr in shown
-            or epc_addr in store.poisoned
+            or record.maps
+            or record.rights
+            or record.poisoned
             or not page.rwx & WRITE
             or not page.valid
             or page.pt is not _REG
@@ -58,18 +61,27 @@ class PlainPageTable(EnclavePageTable):
             super().install(linaddr, epc_addr, prot)
             return
         rights = page.rwx
-        entries[linaddr] = epc_addr, prot
-        maps[epc_addr] = memory, linaddr, 1
-        shown[epc_addr] = memory, linaddr, rights
-        memory.pages[linaddr] = rights
-        data = store._hidden.pop(epc_addr, ZEROS)
+        entries[linaddr] = record
+        if prot != _READ_WRITE:
+            self._prots[linaddr] = prot
+        data = ZEROS if record.data is None else record.data
+        record.memory, record.linaddr, record.data = memory, linaddr, None
+        record.maps, record.rights = 1, rights
+        block, index = linaddr >> RIGHTS_SHIFT, linaddr >> INDEX_SHIFT & INDEX_MASK
+        try:
+            memory.pages.blocks[block][index] = rights
+        except KeyError:
+            memory.pages[linaddr] = rights
         if kernel.copy_page(pager._uffd, linaddr, pager._dontwake, data):
             memory.show(linaddr, data, rights, self)  # it fails again, and is written otherwise
         else:
             if pager._present:  # was read before the new entry existed
                 pager._present.pop(linaddr >> BLOCK_SHIFT, None)
             fetches = pager._fetches
-            fetches.rights[linaddr] = rights
+            try:
+                fetches.rights.blocks[block][index] = rights
+            except KeyError:
+                fetches.rights[linaddr] = rights
             if prot & PROT_EXEC and (linaddr in fetches._taken) == bool(rights & EXECUTE):
                 fetches.shown(linaddr, rights)  # a call is due
         if self._installed is not None:
@@ -81,40 +93,38 @@ class PlainPageTable(EnclavePageTable):
         if type(store) is not NativeStore:
             super().zap_pages(linaddrs)
             return
-        maps, shown, leaving = store._maps, store.shown, store._leaving
+        prots, leaving = self._prots, store._leaving
         for linaddr in linaddrs:
-            entry = entries.pop(linaddr, None)
-            if entry is None:
+            record = entries.pop(linaddr, None)
+            if record is None:
                 continue
+            if prots:
+                prots.pop(linaddr, None)
             if used:
                 used.discard(linaddr)
             if marked:
                 marked.pop(linaddr, None)
-            addr = entry[0]
-            if maps[addr][2] > 1:
-                store.unmapped(addr)
-                continue
-            del maps[addr]
-            if addr in shown:
-                leaving.add(addr)
+            record.maps -= 1
+            if record.rights and not record.maps:
+                leaving.append(record)
 
     def test_and_clear_pages(self, linaddrs: list[int]) -> list[bool]:
         """As :meth:`EnclavePageTable.test_and_clear_pages`."""
         pager = self.pager
         if type(pager) is not UffdPager:
             return super().test_and_clear_pages(linaddrs)
-        entries, used, shown = self._entries, self._used, self._store.shown
+        entries, used = self._entries, self._used
         watched, present = pager._watched, pager._present
         young: list[bool] = []
         for linaddr in linaddrs:
-            entry = entries.get(linaddr)
-            if entry is None:
+            record = entries.get(linaddr)
+            if record is None:
                 young.append(False)
                 continue
             accessed = linaddr in used
             if accessed:
                 used.discard(linaddr)
-            if entry[0] in shown and linaddr not in watched:
+            if record.rights and linaddr not in watched:
                 flags = present.get(linaddr >> BLOCK_SHIFT)
                 if flags is None:
                     flags = pager._read_block(linaddr >> BLOCK_SHIFT)

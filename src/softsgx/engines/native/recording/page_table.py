@@ -32,7 +32,8 @@ class RecordedPageTable(EnclavePageTable):
 
     def install(self, linaddr: int, epc_addr: int, prot: int) -> None:
         """As :meth:`EnclavePageTable.install`."""
-        if not self._store.is_mapped(epc_addr):
+        page = self._pages.get(epc_addr)
+        if page is not None and not self._store.is_mapped(page):
             self._recorder.page_mapped(epc_addr)
         super().install(linaddr, epc_addr, prot)
 

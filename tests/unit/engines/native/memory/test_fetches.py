@@ -62,11 +62,11 @@ def test_shown_pages_lose_exactly_the_right_that_the_epcm_refuses(
         end = min(start + length * PAGE, BASE + PAGES * PAGE)
         match what:
             case "show" if start not in fetches.rights:
-                fetches.shown(start, rights)
+                fetches.shown(start, rights or 1)
             case "hide":
                 fetches.hidden(range(start, end, PAGE))
             case "change" if start in fetches.rights:
-                fetches.changed(start, rights)
+                fetches.changed(start, rights or 1)
             case "protect":
                 for table in (native.asked, native.real):
                     native.protect(table, start, end, rights)

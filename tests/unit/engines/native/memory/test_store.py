@@ -85,7 +85,7 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
                     store.mapped(page, memory, page.linaddr)
                     mapped[index] += 1
                 case "unmap" if mapped[index]:
-                    store.unmapped(page.addr)
+                    store.unmapped(store.record(page))
                     mapped[index] -= 1
                 case "write":
                     store.write(page, value, bytes([value]))
@@ -107,7 +107,7 @@ def test_bytes_are_what_was_written_last_wherever_they_are(
                 if number in outside:
                     assert outside[number] == expected[number]
                     continue
-                shown = store.is_shown(seen.addr)
+                shown = store.is_shown(seen)
                 assert shown == bool(mapped[number] and not seen.pending)
                 assert store.read(seen, 0, 4096) == expected[number]
                 in_file = os.pread(theirs, 4096, seen.linaddr)
@@ -174,7 +174,7 @@ def test_pages_that_leave_together_are_hidden_at_once_when_the_first_is_needed()
         store.fill(page, bytes([1 + page.linaddr // 4096 % 4096]) * 4096)
         store.mapped(page, memory, page.linaddr)
     for page in (pages[2], pages[0], pages[3]):
-        store.unmapped(page.addr)
+        store.unmapped(store.record(page))
     assert not guard.log
     assert store.freeze(pages[3]) == b"\x04" * 4096
     assert guard.log == [
@@ -198,13 +198,13 @@ def test_a_page_is_shown_with_the_rights_of_its_epcm_entry() -> None:
     # X alone can be read as well: page tables do not know it.
     expected = {page.linaddr: rights for page, rights in zip(pages, (1, 3, 5), strict=False)}
     assert guard.rights == memory.pages == memory.within(BASE, BASE + (1 << 40)) == expected
-    assert [store.rights(page.addr) for page in pages] == [1, 3, 5, 0]
+    assert [store.rights(page) for page in pages] == [1, 3, 5, 0]
     pages[1].rwx = 5
     store.refresh(pages[1])
     assert guard.rights == memory.pages == expected | {pages[1].linaddr: 5}
     pages[1].rwx = 0
     store.refresh(pages[1])
-    assert not store.is_shown(pages[1].addr)
+    assert not store.is_shown(pages[1])
     assert memory.within(BASE, BASE + 2 * 4096) == {BASE: 1}
     os.close(theirs)
     memory.close()
@@ -216,9 +216,9 @@ def test_a_frozen_page_that_stays_is_shown_again() -> None:
     store.fill(page, b"x" * 4096)
     store.mapped(page, memory, page.linaddr)
     assert store.freeze(page) == b"x" * 4096
-    assert not store.is_shown(page.addr)
+    assert not store.is_shown(page)
     store.thaw(page)
-    assert store.is_shown(page.addr)
+    assert store.is_shown(page)
     os.close(theirs)
     memory.close()
 
@@ -293,13 +293,13 @@ def test_a_page_that_was_lent_as_ones_has_its_own_bytes_again(pending: bool) -> 
     store.fill(page, b"own!" * 1024)
     page.pending = pending
     store.mapped(page, memory, page.linaddr)
-    store.lend(page.addr, memory, page.linaddr)
+    store.lend(page, memory, page.linaddr)
     assert os.pread(theirs, 4096, page.linaddr) == b"\xff" * 4096
     assert store.read(page, 0, 4) == b"own!"
     os.pwrite(theirs, b"lost", page.linaddr)
     store.take_back(memory, page.linaddr)
     store.refresh(page)
-    assert store.is_shown(page.addr) is not pending
+    assert store.is_shown(page) is not pending
     assert os.pread(theirs, 4, page.linaddr) == (bytes(4) if pending else b"own!")
     assert store.read(page, 0, 4096) == b"own!" * 1024
     memory.close()
