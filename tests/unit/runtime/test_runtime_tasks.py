@@ -367,7 +367,29 @@ def test_main_takes_its_turn_again_after_run_pending() -> None:
         assert log == ["worker", "main", "worker", "main", "main"]
 
 
-def test_run_pending_ends_only_when_the_clock_need_not_be_waited_for() -> None:
+def test_main_waits_for_time_and_notifications_as_ever_after_run_pending() -> None:
+    clock = [0]
+
+    def sleep(duration_ns: int) -> None:
+        clock[0] += duration_ns
+
+    runtime = InlineRuntime(clock_ns=lambda: clock[0], sleep_ns=sleep)
+    lock = runtime.lock("work")
+    changed = runtime.condition(lock)
+
+    def main() -> None:
+        runtime.spawn(lambda: None, "task")
+        runtime.run_pending()
+        runtime.sleep(100)
+        assert clock == [100]
+        with lock:
+            changed.wait()
+
+    with pytest.raises(Deadlock, match="main waits for a notification"):
+        runtime.run(main)
+
+
+def test_run_pending_does_not_wait_for_the_clock() -> None:
     def sleep(_duration_ns: int) -> None:
         raise AssertionError("main can run, and the runtime sleeps")
 
