@@ -23,6 +23,7 @@ from tests.support.owners import FakeOwner
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, PageType, Pcmd, SecInfo
 from softsgx.driver.optimised import CompiledPage, PlainPage
+from softsgx.driver.page import EnclavePage
 from softsgx.paging import (
     Backing,
     BackingError,
@@ -40,7 +41,7 @@ from softsgx.paging import (
 from softsgx.paging.flat import FlatFile, open_swap_file
 from softsgx.paging.optimised import CompiledCore, CompiledSwap, PlainCore, PlainSwap
 from softsgx.paging.swapfile import PCMDS_PER_PAGE, SwapFile, enclave_layout
-from softsgx.paging.va_page import VaSlot
+from softsgx.paging.va_page import VaPage, VaSlot
 from softsgx.runtime import InlineRuntime
 
 Implementation = bool | Literal["compiled"]
@@ -388,9 +389,8 @@ def test_a_page_is_young_when_any_address_space_has_used_it(
     assert page.age(), "its accessed bit was not cleared"
 
 
-@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
-def test_a_load_keeps_the_va_page_that_it_needs(optimised: Implementation) -> None:
-    world = World(80, optimised=optimised)
+def evicted_beside_its_va_page(world: World) -> tuple[EnclavePage, VaPage]:
+    """Evict the first enclave; a batch is about to evict the VA page of the returned page."""
     world.launch()  # a second VA page makes the first worth an upper one
     system = world.system
     enclave = system.driver.enclaves[0]
@@ -408,7 +408,16 @@ def test_a_load_keeps_the_va_page_that_it_needs(optimised: Implementation) -> No
             assert slot is not None
             va_page.eviction = tree.file.reserve(va_page.index), slot
         swap.va.eviction_begun(va_page)
+    return page, va_page
+
+
+@pytest.mark.parametrize("optimised", IMPLEMENTATIONS)
+def test_a_load_keeps_the_va_page_that_it_needs(optimised: Implementation) -> None:
+    page, va_page = evicted_beside_its_va_page(World(80, optimised=optimised))
+    swap = page.swap
+    with page.enclave.lock:
         swap.peak_children = 0
+        assert page.entry is not None
         swap.load(page.entry, page)
     assert va_page.eviction is None and va_page.epc is not None
     assert swap.peak_children == swap.children

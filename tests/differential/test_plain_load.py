@@ -6,7 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tests.differential.test_optimised_paging import IMPLEMENTATIONS, Implementation
+from tests.differential.test_optimised_paging import (
+    IMPLEMENTATIONS,
+    Implementation,
+    evicted_beside_its_va_page,
+)
 from tests.model.test_random_programs import World
 
 from softsgx.arch import PageType
@@ -44,44 +48,36 @@ def fault(world: World, page: Any, task: Any = None) -> None:
 
 def test_a_fault_keeps_the_va_page_that_it_needs(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
-    world.launch()  # a second VA page makes the first worth an upper one
-    page, system = data_pages(world)[0], world.system
-    enclave = system.driver.enclaves[0]
-    system.evict(enclave)
-    va_page = page.entry.slot.page
-    tree, swap = system.core.va, enclave.swap
-    with enclave.lock:
-        swap.load_secs()
-        swap.children += 1  # as if another page were resident
-        swap.va.make_resident(va_page)
-        with tree.lock:
-            slot = tree.alloc_upper_slot(1)
-            assert slot is not None
-            va_page.eviction = tree.file.reserve(va_page.index), slot
-        swap.va.eviction_begun(va_page)
+    page, va_page = evicted_beside_its_va_page(world)
     fault(world, page)
     assert va_page.eviction is None and va_page.epc is not None
 
 
-def test_a_turn_ends_at_a_fault_when_its_loads_are_used_up(optimised: Implementation) -> None:
+@pytest.mark.parametrize("loads_left", [0, 2])
+def test_a_fault_of_the_holder_keeps_its_page_unless_its_loads_are_used_up(
+    optimised: Implementation, loads_left: int
+) -> None:
     world = World(80, optimised=optimised)
     page, thread, core = data_pages(world)[0], Thread(world), world.system.core
     evict(world, page)
     core.claims.holder = thread.claim
-    thread.claim.loads_left = 0
+    thread.claim.loads_left = loads_left
     fault(world, page, thread)
-    assert core.claims.holder is None and not page.epc.kept
+    assert page.epc.kept == bool(loads_left)
+    assert core.claims.holder is (thread.claim if loads_left else None)
+    if loads_left:
+        assert thread.claim.loads_left == loads_left - 1
+        core.claims.release(thread.claim)
 
 
-def test_a_fault_of_the_holder_keeps_its_page(optimised: Implementation) -> None:
+def test_a_fault_waits_for_the_lock_of_its_enclave(optimised: Implementation) -> None:
     world = World(80, optimised=optimised)
-    page, thread, core = data_pages(world)[0], Thread(world), world.system.core
+    page, process = data_pages(world)[0], world.actor.process
     evict(world, page)
-    core.claims.holder = thread.claim
-    thread.claim.loads_left = 2
-    fault(world, page, thread)
-    assert page.epc.kept and thread.claim.loads_left == 1
-    core.claims.release(thread.claim)
+    with page.enclave.lock, pytest.raises(AssertionError, match="taken twice"):
+        process.mm.fault(page.linaddr, 1)
+    assert page.epc is None and not process.mm.mmap_lock.has_writer
+    fault(world, page)
 
 
 def test_a_fault_takes_no_page_that_was_poisoned(optimised: Implementation) -> None:
