@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.model.test_random_programs import World
+from tests.support.hw import make_machine
 
 from softsgx import compiled
 from softsgx.arch import PageType
@@ -294,3 +295,12 @@ print(failures > 20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+@needs_core
+def test_a_number_below_zero_is_no_address() -> None:
+    core: Any = compiled.speedups
+    leaves = core.leaves(None, make_machine())
+    with pytest.raises(OverflowError, match="negative"):
+        leaves["try_eldu"](0, 0, b"", -1, 0, 0)
+    assert leaves["try_eldu"](0, 0, b"", 1 << 63, 0, 0) is False
