@@ -15,6 +15,9 @@ has many instances, or is asked for its fields or its signature.
 
 :func:`pattern` is :func:`re.compile`, which takes a tenth of a millisecond and more.
 
+:func:`logger` is :func:`logging.getLogger`, whose module takes some milliseconds; a run without
+problems logs nothing.  :func:`logged_by` adds a handler before the first message.
+
 Source:
     PEP 557, PEP 562, PEP 681.
 """
@@ -22,7 +25,8 @@ Source:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib import import_module
 from operator import attrgetter
@@ -30,7 +34,16 @@ from reprlib import recursive_repr
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform, overload
 
-__all__ = ["dataclass", "field", "field_names", "on_demand", "pattern", "replace"]
+__all__ = [
+    "dataclass",
+    "field",
+    "field_names",
+    "logged_by",
+    "logger",
+    "on_demand",
+    "pattern",
+    "replace",
+]
 
 _T = TypeVar("_T")
 _MISSING: Any = object()
@@ -47,6 +60,8 @@ _DEFERRED = "__deferred__"
 #: Instances of a class that are made before its __init__ is compiled: that takes as long as fifty.
 _INTERPRETED = 50
 _completing = RLock()
+#: What adds handlers of :func:`logged_by` whose first message has not come.
+_not_added: list[Callable[[], None]] = []
 
 
 def on_demand(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
@@ -71,9 +86,15 @@ def on_demand(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[
 
 
 if TYPE_CHECKING:
+    import logging
     from dataclasses import field
+    from logging import getLogger as logger  # noqa: N813
     from re import compile as pattern
 else:
+
+    def logger(name: str) -> Any:
+        """As :func:`logging.getLogger`; its module is imported for the first message."""
+        return _Logger(name)
 
     def pattern(text: str | bytes, flags: int = 0) -> Any:
         """As :func:`re.compile`, which compiles the pattern when it is first used."""
@@ -82,6 +103,29 @@ else:
     def field(**options: Any) -> Any:
         """As :func:`dataclasses.field`, for :func:`dataclass` of this module."""
         return _Field(**options)
+
+
+@contextmanager
+def logged_by(make_handler: Callable[[], logging.Handler]) -> Iterator[None]:
+    """Let a handler, which is made for the first message, have all messages of softsgx."""
+    with ExitStack() as added:
+
+        def add() -> None:
+            import logging
+
+            top, handler = logging.getLogger("softsgx"), make_handler()
+            top.addHandler(handler)
+            added.callback(top.removeHandler, handler)
+
+        if "logging" in sys.modules:
+            add()
+        else:
+            _not_added.append(add)
+        try:
+            yield
+        finally:
+            if add in _not_added:
+                _not_added.remove(add)
 
 
 @overload
@@ -114,6 +158,22 @@ def dataclass(
         return _Deferred(cls, slots, {"frozen": frozen, "eq": eq, "kw_only": kw_only}).cls
 
     return deferred if cls is None else deferred(cls)
+
+
+class _Logger:
+    """A logger that is made when an attribute of it is first asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        import logging
+
+        while _not_added:
+            _not_added.pop()()
+        value = getattr(logging.getLogger(self._name), name)
+        setattr(self, name, value)
+        return value
 
 
 class _Pattern:

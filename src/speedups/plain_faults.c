@@ -84,8 +84,10 @@ is_plain(struct service *service, struct fault *fault, uint64_t linaddr)
         return 0;
     status = has(fault->thread, names.resumes, fault->inside);
     if (status == 0) {
-        PyObject *at_once = CALL(service->exits, return_at_once, fault->thread, NULL);
+        PyObject *exits = GET(service->transitions, exits), *at_once;
 
+        at_once = exits == NULL ? NULL : CALL(exits, return_at_once, fault->thread, NULL);
+        Py_XDECREF(exits);
         status = at_once == NULL ? -1 : PyObject_IsTrue(at_once);
         Py_XDECREF(at_once);
     }
@@ -217,7 +219,7 @@ resume(struct service *service, struct fault *fault)
 static int
 resolve(struct service *service, struct fault *fault)
 {
-    PyObject *result, *number;
+    PyObject *result, *number, *enclave;
     int usual;
 
     if (add_integer(service->plain, names.served, 1) < 0 || permits_settle(service) < 0)
@@ -227,8 +229,11 @@ resolve(struct service *service, struct fault *fault)
         return -1;
     usual = is_usual(service, fault, result);
     if (usual == 0) {
-        number = CALL(service->enclave, faulted, fault->thread, fault->linaddr, given.BUS_ADRERR,
-                      result, NULL);
+        enclave = GET(service->transitions, enclave);
+        number = enclave == NULL ? NULL
+                                 : CALL(enclave, faulted, fault->thread, fault->linaddr,
+                                        given.BUS_ADRERR, result, NULL);
+        Py_XDECREF(enclave);
         Py_DECREF(result);
         if (number == NULL)
             return -1;
@@ -404,8 +409,7 @@ find_objects(struct service *service, PyObject *plain)
         || (service->open = GET(service->permits, _open)) == NULL
         || (service->unused = GET(service->permits, _unused)) == NULL
         || (service->recorded = GET(service->permits, _recorded)) == NULL
-        || (service->enclave = GET(plain, _enclave)) == NULL
-        || (service->exits = GET(plain, _exits)) == NULL
+        || (service->transitions = GET(plain, _transitions)) == NULL
         || (service->store = GET(plain, _store)) == NULL
         || (service->runtime = GET(plain, _runtime)) == NULL || find_events(service) < 0)
         return -1;

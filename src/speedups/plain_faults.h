@@ -13,7 +13,7 @@ struct known {
 /* The objects that PlainFaults has; they are the same for a run. */
 struct service {
     PyObject *plain, *server, *held, *threads, *waits, *kept, *places, *permits, *open, *unused;
-    PyObject *recorded, *enclave, *exits, *store, *runtime;
+    PyObject *recorded, *transitions, *store, *runtime;
     PyObject *ready, *lock_waiters, *timers; /* of an InlineRuntime, otherwise NULL */
     PyObject *faults; /* None: no fault is an event */
     struct known known;

@@ -265,18 +265,18 @@ add_to_count(int64_t *field, int64_t change)
 #define NAMES(X)                                                                                 \
     X(_aead) X(_alloc_for_load) X(_ancestry) X(_at_signal) X(_base) X(_batch_pages) X(_borrowed) X(_buffers) X(_ceiling_pages)      \
     X(_changed) X(_cipher) X(_clock_ns) X(_conclude) X(_core) X(_counters) X(_deferred_calls)    \
-    X(_enclave) X(_ended) X(_exited) X(_exits) X(_fetched) X(_file) X(_flat) X(_free)            \
+    X(_ended) X(_exited) X(_fetched) X(_file) X(_flat) X(_free)            \
     X(_gave_up) X(_group_of) X(_has_failures) X(_kept) X(_ksgxd) X(_late_backing) X(_leave)      \
     X(_leaves) X(_leaving) X(_load_by_leaf) X(_loaded) X(_lock_waiters) X(_low) X(_max_pages)    \
     X(_new_xstate) X(_node_of) X(_oom_verdicts) X(_open) X(_orders) X(_own_tid) X(_pages)        \
     X(_permits) X(_policy) X(_pool) X(_position) X(_ready) X(_real_xstate) X(_recorded)        \
     X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
-    X(_store) X(_take_otherwise) X(_timers) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
+    X(_store) X(_take_otherwise) X(_timers) X(_transitions) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
     X(_wake_waiters) X(aex) X(age) X(append) X(asleep) X(at_call) X(background)                  \
     X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
     X(current) X(dead) X(decrypt) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)   \
-    X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(failed) X(fault) X(faulted) X(faulting)    \
+    X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(exits) X(failed) X(fault) X(faulted) X(faulting)    \
     X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(gate_at)           \
     X(generation) X(get) X(going) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
     X(held) X(hide) X(hide_unmapped) X(hierarchy) X(hold) X(holder) X(hw) X(image) X(images)     \

@@ -88,8 +88,16 @@ skip(struct service *service, struct fault *fault)
 
     if (plain < 0 || (!plain && show_late_page(&fault->late) < 0))
         return -1;
-    if (!plain)
-        return effect(CALL(service->exits, skip, fault->thread, given.PF, NULL));
+    if (!plain) {
+        PyObject *exits = GET(service->transitions, exits);
+        int status;
+
+        if (exits == NULL)
+            return -1;
+        status = effect(CALL(exits, skip, fault->thread, given.PF, NULL));
+        Py_DECREF(exits);
+        return status;
+    }
     return count_exit(fault->inside);
 }
 

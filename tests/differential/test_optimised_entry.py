@@ -17,7 +17,8 @@ from tests.support.inhabited import AEP, DATA, Inhabited
 
 from softsgx.arch import Status
 from softsgx.hw import Fault, LogicalProcessor, Machine, MachineConfig
-from softsgx.hw.optimised import OPTIMISED, try_virtual_exit
+from softsgx.hw.optimised import OPTIMISED
+from softsgx.hw.optimised.entry import try_virtual_exit
 from softsgx.hw.processor import Registers
 
 THREADS = 2

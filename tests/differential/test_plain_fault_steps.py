@@ -336,7 +336,7 @@ def test_each_step_is_the_same_in_python_and_in_c(setting: Any) -> None:
         scene = Scene()
         setting(scene)
         faults = PlainFaults(
-            *cast(Any, (scene.server, scene.waits, scene.enclave, scene.exits, scene.permits)),
+            *cast(Any, (scene.server, scene.waits, scene, scene.permits)),
             *cast(Any, (scene.store, scene.runtime)),
         )
         states.append((serve(faults), faults.served, scene.state()))

@@ -62,7 +62,7 @@ pytestmark = [
 
 def faults_of(scene: Scene) -> PlainFaults:
     return PlainFaults(
-        *cast(Any, (scene.server, scene.waits, scene.enclave, scene.exits, scene.permits)),
+        *cast(Any, (scene.server, scene.waits, scene, scene.permits)),
         *cast(Any, (scene.store, scene.runtime)),
     )
 

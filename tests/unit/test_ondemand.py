@@ -1,4 +1,4 @@
-"""Objects made at first use: names of packages, methods of dataclasses; and what a run saves.
+"""Objects made at first use: names of packages, methods of dataclasses, loggers.
 
 Method: a new interpreter for imports; the packages' own source for their declarations.  Dataclasses
 are declared twice, and are compared with those of the standard library.
@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tests.support.native import needs_tracing
 
 from softsgx import ondemand
 
-MODULES_OF_A_RUN = 345
 LAZY = (
+    "arch",
+    "cgroup",
+    "driver",
+    "engines.native",
     "engines.native.gdb",
     "engines.native.recording",
+    "host",
     "hw",
     "kvm",
     "live",
@@ -36,64 +39,6 @@ LAZY = (
     "runtime",
     "userland",
 )
-#: What only other verbs, other engines, or options of ``run`` need.
-NOT_FOR_A_RUN = (
-    "ast",
-    "cryptography",
-    "dataclasses",
-    "datetime",
-    "fractions",
-    "hashlib",
-    "inspect",
-    "pathlib",
-    "platform",
-    "tempfile",
-    "tomllib",
-    "rich",
-    "softsgx.driver.build",
-    "softsgx.driver.sgx2",
-    "softsgx.engines.native.faults.logged",
-    "softsgx.engines.native.gdb.loop",
-    "softsgx.engines.native.recording.page_table",
-    "softsgx.engines.native.recording.pagers",
-    "softsgx.engines.native.recording.recorder",
-    "softsgx.engines.native.recording.recording",
-    "softsgx.engines.native.syscalls.call_log",
-    "softsgx.hw.dispatch",
-    "softsgx.hw.leaves.registry",
-    "softsgx.hw.optimised.paging",
-    "softsgx.image",
-    "softsgx.kvm.device",
-    "softsgx.kvm.guest",
-    "softsgx.live.runs",
-    "softsgx.report.html",
-    "softsgx.report.perfetto",
-    "softsgx.report.tables",
-    "softsgx.runtime.exploration",
-    "softsgx.runtime.seeded",
-    "softsgx.runtime.threads",
-    "softsgx.sim",
-    "softsgx.userland.process",
-)
-
-
-IMPORT = "import sys, softsgx.cli.run; print(*sys.modules)"
-RUN = (
-    "import sys; from softsgx.cli import main;"
-    "main(['run', '--quiet', '--', '/bin/true']); print(*sys.modules)"
-)
-
-
-@pytest.mark.parametrize("code", [IMPORT, pytest.param(RUN, marks=needs_tracing)])
-def test_the_run_command_imports_nothing_that_a_run_does_not_need(code: str) -> None:
-    # Without site, which may import for tools that measure the tests.
-    argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    modules = done.stdout.split()
-    assert "softsgx.engines.native.supervisor" in modules
-    assert not set(NOT_FOR_A_RUN) & set(modules)
-    # A module costs about a quarter of a millisecond: raise this with a reason.
-    assert len(modules) < MODULES_OF_A_RUN
 
 
 @pytest.mark.parametrize("package", LAZY)
@@ -113,7 +58,9 @@ def test_type_checkers_and_the_interpreter_see_the_same_names(package: str) -> N
     for name, home in declared.items():
         assert home is not None
         assert getattr(module, name) is getattr(import_module(home), name)
-        assert home.rpartition(".")[2] not in module.__all__, "a module hides a name"
+        parent, _, name_of_module = home.rpartition(".")
+        if parent == module.__name__:
+            assert name_of_module not in module.__all__, "a module hides a name"
     assert all(hasattr(module, name) for name in module.__all__)
 
 
@@ -489,3 +436,40 @@ def test_a_pattern_is_compiled_when_it_is_first_used(monkeypatch: pytest.MonkeyP
     assert compiled == [(rb"(?P<a>.)b", re.DOTALL)]
     with pytest.raises(AttributeError):
         found.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+LOGGING = """
+import sys
+from softsgx import ondemand
+
+messages = []
+
+def handler():
+    import logging
+
+    class Keeping(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    return Keeping()
+
+one, other = ondemand.logger("softsgx.one"), ondemand.logger("softsgx.other")
+with ondemand.logged_by(handler):
+    pass
+with ondemand.logged_by(handler):
+    assert "logging" not in sys.modules
+    one.warning("the %s", "first")
+    other.error("the second")
+with ondemand.logged_by(handler):
+    one.warning("later")
+import logging
+assert not logging.getLogger("softsgx").handlers
+assert one.name == "softsgx.one"
+print(*messages, sep=", ")
+"""
+
+
+def test_handlers_are_added_before_the_first_message_and_removed_after_the_last() -> None:
+    argv = [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{LOGGING}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout == "the first, the second, later\n" and not done.stderr

@@ -1,92 +1,7 @@
 """The SDM as data: constants, enums, structures, status codes.  This package has no behaviour."""
 
-from softsgx.arch.keys import (
-    REPORT_DATA_ALIGN,
-    REPORT_DATA_BYTES,
-    REPORT_MACED_BYTES,
-    KeyName,
-    KeyPolicy,
-    KeyRequest,
-    Report,
-    ReportMacStruct,
-    TargetInfo,
-)
-from softsgx.arch.leaves import Encls, Enclu, Enclv, reports_code
-from softsgx.arch.measurement import (
-    CHUNK_BYTES,
-    CHUNKS_PER_PAGE,
-    eadd_block,
-    ecreate_block,
-    eextend_block,
-)
-from softsgx.arch.pages import (
-    CHILD_TYPES,
-    SHADOW_STACK_TYPES,
-    VA_SLOT_BYTES,
-    VA_SLOTS,
-    MacHeader,
-    PageInfo,
-    PageType,
-    Pcmd,
-    RdInfo,
-    RdInfoFlags,
-    RdInfoStatus,
-    SecInfo,
-    SecInfoFlags,
-    va_slot_index,
-)
-from softsgx.arch.platform import (
-    CPUID_SGX_LEAF,
-    EPC_SECTION_TYPE,
-    FEATURE_CONTROL_READY,
-    INTEL_LEPUBKEYHASH,
-    ConflictCode,
-    Cpuid7Ebx,
-    Cpuid7Ecx,
-    FeatureControl,
-    Msr,
-    Pfec,
-    SgxFeature,
-    VmExitReason,
-)
-from softsgx.arch.processors import (
-    INTEL_VENDOR,
-    INTEL_XSAVE,
-    SAPPHIRE_RAPIDS,
-    SKYLAKE_CLIENT,
-    XSAVE_ALIGNED,
-    Cache,
-    CpuidWord,
-    ProcessorModel,
-)
-from softsgx.arch.secs import Attributes, AttributesFlags, CetAttributes, MiscSelect, Secs, Xfrm
-from softsgx.arch.sigstruct import (
-    PADDING_BYTES,
-    RSA_BYTES,
-    SIGSTRUCT_HEADER,
-    SIGSTRUCT_HEADER2,
-    VENDOR_INTEL,
-    EinitToken,
-    SigStruct,
-)
-from softsgx.arch.status import Status, reports_in_cf
-from softsgx.arch.tcs import (
-    EXINFO_BYTES,
-    GPRSGX_BYTES,
-    TCS_ACTIVE,
-    TCS_INACTIVE,
-    TCS_LIMIT_BYTES,
-    TCS_LIMIT_CET_BYTES,
-    XSAVE_LEGACY_BYTES,
-    ExInfo,
-    ExitType,
-    GprSgx,
-    Tcs,
-    TcsFlags,
-    Vector,
-    tcs_as_added,
-    tcs_ok,
-)
+from typing import TYPE_CHECKING
+
 from softsgx.arch.units import (
     PAGE_BYTES,
     PAGE_SHIFT,
@@ -96,6 +11,97 @@ from softsgx.arch.units import (
     page_of,
     split_pages,
 )
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.arch.attributes import AttributesFlags, CetAttributes, MiscSelect, Xfrm
+    from softsgx.arch.keys import (
+        REPORT_DATA_ALIGN,
+        REPORT_DATA_BYTES,
+        REPORT_MACED_BYTES,
+        KeyName,
+        KeyPolicy,
+        KeyRequest,
+        Report,
+        ReportMacStruct,
+        TargetInfo,
+    )
+    from softsgx.arch.leaves import Encls, Enclu, Enclv, reports_code
+    from softsgx.arch.measurement import (
+        CHUNK_BYTES,
+        CHUNKS_PER_PAGE,
+        eadd_block,
+        ecreate_block,
+        eextend_block,
+    )
+    from softsgx.arch.pages import (
+        CHILD_TYPES,
+        SHADOW_STACK_TYPES,
+        VA_SLOT_BYTES,
+        VA_SLOTS,
+        MacHeader,
+        PageInfo,
+        PageType,
+        Pcmd,
+        RdInfo,
+        RdInfoFlags,
+        RdInfoStatus,
+        SecInfo,
+        SecInfoFlags,
+        va_slot_index,
+    )
+    from softsgx.arch.platform import (
+        CPUID_SGX_LEAF,
+        EPC_SECTION_TYPE,
+        FEATURE_CONTROL_READY,
+        INTEL_LEPUBKEYHASH,
+        ConflictCode,
+        Cpuid7Ebx,
+        Cpuid7Ecx,
+        FeatureControl,
+        Msr,
+        Pfec,
+        SgxFeature,
+        VmExitReason,
+    )
+    from softsgx.arch.processors import (
+        INTEL_VENDOR,
+        INTEL_XSAVE,
+        SAPPHIRE_RAPIDS,
+        SKYLAKE_CLIENT,
+        XSAVE_ALIGNED,
+        XSAVE_LEGACY_BYTES,
+        Cache,
+        CpuidWord,
+        ProcessorModel,
+    )
+    from softsgx.arch.secs import Attributes, Secs
+    from softsgx.arch.sigstruct import (
+        PADDING_BYTES,
+        RSA_BYTES,
+        SIGSTRUCT_HEADER,
+        SIGSTRUCT_HEADER2,
+        VENDOR_INTEL,
+        EinitToken,
+        SigStruct,
+    )
+    from softsgx.arch.status import Status, reports_in_cf
+    from softsgx.arch.tcs import (
+        EXINFO_BYTES,
+        GPRSGX_BYTES,
+        TCS_ACTIVE,
+        TCS_INACTIVE,
+        TCS_LIMIT_BYTES,
+        TCS_LIMIT_CET_BYTES,
+        ExInfo,
+        ExitType,
+        GprSgx,
+        Tcs,
+        TcsFlags,
+        tcs_as_added,
+        tcs_ok,
+    )
+    from softsgx.arch.vectors import Vector
 
 __all__ = [
     "CHILD_TYPES",
@@ -188,3 +194,108 @@ __all__ = [
     "tcs_ok",
     "va_slot_index",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "attributes": ("AttributesFlags", "CetAttributes", "MiscSelect", "Xfrm"),
+        "keys": (
+            "REPORT_DATA_ALIGN",
+            "REPORT_DATA_BYTES",
+            "REPORT_MACED_BYTES",
+            "KeyName",
+            "KeyPolicy",
+            "KeyRequest",
+            "Report",
+            "ReportMacStruct",
+            "TargetInfo",
+        ),
+        "leaves": (
+            "Encls",
+            "Enclu",
+            "Enclv",
+            "reports_code",
+        ),
+        "measurement": (
+            "CHUNKS_PER_PAGE",
+            "CHUNK_BYTES",
+            "eadd_block",
+            "ecreate_block",
+            "eextend_block",
+        ),
+        "pages": (
+            "CHILD_TYPES",
+            "SHADOW_STACK_TYPES",
+            "VA_SLOTS",
+            "VA_SLOT_BYTES",
+            "MacHeader",
+            "PageInfo",
+            "PageType",
+            "Pcmd",
+            "RdInfo",
+            "RdInfoFlags",
+            "RdInfoStatus",
+            "SecInfo",
+            "SecInfoFlags",
+            "va_slot_index",
+        ),
+        "platform": (
+            "CPUID_SGX_LEAF",
+            "EPC_SECTION_TYPE",
+            "FEATURE_CONTROL_READY",
+            "INTEL_LEPUBKEYHASH",
+            "ConflictCode",
+            "Cpuid7Ebx",
+            "Cpuid7Ecx",
+            "FeatureControl",
+            "Msr",
+            "Pfec",
+            "SgxFeature",
+            "VmExitReason",
+        ),
+        "processors": (
+            "INTEL_VENDOR",
+            "INTEL_XSAVE",
+            "SAPPHIRE_RAPIDS",
+            "SKYLAKE_CLIENT",
+            "XSAVE_ALIGNED",
+            "XSAVE_LEGACY_BYTES",
+            "Cache",
+            "CpuidWord",
+            "ProcessorModel",
+        ),
+        "secs": (
+            "Attributes",
+            "Secs",
+        ),
+        "sigstruct": (
+            "PADDING_BYTES",
+            "RSA_BYTES",
+            "SIGSTRUCT_HEADER",
+            "SIGSTRUCT_HEADER2",
+            "VENDOR_INTEL",
+            "EinitToken",
+            "SigStruct",
+        ),
+        "status": (
+            "Status",
+            "reports_in_cf",
+        ),
+        "tcs": (
+            "EXINFO_BYTES",
+            "GPRSGX_BYTES",
+            "TCS_ACTIVE",
+            "TCS_INACTIVE",
+            "TCS_LIMIT_BYTES",
+            "TCS_LIMIT_CET_BYTES",
+            "ExInfo",
+            "ExitType",
+            "GprSgx",
+            "Tcs",
+            "TcsFlags",
+            "tcs_as_added",
+            "tcs_ok",
+        ),
+        "vectors": ("Vector",),
+    },
+)

@@ -20,6 +20,7 @@ __all__ = [
     "SAPPHIRE_RAPIDS",
     "SKYLAKE_CLIENT",
     "XSAVE_ALIGNED",
+    "XSAVE_LEGACY_BYTES",
     "Cache",
     "CpuidWord",
     "ProcessorModel",
@@ -47,6 +48,8 @@ INTEL_XSAVE: Mapping[int, tuple[int, int]] = MappingProxyType(
 
 XSAVE_ALIGNED = frozenset({17, 18})
 """Components that start at a multiple of 64 in the compacted form."""
+XSAVE_LEGACY_BYTES = 576
+"""Legacy region and header: an XSAVE area with XFRM = 3."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,11 @@ __all__ = [
     "TCS_INACTIVE",
     "TCS_LIMIT_BYTES",
     "TCS_LIMIT_CET_BYTES",
-    "XSAVE_LEGACY_BYTES",
     "ExInfo",
     "ExitType",
     "GprSgx",
     "Tcs",
     "TcsFlags",
-    "Vector",
     "tcs_as_added",
     "tcs_ok",
 ]
@@ -31,7 +29,6 @@ __all__ = [
 TCS_INACTIVE, TCS_ACTIVE = 0, 1
 TCS_LIMIT_BYTES = 72  # what EDBGRD may read of a TCS
 TCS_LIMIT_CET_BYTES = 88
-XSAVE_LEGACY_BYTES = 576  # legacy region and header: an XSAVE area with XFRM = 3
 
 
 class TcsFlags(IntFlag):
@@ -105,28 +102,6 @@ def tcs_as_added(tcs: Tcs) -> Tcs:
     """
     flags = tcs.flags & ~int(TcsFlags.DBGOPTIN)
     return tcs.replace(flags=flags, state=TCS_INACTIVE, cssa=0, aep=0)
-
-
-class Vector(IntEnum):
-    """Exception vectors."""
-
-    DE = 0
-    DB = 1
-    NMI = 2
-    BP = 3
-    OF = 4
-    BR = 5
-    UD = 6
-    NM = 7
-    DF = 8
-    GP = 13
-    PF = 14
-    MF = 16
-    AC = 17
-    MC = 18
-    XM = 19
-    VE = 20
-    CP = 21
 
 
 class ExitType(IntEnum):

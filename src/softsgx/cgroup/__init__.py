@@ -3,9 +3,14 @@
 Implements :class:`~softsgx.paging.Group`, a protocol of the core; knows neither driver nor guests.
 """
 
-from softsgx.cgroup.events import ChargeRefused, VictimKilled
-from softsgx.cgroup.files import KEY, file_names, read_file, write_file
+from typing import TYPE_CHECKING
+
 from softsgx.cgroup.group import EpcCgroup, Hierarchy, Victim, group_name_ok
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.cgroup.events import ChargeRefused, VictimKilled
+    from softsgx.cgroup.files import KEY, file_names, read_file, write_file
 
 __all__ = [
     "KEY",
@@ -19,3 +24,19 @@ __all__ = [
     "read_file",
     "write_file",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "events": (
+            "ChargeRefused",
+            "VictimKilled",
+        ),
+        "files": (
+            "KEY",
+            "file_names",
+            "read_file",
+            "write_file",
+        ),
+    },
+)

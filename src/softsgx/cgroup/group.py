@@ -21,7 +21,6 @@ from typing import Protocol
 
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
-from softsgx.cgroup.events import ChargeRefused, VictimKilled
 from softsgx.defects import Defect
 from softsgx.paging import Group, Lru
 from softsgx.runtime import Runtime
@@ -283,6 +282,8 @@ class EpcCgroup:
 
     def _count_refusal(self, refused: EpcCgroup) -> None:
         """Count a refused charge at ``refused``, and in ``events`` of all groups below the root."""
+        from softsgx.cgroup.events import ChargeRefused
+
         tree = self.hierarchy
         with tree.latch:
             if tree.raises_refused:
@@ -360,6 +361,8 @@ class EpcCgroup:
 
     def reclaim_failed(self) -> bool:
         """Kill the victim with the most pages in the subtree, if killing is allowed."""
+        from softsgx.cgroup.events import VictimKilled
+
         tree = self.hierarchy
         if not tree.kill or tree.victims is None:
             return False

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TextIO
 
 from softsgx.errors import SoftSgxError
+from softsgx.ondemand import logged_by
 from softsgx.sizes import parse_size
 
 if TYPE_CHECKING:
+    import logging
     from pathlib import Path
 
 __all__ = [
@@ -84,21 +84,20 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
-class _StderrHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record behind the name of the command."""
-        tell(f"softsgx: {self.format(record)}")
-
-
-@contextmanager
-def log_to_stderr() -> Iterator[None]:
+def log_to_stderr() -> AbstractContextManager[None]:
     """Write what softsgx logs to standard error."""
-    logger, handler = logging.getLogger("softsgx"), _StderrHandler()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+    return logged_by(_stderr_handler)
+
+
+def _stderr_handler() -> logging.Handler:
+    import logging
+
+    class StderrHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            """Write a record behind the name of the command."""
+            tell(f"softsgx: {self.format(record)}")
+
+    return StderrHandler()
 
 
 def absolute(path: str) -> Path:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from softsgx import report
 from softsgx.cli._common import log_to_stderr, takes_styles, tell, utc_now
@@ -47,11 +47,7 @@ from softsgx.cli._program import (
     status_of,
 )
 from softsgx.cli._signals import ProgramSignals
-from softsgx.engines.native import (
-    GdbServer,
-    RunFailed,
-    RunResult,
-)
+from softsgx.engines.native import RunFailed
 from softsgx.engines.native import run as run_natively
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.errors import SoftSgxError
@@ -61,10 +57,11 @@ from softsgx.report import (
     COST_PROFILES,
     Collector,
     RunSummary,
-    Sampler,
-    Ticker,
-    document,
 )
+
+if TYPE_CHECKING:
+    from softsgx.engines.native import GdbServer, RunResult
+    from softsgx.report import Sampler, Ticker
 
 __all__ = ["NAME", "configure", "run"]
 
@@ -173,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
                 for line in config.roundings():
                     tell(f"softsgx: {line}")
             collector = Collector(time.monotonic_ns, cpu_times, args.costs)
-            sampler = Sampler(collector) if args.report else None
+            sampler = report.Sampler(collector) if args.report else None
             began = utc_now()
             live = Live(
                 partial(state, collector),
@@ -195,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
                 options=_options(args),
             )
             _report(args, outputs, summary, sampler)
-    exceeded = _exceeded(thresholds, summary)
+    exceeded = _exceeded(thresholds, summary) if thresholds else 0
     for mistake in mistakes:
         tell(f"softsgx: {mistake!r}: a bug in softsgx; please report it")
     if mistakes:
@@ -208,6 +205,8 @@ def _gdb_server(args: argparse.Namespace) -> Iterator[GdbServer | None]:
     if args.gdb is None:
         yield None
         return
+    from softsgx.engines.native import GdbServer
+
     with closing(GdbServer(args.gdb, args.enclave_file)) as server:
         yield server
 
@@ -247,7 +246,7 @@ def _run_watched(
 
 def _exceeded(thresholds: list[report.Threshold], summary: RunSummary) -> int:
     """Print each threshold that the run exceeds; return the exit status; 0: it exceeds none."""
-    run, status = document(summary), 0
+    run, status = report.document(summary), 0
     for threshold in thresholds:
         seen = threshold.exceeded(run)
         if seen is not None:
@@ -269,7 +268,7 @@ def _report(
     if args.json:
         import json
 
-        text = json.dumps(document(summary), indent=2) + "\n"
+        text = json.dumps(report.document(summary), indent=2) + "\n"
         with errors_printed():
             if args.json == _STANDARD_OUTPUT:
                 print_text(text)
@@ -358,9 +357,9 @@ class _Watch:
         self._live.start()
         if self._sampler is not None:
             self._sampler.take()
-            self._tickers.append(Ticker(self._sampler.tick, self._sampler.interval_s))
+            self._tickers.append(report.Ticker(self._sampler.tick, self._sampler.interval_s))
         if self._status:
-            self._tickers.append(Ticker(self._show_status, _STATUS_AFTER_S))
+            self._tickers.append(report.Ticker(self._show_status, _STATUS_AFTER_S))
 
     def stop(self) -> None:
         """End threads and clear the status line."""

@@ -12,21 +12,26 @@ from collections.abc import Callable, Mapping
 from errno import EBUSY, ENODEV
 from itertools import count
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from softsgx import compiled
-from softsgx.arch import EinitToken, SgxFeature
+from softsgx.arch import SgxFeature
 from softsgx.defects import Defect
 from softsgx.driver import fault, optimised
 from softsgx.driver.enclave import UNPRIVILEGED, Enclave
 from softsgx.driver.file import EnclaveFile, ProvisionFile
 from softsgx.driver.mm import Mm
 from softsgx.driver.page import EnclavePage
-from softsgx.driver.task import Task, first_node, own_group
+from softsgx.driver.task import first_node, own_group
 from softsgx.driver.uapi import refuse
 from softsgx.paging import Backing, EnclaveSwap, EpcCore, FlatBacking, Group, memory_backing
 from softsgx.paging.optimised import CompiledSwap, PlainCore, PlainSwap
 from softsgx.runtime import Runtime
 from softsgx.trace import Event, Tracer
+
+if TYPE_CHECKING:
+    from softsgx.arch import EinitToken
+    from softsgx.driver.task import Task
 
 __all__ = ["Driver"]
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from errno import EACCES
 from typing import TYPE_CHECKING
 
-from softsgx.arch import PAGE_SHIFT, AttributesFlags, Secs, Status
+from softsgx.arch import PAGE_SHIFT, AttributesFlags, Status
 from softsgx.defects import Defect
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.events import EnclaveKilled, EnclaveReleased, ProcessorsKicked
@@ -36,6 +36,7 @@ from softsgx.hw import Fault
 from softsgx.paging import EnclaveSwap, Group, RefCounted, SgxEpcPage
 
 if TYPE_CHECKING:
+    from softsgx.arch import Secs
     from softsgx.driver.driver import Driver
     from softsgx.driver.task import Task
 

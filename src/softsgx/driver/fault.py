@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from softsgx.arch import PAGE_SHIFT, PageType
 from softsgx.defects import Defect
 from softsgx.driver.events import Augmented, FaultHandled
-from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.page import LABELS, EnclavePage
 from softsgx.driver.uapi import PROT_EXEC, PROT_READ, PROT_WRITE
 from softsgx.hw import Fault, PageInfoArgs
@@ -34,6 +33,7 @@ from softsgx.paging import (
 
 if TYPE_CHECKING:
     from softsgx.driver.enclave import Enclave
+    from softsgx.driver.mm import EnclaveVma, Mm
     from softsgx.driver.task import Task
 
 __all__ = ["Outcome", "PageBusy", "handle", "load", "load_ahead", "wait_while_busy"]

@@ -1,5 +1,7 @@
 """Assembly: a machine, the core, groups and the driver, from one configuration object."""
 
+from typing import TYPE_CHECKING
+
 from softsgx.host.config import (
     PROFILES,
     PlatformConfig,
@@ -7,8 +9,11 @@ from softsgx.host.config import (
     least_bytes,
     limit_option,
 )
-from softsgx.host.guest import GuestPlatform
 from softsgx.host.platform import Platform
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.host.guest import GuestPlatform
 
 __all__ = [
     "PROFILES",
@@ -19,3 +24,10 @@ __all__ = [
     "least_bytes",
     "limit_option",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "guest": ("GuestPlatform",),
+    },
+)

@@ -20,14 +20,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from softsgx.arch import (
-    PAGE_BYTES,
-    SKYLAKE_CLIENT,
-    AttributesFlags,
-    EinitToken,
-    MiscSelect,
-    SgxFeature,
-)
+from softsgx.arch import PAGE_BYTES, SKYLAKE_CLIENT, AttributesFlags, MiscSelect, SgxFeature
 from softsgx.cgroup import group_name_ok
 from softsgx.defects import Defect
 from softsgx.errors import SoftSgxError, first_line
@@ -46,6 +39,8 @@ from softsgx.sizes import MOST_BYTES, parse_size
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from softsgx.arch import EinitToken
 
 __all__ = [
     "PROFILES",
@@ -411,13 +406,15 @@ class PlatformConfig:
         Raises:
             SoftSgxError: a file cannot be read, or has another size.
         """
-        tokens = {}
+        tokens: dict[bytes, EinitToken] = {}
         for path in self.tokens:
             try:
                 with open(path, "rb") as file:
                     data = file.read()
             except (OSError, ValueError) as error:
                 raise SoftSgxError(f"{path}: {error}; give a file with an EINITTOKEN") from None
+            from softsgx.arch import EinitToken
+
             if len(data) != EinitToken.SIZE:
                 raise SoftSgxError(
                     f"{path}: {len(data)} bytes are no EINITTOKEN; give a file of {EinitToken.SIZE}"

@@ -14,7 +14,7 @@ import errno
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from softsgx import kvm, userland
 from softsgx.arch import PAGE_BYTES
@@ -22,13 +22,15 @@ from softsgx.cgroup import EpcCgroup, Hierarchy, Victim
 from softsgx.driver import Driver, EnclaveFile, first_node
 from softsgx.errors import SoftSgxError
 from softsgx.host.config import PlatformConfig, check_pages, configured_size
-from softsgx.host.guest import GuestPlatform, GuestVictim, check_ballast
 from softsgx.hw import Machine, PageStore, Ram
 from softsgx.hw.optimised import OPTIMISED
 from softsgx.paging import Backing, EpcCore, FileBacking, FlatBacking, Group, MemoryBacking
 from softsgx.paging.optimised import FAST_CORE
 from softsgx.runtime import InlineRuntime, Runtime
 from softsgx.trace import Event, Tracer
+
+if TYPE_CHECKING:
+    from softsgx.host.guest import GuestPlatform
 
 __all__ = ["Platform"]
 
@@ -233,6 +235,8 @@ class Platform:
         Raises:
             SoftSgxError: an argument is invalid.
         """
+        from softsgx.host.guest import GuestPlatform, check_ballast
+
         sizes = epc if isinstance(epc, tuple) else (epc,)
         pages = [configured_size(size, f"guest {name}: epc") // PAGE_BYTES for size in sizes]
         if min(pages) < 1 or processors < 1:
@@ -301,6 +305,8 @@ class Platform:
         self.core.request_reclaim(group)
 
     def _victims(self) -> Iterator[Victim]:
+        from softsgx.host.guest import GuestVictim
+
         if self.driver is not None:
             for file in self.driver.victims():
                 yield _EnclaveVictim(file)

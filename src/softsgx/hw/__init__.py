@@ -5,40 +5,38 @@ The only package that can read or write the bytes of an EPC page; it knows no op
 
 from typing import TYPE_CHECKING
 
-from softsgx.hw import access, extended_state
-from softsgx.hw.access import check as check_access
-from softsgx.hw.access import enclave_operand
 from softsgx.hw.config import DEFAULT_EPC_BASE, EpcSection, MachineConfig
 from softsgx.hw.cpuid import CpuidResult, cpuid
-from softsgx.hw.epcm import EpcPage
-from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
-from softsgx.hw.faults import (
-    ControlProtection,
-    DeviceNotAvailable,
-    EnclaveLeft,
-    Fault,
-    GeneralProtection,
-    MachineCheck,
-    PageFault,
-    TsxAbort,
-    UndefinedOpcode,
-    VmExit,
-)
 from softsgx.hw.leaves import Leaves
-from softsgx.hw.leaves.aex import aex, deliver, interrupt
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.machine import Machine
-from softsgx.hw.msr import rdmsr, wrmsr
-from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, Registers, Segment, Translation
-from softsgx.hw.secs import Crossings
 from softsgx.hw.space import EXECUTE, READ, WRITE, AddressSpace, DirectMap, PageTables, Ram
-from softsgx.hw.store import DictStore, PageStore, share_zero_page
 from softsgx.ondemand import on_demand
 
 if TYPE_CHECKING:
+    from softsgx.hw.access import check_access, enclave_operand
     from softsgx.hw.dispatch import encls, enclu, enclv, finish_leaf
+    from softsgx.hw.epcm import EpcPage
+    from softsgx.hw.events import AsynchronousExit, LeafDone, PowerLost
+    from softsgx.hw.faults import (
+        ControlProtection,
+        DeviceNotAvailable,
+        EnclaveLeft,
+        Fault,
+        GeneralProtection,
+        MachineCheck,
+        PageFault,
+        TsxAbort,
+        UndefinedOpcode,
+        VmExit,
+    )
+    from softsgx.hw.leaves.aex import aex, deliver, interrupt
     from softsgx.hw.leaves.registry import ENCLS, ENCLU, ENCLV, Leaf, OptimisedLeaves, traced
+    from softsgx.hw.msr import rdmsr, wrmsr
+    from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
+    from softsgx.hw.secs import Crossings
+    from softsgx.hw.store import DictStore, PageStore, share_zero_page
 
 __all__ = [
     "DEFAULT_EPC_BASE",
@@ -86,7 +84,6 @@ __all__ = [
     "TsxAbort",
     "UndefinedOpcode",
     "VmExit",
-    "access",
     "aex",
     "check_access",
     "cpuid",
@@ -95,7 +92,6 @@ __all__ = [
     "encls",
     "enclu",
     "enclv",
-    "extended_state",
     "finish_leaf",
     "interrupt",
     "rdmsr",
@@ -107,7 +103,62 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     {
-        "dispatch": ("encls", "enclu", "enclv", "finish_leaf"),
-        "leaves.registry": ("ENCLS", "ENCLU", "ENCLV", "Leaf", "OptimisedLeaves", "traced"),
+        "access": (
+            "check_access",
+            "enclave_operand",
+        ),
+        "dispatch": (
+            "encls",
+            "enclu",
+            "enclv",
+            "finish_leaf",
+        ),
+        "epcm": ("EpcPage",),
+        "events": (
+            "AsynchronousExit",
+            "LeafDone",
+            "PowerLost",
+        ),
+        "faults": (
+            "ControlProtection",
+            "DeviceNotAvailable",
+            "EnclaveLeft",
+            "Fault",
+            "GeneralProtection",
+            "MachineCheck",
+            "PageFault",
+            "TsxAbort",
+            "UndefinedOpcode",
+            "VmExit",
+        ),
+        "leaves.aex": (
+            "aex",
+            "deliver",
+            "interrupt",
+        ),
+        "leaves.registry": (
+            "ENCLS",
+            "ENCLU",
+            "ENCLV",
+            "Leaf",
+            "OptimisedLeaves",
+            "traced",
+        ),
+        "msr": (
+            "rdmsr",
+            "wrmsr",
+        ),
+        "operands": (
+            "Buffer",
+            "PageInfoArgs",
+            "Ref",
+            "Sealed",
+        ),
+        "secs": ("Crossings",),
+        "store": (
+            "DictStore",
+            "PageStore",
+            "share_zero_page",
+        ),
     },
 )

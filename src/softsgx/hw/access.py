@@ -5,7 +5,7 @@ exit does.  A kind of access (read, write, fetch) that was granted once is not c
 page that is then blocked, restricted or evicted stays usable through it.  ETRACK and EWB exist for
 this case.
 
-:func:`check` is the EPCM's verdict alone, for engines that run on a real TLB.
+:func:`check_access` is the EPCM's verdict alone, for engines that run on a real TLB.
 
 Source:
     SDM vol. 3D, "Enclave Access Control and Data Structures", "Access-control for accesses that
@@ -27,7 +27,15 @@ from softsgx.hw.faults import GeneralProtection, PageFault, VmExit
 from softsgx.hw.processor import LogicalProcessor, Translation
 from softsgx.hw.space import EXECUTE, READ, WRITE
 
-__all__ = ["check", "enclave_operand", "epc_operand", "epc_refusal", "fetch", "load", "store"]
+__all__ = [
+    "check_access",
+    "enclave_operand",
+    "epc_operand",
+    "epc_refusal",
+    "fetch",
+    "load",
+    "store",
+]
 
 # An enclave runs at CPL 3, and so does every ENCLU.
 _REFUSAL = int(Pfec.P | Pfec.SGX | Pfec.U)
@@ -39,7 +47,7 @@ def epc_refusal(linaddr: int, access: int) -> PageFault:
     return PageFault(linaddr, _REFUSAL | _ACCESS_BITS[access])
 
 
-def check(
+def check_access(
     secs: EpcPage, page: EpcPage | None, linaddr: int, access: int, *, shadow_stack: bool = False
 ) -> PageFault | None:
     """Check one direct enclave access that paging has allowed; nothing changes.
@@ -121,7 +129,7 @@ def enclave_operand(cpu: LogicalProcessor, linaddr: int, access: int) -> EpcPage
     """
     assert cpu.inside is not None, "an enclave operand outside an enclave"
     page = epc_operand(cpu, linaddr, access)
-    fault = check(cpu.inside.secs, page, linaddr, access)
+    fault = check_access(cpu.inside.secs, page, linaddr, access)
     if fault is not None:
         raise fault
     return page
@@ -245,7 +253,7 @@ def _miss(
             # asynchronous exit flushes it.
             del cpu.tlb[linaddr & -PAGE_BYTES]
             raise epc_refusal(linaddr, access)
-        fault = check(inside.secs, page, linaddr, access)
+        fault = check_access(inside.secs, page, linaddr, access)
         if fault is not None:
             raise fault
         assert page is not None, "the check let ordinary memory pass"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 
 from softsgx.arch import PAGE_BYTES, AttributesFlags, CetAttributes, PageType, Tcs
-from softsgx.hw.access import check, epc_operand, epc_refusal
+from softsgx.hw.access import check_access, epc_operand, epc_refusal
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import LogicalProcessor
@@ -59,7 +59,7 @@ def find_slot(
     linaddr = enclave.base + ocetssa + CET_SLOT_BYTES * index
     # Paging shows shadow-stack pages as read-only.
     page = epc_operand(cpu, linaddr, READ)
-    fault = check(secs, page, linaddr, WRITE, shadow_stack=True)
+    fault = check_access(secs, page, linaddr, WRITE, shadow_stack=True)
     if fault is not None:
         raise fault
     if page.pt is not PageType.SS_REST or not page.rwx & READ:

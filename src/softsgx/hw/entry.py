@@ -34,7 +34,7 @@ from softsgx.arch import (
     split_pages,
 )
 from softsgx.hw import cet
-from softsgx.hw.access import check, epc_operand, epc_refusal
+from softsgx.hw.access import check_access, epc_operand, epc_refusal
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
 from softsgx.hw.processor import EnclaveMode, LogicalProcessor, SavedOutsideState, Segment, SsaFrame
@@ -245,7 +245,7 @@ def find_frame(cpu: LogicalProcessor, secs: EpcPage, enclave: ResidentSecs, ssa:
 def _ssa_page(cpu: LogicalProcessor, secs: EpcPage, linaddr: int) -> EpcPage:
     # Paging has no page that can be written but not read, so one walk asks for both.
     page = epc_operand(cpu, linaddr, WRITE)
-    fault = check(secs, page, linaddr, WRITE)
+    fault = check_access(secs, page, linaddr, WRITE)
     if fault is not None:
         raise fault
     if page.rwx & _RIGHTS != _RIGHTS:

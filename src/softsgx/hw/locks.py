@@ -12,11 +12,13 @@ Source:
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from softsgx.hw.epcm import EpcPage
-from softsgx.hw.secs import ResidentSecs
 from softsgx.runtime import Lock
+
+if TYPE_CHECKING:
+    from softsgx.hw.secs import ResidentSecs
 
 __all__ = ["LatchedLeafLocks", "LeafLocks"]
 

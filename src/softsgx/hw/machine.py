@@ -34,16 +34,13 @@ from softsgx.arch import (
 )
 from softsgx.hw.config import EpcSection, MachineConfig
 from softsgx.hw.epcm import EpcPage
-from softsgx.hw.events import PowerLost
 from softsgx.hw.faults import Fault
 from softsgx.hw.leaves import Leaves
 from softsgx.hw.leaves.enclu import EncluLeaves
 from softsgx.hw.locks import LatchedLeafLocks, LeafLocks
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.hw.secrets import Secrets
-from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.hw.space import Ram
-from softsgx.hw.store import DictStore, PageStore
 from softsgx.hw.xsave import XsaveLayout
 from softsgx.runtime import Runtime
 from softsgx.trace import Tracer
@@ -52,6 +49,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
     from softsgx.hw.leaves.registry import OptimisedLeaves
+    from softsgx.hw.secs import Crossings, ResidentSecs
+    from softsgx.hw.store import PageStore
 
 __all__ = ["Machine"]
 
@@ -130,7 +129,11 @@ class Machine:
         optimised: OptimisedLeaves | None = None,
     ) -> None:
         self.config, self.runtime = config, runtime
-        self.store: PageStore = DictStore() if store is None else store
+        if store is None:
+            from softsgx.hw.store import DictStore
+
+            store = DictStore()
+        self.store = store
         self.latch = runtime.latch()
         self.leaf_locks: Callable[[], LeafLocks] = (
             partial(LatchedLeafLocks, self.latch) if runtime.concurrent else LeafLocks
@@ -252,6 +255,8 @@ class Machine:
             cpu.inside = None
             cpu.flush_tlb()
         if self.tracer is not None:
+            from softsgx.hw.events import PowerLost
+
             self.tracer(PowerLost())
 
     # --- slow recounts, for checkers ------------------------------------------------------------

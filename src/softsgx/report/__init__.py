@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 from softsgx.costs import COST_PROFILES, CostItem, CostProfile, Estimate, Price, estimate
 from softsgx.ondemand import on_demand
-from softsgx.report.document import FORMAT, document
-from softsgx.report.sampler import Sample, Sampler, Ticker
 from softsgx.report.summary import (
     Collector,
     CpuTimes,
@@ -14,12 +12,13 @@ from softsgx.report.summary import (
     PlatformSummary,
     RunSummary,
 )
-from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.report.verdict import Fit, Verdict, verdict
 
 if TYPE_CHECKING:
     from softsgx.report.html import html_page
     from softsgx.report.perfetto import PerfettoWriter
+    from softsgx.report.run_document import FORMAT, document
+    from softsgx.report.sampler import Sample, Sampler, Ticker
     from softsgx.report.tables import (
         cycles_text,
         seconds_text,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         summary_text,
     )
     from softsgx.report.thresholds import Threshold
+    from softsgx.report.totals import LivingEnclave, Totals
 
 __all__ = [
     "COST_PROFILES",
@@ -63,8 +63,17 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     {
+        "run_document": (
+            "FORMAT",
+            "document",
+        ),
         "html": ("html_page",),
         "perfetto": ("PerfettoWriter",),
+        "sampler": (
+            "Sample",
+            "Sampler",
+            "Ticker",
+        ),
         "tables": (
             "cycles_text",
             "seconds_text",
@@ -72,5 +81,9 @@ __getattr__ = on_demand(
             "summary_text",
         ),
         "thresholds": ("Threshold",),
+        "totals": (
+            "LivingEnclave",
+            "Totals",
+        ),
     },
 )

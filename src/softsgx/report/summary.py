@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import softsgx
+from softsgx import driver, hw
 from softsgx.arch import PAGE_BYTES
 from softsgx.cgroup import EpcCgroup
 from softsgx.costs import COST_PROFILES, CostProfile, Estimate, estimate, find_profile
-from softsgx.driver import Enclave, EnclaveCreated, EnclaveInitialized, EnclaveKilled
-from softsgx.driver import EnclaveReleased as Released
 from softsgx.host import Platform
-from softsgx.hw import Crossings
 from softsgx.ondemand import dataclass, field
 from softsgx.report.totals import LivingEnclave, Totals
 from softsgx.trace import Event
@@ -207,8 +205,8 @@ class RunSummary:
 class _Record:
     """An enclave that the collector follows; ``final`` once it was destroyed."""
 
-    enclave: Enclave | None
-    crossings: Crossings | None
+    enclave: driver.Enclave | None
+    crossings: hw.Crossings | None
     created_ns: int
     initialized_ns: int | None = None
     mrenclave: str | None = None
@@ -278,23 +276,25 @@ class Collector:
 
     def _listen(self, event: Event) -> None:
         match event:
-            case EnclaveCreated():
+            case driver.EnclaveCreated():
                 self._created(event)
-            case EnclaveInitialized():
+            case driver.EnclaveInitialized():
                 self._initialized(event)
-            case EnclaveKilled():
+            case driver.EnclaveKilled():
                 self._records[event.enclave].killed = True
-            case Released() if event.enclave in self._records:  # else it was never created
+            case driver.EnclaveReleased() if (
+                event.enclave in self._records
+            ):  # else it was never created
                 record = self._records[event.enclave]
                 record.final = self._summary_of(record, released_ns=self.clock_ns())
                 assert record.enclave is not None, "an enclave is released twice"
-                totals = Totals.of(record.enclave, record.crossings or Crossings())
+                totals = Totals.of(record.enclave, record.crossings or hw.Crossings())
                 self._gone = _Gone(self._gone.totals + totals, event.enclave)
                 record.enclave = record.crossings = None
             case _:
                 pass
 
-    def _created(self, event: EnclaveCreated) -> None:
+    def _created(self, event: driver.EnclaveCreated) -> None:
         assert self.platform is not None and self.platform.driver is not None, "not attached"
         newest_first = reversed(self.platform.driver.enclaves)
         enclave = next(enclave for enclave in newest_first if enclave.number == event.enclave)
@@ -304,7 +304,7 @@ class Collector:
         crossings = None if page is None or page.enclave is None else page.enclave.crossings
         self._records[event.enclave] = _Record(enclave, crossings, self.clock_ns())
 
-    def _initialized(self, event: EnclaveInitialized) -> None:
+    def _initialized(self, event: driver.EnclaveInitialized) -> None:
         record = self._records[event.enclave]
         record.initialized_ns, record.pages_added = self.clock_ns(), event.pages
         assert self.platform is not None and record.enclave is not None, "EINIT of no enclave"
@@ -320,7 +320,7 @@ class Collector:
         """Seconds since the program's start."""
         return (self.clock_ns() - self._began_ns) / 1e9
 
-    def living(self) -> list[Enclave]:
+    def living(self) -> list[driver.Enclave]:
         """Return the enclaves that exist now; may be called from another thread."""
         records = list(self._records.values())
         return [enclave for record in records if (enclave := record.enclave) is not None]
@@ -362,7 +362,7 @@ class Collector:
                 enclave,
                 record.state,
                 record.mrenclave,
-                Totals.of(enclave, record.crossings or Crossings()),
+                Totals.of(enclave, record.crossings or hw.Crossings()),
             )
             for record in list(self._records.values())
             if (enclave := record.enclave) is not None
@@ -425,7 +425,7 @@ class Collector:
         )
 
     def _summary_of(self, record: _Record, released_ns: int | None = None) -> EnclaveSummary:
-        enclave, crossings = record.enclave, record.crossings or Crossings()
+        enclave, crossings = record.enclave, record.crossings or hw.Crossings()
         assert enclave is not None, "the enclave of a final record"
         counts, swap = enclave.counts, enclave.swap
         faults = {kind: counts.faults.get(kind, 0) for kind in FAULT_KINDS}

@@ -19,7 +19,7 @@ from softsgx.costs import COST_PROFILES, estimate
 from softsgx.engines.native.injector import Injected
 from softsgx.errors import SoftSgxError
 from softsgx.paging.counters import Counters
-from softsgx.report.document import document
+from softsgx.report.run_document import document
 from softsgx.report.summary import (
     FAULT_KINDS,
     EnclaveSummary,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from softsgx.driver import Enclave
-from softsgx.hw import Crossings
+from typing import TYPE_CHECKING
+
 from softsgx.ondemand import dataclass
+
+if TYPE_CHECKING:
+    from softsgx.driver import Enclave
+    from softsgx.hw import Crossings
 
 __all__ = ["LivingEnclave", "Totals"]
 

@@ -4,8 +4,9 @@ Enclave code runs on the real processor; the supervisor handles ENCLU, faults, t
 Linux on x86-64 only; no root needed.
 """
 
+from typing import TYPE_CHECKING
+
 from softsgx.engines.native.doctor import Finding, choose_pager, doctor, requirements
-from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import INJECTIONS
 from softsgx.engines.native.memory.pagers import PAGERS
 from softsgx.engines.native.memory.store import NativeStore
@@ -20,6 +21,10 @@ from softsgx.engines.native.run import (
     run,
 )
 from softsgx.engines.native.supervisor import Supervisor
+from softsgx.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.gdb.server import GdbServer
 
 __all__ = [
     "CPUID_SOURCES",
@@ -40,3 +45,10 @@ __all__ = [
     "requirements",
     "run",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "gdb.server": ("GdbServer",),
+    },
+)

@@ -25,7 +25,6 @@ from softsgx.engines.native.tracing.tracee import Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.path_calls import PathCalls
-from softsgx.engines.native.vdso.permit_table import reserve_table
 
 __all__ = ["AddressSpaces"]
 
@@ -106,6 +105,8 @@ class AddressSpaces:
                 thread=thread,
             )
             if image.permits_at:
+                from softsgx.engines.native.vdso.permit_table import reserve_table
+
                 reserve_table(thread, image)
             thread.flush()
             undo.pop_all()

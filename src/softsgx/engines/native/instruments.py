@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.engines.native import recording
-from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections
 from softsgx.ondemand import dataclass, field
 
 if TYPE_CHECKING:
+    from softsgx.engines.native.gdb.server import GdbServer
     from softsgx.engines.native.syscalls.call_log import CallLog
 
 __all__ = ["Instruments"]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from softsgx.engines.native import recording
 from softsgx.engines.native.doctor import requirements
-from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.injections import Injections, tick_period_ns
 from softsgx.engines.native.instruments import Instruments
 from softsgx.engines.native.memory.pagers import PAGERS
@@ -29,7 +28,6 @@ from softsgx.engines.native.x86.cpuid import (
     virtual_leaf,
     xsave_components,
 )
-from softsgx.engines.native.x86.cpuinfo import rewrite_cpuinfo
 from softsgx.engines.native.x86.profile import ProfileCpuid, intel_layout
 from softsgx.engines.native.x86.tsc import tsc_khz
 from softsgx.errors import NotRun, SoftSgxError
@@ -39,6 +37,7 @@ from softsgx.ondemand import dataclass, field_names, replace
 from softsgx.trace import Tracer
 
 if TYPE_CHECKING:
+    from softsgx.engines.native.gdb.server import GdbServer
     from softsgx.engines.native.syscalls.call_log import CallLog
 
 __all__ = [
@@ -159,6 +158,8 @@ def _call_log(write: Callable[[str], None]) -> CallLog:
 
 
 def _cpuinfo(leaves: Callable[[int, int], CpuidLeaf]) -> bytes:
+    from softsgx.engines.native.x86.cpuinfo import rewrite_cpuinfo
+
     with open("/proc/cpuinfo") as cpuinfo:
         return rewrite_cpuinfo(cpuinfo.read(), leaves).encode()
 

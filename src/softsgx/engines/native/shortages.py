@@ -6,14 +6,13 @@ process.
 
 from __future__ import annotations
 
-import logging
-
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native.tracing.program import ProgramThread
+from softsgx.ondemand import logger
 
 __all__ = ["Shortages"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 
 
 class Shortages:

@@ -15,10 +15,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from softsgx import hw
 from softsgx.driver import Driver
 from softsgx.engines.native import abi, libc, recording
 from softsgx.engines.native import gdb as debugging
@@ -30,11 +31,7 @@ from softsgx.engines.native.doctor import (
     can_load_components,
     choose_pager,
 )
-from softsgx.engines.native.faults.abort import AbortPage
-from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.strict import StrictLoop
 from softsgx.engines.native.faults.transitions import Transitions
-from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.images import AddressSpaces
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.instruments import Instruments
@@ -47,7 +44,6 @@ from softsgx.engines.native.shortages import Shortages
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
 from softsgx.engines.native.syscalls.handlers import Opener, make_handlers
-from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
 from softsgx.engines.native.syscalls.mman import Mappings
 from softsgx.engines.native.syscalls.nodes import Nodes
 from softsgx.engines.native.syscalls.paths import NamedFiles
@@ -71,12 +67,16 @@ from softsgx.engines.native.vdso.state_jumps import StateJumps
 from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.engines.native.x86.cpuid import CpuidLeaf, host_cpuid, xsave_components
 from softsgx.errors import SoftSgxError
-from softsgx.hw import LogicalProcessor, Machine, interrupt
+from softsgx.hw import LogicalProcessor, Machine
 from softsgx.paging import Group
 from softsgx.runtime import InlineRuntime
 
 if TYPE_CHECKING:
+    from softsgx.engines.native.faults.abort import AbortPage
+    from softsgx.engines.native.faults.breakpoints import Breakpoints
+    from softsgx.engines.native.gdb.server import GdbServer
     from softsgx.engines.native.syscalls.call_log import CallLog
+    from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
 
 __all__ = ["Supervisor"]
 
@@ -130,10 +130,10 @@ class Supervisor(Lifecycle):
         self._leaves_alone = not (strict or recorded or instruments.gdb is not None)
         self.pager = pager or choose_pager(recorded=recorded)
         check_pager(self.pager, recorded=recorded)
-        self.injected, shortages = Injected(), Shortages()
+        self.injected, self._shortages = Injected(), Shortages()
         self._faulting = can_fault_cpuid()
         self._code = None if self._faulting else NewCode()
-        xcr0, real = xsave_components(host_cpuid())
+        self._xcr0, real = xsave_components(host_cpuid())
         self._areas = AreaLayouts(real, machine.config.xsave)
         self._permits = Permits(
             instruments.allow_unseen_crossings and not strict and can_cross_unseen(),
@@ -143,17 +143,6 @@ class Supervisor(Lifecycle):
         self._registry = Registry(self._store, self._device_removed)
         self._remote = RemoteMemory(self._image_of)
         self._descriptors = DeviceDescriptors(self._registry, self._remote)
-        ioctls = EnclaveIoctls(
-            machine,
-            self._registry,
-            self._descriptors,
-            shortages,
-            around_init=RefusedInits(self._injections, machine, self.injected).around_init,
-            cpuid_faults=self._faulting,
-            xcr0=xcr0,
-            areas=self._areas,
-            recorder=self._recorder,
-        )
         # A debugger shows the loader's code, and steps through it.
         jumping = instruments.gdb is None and can_answer_cpuid()
         answers = CpuidAnswers(cpuid, jumping=jumping, faulting=self._faulting)
@@ -163,8 +152,8 @@ class Supervisor(Lifecycle):
         wakes = set() if instruments.gdb is None else {signal.SIGIO}
         self._waits = Waits(self._injections.power_signals, wakes=wakes)
         self._loop = self._make_loop(
-            self._make_transitions(answers, shortages, instruments),
-            self._make_handlers(ioctls, instruments.calls),
+            self._make_transitions(answers, instruments),
+            self._make_handlers(instruments.calls),
             instruments.gdb,
             logged=instruments.calls is not None,
         )
@@ -185,9 +174,25 @@ class Supervisor(Lifecycle):
         if self._recorder is not None:
             self._recording = recording.Recording(self._recorder, self._images, self._permits)
 
-    def _make_transitions(
-        self, answers: CpuidAnswers, shortages: Shortages, instruments: Instruments
-    ) -> Transitions:
+    @cached_property
+    def _ioctls(self) -> EnclaveIoctls:
+        """What does the ioctls; made for the first."""
+        from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
+
+        refused = RefusedInits(self._injections, self._machine, self.injected)
+        return EnclaveIoctls(
+            self._machine,
+            self._registry,
+            self._descriptors,
+            self._shortages,
+            around_init=refused.around_init,
+            cpuid_faults=self._faulting,
+            xcr0=self._xcr0,
+            areas=self._areas,
+            recorder=self._recorder,
+        )
+
+    def _make_transitions(self, answers: CpuidAnswers, instruments: Instruments) -> Transitions:
         make: Callable[..., Transitions] = Transitions
         log = instruments.calls
         if log is not None:
@@ -196,10 +201,10 @@ class Supervisor(Lifecycle):
             make = partial(LoggedTransitions, log)
         return make(
             answers,
-            AbortPage(self._store, self._stop_other_users),
-            shortages.report_refused,
+            self._make_abort_page,
+            self._shortages.report_refused,
             self._permits,
-            Breakpoints(self._stopped_inside),
+            self._make_breakpoints,
             # gdb steps through code, and stops at breakpoints in it.
             StateJumps(
                 instruments.gdb is None and can_keep_flags(),
@@ -207,6 +212,16 @@ class Supervisor(Lifecycle):
                 self._permits.stop_others,
             ),
         )
+
+    def _make_abort_page(self) -> AbortPage:
+        from softsgx.engines.native.faults.abort import AbortPage
+
+        return AbortPage(self._store, self._stop_other_users)
+
+    def _make_breakpoints(self) -> Breakpoints:
+        from softsgx.engines.native.faults.breakpoints import Breakpoints
+
+        return Breakpoints(self._stopped_inside)
 
     def _make_loop(
         self,
@@ -223,6 +238,8 @@ class Supervisor(Lifecycle):
                 self, self._waits, transitions, handlers, server=gdb, files=files
             )
         if self._strict:
+            from softsgx.engines.native.faults.strict import StrictLoop
+
             return StrictLoop(self, self._waits, transitions, handlers)
         loop = Loop(self, self._waits, transitions, handlers)
         if self._recorder is None and not logged:
@@ -360,9 +377,9 @@ class Supervisor(Lifecycle):
 
     # --- system calls ---------------------------------------------------------------------------
 
-    def _make_handlers(self, ioctls: EnclaveIoctls, log: CallLog | None) -> dict[int, Handler]:
+    def _make_handlers(self, log: CallLog | None) -> dict[int, Handler]:
         handlers = make_handlers(
-            ioctls,
+            lambda thread: self._ioctls.ioctl(thread),
             NamedFiles(
                 Opener(self._driver, provision=self._injections.provision),
                 self._registry,
@@ -484,7 +501,8 @@ class Supervisor(Lifecycle):
         self._driver.core.claims.release(thread.claim)
         if self._affinity is not None:
             self._affinity.gone(thread.tid)
-        interrupt(thread.cpu)
+        if thread.cpu.inside is not None:
+            hw.interrupt(thread.cpu)
 
     def thread_gone(self, thread: ProgramThread) -> None:
         """Take back the processor, and the address space from the last of its threads."""

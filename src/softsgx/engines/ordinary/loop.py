@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import time
@@ -30,10 +29,11 @@ from softsgx.engines.ordinary.intervals import Intervals
 from softsgx.engines.ordinary.program import ProgramThread
 from softsgx.engines.ordinary.space import AddressSpace, Hold, Snapshot
 from softsgx.engines.ordinary.spaces import Spaces
+from softsgx.ondemand import logger
 
 __all__ = ["Loop"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 _GROUP_STOPS = frozenset({abi.SIGSTOP, abi.SIGTSTP, abi.SIGTTIN, abi.SIGTTOU})
 _BIRTHS = (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE)
 _SIGNAL_BYTES = 128

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from collections.abc import Callable
 from errno import EPERM
@@ -19,10 +18,11 @@ from softsgx.engines.ordinary.resident import RESIDENT_BYTES, Resident, install_
 from softsgx.engines.ordinary.space import Accesses, AddressSpace, Snapshot
 from softsgx.engines.ordinary.userfaults import Userfaults
 from softsgx.errors import NotRun, SoftSgxError
+from softsgx.ondemand import logger
 
 __all__ = ["Spaces"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 _SHIFT = 12
 _NO_FILE = (1 << 64) - 1
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from softsgx.arch import CHUNK_BYTES, PAGE_BYTES, EinitToken, RdInfo, SecInfo, SigStruct, Status
+from softsgx.arch import PAGE_BYTES, SecInfo, Status
 from softsgx.hw.leaves.late import LateLeaves
 from softsgx.hw.operands import Buffer, PageInfoArgs, Ref, Sealed
 from softsgx.hw.processor import LogicalProcessor
 from softsgx.trace import Tracer
 
 if TYPE_CHECKING:
+    from softsgx.arch import EinitToken, RdInfo, SigStruct
     from softsgx.hw.leaves.registry import Leaf, OptimisedLeaves
 
 __all__ = ["Leaves"]
@@ -112,6 +113,8 @@ class Leaves(LateLeaves):
         return eid_of(cpu, page)
 
     def _eextend_page(self, secs: int, page: int) -> None:
+        from softsgx.arch import CHUNK_BYTES
+
         for chunk in range(page, page + PAGE_BYTES, CHUNK_BYTES):
             self.eextend(secs, chunk)
 

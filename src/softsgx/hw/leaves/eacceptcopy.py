@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, Status
-from softsgx.hw.access import check, epc_operand
+from softsgx.hw.access import check_access, epc_operand
 from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
@@ -52,7 +52,7 @@ def eacceptcopy(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> Status:
     wanted = epc_operand(cpu, rbx, READ)
     page = epc_operand(cpu, rcx, WRITE)
     source = epc_operand(cpu, rdx, READ)
-    fault = check(secs, wanted, rbx, READ)
+    fault = check_access(secs, wanted, rbx, READ)
     if fault is not None:
         raise fault
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))
@@ -62,7 +62,7 @@ def eacceptcopy(cpu: LogicalProcessor, rbx: int, rcx: int, rdx: int) -> Status:
         raise GeneralProtection
 
     # Checks before the lock
-    fault = check(secs, source, rdx, READ)
+    fault = check_access(secs, source, rdx, READ)
     if fault is not None:
         raise fault
     if not _is_new(page, secs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softsgx.arch import PAGE_BYTES, PageType, SecInfo, SecInfoFlags
-from softsgx.hw.access import check, epc_operand, epc_refusal
+from softsgx.hw.access import check_access, epc_operand, epc_refusal
 from softsgx.hw.checks import secinfo_reserved_zero
 from softsgx.hw.epcm import EpcPage
 from softsgx.hw.faults import GeneralProtection
@@ -45,7 +45,7 @@ def emodpe(cpu: LogicalProcessor, rbx: int, rcx: int) -> None:
         raise GeneralProtection
     wanted = epc_operand(cpu, rbx, READ)
     page = epc_operand(cpu, rcx, READ)
-    fault = check(secs, wanted, rbx, READ)
+    fault = check_access(secs, wanted, rbx, READ)
     if fault is not None:
         raise fault
     secinfo = SecInfo.unpack(hw.store.read(wanted, rbx % PAGE_BYTES, SecInfo.SIZE))

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from softsgx.hw.leaves.enclu import EncluLeaves
-from softsgx.hw.optimised.entry import entry_leaves, try_virtual_exit
 from softsgx.hw.processor import LogicalProcessor
 
-__all__ = ["OPTIMISED", "PLAIN", "try_virtual_exit"]
+__all__ = ["OPTIMISED", "PLAIN"]
 
 
 class _Plain:
@@ -25,6 +24,8 @@ class _Plain:
         return {**paging.paging_leaves(cpu), **building.building_leaves(cpu)}
 
     def user(self, cpu: LogicalProcessor, leaves: EncluLeaves) -> Mapping[str, Callable[..., Any]]:
+        from softsgx.hw.optimised.entry import entry_leaves
+
         # The leaves of a guest's processor end with VM exits.
         return entry_leaves(cpu, leaves.eenter, leaves.eexit) if not cpu.vmx_nonroot else {}
 

@@ -104,7 +104,8 @@ class Scene:
         self.store = SimpleNamespace(_leaving={4096}, hide_unmapped=lambda: self.log.append("hide"))
         enclave_faults = SimpleNamespace(faulted=self.faulted)
         exits = SimpleNamespace(return_at_once=lambda _thread: self.at_once)
-        parts: Any = self, self.waits, enclave_faults, exits, self.permits, self.store, self.runtime
+        transitions = SimpleNamespace(enclave=enclave_faults, exits=exits)
+        parts: Any = self, self.waits, transitions, self.permits, self.store, self.runtime
         self.served = PlainFaults(*parts)
         if form == "python":
             self.serve: Callable[[PlainFaults], object] = plain.serve_in_python

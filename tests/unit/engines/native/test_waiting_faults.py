@@ -58,7 +58,7 @@ class WaitingScene(Scene):
         self.waits.faults = SimpleNamespace(
             images=self.images, epoll=0, signals=0, may_have_stopped=True, thread=self.find
         )
-        exits: Any = self.served._exits
+        exits: Any = self.served._transitions.exits
         exits.skip = self.skip
         self.during_background: Callable[[], object] = lambda: None
 

@@ -19,7 +19,7 @@ from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.abort import AbortPage
 from softsgx.engines.native.faults.enclu import EncluLeaves
-from softsgx.engines.native.faults.exits import ENCLU, AsynchronousExits
+from softsgx.engines.native.faults.exits import AsynchronousExits
 from softsgx.engines.native.faults.faulting_instruction import (
     LONGEST,
     access_at,
@@ -35,7 +35,7 @@ from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.vdso.state_jumps import StateJumps
-from softsgx.engines.native.x86.insn import is_illegal_inside
+from softsgx.engines.native.x86.insn import ENCLU, is_illegal_inside
 from softsgx.engines.native.x86.state import StateInsn
 from softsgx.hw import EXECUTE, READ, WRITE, Fault, PageFault, check_access
 

@@ -17,9 +17,10 @@ from softsgx.arch import Enclu, Pfec, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.exits import ENCLU, AsynchronousExits, block_signals_again
+from softsgx.engines.native.faults.exits import AsynchronousExits, block_signals_again
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.permits import Permits
+from softsgx.engines.native.x86.insn import ENCLU
 from softsgx.hw import READ, WRITE, Fault, LogicalProcessor, PageFault
 
 __all__ = ["EncluLeaves"]

@@ -22,14 +22,11 @@ from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso import state_jumps
+from softsgx.engines.native.x86.insn import ENCLU
 from softsgx.hw import AsynchronousExit, Fault, LeafDone, aex
-from softsgx.hw.optimised import try_virtual_exit
+from softsgx.hw.optimised.entry import try_virtual_exit
 
-__all__ = ["ENCLU", "INTERRUPT", "AsynchronousExits", "block_signals_again"]
-
-ENCLU = b"\x0f\x01\xd7"
-INTERRUPT = 0xFD
-"""The vector of interrupts from other processors."""
+__all__ = ["AsynchronousExits", "block_signals_again"]
 
 _PAGE_MASK = -PAGE_BYTES
 _AEP = Tcs.OFFSETS["aep"]
@@ -45,7 +42,12 @@ class AsynchronousExits:
 
     Args:
         breakpoints: see there.
+
+    Attributes:
+        interrupt_vector: of interrupts from other processors.
     """
+
+    interrupt_vector = 0xFD
 
     def __init__(self, breakpoints: Breakpoints) -> None:
         self._breakpoints = breakpoints
@@ -120,7 +122,9 @@ class AsynchronousExits:
         aex(cpu, vector, code, address)
         thread.set_machine_xstate(cpu.regs.xsave)
         thread.store()
-        if not comes_back and vector != INTERRUPT:  # else an ENCLU that leads back may trap
+        if (
+            not comes_back and vector != self.interrupt_vector
+        ):  # else an ENCLU that leads back may trap
             block_signals_again(thread)
 
     # --- exceptions of the program --------------------------------------------------------------

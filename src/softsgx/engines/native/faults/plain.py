@@ -20,14 +20,12 @@ Source:
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi, kernel
-from softsgx.engines.native.faults.enclave import EnclaveFaults
-from softsgx.engines.native.faults.exits import AsynchronousExits
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.tracing.fault_events import FaultEvent
 from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -38,6 +36,9 @@ from softsgx.engines.native.vdso.permit_table import CLOSED_BEHIND, EXITED_WORD
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.hw import READ, WRITE, EnclaveMode
 from softsgx.runtime import InlineRuntime
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.faults.transitions import Transitions
 
 __all__ = ["PlainFaults", "Server"]
 
@@ -80,8 +81,7 @@ class PlainFaults:
     Args:
         server: handles what is not plain.
         waits: receives stops and ends.
-        enclave: faults of enclave code.
-        exits: asynchronous exits.
+        transitions: has what handles faults of enclave code, and asynchronous exits.
         permits: crossings that do not stop.
         store: content of the EPC.
         runtime: has the background tasks.
@@ -94,14 +94,13 @@ class PlainFaults:
         self,
         server: Server,
         waits: Waits,
-        enclave: EnclaveFaults,
-        exits: AsynchronousExits,
+        transitions: Transitions,
         permits: Permits,
         store: NativeStore,
         runtime: InlineRuntime,
     ) -> None:
         self._server, self._waits = server, waits
-        self._enclave, self._exits, self._permits = enclave, exits, permits
+        self._transitions, self._permits = transitions, permits
         self._store, self._runtime = store, runtime
         self.served = 0
 
@@ -161,7 +160,7 @@ class PlainFaults:
             result = image.mm.fault(address, READ, thread)
             usual = cpu.inside is inside and (result is _NOPAGE or result is _RETRY)
             if not usual or cpu.hw.tracer is not None or not self._runtime.is_quiet():
-                number = self._enclave.faulted(thread, address, abi.BUS_ADRERR, result)
+                number = self._transitions.enclave.faulted(thread, address, abi.BUS_ADRERR, result)
                 self._server.resume_thread(thread, number)
                 return True
             thread.spurious = _NO_REPETITION
@@ -216,7 +215,7 @@ class PlainFaults:
                 crossings.aex += 1
                 crossings.eresume += 1
             else:
-                self._exits.skip(thread, Vector.PF)
+                self._transitions.exits.skip(thread, Vector.PF)
             if not self._runtime.is_quiet():
                 self._server.background()
             self._store.hide_unmapped()
@@ -245,7 +244,7 @@ class PlainFaults:
             vma is not None
             and vma.prot == _READ_WRITE
             and image.page_table.entry(address) is None
-            and (thread.resumes is inside or self._exits.return_at_once(thread))
+            and (thread.resumes is inside or self._transitions.exits.return_at_once(thread))
         )
 
 

@@ -13,25 +13,28 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from softsgx.arch import Enclu, Vector
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo, UserRegs
-from softsgx.engines.native.faults import extended
-from softsgx.engines.native.faults.abort import AbortPage
-from softsgx.engines.native.faults.breakpoints import Breakpoints
-from softsgx.engines.native.faults.enclave import EnclaveFaults
-from softsgx.engines.native.faults.enclu import EncluLeaves
-from softsgx.engines.native.faults.exits import ENCLU, INTERRUPT, AsynchronousExits
-from softsgx.engines.native.faults.faulting_instruction import repeat, trap_vector
-from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Stop
 from softsgx.engines.native.vdso.code import KEPT_R11
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidAnswers
 from softsgx.engines.native.vdso.permits import Permits
-from softsgx.engines.native.vdso.state_jumps import StateJumps
+from softsgx.engines.native.x86.insn import ENCLU
 from softsgx.hw import WRITE
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.faults.abort import AbortPage
+    from softsgx.engines.native.faults.breakpoints import Breakpoints
+    from softsgx.engines.native.faults.enclave import EnclaveFaults
+    from softsgx.engines.native.faults.enclu import EncluLeaves
+    from softsgx.engines.native.faults.exits import AsynchronousExits
+    from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
+    from softsgx.engines.native.vdso.state_jumps import StateJumps
 
 __all__ = ["Transitions"]
 
@@ -48,31 +51,66 @@ class Transitions:
 
     Args:
         cpuid: what CPUID gives.
-        abort_page: executes an instruction that may not use a page that it touches.
+        make_abort_page: makes what executes an instruction that may not use a page it touches.
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: crossings that do not stop.
-        breakpoints: hardware breakpoints of threads inside enclaves.
+        make_breakpoints: makes what keeps hardware breakpoints of threads inside enclaves.
         state_jumps: instructions on extended state that do not stop.
     """
 
     def __init__(
         self,
         cpuid: CpuidAnswers,
-        abort_page: AbortPage,
+        make_abort_page: Callable[[], AbortPage],
         refused: Callable[[ProgramThread, int], None],
         permits: Permits,
-        breakpoints: Breakpoints,
+        make_breakpoints: Callable[[], Breakpoints],
         state_jumps: StateJumps,
     ) -> None:
         self._cpuid = cpuid
-        self.permits, self._breakpoints = permits, breakpoints
-        self.exits = self._exits = AsynchronousExits(breakpoints)
-        self._leaves = EncluLeaves(self._exits, refused, permits, breakpoints)
-        self._non_enclave = NonEnclaveFaults(abort_page, refused)
-        self.enclave = self._enclave = EnclaveFaults(
-            *(self._exits, self._leaves, permits, self._non_enclave, abort_page, refused),
-            state_jumps,
+        self.permits, self._refused, self._state_jumps = permits, refused, state_jumps
+        self._make_abort_page, self._make_breakpoints = make_abort_page, make_breakpoints
+
+    # --- made at their first use: most programs have no enclaves --------------------------------
+
+    @cached_property
+    def exits(self) -> AsynchronousExits:
+        """Asynchronous exits."""
+        from softsgx.engines.native.faults.exits import AsynchronousExits
+
+        return AsynchronousExits(self._breakpoints)
+
+    @cached_property
+    def enclave(self) -> EnclaveFaults:
+        """Faults of enclave code."""
+        from softsgx.engines.native.faults.enclave import EnclaveFaults
+
+        return EnclaveFaults(
+            *(self.exits, self._leaves, self.permits, self._non_enclave, self._abort_page),
+            *(self._refused, self._state_jumps),
         )
+
+    @cached_property
+    def _leaves(self) -> EncluLeaves:
+        from softsgx.engines.native.faults.enclu import EncluLeaves
+
+        return EncluLeaves(self.exits, self._refused, self.permits, self._breakpoints)
+
+    @cached_property
+    def _non_enclave(self) -> NonEnclaveFaults:
+        from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
+
+        return NonEnclaveFaults(self._abort_page, self._refused)
+
+    @cached_property
+    def _abort_page(self) -> AbortPage:
+        return self._make_abort_page()
+
+    @cached_property
+    def _breakpoints(self) -> Breakpoints:
+        return self._make_breakpoints()
+
+    # --- stops ----------------------------------------------------------------------------------
 
     def enter(self, thread: ProgramThread) -> int:
         """Our vDSO executes EENTER: the seccomp stop of its special call, registers loaded."""
@@ -119,13 +157,16 @@ class Transitions:
         if page_table.is_marked(regs.rip) or thread.image.read(regs.rip, len(ENCLU)) == ENCLU:
             return leaf == _EEXIT
         code = thread.siginfo().code
-        trapped = code > 0 and (stop.signal == abi.SIGILL or code == abi.TRAP_HWBKPT)
-        return trapped and extended.replaced(thread) is not None
+        if code <= 0 or (stop.signal != abi.SIGILL and code != abi.TRAP_HWBKPT):
+            return False
+        from softsgx.engines.native.faults.extended import replaced
+
+        return replaced(thread) is not None
 
     def call_inside(self, thread: ProgramThread) -> int:
         """Enclave code made a system call: #UD, at the seccomp stop, registers loaded."""
         _take_call_back(thread.regs)
-        return self._at_call(thread, self._exits.exception(thread, Vector.UD))
+        return self._at_call(thread, self.exits.exception(thread, Vector.UD))
 
     def _at_call(self, thread: ProgramThread, number: int) -> int:
         """Signals can be delivered at signal stops only: at a seccomp stop, make the next one."""
@@ -144,11 +185,11 @@ class Transitions:
             self._breakpoints.stopped(thread)
         info = thread.siginfo()
         if number == abi.SIGBUS and inside and info.code == abi.BUS_ADRERR:
-            return self._enclave.page_fault(thread, info.addr, info.code)
+            return self.enclave.page_fault(thread, info.addr, info.code)
         if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:  # sent by a process
             if inside:
                 thread.load()
-                self._exits.leave(thread, INTERRUPT)
+                self.exits.leave(thread, self.exits.interrupt_vector)
             return number
         if number == abi.SIGILL:
             # By far the most frequent stop.
@@ -157,22 +198,22 @@ class Transitions:
                 if not inside:
                     return self._enclu_outside(thread)
                 thread.image.page_table.mark(regs.rip)
-                return self._enclave.enclu(thread)
+                return self.enclave.enclu(thread)
             if inside and thread.image.page_table.is_marked(regs.rip):
                 # Another thread trapped there too, and was served first.
-                return self._enclave.enclu(thread)
+                return self.enclave.enclu(thread)
         elif number == abi.SIGSEGV and inside:
             regs = thread.load()
             image = thread.image
             if image.page_table.is_marked(regs.rip):
-                return self._enclave.enclu(thread)
+                return self.enclave.enclu(thread)
             # Where SGX is on but not in use, ENCLU raises #GP.
             if info.code == abi.SI_KERNEL and image.read(regs.rip, len(ENCLU)) == ENCLU:
                 image.page_table.mark(regs.rip)
-                return self._enclave.enclu(thread)
+                return self.enclave.enclu(thread)
         thread.load()
         if inside:
-            return self._enclave.signal(thread, number, info)
+            return self.enclave.signal(thread, number, info)
         return self._outside(thread, number, info)
 
     def kicked(self, thread: ProgramThread, stop: Stop | None) -> bool:
@@ -189,7 +230,7 @@ class Transitions:
         Returns:
             Whether the exit replaces ``stop``.
         """
-        regs, vector, over = thread.load(), INTERRUPT, stop is not None
+        regs, vector, over = thread.load(), self.exits.interrupt_vector, stop is not None
         self._breakpoints.stopped(thread)
         if stop is not None and stop.event == abi.PTRACE_EVENT_SECCOMP:
             _take_call_back(regs)
@@ -198,8 +239,10 @@ class Transitions:
             raised = bool(abi.FAULT_SIGNALS >> stop.signal - 1 & 1) and info.code > 0
             over = raised and (stop.signal != abi.SIGTRAP or info.code == abi.TRAP_HWBKPT)
             if raised and not over:
+                from softsgx.engines.native.faults.faulting_instruction import trap_vector
+
                 vector = trap_vector(info)
-        self._exits.leave(thread, vector)
+        self.exits.leave(thread, vector)
         thread.kicked = True
         return over
 
@@ -214,7 +257,7 @@ class Transitions:
 
     def stays_inside(self, thread: ProgramThread) -> bool:
         """As :meth:`AsynchronousExits.interrupt`."""
-        return self._exits.interrupt(thread)
+        return self.exits.interrupt(thread)
 
     def _enclu_outside(self, thread: ProgramThread) -> int:
         """Code of the program executes ENCLU; if it leads to another one, execute that, too."""
@@ -223,7 +266,7 @@ class Transitions:
         if leaf == _EENTER and outside and thread.cpu.inside is not None:
             self.permits.entered(thread, enclu)
         if not number and not thread.image.strict:  # where a thread inside waits for its turn
-            number = self._enclave.resumed(thread)
+            number = self.enclave.resumed(thread)
         return number
 
     def _outside(self, thread: ProgramThread, number: int, info: SigInfo) -> int:
@@ -267,6 +310,8 @@ def _let_stub_store(thread: ProgramThread, address: int) -> None:
     at each entry, where the pager has not shown the page in this process or watches it.
     """
     if thread.image.page_table.is_shown(address):
+        from softsgx.engines.native.faults.faulting_instruction import repeat
+
         repeat(thread, address, WRITE)
 
 

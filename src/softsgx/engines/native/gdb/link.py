@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 from softsgx.engines.native.gdb.packets import INTERRUPT, Connection
 from softsgx.engines.native.gdb.server import GdbServer
 from softsgx.engines.native.gdb.session import Session
 from softsgx.engines.native.gdb.target import Debugged
+from softsgx.ondemand import logger
 
 __all__ = ["Link"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 
 
 class Link:

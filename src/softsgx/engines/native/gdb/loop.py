@@ -32,7 +32,6 @@ from dataclasses import replace
 
 from softsgx.arch import AttributesFlags
 from softsgx.engines.native import abi
-from softsgx.engines.native.faults.exits import ENCLU
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.gdb.libraries import Library, auxiliary_vector, linked_libraries
 from softsgx.engines.native.gdb.link import Link
@@ -48,6 +47,7 @@ from softsgx.engines.native.tracing.loop import Handler, Loop
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.tracee import Gone, Stop
 from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.native.x86.insn import ENCLU
 
 __all__ = ["DebugLoop"]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from errno import EPERM
 
 from softsgx.engines.native import abi, libc, recording
-from softsgx.engines.native.memory.mprotect import MprotectPager
 from softsgx.engines.native.memory.page_table import Pager
 from softsgx.engines.native.memory.uffd import MINOR_FEATURES, UffdPager, open_userfaultfd
 from softsgx.engines.native.tracing.tracee import Thread
@@ -135,6 +134,8 @@ def make_pager(
     Raises:
         SoftSgxError: the kernel refuses the pager.
     """
+    from softsgx.engines.native.memory.mprotect import MprotectPager
+
     stores = recorder is not None and recorder.interval_ns is not None
     if name == "mprotect":
         if recorder is not None:

@@ -30,7 +30,6 @@ from errno import EINVAL, ENOENT, ESRCH
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
-from softsgx.engines.native.memory.fetches import Fetches
 from softsgx.engines.native.memory.memory_file import runs
 from softsgx.errors import SoftSgxError
 
@@ -111,6 +110,8 @@ class UffdPager:
         failed: Callable[[Exception], None],
         close_events: Callable[[int], None] | None = None,
     ) -> None:
+        from softsgx.engines.native.memory.fetches import Fetches
+
         self._failed, self._close_events = failed, close_events
         self._dontwake = 0 if close_events is None else abi.UFFDIO_COPY_MODE_DONTWAKE
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running

@@ -11,7 +11,6 @@ from softsgx.engines.native import abi
 from softsgx.engines.native.syscalls.advice import madvise, mlock
 from softsgx.engines.native.syscalls.clone import clone, clone3
 from softsgx.engines.native.syscalls.descriptors import DeviceDescriptors
-from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
 from softsgx.engines.native.syscalls.mman import Mappings
 from softsgx.engines.native.syscalls.paths import NamedFiles
 from softsgx.engines.native.syscalls.remote import RemoteMemory
@@ -47,7 +46,7 @@ class Opener:
 
 
 def make_handlers(
-    ioctls: EnclaveIoctls,
+    ioctl: Handler,
     files: NamedFiles,
     descriptors: DeviceDescriptors,
     mappings: Mappings,
@@ -56,7 +55,8 @@ def make_handlers(
 ) -> dict[int, Handler]:
     """Return the handlers, given the objects that they are methods of.
 
-    ``affinity`` returns what keeps the program on its processors while it runs.
+    ``ioctl`` does the ioctls of open devices; ``affinity`` returns what keeps the program on its
+    processors while it runs.
     """
 
     def processors() -> Affinity:
@@ -80,7 +80,7 @@ def make_handlers(
             abi.SYS_MLOCK2: mlock,
             abi.SYS_PROCESS_VM_READV: remote.process_vm,
             abi.SYS_PROCESS_VM_WRITEV: remote.process_vm,
-            abi.SYS_IOCTL: ioctls.ioctl,
+            abi.SYS_IOCTL: ioctl,
             abi.SYS_SCHED_GETAFFINITY: lambda thread: processors().getaffinity(thread),
             abi.SYS_SCHED_SETAFFINITY: lambda thread: processors().setaffinity(thread),
         }

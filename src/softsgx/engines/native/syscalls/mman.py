@@ -11,18 +11,20 @@ Source:
 from __future__ import annotations
 
 from errno import EACCES, EFAULT, EINVAL, ENODEV, EPERM
+from typing import TYPE_CHECKING
 
 from softsgx.driver import EnclaveFile
 from softsgx.engines.native import abi
 from softsgx.engines.native.mappings import mappings
-from softsgx.engines.native.memory.foreign import ForeignMapping
 from softsgx.engines.native.syscalls.advice import drop_left_behind
 from softsgx.engines.native.syscalls.code import NewCode
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.program import ProgramThread
-from softsgx.engines.native.vdso.host_jumps import put_back
 from softsgx.ondemand import replace
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.memory.foreign import ForeignMapping
 
 __all__ = ["Mappings"]
 
@@ -153,6 +155,8 @@ class Mappings:
             address: where it is.
             length: its bytes.
         """
+        from softsgx.engines.native.memory.foreign import ForeignMapping
+
         image, end = thread.image, address + -(-length // abi.PAGE) * abi.PAGE
         taken = image.foreign_mappings.within(address, end)
         for vma in image.mm.vmas(address, end):
@@ -201,6 +205,8 @@ class Mappings:
         address, length, prot = regs.rdi, regs.rsi, regs.rdx
         length = -(-length // abi.PAGE) * abi.PAGE
         if prot & abi.PROT_WRITE:
+            from softsgx.engines.native.vdso.host_jumps import put_back
+
             put_back(thread, address, address + length)
         foreign = image.foreign_mappings.within(address, address + length)
         if foreign and address % abi.PAGE == 0 and not image.mm.vmas(address, address + length):
@@ -280,6 +286,8 @@ class Mappings:
         Enclaves are unmapped at its target, and where what shrinks reaches over them, also by a
         call that fails after that.
         """
+        from softsgx.engines.native.vdso.host_jumps import put_back
+
         image = thread.image
         put_back(thread, old, old + old_length)
         foreign = image.foreign_mappings.within(old, old + old_length)

@@ -12,7 +12,8 @@ import stat
 import struct
 from collections.abc import Callable
 
-from softsgx.cgroup import Hierarchy, file_names, read_file
+from softsgx import cgroup
+from softsgx.cgroup import Hierarchy
 from softsgx.ondemand import dataclass, field
 
 __all__ = ["CGROUP", "ENCLAVE", "PROVISION", "Node", "Nodes", "devices"]
@@ -148,10 +149,10 @@ class Nodes:
         try:
             if last.startswith("misc."):
                 group = self._groups.find(directory)
-                if last not in file_names(group):
+                if last not in cgroup.file_names(group):
                     return None
                 return Node(
-                    name, stat.S_IFREG | 0o444, text=lambda: read_file(group, last).encode()
+                    name, stat.S_IFREG | 0o444, text=lambda: cgroup.read_file(group, last).encode()
                 )
             self._groups.find(below)
         except OSError:

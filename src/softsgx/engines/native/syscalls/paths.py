@@ -27,7 +27,6 @@ from softsgx.driver import EnclaveFile, ProvisionFile
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.mappings import maps_lines
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
-from softsgx.engines.native.syscalls.maps import maps_text
 from softsgx.engines.native.syscalls.nodes import ENCLAVE, PROVISION, Node, Nodes
 from softsgx.engines.native.syscalls.registry import Device, Registry
 from softsgx.engines.native.syscalls.walk import Walks
@@ -182,6 +181,8 @@ class NamedFiles:
             lines = maps_lines(pid)
         except OSError as error:
             return -(error.errno or EACCES)
+        from softsgx.engines.native.syscalls.maps import maps_text
+
         shown = maps_text(lines, image, self._registry, self._nodes.device(ENCLAVE))
         return self._open_text(thread, os.fsencode(shown), flags)
 

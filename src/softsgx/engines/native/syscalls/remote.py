@@ -23,7 +23,7 @@ import struct
 from collections.abc import Callable
 from errno import EFAULT, EIO
 
-from softsgx.driver import peek, poke
+from softsgx import driver
 from softsgx.engines.native import abi, libc
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -120,7 +120,7 @@ class RemoteMemory:
             if image.mm.find(at) is None:
                 data = os.pread(image.memory_fd, size, at)
             else:
-                data = peek(image.mm, at, size, thread)
+                data = driver.peek(image.mm, at, size, thread)
         except OSError:
             return -EIO
         given = 0
@@ -144,7 +144,7 @@ class RemoteMemory:
         try:
             if image.mm.find(at) is None:
                 return os.pwrite(image.memory_fd, data[: end - at], at)
-            return poke(image.mm, at, data[: end - at], thread)
+            return driver.poke(image.mm, at, data[: end - at], thread)
         except OSError:
             return -EIO
 

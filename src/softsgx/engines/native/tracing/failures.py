@@ -21,16 +21,16 @@ machine, bad input) ends a process with one line, and the run does not fail.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 
 from softsgx.errors import SoftSgxError
+from softsgx.ondemand import logger
 
 __all__ = ["Failures", "kill"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 
 _NO_DESCRIPTOR = (
     "too few descriptors are left to serve it; raise the limit on open files (ulimit -Hn)"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from softsgx.engines.native.tracing.fresh import CopiedImage, FreshChild
+from typing import TYPE_CHECKING
+
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.fresh import CopiedImage, FreshChild
 
 __all__ = ["Lifecycle"]
 

@@ -70,10 +70,8 @@ class Loop(Tasks):
 
     def serve_plain_faults(self, store: NativeStore, runtime: InlineRuntime) -> None:
         """Serve faults of :mod:`~softsgx.engines.native.faults.plain` on the short path."""
-        transitions = self._transitions
         self._plain = PlainFaults(
-            *(self, self._waits, transitions.enclave, transitions.exits, self._permits),
-            *(store, runtime),
+            self, self._waits, self._transitions, self._permits, store, runtime
         )
 
     def resolves_faults_of_waiting_threads(self) -> bool:

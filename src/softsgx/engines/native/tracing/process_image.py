@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from softsgx.driver import EnclaveFile, Mm
 from softsgx.engines.native import abi, recording
 from softsgx.engines.native.mappings import mapping_at, mappings
-from softsgx.engines.native.memory.foreign import ForeignMappings
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.page_table import EnclavePageTable, Pager
 from softsgx.engines.native.memory.pagers import NoPager, make_pager
@@ -23,19 +23,20 @@ from softsgx.engines.native.tracing.image_memory import ImageMemory
 from softsgx.engines.native.tracing.image_services import ImageServices
 from softsgx.engines.native.tracing.image_threads import ThreadsOfImage
 from softsgx.engines.native.tracing.tracee import Thread
-from softsgx.engines.native.vdso.areas import make_area
 from softsgx.engines.native.vdso.cpuid_jumps import CpuidStubs
-from softsgx.engines.native.vdso.crossing_sites import ExitSite
 from softsgx.engines.native.vdso.elf import Vdso
-from softsgx.engines.native.vdso.host_jumps import EntrySite
-from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
 from softsgx.engines.native.vdso.path_calls import PathStubs
 from softsgx.engines.native.vdso.permit_code import STUB_BYTES
-from softsgx.engines.native.vdso.permit_table import PermitTable
-from softsgx.engines.native.vdso.state_code import MOST_STATE_STUBS, STATE_STUB_BYTES
-from softsgx.engines.native.vdso.state_jumps import EnclaveSite
-from softsgx.engines.native.vdso.stubs import Stubs
+from softsgx.engines.native.vdso.stubs import MOST_STATE_STUBS, STATE_STUB_BYTES, Stubs
 from softsgx.engines.native.x86.rewrite import Places
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.memory.foreign import ForeignMappings
+    from softsgx.engines.native.vdso.crossing_sites import ExitSite
+    from softsgx.engines.native.vdso.host_jumps import EntrySite
+    from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
+    from softsgx.engines.native.vdso.permit_table import PermitTable
+    from softsgx.engines.native.vdso.state_jumps import EnclaveSite
 
 __all__ = ["ProcessImage"]
 
@@ -130,6 +131,8 @@ class ProcessImage(ThreadsOfImage):
 
     def _copy(self, parent: ProcessImage | CopiedImage) -> None:
         """Take over what fork has copied; it is at the same addresses."""
+        from softsgx.engines.native.memory.foreign import ForeignMappings
+
         self.permits_at, self.loader = parent.permits_at, parent.loader
         self.cpuid_stubs, self.cpuid_sites = parent.cpuid_stubs, parent.cpuid_sites.copy()
         self.path_stubs = None if parent.path_stubs is None else parent.path_stubs.copy()
@@ -162,17 +165,23 @@ class ProcessImage(ThreadsOfImage):
     @cached_property
     def slots(self) -> OutOfLineSlots:
         """See the class."""
+        from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
+
         return OutOfLineSlots(self.memory_fd, self.vdso_base + self.vdso.slots)
 
     @cached_property
     def exit_stubs(self) -> Stubs[ExitSite]:
         """See the class."""
+        from softsgx.engines.native.vdso.areas import make_area
+
         area = self.vdso_base + self.vdso.stubs, self.vdso.most_stubs
         return Stubs(STUB_BYTES, area, make_area)
 
     @cached_property
     def entry_stubs(self) -> Stubs[EntrySite]:
         """See the class."""
+        from softsgx.engines.native.vdso.areas import make_area
+
         return Stubs(STUB_BYTES, make_area=make_area)
 
     @cached_property
@@ -188,6 +197,8 @@ class ProcessImage(ThreadsOfImage):
     @cached_property
     def foreign_mappings(self) -> ForeignMappings:
         """Mappings of other memory in the ranges of enclaves."""
+        from softsgx.engines.native.memory.foreign import ForeignMappings
+
         return ForeignMappings(self.inject)
 
     def _make_pager(self, thread: Thread) -> Pager:

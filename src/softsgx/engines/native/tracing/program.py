@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from softsgx.driver import Mm
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
-from softsgx.engines.native.tracing.image_memory import ImageMemory
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
@@ -18,6 +17,9 @@ from softsgx.engines.native.x86.areas import AreaLayouts
 from softsgx.hw import EnclaveMode, LogicalProcessor, Registers
 from softsgx.ondemand import dataclass
 from softsgx.paging import Claim, Group
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.image_memory import ImageMemory
 
 __all__ = ["Process", "ProgramThread", "Trap"]
 

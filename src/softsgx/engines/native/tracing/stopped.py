@@ -12,11 +12,14 @@ import ctypes
 import os
 from collections.abc import Sequence
 from errno import ESRCH
+from typing import TYPE_CHECKING
 
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.abi import SigInfo, UserRegs
 from softsgx.engines.native.tracing.waits import Waits
-from softsgx.engines.native.vdso.out_of_line import OutOfLine
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.vdso.out_of_line import OutOfLine
 
 __all__ = ["Gone", "StoppedThread"]
 

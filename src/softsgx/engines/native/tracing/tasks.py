@@ -20,18 +20,11 @@ import os
 import struct
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.tracing.failures import Failures, kill
-from softsgx.engines.native.tracing.fresh import FreshChild
 from softsgx.engines.native.tracing.lifecycle import Lifecycle
-from softsgx.engines.native.tracing.orphans import (
-    FORKS,
-    executes_32_bit,
-    has_copy_of,
-    orphans,
-    shares_memory,
-)
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import Process, ProgramThread
 from softsgx.engines.native.tracing.start import finish_exec
@@ -39,6 +32,9 @@ from softsgx.engines.native.tracing.tracee import Gone, Thread, decode_stop
 from softsgx.engines.native.tracing.unsupervised import Unsupervised, is_32_bit
 from softsgx.engines.native.tracing.waits import Waits, let_end
 from softsgx.engines.native.vdso.permits import Permits
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.tracing.fresh import FreshChild
 
 __all__ = ["GROUP_STOPS", "Tasks"]
 
@@ -250,6 +246,8 @@ class Tasks:
 
     def _announced_end(self, thread: ProgramThread) -> None:
         """Do the first step at the event of a thread's end; the child of a fork may be left."""
+        from softsgx.engines.native.tracing.orphans import FORKS
+
         try:
             inside_fork = thread.load().orig_rax in FORKS
         except Gone:  # it was let go already
@@ -321,6 +319,8 @@ class Tasks:
             parent: one of these threads; the loop still knows its address space.
             killed: whether such a child may exist that has not stopped yet.
         """
+        from softsgx.engines.native.tracing.orphans import has_copy_of, shares_memory
+
         for tid in self._orphans_of(parent.process, killed=killed):
             try:
                 if has_copy_of(tid, parent.image.vdso_base):
@@ -331,6 +331,8 @@ class Tasks:
 
     def _adopt_32_bit_orphans(self, tid: int, process: Process, *, killed: bool) -> None:
         """As :meth:`_adopt_orphans`, when a thread of a 32-bit program has ended."""
+        from softsgx.engines.native.tracing.orphans import executes_32_bit
+
         if tid != process.pid:  # nothing tells in which call it was
             process.ended_in_fork = True
             return
@@ -342,6 +344,8 @@ class Tasks:
 
     def _orphans_of(self, process: Process, *, killed: bool) -> list[int]:
         """Return the ids of processes that no event reports, now that ``process`` has ended."""
+        from softsgx.engines.native.tracing.orphans import orphans
+
         unsupervised = self.unsupervised.processes
         known = self.threads.keys() | self._dying.keys() | unsupervised.keys() | self.fresh.keys()
         living = {thread.process.pid for thread in self.threads.values()} | self.fresh.keys()

@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 
@@ -19,10 +18,11 @@ from softsgx.engines.native.tracing.program import Process
 from softsgx.engines.native.tracing.start import finish_exec
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread, decode_stop
 from softsgx.engines.native.tracing.waits import Waits, let_end
+from softsgx.ondemand import logger
 
 __all__ = ["Unsupervised", "is_32_bit"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logger(__name__)
 
 _USER32_CS = 0x23
 _BIRTHS = (abi.PTRACE_EVENT_FORK, abi.PTRACE_EVENT_VFORK, abi.PTRACE_EVENT_CLONE)

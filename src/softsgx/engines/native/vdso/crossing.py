@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.engines.native.vdso.crossing_sites import ExitSite
-from softsgx.engines.native.vdso.entry_code import TAIL, TAIL_BYTES
+from softsgx.engines.native.vdso.entry_code import TAIL
 from softsgx.engines.native.vdso.host_jumps import EntrySite
+from softsgx.engines.native.vdso.permit_code import TAIL_BYTES
 from softsgx.engines.native.vdso.permit_table import PermitTable, Slot
 from softsgx.engines.native.vdso.stubs import Stub
 

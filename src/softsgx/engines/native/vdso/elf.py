@@ -22,10 +22,9 @@ from softsgx.engines.native.vdso.code import (
     target_of,
 )
 from softsgx.engines.native.vdso.cpuid_jumps import AREA_BYTES
-from softsgx.engines.native.vdso.entry_code import TAILS_BYTES
 from softsgx.engines.native.vdso.path_calls import PATH_BYTES
-from softsgx.engines.native.vdso.permit_code import STUB_BYTES
-from softsgx.engines.native.vdso.state_code import STATE_BYTES
+from softsgx.engines.native.vdso.permit_code import STUB_BYTES, TAILS_BYTES
+from softsgx.engines.native.vdso.stubs import STATE_BYTES
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.ondemand import dataclass, replace
 

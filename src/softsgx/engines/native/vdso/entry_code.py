@@ -26,8 +26,8 @@ from softsgx.engines.native.vdso.permit_code import (
     OUT,
     SLOT,
     SLOT_PLACES,
-    SLOTS,
     STATE_MASK,
+    TAIL_BYTES,
     WHO_MASK,
     emit_own_tid,
     emit_release,
@@ -36,15 +36,9 @@ from softsgx.engines.native.x86.asm import Assembler
 
 __all__ = [
     "TAIL",
-    "TAILS_BYTES",
-    "TAIL_BYTES",
     "entry_stub",
     "tail",
 ]
-
-TAIL_BYTES = 48
-TAILS_BYTES = SLOTS * TAIL_BYTES
-"""Of an address space, a multiple of a page."""
 
 _EENTER, _ENCLU_BYTES = 2, 3
 #: A word that only the stub of EEXIT uses otherwise.

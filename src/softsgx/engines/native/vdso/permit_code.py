@@ -49,6 +49,8 @@ __all__ = [
     "STATE_MASK",
     "STUB_BYTES",
     "TABLE_BYTES",
+    "TAILS_BYTES",
+    "TAIL_BYTES",
     "THREAD_MASK",
     "THREAD_SHIFT",
     "WHO_MASK",
@@ -72,6 +74,9 @@ SLOT_BYTES = 256
 EXITS_AT = 8 * HASHED
 SLOTS_AT, SLOTS = 2 * EXITS_AT, 256
 ALONE_AT = SLOTS_AT + SLOTS * SLOT_BYTES
+#: Of a tail (``vdso/entry_code.py``), and of those of all slots, a multiple of a page.
+TAIL_BYTES = 48
+TAILS_BYTES = SLOTS * TAIL_BYTES
 TABLE_BYTES = ALONE_AT + abi.PAGE
 """Size of the table: pointers by TCS, pointers by GS base, slots, the id of an only thread or 0."""
 

@@ -31,30 +31,23 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
-from softsgx.arch import GprSgx, Tcs
 from softsgx.engines.native.tracing.registers import NativeRegisters
-from softsgx.engines.native.vdso import crossing
-from softsgx.engines.native.vdso.crossing_sites import find_exit
-from softsgx.engines.native.vdso.entry_code import TAIL_BYTES, tail
-from softsgx.engines.native.vdso.host_jumps import replace_in_host
-from softsgx.engines.native.vdso.permit_code import BUSY, IN
-from softsgx.engines.native.vdso.permit_table import Entry, Gate, Slot, make_table
+from softsgx.engines.native.vdso.permit_code import BUSY, IN, TAIL_BYTES
+from softsgx.engines.native.vdso.permit_table import Entry, make_table
 from softsgx.engines.native.vdso.stubs import replace_in_enclave
 from softsgx.hw import Registers
-from softsgx.hw.entry import GPR_OFFSET
 from softsgx.hw.processor import EnclaveMode
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.process_image import ProcessImage
     from softsgx.engines.native.tracing.program import ProgramThread
+    from softsgx.engines.native.vdso.permit_table import Gate, Slot
 
 __all__ = ["Permits"]
 
-_URSP_OFFSET = GPR_OFFSET + GprSgx.OFFSETS["ursp"]
-_AEP = Tcs.OFFSETS["aep"]
 _PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # EENTER uses no flag but TF, and with TF set every instruction stops
 
@@ -102,16 +95,20 @@ class Permits:
         if image.permits is None or not self._has_permits(thread) or inside.outside.tf != 0:
             return
         if enclu is not None:
+            from softsgx.engines.native.vdso.host_jumps import replace_in_host
+
             replace_in_host(thread, enclu)
         slot = self._slot(thread, inside)
         if slot is not None:
             if enclu is not None and not slot.word("tail"):
+                from softsgx.engines.native.vdso.entry_code import tail
+
                 place = image.vdso_base + image.vdso.tails + TAIL_BYTES * slot.number
                 os.pwrite(image.memory_fd, tail(slot.address), place)
                 slot.set("tail", place)
             gpr = inside.frame.gpr
             outcome = regs.rip, regs.rax, regs.fs_base, regs.gs_base
-            slot.entry = Entry(gpr, gpr.linaddr + _URSP_OFFSET, *outcome)
+            slot.entry = Entry(gpr, gpr.linaddr + _ursp_offset(), *outcome)
             self._recorded.add(slot)
 
     def left(self, thread: ProgramThread, inside: EnclaveMode, enclu: int) -> None:
@@ -124,6 +121,8 @@ class Permits:
                 image.permits = make_table(thread, image)
                 image.has_room_for_permits = image.permits is not None
             return
+        from softsgx.engines.native.vdso.crossing_sites import find_exit
+
         find = partial(find_exit, image)
         replace_in_enclave(thread, enclu, image.exit_stubs, find, self.stop_others)
         slot = image.permits.slot(inside.tcs_linaddr)
@@ -153,7 +152,7 @@ class Permits:
                 return  # EEXIT stops in any case
             if outside.tf != 0 or thread.blocked is not None:
                 return  # EEXIT has to restore state that a stub cannot restore
-            aep = int.from_bytes(thread.cpu.hw.store.read(inside.tcs, _AEP, 8), "little")
+            aep = int.from_bytes(thread.cpu.hw.store.read(inside.tcs, _aep_offset(), 8), "little")
             slot.open_in(thread, thread.own_tid, aep, outside.fs_base, outside.gs_base)
         table.set_alone(thread.own_tid if len(thread.image.threads) == 1 else 0)
         self._open.add(slot)
@@ -195,7 +194,9 @@ class Permits:
         """
         self.report(thread)
         if thread.image.permits_at:
-            crossing.straighten(thread)
+            from softsgx.engines.native.vdso.crossing import straighten
+
+            straighten(thread)
 
     def report(self, thread: ProgramThread) -> None:
         """A thread has stopped: report its crossings, before the stop is handled.
@@ -323,7 +324,7 @@ class Permits:
         entry, cpu, regs = slot.entry, owner.cpu, self._scratch
         assert entry is not None, f"an entry by {slot.tcs:#x} that was not permitted"
         regs.rip = owner.image.eenter
-        regs.rsp, regs.rbp = _PAIR.unpack(cpu.hw.store.read(entry.gpr, _URSP_OFFSET, _PAIR.size))
+        regs.rsp, regs.rbp = _PAIR.unpack(cpu.hw.store.read(entry.gpr, _ursp_offset(), _PAIR.size))
         regs.rflags = _RFLAGS
         regs.fs_base, regs.gs_base = slot.word("outside_fs"), slot.word("outside_gs")
         real = cpu.regs
@@ -338,3 +339,20 @@ class Permits:
         assert outcome == (entry.rip, entry.cssa, entry.fs_base, entry.gs_base), (
             f"an entry by permit at {slot.tcs:#x} is not as the one before"
         )
+
+
+@cache
+def _ursp_offset() -> int:
+    """Return where URSP and URBP are in the page that has a frame's registers."""
+    from softsgx.arch import GprSgx
+    from softsgx.hw.entry import GPR_OFFSET
+
+    return GPR_OFFSET + GprSgx.OFFSETS["ursp"]
+
+
+@cache
+def _aep_offset() -> int:
+    """Return where AEP is in a TCS."""
+    from softsgx.arch import Tcs
+
+    return Tcs.OFFSETS["aep"]

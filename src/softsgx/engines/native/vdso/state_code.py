@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from softsgx.engines.native import abi
 from softsgx.engines.native.vdso.moved_state import (
     Operand,
     emit_restore,
@@ -31,18 +30,14 @@ from softsgx.engines.native.vdso.moved_state import (
     restores,
     save_distance,
 )
+from softsgx.engines.native.vdso.stubs import STATE_STUB_BYTES
 from softsgx.engines.native.x86.areas import Move
 from softsgx.engines.native.x86.asm import Assembler
 from softsgx.engines.native.x86.rewrite import in_step
 from softsgx.engines.native.x86.state import StateInsn, StateOperation, decode_state
 from softsgx.ondemand import dataclass, pattern
 
-__all__ = ["MOST_STATE_STUBS", "STATE_BYTES", "STATE_STUB_BYTES", "StateSite", "find_site"]
-
-STATE_STUB_BYTES = 1024
-STATE_BYTES = 8 * abi.PAGE
-"""Of an address space, for its stubs."""
-MOST_STATE_STUBS = STATE_BYTES // STATE_STUB_BYTES
+__all__ = ["StateSite", "find_site"]
 
 _LOW_32 = 0xFFFF_FFFF
 _BITS_64 = (1 << 64) - 1

@@ -19,14 +19,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
-from softsgx.engines.native.vdso.state_code import StateSite, find_site
 from softsgx.engines.native.vdso.stubs import replace_in_enclave
 from softsgx.engines.native.x86.areas import Move
-from softsgx.engines.native.x86.state import StateInsn
 from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
+    from softsgx.engines.native.vdso.state_code import StateSite
+    from softsgx.engines.native.x86.state import StateInsn
 
 __all__ = ["EnclaveSite", "StateJumps", "straighten"]
 
@@ -96,6 +96,8 @@ class StateJumps:
 
 
 def _site(thread: ProgramThread, at: int, length: int, loading: bool) -> EnclaveSite | None:
+    from softsgx.engines.native.vdso.state_code import find_site
+
     page, offset = at & -PAGE_BYTES, at % PAGE_BYTES
     memory, inside = thread.image.page_table.memory_at(at), thread.cpu.inside
     assert inside is not None, "extended state of an enclave outside an enclave"

@@ -14,16 +14,34 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from softsgx.engines.native import abi
 from softsgx.ondemand import dataclass
 
 if TYPE_CHECKING:
     from softsgx.engines.native.tracing.program import ProgramThread
 
-__all__ = ["JUMP_BYTES", "REACH", "Site", "Stub", "Stubs", "jump", "merged", "replace_in_enclave"]
+__all__ = [
+    "JUMP_BYTES",
+    "MOST_STATE_STUBS",
+    "REACH",
+    "STATE_BYTES",
+    "STATE_STUB_BYTES",
+    "Site",
+    "Stub",
+    "Stubs",
+    "jump",
+    "merged",
+    "replace_in_enclave",
+]
 
 JUMP_BYTES = 5
 REACH = 1 << 30
 """How far a stub may be from its site."""
+STATE_STUB_BYTES = 1024
+"""Of a stub for an instruction on extended state (``vdso/state_code.py``)."""
+STATE_BYTES = 8 * abi.PAGE
+"""Of an address space, for those stubs."""
+MOST_STATE_STUBS = STATE_BYTES // STATE_STUB_BYTES
 _FEW = 512
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Insn", "decode", "is_illegal_inside", "is_write"]
+__all__ = ["ENCLU", "Insn", "decode", "is_illegal_inside", "is_write"]
+
+ENCLU = b"\x0f\x01\xd7"
 
 _PREFIXES = frozenset(b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 _ALU = tuple(base for base in range(0, 0x40, 8))

@@ -74,7 +74,7 @@ class Server:
         waits.faults = self.faults
         server: Any = SimpleNamespace(held=self.held, threads={})
         permits: Any = SimpleNamespace(_open=set(), _unused={}, _recorded=set())
-        plain = PlainFaults(server, waits, none, none, permits, none, none)
+        plain = PlainFaults(server, waits, none, permits, none, none)
         with suppress(ChildProcessError):  # it looks for stops
             compiled.speedups.serve_faults(plain)
 

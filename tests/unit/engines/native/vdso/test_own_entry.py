@@ -18,9 +18,17 @@ from tests.unit.engines.native.vdso.test_permits import (
     Scene,
 )
 
-from softsgx.engines.native.vdso.entry_code import TAIL, TAIL_BYTES, entry_stub, tail
+from softsgx.engines.native.vdso.entry_code import TAIL, entry_stub, tail
 from softsgx.engines.native.vdso.host_jumps import EntrySite
-from softsgx.engines.native.vdso.permit_code import BUSY, CLOSED, CROSSING, IN, OUT, STUB_BYTES
+from softsgx.engines.native.vdso.permit_code import (
+    BUSY,
+    CLOSED,
+    CROSSING,
+    IN,
+    OUT,
+    STUB_BYTES,
+    TAIL_BYTES,
+)
 from softsgx.engines.native.vdso.stubs import Stub, Stubs
 
 AREA, ENCLU, AEP = BASE - 0x8000, BASE - 0x4000, BASE - 0x3000

@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 
 from softsgx.engines.native.abi import UserRegs
-from softsgx.engines.native.vdso.state_code import STATE_STUB_BYTES, StateSite, find_site
+from softsgx.engines.native.vdso.state_code import StateSite, find_site
 from softsgx.engines.native.vdso.state_jumps import EnclaveSite, straighten
-from softsgx.engines.native.vdso.stubs import Stub, Stubs
+from softsgx.engines.native.vdso.stubs import STATE_STUB_BYTES, Stub, Stubs
 from softsgx.engines.native.x86.areas import Move
 from softsgx.engines.native.x86.state import StateOperation
 

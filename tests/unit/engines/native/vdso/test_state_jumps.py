@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from softsgx.engines.native.abi import UserRegs
-from softsgx.engines.native.vdso.state_code import MOST_STATE_STUBS, STATE_STUB_BYTES, find_site
+from softsgx.engines.native.vdso.state_code import find_site
 from softsgx.engines.native.vdso.state_jumps import EnclaveSite, StateJumps
-from softsgx.engines.native.vdso.stubs import Stub, Stubs
+from softsgx.engines.native.vdso.stubs import MOST_STATE_STUBS, STATE_STUB_BYTES, Stub, Stubs
 from softsgx.engines.native.x86.areas import Move
 from softsgx.engines.native.x86.state import StateInsn, decode_state
 
