@@ -11,7 +11,7 @@ import sys
 import pytest
 from tests.support.native import needs_tracing
 
-#: A module costs about a third of a millisecond of each run: raise this with a reason.
+#: Each run waits for the import of each module: raise this with a reason.
 MODULES_OF_A_RUN = 290
 #: What only programs that use SGX, other verbs, other engines, or options of ``run`` need.
 NOT_FOR_A_RUN = (
