@@ -25,7 +25,9 @@ from tests.support.native import (
     needs_tracing,
 )
 
+from softsgx import compiled
 from softsgx.driver import Mm
+from softsgx.driver.optimised import PlainMm
 from softsgx.engines.native import run
 from softsgx.engines.native.faults import extended
 from softsgx.engines.native.faults.enclave import EnclaveFaults
@@ -276,7 +278,8 @@ def test_faults_of_such_an_instruction_settle_all_permits(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With this pager, faults are SIGSEGV, as ENCLU outside an enclave may be.
-    stopped, settle, fault = Permits.stopped, Permits.settle, Mm.fault
+    serving = Mm if compiled.speedups is not None else PlainMm
+    stopped, settle, fault = Permits.stopped, Permits.settle, serving.fault
     settled, faults = False, 0
 
     def at_stop(permits: Permits, thread: ProgramThread) -> None:
@@ -297,6 +300,6 @@ def test_faults_of_such_an_instruction_settle_all_permits(
 
     monkeypatch.setattr(Permits, "stopped", at_stop)
     monkeypatch.setattr(Permits, "settle", at_settling)
-    monkeypatch.setattr(Mm, "fault", at_fault)
+    monkeypatch.setattr(serving, "fault", at_fault)
     program.same(1, 24, pages=26, pager="mprotect")
     assert faults > 500

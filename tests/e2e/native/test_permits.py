@@ -19,6 +19,7 @@ from tests.soak import crossings
 from tests.support.native import needs_pages_that_stay, needs_permits, needs_tracing
 
 from softsgx.driver import Mm
+from softsgx.driver.optimised import PlainMm
 from softsgx.engines.native import RunFailed, RunResult, run, supervisor
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -147,6 +148,7 @@ def test_only_crossings_happen_while_running_threads_have_permits(
         monkeypatch.setattr(InlineRuntime, "has_pending", something_to_do)
     watch(InlineRuntime, "run_pending")
     watch(Mm, "fault")
+    watch(PlainMm, "fault")  # does not always use that of Mm
     watch(ProgramThread, "skip_syscall")
     crossings.many(counting, threads, 2, calls, 5000, epc=pages * 4096)
     assert looked == {"run_pending", "fault", "skip_syscall"}
