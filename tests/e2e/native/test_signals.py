@@ -89,7 +89,7 @@ def test_a_key_before_the_program_runs_ends_it_before_its_first_step(place: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["softsgx.cli.run document", "softsgx.engines.native.run RunResult"]
+    "place", ["softsgx.report document", "softsgx.engines.native.run RunResult"]
 )
 def test_a_signal_behind_the_programs_end_ends_the_command_and_leaves_no_half_of_a_file(
     place: str, tmp_path: Path
@@ -102,7 +102,7 @@ def test_a_signal_behind_the_programs_end_ends_the_command_and_leaves_no_half_of
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place", ["softsgx.cli.run document", "softsgx.engines.native.run RunResult"]
+    "place", ["softsgx.report document", "softsgx.engines.native.run RunResult"]
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_a_repetition_of_the_signal_that_ended_the_program_costs_no_report(

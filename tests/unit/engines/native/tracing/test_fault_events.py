@@ -6,6 +6,7 @@ Method: pipes in the place of userfaultfds; each holds more messages than are ta
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -25,6 +26,7 @@ from softsgx.engines.native.tracing.waits import Waits
 
 FORMS = ["python"] if compiled.speedups is None else ["python", "c", "loop in c"]
 MANY = 3 * MOST_IN_A_ROW + 1
+TRUE = shutil.which("true") or "true"
 
 
 class Space:
@@ -56,6 +58,24 @@ class Server:
 
     def __init__(self, form: str) -> None:
         self.faults, self.held, self._form = FaultEvents(), list[Space](), form
+        self._ended: list[int] = []
+
+    def end_child(self) -> None:
+        """Give wait(2) something to report: other tests may have left children that run on."""
+        child = os.posix_spawn(TRUE, [TRUE], {})
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        self._ended.append(child)
+        while signal.sigtimedwait({signal.SIGCHLD}, 0):  # unless another thread has taken it
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGCHLD)
+
+    def close(self) -> None:
+        for space in self.faults.images.values():
+            cast(Any, space).close()
+        self.faults.close()
+        for child in self._ended:
+            with suppress(ChildProcessError):  # the loop has received its end
+                os.waitpid(child, 0)
 
     def next(self) -> Space | None:
         """Return whose fault is next; ``None``: a thread may have stopped."""
@@ -86,9 +106,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     server = Server(request.param)
     yield server
-    for space in server.faults.images.values():
-        cast(Any, space).close()
-    server.faults.close()
+    server.close()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -103,7 +121,7 @@ def test_faults_of_each_address_space_are_served_soon(server: Server) -> None:
 def test_a_stop_is_seen_while_faults_arrive(server: Server) -> None:
     space = Space(server)
     assert server.next() is space
-    signal.pthread_kill(threading.get_ident(), signal.SIGCHLD)
+    server.end_child()
     order = [server.next() for _ in range(2 * MOST_IN_A_ROW)]
     assert None in order
 
@@ -111,7 +129,7 @@ def test_a_stop_is_seen_while_faults_arrive(server: Server) -> None:
 def test_after_a_stop_others_are_looked_for_first(server: Server) -> None:
     space = Space(server)
     assert server.next() is space
-    signal.pthread_kill(threading.get_ident(), signal.SIGCHLD)
+    server.end_child()
     while server.next() is not None:
         pass
     assert server.faults.latest == -1
@@ -129,7 +147,7 @@ def test_a_descriptor_that_is_given_up_is_not_read(server: Server) -> None:
 def test_a_space_without_an_event_is_waited_for_with_the_others(server: Server) -> None:
     space = Space(server)
     assert {server.next() for _ in range(MANY)} == {space}
-    signal.pthread_kill(threading.get_ident(), signal.SIGCHLD)
+    server.end_child()
     assert server.next() is None
     space.fault(1)
     assert server.next() is space

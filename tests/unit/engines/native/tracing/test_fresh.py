@@ -9,7 +9,7 @@ import pytest
 
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.supervisor import Supervisor
-from softsgx.engines.native.tracing import tasks as module
+from softsgx.engines.native.tracing import orphans
 from softsgx.engines.native.tracing.fresh import CopiedImage, FreshChild
 from softsgx.engines.native.tracing.loop import Loop
 from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -155,7 +155,7 @@ def test_a_child_is_known_when_orphans_are_looked_for(
     assert family.child()
     seen: list[tuple[set[int], set[int]]] = []
     monkeypatch.setattr(
-        module, "orphans", lambda _waits, known, living, killed: seen.append((known, living))
+        orphans, "orphans", lambda _waits, known, living, killed: seen.append((known, living))
     )
     family.tasks._orphans_of(cast(Any, Fake(pid=3)), killed=True)
     assert seen == [({CHILD}, {CHILD})]
