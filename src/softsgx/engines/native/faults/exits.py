@@ -122,10 +122,8 @@ class AsynchronousExits:
         aex(cpu, vector, code, address)
         thread.set_machine_xstate(cpu.regs.xsave)
         thread.store()
-        if (
-            not comes_back and vector != self.interrupt_vector
-        ):  # else an ENCLU that leads back may trap
-            block_signals_again(thread)
+        if not comes_back and vector != self.interrupt_vector:
+            block_signals_again(thread)  # in other cases an ENCLU that leads back may trap
 
     # --- exceptions of the program --------------------------------------------------------------
     # Each returns the signal to deliver when the thread is resumed, 0 for none.

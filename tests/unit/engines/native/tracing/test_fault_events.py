@@ -6,7 +6,6 @@ Method: pipes in the place of userfaultfds; each holds more messages than are ta
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import struct
 import threading
@@ -26,7 +25,6 @@ from softsgx.engines.native.tracing.waits import Waits
 
 FORMS = ["python"] if compiled.speedups is None else ["python", "c", "loop in c"]
 MANY = 3 * MOST_IN_A_ROW + 1
-TRUE = shutil.which("true") or "true"
 
 
 class Space:
@@ -62,7 +60,7 @@ class Server:
 
     def end_child(self) -> None:
         """Give wait(2) something to report: other tests may have left children that run on."""
-        child = os.posix_spawn(TRUE, [TRUE], {})
+        child = os.posix_spawnp("true", ["true"], {})
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         self._ended.append(child)
         while signal.sigtimedwait({signal.SIGCHLD}, 0):  # unless another thread has taken it
