@@ -109,7 +109,7 @@ is_alone(PyObject *user, PyObject *memory, PyObject *runs)
         return 0;
     start = PyTuple_GetItem(PyList_GetItem(runs, 0), 0);
     end = PyTuple_GetItem(PyList_GetItem(runs, count - 1), 1);
-    parts = CALL(user, parts, memory, start, end, NULL);
+    parts = parts_of(user, memory, start, end);
     if (parts == NULL)
         return -1;
     part = PyTuple_Pack(2, start, end);
@@ -138,7 +138,7 @@ guarded(PyObject *user, PyObject *memory, PyObject *runs)
 
     for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(runs); index++) {
         run = PyList_GetItem(runs, index);
-        parts = CALL(user, parts, memory, PyTuple_GetItem(run, 0), PyTuple_GetItem(run, 1), NULL);
+        parts = parts_of(user, memory, PyTuple_GetItem(run, 0), PyTuple_GetItem(run, 1));
         status = parts == NULL ? -1
                                : PyList_SetSlice(all, PyList_Size(all), PyList_Size(all), parts);
         Py_XDECREF(parts);
@@ -153,7 +153,7 @@ static int
 before_hide(UffdPager *pager, PyObject *parts)
 {
     PyObject *part;
-    int running = is_so(PyObject_CallNoArgs(pager->_running)), status = 0;
+    int running = is_running(pager->_running), status = 0;
 
     if (running <= 0)
         return running;

@@ -1,6 +1,6 @@
 /* EBLOCK, EWB and ELDU of a child page: as softsgx.hw.optimised.paging, check by check. */
 
-#include "speedups.h"
+#include "leaves.h"
 
 #include <string.h>
 
@@ -9,8 +9,7 @@
 #define SECINFO_MODIFIED 16
 #define SECINFO_PR 32
 
-/* The EPCM entry at an EPC address, borrowed; NULL: none, perhaps with an error. */
-static EpcPage *
+EpcPage *
 entry_at(PyObject *pages, PyObject *addr)
 {
     return AS(EpcPage, PyDict_GetItemWithError(pages, addr));
@@ -126,7 +125,7 @@ next_version(PyObject *key)
     return version;
 }
 
-static bool
+bool
 right_arguments(Py_ssize_t count, Py_ssize_t wanted)
 {
     if (count == wanted)
@@ -136,14 +135,13 @@ right_arguments(Py_ssize_t count, Py_ssize_t wanted)
 }
 
 /* What leaves are bound to: a processor, and its machine. */
-static PyObject *
+PyObject *
 cpu_of(PyObject *self)
 {
     return PyTuple_GetItem(self, 0);
 }
 
-/* The machine, borrowed; its map of pages, a new reference, or NULL. */
-static PyObject *
+PyObject *
 machine_of(PyObject *self, PyObject **pages)
 {
     PyObject *hw = PyTuple_GetItem(self, 1);
@@ -453,13 +451,14 @@ done:
 }
 
 static PyObject *(*const calls[])(PyObject *, PyObject *const *, Py_ssize_t) = {
-    [EBLOCK] = eblock, [TRY_EWB] = try_ewb, [TRY_ELDU] = try_eldu
+    [EBLOCK] = eblock, [ETRACK] = etrack, [TRY_EWB] = try_ewb, [TRY_ELDU] = try_eldu
 };
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
 static PyMethodDef functions[] = {
     [EBLOCK] = {"eblock", FAST(eblock), "eblock(addr): as Leaves.eblock."},
+    [ETRACK] = {"etrack", FAST(etrack), "etrack(addr): as Leaves.etrack."},
     [TRY_EWB] = {"try_ewb", FAST(try_ewb), "try_ewb(rcx, rdx): as Leaves.try_ewb."},
     [TRY_ELDU] = {"try_eldu", FAST(try_eldu),
                   "try_eldu(linaddr, secs_addr, sealed, flags, rcx, rdx): as Leaves.try_eldu."},
@@ -474,7 +473,10 @@ call_leaf(PyObject *leaves, enum leaf which, PyObject *const args[7])
 
     if (own == NULL)
         return NULL;
-    name = which == EBLOCK ? names.eblock : which == TRY_EWB ? names.try_ewb : names.try_eldu;
+    name = (PyObject *[]){
+        [EBLOCK] = names.eblock, [ETRACK] = names.etrack, [TRY_EWB] = names.try_ewb,
+        [TRY_ELDU] = names.try_eldu
+    }[which];
     found = PyDict_GetItemWithError(own, name);
     Py_XINCREF(found);
     Py_DECREF(own);

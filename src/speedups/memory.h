@@ -32,6 +32,12 @@ is_unmapped(const StoredPage *record)
     return integer(record->maps, &maps) && maps == 0;
 }
 
+/* As running() of a pager: whether a thread of its address space may be executing; 0, 1, or -1. */
+int is_running(PyObject *function);
+
+/* As parts() of page tables, of one that C code knows. */
+PyObject *parts_of(PyObject *table, PyObject *memory, PyObject *start, PyObject *end);
+
 /* PageRights: set the rights of a page; remove the pages of a range. */
 int put_rights(PyObject *pages, PyObject *linaddr, PyObject *rights);
 int drop_rights(PyObject *pages, uint64_t start, uint64_t end);

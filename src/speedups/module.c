@@ -3,7 +3,7 @@
 #include "speedups.h"
 
 /* Python code and C code that do not fit each other do not meet: softsgx.compiled compares it. */
-#define INTERFACE 12
+#define INTERFACE 13
 
 int
 read_words(const char *name, PyObject *const *args, Py_ssize_t count, uint64_t *words,
@@ -28,7 +28,8 @@ execute(PyObject *module)
         || PyModule_AddStringConstant(module, "SOURCES", SPEEDUPS_SOURCES) < 0)
         return -1;
     if (add_records(module) < 0 || add_fields(module) < 0 || add_leaves(module) < 0 || add_hiding(module) < 0
-        || add_methods(module) < 0 || add_pages(module) < 0 || add_plain_faults(module) < 0 || add_stops(module) < 0)
+        || add_methods(module) < 0 || add_pages(module) < 0 || add_plain_faults(module) < 0 || add_stops(module) < 0
+        || add_virtual_exit(module) < 0)
         return -1;
     return 0;
 }

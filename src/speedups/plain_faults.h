@@ -38,6 +38,9 @@ int permits_settle(struct service *service);
 int permits_going(struct service *service, struct fault *fault);
 int permits_have_slot(struct fault *fault);
 
+/* As Permits.settle(), where no fault is served by C code. */
+int settle(PyObject *permits);
+
 /* Whether nothing receives the events of the thread's machine: 0, 1, or -1 with an error. */
 int is_untraced(struct fault *fault);
 

@@ -165,6 +165,24 @@ get_truth(PyObject *object, PyObject *name)
     return truth;
 }
 
+PyObject *
+bound_to(PyObject *method, PyObject *function)
+{
+    static PyObject *func, *self;
+    PyObject *found, *object = NULL;
+
+    if ((func == NULL && (func = PyUnicode_InternFromString("__func__")) == NULL)
+        || (self == NULL && (self = PyUnicode_InternFromString("__self__")) == NULL))
+        return NULL;
+    found = PyObject_GetAttr(method, func);
+    if (found != NULL && found == function)
+        object = PyObject_GetAttr(method, self);
+    else if (found == NULL && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear();
+    Py_XDECREF(found);
+    return object;
+}
+
 int
 effect(PyObject *result)
 {

@@ -35,6 +35,7 @@ int add_fields(PyObject *module);
 int add_leaves(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
+int add_virtual_exit(PyObject *module);
 
 /* --- records ------------------------------------------------------------------------------------
  *
@@ -74,6 +75,7 @@ int add_methods(PyObject *module);
 #define SLOT(X)                                                                                  \
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
     X(opened) X(stay) X(table) X(tcs)
+#define SRCU(X) X(_drained) X(_gone) X(_index) X(_lock) X(_readers) X(_turn) X(_turning) X(_uninterleaved)
 #define STORED_PAGE(X) X(data) X(linaddr) X(maps) X(memory) X(page) X(poisoned) X(rights)
 #define SWAP_ENTRIES(X) X(_numbers) X(_va_pages)
 #define SWAP_ENTRY(X) X(index) X(slot)
@@ -144,7 +146,7 @@ int add_methods(PyObject *module);
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
     X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)    \
-    X(PageRights, PAGE_RIGHTS) X(StoredPage, STORED_PAGE)
+    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU) X(StoredPage, STORED_PAGE)
 
 #define FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;
@@ -271,29 +273,29 @@ add_to_count(int64_t *field, int64_t change)
     X(_new_xstate) X(_node_of) X(_oom_verdicts) X(_open) X(_orders) X(_own_tid) X(_pages)        \
     X(_permits) X(_policy) X(_pool) X(_position) X(_ready) X(_real_xstate) X(_recorded)        \
     X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
-    X(_store) X(_take_otherwise) X(_timers) X(_transitions) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
-    X(_wake_waiters) X(aex) X(age) X(append) X(asleep) X(at_call) X(background)                  \
+    X(_store) X(_take_otherwise) X(_take_out) X(_timers) X(_transitions) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
+    X(_wake_waiters) X(aex) X(age) X(append) X(args) X(asleep) X(at_call) X(background)                  \
     X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
     X(current) X(dead) X(decrypt) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)   \
-    X(entries) X(entry) X(epoll) X(eresume) X(ewbs) X(exits) X(failed) X(fault) X(faulted) X(faulting)    \
-    X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(gate_at)           \
-    X(generation) X(get) X(going) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
+    X(entries) X(entry) X(epoll) X(eresume) X(etrack) X(ewbs) X(exits) X(failed) X(fault) X(faulted) X(faulting)    \
+    X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(func) X(gate_at)           \
+    X(generation) X(get) X(going) X(gpr) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
     X(held) X(hide) X(hide_unmapped) X(hierarchy) X(hold) X(holder) X(hw) X(image) X(images)     \
-    X(in_call) X(info_at) X(inside) X(install) X(keep) X(kept) X(leaves) X(limit_pages)          \
+    X(in_call) X(info_at) X(inside) X(install) X(interrupt) X(keep) X(kept) X(kick) X(leave) X(leaves) X(limit_pages)          \
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
-    X(mid_call) X(mm) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
+    X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
     X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
-    X(pid) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
+    X(pid) X(pin) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
     X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
-    X(subtree)     X(spurious) X(stay) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
-    X(test_and_clear_accessed) X(thread) X(threads) X(tid) X(tracer) X(try_charge)               \
-    X(try_eldu) X(try_ewb) X(uncharge) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
-    X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(zap)
+    X(subtree)     X(spurious) X(space) X(stay) X(stays_inside) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
+    X(test_and_clear_accessed) X(tf) X(thread) X(threads) X(tid) X(tlb) X(tracer) X(try_charge)               \
+    X(try_eldu) X(try_ewb) X(uncharge) X(unpin) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
+    X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(xsave) X(zap)
 
 #define NAME(name) PyObject *name;
 struct names { NAMES(NAME) };
@@ -353,6 +355,9 @@ reference(PyObject *field, PyObject *object, PyObject *name)
     return field;
 }
 
+/* The object of which `method` is that function: a new reference; NULL, and no error: of none. */
+PyObject *bound_to(PyObject *method, PyObject *function);
+
 /* Call a method for its effect; for its truth: 0, 1, or -1 with an error. */
 int effect(PyObject *result);
 int is_so(PyObject *result);
@@ -367,13 +372,13 @@ int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
  */
 
 #define GIVEN(X)                                                                                 \
-    X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
+    X(AsynchronousExits) X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
     X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
     X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
-    X(PagingKey) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
-    X(SUCCESS) X(TRACKED_AGE) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
-    X(closed_behind) X(eblock) X(exited_word) X(first_node) X(handle) X(labels) X(load_ahead)    \
-    X(major) X(monotonic_ns) X(own_group) X(page_ended) X(sigbus_stop)
+    X(PREV_TRK_INCMPL) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
+    X(SECS) X(SUCCESS) X(TRACKED_AGE) X(Transitions) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
+    X(closed_behind) X(eblock) X(etrack) X(exited_word) X(first_node) X(handle) X(is_running) X(kick_enclave) X(kick_image) X(labels) X(load_ahead)    \
+    X(major) X(mapped_in) X(monotonic_ns) X(own_group) X(page_ended) X(partial) X(sigbus_stop) X(virtual_exit)
 
 #define POINTER(name) PyObject *name;
 struct given { GIVEN(POINTER) };
@@ -389,7 +394,7 @@ is_exactly(PyObject *object, PyObject *type)
 /* --- steps that others build on ----------------------------------------------------------------- */
 
 /* hw: call a leaf of a core's leaves with arguments that end with NULL. */
-enum leaf { EBLOCK, TRY_EWB, TRY_ELDU };
+enum leaf { EBLOCK, ETRACK, TRY_EWB, TRY_ELDU };
 PyObject *call_leaf(PyObject *leaves, enum leaf leaf, PyObject *const args[7]);
 
 /* paging: a free page, as PlainCore.alloc with reclaim=False; NULL with an error. */
@@ -406,6 +411,9 @@ PyObject *swap_prepare(PyObject *swap, PyObject *index);
 PyObject *swap_write(PyObject *swap, PyObject *page, PyObject *reservation);
 PyObject *swap_load(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind,
                     PyObject *node, PyObject *group, PyObject *claim);
+
+/* paging: as PlainSwap._try_again(): what the last EWB has returned, and how many there were. */
+PyObject *swap_try_again(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries);
 
 /* The same without a SwapEntry: write() returns the slot; load() takes the page's index, and NULL for
  * what it then finds itself.  Where the version of an evicted page is: a VA page, and its slot. */
@@ -477,6 +485,12 @@ int fill(PyObject *store, EpcPage *page, PyObject *data);
 int drop(PyObject *store, EpcPage *page);
 PyObject *freeze(PyObject *store, EpcPage *page);
 int hide_unmapped(PyObject *store);
+
+/* engine: as kick() of page tables: interrupt the threads of an address space. */
+int kick_threads(PyObject *ptes);
+
+/* hw: as softsgx.hw.optimised.entry.try_virtual_exit(): 0, 1, or -1 with an error. */
+int try_virtual_exit(PyObject *cpu);
 
 /* UFFDIO_COPY of 4096 bytes, or of zeros (NULL): errno, or -1 with an error. */
 int copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data);

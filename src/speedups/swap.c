@@ -127,12 +127,12 @@ done:
     return slot;
 }
 
-/* EWB of a page; again by PlainSwap._try_again() where the first is too early: what the last one
- * returned, and how many there were. */
+/* EWB of a page, and again where the first is too early: what the last one returned, and how many there
+ * were. */
 static PyObject *
 evict(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries)
 {
-    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *sealed = NULL, *again;
+    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *sealed = NULL;
 
     if (leaves != NULL)
         sealed = call_leaf(leaves, TRY_EWB, (PyObject *[7]){addr, slot_addr});
@@ -140,12 +140,8 @@ evict(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries)
     *tries = 1;
     if (sealed != given.NOT_TRACKED)
         return sealed;
-    Py_CLEAR(sealed);
-    again = CALL(swap, _try_again, addr, slot_addr, NULL);
-    if (again != NULL && PyArg_ParseTuple(again, "OL", &sealed, tries))
-        Py_INCREF(sealed);
-    Py_XDECREF(again);
-    return sealed;
+    Py_DECREF(sealed);
+    return swap_try_again(swap, addr, slot_addr, tries);
 }
 
 /* As PlainSwap.write(); but where C code has written the page, the slot of its version. */

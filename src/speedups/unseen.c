@@ -93,6 +93,24 @@ permits_settle(struct service *service)
     return SET(service->permits, _exited, Py_None);
 }
 
+int
+settle(PyObject *permits)
+{
+    struct service service = {.permits = permits};
+    int status = -1;
+
+    if (!is_exactly(permits, given.Permits))
+        return effect(CALL0(permits, settle));
+    if ((service.open = GET(permits, _open)) != NULL
+        && (service.unused = GET(permits, _unused)) != NULL
+        && (service.recorded = GET(permits, _recorded)) != NULL)
+        status = permits_settle(&service);
+    Py_XDECREF(service.recorded);
+    Py_XDECREF(service.unused);
+    Py_XDECREF(service.open);
+    return status;
+}
+
 /* Whether the EEXIT of a thread would stop in any case, so that its gate stays closed: 0, 1, or -1 with
  * an error. */
 static int

@@ -284,10 +284,10 @@ def _give(core: ModuleType) -> None:
     """Give the compiled core the classes and objects that it uses; take its methods."""
     from softsgx.driver.enclave import Enclave, EnclaveMm
     from softsgx.driver.mm import EnclaveVma
-    from softsgx.driver.sync import RwLock
+    from softsgx.driver.sync import RwLock, Srcu
 
     core.bind("EnclavePages", EnclavePages)
-    for record in (Enclave, EnclaveCounts, EnclaveMm, EnclaveVma, Mm, RwLock):
+    for record in (Enclave, EnclaveCounts, EnclaveMm, EnclaveVma, Mm, RwLock, Srcu):
         core.bind(record.__name__, record)
     core.bind("EnclavePage", CompiledPage)
     for name, value in {
@@ -297,6 +297,7 @@ def _give(core: ModuleType) -> None:
         "RETRY": FaultResult.RETRY,
         "handle": core.handle,
         "first_node": first_node,
+        "kick_enclave": Enclave.kick,
         "labels": LABELS,
         "load_ahead": fault.load_ahead,
         "major": "major",

@@ -113,6 +113,17 @@ class Srcu:
     waits until the old one is 0.
     """
 
+    __slots__ = (
+        "_drained",
+        "_gone",
+        "_index",
+        "_lock",
+        "_readers",
+        "_turn",
+        "_turning",
+        "_uninterleaved",
+    )
+
     def __init__(self, runtime: Runtime, name: str) -> None:
         self._lock = runtime.lock(name)
         self._drained = runtime.condition(self._lock)

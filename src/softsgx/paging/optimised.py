@@ -354,6 +354,7 @@ def _give(core: ModuleType) -> None:
         core.bind(part.__name__, part)
     for known in (Batch, Fifo, FlatFile, Policy, VaArray):
         core.give(known.__name__, known)
+    core.give("PREV_TRK_INCMPL", Status.PREV_TRK_INCMPL)
     for completed in (CompiledReclaimer, CompiledCore, CompiledSwap):
         core.give(completed.__name__, completed)
         core.add_methods(completed)

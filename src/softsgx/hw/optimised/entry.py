@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from softsgx import compiled
 from softsgx.arch import (
     PAGE_BYTES,
     TCS_ACTIVE,
@@ -229,3 +230,9 @@ def try_virtual_exit(cpu: LogicalProcessor) -> bool:
     inside.entry_epoch = count_in(enclave)
     cpu.tlb.clear()
     return True
+
+
+exit_in_python = try_virtual_exit
+if compiled.speedups is not None:
+    compiled.speedups.give("virtual_exit", exit_in_python)
+    try_virtual_exit = compiled.speedups.try_virtual_exit

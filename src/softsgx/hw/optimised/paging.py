@@ -82,8 +82,10 @@ def _give(core: ModuleType) -> None:
         "child_types": _CHILD_TYPES,
         "SUCCESS": _SUCCESS,
         "NOT_TRACKED": _NOT_TRACKED,
+        "SECS": _SECS,
         "TRACKED_AGE": TRACKED_AGE,
         "eblock": eblock,
+        "etrack": etrack,
     }.items():
         core.give(name, value)
 

@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, AttributesFlags, Enclu, Tcs, Vector
 from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
@@ -177,3 +178,7 @@ def block_signals_again(thread: ProgramThread) -> None:
     if thread.blocked is not None:
         thread.set_sigmask(thread.blocked)
         thread.blocked = None
+
+
+if compiled.speedups is not None:
+    compiled.speedups.give("AsynchronousExits", AsynchronousExits)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 
+from softsgx import compiled
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import UserRegs
 from softsgx.engines.native.faults.plain import PlainFaults
@@ -407,3 +409,9 @@ def _call_of(regs: UserRegs) -> tuple[int, ...]:
     """Return what tells a system call from the others that a thread makes."""
     arguments = regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9
     return (regs.rip, regs.rsp, regs.orig_rax, *arguments)
+
+
+if compiled.speedups is not None:
+    compiled.speedups.give("Transitions", Transitions)
+    compiled.speedups.give("kick_image", Loop.kick)
+    compiled.speedups.give("partial", partial)

@@ -1,0 +1,172 @@
+"""What the pager does before pages are hidden, in Python and in C: where, and whether threads run.
+
+Method: a store, a memory file, a page table and a pager with a real address space, whose mappings
+and threads differ.  Requests to the kernel are noted; the records of the pages must be equal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import pytest
+from tests.support.native import needs_tracing
+
+from softsgx import compiled
+from softsgx.arch import PAGE_BYTES, EpcAddr
+from softsgx.driver import Mm
+from softsgx.driver.mm import EnclaveVma
+from softsgx.engines.native import kernel
+from softsgx.engines.native.memory.memory_file import EnclaveMemory
+from softsgx.engines.native.memory.page_table import EnclavePageTable
+from softsgx.engines.native.memory.store import NativeStore, StoredPage
+from softsgx.engines.native.memory.uffd import UffdPager
+from softsgx.engines.native.tracing.process_image import ProcessImage
+from softsgx.hw import EpcPage
+from softsgx.runtime import InlineRuntime
+
+BASE = 0x3000_0000_0000
+PAGES = (0, 1, 2, 5, 6, 9)
+
+pytestmark = [
+    needs_tracing,
+    pytest.mark.skipif(compiled.speedups is None, reason=compiled.description),
+]
+
+Mappings = list[tuple[int, int, str]]
+
+
+class Site:
+    """Pages that leave, of a memory file that an address space maps."""
+
+    def __init__(self, mappings: Mappings, threads: list[bool], faulting: int | None) -> None:
+        self.memories = {name: self._memory() for name in ("own", "other")}
+        self.store, self.log = NativeStore(), list[object]()
+        image: Any = ProcessImage.__new__(ProcessImage)
+        self.image = image
+        self.pager = UffdPager(
+            *(-1, -1, self.log.append, image.is_running),
+            *(lambda _at: 3, lambda error: self.log.append(repr(error))),
+        )
+        self.table: Any = EnclavePageTable(
+            *cast(Any, (0, self.store, {}, self.pager)),
+            memory_at=lambda _at: None,
+            mapped_in=image.mapped_in,
+            is_readable=lambda _at: False,
+            kick_all=lambda: None,
+        )
+        mm = Mm(InlineRuntime(), self.table)
+        for start, end, name in mappings:
+            file: Any = SimpleNamespace(memory=self.memories[name])
+            vma = EnclaveVma(BASE + start * PAGE_BYTES, BASE + end * PAGE_BYTES, 3, file, None)
+            mm._starts.append(vma.start)
+            mm._vmas.append(vma)
+        running = {number: SimpleNamespace(running=runs) for number, runs in enumerate(threads)}
+        vars(image).update(mm=mm, threads=running)
+        vars(image)["faulting"] = None if faulting is None else running[faulting]
+        self.memories["own"].users.append(self.table)
+        self.records = [self._record(number) for number in PAGES]
+
+    def _memory(self) -> EnclaveMemory:
+        file = os.memfd_create("sgx_enclave", os.MFD_ALLOW_SEALING)
+        try:
+            return EnclaveMemory(os.dup(file))
+        finally:
+            os.close(file)
+
+    def _record(self, number: int) -> StoredPage:
+        record, linaddr = StoredPage(EpcPage(EpcAddr(0x8000 + number))), BASE + number * PAGE_BYTES
+        record.memory, record.linaddr, record.rights = self.memories["own"], linaddr, 3
+        os.pwrite(self.memories["own"].fd, bytes([number + 1]) * PAGE_BYTES, linaddr)
+        self.memories["own"].pages[linaddr] = 3
+        self.store._leaving.append(record)
+        return record
+
+    def state(self) -> object:
+        return (
+            self.log,
+            [(record.rights, record.data) for record in self.records],
+            len(self.store._leaving),
+        )
+
+    def close(self) -> None:
+        for memory in self.memories.values():
+            memory.close()
+
+
+@contextmanager
+def noting(site: Site) -> Iterator[None]:
+    """Note each request for a write protection."""
+
+    def protect(_uffd: int, start: int, end: int, mode: int) -> int:
+        site.log.append(((start - BASE) // PAGE_BYTES, (end - BASE) // PAGE_BYTES, mode))
+        return 0
+
+    with patch.object(kernel, "protect_pages", protect):
+        yield
+
+
+def compare(mappings: Mappings, threads: list[bool], faulting: int | None = None) -> list[Any]:
+    """Hide the pages with both forms; return what the kernel was asked for."""
+    assert compiled.speedups is not None
+    states = []
+    for hide in (NativeStore.hide_unmapped, compiled.speedups.hide_unmapped):
+        site = Site(mappings, threads, faulting)
+        with noting(site):
+            hide(site.store)
+        states.append(site.state())
+        site.close()
+    assert states[0] == states[1]
+    (notes, records, left) = cast(Any, states[0])
+    assert left == 0 and all(rights == 0 for rights, _data in records)
+    assert [data[:1] for _rights, data in records] == [bytes([number + 1]) for number in PAGES]
+    return [note[:2] for note in notes]
+
+
+RUNS = [(0, 3), (5, 7), (9, 10)]
+MAPPINGS: dict[str, tuple[Mappings, list[tuple[int, int]]]] = {
+    "one mapping": ([(0, 16, "own")], RUNS),
+    "exactly": ([(0, 10, "own")], RUNS),
+    "one page short": ([(0, 9, "own")], RUNS),
+    "one page too few": ([(1, 16, "own")], RUNS),
+    "no mapping": ([], RUNS),
+    "two mappings": ([(0, 6, "own"), (6, 16, "own")], RUNS),
+    "a gap": ([(0, 4, "own"), (8, 16, "own")], RUNS),
+    "another file between": (
+        [(0, 3, "own"), (3, 5, "other"), (5, 16, "own")],
+        [(0, 3), (5, 7), (9, 10)],
+    ),
+    "another file first": ([(0, 2, "other"), (2, 16, "own")], [(2, 3), (5, 7), (9, 10)]),
+    "another file last": ([(0, 6, "own"), (6, 16, "other")], [(0, 3), (5, 6)]),
+    "another file alone": ([(0, 16, "other")], []),
+}
+
+
+@pytest.mark.parametrize("which", MAPPINGS)
+def test_pages_are_protected_where_no_other_file_is_mapped(which: str) -> None:
+    mappings, expected = MAPPINGS[which]
+    assert compare(mappings, [True]) == expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "faulting", "protects"),
+    [
+        ([], None, False),
+        ([True], None, True),
+        ([False], None, False),
+        ([True], 0, False),
+        ([False, True], None, True),
+        ([True, False], 0, False),
+        ([True, True], 0, True),
+        ([True, True], 1, True),
+        ([False, False], 1, False),
+    ],
+)
+def test_pages_are_protected_while_another_thread_runs(
+    threads: list[bool], faulting: int | None, protects: bool
+) -> None:
+    assert bool(compare([(0, 16, "own")], threads, faulting)) is protects
