@@ -1,7 +1,7 @@
 /* The phases of a batch of reclaim: as softsgx.paging.optimised.PlainReclaimer.  Tasks do not
  * interleave here, so that scheduling points would do nothing. */
 
-#include "speedups.h"
+#include "page_list.h"
 
 #include <stddef.h>
 
@@ -57,16 +57,15 @@ counters_of(PyObject *reclaimer)
 /* Take the oldest page off a list and pin its owner: as Lru.isolate(); no other task runs, so that
  * the latch is free.  1; 0: its owner is being destroyed; or -1 with an error. */
 static int
-isolate_one(PyObject *listed, PyObject *isolated)
+isolate_one(PageList *listed, PyObject *isolated)
 {
-    PyObject *pair = CALL(listed, popitem, Py_False, NULL), *owner;
-    SgxEpcPage *page = pair == NULL ? NULL : AS(SgxEpcPage, PyTuple_GetItem(pair, 0));
+    SgxEpcPage *page = list_popleft(listed);
+    PyObject *owner;
     int pinned;
 
     if (page == NULL || page->owner == NULL || is_none(page->owner)) {
-        if (pair != NULL)
-            PyErr_SetString(PyExc_AssertionError, "a page on a list has no owner");
-        Py_XDECREF(pair);
+        PyErr_SetString(PyExc_AssertionError, "a page on a list has no owner");
+        RELEASE(page);
         return -1;
     }
     Py_INCREF(owner = page->owner);
@@ -78,7 +77,7 @@ isolate_one(PyObject *listed, PyObject *isolated)
         set_field(&page->lru, Py_None);
     }
     Py_DECREF(owner);
-    Py_DECREF(pair);
+    RELEASE(page);
     return pinned;
 }
 
@@ -86,19 +85,20 @@ isolate_one(PyObject *listed, PyObject *isolated)
 static PyObject *
 isolate(PyObject *lru, Py_ssize_t count, Py_ssize_t *dying)
 {
-    PyObject *isolated = PyList_New(0), *listed = GETF(Lru, lru, pages);
+    PyObject *isolated = PyList_New(0);
+    PageList *listed = listed_pages(lru);
     Py_ssize_t left;
     int pinned = isolated == NULL || listed == NULL ? -1 : 0;
 
     *dying = 0;
-    left = pinned < 0 ? 0 : PyObject_Size(listed);
+    left = pinned < 0 ? 0 : listed->count;
     if (left > count)
         left = count;
     for (; pinned >= 0 && left > 0; left--) {
         pinned = isolate_one(listed, isolated);
         *dying += pinned == 0;
     }
-    Py_XDECREF(listed);
+    RELEASE(listed);
     if (pinned < 0 || left != 0)
         Py_CLEAR(isolated);
     return isolated;
@@ -119,7 +119,7 @@ reclaimer_isolate(PyObject *lru, Py_ssize_t count)
 /* Age and prepare one page: 1: it is a victim, 0: it went back to its list.  The policy decides what
  * is old, or (NULL) the owner. */
 static int
-prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *decides,
+prepare_one(PyObject *reclaimer, PyObject *lru, PageList *listed, PyObject *decides,
             Counters *counters, SgxEpcPage *page, PyObject *owner, int force)
 {
     int old, prepared;
@@ -141,7 +141,7 @@ prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *deci
             PyErr_SetString(PyExc_AssertionError, "a page was not isolated from here");
             return -1;
         }
-        if (PyObject_SetItem(listed, (PyObject *)page, Py_None) < 0)
+        if (list_append(listed, page) < 0)
             return -1;
         return ask(owner, page_put, names.put) < 0 ? -1 : 0;
     }
@@ -157,8 +157,8 @@ prepare_one(PyObject *reclaimer, PyObject *lru, PyObject *listed, PyObject *deci
 PyObject *
 reclaimer_prepare(PyObject *reclaimer, PyObject *lru, PyObject *pages, int force)
 {
-    PyObject *victims = PyList_New(0), *listed = GETF(Lru, lru, pages), *owner;
-    PyObject *policy = GET(reclaimer, _policy);
+    PyObject *victims = PyList_New(0), *policy = GET(reclaimer, _policy), *owner;
+    PageList *listed = listed_pages(lru);
     Counters *counters = counters_of(reclaimer);
     SgxEpcPage *page;
     int status = victims && listed && policy && counters ? 0 : -1;
@@ -184,7 +184,7 @@ reclaimer_prepare(PyObject *reclaimer, PyObject *lru, PyObject *pages, int force
     }
     RELEASE(counters);
     Py_XDECREF(policy);
-    Py_XDECREF(listed);
+    RELEASE(listed);
     if (status < 0)
         Py_CLEAR(victims);
     return victims;
@@ -222,13 +222,9 @@ reclaimer_block(PyObject *reclaimer, PyObject *lru, PyObject *pages)
 
 /* A page was evicted: free it. */
 static int
-free_one(PyObject *core, PyObject *listed, SgxEpcPage *page, PyObject *owner)
+free_one(PyObject *core, const PageList *listed, SgxEpcPage *page, PyObject *owner)
 {
-    int here = PySequence_Contains(listed, (PyObject *)page);
-
-    if (here < 0)
-        return -1;
-    if (here || !is_true(page->tracked)) {
+    if (is_listed(listed, page) || !is_true(page->tracked)) {
         PyErr_SetString(PyExc_AssertionError, "a page was not isolated");
         return -1;
     }
@@ -243,7 +239,8 @@ free_one(PyObject *core, PyObject *listed, SgxEpcPage *page, PyObject *owner)
 PyObject *
 reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
 {
-    PyObject *listed = GETF(Lru, lru, pages), *core = GET(reclaimer, core), *owner;
+    PageList *listed = listed_pages(lru);
+    PyObject *core = GET(reclaimer, core), *owner;
     Counters *counters = counters_of(reclaimer);
     SgxEpcPage *page;
     long freed = 0;
@@ -270,7 +267,7 @@ reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
     }
     RELEASE(counters);
     Py_XDECREF(core);
-    Py_XDECREF(listed);
+    RELEASE(listed);
     return status < 0 ? NULL : PyLong_FromLong(freed);
 }
 
@@ -278,7 +275,8 @@ reclaimer_write(PyObject *reclaimer, PyObject *lru, PyObject *pages)
 static PyObject *
 choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_t *scanned)
 {
-    PyObject *listed = GETF(Lru, lru, pages), *victims = PyList_New(0), *isolated, *prepared;
+    PageList *listed = listed_pages(lru);
+    PyObject *victims = PyList_New(0), *isolated, *prepared;
     Py_ssize_t dying, count, chosen = 0;
     int64_t most, limit;
     int status = -1;
@@ -290,8 +288,8 @@ choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_
         goto done;
     if (limit < most)
         limit = most;
-    if (limit > PyObject_Size(listed))
-        limit = PyObject_Size(listed);
+    if (limit > listed->count)
+        limit = listed->count;
     status = 0;
     while (status == 0 && *scanned < limit && chosen < most) {
         count = limit - *scanned < most - chosen ? limit - *scanned : most - chosen;
@@ -311,7 +309,7 @@ choose(PyObject *reclaimer, PyObject *lru, int force, Counters *counters, int64_
 done:
     if (status < 0)
         Py_CLEAR(victims);
-    Py_XDECREF(listed);
+    RELEASE(listed);
     return victims;
 }
 

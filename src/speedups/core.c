@@ -1,6 +1,6 @@
 /* Allocating and freeing EPC pages, and charges: as softsgx.paging.optimised and softsgx.cgroup. */
 
-#include "speedups.h"
+#include "page_list.h"
 
 /* --- charges ------------------------------------------------------------------------------------ */
 
@@ -207,34 +207,38 @@ first_node(PyObject *pool, PyObject *number)
     return node != NULL || PyErr_Occurred() ? node : CALL(pool, first, number, NULL);
 }
 
+static PageList *
+freed_of(PyObject *node)
+{
+    PyObject *object = GETF(Node, node, freed);
+    PageList *list = page_list(object);
+
+    if (list == NULL)
+        Py_XDECREF(object);
+    return list;
+}
+
 /* The pages that were freed on the node that is tried first, and whether the first can be taken. */
-static PyObject *
+static PageList *
 freed_pages(PyObject *core, PyObject *node_number, bool *usable)
 {
-    PyObject *pool = GETF(EpcCore, core, _pool), *node = NULL, *freed = NULL, *first;
-    SgxEpcPage *page;
+    PyObject *pool = GETF(EpcCore, core, _pool), *node = NULL;
+    PageList *freed = NULL;
 
-    *usable = false;
     if (pool != NULL)
         node = first_node(pool, node_number);
     if (node != NULL)
-        freed = GETF(Node, node, freed);
-    if (freed != NULL && PyObject_Size(freed) > 0) {
-        first = PySequence_GetItem(freed, 0);
-        page = AS(SgxEpcPage, first);
-        *usable = page != NULL && is_false(page->poisoned);
-        Py_XDECREF(first);
-    }
+        freed = freed_of(node);
+    *usable = freed != NULL && freed->first != NULL
+        && is_false(((SgxEpcPage *)freed->first)->poisoned);
     Py_XDECREF(node);
     Py_XDECREF(pool);
-    if (PyErr_Occurred())
-        Py_CLEAR(freed);
     return freed;
 }
 
 /* Charge a page; take the first freed one if it is `usable`, or do what follows otherwise. */
 static PyObject *
-take(PyObject *core, PyObject *ksgxd, PyObject *freed, bool usable, PyObject *count,
+take(PyObject *core, PyObject *ksgxd, PageList *freed, bool usable, PyObject *count,
      PyObject *group, PyObject *kind, PyObject *node, PyObject *claim)
 {
     PyObject *refused = NULL, *seen = NULL, *page = NULL;
@@ -245,14 +249,12 @@ take(PyObject *core, PyObject *ksgxd, PyObject *freed, bool usable, PyObject *co
         || GET_INTEGER(Ksgxd, ksgxd, outcomes, &outcomes) < 0
         || (refused = try_charge(group)) == NULL)
         goto done;
-    if (usable && is_none(refused)) {
-        page = CALL0(freed, popleft);
-        record = AS(SgxEpcPage, page);
-        if (record == NULL || ADD_INTEGER(AtomicCount, count, value, -1) < 0) {
-            Py_CLEAR(page);
+    if (usable && is_none(refused) && freed->first != NULL) {
+        if (ADD_INTEGER(AtomicCount, count, value, -1) < 0)
             goto done;
-        }
+        record = list_popleft(freed);
         set_field(&record->free, Py_False);
+        page = (PyObject *)record;
         goto done;
     }
     seen = Py_BuildValue("LL", (long long)generation, (long long)outcomes);
@@ -269,8 +271,9 @@ PyObject *
 core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind, PyObject *node,
            PyObject *claim)
 {
-    PyObject *claims = GETF(EpcCore, core, claims), *holder = NULL, *freed = NULL, *root = NULL;
+    PyObject *claims = GETF(EpcCore, core, claims), *holder = NULL, *root = NULL;
     PyObject *ksgxd = NULL, *count = NULL, *page = NULL, *result = NULL;
+    PageList *freed = NULL;
     SgxEpcPage *record;
     int64_t left;
     bool usable;
@@ -305,7 +308,7 @@ done:
     Py_XDECREF(count);
     Py_XDECREF(ksgxd);
     Py_XDECREF(root);
-    Py_XDECREF(freed);
+    RELEASE(freed);
     Py_XDECREF(holder);
     Py_XDECREF(claims);
     return result;
@@ -315,17 +318,18 @@ done:
 static int
 give_back(PyObject *core, SgxEpcPage *page)
 {
-    PyObject *pool = GETF(EpcCore, core, _pool), *nodes = NULL, *node = NULL, *freed = NULL, *count = NULL;
+    PyObject *pool = GETF(EpcCore, core, _pool), *nodes = NULL, *node = NULL, *count = NULL;
+    PageList *freed = NULL;
     int status = -1;
 
     if (pool != NULL && (nodes = GETF(FreePages, pool, nodes)) != NULL
         && (node = PyObject_GetItem(nodes, page->node)) != NULL)
-        freed = GETF(Node, node, freed);
+        freed = freed_of(node);
     if (freed != NULL && (count = GETF(EpcCore, core, _free)) != NULL
-        && effect(CALL(freed, append, (PyObject *)page, NULL)) == 0)
+        && list_append(freed, page) == 0)
         status = ADD_INTEGER(AtomicCount, count, value, 1);
     Py_XDECREF(count);
-    Py_XDECREF(freed);
+    RELEASE(freed);
     Py_XDECREF(node);
     Py_XDECREF(nodes);
     Py_XDECREF(pool);
@@ -368,7 +372,8 @@ int
 core_mark_reclaimable(PyObject *core, PyObject *object)
 {
     SgxEpcPage *page = AS(SgxEpcPage, object);
-    PyObject *lru, *pages = NULL, *ksgxd;
+    PyObject *lru, *ksgxd;
+    PageList *listed;
     int status = -1;
 
     if (page == NULL || !is_false(page->poisoned) || !is_false(page->tracked)
@@ -380,13 +385,13 @@ core_mark_reclaimable(PyObject *core, PyObject *object)
         return -1;
     set_field(&page->lru, lru);
     set_field(&page->tracked, Py_True);
-    pages = GETF(Lru, lru, pages);
-    if (pages != NULL && PyObject_SetItem(pages, object, Py_None) == 0
+    listed = listed_pages(lru);
+    if (listed != NULL && list_append(listed, page) == 0
         && (ksgxd = GETF(EpcCore, core, _ksgxd)) != NULL) {
         status = withdraw_verdicts(ksgxd);
         Py_DECREF(ksgxd);
     }
-    Py_XDECREF(pages);
+    RELEASE(listed);
     Py_DECREF(lru);
     return status;
 }

@@ -2,7 +2,7 @@
  *
  * A list has each field of a structure once: C(name) is a count, an integer of 64 bits with a sign;
  * O(name) is any object, or was never set.  fields.c makes a type of each structure, from which the
- * Python class of that name derives.
+ * Python class of that name derives.  LINKS, the first of a list, are no fields: a PageList has them.
  */
 
 #ifndef SOFTSGX_FIELDS_H
@@ -37,6 +37,9 @@
     O(size) O(ssa_frame_size) O(tracking_lock) O(virt_children) O(xfrm)
 #define RW_LOCK(C, O)                                                                            \
     O(_changed) O(_lock) C(_readers) O(_reading) O(_uninterleaved) C(_waiting) O(has_writer)
+#define SGX_EPC_PAGE(C, O)                                                                       \
+    LINKS O(addr) O(blocked) O(free) O(group) O(kept) O(kind) O(leaked) O(lru) O(node) O(owner)  \
+    O(poisoned) O(tracked)
 #define VA_ARRAY(C, O)                                                                           \
     O(_made_by_count) O(_pages) O(group) O(level) O(lock) O(pin) C(promised) C(room) O(tree)     \
     C(used)
@@ -47,9 +50,12 @@
 #define STRUCTURES(X)                                                                            \
     X(AtomicCount, ATOMIC_COUNT) X(Counters, COUNTERS) X(Crossings, CROSSINGS)                   \
     X(EnclaveCounts, ENCLAVE_COUNTS) X(EpcCgroup, EPC_CGROUP) X(FlatBacking, FLAT_BACKING)       \
-    X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(VaArray, VA_ARRAY)       \
-    X(VaPage, VA_PAGE)
+    X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(SgxEpcPage, SGX_EPC_PAGE) \
+    X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
 
+/* The neighbours and the list of a page, borrowed; NULL: it is on none. */
+#define LINKS struct linked *before, *after; struct page_list *list;
+typedef struct linked { PyObject_HEAD LINKS } Linked;
 #define COUNT_FIELD(name) int64_t name;
 #define OBJECT_FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields)                                                                  \
@@ -58,6 +64,8 @@ STRUCTURES(STRUCTURE)
 #undef STRUCTURE
 #undef OBJECT_FIELD
 #undef COUNT_FIELD
+#undef LINKS
+#define LINKS
 
 /* The type of a structure, borrowed: NULL, and no error, if there is none of that name. */
 PyObject *structure_type(const char *name);

@@ -32,6 +32,7 @@ int add_stops(PyObject *module);
 int add_plain_faults(PyObject *module);
 int add_records(PyObject *module);
 int add_fields(PyObject *module);
+int add_page_lists(PyObject *module);
 int add_leaves(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
@@ -69,9 +70,6 @@ int add_virtual_exit(PyObject *module);
 #define PAGE_RIGHTS(X) X(_room) X(blocks)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
 #define RESERVATION(X) X(index) X(pinned) X(slot)
-#define SGX_EPC_PAGE(X)                                                                          \
-    X(addr) X(blocked) X(free) X(group) X(kept) X(kind) X(leaked) X(lru) X(node) X(owner)        \
-    X(poisoned) X(tracked)
 #define SLOT(X)                                                                                  \
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
     X(opened) X(stay) X(table) X(tcs)
@@ -138,7 +136,7 @@ int add_virtual_exit(PyObject *module);
     X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
     X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES)         \
     X(EnclaveVma, ENCLAVE_VMA) X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                   \
-    X(Pinned, PINNED) X(Reservation, RESERVATION) X(SgxEpcPage, SGX_EPC_PAGE)                    \
+    X(Pinned, PINNED) X(Reservation, RESERVATION)                                                \
     X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
     X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS)         \
     X(Enclave, ENCLAVE) X(Mm, MM) X(EnclaveMemory, ENCLAVE_MEMORY)                               \
@@ -287,7 +285,7 @@ add_to_count(int64_t *field, int64_t change)
     X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
     X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
-    X(pid) X(pin) X(places) X(policy) X(pop) X(popitem) X(popleft) X(prepare) X(process) X(promised)    \
+    X(pid) X(pin) X(places) X(policy) X(pop) X(popitem) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \

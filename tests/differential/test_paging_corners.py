@@ -281,7 +281,7 @@ def test_a_load_asks_for_a_page_of_its_node_first(node: int) -> None:
         usual = pool.first(0)
         assert len(usual.freed) > 1
         near = Node(node, world.system.runtime, pool.records)
-        near.freed.append(usual.freed.pop())
+        near.freed.append(usual.freed.popleft())
         pool._orders.update(dict.fromkeys((0, 1, 7), (usual, near)))
         pool._orders[node] = near, usual
         expected = near.freed[0].addr

@@ -275,10 +275,10 @@ def test_a_load_takes_a_page_of_another_node_where_the_first_has_none() -> None:
         core = world.system.core
         (page,) = evicted(world)
         freed = core._pool.first(0).freed
-        kept = list(freed)
-        freed.clear()  # pages that were never used are left
+        kept = [freed.popleft() for _ in range(len(freed))]  # pages that were never used are left
         epc = load(world, page, group=world.group)
-        freed.extend(kept)
+        for each in kept:
+            freed.append(each)
         return epc.addr, core.counters.held["reg"]
 
     compare(action)
@@ -378,10 +378,13 @@ def test_pages_of_dying_owners_count_as_scanned() -> None:
         core = world.system.core
         lru = pages_of(world)[0].epc.lru
         epcs = [core.alloc(None, reclaim=False, group=world.group) for _ in range(3)]
+        others = list(lru)
+        lru.pages.remove_all(others)
         for epc in epcs:
             epc.owner = SimpleNamespace(get=lambda: False)
             lru.add(epc)
-            lru.pages.move_to_end(epc, last=False)
+        for epc in others:
+            lru.pages.append(epc)
         done = core._reclaimer.batch(lru, force=True)
         for epc in epcs:
             core.free(epc)
@@ -418,7 +421,7 @@ def test_a_freed_page_goes_back_to_its_node() -> None:
         core.free(epc)
         seen = [each.addr == epc.addr for each in far.freed]
         pool.nodes, epc.node = usual, 0
-        usual[0].freed.append(epc)
+        usual[0].freed.append(far.freed.popleft())
         return seen
 
     assert compare(action) == [True]

@@ -76,8 +76,7 @@ def evict_together(
 
     # A: isolate, and pin the enclave
     listed = lru.pages
-    for page in pages:
-        del listed[page]
+    listed.remove_all(pages)
     enclave.references += len(pages)
 
     # B: age, reserve, mark
@@ -87,7 +86,7 @@ def evict_together(
             for page, stays in zip(pages, young, strict=True):
                 if stays:
                     assert page.tracked and page.lru is lru, f"{page!r} was not isolated from here"
-                    listed[page] = None
+                    listed.append(page)
             count = young.count(True)
             reclaimer.count_young(count)
             enclave.references -= count

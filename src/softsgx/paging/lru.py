@@ -12,10 +12,10 @@ Source:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 from softsgx.paging.page import SgxEpcPage
+from softsgx.paging.page_list import PageList
 from softsgx.runtime import Runtime
 
 __all__ = ["Lru"]
@@ -35,7 +35,7 @@ class Lru:
 
     def __init__(self, runtime: Runtime) -> None:
         self._latch = runtime.latch()
-        self.pages: OrderedDict[SgxEpcPage, None] = OrderedDict()
+        self.pages = PageList()
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -53,7 +53,7 @@ class Lru:
         try:
             assert not page.tracked, f"{page!r} is tracked already"
             page.tracked, page.lru = True, self
-            self.pages[page] = None
+            self.pages.append(page)
         finally:
             self._latch.release()
 
@@ -74,7 +74,7 @@ class Lru:
                 return True
             if page not in self.pages:
                 return False
-            del self.pages[page]
+            self.pages.remove(page)
             page.tracked, page.lru = False, None
             return True
 
@@ -90,7 +90,7 @@ class Lru:
         pages = self.pages
         with self._latch:
             for _ in range(min(count, len(pages))):
-                page, _none = pages.popitem(last=False)
+                page = pages.popleft()
                 assert page.owner is not None, f"{page!r} on a list has no owner"
                 if page.owner.get():
                     isolated.append(page)
@@ -109,7 +109,7 @@ class Lru:
         with self._latch:
             if page not in self.pages or page.owner is None or not page.owner.get():
                 return False
-            del self.pages[page]
+            self.pages.remove(page)
             return True
 
     def put_back(self, page: SgxEpcPage) -> bool:
@@ -123,7 +123,7 @@ class Lru:
             if page.poisoned:
                 page.tracked, page.lru = False, None
                 return False
-            self.pages[page] = None
+            self.pages.append(page)
             return True
 
     def forget(self, page: SgxEpcPage) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from softsgx.arch import PAGE_BYTES, EpcAddr
 from softsgx.compiled import record
 from softsgx.paging.page import SgxEpcPage
+from softsgx.paging.page_list import PageQueue
 from softsgx.runtime import Runtime
 
 __all__ = ["AtomicCount", "Node", "TornCount", "walk_once", "walk_until_back"]
@@ -103,7 +104,7 @@ class Node:
         self.quarantine: list[SgxEpcPage] = []
         self._latch = runtime.latch()
         self._pages = pages
-        self.freed: deque[SgxEpcPage] = deque()
+        self.freed = PageQueue()
         self._fresh: deque[_Range] = deque()
 
     def take(self) -> SgxEpcPage | None:

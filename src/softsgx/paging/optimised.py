@@ -175,7 +175,7 @@ class PlainCore(EpcCore):
         assert not page.tracked, f"{page!r} is tracked already"
         lru = page.lru = page.group.lru
         page.tracked = True
-        lru.pages[page] = None
+        lru.pages.append(page)
         self._ksgxd.candidate_added()
 
 

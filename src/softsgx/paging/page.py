@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import EpcAddr
+from softsgx.compiled import record
 
 if TYPE_CHECKING:
     from softsgx.paging.interfaces import Group, Reclaimable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["SgxEpcPage"]
 
 
+@record
 class SgxEpcPage:
     """One EPC page that was ever allocated or poisoned.
 

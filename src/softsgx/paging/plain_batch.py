@@ -96,7 +96,7 @@ class PlainReclaimer(Reclaimer):
             elif not (force or (owner.age() if asks_owner else old(owner))):
                 counters.young += 1
                 assert page.tracked and page.lru is lru, f"{page!r} was not isolated from here"
-                listed[page] = None
+                listed.append(page)
                 owner.put()
             elif owner.prepare():
                 victims.append(page)

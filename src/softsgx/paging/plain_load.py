@@ -148,7 +148,7 @@ def load_at(
     assert not page.tracked, f"{page!r} is tracked already"
     lru = page.lru = group.lru
     page.tracked = True
-    lru.pages[page] = None
+    lru.pages.append(page)
     ksgxd._gave_up = False
     if ksgxd._oom_verdicts:
         ksgxd._oom_verdicts.clear()

@@ -1,0 +1,32 @@
+/* Lists of EPC pages: as softsgx.paging.page_list. */
+
+#ifndef SOFTSGX_PAGE_LIST_H
+#define SOFTSGX_PAGE_LIST_H
+
+#include "speedups.h"
+
+/* Of the type PageList.  A list has a reference to each of its pages. */
+typedef struct page_list {
+    PyObject_HEAD
+    Linked *first, *last;
+    Py_ssize_t count;
+    uint64_t changes;
+} PageList;
+
+/* The list, borrowed; NULL with an error: the object (which may be NULL with an error) is none. */
+PageList *page_list(PyObject *object);
+
+/* The pages of an Lru, a new reference. */
+PageList *listed_pages(PyObject *lru);
+int list_append(PageList *list, SgxEpcPage *page);
+
+/* The oldest page, of which the caller takes over the list's reference; NULL, and no error: none. */
+SgxEpcPage *list_popleft(PageList *list);
+
+static inline bool
+is_listed(const PageList *list, const SgxEpcPage *page)
+{
+    return page->list == list;
+}
+
+#endif
