@@ -214,6 +214,18 @@ block_of(SealedPages *record, int64_t place, Py_ssize_t *start)
     return PyList_GetItem(record->_blocks, (Py_ssize_t)((place - 1) / BLOCK_PAGES));
 }
 
+/* Remove and return the last of an array, which is not empty; by numbers, not by its method. */
+static PyObject *
+pop(PyObject *places)
+{
+    Py_ssize_t last = PyObject_Size(places) - 1;
+    PyObject *place = last < 0 ? NULL : PySequence_GetItem(places, last);
+
+    if (place != NULL && PySequence_DelItem(places, last) < 0)
+        Py_CLEAR(place);
+    return place;
+}
+
 PyObject *
 sealed_get(PyObject *pages, PyObject *index)
 {
@@ -240,7 +252,7 @@ sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
     if (!place) {
         if (!sealed_has_room(pages, 1))
             return effect(CALL(pages, put, index, sealed, NULL));
-        taken = CALL0(record->free, pop);
+        taken = pop(record->free);
         if (taken == NULL || !integer(taken, &place)
             || number_put(record->_places, chunk, number, ++place) < 0) {
             Py_XDECREF(taken);

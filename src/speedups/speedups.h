@@ -285,7 +285,7 @@ add_to_count(int64_t *field, int64_t change)
     X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
     X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
-    X(pid) X(pin) X(places) X(policy) X(pop) X(popitem) X(prepare) X(process) X(promised)    \
+    X(pid) X(pin) X(places) X(policy) X(pop) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \

@@ -205,19 +205,36 @@ swap_write(PyObject *swap, PyObject *page, PyObject *reservation)
 
 /* --- in ----------------------------------------------------------------------------------------- */
 
+/* Forget the oldest load of a thread. */
+static int
+forget_oldest(PyObject *loads)
+{
+    PyObject *owner = NULL;
+    Py_ssize_t position = 0;
+    int status;
+
+    if (!PyDict_Next(loads, &position, &owner, NULL))
+        return 0;
+    Py_INCREF(owner);
+    status = PyDict_DelItem(loads, owner);
+    Py_DECREF(owner);
+    return status;
+}
+
 /* As Claims.loaded(). */
 static int
 record_load(PyObject *core, PyObject *claim_object, PyObject *owner, PyObject *page)
 {
     Claim *claim = AS(Claim, claim_object);
     PyObject *claims = GETF(EpcCore, core, claims), *holder = NULL, *most = NULL;
-    Py_ssize_t limit, count;
-    int status = -1, known;
+    Py_ssize_t limit;
+    int status = -1, known = 1;
 
     if (claims == NULL || (holder = GETF(Claims, claims, holder)) == NULL
         || (most = GETF(Claims, claims, pages)) == NULL)
         goto done;
-    known = claim == NULL ? 1 : PySequence_Contains(claim->loads, owner);
+    if (claim != NULL && claim->loads != NULL && Py_IS_TYPE(claim->loads, &PyDict_Type))
+        known = PyDict_Contains(claim->loads, owner);
     limit = PyLong_AsSsize_t(most);
     if (known < 0 || PyErr_Occurred())
         goto done;
@@ -225,9 +242,8 @@ record_load(PyObject *core, PyObject *claim_object, PyObject *owner, PyObject *p
         status = effect(CALL(claims, loaded, claim_object, owner, page, NULL));
         goto done;
     }
-    if (PyObject_SetItem(claim->loads, owner, page) < 0
-        || (count = PyObject_Size(claim->loads)) < 0
-        || (count > limit && effect(CALL(claim->loads, popitem, Py_False, NULL)) < 0))
+    if (PyDict_SetItem(claim->loads, owner, page) < 0
+        || (PyDict_Size(claim->loads) > limit && forget_oldest(claim->loads) < 0))
         goto done;
     status = PyObject_Size(claim->prerequisites) > 0
         ? effect(CALL0(claim->prerequisites, clear))

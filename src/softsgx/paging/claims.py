@@ -29,7 +29,7 @@ Lock order: the latch is innermost.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,7 @@ class Claim:
     __slots__ = ("expired", "group", "loads", "loads_left", "prerequisites", "since_ns")
 
     def __init__(self) -> None:
-        self.loads: OrderedDict[Reclaimable, SgxEpcPage] = OrderedDict()
+        self.loads: dict[Reclaimable, SgxEpcPage] = {}
         self.prerequisites: dict[Reclaimable, SgxEpcPage] = {}
         self.since_ns = self.loads_left = 0
         self.expired = False
@@ -167,7 +167,7 @@ class Claims:
         thrashes = loads.pop(owner, None) is not None
         loads[owner] = page
         if len(loads) > self.pages:
-            loads.popitem(last=False)
+            del loads[next(iter(loads))]
         claim.prerequisites.clear()
         if claim is self.holder:
             self._release_prerequisites()

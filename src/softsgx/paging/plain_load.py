@@ -142,7 +142,7 @@ def load_at(
         else:
             loads[owner] = page
             if len(loads) > claims.pages:
-                loads.popitem(last=False)
+                del loads[next(iter(loads))]
 
     # It may leave again
     assert not page.tracked, f"{page!r} is tracked already"
