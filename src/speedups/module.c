@@ -25,7 +25,8 @@ static int
 execute(PyObject *module)
 {
     if (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0
-        || PyModule_AddStringConstant(module, "SOURCES", SPEEDUPS_SOURCES) < 0)
+        || PyModule_AddStringConstant(module, "SOURCES", SPEEDUPS_SOURCES) < 0
+        || add_instructions(module) < 0)
         return -1;
     if (add_records(module) < 0 || add_fields(module) < 0 || add_leaves(module) < 0 || add_hiding(module) < 0
         || add_methods(module) < 0 || add_pages(module) < 0 || add_plain_faults(module) < 0 || add_stops(module) < 0

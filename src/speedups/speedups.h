@@ -27,6 +27,7 @@ int read_words(const char *name, PyObject *const *args, Py_ssize_t count, uint64
                Py_ssize_t wanted);
 
 /* Each source file adds its functions and types to the module. */
+int add_instructions(PyObject *module);
 int add_pages(PyObject *module);
 int add_stops(PyObject *module);
 int add_plain_faults(PyObject *module);

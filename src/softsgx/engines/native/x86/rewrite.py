@@ -5,6 +5,8 @@ pairs 0F A2 are instructions is found by decoding towards them from many earlier
 falls into step within a few instructions, data does not, and a real CPUID has its leaf loaded into
 EAX just before.
 
+The compiled core has the same in ``src/speedups/instructions.c``.
+
 Deviation: code that is made at run time, or in writable pages, is not rewritten: it sees this
 machine's own CPUID.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 
+from softsgx import compiled
 from softsgx.engines.native.x86.insn import Insn, decode
 
 __all__ = ["CPUID", "TRAP", "Places", "cpuid_sites", "find_cpuid", "in_step"]
@@ -86,7 +89,7 @@ def find_cpuid(read: Callable[[int, int], bytes], length: int) -> list[int]:
     while offset < length:
         size = min(_PART_BYTES, length - offset)
         part = read(offset, size)
-        places += [offset + at for at in _pairs(part)]
+        places += [offset + at for at in cpuid_pairs(part)]
         if len(part) < size or offset + size == length:
             length = offset + len(part)
             break
@@ -101,16 +104,27 @@ def find_cpuid(read: Callable[[int, int], bytes], length: int) -> list[int]:
     key = length, tuple(places), b"".join(around)
     known = _known.get(key)
     if known is None:
-        decoded: dict[int, Insn | None] = {}
-        known = _known[key] = [
-            at
-            for start, at, code in zip(starts, places, around, strict=True)
-            if _is_instruction(code, at - start, start, decoded)
-        ]
+        known = _known[key] = _instructions(places, starts, around)
     return known
 
 
-def _pairs(code: bytes) -> list[int]:
+def _instructions(places: list[int], starts: list[int], around: list[bytes]) -> list[int]:
+    """Return those of ``places`` where the bytes of CPUID are one.
+
+    Args:
+        places: offsets, in order.
+        starts: for each, the offset of the code around it.
+        around: that code.
+    """
+    sites = zip(places, starts, around, strict=True)
+    if compiled.speedups is not None:
+        executes = compiled.speedups.executes_cpuid
+        return [at for at, start, code in sites if executes(code, at - start)]
+    decoded: dict[int, Insn | None] = {}
+    return [at for at, start, code in sites if _is_instruction(code, at - start, start, decoded)]
+
+
+def _cpuid_pairs(code: bytes) -> list[int]:
     """Return where the bytes of CPUID are; its second one is the rarer."""
     first, second = CPUID
     places, at = [], code.find(second, 1)
@@ -136,7 +150,7 @@ def _is_instruction(code: bytes, at: int, start: int, decoded: dict[int, Insn | 
     return loaded_ones * 2 > arrived and _goes_on(code, at + 2)
 
 
-def in_step(code: bytes, at: int) -> bool:
+def _in_step(code: bytes, at: int) -> bool:
     """Return whether an instruction starts at ``at``: decoding from most places before arrives.
 
     Close to the start of ``code`` there are too few of them; there the bytes after ``at`` decide.
@@ -196,3 +210,9 @@ def _loads_eax(code: bytes) -> bool:
     if opcode in (0x8B, 0x33, 0x2B, 0x8D, 0x03):  # op reg, r/m
         return modrm >> 3 & 7 == 0
     return opcode in (0x81, 0x83, 0xFF) and modrm >> 6 == 3 and modrm & 7 == 0
+
+
+if compiled.speedups is None:
+    in_step, cpuid_pairs = _in_step, _cpuid_pairs
+else:
+    in_step, cpuid_pairs = compiled.speedups.in_step, compiled.speedups.cpuid_pairs
