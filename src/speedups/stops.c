@@ -13,6 +13,7 @@
 #include <sys/ptrace.h>
 #include <sys/types.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 #include <sys/syscall.h>
 
@@ -22,6 +23,7 @@
 
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #define SECCOMP_EVENT 7
+#define SECOND_NS 1000000000u
 
 /* The kernel's ptrace: glibc's takes variable arguments, and returns what PEEK requests read. */
 static long
@@ -142,6 +144,72 @@ next_stop(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     return Py_BuildValue("(iii)", tid, status, fetched);
 }
 
+static uint64_t
+monotonic_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
+}
+
+/* Wait for SIGCHLD or another one of ``signals``: its number, 0: it is ``due_ns``, or -1. */
+static int
+wait_for_signal(const sigset_t *signals, uint64_t due_ns)
+{
+    uint64_t now = monotonic_ns(), left_ns = due_ns > now ? due_ns - now : 0;
+    struct timespec limit = {(time_t)(left_ns / SECOND_NS), (long)(left_ns % SECOND_NS)};
+    int number, code;
+
+    if (left_ns == 0)
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    number = sigtimedwait(signals, NULL, &limit);
+    code = errno;
+    Py_END_ALLOW_THREADS
+    if (number > 0)
+        return number;
+    if (code == EAGAIN)
+        return 0;
+    if (code == EINTR)
+        return PyErr_CheckSignals() < 0 ? -1 : SIGCHLD; /* look again */
+    errno = code;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+static PyObject *
+next_stop_within(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    int tid, status, fetched, number = SIGCHLD;
+    uint64_t values[2], due_ns;
+    sigset_t signals;
+
+    if (count != 3 || !PyDict_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "next_stop_within() takes two integers and a dict");
+        return NULL;
+    }
+    if (read_words("next_stop_within", args, 2, values, 2) < 0)
+        return NULL;
+    due_ns = values[0] ? monotonic_ns() + values[0] : 0;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGCHLD);
+    for (int bit = 0; bit < 64; bit++)
+        if (values[1] >> bit & 1)
+            sigaddset(&signals, bit + 1);
+    for (;;) {
+        if (wait_for_stop(WNOHANG, args[2], &tid, &status, &fetched) < 0)
+            return NULL;
+        if (tid)
+            return Py_BuildValue("(iii)", tid, status, fetched);
+        number = wait_for_signal(&signals, due_ns);
+        if (number < 0)
+            return NULL;
+        if (number == 0 || values[1] >> (number - 1) & 1)
+            return Py_BuildValue("(iii)", 0, number, 0);
+    }
+}
+
 /* --- faults whose threads wait ------------------------------------------------------------------- */
 
 #define WAKE 0x8010AA02
@@ -243,6 +311,8 @@ static PyMethodDef functions[] = {
      "try_ptrace(request, tid, address, data): the result, or -errno."},
     {"next_stop", (PyCFunction)(void (*)(void))next_stop, METH_FASTCALL,
      "next_stop(options, places): thread, status of wait(2), what was fetched."},
+    {"next_stop_within", (PyCFunction)(void (*)(void))next_stop_within, METH_FASTCALL,
+     "next_stop_within(limit_ns, signals, places): as next_stop(), for a time."},
     {"next_fault", (PyCFunction)(void (*)(void))next_fault, METH_FASTCALL,
      "next_fault(epoll, signals, limit_ms, first): userfaultfd, thread, address, flags; or None."},
     {"wake_page", (PyCFunction)(void (*)(void))wake_page, METH_FASTCALL,

@@ -346,6 +346,127 @@ def test_without_a_child_there_is_nothing_to_wait_for(form: str) -> None:
     alone(work)
 
 
+@contextmanager
+def blocked(*signals: int) -> Iterator[None]:
+    """Block signals; those that no call has received are dropped at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(signals, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+ENDS = 1 << signal.SIGUSR2 - 1 | 1 << signal.SIGRTMAX - 1
+LONG_NS = 60_000_000_000
+
+
+@pytest.mark.parametrize("limit_ns", [0, LONG_NS])
+def test_a_stop_comes_before_a_signal_and_a_time(form: str, limit_ns: int) -> None:
+    within = function(form, "next_stop_within")
+
+    def work() -> bool:
+        with blocked(signal.SIGCHLD, signal.SIGUSR2), tracee() as pid:
+            thread = Thread(pid, Waits())
+            thread.resume(0)
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            tid, status, fetched = within(limit_ns, ENDS, place_of(thread))
+            expected = 0 if form == "python" else 3
+            return (tid, status >> 8, fetched) == (pid, signal.SIGUSR1, expected)
+
+    alone(work)
+
+
+def test_a_wait_ends_with_a_stop(form: str) -> None:
+    within = function(form, "next_stop_within")
+
+    def work() -> bool:
+        with blocked(signal.SIGCHLD), tracee() as pid:
+            libc.ptrace(abi.PTRACE_CONT, pid)
+            return bool(within(LONG_NS, 0, {})[:2] == (pid, signal.SIGUSR1 << 8 | 0x7F))
+
+    alone(work)
+
+
+@contextmanager
+def child_that_waits() -> Iterator[None]:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGRTMAX])
+def test_a_wait_ends_with_a_signal(form: str, number: int) -> None:
+    within = function(form, "next_stop_within")
+
+    def work() -> bool:
+        with blocked(signal.SIGCHLD, number), child_that_waits():
+            os.kill(os.getpid(), number)
+            looks = within(0, ENDS, {}) == (0, 0, 0)
+            return looks and within(LONG_NS, ENDS, {}) == (0, number, 0)
+
+    alone(work)
+
+
+def test_a_wait_ends_in_time_whatever_child_has_ended_before(form: str) -> None:
+    within = function(form, "next_stop_within")
+
+    def work() -> bool:
+        with blocked(signal.SIGCHLD), child_that_waits():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            begun_ns = time.monotonic_ns()
+            ended = within(2_000_000, ENDS, {}) == (0, 0, 0)
+            received = signal.sigtimedwait({signal.SIGCHLD}, 0) is None
+            return ended and received and time.monotonic_ns() - begun_ns >= 2_000_000
+
+    alone(work)
+
+
+def test_handlers_run_while_it_waits(form: str) -> None:
+    within = function(form, "next_stop_within")
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        raise InterruptedError
+
+    def work() -> bool:
+        signal.signal(signal.SIGALRM, handler)
+        with blocked(signal.SIGCHLD), child_that_waits():
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            try:
+                within(LONG_NS, ENDS, {})
+            except InterruptedError:
+                return True
+        return False
+
+    alone(work)
+
+
+def test_a_wait_without_a_child(form: str) -> None:
+    def work() -> bool:
+        with suppress(ChildProcessError):
+            function(form, "next_stop_within")(LONG_NS, 0, {})
+            return False
+        return True
+
+    alone(work)
+
+
+@pytest.mark.parametrize("arguments", [(), (0, 0), (0, 0, ()), ("", 0, {}), (0, -1, {})])
+def test_a_wait_refuses_other_arguments(arguments: tuple[Any, ...]) -> None:
+    if compiled.speedups is None:
+        pytest.skip(compiled.description)
+    with pytest.raises((TypeError, OverflowError)):
+        compiled.speedups.next_stop_within(*arguments)
+
+
 def test_a_look_without_a_wait(form: str) -> None:
     def work() -> bool:
         child = os.fork()

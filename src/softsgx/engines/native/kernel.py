@@ -14,7 +14,10 @@ import ctypes
 import errno
 import os
 import select
+import signal
 import struct
+import time
+from functools import cache
 
 from softsgx import compiled
 from softsgx.engines.native import abi, libc
@@ -26,6 +29,7 @@ __all__ = [
     "copy_page",
     "next_fault",
     "next_stop",
+    "next_stop_within",
     "protect_pages",
     "take_pages",
     "try_ptrace",
@@ -62,6 +66,38 @@ def _next_stop(options: int, places: dict[int, Place]) -> tuple[int, int, int]:
     """
     tid, status = os.waitpid(-1, options | abi.WALL)
     return tid, status, 0
+
+
+def _next_stop_within(
+    limit_ns: int, signals: int, places: dict[int, Place]
+) -> tuple[int, int, int]:
+    """As :func:`next_stop`, for a time, or until a signal arrives; the caller blocks SIGCHLD.
+
+    Args:
+        limit_ns: of the wait; 0: only look, and receive no signal.
+        signals: that end it, blocked as well; bit n-1 is signal n.
+        places: as there.
+
+    Returns:
+        As there.  Where no thread has stopped: 0, the signal or 0, and 0.
+
+    Raises:
+        ChildProcessError: as there.
+    """
+    due_ns = time.monotonic_ns() + limit_ns
+    while True:
+        event = _next_stop(os.WNOHANG, places)
+        left_ns = limit_ns and due_ns - time.monotonic_ns()
+        if event[0] or left_ns <= 0:
+            return event
+        came = signal.sigtimedwait(_signals(signals | 1 << abi.SIGCHLD - 1), left_ns / 1e9)
+        if came is not None and signals >> came.si_signo - 1 & 1:
+            return 0, came.si_signo, 0
+
+
+@cache
+def _signals(numbers: int) -> frozenset[int]:
+    return frozenset(number for number in signal.valid_signals() if numbers >> number - 1 & 1)
 
 
 def _next_fault(
@@ -164,11 +200,12 @@ _PROTECT_WORDS = (ctypes.c_uint64 * 3)()
 _PROTECT_AT = ctypes.addressof(_PROTECT_WORDS)
 
 if compiled.speedups is None:
-    try_ptrace, next_stop = _try_ptrace, _next_stop
+    try_ptrace, next_stop, next_stop_within = _try_ptrace, _next_stop, _next_stop_within
     copy_page, protect_pages, take_pages = _copy_page, _protect_pages, _take_pages
     next_fault, wake_page = _next_fault, _wake_page
 else:
     try_ptrace, next_stop = compiled.speedups.try_ptrace, compiled.speedups.next_stop
+    next_stop_within = compiled.speedups.next_stop_within
     copy_page, protect_pages = compiled.speedups.copy_page, compiled.speedups.protect_pages
     take_pages = compiled.speedups.take_pages
     next_fault, wake_page = compiled.speedups.next_fault, compiled.speedups.wake_page

@@ -74,7 +74,7 @@ class Waits:
     ) -> None:
         self._keeps_exits = keeps_exits
         self._signals, self.clock = frozenset(signals), clock
-        self._ended_by = self._signals | wakes
+        self._ended_by = sum(1 << number - 1 for number in self._signals | wakes)
         self.kept: deque[tuple[int, int]] = deque()
         self._received = 0
         self.places: dict[int, Place] = {}
@@ -90,7 +90,7 @@ class Waits:
 
         No fault is accepted afterwards.  Signals that no call has received are dropped at the end.
         """
-        ended_by = self._ended_by
+        ended_by = {number for number in signal.valid_signals() if self._ended_by >> number - 1 & 1}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *ended_by})
         try:
             yield
@@ -160,34 +160,40 @@ class Waits:
             return *self.kept.popleft(), 0
         faults = self.faults if self.faults is not None and self.faults.images else None
         while True:
-            timed = self.look_ns is not None or until_ns is not None or bool(self._ended_by)
-            if faults is None and not timed:
+            if faults is not None:
+                if faults.may_have_stopped:
+                    event = kernel.next_stop(os.WNOHANG, self.places)
+                    if event[0]:
+                        return event
+                    faults.may_have_stopped = False
+            elif self.look_ns is None and until_ns is None and not self._ended_by:
                 return kernel.next_stop(0, self.places)
-            if faults is None or faults.may_have_stopped:
-                event = kernel.next_stop(os.WNOHANG, self.places)
+            else:
+                limit_ns = self._limit_ns(until_ns)
+                event = kernel.next_stop_within(limit_ns, self._ended_by, self.places)
                 if event[0]:
                     return event
-                if faults is not None:
-                    faults.may_have_stopped = False
+                if event[1]:
+                    self._received += event[1] in self._signals
+                    return None
             if self.look_ns is not None and self.clock() >= self.look_ns:
                 self.look_ns = None
                 self.look()
                 continue
-            left_ns = _LONGEST_WAIT_NS if until_ns is None else until_ns - self.clock()
-            if left_ns <= 0:
+            if until_ns is not None and self.clock() >= until_ns:
                 return None
-            if self.look_ns is not None:
-                left_ns = max(min(left_ns, self.look_ns - self.clock()), 0)
-            limit_s = min(left_ns, _LONGEST_WAIT_NS) / 1e9
             if faults is not None:
-                fault = faults.wait(limit_s)
+                fault = faults.wait(self._limit_ns(until_ns) / 1e9)
                 if fault is not None:
                     return fault
-                continue
-            came = signal.sigtimedwait({signal.SIGCHLD, *self._ended_by}, limit_s)
-            if came is not None and came.si_signo in self._ended_by:
-                self._received += came.si_signo in self._signals
-                return None
+
+    def _limit_ns(self, until_ns: int | None) -> int:
+        """Return how long a wait may last."""
+        limit_ns = _LONGEST_WAIT_NS
+        for due_ns in (self.look_ns, until_ns):
+            if due_ns is not None:
+                limit_ns = min(limit_ns, due_ns - self.clock())
+        return max(limit_ns, 0)
 
     def of(self, tid: int) -> int:
         """Return the next status of thread ``tid``.
