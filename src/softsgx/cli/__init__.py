@@ -11,7 +11,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EPIPE
 from importlib import import_module
@@ -97,6 +97,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words behind the command's name; ``None``: those of this process.  Then a signal
             that ends the command also ends the process.
     """
+    return _with_room(_main, argv)
+
+
+def _with_room(function: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Call a function; its frames, and those of what it calls, are in one piece of memory.
+
+    CPython has its frames in pieces of 16 KiB.  A loop at the end of one takes the next piece from
+    the kernel at each call, and gives it back at each return: nested imports did so hundreds of
+    times.  A frame that does not fit gets a larger piece, and this one says that it is large.
+    """
+    return function(argv)
+
+
+_FRAME_WORDS = 128 * 1024 // 8
+"""A frame of so many, and what CPython adds, has a piece of twice the size: half is left."""
+_with_room.__code__ = _with_room.__code__.replace(co_stacksize=_FRAME_WORDS)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     _complete_standard_files()
     try:
         words = sys.argv[1:] if argv is None else argv
