@@ -40,6 +40,7 @@ __all__ = ["Loop"]
 _NO_CALL = (1 << 64) - 1
 _TWO_QWORDS = struct.Struct("<QQ")
 _SIGCHLD_STOP = abi.SIGCHLD << 8 | 0x7F
+_SECCOMP_STOP = abi.PTRACE_EVENT_SECCOMP << 16 | abi.SIGTRAP << 8 | 0x7F
 _EXECVES = frozenset({abi.SYS_EXECVE, abi.SYS_EXECVEAT})
 
 Handler = Callable[[ProgramThread], "int | None"]
@@ -292,7 +293,10 @@ class Loop(Tasks):
         else:
             thread.running = thread.unstoppable = False
             stop = thread.stopped(status, fetched)
-            if status != _SIGCHLD_STOP or not self._passes(thread):
+            passes = (status == _SECCOMP_STOP and self._passes_call(thread)) or (
+                status == _SIGCHLD_STOP and self._passes(thread)
+            )
+            if not passes:
                 self.guard(thread, stop)
 
     def _passes(self, thread: ProgramThread) -> bool:
@@ -300,14 +304,8 @@ class Loop(Tasks):
 
         Most children of ordinary programs end with such a stop of their parents.
         """
-        image = thread.image
-        if not image.uninvolved or thread.process.guarded:
-            return False
         try:
-            rip, stubs = thread.load().rip, image.cpuid_stubs
-            if 0 <= rip - image.vdso_base < image.vdso.end:
-                return False  # it may have to be moved out of a stub
-            if stubs is not None and stubs.has_entry(rip):
+            if not _is_plain(thread):
                 return False
             self._permits.settle()
             self._background()
@@ -316,6 +314,35 @@ class Loop(Tasks):
             thread.resume(abi.SIGCHLD)
         except Exception as error:
             self.failed(thread.process.pid, thread.tid, error)
+        return True
+
+    def _passes_call(self, thread: ProgramThread) -> bool:
+        """Serve a system call in an address space that is left alone; ``False``: it is not.
+
+        Most stops of ordinary programs are calls that the kernel makes after a look.
+        """
+        image = thread.image
+        try:
+            if thread.again is not None or not _is_plain(thread):
+                return False
+            number = thread.regs.orig_rax
+            if number == abi.SYS_SOFTSGX_EENTER:
+                return False
+            image.current = thread
+            self._permits.settle()
+            result = self._result(thread, number)
+            if result is not None:
+                self._answer(thread, result)
+            elif number in _EXECVES or not (thread.at_call and image.uninvolved):
+                self._make_call(thread)
+            else:
+                self._before_resume()
+                thread.running = True
+                thread.resume()
+        except Exception as error:
+            self.failed(thread.process.pid, thread.tid, error)
+        finally:
+            image.current = None
         return True
 
     def guard(self, thread: ProgramThread, stop: Stop) -> None:
@@ -378,12 +405,21 @@ class Loop(Tasks):
         if thread.cpu.inside is not None:
             self.resume_thread(thread, self._transitions.call_inside(thread))
             return
+        result = self._result(thread, number)
+        if result is None:
+            self._make_call(thread)
+        else:
+            self._answer(thread, result)
+
+    def _result(self, thread: ProgramThread, number: int) -> int | None:
+        """Return what a system call gives; ``None``: the kernel has to execute it."""
         handler = self._calls.get(number)
         result = None if handler is None else handler(thread)
         thread.user_memory = None
-        if result is None:
-            self._make_call(thread)
-            return
+        return result
+
+    def _answer(self, thread: ProgramThread, result: int) -> None:
+        """Let a call of the thread return ``result``."""
         if result == -abi.ERESTARTSYS:
             thread.restart_syscall()
         else:
@@ -403,6 +439,20 @@ class Loop(Tasks):
         elif thread.load().orig_rax in _EXECVES:
             thread.in_call = thread.unstoppable = True
         self.resume_thread(thread)
+
+
+def _is_plain(thread: ProgramThread) -> bool:
+    """Return whether a stopped thread is where its program's code is, and nothing has to be done.
+
+    Its address space is left alone, and it is in no stub out of which it would have to be moved.
+    """
+    image = thread.image
+    if not image.uninvolved or thread.process.guarded:
+        return False
+    rip, stubs = thread.load().rip, image.cpuid_stubs
+    if 0 <= rip - image.vdso_base < image.vdso.end:
+        return False
+    return stubs is None or not stubs.has_entry(rip)
 
 
 def _call_of(regs: UserRegs) -> tuple[int, ...]:
