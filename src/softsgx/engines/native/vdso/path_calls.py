@@ -31,14 +31,13 @@ import os
 import struct
 from errno import ENOENT
 from functools import lru_cache
-from itertools import count
 from typing import TYPE_CHECKING
 
 from softsgx.engines.native import abi
 from softsgx.engines.native.mappings import Mapping, mapping_at
 from softsgx.engines.native.vdso.cpuid_jumps import COPIED, LOADER_BYTES
 from softsgx.engines.native.vdso.path_code import KEPT_BYTES, NUMBERS, PathCode, path_code
-from softsgx.engines.native.vdso.stubs import JUMP_BYTES, jump
+from softsgx.engines.native.vdso.stubs import JUMP_BYTES, jump, merged
 from softsgx.engines.native.x86.rewrite import in_step
 from softsgx.ondemand import dataclass, pattern
 
@@ -55,6 +54,7 @@ PATH_BYTES = 3 << 12
 _STUB_BYTES = 336
 _MOST_STUBS = PATH_BYTES // _STUB_BYTES
 _MOST_LIBRARIES = 16
+_MOST_PREPARED = 32
 _LONGEST = 24
 _BEFORE, _AFTER = 128, 64
 _SYSCALL = b"\x0f\x05"
@@ -95,6 +95,28 @@ class PathWindow:
         """The code that makes the call."""
         return path_code(self.number)
 
+    def is_in(self, code: bytes, low: int) -> bool:
+        """Return whether the code of a library from ``low`` on has what this was made from."""
+        there = self.code + _SYSCALL
+        return code[self.start - low : self.start - low + len(there)] == there
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a library gets.
+
+    Attributes:
+        windows: what each stub stands for.
+        stubs: their code.
+        changes: (distance from the start of the mapping, bytes) of what changes there.
+        sites: distances of the calls.
+    """
+
+    windows: tuple[PathWindow, ...]
+    stubs: bytes
+    changes: tuple[tuple[int, bytes], ...]
+    sites: tuple[int, ...]
+
 
 def window_of_call(code: bytes, at: int, number: int) -> bytes | None:
     """Return the code in front of the ``syscall`` at ``at`` that sets its number, up to there.
@@ -122,6 +144,10 @@ class PathCalls:
         self._jumping = jumping
         # By the path of a library's file, and by the place of the syscall.
         self._windows: dict[str, dict[int, PathWindow]] = {}
+        self._places: set[int] = set()  # of all of them, in their pages
+        # What libraries have got, by name and distances, and the code that it was made for: a
+        # program has them at the same distances each time.
+        self._prepared: dict[tuple[object, ...], tuple[bytes, _Prepared]] = {}
 
     def watching(self, handlers: dict[int, Handler]) -> dict[int, Handler]:
         """Return the table of handlers; those of calls with paths learn from what they let run."""
@@ -154,7 +180,7 @@ class PathCalls:
         stops = stubs.stops.get(site, 0) + 1
         stubs.stops[site] = stops
         repeated = stops == 2 or (stops == 1 and _in_loader(image, site))
-        if not repeated and (stops > 2 or not self._has_at(site % abi.PAGE)):
+        if not repeated and (stops > 2 or site % abi.PAGE not in self._places):
             return
         found = _library(thread.tid, site)
         if found is None:
@@ -166,9 +192,6 @@ class PathCalls:
             self._learn(image, base, name, site, regs.orig_rax)
         self._store(image, base, name)
 
-    def _has_at(self, place: int) -> bool:
-        return any(site % abi.PAGE == place for known in self._windows.values() for site in known)
-
     def _learn(self, image: ProcessImage, base: int, name: str, site: int, number: int) -> None:
         known = self._windows.setdefault(name, {})
         if site - base in known or len(known) >= _MOST_STUBS:
@@ -176,20 +199,26 @@ class PathCalls:
         code = window_of_call(image.read(site - _BEFORE, _BEFORE + _AFTER), _BEFORE, number)
         if code is not None:
             known[site - base] = PathWindow(site - base - len(code), code)
+            self._places.add(site % abi.PAGE)
 
     def _store(self, image: ProcessImage, base: int, name: str) -> None:
         """Store jumps for all that is known of a library, where its code is as it was."""
         if image.path_stubs is None:
             image.path_stubs = PathStubs(image.vdso_base + image.vdso.paths)
-        stubs = image.path_stubs
-        new = [
-            window
-            for window in self._windows.get(name, {}).values()
-            if image.read(base + window.start, len(window.code) + len(_SYSCALL))
-            == window.code + _SYSCALL
-        ]
+        stubs, known = image.path_stubs, self._windows.get(name)
+        if not known:
+            return
+        low = min(known) - _LONGEST
+        code = image.read(base + low, max(known) + len(_SYSCALL) - low)
+        key = name, len(known), *stubs.distances(image, base)
+        found = self._prepared.get(key)
+        if found is None or found[0] != code:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            windows = [window for window in known.values() if window.is_in(code, low)]
+            found = self._prepared[key] = code, stubs.prepare(image, base, windows, code, low)
         try:
-            stubs.store(image, base, new)
+            stubs.store(image, base, found[1])
         except OSError:
             return  # what cannot be written stays as it is
 
@@ -236,32 +265,59 @@ class PathStubs:
         other._stubs = list(self._stubs)
         return other
 
-    def store(self, image: ProcessImage, base: int, windows: list[PathWindow]) -> None:
-        """Store stubs, and jumps to them.
+    @property
+    def _next(self) -> int:
+        """Where the next stub will be."""
+        return self._area + _STUB_BYTES * len(self._stubs)
+
+    def distances(self, image: ProcessImage, base: int) -> tuple[int, int, int]:
+        """Return what the code of the next stubs for a library at ``base`` depends on."""
+        watched = image.vdso_base + image.vdso.watched
+        return len(self._stubs), base - self._next, watched - self._next
+
+    def prepare(
+        self, image: ProcessImage, base: int, windows: list[PathWindow], code: bytes, low: int
+    ) -> _Prepared:
+        """Prepare stubs, and jumps to them.
+
+        Args:
+            image: the address space.
+            base: where the library is.
+            windows: what each stub stands for.
+            code: its code as it is.
+            low: the distance from ``base`` at which that begins.
+        """
+        count, distance, watched = self.distances(image, base)
+        windows = [] if abs(distance) >> 30 else windows[: _MOST_STUBS - count]
+        places = range(0, _STUB_BYTES * len(windows), _STUB_BYTES)
+        placed = list(zip(places, windows, strict=True))
+        stubs = [_stub(window, distance - place, watched - place) for place, window in placed]
+        jumps = [(window.start, jump(distance + window.start, place)) for place, window in placed]
+        return _Prepared(
+            tuple(windows),
+            b"".join(stubs),
+            tuple(merged(sorted(jumps), code, low)),
+            tuple(window.site for window in windows),
+        )
+
+    def store(self, image: ProcessImage, base: int, prepared: _Prepared) -> None:
+        """Store what :meth:`prepare` has returned for a library at these distances.
 
         Args:
             image: the address space; its only thread is stopped.
             base: where the library is.
-            windows: what each stub stands for.
+            prepared: what is stored.
 
         Raises:
             OSError: the code cannot be written.
         """
-        first = self._area + _STUB_BYTES * len(self._stubs)
-        windows = windows[: _MOST_STUBS - len(self._stubs)]
-        if not windows or abs(first - base) >> 30:
+        if not prepared.windows:
             return
-        watched = image.vdso_base + image.vdso.watched
-        code = b"".join(
-            _stub(window, base - start, watched - start)
-            for start, window in zip(count(first, _STUB_BYTES), windows, strict=False)
-        )
-        os.pwrite(image.memory_fd, code, first)
-        for number, window in enumerate(windows):
-            at = base + window.start
-            os.pwrite(image.memory_fd, jump(at, first + _STUB_BYTES * number), at)
-            self._stubs.append((base, window))
-            self.sites.add(base + window.site)
+        os.pwrite(image.memory_fd, prepared.stubs, self._next)
+        self._stubs += [(base, window) for window in prepared.windows]
+        self.sites.update([base + site for site in prepared.sites])
+        for place, changed in prepared.changes:
+            os.pwrite(image.memory_fd, changed, base + place)
 
     def straighten(self, thread: ProgramThread) -> bool:
         """Move a stopped thread out of a stub, if it is in one.

@@ -42,7 +42,8 @@ STATE_STUB_BYTES = 1024
 STATE_BYTES = 8 * abi.PAGE
 """Of an address space, for those stubs."""
 MOST_STATE_STUBS = STATE_BYTES // STATE_STUB_BYTES
-_FEW = 512
+#: Between them is no page that only a write of all would copy.
+_NEAR = abi.PAGE
 
 
 class Site(Protocol):
@@ -104,7 +105,7 @@ def merged(
         if found:
             start, before = found[-1]
             end = start + len(before)
-            if place - end < _FEW:
+            if place - end < _NEAR:
                 found[-1] = start, before + code[end - begin : place - begin] + data
                 continue
         found.append((place, data))

@@ -24,6 +24,7 @@ from softsgx.engines.native.mappings import Mapping
 from softsgx.engines.native.syscalls import nodes
 from softsgx.engines.native.vdso import path_calls
 from softsgx.engines.native.vdso.path_calls import (
+    _MOST_PREPARED,
     _STUB_BYTES,
     PATH_BYTES,
     PathCalls,
@@ -32,6 +33,7 @@ from softsgx.engines.native.vdso.path_calls import (
     window_of_call,
 )
 from softsgx.engines.native.vdso.path_code import KEPT_BYTES, NUMBERS
+from softsgx.engines.native.vdso.stubs import jump
 from softsgx.engines.native.x86.insn import decode
 
 LIBRARY_BYTES = 0x1000
@@ -61,7 +63,15 @@ class Image:
         self.memory_fd = os.open("/proc/self/mem", os.O_RDWR)
         self.stubs = PathStubs(self.base + LIBRARY_BYTES)
         self.window = PathWindow(AT, code)
-        self.stubs.store(self, self.base, [self.window])  # type: ignore[arg-type]
+        self.give([self.window])
+
+    def give(self, windows: list[PathWindow]) -> None:
+        """Give the library stubs."""
+        image: Any = self
+        code = self.memory[:LIBRARY_BYTES]
+        self.stubs.store(
+            image, self.base, self.stubs.prepare(image, self.base, windows, code, low=0)
+        )
 
     def read(self, address: int, size: int) -> bytes:
         return os.pread(self.memory_fd, size, address)
@@ -360,12 +370,30 @@ def test_only_code_that_sets_the_number_is_replaced(
 
 
 def test_stubs_that_have_no_room_are_left_out(image: Image) -> None:
-    window = image.window
-    image.stubs.store(image, image.base, [window] * 200)  # type: ignore[arg-type]
+    image.give([image.window] * 200)
     assert len(image.stubs._stubs) == PATH_BYTES // _STUB_BYTES
     copy = image.stubs.copy()
     assert copy._stubs == image.stubs._stubs
     assert copy._stubs is not image.stubs._stubs
+
+
+def test_the_calls_of_a_library_get_stubs_one_behind_the_other(image: Image) -> None:
+    start = AT + 200
+    image.memory[start - 40 : start] = between = bytes(range(40))
+    image.memory[start : start + 5] = OPENAT
+    both = [image.window, PathWindow(start, OPENAT)]
+    image.memory[AT : AT + len(image.window.code)] = image.window.code
+    first = image.base + LIBRARY_BYTES
+    image.stubs = PathStubs(first)
+    image.give(both)
+    assert image.memory[AT : AT + 5] == jump(AT, LIBRARY_BYTES)
+    assert image.memory[start : start + 5] == jump(start, LIBRARY_BYTES + _STUB_BYTES)
+    assert image.memory[start - 40 : start] == between
+    for number, window in enumerate(both):
+        alone: Any = PathStubs(first + number * _STUB_BYTES)
+        expected = alone.prepare(image, image.base, [window], b"", 0).stubs
+        place = LIBRARY_BYTES + number * _STUB_BYTES
+        assert image.memory[place : place + _STUB_BYTES] == expected
 
 
 class Program:
@@ -381,14 +409,14 @@ class Program:
         monkeypatch.setattr(path_calls, "mapping_at", self._mapping_at)
         self.load()
 
-    def load(self, code: bytes = ACCESS) -> None:
-        """Map the library anew: its code has no jumps."""
+    def load(self, code: bytes = ACCESS, paths: int = LIBRARY_BYTES) -> None:
+        """Map the library anew, with stubs at a distance: its code has no jumps."""
         image: Any = Image(code)
         self.image = image
         image.memory[: 2 * AT] = b"\x90" * 2 * AT
         image.memory[AT : AT + len(code) + 2] = code + SYSCALL
         image.path_stubs, image.loader, image.members = None, 0, 1
-        image.vdso_base, image.vdso = image.base, SimpleNamespace(watched=8, paths=LIBRARY_BYTES)
+        image.vdso_base, image.vdso = image.base, SimpleNamespace(watched=8, paths=paths)
 
     def _mapping_at(self, tid: int, _site: int) -> Mapping:
         self.asked.append(tid)
@@ -429,6 +457,41 @@ def test_a_library_gets_its_stubs_at_the_second_stop_and_in_other_programs_at_th
     program.image.members = 2
     program.stop()
     assert not program.has_jump, "another thread may execute it"
+
+
+def test_a_library_gets_jumps_to_where_its_stubs_are(program: Program) -> None:
+    program.stop()
+    program.stop()
+    first = program.image.read(program.image.base + LIBRARY_BYTES, _STUB_BYTES)
+    distances = [LIBRARY_BYTES, LIBRARY_BYTES + 64, LIBRARY_BYTES + 4096, LIBRARY_BYTES + 64]
+    for paths in distances:
+        program.load(paths=paths)
+        program.stop()
+        image = program.image
+        assert image.memory[AT : AT + 5] == jump(AT, paths)
+        assert image.memory[AT + 5 : AT + 7] == SYSCALL
+        assert (image.read(image.base + paths, _STUB_BYTES) == first) == (paths == LIBRARY_BYTES)
+        assert image.path_stubs.sites == {image.base + AT + 5}
+
+
+def test_a_library_whose_code_differs_elsewhere_keeps_that(program: Program) -> None:
+    program.stop()
+    program.stop()
+    program.load()
+    program.image.memory[AT - 1] = 0xCC  # a breakpoint of a debugger in the program
+    program.stop()
+    assert program.has_jump
+    assert program.image.memory[AT - 1] == 0xCC
+
+
+def test_as_many_prepared_libraries_are_kept(program: Program) -> None:
+    program.stop()
+    program.stop()
+    for number in range(3 * _MOST_PREPARED):
+        program.load(paths=LIBRARY_BYTES + number)
+        program.stop()
+        assert program.has_jump
+        assert 1 <= len(program.calls._prepared) <= _MOST_PREPARED
 
 
 @pytest.mark.parametrize("forked", [False, True])
