@@ -109,14 +109,23 @@ test_and_clear_accessed(PyObject *object, PyObject *linaddr)
     return young < 0 ? -1 : young || used;
 }
 
+UffdPager *
+usual_pager(PyObject *table)
+{
+    UffdPager *pager = is_native(table) ? pager_of(table) : NULL;
+
+    if (pager == NULL || PyObject_IsTrue(((Fetches *)pager->_fetches)->due))
+        return NULL;
+    return pager;
+}
+
 /* As flush() of a pager, if no call is due: 1; 0: it has more to do, or is another pager. */
 int
 pager_has_nothing_due(PyObject *table)
 {
-    UffdPager *pager = is_native(table) ? pager_of(table) : NULL;
+    UffdPager *pager = usual_pager(table);
 
-    if (pager == NULL || PySet_Size(pager->_watched) > 0
-        || PyObject_IsTrue(((Fetches *)pager->_fetches)->due))
+    if (pager == NULL || PySet_Size(pager->_watched) > 0)
         return PyErr_Occurred() ? -1 : 0;
     PyDict_Clear(pager->_present);
     return 1;

@@ -14,6 +14,9 @@
  * recorded; otherwise NULL. */
 UffdPager *pager_of(PyObject *table);
 
+/* The same, if no page has to get or lose PROT_EXEC; NULL with an error, too. */
+UffdPager *usual_pager(PyObject *table);
+
 /* Whether a page's bytes are in the supervisor. */
 static inline bool
 is_hidden(const StoredPage *record)

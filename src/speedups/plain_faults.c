@@ -157,7 +157,7 @@ count_exit(PyObject *inside)
 
 /* As flush() of address spaces. */
 static int
-flush(struct fault *fault)
+flush(struct service *service, struct fault *fault)
 {
     int status = 0;
 
@@ -165,11 +165,12 @@ flush(struct fault *fault)
         && (status = has_any(fault->image, names._deferred_calls)) == 0
         && (status = pager_has_nothing_due(fault->page_table)) > 0)
         return 0;
+    if (status == 0 && (status = drop_watched(service, fault)) > 0)
+        return 0;
     return status < 0 || show_late_page(&fault->late) < 0 ? -1 : effect(CALL0(fault->image, flush));
 }
 
-/* As resume() of threads. */
-static int
+int
 go(struct service *service, struct fault *fault)
 {
     PyObject *thread = fault->thread;
@@ -201,7 +202,7 @@ finish(struct service *service, struct fault *fault)
 
     if (leaving < 0 || (leaving && (show_late_page(&fault->late) < 0 || hide_unmapped(service->store) < 0)))
         return -1;
-    return flush(fault);
+    return flush(service, fault);
 }
 
 /* Resume the thread: as Loop.resume_thread() at such a stop. */

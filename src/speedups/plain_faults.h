@@ -25,6 +25,7 @@ struct service {
 struct fault {
     PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr;
     struct late_page late;
+    bool waits, stopped; /* the thread waits in the kernel; it was stopped meanwhile, to make calls */
 };
 
 /* Whether an attribute is an object, and whether a container attribute has anything in it:
@@ -58,6 +59,13 @@ int count_exit(PyObject *inside);
 
 /* Hide what is unmapped, and make the calls that are due: before a thread continues. */
 int finish(struct service *service, struct fault *fault);
+
+/* As flush() of an address space, if entries of watched pages are all that is due: 1: it is done, and
+ * the thread is `stopped`; 0: nothing has changed; or -1. */
+int drop_watched(struct service *service, struct fault *fault);
+
+/* As resume() of threads. */
+int go(struct service *service, struct fault *fault);
 
 /* An exception ends the process of the thread; others than Exception end the run. */
 int failed(struct service *service, PyObject *thread);

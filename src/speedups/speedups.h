@@ -264,6 +264,9 @@ add_to_count(int64_t *field, int64_t change)
 /* --- other objects ------------------------------------------------------------------------------ */
 
 #define NAMES(X)                                                                                 \
+    X(_collecting) X(_elsewhere) X(_next) X(asked) X(called) X(calls) X(cpuid_stubs)             \
+    X(end_borrowed) X(has_entry) X(inject_at) X(kicked) X(memory_fd) X(pending) X(sigmask)       \
+    X(table) X(vdso) X(vdso_base)                                                                \
     X(_aead) X(_alloc_for_load) X(_ancestry) X(_at_signal) X(_base) X(_batch_pages) X(_borrowed) X(_buffers) X(_ceiling_pages)      \
     X(_changed) X(_cipher) X(_clock_ns) X(_conclude) X(_core) X(_counters) X(_deferred_calls)    \
     X(_ended) X(_exited) X(_fetched) X(_file) X(_flat) X(_free)            \
@@ -470,6 +473,9 @@ struct fault_event {
 /* 1: there is one; 0: a signal has arrived, or the time is over; -1: an error. */
 int wait_for_fault(int epoll, int signals, int limit_ms, int first, struct fault_event *event);
 int wake_waiting(int uffd, uint64_t linaddr);
+
+/* engine: a request to a stopped thread: its result, or -1 and errno. */
+long ptrace_request(long what, int tid, uint64_t address, uint64_t data);
 
 /* engine: PTRACE_CONT without a signal: 0, or errno. */
 int continue_thread(int tid);

@@ -26,8 +26,8 @@
 #define SECOND_NS 1000000000u
 
 /* The kernel's ptrace: glibc's takes variable arguments, and returns what PEEK requests read. */
-static long
-request(long what, pid_t tid, uint64_t address, uint64_t data)
+long
+ptrace_request(long what, pid_t tid, uint64_t address, uint64_t data)
 {
     return syscall(SYS_ptrace, what, (long)tid, (long)address, (long)data);
 }
@@ -35,7 +35,7 @@ request(long what, pid_t tid, uint64_t address, uint64_t data)
 int
 continue_thread(int tid)
 {
-    return request(PTRACE_CONT, tid, 0, 0) == -1 ? errno : 0;
+    return ptrace_request(PTRACE_CONT, tid, 0, 0) == -1 ? errno : 0;
 }
 
 static PyObject *
@@ -48,7 +48,7 @@ try_ptrace(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
     if (read_words("try_ptrace", args, count, values, 4) < 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    result = request((long)values[0], (pid_t)values[1], values[2], values[3]);
+    result = ptrace_request((long)values[0], (pid_t)values[1], values[2], values[3]);
     code = errno;
     Py_END_ALLOW_THREADS
     return PyLong_FromLong(result == -1 ? -code : result);
@@ -81,13 +81,13 @@ fetch(pid_t tid, int status, PyObject *places)
         if (addresses[index] == (uint64_t)-1 && PyErr_Occurred())
             return -1;
     }
-    if (at_signal && request(PTRACE_GETSIGINFO, tid, 0, addresses[1]) != -1) {
+    if (at_signal && ptrace_request(PTRACE_GETSIGINFO, tid, 0, addresses[1]) != -1) {
         fetched |= SIGNAL_INFORMATION;
         /* Faults on enclave memory are served without the registers. */
         if (signal == SIGBUS && ((siginfo_t *)(uintptr_t)addresses[1])->si_code == BUS_ADRERR)
             return fetched;
     }
-    if (request(PTRACE_GETREGS, tid, 0, addresses[0]) != -1)
+    if (ptrace_request(PTRACE_GETREGS, tid, 0, addresses[0]) != -1)
         fetched |= REGISTERS;
     return fetched;
 }

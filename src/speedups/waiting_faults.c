@@ -101,6 +101,15 @@ skip(struct service *service, struct fault *fault)
     return count_exit(fault->inside);
 }
 
+/* Resume the thread from a stop that no other code has seen. */
+static int
+resume(struct service *service, struct fault *fault)
+{
+    if (permits_going(service, fault) < 0 || SET(fault->thread, running, Py_True) < 0)
+        return -1;
+    return go(service, fault);
+}
+
 /* Let the thread continue, unless it was stopped meanwhile. */
 static int
 continue_it(struct service *service, struct fault *fault, const struct fault_event *event)
@@ -113,6 +122,8 @@ continue_it(struct service *service, struct fault *fault, const struct fault_eve
             || effect(CALL0(service->server, background)) < 0))
         || finish(service, fault) < 0)
         return -1;
+    if (fault->stopped)
+        return resume(service, fault);
     status = get_truth(fault->thread, names.running);
     if (status <= 0)
         return status;
@@ -206,7 +217,7 @@ take_known(struct service *service, struct fault *fault)
 int
 serve_event(struct service *service, const struct fault_event *event)
 {
-    struct fault fault = {0};
+    struct fault fault = {.waits = true};
     PyObject *thread = waiting_thread(service, event), *type, *error, *traceback;
     int status;
 

@@ -305,23 +305,42 @@ class Thread(StoppedThread):
         for name, value in registers.items():
             setattr(regs, name, value & _MINUS_ONE)
         self.store()
+        self.resume()
         stops_again = self._run_to(end)
         result = _signed(regs.rax)
-        ctypes.memmove(self._regs_at, ctypes.addressof(saved), _REGS_BYTES)
+        self._give_back(bytes(saved), mask, stops_again=stops_again)
+        self._next, self._kept, self._at_signal = out_of_line, kept, at_signal
+        return result
+
+    def end_borrowed(self, saved: bytes, end: int, mask: int) -> None:
+        """As the end of :meth:`borrow`, which other code has begun: it runs code of our vDSO.
+
+        Args:
+            saved: its registers; it was in no signal stop.
+            end: as there.
+            mask: its blocked signals.
+        """
+        self._kept, self._changed, self.in_call = None, False, False
+        self._give_back(saved, mask, stops_again=self._run_to(end))
+        self._kept, self._at_signal = None, False
+
+    def _give_back(self, saved: bytes, mask: int, *, stops_again: bool) -> None:
+        ctypes.memmove(self._regs_at, saved, _REGS_BYTES)
         self._loaded = True
         self.store()
-        self._next = out_of_line
         self.set_sigmask(mask)
-        self._kept, self._at_signal, self._borrowed = kept, at_signal, True
+        self._borrowed = True
         self._at_fault = False  # it has stopped by a signal since
         if stops_again:
             os.kill(self.tid, abi.SIGSTOP)
-        return result
 
     def _run_to(self, end: int) -> bool:
-        """Run borrowed code; return whether a SIGSTOP arrived meanwhile and must be sent again."""
+        """Wait for the end of borrowed code.
+
+        Returns:
+            Whether a SIGSTOP arrived meanwhile and must be sent again.
+        """
         stopped_by_signal = False
-        self.resume()
         while True:
             stop = self.wait()
             if stop.event == 0 and stop.signal == abi.SIGTRAP:
