@@ -4,19 +4,6 @@
 
 /* --- VA slots ----------------------------------------------------------------------------------- */
 
-/* The bit of a slot, as the bitmaps of VA pages have it. */
-static PyObject *
-bit_of(int64_t number)
-{
-    PyObject *one = PyLong_FromLong(1), *places = PyLong_FromLongLong(number), *bit = NULL;
-
-    if (one != NULL && places != NULL)
-        bit = PyNumber_Lshift(one, places);
-    Py_XDECREF(places);
-    Py_XDECREF(one);
-    return bit;
-}
-
 static VaSlot *
 make_slot(VaPage *page, int64_t number)
 {
@@ -30,17 +17,28 @@ make_slot(VaPage *page, int64_t number)
     return slot;
 }
 
-/* Replace a field by what a function makes of it and another number. */
-static int
-combine(PyObject **field, PyObject *(*function)(PyObject *, PyObject *), PyObject *other)
+static bool
+is_empty(const uint64_t *bitmap)
 {
-    PyObject *result = function(*field, other), *old = *field;
+    uint64_t any = 0;
 
-    if (result == NULL)
-        return -1;
-    *field = result;
-    Py_DECREF(old);
-    return 0;
+    for (int word = 0; word < BITMAP_WORDS; word++)
+        any |= bitmap[word];
+    return any == 0;
+}
+
+/* Clear the lowest bit of a bitmap that has one; return its number. */
+static int64_t
+take_lowest(uint64_t *bitmap)
+{
+    int word = 0;
+    int64_t number;
+
+    while (bitmap[word] == 0)
+        word++;
+    number = word * 64 + __builtin_ctzll(bitmap[word]);
+    bitmap[word] &= bitmap[word] - 1;
+    return number;
 }
 
 /* As VaArray.slot_loaded(). */
@@ -48,7 +46,7 @@ int
 slot_loaded(PyObject *va, struct place *slot)
 {
     VaPage *page = slot->page;
-    PyObject *bit, *pages;
+    PyObject *pages;
     int status;
 
     if (!is_exactly(va, given.VaArray)) {
@@ -59,12 +57,8 @@ slot_loaded(PyObject *va, struct place *slot)
         return status;
     }
     set_field(&page->accessed, Py_True);
-    bit = bit_of(slot->number);
-    if (bit == NULL)
-        return -1;
-    status = combine(&page->free, PyNumber_Or, bit);
-    Py_DECREF(bit);
-    if (status < 0 || ADD_INTEGER(VaArray, va, used, -1) < 0)
+    page->free[slot->number / 64] |= (uint64_t)1 << slot->number % 64;
+    if (ADD_INTEGER(VaArray, va, used, -1) < 0)
         return -1;
     if (!is_none(page->eviction))  // resident it is: ELDU has used the slot
         return 0;
@@ -81,20 +75,18 @@ slot_written(PyObject *va, VaSlot *slot)
 {
     VaPage *page = AS(VaPage, slot->page);
     SgxEpcPage *epc;
-    int64_t promised, used, stale, pins;
+    int64_t promised, used;
 
-    if (page == NULL || !is_exactly(va, given.VaArray) || !integer(page->stale, &stale) || stale
-        || !integer(page->pins, &pins))
+    if (page == NULL || !is_exactly(va, given.VaArray) || !is_empty(page->stale))
         return effect(CALL(va, slot_written, (PyObject *)slot, NULL));
-    if (set_integer(&page->pins, --pins) < 0)
-        return -1;
+    page->pins--;
     epc = AS(SgxEpcPage, page->epc);
-    if (pins || (epc != NULL && is_true(epc->tracked)))  // stays as it is, or is listed already
+    if (page->pins || (epc != NULL && is_true(epc->tracked)))  // stays as it is, or is listed already
         return 0;
     if (GET_INTEGER(VaArray, va, promised, &promised) < 0
         || GET_INTEGER(VaArray, va, used, &used) < 0)
         return -1;
-    if (promised == used || PyObject_Not(page->free) > 0)
+    if (promised == used || is_empty(page->free))
         return effect(CALL(va, mark_reclaimable, (PyObject *)page, NULL));
     return 0;
 }
@@ -111,7 +103,7 @@ page_with_room(PyObject *pages)
     first = PyIter_Next(iterator);
     Py_DECREF(iterator);
     page = AS(VaPage, first);
-    if (page == NULL || PyObject_Not(page->free) != 0 || is_none(page->epc)
+    if (page == NULL || is_empty(page->free) || is_none(page->epc)
         || !is_none(page->eviction)) {
         Py_XDECREF(first);
         return NULL;
@@ -123,32 +115,16 @@ page_with_room(PyObject *pages)
 PyObject *
 alloc_slot(PyObject *va, PyObject *pages, VaPage *page)
 {
-    PyObject *one = PyLong_FromLong(1), *less = NULL, *rest = NULL, *bit = NULL, *bits = NULL;
-    VaSlot *slot = NULL;
-    int64_t length;
-    int full;
+    VaSlot *slot = make_slot(page, take_lowest(page->free));
 
-    if (one == NULL || (less = PyNumber_Subtract(page->free, one)) == NULL
-        || (rest = PyNumber_And(page->free, less)) == NULL
-        || (bit = PyNumber_Xor(page->free, rest)) == NULL
-        || (bits = CALL0(bit, bit_length)) == NULL)
-        goto done;
-    set_field(&page->free, rest);
-    if (add_to_field(&page->pins, 1) < 0)
-        goto done;
+    if (slot == NULL)
+        return NULL;
+    page->pins++;
     set_field(&page->accessed, Py_True);
-    full = PyObject_Not(rest);
-    if (ADD_INTEGER(VaArray, va, used, 1) < 0 || ADD_INTEGER(VaArray, va, room, -1) < 0 || full < 0
-        || (full && effect(CALL(pages, move_to_end, (PyObject *)page, NULL)) < 0))
-        goto done;
-    if (integer(bits, &length))
-        slot = make_slot(page, length - 1);
-done:
-    Py_XDECREF(bits);
-    Py_XDECREF(bit);
-    Py_XDECREF(rest);
-    Py_XDECREF(less);
-    Py_XDECREF(one);
+    if (ADD_INTEGER(VaArray, va, used, 1) < 0 || ADD_INTEGER(VaArray, va, room, -1) < 0
+        || (is_empty(page->free)
+            && effect(CALL(pages, move_to_end, (PyObject *)page, NULL)) < 0))
+        RELEASE(slot), slot = NULL;
     return (PyObject *)slot;
 }
 
@@ -212,16 +188,18 @@ done:
     return pinned;
 }
 
-/* Whether a pair of SECINFO flags and EID is that of most pages: 0, 1, or -1 with an error. */
+/* Whether SECINFO flags and an EID are those of most pages: 0, 1, or -1 with an error. */
 static int
-is_usual(PyObject *flat, PyObject *sealed)
+is_usual(PyObject *flat, int64_t flags, PyObject *eid)
 {
     PyObject *usual = GETF(FlatBacking, flat, usual);
-    int same = usual == NULL ? -1 : PyTuple_Check(usual) && PyTuple_Size(usual) == 2;
+    int64_t its;
+    int same = usual == NULL ? -1
+        : PyTuple_Check(usual) && PyTuple_Size(usual) == 2
+            && integer(PyTuple_GetItem(usual, 0), &its) && its == flags;
 
-    for (Py_ssize_t index = 0; same > 0 && index < 2; index++)
-        same = PyObject_RichCompareBool(PyTuple_GetItem(sealed, index + 1),
-                                        PyTuple_GetItem(usual, index), Py_EQ);
+    if (same > 0)
+        same = PyObject_RichCompareBool(eid, PyTuple_GetItem(usual, 1), Py_EQ);
     Py_XDECREF(usual);
     return same;
 }
@@ -231,7 +209,12 @@ int
 keep(PyObject *file, PyObject *pinned, PyObject *sealed)
 {
     PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL, *buffers = NULL;
-    int usual = flat == NULL ? -1 : is_usual(flat, sealed), status = -1;
+    int64_t flags;
+    int usual = flat == NULL ? -1
+        : integer(PyTuple_GetItem(sealed, 1), &flags)
+        ? is_usual(flat, flags, PyTuple_GetItem(sealed, 2))
+        : 0;
+    int status = -1;
 
     if (usual < 0)
         goto done;
@@ -251,25 +234,48 @@ done:
     return status;
 }
 
-/* What FlatFile.kept() returns, its parts new references; 0: no such page, -1: an error. */
 int
-kept(PyObject *file, PyObject *index, PyObject **sealed, PyObject **flags)
+keep_at(PyObject *file, PyObject *pinned, struct sealed_place *place, int64_t flags, PyObject *eid)
 {
-    PyObject *contents = GETF(FlatFile, file, _sealed), *flat = GETF(FlatFile, file, _flat), *unusual = NULL;
-    PyObject *usual = NULL, *kind = NULL;
+    PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL, *buffers = NULL;
+    PyObject *number = NULL;
+    int usual = flat == NULL ? -1 : is_usual(flat, flags, eid), status = -1;
+
+    if (usual < 0 || (contents = GETF(FlatFile, file, _sealed)) == NULL
+        || (buffers = GETF(FlatFile, file, _buffers)) == NULL
+        || ADD_INTEGER(FlatBacking, flat, reserved, -1) < 0 || sealed_taken(contents, place) < 0)
+        goto done;
+    if (!usual
+        && ((number = PyLong_FromLongLong(flags)) == NULL
+            || effect(CALL(file, keep_kind, ((Pinned *)pinned)->index, number, eid, NULL)) < 0))
+        goto done;
+    status = PyList_Append(buffers, pinned);
+done:
+    Py_XDECREF(number);
+    Py_XDECREF(buffers);
+    Py_XDECREF(contents);
+    Py_XDECREF(flat);
+    return status;
+}
+
+/* What FlatFile.kept() returns: the place of the ciphertext, and the flags, a new reference: 1; 0: no
+ * such page, -1: an error. */
+int
+kept(PyObject *file, PyObject *index, struct sealed_place *place, PyObject **flags)
+{
+    PyObject *contents = GETF(FlatFile, file, _sealed), *flat = GETF(FlatFile, file, _flat);
+    PyObject *unusual = NULL, *usual = NULL, *kind;
     int found = -1;
 
     if (contents == NULL || flat == NULL || (unusual = GETF(FlatBacking, flat, unusual)) == NULL
-        || (usual = GETF(FlatBacking, flat, usual)) == NULL)
+        || (usual = GETF(FlatBacking, flat, usual)) == NULL
+        || (found = sealed_find(contents, index, place)) <= 0)
         goto done;
-    *sealed = sealed_get(contents, index);
-    kind = *sealed == NULL ? NULL : PyDict_GetItemWithError(unusual, index);
-    if (PyErr_Occurred())
-        goto done;
+    kind = PyDict_GetItemWithError(unusual, index);
     if (kind == NULL)
         kind = usual;
-    found = *sealed != NULL && PyTuple_Check(kind);
-    if (found) {
+    found = PyErr_Occurred() ? -1 : PyTuple_Check(kind);
+    if (found > 0) {
         *flags = PyTuple_GetItem(kind, 0);
         Py_XINCREF(*flags);
     }

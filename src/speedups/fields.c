@@ -31,13 +31,70 @@ set_count(PyObject *self, PyObject *value, void *at)
     return 0;
 }
 
+/* --- fields that are addresses ------------------------------------------------------------------- */
+
+static PyObject *
+get_address_field(PyObject *self, void *at)
+{
+    return PyLong_FromUnsignedLongLong(*(uint64_t *)((char *)self + (size_t)at));
+}
+
+static int
+set_address_field(PyObject *self, PyObject *value, void *at)
+{
+    uint64_t address;
+
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "an address cannot be deleted");
+        return -1;
+    }
+    address = PyLong_AsUnsignedLongLong(value);
+    if (address == (uint64_t)-1 && PyErr_Occurred())
+        return -1;
+    *(uint64_t *)((char *)self + (size_t)at) = address;
+    return 0;
+}
+
+/* --- fields that are bitmaps -------------------------------------------------------------------- */
+
+#define BITMAP_BYTES (BITMAP_WORDS * (Py_ssize_t)sizeof(uint64_t))
+
+static PyObject *
+get_bitmap(PyObject *self, void *at)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize((char *)self + (size_t)at, BITMAP_BYTES);
+    PyObject *number = bytes == NULL ? NULL : CALL(&PyLong_Type, from_bytes, bytes, names.little, NULL);
+
+    Py_XDECREF(bytes);
+    return number;
+}
+
+static int
+set_bitmap(PyObject *self, PyObject *value, void *at)
+{
+    PyObject *size, *bytes;
+
+    if (value == NULL || !PyLong_Check(value)) {
+        PyErr_SetString(PyExc_TypeError, "a bitmap is an integer");
+        return -1;
+    }
+    size = PyLong_FromSsize_t(BITMAP_BYTES);
+    bytes = size == NULL ? NULL : CALL(value, to_bytes, size, names.little, NULL);
+    Py_XDECREF(size);
+    if (bytes == NULL)
+        return -1;
+    memcpy((char *)self + (size_t)at, PyBytes_AsString(bytes), (size_t)BITMAP_BYTES);
+    Py_DECREF(bytes);
+    return 0;
+}
+
 /* --- one type a structure ----------------------------------------------------------------------- */
 
 struct structure {
     const char *name; /* with the module's */
     size_t size;
     const char *const *fields;
-    PyGetSetDef *counts;
+    PyGetSetDef *numbers;
     PyMemberDef *objects;
     traverseproc traverse;
     inquiry clear;
@@ -57,6 +114,9 @@ release(PyObject *self)
 #define NOTHING(name)
 #define TEXT(name) #name,
 #define COUNT(name) {#name, get_count, set_count, NULL, (void *)offsetof(HOLDER, name)},
+#define ADDRESS(name)                                                                            \
+    {#name, get_address_field, set_address_field, NULL, (void *)offsetof(HOLDER, name)},
+#define BITMAP(name) {#name, get_bitmap, set_bitmap, NULL, (void *)offsetof(HOLDER, name)},
 #define OBJECT(name) {#name, T_OBJECT_EX, offsetof(HOLDER, name), 0, NULL},
 #define VISIT(name) Py_VISIT(record->name);
 #define CLEAR(name) Py_CLEAR(record->name);
@@ -68,7 +128,7 @@ release(PyObject *self)
         kind *record = (kind *)self;                                                             \
                                                                                                  \
         (void)record;                                                                            \
-        fields(NOTHING, VISIT)                                                                   \
+        fields(NOTHING, VISIT, NOTHING, NOTHING)                                                 \
         Py_VISIT(Py_TYPE(self));                                                                 \
         return 0;                                                                                \
     }                                                                                            \
@@ -78,7 +138,7 @@ release(PyObject *self)
         kind *record = (kind *)self;                                                             \
                                                                                                  \
         (void)record;                                                                            \
-        fields(NOTHING, CLEAR)                                                                   \
+        fields(NOTHING, CLEAR, NOTHING, NOTHING)                                                 \
         return 0;                                                                                \
     }                                                                                            \
                                                                                                  \
@@ -92,11 +152,11 @@ release(PyObject *self)
     static struct structure *kind##_structure(void)                                              \
     {                                                                                            \
         typedef kind HOLDER;                                                                     \
-        static const char *const names[] = {fields(TEXT, TEXT) NULL};                            \
-        static PyGetSetDef counts[] = {fields(COUNT, NOTHING) {NULL}};                           \
-        static PyMemberDef objects[] = {fields(NOTHING, OBJECT) {NULL}};                         \
+        static const char *const names[] = {fields(TEXT, TEXT, TEXT, TEXT) NULL};                \
+        static PyGetSetDef numbers[] = {fields(COUNT, NOTHING, BITMAP, ADDRESS) {NULL}};         \
+        static PyMemberDef objects[] = {fields(NOTHING, OBJECT, NOTHING, NOTHING) {NULL}};       \
         static struct structure one = {                                                          \
-            "softsgx._speedups." #kind, sizeof(kind), names, counts, objects,                    \
+            "softsgx._speedups." #kind, sizeof(kind), names, numbers, objects,                   \
             kind##_traverse, kind##_clear, kind##_dealloc, NULL,                                 \
         };                                                                                       \
                                                                                                  \
@@ -125,7 +185,7 @@ static PyObject *
 make(const struct structure *structure)
 {
     PyType_Slot slots[] = {
-        {Py_tp_getset, structure->counts},
+        {Py_tp_getset, structure->numbers},
         {Py_tp_members, structure->objects},
         {Py_tp_dealloc, (void *)structure->dealloc},
         {Py_tp_traverse, (void *)structure->traverse},

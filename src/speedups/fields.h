@@ -1,6 +1,7 @@
 /* Records with integers of C among their fields: see docs/internals/compiled.md.
  *
  * A list has each field of a structure once: C(name) is a count, an integer of 64 bits with a sign;
+ * U(name) is an address, one without a sign; B(name) is a bitmap of 512 bits, an integer in Python;
  * O(name) is any object, or was never set.  fields.c makes a type of each structure, from which the
  * Python class of that name derives.  LINKS, the first of a list, are no fields: a PageList has them.
  */
@@ -8,60 +9,70 @@
 #ifndef SOFTSGX_FIELDS_H
 #define SOFTSGX_FIELDS_H
 
-#define ATOMIC_COUNT(C, O) O(_latch) C(value)
-#define COUNTERS(C, O)                                                                           \
+#define ATOMIC_COUNT(C, O, B, U) O(_latch) C(value)
+#define COUNTERS(C, O, B, U)                                                                     \
     C(alloc_busy) C(alloc_interrupted) C(alloc_none) C(batches) C(claims) C(direct) C(dying)     \
     C(eldu) C(eldu_failed) C(etrack) C(ewb_failed) C(ewb_first) C(ewb_second) C(ewb_third)       \
     O(held) C(kept) C(kicks) C(leaked) C(lost) C(not_blocked) C(not_prepared) C(not_written)     \
     C(pcmd_truncated) C(prev_trk_incmpl) C(reclaimed) C(scanned) C(secs_in) C(secs_out)          \
     C(truncated) C(unsanitized) C(va_in) C(va_made) C(va_out) C(wakeups) C(young)
-#define CROSSINGS(C, O) C(aex) C(eenter) C(eexit) C(eresume)
-#define ENCLAVE_COUNTS(C, O)                                                                     \
+#define CROSSINGS(C, O, B, U) C(aex) C(eenter) C(eexit) C(eresume)
+#define ENCLAVE_COUNTS(C, O, B, U)                                                               \
     C(evictions) C(fault_ns) O(faults) C(kicks) C(reloads) C(touched)
-#define EPC_CGROUP(C, O)                                                                         \
+#define ENCLAVE_VMA(C, O, B, U) O(enclave) U(end) O(file) O(prot) U(start)
+#define EPC_CGROUP(C, O, B, U)                                                                   \
     O(_ancestry) C(_ceiling_pages) O(_dying) O(_max_pages) O(_order) O(_position) O(children)    \
     O(events) O(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
     C(peak_pages) O(removed) C(usage_pages)
-#define FLAT_BACKING(C, O)                                                                       \
+#define FLAT_BACKING(C, O, B, U)                                                                 \
     O(kinds) O(limit_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)
-#define KSGXD(C, O)                                                                              \
+#define KSGXD(C, O, B, U)                                                                        \
     O(_counters) O(_failed) O(_faults) O(_gave_up) O(_in_use) O(_lock) O(_oom_verdicts)          \
     O(_patience_passes) O(_progress) O(_reclaim) O(_requests) O(_root) O(_runtime)               \
     O(_sanitizer) O(_scarce) O(_stopping) O(_task) O(_tracer) C(_waiters) O(_wake) O(asleep)     \
     C(generation) C(outcomes) O(working)
-#define RESIDENT_SECS(C, O)                                                                      \
+#define RESIDENT_SECS(C, O, B, U)                                                                \
     O(base) O(cet_attributes) O(cet_leg_bitmap_offset) C(children) O(config_id) O(config_svn)    \
     O(context) O(crossings) O(cur_count) O(eid) O(epoch) O(etrack_running) O(flags)              \
     O(isv_ext_prod_id) O(isv_family_id) O(isv_prod_id) O(isv_svn) O(machine_check)               \
     O(measurement_lock) O(miscselect) O(mrenclave) O(mrsigner) O(padding) O(prev_count)          \
     O(size) O(ssa_frame_size) O(tracking_lock) O(virt_children) O(xfrm)
-#define RW_LOCK(C, O)                                                                            \
+#define RW_LOCK(C, O, B, U)                                                                      \
     O(_changed) O(_lock) C(_readers) O(_reading) O(_uninterleaved) C(_waiting) O(has_writer)
-#define SGX_EPC_PAGE(C, O)                                                                       \
+#define SGX_EPC_PAGE(C, O, B, U)                                                                 \
     LINKS O(addr) O(blocked) O(free) O(group) O(kept) O(kind) O(leaked) O(lru) O(node) O(owner)  \
     O(poisoned) O(tracked)
-#define VA_ARRAY(C, O)                                                                           \
+#define VA_ARRAY(C, O, B, U)                                                                     \
     O(_made_by_count) O(_pages) O(group) O(level) O(lock) O(pin) C(promised) C(room) O(tree)     \
     C(used)
-#define VA_PAGE(C, O)                                                                            \
-    O(accessed) O(array) O(epc) O(eviction) O(free) O(index) O(lost) O(parent) C(pins)           \
-    O(stale)
+#define VA_PAGE(C, O, B, U)                                                                      \
+    O(accessed) O(array) O(epc) O(eviction) B(free) C(index) O(lost) O(parent) C(pins)           \
+    B(stale)
 
 #define STRUCTURES(X)                                                                            \
     X(AtomicCount, ATOMIC_COUNT) X(Counters, COUNTERS) X(Crossings, CROSSINGS)                   \
-    X(EnclaveCounts, ENCLAVE_COUNTS) X(EpcCgroup, EPC_CGROUP) X(FlatBacking, FLAT_BACKING)       \
-    X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(SgxEpcPage, SGX_EPC_PAGE) \
-    X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
+    X(EnclaveCounts, ENCLAVE_COUNTS) X(EnclaveVma, ENCLAVE_VMA) X(EpcCgroup, EPC_CGROUP)         \
+    X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK)\
+    X(SgxEpcPage, SGX_EPC_PAGE) X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
 
 /* The neighbours and the list of a page, borrowed; NULL: it is on none. */
 #define LINKS struct linked *before, *after; struct page_list *list;
 typedef struct linked { PyObject_HEAD LINKS } Linked;
+
+#define BITMAP_WORDS 8
+
 #define COUNT_FIELD(name) int64_t name;
 #define OBJECT_FIELD(name) PyObject *name;
+#define BITMAP_FIELD(name) uint64_t name[BITMAP_WORDS];
+#define ADDRESS_FIELD(name) uint64_t name;
 #define STRUCTURE(type, fields)                                                                  \
-    typedef struct { PyObject_HEAD fields(COUNT_FIELD, OBJECT_FIELD) } type;
+    typedef struct {                                                                             \
+        PyObject_HEAD fields(COUNT_FIELD, OBJECT_FIELD, BITMAP_FIELD, ADDRESS_FIELD)             \
+    } type;
 STRUCTURES(STRUCTURE)
 #undef STRUCTURE
+#undef ADDRESS_FIELD
+#undef BITMAP_FIELD
 #undef OBJECT_FIELD
 #undef COUNT_FIELD
 #undef LINKS

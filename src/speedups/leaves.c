@@ -2,9 +2,6 @@
 
 #include "leaves.h"
 
-#include <string.h>
-
-#define MAC_HEADER_BYTES 128
 #define SECINFO_PENDING 8
 #define SECINFO_MODIFIED 16
 #define SECINFO_PR 32
@@ -44,85 +41,6 @@ is_unlocked(const EpcPage *page)
     int64_t lock;
 
     return integer(page->lock, &lock) && lock == 0;
-}
-
-/* An integer of 64 bits without a sign; false with an error. */
-static bool
-unsigned_of(PyObject *number, uint64_t *value)
-{
-    if (address(number, value))
-        return true;
-    *value = PyLong_AsUnsignedLongLong(number);
-    return *value != (uint64_t)-1 || !PyErr_Occurred();
-}
-
-static PyObject *
-header_of(PyObject *eid, uint64_t linaddr, uint64_t flags)
-{
-    uint64_t header[MAC_HEADER_BYTES / sizeof(uint64_t)] = {0};
-
-    if (!unsigned_of(eid, &header[0]))
-        return NULL;
-    header[1] = linaddr;
-    header[2] = flags;
-    return PyBytes_FromStringAndSize((const char *)header, sizeof header);
-}
-
-/* The initialisation vector of a version: four zero bytes, and its eight, the highest first. */
-static PyObject *
-nonce_of(PyObject *version)
-{
-    unsigned char bytes[12] = {0};
-    uint64_t number;
-
-    if (!unsigned_of(version, &number))
-        return NULL;
-    for (int index = 11; index >= 4; index--, number >>= 8)
-        bytes[index] = (unsigned char)number;
-    return PyBytes_FromStringAndSize((const char *)bytes, sizeof bytes);
-}
-
-static PyObject *
-paging_key(PyObject *hw)
-{
-    PyObject *secrets = GETF(Machine, hw, secrets), *key = NULL;
-
-    if (secrets != NULL)
-        key = GETF(Secrets, secrets, paging);
-    Py_XDECREF(secrets);
-    return key;
-}
-
-/* As PagingKey.seal(data, version, header), and its inverse. */
-static PyObject *
-apply_cipher(PyObject *key, PyObject *method, PyObject *version, PyObject *data, PyObject *header)
-{
-    PyObject *aead = GETF(PagingKey, key, _aead), *nonce = NULL, *result = NULL;
-
-    if (aead != NULL && is_none(aead))
-        replace(&aead, CALL0(key, _cipher));
-    if (aead != NULL)
-        nonce = nonce_of(version);
-    if (nonce != NULL)
-        result = PyObject_CallMethodObjArgs(aead, method, nonce, data, header, NULL);
-    Py_XDECREF(nonce);
-    Py_XDECREF(aead);
-    return result;
-}
-
-static PyObject *
-next_version(PyObject *key)
-{
-    PyObject *versions, *version;
-
-    versions = GETF(PagingKey, key, _versions);
-    if (versions == NULL)
-        return NULL;
-    version = PyIter_Next(versions);
-    Py_DECREF(versions);
-    if (version == NULL && !PyErr_Occurred())
-        PyErr_SetString(PyExc_AssertionError, "the versions of a paging key have ended");
-    return version;
 }
 
 bool
@@ -240,10 +158,11 @@ fill_page(PyObject *store, EpcPage *page, PyObject *data)
                                    : fill(store, page, data);
 }
 
-/* What is left of EWB when all checks have passed: (ciphertext and MAC, flags, EID). */
+/* What is left of EWB when all checks have passed: (ciphertext and MAC, flags, EID); or SUCCESS, if
+ * they have gone to the place that there is. */
 static PyObject *
-evict(PyObject *hw, EpcPage *page, EpcPage *va_page, Py_ssize_t slot, ResidentSecs *enclave,
-      uint64_t linaddr, int64_t flags)
+evict(PyObject *hw, EpcPage *page, EpcPage *va_page, ResidentSecs *enclave, uint64_t linaddr,
+      struct ewb_call *eviction)
 {
     PyObject *key = paging_key(hw), *version = NULL, *header = NULL, *store = NULL;
     PyObject *plain = NULL, *sealed = NULL, *result = NULL;
@@ -255,18 +174,24 @@ evict(PyObject *hw, EpcPage *page, EpcPage *va_page, Py_ssize_t slot, ResidentSe
         goto done;
     }
     version = next_version(key);
-    if (version == NULL || (header = header_of(enclave->eid, linaddr, (uint64_t)flags)) == NULL)
+    if (version == NULL
+        || (header = header_of(enclave->eid, linaddr, (uint64_t)eviction->flags)) == NULL)
         goto done;
     store = GETF(Machine, hw, store);
     if (store == NULL || (plain = freeze_page(store, page)) == NULL)
         goto done;
-    sealed = apply_cipher(key, names.encrypt, version, plain, header);
-    if (sealed == NULL || PySequence_SetItem(va_page->slots, slot, version) < 0
+    sealed = seal(key, version, plain, header, eviction->place);
+    if (sealed == NULL || PySequence_SetItem(va_page->slots, eviction->slot, version) < 0
         || add_to_field(&enclave->children, -1) < 0
         || drop_page(store, page) < 0)
         goto done;
     set_field(&page->valid, Py_False);
-    result = Py_BuildValue("OLO", sealed, (long long)flags, enclave->eid);
+    if (is_none(sealed)) {
+        Py_INCREF(eviction->eid = enclave->eid);
+        Py_INCREF(result = given.SUCCESS);
+    }
+    else
+        result = Py_BuildValue("OLO", sealed, (long long)eviction->flags, enclave->eid);
     set_field(&page->secs, Py_None);
 done:
     Py_XDECREF(sealed);
@@ -278,28 +203,26 @@ done:
     return result;
 }
 
-/* try_ewb(rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
-static PyObject *
-try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
+/* Whether a slot of a VA page has a version: 0, 1, or -1 with an error. */
+static int
+is_taken(const EpcPage *va_page, int64_t slot)
 {
-    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL, *version;
-    EpcPage *page, *va_page, *secs;
+    return is_so(PySequence_GetItem(va_page->slots, (Py_ssize_t)slot));
+}
+
+/* As try_ewb(), of the EPCM entries of a page and of a VA page, either perhaps NULL. */
+static PyObject *
+ewb(PyObject *hw, EpcPage *page, EpcPage *va_page, struct ewb_call *eviction)
+{
+    PyObject *result = Py_None;
     ResidentSecs *enclave;
-    int64_t slot_addr, epoch, blocked, cycles, previous, flags;
-    uint64_t linaddr;
-    Py_ssize_t slot;
+    EpcPage *secs;
+    int64_t epoch, blocked, cycles, previous;
+    uint64_t linaddr = 0;
     int taken;
 
-    if (pages == NULL || !right_arguments(count, 2))
-        goto done;
-    page = entry_at(pages, args[0]);
-    va_page = page != NULL && integer(args[1], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
-    if (PyErr_Occurred())
-        goto done;
-    result = Py_None;
     if (page == NULL || !is_true(page->valid) || !is_true(page->blocked) || !is_unlocked(page)
-        || !is_usable_va(va_page) || slot_addr % SLOT_BYTES
-        || (secs = AS(EpcPage, page->secs)) == NULL
+        || !is_usable_va(va_page) || (secs = AS(EpcPage, page->secs)) == NULL
         || (enclave = AS(ResidentSecs, secs->enclave)) == NULL
         || !is_false(enclave->tracking_lock) || !integer(enclave->epoch, &epoch)
         || !integer(page->bepoch, &blocked) || !integer(enclave->prev_count, &previous))
@@ -311,88 +234,136 @@ try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
         result = given.NOT_TRACKED;
         goto given_back;
     }
-    slot = (Py_ssize_t)(slot_addr % PAGE_BYTES / SLOT_BYTES);
-    version = PySequence_GetItem(va_page->slots, slot);
-    taken = version == NULL ? -1 : PyObject_IsTrue(version);
-    Py_XDECREF(version);
-    if (taken < 0) {
-        result = NULL;
-        goto done;
-    }
-    if (page->linaddr == NULL)
-        linaddr = 0;
-    else if (!unsigned_of(page->linaddr, &linaddr)) {
-        result = NULL;
-        goto done;
-    }
-    if (!taken && secinfo_flags(page, &flags)) {
+    taken = is_taken(va_page, eviction->slot);
+    if (taken < 0 || (page->linaddr != NULL && !unsigned_of(page->linaddr, &linaddr)))
+        return NULL;
+    if (!taken && secinfo_flags(page, &eviction->flags)) {
         HOLD(page);
         HOLD(va_page);
         HOLD(enclave);
-        result = evict(hw, page, va_page, slot, enclave, linaddr, flags);
+        result = evict(hw, page, va_page, enclave, linaddr, eviction);
         RELEASE(enclave);
         RELEASE(va_page);
         RELEASE(page);
-        goto done;
+        return result;
     }
 given_back:
     Py_INCREF(result);
+    return result;
+}
+
+/* try_ewb(rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
+static PyObject *
+try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL;
+    EpcPage *page, *va_page;
+    struct ewb_call eviction = {0};
+    int64_t slot_addr;
+
+    if (pages == NULL || !right_arguments(count, 2))
+        goto done;
+    page = entry_at(pages, args[0]);
+    va_page = page != NULL && integer(args[1], &slot_addr) && slot_addr % SLOT_BYTES == 0
+        ? entry_of_slot(pages, slot_addr)
+        : NULL;
+    if (PyErr_Occurred())
+        goto done;
+    if (va_page != NULL)
+        eviction.slot = slot_addr % PAGE_BYTES / SLOT_BYTES;
+    result = ewb(hw, page, va_page, &eviction);
 done:
     Py_XDECREF(pages);
     return result;
 }
 
-/* What is left of ELDU when all checks but that of the MAC have passed: True, or False. */
-static PyObject *
-load(PyObject *hw, EpcPage *page, EpcPage *secs, EpcPage *va_page, Py_ssize_t slot,
-     PyObject *linaddr, PyObject *sealed, PyObject *type, uint64_t flags)
+PyObject *
+ewb_to(PyObject *self, struct ewb_call *eviction)
 {
-    ResidentSecs *enclave = (ResidentSecs *)secs->enclave;
-    PyObject *key = paging_key(hw), *header = NULL, *version = NULL, *plain = NULL;
-    PyObject *store = NULL, *zero = NULL, *result = NULL;
-    uint64_t at;
+    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL;
+    EpcPage *page, *va_page;
+
+    if (pages == NULL)
+        return NULL;
+    page = entry_at(pages, eviction->addr);
+    va_page = page == NULL ? NULL : entry_at(pages, eviction->va_addr);
+    if (!PyErr_Occurred())
+        result = ewb(hw, page, va_page, eviction);
+    Py_DECREF(pages);
+    return result;
+}
+
+/* The entries of an ELDU, and its arguments; those perhaps NULL. */
+struct eldu {
+    EpcPage *page, *secs, *va_page;
+    int64_t slot;
+    PyObject *linaddr, *object, *type; /* the ciphertext is an object where `sealed` is NULL */
+    const char *sealed;
+    uint64_t flags;
+};
+
+/* Write the EPCM entry of a page that is loaded, but for VALID. */
+static int
+fill_entry(const struct eldu *eldu, const ResidentSecs *enclave)
+{
+    EpcPage *page = eldu->page;
+    uint64_t flags = eldu->flags;
     int64_t epoch;
 
-    if (key == NULL || !unsigned_of(linaddr, &at))
-        goto done;
-    if (!is_exactly(key, given.PagingKey)) {
-        Py_INCREF(result = Py_False);
-        goto done;
-    }
-    header = header_of(enclave->eid, at, flags);
-    version = header == NULL ? NULL : PySequence_GetItem(va_page->slots, slot);
-    if (version == NULL)
-        goto done;
-    plain = apply_cipher(key, names.decrypt, version, sealed, header);
-    if (plain == NULL) {
-        if (given.InvalidTag != NULL && PyErr_ExceptionMatches(given.InvalidTag)) {
-            PyErr_Clear();
-            Py_INCREF(result = Py_False);
-        }
-        goto done;
-    }
     if (!integer(enclave->epoch, &epoch)
         || set_integer(&page->rwx, (int64_t)(flags & 7)) < 0
         || set_integer(&page->bepoch, epoch - PyLong_AsLongLong(given.TRACKED_AGE)) < 0)
-        goto done;
-    set_field(&page->pt, type);
-    set_field(&page->secs, (PyObject *)secs);
-    set_field(&page->linaddr, linaddr);
+        return -1;
+    set_field(&page->pt, eldu->type);
+    set_field(&page->secs, (PyObject *)eldu->secs);
+    set_field(&page->linaddr, eldu->linaddr);
     set_field(&page->blocked, Py_False);
     set_field(&page->pending, flags & SECINFO_PENDING ? Py_True : Py_False);
     set_field(&page->modified, flags & SECINFO_MODIFIED ? Py_True : Py_False);
     set_field(&page->pr, flags & SECINFO_PR ? Py_True : Py_False);
     set_field(&page->enclave, Py_None);
     set_field(&page->slots, Py_None);
+    return 0;
+}
+
+/* What is left of ELDU when all checks but that of the MAC have passed: 1, or 0. */
+static int
+load(PyObject *hw, const struct eldu *eldu)
+{
+    ResidentSecs *enclave = (ResidentSecs *)eldu->secs->enclave;
+    PyObject *key = paging_key(hw), *header = NULL, *version = NULL, *plain = NULL;
+    PyObject *store = NULL, *zero = NULL;
+    Py_ssize_t slot = (Py_ssize_t)eldu->slot;
+    uint64_t linaddr;
+    int status = -1;
+
+    if (key == NULL || !unsigned_of(eldu->linaddr, &linaddr))
+        goto done;
+    if (!is_exactly(key, given.PagingKey)) {
+        status = 0;
+        goto done;
+    }
+    header = header_of(enclave->eid, linaddr, eldu->flags);
+    version = header == NULL ? NULL : PySequence_GetItem(eldu->va_page->slots, slot);
+    if (version == NULL)
+        goto done;
+    plain = unseal(key, version, eldu->object, eldu->sealed, header);
+    if (plain == NULL) {
+        if (given.InvalidTag != NULL && PyErr_ExceptionMatches(given.InvalidTag)) {
+            PyErr_Clear();
+            status = 0;
+        }
+        goto done;
+    }
     store = GETF(Machine, hw, store);
     zero = PyLong_FromLong(0);
-    if (store == NULL || zero == NULL
-        || fill_page(store, page, plain) < 0
-        || PySequence_SetItem(va_page->slots, slot, zero) < 0
+    if (fill_entry(eldu, enclave) < 0 || store == NULL || zero == NULL
+        || fill_page(store, eldu->page, plain) < 0
+        || PySequence_SetItem(eldu->va_page->slots, slot, zero) < 0
         || add_to_field(&enclave->children, 1) < 0)
         goto done;
-    set_field(&page->valid, Py_True);
-    Py_INCREF(result = Py_True);
+    set_field(&eldu->page->valid, Py_True);
+    status = 1;
 done:
     Py_XDECREF(zero);
     Py_XDECREF(store);
@@ -400,55 +371,88 @@ done:
     Py_XDECREF(version);
     Py_XDECREF(header);
     Py_XDECREF(key);
-    return result;
+    return status;
+}
+
+/* Whether a page was loaded: as try_eldu(), with the entries that were found: 0, 1, or -1 with an
+ * error. */
+static int
+eldu(PyObject *hw, struct eldu *eldu)
+{
+    EpcPage *page = eldu->page, *secs = eldu->secs;
+    PyObject *number;
+    int64_t lock;
+    int status;
+
+    if (page == NULL || !is_false(page->valid) || !is_unlocked(page)
+        || !is_usable_va(eldu->va_page) || secs == NULL || !is_true(secs->valid)
+        || AS(ResidentSecs, secs->enclave) == NULL || !integer(secs->lock, &lock) || lock < 0)
+        return 0;
+    number = PyLong_FromUnsignedLongLong(eldu->flags >> 8);
+    eldu->type = number == NULL ? NULL : PyDict_GetItemWithError(given.child_types, number);
+    Py_XDECREF(number);
+    if (eldu->type == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    HOLD(page);
+    HOLD(eldu->va_page);
+    HOLD(secs);
+    status = load(hw, eldu);
+    RELEASE(secs);
+    RELEASE(eldu->va_page);
+    RELEASE(page);
+    return status;
 }
 
 /* try_eldu(linaddr, secs_addr, sealed, flags, rcx, rdx): whether it was loaded. */
 static PyObject *
 try_eldu(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL, *number, *type = NULL;
-    EpcPage *page, *va_page, *secs;
-    ResidentSecs *enclave;
-    int64_t slot_addr, lock;
-    uint64_t flags;
+    PyObject *pages, *hw = machine_of(self, &pages);
+    struct eldu found = {0};
+    int64_t slot_addr;
+    int status = -1;
 
     if (pages == NULL || !right_arguments(count, 6))
         goto done;
-    if (!unsigned_of(args[3], &flags))
+    if (!unsigned_of(args[3], &found.flags))
         goto done;
-    page = entry_at(pages, args[4]);
-    va_page = page != NULL && integer(args[5], &slot_addr) ? entry_of_slot(pages, slot_addr) : NULL;
-    secs = va_page != NULL ? entry_at(pages, args[1]) : NULL;
-    if (PyErr_Occurred())
-        goto done;
-    number = PyLong_FromUnsignedLongLong(flags >> 8);
-    if (number == NULL)
-        goto done;
-    type = PyDict_GetItemWithError(given.child_types, number);
-    Py_DECREF(number);
-    if (PyErr_Occurred())
-        goto done;
-    result = Py_False;
-    if (page != NULL && is_false(page->valid) && is_unlocked(page) && is_usable_va(va_page)
-        && slot_addr % SLOT_BYTES == 0 && secs != NULL && is_true(secs->valid)
-        && (enclave = AS(ResidentSecs, secs->enclave)) != NULL
-        && integer(secs->lock, &lock) && lock >= 0 && type != NULL) {
-        HOLD(page);
-        HOLD(va_page);
-        HOLD(secs);
-        result = load(hw, page, secs, va_page, (Py_ssize_t)(slot_addr % PAGE_BYTES / SLOT_BYTES),
-                      args[0], args[2], type, flags);
-        RELEASE(secs);
-        RELEASE(va_page);
-        RELEASE(page);
-        goto done;
+    found.linaddr = args[0];
+    found.object = args[2];
+    found.page = entry_at(pages, args[4]);
+    if (found.page != NULL && integer(args[5], &slot_addr) && slot_addr % SLOT_BYTES == 0) {
+        found.va_page = entry_of_slot(pages, slot_addr);
+        found.slot = slot_addr % PAGE_BYTES / SLOT_BYTES;
     }
-    Py_INCREF(result);
+    found.secs = found.va_page != NULL ? entry_at(pages, args[1]) : NULL;
+    if (!PyErr_Occurred())
+        status = eldu(hw, &found);
 done:
     Py_XDECREF(pages);
-    return result;
+    return status < 0 ? NULL : PyBool_FromLong(status);
 }
+
+int
+eldu_from(PyObject *self, const struct eldu_call *loading)
+{
+    PyObject *pages, *hw = machine_of(self, &pages);
+    struct eldu found = {.slot = loading->slot, .sealed = loading->sealed};
+    int status = -1;
+
+    if (pages == NULL || !unsigned_of(loading->flags, &found.flags)
+        || (found.linaddr = PyLong_FromUnsignedLongLong(loading->linaddr)) == NULL)
+        goto done;
+    found.page = entry_at(pages, loading->addr);
+    found.va_page = found.page != NULL ? entry_at(pages, loading->va_addr) : NULL;
+    found.secs = found.va_page != NULL ? entry_at(pages, loading->secs_addr) : NULL;
+    if (!PyErr_Occurred())
+        status = eldu(hw, &found);
+done:
+    Py_XDECREF(found.linaddr);
+    Py_XDECREF(pages);
+    return status;
+}
+
+/* --- leaves by name ----------------------------------------------------------------------------- */
 
 static PyObject *(*const calls[])(PyObject *, PyObject *const *, Py_ssize_t) = {
     [EBLOCK] = eblock, [ETRACK] = etrack, [TRY_EWB] = try_ewb, [TRY_ELDU] = try_eldu
@@ -465,14 +469,13 @@ static PyMethodDef functions[] = {
 };
 #define LEAVES (sizeof functions / sizeof *functions)
 
-PyObject *
-call_leaf(PyObject *leaves, enum leaf which, PyObject *const args[7])
+int
+find_leaf(PyObject *leaves, enum leaf which, struct bound_leaf *leaf)
 {
-    PyObject *own = PyObject_GenericGetDict(leaves, NULL), *name, *found, *result;
-    Py_ssize_t count = 0;
+    PyObject *own = PyObject_GenericGetDict(leaves, NULL), *name, *found;
 
     if (own == NULL)
-        return NULL;
+        return -1;
     name = (PyObject *[]){
         [EBLOCK] = names.eblock, [ETRACK] = names.etrack, [TRY_EWB] = names.try_ewb,
         [TRY_ELDU] = names.try_eldu
@@ -481,17 +484,31 @@ call_leaf(PyObject *leaves, enum leaf which, PyObject *const args[7])
     Py_XINCREF(found);
     Py_DECREF(own);
     if (found == NULL && (PyErr_Occurred() || (found = PyObject_GetAttr(leaves, name)) == NULL))
+        return -1;
+    leaf->function = found;
+    leaf->self = PyCFunction_CheckExact(found)
+            && PyCFunction_GetFunction(found) == functions[which].ml_meth
+        ? PyCFunction_GetSelf(found)
+        : NULL;
+    return 0;
+}
+
+PyObject *
+call_leaf(PyObject *leaves, enum leaf which, PyObject *const args[7])
+{
+    struct bound_leaf leaf;
+    PyObject *result;
+    Py_ssize_t count = 0;
+
+    if (find_leaf(leaves, which, &leaf) < 0)
         return NULL;
-    if (PyCFunction_CheckExact(found)
-        && PyCFunction_GetFunction(found) == functions[which].ml_meth) {
-        while (args[count] != NULL)
-            count++;
-        result = calls[which](PyCFunction_GetSelf(found), args, count);
-    }
-    else
-        result = PyObject_CallFunctionObjArgs(found, args[0], args[1], args[2], args[3], args[4],
-                                              args[5], NULL);
-    Py_DECREF(found);
+    while (args[count] != NULL)
+        count++;
+    result = leaf.self != NULL
+        ? calls[which](leaf.self, args, count)
+        : PyObject_CallFunctionObjArgs(leaf.function, args[0], args[1], args[2], args[3], args[4],
+                                       args[5], NULL);
+    Py_DECREF(leaf.function);
     return result;
 }
 

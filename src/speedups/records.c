@@ -46,7 +46,7 @@ read_integer(PyObject *field, int64_t *value)
 }
 
 bool
-address(PyObject *field, uint64_t *value)
+read_address(PyObject *field, uint64_t *value)
 {
     int overflow;
 

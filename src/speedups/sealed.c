@@ -3,7 +3,6 @@
 #include "speedups.h"
 
 #define BLOCK_PAGES 255
-#define SEALED_BYTES (PAGE_BYTES + 16)
 
 /* --- numbers by page index ---------------------------------------------------------------------- */
 
@@ -226,19 +225,6 @@ pop(PyObject *places)
     return place;
 }
 
-PyObject *
-sealed_get(PyObject *pages, PyObject *index)
-{
-    SealedPages *record = record_of(pages);
-    PyObject *block, *chunk;
-    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
-    Py_ssize_t start;
-
-    if (place <= 0 || (block = block_of(record, place, &start)) == NULL)
-        return NULL;
-    return PySequence_GetSlice(block, start, start + SEALED_BYTES);
-}
-
 int
 sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
 {
@@ -283,4 +269,78 @@ sealed_drop(PyObject *pages, PyObject *index)
     status = effect(CALL(record->free, append, freed, NULL));
     Py_DECREF(freed);
     return status;
+}
+
+/* --- places of sealed pages --------------------------------------------------------------------- */
+
+void
+sealed_release(struct sealed_place *place)
+{
+    if (place->bytes != NULL)
+        PyBuffer_Release(&place->block);
+    place->bytes = NULL;
+    Py_CLEAR(place->chunk);
+}
+
+/* The bytes of a place of a page: 1, or -1 with an error. */
+static int
+hold(SealedPages *record, struct sealed_place *place, PyObject *chunk)
+{
+    Py_ssize_t start;
+    PyObject *block = block_of(record, place->number, &start);
+
+    if (block == NULL || PyObject_GetBuffer(block, &place->block, PyBUF_WRITABLE) < 0)
+        return -1;
+    place->bytes = (char *)place->block.buf + start;
+    Py_XINCREF(chunk);
+    place->chunk = chunk;
+    if (place->block.len >= start + SEALED_BYTES)
+        return 1;
+    sealed_release(place);
+    PyErr_SetString(PyExc_ValueError, "a block of the backing is too short");
+    return -1;
+}
+
+int
+sealed_find(PyObject *pages, PyObject *index, struct sealed_place *place)
+{
+    SealedPages *record = record_of(pages);
+    PyObject *chunk;
+
+    place->bytes = NULL;
+    place->chunk = NULL;
+    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &chunk);
+    return place->number <= 0 ? (int)place->number : hold(record, place, chunk);
+}
+
+int
+sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place)
+{
+    SealedPages *record = record_of(pages);
+    PyObject *last, *chunk;
+    Py_ssize_t count;
+    int status;
+
+    place->bytes = NULL;
+    place->chunk = NULL;
+    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &chunk);
+    if (place->number)
+        return place->number < 0 ? -1 : 0;
+    if ((count = PySequence_Size(record->free)) <= 0)
+        return (int)count;
+    last = PySequence_GetItem(record->free, count - 1);
+    status = last != NULL && integer(last, &place->number) ? 1 : -1;
+    Py_XDECREF(last);
+    place->number++;
+    return status < 0 ? -1 : hold(record, place, chunk);
+}
+
+int
+sealed_taken(PyObject *pages, struct sealed_place *place)
+{
+    SealedPages *record = record_of(pages);
+
+    if (record == NULL || PySequence_DelItem(record->free, PySequence_Size(record->free) - 1) < 0)
+        return -1;
+    return number_put(record->_places, place->chunk, place->index, place->number);
 }

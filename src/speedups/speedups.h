@@ -19,6 +19,7 @@
 #define PAGE_BYTES 4096
 #define PAGE_SHIFT 12
 #define SLOT_BYTES 8
+#define SEALED_BYTES (PAGE_BYTES + 16)  // ciphertext and MAC of a page
 #define CHUNK_SHIFT 7  // of EnclavePages and SparseNumbers
 #define CHUNK_MASK ((1 << CHUNK_SHIFT) - 1)
 
@@ -35,6 +36,7 @@ int add_records(PyObject *module);
 int add_fields(PyObject *module);
 int add_page_lists(PyObject *module);
 int add_leaves(PyObject *module);
+int add_cipher(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
@@ -53,7 +55,6 @@ int add_virtual_exit(PyObject *module);
 #define ENCLAVE_PAGE(X)                                                                          \
     X(being_reclaimed) X(enclave) X(epc) X(index) X(kind) X(max_prot) X(reservation) X(touched)
 #define ENCLAVE_PAGES(X) X(_count) X(chunks)
-#define ENCLAVE_VMA(X) X(enclave) X(end) X(file) X(prot) X(start)
 #define ENCLAVE_MEMORY(X)                                                                        \
     X(_windows) X(fd) X(forbidden) X(former_jumps) X(jumps) X(key) X(marked) X(pages)            \
     X(trapped) X(users)
@@ -136,7 +137,7 @@ int add_virtual_exit(PyObject *module);
 #define RECORDS(X)                                                                               \
     X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
     X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES)         \
-    X(EnclaveVma, ENCLAVE_VMA) X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                   \
+    X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                                              \
     X(Pinned, PINNED) X(Reservation, RESERVATION)                                                \
     X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
     X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS)         \
@@ -211,7 +212,16 @@ read_count(int64_t field, int64_t *value)
 }
 
 /* A linear address of 64 bits; false, and no error, if the field is none. */
-bool address(PyObject *field, uint64_t *value);
+#define address(field, value)                                                                    \
+    _Generic((field), uint64_t: copy_address, default: read_address)(field, value)
+bool read_address(PyObject *field, uint64_t *value);
+
+static inline bool
+copy_address(uint64_t field, uint64_t *value)
+{
+    *value = field;
+    return true;
+}
 
 /* Store a value in a field, which must be of a record with another reference. */
 static inline void
@@ -277,14 +287,14 @@ add_to_count(int64_t *field, int64_t change)
     X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
     X(_store) X(_take_otherwise) X(_take_out) X(_timers) X(_transitions) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
     X(_wake_waiters) X(aex) X(age) X(append) X(args) X(asleep) X(at_call) X(background)                  \
-    X(backing_error) X(base) X(before_hide) X(bit_length) X(block) X(blocked) X(breakpoints)     \
+    X(backing_error) X(base) X(before_hide) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
-    X(current) X(dead) X(decrypt) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt)   \
+    X(current) X(dead) X(decrypt) X(decrypt_into) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt) X(encrypt_into)   \
     X(entries) X(entry) X(epoll) X(eresume) X(etrack) X(ewbs) X(exits) X(failed) X(fault) X(faulted) X(faulting)    \
-    X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(func) X(gate_at)           \
+    X(faults) X(fill) X(find) X(first) X(flush) X(found) X(freed) X(freeze) X(from_bytes) X(func) X(gate_at)           \
     X(generation) X(get) X(going) X(gpr) X(group) X(guard) X(handle_fault) X(has_reclaimable) X(has_writer)      \
     X(held) X(hide) X(hide_unmapped) X(hierarchy) X(hold) X(holder) X(hw) X(image) X(images)     \
-    X(in_call) X(info_at) X(inside) X(install) X(interrupt) X(keep) X(kept) X(kick) X(leave) X(leaves) X(limit_pages)          \
+    X(in_call) X(info_at) X(inside) X(install) X(interrupt) X(keep) X(keep_kind) X(kept) X(kick) X(leave) X(leaves) X(limit_pages) X(little)          \
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
     X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
@@ -295,7 +305,7 @@ add_to_count(int64_t *field, int64_t change)
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
     X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
     X(subtree)     X(spurious) X(space) X(stay) X(stays_inside) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
-    X(test_and_clear_accessed) X(tf) X(thread) X(threads) X(tid) X(tlb) X(tracer) X(try_charge)               \
+    X(test_and_clear_accessed) X(tf) X(thread) X(threads) X(tid) X(to_bytes) X(tlb) X(tracer) X(try_charge)               \
     X(try_eldu) X(try_ewb) X(uncharge) X(unpin) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
     X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(xsave) X(zap)
 
@@ -395,9 +405,50 @@ is_exactly(PyObject *object, PyObject *type)
 
 /* --- steps that others build on ----------------------------------------------------------------- */
 
-/* hw: call a leaf of a core's leaves with arguments that end with NULL. */
+/* hw: an integer of 64 bits without a sign; false with an error. */
+bool unsigned_of(PyObject *number, uint64_t *value);
+
+/* hw: of the paging key: itself, a version that no page has had, and the MAC header of a page. */
+PyObject *paging_key(PyObject *hw);
+PyObject *next_version(PyObject *key);
+PyObject *header_of(PyObject *eid, uint64_t linaddr, uint64_t flags);
+
+/* hw: as PagingKey.seal(): ciphertext and MAC; or None, if they are at `place`, which may be NULL. */
+PyObject *seal(PyObject *key, PyObject *version, PyObject *plain, PyObject *header, char *place);
+
+/* hw: the plaintext of ciphertext and MAC, which are memory, or (NULL) an object. */
+PyObject *unseal(PyObject *key, PyObject *version, PyObject *object, const char *sealed,
+                 PyObject *header);
+
+/* hw: a leaf of a core's leaves: what C code has bound it to, or (NULL) it is another function. */
 enum leaf { EBLOCK, ETRACK, TRY_EWB, TRY_ELDU };
+struct bound_leaf {
+    PyObject *function, *self;
+};
+int find_leaf(PyObject *leaves, enum leaf which, struct bound_leaf *leaf);
+
+/* hw: call a leaf with arguments that end with NULL. */
 PyObject *call_leaf(PyObject *leaves, enum leaf leaf, PyObject *const args[7]);
+
+/* hw: as try_ewb() of a leaf that C code has bound: with a place for ciphertext and MAC that may be
+ * SUCCESS, if they are there. */
+struct ewb_call {
+    PyObject *addr, *va_addr; /* borrowed, as all that is given */
+    int64_t slot;
+    char *place;
+    int64_t flags; /* for SUCCESS; and a new reference: */
+    PyObject *eid;
+};
+PyObject *ewb_to(PyObject *self, struct ewb_call *eviction);
+
+/* hw: as try_eldu() of such a leaf, of ciphertext and MAC in memory. */
+struct eldu_call {
+    PyObject *addr, *secs_addr, *va_addr, *flags;
+    uint64_t linaddr;
+    int64_t slot;
+    const char *sealed;
+};
+int eldu_from(PyObject *self, const struct eldu_call *loading);
 
 /* paging: a free page, as PlainCore.alloc with reclaim=False; NULL with an error. */
 PyObject *core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind,
@@ -441,14 +492,34 @@ VaPage *page_with_room(PyObject *pages);
 PyObject *alloc_slot(PyObject *va, PyObject *pages, VaPage *page);
 PyObject *reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *index);
 int keep(PyObject *file, PyObject *pinned, PyObject *sealed);
-int kept(PyObject *file, PyObject *index, PyObject **sealed, PyObject **flags);
 int forget(PyObject *file, Counters *counters, PyObject *index);
 
-/* paging: as the methods of SealedPages; without a page sealed_get() returns NULL, and no error. */
+/* paging: as the methods of SealedPages. */
 bool sealed_has_room(PyObject *pages, int64_t wanted);
-PyObject *sealed_get(PyObject *pages, PyObject *index);
 int sealed_put(PyObject *pages, PyObject *index, PyObject *sealed);
 int sealed_drop(PyObject *pages, PyObject *index);
+
+/* paging: where ciphertext and MAC of a page are in memory, or will be; it is held until it is
+ * released. */
+struct sealed_place {
+    char *bytes; /* NULL: there is no place */
+    Py_buffer block;
+    int64_t number, index;
+    PyObject *chunk;
+};
+
+/* Find a page, or a free place for one that has none: 1; 0: there is none; or -1 with an error. */
+int sealed_find(PyObject *pages, PyObject *index, struct sealed_place *place);
+int sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place);
+
+/* The page was written to the place that sealed_room() has found. */
+int sealed_taken(PyObject *pages, struct sealed_place *place);
+void sealed_release(struct sealed_place *place);
+
+/* paging: as FlatFile.kept(); as FlatFile.keep(), of a page that is at a place. */
+int kept(PyObject *file, PyObject *index, struct sealed_place *place, PyObject **flags);
+int keep_at(PyObject *file, PyObject *pinned, struct sealed_place *place, int64_t flags,
+            PyObject *eid);
 
 /* paging: a batch, and its phases, as the methods of PlainReclaimer. */
 PyObject *new_batch(int64_t scanned, int64_t freed);

@@ -97,91 +97,148 @@ slot_address(SgxEpcPage *va_epc, int64_t number)
     return NULL;
 }
 
-/* The last of so many EWBs has succeeded: end the eviction; return the slot of the version. */
-static PyObject *
-written(PyObject *swap, Reservation *reservation, PyObject *sealed, int64_t tries)
+/* An EWB, and what comes of it. */
+struct out_page {
+    PyObject *swap, *file;
+    SgxEpcPage *page, *va_epc;
+    Reservation *reservation;
+    VaSlot *slot;
+    struct ewb_call eviction;
+    struct sealed_place place;
+    int64_t tries;
+};
+
+/* Keep a page that EWB has written to its place, or (a tuple) to an object. */
+static int
+keep_page(struct out_page *out, PyObject *sealed)
 {
-    PyObject *file = GETF(CompiledSwap, swap, _file), *va = GETF(CompiledSwap, swap, va), *object = GETF(CompiledSwap, swap, _counters);
+    PyObject *pinned = out->reservation->pinned;
+
+    return PyTuple_Check(sealed) ? keep(out->file, pinned, sealed)
+                                 : keep_at(out->file, pinned, &out->place, out->eviction.flags,
+                                           out->eviction.eid);
+}
+
+/* The last EWB has succeeded: end the eviction; return the slot of the version. */
+static PyObject *
+written(struct out_page *out, PyObject *sealed)
+{
+    PyObject *swap = out->swap, *va = GETF(CompiledSwap, swap, va), *slot = NULL;
+    PyObject *object = GETF(CompiledSwap, swap, _counters);
     Counters *counters = AS(Counters, object);
-    PyObject *slot = NULL;
     int64_t *succeeded;
 
-    if (file == NULL || va == NULL || counters == NULL) {
+    if (va == NULL || counters == NULL) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
         goto done;
     }
-    succeeded = tries == 1 ? &counters->ewb_first
-        : tries == 2       ? &counters->ewb_second
-                           : &counters->ewb_third;
-    if (ADD_INTEGER(CompiledSwap, swap, ewbs, tries) < 0 || add_to_field(succeeded, 1) < 0
-        || keep(file, reservation->pinned, sealed) < 0
-        || slot_written(va, (VaSlot *)reservation->slot) < 0
+    succeeded = out->tries == 1 ? &counters->ewb_first
+        : out->tries == 2       ? &counters->ewb_second
+                                : &counters->ewb_third;
+    if (ADD_INTEGER(CompiledSwap, swap, ewbs, out->tries) < 0 || add_to_field(succeeded, 1) < 0
+        || keep_page(out, sealed) < 0 || slot_written(va, out->slot) < 0
         || ADD_INTEGER(CompiledSwap, swap, children, -1) < 0)
         goto done;
-    Py_INCREF(slot = reservation->slot);
+    Py_INCREF(slot = (PyObject *)out->slot);
 done:
     Py_XDECREF(object);
     Py_XDECREF(va);
-    Py_XDECREF(file);
     return slot;
 }
 
-/* EWB of a page, and again where the first is too early: what the last one returned, and how many there
- * were. */
+/* The first EWB: what the leaf has returned, or SUCCESS, if ciphertext and MAC are at the place. */
 static PyObject *
-evict(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries)
+try_ewb(struct out_page *out)
 {
-    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *sealed = NULL;
+    PyObject *leaves = GETF(CompiledSwap, out->swap, _leaves), *slot_addr, *contents;
+    PyObject *sealed = NULL;
+    struct bound_leaf leaf = {0};
 
-    if (leaves != NULL)
-        sealed = call_leaf(leaves, TRY_EWB, (PyObject *[7]){addr, slot_addr});
+    if (leaves == NULL || find_leaf(leaves, TRY_EWB, &leaf) < 0)
+        goto done;
+    if (leaf.self == NULL) {
+        slot_addr = slot_address(out->va_epc, out->eviction.slot);
+        if (slot_addr != NULL)
+            sealed = PyObject_CallFunctionObjArgs(leaf.function, out->page->addr, slot_addr, NULL);
+        Py_XDECREF(slot_addr);
+        goto done;
+    }
+    contents = GETF(FlatFile, out->file, _sealed);
+    if (contents != NULL && sealed_room(contents, out->reservation->index, &out->place) >= 0) {
+        out->eviction.addr = out->page->addr;
+        out->eviction.va_addr = out->va_epc->addr;
+        out->eviction.place = out->place.bytes;
+        sealed = ewb_to(leaf.self, &out->eviction);
+    }
+    Py_XDECREF(contents);
+done:
+    Py_XDECREF(leaf.function);
     Py_XDECREF(leaves);
-    *tries = 1;
-    if (sealed != given.NOT_TRACKED)
+    return sealed;
+}
+
+/* EWB of a page, and again where the first is too early. */
+static PyObject *
+evict(struct out_page *out)
+{
+    PyObject *sealed = try_ewb(out), *slot_addr;
+
+    out->tries = 1;
+    if (sealed == NULL || sealed != given.NOT_TRACKED)
         return sealed;
-    Py_DECREF(sealed);
-    return swap_try_again(swap, addr, slot_addr, tries);
+    Py_CLEAR(sealed);
+    sealed_release(&out->place);
+    slot_addr = slot_address(out->va_epc, out->eviction.slot);
+    if (slot_addr != NULL)
+        sealed = swap_try_again(out->swap, out->page->addr, slot_addr, &out->tries);
+    Py_XDECREF(slot_addr);
+    return sealed;
 }
 
 /* As PlainSwap.write(); but where C code has written the page, the slot of its version. */
 PyObject *
 swap_write_to(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
 {
-    SgxEpcPage *page = AS(SgxEpcPage, page_object), *va_epc = NULL;
-    Reservation *reservation = AS(Reservation, reservation_object);
-    VaSlot *slot = reservation == NULL ? NULL : AS(VaSlot, reservation->slot);
-    VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
-    PyObject *addr = NULL, *sealed = NULL, *file = NULL, *number = NULL, *result = NULL;
-    int64_t children, tries, at;
+    struct out_page out = {
+        .swap = swap,
+        .page = AS(SgxEpcPage, page_object),
+        .reservation = AS(Reservation, reservation_object),
+    };
+    VaPage *va_page;
+    PyObject *sealed = NULL, *number = NULL, *result = NULL;
+    int64_t children;
 
+    out.slot = out.reservation == NULL ? NULL : AS(VaSlot, out.reservation->slot);
+    va_page = out.slot == NULL ? NULL : AS(VaPage, out.slot->page);
     if (va_page != NULL)
-        va_epc = AS(SgxEpcPage, va_page->epc);
-    if (page == NULL || va_epc == NULL || !is_false(page->poisoned)
-        || !is_record(reservation->pinned, KIND_Pinned) || !integer(slot->number, &at)
-        || record_types[KIND_SwapEntry] == NULL)
+        out.va_epc = AS(SgxEpcPage, va_page->epc);
+    if (out.page == NULL || out.va_epc == NULL || !is_false(out.page->poisoned)
+        || !is_record(out.reservation->pinned, KIND_Pinned)
+        || !integer(out.slot->number, &out.eviction.slot) || record_types[KIND_SwapEntry] == NULL)
         goto readably;
-    if (GET_INTEGER(CompiledSwap, swap, children, &children) < 0 || (file = GETF(CompiledSwap, swap, _file)) == NULL)
+    if (GET_INTEGER(CompiledSwap, swap, children, &children) < 0
+        || (out.file = GETF(CompiledSwap, swap, _file)) == NULL)
         return NULL;
-    if (children == 1 || !is_exactly(file, given.FlatFile))
+    if (children == 1 || !is_exactly(out.file, given.FlatFile))
         goto readably;
-    addr = slot_address(va_epc, at);
-    sealed = addr == NULL ? NULL : evict(swap, page->addr, addr, &tries);
+    sealed = evict(&out);
     if (sealed == NULL)
         goto done;
-    if (PyTuple_Check(sealed))
-        result = written(swap, reservation, sealed, tries);
-    else if ((number = PyLong_FromLongLong(tries)) != NULL)
+    if (PyTuple_Check(sealed) || out.eviction.eid != NULL)
+        result = written(&out, sealed);
+    else if ((number = PyLong_FromLongLong(out.tries)) != NULL)
         result = CALL(swap, _conclude, page_object, reservation_object, sealed, number, NULL);
     goto done;
 readably:
     result = PyObject_CallFunctionObjArgs(readable[SWAP_WRITE], swap, page_object,
                                           reservation_object, NULL);
 done:
+    sealed_release(&out.place);
+    Py_XDECREF(out.eviction.eid);
     Py_XDECREF(number);
     Py_XDECREF(sealed);
-    Py_XDECREF(addr);
-    Py_XDECREF(file);
+    Py_XDECREF(out.file);
     return result;
 }
 
@@ -277,33 +334,79 @@ loaded(PyObject *swap, PyObject *file, struct place *slot, PyObject *index)
     return status;
 }
 
-/* ELDU of a page into EPC page `page`; then all that follows from it. */
-static int
-load_into(PyObject *swap, PyObject *file, PyObject *secs_addr, struct place *slot,
-          PyObject *slot_addr, PyObject *index, PyObject *sealed, PyObject *flags, SgxEpcPage *page)
-{
-    PyObject *leaves = GETF(CompiledSwap, swap, _leaves), *linaddr = NULL, *answer = NULL;
-    uint64_t base;
-    int64_t number;
-    int status = -1, done;
+/* A load of the page at an index, from a VA slot. */
+struct in_page {
+    PyObject *swap, *file, *index, *flags;
+    SgxEpcPage *page, *secs, *va_epc;
+    struct place *slot;
+    struct sealed_place sealed;
+};
 
-    if (leaves == NULL || GET_ADDRESS(CompiledSwap, swap, _base, &base) < 0 || !integer(index, &number)
-        || (linaddr = PyLong_FromUnsignedLongLong(base + (uint64_t)number * PAGE_BYTES)) == NULL)
+/* ELDU by the core's leaves: whether it has loaded the page: 0, 1, or -1 with an error. */
+static int
+try_eldu(struct in_page *in, uint64_t linaddr)
+{
+    PyObject *leaves = GETF(CompiledSwap, in->swap, _leaves), *address, *slot_addr, *bytes;
+    struct bound_leaf leaf = {0};
+    struct eldu_call loading = {
+        in->page->addr, in->secs->addr, in->va_epc->addr, in->flags,
+        linaddr, in->slot->number, in->sealed.bytes,
+    };
+    int status = -1;
+
+    if (leaves == NULL || find_leaf(leaves, TRY_ELDU, &leaf) < 0)
         goto done;
-    answer = call_leaf(leaves, TRY_ELDU, (PyObject *[7]){linaddr, secs_addr, sealed, flags,
-                                                         page->addr, slot_addr});
-    done = answer == NULL ? -1 : PyObject_IsTrue(answer);
-    if (done < 0
-        || (!done
-            && effect(CALL(swap, _load_by_leaf, (PyObject *)page, index, slot_addr, linaddr,
-                           secs_addr, NULL)) < 0))
+    if (leaf.self != NULL) {
+        status = eldu_from(leaf.self, &loading);
         goto done;
-    status = loaded(swap, file, slot, index);
+    }
+    address = PyLong_FromUnsignedLongLong(linaddr);
+    slot_addr = slot_address(in->va_epc, in->slot->number);
+    bytes = PyBytes_FromStringAndSize(in->sealed.bytes, SEALED_BYTES);
+    if (address != NULL && slot_addr != NULL && bytes != NULL)
+        status = is_so(PyObject_CallFunctionObjArgs(leaf.function, address, in->secs->addr, bytes,
+                                                    in->flags, in->page->addr, slot_addr, NULL));
+    Py_XDECREF(bytes);
+    Py_XDECREF(slot_addr);
+    Py_XDECREF(address);
 done:
-    Py_XDECREF(answer);
-    Py_XDECREF(linaddr);
+    Py_XDECREF(leaf.function);
     Py_XDECREF(leaves);
     return status;
+}
+
+/* The readable ELDU, which refuses what the other one has not loaded. */
+static int
+load_by_leaf(struct in_page *in, uint64_t linaddr)
+{
+    PyObject *address = PyLong_FromUnsignedLongLong(linaddr);
+    PyObject *slot_addr = slot_address(in->va_epc, in->slot->number);
+    int status = -1;
+
+    if (address != NULL && slot_addr != NULL)
+        status = effect(CALL(in->swap, _load_by_leaf, (PyObject *)in->page, in->index, slot_addr,
+                             address, in->secs->addr, NULL));
+    Py_XDECREF(slot_addr);
+    Py_XDECREF(address);
+    return status;
+}
+
+/* ELDU of a page into an EPC page; then all that follows from it. */
+static int
+load_into(struct in_page *in)
+{
+    uint64_t base;
+    int64_t number;
+    int done;
+
+    if (GET_ADDRESS(CompiledSwap, in->swap, _base, &base) < 0 || !integer(in->index, &number))
+        return -1;
+    base += (uint64_t)number * PAGE_BYTES;
+    done = try_eldu(in, base);
+    if (done < 0 || (!done && load_by_leaf(in, base) < 0))
+        return -1;
+    sealed_release(&in->sealed); /* loaded() may free its block */
+    return loaded(in->swap, in->file, in->slot, in->index);
 }
 
 static PyObject *
@@ -326,36 +429,33 @@ PyObject *
 swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
                PyObject *owner, PyObject *kind, PyObject *node, PyObject *group, PyObject *claim)
 {
+    struct in_page in = {.swap = swap, .index = index, .slot = place};
+    PyObject *secs = GETF(CompiledSwap, swap, secs), *core = GETF(CompiledSwap, swap, _core);
+    PyObject *page = NULL, *result = NULL;
     VaPage *va_page = place->page;
-    SgxEpcPage *va_epc = NULL, *secs;
-    PyObject *secs_object = GETF(CompiledSwap, swap, secs), *core = GETF(CompiledSwap, swap, _core), *file = GETF(CompiledSwap, swap, _file);
-    PyObject *sealed = NULL, *flags = NULL, *slot_addr = NULL, *page = NULL;
-    PyObject *result = NULL;
     int64_t children;
     int found = 0;
 
     Py_XINCREF(entry);
-    if (secs_object == NULL || core == NULL || file == NULL
+    in.file = GETF(CompiledSwap, swap, _file);
+    if (secs == NULL || core == NULL || in.file == NULL
         || GET_INTEGER(CompiledSwap, swap, children, &children) < 0)
         goto done;
-    secs = AS(SgxEpcPage, secs_object);
+    in.secs = AS(SgxEpcPage, secs);
     if (va_page != NULL && is_none(va_page->eviction))
-        va_epc = AS(SgxEpcPage, va_page->epc);
-    if (va_epc == NULL || secs == NULL || !children || !is_exactly(core, given.CompiledCore)
-        || !is_exactly(file, given.FlatFile))
+        in.va_epc = AS(SgxEpcPage, va_page->epc);
+    if (in.va_epc == NULL || in.secs == NULL || !children || !is_exactly(core, given.CompiledCore)
+        || !is_exactly(in.file, given.FlatFile))
         goto readably;
-    found = kept(file, index, &sealed, &flags);
+    found = kept(in.file, index, &in.sealed, &in.flags);
     if (found < 0)
         goto done;
     if (!found)
         goto readably;
-    if ((slot_addr = slot_address(va_epc, place->number)) == NULL)
-        goto done;
     set_field(&va_page->accessed, Py_True);
     page = core_alloc(core, owner, group, kind, node, claim);
-    if (page == NULL
-        || load_into(swap, file, secs->addr, place, slot_addr, index, sealed, flags,
-                     (SgxEpcPage *)page) < 0)
+    in.page = (SgxEpcPage *)page;
+    if (page == NULL || load_into(&in) < 0)
         goto done;
     if (!is_none(claim) && !is_none(owner) && record_load(core, claim, owner, page) < 0)
         goto done;
@@ -365,13 +465,12 @@ readably:
     if (entry != NULL || (entry = entry_get(swap, index)) != NULL)
         result = load_readably(swap, entry, owner, kind, node, group, claim);
 done:
+    sealed_release(&in.sealed);
     Py_XDECREF(page);
-    Py_XDECREF(slot_addr);
-    Py_XDECREF(flags);
-    Py_XDECREF(sealed);
-    Py_XDECREF(file);
+    Py_XDECREF(in.flags);
+    Py_XDECREF(in.file);
     Py_XDECREF(core);
-    Py_XDECREF(secs_object);
+    Py_XDECREF(secs);
     Py_XDECREF(entry);
     return result;
 }

@@ -19,6 +19,7 @@ from softsgx import compiled
 from softsgx.arch import PageType
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver.counts import EnclaveCounts
+from softsgx.driver.mm import EnclaveVma
 from softsgx.driver.sync import RwLock
 from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.paging import Counters, FlatBacking, SgxEpcPage
@@ -29,6 +30,8 @@ from softsgx.paging.va_page import VaPage
 from softsgx.runtime import InlineRuntime
 
 TOP = 2**63 - 1
+LIMITS = [(0, 2**512 - 1), (0, 2**64 - 1), (-TOP - 1, TOP)]
+"""The least and the greatest integer of a bitmap, an address, and a count."""
 
 
 def records() -> list[Any]:
@@ -37,7 +40,8 @@ def records() -> list[Any]:
 
 RECORDS = [type(one) for one in records()]
 CLASSES: list[Any] = [
-    *(*RECORDS, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock, SgxEpcPage, VaArray, VaPage),
+    *(*RECORDS, EnclaveVma, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock, SgxEpcPage),
+    *(VaArray, VaPage),
 ]
 #: Bytes of the links of a page that can be on a list.
 LINKS = {SgxEpcPage: 24}
@@ -63,6 +67,19 @@ def fields_of(cls: Any) -> tuple[list[str], list[str]]:
     one, names = blank(cls), vars(cls.__base__)["__slots__"]
     counts = [name for name in names if getattr(one, name, None) == 0]
     return counts, [name for name in names if name not in counts]
+
+
+def limits_of(cls: Any, name: str) -> tuple[int, int]:
+    """The least and the greatest integer that a field takes."""
+    for low, high in LIMITS:
+        one = blank(cls)
+        try:
+            setattr(one, name, low)
+            setattr(one, name, high)
+        except OverflowError:
+            continue
+        return low, high
+    raise AssertionError(f"{cls.__name__}.{name} takes integers of no kind")
 
 
 # --- as a class of Python -------------------------------------------------------------------------
@@ -126,8 +143,9 @@ def test_the_compiled_core_has_the_fields_of_each_class() -> None:
         if not dataclasses.is_dataclass(cls):
             assert {*cls.__slots__} == {*vars(structure)["__slots__"]}
         assert not core.bind(cls.__name__, int)
-        size = object.__basicsize__ + LINKS.get(cls, 0)
-        assert cls.__basicsize__ == size + 8 * len(vars(structure)["__slots__"])
+        wide = sum(limits_of(cls, name)[1] >> 64 > 0 for name in fields_of(cls)[0])
+        size = 8 * len(vars(structure)["__slots__"]) + (64 - 8) * wide
+        assert cls.__basicsize__ == object.__basicsize__ + LINKS.get(cls, 0) + size
     assert core.fields("Other") is None
     with pytest.raises(TypeError):
         core.fields(1)
@@ -152,7 +170,9 @@ def test_a_class_with_other_fields_stays_as_it_is_written() -> None:
 def test_each_field_has_its_own_place(cls: Any) -> None:
     one, (counts, objects) = blank(cls), fields_of(cls)
     assert counts or cls in LINKS
-    values: dict[str, object] = {name: n - (1 << 40) for n, name in enumerate(counts)}
+    values: dict[str, object] = {
+        name: limits_of(cls, name)[n % 2] // 3 + n for n, name in enumerate(counts)
+    }
     values |= {name: f"the object of {name}" for name in objects}
     for name, value in values.items():
         setattr(one, name, value)
@@ -162,12 +182,15 @@ def test_each_field_has_its_own_place(cls: Any) -> None:
 
 @needs_core
 @pytest.mark.parametrize("cls", CLASSES)
-def test_what_is_no_integer_of_64_bits_is_refused(cls: Any) -> None:
+def test_what_is_no_integer_of_its_kind_is_refused(cls: Any) -> None:
     one = blank(cls)
     for name in fields_of(cls)[0]:
-        setattr(one, name, 5)
+        low, high = limits_of(cls, name)
+        for value in (low, high, high >> 1, 5):
+            setattr(one, name, value)
+            assert getattr(one, name) == value
         for wrong, error in [
-            *((TOP + 1, OverflowError), (-TOP - 2, OverflowError), (1 << 200, OverflowError)),
+            *((high + 1, OverflowError), (low - 1, OverflowError), (1 << 600, OverflowError)),
             *((None, TypeError), (1.0, TypeError), ("1", TypeError)),
         ]:
             with pytest.raises(error):

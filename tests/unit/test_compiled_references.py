@@ -122,6 +122,10 @@ def test_a_hundred_thousand_faults_leave_no_reference_behind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    # The ciphers' library writes what failed, and panics.
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("what", ["load", "evict"])
 def test_an_allocation_that_fails_is_no_other_error(what: str) -> None:
     testcapi: Any = pytest.importorskip("_testcapi")

@@ -19,6 +19,7 @@ from errno import EEXIST, EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING, Protocol
 
 from softsgx.arch import PAGE_BYTES, page_of
+from softsgx.compiled import record
 from softsgx.driver.sync import RwLock
 from softsgx.driver.uapi import (
     MAP_FIXED,
@@ -80,6 +81,7 @@ class Ptes(Protocol):
 
 
 @dataclass(eq=False, slots=True)
+@record
 class EnclaveVma:
     """One mapping of an enclave.
 
