@@ -1,7 +1,8 @@
-"""Threads that need more EPC pages together than there are: each instruction completes.
+"""Each thread makes progress: in an EPC that is too small, between signals, beside other threads.
 
 Method: ``programs/progress.c``, in the smallest EPC that is accepted; a bound on the pages that are
-loaded for one call.
+loaded for one call.  ``programs/alarms.c``: more signals than can be served; it ends only if
+enclave code is executed between them.  ``programs/turns.c``: threads that stop without pause.
 """
 
 from __future__ import annotations
@@ -75,3 +76,41 @@ def test_pages_that_threads_make_are_accepted_in_the_smallest_epc(
 @pytest.mark.parametrize("pager", usable_pagers())
 def test_instructions_complete_between_signals_of_timers(builds: NativeBuilds, pager: str) -> None:
     crowd(builds, "border", 4, 10, timer=20_000, pager=pager)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("threads", "microseconds"), [(1, 200), (4, 300)])
+def test_enclave_code_is_executed_between_signals_that_take_all_time(
+    builds: NativeBuilds,
+    capfd: pytest.CaptureFixture[str],
+    threads: int,
+    *,
+    strict: bool,
+    microseconds: int,
+) -> None:
+    calls = 12
+    words = [
+        builds.host("alarms"),
+        builds.enclave(1, threads),
+        threads,
+        microseconds,
+        calls,
+        5_000_000,
+    ]
+    result = run([str(word) for word in words], strict=strict)
+    assert result.exit_code == 0
+    *alarms, queued = map(int, capfd.readouterr().out.split())
+    assert len(alarms) == threads
+    assert min(alarms) > 0
+    assert queued > 0
+
+
+def test_threads_that_stop_without_pause_are_all_served(
+    builds: NativeBuilds, capfd: pytest.CaptureFixture[str]
+) -> None:
+    threads, calls = 8, 8000
+    result = run([builds.host("turns"), str(threads), str(calls)])
+    assert result.exit_code == 0
+    made = [int(word) for word in capfd.readouterr().out.split()]
+    assert sum(made) == calls
+    assert min(made) > calls / threads / 10

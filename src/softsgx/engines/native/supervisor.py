@@ -74,6 +74,7 @@ from softsgx.runtime import InlineRuntime
 if TYPE_CHECKING:
     from softsgx.engines.native.faults.abort import AbortPage
     from softsgx.engines.native.faults.breakpoints import Breakpoints
+    from softsgx.engines.native.faults.pauses import SignalPauses
     from softsgx.engines.native.gdb.server import GdbServer
     from softsgx.engines.native.syscalls.call_log import CallLog
     from softsgx.engines.native.syscalls.ioctl import EnclaveIoctls
@@ -211,6 +212,7 @@ class Supervisor(Lifecycle):
                 can_load_components(),
                 self._permits.stop_others,
             ),
+            partial(self._make_pauses, usable=instruments.gdb is None),
         )
 
     def _make_abort_page(self) -> AbortPage:
@@ -222,6 +224,11 @@ class Supervisor(Lifecycle):
         from softsgx.engines.native.faults.breakpoints import Breakpoints
 
         return Breakpoints(self._stopped_inside)
+
+    def _make_pauses(self, *, usable: bool) -> SignalPauses:
+        from softsgx.engines.native.faults.pauses import SignalPauses
+
+        return SignalPauses(self._waits, usable=usable)
 
     def _make_loop(
         self,

@@ -11,6 +11,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from softsgx import hw
 from softsgx.arch import Enclu, Pfec, Vector
@@ -22,6 +23,9 @@ from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso.permits import Permits
 from softsgx.engines.native.x86.insn import ENCLU
 from softsgx.hw import READ, WRITE, Fault, LogicalProcessor, PageFault
+
+if TYPE_CHECKING:
+    from softsgx.engines.native.faults.pauses import SignalPauses
 
 __all__ = ["EncluLeaves"]
 
@@ -43,6 +47,7 @@ class EncluLeaves:
         refused: called for a SIGBUS on a page of an enclave, with thread and address.
         permits: entries that do not stop.
         breakpoints: see there.
+        pauses: of the signals of threads inside.
     """
 
     def __init__(
@@ -51,8 +56,9 @@ class EncluLeaves:
         refused: Callable[[ProgramThread, int], None],
         permits: Permits,
         breakpoints: Breakpoints,
+        pauses: SignalPauses,
     ) -> None:
-        self._exits, self._tell_refused = exits, refused
+        self._exits, self._tell_refused, self._pauses = exits, refused, pauses
         self._permits, self._breakpoints = permits, breakpoints
 
     def execute(self, thread: ProgramThread) -> int:
@@ -137,13 +143,10 @@ class EncluLeaves:
         return self._exits.page_fault(thread, result, fault.code, fault.address)
 
     def _went_in(self, thread: ProgramThread) -> None:
-        """Unblock signals of faults: the kernel resets the handler of one that it must force."""
+        """A thread is inside now: signals of faults can stop it."""
         self._breakpoints.arm(thread)
         self._breakpoints.stopped(thread)
-        mask = thread.sigmask()
-        if mask & abi.FAULT_SIGNALS:
-            thread.blocked = mask
-            thread.set_sigmask(mask & ~abi.FAULT_SIGNALS)
+        self._pauses.went_in(thread)
 
 
 def _may_trap(thread: ProgramThread) -> bool:

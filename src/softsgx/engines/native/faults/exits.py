@@ -21,6 +21,7 @@ from softsgx.driver import FaultResult
 from softsgx.engines.native import abi
 from softsgx.engines.native.faults.breakpoints import Breakpoints
 from softsgx.engines.native.faults.exceptions import send, send_page_fault
+from softsgx.engines.native.faults.pauses import begin_again
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.vdso import state_jumps
 from softsgx.engines.native.x86.insn import ENCLU
@@ -125,6 +126,8 @@ class AsynchronousExits:
         thread.store()
         if not comes_back and vector != self.interrupt_vector:
             block_signals_again(thread)  # in other cases an ENCLU that leads back may trap
+        elif thread.pause_ns:
+            begin_again(thread)
 
     # --- exceptions of the program --------------------------------------------------------------
     # Each returns the signal to deliver when the thread is resumed, 0 for none.
@@ -177,7 +180,7 @@ def block_signals_again(thread: ProgramThread) -> None:
     """A thread has left its enclave: block the signals of faults again that it blocks outside."""
     if thread.blocked is not None:
         thread.set_sigmask(thread.blocked)
-        thread.blocked = None
+        thread.blocked, thread.pause_ns = None, 0
 
 
 if compiled.speedups is not None:

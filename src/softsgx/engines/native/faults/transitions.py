@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from softsgx.engines.native.faults.enclu import EncluLeaves
     from softsgx.engines.native.faults.exits import AsynchronousExits
     from softsgx.engines.native.faults.non_enclave import NonEnclaveFaults
+    from softsgx.engines.native.faults.pauses import SignalPauses
     from softsgx.engines.native.vdso.state_jumps import StateJumps
 
 __all__ = ["Transitions"]
@@ -56,6 +57,7 @@ class Transitions:
         permits: crossings that do not stop.
         make_breakpoints: makes what keeps hardware breakpoints of threads inside enclaves.
         state_jumps: instructions on extended state that do not stop.
+        make_pauses: makes what keeps signals from threads inside for a time.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Transitions:
         permits: Permits,
         make_breakpoints: Callable[[], Breakpoints],
         state_jumps: StateJumps,
+        make_pauses: Callable[[], SignalPauses],
     ) -> None:
         self._cpuid = cpuid
         self.permits, self._refused, self._state_jumps = permits, refused, state_jumps
         self._make_abort_page, self._make_breakpoints = make_abort_page, make_breakpoints
+        self._make_pauses = make_pauses
 
     # --- made at their first use: most programs have no enclaves --------------------------------
 
@@ -94,7 +98,7 @@ class Transitions:
     def _leaves(self) -> EncluLeaves:
         from softsgx.engines.native.faults.enclu import EncluLeaves
 
-        return EncluLeaves(self.exits, self._refused, self.permits, self._breakpoints)
+        return EncluLeaves(self.exits, self._refused, self.permits, self._breakpoints, self.pauses)
 
     @cached_property
     def _non_enclave(self) -> NonEnclaveFaults:
@@ -109,6 +113,11 @@ class Transitions:
     @cached_property
     def _breakpoints(self) -> Breakpoints:
         return self._make_breakpoints()
+
+    @cached_property
+    def pauses(self) -> SignalPauses:
+        """Pauses of signals."""
+        return self._make_pauses()
 
     # --- stops ----------------------------------------------------------------------------------
 
@@ -189,7 +198,10 @@ class Transitions:
         if not abi.FAULT_SIGNALS >> number - 1 & 1 or info.code <= 0:  # sent by a process
             if inside:
                 thread.load()
+                self.pauses.interrupted(thread)
                 self.exits.leave(thread, self.exits.interrupt_vector)
+            elif thread.went_in:
+                self.pauses.before_return(thread, number)
             return number
         if number == abi.SIGILL:
             # By far the most frequent stop.
@@ -263,6 +275,8 @@ class Transitions:
         """Code of the program executes ENCLU; if it leads to another one, execute that, too."""
         outside, enclu, leaf = thread.cpu.inside is None, thread.regs.rip, thread.regs.rax & _LOW_32
         number = self._leaves.execute(thread)
+        if thread.pause_ns and thread.cpu.inside is None:
+            self.pauses.end(thread)  # it was for this ERESUME
         if leaf == _EENTER and outside and thread.cpu.inside is not None:
             self.permits.entered(thread, enclu)
         if not number and not thread.image.strict:  # where a thread inside waits for its turn

@@ -79,12 +79,12 @@ class Affinity:
         """A thread has ended."""
         self._tids.discard(tid)
         if len(self._tids) == 1:
-            self._waits.look_ns = None
+            self._waits.look_at(self._look, None)
             self._share()
 
     def close(self) -> None:
         """Give the supervisor its own processors back."""
-        self._waits.look_ns = None
+        self._waits.look_at(self._look, None)
         if can_choose_processors():
             os.sched_setaffinity(0, self._before)
 
@@ -114,15 +114,14 @@ class Affinity:
 
     def _spread(self) -> None:
         """Let program and supervisor run on all processors."""
-        self._together = self._waits.look_ns = None
-        self._several = False
+        self._together, self._several = None, False
+        self._waits.look_at(self._look, None)
         self._apply(self._before)
 
     def _look_in(self, period_ns: int) -> None:
         """Look after a time, or earlier if that is planned already."""
-        due_ns, waits = self._waits.clock() + period_ns, self._waits
-        self._period_ns, waits.look = period_ns, self._look
-        waits.look_ns = due_ns if waits.look_ns is None else min(waits.look_ns, due_ns)
+        self._period_ns = period_ns
+        self._waits.look_at(self._look, self._waits.clock() + period_ns)
 
     def _look(self) -> None:
         """Spread the program if several threads want to run, twice in a row; else look again."""

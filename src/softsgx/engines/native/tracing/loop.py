@@ -24,7 +24,7 @@ from softsgx.engines.native.faults.plain import PlainFaults
 from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.memory.store import NativeStore
 from softsgx.engines.native.tracing.failures import kill
-from softsgx.engines.native.tracing.fault_events import FaultEvent
+from softsgx.engines.native.tracing.fault_events import MOST_IN_A_ROW, FaultEvent
 from softsgx.engines.native.tracing.filters import watch_devices
 from softsgx.engines.native.tracing.lifecycle import Lifecycle
 from softsgx.engines.native.tracing.process_image import ProcessImage
@@ -85,6 +85,7 @@ class Loop(Tasks):
         """Serve the program until its last thread is gone."""
         self._has_timed_work = self._lifecycle.has_timed_work()
         plain = None if self._has_timed_work else self._plain
+        in_a_row = 0
         while self.are_any():
             until_ns = self._between()
             thread = self._next_held()
@@ -104,15 +105,40 @@ class Loop(Tasks):
                 break
             if event is not None:
                 self._event(*event)
+            in_a_row += 1
+            if in_a_row >= MOST_IN_A_ROW and not self._waits.kept:
+                in_a_row = 0
+                self._take_turns(plain)
+
+    def _take_turns(self, plain: PlainFaults | None) -> None:
+        """Let each thread that waits now be served before one that stops later.
+
+        Without that, the threads whose stops wait(2) reports first can keep others from being
+        served, and stops can keep faults of threads that wait from being served.
+        """
+        waits = self._waits
+        waits.look_now()
+        for _ in range(MOST_IN_A_ROW):
+            fault = waits.fault_now()
+            if fault is None:
+                break
+            self._resolve(fault, plain)
+        waits.keep_all()
+
+    def _resolve(self, fault: FaultEvent, plain: PlainFaults | None) -> None:
+        """See to the fault of a thread that waits."""
+        if plain is not None:
+            plain.resolve(fault)
+        else:
+            self._waits.stop_at(fault)
 
     def _next_fairly(
         self, first: ProgramThread, plain: PlainFaults | None, until_ns: int | None
     ) -> tuple[int, int, int] | None:
         """As :meth:`Waits.next`, while threads stand back for ``first``: its stops come first.
 
-        wait(2) reports the stops of the oldest threads first, and they come before faults of
-        threads that wait.  Those that stand back stop again and again, so others would not be
-        served.
+        wait(2) reports the stops of some threads first, and they come before faults of threads
+        that wait.  Those that stand back stop again and again, so others would not be served.
         """
         waits = self._waits
         event = waits.stop_of(first.tid)
@@ -123,10 +149,7 @@ class Loop(Tasks):
         report = waits.next_or_fault(until_ns) if fault is None else fault
         if not isinstance(report, FaultEvent):
             return report
-        if plain is not None:
-            plain.resolve(report)
-        else:
-            waits.stop_at(report)
+        self._resolve(report, plain)
         return None
 
     def _between(self) -> int | None:
@@ -155,6 +178,8 @@ class Loop(Tasks):
             self._go(thread, number)
             return
         image.current = thread
+        if thread.pause_ns:
+            self._transitions.pauses.going(thread, number)
         if thread.borrowable:
             # The thread is stopped: ksgxd evicts now, before its next fault needs a page.
             self._background()
@@ -170,7 +195,7 @@ class Loop(Tasks):
         image.current = None
         if number and trap is not None:
             thread.set_siginfo(trap.info)
-        if number and (trap or thread.process.guarded) and thread.handles(number):
+        if number and (trap or thread.process.guarded) and self._has_handler(thread, number, trap):
             self._into_handler(thread, number, trap)
             return
         if number and thread.survives_fault(number):
@@ -181,6 +206,22 @@ class Loop(Tasks):
         """Resume a thread; the deferred work for it has been done."""
         thread.resume(number)
 
+    def _has_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> bool:
+        """Return whether a signal has a handler to run.
+
+        What is known of the signal of another thread or of a timer saves a look, which costs more
+        than a stop.  :meth:`_into_handler` finds out if the program has changed that since.
+        """
+        handled = thread.process.handled
+        if thread.pause_ns:
+            return False  # the kernel keeps it pending
+        if trap is None and number in handled:
+            return True
+        if not thread.handles(number):
+            return False
+        handled.add(number)
+        return True
+
     def _into_handler(self, thread: ProgramThread, number: int, trap: Trap | None) -> None:
         """Deliver a signal to its handler in a process with enclaves.
 
@@ -189,8 +230,13 @@ class Loop(Tasks):
         signals in them: when a trap forces a blocked signal, the kernel resets its handler.
         """
         stop = thread.step(number)
-        entered = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
-        if not entered or thread.load().rdi != number:
+        stepped = stop.signal == abi.SIGTRAP and not stop.event and not stop.syscall
+        code = thread.siginfo().code if stepped else 0
+        if code == abi.TRAP_TRACE:  # an instruction: the signal has no effect any more
+            thread.process.handled.discard(number)
+            self._go(thread)
+            return
+        if code != abi.SIGTRAP or thread.load().rdi != number:
             # The stack has no room for the frame, or the thread has stopped for another reason.
             thread.running = False
             thread.pending.append(stop)

@@ -37,6 +37,7 @@ class Process:
     Attributes:
         alive: how many threads it has.
         guarded: (base, size) of ELRANGEs with a filter: system calls of their code stop.
+        handled: signals that had a handler when one of them was last delivered.
         guarded_descriptors: descriptors whose reads and writes stop.
         memory_descriptors: those that were opened as ``/proc/PID/mem``.
         ended_in_fork: whether a thread of it has ended inside fork, or may have.
@@ -48,6 +49,7 @@ class Process:
         "group",
         "guarded",
         "guarded_descriptors",
+        "handled",
         "memory_descriptors",
         "pid",
     )
@@ -57,6 +59,7 @@ class Process:
         self.ended_in_fork = False
         self.guarded: set[tuple[int, int]] = set()
         self.guarded_descriptors: set[int] = set()
+        self.handled: set[int] = set()
         self.memory_descriptors: set[int] = set()
         if parent is not None:
             self.guarded |= parent.guarded
@@ -111,6 +114,11 @@ class ProgramThread(Thread):
         kicked: whether an interrupt has taken it out of its enclave, and it has not run since.
         breakpoints: number of its set of breakpoints, 0 for none.
         outgoing: the information of the signal that is delivered, instead of the kernel's.
+        went_in: its registers when it went into its enclave, if it had stopped for that.
+        held_up: how many signals in a row have found it there.
+        pause_ns: how long its signals pause; 0: they do not.
+        paused_until_ns: when that ends, on the clock of the waits.
+        ran_ns: its processor time when the pause began.
         claim: the pages that one instruction of it needs together.
     """
 
@@ -121,6 +129,8 @@ class ProgramThread(Thread):
     illegal_at: tuple[int, Trap] | None = None
     resumes: EnclaveMode | None = None
     breakpoints = _own_tid = 0
+    went_in = b""
+    held_up = pause_ns = paused_until_ns = ran_ns = 0
     user_memory: ImageMemory | None = None
     spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None

@@ -58,8 +58,7 @@ class Waits:
         places: by thread, memory for what a wait fetches of it when it has stopped.
         kept: (thread, status) of the stops and ends that :meth:`next` returns before it waits.
         unreported: last status of each thread that no event of its parent has reported yet.
-        look: called once by :meth:`next` when no thread has stopped and the time on the clock is
-            ``look_ns``; it may set another time.  ``None``: at no time.
+        look_ns: when the next look is due; see :meth:`look_at`.  ``None``: none is planned.
         faults: faults whose threads wait; ``None``: each fault stops its thread.
         asked: what each thread waits for that waited for a page and was asked to stop.
     """
@@ -80,7 +79,7 @@ class Waits:
         self.places: dict[int, Place] = {}
         self.unreported: dict[int, int] = {}
         self.look_ns: int | None = None
-        self.look: Callable[[], None] = lambda: None
+        self._looks: dict[Callable[[], None], int] = {}
         self.faults: FaultEvents | None = None
         self.asked: dict[int, int] = {}
 
@@ -177,8 +176,7 @@ class Waits:
                     self._received += event[1] in self._signals
                     return None
             if self.look_ns is not None and self.clock() >= self.look_ns:
-                self.look_ns = None
-                self.look()
+                self.look_now()
                 continue
             if until_ns is not None and self.clock() >= until_ns:
                 return None
@@ -194,6 +192,41 @@ class Waits:
             if due_ns is not None:
                 limit_ns = min(limit_ns, due_ns - self.clock())
         return max(limit_ns, 0)
+
+    def keep_all(self) -> None:
+        """Receive every stop and end that there is; :meth:`next` returns them before all others.
+
+        wait(2) reports the stops of the latest threads first.  If these stop again and again, it
+        does not report those of earlier ones.
+        """
+        while True:
+            try:
+                tid, status = os.waitpid(-1, abi.WALL | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not tid:
+                return
+            self._keep_last(tid, status)
+
+    def look_at(self, look: Callable[[], None], due_ns: int | None) -> None:
+        """Call ``look`` once, when no thread has stopped and the time on the clock is ``due_ns``.
+
+        The earliest of several times counts.  ``None``: do not call it.
+        """
+        if due_ns is None:
+            self._looks.pop(look, None)
+        else:
+            self._looks[look] = min(due_ns, self._looks.get(look, due_ns))
+        self.look_ns = min(self._looks.values(), default=None)
+
+    def look_now(self) -> None:
+        """Do the looks that are due."""
+        if self.look_ns is None:
+            return
+        now_ns = self.clock()
+        for look in [look for look, due_ns in self._looks.items() if due_ns <= now_ns]:
+            self.look_at(look, None)
+            look()
 
     def of(self, tid: int) -> int:
         """Return the next status of thread ``tid``.
@@ -211,9 +244,7 @@ class Waits:
             other, status = self._wait()
             if other == tid:
                 return status
-            if stops_at_exit(status) and not self._keeps_exits:
-                let_end(other)
-            self.kept.append((other, status))
+            self._keep_last(other, status)
             if os.WIFSTOPPED(status) and status >> 16 == abi.PTRACE_EVENT_EXEC:
                 message = ctypes.c_uint64()
                 at = ctypes.addressof(message)
@@ -221,6 +252,11 @@ class Waits:
                     message.value == tid
                 ):
                     raise ChildProcessError
+
+    def _keep_last(self, tid: int, status: int) -> None:
+        if stops_at_exit(status) and not self._keeps_exits:
+            let_end(tid)  # a request to another thread may depend on its end
+        self.kept.append((tid, status))
 
     def _wait(self) -> tuple[int, int]:
         """Wait for any stop or end; threads that wait for pages stop, too."""

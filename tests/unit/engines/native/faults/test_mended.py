@@ -55,6 +55,7 @@ class Scene:
                 cpu=self.cpu,
                 regs=regs,
                 blocked=None,
+                pause_ns=0,
                 spurious=(0, (0, 0)),
                 breakpoints=0,
                 resumes=None,
@@ -70,7 +71,8 @@ class Scene:
         exits = AsynchronousExits(breakpoints)
         nothing = lambda *_arguments: None  # noqa: E731
         permits = cast(Any, SimpleNamespace(entering=nothing, settle=nothing))
-        leaves = EncluLeaves(exits, stub, permits, breakpoints)
+        pauses = cast(Any, SimpleNamespace(went_in=nothing))
+        leaves = EncluLeaves(exits, stub, permits, breakpoints, pauses)
         self.faults = EnclaveFaults(exits, leaves, permits, stub, stub, stub, stub)
 
     def write(self, page: int, offset: int, data: bytes) -> None:

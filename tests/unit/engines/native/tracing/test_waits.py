@@ -63,11 +63,11 @@ def test_a_look_comes_at_its_time_and_the_wait_goes_on() -> None:
     def look() -> None:
         times.append(waits.clock())
         if len(times) < 3:
-            waits.look_ns = waits.clock() + 5_000_000
+            waits.look_at(look, waits.clock() + 5_000_000)
 
     with waits.signals_blocked():
         child = subprocess.Popen(["sleep", "0.2"])
-        waits.look, waits.look_ns = look, waits.clock() + 5_000_000
+        waits.look_at(look, waits.clock() + 5_000_000)
         before = waits.clock()
         event = waits.next()
     assert event is not None
@@ -118,3 +118,59 @@ def test_the_stop_of_one_thread_comes_before_those_of_older_ones() -> None:
         waits.keep(NO_THREAD, STOPPED)
         assert waits.stop_of(older.pid) is None, "what is kept is earlier"
     assert waits.stop_of(NO_THREAD) is None
+
+
+def test_each_thread_that_has_stopped_has_its_turn() -> None:
+    waits = Waits()
+    with subprocess.Popen(["true"]) as one, subprocess.Popen(["true"]) as other:
+        for child in (one, other):
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        waits.keep(NO_THREAD, STOPPED)
+        waits.keep_all()
+        assert waits.kept.popleft() == (NO_THREAD, STOPPED), "what was kept before is earlier"
+        assert sorted(waits.kept) == sorted([(one.pid, 0), (other.pid, 0)])
+        waits.keep_all()
+        assert len(waits.kept) == 2
+
+
+@pytest.mark.parametrize("keeps_exits", [False, True])
+def test_a_thread_whose_end_is_kept_ends(
+    monkeypatch: pytest.MonkeyPatch, *, keeps_exits: bool
+) -> None:
+    waits = Waits(keeps_exits=keeps_exits)
+    let: list[int] = []
+    exiting = abi.PTRACE_EVENT_EXIT << 16 | signal.SIGTRAP << 8 | 0x7F
+    reports = [(NO_THREAD, exiting), (NO_THREAD + 1, STOPPED), (0, 0)]
+    monkeypatch.setattr(os, "waitpid", lambda *_arguments: reports.pop(0))
+    monkeypatch.setattr("softsgx.engines.native.tracing.waits.let_end", let.append)
+    waits.keep_all()
+    assert list(waits.kept) == [(NO_THREAD, exiting), (NO_THREAD + 1, STOPPED)]
+    assert let == ([] if keeps_exits else [NO_THREAD])
+
+
+def test_looks_come_at_their_own_times() -> None:
+    now, done = [0], []
+    waits = Waits(clock=lambda: now[0])
+
+    def first() -> None:
+        done.append(("first", now[0]))
+
+    def second() -> None:
+        done.append(("second", now[0]))
+        waits.look_at(second, now[0] + 10)
+
+    waits.look_now()
+    waits.look_at(first, 30)
+    waits.look_at(first, 20)
+    waits.look_at(first, 40)
+    waits.look_at(second, 10)
+    assert waits.look_ns == 10
+    for now[0] in (5, 10, 15):
+        waits.look_now()
+    assert (done, waits.look_ns) == ([("second", 10)], 20)
+    now[0] = 20
+    waits.look_now()
+    assert sorted(done) == [("first", 20), ("second", 10), ("second", 20)]
+    waits.look_at(second, None)
+    waits.look_at(second, None)
+    assert waits.look_ns is None
