@@ -14,6 +14,7 @@ import pytest
 from tests.support.native import needs_tracing
 
 from softsgx.engines.native import run
+from softsgx.engines.native.tracing.loop import Loop
 
 pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors"),
@@ -97,3 +98,26 @@ def test_processors_that_were_asked_for_are_left_alone(tmp_path: Path) -> None:
     told_of = told(tmp_path / "out", cpus=ours)
     assert told_of["alone"] == told_of["two"] == (len(ours), len(ours))
     assert os.sched_getaffinity(0) == ours
+
+
+def test_the_program_keeps_its_priority(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, during, serve = os.getpriority(os.PRIO_PROCESS, 0), [], Loop.run
+
+    def noting(loop: Loop) -> None:
+        during.append(os.getpriority(os.PRIO_PROCESS, 0))
+        serve(loop)
+
+    monkeypatch.setattr(Loop, "run", noting)
+    result = run(["/bin/sh", "-c", "nice; nice & wait"], epc="1MiB")
+    assert result.exit_code == 0
+    assert capfd.readouterr().out.split() == [str(before)] * 2
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, before - 1)
+    except PermissionError:
+        assert during == [before]
+    else:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
+        assert during == [max(before - 10, -20)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

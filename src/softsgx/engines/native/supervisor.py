@@ -35,7 +35,7 @@ from softsgx.engines.native.faults.transitions import Transitions
 from softsgx.engines.native.images import AddressSpaces
 from softsgx.engines.native.injector import Injected, Injector, RefusedInits
 from softsgx.engines.native.instruments import Instruments
-from softsgx.engines.native.limits import raise_limits, set_limits
+from softsgx.engines.native.limits import raise_limits, set_limits, with_raised_priority
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
 from softsgx.engines.native.memory.pagers import check_pager
 from softsgx.engines.native.memory.ram import NativeRam
@@ -326,7 +326,7 @@ class Supervisor(Lifecycle):
     def _supervise(self, first: Thread, started: Callable[[int], None] | None) -> None:
         """Serve the program of thread ``first`` until its last thread is gone."""
         try:
-            with self._waits.signals_blocked():
+            with self._waits.signals_blocked(), with_raised_priority():
                 # Hidden pages and the paging key are in our memory.  Not earlier: a child that
                 # has not executed yet would inherit it, and could not be traced.
                 libc.set_dumpable(False)
