@@ -164,16 +164,18 @@ def test_a_fault_on_a_file_is_reported_without_registers(form: str) -> None:
     os.ftruncate(file, PAGE)
     memory = mmap.mmap(file, PAGE)
     os.ftruncate(file, 0)
-    for also, code, expected in (
-        (lambda: memory[0], abi.BUS_ADRERR, 2),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), 0, 3),
+    code_at = ctypes.cast(ctypes.pythonapi.Py_IncRef, ctypes.c_void_p).value or 0
+    for also, number, code, expected in (
+        (lambda: memory[0], signal.SIGBUS, abi.BUS_ADRERR, 2),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), signal.SIGBUS, 0, 3),
+        (lambda: ctypes.memset(code_at, 0, 1), signal.SIGSEGV, abi.SEGV_ACCERR, 3),  # also 2
     ):
         with tracee(also) as pid:
             thread = Thread(pid, Waits())
             thread.resume(0)
             _tid, status, fetched = next_stop(0, place_of(thread))
             thread.stopped(status, fetched)
-            assert (status >> 8, fetched) == (signal.SIGBUS, expected if form == "c" else 0)
+            assert (status >> 8, fetched) == (number, expected if form == "c" else 0)
             assert thread.siginfo().code == code
             assert bytes(thread.load()) == bytes(Thread(pid, thread.waits).load())
 
@@ -411,7 +413,7 @@ def test_a_wait_ends_with_a_signal(form: str, number: int) -> None:
         with blocked(signal.SIGCHLD, number), child_that_waits():
             os.kill(os.getpid(), number)
             looks = within(0, ENDS, {}) == (0, 0, 0)
-            return looks and within(LONG_NS, ENDS, {}) == (0, number, 0)
+            return bool(looks and within(LONG_NS, ENDS, {}) == (0, number, 0))
 
     alone(work)
 
@@ -476,6 +478,16 @@ def test_a_look_without_a_wait(form: str) -> None:
             return False
         os.kill(child, signal.SIGKILL)
         return bool(function(form, "next_stop")(0, {}) == (child, signal.SIGKILL, 0))
+
+    alone(work)
+
+
+def test_children_that_send_no_signal_at_their_end_are_reaped(form: str) -> None:
+    def work() -> bool:
+        child: int = libc.syscall(abi.SYS_CLONE, 0, 0, 0, 0, 0)
+        if not child:
+            os._exit(7)
+        return bool(function(form, "next_stop")(0, {}) == (child, 7 << 8, 0))
 
     alone(work)
 

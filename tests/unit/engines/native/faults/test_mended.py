@@ -56,6 +56,7 @@ class Scene:
                 regs=regs,
                 blocked=None,
                 pause_ns=0,
+                held_up=0,
                 spurious=(0, (0, 0)),
                 breakpoints=0,
                 resumes=None,
@@ -68,7 +69,7 @@ class Scene:
         )
         stub = cast(Any, None)
         breakpoints = Breakpoints(lambda _thread, _memory: [])
-        exits = AsynchronousExits(breakpoints)
+        self.exits = exits = AsynchronousExits(breakpoints)
         nothing = lambda *_arguments: None  # noqa: E731
         permits = cast(Any, SimpleNamespace(entering=nothing, settle=nothing))
         pauses = cast(Any, SimpleNamespace(went_in=nothing))
@@ -182,3 +183,14 @@ def test_an_entry_that_has_waited_without_success_lets_the_loop_serve_others(
     # A thread that blocks SIGILL cannot trap: the kernel would reset its handler.
     assert (scene.cpu.inside is None) == (not blocked)
     assert scene.regs.rip == (INSIDE if blocked else AEP)
+
+
+@pytest.mark.parametrize(("vector", "fault"), [(0xFD, False), (14, True)])
+def test_a_pause_of_signals_ends_with_an_asynchronous_exit(vector: int, *, fault: bool) -> None:
+    scene = Scene()
+    masks: list[int] = []
+    scene.thread.set_sigmask = masks.append
+    scene.thread.blocked, scene.thread.pause_ns = 0x200, 2_000_000
+    scene.exits.leave(scene.thread, vector)
+    assert (masks, scene.thread.blocked, scene.thread.pause_ns) == ([0x200], None, 0)
+    assert scene.thread.held_up == (0 if fault else 2), "behind an interrupt it begins again"

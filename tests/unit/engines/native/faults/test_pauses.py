@@ -160,6 +160,7 @@ def test_a_thread_without_a_processor_gets_longer_pauses_to_an_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene, lengths = Scene(monkeypatch), []
+    scene.ran = 77 * MS  # before
     scene.held_up()
     while scene.thread.pause_ns:
         lengths.append(scene.thread.pause_ns // MS)
