@@ -466,9 +466,12 @@ def test_an_error_of_an_owner_ends_a_batch(method: str) -> None:
 @pytest.mark.parametrize("phase", ["_prepare", "_block", "_write"])
 @pytest.mark.parametrize("wrong", ["no owner", "listed", "elsewhere", "untracked"])
 def test_a_page_in_a_batch_has_an_owner_and_is_off_its_list(phase: str, wrong: str) -> None:
-    def action(world: World) -> object:
+    pages: list[Any] = []
+
+    def action(world: World) -> tuple[object, ...]:
         core = world.system.core
         (page,) = fakes(world, [FakeOwner("young", young=1)])
+        pages.append(page)
         match wrong:
             case "no owner":
                 page.owner = None
@@ -482,12 +485,12 @@ def test_a_page_in_a_batch_has_an_owner_and_is_off_its_list(phase: str, wrong: s
         getattr(core._reclaimer, phase)(core.root.lru, [page], **options)
         return page.tracked, page.lru is None
 
-    results = []
+    results: list[tuple[object, ...]] = []
     for world in worlds_of(40):
         try:
             results.append(action(world))
         except AssertionError:
-            results.append(AssertionError)
+            results.append((AssertionError, pages[-1].tracked, pages[-1].free))
     assert len(set(results)) == 1, results
     refused = wrong == "no owner" or (phase, wrong) in {
         ("_prepare", "elsewhere"),
@@ -496,4 +499,4 @@ def test_a_page_in_a_batch_has_an_owner_and_is_off_its_list(phase: str, wrong: s
         ("_write", "untracked"),
     }
     if refused:
-        assert results[0] is AssertionError
+        assert results[0] == (AssertionError, wrong != "untracked", False)

@@ -36,6 +36,8 @@ def counts(world: World) -> dict[str, int]:
         "counters": core.counters,
         "group": world.group,
         "lru": world.group.lru,
+        "reclaimable pages": world.group.lru.pages,
+        "freed pages": core._pool.first(0).freed,
         "root": world.tree.root,
         "enclave": enclave,
         "counts": enclave.counts,
