@@ -6,7 +6,9 @@ and threads differ.  Requests to the kernel are noted; the records of the pages 
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -69,7 +71,8 @@ class Site:
         vars(image).update(mm=mm, threads=running)
         vars(image)["faulting"] = None if faulting is None else running[faulting]
         self.memories["own"].users.append(self.table)
-        self.records = [self._record(number) for number in PAGES]
+        self.records = [StoredPage(EpcPage(EpcAddr(0x8000 + number))) for number in PAGES]
+        self.leave()
 
     def _memory(self) -> EnclaveMemory:
         file = os.memfd_create("sgx_enclave", os.MFD_ALLOW_SEALING)
@@ -78,13 +81,15 @@ class Site:
         finally:
             os.close(file)
 
-    def _record(self, number: int) -> StoredPage:
-        record, linaddr = StoredPage(EpcPage(EpcAddr(0x8000 + number))), BASE + number * PAGE_BYTES
-        record.memory, record.linaddr, record.rights = self.memories["own"], linaddr, 3
-        os.pwrite(self.memories["own"].fd, bytes([number + 1]) * PAGE_BYTES, linaddr)
-        self.memories["own"].pages[linaddr] = 3
-        self.store._leaving.append(record)
-        return record
+    def leave(self) -> None:
+        """The pages are shown, and no page table maps them any more."""
+        memory = self.memories["own"]
+        for number, record in zip(PAGES, self.records, strict=True):
+            linaddr = BASE + number * PAGE_BYTES
+            record.memory, record.linaddr, record.rights = memory, linaddr, 3
+            os.pwrite(memory.fd, bytes([number + 1]) * PAGE_BYTES, linaddr)
+            memory.pages[linaddr] = 3
+        self.store._leaving += self.records
 
     def state(self) -> object:
         return (
@@ -170,3 +175,40 @@ def test_pages_are_protected_while_another_thread_runs(
     threads: list[bool], faulting: int | None, protects: bool
 ) -> None:
     assert bool(compare([(0, 16, "own")], threads, faulting)) is protects
+
+
+@pytest.mark.parametrize("threads", [[True], [False]])
+def test_one_mapping_and_its_threads_need_no_python(threads: list[bool]) -> None:
+    assert compiled.speedups is not None
+    site, called = Site([(0, 16, "own")], threads, None), list[str]()
+
+    def note(frame: Any, event: str, _arg: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    assert site.image.mm.find(BASE) is not None  # as the fault before has found it
+    with noting(site):
+        sys.setprofile(note)
+        compiled.speedups.hide_unmapped(site.store)
+        sys.setprofile(None)
+    site.close()
+    asked = {"before_hide", "is_running", "<genexpr>", "_protect", "protect"}
+    assert set(called) == (asked if threads[0] else set())
+
+
+@pytest.mark.parametrize("which", MAPPINGS)
+def test_hiding_leaves_no_reference_behind(which: str) -> None:
+    assert compiled.speedups is not None
+    site = Site(MAPPINGS[which][0], [False, False], 0)
+    things: list[object] = [site.image, site.table, site.pager, site.store, *site.memories.values()]
+    things += [site.image.mm, *site.image.mm._vmas, site.image.threads, site.image.threads[0]]
+    things += [site.image.threads[1], site.table._mapped_in, site.pager._running, True, False, None]
+    counts = []
+    for _ in range(3):
+        for _ in range(30):
+            site.leave()
+            compiled.speedups.hide_unmapped(site.store)
+        gc.collect()
+        counts.append(list(map(sys.getrefcount, things)))
+    site.close()
+    assert all(abs(late - early) < 20 for early, late in zip(*counts[1:], strict=True))

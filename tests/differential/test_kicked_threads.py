@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from tests.differential.test_kicks import Site
@@ -51,22 +51,35 @@ class NotingPermits(Permits):
         super().settle()
 
 
-class OtherThread(ProgramThread):
-    """A thread of another class."""
-
-
 class OtherTransitions(Transitions):
     """Handlers of another class."""
+
+    log: ClassVar[list[object]] = []
+
+    def stays_inside(self, thread: ProgramThread) -> bool:
+        self.log.append(thread.tid)
+        return super().stays_inside(thread)
 
 
 class OtherExits(AsynchronousExits):
     """Exits of another class."""
+
+    log: ClassVar[list[object]] = []
+
+    def interrupt(self, thread: ProgramThread) -> bool:
+        self.log.append(thread.tid)
+        return super().interrupt(thread)
 
 
 class OtherTable(EnclavePageTable):
     """A page table of another class."""
 
     __slots__ = ()
+    log: ClassVar[list[object]] = []
+
+    def kick(self) -> None:
+        self.log.append("kick")
+        super().kick()
 
 
 class OtherLoop(Loop):
@@ -221,10 +234,6 @@ def of_class(part: str, cls: type) -> Change:
     return lambda kicked: setattr(getattr(kicked, part), "__class__", cls)
 
 
-def other_thread(kicked: Kicked) -> None:
-    kicked.threads[0].__class__ = OtherThread
-
-
 def other_loop(kicked: Kicked) -> None:
     kicked.loop.__class__ = OtherLoop
     kicked.table.kick_all = partial(kicked.loop.kick, kicked.image)
@@ -314,7 +323,7 @@ def tracked_at_a_fault(kicked: Kicked) -> None:
 
 _NAMED: tuple[Any, ...] = (
     *(nothing, tracked, outside, current, faulting, entered_again, notifies, no_exits_yet),
-    *(other_thread, other_loop, other_function, other_partial, one_open, both_open, recorded),
+    *(other_loop, other_function, other_partial, one_open, both_open, recorded),
     *(noting_permits, leaving, no_threads, ends_with_another, fails, cannot_be),
 )
 CHANGES: dict[str, Change] = {
@@ -323,9 +332,6 @@ CHANGES: dict[str, Change] = {
     "other code": code_at_aep(b"\x90\x90\x90"),
     "the first cannot resume": without_entry(0),
     "the second cannot resume": without_entry(1),
-    "handlers of another class": of_class("transitions", OtherTransitions),
-    "exits of another class": of_class("exits", OtherExits),
-    "a table of another class": of_class("table", OtherTable),
     "32-bit mode": in_scene(set_of("cpu", "mode64", False)),
     "tracked, the first at its fault": tracked_at_a_fault,
 }
@@ -347,6 +353,22 @@ def test_the_usual_interrupts_count_and_change_no_more() -> None:
     for change, exits in ((nothing, 2), (outside, 1), (current, 1), (faulting, 1)):
         seen = compare(change)
         assert not seen[1] and crossings(seen) == (exits, exits)
+
+
+@pytest.mark.parametrize(
+    ("part", "cls", "once"),
+    [
+        ("table", OtherTable, ["kick"]),
+        ("transitions", OtherTransitions, [*THREADS]),
+        ("exits", OtherExits, [*THREADS]),
+    ],
+)
+def test_objects_of_other_classes_are_asked_themselves(
+    part: str, cls: Any, once: list[object]
+) -> None:
+    cls.log = []
+    compare(of_class(part, cls))
+    assert cls.log == once * 2
 
 
 def test_threads_that_cannot_resume_are_taken_out() -> None:
@@ -409,6 +431,7 @@ def test_interrupts_leave_no_reference_behind() -> None:
     things += [*kicked.threads, *kicked.slots, kicked.site.enclave, mm, kicked.site.srcu]
     things += [*(thread.cpu for thread in kicked.threads), kicked.scene.hw, kicked.image.threads]
     things += [*(thread.cpu.inside for thread in kicked.threads), swap._kick, None, True, False]
+    things += [kicked.permits._open, kicked.permits._unused, kicked.permits._recorded]
     pages: list[Any] = list(kicked.site.enclave.pages.values())
     core = kicked.site.world.system.core
     process = kicked.site.world.actor.process

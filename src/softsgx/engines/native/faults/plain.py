@@ -263,8 +263,6 @@ if compiled.speedups is not None:
         "RETRY": _RETRY,
         "closed_behind": CLOSED_BEHIND,
         "exited_word": EXITED_WORD,
-        "is_running": ProcessImage.is_running,
-        "mapped_in": ProcessImage.mapped_in,
         "sigbus_stop": decode_stop(_SIGBUS_STOP),
     }.items():
         compiled.speedups.give(name, value)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from softsgx import compiled
 from softsgx.driver import EnclaveFile, Mm
 from softsgx.engines.native import abi, recording
 from softsgx.engines.native.mappings import mapping_at, mappings
@@ -433,3 +434,8 @@ class ProcessImage(ThreadsOfImage):
         """Cover a page again, if it has to be."""
         if self.is_covered(page):
             self.pager.reveal(page, page + abi.PAGE, abi.PROT_NONE)
+
+
+if compiled.speedups is not None:
+    compiled.speedups.give("is_running", ProcessImage.is_running)
+    compiled.speedups.give("mapped_in", ProcessImage.mapped_in)
