@@ -1,80 +1,8 @@
-/* Evicted pages: as SparseNumbers, SwapEntries and SealedPages of softsgx.paging. */
+/* Evicted pages: as SwapEntries and SealedPages of softsgx.paging. */
 
 #include "speedups.h"
 
 #define BLOCK_PAGES 255
-
-/* --- numbers by page index ---------------------------------------------------------------------- */
-
-/* The chunk that has the number of a page, borrowed; NULL: none, perhaps with an error. */
-static PyObject *
-chunk_of(PyObject *numbers, int64_t index)
-{
-    SparseNumbers *record = AS(SparseNumbers, numbers);
-    PyObject *high, *chunk;
-
-    if (record == NULL || record->chunks == NULL || !PyDict_Check(record->chunks)) {
-        PyErr_SetString(PyExc_TypeError, "numbers of pages that are no SparseNumbers");
-        return NULL;
-    }
-    high = PyLong_FromLongLong(index >> CHUNK_SHIFT);
-    if (high == NULL)
-        return NULL;
-    chunk = PyDict_GetItemWithError(record->chunks, high);
-    Py_DECREF(high);
-    return chunk;
-}
-
-static int
-get_of_chunk(PyObject *chunk, int64_t index, int64_t *number)
-{
-    PyObject *found = PySequence_GetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK));
-    int status = found != NULL && integer(found, number) ? 0 : -1;
-
-    Py_XDECREF(found);
-    return status;
-}
-
-static int
-put_to_chunk(PyObject *chunk, int64_t index, int64_t number)
-{
-    PyObject *value = PyLong_FromLongLong(number);
-    int status = value == NULL
-        ? -1
-        : PySequence_SetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK), value);
-
-    Py_XDECREF(value);
-    return status;
-}
-
-/* As SparseNumbers.get(), and the chunk, borrowed, or NULL. */
-static int
-number_get(PyObject *numbers, int64_t index, int64_t *number, PyObject **chunk)
-{
-    *number = 0;
-    *chunk = chunk_of(numbers, index);
-    if (*chunk == NULL)
-        return PyErr_Occurred() ? -1 : 0;
-    return get_of_chunk(*chunk, index, number);
-}
-
-/* As SparseNumbers.put(), with the chunk of number_get(). */
-static int
-number_put(PyObject *numbers, PyObject *chunk, int64_t index, int64_t number)
-{
-    PyObject *place, *value;
-    int status = -1;
-
-    if (chunk != NULL)
-        return put_to_chunk(chunk, index, number);
-    place = PyLong_FromLongLong(index);
-    value = PyLong_FromLongLong(number);
-    if (place != NULL && value != NULL)
-        status = effect(CALL(numbers, put, place, value, NULL));
-    Py_XDECREF(value);
-    Py_XDECREF(place);
-    return status;
-}
 
 /* --- entries ------------------------------------------------------------------------------------ */
 
@@ -103,15 +31,17 @@ entries_of(PyObject *swap, PyObject *index, int64_t *number, PyObject **owned)
 int
 entry_place(PyObject *swap, PyObject *index, struct place *place)
 {
-    PyObject *owned, *chunk, *va_index = NULL;
+    PyObject *owned, *va_index = NULL;
+    uint32_t *kept;
     int64_t page, number;
     SwapEntries *entries = entries_of(swap, index, &page, &owned);
     int status = -1;
 
     place->page = NULL;
-    if (entries == NULL || number_get(entries->_numbers, page, &number, &chunk) < 0)
+    if (entries == NULL || number_at(entries->_numbers, page, &kept) < 0)
         goto done;
     status = 0;
+    number = kept == NULL ? 0 : *kept;
     if (number <= LOST || record_types[KIND_VaSlot] == NULL)
         goto done;
     number -= FIRST;
@@ -142,7 +72,8 @@ entry_get(PyObject *swap, PyObject *index)
 int
 entry_put(PyObject *swap, PyObject *index, PyObject *object)
 {
-    PyObject *owned, *chunk;
+    PyObject *owned;
+    uint32_t *kept;
     int64_t page, va_index, number;
     SwapEntries *entries = entries_of(swap, index, &page, &owned);
     SwapEntry *entry = AS(SwapEntry, object);
@@ -161,9 +92,8 @@ entry_put(PyObject *swap, PyObject *index, PyObject *object)
         status = effect(CALL(owned, put, index, object, NULL));
         goto done;
     }
-    chunk = chunk_of(entries->_numbers, page);
-    if (chunk != NULL || !PyErr_Occurred())
-        status = number_put(entries->_numbers, chunk, page, number);
+    if (number_at(entries->_numbers, page, &kept) == 0)
+        status = number_put(entries->_numbers, kept, page, number);
 done:
     Py_XDECREF(owned);
     return status;
@@ -192,17 +122,17 @@ sealed_has_room(PyObject *pages, int64_t wanted)
     return record != NULL && record->free != NULL && PyObject_Size(record->free) >= wanted;
 }
 
-/* The place of a page plus one; 0: it has none; -1: an error.  Also its index and chunk. */
+/* The place of a page plus one; 0: it has none; -1: an error.  Also where that number is, or NULL. */
 static int64_t
-place_of(SealedPages *record, PyObject *index, int64_t *number, PyObject **chunk)
+place_of(SealedPages *record, PyObject *index, int64_t *number, uint32_t **kept)
 {
-    int64_t place;
-
     if (!integer(index, number)) {
         PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
         return -1;
     }
-    return number_get(record->_places, *number, &place, chunk) < 0 ? -1 : place;
+    if (number_at(record->_places, *number, kept) < 0)
+        return -1;
+    return *kept == NULL ? 0 : **kept;
 }
 
 /* The block of a place, borrowed, and where the page is in it. */
@@ -229,8 +159,9 @@ int
 sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
 {
     SealedPages *record = record_of(pages);
-    PyObject *block, *chunk, *taken;
-    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
+    PyObject *block, *taken;
+    uint32_t *kept;
+    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &kept);
     Py_ssize_t start;
 
     if (place < 0)
@@ -240,7 +171,7 @@ sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
             return effect(CALL(pages, put, index, sealed, NULL));
         taken = pop(record->free);
         if (taken == NULL || !integer(taken, &place)
-            || number_put(record->_places, chunk, number, ++place) < 0) {
+            || number_put(record->_places, kept, number, ++place) < 0) {
             Py_XDECREF(taken);
             return -1;
         }
@@ -254,8 +185,9 @@ int
 sealed_drop(PyObject *pages, PyObject *index)
 {
     SealedPages *record = record_of(pages);
-    PyObject *freed, *chunk;
-    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &chunk);
+    PyObject *freed;
+    uint32_t *kept;
+    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &kept);
     int status;
 
     if (place < 0)
@@ -264,7 +196,8 @@ sealed_drop(PyObject *pages, PyObject *index)
     if (!place
         || PyObject_Size(record->free) + 1 == PyList_Size(record->_blocks) * BLOCK_PAGES)
         return effect(CALL(pages, drop, index, NULL));
-    if (put_to_chunk(chunk, number, 0) < 0 || (freed = PyLong_FromLongLong(place - 1)) == NULL)
+    *kept = 0;
+    if ((freed = PyLong_FromLongLong(place - 1)) == NULL)
         return -1;
     status = effect(CALL(record->free, append, freed, NULL));
     Py_DECREF(freed);
@@ -279,12 +212,11 @@ sealed_release(struct sealed_place *place)
     if (place->bytes != NULL)
         PyBuffer_Release(&place->block);
     place->bytes = NULL;
-    Py_CLEAR(place->chunk);
 }
 
 /* The bytes of a place of a page: 1, or -1 with an error. */
 static int
-hold(SealedPages *record, struct sealed_place *place, PyObject *chunk)
+hold(SealedPages *record, struct sealed_place *place)
 {
     Py_ssize_t start;
     PyObject *block = block_of(record, place->number, &start);
@@ -292,8 +224,6 @@ hold(SealedPages *record, struct sealed_place *place, PyObject *chunk)
     if (block == NULL || PyObject_GetBuffer(block, &place->block, PyBUF_WRITABLE) < 0)
         return -1;
     place->bytes = (char *)place->block.buf + start;
-    Py_XINCREF(chunk);
-    place->chunk = chunk;
     if (place->block.len >= start + SEALED_BYTES)
         return 1;
     sealed_release(place);
@@ -305,25 +235,24 @@ int
 sealed_find(PyObject *pages, PyObject *index, struct sealed_place *place)
 {
     SealedPages *record = record_of(pages);
-    PyObject *chunk;
+    uint32_t *kept;
 
     place->bytes = NULL;
-    place->chunk = NULL;
-    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &chunk);
-    return place->number <= 0 ? (int)place->number : hold(record, place, chunk);
+    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &kept);
+    return place->number <= 0 ? (int)place->number : hold(record, place);
 }
 
 int
 sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place)
 {
     SealedPages *record = record_of(pages);
-    PyObject *last, *chunk;
+    PyObject *last;
+    uint32_t *kept;
     Py_ssize_t count;
     int status;
 
     place->bytes = NULL;
-    place->chunk = NULL;
-    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &chunk);
+    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &kept);
     if (place->number)
         return place->number < 0 ? -1 : 0;
     if ((count = PySequence_Size(record->free)) <= 0)
@@ -332,15 +261,17 @@ sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place)
     status = last != NULL && integer(last, &place->number) ? 1 : -1;
     Py_XDECREF(last);
     place->number++;
-    return status < 0 ? -1 : hold(record, place, chunk);
+    return status < 0 ? -1 : hold(record, place);
 }
 
 int
 sealed_taken(PyObject *pages, struct sealed_place *place)
 {
     SealedPages *record = record_of(pages);
+    uint32_t *kept;
 
-    if (record == NULL || PySequence_DelItem(record->free, PySequence_Size(record->free) - 1) < 0)
+    if (record == NULL || PySequence_DelItem(record->free, PySequence_Size(record->free) - 1) < 0
+        || number_at(record->_places, place->index, &kept) < 0)
         return -1;
-    return number_put(record->_places, place->chunk, place->index, place->number);
+    return number_put(record->_places, kept, place->index, place->number);
 }

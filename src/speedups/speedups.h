@@ -37,6 +37,7 @@ int add_fields(PyObject *module);
 int add_page_lists(PyObject *module);
 int add_leaves(PyObject *module);
 int add_cipher(PyObject *module);
+int add_numbers(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
@@ -119,7 +120,7 @@ int add_virtual_exit(PyObject *module);
 #define FLAT_FILE(X) \
     X(_buffers) X(_counters) X(_flat) X(_layout) X(_sealed) X(_sharers) X(_tracer)
 #define SEALED_PAGES(X) X(_blocks) X(_places) X(free)
-#define SPARSE_NUMBERS(X) X(chunks)
+#define SPARSE_NUMBERS(X) X(chunks) X(latest)
 #define ENCLAVE(X) \
     X(_latch) X(_uninterleaved) X(references) X(_mm_version) X(_swap) X(allowed) \
     X(attributes) X(base) X(changed) X(counts) X(created) X(dead) X(driver) X(group) \
@@ -494,6 +495,11 @@ PyObject *reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *i
 int keep(PyObject *file, PyObject *pinned, PyObject *sealed);
 int forget(PyObject *file, Counters *counters, PyObject *index);
 
+/* paging: where the number of a page is in a SparseNumbers, for use at once: NULL: it is 0, and has no
+ * place; and put() of it, with what number_at() has found. */
+int number_at(PyObject *numbers, int64_t index, uint32_t **number);
+int number_put(PyObject *numbers, uint32_t *place, int64_t index, int64_t number);
+
 /* paging: as the methods of SealedPages. */
 bool sealed_has_room(PyObject *pages, int64_t wanted);
 int sealed_put(PyObject *pages, PyObject *index, PyObject *sealed);
@@ -505,7 +511,6 @@ struct sealed_place {
     char *bytes; /* NULL: there is no place */
     Py_buffer block;
     int64_t number, index;
-    PyObject *chunk;
 };
 
 /* Find a page, or a free place for one that has none: 1; 0: there is none; or -1 with an error. */

@@ -52,6 +52,20 @@ def test_backing_that_is_fetched_late_is_not_reserved_with_the_slot() -> None:
     assert compare(action) == (True, True, True)
 
 
+def test_numbers_that_were_cleared_are_not_used_again() -> None:
+    def action(world: World) -> object:
+        first, second = pages_of(world)[:2]
+        swap, seen = first.swap, list[object]()
+        for page in (first, second):
+            assert world.system.core.evict(page.epc)
+            seen.append(page.entry is None)
+            swap.entries.clear()
+            seen.append(page.entry is None)
+        return seen
+
+    assert compare(action) == [False, True, False, True]
+
+
 class NotingFile(FlatFile):
     """A file of another class, which C code asks."""
 

@@ -120,6 +120,16 @@ def test_a_hundred_thousand_faults_leave_no_reference_behind() -> None:
     world.check()
 
 
+def test_no_fault_keeps_a_block_of_ciphertext_in_use() -> None:
+    world = World(40, optimised="compiled")
+    for number in range(130):
+        fault(world, number)
+    sealed = world.system.driver.enclaves[0].swap._backing.sealed
+    assert sealed._blocks
+    for block in sealed._blocks:
+        block.release()  # a BufferError while it is used
+
+
 # --- allocations that fail ------------------------------------------------------------------------
 
 

@@ -19,12 +19,14 @@ class SparseNumbers:
     """A number of 32 bits for each page index; 0 where none was put.
 
     Attributes:
-        chunks: by ``index >> 7``, the numbers of 128 pages.
+        chunks: by ``index >> 7``, the numbers of 128 pages; a chunk stays until :meth:`clear`.
+        latest: of the compiled core: the chunk that it has used last.
     """
 
-    __slots__ = ("chunks",)
+    __slots__ = ("chunks", "latest")
 
     def __init__(self) -> None:
+        self.latest: object = None
         self.chunks: dict[int, array[int]] = {}
 
     def get(self, index: int) -> int:
@@ -52,4 +54,5 @@ class SparseNumbers:
 
     def clear(self) -> None:
         """Forget every number."""
+        self.latest = None
         self.chunks.clear()
