@@ -346,12 +346,17 @@ static int
 arrive(const struct calls *calls)
 {
     struct user_regs_struct regs;
-    int status = wait_for_status(calls->tid, SIGTRAP);
+    int status;
 
-    if (status <= 0)
-        return status;
-    return ptrace_request(GETREGS, calls->tid, 0, (uint64_t)(uintptr_t)&regs) != -1
-        && regs.rip == calls->end;
+    while ((status = wait_for_status(calls->tid, SIGTRAP)) > 0) {
+        if (ptrace_request(GETREGS, calls->tid, 0, (uint64_t)(uintptr_t)&regs) == -1)
+            return 0; /* it has ended */
+        if (regs.rip == calls->end)
+            return 1;
+        if (continue_thread(calls->tid)) /* a SIGTRAP of another origin, which is not blocked */
+            return 0;
+    }
+    return status;
 }
 
 static bool

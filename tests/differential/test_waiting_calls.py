@@ -419,6 +419,21 @@ def test_a_stop_signal_that_arrives_at_the_calls_arrives_after_them(server: Serv
     assert spinner.blocked() == BLOCKED
 
 
+def test_a_sigtrap_that_arrives_at_the_calls_does_not_end_them(server: Server) -> None:
+    spinner, find = server.spinner, server.mm.find
+
+    def later(at: int) -> object:
+        if at == spinner.spins:  # it has been interrupted
+            os.kill(spinner.tid, signal.SIGTRAP)
+        return find(at)
+
+    server.watch(range(0, 10, 2))
+    server.mm.find = later
+    assert server.run() == USUAL
+    assert spinner.present() == set(range(PAGES)) - set(range(0, 10, 2))
+    expect_as_before(spinner)
+
+
 def test_code_that_was_begun_elsewhere_ends_as_borrowed_code(server: Server) -> None:
     spinner = server.spinner
     thread: Any = server.thread
