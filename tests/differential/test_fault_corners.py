@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import copy
@@ -350,6 +351,27 @@ def test_loads_are_recorded_for_their_thread(most: int) -> None:
     seen = compare(action)
     assert len(seen[2][0]) == min(most, 3) and not seen[0][1]
     assert seen[3][2] is (most > 1), "the thread has loaded a page again: it thrashes"
+
+
+def test_a_load_that_is_forgotten_gives_its_page_back() -> None:
+    def action(world: World) -> list[int]:
+        core, claim = world.system.core, Claim()
+        core.claims.pages = 1
+        pages = evicted(world, 3)
+        before = [sys.getrefcount(page) for page in pages]
+        for each in range(9):
+            page = pages[each % 3]
+            if page.entry is None:
+                assert core.evict(page.epc)
+            load(world, page, claim=claim)
+        core.claims.release(claim)
+        for page in pages:
+            assert core.evict(page.epc)
+        page = None
+        after = [sys.getrefcount(page) for page in pages]
+        return [new - old for new, old in zip(after, before, strict=True)]
+
+    assert compare(action) == [0, 0, 0]
 
 
 def test_a_load_without_owner_is_recorded_for_no_thread() -> None:
