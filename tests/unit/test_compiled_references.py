@@ -18,7 +18,7 @@ from tests.model.test_random_programs import World
 from softsgx import compiled
 from softsgx.arch import PageType
 from softsgx.driver.page import LABELS
-from softsgx.paging import EpcBusy, FaultResult
+from softsgx.paging import EpcBusy, FaultResult, FlatBacking
 
 FAULTS = 100_000
 
@@ -124,7 +124,9 @@ def test_no_fault_keeps_a_block_of_ciphertext_in_use() -> None:
     world = World(40, optimised="compiled")
     for number in range(130):
         fault(world, number)
-    sealed = world.system.driver.enclaves[0].swap._backing.sealed
+    backing = world.system.driver.enclaves[0].swap._backing
+    assert isinstance(backing, FlatBacking)
+    sealed = backing.sealed
     assert sealed._blocks
     for block in sealed._blocks:
         block.release()  # a BufferError while it is used
