@@ -99,17 +99,15 @@ def test_a_call_is_handled_though_calls_for_pages_have_used_the_stop_of_it_or_of
 ) -> None:
     """The thread repeats such a call, and not each of them stops again."""
     used: set[int] = set()
-    handle = Loop._call
+    handle = Loop._result
 
-    def handle_late(self: Loop, thread: ProgramThread) -> None:
-        number = thread.load().orig_rax
-        outside = thread.cpu.inside is None and number != abi.SYS_SOFTSGX_EENTER
-        if outside and thread.at_call and thread.again is None:
+    def handle_late(self: Loop, thread: ProgramThread, number: int) -> int | None:
+        if thread.at_call:
             used.add(number)
             thread.syscall(abi.SYS_GETPID)
-        handle(self, thread)
+        return handle(self, thread, number)
 
-    monkeypatch.setattr(Loop, "_call", handle_late)
+    monkeypatch.setattr(Loop, "_result", handle_late)
     assert program.run(scenario).exit_code == 0
     assert {abi.SYS_OPENAT, abi.SYS_MMAP} <= used
 
