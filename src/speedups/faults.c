@@ -80,7 +80,7 @@ of_task(struct fault *fault, PyObject *function)
     PyObject *answer = NULL;
 
     if (function != NULL && function == given.own_group)
-        answer = GET(fault->task, group);
+        answer = GETF(FaultingThread, fault->task, group);
     else if (function != NULL && function == given.first_node)
         answer = PyLong_FromLong(0);
     else if (function != NULL)
@@ -103,7 +103,7 @@ load_for(struct fault *fault)
     }
     else if ((group = of_task(fault, GETF(Driver, fault->driver, _group_of))) != NULL
              && (node = of_task(fault, GETF(Driver, fault->driver, _node_of))) != NULL)
-        claim = GET(fault->task, claim);
+        claim = GETF(FaultingThread, fault->task, claim);
     if (label != NULL && node != NULL && claim != NULL)
         epc = swap_load_from(swap_of(fault->page), fault->entry, fault->page->index, &fault->place,
                              (PyObject *)fault->page, label, node, group, claim);
@@ -208,14 +208,38 @@ ended_by_error(struct fault *fault)
     return ended;
 }
 
-/* As softsgx.driver.optimised.handle: (result, wait). */
-static PyObject *
-handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, PyObject *task)
+/* What a fault results in, and what the task waits for first (None: nothing); NULL: not known yet. */
+struct outcome {
+    PyObject *result, *wait;
+};
+
+static int
+set_outcome(struct outcome *outcome, PyObject *result, PyObject *wait)
+{
+    if (result == NULL || wait == NULL)
+        return -1;
+    Py_INCREF(outcome->result = result);
+    Py_INCREF(outcome->wait = wait);
+    return 0;
+}
+
+static void
+release_outcome(struct outcome *outcome)
+{
+    Py_XDECREF(outcome->wait);
+    Py_XDECREF(outcome->result);
+}
+
+/* As softsgx.driver.optimised.handle: 0, or -1 with an error. */
+static int
+handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, PyObject *task,
+             struct outcome *outcome)
 {
     struct fault fault = {
         .enclave = enclave, .mm = mm, .vma = AS(EnclaveVma, vma), .linaddr = linaddr, .task = task
     };
-    PyObject *counts = NULL, *ended = NULL, *result = NULL;
+    PyObject *counts = NULL, *ended = NULL;
+    int status = -1;
 
     fault.page = loadable(&fault);
     if (PyErr_Occurred())
@@ -230,16 +254,18 @@ handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, 
     }
     if (fault.counts == NULL || !is_exactly(fault.core, given.CompiledCore)
         || !PyDict_Check(fault.counts->faults)) {
-        result = PyObject_CallFunctionObjArgs(readable[HANDLE], enclave, mm, vma, linaddr, task,
-                                              NULL);
-        goto done;
+        ended = PyObject_CallFunctionObjArgs(readable[HANDLE], enclave, mm, vma, linaddr, task,
+                                             NULL);
+        if (ended != NULL)
+            status = set_outcome(outcome, PyTuple_GetItem(ended, 0), PyTuple_GetItem(ended, 1));
     }
-    if (resolve(&fault) == 0)
-        ended = PyTuple_Pack(3, given.major, given.NOPAGE, Py_None);
-    else
-        ended = ended_by_error(&fault);
-    if (ended != NULL && count_fault(fault.counts->faults, PyTuple_GetItem(ended, 0)) == 0)
-        result = PyTuple_GetSlice(ended, 1, 3);
+    else if (resolve(&fault) == 0) {
+        if (count_fault(fault.counts->faults, given.major) == 0)
+            status = set_outcome(outcome, given.NOPAGE, Py_None);
+    }
+    else if ((ended = ended_by_error(&fault)) != NULL
+             && count_fault(fault.counts->faults, PyTuple_GetItem(ended, 0)) == 0)
+        status = set_outcome(outcome, PyTuple_GetItem(ended, 1), PyTuple_GetItem(ended, 2));
 done:
     Py_XDECREF(ended);
     Py_XDECREF(counts);
@@ -248,17 +274,22 @@ done:
     Py_XDECREF(fault.core);
     Py_XDECREF(fault.driver);
     RELEASE(fault.page);
-    return result;
+    return status;
 }
 
 /* handle(enclave, mm, vma, linaddr, task): as softsgx.driver.optimised.handle. */
 PyObject *
 handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-    if (count == 5)
-        return handle_fault(args[0], args[1], args[2], args[3], args[4]);
-    PyErr_SetString(PyExc_TypeError, "handle() takes 5 arguments");
-    return NULL;
+    struct outcome outcome = {0};
+    PyObject *pair = NULL;
+
+    if (count != 5)
+        PyErr_SetString(PyExc_TypeError, "handle() takes 5 arguments");
+    else if (handle_fault(args[0], args[1], args[2], args[3], args[4], &outcome) == 0)
+        pair = PyTuple_Pack(2, outcome.result, outcome.wait);
+    release_outcome(&outcome);
+    return pair;
 }
 
 /* --- address spaces ----------------------------------------------------------------------------- */
@@ -298,7 +329,9 @@ is_for_c(PyObject *vma_object, PyObject *access)
 int
 now_ns(PyObject *runtime, int64_t *time)
 {
-    PyObject *clock = is_exactly(runtime, given.InlineRuntime) ? GET(runtime, _clock_ns) : NULL;
+    PyObject *clock = is_exactly(runtime, given.InlineRuntime)
+        ? GETF(InlineRuntime, runtime, _clock_ns)
+        : NULL;
     PyObject *number = NULL;
     struct timespec now;
     int status;
@@ -336,30 +369,39 @@ release_read(RwLock *lock)
     return -1;
 }
 
+/* The address of the page of an address. */
+static PyObject *
+page_of(PyObject *addr)
+{
+    uint64_t at = 0;
+
+    if (address(addr, &at) && at % PAGE_BYTES == 0 && PyLong_CheckExact(addr)) {
+        Py_INCREF(addr);
+        return addr;
+    }
+    return PyLong_FromUnsignedLongLong(at & -(uint64_t)PAGE_BYTES);
+}
+
 /* handle_fault() with the lock held for reading; then wait, if need be. */
 static PyObject *
 fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *task)
 {
-    PyObject *linaddr = NULL, *outcome = NULL, *result = NULL, *wait;
+    PyObject *linaddr = NULL, *result = NULL;
+    struct outcome outcome = {0};
     EnclaveCounts *counts;
     int64_t began, ended;
-    uint64_t at = 0;
+    int status;
 
     if (now_ns(mm->runtime, &began) < 0)
         return NULL;
-    address(addr, &at);
-    linaddr = PyLong_FromUnsignedLongLong(at & -(uint64_t)PAGE_BYTES);
-    if (linaddr == NULL || add_to_field(&lock->_readers, 1) < 0)
+    if ((linaddr = page_of(addr)) == NULL || add_to_field(&lock->_readers, 1) < 0)
         goto done;
-    outcome = handle_fault(vma->enclave, (PyObject *)mm, (PyObject *)vma, linaddr, task);
-    if (release_read(lock) < 0 || outcome == NULL)
+    status = handle_fault(vma->enclave, (PyObject *)mm, (PyObject *)vma, linaddr, task, &outcome);
+    if (release_read(lock) < 0 || status < 0)
         goto done;
-    result = PyTuple_GetItem(outcome, 0);
-    wait = PyTuple_GetItem(outcome, 1);
-    if (result == NULL || wait == NULL)
-        goto done;
-    if (!is_none(wait))
-        result = effect(PyObject_CallNoArgs(wait)) < 0 ? NULL : given.RETRY;
+    result = outcome.result;
+    if (!is_none(outcome.wait))
+        result = effect(PyObject_CallNoArgs(outcome.wait)) < 0 ? NULL : given.RETRY;
     if (result != NULL && now_ns(mm->runtime, &ended) == 0) {
         counts = (EnclaveCounts *)((Enclave *)vma->enclave)->counts;
         if (add_to_field(&counts->fault_ns, ended - began) < 0)
@@ -369,7 +411,7 @@ fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *ta
         result = NULL;
     Py_XINCREF(result);
 done:
-    Py_XDECREF(outcome);
+    release_outcome(&outcome);
     Py_XDECREF(linaddr);
     return result;
 }

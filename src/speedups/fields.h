@@ -31,6 +31,8 @@
     O(_patience_passes) O(_progress) O(_reclaim) O(_requests) O(_root) O(_runtime)               \
     O(_sanitizer) O(_scarce) O(_stopping) O(_task) O(_tracer) C(_waiters) O(_wake) O(asleep)     \
     C(generation) C(outcomes) O(working)
+#define PLAIN_FAULTS(C, O, B, U)                                                                 \
+    O(_permits) O(_runtime) O(_server) O(_store) O(_transitions) O(_waits) C(served)
 #define RESIDENT_SECS(C, O, B, U)                                                                \
     O(base) O(cet_attributes) O(cet_leg_bitmap_offset) C(children) O(config_id) O(config_svn)    \
     O(context) O(crossings) O(cur_count) O(eid) O(epoch) O(etrack_running) O(flags)              \
@@ -52,8 +54,9 @@
 #define STRUCTURES(X)                                                                            \
     X(AtomicCount, ATOMIC_COUNT) X(Counters, COUNTERS) X(Crossings, CROSSINGS)                   \
     X(EnclaveCounts, ENCLAVE_COUNTS) X(EnclaveVma, ENCLAVE_VMA) X(EpcCgroup, EPC_CGROUP)         \
-    X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK)\
-    X(SgxEpcPage, SGX_EPC_PAGE) X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
+    X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(PlainFaults, PLAIN_FAULTS)                    \
+    X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(SgxEpcPage, SGX_EPC_PAGE)                \
+    X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
 
 /* The neighbours and the list of a page, borrowed; NULL: it is on none. */
 #define LINKS struct linked *before, *after; struct page_list *list;

@@ -7,7 +7,7 @@
 static int
 returns_at_once(PyObject *exits, PyObject *thread, PyObject *inside)
 {
-    int known = has(thread, names.resumes, inside);
+    int known = HAS(FaultingThread, thread, resumes, inside);
 
     return known ? known : is_so(CALL(exits, return_at_once, thread, NULL));
 }
@@ -16,11 +16,11 @@ returns_at_once(PyObject *exits, PyObject *thread, PyObject *inside)
 static int
 is_at_fault(PyObject *thread)
 {
-    PyObject *image = GET(thread, image);
-    int status = image == NULL ? -1 : has(image, names.current, thread);
+    PyObject *image = GETF(FaultingThread, thread, image);
+    int status = image == NULL ? -1 : HAS(FaultingImage, image, current, thread);
 
     if (status == 0)
-        status = has(image, names.faulting, thread);
+        status = HAS(FaultingImage, image, faulting, thread);
     Py_XDECREF(image);
     return status;
 }
@@ -29,7 +29,7 @@ is_at_fault(PyObject *thread)
 static int
 has_no_tracer(PyObject *cpu)
 {
-    PyObject *hw = GET(cpu, hw), *tracer = hw == NULL ? NULL : GETF(Machine, hw, tracer);
+    PyObject *hw = GETF(ProcessorMode, cpu, hw), *tracer = hw == NULL ? NULL : GETF(Machine, hw, tracer);
     int status = tracer == NULL ? -1 : is_none(tracer);
 
     Py_XDECREF(tracer);
@@ -79,7 +79,8 @@ stays_inside(PyObject *transitions, PyObject *thread, PyObject *cpu, PyObject *i
 static int
 kick_thread(PyObject *loop, PyObject *transitions, PyObject *thread)
 {
-    PyObject *cpu = GET(thread, cpu), *inside = cpu == NULL ? NULL : GET(cpu, inside);
+    PyObject *cpu = GETF(FaultingThread, thread, cpu);
+    PyObject *inside = cpu == NULL ? NULL : GETF(ProcessorMode, cpu, inside);
     int status = inside == NULL ? -1 : is_none(inside);
 
     if (status == 0)

@@ -133,19 +133,11 @@ pager_has_nothing_due(PyObject *table)
 
 /* --- entries ------------------------------------------------------------------------------------ */
 
-/* Whether the page of an address has an entry: 0, 1, -1 with an error, or -2: ask the table. */
+/* Whether a page has an entry: 0, 1, -1 with an error, or -2: ask the table. */
 int
-page_has_entry(PyObject *table, uint64_t linaddr)
+page_has_entry(PyObject *table, PyObject *page)
 {
-    PyObject *page;
-    int status;
-
-    if (!is_native(table))
-        return -2;
-    page = PyLong_FromUnsignedLongLong(linaddr & ~(uint64_t)(PAGE_BYTES - 1));
-    status = page == NULL ? -1 : PyDict_Contains(((EnclavePageTable *)table)->_entries, page);
-    Py_XDECREF(page);
-    return status;
+    return is_native(table) ? PyDict_Contains(((EnclavePageTable *)table)->_entries, page) : -2;
 }
 
 /* An entry that is removed may have had other rights than R and W. */
@@ -294,7 +286,7 @@ show(struct showing *showing, PyObject *prot, int64_t rights)
 static EnclaveMemory *
 own_memory(EnclaveVma *vma, PyObject *table)
 {
-    PyObject *object = GET(vma->file, memory);
+    PyObject *object = GETF(EnclaveFile, vma->file, memory);
     EnclaveMemory *memory = (EnclaveMemory *)object;
 
     if (object == NULL || !is_exactly(object, given.EnclaveMemory) || PyList_Size(memory->users) != 1

@@ -6,6 +6,9 @@
 
 PyObject *readable[METHODS];
 
+/* Mm.fault of C code, in its class. */
+static PyObject *fault_descriptor;
+
 static bool
 takes(Py_ssize_t count, Py_ssize_t wanted)
 {
@@ -288,6 +291,10 @@ add_methods_to(PyObject *Py_UNUSED(module), PyObject *type)
         status = inherited == NULL || descriptor == NULL
             ? -1
             : PyObject_SetAttrString(type, methods[index].definition.ml_name, descriptor);
+        if (status == 0 && methods[index].method == MM_FAULT) {
+            Py_INCREF(descriptor);
+            replace(&fault_descriptor, descriptor);
+        }
         Py_XDECREF(descriptor);
         if (status == 0)
             replace(&readable[methods[index].method], inherited);
@@ -296,6 +303,18 @@ add_methods_to(PyObject *Py_UNUSED(module), PyObject *type)
     }
     Py_DECREF(name);
     return nothing(status);
+}
+
+int
+has_mm_fault(PyObject *mm)
+{
+    PyObject *method;
+
+    if (fault_descriptor == NULL || Py_TYPE(mm) != record_types[KIND_Mm])
+        return 0;
+    method = PyObject_GetAttr((PyObject *)Py_TYPE(mm), names.fault);
+    Py_XDECREF(method);
+    return method == NULL ? -1 : method == fault_descriptor;
 }
 
 /* fall_back(function): what handle() calls where a fault is not plain. */

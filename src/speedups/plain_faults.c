@@ -20,33 +20,26 @@ release(void *references, size_t bytes)
         Py_CLEAR(each[index]);
 }
 
-int
-has_any(PyObject *object, PyObject *name)
-{
-    PyObject *container = PyObject_GetAttr(object, name);
-    Py_ssize_t size = container == NULL ? -1 : PyObject_Size(container);
-
-    Py_XDECREF(container);
-    return size < 0 ? -1 : size > 0;
-}
-
-int
-has(PyObject *object, PyObject *name, PyObject *value)
-{
-    PyObject *found = PyObject_GetAttr(object, name);
-
-    Py_XDECREF(found);
-    return found == NULL ? -1 : found == value;
-}
-
 /* --- a fault ------------------------------------------------------------------------------------ */
 
-/* Whether the page of an address has an entry: 0, 1, or -1 with an error. */
+int
+set_address(struct fault *fault, uint64_t linaddr)
+{
+    if ((fault->linaddr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
+        return -1;
+    if (linaddr & (PAGE_BYTES - 1))
+        fault->page = PyLong_FromUnsignedLongLong(linaddr & ~(uint64_t)(PAGE_BYTES - 1));
+    else
+        Py_INCREF(fault->page = fault->linaddr);
+    return fault->page == NULL ? -1 : 0;
+}
+
+/* Whether the page of the address has an entry: 0, 1, or -1 with an error. */
 static int
-has_entry(struct fault *fault, uint64_t linaddr)
+has_entry(struct fault *fault)
 {
     PyObject *entry;
-    int status = page_has_entry(fault->page_table, linaddr);
+    int status = page_has_entry(fault->page_table, fault->page);
 
     if (status != -2)
         return status;
@@ -57,17 +50,17 @@ has_entry(struct fault *fault, uint64_t linaddr)
 
 /* As PlainFaults._may_be_plain. */
 int
-is_plain(struct service *service, struct fault *fault, uint64_t linaddr)
+is_plain(struct service *service, struct fault *fault)
 {
     PyObject *found;
     EnclaveVma *vma;
     int64_t prot = 0;
     int status;
 
-    if ((status = get_truth(fault->thread, names.breakpoints)))
+    if ((status = GET_TRUTH(FaultingThread, fault->thread, breakpoints)))
         return status < 0 ? -1 : 0;
-    if ((status = get_truth(fault->image, names.watched)) > 0
-        && (status = get_truth(fault->thread, names.watched)) == 0)
+    if ((status = GET_TRUTH(FaultingImage, fault->image, watched)) > 0
+        && (status = GET_TRUTH(FaultingThread, fault->thread, watched)) == 0)
         return 0;
     if (status < 0 || (fault->mm == NULL && (fault->mm = GET(fault->image, mm)) == NULL)
         || (found = mapping_at(fault->mm, fault->linaddr)) == NULL)
@@ -77,12 +70,13 @@ is_plain(struct service *service, struct fault *fault, uint64_t linaddr)
     Py_DECREF(found);
     if (status <= 0)
         return status;
-    if ((fault->page_table == NULL && (fault->page_table = GET(fault->image, page_table)) == NULL)
-        || (status = has_entry(fault, linaddr)) < 0)
+    if ((fault->page_table == NULL
+         && (fault->page_table = GETF(FaultingImage, fault->image, page_table)) == NULL)
+        || (status = has_entry(fault)) < 0)
         return -1;
     if (status > 0)
         return 0;
-    status = has(fault->thread, names.resumes, fault->inside);
+    status = HAS(FaultingThread, fault->thread, resumes, fault->inside);
     if (status == 0) {
         PyObject *exits = GET(service->transitions, exits), *at_once;
 
@@ -106,7 +100,7 @@ is_quiet(struct service *service)
             | PyObject_Size(service->timers);
         status = waiting < 0 ? -1 : waiting > 0;
         if (status == 0)
-            status = get_truth(runtime, names._has_failures);
+            status = GET_TRUTH(InlineRuntime, runtime, _has_failures);
     }
     else if ((status = has_any(runtime, names._ready)) == 0
         && (status = has_any(runtime, names._lock_waiters)) == 0
@@ -118,13 +112,9 @@ is_quiet(struct service *service)
 int
 is_untraced(struct fault *fault)
 {
-    PyObject *tracer;
-
-    if (fault->hw == NULL && (fault->hw = GET(fault->cpu, hw)) == NULL)
+    if (fault->hw == NULL && (fault->hw = GETF(ProcessorMode, fault->cpu, hw)) == NULL)
         return -1;
-    tracer = GETF(Machine, fault->hw, tracer);
-    Py_XDECREF(tracer);
-    return tracer == NULL ? -1 : is_none(tracer);
+    return HAS(Machine, fault->hw, tracer, Py_None);
 }
 
 /* Whether the fault was resolved, and nothing else has to be done: 0, 1, or -1 with an error. */
@@ -135,7 +125,7 @@ is_usual(struct service *service, struct fault *fault, PyObject *result)
 
     if (result != given.NOPAGE && result != given.RETRY)
         return 0;
-    if ((status = has(fault->cpu, names.inside, fault->inside)) <= 0)
+    if ((status = HAS(ProcessorMode, fault->cpu, inside, fault->inside)) <= 0)
         return status;
     status = is_untraced(fault);
     return status <= 0 ? status : is_quiet(service);
@@ -162,7 +152,7 @@ flush(struct service *service, struct fault *fault)
     int status = 0;
 
     if (is_exactly(fault->image, given.ProcessImage)
-        && (status = has_any(fault->image, names._deferred_calls)) == 0
+        && (status = HAS_ANY(FaultingImage, fault->image, _deferred_calls)) == 0
         && (status = pager_has_nothing_due(fault->page_table)) > 0)
         return 0;
     if (status == 0 && (status = drop_watched(service, fault)) > 0)
@@ -198,7 +188,7 @@ go(struct service *service, struct fault *fault)
 int
 finish(struct service *service, struct fault *fault)
 {
-    int leaving = has_any(service->store, names._leaving);
+    int leaving = HAS_ANY(NativeStore, service->store, _leaving);
 
     if (leaving < 0 || (leaving && (show_late_page(&fault->late) < 0 || hide_unmapped(service->store) < 0)))
         return -1;
@@ -210,10 +200,17 @@ static int
 resume(struct service *service, struct fault *fault)
 {
     if (finish(service, fault) < 0 || permits_going(service, fault) < 0
-        || SET(fault->thread, running, Py_True) < 0
-        || SET(fault->image, current, Py_None) < 0)
+        || SETF(FaultingThread, fault->thread, running, Py_True) < 0
+        || SETF(FaultingImage, fault->image, current, Py_None) < 0)
         return -1;
     return go(service, fault);
+}
+
+PyObject *
+call_driver(struct fault *fault, bool direct)
+{
+    return direct ? mm_fault(fault->mm, fault->linaddr, given.READ, fault->thread)
+                  : CALL(fault->mm, fault, fault->linaddr, given.READ, fault->thread, NULL);
 }
 
 /* Let the driver resolve a plain fault, and resume the thread. */
@@ -221,11 +218,12 @@ static int
 resolve(struct service *service, struct fault *fault)
 {
     PyObject *result, *number, *enclave;
-    int usual;
+    int usual, direct;
 
-    if (add_integer(service->plain, names.served, 1) < 0 || permits_settle(service) < 0)
+    if (ADD_INTEGER(PlainFaults, service->plain, served, 1) < 0 || permits_settle(service) < 0
+        || (direct = has_mm_fault(fault->mm)) < 0)
         return -1;
-    result = CALL(fault->mm, fault, fault->linaddr, given.READ, fault->thread, NULL);
+    result = call_driver(fault, direct);
     if (result == NULL)
         return -1;
     usual = is_usual(service, fault, result);
@@ -243,7 +241,7 @@ resolve(struct service *service, struct fault *fault)
         return usual;
     }
     Py_DECREF(result);
-    if (usual < 0 || SET(fault->thread, spurious, given.NO_REPETITION) < 0
+    if (usual < 0 || SETF(FaultingThread, fault->thread, spurious, given.NO_REPETITION) < 0
         || count_exit(fault->inside) < 0)
         return -1;
     return resume(service, fault);
@@ -252,10 +250,11 @@ resolve(struct service *service, struct fault *fault)
 int
 find_inside(struct service *service, struct fault *fault)
 {
-    if ((fault->cpu == NULL && (fault->cpu = GET(fault->thread, cpu)) == NULL)
-        || (fault->inside = GET(fault->cpu, inside)) == NULL || permits_report(service, fault) < 0)
+    if ((fault->cpu == NULL && (fault->cpu = GETF(FaultingThread, fault->thread, cpu)) == NULL)
+        || (fault->inside = GETF(ProcessorMode, fault->cpu, inside)) == NULL
+        || permits_report(service, fault) < 0)
         return -1;
-    replace(&fault->inside, GET(fault->cpu, inside)); /* reports change it */
+    replace(&fault->inside, GETF(ProcessorMode, fault->cpu, inside)); /* reports change it */
     return fault->inside == NULL ? -1 : !is_none(fault->inside);
 }
 
@@ -265,14 +264,14 @@ attempt(struct service *service, struct fault *fault, uint64_t linaddr)
 {
     int status;
 
-    if (SET(fault->image, current, fault->thread) < 0)
+    if (SETF(FaultingImage, fault->image, current, fault->thread) < 0)
         return -1;
     status = find_inside(service, fault);
     if (status <= 0)
         return status;
-    if ((fault->linaddr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
+    if (set_address(fault, linaddr) < 0)
         return -1;
-    status = is_plain(service, fault, linaddr);
+    status = is_plain(service, fault);
     if (status > 0)
         status = resolve(service, fault) < 0 ? -1 : 1;
     return status;
@@ -336,13 +335,14 @@ record_stop(PyObject *thread, int fetched, PyObject **stop)
 static int
 serve(struct service *service, PyObject *thread, int fetched)
 {
-    struct fault fault = {.thread = thread, .image = GET(thread, image)};
+    struct fault fault = {.thread = thread, .image = GETF(FaultingThread, thread, image)};
     PyObject *stop = NULL, *type, *error, *traceback;
     uint64_t info_at;
     int status = -1;
 
     Py_INCREF(thread);
-    if (fault.image == NULL || SET(thread, running, Py_False) < 0 || SET(thread, unstoppable, Py_False) < 0
+    if (fault.image == NULL || SETF(FaultingThread, thread, running, Py_False) < 0
+        || SETF(FaultingThread, thread, unstoppable, Py_False) < 0
         || record_stop(thread, fetched, &stop) < 0
         || get_address(thread, names.info_at, &info_at) < 0)
         goto done;
@@ -355,7 +355,7 @@ serve(struct service *service, PyObject *thread, int fetched)
             if (status < 0)
                 status = failed(service, thread) < 0 ? -1 : 1;
             PyErr_Fetch(&type, &error, &traceback);
-            if (SET(fault.image, current, Py_None) < 0)
+            if (SETF(FaultingImage, fault.image, current, Py_None) < 0)
                 status = -1;
             if (type != NULL)
                 PyErr_Restore(type, error, traceback);
@@ -376,21 +376,21 @@ find_events(struct service *service)
     PyObject *epoll;
     int64_t signals;
 
-    if ((service->faults = GET(service->waits, faults)) == NULL)
+    if ((service->faults = GETF(Waits, service->waits, faults)) == NULL)
         return -1;
     if (is_none(service->faults))
         return 0;
-    epoll = GET(service->faults, epoll);
+    epoll = GETF(FaultEvents, service->faults, epoll);
     if (is_exactly(service->runtime, given.InlineRuntime)
-        && ((service->ready = GET(service->runtime, _ready)) == NULL
-            || (service->lock_waiters = GET(service->runtime, _lock_waiters)) == NULL
-            || (service->timers = GET(service->runtime, _timers)) == NULL)) {
+        && ((service->ready = GETF(InlineRuntime, service->runtime, _ready)) == NULL
+            || (service->lock_waiters = GETF(InlineRuntime, service->runtime, _lock_waiters)) == NULL
+            || (service->timers = GETF(InlineRuntime, service->runtime, _timers)) == NULL)) {
         Py_XDECREF(epoll);
         return -1;
     }
     service->epoll = epoll == NULL ? -1 : PyObject_AsFileDescriptor(epoll);
     Py_XDECREF(epoll);
-    if (service->epoll < 0 || get_integer(service->faults, names.signals, &signals) < 0)
+    if (service->epoll < 0 || GET_INTEGER(FaultEvents, service->faults, signals, &signals) < 0)
         return -1;
     service->signals = (int)signals;
     return 0;
@@ -400,19 +400,19 @@ static int
 find_objects(struct service *service, PyObject *plain)
 {
     Py_INCREF(service->plain = plain);
-    if ((service->server = GET(plain, _server)) == NULL
+    if ((service->server = GETF(PlainFaults, plain, _server)) == NULL
         || (service->held = GET(service->server, held)) == NULL
         || (service->threads = GET(service->server, threads)) == NULL
-        || (service->waits = GET(plain, _waits)) == NULL
-        || (service->kept = GET(service->waits, kept)) == NULL
-        || (service->places = GET(service->waits, places)) == NULL
-        || (service->permits = GET(plain, _permits)) == NULL
-        || (service->open = GET(service->permits, _open)) == NULL
-        || (service->unused = GET(service->permits, _unused)) == NULL
-        || (service->recorded = GET(service->permits, _recorded)) == NULL
-        || (service->transitions = GET(plain, _transitions)) == NULL
-        || (service->store = GET(plain, _store)) == NULL
-        || (service->runtime = GET(plain, _runtime)) == NULL || find_events(service) < 0)
+        || (service->waits = GETF(PlainFaults, plain, _waits)) == NULL
+        || (service->kept = GETF(Waits, service->waits, kept)) == NULL
+        || (service->places = GETF(Waits, service->waits, places)) == NULL
+        || (service->permits = GETF(PlainFaults, plain, _permits)) == NULL
+        || (service->open = GETF(UnseenCrossings, service->permits, _open)) == NULL
+        || (service->unused = GETF(UnseenCrossings, service->permits, _unused)) == NULL
+        || (service->recorded = GETF(UnseenCrossings, service->permits, _recorded)) == NULL
+        || (service->transitions = GETF(PlainFaults, plain, _transitions)) == NULL
+        || (service->store = GETF(PlainFaults, plain, _store)) == NULL
+        || (service->runtime = GETF(PlainFaults, plain, _runtime)) == NULL || find_events(service) < 0)
         return -1;
     if (PyDict_Check(service->threads) && PyDict_Check(service->places)
         && PyDict_Check(service->unused) && PySet_Check(service->open)
@@ -512,7 +512,7 @@ wait_for_either(struct service *service, struct found *found)
 static int
 wait_for(struct service *service, int events, struct found *found)
 {
-    int only = has(service->waits, names.look_ns, Py_None);
+    int only = HAS(Waits, service->waits, look_ns, Py_None);
 
     *found = (struct found){0};
     if (events && !IS(FaultEvents, service->faults))

@@ -5,9 +5,9 @@
 
 #include "memory.h"
 
-/* The thread of the last event, and what it has until it ends. */
+/* The thread of the last event, its key among the threads, and what it has until it ends. */
 struct known {
-    PyObject *thread, *image, *cpu, *hw, *mm, *page_table;
+    PyObject *thread, *key, *image, *cpu, *hw, *mm, *page_table;
 };
 
 /* The objects that PlainFaults has; they are the same for a run. */
@@ -18,20 +18,23 @@ struct service {
     PyObject *faults; /* None: no fault is an event */
     struct known known;
     int epoll, signals;
-    int uffd; /* of the known thread */
+    int uffd, tid; /* of the events of the known thread */
+    bool direct; /* whether mm_fault() is the method of its address space */
 };
 
-/* One fault: objects that the thread has now. */
+/* One fault: objects that the thread has now; the address, and that of its page; the slot of permits
+ * that only the thread can use, or NULL. */
 struct fault {
-    PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr;
+    PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr, *page, *slot;
     struct late_page late;
     bool waits, stopped; /* the thread waits in the kernel; it was stopped meanwhile, to make calls */
 };
 
-/* Whether an attribute is an object, and whether a container attribute has anything in it:
- * 0, 1, or -1 with an error. */
-int has(PyObject *object, PyObject *name, PyObject *value);
-int has_any(PyObject *object, PyObject *name);
+/* Set the address of a fault: 0, or -1 with an error. */
+int set_address(struct fault *fault, uint64_t linaddr);
+
+/* Let the driver resolve a fault, by mm_fault() if that is `direct`. */
+PyObject *call_driver(struct fault *fault, bool direct);
 
 /* As the methods of Permits; see unseen.c. */
 int permits_report(struct service *service, struct fault *fault);
@@ -46,7 +49,7 @@ int settle(PyObject *permits);
 int is_untraced(struct fault *fault);
 
 /* Whether a fault is plain once it is known that the thread is inside: 0, 1, or -1 with an error. */
-int is_plain(struct service *service, struct fault *fault, uint64_t linaddr);
+int is_plain(struct service *service, struct fault *fault);
 
 /* Find cpu and inside of the thread, when its crossings are reported: 1, 0: it is outside, or -1. */
 int find_inside(struct service *service, struct fault *fault);

@@ -6,7 +6,8 @@
 static int
 has_running_thread(PyObject *image)
 {
-    PyObject *threads = GET(image, threads), *faulting = GET(image, faulting), *each = NULL, *thread;
+    PyObject *threads = GET(image, threads), *faulting = GETF(FaultingImage, image, faulting);
+    PyObject *each = NULL, *thread;
     int status = threads == NULL || faulting == NULL ? -1 : 0;
 
     if (status == 0 && (each = PyMapping_Values(threads)) == NULL)
@@ -14,7 +15,7 @@ has_running_thread(PyObject *image)
     for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(each); index++) {
         thread = PyList_GetItem(each, index);
         if (thread != faulting)
-            status = get_truth(thread, names.running);
+            status = GET_TRUTH(FaultingThread, thread, running);
     }
     Py_XDECREF(each);
     Py_XDECREF(faulting);
@@ -50,7 +51,7 @@ is_one_mapping(PyObject *image, PyObject *memory, PyObject *start, PyObject *end
     }
     vma = AS(EnclaveVma, found);
     if (vma != NULL && address(end, &last) && address(vma->end, &vma_end) && last <= vma_end) {
-        mapped = GET(vma->file, memory);
+        mapped = GETF(EnclaveFile, vma->file, memory);
         status = mapped == NULL ? -1 : mapped == memory;
     }
     Py_XDECREF(mapped);

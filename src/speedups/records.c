@@ -4,8 +4,10 @@
 
 #include <string.h>
 
-PyTypeObject *record_types[KINDS];
+PyTypeObject *record_types[KINDS], *derived_types[KINDS];
 struct names names;
+
+#define ANSWERS 4 /* of has_method_of() */
 struct given given;
 
 #define TEXT(name) #name,
@@ -184,6 +186,33 @@ bound_to(PyObject *method, PyObject *function)
 }
 
 int
+has(PyObject *object, PyObject *name, PyObject *value)
+{
+    PyObject *found = PyObject_GetAttr(object, name);
+
+    Py_XDECREF(found);
+    return found == NULL ? -1 : found == value;
+}
+
+int
+any_in(PyObject *container)
+{
+    Py_ssize_t size = PyObject_Size(container);
+
+    return size < 0 ? -1 : size > 0;
+}
+
+int
+has_any(PyObject *object, PyObject *name)
+{
+    PyObject *container = PyObject_GetAttr(object, name);
+    int any = container == NULL ? -1 : any_in(container);
+
+    Py_XDECREF(container);
+    return any;
+}
+
+int
 effect(PyObject *result)
 {
     if (result == NULL)
@@ -201,16 +230,47 @@ is_so(PyObject *result)
     return truth;
 }
 
+/* What was asked last; a class keeps its methods. */
+static struct answer {
+    PyObject *policy_type, *type, *name;
+    int same;
+} answers[ANSWERS];
+
 int
 has_method_of(PyObject *policy, PyObject *type, PyObject *name)
 {
-    PyObject *mine = PyObject_GetAttr((PyObject *)Py_TYPE(policy), name);
-    PyObject *its = PyObject_GetAttr(type, name);
-    int same = mine == NULL || its == NULL ? -1 : mine == its;
+    PyObject *policy_type = (PyObject *)Py_TYPE(policy), *mine, *its;
+    static unsigned next;
+    struct answer *answer;
 
+    for (answer = answers; answer < answers + ANSWERS; answer++)
+        if (answer->policy_type == policy_type && answer->type == type && answer->name == name)
+            return answer->same;
+    mine = PyObject_GetAttr(policy_type, name);
+    its = PyObject_GetAttr(type, name);
+    if (mine != NULL && its != NULL) {
+        answer = &answers[next++ % ANSWERS];
+        Py_INCREF(policy_type);
+        replace(&answer->policy_type, policy_type);
+        Py_INCREF(type);
+        replace(&answer->type, type);
+        answer->name = name;
+        answer->same = mine == its;
+    }
     Py_XDECREF(its);
     Py_XDECREF(mine);
-    return same;
+    return mine == NULL || its == NULL ? -1 : mine == its;
+}
+
+bool
+is_derived(PyTypeObject *type, enum kind kind)
+{
+    if (record_types[kind] == NULL || !PyType_IsSubtype(type, record_types[kind]))
+        return false;
+    /* A type that is kept has an address of its own. */
+    Py_INCREF((PyObject *)type);
+    replace((PyObject **)&derived_types[kind], (PyObject *)type);
+    return true;
 }
 
 /* --- binding ------------------------------------------------------------------------------------ */
@@ -285,6 +345,7 @@ bind(PyObject *Py_UNUSED(module), PyObject *args)
         if (status) {
             Py_INCREF(type);
             replace((PyObject **)&record_types[kind], type);
+            Py_CLEAR(derived_types[kind]);
         }
         return PyBool_FromLong(status);
     }

@@ -67,11 +67,19 @@ int add_virtual_exit(PyObject *module);
     X(modified) X(pending) X(pr) X(pt) X(rwx) X(secs) X(slots) X(stored) X(valid)
 #define FAULT_EVENTS(X)                                                                          \
     X(epoll) X(images) X(in_a_row) X(latest) X(may_have_stopped) X(signals)
+#define FAULTING_IMAGE(X)                                                                        \
+    X(_deferred_calls) X(current) X(faulting) X(page_table) X(permits) X(watched)
+#define FAULTING_THREAD(X)                                                                       \
+    X(blocked) X(breakpoints) X(claim) X(cpu) X(group) X(image) X(resumes) X(running)            \
+    X(spurious) X(unstoppable) X(watched)
 #define FETCHES(X) X(_prot_at) X(_taken) X(due) X(rights)
 #define INLINE_LOCK(X) X(_holder) X(_runtime) X(name)
 #define NATIVE_STORE(X) X(_leaving) X(_pages)
 #define PAGE_RIGHTS(X) X(_room) X(blocks)
+#define PERMIT_TABLE(X)                                                                          \
+    X(_anchor) X(_by_own_tid) X(_memory) X(_slots) X(_threads) X(address) X(mapped_at) X(words)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
+#define PROCESSOR_MODE(X) X(hw) X(inside)
 #define RESERVATION(X) X(index) X(pinned) X(slot)
 #define SLOT(X)                                                                                  \
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
@@ -83,7 +91,11 @@ int add_virtual_exit(PyObject *module);
 #define UFFD_PAGER(X)                                                                            \
     X(_close_events) X(_dontwake) X(_failed) X(_fetches) X(_inject) X(_pagemap) X(_present)      \
     X(_running) X(_uffd) X(_watched)
+#define UNSEEN_CROSSINGS(X) X(_exited) X(_open) X(_recorded) X(_unused)
 #define VA_SLOT(X) X(number) X(page)
+#define WAITS(X)                                                                                 \
+    X(_ended_by) X(_keeps_exits) X(_looks) X(_received) X(_signals) X(asked) X(clock) X(faults)  \
+    X(kept) X(look_ns) X(places) X(unreported)
 
 #define CLAIMS(X) \
     X(_counters) X(_kept) X(_kept_prerequisites) X(_latch) X(_queue) X(_released) \
@@ -119,6 +131,12 @@ int add_virtual_exit(PyObject *module);
 /* Those of a derived class come behind those of its base. */
 #define FLAT_FILE(X) \
     X(_buffers) X(_counters) X(_flat) X(_layout) X(_sealed) X(_sharers) X(_tracer)
+#define ENCLAVE_FILE(X)                                                                          \
+    X(_latch) X(_uninterleaved) X(references) X(_driver) X(memory) X(_in_ioctl) X(enclave)
+#define INLINE_RUNTIME(X)                                                                        \
+    X(_closed) X(_current) X(_failure) X(_has_failures) X(_main) X(_names) X(_over) X(_tasks)    \
+    X(_tie_break) X(_timers) X(_clock_ns) X(_lock_waiters) X(_main_is_last) X(_ready)            \
+    X(_sleep_ns) X(random)
 #define SEALED_PAGES(X) X(_blocks) X(_places) X(free)
 #define SPARSE_NUMBERS(X) X(chunks) X(latest)
 #define ENCLAVE(X) \
@@ -147,7 +165,11 @@ int add_virtual_exit(PyObject *module);
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
     X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)    \
-    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU) X(StoredPage, STORED_PAGE)
+    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU) X(StoredPage, STORED_PAGE)                          \
+    X(FaultingImage, FAULTING_IMAGE) X(FaultingThread, FAULTING_THREAD)                          \
+    X(InlineRuntime, INLINE_RUNTIME) X(PermitTable, PERMIT_TABLE)                                \
+    X(ProcessorMode, PROCESSOR_MODE) X(UnseenCrossings, UNSEEN_CROSSINGS) X(Waits, WAITS)        \
+    X(EnclaveFile, ENCLAVE_FILE)
 
 #define FIELD(name) PyObject *name;
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;
@@ -159,15 +181,17 @@ RECORDS(STRUCTURE)
 enum kind { RECORDS(KIND) STRUCTURES(KIND) KINDS };
 #undef KIND
 
-extern PyTypeObject *record_types[KINDS];
+/* Of each kind the class, and the derived one that was asked for last. */
+extern PyTypeObject *record_types[KINDS], *derived_types[KINDS];
+bool is_derived(PyTypeObject *type, enum kind kind);
 
 static inline bool
 is_record(PyObject *object, enum kind kind)
 {
-    PyTypeObject *type = record_types[kind];
+    PyTypeObject *type = object == NULL ? NULL : Py_TYPE(object);
 
-    return object != NULL && type != NULL
-        && (Py_IS_TYPE(object, type) || PyType_IsSubtype(Py_TYPE(object), type));
+    return type != NULL
+        && (type == record_types[kind] || type == derived_types[kind] || is_derived(type, kind));
 }
 
 /* The record of that kind, or NULL (without an error). */
@@ -358,6 +382,20 @@ int get_truth(PyObject *object, PyObject *name);
          ? PyObject_IsTrue(*PLACE(kind, object, name))                                           \
          : get_truth((PyObject *)(object), names.name))
 
+/* Whether a field is an object, and whether one that has a length has anything in it: 0, 1, or -1
+ * with an error. */
+#define HAS(kind, object, name, value)                                                           \
+    (IS(kind, object) && *PLACE(kind, object, name) != NULL                                      \
+         ? *PLACE(kind, object, name) == (value)                                                 \
+         : has((PyObject *)(object), names.name, value))
+#define HAS_ANY(kind, object, name)                                                              \
+    (IS(kind, object) && *PLACE(kind, object, name) != NULL                                      \
+         ? any_in(*PLACE(kind, object, name))                                                    \
+         : has_any((PyObject *)(object), names.name))
+int has(PyObject *object, PyObject *name, PyObject *value);
+int has_any(PyObject *object, PyObject *name);
+int any_in(PyObject *container);
+
 /* A field; one that was never set is an AttributeError. */
 static inline PyObject *
 reference(PyObject *field, PyObject *object, PyObject *name)
@@ -375,7 +413,8 @@ PyObject *bound_to(PyObject *method, PyObject *function);
 int effect(PyObject *result);
 int is_so(PyObject *result);
 
-/* Whether a method of a policy is that of a class of policies: 0, 1, or -1 with an error. */
+/* Whether a method of a policy is that of a class of policies, when the class of the policy was asked
+ * for it first: 0, 1, or -1 with an error. */
 int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
 
 /* --- what Python code gives ---------------------------------------------------------------------
@@ -557,7 +596,7 @@ long ptrace_request(long what, int tid, uint64_t address, uint64_t data);
 int continue_thread(int tid);
 
 /* The native engine's page tables and store; others by their methods.  See memory.c, hiding.c. */
-int page_has_entry(PyObject *table, uint64_t linaddr);
+int page_has_entry(PyObject *table, PyObject *page);
 int pager_has_nothing_due(PyObject *table);
 int install(PyObject *table, EnclaveVma *vma, PyObject *linaddr, PyObject *addr);
 int zap(PyObject *table, PyObject *linaddr);
@@ -591,7 +630,9 @@ int now_ns(PyObject *runtime, int64_t *time);
 /* driver: the mapping that holds an address, as Mm.find(); a new reference. */
 PyObject *mapping_at(PyObject *mm, PyObject *addr);
 
-/* driver: as Mm.fault(addr, access, task). */
+/* driver: as Mm.fault(addr, access, task); whether that is the method of an address space: 0, 1, or
+ * -1 with an error. */
+int has_mm_fault(PyObject *mm);
 PyObject *mm_fault(PyObject *mm, PyObject *addr, PyObject *access, PyObject *task);
 
 /* driver: as softsgx.driver.optimised.handle. */

@@ -15,7 +15,8 @@ gate_of(PyObject *slot)
 static int
 is_unused(struct service *service, struct fault *fault)
 {
-    PyObject *table = GET(fault->image, permits), *slots = NULL, *tcs = NULL, *slot = NULL;
+    PyObject *table = GETF(FaultingImage, fault->image, permits), *slots = NULL, *tcs = NULL;
+    PyObject *slot = NULL;
     volatile uint64_t *gate;
     uint64_t opened;
     int status = -1;
@@ -26,7 +27,7 @@ is_unused(struct service *service, struct fault *fault)
         Py_DECREF(table);
         return 0;
     }
-    if ((slots = GET(table, _slots)) != NULL && PyDict_Check(slots)
+    if ((slots = GETF(PermitTable, table, _slots)) != NULL && PyDict_Check(slots)
         && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL) {
         slot = PyDict_GetItemWithError(slots, tcs);
         Py_XINCREF(slot);
@@ -43,6 +44,8 @@ is_unused(struct service *service, struct fault *fault)
         }
         if (status > 0 && PyDict_SetItem(service->unused, fault->thread, slot) < 0)
             status = -1;
+        if (status > 0)
+            Py_INCREF(fault->slot = slot);
     }
     if (status < 0 && !PyErr_Occurred())
         PyErr_SetString(PyExc_TypeError, "slots of permits are in no dict");
@@ -65,7 +68,7 @@ permits_report(struct service *service, struct fault *fault)
         if (!unused)
             return effect(CALL(service->permits, report, fault->thread, NULL));
     }
-    return SET(service->permits, _exited, Py_None);
+    return SETF(UnseenCrossings, service->permits, _exited, Py_None);
 }
 
 /* As Permits.settle(). */
@@ -90,7 +93,7 @@ permits_settle(struct service *service)
             return -1;
         gate[offset] = closed;
     }
-    return SET(service->permits, _exited, Py_None);
+    return SETF(UnseenCrossings, service->permits, _exited, Py_None);
 }
 
 int
@@ -101,9 +104,9 @@ settle(PyObject *permits)
 
     if (!is_exactly(permits, given.Permits))
         return effect(CALL0(permits, settle));
-    if ((service.open = GET(permits, _open)) != NULL
-        && (service.unused = GET(permits, _unused)) != NULL
-        && (service.recorded = GET(permits, _recorded)) != NULL)
+    if ((service.open = GETF(UnseenCrossings, permits, _open)) != NULL
+        && (service.unused = GETF(UnseenCrossings, permits, _unused)) != NULL
+        && (service.recorded = GETF(UnseenCrossings, permits, _recorded)) != NULL)
         status = permits_settle(&service);
     Py_XDECREF(service.recorded);
     Py_XDECREF(service.unused);
@@ -116,12 +119,12 @@ settle(PyObject *permits)
 static int
 stops_at_exit(struct fault *fault)
 {
-    PyObject *table = GET(fault->image, permits), *slots, *slot;
+    PyObject *table = GETF(FaultingImage, fault->image, permits), *slots, *slot;
     EnclaveMode *inside = AS(EnclaveMode, fault->inside);
     EnclaveMemory *memory;
     int status = table == NULL ? -1 : 0;
 
-    if (inside != NULL && table != NULL && (slots = GET(table, _slots)) != NULL) {
+    if (inside != NULL && table != NULL && (slots = GETF(PermitTable, table, _slots)) != NULL) {
         slot = PyDict_Check(slots) ? PyDict_GetItemWithError(slots, inside->tcs_linaddr) : NULL;
         if (IS(Slot, slot) && ((Slot *)slot)->enclave == inside->enclave) {
             memory = AS(EnclaveMemory, ((Slot *)slot)->memory);
@@ -138,7 +141,7 @@ stops_at_exit(struct fault *fault)
 int
 permits_going(struct service *service, struct fault *fault)
 {
-    int status = has(fault->image, names.permits, Py_None);
+    int status = HAS(FaultingImage, fault->image, permits, Py_None);
     PyObject *slot;
 
     if (status)
@@ -150,7 +153,7 @@ permits_going(struct service *service, struct fault *fault)
         status = IS(Slot, slot) ? ((Slot *)slot)->stay == fault->inside
                                 : has(slot, names.stay, fault->inside);
         if (status > 0)
-            status = has(fault->thread, names.blocked, Py_None);
+            status = HAS(FaultingThread, fault->thread, blocked, Py_None);
         if (status < 0)
             return -1;
         if (status)
@@ -167,14 +170,17 @@ permits_going(struct service *service, struct fault *fault)
 int
 permits_have_slot(struct fault *fault)
 {
-    PyObject *table = GET(fault->image, permits), *slots = NULL, *tcs = NULL;
+    PyObject *table, *slots = NULL, *tcs = NULL;
     int status = -1;
 
-    if (table == NULL)
+    if (fault->slot != NULL)
+        return 1;
+    if ((table = GETF(FaultingImage, fault->image, permits)) == NULL)
         return -1;
     if (is_none(table))
         status = 1;
-    else if ((slots = GET(table, _slots)) != NULL && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL)
+    else if ((slots = GETF(PermitTable, table, _slots)) != NULL
+             && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL)
         status = PyMapping_HasKey(slots, tcs);
     Py_XDECREF(tcs);
     Py_XDECREF(slots);

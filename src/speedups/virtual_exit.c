@@ -115,9 +115,9 @@ find(struct stay *stay, struct known *known)
 {
     int mode64;
 
-    if ((stay->inside = GET(stay->cpu, inside)) == NULL
+    if ((stay->inside = GETF(ProcessorMode, stay->cpu, inside)) == NULL
         || (stay->space = GET(stay->cpu, space)) == NULL
-        || (stay->hw = GET(stay->cpu, hw)) == NULL
+        || (stay->hw = GETF(ProcessorMode, stay->cpu, hw)) == NULL
         || (stay->store = GETF(Machine, stay->hw, store)) == NULL
         || (stay->tlb = GET(stay->cpu, tlb)) == NULL
         || (mode64 = get_truth(stay->cpu, names.mode64)) < 0)

@@ -57,7 +57,7 @@ is_usual_thread(struct service *service, PyObject *thread)
     PyObject *no[] = {names.kicked, names.in_call, names.mid_call, names.unstoppable, names._changed,
                       names._ended};
     PyObject *none[] = {names._elsewhere, names._next, names._new_xstate};
-    int status = get_truth(thread, names.running);
+    int status = GET_TRUTH(FaultingThread, thread, running);
 
     for (size_t index = 0; status > 0 && index < sizeof no / sizeof *no; index++) {
         status = get_truth(thread, no[index]);
@@ -68,7 +68,7 @@ is_usual_thread(struct service *service, PyObject *thread)
     if (status > 0)
         status = (status = has_any(thread, names.pending)) < 0 ? -1 : !status;
     if (status > 0)
-        status = (status = has_any(service->waits, names.asked)) < 0 ? -1 : !status;
+        status = (status = HAS_ANY(Waits, service->waits, asked)) < 0 ? -1 : !status;
     return status <= 0 ? status : PyObject_Size(service->kept) == 0;
 }
 
@@ -78,10 +78,10 @@ is_usual_image(PyObject *image, PyObject *thread)
 {
     PyObject *threads = NULL, *only;
     Py_ssize_t place = 0;
-    int status = has(image, names.current, Py_None);
+    int status = HAS(FaultingImage, image, current, Py_None);
 
     if (status > 0)
-        status = (status = has_any(image, names._deferred_calls)) < 0 ? -1 : !status;
+        status = (status = HAS_ANY(FaultingImage, image, _deferred_calls)) < 0 ? -1 : !status;
     if (status > 0)
         status = (status = get_truth(image, names._collecting)) < 0 ? -1 : !status;
     if (status > 0 && (threads = GET(image, threads)) == NULL)
@@ -434,7 +434,8 @@ drop_watched(struct service *service, struct fault *fault)
         fault->stopped = true;
         pager = usual_pager(fault->page_table);
         PyDict_Clear(pager->_present);
-        status = PySet_Clear(pager->_watched) < 0 || SET(fault->thread, running, Py_False) < 0
+        status = PySet_Clear(pager->_watched) < 0
+                || SETF(FaultingThread, fault->thread, running, Py_False) < 0
                 || SET(fault->thread, _kept, Py_None) < 0 || make(fault, &calls) < 0
             ? -1
             : 1;

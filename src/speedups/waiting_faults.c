@@ -14,38 +14,54 @@ as_object(const struct fault_event *event)
                                  (unsigned long long)event->flags);
 }
 
-/* Find what a thread has; it has all of it until it ends. */
+/* Find what the thread of an event has; it has all of it until it ends. */
 static int
-know(struct service *service, PyObject *thread, int uffd)
+know(struct service *service, PyObject *thread, const struct fault_event *event)
 {
     struct known *known = &service->known;
+    int direct;
 
     release(known, sizeof(*known));
-    service->uffd = uffd;
+    service->uffd = event->uffd;
+    service->tid = event->tid;
     Py_INCREF(known->thread = thread);
-    if ((known->image = GET(thread, image)) == NULL || (known->cpu = GET(thread, cpu)) == NULL
-        || (known->hw = GET(known->cpu, hw)) == NULL
+    if ((known->key = PyLong_FromLong(event->tid)) == NULL
+        || (known->image = GETF(FaultingThread, thread, image)) == NULL
+        || (known->cpu = GETF(FaultingThread, thread, cpu)) == NULL
+        || (known->hw = GETF(ProcessorMode, known->cpu, hw)) == NULL
         || (known->mm = GET(known->image, mm)) == NULL
-        || (known->page_table = GET(known->image, page_table)) == NULL)
+        || (known->page_table = GETF(FaultingImage, known->image, page_table)) == NULL
+        || (direct = has_mm_fault(known->mm)) < 0)
         return -1;
+    service->direct = direct;
     return 0;
+}
+
+static bool
+is_known(struct service *service, const struct fault_event *event)
+{
+    return service->known.thread != NULL && event->uffd == service->uffd
+        && event->tid == service->tid;
 }
 
 /* As FaultEvents.thread(): a new reference; NULL: it has ended, or an error. */
 static PyObject *
 waiting_thread(struct service *service, const struct fault_event *event)
 {
-    PyObject *key = PyLong_FromLong(event->tid), *thread, *object;
+    bool known = is_known(service, event);
+    PyObject *key = known ? service->known.key : PyLong_FromLong(event->tid), *thread, *object;
     int64_t own = 0;
 
     thread = key == NULL ? NULL : PyDict_GetItemWithError(service->threads, key);
-    Py_XDECREF(key);
-    if (thread != NULL && thread == service->known.thread && event->uffd == service->uffd) {
+    if (!known)
+        Py_XDECREF(key);
+    if (thread != NULL && known && thread == service->known.thread) {
         Py_INCREF(thread);
         return thread;
     }
     if (thread != NULL && get_integer(thread, names._own_tid, &own) == 0 && own == event->tid) {
-        PyObject *images = GET(service->faults, images), *image = GET(thread, image);
+        PyObject *images = GETF(FaultEvents, service->faults, images);
+        PyObject *image = GETF(FaultingThread, thread, image);
         PyObject *uffd = PyLong_FromLong(event->uffd), *waited = NULL;
 
         if (images != NULL && uffd != NULL)
@@ -55,7 +71,7 @@ waiting_thread(struct service *service, const struct fault_event *event)
         Py_XDECREF(uffd);
         Py_XDECREF(images);
         if (waited != NULL && waited == image) {
-            if (know(service, thread, event->uffd) < 0)
+            if (know(service, thread, event) < 0)
                 return NULL;
             Py_INCREF(thread);
             return thread;
@@ -105,7 +121,7 @@ skip(struct service *service, struct fault *fault)
 static int
 resume(struct service *service, struct fault *fault)
 {
-    if (permits_going(service, fault) < 0 || SET(fault->thread, running, Py_True) < 0)
+    if (permits_going(service, fault) < 0 || SETF(FaultingThread, fault->thread, running, Py_True) < 0)
         return -1;
     return go(service, fault);
 }
@@ -116,7 +132,7 @@ continue_it(struct service *service, struct fault *fault, const struct fault_eve
 {
     int status;
 
-    if (SET(fault->thread, spurious, given.NO_REPETITION) < 0 || skip(service, fault) < 0
+    if (SETF(FaultingThread, fault->thread, spurious, given.NO_REPETITION) < 0 || skip(service, fault) < 0
         || (status = is_quiet(service)) < 0
         || (!status && (show_late_page(&fault->late) < 0
             || effect(CALL0(service->server, background)) < 0))
@@ -124,7 +140,7 @@ continue_it(struct service *service, struct fault *fault, const struct fault_eve
         return -1;
     if (fault->stopped)
         return resume(service, fault);
-    status = get_truth(fault->thread, names.running);
+    status = GET_TRUTH(FaultingThread, fault->thread, running);
     if (status <= 0)
         return status;
     if (permits_going(service, fault) < 0)
@@ -140,15 +156,16 @@ resolve(struct service *service, struct fault *fault, const struct fault_event *
     PyObject *result;
     int status;
 
-    if (add_integer(service->plain, names.served, 1) < 0
-        || SET(fault->image, faulting, fault->thread) < 0 || permits_settle(service) < 0)
+    if (ADD_INTEGER(PlainFaults, service->plain, served, 1) < 0
+        || SETF(FaultingImage, fault->image, faulting, fault->thread) < 0
+        || permits_settle(service) < 0)
         return -1;
     expect_late_page(&fault->late, fault->page_table, event->uffd, fault->linaddr);
-    result = CALL(fault->mm, fault, fault->linaddr, given.READ, fault->thread, NULL);
+    result = call_driver(fault, service->direct && fault->mm == service->known.mm);
     expect_no_late_page();
     if (result == NULL)
         return -1;
-    status = get_truth(fault->thread, names.running);
+    status = GET_TRUTH(FaultingThread, fault->thread, running);
     if (status <= 0) { /* it was stopped meanwhile */
         Py_DECREF(result);
         return status < 0 ? -1 : 1;
@@ -157,7 +174,7 @@ resolve(struct service *service, struct fault *fault, const struct fault_event *
     Py_DECREF(result);
     if (!status)
         return 0;
-    status = has(fault->cpu, names.inside, fault->inside);
+    status = HAS(ProcessorMode, fault->cpu, inside, fault->inside);
     if (status == 0)
         PyErr_SetString(PyExc_AssertionError, "a thread has left its enclave without a stop");
     return status <= 0 || continue_it(service, fault, event) < 0 ? -1 : 1;
@@ -169,16 +186,15 @@ attempt(struct service *service, struct fault *fault, const struct fault_event *
 {
     int status;
 
-    if (SET(fault->thread, unstoppable, Py_False) < 0
+    if (SETF(FaultingThread, fault->thread, unstoppable, Py_False) < 0
         || (status = find_inside(service, fault)) < 0)
         return -1;
     if (!status || event->flags & WRITE_PROTECTED)
         return 0;
-    fault->linaddr = PyLong_FromUnsignedLongLong(event->address);
-    if (fault->linaddr == NULL)
+    if (set_address(fault, event->address) < 0)
         return -1;
     if ((status = permits_have_slot(fault)) > 0
-        && (status = is_plain(service, fault, event->address)) > 0)
+        && (status = is_plain(service, fault)) > 0)
         status = resolve(service, fault, event);
     return status;
 }
@@ -224,10 +240,10 @@ serve_event(struct service *service, const struct fault_event *event)
     if (thread == NULL)
         return PyErr_Occurred() ? -1 : 0;
     fault.thread = thread;
-    if (thread == service->known.thread && event->uffd == service->uffd)
+    if (thread == service->known.thread && is_known(service, event))
         take_known(service, &fault);
     else
-        fault.image = GET(thread, image);
+        fault.image = GETF(FaultingThread, thread, image);
     status = fault.image == NULL ? -1 : attempt(service, &fault, event);
     if (show_late_page(&fault.late) < 0) /* of a thread that is not woken */
         status = -1;
@@ -236,7 +252,7 @@ serve_event(struct service *service, const struct fault_event *event)
     if (status < 0)
         status = failed_waiting(service, thread);
     PyErr_Fetch(&type, &error, &traceback);
-    if (fault.image != NULL && SET(fault.image, faulting, Py_None) < 0)
+    if (fault.image != NULL && SETF(FaultingImage, fault.image, faulting, Py_None) < 0)
         status = -1;
     if (type != NULL)
         PyErr_Restore(type, error, traceback);

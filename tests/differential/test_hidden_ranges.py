@@ -69,7 +69,7 @@ class Site:
             mm._vmas.append(vma)
         running = {number: SimpleNamespace(running=runs) for number, runs in enumerate(threads)}
         vars(image).update(mm=mm, threads=running)
-        vars(image)["faulting"] = None if faulting is None else running[faulting]
+        image.faulting = None if faulting is None else running[faulting]
         self.memories["own"].users.append(self.table)
         self.records = [StoredPage(EpcPage(EpcAddr(0x8000 + number))) for number in PAGES]
         self.leave()

@@ -123,6 +123,7 @@ class Kicked:
         vars(image).update(
             threads={}, vdso_base=AEP_OF_VDSO, vdso=SimpleNamespace(aep=0), read=self._read
         )
+        image.current = image.faulting = None
         self.code = b"other"
         return image
 
@@ -133,7 +134,8 @@ class Kicked:
     def _thread(self, number: int) -> Any:
         thread: Any = ProgramThread.__new__(ProgramThread)
         cpu = self.scene.hw.cpus[number]
-        vars(thread).update(tid=THREADS[number], image=self.image, cpu=cpu, resumes=cpu.inside)
+        thread.tid, thread.image = THREADS[number], self.image
+        thread.cpu, thread.resumes = cpu, cpu.inside
         self.image.threads[thread.tid] = thread
         return thread
 

@@ -16,11 +16,12 @@ from typing import Any, cast
 import pytest
 from tests.differential.test_native_memory import Site
 from tests.support.native import USABLE_PAGERS, needs_tracing
+from tests.unit.engines.native.test_plain_faults import FAULT, FORMS, attributes_of
 from tests.unit.engines.native.test_waiting_faults import WaitingScene
 
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
-from softsgx.driver import FaultResult
+from softsgx.driver import FaultResult, Mm
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.uffd import UffdPager
 from softsgx.engines.native.tracing.fault_events import FaultEvent
@@ -40,7 +41,7 @@ class LateScene(WaitingScene):
     """Notes at each step whether the page is in the file."""
 
     def __init__(self, form: str) -> None:
-        self.site = Site(0, "compiled" if form == "c" else True, "userfaultfd")
+        self.site = Site(0, True if form == "python" else "compiled", "userfaultfd")
         self.pager = cast(UffdPager, self.site.pager)
         self.pager._dontwake = abi.UFFDIO_COPY_MODE_DONTWAKE
         super().__init__(form, self.pager._uffd)
@@ -57,7 +58,7 @@ class LateScene(WaitingScene):
         fake.page_table, fake._deferred_calls = self.site.table, []
         fake.inject = lambda _calls: self.note("inject")
         fake.pager = self.pager
-        for name, value in vars(fake).items():
+        for name, value in attributes_of(fake).items():
             setattr(self.image, name, value)
         self.thread.image = self.image
         self.images[self.pager._uffd] = self.image
@@ -172,7 +173,7 @@ SETTINGS = [
 @pytest.fixture(params=SETTINGS, ids=lambda setting: setting.__name__)
 def outcomes(request: pytest.FixtureRequest) -> dict[str, object]:
     found: dict[str, object] = {}
-    for form in ("python", "c"):
+    for form in FORMS:
         scene = LateScene(form)
         try:
             request.param(scene)
@@ -183,6 +184,37 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, object]:
 
 
 def test_a_page_is_there_before_anything_looks(outcomes: dict[str, Any]) -> None:
-    assert outcomes["python"] == outcomes["c"]
+    assert outcomes["python"] == outcomes["c"] == outcomes["records"]
     notes, (right, _running, _errors) = outcomes["c"]
     assert right and all(note.endswith("True") for note in notes)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("stops", [False, True], ids=["waits", "stops"])
+def test_another_function_in_the_place_of_the_drivers_is_called(
+    monkeypatch: pytest.MonkeyPatch, form: str, replaced: bool, stops: bool
+) -> None:
+    called: list[object] = []
+    original = Mm.fault
+
+    def fault(mm: Mm, *arguments: Any) -> FaultResult:
+        called.append(arguments)
+        return original(mm, *arguments)
+
+    scene = LateScene(form)
+    try:
+        if replaced:
+            monkeypatch.setattr(Mm, "fault", fault)
+        process = scene.site.process
+        scene.image.mm = scene.site.mm
+        thread: Any = scene.thread
+        thread.group, thread.claim = process.group, process.claim
+        if stops:
+            thread.info.addr, scene.waits.faults = scene.at + 8, None
+            scene.events = [FAULT, END]
+        _notes, (right, running, errors) = cast(Any, scene.outcome())
+        assert right and running and not errors and scene.served.served == 1
+        assert called == [(scene.at + 8, abi.PROT_READ, thread)] * replaced
+    finally:
+        scene.site.close()

@@ -75,7 +75,7 @@ def interrupted(scene: Scene) -> None:
 
 
 def wrong_table(scene: Scene) -> None:
-    vars(scene.table)["_slots"] = None
+    scene.table._slots = None  # type: ignore[assignment]
 
 
 def wrong_open(scene: Scene) -> None:

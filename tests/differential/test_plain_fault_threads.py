@@ -111,8 +111,10 @@ def with_image(scene: Scene) -> tuple[Any, Any]:
         is_readable=lambda _at: False,
         kick_all=lambda: None,
     )
-    vars(image).update(vars(fake), page_table=table, pager=pager, _deferred_calls=[])
-    vars(image)["inject"] = lambda calls: scene.note("injected", calls)
+    own = {"page_table": table, "pager": pager, "_deferred_calls": []}
+    for name, value in (vars(fake) | own).items():
+        setattr(image, name, value)
+    image.inject = lambda calls: scene.note("injected", calls)  # type: ignore[method-assign]
     scene.image = image
     for thread in scene.threads.values():
         thread.image = image

@@ -164,7 +164,9 @@ class Server(WaitingScene):
         vdso: Any = SimpleNamespace(
             calls=labels["calls"], called=labels["called"], table=labels["space"]
         )
-        vars(image).update(vars(fake), page_table=table, pager=self.pager, _deferred_calls=[])
+        own = {"page_table": table, "pager": self.pager, "_deferred_calls": []}
+        for name, value in (vars(fake) | own).items():
+            setattr(image, name, value)
         self.memory_fd = os.open(f"/proc/{spinner.tid}/mem", os.O_RDWR)
         vars(image).update(vdso=vdso, vdso_base=spinner.code, memory_fd=self.memory_fd)
         vars(image).update(inject=lambda calls: self.log.append(f"inject {calls}"))

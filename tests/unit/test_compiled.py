@@ -16,13 +16,22 @@ from softsgx import compiled
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.enclave import Enclave, EnclaveMm
+from softsgx.driver.file import EnclaveFile
 from softsgx.driver.mm import EnclaveVma, Mm
 from softsgx.driver.optimised import CompiledPage
 from softsgx.driver.pages import EnclavePages
 from softsgx.driver.sync import RwLock
+from softsgx.engines.native.faults.plain import PlainFaults
 from softsgx.engines.native.tracing.fault_events import FaultEvents
-from softsgx.engines.native.vdso.permit_table import Slot
+from softsgx.engines.native.tracing.fault_fields import (
+    FaultingImage,
+    FaultingThread,
+    UnseenCrossings,
+)
+from softsgx.engines.native.tracing.waits import Waits
+from softsgx.engines.native.vdso.permit_table import PermitTable, Slot
 from softsgx.hw import EnclaveMode, EpcPage
+from softsgx.hw.processor import ProcessorMode
 from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.paging import Claim, Counters, FlatBacking, Reservation, SgxEpcPage, SwapEntry
 from softsgx.paging.entries import SwapEntries
@@ -35,14 +44,24 @@ from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swapfile import Pinned
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaPage, VaSlot
-from softsgx.runtime.inline import _InlineLock
+from softsgx.runtime.inline import InlineRuntime, _InlineLock
 
 ROOT = Path(__file__).parents[2]
 RECORDS: tuple[type, ...] = (
     *(AtomicCount, Claim, CompiledSwap, Counters, Enclave, EnclaveCounts, EnclaveMm, EnclaveVma),
     *(EpcCgroup, EpcPage, FlatBacking, FlatFile, Ksgxd, Mm, Pinned, Reservation, ResidentSecs),
     *(RwLock, SealedPages, SgxEpcPage, SparseNumbers, SwapEntries, SwapEntry, VaArray, VaPage),
-    *(EnclavePages, VaSlot, Crossings, EnclaveMode, FaultEvents, Slot),
+    *(EnclavePages, VaSlot, Crossings, EnclaveMode, FaultEvents, Slot, FaultingImage),
+    *(
+        FaultingThread,
+        InlineRuntime,
+        UnseenCrossings,
+        PermitTable,
+        PlainFaults,
+        ProcessorMode,
+        Waits,
+    ),
+    EnclaveFile,
 )
 SAY = "from softsgx import compiled; print(compiled.description, compiled.speedups is None)"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from errno import EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, ENOTTY
 from typing import TYPE_CHECKING, Any
 
+from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.defects import Defect
 from softsgx.driver.enclave import Enclave
@@ -44,6 +45,8 @@ class _File(RefCounted):
         memory: what the engine maps where the file is mapped; ``None``: it maps nothing.
     """
 
+    __slots__ = ("_driver", "memory")
+
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver.runtime)
         self._driver = driver
@@ -57,6 +60,8 @@ class _File(RefCounted):
 
 class ProvisionFile(_File):
     """An open ``/dev/sgx_provision``: a descriptor of it is the permission for PROVISION."""
+
+    __slots__ = ()
 
     def release(self) -> None:
         """Close it: the last descriptor in one table was closed."""
@@ -76,6 +81,8 @@ class EnclaveFile(_File):
     Attributes:
         enclave: the enclave, created or not.
     """
+
+    __slots__ = ("_in_ioctl", "enclave")
 
     def __init__(self, driver: Driver, enclave: Enclave) -> None:
         super().__init__(driver)
@@ -209,3 +216,7 @@ def _name(cmd: int) -> str:
         return f"SGX_IOC_{Ioctl(cmd).name}"
     except ValueError:
         return f"{cmd:#x}"
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("EnclaveFile", EnclaveFile)

@@ -8,8 +8,10 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
+from softsgx import compiled
 from softsgx.arch import (
     PAGE_BYTES,
     ConflictCode,
@@ -176,8 +178,20 @@ class EnclaveMode:
     outside: SavedOutsideState
 
 
+class ProcessorMode:
+    """The fields of a processor that each fault reads, at places that C code knows.
+
+    A class attribute of that name in a derived class, such as a default, would hide the field.
+    """
+
+    __slots__ = ("hw", "inside")
+
+    hw: Machine
+    inside: EnclaveMode | None
+
+
 @dataclass
-class LogicalProcessor:
+class LogicalProcessor(ProcessorMode):
     """One logical processor of a machine.
 
     Attributes:
@@ -242,7 +256,7 @@ class LogicalProcessor:
     cr2: int = 0
     ssp: int = 0
     u_cet: int = 0
-    inside: EnclaveMode | None = None
+    inside: EnclaveMode | None = field(default_factory=NoneType)
     tlb: dict[int, Translation] = field(default_factory=dict)
     busy: Lock = field(init=False, repr=False)
     enclu: EncluLeaves = field(init=False, repr=False)
@@ -393,3 +407,7 @@ class LogicalProcessor:
     def flush_tlb(self) -> None:
         """Drop every translation, as each enclave entry and exit does."""
         self.tlb.clear()
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("ProcessorMode", ProcessorMode)

@@ -112,6 +112,11 @@ class CoTask:
 class Cooperative(ABC):
     """Greenlets in one thread; a subclass decides which task runs."""
 
+    __slots__ = (
+        *("_closed", "_current", "_failure", "_has_failures", "_main", "_names", "_over"),
+        *("_tasks", "_tie_break", "_timers"),
+    )
+
     concurrent = False
     interleaves = True
 

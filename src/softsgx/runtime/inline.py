@@ -164,6 +164,8 @@ class InlineRuntime(Cooperative):
             time.
     """
 
+    __slots__ = ("_clock_ns", "_lock_waiters", "_main_is_last", "_ready", "_sleep_ns", "random")
+
     interleaves = False
 
     def __init__(
@@ -310,5 +312,6 @@ def _not_yours(lock: _InlineLock) -> str:
 
 if compiled.speedups is not None:
     compiled.speedups.bind("InlineLock", _InlineLock)
-    compiled.speedups.give("InlineRuntime", InlineRuntime)
+    if compiled.speedups.bind("InlineRuntime", InlineRuntime):
+        compiled.speedups.give("InlineRuntime", InlineRuntime)
     compiled.speedups.give("monotonic_ns", time.monotonic_ns)

@@ -26,15 +26,18 @@ from softsgx.engines.native.abi import SigInfo
 from softsgx.engines.native.faults import plain
 from softsgx.engines.native.faults.plain import PlainFaults
 from softsgx.engines.native.tracing import tracee
+from softsgx.engines.native.tracing.fault_fields import FaultingImage, FaultingThread
 from softsgx.engines.native.tracing.program import ProgramThread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.vdso.permit_code import CLOSED, CROSSING, IN, OUT
 from softsgx.engines.native.vdso.permit_table import PermitTable, Slot
 from softsgx.engines.native.vdso.permits import Permits
+from softsgx.hw.processor import EnclaveMode, ProcessorMode
 from softsgx.hw.secs import Crossings
 from softsgx.runtime import InlineRuntime
 
-FORMS = ["python"] if compiled.speedups is None else ["python", "c"]
+#: Python; C code that asks for attributes by name; and that reads and sets the fields of records.
+FORMS = ["python"] if compiled.speedups is None else ["python", "c", "records"]
 BASE, PAGE = 0x7000_0000, 4096
 ADDRESS = BASE + 5 * PAGE + 8
 TCS = BASE + PAGE
@@ -66,6 +69,32 @@ class Reports(Permits):
         return slot in self._open, thread in self._unused
 
 
+class AnImage(FaultingImage):
+    """A record with more attributes; the same holds for those that follow."""
+
+
+class AProcessor(ProcessorMode):
+    pass
+
+
+class SomeWaits(Waits):
+    pass
+
+
+RECORDS = {"image": AnImage, "cpu": AProcessor, "waits": SomeWaits, "inside": EnclaveMode}
+
+
+def make(kind: str, form: str, **values: Any) -> Any:
+    """Return an object that has those attributes."""
+    if form != "records":
+        return SimpleNamespace(**values)
+    cls: Any = RECORDS[kind]
+    made = cls.__new__(cls)
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
 class Scene:
     """A thread inside an enclave, and everything around it."""
 
@@ -82,8 +111,11 @@ class Scene:
         )
         self.vma: EnclaveVma | None = vma
         self.mm = SimpleNamespace(found=None, find=lambda _at: self.vma, fault=self.fault)
-        self.image = SimpleNamespace(
+        self.image = make(
+            "image",
+            form,
             current=None,
+            faulting=None,
             watched=False,
             mm=self.mm,
             page_table=SimpleNamespace(entry=self.entry_at),
@@ -92,15 +124,15 @@ class Scene:
         )
         self.crossings = Crossings()
         enclave = SimpleNamespace(crossings=self.crossings)
-        self.inside = SimpleNamespace(enclave=enclave, tcs_linaddr=TCS)
-        self.cpu = SimpleNamespace(inside=self.inside, hw=SimpleNamespace(tracer=None))
-        self.thread = Thread(self)
+        self.inside = make("inside", form, enclave=enclave, tcs_linaddr=TCS)
+        hw = SimpleNamespace(tracer=None)
+        self.cpu = make("cpu", form, inside=self.inside, hw=hw)
+        self.thread = RecordThread(self) if form == "records" else Thread(self)
         self.permits = Reports(self.log)
         self.runtime = InlineRuntime()
         self.threads = {11: self.thread}
-        self.waits = SimpleNamespace(
-            kept=deque(), places={}, look_ns=1, next=self.next_event, faults=None
-        )
+        self.waits = make("waits", form, kept=deque(), places={}, look_ns=1, faults=None)
+        self.waits.next = self.next_event
         self.store = SimpleNamespace(_leaving={4096}, hide_unmapped=lambda: self.log.append("hide"))
         enclave_faults = SimpleNamespace(faulted=self.faulted)
         exits = SimpleNamespace(return_at_once=lambda _thread: self.at_once)
@@ -166,14 +198,17 @@ class Scene:
 class Thread:
     """The thread."""
 
+    blocked: Any
+    resumes: Any
+    spurious: Any
+
     def __init__(self, scene: Scene) -> None:
         self.scene, self.image, self.cpu = scene, scene.image, scene.cpu
         self.tid, self.process = 11, SimpleNamespace(pid=10)
         self.running = self.unstoppable = True
         self.fetched = kernel.INFORMATION
         self.breakpoints, self.watched, self.blocked = 0, False, None
-        self.resumes: object = scene.inside
-        self.spurious: object = None
+        self.resumes, self.spurious = scene.inside, None
         self.info = SigInfo()
         self.info.signo, self.info.code, self.info.addr = abi.SIGBUS, abi.BUS_ADRERR, ADDRESS
         self.info_at = ctypes.addressof(self.info)
@@ -194,6 +229,16 @@ class Thread:
     @property
     def own_tid(self) -> int:
         return self.tid
+
+
+class RecordThread(FaultingThread, Thread):
+    """The same, a record."""
+
+
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """Return what it has itself, in slots or in a dictionary."""
+    slots = [name for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())]
+    return {name: getattr(thing, name) for name in (*slots, *vars(thing)) if hasattr(thing, name)}
 
 
 @pytest.fixture(params=FORMS)
@@ -455,7 +500,9 @@ def test_a_thread_that_ends_during_its_fault_is_not_resumed(
     scene.waits.kept, scene.waits.keeps, scene.waits.asked = waits.kept, waits.keeps, {}
     thread = ProgramThread.__new__(ProgramThread)
     tracee.Thread.__init__(thread, stopped, cast(Waits, scene.waits))
-    vars(thread).update(vars(scene.thread) | {"tid": stopped, "waits": scene.waits})
+    given = attributes_of(scene.thread) | {"tid": stopped, "waits": scene.waits}
+    for name, value in given.items():
+        setattr(thread, name, value)
     thread.info.code, thread.info.addr = abi.BUS_ADRERR, ADDRESS
     scene.thread = scene.threads[11] = cast(Any, thread)
 

@@ -135,6 +135,22 @@ def test_a_plain_fault_is_resolved_and_the_thread_woken(scene: WaitingScene) -> 
     assert scene.thread.running and not scene.thread.unstoppable
 
 
+def test_each_event_of_a_series_is_that_of_the_thread_as_it_is_then(scene: WaitingScene) -> None:
+    scene.reports = [scene.event] * 4 + [END]
+    found = [scene.result, FaultResult.SIGBUS, scene.result]
+
+    def change_result() -> None:
+        scene.crossings.aex = scene.crossings.eresume = 0
+        scene.result = found.pop(0)
+        if not found:
+            del scene.threads[11]
+            scene.unknown = True
+
+    scene.during = change_result
+    assert scene.run() == [*PLAIN, "fault", *STOPS, *PLAIN]
+    assert scene.served.served == 3
+
+
 def test_the_thread_is_woken_at_the_end(scene: WaitingScene) -> None:
     scene.forbid_wake()
     [*first, held, failure] = scene.run()
@@ -287,9 +303,14 @@ def test_a_thread_is_found_by_its_own_id(scene: WaitingScene, case: str) -> None
         assert found
 
 
-def test_the_same_id_in_another_space_is_that_of_another_thread(scene: WaitingScene) -> None:
-    other = scene.event._replace(uffd=scene.event.uffd + 1000)
-    scene.images[other.uffd] = SimpleNamespace()
+@pytest.mark.parametrize("what", ["its id in another space", "another id"])
+def test_an_event_after_another_may_be_that_of_another_thread(
+    scene: WaitingScene, what: str
+) -> None:
+    other = scene.event._replace(tid=12)
+    if what == "its id in another space":
+        other = scene.event._replace(uffd=scene.event.uffd + 1000)
+        scene.images[other.uffd] = SimpleNamespace()
     scene.reports = [scene.event, other, END]
     scene.waits.faults.thread = lambda event: scene.thread if event == scene.event else None
     assert scene.run() == PLAIN

@@ -75,6 +75,7 @@ class Server(Protocol):
         """End the process of a thread that could not be served, unless the thread had ended."""
 
 
+@compiled.record
 class PlainFaults:
     """See the module.
 
@@ -89,6 +90,10 @@ class PlainFaults:
     Attributes:
         served: number of plain faults.
     """
+
+    __slots__ = (
+        *("_permits", "_runtime", "_server", "_store", "_transitions", "_waits", "served"),
+    )
 
     def __init__(
         self,
@@ -266,4 +271,5 @@ if compiled.speedups is not None:
         "sigbus_stop": decode_stop(_SIGBUS_STOP),
     }.items():
         compiled.speedups.give(name, value)
+    compiled.speedups.bind("PlainFaults", PlainFaults)
     serve = compiled.speedups.serve_faults

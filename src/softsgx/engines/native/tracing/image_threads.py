@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from softsgx.driver import BadAddress
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.page_table import Pager
+from softsgx.engines.native.tracing.fault_fields import FaultingImage
 from softsgx.engines.native.tracing.memory_descriptor import open_inherited
 from softsgx.engines.native.tracing.tracee import Gone
 from softsgx.engines.native.vdso.code import CALL_WORDS, pack_calls
@@ -32,7 +33,7 @@ __all__ = ["ThreadsOfImage"]
 _MOST_CALLS = abi.PAGE // (8 * CALL_WORDS)
 
 
-class ThreadsOfImage:
+class ThreadsOfImage(FaultingImage):
     """The threads of an address space; see the module.
 
     Args:
@@ -50,8 +51,6 @@ class ThreadsOfImage:
     """
 
     members = 0
-    current: ProgramThread | None = None
-    faulting: ProgramThread | None = None
     _collecting = False
 
     def __init__(
@@ -64,7 +63,8 @@ class ThreadsOfImage:
         self.vdso_base, self.vdso = vdso_base, vdso
         self.hold, self.pager = hold, pager
         self.threads: dict[int, ProgramThread] = {}
-        self._deferred_calls: list[tuple[int, ...]] = []
+        self.current = self.faulting = None
+        self._deferred_calls = []
 
     @cached_property
     def memory_fd(self) -> int:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from softsgx.engines.native.vdso.crossing_sites import ExitSite
     from softsgx.engines.native.vdso.host_jumps import EntrySite
     from softsgx.engines.native.vdso.out_of_line import OutOfLineSlots
-    from softsgx.engines.native.vdso.permit_table import PermitTable
     from softsgx.engines.native.vdso.state_jumps import EnclaveSite
 
 __all__ = ["ProcessImage"]
@@ -82,9 +81,7 @@ class ProcessImage(ThreadsOfImage):
     """
 
     # As each address space begins: most of those of short programs end so.
-    permits: PermitTable | None = None
     has_room_for_permits = True
-    watched = False
     view: EnclaveFile | None = None
     permits_at = loader = 0
     cpuid_stubs: CpuidStubs | None = None
@@ -106,6 +103,7 @@ class ProcessImage(ThreadsOfImage):
         self.index, self._pid, self._services = index, pid, services
         if memory_fd is not None:
             self.memory_fd = memory_fd
+        self.permits, self.watched = None, False
         self.registry, self.strict = services.registry, services.strict
         self.may_be_uninvolved = services.may_be_uninvolved
         self._uncovered: list[tuple[int, int]] = []
@@ -115,7 +113,7 @@ class ProcessImage(ThreadsOfImage):
         make_table: Callable[..., EnclavePageTable] = FAST_PAGE_TABLE
         if services.recorder is not None:
             make_table = partial(recording.RecordedPageTable, recorder=services.recorder)
-        self.page_table: EnclavePageTable = make_table(
+        self.page_table = make_table(
             index,
             services.store,
             services.pages,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, cast
 from softsgx.driver import Mm
 from softsgx.engines.native import abi
 from softsgx.engines.native.abi import SigInfo
+from softsgx.engines.native.tracing.fault_fields import FaultingThread
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.tracing.tracee import Gone, Stop, Thread
 from softsgx.engines.native.tracing.waits import Waits
 from softsgx.engines.native.x86.areas import AreaLayouts
-from softsgx.hw import EnclaveMode, LogicalProcessor, Registers
+from softsgx.hw import LogicalProcessor, Registers
 from softsgx.ondemand import dataclass
 from softsgx.paging import Claim, Group
 
@@ -84,7 +85,7 @@ class Trap:
     address: int | None
 
 
-class ProgramThread(Thread):
+class ProgramThread(FaultingThread, Thread):
     """See the module.  It is the driver's :class:`~softsgx.driver.Task`.
 
     Args:
@@ -123,16 +124,13 @@ class ProgramThread(Thread):
     """
 
     # As each thread begins: most threads of short programs end so.
-    running = watched = unstoppable = announces_end = kicked = False
+    announces_end = kicked = False
     again: tuple[int, ...] | None = None
-    blocked: int | None = None
     illegal_at: tuple[int, Trap] | None = None
-    resumes: EnclaveMode | None = None
-    breakpoints = _own_tid = 0
+    _own_tid = 0
     went_in = b""
     held_up = pause_ns = paused_until_ns = ran_ns = 0
     user_memory: ImageMemory | None = None
-    spurious: tuple[int, tuple[int, int]] = (0, (0, 0))
     outgoing: Trap | None = None
 
     def __init__(
@@ -146,6 +144,9 @@ class ProgramThread(Thread):
     ) -> None:
         regs = NativeRegisters()
         super().__init__(tid, waits, regs)
+        self.running = self.watched = self.unstoppable = False
+        self.blocked = self.resumes = None
+        self.breakpoints, self.spurious = 0, (0, (0, 0))
         self.process, self.image, self.cpu, self.areas = process, image, cpu, areas
         self.group = process.group  # asked for at each fault
         self.pending: list[Stop] = []

@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
+from softsgx import compiled
 from softsgx.engines.native import abi, kernel, libc
 from softsgx.engines.native.kernel import Place
 from softsgx.engines.native.tracing.fault_events import (
@@ -62,6 +63,11 @@ class Waits:
         faults: faults whose threads wait; ``None``: each fault stops its thread.
         asked: what each thread waits for that waited for a page and was asked to stop.
     """
+
+    __slots__ = (
+        *("_ended_by", "_keeps_exits", "_looks", "_received", "_signals", "asked", "clock"),
+        *("faults", "kept", "look_ns", "places", "unreported"),
+    )
 
     def __init__(
         self,
@@ -363,3 +369,7 @@ def let_end(tid: int) -> None:
 _INFO = abi.SigInfo()
 _INFO_AT = ctypes.addressof(_INFO)
 _EXITING = abi.PTRACE_EVENT_EXIT << 8 | abi.SIGTRAP  # si_code of the stop
+
+
+if compiled.speedups is not None:
+    compiled.speedups.bind("Waits", Waits)

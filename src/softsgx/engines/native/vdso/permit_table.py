@@ -232,6 +232,11 @@ class PermitTable:
         mapped_at: its address in the supervisor.
     """
 
+    __slots__ = (
+        *("_anchor", "_by_own_tid", "_memory", "_slots", "_threads", "address", "mapped_at"),
+        "words",
+    )
+
     def __init__(self, fd: int, address: int, threads: Mapping[int, ProgramThread]) -> None:
         try:
             os.ftruncate(fd, TABLE_BYTES)
@@ -370,4 +375,5 @@ def _exchange() -> Callable[[int, int], int]:
 
 
 if compiled.speedups is not None:
+    compiled.speedups.bind("PermitTable", PermitTable)
     compiled.speedups.bind("Slot", Slot)

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
+from softsgx.engines.native.tracing.fault_fields import UnseenCrossings
 from softsgx.engines.native.tracing.registers import NativeRegisters
 from softsgx.engines.native.vdso.permit_code import BUSY, IN, TAIL_BYTES
 from softsgx.engines.native.vdso.permit_table import Entry, make_table
@@ -52,7 +53,7 @@ _PAIR = struct.Struct("<QQ")  # URSP, URBP
 _RFLAGS = 0x202  # EENTER uses no flag but TF, and with TF set every instruction stops
 
 
-class Permits:
+class Permits(UnseenCrossings):
     """See the module.
 
     Args:
@@ -68,11 +69,11 @@ class Permits:
         failed: Callable[[ProcessImage, Exception], None],
     ) -> None:
         self._usable, self._hold, self._failed = usable, hold, failed
-        self._open: set[Slot] = set()
-        self._recorded: set[Slot] = set()  # slots with an outcome of EENTER
+        self._open = set()
+        self._recorded = set()  # slots with an outcome of EENTER
         # Open gates of threads that are stopped inside and have not crossed since they were opened.
-        self._unused: dict[ProgramThread, Slot] = {}
-        self._exited: tuple[ProgramThread, Slot] | None = None  # by the EEXIT of the current stop
+        self._unused = {}
+        self._exited = None  # by the EEXIT of the current stop
         self._scratch = NativeRegisters()
         self._then = cast(Registers, self._scratch)  # as the machine types them
 

@@ -229,9 +229,11 @@ def test_while_threads_stand_back_for_one_its_stops_come_first_and_faults_in_tur
     )
     stops, fault = [(71, 1, 0)], FaultEvent(3, 73, 0x1000, 0)
     resolved: list[FaultEvent] = []
-    monkeypatch.setattr(waits, "stop_of", lambda tid: stops.pop() if stops and tid == 71 else None)
-    monkeypatch.setattr(waits, "fault_now", lambda: fault if has_faults else None)
-    monkeypatch.setattr(waits, "next_or_fault", lambda _until: (72, 2, 0))
+    monkeypatch.setattr(
+        Waits, "stop_of", lambda _waits, tid: stops.pop() if stops and tid == 71 else None
+    )
+    monkeypatch.setattr(Waits, "fault_now", lambda _waits: fault if has_faults else None)
+    monkeypatch.setattr(Waits, "next_or_fault", lambda _waits, _until: (72, 2, 0))
     first, plain = SimpleNamespace(tid=71), SimpleNamespace(resolve=resolved.append)
     events = [loop._next_fairly(cast(Any, first), cast(Any, plain), None) for _ in range(5)]
     other = (72, 2, 0)
