@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.differential.test_optimised_paging import IMPLEMENTATIONS, worlds_of
 from tests.differential.test_paging_corners import (
     compare,
@@ -159,6 +160,37 @@ def test_a_paging_key_of_another_class_seals_and_opens(optimised: Any) -> None:
     (page,) = evicted(world)
     assert load(world, page) is page.epc
     world.check()
+
+
+class OlderCipher:
+    """The cipher of a library that returns objects, and cannot write to memory that exists."""
+
+    def __init__(self, key: bytes) -> None:
+        self._aead = AESGCM(key)
+
+    def encrypt(self, *args: Any) -> bytes:
+        return self._aead.encrypt(*args)
+
+    def decrypt(self, *args: Any) -> bytes:
+        return self._aead.decrypt(*args)
+
+
+def test_a_cipher_that_returns_objects_makes_the_same_bytes() -> None:
+    def action(world: World) -> object:
+        pages, seen = evicted(world, 3), list[object]()
+        key = world.system.machine.secrets.paging
+        key._aead = OlderCipher(key._key)  # type: ignore[assignment]
+        for page in pages:
+            load(world, page)
+            assert world.system.core.evict(page.epc)
+            pinned = page.swap._file.open(page.index)
+            seen.append((bytes(pinned.data), bytes(pinned.pcmd_bytes)))
+        key._aead = None
+        for page in pages:
+            load(world, page)
+        return seen
+
+    assert len(compare(action)) == 3
 
 
 # --- VA slots -------------------------------------------------------------------------------------
