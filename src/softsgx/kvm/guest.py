@@ -55,7 +55,10 @@ _SECTION_ALIGN = 1 << 30
 _RAM_BITS = 52
 _HIDDEN = SgxFeature.ENCLV | SgxFeature.OVERSUB_ENCLS | SgxFeature.EUPDATESVN
 _MOST_EXECUTIONS = 100_000
-_MOST_SHORTAGES, _MOST_FAULTS = 32, 1000
+_MOST_SHORTAGES = 32
+#: A processor waits while other tasks have claims on pages; on threads they are done after hundreds
+#: of its attempts, each after a pause of 50 us.  More is a loop without end.
+_MOST_FAULTS = 100_000
 
 
 class GuestStoppedError(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.support.driver import launch, pattern
 from tests.support.guests import GuestHost, GuestSystem
@@ -10,7 +12,8 @@ from softsgx.arch import PAGE_BYTES, PageType, Status
 from softsgx.errors import SoftSgxError
 from softsgx.hw import PageFault, PageInfoArgs
 from softsgx.kvm import GuestStopped, GuestStoppedError
-from softsgx.paging import NoEpc
+from softsgx.kvm.vepc import VepcMapping
+from softsgx.paging import FaultResult, NoEpc
 from softsgx.runtime import SeededRuntime
 from softsgx.userland import Signal
 
@@ -80,6 +83,26 @@ def test_a_guest_without_a_page_to_run_with_is_stopped_and_the_others_go_on() ->
     ]
     assert made.thread().load(made.data(2), 8) == pattern(2)[:8]
     host.check_invariants()
+
+
+def test_a_processor_waits_for_pages_as_long_as_others_claim_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = GuestHost(epc_pages=80)
+    guest = host.guest(24)
+    made = launch(guest.process(), 4)
+    host.evict_all()
+    fault, waits = VepcMapping.fault, iter(range(20_000))
+
+    def busy(self: VepcMapping, *arguments: Any, **options: Any) -> FaultResult:
+        if next(waits, None) is not None:
+            return FaultResult.RETRY
+        return fault(self, *arguments, **options)
+
+    monkeypatch.setattr(VepcMapping, "fault", busy)
+    assert made.thread().load(made.data(2), 8) == pattern(2)[:8]
+    assert next(waits, None) is None
+    assert guest.guest.stopped is None
 
 
 def _fill(guest: GuestSystem) -> None:
