@@ -207,17 +207,6 @@ first_node(PyObject *pool, PyObject *number)
     return node != NULL || PyErr_Occurred() ? node : CALL(pool, first, number, NULL);
 }
 
-static PageList *
-freed_of(PyObject *node)
-{
-    PyObject *object = GETF(Node, node, freed);
-    PageList *list = page_list(object);
-
-    if (list == NULL)
-        Py_XDECREF(object);
-    return list;
-}
-
 /* The pages that were freed on the node that is tried first, and whether the first can be taken. */
 static PageList *
 freed_pages(PyObject *core, PyObject *node_number, bool *usable)
@@ -228,7 +217,7 @@ freed_pages(PyObject *core, PyObject *node_number, bool *usable)
     if (pool != NULL)
         node = first_node(pool, node_number);
     if (node != NULL)
-        freed = freed_of(node);
+        freed = page_list(GETF(Node, node, freed));
     *usable = freed != NULL && freed->first != NULL
         && is_false(((SgxEpcPage *)freed->first)->poisoned);
     Py_XDECREF(node);
@@ -324,7 +313,7 @@ give_back(PyObject *core, SgxEpcPage *page)
 
     if (pool != NULL && (nodes = GETF(FreePages, pool, nodes)) != NULL
         && (node = PyObject_GetItem(nodes, page->node)) != NULL)
-        freed = freed_of(node);
+        freed = page_list(GETF(Node, node, freed));
     if (freed != NULL && (count = GETF(EpcCore, core, _free)) != NULL
         && list_append(freed, page) == 0)
         status = ADD_INTEGER(AtomicCount, count, value, 1);

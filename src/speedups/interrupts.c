@@ -29,10 +29,9 @@ is_at_fault(PyObject *thread)
 static int
 has_no_tracer(PyObject *cpu)
 {
-    PyObject *hw = GETF(ProcessorMode, cpu, hw), *tracer = hw == NULL ? NULL : GETF(Machine, hw, tracer);
-    int status = tracer == NULL ? -1 : is_none(tracer);
+    PyObject *hw = GETF(ProcessorMode, cpu, hw);
+    int status = hw == NULL ? -1 : HAS(Machine, hw, tracer, Py_None);
 
-    Py_XDECREF(tracer);
     Py_XDECREF(hw);
     return status;
 }

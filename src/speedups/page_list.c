@@ -72,7 +72,7 @@ page_list(PyObject *object)
 {
     if (object != NULL && !Py_IS_TYPE(object, list_type)) {
         PyErr_SetString(PyExc_TypeError, "a list of EPC pages is no PageList");
-        return NULL;
+        Py_CLEAR(object);
     }
     return (PageList *)object;
 }
@@ -80,12 +80,7 @@ page_list(PyObject *object)
 PageList *
 listed_pages(PyObject *lru)
 {
-    PyObject *object = GETF(Lru, lru, pages);
-    PageList *list = page_list(object);
-
-    if (list == NULL)
-        Py_XDECREF(object);
-    return list;
+    return page_list(GETF(Lru, lru, pages));
 }
 
 /* --- the type ----------------------------------------------------------------------------------- */

@@ -13,7 +13,7 @@ typedef struct page_list {
     uint64_t changes;
 } PageList;
 
-/* The list, borrowed; NULL with an error: the object (which may be NULL with an error) is none. */
+/* An object, whose reference is taken over, as a list; NULL with an error: it is none, or NULL. */
 PageList *page_list(PyObject *object);
 
 /* The pages of an Lru, a new reference. */
