@@ -73,7 +73,7 @@ isolate_one(PageList *listed, PyObject *isolated)
     if (pinned > 0 && PyList_Append(isolated, (PyObject *)page) < 0)
         pinned = -1;
     else if (pinned == 0) {  // its destructor frees the page; a tracked page would seem isolated
-        set_field(&page->tracked, Py_False);
+        set_flag(&page->tracked, false);
         set_field(&page->lru, Py_None);
     }
     Py_DECREF(owner);
@@ -228,7 +228,7 @@ free_one(PyObject *core, const PageList *listed, SgxEpcPage *page, PyObject *own
         PyErr_SetString(PyExc_AssertionError, "a page was not isolated");
         return -1;
     }
-    set_field(&page->tracked, Py_False);
+    set_flag(&page->tracked, false);
     set_field(&page->lru, Py_None);
     if (core_free(core, (PyObject *)page) < 0)
         return -1;

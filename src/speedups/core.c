@@ -125,7 +125,7 @@ withdraw_verdicts(PyObject *ksgxd)
     PyObject *verdicts;
     int status = 0;
 
-    if (SETF(Ksgxd, ksgxd, _gave_up, Py_False) < 0 || (verdicts = GETF(Ksgxd, ksgxd, _oom_verdicts)) == NULL)
+    if (SET_FLAG(Ksgxd, ksgxd, _gave_up, false) < 0 || (verdicts = GETF(Ksgxd, ksgxd, _oom_verdicts)) == NULL)
         return -1;
     if (PyObject_Size(verdicts) > 0)
         status = effect(CALL0(verdicts, clear));
@@ -242,7 +242,7 @@ take(PyObject *core, PyObject *ksgxd, PageList *freed, bool usable, PyObject *co
         if (ADD_INTEGER(AtomicCount, count, value, -1) < 0)
             goto done;
         record = list_popleft(freed);
-        set_field(&record->free, Py_False);
+        set_flag(&record->free, false);
         page = (PyObject *)record;
         goto done;
     }
@@ -343,10 +343,10 @@ core_free(PyObject *core, PyObject *object)
     Py_INCREF(kind);
     set_field(&page->owner, Py_None);
     set_field(&page->group, Py_None);
-    set_field(&page->blocked, Py_False);
-    set_field(&page->kept, Py_False);
+    set_flag(&page->blocked, false);
+    set_flag(&page->kept, false);
     if (count_held(core, kind, -1) == 0) {
-        set_field(&page->free, Py_True);
+        set_flag(&page->free, true);
         if (give_back(core, page) == 0 && (ksgxd = GETF(EpcCore, core, _ksgxd)) != NULL) {
             status = page_freed(ksgxd);
             Py_DECREF(ksgxd);
@@ -373,7 +373,7 @@ core_mark_reclaimable(PyObject *core, PyObject *object)
     if (lru == NULL)
         return -1;
     set_field(&page->lru, lru);
-    set_field(&page->tracked, Py_True);
+    set_flag(&page->tracked, true);
     listed = listed_pages(lru);
     if (listed != NULL && list_append(listed, page) == 0
         && (ksgxd = GETF(EpcCore, core, _ksgxd)) != NULL) {

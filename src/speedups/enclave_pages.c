@@ -210,7 +210,7 @@ page_prepare(PyObject *object)
     Py_DECREF(reservation);
     if (is_none(reservation))
         return 0;
-    set_field(&page->being_reclaimed, Py_True);
+    set_flag(&page->being_reclaimed, true);
     return 1;
 }
 
@@ -253,7 +253,7 @@ page_block(PyObject *object)
     HOLD(epc);
     done = in_page_tables(page, mms, zap) < 0 ? -1 : blocks(page->enclave, epc->addr);
     if (done > 0)
-        set_field(&epc->blocked, Py_True);
+        set_flag(&epc->blocked, true);
     else if (done == 0)
         done = readably(PAGE_BLOCK, object);  // EBLOCK again, which has changed nothing
     RELEASE(epc);
@@ -316,7 +316,7 @@ page_write(PyObject *object)
                 : 1;
             set_field(&page->epc, Py_None);
         }
-        set_field(&page->being_reclaimed, Py_False);
+        set_flag(&page->being_reclaimed, false);
         Py_DECREF(entry);
         if (result >= 0 && tell_waiting(page->enclave) < 0)
             result = -1;

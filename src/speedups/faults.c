@@ -40,7 +40,7 @@ loadable(struct fault *fault)
     PyObject *pages;
     EnclavePage *page = NULL;
     uint64_t base, linaddr;
-    int64_t wanted, most;
+    int64_t wanted;
     int plain;
 
     if (GET_ADDRESS(Enclave, fault->enclave, base, &base) < 0
@@ -58,7 +58,7 @@ loadable(struct fault *fault)
         return NULL;
     if (!is_none(page->epc) || !is_false(page->being_reclaimed)
         || fault->vma == NULL || !integer(fault->vma->prot, &wanted)
-        || !integer(page->max_prot, &most) || wanted & ~most
+        || wanted & ~(int64_t)page->max_prot
         || swap_of(page) == NULL || PySet_Size(((Enclave *)page->enclave)->modified) != 0)
         plain = 0;
     else
@@ -162,7 +162,7 @@ resolve(struct fault *fault)
         status = install(ptes, fault->vma, fault->linaddr, ((SgxEpcPage *)epc)->addr);
         Py_DECREF(ptes);
         if (status == 0 && is_false(page->touched)) {
-            set_field(&page->touched, Py_True);
+            set_flag(&page->touched, true);
             status = add_to_field(&fault->counts->touched, 1);
         }
     }

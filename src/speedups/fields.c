@@ -88,6 +88,29 @@ set_bitmap(PyObject *self, PyObject *value, void *at)
     return 0;
 }
 
+/* --- fields that are numbers of one byte --------------------------------------------------------- */
+
+static PyObject *
+get_byte(PyObject *self, void *at)
+{
+    return PyLong_FromLong(*((uint8_t *)self + (size_t)at));
+}
+
+static int
+set_byte(PyObject *self, PyObject *value, void *at)
+{
+    long number;
+
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "a number cannot be deleted");
+        return -1;
+    }
+    number = PyLong_AsLong(value);
+    if (number == -1 && PyErr_Occurred())
+        return -1;
+    return put_byte((uint8_t *)self + (size_t)at, number);
+}
+
 /* --- one type a structure ----------------------------------------------------------------------- */
 
 struct structure {
@@ -95,7 +118,7 @@ struct structure {
     size_t size;
     const char *const *fields;
     PyGetSetDef *numbers;
-    PyMemberDef *objects;
+    PyMemberDef *members;
     traverseproc traverse;
     inquiry clear;
     destructor dealloc;
@@ -117,7 +140,9 @@ release(PyObject *self)
 #define ADDRESS(name)                                                                            \
     {#name, get_address_field, set_address_field, NULL, (void *)offsetof(HOLDER, name)},
 #define BITMAP(name) {#name, get_bitmap, set_bitmap, NULL, (void *)offsetof(HOLDER, name)},
+#define BYTE(name) {#name, get_byte, set_byte, NULL, (void *)offsetof(HOLDER, name)},
 #define OBJECT(name) {#name, T_OBJECT_EX, offsetof(HOLDER, name), 0, NULL},
+#define FLAG(name) {#name, T_BOOL, offsetof(HOLDER, name), 0, NULL},
 #define VISIT(name) Py_VISIT(record->name);
 #define CLEAR(name) Py_CLEAR(record->name);
 
@@ -128,7 +153,7 @@ release(PyObject *self)
         kind *record = (kind *)self;                                                             \
                                                                                                  \
         (void)record;                                                                            \
-        fields(NOTHING, VISIT, NOTHING, NOTHING)                                                 \
+        fields(NOTHING, VISIT, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
         Py_VISIT(Py_TYPE(self));                                                                 \
         return 0;                                                                                \
     }                                                                                            \
@@ -138,7 +163,7 @@ release(PyObject *self)
         kind *record = (kind *)self;                                                             \
                                                                                                  \
         (void)record;                                                                            \
-        fields(NOTHING, CLEAR, NOTHING, NOTHING)                                                 \
+        fields(NOTHING, CLEAR, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
         return 0;                                                                                \
     }                                                                                            \
                                                                                                  \
@@ -152,11 +177,15 @@ release(PyObject *self)
     static struct structure *kind##_structure(void)                                              \
     {                                                                                            \
         typedef kind HOLDER;                                                                     \
-        static const char *const names[] = {fields(TEXT, TEXT, TEXT, TEXT) NULL};                \
-        static PyGetSetDef numbers[] = {fields(COUNT, NOTHING, BITMAP, ADDRESS) {NULL}};         \
-        static PyMemberDef objects[] = {fields(NOTHING, OBJECT, NOTHING, NOTHING) {NULL}};       \
+        static const char *const names[] = {fields(TEXT, TEXT, TEXT, TEXT, TEXT, TEXT) NULL};    \
+        static PyGetSetDef numbers[] = {                                                         \
+            fields(COUNT, NOTHING, BITMAP, ADDRESS, NOTHING, BYTE) {NULL}                        \
+        };                                                                                       \
+        static PyMemberDef members[] = {                                                         \
+            fields(NOTHING, OBJECT, NOTHING, NOTHING, FLAG, NOTHING) {NULL}                      \
+        };                                                                                       \
         static struct structure one = {                                                          \
-            "softsgx._speedups." #kind, sizeof(kind), names, numbers, objects,                   \
+            "softsgx._speedups." #kind, sizeof(kind), names, numbers, members,                   \
             kind##_traverse, kind##_clear, kind##_dealloc, NULL,                                 \
         };                                                                                       \
                                                                                                  \
@@ -186,7 +215,7 @@ make(const struct structure *structure)
 {
     PyType_Slot slots[] = {
         {Py_tp_getset, structure->numbers},
-        {Py_tp_members, structure->objects},
+        {Py_tp_members, structure->members},
         {Py_tp_dealloc, (void *)structure->dealloc},
         {Py_tp_traverse, (void *)structure->traverse},
         {Py_tp_clear, (void *)structure->clear},

@@ -90,7 +90,7 @@ eblock(PyObject *self, PyObject *const *args, Py_ssize_t count)
         && (secs = AS(EpcPage, page->secs)) != NULL
         && (enclave = AS(ResidentSecs, secs->enclave)) != NULL
         && is_false(enclave->etrack_running)) {
-        set_field(&page->blocked, Py_True);
+        set_flag(&page->blocked, true);
         set_field(&page->bepoch, enclave->epoch);
         Py_INCREF(result = given.SUCCESS);
     }
@@ -317,7 +317,7 @@ fill_entry(const struct eldu *eldu, const ResidentSecs *enclave)
     set_field(&page->pt, eldu->type);
     set_field(&page->secs, (PyObject *)eldu->secs);
     set_field(&page->linaddr, eldu->linaddr);
-    set_field(&page->blocked, Py_False);
+    set_flag(&page->blocked, false);
     set_field(&page->pending, flags & SECINFO_PENDING ? Py_True : Py_False);
     set_field(&page->modified, flags & SECINFO_MODIFIED ? Py_True : Py_False);
     set_field(&page->pr, flags & SECINFO_PR ? Py_True : Py_False);

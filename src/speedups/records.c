@@ -92,6 +92,17 @@ no_count(void)
 }
 
 int
+put_byte(uint8_t *field, int64_t value)
+{
+    if (value < 0 || value > UINT8_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "a number is not from 0 to 255");
+        return -1;
+    }
+    *field = (uint8_t)value;
+    return 0;
+}
+
+int
 add_to_object(PyObject **field, int64_t change)
 {
     int64_t value;

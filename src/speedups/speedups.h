@@ -53,8 +53,6 @@ int add_virtual_exit(PyObject *module);
 #define ENCLAVE_MODE(X)                                                                          \
     X(cet_slot) X(enclave) X(entry_epoch) X(frame) X(outside) X(secs) X(tcs) X(tcs_linaddr)
 #define ENCLAVE_MM(X) X(enclave) X(mm)
-#define ENCLAVE_PAGE(X)                                                                          \
-    X(being_reclaimed) X(enclave) X(epc) X(index) X(kind) X(max_prot) X(reservation) X(touched)
 #define ENCLAVE_PAGES(X) X(_count) X(chunks)
 #define ENCLAVE_MEMORY(X)                                                                        \
     X(_windows) X(fd) X(forbidden) X(former_jumps) X(jumps) X(key) X(marked) X(pages)            \
@@ -155,7 +153,7 @@ int add_virtual_exit(PyObject *module);
 
 #define RECORDS(X)                                                                               \
     X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
-    X(EnclaveMm, ENCLAVE_MM) X(EnclavePage, ENCLAVE_PAGE) X(EnclavePages, ENCLAVE_PAGES)         \
+    X(EnclaveMm, ENCLAVE_MM) X(EnclavePages, ENCLAVE_PAGES)                                      \
     X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                                              \
     X(Pinned, PINNED) X(Reservation, RESERVATION)                                                \
     X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
@@ -207,16 +205,32 @@ as_record(PyObject *object, enum kind kind)
 #define HOLD(record) Py_INCREF((PyObject *)(record))
 #define RELEASE(record) Py_XDECREF((PyObject *)(record))
 
+/* Of a flag, or of a field that is True, False or another object. */
+#define is_true(field) _Generic((field), bool: flag_is_true, default: object_is_true)(field)
+#define is_false(field) _Generic((field), bool: flag_is_false, default: object_is_false)(field)
+
 static inline bool
-is_true(PyObject *field)
+object_is_true(PyObject *field)
 {
     return field == Py_True;
 }
 
 static inline bool
-is_false(PyObject *field)
+object_is_false(PyObject *field)
 {
     return field == Py_False;
+}
+
+static inline bool
+flag_is_true(bool field)
+{
+    return field;
+}
+
+static inline bool
+flag_is_false(bool field)
+{
+    return !field;
 }
 
 static inline bool
@@ -226,11 +240,19 @@ is_none(PyObject *field)
 }
 
 /* Whether a field is an integer that fits; then it is stored. */
-#define integer(field, value) _Generic((field), int64_t: read_count, default: read_integer)(field, value)
+#define integer(field, value)                                                                    \
+    _Generic((field), int64_t: read_count, uint8_t: read_byte, default: read_integer)(field, value)
 bool read_integer(PyObject *field, int64_t *value);
 
 static inline bool
 read_count(int64_t field, int64_t *value)
+{
+    *value = field;
+    return true;
+}
+
+static inline bool
+read_byte(uint8_t field, int64_t *value)
 {
     *value = field;
     return true;
@@ -259,6 +281,22 @@ set_field(PyObject **field, PyObject *value)
     Py_XDECREF(old);
 }
 
+/* The same of a flag, or of a field that is True or False. */
+#define set_flag(field, value)                                                                   \
+    _Generic((field), bool *: store_flag, default: store_truth)(field, value)
+
+static inline void
+store_flag(bool *field, bool value)
+{
+    *field = value;
+}
+
+static inline void
+store_truth(PyObject **field, bool value)
+{
+    set_field(field, value ? Py_True : Py_False);
+}
+
 /* Replace a reference by another one, which is taken over. */
 static inline void
 replace(PyObject **place, PyObject *value)
@@ -269,12 +307,13 @@ replace(PyObject **place, PyObject *value)
     Py_XDECREF(old);
 }
 
-/* Beyond 64 bits is an OverflowError; the field stays as it is. */
+/* Beyond what the field takes is an OverflowError; it stays as it is. */
 #define set_integer(field, value)                                                                \
-    _Generic((field), int64_t *: put_count, default: put_object)(field, value)
+    _Generic((field), int64_t *: put_count, uint8_t *: put_byte, default: put_object)(field, value)
 #define add_to_field(field, change)                                                              \
     _Generic((field), int64_t *: add_to_count, default: add_to_object)(field, change)
 int put_object(PyObject **field, int64_t value);
+int put_byte(uint8_t *field, int64_t value);
 int add_to_object(PyObject **field, int64_t change);
 int no_count(void);
 
@@ -377,10 +416,30 @@ int get_truth(PyObject *object, PyObject *name);
 #define ADD_INTEGER(kind, object, name, change)                                                  \
     (IS(kind, object) ? add_to_field(PLACE(kind, object, name), change)                          \
                       : add_integer((PyObject *)(object), names.name, change))
+#define SET_FLAG(kind, object, name, value)                                                      \
+    (IS(kind, object) ? (set_flag(PLACE(kind, object, name), value), 0)                          \
+                      : SET(object, name, (value) ? Py_True : Py_False))
 #define GET_TRUTH(kind, object, name)                                                            \
-    (IS(kind, object) && *PLACE(kind, object, name) != NULL                                      \
-         ? PyObject_IsTrue(*PLACE(kind, object, name))                                           \
+    (IS(kind, object)                                                                            \
+         ? truth_of(*PLACE(kind, object, name), (PyObject *)(object), names.name)                \
          : get_truth((PyObject *)(object), names.name))
+#define truth_of(field, object, name)                                                            \
+    _Generic((field), bool: flag_truth, default: object_truth)(field, object, name)
+
+static inline int
+flag_truth(bool field, PyObject *Py_UNUSED(object), PyObject *Py_UNUSED(name))
+{
+    return field;
+}
+
+/* A field that was never set is an AttributeError. */
+static inline int
+object_truth(PyObject *field, PyObject *object, PyObject *name)
+{
+    if (field == NULL)
+        return get_truth(object, name);
+    return is_true(field) ? 1 : is_false(field) ? 0 : PyObject_IsTrue(field);
+}
 
 /* Whether a field is an object, and whether one that has a length has anything in it: 0, 1, or -1
  * with an error. */

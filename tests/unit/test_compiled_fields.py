@@ -20,6 +20,7 @@ from softsgx.arch import PageType
 from softsgx.cgroup import EpcCgroup
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.mm import EnclaveVma
+from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import RwLock
 from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.paging import Counters, FlatBacking, SgxEpcPage
@@ -30,8 +31,10 @@ from softsgx.paging.va_page import VaPage
 from softsgx.runtime import InlineRuntime
 
 TOP = 2**63 - 1
-LIMITS = [(0, 2**512 - 1), (0, 2**64 - 1), (-TOP - 1, TOP)]
-"""The least and the greatest integer of a bitmap, an address, and a count."""
+LIMITS = [(0, 2**512 - 1), (0, 2**64 - 1), (-TOP - 1, TOP), (0, 255)]
+"""The least and the greatest integer of a bitmap, an address, a count, and a number of one byte."""
+BYTES = {2**512 - 1: 64, 2**64 - 1: 8, TOP: 8, 255: 1}
+"""The size of a field by its greatest integer."""
 
 
 def records() -> list[Any]:
@@ -40,8 +43,8 @@ def records() -> list[Any]:
 
 RECORDS = [type(one) for one in records()]
 CLASSES: list[Any] = [
-    *(*RECORDS, EnclaveVma, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock, SgxEpcPage),
-    *(VaArray, VaPage),
+    *(*RECORDS, EnclavePage, EnclaveVma, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock),
+    *(SgxEpcPage, VaArray, VaPage),
 ]
 #: Bytes of the links of a page that can be on a list.
 LINKS = {SgxEpcPage: 24}
@@ -65,8 +68,16 @@ def blank(cls: Any) -> Any:
 def fields_of(cls: Any) -> tuple[list[str], list[str]]:
     """The counts and the objects of a class with a structure."""
     one, names = blank(cls), vars(cls.__base__)["__slots__"]
-    counts = [name for name in names if getattr(one, name, None) == 0]
-    return counts, [name for name in names if name not in counts]
+    types = {name: type(getattr(one, name, None)) for name in names}
+    return [name for name in names if types[name] is int], [
+        name for name in names if types[name] not in (int, bool)
+    ]
+
+
+def flags_of(cls: Any) -> list[str]:
+    """The flags of a class with a structure."""
+    counts, objects = fields_of(cls)
+    return [name for name in vars(cls.__base__)["__slots__"] if name not in {*counts, *objects}]
 
 
 def limits_of(cls: Any, name: str) -> tuple[int, int]:
@@ -143,8 +154,9 @@ def test_the_compiled_core_has_the_fields_of_each_class() -> None:
         if not dataclasses.is_dataclass(cls):
             assert {*cls.__slots__} == {*vars(structure)["__slots__"]}
         assert not core.bind(cls.__name__, int)
-        wide = sum(limits_of(cls, name)[1] >> 64 > 0 for name in fields_of(cls)[0])
-        size = 8 * len(vars(structure)["__slots__"]) + (64 - 8) * wide
+        counts, objects = fields_of(cls)
+        size = sum(BYTES[limits_of(cls, name)[1]] for name in counts)
+        size = -(-(size + 8 * len(objects) + len(flags_of(cls))) // 8) * 8
         assert cls.__basicsize__ == object.__basicsize__ + LINKS.get(cls, 0) + size
     assert core.fields("Other") is None
     with pytest.raises(TypeError):
@@ -169,15 +181,21 @@ def test_a_class_with_other_fields_stays_as_it_is_written() -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_each_field_has_its_own_place(cls: Any) -> None:
     one, (counts, objects) = blank(cls), fields_of(cls)
-    assert counts or cls in LINKS
     values: dict[str, object] = {
         name: limits_of(cls, name)[n % 2] // 3 + n for n, name in enumerate(counts)
     }
     values |= {name: f"the object of {name}" for name in objects}
     for name, value in values.items():
         setattr(one, name, value)
+    for number, name in enumerate(flags_of(cls)):
+        values[name] = number % 3 == 1
+        setattr(one, name, values[name])
     assert {name: getattr(one, name) for name in values} == values
-    assert sys.getsizeof(one) >= 8 * len(values)
+    for name in flags_of(cls):
+        values[name] = not values[name]
+        setattr(one, name, values[name])
+        assert {name: getattr(one, name) for name in values} == values
+    assert sys.getsizeof(one) >= 8 * (len(counts) + len(objects)) - 7 * len(counts)
 
 
 @needs_core
@@ -201,6 +219,28 @@ def test_what_is_no_integer_of_its_kind_is_refused(cls: Any) -> None:
         assert getattr(one, name) == 5
         setattr(one, name, True)
         assert type(getattr(one, name)) is int
+
+
+@needs_core
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if hasattr(cls, "__slots__")])
+def test_what_is_no_truth_is_no_flag(cls: Any) -> None:
+    one = blank(cls)
+    for name in flags_of(cls):
+        assert getattr(one, name) is False
+        setattr(one, name, True)
+        for wrong in (1, 0, None, "yes"):
+            with pytest.raises(TypeError):
+                setattr(one, name, wrong)
+        with pytest.raises(TypeError):
+            delattr(one, name)
+        assert getattr(one, name) is True
+
+
+@needs_core
+def test_records_of_pages_have_flags_and_numbers_of_one_byte() -> None:
+    assert flags_of(EnclavePage) == ["being_reclaimed", "touched"]
+    assert limits_of(EnclavePage, "max_prot") == (0, 255)
+    assert len(flags_of(SgxEpcPage)) == 6
 
 
 @needs_core
@@ -284,7 +324,7 @@ def test_records_that_end_leave_nothing_behind() -> None:
             for cls in CLASSES:
                 one, (counts, objects) = blank(cls), fields_of(cls)
                 for name in counts + objects:
-                    setattr(one, name, 1 << 50)
+                    setattr(one, name, 200)
 
     def state() -> list[int]:
         gc.collect()

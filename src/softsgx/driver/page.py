@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_SHIFT, PageType
+from softsgx.compiled import record
 from softsgx.defects import Defect
 from softsgx.paging import EnclaveSwap, Reservation, SgxEpcPage, SwapEntry
 
@@ -21,6 +22,7 @@ LABELS = {kind: kind.name.lower() for kind in PageType}
 """The label of an EPC page of each type in the core's counters."""
 
 
+@record
 class EnclavePage:
     """One page of an enclave, resident or not: ``struct sgx_encl_page``.
 
