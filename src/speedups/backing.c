@@ -130,37 +130,27 @@ alloc_slot(PyObject *va, PyObject *pages, VaPage *page)
 
 /* --- backing ------------------------------------------------------------------------------------ */
 
-static PyObject *
-group_of(PyObject *index)
-{
-    int64_t value;
+#define PCMDS_SHIFT 5 /* of PCMDS_PER_PAGE */
 
-    if (!integer(index, &value)) {
-        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
-        return NULL;
-    }
-    return PyLong_FromLongLong(value >> 5);  // PCMDS_PER_PAGE
-}
-
-/* The number of PCMDs that share a page: 0, or -1 with an error. */
+/* One PCMD more (1) or fewer (-1) in the page that has that of a page: 0; 1: that was the last one, and
+ * nothing has changed; or -1 with an error. */
 static int
-count_sharers(PyObject *sharers, PyObject *group, int64_t *count)
+share(PyObject *file, PyObject *flat, int64_t index, int change)
 {
-    PyObject *found = PyDict_GetItemWithError(sharers, group);
+    PyObject *sharers = GETF(FlatFile, file, _sharers);
+    int64_t group = index >> PCMDS_SHIFT, count;
+    uint32_t *kept;
+    int status = -1;
 
-    *count = 0;
-    if (found != NULL && !integer(found, count))
-        PyErr_SetString(PyExc_TypeError, "the number of PCMDs is no integer");
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int
-put_sharers(PyObject *sharers, PyObject *group, int64_t count)
-{
-    PyObject *number = PyLong_FromLongLong(count);
-    int status = number == NULL ? -1 : PyDict_SetItem(sharers, group, number);
-
-    Py_XDECREF(number);
+    if (sharers == NULL || number_at(sharers, group, &kept) < 0)
+        goto done;
+    count = (kept == NULL ? 0 : (int64_t)*kept) + change;
+    if (count == 0)
+        status = 1;
+    else if (count > 1 || change < 0 || ADD_INTEGER(FlatBacking, flat, pcmd_pages, 1) == 0)
+        status = number_put(sharers, kept, group, count);
+done:
+    Py_XDECREF(sharers);
     return status;
 }
 
@@ -168,23 +158,21 @@ put_sharers(PyObject *sharers, PyObject *group, int64_t count)
 PyObject *
 reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *index)
 {
-    PyObject *sharers = GETF(FlatFile, file, _sharers), *group = group_of(index), *pinned = NULL;
+    PyObject *pinned = NULL;
     Py_ssize_t last = PyList_Size(buffers) - 1;
-    int64_t count;
+    int64_t number;
 
-    if (sharers == NULL || group == NULL || count_sharers(sharers, group, &count) < 0
-        || put_sharers(sharers, group, count + 1) < 0 || ADD_INTEGER(FlatBacking, flat, reserved, 1) < 0)
-        goto done;
-    pinned = PyList_GetItem(buffers, last);
-    if (pinned == NULL)
-        goto done;
+    if (!integer(index, &number)) {
+        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
+        return NULL;
+    }
+    if (share(file, flat, number, 1) < 0 || ADD_INTEGER(FlatBacking, flat, reserved, 1) < 0
+        || (pinned = PyList_GetItem(buffers, last)) == NULL)
+        return NULL;
     Py_INCREF(pinned);
     set_field(&((Pinned *)pinned)->index, index);
     if (PyList_SetSlice(buffers, last, last + 1, NULL) < 0)
         Py_CLEAR(pinned);
-done:
-    Py_XDECREF(group);
-    Py_XDECREF(sharers);
     return pinned;
 }
 
@@ -209,9 +197,9 @@ int
 keep(PyObject *file, PyObject *pinned, PyObject *sealed)
 {
     PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL, *buffers = NULL;
-    int64_t flags;
+    int64_t flags, index;
     int usual = flat == NULL ? -1
-        : integer(PyTuple_GetItem(sealed, 1), &flags)
+        : integer(((Pinned *)pinned)->index, &index) && integer(PyTuple_GetItem(sealed, 1), &flags)
         ? is_usual(flat, flags, PyTuple_GetItem(sealed, 2))
         : 0;
     int status = -1;
@@ -225,7 +213,7 @@ keep(PyObject *file, PyObject *pinned, PyObject *sealed)
     contents = GETF(FlatFile, file, _sealed);
     buffers = GETF(FlatFile, file, _buffers);
     if (contents != NULL && buffers != NULL && ADD_INTEGER(FlatBacking, flat, reserved, -1) == 0
-        && sealed_put(contents, ((Pinned *)pinned)->index, PyTuple_GetItem(sealed, 0)) == 0)
+        && sealed_put(contents, index, PyTuple_GetItem(sealed, 0)) == 0)
         status = PyList_Append(buffers, pinned);
 done:
     Py_XDECREF(buffers);
@@ -258,57 +246,87 @@ done:
     return status;
 }
 
+/* The flags of a page, a new reference, if it has other ones than most: 1; 0; or -1 with an error. */
+static int
+unusual_flags(PyObject *flat, int64_t index, PyObject **flags)
+{
+    PyObject *unusual = GETF(FlatBacking, flat, unusual), *number = NULL, *kind = NULL;
+    int found = unusual == NULL ? -1 : 0;
+
+    if (unusual != NULL && PyDict_Size(unusual) > 0) {
+        number = PyLong_FromLongLong(index);
+        kind = number == NULL ? NULL : PyDict_GetItemWithError(unusual, number);
+        found = PyErr_Occurred() ? -1 : kind != NULL && PyTuple_Check(kind);
+    }
+    if (found > 0)
+        Py_XINCREF(*flags = PyTuple_GetItem(kind, 0));
+    Py_XDECREF(number);
+    Py_XDECREF(unusual);
+    return found;
+}
+
 /* What FlatFile.kept() returns: the place of the ciphertext, and the flags, a new reference: 1; 0: no
  * such page, -1: an error. */
 int
-kept(PyObject *file, PyObject *index, struct sealed_place *place, PyObject **flags)
+kept(PyObject *file, int64_t index, struct sealed_place *place, PyObject **flags)
 {
     PyObject *contents = GETF(FlatFile, file, _sealed), *flat = GETF(FlatFile, file, _flat);
-    PyObject *unusual = NULL, *usual = NULL, *kind;
-    int found = -1;
+    PyObject *usual = NULL;
+    int found = -1, unusual;
 
-    if (contents == NULL || flat == NULL || (unusual = GETF(FlatBacking, flat, unusual)) == NULL
-        || (usual = GETF(FlatBacking, flat, usual)) == NULL
+    if (contents == NULL || flat == NULL || (usual = GETF(FlatBacking, flat, usual)) == NULL
         || (found = sealed_find(contents, index, place)) <= 0)
         goto done;
-    kind = PyDict_GetItemWithError(unusual, index);
-    if (kind == NULL)
-        kind = usual;
-    found = PyErr_Occurred() ? -1 : PyTuple_Check(kind);
-    if (found > 0) {
-        *flags = PyTuple_GetItem(kind, 0);
-        Py_XINCREF(*flags);
-    }
+    unusual = unusual_flags(flat, index, flags);
+    if (unusual)
+        found = unusual;
+    else if ((found = PyTuple_Check(usual)) > 0)
+        Py_XINCREF(*flags = PyTuple_GetItem(usual, 0));
 done:
     Py_XDECREF(usual);
-    Py_XDECREF(unusual);
     Py_XDECREF(flat);
     Py_XDECREF(contents);
     return found;
 }
 
+/* A PCMD page has its last sharer no more: as FlatFile._leave(). */
+static int
+leave(PyObject *file, int64_t index)
+{
+    PyObject *number = PyLong_FromLongLong(index);
+    int status = number == NULL ? -1 : effect(CALL(file, _leave, number, NULL));
+
+    Py_XDECREF(number);
+    return status;
+}
+
+static int
+forget_unusual(PyObject *flat, int64_t index)
+{
+    PyObject *unusual = GETF(FlatBacking, flat, unusual), *number;
+    int status = unusual == NULL ? -1 : 0;
+
+    if (unusual != NULL && PyDict_Size(unusual) > 0) {
+        number = PyLong_FromLongLong(index);
+        status = number == NULL ? -1 : effect(CALL(unusual, pop, number, Py_None, NULL));
+        Py_XDECREF(number);
+    }
+    Py_XDECREF(unusual);
+    return status;
+}
+
 /* As FlatFile.forget(). */
 int
-forget(PyObject *file, Counters *counters, PyObject *index)
+forget(PyObject *file, Counters *counters, int64_t index)
 {
-    PyObject *contents = GETF(FlatFile, file, _sealed), *flat = GETF(FlatFile, file, _flat), *unusual = NULL;
-    PyObject *sharers = GETF(FlatFile, file, _sharers), *group = group_of(index);
-    int64_t count;
+    PyObject *contents = GETF(FlatFile, file, _sealed), *flat = GETF(FlatFile, file, _flat);
     int status = -1;
 
-    if (contents == NULL || flat == NULL || sharers == NULL || group == NULL
-        || (unusual = GETF(FlatBacking, flat, unusual)) == NULL || sealed_drop(contents, index) < 0)
-        goto done;
-    if (PyDict_Size(unusual) > 0 && effect(CALL(unusual, pop, index, Py_None, NULL)) < 0)
-        goto done;
-    if (add_to_field(&counters->truncated, 1) < 0 || count_sharers(sharers, group, &count) < 0)
-        goto done;
-    status = count > 1 ? put_sharers(sharers, group, count - 1)
-                       : effect(CALL(file, _leave, index, NULL));
-done:
-    Py_XDECREF(group);
-    Py_XDECREF(sharers);
-    Py_XDECREF(unusual);
+    if (contents != NULL && flat != NULL && sealed_drop(contents, index) == 0
+        && forget_unusual(flat, index) == 0 && add_to_field(&counters->truncated, 1) == 0)
+        status = share(file, flat, index, -1);
+    if (status > 0)
+        status = leave(file, index);
     Py_XDECREF(flat);
     Py_XDECREF(contents);
     return status;

@@ -29,7 +29,7 @@
     O(events) O(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
     C(peak_pages) O(removed) C(usage_pages)
 #define FLAT_BACKING(C, O, B, U, F, N)                                                                 \
-    O(kinds) O(limit_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)
+    O(kinds) O(limit_pages) C(pcmd_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)
 #define KSGXD(C, O, B, U, F, N)                                                                        \
     O(_counters) O(_failed) O(_faults) O(_in_use) O(_lock) O(_oom_verdicts)          \
     O(_patience_passes) O(_progress) O(_reclaim) O(_requests) O(_root) O(_runtime)               \

@@ -2,22 +2,35 @@
 
 #include "speedups.h"
 
-/* The chunk that C code has used last, in `latest` of its SparseNumbers, which forget it with their
- * chunks.  An array does not move while its buffer is held. */
+#include <stdlib.h>
+
+#define MOST_CHUNKS ((int64_t)1 << 16) /* in one table */
+
+/* The chunks that C code has used, in `latest` of their SparseNumbers, which forget it with their
+ * chunks.  Each has one place, by its lowest bits; where two need the same, the table grows, and at last
+ * the older one leaves.  An array does not move while its buffer is held. */
+struct chunk {
+    int64_t high;
+    Py_buffer numbers; /* those of CHUNK_MASK + 1 pages; without an object: there is no chunk */
+};
+
 typedef struct {
     PyObject_HEAD
-    int64_t high;
-    Py_buffer numbers; /* those of CHUNK_MASK + 1 pages */
-} Chunk;
+    int64_t size; /* a power of two */
+    struct chunk *chunks;
+} Chunks;
 
-static PyObject *chunk_type;
+static PyObject *chunks_type;
 
 static void
-chunk_dealloc(PyObject *self)
+chunks_dealloc(PyObject *self)
 {
+    Chunks *table = (Chunks *)self;
     PyTypeObject *type = Py_TYPE(self);
 
-    PyBuffer_Release(&((Chunk *)self)->numbers);
+    for (int64_t place = 0; table->chunks != NULL && place < table->size; place++)
+        PyBuffer_Release(&table->chunks[place].numbers);
+    free(table->chunks);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -25,58 +38,125 @@ chunk_dealloc(PyObject *self)
 int
 add_numbers(PyObject *Py_UNUSED(module))
 {
-    PyType_Slot slots[] = {{Py_tp_dealloc, (void *)chunk_dealloc}, {0, NULL}};
+    PyType_Slot slots[] = {{Py_tp_dealloc, (void *)chunks_dealloc}, {0, NULL}};
     PyType_Spec spec = {
-        .name = "softsgx._speedups.Chunk",
-        .basicsize = sizeof(Chunk),
+        .name = "softsgx._speedups.Chunks",
+        .basicsize = sizeof(Chunks),
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
         .slots = slots,
     };
 
-    if (chunk_type == NULL)
-        chunk_type = PyType_FromSpec(&spec);
-    return chunk_type == NULL ? -1 : 0;
+    if (chunks_type == NULL)
+        chunks_type = PyType_FromSpec(&spec);
+    return chunks_type == NULL ? -1 : 0;
 }
 
-static PyObject *
-make_chunk(PyObject *array, int64_t high)
+static Chunks *
+make_table(void)
 {
-    Chunk *chunk = (Chunk *)PyType_GenericAlloc((PyTypeObject *)chunk_type, 0);
+    Chunks *table = (Chunks *)PyType_GenericAlloc((PyTypeObject *)chunks_type, 0);
 
-    if (chunk == NULL)
+    if (table == NULL)
         return NULL;
-    chunk->high = high;
-    if (PyObject_GetBuffer(array, &chunk->numbers, PyBUF_WRITABLE) == 0) {
-        if (chunk->numbers.len == (CHUNK_MASK + 1) * (Py_ssize_t)sizeof(uint32_t))
-            return (PyObject *)chunk;
-        PyErr_SetString(PyExc_TypeError, "a chunk of numbers has another size");
+    table->size = 1;
+    table->chunks = calloc(1, sizeof(struct chunk));
+    if (table->chunks == NULL) {
+        RELEASE(table);
+        return (Chunks *)PyErr_NoMemory();
     }
-    RELEASE(chunk);
-    return NULL;
+    return table;
+}
+
+static struct chunk *
+place_in(const Chunks *table, int64_t high)
+{
+    return &table->chunks[high & (table->size - 1)];
+}
+
+/* Twice the places; no two chunks need the same, since they did not before. */
+static int
+grow(Chunks *table)
+{
+    Chunks larger = {.size = table->size * 2};
+
+    larger.chunks = calloc((size_t)larger.size, sizeof(struct chunk));
+    if (larger.chunks == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int64_t place = 0; place < table->size; place++) {
+        if (table->chunks[place].numbers.obj != NULL)
+            *place_in(&larger, table->chunks[place].high) = table->chunks[place];
+    }
+    free(table->chunks);
+    table->chunks = larger.chunks;
+    table->size = larger.size;
+    return 0;
+}
+
+/* Give a chunk its place; NULL with an error. */
+static struct chunk *
+add_chunk(Chunks *table, PyObject *array, int64_t high)
+{
+    struct chunk chunk = {.high = high}, *place = place_in(table, high);
+
+    while (place->numbers.obj != NULL && table->size < MOST_CHUNKS) {
+        if (grow(table) < 0)
+            return NULL;
+        place = place_in(table, high);
+    }
+    if (PyObject_GetBuffer(array, &chunk.numbers, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (chunk.numbers.len != (CHUNK_MASK + 1) * (Py_ssize_t)sizeof(uint32_t)) {
+        PyBuffer_Release(&chunk.numbers);
+        PyErr_SetString(PyExc_TypeError, "a chunk of numbers has another size");
+        return NULL;
+    }
+    PyBuffer_Release(&place->numbers);
+    *place = chunk;
+    return place;
+}
+
+/* A chunk that is not in the table: 1; 0: there is none; or -1 with an error. */
+static int
+find_chunk(SparseNumbers *numbers, int64_t high, struct chunk **chunk)
+{
+    PyObject *key, *array;
+    Chunks *table;
+
+    if (numbers == NULL || numbers->chunks == NULL || !PyDict_Check(numbers->chunks)) {
+        PyErr_SetString(PyExc_TypeError, "numbers of pages that are no SparseNumbers");
+        return -1;
+    }
+    if ((key = PyLong_FromLongLong(high)) == NULL)
+        return -1;
+    array = PyDict_GetItemWithError(numbers->chunks, key);
+    Py_DECREF(key);
+    if (array == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    if (!is_exactly(numbers->latest, chunks_type)) {
+        if ((table = make_table()) == NULL)
+            return -1;
+        replace(&numbers->latest, (PyObject *)table);
+    }
+    *chunk = add_chunk((Chunks *)numbers->latest, array, high);
+    return *chunk == NULL ? -1 : 1;
 }
 
 int
 number_at(PyObject *object, int64_t index, uint32_t **number)
 {
     SparseNumbers *numbers = AS(SparseNumbers, object);
-    Chunk *chunk = numbers == NULL ? NULL : (Chunk *)numbers->latest;
-    PyObject *high, *array;
+    int64_t high = index >> CHUNK_SHIFT;
+    struct chunk *chunk = NULL;
+    int found;
 
-    *number = NULL;
-    if (!is_exactly((PyObject *)chunk, chunk_type) || chunk->high != index >> CHUNK_SHIFT) {
-        if (numbers == NULL || numbers->chunks == NULL || !PyDict_Check(numbers->chunks)) {
-            PyErr_SetString(PyExc_TypeError, "numbers of pages that are no SparseNumbers");
-            return -1;
-        }
-        if ((high = PyLong_FromLongLong(index >> CHUNK_SHIFT)) == NULL)
-            return -1;
-        array = PyDict_GetItemWithError(numbers->chunks, high);
-        Py_DECREF(high);
-        if (array == NULL)
-            return PyErr_Occurred() ? -1 : 0;
-        if ((chunk = (Chunk *)make_chunk(array, index >> CHUNK_SHIFT)) == NULL)
-            return -1;
-        replace(&numbers->latest, (PyObject *)chunk);
+    if (numbers != NULL && is_exactly(numbers->latest, chunks_type))
+        chunk = place_in((Chunks *)numbers->latest, high);
+    if (chunk == NULL || chunk->numbers.obj == NULL || chunk->high != high) {
+        *number = NULL;
+        if ((found = find_chunk(numbers, high, &chunk)) <= 0)
+            return found;
     }
     *number = (uint32_t *)chunk->numbers.buf + (index & CHUNK_MASK);
     return 0;

@@ -1,8 +1,6 @@
 /* Evicted pages: as SwapEntries and SealedPages of softsgx.paging. */
 
-#include "speedups.h"
-
-#define BLOCK_PAGES 255
+#include "places.h"
 
 /* --- entries ------------------------------------------------------------------------------------ */
 
@@ -101,106 +99,100 @@ done:
 
 /* --- sealed pages ------------------------------------------------------------------------------- */
 
-static SealedPages *
-record_of(PyObject *pages)
+/* A page of a SealedPages: its place plus one (0: it has none), and where that number is, or NULL. */
+struct page {
+    SealedPages *pages;
+    Places *free;
+    int64_t index, place;
+    uint32_t *kept;
+};
+
+/* Find a page; false with an error. */
+static bool
+find_page(PyObject *pages, int64_t index, struct page *page)
 {
     SealedPages *record = AS(SealedPages, pages);
 
-    if (record == NULL || record->_blocks == NULL || !PyList_Check(record->_blocks)
-        || record->free == NULL || record->_places == NULL) {
+    page->pages = record;
+    page->free = record == NULL ? NULL : as_places(record->free);
+    if (page->free == NULL || record->_blocks == NULL || !PyList_Check(record->_blocks)) {
         PyErr_SetString(PyExc_TypeError, "backing that is no SealedPages");
-        return NULL;
+        return false;
     }
-    return record;
+    page->index = index;
+    if (number_at(record->_places, index, &page->kept) < 0)
+        return false;
+    page->place = page->kept == NULL ? 0 : *page->kept;
+    return true;
 }
 
 bool
 sealed_has_room(PyObject *pages, int64_t wanted)
 {
     SealedPages *record = AS(SealedPages, pages);
+    Places *places = record == NULL ? NULL : as_places(record->free);
 
-    return record != NULL && record->free != NULL && PyObject_Size(record->free) >= wanted;
+    return places != NULL && places->count >= wanted;
 }
 
-/* The place of a page plus one; 0: it has none; -1: an error.  Also where that number is, or NULL. */
-static int64_t
-place_of(SealedPages *record, PyObject *index, int64_t *number, uint32_t **kept)
+/* The last free place is that of the page now. */
+static int
+take_last(struct page *page)
 {
-    if (!integer(index, number)) {
-        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
-        return -1;
-    }
-    if (number_at(record->_places, *number, kept) < 0)
-        return -1;
-    return *kept == NULL ? 0 : **kept;
+    page->free->count--;
+    return number_put(page->pages->_places, page->kept, page->index, page->place);
 }
 
-/* The block of a place, borrowed, and where the page is in it. */
-static PyObject *
-block_of(SealedPages *record, int64_t place, Py_ssize_t *start)
+/* In Python: make room for a page, and put it. */
+static int
+put_readably(PyObject *pages, int64_t index, PyObject *sealed)
 {
-    *start = (Py_ssize_t)((place - 1) % BLOCK_PAGES * SEALED_BYTES);
-    return PyList_GetItem(record->_blocks, (Py_ssize_t)((place - 1) / BLOCK_PAGES));
-}
+    PyObject *number = PyLong_FromLongLong(index);
+    int status = number == NULL ? -1 : effect(CALL(pages, put, number, sealed, NULL));
 
-/* Remove and return the last of an array, which is not empty; by numbers, not by its method. */
-static PyObject *
-pop(PyObject *places)
-{
-    Py_ssize_t last = PyObject_Size(places) - 1;
-    PyObject *place = last < 0 ? NULL : PySequence_GetItem(places, last);
-
-    if (place != NULL && PySequence_DelItem(places, last) < 0)
-        Py_CLEAR(place);
-    return place;
+    Py_XDECREF(number);
+    return status;
 }
 
 int
-sealed_put(PyObject *pages, PyObject *index, PyObject *sealed)
+sealed_put(PyObject *pages, int64_t index, PyObject *sealed)
 {
-    SealedPages *record = record_of(pages);
-    PyObject *block, *taken;
-    uint32_t *kept;
-    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &kept);
+    struct page page;
     Py_ssize_t start;
+    PyObject *block;
 
-    if (place < 0)
+    if (!find_page(pages, index, &page))
         return -1;
-    if (!place) {
-        if (!sealed_has_room(pages, 1))
-            return effect(CALL(pages, put, index, sealed, NULL));
-        taken = pop(record->free);
-        if (taken == NULL || !integer(taken, &place)
-            || number_put(record->_places, kept, number, ++place) < 0) {
-            Py_XDECREF(taken);
+    if (!page.place) {
+        if (page.free->count == 0)
+            return put_readably(pages, index, sealed);
+        page.place = (int64_t)page.free->numbers[page.free->count - 1] + 1;
+        if (take_last(&page) < 0)
             return -1;
-        }
-        Py_DECREF(taken);
     }
-    block = block_of(record, place, &start);
+    start = (Py_ssize_t)((page.place - 1) % BLOCK_PAGES * SEALED_BYTES);
+    block = PyList_GetItem(page.pages->_blocks, (Py_ssize_t)((page.place - 1) / BLOCK_PAGES));
     return block == NULL ? -1 : PySequence_SetSlice(block, start, start + SEALED_BYTES, sealed);
 }
 
 int
-sealed_drop(PyObject *pages, PyObject *index)
+sealed_drop(PyObject *pages, int64_t index)
 {
-    SealedPages *record = record_of(pages);
-    PyObject *freed;
-    uint32_t *kept;
-    int64_t number, place = record == NULL ? -1 : place_of(record, index, &number, &kept);
+    struct page page;
+    PyObject *number;
     int status;
 
-    if (place < 0)
+    if (!find_page(pages, index, &page))
         return -1;
-    /* The last page: blocks are freed. */
-    if (!place
-        || PyObject_Size(record->free) + 1 == PyList_Size(record->_blocks) * BLOCK_PAGES)
-        return effect(CALL(pages, drop, index, NULL));
-    *kept = 0;
-    if ((freed = PyLong_FromLongLong(place - 1)) == NULL)
+    if (page.place && page.free->count + 1 < PyList_Size(page.pages->_blocks) * BLOCK_PAGES) {
+        *page.kept = 0;
+        return places_append(page.free, (uint32_t)(page.place - 1));
+    }
+    /* There is none, or it is the last page: blocks are freed. */
+    if ((number = PyLong_FromLongLong(index)) == NULL)
         return -1;
-    status = effect(CALL(record->free, append, freed, NULL));
-    Py_DECREF(freed);
+    status = effect(CALL(pages, drop, number, NULL));
+    Py_DECREF(number);
     return status;
 }
 
@@ -209,69 +201,62 @@ sealed_drop(PyObject *pages, PyObject *index)
 void
 sealed_release(struct sealed_place *place)
 {
-    if (place->bytes != NULL)
-        PyBuffer_Release(&place->block);
     place->bytes = NULL;
+    Py_CLEAR(place->keeper);
 }
 
-/* The bytes of a place of a page: 1, or -1 with an error. */
+/* The bytes of the place of a page: 1, or -1 with an error. */
 static int
-hold(SealedPages *record, struct sealed_place *place)
+hold(const struct page *page, struct sealed_place *place)
 {
-    Py_ssize_t start;
-    PyObject *block = block_of(record, place->number, &start);
-
-    if (block == NULL || PyObject_GetBuffer(block, &place->block, PyBUF_WRITABLE) < 0)
+    place->index = page->index;
+    place->number = page->place;
+    place->bytes = places_memory(page->free, page->pages->_blocks, page->place - 1);
+    if (place->bytes == NULL)
         return -1;
-    place->bytes = (char *)place->block.buf + start;
-    if (place->block.len >= start + SEALED_BYTES)
-        return 1;
-    sealed_release(place);
-    PyErr_SetString(PyExc_ValueError, "a block of the backing is too short");
-    return -1;
+    Py_INCREF(place->keeper = (PyObject *)page->free);
+    return 1;
 }
 
 int
-sealed_find(PyObject *pages, PyObject *index, struct sealed_place *place)
+sealed_find(PyObject *pages, int64_t index, struct sealed_place *place)
 {
-    SealedPages *record = record_of(pages);
-    uint32_t *kept;
+    struct page page;
 
     place->bytes = NULL;
-    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &kept);
-    return place->number <= 0 ? (int)place->number : hold(record, place);
+    place->keeper = NULL;
+    if (!find_page(pages, index, &page))
+        return -1;
+    return page.place ? hold(&page, place) : 0;
 }
 
 int
-sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place)
+sealed_room(PyObject *pages, int64_t index, struct sealed_place *place)
 {
-    SealedPages *record = record_of(pages);
-    PyObject *last;
-    uint32_t *kept;
-    Py_ssize_t count;
-    int status;
+    struct page page;
 
     place->bytes = NULL;
-    place->number = record == NULL ? -1 : place_of(record, index, &place->index, &kept);
-    if (place->number)
-        return place->number < 0 ? -1 : 0;
-    if ((count = PySequence_Size(record->free)) <= 0)
-        return (int)count;
-    last = PySequence_GetItem(record->free, count - 1);
-    status = last != NULL && integer(last, &place->number) ? 1 : -1;
-    Py_XDECREF(last);
-    place->number++;
-    return status < 0 ? -1 : hold(record, place);
+    place->keeper = NULL;
+    if (!find_page(pages, index, &page))
+        return -1;
+    if (page.place || page.free->count == 0)
+        return 0;
+    page.place = (int64_t)page.free->numbers[page.free->count - 1] + 1;
+    return hold(&page, place);
 }
 
 int
 sealed_taken(PyObject *pages, struct sealed_place *place)
 {
-    SealedPages *record = record_of(pages);
-    uint32_t *kept;
+    struct page page;
 
-    if (record == NULL || PySequence_DelItem(record->free, PySequence_Size(record->free) - 1) < 0
-        || number_at(record->_places, place->index, &kept) < 0)
+    if (!find_page(pages, place->index, &page))
         return -1;
-    return number_put(record->_places, kept, place->index, place->number);
+    if (page.place || page.free->count == 0
+        || page.free->numbers[page.free->count - 1] != (uint32_t)(place->number - 1)) {
+        PyErr_SetString(PyExc_AssertionError, "a place was taken while a page was written to it");
+        return -1;
+    }
+    page.place = place->number;
+    return take_last(&page);
 }

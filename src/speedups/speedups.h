@@ -38,6 +38,7 @@ int add_page_lists(PyObject *module);
 int add_leaves(PyObject *module);
 int add_cipher(PyObject *module);
 int add_numbers(PyObject *module);
+int add_places(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
@@ -362,7 +363,7 @@ add_to_count(int64_t *field, int64_t change)
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
     X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
-    X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(peak_pages) X(permits)          \
+    X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(pcmd_pages) X(peak_pages) X(permits)          \
     X(pid) X(pin) X(places) X(policy) X(pop) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
@@ -591,7 +592,7 @@ VaPage *page_with_room(PyObject *pages);
 PyObject *alloc_slot(PyObject *va, PyObject *pages, VaPage *page);
 PyObject *reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *index);
 int keep(PyObject *file, PyObject *pinned, PyObject *sealed);
-int forget(PyObject *file, Counters *counters, PyObject *index);
+int forget(PyObject *file, Counters *counters, int64_t index);
 
 /* paging: where the number of a page is in a SparseNumbers, for use at once: NULL: it is 0, and has no
  * place; and put() of it, with what number_at() has found. */
@@ -600,27 +601,27 @@ int number_put(PyObject *numbers, uint32_t *place, int64_t index, int64_t number
 
 /* paging: as the methods of SealedPages. */
 bool sealed_has_room(PyObject *pages, int64_t wanted);
-int sealed_put(PyObject *pages, PyObject *index, PyObject *sealed);
-int sealed_drop(PyObject *pages, PyObject *index);
+int sealed_put(PyObject *pages, int64_t index, PyObject *sealed);
+int sealed_drop(PyObject *pages, int64_t index);
 
-/* paging: where ciphertext and MAC of a page are in memory, or will be; it is held until it is
- * released. */
+/* paging: where ciphertext and MAC of a page are in memory, or will be, until it is released; the keeper
+ * holds the buffer of the block. */
 struct sealed_place {
     char *bytes; /* NULL: there is no place */
-    Py_buffer block;
+    PyObject *keeper;
     int64_t number, index;
 };
 
 /* Find a page, or a free place for one that has none: 1; 0: there is none; or -1 with an error. */
-int sealed_find(PyObject *pages, PyObject *index, struct sealed_place *place);
-int sealed_room(PyObject *pages, PyObject *index, struct sealed_place *place);
+int sealed_find(PyObject *pages, int64_t index, struct sealed_place *place);
+int sealed_room(PyObject *pages, int64_t index, struct sealed_place *place);
 
 /* The page was written to the place that sealed_room() has found. */
 int sealed_taken(PyObject *pages, struct sealed_place *place);
 void sealed_release(struct sealed_place *place);
 
 /* paging: as FlatFile.kept(); as FlatFile.keep(), of a page that is at a place. */
-int kept(PyObject *file, PyObject *index, struct sealed_place *place, PyObject **flags);
+int kept(PyObject *file, int64_t index, struct sealed_place *place, PyObject **flags);
 int keep_at(PyObject *file, PyObject *pinned, struct sealed_place *place, int64_t flags,
             PyObject *eid);
 

@@ -2,6 +2,16 @@
 
 #include "speedups.h"
 
+/* The index of a page: 0, or -1 with an error. */
+static int
+index_of(PyObject *object, int64_t *index)
+{
+    if (integer(object, index))
+        return 0;
+    PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
+    return -1;
+}
+
 /* --- out ---------------------------------------------------------------------------------------- */
 
 /* What swap_prepare needs, and whether there is all of it. */
@@ -154,6 +164,7 @@ try_ewb(struct out_page *out)
     PyObject *leaves = GETF(CompiledSwap, out->swap, _leaves), *slot_addr, *contents;
     PyObject *sealed = NULL;
     struct bound_leaf leaf = {0};
+    int64_t index;
 
     if (leaves == NULL || find_leaf(leaves, TRY_EWB, &leaf) < 0)
         goto done;
@@ -165,7 +176,8 @@ try_ewb(struct out_page *out)
         goto done;
     }
     contents = GETF(FlatFile, out->file, _sealed);
-    if (contents != NULL && sealed_room(contents, out->reservation->index, &out->place) >= 0) {
+    if (contents != NULL && index_of(out->reservation->index, &index) == 0
+        && sealed_room(contents, index, &out->place) >= 0) {
         out->eviction.addr = out->page->addr;
         out->eviction.va_addr = out->va_epc->addr;
         out->eviction.place = out->place.bytes;
@@ -314,7 +326,7 @@ done:
 
 /* ELDU has loaded a page: count it, and free its backing and its slot. */
 static int
-loaded(PyObject *swap, PyObject *file, struct place *slot, PyObject *index)
+loaded(PyObject *swap, PyObject *file, struct place *slot, int64_t index)
 {
     PyObject *object = GETF(CompiledSwap, swap, _counters), *va = GETF(CompiledSwap, swap, va);
     Counters *counters = AS(Counters, object);
@@ -340,6 +352,7 @@ struct in_page {
     SgxEpcPage *page, *secs, *va_epc;
     struct place *slot;
     struct sealed_place sealed;
+    int64_t number; /* the index */
 };
 
 /* ELDU by the core's leaves: whether it has loaded the page: 0, 1, or -1 with an error. */
@@ -396,17 +409,16 @@ static int
 load_into(struct in_page *in)
 {
     uint64_t base;
-    int64_t number;
     int done;
 
-    if (GET_ADDRESS(CompiledSwap, in->swap, _base, &base) < 0 || !integer(in->index, &number))
+    if (GET_ADDRESS(CompiledSwap, in->swap, _base, &base) < 0)
         return -1;
-    base += (uint64_t)number * PAGE_BYTES;
+    base += (uint64_t)in->number * PAGE_BYTES;
     done = try_eldu(in, base);
     if (done < 0 || (!done && load_by_leaf(in, base) < 0))
         return -1;
     sealed_release(&in->sealed); /* loaded() may free its block */
-    return loaded(in->swap, in->file, in->slot, in->index);
+    return loaded(in->swap, in->file, in->slot, in->number);
 }
 
 static PyObject *
@@ -447,7 +459,7 @@ swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *p
     if (in.va_epc == NULL || in.secs == NULL || !children || !is_exactly(core, given.CompiledCore)
         || !is_exactly(in.file, given.FlatFile))
         goto readably;
-    found = kept(in.file, index, &in.sealed, &in.flags);
+    found = index_of(index, &in.number) < 0 ? -1 : kept(in.file, in.number, &in.sealed, &in.flags);
     if (found < 0)
         goto done;
     if (!found)

@@ -21,6 +21,7 @@ from softsgx.paging.events import Truncated
 from softsgx.paging.failures import BackingError
 from softsgx.paging.interfaces import BackingFile
 from softsgx.paging.sealed import SealedPages
+from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swapfile import PCMDS_PER_PAGE, Layout, Pinned, SwapFile
 from softsgx.trace import Tracer
 
@@ -48,11 +49,13 @@ class FlatBacking:
         reserved: evictions that have reserved their backing.
         sharers: of each PCMD page that Linux would have, the PCMDs in it, and the evictions that
             are about to write one.
+        pcmd_pages: how many PCMD pages have any.
     """
 
     __slots__ = (
         "kinds",
         "limit_pages",
+        "pcmd_pages",
         "reserved",
         "sealed",
         "sharers",
@@ -66,18 +69,19 @@ class FlatBacking:
         self.usual: tuple[int, int] | None = None
         self.unusual: dict[int, tuple[int, int]] = {}
         self.kinds: dict[tuple[int, int], tuple[int, int]] = {}
-        self.reserved = 0
-        self.sharers: dict[int, int] = {}
+        self.reserved = self.pcmd_pages = 0
+        self.sharers = SparseNumbers()
 
     def pages(self) -> int:
         """As :meth:`BackingFile.pages`."""
-        return len(self.sealed) + self.reserved + len(self.sharers)
+        return len(self.sealed) + self.reserved + self.pcmd_pages
 
     def close(self) -> None:
         """As :meth:`BackingFile.close`."""
         self.sealed.clear()
         self.unusual.clear()
         self.sharers.clear()
+        self.pcmd_pages = 0
 
 
 Backing = BackingFile | FlatBacking
@@ -115,13 +119,14 @@ class FlatFile:
         """As :meth:`SwapFile.reserve`."""
         flat, sharers = self._flat, self._sharers
         group = index // PCMDS_PER_PAGE
-        count = sharers.get(group, 0)
+        count = sharers.get(group)
         limit = flat.limit_pages
         if limit is not None and flat.pages() + (1 if count else 2) > limit:
             raise BackingError(f"backing file is full: {limit} pages")
         if len(self._sealed.free) <= flat.reserved:
             self._make_room(flat.reserved + 1)
-        sharers[group] = count + 1
+        sharers.put(group, count + 1)
+        flat.pcmd_pages += not count
         flat.reserved += 1
         if self._buffers:
             pinned = self._buffers.pop()
@@ -209,11 +214,11 @@ class FlatFile:
     def _leave(self, index: int) -> None:
         """A PCMD page has one sharer fewer: truncate it when that was the last."""
         sharers, group = self._sharers, index // PCMDS_PER_PAGE
-        count = sharers[group] - 1
+        count = sharers.get(group) - 1
+        sharers.put(group, count)
         if count:
-            sharers[group] = count
             return
-        del sharers[group]
+        self._flat.pcmd_pages -= 1
         self._counters.pcmd_truncated += 1
         if self._tracer is not None:
             self._tracer(Truncated(self._layout(index)[1]))

@@ -151,7 +151,9 @@ def reserve(swap: PlainSwap, indices: list[int]) -> list[Slot] | None:
     swap._core.slowpath.backing_error = ""
     for index in indices:
         group = index // PCMDS_PER_PAGE
-        sharers[group] = sharers.get(group, 0) + 1
+        others = sharers.get(group)
+        sharers.put(group, others + 1)
+        flat.pcmd_pages += not others
     flat.reserved += count
     slots: list[Slot] = []
     while len(slots) < count:

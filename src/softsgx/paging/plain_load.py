@@ -122,10 +122,10 @@ def load_at(
         unusual.pop(index, None)
     counters.truncated += 1
     sharers, pcmds = flat.sharers, index // PCMDS_PER_PAGE
-    if others := sharers[pcmds] - 1:
-        sharers[pcmds] = others
-    else:
-        del sharers[pcmds]
+    others = sharers.get(pcmds) - 1
+    sharers.put(pcmds, others)
+    if not others:
+        flat.pcmd_pages -= 1
         counters.pcmd_truncated += 1
     va_page.free |= 1 << slot
     va.used -= 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from softsgx.arch import PAGE_BYTES
+from softsgx.compiled import speedups
 from softsgx.paging.sparse import MASK, SHIFT, SparseNumbers
 
 __all__ = ["BLOCK_PAGES", "SEALED_BYTES", "SealedPages"]
@@ -15,6 +17,14 @@ SEALED_BYTES = PAGE_BYTES + 16
 """Of a page: ciphertext and MAC."""
 BLOCK_PAGES = 255
 """Pages of a block, which is a mapping of nearly 1 MiB.  Only what was written takes memory."""
+
+if TYPE_CHECKING or speedups is None:
+
+    def free_places(places: Iterable[int]) -> array[int]:
+        """Return an array of places; the last is taken next."""
+        return array("I", places)
+else:
+    free_places = speedups.Places
 
 
 class SealedPages:
@@ -32,7 +42,7 @@ class SealedPages:
 
     def __init__(self) -> None:
         self._blocks: list[memoryview] = []
-        self.free = array("I")
+        self.free = free_places(())
         self._places = SparseNumbers()  # plus one
 
     def __len__(self) -> int:
@@ -109,4 +119,5 @@ class SealedPages:
     def _shrink(self, blocks: int) -> None:
         """Free all blocks but the first ``blocks``; there is no page."""
         del self._blocks[blocks:]
-        self.free[:] = array("I", range(blocks * BLOCK_PAGES - 1, -1, -1))
+        # A new one: the compiled core's holds blocks that it has used.
+        self.free = free_places(range(blocks * BLOCK_PAGES - 1, -1, -1))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import random
+from array import array
 
 import pytest
 
 from softsgx.paging import BackingError, Counters, FlatBacking
 from softsgx.paging.flat import FlatFile
-from softsgx.paging.sealed import BLOCK_PAGES, SealedPages
+from softsgx.paging.sealed import BLOCK_PAGES, SealedPages, free_places
 from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swapfile import enclave_layout
 
@@ -93,3 +94,34 @@ def test_numbers_are_zero_where_none_was_put() -> None:
         numbers.put(3, 1 << 32)
     numbers.clear()
     assert numbers.get(127) == 0
+
+
+def test_free_places_are_an_array_of_numbers() -> None:
+    rng, model = random.Random(3), array("I")
+    places = free_places(())
+    for _step in range(3000):
+        match rng.randrange(5):
+            case 0 | 1:
+                number = rng.choice((rng.randrange(1000), (1 << 32) - 1))
+                places.append(number)
+                model.append(number)
+            case 2:
+                more = [rng.randrange(1 << 32) for _ in range(rng.randrange(4))]
+                places.extend(more)
+                model.extend(more)
+            case 3 if model:
+                assert places.pop() == model.pop()
+            case _:
+                if not model:
+                    with pytest.raises(IndexError):
+                        places.pop()
+        assert len(places) == len(model) and list(places) == list(model)
+        assert not model or places[-1] == places[len(model) - 1] == model[-1]
+    with pytest.raises(IndexError):
+        places[len(model)]
+    for wrong, error in ((1 << 32, OverflowError), (-1, OverflowError), ("1", TypeError)):
+        kept = len(places)
+        with pytest.raises(error):
+            places.append(wrong)  # type: ignore[arg-type]
+        assert len(places) == kept
+    assert list(free_places(range(3, -1, -1))) == [3, 2, 1, 0]
