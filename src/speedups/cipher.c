@@ -1,33 +1,31 @@
 /* Sealing of pages: as PagingKey of softsgx.hw.secrets, from and to memory of C. */
 
-#include "speedups.h"
+#include "leaves.h"
 
 #include <string.h>
 
-#define MAC_HEADER_BYTES 128
-
 /* --- memory as an argument ---------------------------------------------------------------------- */
 
-/* An object whose bytes are any memory.  There are two: the cipher reads one and writes the other,
- * and keeps neither after its call. */
+/* An object whose bytes are any memory.  The cipher reads all of these but `output`, which it writes,
+ * and keeps none after its call. */
 typedef struct {
     PyObject_HEAD
     char *bytes;
     Py_ssize_t length;
 } Window;
 
-static Window *input, *output;
+static Window *input, *nonce, *associated, *output;
 
 static int
 window_buffer(PyObject *self, Py_buffer *view, int flags)
 {
     Window *window = (Window *)self;
 
-    return PyBuffer_FillInfo(view, self, window->bytes, window->length, window == input, flags);
+    return PyBuffer_FillInfo(view, self, window->bytes, window->length, window != output, flags);
 }
 
 static PyObject *
-show(Window *window, const char *bytes, Py_ssize_t length)
+show(Window *window, const void *bytes, Py_ssize_t length)
 {
     window->bytes = (char *)bytes;
     window->length = length;
@@ -45,13 +43,15 @@ make_windows(void)
         .slots = slots,
     };
     PyObject *type = PyType_FromSpec(&spec);
+    Window **const windows[] = {&input, &nonce, &associated, &output};
+    int status = type == NULL ? -1 : 0;
 
-    if (type == NULL)
-        return -1;
-    input = (Window *)PyType_GenericAlloc((PyTypeObject *)type, 0);
-    output = (Window *)PyType_GenericAlloc((PyTypeObject *)type, 0);
-    Py_DECREF(type);
-    return input == NULL || output == NULL ? -1 : 0;
+    for (size_t index = 0; status == 0 && index < sizeof windows / sizeof *windows; index++) {
+        *windows[index] = (Window *)PyType_GenericAlloc((PyTypeObject *)type, 0);
+        status = *windows[index] == NULL ? -1 : 0;
+    }
+    Py_XDECREF(type);
+    return status;
 }
 
 /* --- what the cipher needs ---------------------------------------------------------------------- */
@@ -65,30 +65,11 @@ unsigned_of(PyObject *number, uint64_t *value)
     return *value != (uint64_t)-1 || !PyErr_Occurred();
 }
 
-PyObject *
-header_of(PyObject *eid, uint64_t linaddr, uint64_t flags)
+bool
+fill_header(struct mac_header *header, PyObject *eid, uint64_t linaddr, uint64_t flags)
 {
-    uint64_t header[MAC_HEADER_BYTES / sizeof(uint64_t)] = {0};
-
-    if (!unsigned_of(eid, &header[0]))
-        return NULL;
-    header[1] = linaddr;
-    header[2] = flags;
-    return PyBytes_FromStringAndSize((const char *)header, sizeof header);
-}
-
-/* The initialisation vector of a version: four zero bytes, and its eight, the highest first. */
-static PyObject *
-nonce_of(PyObject *version)
-{
-    unsigned char bytes[12] = {0};
-    uint64_t number;
-
-    if (!unsigned_of(version, &number))
-        return NULL;
-    for (int index = 11; index >= 4; index--, number >>= 8)
-        bytes[index] = (unsigned char)number;
-    return PyBytes_FromStringAndSize((const char *)bytes, sizeof bytes);
+    *header = (struct mac_header){.linaddr = linaddr, .flags = flags};
+    return unsigned_of(eid, &header->eid);
 }
 
 PyObject *
@@ -102,48 +83,87 @@ paging_key(PyObject *hw)
     return key;
 }
 
-PyObject *
-next_version(PyObject *key)
-{
-    PyObject *versions, *version;
+/* A cipher in C that writes to memory, as its library has them from a version on; the latest one. */
+struct cipher {
+    PyObject *aead, *encrypt_into, *decrypt_into; /* its methods are NULL, if it does not */
+};
+static struct cipher latest;
 
-    versions = GETF(PagingKey, key, _versions);
-    if (versions == NULL)
-        return NULL;
-    version = PyIter_Next(versions);
-    Py_DECREF(versions);
-    if (version == NULL && !PyErr_Occurred())
-        PyErr_SetString(PyExc_AssertionError, "the versions of a paging key have ended");
-    return version;
+/* A method that C code has; NULL, perhaps with an error. */
+static PyObject *
+method_in_c(PyObject *aead, PyObject *name)
+{
+    PyObject *method = PyObject_GetAttr(aead, name);
+
+    if (method == NULL && PyErr_ExceptionMatches(PyExc_AttributeError))
+        PyErr_Clear();
+    if (method != NULL && !PyCFunction_CheckExact(method))
+        Py_CLEAR(method);
+    return method;
 }
 
-/* The key's cipher, and the vector of a version: 0, or -1 with an error. */
+/* Find the methods of a cipher, whose reference is taken over: 0, or -1 with an error. */
 static int
-cipher_of(PyObject *key, PyObject *version, PyObject **aead, PyObject **nonce)
+use_cipher(PyObject *aead)
 {
-    *nonce = NULL;
-    *aead = GETF(PagingKey, key, _aead);
-    if (*aead != NULL && is_none(*aead))
-        replace(aead, CALL0(key, _cipher));
-    if (*aead != NULL)
-        *nonce = nonce_of(version);
-    return *nonce == NULL ? -1 : 0;
+    PyObject *encrypt = NULL, *decrypt = NULL;
+
+    encrypt = method_in_c(aead, names.encrypt_into);
+    if (encrypt != NULL)
+        decrypt = method_in_c(aead, names.decrypt_into);
+    if (decrypt == NULL)
+        Py_CLEAR(encrypt);
+    if (PyErr_Occurred()) {
+        Py_DECREF(aead);
+        return -1;
+    }
+    replace(&latest.encrypt_into, encrypt);
+    replace(&latest.decrypt_into, decrypt);
+    replace(&latest.aead, aead);
+    return 0;
 }
 
-/* Whether a cipher writes to memory that exists, which its library does from a version on. */
-static bool
-writes_into(PyObject *aead)
+/* The key's cipher, with new references: 0, or -1 with an error. */
+static int
+cipher_of(PyObject *key, struct cipher *cipher)
 {
-    static PyObject *type;
-    static bool answer;
+    PyObject *aead = GETF(PagingKey, key, _aead);
 
-    if (type != (PyObject *)Py_TYPE(aead)) {
-        Py_INCREF((PyObject *)Py_TYPE(aead));
-        replace(&type, (PyObject *)Py_TYPE(aead));
-        answer = PyObject_HasAttr(type, names.encrypt_into)
-            && PyObject_HasAttr(type, names.decrypt_into);
+    if (aead != NULL && is_none(aead))
+        replace(&aead, CALL0(key, _cipher));
+    if (aead == NULL)
+        return -1;
+    if (aead != latest.aead) {
+        if (use_cipher(aead) < 0)
+            return -1;
     }
-    return answer;
+    else
+        Py_DECREF(aead);
+    *cipher = latest; /* three that belong together */
+    Py_INCREF(cipher->aead);
+    Py_XINCREF(cipher->encrypt_into);
+    Py_XINCREF(cipher->decrypt_into);
+    return 0;
+}
+
+static void
+release(struct cipher *cipher)
+{
+    Py_DECREF(cipher->aead);
+    Py_XDECREF(cipher->encrypt_into);
+    Py_XDECREF(cipher->decrypt_into);
+}
+
+/* Call a method of four arguments. */
+static int
+call(PyObject *method, PyObject *const args[4])
+{
+    _PyCFunctionFastWithKeywords function;
+
+    if (PyCFunction_GetFlags(method) != (METH_FASTCALL | METH_KEYWORDS))
+        return effect(PyObject_CallFunctionObjArgs(method, args[0], args[1], args[2], args[3], NULL));
+    function = (_PyCFunctionFastWithKeywords)(void (*)(void))PyCFunction_GetFunction(method);
+    return effect(function(PyCFunction_GetSelf(method), args, 4, NULL));
 }
 
 /* The cipher's library panics where it has no memory for its result, after it has written all else:
@@ -163,54 +183,92 @@ no_panic(void)
 
 /* --- sealing ------------------------------------------------------------------------------------ */
 
-PyObject *
-seal(PyObject *key, PyObject *version, PyObject *plain, PyObject *header, char *place)
-{
-    PyObject *aead, *nonce, *result = NULL;
+#define NONCE_BYTES 12
 
-    if (cipher_of(key, version, &aead, &nonce) < 0)
-        goto done;
-    if (place == NULL || !writes_into(aead))
-        result = CALL(aead, encrypt, nonce, plain, header, NULL);
-    else {
-        result = CALL(aead, encrypt_into, nonce, plain, header, show(output, place, SEALED_BYTES),
-                      NULL);
-        show(output, NULL, 0);
-        if (effect(result) < 0)
-            no_panic(), result = NULL;
-        else
-            Py_INCREF(result = Py_None);
-    }
-done:
-    Py_XDECREF(nonce);
-    Py_XDECREF(aead);
+/* The initialisation vector of a version: four zero bytes, and its eight, the highest first. */
+static void
+fill_nonce(unsigned char bytes[NONCE_BYTES], uint64_t version)
+{
+    uint64_t reversed = __builtin_bswap64(version);
+
+    memset(bytes, 0, NONCE_BYTES);
+    memcpy(bytes + NONCE_BYTES - sizeof reversed, &reversed, sizeof reversed);
+}
+
+/* Encrypt or decrypt to memory: 0, or -1 with an error. */
+static int
+into(PyObject *method, uint64_t version, PyObject *from, const struct mac_header *header, char *to,
+     Py_ssize_t length)
+{
+    unsigned char bytes[NONCE_BYTES];
+    int status;
+
+    fill_nonce(bytes, version);
+    status = call(method, (PyObject *[]){show(nonce, bytes, sizeof bytes), from,
+                                         show(associated, header, sizeof *header),
+                                         show(output, to, length)});
+    show(nonce, NULL, 0);
+    show(associated, NULL, 0);
+    show(output, NULL, 0);
+    if (status < 0)
+        no_panic();
+    return status;
+}
+
+/* The same with objects, by a cipher that makes one of the result. */
+static PyObject *
+made(PyObject *aead, PyObject *name, uint64_t version, PyObject *from,
+     const struct mac_header *header)
+{
+    unsigned char bytes[NONCE_BYTES];
+    PyObject *vector, *data, *result = NULL;
+
+    fill_nonce(bytes, version);
+    vector = PyBytes_FromStringAndSize((char *)bytes, sizeof bytes);
+    data = PyBytes_FromStringAndSize((const char *)header, sizeof *header);
+    if (vector != NULL && data != NULL)
+        result = PyObject_CallMethodObjArgs(aead, name, vector, from, data, NULL);
+    Py_XDECREF(data);
+    Py_XDECREF(vector);
     return result;
 }
 
 PyObject *
-unseal(PyObject *key, PyObject *version, PyObject *object, const char *sealed, PyObject *header)
+seal(PyObject *key, uint64_t version, PyObject *plain, const struct mac_header *header, char *place)
 {
-    PyObject *aead, *nonce, *plain = NULL;
+    struct cipher cipher;
+    PyObject *result = NULL;
 
-    if (cipher_of(key, version, &aead, &nonce) < 0)
-        goto done;
+    if (cipher_of(key, &cipher) < 0)
+        return NULL;
+    if (place == NULL || cipher.encrypt_into == NULL)
+        result = made(cipher.aead, names.encrypt, version, plain, header);
+    else if (into(cipher.encrypt_into, version, plain, header, place, SEALED_BYTES) == 0)
+        Py_INCREF(result = Py_None);
+    release(&cipher);
+    return result;
+}
+
+PyObject *
+unseal(PyObject *key, uint64_t version, PyObject *object, const char *sealed,
+       const struct mac_header *header)
+{
+    struct cipher cipher;
+    PyObject *plain = NULL;
+
+    if (cipher_of(key, &cipher) < 0)
+        return NULL;
     if (sealed != NULL)
         object = show(input, sealed, SEALED_BYTES);
-    if (sealed == NULL || !writes_into(aead))
-        plain = CALL(aead, decrypt, nonce, object, header, NULL);
-    else if ((plain = PyBytes_FromStringAndSize(NULL, PAGE_BYTES)) != NULL) {
-        /* Nothing else has seen the new object. */
-        if (effect(CALL(aead, decrypt_into, nonce, object, header,
-                        show(output, PyBytes_AsString(plain), PAGE_BYTES), NULL)) < 0) {
-            no_panic();
-            Py_CLEAR(plain);
-        }
-        show(output, NULL, 0);
-    }
+    if (sealed == NULL || cipher.decrypt_into == NULL)
+        plain = made(cipher.aead, names.decrypt, version, object, header);
+    /* Nothing else has seen the new object. */
+    else if ((plain = PyBytes_FromStringAndSize(NULL, PAGE_BYTES)) != NULL
+             && into(cipher.decrypt_into, version, object, header, PyBytes_AsString(plain),
+                     PAGE_BYTES) < 0)
+        Py_CLEAR(plain);
     show(input, NULL, 0);
-done:
-    Py_XDECREF(nonce);
-    Py_XDECREF(aead);
+    release(&cipher);
     return plain;
 }
 

@@ -164,8 +164,9 @@ static PyObject *
 evict(PyObject *hw, EpcPage *page, EpcPage *va_page, ResidentSecs *enclave, uint64_t linaddr,
       struct ewb_call *eviction)
 {
-    PyObject *key = paging_key(hw), *version = NULL, *header = NULL, *store = NULL;
-    PyObject *plain = NULL, *sealed = NULL, *result = NULL;
+    PyObject *key = paging_key(hw), *store = NULL, *plain = NULL, *sealed = NULL, *result = NULL;
+    struct mac_header header;
+    uint64_t version;
 
     if (key == NULL)
         goto done;
@@ -173,15 +174,14 @@ evict(PyObject *hw, EpcPage *page, EpcPage *va_page, ResidentSecs *enclave, uint
         Py_INCREF(result = Py_None);
         goto done;
     }
-    version = next_version(key);
-    if (version == NULL
-        || (header = header_of(enclave->eid, linaddr, (uint64_t)eviction->flags)) == NULL)
+    if (next_version(key, &version) < 0
+        || !fill_header(&header, enclave->eid, linaddr, (uint64_t)eviction->flags))
         goto done;
     store = GETF(Machine, hw, store);
     if (store == NULL || (plain = freeze_page(store, page)) == NULL)
         goto done;
-    sealed = seal(key, version, plain, header, eviction->place);
-    if (sealed == NULL || PySequence_SetItem(va_page->slots, eviction->slot, version) < 0
+    sealed = seal(key, version, plain, &header, eviction->place);
+    if (sealed == NULL || put_version(va_page, eviction->slot, version) < 0
         || add_to_field(&enclave->children, -1) < 0
         || drop_page(store, page) < 0)
         goto done;
@@ -197,17 +197,8 @@ done:
     Py_XDECREF(sealed);
     Py_XDECREF(plain);
     Py_XDECREF(store);
-    Py_XDECREF(header);
-    Py_XDECREF(version);
     Py_XDECREF(key);
     return result;
-}
-
-/* Whether a slot of a VA page has a version: 0, 1, or -1 with an error. */
-static int
-is_taken(const EpcPage *va_page, int64_t slot)
-{
-    return is_so(PySequence_GetItem(va_page->slots, (Py_ssize_t)slot));
 }
 
 /* As try_ewb(), of the EPCM entries of a page and of a VA page, either perhaps NULL. */
@@ -218,8 +209,7 @@ ewb(PyObject *hw, EpcPage *page, EpcPage *va_page, struct ewb_call *eviction)
     ResidentSecs *enclave;
     EpcPage *secs;
     int64_t epoch, blocked, cycles, previous;
-    uint64_t linaddr = 0;
-    int taken;
+    uint64_t linaddr = 0, version;
 
     if (page == NULL || !is_true(page->valid) || !is_true(page->blocked) || !is_unlocked(page)
         || !is_usable_va(va_page) || (secs = AS(EpcPage, page->secs)) == NULL
@@ -234,10 +224,10 @@ ewb(PyObject *hw, EpcPage *page, EpcPage *va_page, struct ewb_call *eviction)
         result = given.NOT_TRACKED;
         goto given_back;
     }
-    taken = is_taken(va_page, eviction->slot);
-    if (taken < 0 || (page->linaddr != NULL && !unsigned_of(page->linaddr, &linaddr)))
+    if (get_version(va_page, eviction->slot, &version) < 0
+        || (page->linaddr != NULL && !unsigned_of(page->linaddr, &linaddr)))
         return NULL;
-    if (!taken && secinfo_flags(page, &eviction->flags)) {
+    if (!version && secinfo_flags(page, &eviction->flags)) {
         HOLD(page);
         HOLD(va_page);
         HOLD(enclave);
@@ -331,10 +321,9 @@ static int
 load(PyObject *hw, const struct eldu *eldu)
 {
     ResidentSecs *enclave = (ResidentSecs *)eldu->secs->enclave;
-    PyObject *key = paging_key(hw), *header = NULL, *version = NULL, *plain = NULL;
-    PyObject *store = NULL, *zero = NULL;
-    Py_ssize_t slot = (Py_ssize_t)eldu->slot;
-    uint64_t linaddr;
+    PyObject *key = paging_key(hw), *plain = NULL, *store = NULL;
+    struct mac_header header;
+    uint64_t linaddr, version;
     int status = -1;
 
     if (key == NULL || !unsigned_of(eldu->linaddr, &linaddr))
@@ -343,11 +332,10 @@ load(PyObject *hw, const struct eldu *eldu)
         status = 0;
         goto done;
     }
-    header = header_of(enclave->eid, linaddr, eldu->flags);
-    version = header == NULL ? NULL : PySequence_GetItem(eldu->va_page->slots, slot);
-    if (version == NULL)
+    if (!fill_header(&header, enclave->eid, linaddr, eldu->flags)
+        || get_version(eldu->va_page, eldu->slot, &version) < 0)
         goto done;
-    plain = unseal(key, version, eldu->object, eldu->sealed, header);
+    plain = unseal(key, version, eldu->object, eldu->sealed, &header);
     if (plain == NULL) {
         if (given.InvalidTag != NULL && PyErr_ExceptionMatches(given.InvalidTag)) {
             PyErr_Clear();
@@ -356,20 +344,15 @@ load(PyObject *hw, const struct eldu *eldu)
         goto done;
     }
     store = GETF(Machine, hw, store);
-    zero = PyLong_FromLong(0);
-    if (fill_entry(eldu, enclave) < 0 || store == NULL || zero == NULL
-        || fill_page(store, eldu->page, plain) < 0
-        || PySequence_SetItem(eldu->va_page->slots, slot, zero) < 0
+    if (fill_entry(eldu, enclave) < 0 || store == NULL || fill_page(store, eldu->page, plain) < 0
+        || put_version(eldu->va_page, eldu->slot, 0) < 0
         || add_to_field(&enclave->children, 1) < 0)
         goto done;
     set_field(&eldu->page->valid, Py_True);
     status = 1;
 done:
-    Py_XDECREF(zero);
     Py_XDECREF(store);
     Py_XDECREF(plain);
-    Py_XDECREF(version);
-    Py_XDECREF(header);
     Py_XDECREF(key);
     return status;
 }

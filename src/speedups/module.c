@@ -29,6 +29,7 @@ execute(PyObject *module)
         || add_instructions(module) < 0)
         return -1;
     if (add_records(module) < 0 || add_fields(module) < 0 || add_leaves(module) < 0 || add_cipher(module) < 0 || add_numbers(module) < 0 || add_places(module) < 0
+        || add_versions(module) < 0
         || add_hiding(module) < 0
         || add_methods(module) < 0 || add_pages(module) < 0 || add_plain_faults(module) < 0 || add_stops(module) < 0
         || add_virtual_exit(module) < 0 || add_page_lists(module) < 0)

@@ -37,6 +37,7 @@ int add_fields(PyObject *module);
 int add_page_lists(PyObject *module);
 int add_leaves(PyObject *module);
 int add_cipher(PyObject *module);
+int add_versions(PyObject *module);
 int add_numbers(PyObject *module);
 int add_places(PyObject *module);
 int add_hiding(PyObject *module);
@@ -507,18 +508,6 @@ is_exactly(PyObject *object, PyObject *type)
 
 /* hw: an integer of 64 bits without a sign; false with an error. */
 bool unsigned_of(PyObject *number, uint64_t *value);
-
-/* hw: of the paging key: itself, a version that no page has had, and the MAC header of a page. */
-PyObject *paging_key(PyObject *hw);
-PyObject *next_version(PyObject *key);
-PyObject *header_of(PyObject *eid, uint64_t linaddr, uint64_t flags);
-
-/* hw: as PagingKey.seal(): ciphertext and MAC; or None, if they are at `place`, which may be NULL. */
-PyObject *seal(PyObject *key, PyObject *version, PyObject *plain, PyObject *header, char *place);
-
-/* hw: the plaintext of ciphertext and MAC, which are memory, or (NULL) an object. */
-PyObject *unseal(PyObject *key, PyObject *version, PyObject *object, const char *sealed,
-                 PyObject *header);
 
 /* hw: a leaf of a core's leaves: what C code has bound it to, or (NULL) it is another function. */
 enum leaf { EBLOCK, ETRACK, TRY_EWB, TRY_ELDU };

@@ -7,11 +7,14 @@ then one thing is changed that a check looks at.  Result, EPCM, slots and bytes 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.differential.test_optimised_leaves import ELRANGE, FIRST, PAGES, SECS, VA, Half, Step
 
 from softsgx.arch import PageType
@@ -195,6 +198,16 @@ def test_a_slot_holds_the_version_of_its_page_alone(leaf: str) -> None:
     assert not compare(leaf, 0, occupy).startswith("SUCCESS")
 
 
+@pytest.mark.parametrize("kind", [list, partial(array, "Q")])
+@pytest.mark.parametrize("leaf", ["try_ewb", "try_eldu"])
+def test_any_sequence_holds_versions(leaf: str, kind: Callable[[Any], Any]) -> None:
+    def change(half: Half) -> None:
+        page = half.page(VA)
+        page.slots = kind(page.slots)
+
+    assert compare(leaf, 0, change).startswith("SUCCESS")
+
+
 @pytest.mark.parametrize("secs", [VA, FIRST, FIRST + 1, 9])
 def test_a_page_is_loaded_into_an_enclave(secs: int) -> None:
     assert not compare("try_eldu", 0, unchanged, secs=secs).startswith("SUCCESS")
@@ -265,9 +278,58 @@ def test_a_cipher_that_fails_is_no_refused_page() -> None:
     assert len(calls) == 2, "once in each machine"
 
 
+class NewerCipher:
+    """A cipher in Python that keeps what it was given."""
+
+    def __init__(self, key: bytes) -> None:
+        self._aead, self.kept = AESGCM(key), list[Any]()
+
+    def encrypt(self, *arguments: Any) -> bytes:
+        self.kept.extend(arguments)
+        return self._aead.encrypt(*arguments)
+
+    def decrypt(self, *arguments: Any) -> bytes:
+        self.kept.extend(arguments)
+        return self._aead.decrypt(*arguments)
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def refuse(*_arguments: Any) -> int:
+            raise AssertionError("memory is for ciphers that keep nothing")
+
+        if name not in ("encrypt_into", "decrypt_into"):
+            raise AttributeError(name)
+        return refuse
+
+
+@pytest.mark.parametrize("leaf", ["try_ewb", "try_eldu"])
+def test_a_cipher_in_python_can_keep_what_it_gets(leaf: str) -> None:
+    kept: list[list[bytes]] = []
+
+    def change(half: Half) -> None:
+        key = half.hw.secrets.paging
+        cipher: Any = NewerCipher(key._key)
+        key._aead = cipher
+        kept.append(cipher.kept)
+
+    assert compare(leaf, 0, change).startswith("SUCCESS")
+    first, second = kept
+    assert [*map(bytes, first)] == [*map(bytes, second)] and len(first) == 3
+
+
+def test_each_key_has_its_own_cipher() -> None:
+    fast, readable = ([Half(fast=how) for _ in range(2)] for how in (True, False))
+    for half, key in zip((*fast, *readable), (b"1", b"2", b"1", b"2"), strict=True):
+        half.hw.secrets.paging = PagingKey(key * 16)
+    for leaf in (*BEFORE["try_eldu"], "try_eldu", *BEFORE["try_eldu"]):
+        for half in (*fast, *readable):
+            assert half.run(step(leaf, 0)).startswith("SUCCESS")
+    first, second = ([half.out for half in halves] for halves in (fast, readable))
+    assert first == second and first[0] != first[1]
+
+
 def test_versions_fill_the_whole_initialisation_vector() -> None:
     def change(half: Half) -> None:
-        half.hw.secrets.paging._versions = iter([0x8877_6655_4433_2211])  # type: ignore[assignment]
+        half.hw.secrets.paging._versions = iter([0x8877_6655_4433_2211])
 
     assert compare("try_ewb", 0, change).startswith("SUCCESS")
 
@@ -277,7 +339,7 @@ def test_versions_that_end_are_an_error(fast: bool) -> None:
     half = Half(fast=fast)
     for leaf in BEFORE["try_ewb"]:
         half.run(step(leaf, 0))
-    half.hw.secrets.paging._versions = iter(())  # type: ignore[assignment]
+    half.hw.secrets.paging._versions = iter(())
     before = half.state()
     with pytest.raises((AssertionError, StopIteration)):
         half.run(step("try_ewb", 0))
