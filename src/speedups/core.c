@@ -4,9 +4,10 @@
 
 /* --- charges ------------------------------------------------------------------------------------ */
 
-/* Charge a group of class EpcCgroup and its ancestors: 1; 0: a limit refuses, nothing has changed. */
+/* Charge a group of class EpcCgroup and its ancestors: 1; 0: the limit of `refused`, borrowed, refuses,
+ * nothing has changed. */
 static int
-charge_all(PyObject *ancestry, PyObject *group)
+charge_all(PyObject *ancestry, PyObject *group, PyObject **refused)
 {
     Py_ssize_t count = PyTuple_Size(ancestry);
     int64_t usage, ceiling, peak;
@@ -19,8 +20,10 @@ charge_all(PyObject *ancestry, PyObject *group)
         if (GET_INTEGER(EpcCgroup, one, usage_pages, &usage) < 0
             || GET_INTEGER(EpcCgroup, one, _ceiling_pages, &ceiling) < 0)
             return -1;
-        if (usage >= ceiling)
+        if (usage >= ceiling) {
+            *refused = one;
             return 0;
+        }
     }
     if (ADD_INTEGER(EpcCgroup, group, own_pages, 1) < 0)
         return -1;
@@ -70,11 +73,34 @@ reclaim_ahead(PyObject *ancestry, PyObject *group)
     return status;
 }
 
+/* Count a refused charge, as EpcCgroup._count_refusal(): 1; 0: nothing has changed, it does more. */
+static int
+count_refusal(PyObject *refused)
+{
+    EpcCgroup *group = AS(EpcCgroup, refused), *one;
+    PyObject *tree = group == NULL ? NULL : group->hierarchy;
+    int plain = tree == NULL ? 0 : has(tree, names.tracer, Py_None);
+    Py_ssize_t count;
+
+    if (plain > 0)
+        plain = has(tree, names.raises_refused, Py_False);
+    if (plain <= 0)
+        return plain;
+    if ((count = PyTuple_Size(group->_ancestry)) < 0 || add_to_field(&group->events_local, 1) < 0)
+        return -1;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        one = AS(EpcCgroup, PyTuple_GetItem(group->_ancestry, index));
+        if (one != NULL && !is_none(one->parent) && add_to_field(&one->events, 1) < 0)
+            return -1;
+    }
+    return 1;
+}
+
 /* As Group.try_charge(). */
 static PyObject *
 try_charge(PyObject *group)
 {
-    PyObject *ancestry, *result = NULL;
+    PyObject *ancestry, *refused = NULL, *result = NULL;
     int charged;
 
     if (!is_exactly(group, given.EpcCgroup))
@@ -82,9 +108,14 @@ try_charge(PyObject *group)
     ancestry = GETF(EpcCgroup, group, _ancestry);
     if (ancestry == NULL)
         return NULL;
-    charged = charge_all(ancestry, group);
-    if (charged == 0)
-        result = CALL0(group, try_charge);  // refuses again, and counts it
+    charged = charge_all(ancestry, group, &refused);
+    if (charged == 0) {
+        charged = count_refusal(refused);
+        if (charged > 0)
+            Py_INCREF(result = refused);
+        else if (charged == 0)
+            result = CALL0(group, try_charge);  // refuses again, and counts it
+    }
     else if (charged > 0 && reclaim_ahead(ancestry, group) == 0)
         Py_INCREF(result = Py_None);
     Py_DECREF(ancestry);
@@ -146,11 +177,24 @@ page_freed(PyObject *ksgxd)
     return waiters ? effect(CALL0(ksgxd, _wake_waiters)) : 0;
 }
 
+/* Whether a list in the subtree of a group has a page: 0, 1, or -1 with an error. */
+static int
+has_reclaimable(PyObject *group)
+{
+    EpcCgroup *record = is_exactly(group, given.EpcCgroup) ? AS(EpcCgroup, group) : NULL;
+    PageList *listed = record == NULL || record->lru == NULL ? NULL : listed_pages(record->lru);
+    bool any = listed != NULL && listed->count > 0;
+
+    RELEASE(listed);
+    if (any)
+        return 1;
+    return PyErr_Occurred() ? -1 : is_so(CALL0(group, has_reclaimable));
+}
+
 /* Wake ksgxd where few pages are free. */
 static int
 wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
 {
-    PyObject *answer;
     int64_t low;
     int wanted;
 
@@ -161,9 +205,7 @@ wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
     wanted = GET_TRUTH(Ksgxd, ksgxd, asleep);
     if (wanted <= 0)
         return wanted;
-    answer = CALL0(root, has_reclaimable);
-    wanted = answer == NULL ? -1 : PyObject_IsTrue(answer);
-    Py_XDECREF(answer);
+    wanted = has_reclaimable(root);
     return wanted <= 0 ? wanted : effect(CALL0(ksgxd, request));
 }
 
@@ -192,19 +234,44 @@ count_held(PyObject *core, PyObject *kind, int64_t change)
     return status;
 }
 
-/* As FreePages.first(). */
-static PyObject *
-first_node(PyObject *pool, PyObject *number)
+/* The node that was found last, borrowed: `latest` of a pool is a number and its first node. */
+static Node *
+latest_node(FreePages *pool, PyObject *number)
 {
-    PyObject *orders = GETF(FreePages, pool, _orders), *order = NULL, *node = NULL;
+    PyObject *latest = pool == NULL ? NULL : pool->latest;
 
-    if (orders != NULL)
-        order = PyDict_GetItemWithError(orders, number);
+    if (latest == NULL || !PyTuple_Check(latest) || PyTuple_GetItem(latest, 0) != number)
+        return NULL;
+    return AS(Node, PyTuple_GetItem(latest, 1));
+}
+
+/* As FreePages.first(), whose order for a number does not change once it is known. */
+static PyObject *
+first_node(PyObject *object, PyObject *number)
+{
+    FreePages *pool = AS(FreePages, object);
+    PyObject *node = (PyObject *)latest_node(pool, number), *orders, *order, *latest;
+
+    if (node != NULL) {
+        Py_INCREF(node);
+        return node;
+    }
+    if ((orders = GETF(FreePages, object, _orders)) == NULL)
+        return NULL;
+    order = PyDict_GetItemWithError(orders, number);
     if (order != NULL)
         node = PyTuple_GetItem(order, 0);
     Py_XINCREF(node);
-    Py_XDECREF(orders);
-    return node != NULL || PyErr_Occurred() ? node : CALL(pool, first, number, NULL);
+    Py_DECREF(orders);
+    if (node == NULL)
+        return PyErr_Occurred() ? NULL : CALL(object, first, number, NULL);
+    if (pool != NULL) {
+        if ((latest = PyTuple_Pack(2, number, node)) == NULL)
+            Py_CLEAR(node);
+        else
+            replace(&pool->latest, latest);
+    }
+    return node;
 }
 
 /* The pages that were freed on the node that is tried first, and whether the first can be taken. */
@@ -223,6 +290,32 @@ freed_pages(PyObject *core, PyObject *node_number, bool *usable)
     Py_XDECREF(node);
     Py_XDECREF(pool);
     return freed;
+}
+
+/* Refuse a page to a load whose charge was refused, as CompiledCore._take_otherwise() if a page can be
+ * reclaimed: 1, with the exception set; 0: nothing has changed, it does more. */
+static int
+refuse(PyObject *core, PyObject *ksgxd, PyObject *refused, int64_t outcomes)
+{
+    PyObject *counters = NULL, *seen = NULL, *busy = NULL;
+    int plain = HAS_ANY(Ksgxd, ksgxd, _oom_verdicts), result = -1;
+
+    if (plain != 0)
+        return plain < 0 ? -1 : 0;
+    if ((plain = has_reclaimable(refused)) <= 0)
+        return plain;
+    if (effect(CALL(ksgxd, request, refused, NULL)) == 0
+        && (counters = GETF(EpcCore, core, counters)) != NULL
+        && ADD_INTEGER(Counters, counters, alloc_busy, 1) == 0
+        && (seen = PyLong_FromLongLong(outcomes)) != NULL
+        && (busy = PyObject_CallFunctionObjArgs(given.EpcBusy, seen, refused, NULL)) != NULL) {
+        PyErr_SetObject(given.EpcBusy, busy);
+        result = 1;
+    }
+    Py_XDECREF(busy);
+    Py_XDECREF(seen);
+    Py_XDECREF(counters);
+    return result;
 }
 
 /* Charge a page; take the first freed one if it is `usable`, or do what follows otherwise. */
@@ -246,6 +339,8 @@ take(PyObject *core, PyObject *ksgxd, PageList *freed, bool usable, PyObject *co
         page = (PyObject *)record;
         goto done;
     }
+    if (!is_none(refused) && refuse(core, ksgxd, refused, outcomes) != 0)
+        goto done;
     seen = Py_BuildValue("LL", (long long)generation, (long long)outcomes);
     if (seen != NULL)
         page = CALL(core, _take_otherwise, group, refused, seen, node, kind, claim, NULL);
@@ -303,16 +398,32 @@ done:
     return result;
 }
 
+/* The node of a number: the one that was found last, or from the pool's `nodes`. */
+static PyObject *
+node_of(PyObject *pool, PyObject *number)
+{
+    PyObject *latest = (PyObject *)latest_node(AS(FreePages, pool), number), *nodes, *node;
+
+    if (latest != NULL && ((Node *)latest)->number == number) {
+        Py_INCREF(latest);
+        return latest;
+    }
+    if ((nodes = GETF(FreePages, pool, nodes)) == NULL)
+        return NULL;
+    node = PyObject_GetItem(nodes, number);
+    Py_DECREF(nodes);
+    return node;
+}
+
 /* Put a page among the freed ones of its node. */
 static int
 give_back(PyObject *core, SgxEpcPage *page)
 {
-    PyObject *pool = GETF(EpcCore, core, _pool), *nodes = NULL, *node = NULL, *count = NULL;
+    PyObject *pool = GETF(EpcCore, core, _pool), *node = NULL, *count = NULL;
     PageList *freed = NULL;
     int status = -1;
 
-    if (pool != NULL && (nodes = GETF(FreePages, pool, nodes)) != NULL
-        && (node = PyObject_GetItem(nodes, page->node)) != NULL)
+    if (pool != NULL && (node = node_of(pool, page->node)) != NULL)
         freed = page_list(GETF(Node, node, freed));
     if (freed != NULL && (count = GETF(EpcCore, core, _free)) != NULL
         && list_append(freed, page) == 0)
@@ -320,7 +431,6 @@ give_back(PyObject *core, SgxEpcPage *page)
     Py_XDECREF(count);
     RELEASE(freed);
     Py_XDECREF(node);
-    Py_XDECREF(nodes);
     Py_XDECREF(pool);
     return status;
 }

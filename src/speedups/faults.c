@@ -16,23 +16,6 @@ struct fault {
     int64_t index;
 };
 
-/* The page of an enclave at an index, borrowed: as EnclavePages.get(); NULL: perhaps an error. */
-static EnclavePage *
-page_at(PyObject *object, int64_t index)
-{
-    EnclavePages *pages = AS(EnclavePages, object);
-    PyObject *high, *chunk;
-
-    if (pages == NULL || pages->chunks == NULL || !PyDict_Check(pages->chunks)
-        || (high = PyLong_FromLongLong(index >> CHUNK_SHIFT)) == NULL)
-        return NULL;
-    chunk = PyDict_GetItemWithError(pages->chunks, high);
-    Py_DECREF(high);
-    if (chunk == NULL || !PyList_Check(chunk))
-        return NULL;
-    return AS(EnclavePage, PyList_GetItem(chunk, (Py_ssize_t)(index & CHUNK_MASK)));
-}
-
 /* The page that a fault can load by the plain path; NULL: none, perhaps with an error. */
 static EnclavePage *
 loadable(struct fault *fault)
@@ -93,8 +76,8 @@ of_task(struct fault *fault, PyObject *function)
 static PyObject *
 load_for(struct fault *fault)
 {
-    PyObject *label = PyDict_GetItemWithError(given.labels, fault->page->kind), *epc = NULL;
-    PyObject *claim = NULL, *group = NULL, *node = NULL;
+    PyObject *kind = fault->page->kind, *epc = NULL, *claim = NULL, *group = NULL, *node = NULL;
+    PyObject *label = kind == given.REG ? given.reg : PyDict_GetItemWithError(given.labels, kind);
 
     if (is_none(fault->task)) {
         Py_INCREF(claim = Py_None);
@@ -187,6 +170,22 @@ count_fault(PyObject *faults, PyObject *kind)
     return status;
 }
 
+/* As driver.optimised._ended() of an EpcBusy: the task waits for a page. */
+static PyObject *
+ended_busy(struct fault *fault, PyObject *busy)
+{
+    PyObject *method = NULL, *wait = NULL, *ended = NULL;
+
+    /* The traceback refers to a frame, which refers to the error: a reference cycle. */
+    if (PyException_SetTraceback(busy, Py_None) == 0
+        && (method = GET(fault->core, wait_for_page)) != NULL
+        && (wait = PyObject_CallFunctionObjArgs(given.partial, method, busy, NULL)) != NULL)
+        ended = PyTuple_Pack(3, given.busy, given.NOPAGE, wait);
+    Py_XDECREF(wait);
+    Py_XDECREF(method);
+    return ended;
+}
+
 /* A fault has ended with the exception that is set: (kind, result, wait), or the exception. */
 static PyObject *
 ended_by_error(struct fault *fault)
@@ -195,7 +194,9 @@ ended_by_error(struct fault *fault)
 
     PyErr_Fetch(&type, &error, &traceback);
     PyErr_NormalizeException(&type, &error, &traceback);
-    if (error != NULL)
+    if (is_exactly(error, given.EpcBusy))
+        ended = ended_busy(fault, error);
+    else if (error != NULL)
         ended = PyObject_CallFunctionObjArgs(given.page_ended, fault->enclave, error, NULL);
     if (ended != NULL && is_none(ended)) {
         Py_CLEAR(ended);

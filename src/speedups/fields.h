@@ -26,7 +26,7 @@
 #define ENCLAVE_VMA(C, O, B, U, F, N) O(enclave) U(end) O(file) O(prot) U(start)
 #define EPC_CGROUP(C, O, B, U, F, N)                                                                   \
     O(_ancestry) C(_ceiling_pages) O(_dying) O(_max_pages) O(_order) O(_position) O(children)    \
-    O(events) O(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
+    C(events) C(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
     C(peak_pages) O(removed) C(usage_pages)
 #define FLAT_BACKING(C, O, B, U, F, N)                                                                 \
     O(kinds) O(limit_pages) C(pcmd_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)

@@ -43,6 +43,7 @@ int add_places(PyObject *module);
 int add_hiding(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
+int add_enclave_pages(PyObject *module);
 
 /* --- records ------------------------------------------------------------------------------------
  *
@@ -55,7 +56,7 @@ int add_virtual_exit(PyObject *module);
 #define ENCLAVE_MODE(X)                                                                          \
     X(cet_slot) X(enclave) X(entry_epoch) X(frame) X(outside) X(secs) X(tcs) X(tcs_linaddr)
 #define ENCLAVE_MM(X) X(enclave) X(mm)
-#define ENCLAVE_PAGES(X) X(_count) X(chunks)
+#define ENCLAVE_PAGES(X) X(_count) X(chunks) X(latest)
 #define ENCLAVE_MEMORY(X)                                                                        \
     X(_windows) X(fd) X(forbidden) X(former_jumps) X(jumps) X(key) X(marked) X(pages)            \
     X(trapped) X(users)
@@ -111,7 +112,7 @@ int add_virtual_exit(PyObject *module);
     X(root) X(runtime) X(slowpath) X(tracer) X(va)
 #define FREE_PAGES(X) \
     X(_counts_poisoned) X(_orders) X(_sections) X(_walk) X(_walks_without_end) X(count) \
-    X(nodes) X(records)
+    X(latest) X(nodes) X(records)
 #define LRU(X) \
     X(_latch) X(pages)
 #define MACHINE(X) \
@@ -352,7 +353,7 @@ add_to_count(int64_t *field, int64_t change)
     X(_permits) X(_policy) X(_pool) X(_position) X(_ready) X(_real_xstate) X(_recorded)        \
     X(_runtime) X(_scan_pages) X(_sealed) X(_server) X(_sharers) X(_skip) X(_slots)           \
     X(_store) X(_take_otherwise) X(_take_out) X(_timers) X(_transitions) X(_try_again) X(_unused) X(_versions) X(_waiters) X(_waits)             \
-    X(_wake_waiters) X(aex) X(age) X(append) X(args) X(asleep) X(at_call) X(background)                  \
+    X(_wake_waiters) X(aex) X(age) X(alloc_busy) X(append) X(args) X(asleep) X(at_call) X(background)                  \
     X(backing_error) X(base) X(before_hide) X(block) X(blocked) X(breakpoints)     \
     X(children) X(claim) X(claims) X(clear) X(core) X(counters) X(counts) X(cpu) X(crossings)    \
     X(current) X(dead) X(decrypt) X(decrypt_into) X(defects) X(discard) X(driver) X(drop) X(eblock) X(enclave) X(encrypt) X(encrypt_into)   \
@@ -366,14 +367,14 @@ add_to_count(int64_t *field, int64_t change)
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
     X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(pcmd_pages) X(peak_pages) X(permits)          \
     X(pid) X(pin) X(places) X(policy) X(pop) X(prepare) X(process) X(promised)    \
-    X(ptes) X(put) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
+    X(ptes) X(put) X(raises_refused) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
     X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
     X(subtree)     X(spurious) X(space) X(stay) X(stays_inside) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
     X(test_and_clear_accessed) X(tf) X(thread) X(threads) X(tid) X(to_bytes) X(tlb) X(tracer) X(try_charge)               \
     X(try_eldu) X(try_ewb) X(uncharge) X(unpin) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
-    X(users) X(usual) X(va) X(value) X(waiting) X(watched) X(write) X(xsave) X(zap)
+    X(users) X(usual) X(va) X(value) X(wait_for_page) X(waiting) X(watched) X(write) X(xsave) X(zap)
 
 #define NAME(name) PyObject *name;
 struct names { NAMES(NAME) };
@@ -485,13 +486,13 @@ int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
  */
 
 #define GIVEN(X)                                                                                 \
-    X(AsynchronousExits) X(BUS_ADRERR) X(Batch) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
+    X(AsynchronousExits) X(BUS_ADRERR) X(Batch) X(EpcBusy) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
     X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
     X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
     X(PREV_TRK_INCMPL) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
     X(SECS) X(SUCCESS) X(TRACKED_AGE) X(Transitions) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
     X(closed_behind) X(eblock) X(etrack) X(exited_word) X(first_node) X(handle) X(is_running) X(kick_enclave) X(kick_image) X(labels) X(load_ahead)    \
-    X(major) X(mapped_in) X(monotonic_ns) X(own_group) X(page_ended) X(partial) X(sigbus_stop) X(virtual_exit)
+    X(busy) X(major) X(mapped_in) X(monotonic_ns) X(own_group) X(page_ended) X(partial) X(reg) X(sigbus_stop) X(virtual_exit)
 
 #define POINTER(name) PyObject *name;
 struct given { GIVEN(POINTER) };
@@ -666,6 +667,10 @@ int copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data);
 
 /* Append the bytes of a run of pages of a file to a list; they are holes then. */
 int take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents);
+
+/* driver: the page of an enclave at an index, borrowed, of its pages: as EnclavePages.get(); NULL: there
+ * is none, or an error is set. */
+EnclavePage *page_at(PyObject *pages, int64_t index);
 
 /* driver: the swapping of a page's enclave, borrowed; NULL, and no error: none that C code knows. */
 PyObject *swap_of(EnclavePage *page);

@@ -284,6 +284,7 @@ def test_a_load_asks_for_a_page_of_its_node_first(node: int) -> None:
         near.freed.append(usual.freed.popleft())
         pool._orders.update(dict.fromkeys((0, 1, 7), (usual, near)))
         pool._orders[node] = near, usual
+        pool.latest = None
         expected = near.freed[0].addr
         epc = load(world, page, cpu_node=node)
         return epc.addr == expected, epc.addr

@@ -282,8 +282,6 @@ class EpcCgroup:
 
     def _count_refusal(self, refused: EpcCgroup) -> None:
         """Count a refused charge at ``refused``, and in ``events`` of all groups below the root."""
-        from softsgx.cgroup.events import ChargeRefused
-
         tree = self.hierarchy
         with tree.latch:
             if tree.raises_refused:
@@ -294,6 +292,8 @@ class EpcCgroup:
                 if group.parent is not None:
                     group.events += 1
         if tree.tracer is not None:
+            from softsgx.cgroup.events import ChargeRefused
+
             usage = refused.usage_pages * PAGE_BYTES
             tree.tracer(ChargeRefused(self.path, refused.path, usage))
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from softsgx import compiled
-from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, Status
+from softsgx.arch import PAGE_BYTES, PAGE_SHIFT, PageType, Status
 from softsgx.driver import fault
 from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.mm import Mm
@@ -295,6 +295,7 @@ def _give(core: ModuleType) -> None:
         "Fault": Fault,
         "NOPAGE": _NOPAGE,
         "RETRY": FaultResult.RETRY,
+        "busy": "busy",
         "handle": core.handle,
         "first_node": first_node,
         "kick_enclave": Enclave.kick,
@@ -302,6 +303,9 @@ def _give(core: ModuleType) -> None:
         "load_ahead": fault.load_ahead,
         "major": "major",
         "own_group": own_group,
+        "partial": partial,
+        "REG": PageType.REG,
+        "reg": LABELS[PageType.REG],
         "page_ended": _ended_in_core,
     }.items():
         core.give(name, value)

@@ -22,13 +22,15 @@ class EnclavePages(MutableMapping[int, EnclavePage]):
 
     Attributes:
         chunks: by ``index >> 7``, the pages of 128 indices; hot callers read them, to save calls.
+        latest: of the compiled core: the chunk that it has used last.
     """
 
-    __slots__ = ("_count", "chunks")
+    __slots__ = ("_count", "chunks", "latest")
 
     def __init__(self) -> None:
         self.chunks: dict[int, list[EnclavePage | None]] = {}
         self._count = 0
+        self.latest: object = None
 
     def get(self, index: int, default: _T | None = None) -> EnclavePage | _T | None:  # type: ignore[override]
         """Return a page; ``default``: the enclave has none at ``index``."""
@@ -57,6 +59,7 @@ class EnclavePages(MutableMapping[int, EnclavePage]):
         chunk[index & MASK] = None
         self._count -= 1
         if not any(chunk):
+            self.latest = None
             del self.chunks[index >> SHIFT]
 
     def __contains__(self, index: object) -> bool:
@@ -86,12 +89,14 @@ class EnclavePages(MutableMapping[int, EnclavePage]):
     def drain(self) -> Iterator[EnclavePage]:
         """Yield every page; remove the pages of a chunk as it is reached, to free their memory."""
         for high in sorted(self.chunks):
+            self.latest = None
             pages = [page for page in self.chunks.pop(high, ()) if page is not None]
             self._count -= len(pages)
             yield from pages
 
     def clear(self) -> None:
         """Remove every page."""
+        self.latest = None
         self.chunks.clear()
         self._count = 0
 

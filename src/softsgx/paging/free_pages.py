@@ -34,6 +34,7 @@ class FreePages:
         records: every page that was ever allocated or poisoned, by address.
         nodes: by number.
         count: pages that can be taken.
+        latest: of the compiled core: a processor's node, and its first node with EPC.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class FreePages:
         "_walk",
         "_walks_without_end",
         "count",
+        "latest",
         "nodes",
         "records",
     )
@@ -51,6 +53,7 @@ class FreePages:
         self, sections: Sequence[EpcSection], runtime: Runtime, *, defects: frozenset[Defect]
     ) -> None:
         self._sections = sections
+        self.latest: object = None
         self.records: dict[int, SgxEpcPage] = {}
         nodes: dict[int, Node] = {}
         for section in sections:

@@ -352,7 +352,7 @@ def _give(core: ModuleType) -> None:
         core.bind(one.__name__, one)
     for part in (Claims, EpcCore, FreePages, Lru, Node, SparseNumbers, SwapEntries, VaArray):
         core.bind(part.__name__, part)
-    for known in (Batch, Fifo, FlatFile, Policy, VaArray):
+    for known in (Batch, EpcBusy, Fifo, FlatFile, Policy, VaArray):
         core.give(known.__name__, known)
     core.give("PREV_TRK_INCMPL", Status.PREV_TRK_INCMPL)
     for completed in (CompiledReclaimer, CompiledCore, CompiledSwap):
