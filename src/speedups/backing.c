@@ -1,6 +1,6 @@
 /* VA slots and backing of evicted pages: as VaArray and FlatFile of softsgx.paging. */
 
-#include "speedups.h"
+#include "page_list.h"
 
 /* --- VA slots ----------------------------------------------------------------------------------- */
 
@@ -41,21 +41,41 @@ take_lowest(uint64_t *bitmap)
     return number;
 }
 
+/* Where the slot of a reservation is, borrowed. */
+bool
+reserved_slot(Reservation *reservation, struct place *place)
+{
+    VaSlot *slot;
+
+    place->page = AS(VaPage, reservation->_va_page);
+    place->number = reservation->_number;
+    if (place->page == NULL && (slot = AS(VaSlot, reservation->_slot)) != NULL
+        && integer(slot->number, &place->number))
+        place->page = AS(VaPage, slot->page);
+    return place->page != NULL;
+}
+
+/* Call a method of another VaArray with a slot. */
+static int
+with_slot(PyObject *va, PyObject *name, struct place *place)
+{
+    PyObject *slot = (PyObject *)make_slot(place->page, place->number);
+    int status = slot == NULL ? -1 : effect(PyObject_CallMethodObjArgs(va, name, slot, NULL));
+
+    Py_XDECREF(slot);
+    return status;
+}
+
 /* As VaArray.slot_loaded(). */
 int
 slot_loaded(PyObject *va, struct place *slot)
 {
     VaPage *page = slot->page;
     PyObject *pages;
-    int status;
+    int status = 0;
 
-    if (!is_exactly(va, given.VaArray)) {
-        PyObject *object = (PyObject *)make_slot(page, slot->number);
-
-        status = object == NULL ? -1 : effect(CALL(va, slot_loaded, object, NULL));
-        Py_XDECREF(object);
-        return status;
-    }
+    if (!is_exactly(va, given.VaArray))
+        return with_slot(va, names.slot_loaded, slot);
     set_field(&page->accessed, Py_True);
     page->free[slot->number / 64] |= (uint64_t)1 << slot->number % 64;
     if (ADD_INTEGER(VaArray, va, used, -1) < 0)
@@ -64,21 +84,22 @@ slot_loaded(PyObject *va, struct place *slot)
         return 0;
     if (ADD_INTEGER(VaArray, va, room, 1) < 0 || (pages = GETF(VaArray, va, _pages)) == NULL)
         return -1;
-    status = effect(CALL(pages, move_to_end, (PyObject *)page, Py_False, NULL));
+    if (first_va_page(pages) != page)
+        status = move_va_page(pages, page, false);
     Py_DECREF(pages);
     return status;
 }
 
 /* As VaArray.slot_written(). */
 int
-slot_written(PyObject *va, VaSlot *slot)
+slot_written(PyObject *va, struct place *slot)
 {
-    VaPage *page = AS(VaPage, slot->page);
+    VaPage *page = slot->page;
     SgxEpcPage *epc;
     int64_t promised, used;
 
-    if (page == NULL || !is_exactly(va, given.VaArray) || !is_empty(page->stale))
-        return effect(CALL(va, slot_written, (PyObject *)slot, NULL));
+    if (!is_exactly(va, given.VaArray) || !is_empty(page->stale))
+        return with_slot(va, names.slot_written, slot);
     page->pins--;
     epc = AS(SgxEpcPage, page->epc);
     if (page->pins || (epc != NULL && is_true(epc->tracked)))  // stays as it is, or is listed already
@@ -91,41 +112,41 @@ slot_written(PyObject *va, VaSlot *slot)
     return 0;
 }
 
-/* The page whose slots are taken next, or NULL, perhaps with an error. */
+/* The page whose slots are taken next, with a reference, or NULL, perhaps with an error. */
 VaPage *
-page_with_room(PyObject *pages)
+page_with_room(PyObject *va)
 {
-    PyObject *iterator = PyObject_GetIter(pages), *first;
-    VaPage *page;
+    PyObject *pages = GETF(VaArray, va, _pages);
+    VaPage *page = pages == NULL ? NULL : first_va_page(pages);
 
-    if (iterator == NULL)
-        return NULL;
-    first = PyIter_Next(iterator);
-    Py_DECREF(iterator);
-    page = AS(VaPage, first);
-    if (page == NULL || is_empty(page->free) || is_none(page->epc)
-        || !is_none(page->eviction)) {
-        Py_XDECREF(first);
-        return NULL;
-    }
+    if (page != NULL
+        && (is_empty(page->free) || is_none(page->epc) || !is_none(page->eviction)))
+        page = NULL;
+    if (page != NULL)
+        HOLD(page);
+    Py_XDECREF(pages);
     return page;
 }
 
-/* As VaArray.alloc_slot(), of a page that has room. */
-PyObject *
-alloc_slot(PyObject *va, PyObject *pages, VaPage *page)
+/* As VaArray.alloc_slot(), of a page that has room: 0, or -1 with an error. */
+int
+alloc_slot(PyObject *va, VaPage *page, int64_t *number)
 {
-    VaSlot *slot = make_slot(page, take_lowest(page->free));
+    PyObject *pages;
+    int status;
 
-    if (slot == NULL)
-        return NULL;
+    *number = take_lowest(page->free);
     page->pins++;
     set_field(&page->accessed, Py_True);
-    if (ADD_INTEGER(VaArray, va, used, 1) < 0 || ADD_INTEGER(VaArray, va, room, -1) < 0
-        || (is_empty(page->free)
-            && effect(CALL(pages, move_to_end, (PyObject *)page, NULL)) < 0))
-        RELEASE(slot), slot = NULL;
-    return (PyObject *)slot;
+    if (ADD_INTEGER(VaArray, va, used, 1) < 0 || ADD_INTEGER(VaArray, va, room, -1) < 0)
+        return -1;
+    if (!is_empty(page->free))
+        return 0;
+    if ((pages = GETF(VaArray, va, _pages)) == NULL)
+        return -1;
+    status = move_va_page(pages, page, true);
+    Py_DECREF(pages);
+    return status;
 }
 
 /* --- backing ------------------------------------------------------------------------------------ */
@@ -154,26 +175,11 @@ done:
     return status;
 }
 
-/* As FlatFile.reserve(), of a file without a limit that has a buffer. */
-PyObject *
-reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *index)
+/* As FlatFile.reserve(), of a file without a limit; the buffer is taken where one is needed. */
+int
+reserve(PyObject *file, PyObject *flat, int64_t index)
 {
-    PyObject *pinned = NULL;
-    Py_ssize_t last = PyList_Size(buffers) - 1;
-    int64_t number;
-
-    if (!integer(index, &number)) {
-        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
-        return NULL;
-    }
-    if (share(file, flat, number, 1) < 0 || ADD_INTEGER(FlatBacking, flat, reserved, 1) < 0
-        || (pinned = PyList_GetItem(buffers, last)) == NULL)
-        return NULL;
-    Py_INCREF(pinned);
-    set_field(&((Pinned *)pinned)->index, index);
-    if (PyList_SetSlice(buffers, last, last + 1, NULL) < 0)
-        Py_CLEAR(pinned);
-    return pinned;
+    return share(file, flat, index, 1) < 0 ? -1 : ADD_INTEGER(FlatBacking, flat, reserved, 1);
 }
 
 /* Whether SECINFO flags and an EID are those of most pages: 0, 1, or -1 with an error. */
@@ -192,55 +198,80 @@ is_usual(PyObject *flat, int64_t flags, PyObject *eid)
     return same;
 }
 
+/* Give back the buffer of a reservation that has one. */
+static int
+put_back(PyObject *file, Reservation *reservation)
+{
+    PyObject *buffers;
+    int status;
+
+    if (is_none(reservation->_pinned))
+        return 0;
+    if ((buffers = GETF(FlatFile, file, _buffers)) == NULL)
+        return -1;
+    status = PyList_Append(buffers, reservation->_pinned);
+    Py_DECREF(buffers);
+    return status;
+}
+
+static int
+keep_readably(PyObject *file, Reservation *reservation, PyObject *sealed)
+{
+    PyObject *pinned = GET(reservation, pinned);
+    int status = pinned == NULL ? -1 : effect(CALL(file, keep, pinned, sealed, NULL));
+
+    Py_XDECREF(pinned);
+    return status;
+}
+
 /* As FlatFile.keep(). */
 int
-keep(PyObject *file, PyObject *pinned, PyObject *sealed)
+keep(PyObject *file, Reservation *reservation, PyObject *sealed)
 {
-    PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL, *buffers = NULL;
-    int64_t flags, index;
+    PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL;
+    int64_t flags;
     int usual = flat == NULL ? -1
-        : integer(((Pinned *)pinned)->index, &index) && integer(PyTuple_GetItem(sealed, 1), &flags)
+        : integer(PyTuple_GetItem(sealed, 1), &flags)
         ? is_usual(flat, flags, PyTuple_GetItem(sealed, 2))
         : 0;
     int status = -1;
 
-    if (usual < 0)
-        goto done;
-    if (!usual) {
-        status = effect(CALL(file, keep, pinned, sealed, NULL));
-        goto done;
-    }
-    contents = GETF(FlatFile, file, _sealed);
-    buffers = GETF(FlatFile, file, _buffers);
-    if (contents != NULL && buffers != NULL && ADD_INTEGER(FlatBacking, flat, reserved, -1) == 0
-        && sealed_put(contents, index, PyTuple_GetItem(sealed, 0)) == 0)
-        status = PyList_Append(buffers, pinned);
-done:
-    Py_XDECREF(buffers);
+    if (usual == 0)
+        status = keep_readably(file, reservation, sealed);
+    else if (usual > 0 && (contents = GETF(FlatFile, file, _sealed)) != NULL
+             && ADD_INTEGER(FlatBacking, flat, reserved, -1) == 0
+             && sealed_put(contents, reservation->index, PyTuple_GetItem(sealed, 0)) == 0)
+        status = put_back(file, reservation);
     Py_XDECREF(contents);
     Py_XDECREF(flat);
     return status;
 }
 
-int
-keep_at(PyObject *file, PyObject *pinned, struct sealed_place *place, int64_t flags, PyObject *eid)
+/* As FlatFile.keep_kind(). */
+static int
+keep_kind(PyObject *file, int64_t index, int64_t flags, PyObject *eid)
 {
-    PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL, *buffers = NULL;
-    PyObject *number = NULL;
+    PyObject *at = PyLong_FromLongLong(index), *number = PyLong_FromLongLong(flags);
+    int status = -1;
+
+    if (at != NULL && number != NULL)
+        status = effect(CALL(file, keep_kind, at, number, eid, NULL));
+    Py_XDECREF(number);
+    Py_XDECREF(at);
+    return status;
+}
+
+int
+keep_at(PyObject *file, Reservation *reservation, struct sealed_place *place, int64_t flags,
+        PyObject *eid)
+{
+    PyObject *flat = GETF(FlatFile, file, _flat), *contents = NULL;
     int usual = flat == NULL ? -1 : is_usual(flat, flags, eid), status = -1;
 
-    if (usual < 0 || (contents = GETF(FlatFile, file, _sealed)) == NULL
-        || (buffers = GETF(FlatFile, file, _buffers)) == NULL
-        || ADD_INTEGER(FlatBacking, flat, reserved, -1) < 0 || sealed_taken(contents, place) < 0)
-        goto done;
-    if (!usual
-        && ((number = PyLong_FromLongLong(flags)) == NULL
-            || effect(CALL(file, keep_kind, ((Pinned *)pinned)->index, number, eid, NULL)) < 0))
-        goto done;
-    status = PyList_Append(buffers, pinned);
-done:
-    Py_XDECREF(number);
-    Py_XDECREF(buffers);
+    if (usual >= 0 && (contents = GETF(FlatFile, file, _sealed)) != NULL
+        && ADD_INTEGER(FlatBacking, flat, reserved, -1) == 0 && sealed_taken(contents, place) == 0
+        && (usual || keep_kind(file, place->index, flags, eid) == 0))
+        status = put_back(file, reservation);
     Py_XDECREF(contents);
     Py_XDECREF(flat);
     return status;

@@ -293,7 +293,8 @@ int
 page_write(PyObject *object)
 {
     EnclavePage *page = AS(EnclavePage, object);
-    PyObject *epc, *reservation, *entry, *swap = page == NULL ? NULL : swap_of(page);
+    PyObject *epc, *reservation, *swap = page == NULL ? NULL : swap_of(page);
+    struct written written;
     int plain = 0, result = -1;
 
     if (swap != NULL && is_record(page->epc, KIND_SgxEpcPage)
@@ -306,22 +307,22 @@ page_write(PyObject *object)
     Py_INCREF(epc);
     Py_INCREF(reservation);
     set_field(&page->reservation, Py_None);
-    entry = swap_write_to(swap, epc, reservation);
-    if (entry != NULL) {
-        result = !is_none(entry);
+    if (swap_write_to(swap, epc, reservation, &written) == 0) {
+        result = written.place.page != NULL || !is_none(written.entry);
         if (result) {
-            result = entry_put(swap, page->index, entry) < 0
+            result = entry_written(swap, page->index, &written) < 0
                     || count_eviction(page->enclave) < 0
                 ? -1
                 : 1;
             set_field(&page->epc, Py_None);
         }
         set_flag(&page->being_reclaimed, false);
-        Py_DECREF(entry);
+        RELEASE(written.place.page);
+        Py_XDECREF(written.entry);
         if (result >= 0 && tell_waiting(page->enclave) < 0)
             result = -1;
     }
-    Py_DECREF(reservation);
+    end_reservation(reservation);
     Py_DECREF(epc);
     return result;
 }

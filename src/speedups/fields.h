@@ -37,6 +37,8 @@
     C(generation) C(outcomes) O(working) F(_gave_up) F(asleep)
 #define PLAIN_FAULTS(C, O, B, U, F, N)                                                                 \
     O(_permits) O(_runtime) O(_server) O(_store) O(_transitions) O(_waits) C(served)
+#define RESERVATION(C, O, B, U, F, N)                                                            \
+    O(_file) C(_number) O(_pinned) O(_slot) O(_va_page) C(index)
 #define RESIDENT_SECS(C, O, B, U, F, N)                                                                \
     O(base) O(cet_attributes) O(cet_leg_bitmap_offset) C(children) O(config_id) O(config_svn)    \
     O(context) O(crossings) O(cur_count) O(eid) O(epoch) O(etrack_running) O(flags)              \
@@ -48,11 +50,13 @@
 #define SGX_EPC_PAGE(C, O, B, U, F, N)                                                                 \
     LINKS O(addr) O(group) O(kind) O(lru) O(node) O(owner)                                       \
     F(blocked) F(free) F(kept) F(leaked) F(poisoned) F(tracked)
+#define SWAP_COUNTS(C, O, B, U, F, N)                                                            \
+    U(_base) C(children) C(etracks) C(ewbs) C(peak_children)
 #define VA_ARRAY(C, O, B, U, F, N)                                                                     \
     O(_made_by_count) O(_pages) O(group) O(level) O(lock) O(pin) C(promised) C(room) O(tree)     \
     C(used)
-#define VA_PAGE(C, O, B, U, F, N)                                                                      \
-    O(accessed) O(array) O(epc) O(eviction) B(free) C(index) O(lost) O(parent) C(pins)           \
+#define VA_PAGE(C, O, B, U, F, N)                                                                \
+    LINKS O(accessed) O(array) O(epc) O(eviction) B(free) C(index) O(lost) O(parent) C(pins)           \
     B(stale)
 
 #define STRUCTURES(X)                                                                            \
@@ -60,7 +64,8 @@
     X(EnclaveCounts, ENCLAVE_COUNTS) X(EnclavePage, ENCLAVE_PAGE) X(EnclaveVma, ENCLAVE_VMA)     \
     X(EpcCgroup, EPC_CGROUP)                                                                     \
     X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(PlainFaults, PLAIN_FAULTS)                    \
-    X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK) X(SgxEpcPage, SGX_EPC_PAGE)                \
+    X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK)                \
+    X(SgxEpcPage, SGX_EPC_PAGE) X(SwapCounts, SWAP_COUNTS)                                       \
     X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
 
 /* The neighbours and the list of a page, borrowed; NULL: it is on none. */
@@ -75,19 +80,14 @@ typedef struct linked { PyObject_HEAD LINKS } Linked;
 #define ADDRESS_FIELD(name) uint64_t name;
 #define FLAG_FIELD(name) bool name;
 #define BYTE_FIELD(name) uint8_t name;
+#define STRUCTURE_FIELDS(fields)                                                                 \
+    fields(COUNT_FIELD, OBJECT_FIELD, BITMAP_FIELD, ADDRESS_FIELD, FLAG_FIELD, BYTE_FIELD)
 #define STRUCTURE(type, fields)                                                                  \
     typedef struct {                                                                             \
-        PyObject_HEAD fields(COUNT_FIELD, OBJECT_FIELD, BITMAP_FIELD, ADDRESS_FIELD, FLAG_FIELD, \
-                             BYTE_FIELD)                                                         \
+        PyObject_HEAD STRUCTURE_FIELDS(fields)                                                   \
     } type;
 STRUCTURES(STRUCTURE)
 #undef STRUCTURE
-#undef BYTE_FIELD
-#undef FLAG_FIELD
-#undef ADDRESS_FIELD
-#undef BITMAP_FIELD
-#undef OBJECT_FIELD
-#undef COUNT_FIELD
 #undef LINKS
 #define LINKS
 

@@ -9,8 +9,12 @@ _Static_assert(offsetof(SgxEpcPage, before) == offsetof(Linked, before)
                    && offsetof(SgxEpcPage, after) == offsetof(Linked, after)
                    && offsetof(SgxEpcPage, list) == offsetof(Linked, list),
                "a page begins with its links");
+_Static_assert(offsetof(VaPage, before) == offsetof(Linked, before)
+                   && offsetof(VaPage, after) == offsetof(Linked, after)
+                   && offsetof(VaPage, list) == offsetof(Linked, list),
+               "a VA page begins with its links");
 
-static PyTypeObject *list_type, *iterator_type;
+static PyTypeObject *list_type, *va_list_type, *iterator_type;
 
 /* --- steps -------------------------------------------------------------------------------------- */
 
@@ -23,6 +27,19 @@ link_last(PageList *list, Linked *page)
     page->after = NULL;
     *(list->last == NULL ? &list->first : &list->last->after) = page;
     list->last = page;
+    list->count++;
+    list->changes++;
+}
+
+/* The same before the first one. */
+static void
+link_first(PageList *list, Linked *page)
+{
+    page->list = list;
+    page->before = NULL;
+    page->after = list->first;
+    *(list->first == NULL ? &list->last : &list->first->before) = page;
+    list->first = page;
     list->count++;
     list->changes++;
 }
@@ -77,6 +94,27 @@ page_list(PyObject *object)
     return (PageList *)object;
 }
 
+VaPage *
+first_va_page(PyObject *object)
+{
+    return is_exactly(object, (PyObject *)va_list_type) ? (VaPage *)((PageList *)object)->first
+                                                        : NULL;
+}
+
+int
+move_va_page(PyObject *object, VaPage *page, bool last)
+{
+    PageList *list = (PageList *)object;
+
+    if (!is_exactly(object, (PyObject *)va_list_type) || page->list != list) {
+        PyErr_SetObject(PyExc_KeyError, (PyObject *)page);
+        return -1;
+    }
+    unlink_page(list, (Linked *)page);
+    (last ? link_last : link_first)(list, (Linked *)page);
+    return 0;
+}
+
 PageList *
 listed_pages(PyObject *lru)
 {
@@ -85,17 +123,18 @@ listed_pages(PyObject *lru)
 
 /* --- the type ----------------------------------------------------------------------------------- */
 
-/* The page, borrowed; NULL with an error: it is no EPC page. */
+/* The page, borrowed; NULL with an error: it is none that the list may have. */
 static Linked *
-linked(PyObject *object)
+linked(PyObject *self, PyObject *object)
 {
-    PyTypeObject *type = (PyTypeObject *)structure_type("SgxEpcPage");
+    bool of_va = Py_IS_TYPE(self, va_list_type);
+    PyTypeObject *type = (PyTypeObject *)structure_type(of_va ? "VaPage" : "SgxEpcPage");
 
     if (type == NULL)
         return NULL;
     if (Py_IS_TYPE(object, type) || PyType_IsSubtype(Py_TYPE(object), type))
         return (Linked *)object;
-    PyErr_Format(PyExc_TypeError, "%R is no EPC page", object);
+    PyErr_Format(PyExc_TypeError, "%R is no %s page", object, of_va ? "VA" : "EPC");
     return NULL;
 }
 
@@ -103,7 +142,7 @@ linked(PyObject *object)
 static Linked *
 member(PyObject *self, PyObject *object)
 {
-    Linked *page = linked(object);
+    Linked *page = linked(self, object);
 
     if (page == NULL || page->list == (PageList *)self)
         return page;
@@ -111,10 +150,12 @@ member(PyObject *self, PyObject *object)
     return NULL;
 }
 
+static int clear(PyObject *self);
+
 static PyObject *
 append_method(PyObject *self, PyObject *object)
 {
-    Linked *page = linked(object);
+    Linked *page = linked(self, object);
 
     if (page == NULL || append_linked((PageList *)self, page) < 0)
         return NULL;
@@ -180,6 +221,40 @@ move_to_end_method(PyObject *self, PyObject *object)
     Py_RETURN_NONE;
 }
 
+static PyObject *
+move_method(PyObject *self, PyObject *args, PyObject *keywords)
+{
+    static char *words[] = {"page", "last", NULL};
+    PyObject *object;
+    Linked *page;
+    int last = 1;
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|p", words, &object, &last)
+        || (page = member(self, object)) == NULL
+        || move_va_page(self, (VaPage *)page, last != 0) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+clear_method(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    clear(self);
+    Py_RETURN_NONE;
+}
+
+/* An iterator of the pages as they are now, the last one first. */
+static PyObject *
+reversed_method(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *pages = PySequence_List(self), *iterator = NULL;
+
+    if (pages != NULL && PyList_Reverse(pages) == 0)
+        iterator = PyObject_GetIter(pages);
+    Py_XDECREF(pages);
+    return iterator;
+}
+
 static Py_ssize_t
 length(PyObject *self)
 {
@@ -189,7 +264,7 @@ length(PyObject *self)
 static int
 contains(PyObject *self, PyObject *object)
 {
-    Linked *page = linked(object);
+    Linked *page = linked(self, object);
 
     if (page != NULL)
         return page->list == (PageList *)self;
@@ -217,7 +292,7 @@ static PyObject *
 new_list(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     if (PyTuple_Size(args) > 0 || (keywords != NULL && PyDict_Size(keywords) > 0)) {
-        PyErr_SetString(PyExc_TypeError, "PageList() takes no arguments");
+        PyErr_SetString(PyExc_TypeError, "a list of pages takes no arguments");
         return NULL;
     }
     return PyType_GenericAlloc(type, 0);
@@ -354,6 +429,35 @@ static PyType_Spec list_spec = {
     .slots = list_slots,
 };
 
+static PyMethodDef va_methods[] = {
+    {"append", append_method, METH_O, "append(page): add a page of no list as the last one."},
+    {"remove", remove_method, METH_O, "remove(page): take a page off the list."},
+    {"move_to_end", (PyCFunction)(void (*)(void))move_method, METH_VARARGS | METH_KEYWORDS,
+     "move_to_end(page, last=True): make a page the last one, or the first."},
+    {"clear", clear_method, METH_NOARGS, "clear(): take each page off the list."},
+    {"__reversed__", reversed_method, METH_NOARGS, "Iterate from the last page."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot va_list_slots[] = {
+    {Py_tp_new, (void *)new_list},
+    {Py_tp_dealloc, (void *)dealloc},
+    {Py_tp_traverse, (void *)traverse},
+    {Py_tp_clear, (void *)clear},
+    {Py_tp_iter, (void *)iterate},
+    {Py_tp_methods, va_methods},
+    {Py_sq_length, (void *)length},
+    {Py_sq_contains, (void *)contains},
+    {0, NULL},
+};
+
+static PyType_Spec va_list_spec = {
+    .name = "softsgx._speedups.VaPageList",
+    .basicsize = sizeof(PageList),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = va_list_slots,
+};
+
 static PyType_Slot iterator_slots[] = {
     {Py_tp_dealloc, (void *)dealloc_iterator},
     {Py_tp_traverse, (void *)traverse_iterator},
@@ -377,7 +481,10 @@ add_page_lists(PyObject *module)
         list_type = (PyTypeObject *)PyType_FromSpec(&list_spec);
     if (iterator_type == NULL)
         iterator_type = (PyTypeObject *)PyType_FromSpec(&iterator_spec);
-    if (list_type == NULL || iterator_type == NULL)
+    if (va_list_type == NULL)
+        va_list_type = (PyTypeObject *)PyType_FromSpec(&va_list_spec);
+    if (list_type == NULL || va_list_type == NULL || iterator_type == NULL
+        || PyModule_AddObjectRef(module, "VaPageList", (PyObject *)va_list_type) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "PageList", (PyObject *)list_type);
 }

@@ -14,15 +14,19 @@ struct given given;
 #define FIELDS(type, fields) static const char *const type##_fields[] = {fields(TEXT) NULL};
 RECORDS(FIELDS)
 #undef FIELDS
+#define FIELDS(type, fields, base) static const char *const type##_fields[] = {fields(TEXT) NULL};
+DERIVED(FIELDS)
+#undef FIELDS
 
 /* Without fields: it derives from the type of that structure. */
 static const struct {
     const char *name;
     const char *const *fields;
+    size_t size;
 } layouts[KINDS] = {
-#define LAYOUT(type, fields) {#type, type##_fields},
-#define STRUCTURED(type, fields) {#type, NULL},
-    RECORDS(LAYOUT) STRUCTURES(STRUCTURED)
+#define LAYOUT(type, ...) {#type, type##_fields, sizeof(type)},
+#define STRUCTURED(type, fields) {#type, NULL, sizeof(type)},
+    RECORDS(LAYOUT) DERIVED(LAYOUT) STRUCTURES(STRUCTURED)
 #undef STRUCTURED
 #undef LAYOUT
 };
@@ -286,16 +290,17 @@ is_derived(PyTypeObject *type, enum kind kind)
 
 /* --- binding ------------------------------------------------------------------------------------ */
 
-/* Whether each field of an instance is where the structure has it: 0, 1, or -1 with an error. */
+/* Whether each field of an instance is where the structure has it, from the first one on: 0, 1, or -1
+ * with an error. */
 static int
-fits(PyObject *instance, const char *const *fields)
+fits(PyObject *instance, size_t first, const char *const *fields)
 {
     PyObject *mark = PyLong_FromLong(0x5f3759df), **places;
     int status = 1;
 
     if (mark == NULL)
         return -1;
-    places = (PyObject **)((char *)instance + sizeof(PyObject));
+    places = (PyObject **)((char *)instance + first);
     for (Py_ssize_t index = 0; fields[index] != NULL && status == 1; index++) {
         if (places[index] != NULL)
             status = 0;
@@ -326,14 +331,14 @@ is_laid_out(PyTypeObject *type, int kind)
     size = PyObject_GetAttrString((PyObject *)type, "__basicsize__");
     if (size == NULL)
         return -1;
-    status = PyLong_AsSize_t(size) == sizeof(PyObject) + count * sizeof(PyObject *);
+    status = PyLong_AsSize_t(size) == layouts[kind].size;
     Py_DECREF(size);
     if (status == 0)
         return 0;
     instance = PyType_GenericAlloc(type, 0);
     if (instance == NULL)
         return -1;
-    status = fits(instance, fields);
+    status = fits(instance, layouts[kind].size - count * sizeof(PyObject *), fields);
     Py_DECREF(instance);
     return status;
 }

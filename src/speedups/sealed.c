@@ -97,6 +97,25 @@ done:
     return status;
 }
 
+int
+entry_written(PyObject *swap, PyObject *index, const struct written *written)
+{
+    PyObject *owned;
+    uint32_t *kept;
+    int64_t page;
+    SwapEntries *entries;
+    int status = -1;
+
+    if (written->place.page == NULL)
+        return entry_put(swap, index, written->entry);
+    entries = entries_of(swap, index, &page, &owned);
+    if (entries != NULL && number_at(entries->_numbers, page, &kept) == 0)
+        status = number_put(entries->_numbers, kept, page,
+                            written->place.page->index * VA_SLOTS + written->place.number + FIRST);
+    Py_XDECREF(owned);
+    return status;
+}
+
 /* --- sealed pages ------------------------------------------------------------------------------- */
 
 /* A page of a SealedPages: its place plus one (0: it has none), and where that number is, or NULL. */

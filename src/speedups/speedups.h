@@ -51,6 +51,8 @@ int add_enclave_pages(PyObject *module);
  * object's head; bind() checks that, and a class that is not bound has no instances here.
  */
 
+#define ALLOC_SLOW_PATH(X)                                                                       \
+    X(_core) X(_in_use) X(_ksgxd) X(_patience_passes) X(_pool) X(backing_error)
 #define CLAIM(X) X(expired) X(group) X(loads) X(loads_left) X(prerequisites) X(since_ns)
 #define DICT_STORE(X) X(_pages)
 #define ENCLAVE_MODE(X)                                                                          \
@@ -81,7 +83,6 @@ int add_enclave_pages(PyObject *module);
     X(_anchor) X(_by_own_tid) X(_memory) X(_slots) X(_threads) X(address) X(mapped_at) X(words)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
 #define PROCESSOR_MODE(X) X(hw) X(inside)
-#define RESERVATION(X) X(index) X(pinned) X(slot)
 #define SLOT(X)                                                                                  \
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
     X(opened) X(stay) X(table) X(tcs)
@@ -150,22 +151,22 @@ int add_enclave_pages(PyObject *module);
     X(mmap_lock) X(name) X(notifiers) X(owner) X(pid) X(ptes) X(runtime) X(users)
 #define COMPILED_SWAP(X) \
     X(_backing) X(_core) X(_counters) X(_file) X(_group) X(_late_backing) X(_leaves) \
-    X(_pages) X(entries) X(lock) X(pin) X(va) X(_base) X(_discards_failed) X(_frees_failed) \
+    X(_pages) X(entries) X(lock) X(pin) X(va) X(_discards_failed) X(_frees_failed) \
     X(_ignores_poison) X(_kick) X(_leaks_slots) X(_secs_may_leave) X(_secs_page) \
-    X(children) X(etracks) X(ewbs) X(peak_children) X(secs) X(secs_entry)
+    X(secs) X(secs_entry)
 
 #define RECORDS(X)                                                                               \
     X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
     X(EnclaveMm, ENCLAVE_MM) X(EnclavePages, ENCLAVE_PAGES)                                      \
     X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                                              \
-    X(Pinned, PINNED) X(Reservation, RESERVATION)                                                \
+    X(Pinned, PINNED) X(AllocSlowPath, ALLOC_SLOW_PATH)                                             \
     X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
     X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS)         \
     X(Enclave, ENCLAVE) X(Mm, MM) X(EnclaveMemory, ENCLAVE_MEMORY)                               \
     X(EnclavePageTable, ENCLAVE_PAGE_TABLE) X(FaultEvents, FAULT_EVENTS) X(Fetches, FETCHES)     \
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
-    X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS) X(CompiledSwap, COMPILED_SWAP)    \
+    X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)                                   \
     X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU) X(StoredPage, STORED_PAGE)                          \
     X(FaultingImage, FAULTING_IMAGE) X(FaultingThread, FAULTING_THREAD)                          \
     X(InlineRuntime, INLINE_RUNTIME) X(PermitTable, PERMIT_TABLE)                                \
@@ -176,10 +177,17 @@ int add_enclave_pages(PyObject *module);
 #define STRUCTURE(type, fields) typedef struct { PyObject_HEAD fields(FIELD) } type;
 RECORDS(STRUCTURE)
 #undef STRUCTURE
+
+/* Those of a class whose base is a structure of fields.h come behind the base's. */
+#define DERIVED(X) X(CompiledSwap, COMPILED_SWAP, SWAP_COUNTS)
+#define STRUCTURE(type, fields, base)                                                            \
+    typedef struct { PyObject_HEAD STRUCTURE_FIELDS(base) fields(FIELD) } type;
+DERIVED(STRUCTURE)
+#undef STRUCTURE
 #undef FIELD
 
-#define KIND(type, fields) KIND_##type,
-enum kind { RECORDS(KIND) STRUCTURES(KIND) KINDS };
+#define KIND(type, ...) KIND_##type,
+enum kind { RECORDS(KIND) DERIVED(KIND) STRUCTURES(KIND) KINDS };
 #undef KIND
 
 /* Of each kind the class, and the derived one that was asked for last. */
@@ -365,12 +373,12 @@ add_to_count(int64_t *field, int64_t change)
     X(loaded) X(lock) X(look_ns) X(lru) X(mark_reclaimable) X(may_have_stopped) X(memory)        \
     X(mid_call) X(mm) X(mode64) X(mmap_lock) X(mms) X(move_to_end) X(neighbours) X(next)                   \
     X(next_or_fault) X(nodes) X(now_ns) X(old) X(opened) X(outcomes) X(own_pages)                \
-    X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(pcmd_pages) X(peak_pages) X(permits)          \
+    X(page_changed) X(page_table) X(pages) X(paging) X(parts) X(peak_children) X(pcmd_pages) X(peak_pages) X(permits) X(pinned)          \
     X(pid) X(pin) X(places) X(policy) X(pop) X(prepare) X(process) X(promised)    \
     X(ptes) X(put) X(raises_refused) X(reclaim_ahead) X(references) X(release_read) X(removed) X(report)           \
     X(request) X(reserved) X(resume) X(resume_thread) X(resumes) X(return_at_once) X(room)       \
     X(root) X(running) X(secrets) X(scanned) X(secs) X(served) X(settle) X(should_reclaim) X(show)          \
-    X(shown) X(signals) X(size) X(skip) X(slot_loaded) X(slot_written) X(slowpath)               \
+    X(shown) X(signals) X(size) X(skip) X(slot) X(slot_loaded) X(slot_written) X(slowpath)               \
     X(subtree)     X(spurious) X(space) X(stay) X(stays_inside) X(stop_at) X(stopped) X(store) X(tcs_linaddr)                            \
     X(test_and_clear_accessed) X(tf) X(thread) X(threads) X(tid) X(to_bytes) X(tlb) X(tracer) X(try_charge)               \
     X(try_eldu) X(try_ewb) X(uncharge) X(unpin) X(unstoppable) X(unusual) X(usage_pages) X(used)          \
@@ -558,13 +566,20 @@ PyObject *swap_load(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *
 /* paging: as PlainSwap._try_again(): what the last EWB has returned, and how many there were. */
 PyObject *swap_try_again(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries);
 
-/* The same without a SwapEntry: write() returns the slot; load() takes the page's index, and NULL for
- * what it then finds itself.  Where the version of an evicted page is: a VA page, and its slot. */
+/* Where the version of an evicted page is: a VA page, and its slot. */
 struct place {
     VaPage *page;
     int64_t number;
 };
-PyObject *swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation);
+
+/* The same without a SwapEntry: write() sets the place, with a reference to its page, if C code has
+ * written the page, otherwise what PlainSwap.write() has returned: 0, or -1 with an error.  load() takes
+ * the page's index, and NULL for what it then finds itself. */
+struct written {
+    struct place place;
+    PyObject *entry;
+};
+int swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation, struct written *written);
 PyObject *swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
                          PyObject *owner, PyObject *kind, PyObject *node, PyObject *group,
                          PyObject *claim);
@@ -573,15 +588,16 @@ PyObject *swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struc
  * slot alone. */
 PyObject *entry_get(PyObject *swap, PyObject *index);
 int entry_put(PyObject *swap, PyObject *index, PyObject *entry);
+int entry_written(PyObject *swap, PyObject *index, const struct written *written);
 int entry_place(PyObject *swap, PyObject *index, struct place *place);
 
 /* paging: VA slots and backing; as the methods of those names. */
 int slot_loaded(PyObject *va, struct place *slot);
-int slot_written(PyObject *va, VaSlot *slot);
-VaPage *page_with_room(PyObject *pages);
-PyObject *alloc_slot(PyObject *va, PyObject *pages, VaPage *page);
-PyObject *reserve(PyObject *file, PyObject *flat, PyObject *buffers, PyObject *index);
-int keep(PyObject *file, PyObject *pinned, PyObject *sealed);
+int slot_written(PyObject *va, struct place *slot);
+VaPage *page_with_room(PyObject *va);
+int alloc_slot(PyObject *va, VaPage *page, int64_t *number);
+int reserve(PyObject *file, PyObject *flat, int64_t index);
+int keep(PyObject *file, Reservation *reservation, PyObject *sealed);
 int forget(PyObject *file, Counters *counters, int64_t index);
 
 /* paging: where the number of a page is in a SparseNumbers, for use at once: NULL: it is 0, and has no
@@ -612,8 +628,14 @@ void sealed_release(struct sealed_place *place);
 
 /* paging: as FlatFile.kept(); as FlatFile.keep(), of a page that is at a place. */
 int kept(PyObject *file, int64_t index, struct sealed_place *place, PyObject **flags);
-int keep_at(PyObject *file, PyObject *pinned, struct sealed_place *place, int64_t flags,
+int keep_at(PyObject *file, Reservation *reservation, struct sealed_place *place, int64_t flags,
             PyObject *eid);
+
+/* paging: a reservation of C code, and its end, where a reference of it is released; where its slot is,
+ * borrowed: false, and no error: C code does not know it. */
+Reservation *new_reservation(void);
+void end_reservation(PyObject *reservation);
+bool reserved_slot(Reservation *reservation, struct place *place);
 
 /* paging: a batch, and its phases, as the methods of PlainReclaimer. */
 PyObject *new_batch(int64_t scanned, int64_t freed);

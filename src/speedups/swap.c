@@ -14,81 +14,133 @@ index_of(PyObject *object, int64_t *index)
 
 /* --- out ---------------------------------------------------------------------------------------- */
 
+/* Reservations that are used again, with None in their fields. */
+#define SPARE 16
+static PyObject *spare[SPARE];
+static int spares;
+
+static void
+empty(Reservation *reservation)
+{
+    set_field(&reservation->_file, Py_None);
+    set_field(&reservation->_pinned, Py_None);
+    set_field(&reservation->_slot, Py_None);
+    set_field(&reservation->_va_page, Py_None);
+}
+
+Reservation *
+new_reservation(void)
+{
+    Reservation *reservation;
+
+    if (spares > 0)
+        return (Reservation *)spare[--spares];
+    reservation = (Reservation *)PyType_GenericAlloc(record_types[KIND_Reservation], 0);
+    if (reservation != NULL)
+        empty(reservation);
+    return reservation;
+}
+
+void
+end_reservation(PyObject *object)
+{
+    if (Py_REFCNT(object) > 1 || !Py_IS_TYPE(object, record_types[KIND_Reservation])
+        || spares == SPARE) {
+        Py_DECREF(object);
+        return;
+    }
+    empty((Reservation *)object);
+    spare[spares++] = object;
+}
+
 /* What swap_prepare needs, and whether there is all of it. */
 struct out {
-    PyObject *file, *flat, *sealed, *va, *pages, *buffers, *core, *slowpath;
+    PyObject *file, *flat, *va, *slowpath;
     VaPage *va_page;
 };
 
 static int
 gather(PyObject *swap, struct out *out)
 {
-    PyObject *limit;
+    PyObject *limit, *sealed, *core;
     int64_t reserved;
     int late = GET_TRUTH(CompiledSwap, swap, _late_backing), plain;
 
     if (late < 0 || (out->file = GETF(CompiledSwap, swap, _file)) == NULL || (out->va = GETF(CompiledSwap, swap, va)) == NULL)
         return -1;
     if (late || !is_exactly(out->file, given.FlatFile) || !is_exactly(out->va, given.VaArray)
-        || record_types[KIND_VaSlot] == NULL || record_types[KIND_Reservation] == NULL)
+        || record_types[KIND_Reservation] == NULL)
         return 0;
     if ((out->flat = GETF(FlatFile, out->file, _flat)) == NULL
-        || (out->sealed = GETF(FlatFile, out->file, _sealed)) == NULL
         || GET_INTEGER(FlatBacking, out->flat, reserved, &reserved) < 0
-        || (out->buffers = GETF(FlatFile, out->file, _buffers)) == NULL
-        || (out->pages = GETF(VaArray, out->va, _pages)) == NULL
-        || (out->core = GETF(CompiledSwap, swap, _core)) == NULL
-        || (out->slowpath = GETF(EpcCore, out->core, slowpath)) == NULL
-        || (limit = GETF(FlatBacking, out->flat, limit_pages)) == NULL)
+        || (core = GETF(CompiledSwap, swap, _core)) == NULL)
         return -1;
-    plain = is_none(limit) && sealed_has_room(out->sealed, reserved + 1)
-        && PyList_Check(out->buffers) && PyList_Size(out->buffers) > 0
-        && is_record(PyList_GetItem(out->buffers, PyList_Size(out->buffers) - 1), KIND_Pinned);
+    out->slowpath = GETF(EpcCore, core, slowpath);
+    Py_DECREF(core);
+    if (out->slowpath == NULL || (limit = GETF(FlatBacking, out->flat, limit_pages)) == NULL)
+        return -1;
+    plain = is_none(limit);
     Py_DECREF(limit);
+    if ((sealed = GETF(FlatFile, out->file, _sealed)) == NULL)
+        return -1;
+    plain = plain && sealed_has_room(sealed, reserved + 1);
+    Py_DECREF(sealed);
     if (plain)
-        out->va_page = page_with_room(out->pages);
+        out->va_page = page_with_room(out->va);
     if (PyErr_Occurred())
         return -1;
     return plain && out->va_page != NULL;
 }
 
+/* Backing could be reserved: most often it could before. */
+static int
+forget_backing_error(PyObject *slowpath)
+{
+    AllocSlowPath *record = AS(AllocSlowPath, slowpath);
+    PyObject *nothing;
+    int status;
+
+    if (record != NULL && record->backing_error != NULL
+        && PyUnicode_Check(record->backing_error)
+        && PyUnicode_GetLength(record->backing_error) == 0)
+        return 0;
+    if ((nothing = PyUnicode_FromString("")) == NULL)
+        return -1;
+    status = SET(slowpath, backing_error, nothing);
+    Py_DECREF(nothing);
+    return status;
+}
+
 /* As SwapSpace.prepare(). */
 PyObject *
-swap_prepare(PyObject *swap, PyObject *index)
+swap_prepare(PyObject *swap, PyObject *object)
 {
     struct out out = {0};
-    PyObject *pinned = NULL, *slot = NULL, *empty = NULL, *result = NULL;
-    Reservation *reservation;
-    int plain = gather(swap, &out);
+    PyObject *result = NULL;
+    Reservation *reservation = NULL;
+    int64_t index;
+    int plain = integer(object, &index) ? gather(swap, &out) : 0;
 
     if (plain < 0)
         goto done;
     if (!plain) {
-        result = PyObject_CallFunctionObjArgs(readable[SWAP_PREPARE], swap, index, NULL);
+        result = PyObject_CallFunctionObjArgs(readable[SWAP_PREPARE], swap, object, NULL);
         goto done;
     }
-    if ((pinned = reserve(out.file, out.flat, out.buffers, index)) == NULL
-        || (empty = PyUnicode_FromString("")) == NULL
-        || SET(out.slowpath, backing_error, empty) < 0
-        || (slot = alloc_slot(out.va, out.pages, out.va_page)) == NULL)
+    if ((reservation = new_reservation()) == NULL)
         goto done;
-    reservation = (Reservation *)PyType_GenericAlloc(record_types[KIND_Reservation], 0);
-    if (reservation != NULL) {
-        set_field(&reservation->index, index);
-        set_field(&reservation->slot, slot);
-        set_field(&reservation->pinned, pinned);
+    if (reserve(out.file, out.flat, index) < 0 || forget_backing_error(out.slowpath) < 0
+        || alloc_slot(out.va, out.va_page, &reservation->_number) < 0) {
+        RELEASE(reservation);
+        goto done;
     }
+    reservation->index = index;
+    set_field(&reservation->_file, out.file);
+    set_field(&reservation->_va_page, (PyObject *)out.va_page);
     result = (PyObject *)reservation;
 done:
-    Py_XDECREF(empty);
-    Py_XDECREF(slot);
-    Py_XDECREF(pinned);
     RELEASE(out.va_page);
     Py_XDECREF(out.slowpath);
-    Py_XDECREF(out.core);
-    Py_XDECREF(out.pages);
-    Py_XDECREF(out.buffers);
-    Py_XDECREF(out.sealed);
     Py_XDECREF(out.flat);
     Py_XDECREF(out.va);
     Py_XDECREF(out.file);
@@ -112,7 +164,7 @@ struct out_page {
     PyObject *swap, *file;
     SgxEpcPage *page, *va_epc;
     Reservation *reservation;
-    VaSlot *slot;
+    struct place slot;
     struct ewb_call eviction;
     struct sealed_place place;
     int64_t tries;
@@ -122,21 +174,20 @@ struct out_page {
 static int
 keep_page(struct out_page *out, PyObject *sealed)
 {
-    PyObject *pinned = out->reservation->pinned;
-
-    return PyTuple_Check(sealed) ? keep(out->file, pinned, sealed)
-                                 : keep_at(out->file, pinned, &out->place, out->eviction.flags,
-                                           out->eviction.eid);
+    return PyTuple_Check(sealed) ? keep(out->file, out->reservation, sealed)
+                                 : keep_at(out->file, out->reservation, &out->place,
+                                           out->eviction.flags, out->eviction.eid);
 }
 
-/* The last EWB has succeeded: end the eviction; return the slot of the version. */
-static PyObject *
-written(struct out_page *out, PyObject *sealed)
+/* The last EWB has succeeded: end the eviction: 0, or -1 with an error. */
+static int
+conclude(struct out_page *out, PyObject *sealed)
 {
-    PyObject *swap = out->swap, *va = GETF(CompiledSwap, swap, va), *slot = NULL;
+    PyObject *swap = out->swap, *va = GETF(CompiledSwap, swap, va);
     PyObject *object = GETF(CompiledSwap, swap, _counters);
     Counters *counters = AS(Counters, object);
     int64_t *succeeded;
+    int status = -1;
 
     if (va == NULL || counters == NULL) {
         if (!PyErr_Occurred())
@@ -146,15 +197,13 @@ written(struct out_page *out, PyObject *sealed)
     succeeded = out->tries == 1 ? &counters->ewb_first
         : out->tries == 2       ? &counters->ewb_second
                                 : &counters->ewb_third;
-    if (ADD_INTEGER(CompiledSwap, swap, ewbs, out->tries) < 0 || add_to_field(succeeded, 1) < 0
-        || keep_page(out, sealed) < 0 || slot_written(va, out->slot) < 0
-        || ADD_INTEGER(CompiledSwap, swap, children, -1) < 0)
-        goto done;
-    Py_INCREF(slot = (PyObject *)out->slot);
+    if (ADD_INTEGER(SwapCounts, swap, ewbs, out->tries) == 0 && add_to_field(succeeded, 1) == 0
+        && keep_page(out, sealed) == 0 && slot_written(va, &out->slot) == 0)
+        status = ADD_INTEGER(SwapCounts, swap, children, -1);
 done:
     Py_XDECREF(object);
     Py_XDECREF(va);
-    return slot;
+    return status;
 }
 
 /* The first EWB: what the leaf has returned, or SUCCESS, if ciphertext and MAC are at the place. */
@@ -164,7 +213,6 @@ try_ewb(struct out_page *out)
     PyObject *leaves = GETF(CompiledSwap, out->swap, _leaves), *slot_addr, *contents;
     PyObject *sealed = NULL;
     struct bound_leaf leaf = {0};
-    int64_t index;
 
     if (leaves == NULL || find_leaf(leaves, TRY_EWB, &leaf) < 0)
         goto done;
@@ -176,8 +224,7 @@ try_ewb(struct out_page *out)
         goto done;
     }
     contents = GETF(FlatFile, out->file, _sealed);
-    if (contents != NULL && index_of(out->reservation->index, &index) == 0
-        && sealed_room(contents, index, &out->place) >= 0) {
+    if (contents != NULL && sealed_room(contents, out->reservation->index, &out->place) >= 0) {
         out->eviction.addr = out->page->addr;
         out->eviction.va_addr = out->va_epc->addr;
         out->eviction.place = out->place.bytes;
@@ -208,67 +255,85 @@ evict(struct out_page *out)
     return sealed;
 }
 
-/* As PlainSwap.write(); but where C code has written the page, the slot of its version. */
-PyObject *
-swap_write_to(PyObject *swap, PyObject *page_object, PyObject *reservation_object)
+/* As PlainSwap.write(): see speedups.h. */
+int
+swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation, struct written *written)
 {
     struct out_page out = {
         .swap = swap,
-        .page = AS(SgxEpcPage, page_object),
-        .reservation = AS(Reservation, reservation_object),
+        .page = AS(SgxEpcPage, page),
+        .reservation = AS(Reservation, reservation),
     };
-    VaPage *va_page;
-    PyObject *sealed = NULL, *number = NULL, *result = NULL;
+    PyObject *sealed = NULL, *number = NULL;
     int64_t children;
+    int status = -1;
 
-    out.slot = out.reservation == NULL ? NULL : AS(VaSlot, out.reservation->slot);
-    va_page = out.slot == NULL ? NULL : AS(VaPage, out.slot->page);
-    if (va_page != NULL)
-        out.va_epc = AS(SgxEpcPage, va_page->epc);
+    written->place.page = NULL;
+    written->entry = NULL;
+    if (out.reservation != NULL && reserved_slot(out.reservation, &out.slot))
+        out.va_epc = AS(SgxEpcPage, out.slot.page->epc);
     if (out.page == NULL || out.va_epc == NULL || !is_false(out.page->poisoned)
-        || !is_record(out.reservation->pinned, KIND_Pinned)
-        || !integer(out.slot->number, &out.eviction.slot) || record_types[KIND_SwapEntry] == NULL)
+        || (is_none(out.reservation->_pinned) && is_none(out.reservation->_file)))
         goto readably;
-    if (GET_INTEGER(CompiledSwap, swap, children, &children) < 0
+    out.eviction.slot = out.slot.number;
+    HOLD(out.slot.page); /* EWB may end the reservation */
+    if (GET_INTEGER(SwapCounts, swap, children, &children) < 0
         || (out.file = GETF(CompiledSwap, swap, _file)) == NULL)
-        return NULL;
-    if (children == 1 || !is_exactly(out.file, given.FlatFile))
+        goto done;
+    if (children == 1 || !is_exactly(out.file, given.FlatFile)) {
+        RELEASE(out.slot.page);
         goto readably;
+    }
     sealed = evict(&out);
     if (sealed == NULL)
         goto done;
-    if (PyTuple_Check(sealed) || out.eviction.eid != NULL)
-        result = written(&out, sealed);
-    else if ((number = PyLong_FromLongLong(out.tries)) != NULL)
-        result = CALL(swap, _conclude, page_object, reservation_object, sealed, number, NULL);
+    if (PyTuple_Check(sealed) || out.eviction.eid != NULL) {
+        if ((status = conclude(&out, sealed)) == 0) {
+            written->place = out.slot;
+            out.slot.page = NULL;
+        }
+    }
+    else if ((number = PyLong_FromLongLong(out.tries)) != NULL) {
+        written->entry = CALL(swap, _conclude, page, reservation, sealed, number, NULL);
+        status = written->entry == NULL ? -1 : 0;
+    }
     goto done;
 readably:
-    result = PyObject_CallFunctionObjArgs(readable[SWAP_WRITE], swap, page_object,
-                                          reservation_object, NULL);
+    out.slot.page = NULL;
+    written->entry = PyObject_CallFunctionObjArgs(readable[SWAP_WRITE], swap, page, reservation, NULL);
+    status = written->entry == NULL ? -1 : 0;
 done:
+    RELEASE(out.slot.page);
     sealed_release(&out.place);
     Py_XDECREF(out.eviction.eid);
     Py_XDECREF(number);
     Py_XDECREF(sealed);
     Py_XDECREF(out.file);
-    return result;
+    return status;
 }
 
 /* As PlainSwap.write(). */
 PyObject *
 swap_write(PyObject *swap, PyObject *page, PyObject *reservation)
 {
-    PyObject *result = swap_write_to(swap, page, reservation);
-    SwapEntry *entry;
+    struct written written;
+    SwapEntry *entry = NULL;
+    PyObject *slot, *index = NULL;
 
-    if (!IS(VaSlot, result))
-        return result;
-    entry = (SwapEntry *)PyType_GenericAlloc(record_types[KIND_SwapEntry], 0);
+    if (swap_write_to(swap, page, reservation, &written) < 0 || written.place.page == NULL)
+        return written.entry;
+    slot = GET(reservation, slot);
+    if (slot != NULL)
+        index = PyLong_FromLongLong(((Reservation *)reservation)->index);
+    if (index != NULL)
+        entry = (SwapEntry *)PyType_GenericAlloc(record_types[KIND_SwapEntry], 0);
     if (entry != NULL) {
-        set_field(&entry->index, ((Reservation *)reservation)->index);
-        set_field(&entry->slot, result);
+        set_field(&entry->index, index);
+        set_field(&entry->slot, slot);
     }
-    Py_DECREF(result);
+    Py_XDECREF(index);
+    Py_XDECREF(slot);
+    RELEASE(written.place.page);
     return (PyObject *)entry;
 }
 
@@ -335,10 +400,10 @@ loaded(PyObject *swap, PyObject *file, struct place *slot, int64_t index)
 
     if (counters != NULL && va != NULL && forget(file, counters, index) == 0
         && slot_loaded(va, slot) == 0 && add_to_field(&counters->eldu, 1) == 0
-        && GET_INTEGER(CompiledSwap, swap, children, &children) == 0
-        && PUT_INTEGER(CompiledSwap, swap, children, children + 1) == 0
-        && GET_INTEGER(CompiledSwap, swap, peak_children, &peak) == 0)
-        status = children + 1 > peak ? PUT_INTEGER(CompiledSwap, swap, peak_children, children + 1) : 0;
+        && GET_INTEGER(SwapCounts, swap, children, &children) == 0
+        && PUT_INTEGER(SwapCounts, swap, children, children + 1) == 0
+        && GET_INTEGER(SwapCounts, swap, peak_children, &peak) == 0)
+        status = children + 1 > peak ? PUT_INTEGER(SwapCounts, swap, peak_children, children + 1) : 0;
     else if (!PyErr_Occurred())
         PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
     Py_XDECREF(va);
@@ -411,7 +476,7 @@ load_into(struct in_page *in)
     uint64_t base;
     int done;
 
-    if (GET_ADDRESS(CompiledSwap, in->swap, _base, &base) < 0)
+    if (GET_ADDRESS(SwapCounts, in->swap, _base, &base) < 0)
         return -1;
     base += (uint64_t)in->number * PAGE_BYTES;
     done = try_eldu(in, base);
@@ -451,7 +516,7 @@ swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *p
     Py_XINCREF(entry);
     in.file = GETF(CompiledSwap, swap, _file);
     if (secs == NULL || core == NULL || in.file == NULL
-        || GET_INTEGER(CompiledSwap, swap, children, &children) < 0)
+        || GET_INTEGER(SwapCounts, swap, children, &children) < 0)
         goto done;
     in.secs = AS(SgxEpcPage, secs);
     if (va_page != NULL && is_none(va_page->eviction))

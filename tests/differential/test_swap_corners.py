@@ -405,13 +405,13 @@ def test_a_page_of_an_unusual_kind_leaves_no_trace_when_it_is_loaded(count: int)
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_buffers_of_evictions_are_used_again(together: int) -> None:
-    counts = []
     for optimised in IMPLEMENTATIONS[:-1]:
-        world = World(80, runtime=RepeatingRuntime(seed=7), optimised=optimised)
+        world, counts = World(80, runtime=RepeatingRuntime(seed=7), optimised=optimised), []
         pages = pages_of(world)[:together]
         for _ in range(4):
             evict_together(world, pages)
             counts.append(len(pages[0].swap._file._buffers))
             for page in pages:
                 load(world, page, group=world.group)
-    assert counts == [together] * len(counts)
+        # The compiled core takes a buffer only for an eviction that Python code ends.
+        assert counts == [1 if world.system.core.compiled else together] * 4

@@ -40,8 +40,10 @@ from softsgx.paging.ksgxd import Ksgxd
 from softsgx.paging.nodes import AtomicCount
 from softsgx.paging.optimised import CompiledSwap
 from softsgx.paging.sealed import SealedPages
+from softsgx.paging.slowpath import AllocSlowPath
 from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swapfile import Pinned
+from softsgx.paging.swapspace import SwapCounts
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaPage, VaSlot
 from softsgx.runtime.inline import InlineRuntime, _InlineLock
@@ -61,7 +63,7 @@ RECORDS: tuple[type, ...] = (
         ProcessorMode,
         Waits,
     ),
-    EnclaveFile,
+    *(EnclaveFile, AllocSlowPath, SwapCounts),
 )
 SAY = "from softsgx import compiled; print(compiled.description, compiled.speedups is None)"
 

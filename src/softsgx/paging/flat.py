@@ -128,6 +128,10 @@ class FlatFile:
         sharers.put(group, count + 1)
         flat.pcmd_pages += not count
         flat.reserved += 1
+        return self.buffer(index)
+
+    def buffer(self, index: int) -> Pinned:
+        """Return what EWB of a page writes to, once its backing is reserved."""
         if self._buffers:
             pinned = self._buffers.pop()
             pinned.index = index

@@ -34,11 +34,11 @@ from softsgx.paging.plain_batch import EvictTogether, PlainReclaimer
 from softsgx.paging.policy import Fifo, Policy
 from softsgx.paging.reclaim import Batch, Reclaimer
 from softsgx.paging.sealed import SealedPages
-from softsgx.paging.slowpath import AllocRequest, no_signal
+from softsgx.paging.slowpath import AllocRequest, AllocSlowPath, no_signal
 from softsgx.paging.sparse import SparseNumbers
 from softsgx.paging.swap import EnclaveSwap
 from softsgx.paging.swapfile import Pinned
-from softsgx.paging.swapspace import Reservation
+from softsgx.paging.swapspace import Reservation, SwapCounts
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaPage, VaSlot
 
@@ -348,6 +348,8 @@ def _give(core: ModuleType) -> None:
     """Give the compiled core the classes and objects that it uses; take its methods."""
     for record in (Claim, Counters, Pinned, Reservation, SgxEpcPage, SwapEntry, VaPage, VaSlot):
         core.bind(record.__name__, record)
+    for base in (AllocSlowPath, SwapCounts):
+        core.bind(base.__name__, base)
     for one in (AtomicCount, CompiledSwap, FlatBacking, FlatFile, Ksgxd, SealedPages):
         core.bind(one.__name__, one)
     for part in (Claims, EpcCore, FreePages, Lru, Node, SparseNumbers, SwapEntries, VaArray):

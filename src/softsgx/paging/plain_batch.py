@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
-from softsgx.arch import PAGE_BYTES, VA_SLOT_BYTES, VA_SLOTS, Pcmd
+from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS
 from softsgx.paging.entries import FIRST
 from softsgx.paging.lru import Lru
 from softsgx.paging.page import SgxEpcPage
@@ -23,7 +23,7 @@ from softsgx.paging.policy import Fifo, Policy
 from softsgx.paging.reclaim import Batch, Reclaimer
 from softsgx.paging.sealed import BLOCK_PAGES, SEALED_BYTES
 from softsgx.paging.sparse import MASK, SHIFT
-from softsgx.paging.swapfile import PCMDS_PER_PAGE, Pinned
+from softsgx.paging.swapfile import PCMDS_PER_PAGE
 from softsgx.paging.swapspace import Reservation
 from softsgx.paging.va_page import VaPage, VaSlot
 
@@ -175,13 +175,7 @@ def reserve(swap: PlainSwap, indices: list[int]) -> list[Slot] | None:
 
 def reservation(swap: PlainSwap, index: int, slot: Slot) -> Reservation:
     """Return the reservation of one page of :func:`reserve`."""
-    buffers = swap._file._buffers
-    if buffers:
-        pinned = buffers.pop()
-        pinned.index = index
-    else:
-        pinned = Pinned(index, bytearray(PAGE_BYTES), bytearray(Pcmd.SIZE))
-    return Reservation(index, VaSlot(*slot), pinned)
+    return Reservation(index, VaSlot(*slot), swap._file.buffer(index))
 
 
 def evict_pages(

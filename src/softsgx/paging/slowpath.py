@@ -76,6 +76,15 @@ class AllocSlowPath:
             empty if it could.
     """
 
+    __slots__ = (
+        "_core",
+        "_in_use",
+        "_ksgxd",
+        "_patience_passes",
+        "_pool",
+        "backing_error",
+    )
+
     def __init__(
         self,
         core: _Core,

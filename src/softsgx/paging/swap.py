@@ -70,7 +70,6 @@ class EnclaveSwap(SwapSpace):
     """
 
     __slots__ = (
-        "_base",
         "_discards_failed",
         "_frees_failed",
         "_ignores_poison",
@@ -78,10 +77,6 @@ class EnclaveSwap(SwapSpace):
         "_leaks_slots",
         "_secs_may_leave",
         "_secs_page",
-        "children",
-        "etracks",
-        "ewbs",
-        "peak_children",
         "secs",
         "secs_entry",
     )

@@ -19,42 +19,85 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from softsgx.compiled import record
 from softsgx.defects import Defect
-from softsgx.ondemand import dataclass
 from softsgx.paging.claims import Claim
 from softsgx.paging.entries import SwapEntries, SwapEntry
 from softsgx.paging.failures import BackingError, EpcBusy, LoadFailed, NoEpc
-from softsgx.paging.flat import Backing, open_swap_file
+from softsgx.paging.flat import Backing, FlatFile, open_swap_file
 from softsgx.paging.interfaces import Group
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.slowpath import no_signal
 from softsgx.paging.swapfile import Pinned, enclave_layout
-from softsgx.paging.va import VaArray, VaSlot
+from softsgx.paging.va import VaArray, VaPage, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
     from softsgx.paging.core import EpcCore
 
-__all__ = ["Reservation", "SwapEntry", "SwapSpace"]
+__all__ = ["Reservation", "SwapCounts", "SwapEntry", "SwapSpace"]
 
 
-@dataclass(slots=True)
+@record
 class Reservation:
     """The resources of one eviction, reserved by :meth:`SwapSpace.prepare`.
 
-    Attributes:
+    The compiled core records which slot it is, and the file; the slot and the backing are objects
+    once Python code has asked for them.
+
+    Args:
         index: page index in the enclave.
         slot: the VA slot for its version.
         pinned: its backing; ``None`` only with :attr:`Defect.BACKING_FETCHED_AFTER_BLOCK`.
+
+    Attributes:
+        index: as given.
     """
 
-    index: int
-    slot: VaSlot
-    pinned: Pinned | None
+    __slots__ = ("_file", "_number", "_pinned", "_slot", "_va_page", "index")
+
+    def __init__(self, index: int, slot: VaSlot, pinned: Pinned | None) -> None:
+        self.index = index
+        self._slot: VaSlot | None = slot
+        self._pinned = pinned
+        self._va_page: VaPage | None = None
+        self._number = 0
+        self._file: FlatFile | None = None
+
+    @property
+    def slot(self) -> VaSlot:
+        """The VA slot, as given."""
+        slot = self._slot
+        if slot is None:
+            assert self._va_page is not None, "a reservation without a VA slot"
+            slot = self._slot = VaSlot(self._va_page, self._number)
+        return slot
+
+    @property
+    def pinned(self) -> Pinned | None:
+        """The backing, as given, or as set later."""
+        if self._pinned is None and self._file is not None:
+            self._pinned = self._file.buffer(self.index)
+        return self._pinned
+
+    @pinned.setter
+    def pinned(self, pinned: Pinned) -> None:
+        self._pinned = pinned
 
 
-class SwapSpace:
+@record
+class SwapCounts:
+    """What changes at each eviction and load of an enclave; not of a virtual EPC.
+
+    :class:`EnclaveSwap` describes the fields.  It is the base of :class:`SwapSpace`, since those of
+    the compiled core are the first of an object.
+    """
+
+    __slots__ = ("_base", "children", "etracks", "ewbs", "peak_children")
+
+
+class SwapSpace(SwapCounts):
     """Backing and VA slots of one owner.
 
     Args:

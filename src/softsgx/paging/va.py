@@ -24,7 +24,6 @@ Source:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -40,7 +39,7 @@ from softsgx.paging.leafio import eldu, result_name, vanished
 from softsgx.paging.page import SgxEpcPage
 from softsgx.paging.pins import Pin
 from softsgx.paging.swapfile import SwapFile, va_layout
-from softsgx.paging.va_page import ALL_FREE, VaPage, VaSlot
+from softsgx.paging.va_page import ALL_FREE, VaPage, VaPageList, VaSlot
 from softsgx.runtime import Lock
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class VaArray:
     ) -> None:
         self.tree, self.level, self.lock, self.pin, self.group = tree, level, lock, pin, group
         self.promised = self.used = self.room = 0
-        self._pages: OrderedDict[VaPage, None] = OrderedDict()
+        self._pages = VaPageList()
         self._made_by_count = Defect.VA_PAGE_EVERY_512_PAGES in tree.core.defects
 
     def __len__(self) -> int:
@@ -198,7 +197,7 @@ class VaArray:
 
     def link(self, page: VaPage) -> None:
         """Add ``page`` to the array: slots can be taken from it."""
-        self._pages[page] = None
+        self._pages.append(page)
         self._pages.move_to_end(page, last=False)
         self.room += page.free_slots
         self.tree.count(self.level, 1)
@@ -305,7 +304,7 @@ class VaArray:
     def unlink(self, page: VaPage) -> None:
         """Remove ``page`` from the array and discard its versions; no batch has it."""
         core = self.tree.core
-        del self._pages[page]
+        self._pages.remove(page)
         if page.epc is not None:
             assert page.usable, "a VA page is removed while a batch has it"
             self.room -= page.free_slots

@@ -8,10 +8,11 @@ Source:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from softsgx.arch import VA_SLOT_BYTES, VA_SLOTS, Status
-from softsgx.compiled import record
+from softsgx.compiled import record, speedups
 from softsgx.paging.events import Evicted
 from softsgx.paging.failures import BackingError
 from softsgx.paging.leafio import LeafResult, ewb, result_name, vanished
@@ -21,7 +22,7 @@ from softsgx.paging.swapfile import Pinned
 if TYPE_CHECKING:
     from softsgx.paging.va import VaArray
 
-__all__ = ["ALL_FREE", "VaPage", "VaSlot"]
+__all__ = ["ALL_FREE", "ReadableVaPageList", "VaPage", "VaPageList", "VaSlot"]
 
 _SUCCESS = Status.SUCCESS
 ALL_FREE = (1 << VA_SLOTS) - 1
@@ -195,3 +196,30 @@ class VaPage:
             slot.page.array.cancel_slot(slot)
         self.eviction = None
         self.array.made_usable(self)
+
+
+class ReadableVaPageList(OrderedDict[VaPage, None]):
+    """VA pages in an order that changes with their room; a page is on one list at most.
+
+    The compiled core links the pages, as those of a :class:`~softsgx.paging.page_list.PageList`.
+    """
+
+    __slots__ = ()
+
+    def append(self, page: VaPage) -> None:
+        """Add a page that is on no list, as the last one."""
+        self[page] = None
+
+    def remove(self, page: VaPage) -> None:
+        """Take a page off the list.
+
+        Raises:
+            KeyError: it is not on the list.
+        """
+        del self[page]
+
+
+if TYPE_CHECKING or speedups is None:
+    VaPageList = ReadableVaPageList
+else:
+    VaPageList = speedups.VaPageList
