@@ -209,43 +209,43 @@ start_epoch(const struct eviction *eviction)
     return track(eviction) < 0 ? -1 : 0;
 }
 
-/* The same in Python. */
-static PyObject *
-try_readably(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries)
+/* A swapping that C code knows, of a core without tracer, with a reference to its counters. */
+static bool
+known(PyObject *swap, struct eviction *eviction)
 {
-    PyObject *again = CALL(swap, _try_again, addr, slot_addr, NULL), *sealed = NULL;
-    long long count;
+    EpcCore *core;
 
-    if (again != NULL && PyArg_ParseTuple(again, "OL", &sealed, &count)) {
-        Py_INCREF(sealed);
-        *tries = count;
-    }
-    Py_XDECREF(again);
-    return sealed;
+    eviction->swap = AS(CompiledSwap, swap);
+    core = eviction->swap == NULL ? NULL : AS(EpcCore, eviction->swap->_core);
+    if (core == NULL || !is_none(core->tracer) || !is_exactly(swap, given.CompiledSwap)
+        || (eviction->counters = AS(Counters, eviction->swap->_counters)) == NULL)
+        return false;
+    HOLD(eviction->counters);
+    return true;
 }
 
-PyObject *
-swap_try_again(PyObject *object, PyObject *addr, PyObject *slot_addr, int64_t *tries)
+int
+swap_start_epoch(PyObject *swap)
 {
-    struct eviction eviction = {.swap = AS(CompiledSwap, object)};
-    PyObject *leaves, *sealed = NULL, *const args[7] = {addr, slot_addr};
-    EpcCore *core = eviction.swap == NULL ? NULL : AS(EpcCore, eviction.swap->_core);
+    struct eviction eviction;
+    int status;
 
-    if (core == NULL || !is_none(core->tracer) || !is_exactly(object, given.CompiledSwap)
-        || (eviction.counters = AS(Counters, eviction.swap->_counters)) == NULL)
-        return try_readably(object, addr, slot_addr, tries);
-    Py_INCREF(leaves = eviction.swap->_leaves);
-    HOLD(eviction.counters);
-    if (start_epoch(&eviction) == 0 && (sealed = call_leaf(leaves, TRY_EWB, args)) != NULL) {
-        *tries = 2;
-        if (sealed == given.NOT_TRACKED) {
-            Py_CLEAR(sealed);
-            if (kick_cpus(&eviction) == 0)
-                sealed = call_leaf(leaves, TRY_EWB, args);
-            *tries = 3;
-        }
-    }
+    if (!known(swap, &eviction))
+        return 0;
+    status = start_epoch(&eviction);
     RELEASE(eviction.counters);
-    Py_DECREF(leaves);
-    return sealed;
+    return status < 0 ? -1 : 1;
+}
+
+int
+swap_kick_cpus(PyObject *swap)
+{
+    struct eviction eviction;
+    int status;
+
+    if (!known(swap, &eviction))
+        return effect(CALL0(swap, _kick_cpus));
+    status = kick_cpus(&eviction);
+    RELEASE(eviction.counters);
+    return status;
 }

@@ -355,7 +355,7 @@ add_to_count(int64_t *field, int64_t change)
     X(_aead) X(_alloc_for_load) X(_ancestry) X(_at_signal) X(_base) X(_batch_pages) X(_borrowed) X(_buffers) X(_ceiling_pages)      \
     X(_changed) X(_cipher) X(_clock_ns) X(_conclude) X(_core) X(_counters) X(_deferred_calls)    \
     X(_ended) X(_exited) X(_fetched) X(_file) X(_flat) X(_free)            \
-    X(_gave_up) X(_group_of) X(_has_failures) X(_kept) X(_ksgxd) X(_late_backing) X(_leave)      \
+    X(_gave_up) X(_group_of) X(_has_failures) X(_kept) X(_kick_cpus) X(_ksgxd) X(_late_backing) X(_leave)      \
     X(_leaves) X(_leaving) X(_load_by_leaf) X(_loaded) X(_lock_waiters) X(_low) X(_max_pages)    \
     X(_new_xstate) X(_node_of) X(_oom_verdicts) X(_open) X(_orders) X(_own_tid) X(_pages)        \
     X(_permits) X(_policy) X(_pool) X(_position) X(_ready) X(_real_xstate) X(_recorded)        \
@@ -563,8 +563,10 @@ PyObject *swap_write(PyObject *swap, PyObject *page, PyObject *reservation);
 PyObject *swap_load(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind,
                     PyObject *node, PyObject *group, PyObject *claim);
 
-/* paging: as PlainSwap._try_again(): what the last EWB has returned, and how many there were. */
-PyObject *swap_try_again(PyObject *swap, PyObject *addr, PyObject *slot_addr, int64_t *tries);
+/* paging: as EnclaveSwap._start_epoch(): 1; 0: C code does not do it, and nothing has changed; or -1 with
+ * an error.  As EnclaveSwap._kick_cpus(): 0, or -1. */
+int swap_start_epoch(PyObject *swap);
+int swap_kick_cpus(PyObject *swap);
 
 /* Where the version of an evicted page is: a VA page, and its slot. */
 struct place {
@@ -630,6 +632,9 @@ void sealed_release(struct sealed_place *place);
 int kept(PyObject *file, int64_t index, struct sealed_place *place, PyObject **flags);
 int keep_at(PyObject *file, Reservation *reservation, struct sealed_place *place, int64_t flags,
             PyObject *eid);
+
+/* paging: the EPC address of a VA slot. */
+PyObject *slot_address(SgxEpcPage *va_epc, int64_t number);
 
 /* paging: a reservation of C code, and its end, where a reference of it is released; where its slot is,
  * borrowed: false, and no error: C code does not know it. */
