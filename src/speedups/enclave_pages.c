@@ -139,7 +139,7 @@ is_mapped(PyObject *mm, PyObject *enclave, PyObject *addr)
 
 /* Call a function with the page tables that map the page: 1 if it has returned 1. */
 static int
-in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, PyObject *))
+in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, uint64_t))
 {
     PyObject *addr = NULL, *ptes, *mm;
     uint64_t linaddr;
@@ -156,7 +156,7 @@ in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, PyO
             continue;
         }
         ptes = GETF(Mm, mm, ptes);
-        truth = ptes == NULL ? -1 : function(ptes, addr);
+        truth = ptes == NULL ? -1 : function(ptes, linaddr);
         result = truth < 0 ? -1 : result | truth;
         Py_XDECREF(ptes);
     }

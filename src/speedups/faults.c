@@ -133,16 +133,17 @@ resolve(struct fault *fault)
 {
     EnclavePage *page = fault->page;
     PyObject *epc = load_for(fault), *ptes;
+    uint64_t linaddr = 0;
     int status = -1;
 
     if (epc == NULL)
         return -1;
     set_field(&page->epc, epc);
-    if (entry_put(swap_of(page), page->index, Py_None) == 0
+    if (address(fault->linaddr, &linaddr) && entry_put(swap_of(page), page->index, Py_None) == 0
         && add_to_field(&fault->counts->reloads, 1) == 0
         && core_mark_reclaimable(fault->core, epc) == 0 && load_ahead(fault) == 0
         && (ptes = GETF(Mm, fault->mm, ptes)) != NULL) {
-        status = install(ptes, fault->vma, fault->linaddr, ((SgxEpcPage *)epc)->addr);
+        status = install(ptes, fault->vma, linaddr, ((SgxEpcPage *)epc)->addr);
         Py_DECREF(ptes);
         if (status == 0 && is_false(page->touched)) {
             set_flag(&page->touched, true);

@@ -50,6 +50,8 @@
 #define SGX_EPC_PAGE(C, O, B, U, F, N)                                                                 \
     LINKS O(addr) O(group) O(kind) O(lru) O(node) O(owner)                                       \
     F(blocked) F(free) F(kept) F(leaked) F(poisoned) F(tracked)
+#define STORED_PAGE(C, O, B, U, F, N)                                                            \
+    O(data) U(linaddr) C(maps) O(memory) O(page) F(poisoned) N(rights)
 #define SWAP_COUNTS(C, O, B, U, F, N)                                                            \
     U(_base) C(children) C(etracks) C(ewbs) C(peak_children)
 #define VA_ARRAY(C, O, B, U, F, N)                                                                     \
@@ -65,7 +67,7 @@
     X(EpcCgroup, EPC_CGROUP)                                                                     \
     X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(PlainFaults, PLAIN_FAULTS)                    \
     X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK)                \
-    X(SgxEpcPage, SGX_EPC_PAGE) X(SwapCounts, SWAP_COUNTS)                                       \
+    X(SgxEpcPage, SGX_EPC_PAGE) X(StoredPage, STORED_PAGE) X(SwapCounts, SWAP_COUNTS)            \
     X(VaArray, VA_ARRAY) X(VaPage, VA_PAGE)
 
 /* The neighbours and the list of a page, borrowed; NULL: it is on none. */

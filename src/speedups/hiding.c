@@ -184,21 +184,16 @@ static int
 after_hide(UffdPager *pager, PyObject *parts)
 {
     unsigned long long start, end;
-    PyObject *page;
-    int known = drop_runs(((Fetches *)pager->_fetches)->rights, parts);
 
-    if (known == 0 && PySet_Size(pager->_watched) == 0)
-        return 0;
-    for (Py_ssize_t index = 0; known >= 0 && index < PyList_Size(parts); index++) {
+    if (drop_runs(((Fetches *)pager->_fetches)->rights, parts) < 0)
+        return -1;
+    for (Py_ssize_t index = 0; pages_in(pager->_watched) && index < PyList_Size(parts); index++) {
         if (!PyArg_ParseTuple(PyList_GetItem(parts, index), "KK", &start, &end))
             return -1;
-        for (; known >= 0 && start < end; start += PAGE_BYTES) {
-            page = PyLong_FromUnsignedLongLong(start);
-            known = page == NULL ? -1 : PySet_Discard(pager->_watched, page);
-            Py_XDECREF(page);
-        }
+        for (; start < end; start += PAGE_BYTES)
+            set_discard(pager->_watched, start);
     }
-    return known < 0 ? -1 : 0;
+    return 0;
 }
 
 /* Forget the pages of runs of the file; their bytes, in the order of the runs. */
@@ -358,8 +353,9 @@ hide_pages(NativeStore *store, const struct leaving *pages, Py_ssize_t count)
 
     Py_INCREF(memory);
     for (Py_ssize_t index = 0; status == 0 && index < count; index++) {
-        Py_INCREF(pages[index].record->linaddr);
-        status = PyList_SetItem(linaddrs, index, pages[index].record->linaddr);
+        PyObject *linaddr = PyLong_FromUnsignedLongLong(pages[index].linaddr);
+
+        status = linaddr == NULL ? -1 : PyList_SetItem(linaddrs, index, linaddr);
     }
     if (status == 0)
         status = (contents = hide(memory, linaddrs)) == NULL ? -1

@@ -8,12 +8,10 @@
 static struct late_page *expected;
 
 void
-expect_late_page(struct late_page *late, PyObject *table, int uffd, PyObject *linaddr)
+expect_late_page(struct late_page *late, PyObject *table, int uffd, uint64_t linaddr)
 {
-    if (!address(linaddr, &late->linaddr))
-        return;
     late->table = table;
-    late->linaddr &= ~(uint64_t)(PAGE_BYTES - 1);
+    late->linaddr = linaddr;
     late->uffd = uffd;
     expected = late;
 }
@@ -25,42 +23,50 @@ expect_no_late_page(void)
 }
 
 bool
-is_late(PyObject *table, int64_t uffd, uint64_t at, EnclaveMemory *memory, PyObject *linaddr,
-        PyObject *data, PyObject *rights)
+is_late(PyObject *table, int64_t uffd, uint64_t linaddr, EnclaveMemory *memory, PyObject *data,
+        int64_t rights)
 {
     if (expected == NULL || table != expected->table || uffd != expected->uffd
-        || at != expected->linaddr || !is_none(((EnclavePageTable *)table)->_installed))
+        || linaddr != expected->linaddr || !is_none(((EnclavePageTable *)table)->_installed))
         return false;
     Py_INCREF(expected->memory = (PyObject *)memory);
-    Py_INCREF(expected->page = linaddr);
     Py_XINCREF(expected->data = data);
-    Py_INCREF(expected->rights = rights);
+    expected->rights = rights;
     return true;
+}
+
+int
+show_by_method(PyObject *memory, uint64_t linaddr, PyObject *data, int64_t rights, PyObject *user)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(linaddr), *number = PyLong_FromLongLong(rights);
+    int status = at == NULL || number == NULL
+        ? -1
+        : effect(CALL(memory, show, at, data == NULL ? given.ZEROS : data, number, user, NULL));
+
+    Py_XDECREF(number);
+    Py_XDECREF(at);
+    return status;
 }
 
 /* Copy the late page: 1; 0: there is none, or it was copied otherwise and woke no thread; or -1. */
 static int
 copy_late_page(struct late_page *late, uint64_t mode)
 {
-    PyObject *memory = late->memory, *page = late->page, *data = late->data;
-    PyObject *rights = late->rights, *user;
+    PyObject *memory = late->memory, *data = late->data, *user;
     int code;
 
     if (memory == NULL)
         return 0;
-    late->memory = late->page = late->data = late->rights = NULL;
+    late->memory = late->data = NULL;
     code = copy_to(late->uffd, late->linaddr, mode, data);
     if (code > 0) { /* again, as far as it fails; then by other means */
         user = PyList_GetItem(((EnclaveMemory *)memory)->users, 0);
         code = user == NULL ? -1
-                            : effect(CALL(memory, show, page, data == NULL ? given.ZEROS : data,
-                                          rights, user, NULL));
+                            : show_by_method(memory, late->linaddr, data, late->rights, user);
     }
     else if (code == 0)
         code = 1;
-    Py_DECREF(rights);
     Py_XDECREF(data);
-    Py_DECREF(page);
     Py_DECREF(memory);
     return code;
 }

@@ -12,12 +12,22 @@
 #define BLOCK_SHIFT 18
 #define BLOCK_PAGES 64
 
+bool
+has_page_maps(const EnclavePageTable *table)
+{
+    return is_exactly(table->_entries, (PyObject *)page_map_type)
+        && is_exactly(table->_prots, (PyObject *)page_map_type)
+        && is_exactly(table->_marked, (PyObject *)page_map_type)
+        && is_exactly(table->_used, (PyObject *)page_set_type);
+}
+
 /* A page table and a store that C code knows. */
 static bool
 is_native(PyObject *table)
 {
     return is_exactly(table, given.EnclavePageTable)
-        && is_exactly(((EnclavePageTable *)table)->_store, given.NativeStore);
+        && is_exactly(((EnclavePageTable *)table)->_store, given.NativeStore)
+        && has_page_maps((EnclavePageTable *)table);
 }
 
 UffdPager *
@@ -26,6 +36,7 @@ pager_of(PyObject *table)
     PyObject *pager = ((EnclavePageTable *)table)->pager;
 
     return is_exactly(pager, given.UffdPager) && IS(Fetches, ((UffdPager *)pager)->_fetches)
+            && is_exactly(((UffdPager *)pager)->_watched, (PyObject *)page_set_type)
         ? (UffdPager *)pager
         : NULL;
 }
@@ -57,14 +68,13 @@ read_block(UffdPager *pager, PyObject *block)
 
 /* As UffdPager.test_and_clear_accessed(). */
 static int
-test_and_watch(UffdPager *pager, PyObject *linaddr)
+test_and_watch(UffdPager *pager, uint64_t at)
 {
-    PyObject *block = NULL, *flags = NULL;
-    int watched = PySet_Contains(pager->_watched, linaddr), present = -1;
-    uint64_t at;
+    PyObject *block, *flags;
+    int present = -1;
 
-    if (watched || !address(linaddr, &at))
-        return watched < 0 ? -1 : 0;
+    if (set_has(pager->_watched, at))
+        return 0;
     block = PyLong_FromUnsignedLongLong(at >> BLOCK_SHIFT);
     flags = block == NULL ? NULL : PyDict_GetItemWithError(pager->_present, block);
     if (flags != NULL)
@@ -73,7 +83,7 @@ test_and_watch(UffdPager *pager, PyObject *linaddr)
         flags = read_block(pager, block);
     if (flags != NULL && PyBytes_Check(flags) && PyBytes_Size(flags) == BLOCK_PAGES) {
         present = (PyBytes_AsString(flags)[at >> PAGE_SHIFT & (BLOCK_PAGES - 1)] & PRESENT) != 0;
-        if (present && PySet_Add(pager->_watched, linaddr) < 0)
+        if (present && set_add(pager->_watched, at) < 0)
             present = -1;
     }
     else if (!PyErr_Occurred())
@@ -83,29 +93,40 @@ test_and_watch(UffdPager *pager, PyObject *linaddr)
     return present;
 }
 
+/* The method of a page table or a pager. */
+static int
+ask_by_method(PyObject *object, uint64_t linaddr)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(linaddr);
+    int status = at == NULL ? -1 : is_so(CALL(object, test_and_clear_accessed, at, NULL));
+
+    Py_XDECREF(at);
+    return status;
+}
+
 /* As test_and_clear_accessed() of page tables: 0, 1, or -1 with an error. */
 int
-test_and_clear_accessed(PyObject *object, PyObject *linaddr)
+test_and_clear_accessed(PyObject *object, uint64_t linaddr)
 {
     EnclavePageTable *table = (EnclavePageTable *)object;
+    UffdPager *pager;
     PyObject *entry;
     StoredPage *record;
     int used, young;
 
     if (!is_native(object))
-        return is_so(CALL(object, test_and_clear_accessed, linaddr, NULL));
-    entry = PyDict_GetItemWithError(table->_entries, linaddr);
+        return ask_by_method(object, linaddr);
+    entry = map_get(table->_entries, linaddr);
     if (entry == NULL)
-        return PyErr_Occurred() ? -1 : 0;
+        return 0;
     record = AS(StoredPage, entry);
     if (record == NULL)
-        return is_so(CALL(object, test_and_clear_accessed, linaddr, NULL));
-    used = PySet_Discard(table->_used, linaddr);
-    if (used < 0 || is_hidden(record))
+        return ask_by_method(object, linaddr);
+    used = set_discard(table->_used, linaddr);
+    if (is_hidden(record))
         return used;
-    young = pager_of(object) != NULL
-        ? test_and_watch(pager_of(object), linaddr)
-        : is_so(CALL(table->pager, test_and_clear_accessed, linaddr, NULL));
+    pager = pager_of(object);
+    young = pager != NULL ? test_and_watch(pager, linaddr) : ask_by_method(table->pager, linaddr);
     return young < 0 ? -1 : young || used;
 }
 
@@ -125,9 +146,10 @@ pager_has_nothing_due(PyObject *table)
 {
     UffdPager *pager = usual_pager(table);
 
-    if (pager == NULL || PySet_Size(pager->_watched) > 0)
+    if (pager == NULL || pages_in(pager->_watched) > 0)
         return PyErr_Occurred() ? -1 : 0;
-    PyDict_Clear(pager->_present);
+    if (PyDict_Size(pager->_present) > 0)
+        PyDict_Clear(pager->_present);
     return 1;
 }
 
@@ -135,46 +157,45 @@ pager_has_nothing_due(PyObject *table)
 
 /* Whether a page has an entry: 0, 1, -1 with an error, or -2: ask the table. */
 int
-page_has_entry(PyObject *table, PyObject *page)
+page_has_entry(PyObject *table, uint64_t page)
 {
-    return is_native(table) ? PyDict_Contains(((EnclavePageTable *)table)->_entries, page) : -2;
+    return is_native(table) ? map_get(((EnclavePageTable *)table)->_entries, page) != NULL : -2;
 }
 
-/* An entry that is removed may have had other rights than R and W. */
+/* As zap() of page tables, where their method is called. */
 static int
-forget_prot(EnclavePageTable *table, PyObject *linaddr)
+zap_by_method(PyObject *object, uint64_t linaddr)
 {
-    int known = PyDict_Contains(table->_prots, linaddr);
+    PyObject *at = PyLong_FromUnsignedLongLong(linaddr);
+    int status = at == NULL ? -1 : effect(CALL(object, zap, at, NULL));
 
-    return known > 0 ? PyDict_DelItem(table->_prots, linaddr) : known;
+    Py_XDECREF(at);
+    return status;
 }
 
 /* As zap() of page tables. */
 int
-zap(PyObject *object, PyObject *linaddr)
+zap(PyObject *object, uint64_t linaddr)
 {
     EnclavePageTable *table = (EnclavePageTable *)object;
     PyObject *entry;
     StoredPage *record;
-    int64_t maps = 0;
-    int status = -1, marked;
+    int status = 0;
 
     if (!is_native(object))
-        return effect(CALL(object, zap, linaddr, NULL));
-    entry = PyDict_GetItemWithError(table->_entries, linaddr);
+        return zap_by_method(object, linaddr);
+    entry = map_get(table->_entries, linaddr);
     if (entry == NULL)
-        return PyErr_Occurred() ? -1 : 0;
+        return 0;
     record = AS(StoredPage, entry);
-    marked = PyDict_Contains(table->_marked, linaddr);
-    if (record == NULL || !integer(record->maps, &maps) || maps != 1 || marked)
-        return marked < 0 ? -1 : effect(CALL(object, zap, linaddr, NULL));
-    HOLD(record);
-    if (PyDict_DelItem(table->_entries, linaddr) == 0
-        && (PyDict_Size(table->_prots) == 0 || forget_prot(table, linaddr) == 0)
-        && PySet_Discard(table->_used, linaddr) >= 0 && set_integer(&record->maps, 0) == 0)
-        status = is_hidden(record) ? 0
-                                   : PyList_Append(((NativeStore *)table->_store)->_leaving,
-                                                   (PyObject *)record);
+    if (record == NULL || record->maps != 1 || map_get(table->_marked, linaddr) != NULL)
+        return zap_by_method(object, linaddr);
+    map_take(table->_entries, linaddr); /* the reference is released below */
+    set_discard(table->_used, linaddr);
+    Py_XDECREF(map_take(table->_prots, linaddr)); /* if it had other rights than R and W */
+    record->maps = 0;
+    if (!is_hidden(record))
+        status = PyList_Append(((NativeStore *)table->_store)->_leaving, (PyObject *)record);
     RELEASE(record);
     return status;
 }
@@ -187,7 +208,7 @@ struct showing {
     EnclaveMemory *memory;
     EpcPage *page;
     StoredPage *record;
-    PyObject *linaddr;
+    uint64_t linaddr;
 };
 
 /* Whether a page is what NativeStore.mapped() shows at once: 0, 1, or -1 with an error. */
@@ -196,7 +217,6 @@ is_usable(struct showing *showing, int64_t *rights)
 {
     const EpcPage *page = showing->page;
     const StoredPage *record;
-    int other;
 
     if (page == NULL || !is_true(page->valid) || page->pt != given.REG || !is_false(page->pending)
         || !is_false(page->modified) || !integer(page->rwx, rights) || !(*rights & WRITE))
@@ -204,8 +224,40 @@ is_usable(struct showing *showing, int64_t *rights)
     record = showing->record = AS(StoredPage, page->stored);
     if (record == NULL || !is_unmapped(record) || !is_hidden(record) || !is_false(record->poisoned))
         return 0;
-    other = PyDict_Contains(showing->table->_entries, showing->linaddr);
-    return other < 0 ? -1 : !other;
+    return map_get(showing->table->_entries, showing->linaddr) == NULL;
+}
+
+/* What was read of the pagemap before a new entry existed is not used any more. */
+static int
+forget_block(UffdPager *pager, uint64_t linaddr)
+{
+    PyObject *block;
+    int status;
+
+    if (PyDict_Size(pager->_present) == 0)
+        return 0;
+    block = PyLong_FromUnsignedLongLong(linaddr >> BLOCK_SHIFT);
+    status = block == NULL ? -1 : PyDict_Contains(pager->_present, block);
+    if (status > 0)
+        status = PyDict_DelItem(pager->_present, block);
+    Py_XDECREF(block);
+    return status;
+}
+
+/* As shown() of Fetches, where the mapping allows fetches: its rights now are those, or none. */
+static int
+fetches_shown(Fetches *fetches, uint64_t linaddr, int64_t rights)
+{
+    PyObject *page = PyLong_FromUnsignedLongLong(linaddr), *number = PyLong_FromLongLong(rights);
+    int taken = page == NULL || number == NULL ? -1 : PySet_Contains(fetches->_taken, page);
+
+    if (taken >= 0)
+        taken = taken == ((rights & EXECUTE) != 0)
+            ? effect(CALL(fetches, shown, page, number, NULL))
+            : 0;
+    Py_XDECREF(number);
+    Py_XDECREF(page);
+    return taken;
 }
 
 /* Fill the hole in the file, as EnclaveMemory.show() and UffdPager.show(). */
@@ -213,39 +265,25 @@ static int
 fill_hole(const struct showing *showing, PyObject *data, int64_t rights, PyObject *prot)
 {
     UffdPager *pager = showing->pager;
-    PyObject *linaddr = showing->linaddr, *shown = showing->record->rights, *block;
-    uint64_t at;
+    uint64_t at = showing->linaddr;
     int64_t uffd, allowed, dontwake;
-    int code, status, taken;
+    int code;
 
-    if (put_rights(showing->memory->pages, linaddr, shown) < 0)
+    if (put_rights(showing->memory->pages, at, rights) < 0)
         return -1;
-    if (!address(linaddr, &at) || !integer(pager->_uffd, &uffd) || !integer(prot, &allowed)
+    if (!integer(pager->_uffd, &uffd) || !integer(prot, &allowed)
         || !integer(pager->_dontwake, &dontwake)) {
-        PyErr_SetString(PyExc_TypeError, "an address is no integer of 64 bits");
+        PyErr_SetString(PyExc_TypeError, "a descriptor is no integer of 64 bits");
         return -1;
     }
-    code = is_late((PyObject *)showing->table, uffd, at, showing->memory, linaddr, data, shown)
+    code = is_late((PyObject *)showing->table, uffd, at, showing->memory, data, rights)
         ? 0
         : copy_to((int)uffd, at, (uint64_t)dontwake, data);
     if (code)
         return code < 0 ? -1 : 1;
-    if (PyDict_Size(pager->_present) > 0) {  // was read before the new entry existed
-        block = PyLong_FromUnsignedLongLong(at >> BLOCK_SHIFT);
-        status = block == NULL ? -1 : PyDict_Contains(pager->_present, block);
-        if (status > 0)
-            status = PyDict_DelItem(pager->_present, block);
-        Py_XDECREF(block);
-        if (status < 0)
-            return -1;
-    }
-    taken = PySet_Contains(showing->fetches->_taken, linaddr);
-    if (taken < 0 || put_rights(showing->fetches->rights, linaddr, shown) < 0)
+    if (forget_block(pager, at) < 0 || put_rights(showing->fetches->rights, at, rights) < 0)
         return -1;
-    /* The rights of the mapping now are those, or none. */
-    if (allowed & EXECUTE && taken == ((rights & EXECUTE) != 0))
-        return effect(CALL(showing->fetches, shown, linaddr, shown, NULL));
-    return 0;
+    return allowed & EXECUTE ? fetches_shown(showing->fetches, at, rights) : 0;
 }
 
 /* Give the page its entry, and show it. */
@@ -254,18 +292,19 @@ show(struct showing *showing, PyObject *prot, int64_t rights)
 {
     EnclavePageTable *table = showing->table;
     StoredPage *record = showing->record;
-    PyObject *memory = (PyObject *)showing->memory, *linaddr = showing->linaddr, *data;
+    PyObject *memory = (PyObject *)showing->memory, *data;
+    uint64_t linaddr = showing->linaddr;
     int64_t allowed;
     int status;
 
-    if (PyDict_SetItem(table->_entries, linaddr, (PyObject *)record) < 0
+    if (map_put(table->_entries, linaddr, (PyObject *)record) < 0
         || ((!integer(prot, &allowed) || allowed != READ_WRITE)
-            && PyDict_SetItem(table->_prots, linaddr, prot) < 0)
-        || set_integer(&record->maps, 1) < 0)
+            && map_put(table->_prots, linaddr, prot) < 0))
         return -1;
+    record->maps = 1;
+    record->linaddr = linaddr;
+    record->rights = rights;
     set_field(&record->memory, memory);
-    set_field(&record->linaddr, linaddr);
-    set_field(&record->rights, showing->page->rwx);
     data = is_none(record->data) ? NULL : record->data;
     if (data != NULL) {
         Py_INCREF(data);
@@ -273,8 +312,7 @@ show(struct showing *showing, PyObject *prot, int64_t rights)
     }
     status = fill_hole(showing, data, rights, prot);
     if (status > 0)  // again, as far as it fails; then by other means
-        status = effect(CALL(memory, show, linaddr, data == NULL ? given.ZEROS : data,
-                             record->rights, (PyObject *)table, NULL));
+        status = show_by_method(memory, linaddr, data, rights, (PyObject *)table);
     if (status == 0 && !is_none(table->_installed))
         status = effect(PyObject_CallFunctionObjArgs(table->_installed, (PyObject *)showing->page,
                                                      NULL));
@@ -297,9 +335,19 @@ own_memory(EnclaveVma *vma, PyObject *table)
     return memory;
 }
 
+static int
+install_by_method(PyObject *table, uint64_t linaddr, PyObject *addr, PyObject *prot)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(linaddr);
+    int status = at == NULL ? -1 : effect(CALL(table, install, at, addr, prot, NULL));
+
+    Py_XDECREF(at);
+    return status;
+}
+
 /* install(linaddr, addr, vma.prot) of page tables, for a page of mapping `vma`. */
 int
-install(PyObject *object, EnclaveVma *vma, PyObject *linaddr, PyObject *addr)
+install(PyObject *object, EnclaveVma *vma, uint64_t linaddr, PyObject *addr)
 {
     struct showing showing = {.table = (EnclavePageTable *)object, .linaddr = linaddr};
     int64_t rights;
@@ -324,7 +372,7 @@ install(PyObject *object, EnclaveVma *vma, PyObject *linaddr, PyObject *addr)
         RELEASE(showing.page);
     }
     else
-        status = effect(CALL(object, install, linaddr, addr, vma->prot, NULL));
+        status = install_by_method(object, linaddr, addr, vma->prot);
     RELEASE(showing.memory);
     return status;
 }

@@ -35,6 +35,8 @@ execute(PyObject *module)
         || add_virtual_exit(module) < 0 || add_page_lists(module) < 0
         || add_enclave_pages(module) < 0)
         return -1;
+    if (add_page_maps(module) < 0)
+        return -1;
     return 0;
 }
 

@@ -26,18 +26,25 @@ block_at(PyObject *pages, uint64_t linaddr)
 }
 
 int
-put_rights(PyObject *pages, PyObject *linaddr, PyObject *rights)
+put_rights(PyObject *pages, uint64_t linaddr, int64_t rights)
 {
-    uint64_t at;
-    int64_t value;
+    PyObject *page, *number;
     char *block = NULL;
+    int status;
 
-    if (IS(PageRights, pages) && address(linaddr, &at) && integer(rights, &value) && value > 0
-        && value < 8 && (block = block_at(pages, at)) != NULL) {
-        block[at >> PAGE_SHIFT & (BLOCK_PAGES - 1)] = (char)value;
+    if (IS(PageRights, pages) && rights > 0 && rights < 8
+        && (block = block_at(pages, linaddr)) != NULL) {
+        block[linaddr >> PAGE_SHIFT & (BLOCK_PAGES - 1)] = (char)rights;
         return 0;
     }
-    return PyErr_Occurred() ? -1 : PyObject_SetItem(pages, linaddr, rights);
+    if (PyErr_Occurred())
+        return -1;
+    page = PyLong_FromUnsignedLongLong(linaddr);
+    number = PyLong_FromLongLong(rights);
+    status = page == NULL || number == NULL ? -1 : PyObject_SetItem(pages, page, number);
+    Py_XDECREF(number);
+    Py_XDECREF(page);
+    return status;
 }
 
 /* The same where Python code has another layout. */

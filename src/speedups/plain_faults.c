@@ -25,13 +25,9 @@ release(void *references, size_t bytes)
 int
 set_address(struct fault *fault, uint64_t linaddr)
 {
-    if ((fault->linaddr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
-        return -1;
-    if (linaddr & (PAGE_BYTES - 1))
-        fault->page = PyLong_FromUnsignedLongLong(linaddr & ~(uint64_t)(PAGE_BYTES - 1));
-    else
-        Py_INCREF(fault->page = fault->linaddr);
-    return fault->page == NULL ? -1 : 0;
+    fault->page = linaddr & ~(uint64_t)(PAGE_BYTES - 1);
+    fault->linaddr = PyLong_FromUnsignedLongLong(linaddr);
+    return fault->linaddr == NULL ? -1 : 0;
 }
 
 /* Whether the page of the address has an entry: 0, 1, or -1 with an error. */

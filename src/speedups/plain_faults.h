@@ -22,11 +22,12 @@ struct service {
     bool direct; /* whether mm_fault() is the method of its address space */
 };
 
-/* One fault: objects that the thread has now; the address, and that of its page; the slot of permits
- * that only the thread can use, or NULL. */
+/* One fault: objects that the thread has now; the address, as an object; the slot of permits that only
+ * the thread can use, or NULL. */
 struct fault {
-    PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr, *page, *slot;
+    PyObject *thread, *image, *cpu, *hw, *inside, *mm, *page_table, *linaddr, *slot;
     struct late_page late;
+    uint64_t page; /* its address */
     bool waits, stopped; /* the thread waits in the kernel; it was stopped meanwhile, to make calls */
 };
 

@@ -41,6 +41,7 @@ int add_versions(PyObject *module);
 int add_numbers(PyObject *module);
 int add_places(PyObject *module);
 int add_hiding(PyObject *module);
+int add_page_maps(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
 int add_enclave_pages(PyObject *module);
@@ -87,7 +88,6 @@ int add_enclave_pages(PyObject *module);
     X(_at) X(_words) X(address) X(enclave) X(entry) X(gate_at) X(inside) X(memory) X(number)     \
     X(opened) X(stay) X(table) X(tcs)
 #define SRCU(X) X(_drained) X(_gone) X(_index) X(_lock) X(_readers) X(_turn) X(_turning) X(_uninterleaved)
-#define STORED_PAGE(X) X(data) X(linaddr) X(maps) X(memory) X(page) X(poisoned) X(rights)
 #define SWAP_ENTRIES(X) X(_numbers) X(_va_pages)
 #define SWAP_ENTRY(X) X(index) X(slot)
 #define UFFD_PAGER(X)                                                                            \
@@ -167,7 +167,7 @@ int add_enclave_pages(PyObject *module);
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
     X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)                                   \
-    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU) X(StoredPage, STORED_PAGE)                          \
+    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU)                          \
     X(FaultingImage, FAULTING_IMAGE) X(FaultingThread, FAULTING_THREAD)                          \
     X(InlineRuntime, INLINE_RUNTIME) X(PermitTable, PERMIT_TABLE)                                \
     X(ProcessorMode, PROCESSOR_MODE) X(UnseenCrossings, UNSEEN_CROSSINGS) X(Waits, WAITS)        \
@@ -673,11 +673,11 @@ long ptrace_request(long what, int tid, uint64_t address, uint64_t data);
 int continue_thread(int tid);
 
 /* The native engine's page tables and store; others by their methods.  See memory.c, hiding.c. */
-int page_has_entry(PyObject *table, PyObject *page);
+int page_has_entry(PyObject *table, uint64_t page);
 int pager_has_nothing_due(PyObject *table);
-int install(PyObject *table, EnclaveVma *vma, PyObject *linaddr, PyObject *addr);
-int zap(PyObject *table, PyObject *linaddr);
-int test_and_clear_accessed(PyObject *table, PyObject *linaddr);
+int install(PyObject *table, EnclaveVma *vma, uint64_t linaddr, PyObject *addr);
+int zap(PyObject *table, uint64_t linaddr);
+int test_and_clear_accessed(PyObject *table, uint64_t linaddr);
 int fill(PyObject *store, EpcPage *page, PyObject *data);
 int drop(PyObject *store, EpcPage *page);
 PyObject *freeze(PyObject *store, EpcPage *page);

@@ -35,17 +35,16 @@ is_writable(EnclavePageTable *table, const EpcPage *page)
 {
     PyObject *prot;
     StoredPage *record;
+    uint64_t linaddr;
     int64_t allowed;
 
-    record = AS(StoredPage, PyDict_GetItemWithError(table->_entries, page->linaddr));
+    if (!address(page->linaddr, &linaddr))
+        return 0;
+    record = AS(StoredPage, map_get(table->_entries, linaddr));
     if (record == NULL || record->page != (PyObject *)page || !is_false(record->poisoned))
-        return PyErr_Occurred() ? -1 : 0;
-    if (PyDict_Size(table->_prots) == 0)
-        return 1;
-    prot = PyDict_GetItemWithError(table->_prots, page->linaddr);
-    if (prot == NULL)
-        return PyErr_Occurred() ? -1 : 1;
-    return integer(prot, &allowed) && allowed & WRITE;
+        return 0;
+    prot = map_get(table->_prots, linaddr);
+    return prot == NULL || (integer(prot, &allowed) && allowed & WRITE);
 }
 
 static bool
@@ -124,6 +123,7 @@ find(struct stay *stay, struct known *known)
         return -1;
     known->mode = AS(EnclaveMode, stay->inside);
     if (!mode64 || known->mode == NULL || !is_exactly(stay->space, given.EnclavePageTable)
+        || !has_page_maps((EnclavePageTable *)stay->space)
         || !is_exactly(stay->store, given.NativeStore) || !PyDict_Check(stay->tlb))
         return 0;
     known->enclave = AS(ResidentSecs, known->mode->enclave);
@@ -163,17 +163,26 @@ would_resume(const struct stay *stay, const struct known *known)
     return status;
 }
 
+/* The processor uses a page that has an entry. */
+static int
+use_page(PyObject *used, PyObject *page)
+{
+    uint64_t linaddr;
+
+    return address(((EpcPage *)page)->linaddr, &linaddr) ? set_add(used, linaddr) : 0;
+}
+
 /* The processor uses the pages that ERESUME stores to. */
 static int
 use_pages(const struct stay *stay, const struct known *known)
 {
     PyObject *used = known->table->_used;
-    int status = PySet_Add(used, known->tcs->linaddr);
+    int status = use_page(used, (PyObject *)known->tcs);
 
     if (status == 0)
-        status = PySet_Add(used, ((EpcPage *)stay->gpr)->linaddr);
+        status = use_page(used, stay->gpr);
     for (Py_ssize_t index = 0; status == 0 && index < PyTuple_Size(stay->frame); index++)
-        status = PySet_Add(used, ((EpcPage *)PyTuple_GetItem(stay->frame, index))->linaddr);
+        status = use_page(used, PyTuple_GetItem(stay->frame, index));
     return status;
 }
 

@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/user.h>
@@ -93,58 +92,29 @@ is_usual_image(PyObject *image, PyObject *thread)
     return status;
 }
 
-static int
-by_number(const void *one, const void *other)
-{
-    uint64_t first = *(const uint64_t *)one, second = *(const uint64_t *)other;
-
-    return first < second ? -1 : first > second;
-}
-
-/* A call of madvise(2) for each run of ascending pages. */
-static void
-add_calls(struct calls *calls, const uint64_t *linaddrs, Py_ssize_t count)
-{
-    Py_ssize_t next = 0;
-
-    while (next < count) {
-        uint64_t start = linaddrs[next++];
-
-        while (next < count && linaddrs[next] == linaddrs[next - 1] + PAGE_BYTES)
-            next++;
-        memcpy(calls->words[calls->count++],
-               (const uint64_t[]){SYS_madvise, start, linaddrs[next - 1] + PAGE_BYTES - start,
-                                  DONTNEED_LOCKED, 0, 0, OUR_CALL},
-               CALL_BYTES);
-    }
-}
-
-/* The calls for a set of pages: 1, 0: it holds something else, or -1 with an error. */
+/* The calls of madvise(2) for a PageSet: 0, or -1 with an error. */
 static int
 find_calls(struct calls *calls, PyObject *watched)
 {
-    PyObject *pages = PySequence_List(watched);
-    Py_ssize_t count = pages == NULL ? -1 : PyList_Size(pages);
-    uint64_t *linaddrs;
-    int status = 1;
+    size_t count = (size_t)pages_in(watched);
+    uint64_t *pages = pages_of(watched);
+    struct run *runs = PyMem_Calloc(count, sizeof *runs);
 
-    if (count < 0)
-        return -1;
-    linaddrs = PyMem_Calloc((size_t)count, sizeof *linaddrs);
-    calls->words = PyMem_Calloc((size_t)count, CALL_BYTES);
-    if (linaddrs == NULL || calls->words == NULL) {
-        PyErr_NoMemory();
-        status = -1;
+    if (pages != NULL && runs != NULL) {
+        calls->count = find_runs(pages, count, runs);
+        calls->words = PyMem_Calloc(calls->count, CALL_BYTES);
     }
-    for (Py_ssize_t index = 0; status > 0 && index < count; index++)
-        status = address(PyList_GetItem(pages, index), &linaddrs[index]);
-    if (status > 0) {
-        qsort(linaddrs, (size_t)count, sizeof *linaddrs, by_number);
-        add_calls(calls, linaddrs, count);
-    }
-    PyMem_Free(linaddrs);
-    Py_DECREF(pages);
-    return status;
+    for (size_t index = 0; calls->words != NULL && index < calls->count; index++)
+        memcpy(calls->words[index],
+               (const uint64_t[]){SYS_madvise, runs[index].start, runs[index].end - runs[index].start,
+                                  DONTNEED_LOCKED, 0, 0, OUR_CALL},
+               CALL_BYTES);
+    PyMem_Free(runs);
+    PyMem_Free(pages);
+    if (calls->words != NULL)
+        return 0;
+    PyErr_NoMemory();
+    return -1;
 }
 
 /* Find the code of our vDSO that makes the calls, as _make() of an address space. */
@@ -184,20 +154,18 @@ static int
 is_usual(struct service *service, struct fault *fault, struct calls *calls)
 {
     UffdPager *pager = fault->waits ? usual_pager(fault->page_table) : NULL;
-    Py_ssize_t watched;
     int status;
 
     if (pager == NULL || !is_exactly(fault->image, given.ProcessImage)
         || !is_exactly(fault->thread, given.ProgramThread) || !IS(FaultEvents, service->faults))
         return PyErr_Occurred() ? -1 : 0;
-    watched = PySet_Size(pager->_watched);
-    status = watched < 0 ? -1 : watched > 0;
+    status = pages_in(pager->_watched) > 0;
     if (status > 0)
         status = is_usual_image(fault->image, fault->thread);
     if (status > 0)
         status = is_usual_thread(service, fault->thread);
-    if (status > 0)
-        status = find_calls(calls, pager->_watched);
+    if (status > 0 && find_calls(calls, pager->_watched) < 0)
+        status = -1;
     return status <= 0 ? status : find_code(calls, fault);
 }
 
@@ -434,8 +402,8 @@ drop_watched(struct service *service, struct fault *fault)
         fault->stopped = true;
         pager = usual_pager(fault->page_table);
         PyDict_Clear(pager->_present);
-        status = PySet_Clear(pager->_watched) < 0
-                || SETF(FaultingThread, fault->thread, running, Py_False) < 0
+        set_clear(pager->_watched);
+        status = SETF(FaultingThread, fault->thread, running, Py_False) < 0
                 || SET(fault->thread, _kept, Py_None) < 0 || make(fault, &calls) < 0
             ? -1
             : 1;

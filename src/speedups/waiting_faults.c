@@ -160,7 +160,7 @@ resolve(struct service *service, struct fault *fault, const struct fault_event *
         || SETF(FaultingImage, fault->image, faulting, fault->thread) < 0
         || permits_settle(service) < 0)
         return -1;
-    expect_late_page(&fault->late, fault->page_table, event->uffd, fault->linaddr);
+    expect_late_page(&fault->late, fault->page_table, event->uffd, fault->page);
     result = call_driver(fault, service->direct && fault->mm == service->known.mm);
     expect_no_late_page();
     if (result == NULL)

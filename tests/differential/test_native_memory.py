@@ -376,7 +376,7 @@ class Site:
         for record in records:
             addr, maps = record.page.addr, 0
             for table in tables:
-                mapped = [at for at, known in table._entries.items() if known is record]
+                mapped = [at for at in table._entries if table._entries[at] is record]
                 assert mapped in ([], [record.linaddr])
                 maps += len(mapped)
             assert record.maps == maps
@@ -385,7 +385,7 @@ class Site:
         shown = {record.linaddr: record.rights for record in records if record.rights}
         assert shown == self.memory.pages
         for table in tables:
-            assert table._prots.keys() <= table._entries.keys()
+            assert set(table._prots) <= set(table._entries)
 
     def state(self) -> dict[str, object]:
         base, store, memory = self.base, self.store, self.memory
@@ -398,7 +398,7 @@ class Site:
             ],
             "used": [{at - base for at in table._used} for table in (self.table, self.other)],
             "prots": [
-                {at - base: prot for at, prot in table._prots.items()}
+                {at - base: table._prots[at] for at in table._prots}
                 for table in (self.table, self.other)
             ],
             "table marks": {at - base for at in self.table._marked},

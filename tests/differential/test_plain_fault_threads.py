@@ -224,7 +224,7 @@ def test_a_real_address_space_makes_what_is_due_before_the_thread_continues(
         pager._watched.update({PAGE_AT, PAGE_AT + PAGE} if watched else ())
         pager._fetches.due.update({PAGE_AT} if due else ())
         done = serve(faults_of(scene)), scene.state()
-        states.append((done, pager._present, pager._watched, pager._fetches.due))
+        states.append((done, pager._present, set(pager._watched), pager._fetches.due))
     assert states[0] == states[1]
     (_result, (notes, *_rest)), *_left = cast(Any, states[0])
     made = [note[0] for note in notes]

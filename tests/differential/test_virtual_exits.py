@@ -139,7 +139,7 @@ def entry_of(part: str, make: Callable[[Scene, Any], object]) -> Change:
 
 
 def prot_of(part: str, prot: int) -> Change:
-    return lambda scene: scene.table._prots.update({getattr(scene, part).linaddr: prot})
+    return lambda scene: scene.table._prots.__setitem__(getattr(scene, part).linaddr, prot)
 
 
 def poisoned(part: str) -> Change:

@@ -320,10 +320,6 @@ def fetches(server: Server) -> None:
     server.pager._fetches.due.add(BASE)
 
 
-def an_odd_page(server: Server) -> None:
-    server.pager._watched.add(cast(Any, "a page"))
-
-
 BEFORE: dict[str, Callable[[Server], None]] = {
     **{name: flag(name, True) for name in ("kicked", "in_call", "mid_call", "unstoppable")},
     **{name: flag(name, True) for name in ("_changed", "_ended")},
@@ -334,7 +330,6 @@ BEFORE: dict[str, Callable[[Server], None]] = {
     "collecting": image_flag("_collecting", True),
     "current": image_flag("current", "another thread"),
     **{each.__name__: each for each in (another_thread, not_its_thread, asked, kept, fetches)},
-    "an odd page": an_odd_page,
 }
 
 

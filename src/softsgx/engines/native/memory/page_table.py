@@ -16,6 +16,7 @@ from typing import Protocol
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES, Pfec
 from softsgx.engines.native.memory.memory_file import EnclaveMemory, Guard
+from softsgx.engines.native.memory.page_maps import PageMap, PageSet, page_map, page_set
 from softsgx.engines.native.memory.store import NativeStore, StoredPage
 from softsgx.hw import EXECUTE, READ, WRITE, EpcPage, MachineCheck, PageFault
 
@@ -129,10 +130,10 @@ class EnclavePageTable:
         self.memory_at, self.is_readable, self.kick_all = memory_at, is_readable, kick_all
         self._store, self._pages, self._installed = store, pages, installed
         self._mapped_in = mapped_in
-        self._entries: dict[int, StoredPage] = {}
-        self._prots: dict[int, int] = {}  # of entries with other rights than R and W
-        self._used: set[int] = set()  # pages that a leaf has used since their bit was cleared
-        self._marked: dict[int, EnclaveMemory] = {}  # pages that have an entry
+        self._entries: PageMap[StoredPage] = page_map()
+        self._prots: PageMap[int] = page_map()  # of entries with other rights than R and W
+        self._used: PageSet = page_set()  # that a leaf has used since their bit was cleared
+        self._marked: PageMap[EnclaveMemory] = page_map()  # pages that have an entry
 
     # --- for the driver -------------------------------------------------------------------------
 
@@ -332,7 +333,7 @@ class EnclavePageTable:
         entries = self._entries
         if (end - start) // PAGE_BYTES < len(entries):
             return [at for at in range(start, end, PAGE_BYTES) if at in entries]
-        return [at for at in entries if start <= at < end]
+        return sorted(at for at in entries if start <= at < end)
 
     def reshow(self, linaddr: int) -> None:
         """Set the rights of a page again, after a fault that its rights do not explain."""

@@ -46,6 +46,7 @@ _ONES, ZEROS = b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES)
 _REG = PageType.REG  # the lookup of an enumeration's member is slow
 
 
+@compiled.record
 class StoredPage:
     """What the store knows of one EPC page; it is made at the first use of the EPC page, and kept.
 

@@ -31,6 +31,7 @@ from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.memory.memory_file import runs
+from softsgx.engines.native.memory.page_maps import PageSet, page_set
 from softsgx.errors import SoftSgxError
 
 __all__ = ["MINOR_FEATURES", "UNMAPPED", "UffdPager", "open_userfaultfd"]
@@ -116,7 +117,7 @@ class UffdPager:
         self._dontwake = 0 if close_events is None else abi.UFFDIO_COPY_MODE_DONTWAKE
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._fetches = Fetches(prot_at)
-        self._watched: set[int] = set()
+        self._watched: PageSet = page_set()
         self._present: dict[int, bytes] = {}
 
     def map_prot(self, prot: int) -> int:

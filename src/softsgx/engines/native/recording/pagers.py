@@ -118,7 +118,7 @@ class RecordedUffdPager(UffdPager):
 
     def watch_all(self, mappings: list[tuple[int, int]]) -> None:
         """Drop all entries."""
-        pages = self._present_pages | self._watched
+        pages = {*self._present_pages, *self._watched}
         self._accessed |= self._present_pages
         self._present_pages.clear()
         self._watched.clear()
