@@ -68,213 +68,199 @@ freeze(PyObject *object, EpcPage *page)
 
 /* --- hiding ------------------------------------------------------------------------------------- */
 
-/* Runs of adjacent pages among ascending addresses, as runs() of memory_file.py. */
-static PyObject *
-runs_of(PyObject *pages)
-{
-    PyObject *runs = PyList_New(0), *run;
-    Py_ssize_t count = PyList_Size(pages), next;
-    uint64_t start, end, at;
-    int status = runs == NULL ? -1 : 0;
+/* A page that leaves. */
+struct leaving {
+    uint64_t linaddr;
+    StoredPage *record; /* a reference */
+};
 
-    for (Py_ssize_t first = 0; status == 0 && first < count; first = next) {
-        next = first + 1;
-        if (!address(PyList_GetItem(pages, first), &start)) {
-            PyErr_SetString(PyExc_TypeError, "an address is no integer of 64 bits");
-            status = -1;
-            break;
+/* Pages of one file that are being hidden.  `runs` are those of the pages, `parts` what the only user of
+ * the file has to guard, and `contents` the bytes of each page. */
+struct hiding {
+    EnclaveMemory *memory;
+    PyObject *user;
+    UffdPager *pager;
+    struct leaving *pages;
+    size_t count;
+    struct runs runs, parts;
+    PyObject **contents;
+};
+
+int
+add_run(struct runs *runs, struct run run)
+{
+    struct run *each = runs->each;
+
+    if (runs->count == runs->room) {
+        runs->room = 2 * runs->room + 4;
+        if ((each = PyMem_Realloc(each, runs->room * sizeof *each)) == NULL) {
+            PyErr_NoMemory();
+            return -1;
         }
-        end = start + PAGE_BYTES;
-        for (; next < count && address(PyList_GetItem(pages, next), &at) && at == end; next++)
-            end += PAGE_BYTES;
-        run = Py_BuildValue("KK", (unsigned long long)start, (unsigned long long)end);
-        status = run == NULL ? -1 : PyList_Append(runs, run);
-        Py_XDECREF(run);
+        runs->each = each;
     }
-    if (status < 0)
-        Py_CLEAR(runs);
-    return runs;
+    each[runs->count++] = run;
+    return 0;
 }
 
 /* Whether no other memory file is mapped between the first and the last of ascending runs: 0, 1, or
  * -1 with an error. */
 static int
-is_alone(PyObject *user, PyObject *memory, PyObject *runs)
+is_alone(const struct hiding *hiding)
 {
-    Py_ssize_t count = PyList_Size(runs);
-    PyObject *start, *end, *parts, *part;
-    int alone;
+    const struct runs *runs = &hiding->runs;
+    struct runs parts = {0};
+    struct run all;
+    int status;
 
-    if (count < 2)
+    if (runs->count < 2)
         return 0;
-    start = PyTuple_GetItem(PyList_GetItem(runs, 0), 0);
-    end = PyTuple_GetItem(PyList_GetItem(runs, count - 1), 1);
-    parts = parts_of(user, memory, start, end);
-    if (parts == NULL)
-        return -1;
-    part = PyTuple_Pack(2, start, end);
-    alone = part == NULL || !PyList_Check(parts) ? -1 : PyList_Size(parts) == 1;
-    if (alone > 0)
-        alone = PyObject_RichCompareBool(PyList_GetItem(parts, 0), part, Py_EQ);
-    Py_XDECREF(part);
-    Py_DECREF(parts);
-    return alone;
+    all = (struct run){runs->each[0].start, runs->each[runs->count - 1].end};
+    status = add_parts(hiding->user, (PyObject *)hiding->memory, all, &parts);
+    if (status == 0)
+        status = parts.count == 1 && parts.each[0].start == all.start && parts.each[0].end == all.end;
+    PyMem_Free(parts.each);
+    return status;
 }
 
-/* The parts of runs that the only user of a memory file has to guard, as its parts(). */
-static PyObject *
-guarded(PyObject *user, PyObject *memory, PyObject *runs)
+/* Find the parts of runs that the only user of a memory file has to guard, as its parts(). */
+static int
+find_parts(struct hiding *hiding)
 {
-    PyObject *all, *run, *parts;
-    int status = is_alone(user, memory, runs);
+    int alone = is_alone(hiding), status = alone < 0 ? -1 : 0;
+    struct run run;
 
-    if (status > 0) {
-        Py_INCREF(runs);
-        return runs;
+    for (size_t index = 0; status == 0 && index < hiding->runs.count; index++) {
+        run = hiding->runs.each[index];
+        status = alone ? add_run(&hiding->parts, run)
+                       : add_parts(hiding->user, (PyObject *)hiding->memory, run, &hiding->parts);
     }
-    all = PyList_New(0);
-    if (all == NULL)
-        status = -1;
-
-    for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(runs); index++) {
-        run = PyList_GetItem(runs, index);
-        parts = parts_of(user, memory, PyTuple_GetItem(run, 0), PyTuple_GetItem(run, 1));
-        status = parts == NULL ? -1
-                               : PyList_SetSlice(all, PyList_Size(all), PyList_Size(all), parts);
-        Py_XDECREF(parts);
-    }
-    if (status < 0)
-        Py_CLEAR(all);
-    return all;
+    return status;
 }
 
 /* As UffdPager.before_hide() of each part: nothing to do while no thread is running. */
 static int
-before_hide(UffdPager *pager, PyObject *parts)
+before_hide(const struct hiding *hiding)
 {
-    PyObject *part;
-    int running = is_running(pager->_running), status = 0;
+    int running = is_running(hiding->pager->_running), status = 0;
 
     if (running <= 0)
         return running;
-    for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(parts); index++) {
-        part = PyList_GetItem(parts, index);
-        status = effect(CALL(pager, before_hide, PyTuple_GetItem(part, 0),
-                             PyTuple_GetItem(part, 1), NULL));
+    for (size_t index = 0; status == 0 && index < hiding->parts.count; index++) {
+        PyObject *start = PyLong_FromUnsignedLongLong(hiding->parts.each[index].start);
+        PyObject *end = PyLong_FromUnsignedLongLong(hiding->parts.each[index].end);
+
+        status = start == NULL || end == NULL
+            ? -1
+            : effect(CALL(hiding->pager, before_hide, start, end, NULL));
+        Py_XDECREF(end);
+        Py_XDECREF(start);
     }
     return status;
 }
 
 /* Remove the pages of runs from PageRights. */
 static int
-drop_runs(PyObject *rights, PyObject *runs)
+drop_runs(PyObject *rights, const struct runs *runs)
 {
-    unsigned long long start, end;
     int status = 0;
 
-    for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(runs); index++)
-        status = PyArg_ParseTuple(PyList_GetItem(runs, index), "KK", &start, &end)
-            ? drop_rights(rights, start, end)
-            : -1;
+    for (size_t index = 0; status == 0 && index < runs->count; index++)
+        status = drop_rights(rights, runs->each[index].start, runs->each[index].end);
     return status;
 }
 
 /* As UffdPager.after_hide() of each part. */
 static int
-after_hide(UffdPager *pager, PyObject *parts)
+after_hide(const struct hiding *hiding)
 {
-    unsigned long long start, end;
+    PyObject *watched = hiding->pager->_watched;
 
-    if (drop_runs(((Fetches *)pager->_fetches)->rights, parts) < 0)
+    if (drop_runs(((Fetches *)hiding->pager->_fetches)->rights, &hiding->parts) < 0)
         return -1;
-    for (Py_ssize_t index = 0; pages_in(pager->_watched) && index < PyList_Size(parts); index++) {
-        if (!PyArg_ParseTuple(PyList_GetItem(parts, index), "KK", &start, &end))
-            return -1;
-        for (; start < end; start += PAGE_BYTES)
-            set_discard(pager->_watched, start);
-    }
+    for (size_t index = 0; pages_in(watched) && index < hiding->parts.count; index++)
+        for (uint64_t at = hiding->parts.each[index].start; at < hiding->parts.each[index].end;
+             at += PAGE_BYTES)
+            set_discard(watched, at);
     return 0;
 }
 
-/* Forget the pages of runs of the file; their bytes, in the order of the runs. */
-static PyObject *
-take(EnclaveMemory *memory, PyObject *runs)
+/* Forget the pages of runs of the file, and take their bytes. */
+static int
+take(struct hiding *hiding)
 {
-    PyObject *contents = PyList_New(0);
     int64_t descriptor;
-    unsigned long long start, end;
-    int status = contents == NULL ? -1 : drop_runs(memory->pages, runs);
+    PyObject **contents = hiding->contents;
+    int status = drop_runs(hiding->memory->pages, &hiding->runs);
 
-    for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(runs); index++) {
-        if (!PyArg_ParseTuple(PyList_GetItem(runs, index), "KK", &start, &end))
-            status = -1;
-        else if (integer(memory->fd, &descriptor))
-            status = take_run((int)descriptor, start, end, contents);
-        else {
-            PyErr_SetString(PyExc_TypeError, "a descriptor is no integer");
-            status = -1;
-        }
+    if (status == 0 && !integer(hiding->memory->fd, &descriptor)) {
+        PyErr_SetString(PyExc_TypeError, "a descriptor is no integer");
+        return -1;
     }
-    if (status < 0)
-        Py_CLEAR(contents);
-    return contents;
+    for (size_t index = 0; status == 0 && index < hiding->runs.count; index++) {
+        const struct run *run = &hiding->runs.each[index];
+
+        status = take_run((int)descriptor, run->start, run->end, contents);
+        contents += (run->end - run->start) / PAGE_BYTES;
+    }
+    return status;
 }
 
 /* Whether a page of the file has marks: 0, 1, or -1 with an error. */
 static int
-has_marks(EnclaveMemory *memory, PyObject *pages)
+has_marks(const struct hiding *hiding)
 {
-    int marked = 0;
+    PyObject *marked = hiding->memory->marked, *at;
+    int found = 0;
 
-    if (PyDict_Size(memory->marked) > 0)
-        for (Py_ssize_t index = 0; marked == 0 && index < PyList_Size(pages); index++)
-            marked = PyDict_Contains(memory->marked, PyList_GetItem(pages, index));
-    return marked;
+    if (PyDict_Size(marked) > 0)
+        for (size_t index = 0; found == 0 && index < hiding->count; index++) {
+            at = PyLong_FromUnsignedLongLong(hiding->pages[index].linaddr);
+            found = at == NULL ? -1 : PyDict_Contains(marked, at);
+            Py_XDECREF(at);
+        }
+    return found;
+}
+
+/* As hide() of the memory file, where pages were marked meanwhile; it guards them once more. */
+static int
+take_by_method(struct hiding *hiding)
+{
+    PyObject *pages = PyList_New((Py_ssize_t)hiding->count), *contents = NULL, *each;
+    int status = pages == NULL ? -1 : 0;
+
+    for (size_t index = 0; status == 0 && index < hiding->count; index++) {
+        each = PyLong_FromUnsignedLongLong(hiding->pages[index].linaddr);
+        status = each == NULL ? -1 : PyList_SetItem(pages, (Py_ssize_t)index, each);
+    }
+    if (status == 0 && (contents = CALL(hiding->memory, hide, pages, NULL)) == NULL)
+        status = -1;
+    if (status == 0
+        && (!PyList_Check(contents) || PyList_Size(contents) != (Py_ssize_t)hiding->count)) {
+        PyErr_SetString(PyExc_ValueError, "the bytes of another number of pages were hidden");
+        status = -1;
+    }
+    for (size_t index = 0; status == 0 && index < hiding->count; index++)
+        Py_INCREF(hiding->contents[index] = PyList_GetItem(contents, (Py_ssize_t)index));
+    Py_XDECREF(contents);
+    Py_XDECREF(pages);
+    return status;
 }
 
 /* As EnclaveMemory.hide(). */
-static PyObject *
-hide(PyObject *object, PyObject *pages)
+static int
+hide(struct hiding *hiding)
 {
-    EnclaveMemory *memory = (EnclaveMemory *)object;
-    PyObject *user, *runs = NULL, *parts = NULL, *contents = NULL;
-    UffdPager *pager;
-    int status, marked;
+    int status = find_parts(hiding);
 
-    if (!is_exactly(object, given.EnclaveMemory) || PyList_Size(memory->users) != 1
-        || (marked = has_marks(memory, pages)) > 0)
-        return CALL(object, hide, pages, NULL);
-    if (marked < 0)
-        return NULL;
-    user = PyList_GetItem(memory->users, 0);
-    if (!is_exactly(user, given.EnclavePageTable) || pager_of(user) == NULL)
-        return CALL(object, hide, pages, NULL);
-    pager = pager_of(user);
-    Py_INCREF(user);
-    HOLD(pager);
-    if ((runs = runs_of(pages)) == NULL || (parts = guarded(user, object, runs)) == NULL)
-        goto done;
-    status = before_hide(pager, parts);
     if (status == 0)
-        status = has_marks(memory, pages);
-    if (status > 0)
-        contents = CALL(object, hide, pages, NULL);  // marked meanwhile; guards once more
-    else if (status == 0 && (contents = take(memory, runs)) != NULL
-             && after_hide(pager, parts) < 0)
-        Py_CLEAR(contents);
-done:
-    Py_XDECREF(parts);
-    Py_XDECREF(runs);
-    RELEASE(pager);
-    Py_DECREF(user);
-    return contents;
+        status = before_hide(hiding);
+    if (status == 0)
+        status = has_marks(hiding);
+    if (status)
+        return status < 0 ? -1 : take_by_method(hiding);
+    return take(hiding) < 0 ? -1 : after_hide(hiding);
 }
-
-/* A page that leaves. */
-struct leaving {
-    uint64_t linaddr;
-    StoredPage *record;
-};
 
 static int
 by_address(const void *one, const void *other)
@@ -285,46 +271,54 @@ by_address(const void *one, const void *other)
     return first < second ? -1 : first > second;
 }
 
-/* Find the pages that leave, ascending, if all are in one file: whether they are.  The records are
- * new references. */
+/* Find the pages that leave, ascending: whether all are in one file, which C code knows, and which one
+ * page table uses. */
 static bool
-find_leaving(NativeStore *store, struct leaving *pages, Py_ssize_t count)
+find_leaving(NativeStore *store, struct hiding *hiding)
 {
-    PyObject *memory = NULL;
+    EnclaveMemory *memory = NULL;
 
-    for (Py_ssize_t index = 0; index < count; index++) {
-        StoredPage *record = AS(StoredPage, PyList_GetItem(store->_leaving, index));
+    for (size_t index = 0; index < hiding->count; index++) {
+        StoredPage *record = AS(StoredPage, PyList_GetItem(store->_leaving, (Py_ssize_t)index));
 
-        if (record == NULL || !address(record->linaddr, &pages[index].linaddr)
-            || (memory != NULL && record->memory != memory))
+        if (record == NULL || (memory != NULL && record->memory != (PyObject *)memory))
             return false;
-        memory = record->memory;
-        HOLD(pages[index].record = record);
+        memory = (EnclaveMemory *)record->memory;
+        hiding->pages[index].linaddr = record->linaddr;
+        HOLD(hiding->pages[index].record = record);
     }
-    qsort(pages, (size_t)count, sizeof(*pages), by_address);
+    if (!is_exactly((PyObject *)memory, given.EnclaveMemory) || PyList_Size(memory->users) != 1)
+        return false;
+    hiding->user = PyList_GetItem(memory->users, 0);
+    if (!is_exactly(hiding->user, given.EnclavePageTable) || pager_of(hiding->user) == NULL) {
+        hiding->user = NULL;
+        return false;
+    }
+    hiding->pager = pager_of(hiding->user);
+    Py_INCREF(hiding->user);
+    HOLD(hiding->pager);
+    HOLD(hiding->memory = memory);
+    qsort(hiding->pages, hiding->count, sizeof *hiding->pages, by_address);
     return true;
 }
 
 /* Keep the bytes of pages that were hidden. */
 static int
-keep_hidden(const struct leaving *pages, Py_ssize_t count, PyObject *contents)
+keep_hidden(struct hiding *hiding)
 {
-    PyObject *data;
+    for (size_t index = 0; index < hiding->count; index++) {
+        StoredPage *record = hiding->pages[index].record;
+        PyObject *data = hiding->contents[index];
 
-    if (!PyList_Check(contents) || PyList_Size(contents) != count) {
-        PyErr_SetString(PyExc_ValueError, "the bytes of another number of pages were hidden");
-        return -1;
-    }
-    for (Py_ssize_t index = 0; index < count; index++) {
-        data = PyList_GetItem(contents, index);
         if (!PyBytes_Check(data) || PyBytes_Size(data) != PAGE_BYTES) {
             PyErr_SetString(PyExc_TypeError, "a page has other bytes");
             return -1;
         }
-        if (!is_zero(data))
-            set_field(&pages[index].record->data, data);
-        if (set_integer(&pages[index].record->rights, 0) < 0)
-            return -1;
+        if (!is_zero(data)) {
+            replace(&record->data, data);
+            hiding->contents[index] = NULL;
+        }
+        record->rights = 0;
     }
     return 0;
 }
@@ -333,64 +327,83 @@ keep_hidden(const struct leaving *pages, Py_ssize_t count, PyObject *contents)
 static int
 forget_hidden(PyObject *leaving)
 {
+    Py_ssize_t first, end = PyList_Size(leaving);
     StoredPage *record;
     int status = 0;
 
-    for (Py_ssize_t index = PyList_Size(leaving) - 1; status == 0 && index >= 0; index--) {
-        record = AS(StoredPage, PyList_GetItem(leaving, index));
-        if (record != NULL && is_hidden(record))
-            status = PyList_SetSlice(leaving, index, index + 1, NULL);
+    while (status == 0 && end > 0) {
+        for (first = end; first > 0; first--) {
+            record = AS(StoredPage, PyList_GetItem(leaving, first - 1));
+            if (record == NULL || !is_hidden(record))
+                break;
+        }
+        if (first < end)
+            status = PyList_SetSlice(leaving, first, end, NULL);
+        end = first - 1;
     }
     return status;
 }
 
 /* Hide pages of one file. */
 static int
-hide_pages(NativeStore *store, const struct leaving *pages, Py_ssize_t count)
+hide_pages(NativeStore *store, struct hiding *hiding)
 {
-    PyObject *memory = pages[0].record->memory, *linaddrs = PyList_New(count), *contents = NULL;
-    int status = linaddrs == NULL ? -1 : 0;
+    struct run *runs = PyMem_Calloc(hiding->count, sizeof *runs);
+    uint64_t *pages = PyMem_Calloc(hiding->count, sizeof *pages);
+    int status = -1;
 
-    Py_INCREF(memory);
-    for (Py_ssize_t index = 0; status == 0 && index < count; index++) {
-        PyObject *linaddr = PyLong_FromUnsignedLongLong(pages[index].linaddr);
-
-        status = linaddr == NULL ? -1 : PyList_SetItem(linaddrs, index, linaddr);
+    hiding->contents = PyMem_Calloc(hiding->count, sizeof *hiding->contents);
+    if (pages == NULL || runs == NULL || hiding->contents == NULL)
+        PyErr_NoMemory();
+    else {
+        for (size_t index = 0; index < hiding->count; index++)
+            pages[index] = hiding->pages[index].linaddr;
+        hiding->runs = (struct runs){runs, find_runs(pages, hiding->count, runs), hiding->count};
+        status = hide(hiding) < 0 || keep_hidden(hiding) < 0 ? -1 : forget_hidden(store->_leaving);
+        for (size_t index = 0; index < hiding->count; index++)
+            Py_XDECREF(hiding->contents[index]);
     }
-    if (status == 0)
-        status = (contents = hide(memory, linaddrs)) == NULL ? -1
-                                                             : keep_hidden(pages, count, contents);
-    Py_XDECREF(contents);
-    Py_XDECREF(linaddrs);
-    Py_DECREF(memory);
-    return status < 0 ? -1 : forget_hidden(store->_leaving);
+    PyMem_Free(hiding->contents);
+    PyMem_Free(hiding->parts.each);
+    PyMem_Free(pages);
+    PyMem_Free(runs);
+    return status;
 }
 
-/* As NativeStore.hide_unmapped(). */
-int
-hide_unmapped(PyObject *object)
+/* As NativeStore.hide_unmapped(), of pages that are there. */
+static int
+hide_some(PyObject *object, size_t count)
 {
-    NativeStore *store = (NativeStore *)object;
-    struct leaving *pages;
-    Py_ssize_t count;
+    struct hiding hiding = {.count = count, .pages = PyMem_Calloc(count, sizeof *hiding.pages)};
     int status;
 
-    if (!is_exactly(object, given.NativeStore))
-        return effect(CALL0(object, hide_unmapped));
-    count = PyList_Size(store->_leaving);
-    if (count <= 0)
-        return count < 0 ? -1 : 0;
-    pages = PyMem_Calloc((size_t)count, sizeof(*pages));
-    if (pages == NULL) {
+    if (hiding.pages == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    status = find_leaving(store, pages, count) ? hide_pages(store, pages, count)
-                                               : effect(CALL0(object, hide_unmapped));
-    for (Py_ssize_t index = 0; index < count; index++)
-        RELEASE(pages[index].record);
-    PyMem_Free(pages);
+    status = find_leaving((NativeStore *)object, &hiding) ? has_marks(&hiding) : 1;
+    if (status == 0)
+        status = hide_pages((NativeStore *)object, &hiding);
+    else if (status > 0)
+        status = effect(CALL0(object, hide_unmapped));
+    for (size_t index = 0; index < count; index++)
+        RELEASE(hiding.pages[index].record);
+    PyMem_Free(hiding.pages);
+    RELEASE(hiding.pager);
+    Py_XDECREF(hiding.user);
+    RELEASE(hiding.memory);
     return status;
+}
+
+int
+hide_unmapped(PyObject *object)
+{
+    Py_ssize_t count;
+
+    if (!is_exactly(object, given.NativeStore))
+        return effect(CALL0(object, hide_unmapped));
+    count = PyList_Size(((NativeStore *)object)->_leaving);
+    return count <= 0 ? (count < 0 ? -1 : 0) : hide_some(object, (size_t)count);
 }
 
 static PyObject *
@@ -401,13 +414,35 @@ hide_unmapped_function(PyObject *Py_UNUSED(module), PyObject *store)
     Py_RETURN_NONE;
 }
 
+/* As runs() of memory_file.py. */
 static PyObject *
 runs_function(PyObject *Py_UNUSED(module), PyObject *pages)
 {
-    if (PyList_Check(pages))
-        return runs_of(pages);
-    PyErr_SetString(PyExc_TypeError, "runs() takes a list");
-    return NULL;
+    Py_ssize_t count = PyList_Check(pages) ? PyList_Size(pages) : -1;
+    uint64_t *linaddrs = count < 0 ? NULL : PyMem_Calloc((size_t)count, sizeof *linaddrs);
+    struct run *runs = count < 0 ? NULL : PyMem_Calloc((size_t)count, sizeof *runs);
+    PyObject *list = NULL, *run;
+    size_t found = 0;
+
+    if (count < 0)
+        PyErr_SetString(PyExc_TypeError, "runs() takes a list");
+    else if (linaddrs == NULL || runs == NULL)
+        PyErr_NoMemory();
+    for (Py_ssize_t index = 0; !PyErr_Occurred() && index < count; index++)
+        if (!address(PyList_GetItem(pages, index), &linaddrs[index]) && !PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "an address is no integer of 64 bits");
+    if (!PyErr_Occurred() && (list = PyList_New(0)) != NULL)
+        found = find_runs(linaddrs, (size_t)count, runs);
+    for (size_t index = 0; list != NULL && index < found; index++) {
+        run = Py_BuildValue("KK", (unsigned long long)runs[index].start,
+                            (unsigned long long)runs[index].end);
+        if (run == NULL || PyList_Append(list, run) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(run);
+    }
+    PyMem_Free(runs);
+    PyMem_Free(linaddrs);
+    return list;
 }
 
 static PyMethodDef functions[] = {

@@ -9,8 +9,8 @@
 #include <unistd.h>
 
 #define PRESENT 0x80
-#define BLOCK_SHIFT 18
 #define BLOCK_PAGES 64
+#define BLOCK_AT (~(uint64_t)(BLOCK_PAGES * PAGE_BYTES - 1))
 
 bool
 has_page_maps(const EnclavePageTable *table)
@@ -37,32 +37,36 @@ pager_of(PyObject *table)
 
     return is_exactly(pager, given.UffdPager) && IS(Fetches, ((UffdPager *)pager)->_fetches)
             && is_exactly(((UffdPager *)pager)->_watched, (PyObject *)page_set_type)
+            && is_exactly(((UffdPager *)pager)->_present, (PyObject *)page_map_type)
         ? (UffdPager *)pager
         : NULL;
 }
 
 /* --- accessed bits ------------------------------------------------------------------------------ */
 
-/* As UffdPager._read_block(). */
+/* As UffdPager._read_block(): borrowed. */
 static PyObject *
-read_block(UffdPager *pager, PyObject *block)
+read_block(UffdPager *pager, uint64_t block)
 {
-    uint64_t words[BLOCK_PAGES] = {0}, number;
+    uint64_t words[BLOCK_PAGES] = {0};
     char bytes[BLOCK_PAGES];
     PyObject *flags;
     int64_t pagemap;
 
-    if (!integer(pager->_pagemap, &pagemap) || !address(block, &number)) {
+    if (!integer(pager->_pagemap, &pagemap)) {
         PyErr_SetString(PyExc_TypeError, "a descriptor is no integer of 64 bits");
         return NULL;
     }
-    if (pread((int)pagemap, words, sizeof(words), (off_t)(number * sizeof(words))) < 0)
+    if (pread((int)pagemap, words, sizeof(words), (off_t)((block >> PAGE_SHIFT) * sizeof(*words))) < 0)
         memset(words, 0, sizeof(words)); /* the process has ended */
     for (int page = 0; page < BLOCK_PAGES; page++)
         bytes[page] = (char)(words[page] >> 56);
     flags = PyBytes_FromStringAndSize(bytes, BLOCK_PAGES);
-    if (flags != NULL && PyDict_SetItem(pager->_present, block, flags) < 0)
-        Py_CLEAR(flags);
+    if (flags == NULL || map_put(pager->_present, block, flags) < 0) {
+        Py_XDECREF(flags);
+        return NULL;
+    }
+    Py_DECREF(flags);
     return flags;
 }
 
@@ -70,26 +74,21 @@ read_block(UffdPager *pager, PyObject *block)
 static int
 test_and_watch(UffdPager *pager, uint64_t at)
 {
-    PyObject *block, *flags;
+    PyObject *flags;
     int present = -1;
 
     if (set_has(pager->_watched, at))
         return 0;
-    block = PyLong_FromUnsignedLongLong(at >> BLOCK_SHIFT);
-    flags = block == NULL ? NULL : PyDict_GetItemWithError(pager->_present, block);
-    if (flags != NULL)
-        Py_INCREF(flags);
-    else if (!PyErr_Occurred())
-        flags = read_block(pager, block);
-    if (flags != NULL && PyBytes_Check(flags) && PyBytes_Size(flags) == BLOCK_PAGES) {
+    flags = map_get(pager->_present, at & BLOCK_AT);
+    if (flags == NULL && (flags = read_block(pager, at & BLOCK_AT)) == NULL)
+        return -1;
+    if (PyBytes_Check(flags) && PyBytes_Size(flags) == BLOCK_PAGES) {
         present = (PyBytes_AsString(flags)[at >> PAGE_SHIFT & (BLOCK_PAGES - 1)] & PRESENT) != 0;
         if (present && set_add(pager->_watched, at) < 0)
             present = -1;
     }
-    else if (!PyErr_Occurred())
+    else
         PyErr_SetString(PyExc_TypeError, "a block of pagemap has another size");
-    Py_XDECREF(flags);
-    Py_XDECREF(block);
     return present;
 }
 
@@ -148,8 +147,7 @@ pager_has_nothing_due(PyObject *table)
 
     if (pager == NULL || pages_in(pager->_watched) > 0)
         return PyErr_Occurred() ? -1 : 0;
-    if (PyDict_Size(pager->_present) > 0)
-        PyDict_Clear(pager->_present);
+    map_clear(pager->_present);
     return 1;
 }
 
@@ -227,23 +225,6 @@ is_usable(struct showing *showing, int64_t *rights)
     return map_get(showing->table->_entries, showing->linaddr) == NULL;
 }
 
-/* What was read of the pagemap before a new entry existed is not used any more. */
-static int
-forget_block(UffdPager *pager, uint64_t linaddr)
-{
-    PyObject *block;
-    int status;
-
-    if (PyDict_Size(pager->_present) == 0)
-        return 0;
-    block = PyLong_FromUnsignedLongLong(linaddr >> BLOCK_SHIFT);
-    status = block == NULL ? -1 : PyDict_Contains(pager->_present, block);
-    if (status > 0)
-        status = PyDict_DelItem(pager->_present, block);
-    Py_XDECREF(block);
-    return status;
-}
-
 /* As shown() of Fetches, where the mapping allows fetches: its rights now are those, or none. */
 static int
 fetches_shown(Fetches *fetches, uint64_t linaddr, int64_t rights)
@@ -281,7 +262,8 @@ fill_hole(const struct showing *showing, PyObject *data, int64_t rights, PyObjec
         : copy_to((int)uffd, at, (uint64_t)dontwake, data);
     if (code)
         return code < 0 ? -1 : 1;
-    if (forget_block(pager, at) < 0 || put_rights(showing->fetches->rights, at, rights) < 0)
+    Py_XDECREF(map_take(pager->_present, at & BLOCK_AT)); /* was read before the new entry existed */
+    if (put_rights(showing->fetches->rights, at, rights) < 0)
         return -1;
     return allowed & EXECUTE ? fetches_shown(showing->fetches, at, rights) : 0;
 }

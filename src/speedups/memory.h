@@ -37,28 +37,42 @@ is_unmapped(const StoredPage *record)
 /* As running() of a pager: whether a thread of its address space may be executing; 0, 1, or -1. */
 int is_running(PyObject *function);
 
-/* As parts() of page tables, of one that C code knows. */
-PyObject *parts_of(PyObject *table, PyObject *memory, PyObject *start, PyObject *end);
+/* Runs of pages, for PyMem_Free(): 0, or -1 with an error. */
+struct run {
+    uint64_t start, end;
+};
+struct runs {
+    struct run *each;
+    size_t count, room;
+};
+int add_run(struct runs *runs, struct run run);
 
-/* PageMap and PageSet, which the caller has: the object of a page, borrowed, or NULL; the same taken
- * out; whether a page was there.  put and add return 0, or -1 with an error. */
-extern PyTypeObject *page_map_type, *page_set_type;
+/* Add the parts of a range: as parts() of page tables, of one that C code knows. */
+int add_parts(PyObject *table, PyObject *memory, struct run range, struct runs *parts);
+
+/* PageMap, PageNumbers and PageSet, which the caller has: the object of a page, borrowed, or NULL; the
+ * same taken out; its number, or 0; whether a page was there.  put and add return 0, or -1 with an
+ * error. */
+extern PyTypeObject *page_map_type, *page_numbers_type, *page_set_type;
 PyObject *map_get(PyObject *map, uint64_t linaddr);
 int map_put(PyObject *map, uint64_t linaddr, PyObject *object);
 PyObject *map_take(PyObject *map, uint64_t linaddr);
+void map_clear(PyObject *map);
+uint8_t numbers_get(PyObject *numbers, uint64_t linaddr);
+int numbers_put(PyObject *numbers, uint64_t linaddr, uint8_t number);
 bool set_has(PyObject *set, uint64_t linaddr);
 int set_add(PyObject *set, uint64_t linaddr);
 bool set_discard(PyObject *set, uint64_t linaddr);
 void set_clear(PyObject *set);
 
-/* Of either: the number of pages, and all of them, ascending, for PyMem_Free(); NULL: an error. */
+/* Of PageNumbers or a PageSet: remove the pages of a range. */
+void drop_range(PyObject *pages, uint64_t start, uint64_t end);
+
+/* Of each: the number of pages, and all of them, ascending, for PyMem_Free(); NULL: an error. */
 Py_ssize_t pages_in(PyObject *pages);
 uint64_t *pages_of(PyObject *pages);
 
-/* Runs of adjacent pages among ascending ones, as runs() of memory_file.py: how many. */
-struct run {
-    uint64_t start, end;
-};
+/* Runs of adjacent pages among ascending ones: how many. */
 size_t find_runs(const uint64_t *pages, size_t count, struct run *runs);
 
 /* PageRights: set the rights of a page; remove the pages of a range. */

@@ -93,20 +93,19 @@ protect_pages(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t cou
     return number_or_error(until_done((int)values[0], WRITEPROTECT, words));
 }
 
-/* Read up to MOST_AT_ONCE pages from ``start`` and append them to ``contents``; -1: an error. */
+/* Read up to MOST_AT_ONCE pages from ``start``: 0, or -1 with an error, and no contents. */
 static int
-read_some(int descriptor, off_t start, int pages, PyObject *contents)
+read_some(int descriptor, off_t start, int pages, PyObject **contents)
 {
     struct iovec parts[MOST_AT_ONCE];
-    PyObject *made[MOST_AT_ONCE];
     ssize_t got = 0;
-    int count = 0, code = 0, result = -1;
+    int count = 0, code = 0;
 
     for (; count < pages; count++) {
-        made[count] = PyBytes_FromStringAndSize(NULL, PAGE_BYTES);
-        if (made[count] == NULL)
-            goto done;
-        parts[count].iov_base = PyBytes_AsString(made[count]);
+        contents[count] = PyBytes_FromStringAndSize(NULL, PAGE_BYTES);
+        if (contents[count] == NULL)
+            goto failed;
+        parts[count].iov_base = PyBytes_AsString(contents[count]);
         parts[count].iov_len = PAGE_BYTES;
     }
     do {
@@ -115,21 +114,16 @@ read_some(int descriptor, off_t start, int pages, PyObject *contents)
         code = errno;
         Py_END_ALLOW_THREADS
     } while (got < 0 && code == EINTR && PyErr_CheckSignals() == 0);
-    if (got != (ssize_t)pages * PAGE_BYTES) {
-        if (!PyErr_Occurred()) {
-            errno = got < 0 ? code : EIO;
-            PyErr_SetFromErrno(PyExc_OSError);
-        }
-        goto done;
+    if (got == (ssize_t)pages * PAGE_BYTES)
+        return 0;
+    if (!PyErr_Occurred()) {
+        errno = got < 0 ? code : EIO;
+        PyErr_SetFromErrno(PyExc_OSError);
     }
-    for (int index = 0; index < pages; index++)
-        if (PyList_Append(contents, made[index]) < 0)
-            goto done;
-    result = 0;
-done:
+failed:
     while (count > 0)
-        Py_DECREF(made[--count]);
-    return result;
+        Py_CLEAR(contents[--count]);
+    return -1;
 }
 
 static int
@@ -148,9 +142,8 @@ punch(int descriptor, off_t start, off_t length)
     return result;
 }
 
-/* The bytes of a run of pages, appended to ``contents``; they are holes then. */
 int
-take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents)
+take_run(int descriptor, uint64_t start, uint64_t end, PyObject **contents)
 {
     for (uint64_t at = start; at < end; at += (uint64_t)MOST_AT_ONCE * PAGE_BYTES) {
         uint64_t rest = (end - at) / PAGE_BYTES;
@@ -158,8 +151,31 @@ take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents)
 
         if (read_some(descriptor, (off_t)at, pages, contents) < 0)
             return -1;
+        contents += pages;
     }
     return punch(descriptor, (off_t)start, (off_t)(end - start));
+}
+
+/* The bytes of a run of pages, appended to a list. */
+static int
+append_run(int descriptor, uint64_t start, uint64_t end, PyObject *list)
+{
+    size_t count = end > start ? (end - start) / PAGE_BYTES : 0;
+    PyObject **contents = PyMem_Calloc(count, sizeof *contents);
+    int status;
+
+    if (contents == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    status = take_run(descriptor, start, end, contents);
+    for (size_t index = 0; index < count; index++) {
+        if (status == 0)
+            status = PyList_Append(list, contents[index]);
+        Py_XDECREF(contents[index]);
+    }
+    PyMem_Free(contents);
+    return status;
 }
 
 static PyObject *
@@ -189,7 +205,7 @@ take_pages(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
         if (part != NULL && !PyTuple_Check(part))
             PyErr_SetString(PyExc_TypeError, "a run of pages is a tuple of start and end");
         if (PyErr_Occurred() || !PyArg_ParseTuple(part, "KK", &start, &end)
-            || take_run((int)descriptor, start, end, contents) < 0) {
+            || append_run((int)descriptor, start, end, contents) < 0) {
             Py_DECREF(contents);
             return NULL;
         }

@@ -38,41 +38,57 @@ is_running(PyObject *function)
 
 /* Whether one mapping has a range, and maps a memory file: 0, 1, or -1 with an error. */
 static int
-is_one_mapping(PyObject *image, PyObject *memory, PyObject *start, PyObject *end)
+is_one_mapping(PyObject *image, PyObject *memory, struct run range)
 {
-    PyObject *mm = GET(image, mm), *found, *mapped = NULL;
-    EnclaveVma *vma = NULL;
-    uint64_t last, vma_end;
-    int status = 0;
+    PyObject *mm = GET(image, mm), *start = PyLong_FromUnsignedLongLong(range.start);
+    PyObject *found = mm == NULL || start == NULL ? NULL : mapping_at(mm, start), *mapped = NULL;
+    EnclaveVma *vma = AS(EnclaveVma, found);
+    int status = found == NULL ? -1 : 0;
 
-    if (mm == NULL || (found = mapping_at(mm, start)) == NULL) {
-        Py_XDECREF(mm);
-        return -1;
-    }
-    vma = AS(EnclaveVma, found);
-    if (vma != NULL && address(end, &last) && address(vma->end, &vma_end) && last <= vma_end) {
+    if (vma != NULL && range.end <= vma->end) {
         mapped = GETF(EnclaveFile, vma->file, memory);
         status = mapped == NULL ? -1 : mapped == memory;
     }
     Py_XDECREF(mapped);
-    Py_DECREF(found);
-    Py_DECREF(mm);
+    Py_XDECREF(found);
+    Py_XDECREF(start);
+    Py_XDECREF(mm);
     return status;
 }
 
-PyObject *
-parts_of(PyObject *table, PyObject *memory, PyObject *start, PyObject *end)
+/* The same in Python. */
+static int
+add_by_method(PyObject *table, PyObject *memory, struct run range, struct runs *parts)
+{
+    PyObject *start = PyLong_FromUnsignedLongLong(range.start);
+    PyObject *end = PyLong_FromUnsignedLongLong(range.end), *found = NULL;
+    unsigned long long first, last;
+    int status = start == NULL || end == NULL ? -1 : 0;
+
+    if (status == 0 && (found = CALL(table, parts, memory, start, end, NULL)) == NULL)
+        status = -1;
+    for (Py_ssize_t index = 0; status == 0 && index < PyList_Size(found); index++)
+        status = PyArg_ParseTuple(PyList_GetItem(found, index), "KK", &first, &last)
+            ? add_run(parts, (struct run){first, last})
+            : -1;
+    Py_XDECREF(found);
+    Py_XDECREF(end);
+    Py_XDECREF(start);
+    return status;
+}
+
+int
+add_parts(PyObject *table, PyObject *memory, struct run range, struct runs *parts)
 {
     PyObject *image = bound_to(((EnclavePageTable *)table)->_mapped_in, given.mapped_in);
     int status = 0;
 
     if (image != NULL)
-        status = is_one_mapping(image, memory, start, end);
+        status = is_one_mapping(image, memory, range);
     else if (PyErr_Occurred())
         status = -1;
     Py_XDECREF(image);
     if (status < 0)
-        return NULL;
-    return status > 0 ? Py_BuildValue("[(OO)]", start, end)
-                      : CALL(table, parts, memory, start, end, NULL);
+        return -1;
+    return status ? add_run(parts, range) : add_by_method(table, memory, range, parts);
 }

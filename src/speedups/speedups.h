@@ -79,7 +79,6 @@ int add_enclave_pages(PyObject *module);
 #define FETCHES(X) X(_prot_at) X(_taken) X(due) X(rights)
 #define INLINE_LOCK(X) X(_holder) X(_runtime) X(name)
 #define NATIVE_STORE(X) X(_leaving) X(_pages)
-#define PAGE_RIGHTS(X) X(_room) X(blocks)
 #define PERMIT_TABLE(X)                                                                          \
     X(_anchor) X(_by_own_tid) X(_memory) X(_slots) X(_threads) X(address) X(mapped_at) X(words)
 #define PINNED(X) X(data) X(index) X(pcmd_bytes)
@@ -167,7 +166,7 @@ int add_enclave_pages(PyObject *module);
     X(NativeStore, NATIVE_STORE) X(UffdPager, UFFD_PAGER) X(Claims, CLAIMS) X(Driver, DRIVER)    \
     X(EpcCore, EPC_CORE) X(FreePages, FREE_PAGES) X(Lru, LRU) X(Machine, MACHINE)                \
     X(Node, NODE) X(PagingKey, PAGING_KEY) X(Secrets, SECRETS)                                   \
-    X(PageRights, PAGE_RIGHTS) X(Srcu, SRCU)                          \
+    X(Srcu, SRCU)                          \
     X(FaultingImage, FAULTING_IMAGE) X(FaultingThread, FAULTING_THREAD)                          \
     X(InlineRuntime, INLINE_RUNTIME) X(PermitTable, PERMIT_TABLE)                                \
     X(ProcessorMode, PROCESSOR_MODE) X(UnseenCrossings, UNSEEN_CROSSINGS) X(Waits, WAITS)        \
@@ -497,7 +496,7 @@ int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
     X(AsynchronousExits) X(BUS_ADRERR) X(Batch) X(EpcBusy) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
     X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
     X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
-    X(PREV_TRK_INCMPL) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
+    X(PREV_TRK_INCMPL) X(PageRights) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
     X(SECS) X(SUCCESS) X(TRACKED_AGE) X(Transitions) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
     X(closed_behind) X(eblock) X(etrack) X(exited_word) X(first_node) X(handle) X(is_running) X(kick_enclave) X(kick_image) X(labels) X(load_ahead)    \
     X(busy) X(major) X(mapped_in) X(monotonic_ns) X(own_group) X(page_ended) X(partial) X(reg) X(sigbus_stop) X(virtual_exit)
@@ -692,8 +691,9 @@ int try_virtual_exit(PyObject *cpu);
 /* UFFDIO_COPY of 4096 bytes, or of zeros (NULL): errno, or -1 with an error. */
 int copy_to(int uffd, uint64_t linaddr, uint64_t mode, PyObject *data);
 
-/* Append the bytes of a run of pages of a file to a list; they are holes then. */
-int take_run(int descriptor, uint64_t start, uint64_t end, PyObject *contents);
+/* The bytes of a run of pages of a file, new references; they are holes then.  After an error there may
+ * be some of them, in an array of NULL. */
+int take_run(int descriptor, uint64_t start, uint64_t end, PyObject **contents);
 
 /* driver: the page of an enclave at an index, borrowed, of its pages: as EnclavePages.get(); NULL: there
  * is none, or an error is set. */

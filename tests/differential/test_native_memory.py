@@ -426,8 +426,8 @@ class Site:
         if isinstance(pager, UffdPager):
             fetches: Any = pager._fetches
             seen["present"] = {  # without bit 56, which tells how the kernel counts mappings
-                at - (base >> 18): bytes(flag & 0xFE for flag in flags)
-                for at, flags in pager._present.items()
+                at - base: bytes(flag & 0xFE for flag in pager._present[at])
+                for at in pager._present
             }
             seen["fetches"] = (
                 {at - base: rights for at, rights in fetches.rights.items()},

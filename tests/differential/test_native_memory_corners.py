@@ -13,7 +13,7 @@ from tests.support.native import USABLE_PAGERS, needs_tracing
 from softsgx.arch import PAGE_BYTES, EpcAddr, PageType
 from softsgx.driver import FaultResult
 from softsgx.engines.native.memory.memory_file import EnclaveMemory
-from softsgx.engines.native.memory.page_rights import BLOCK_SHIFT
+from softsgx.engines.native.memory.page_maps import BLOCK_SHIFT
 from softsgx.engines.native.memory.store import NativeStore, StoredPage
 from softsgx.hw import EpcPage
 

@@ -191,7 +191,7 @@ class Server(WaitingScene):
         return True
 
     def watch(self, pages: range) -> None:
-        self.pager._present[1] = b"read before"
+        self.pager._present[1 << 18] = b"read before"
         self.pager._watched.update(self.spinner.pages + page * PAGE for page in pages)
 
     def close(self) -> None:

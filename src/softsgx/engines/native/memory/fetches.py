@@ -17,7 +17,7 @@ from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi
 from softsgx.engines.native.memory.memory_file import EXECUTE, runs
-from softsgx.engines.native.memory.page_rights import PageRights
+from softsgx.engines.native.memory.page_maps import page_rights
 
 __all__ = ["Fetches"]
 
@@ -43,7 +43,7 @@ class Fetches:
 
     def __init__(self, prot_at: Callable[[int], int | None]) -> None:
         self._prot_at = prot_at
-        self.rights = PageRights()
+        self.rights = page_rights()
         self._taken: set[int] = set()  # pages that have lost PROT_EXEC
         self.due: set[int] = set()
 

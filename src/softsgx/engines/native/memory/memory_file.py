@@ -28,7 +28,7 @@ from typing import Protocol
 from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
-from softsgx.engines.native.memory.page_rights import PageRights
+from softsgx.engines.native.memory.page_maps import page_rights
 
 __all__ = [
     "ALL_RIGHTS",
@@ -143,7 +143,7 @@ class EnclaveMemory:
         changing its size.
         """
         self.users: list[User] = []
-        self.pages = PageRights()
+        self.pages = page_rights()
         self.marked: dict[int, dict[int, bytes]] = {}
         self.forbidden: Callable[[bytes], list[int]] | None = None
         self.trapped: set[int] = set()

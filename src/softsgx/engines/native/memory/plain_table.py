@@ -13,13 +13,13 @@ from softsgx.arch import PageType
 from softsgx.driver import PROT_EXEC
 from softsgx.engines.native import kernel
 from softsgx.engines.native.memory.memory_file import EXECUTE, READ, WRITE
-from softsgx.engines.native.memory.page_rights import BLOCK_SHIFT as RIGHTS_SHIFT
-from softsgx.engines.native.memory.page_rights import INDEX_MASK, INDEX_SHIFT
+from softsgx.engines.native.memory.page_maps import BLOCK_SHIFT as RIGHTS_SHIFT
+from softsgx.engines.native.memory.page_maps import INDEX_MASK, INDEX_SHIFT
 from softsgx.engines.native.memory.page_table import EnclavePageTable
 from softsgx.engines.native.memory.store import ZEROS, NativeStore, StoredPage
 from softsgx.engines.native.memory.uffd import (
+    BLOCK_AT,
     BLOCK_MASK,
-    BLOCK_SHIFT,
     PAGE_SHIFT,
     PRESENT,
     UffdPager,
@@ -70,17 +70,17 @@ class PlainPageTable(EnclavePageTable):
         block, index = linaddr >> RIGHTS_SHIFT, linaddr >> INDEX_SHIFT & INDEX_MASK
         try:
             memory.pages.blocks[block][index] = rights
-        except KeyError:
+        except (KeyError, AttributeError):
             memory.pages[linaddr] = rights
         if kernel.copy_page(pager._uffd, linaddr, pager._dontwake, data):
             memory.show(linaddr, data, rights, self)  # it fails again, and is written otherwise
         else:
             if pager._present:  # was read before the new entry existed
-                pager._present.pop(linaddr >> BLOCK_SHIFT, None)
+                pager._present.pop(linaddr & BLOCK_AT, None)
             fetches = pager._fetches
             try:
                 fetches.rights.blocks[block][index] = rights
-            except KeyError:
+            except (KeyError, AttributeError):
                 fetches.rights[linaddr] = rights
             if prot & PROT_EXEC and (linaddr in fetches._taken) == bool(rights & EXECUTE):
                 fetches.shown(linaddr, rights)  # a call is due
@@ -125,9 +125,9 @@ class PlainPageTable(EnclavePageTable):
             if accessed:
                 used.discard(linaddr)
             if record.rights and linaddr not in watched:
-                flags = present.get(linaddr >> BLOCK_SHIFT)
+                flags = present.get(linaddr & BLOCK_AT)
                 if flags is None:
-                    flags = pager._read_block(linaddr >> BLOCK_SHIFT)
+                    flags = pager._read_block(linaddr & BLOCK_AT)
                 if flags[linaddr >> PAGE_SHIFT & BLOCK_MASK] >= PRESENT:
                     watched.add(linaddr)
                     accessed = True

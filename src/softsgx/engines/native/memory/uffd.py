@@ -31,7 +31,7 @@ from softsgx import compiled
 from softsgx.arch import PAGE_BYTES
 from softsgx.engines.native import abi, kernel
 from softsgx.engines.native.memory.memory_file import runs
-from softsgx.engines.native.memory.page_maps import PageSet, page_set
+from softsgx.engines.native.memory.page_maps import PageMap, PageSet, page_map, page_set
 from softsgx.errors import SoftSgxError
 
 __all__ = ["MINOR_FEATURES", "UNMAPPED", "UffdPager", "open_userfaultfd"]
@@ -49,7 +49,9 @@ UNMAPPED = frozenset({ENOENT, ESRCH, EINVAL})
 """Errors for a page that is not mapped here, or a process that has ended."""
 
 PRESENT = 0x80  # bit 63, seen in the word's last byte
-PAGE_SHIFT, BLOCK_PAGES, BLOCK_MASK, BLOCK_SHIFT = 12, 64, 63, 18
+PAGE_SHIFT, BLOCK_PAGES, BLOCK_MASK = 12, 64, 63
+BLOCK_AT = -BLOCK_PAGES * PAGE_BYTES
+"""The bits of an address that its block of pages has."""
 
 
 def open_userfaultfd(ours: int, more_features: int = 0, *, events: bool = False) -> None:
@@ -118,7 +120,7 @@ class UffdPager:
         self._uffd, self._pagemap, self._inject, self._running = uffd, pagemap, inject, running
         self._fetches = Fetches(prot_at)
         self._watched: PageSet = page_set()
-        self._present: dict[int, bytes] = {}
+        self._present: PageMap[bytes] = page_map()  # by the first page of a block
 
     def map_prot(self, prot: int) -> int:
         """Return ``prot``: the mapping has the program's rights."""
@@ -170,7 +172,7 @@ class UffdPager:
                 self._failed(OSError(code, f"UFFDIO_COPY: {os.strerror(code)}"))
             return False
         if self._present:  # was read before the new entry existed
-            self._present.pop(linaddr >> BLOCK_SHIFT, None)
+            self._present.pop(linaddr & BLOCK_AT, None)
         self._fetches.shown(linaddr, rights)
         return True
 
@@ -208,18 +210,18 @@ class UffdPager:
         if linaddr in self._watched:
             return False  # its entry is about to be dropped
         # Queries for neighbours follow: one reading serves them until the program is resumed.
-        flags = self._present.get(linaddr >> BLOCK_SHIFT)
+        flags = self._present.get(linaddr & BLOCK_AT)
         if flags is None:
-            flags = self._read_block(linaddr >> BLOCK_SHIFT)
+            flags = self._read_block(linaddr & BLOCK_AT)
         if flags[linaddr >> PAGE_SHIFT & BLOCK_MASK] < PRESENT:
             return False
         self._watched.add(linaddr)
         return True
 
     def _read_block(self, block: int) -> bytes:
-        """Return the last byte of each word of pagemap for a block of pages."""
+        """Return the last byte of each word of pagemap for the block of pages at an address."""
         try:
-            words = os.pread(self._pagemap, 8 * BLOCK_PAGES, block * 8 * BLOCK_PAGES)
+            words = os.pread(self._pagemap, 8 * BLOCK_PAGES, block // PAGE_BYTES * 8)
         except OSError:
             words = b""
         flags = self._present[block] = words[7::8].ljust(BLOCK_PAGES, b"\0")

@@ -5,17 +5,22 @@ Method: histories of changes, against a dictionary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softsgx.engines.native.memory.page_rights import BLOCK_SHIFT, PageRights
+from softsgx import compiled
+from softsgx.engines.native.memory.page_maps import BLOCK_SHIFT, PageRights, page_rights
 
 PAGE = 4096
 BLOCK = 1 << BLOCK_SHIFT
 BASE = 0x7000_0000_0000
 #: Both sides of ends of blocks, far from each other.
 PAGES = [BASE + block * BLOCK + at * PAGE for block in (0, 1, 2, 90) for at in (0, 1, 300, 511)]
+
+MAKERS = (PageRights, page_rights)
 
 steps = st.lists(
     st.tuples(
@@ -28,10 +33,13 @@ steps = st.lists(
 )
 
 
+@pytest.mark.parametrize("make", MAKERS)
 @settings(max_examples=200, deadline=None)
-@given(steps)
-def test_rights_are_those_that_were_set_last(history: list[tuple[str, int, int, int]]) -> None:
-    rights, expected = PageRights(), dict[int, int]()
+@given(history=steps)
+def test_rights_are_those_that_were_set_last(
+    make: Callable[[], PageRights], history: list[tuple[str, int, int, int]]
+) -> None:
+    rights, expected = make(), dict[int, int]()
     for what, page, value, length in history:
         match what:
             case "set":
@@ -62,6 +70,18 @@ def test_blocks_without_pages_do_not_accumulate() -> None:
     assert rights == {BASE: 3} and len(rights.blocks) < 200
 
 
-def test_a_page_cannot_be_there_without_rights() -> None:
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_page_cannot_be_there_without_rights(make: Callable[[], PageRights]) -> None:
+    rights = make()
     with pytest.raises(AssertionError, match="without rights"):
-        PageRights()[BASE] = 0
+        rights[BASE] = 0
+    assert not rights
+
+
+@pytest.mark.skipif(compiled.speedups is None, reason=compiled.description)
+@pytest.mark.parametrize("wrong", [-1, 256, 1 << 70])
+def test_rights_of_the_compiled_core_are_of_one_byte(wrong: int) -> None:
+    rights = page_rights()
+    with pytest.raises(OverflowError):
+        rights[BASE] = wrong
+    assert not rights
