@@ -214,20 +214,12 @@ wake(PyObject *core, PyObject *ksgxd, PyObject *root, int64_t free)
 static int
 count_held(PyObject *core, PyObject *kind, int64_t change)
 {
-    PyObject *object = GETF(EpcCore, core, counters), *count, *number;
+    PyObject *object = GETF(EpcCore, core, counters);
     Counters *counters = AS(Counters, object);
-    int64_t value = 0;
     int status = -1;
 
-    if (counters != NULL && counters->held != NULL && PyDict_Check(counters->held)) {
-        count = PyDict_GetItemWithError(counters->held, kind);
-        if (count != NULL && !integer(count, &value))
-            PyErr_SetString(PyExc_TypeError, "the number of held pages is no integer");
-        number = PyErr_Occurred() ? NULL : PyLong_FromLongLong(value + change);
-        if (number != NULL)
-            status = PyDict_SetItem(counters->held, kind, number);
-        Py_XDECREF(number);
-    }
+    if (counters != NULL)
+        status = count_label(counters->held, kind, change);
     else if (object != NULL)
         PyErr_SetString(PyExc_TypeError, "the core's counters are no Counters");
     Py_XDECREF(object);

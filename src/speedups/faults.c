@@ -154,23 +154,6 @@ resolve(struct fault *fault)
     return status;
 }
 
-/* Count a fault of a kind. */
-static int
-count_fault(PyObject *faults, PyObject *kind)
-{
-    PyObject *found = PyDict_GetItemWithError(faults, kind), *number;
-    int64_t count = 0;
-    int status = -1;
-
-    if (found != NULL && !integer(found, &count))
-        PyErr_SetString(PyExc_TypeError, "the number of faults is no integer");
-    number = PyErr_Occurred() ? NULL : PyLong_FromLongLong(count + 1);
-    if (number != NULL)
-        status = PyDict_SetItem(faults, kind, number);
-    Py_XDECREF(number);
-    return status;
-}
-
 /* As driver.optimised._ended() of an EpcBusy: the task waits for a page. */
 static PyObject *
 ended_busy(struct fault *fault, PyObject *busy)
@@ -255,18 +238,18 @@ handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, 
         fault.counts = AS(EnclaveCounts, counts);
     }
     if (fault.counts == NULL || !is_exactly(fault.core, given.CompiledCore)
-        || !PyDict_Check(fault.counts->faults)) {
+        || !has_counts(fault.counts->faults)) {
         ended = PyObject_CallFunctionObjArgs(readable[HANDLE], enclave, mm, vma, linaddr, task,
                                              NULL);
         if (ended != NULL)
             status = set_outcome(outcome, PyTuple_GetItem(ended, 0), PyTuple_GetItem(ended, 1));
     }
     else if (resolve(&fault) == 0) {
-        if (count_fault(fault.counts->faults, given.major) == 0)
+        if (count_label(fault.counts->faults, given.major, 1) == 0)
             status = set_outcome(outcome, given.NOPAGE, Py_None);
     }
     else if ((ended = ended_by_error(&fault)) != NULL
-             && count_fault(fault.counts->faults, PyTuple_GetItem(ended, 0)) == 0)
+             && count_label(fault.counts->faults, PyTuple_GetItem(ended, 0), 1) == 0)
         status = set_outcome(outcome, PyTuple_GetItem(ended, 1), PyTuple_GetItem(ended, 2));
 done:
     Py_XDECREF(ended);

@@ -33,7 +33,7 @@ execute(PyObject *module)
         || add_hiding(module) < 0
         || add_methods(module) < 0 || add_pages(module) < 0 || add_plain_faults(module) < 0 || add_stops(module) < 0
         || add_virtual_exit(module) < 0 || add_page_lists(module) < 0
-        || add_enclave_pages(module) < 0)
+        || add_enclave_pages(module) < 0 || add_tallies(module) < 0)
         return -1;
     if (add_page_maps(module) < 0)
         return -1;

@@ -45,6 +45,7 @@ int add_page_maps(PyObject *module);
 int add_methods(PyObject *module);
 int add_virtual_exit(PyObject *module);
 int add_enclave_pages(PyObject *module);
+int add_tallies(PyObject *module);
 
 /* --- records ------------------------------------------------------------------------------------
  *
@@ -496,7 +497,7 @@ int has_method_of(PyObject *policy, PyObject *type, PyObject *name);
     X(AsynchronousExits) X(BUS_ADRERR) X(Batch) X(EpcBusy) X(CompiledCore) X(CompiledPage) X(CompiledReclaimer) X(CompiledSwap) X(EnclaveMemory)               \
     X(EnclavePageTable) X(EpcCgroup) X(Fault) X(FaultEvent) X(Fifo) X(FlatFile) X(InlineRuntime)         \
     X(InvalidTag) X(NOPAGE) X(NOT_TRACKED) X(NO_REPETITION) X(NativeStore) X(PF)        \
-    X(PREV_TRK_INCMPL) X(PageRights) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY)              \
+    X(PREV_TRK_INCMPL) X(PageRights) X(PagingKey) X(Permits) X(Policy) X(ProcessImage) X(ProgramThread) X(READ) X(REG) X(RETRY) X(Tally)              \
     X(SECS) X(SUCCESS) X(TRACKED_AGE) X(Transitions) X(UffdPager) X(VaArray) X(ZEROS) X(child_types)                    \
     X(closed_behind) X(eblock) X(etrack) X(exited_word) X(first_node) X(handle) X(is_running) X(kick_enclave) X(kick_image) X(labels) X(load_ahead)    \
     X(busy) X(major) X(mapped_in) X(monotonic_ns) X(own_group) X(page_ended) X(partial) X(reg) X(sigbus_stop) X(virtual_exit)
@@ -546,6 +547,10 @@ struct eldu_call {
     const char *sealed;
 };
 int eldu_from(PyObject *self, const struct eldu_call *loading);
+
+/* paging: counts by label: add to one, 0 or -1 with an error; whether an object can have such counts. */
+int count_label(PyObject *counts, PyObject *label, int64_t change);
+bool has_counts(PyObject *object);
 
 /* paging: a free page, as PlainCore.alloc with reclaim=False; NULL with an error. */
 PyObject *core_alloc(PyObject *core, PyObject *owner, PyObject *group, PyObject *kind,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 from softsgx.compiled import record
 from softsgx.ondemand import dataclass, field
+from softsgx.paging.counters import Tally
 
 __all__ = ["EnclaveCounts"]
 
@@ -26,7 +29,7 @@ class EnclaveCounts:
         kicks: rounds of interrupts.
     """
 
-    faults: dict[str, int] = field(default_factory=dict)
+    faults: MutableMapping[str, int] = field(default_factory=Tally)
     touched: int = 0
     fault_ns: int = 0
     evictions: int = 0

@@ -6,10 +6,30 @@ Source:
 
 from __future__ import annotations
 
-from softsgx.compiled import record
+from collections.abc import Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from softsgx.compiled import record, speedups
 from softsgx.ondemand import dataclass, field, field_names
 
-__all__ = ["Counters"]
+__all__ = ["Counters", "Tally"]
+
+if TYPE_CHECKING or speedups is None:
+    Tally = dict[str, int]
+else:
+
+    class Tally(speedups.Tally, MutableMapping[str, int]):
+        """Counts by label, as a dictionary has them; C code adds to them."""
+
+        __slots__ = ()
+
+        def __repr__(self) -> str:
+            return repr(dict(self))
+
+        def __reduce__(self) -> tuple[Any, tuple[()], None, None, Iterable[tuple[str, int]]]:
+            return type(self), (), None, None, iter([*self.items()])
+
+    speedups.give("Tally", Tally)
 
 
 @dataclass(slots=True)
@@ -40,7 +60,7 @@ class Counters:
         unsanitized: pages left after sanitizing.
     """
 
-    held: dict[str, int] = field(default_factory=dict)
+    held: MutableMapping[str, int] = field(default_factory=Tally)
     batches: int = 0
     scanned: int = 0
     young: int = 0
