@@ -47,7 +47,7 @@ CLASSES: list[Any] = [
     *(SgxEpcPage, VaArray, VaPage),
 ]
 #: Bytes of the links of a page that can be on a list.
-LINKS = {SgxEpcPage: 24}
+LINKS = {SgxEpcPage: 24, VaPage: 24}
 needs_core = pytest.mark.skipif(compiled.speedups is None, reason=compiled.description)
 
 
