@@ -31,15 +31,10 @@ static int
 linear_address(EnclavePage *page, uint64_t *linaddr)
 {
     uint64_t base;
-    int64_t index;
 
     if (GET_ADDRESS(Enclave, page->enclave, base, &base) < 0)
         return -1;
-    if (!integer(page->index, &index)) {
-        PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
-        return -1;
-    }
-    *linaddr = base + ((uint64_t)index << PAGE_SHIFT);
+    *linaddr = base + ((uint64_t)page->index << PAGE_SHIFT);
     return 0;
 }
 

@@ -22,7 +22,7 @@
 #define ENCLAVE_COUNTS(C, O, B, U, F, N)                                                               \
     C(evictions) C(fault_ns) O(faults) C(kicks) C(reloads) C(touched)
 #define ENCLAVE_PAGE(C, O, B, U, F, N)                                                           \
-    O(enclave) O(epc) O(index) O(kind) O(reservation) F(being_reclaimed) F(touched) N(max_prot)
+    O(enclave) O(epc) C(index) O(kind) O(reservation) F(being_reclaimed) F(touched) N(max_prot)
 #define ENCLAVE_VMA(C, O, B, U, F, N) O(enclave) U(end) O(file) O(prot) U(start)
 #define EPC_CGROUP(C, O, B, U, F, N)                                                                   \
     O(_ancestry) C(_ceiling_pages) O(_dying) O(_max_pages) O(_order) O(_position) O(children)    \

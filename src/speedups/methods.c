@@ -73,6 +73,7 @@ static PyObject *
 swap_prepare_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
 {
     PyObject *announced;
+    int64_t index;
     int truth;
 
     if (!takes(count, 1))
@@ -86,7 +87,8 @@ swap_prepare_method(PyObject *self, PyObject *const *args, Py_ssize_t count, PyO
             return NULL;
         }
     }
-    return swap_prepare(self, args[0]);
+    index = PyLong_AsLongLong(args[0]);
+    return index == -1 && PyErr_Occurred() ? NULL : swap_prepare(self, index);
 }
 
 static PyObject *

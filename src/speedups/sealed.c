@@ -9,7 +9,7 @@
 #define VA_SLOTS 512
 
 static SwapEntries *
-entries_of(PyObject *swap, PyObject *index, int64_t *number, PyObject **owned)
+entries_of(PyObject *swap, PyObject **owned)
 {
     SwapEntries *entries;
 
@@ -18,7 +18,7 @@ entries_of(PyObject *swap, PyObject *index, int64_t *number, PyObject **owned)
     if (*owned == NULL)
         return NULL;
     if (entries != NULL && entries->_numbers != NULL && entries->_va_pages != NULL
-        && PyDict_Check(entries->_va_pages) && integer(index, number))
+        && PyDict_Check(entries->_va_pages))
         return entries;
     PyErr_SetString(PyExc_TypeError, "entries of pages that are no SwapEntries");
     return NULL;
@@ -27,16 +27,16 @@ entries_of(PyObject *swap, PyObject *index, int64_t *number, PyObject **owned)
 /* Where the version of an evicted page is, with a reference to its VA page: 1; 0: C code does not
  * know of it (as where the page is resident or lost); or -1 with an error. */
 int
-entry_place(PyObject *swap, PyObject *index, struct place *place)
+entry_place(PyObject *swap, int64_t index, struct place *place)
 {
     PyObject *owned, *va_index = NULL;
     uint32_t *kept;
-    int64_t page, number;
-    SwapEntries *entries = entries_of(swap, index, &page, &owned);
+    int64_t number;
+    SwapEntries *entries = entries_of(swap, &owned);
     int status = -1;
 
     place->page = NULL;
-    if (entries == NULL || number_at(entries->_numbers, page, &kept) < 0)
+    if (entries == NULL || number_at(entries->_numbers, index, &kept) < 0)
         goto done;
     status = 0;
     number = kept == NULL ? 0 : *kept;
@@ -57,23 +57,35 @@ done:
 }
 
 PyObject *
-entry_get(PyObject *swap, PyObject *index)
+entry_get(PyObject *swap, int64_t index)
 {
-    PyObject *entries = GETF(CompiledSwap, swap, entries), *entry = NULL;
+    PyObject *entries = GETF(CompiledSwap, swap, entries), *number = NULL, *entry = NULL;
 
-    if (entries != NULL)
-        entry = CALL(entries, get, index, NULL);
+    if (entries != NULL && (number = PyLong_FromLongLong(index)) != NULL)
+        entry = CALL(entries, get, number, NULL);
+    Py_XDECREF(number);
     Py_XDECREF(entries);
     return entry;
 }
 
+/* As SwapEntries.put(). */
+static int
+put_entry_readably(PyObject *entries, int64_t index, PyObject *object)
+{
+    PyObject *number = PyLong_FromLongLong(index);
+    int status = number == NULL ? -1 : effect(CALL(entries, put, number, object, NULL));
+
+    Py_XDECREF(number);
+    return status;
+}
+
 int
-entry_put(PyObject *swap, PyObject *index, PyObject *object)
+entry_put(PyObject *swap, int64_t index, PyObject *object)
 {
     PyObject *owned;
     uint32_t *kept;
-    int64_t page, va_index, number;
-    SwapEntries *entries = entries_of(swap, index, &page, &owned);
+    int64_t va_index, number;
+    SwapEntries *entries = entries_of(swap, &owned);
     SwapEntry *entry = AS(SwapEntry, object);
     VaSlot *slot = AS(VaSlot, entry == NULL ? object : entry->slot);
     VaPage *va_page = slot == NULL ? NULL : AS(VaPage, slot->page);
@@ -87,30 +99,29 @@ entry_put(PyObject *swap, PyObject *index, PyObject *object)
              && integer(slot->number, &number))
         number += va_index * VA_SLOTS + FIRST;
     else {
-        status = effect(CALL(owned, put, index, object, NULL));
+        status = put_entry_readably(owned, index, object);
         goto done;
     }
-    if (number_at(entries->_numbers, page, &kept) == 0)
-        status = number_put(entries->_numbers, kept, page, number);
+    if (number_at(entries->_numbers, index, &kept) == 0)
+        status = number_put(entries->_numbers, kept, index, number);
 done:
     Py_XDECREF(owned);
     return status;
 }
 
 int
-entry_written(PyObject *swap, PyObject *index, const struct written *written)
+entry_written(PyObject *swap, int64_t index, const struct written *written)
 {
     PyObject *owned;
     uint32_t *kept;
-    int64_t page;
     SwapEntries *entries;
     int status = -1;
 
     if (written->place.page == NULL)
         return entry_put(swap, index, written->entry);
-    entries = entries_of(swap, index, &page, &owned);
-    if (entries != NULL && number_at(entries->_numbers, page, &kept) == 0)
-        status = number_put(entries->_numbers, kept, page,
+    entries = entries_of(swap, &owned);
+    if (entries != NULL && number_at(entries->_numbers, index, &kept) == 0)
+        status = number_put(entries->_numbers, kept, index,
                             written->place.page->index * VA_SLOTS + written->place.number + FIRST);
     Py_XDECREF(owned);
     return status;

@@ -562,7 +562,7 @@ int core_mark_reclaimable(PyObject *core, PyObject *page);
 PyObject *core_reclaim(PyObject *core, PyObject *group, int force);
 
 /* paging: as the methods of PlainSwap. */
-PyObject *swap_prepare(PyObject *swap, PyObject *index);
+PyObject *swap_prepare(PyObject *swap, int64_t index);
 PyObject *swap_write(PyObject *swap, PyObject *page, PyObject *reservation);
 PyObject *swap_load(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind,
                     PyObject *node, PyObject *group, PyObject *claim);
@@ -586,16 +586,16 @@ struct written {
     PyObject *entry;
 };
 int swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation, struct written *written);
-PyObject *swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
+PyObject *swap_load_from(PyObject *swap, PyObject *entry, int64_t index, struct place *place,
                          PyObject *owner, PyObject *kind, PyObject *node, PyObject *group,
                          PyObject *claim);
 
 /* paging: where an evicted page is: a SwapEntry, or None; and its inverse, which also takes the
  * slot alone. */
-PyObject *entry_get(PyObject *swap, PyObject *index);
-int entry_put(PyObject *swap, PyObject *index, PyObject *entry);
-int entry_written(PyObject *swap, PyObject *index, const struct written *written);
-int entry_place(PyObject *swap, PyObject *index, struct place *place);
+PyObject *entry_get(PyObject *swap, int64_t index);
+int entry_put(PyObject *swap, int64_t index, PyObject *entry);
+int entry_written(PyObject *swap, int64_t index, const struct written *written);
+int entry_place(PyObject *swap, int64_t index, struct place *place);
 
 /* paging: VA slots and backing; as the methods of those names. */
 int slot_loaded(PyObject *va, struct place *slot);

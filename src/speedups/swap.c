@@ -106,18 +106,20 @@ forget_backing_error(PyObject *slowpath)
 
 /* As SwapSpace.prepare(). */
 PyObject *
-swap_prepare(PyObject *swap, PyObject *object)
+swap_prepare(PyObject *swap, int64_t index)
 {
     struct out out = {0};
-    PyObject *result = NULL;
+    PyObject *result = NULL, *number;
     Reservation *reservation = NULL;
-    int64_t index;
-    int plain = integer(object, &index) ? gather(swap, &out) : 0;
+    int plain = gather(swap, &out);
 
     if (plain < 0)
         goto done;
     if (!plain) {
-        result = PyObject_CallFunctionObjArgs(readable[SWAP_PREPARE], swap, object, NULL);
+        number = PyLong_FromLongLong(index);
+        if (number != NULL)
+            result = PyObject_CallFunctionObjArgs(readable[SWAP_PREPARE], swap, number, NULL);
+        Py_XDECREF(number);
         goto done;
     }
     if ((reservation = new_reservation()) == NULL)

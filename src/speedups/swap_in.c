@@ -2,16 +2,6 @@
 
 #include "speedups.h"
 
-/* The index of a page: 0, or -1 with an error. */
-static int
-index_of(PyObject *object, int64_t *index)
-{
-    if (integer(object, index))
-        return 0;
-    PyErr_SetString(PyExc_TypeError, "the index of a page is no integer");
-    return -1;
-}
-
 /* Forget the oldest load of a thread. */
 static int
 forget_oldest(PyObject *loads)
@@ -86,11 +76,11 @@ loaded(PyObject *swap, PyObject *file, struct place *slot, int64_t index)
 
 /* A load of the page at an index, from a VA slot. */
 struct in_page {
-    PyObject *swap, *file, *index, *flags;
+    PyObject *swap, *file, *flags;
     SgxEpcPage *page, *secs, *va_epc;
     struct place *slot;
     struct sealed_place sealed;
-    int64_t number; /* the index */
+    int64_t index;
 };
 
 /* ELDU by the core's leaves: whether it has loaded the page: 0, 1, or -1 with an error. */
@@ -132,11 +122,13 @@ load_by_leaf(struct in_page *in, uint64_t linaddr)
 {
     PyObject *address = PyLong_FromUnsignedLongLong(linaddr);
     PyObject *slot_addr = slot_address(in->va_epc, in->slot->number);
+    PyObject *index = PyLong_FromLongLong(in->index);
     int status = -1;
 
-    if (address != NULL && slot_addr != NULL)
-        status = effect(CALL(in->swap, _load_by_leaf, (PyObject *)in->page, in->index, slot_addr,
+    if (address != NULL && slot_addr != NULL && index != NULL)
+        status = effect(CALL(in->swap, _load_by_leaf, (PyObject *)in->page, index, slot_addr,
                              address, in->secs->addr, NULL));
+    Py_XDECREF(index);
     Py_XDECREF(slot_addr);
     Py_XDECREF(address);
     return status;
@@ -151,12 +143,12 @@ load_into(struct in_page *in)
 
     if (GET_ADDRESS(SwapCounts, in->swap, _base, &base) < 0)
         return -1;
-    base += (uint64_t)in->number * PAGE_BYTES;
+    base += (uint64_t)in->index * PAGE_BYTES;
     done = try_eldu(in, base);
     if (done < 0 || (!done && load_by_leaf(in, base) < 0))
         return -1;
     sealed_release(&in->sealed); /* loaded() may free its block */
-    return loaded(in->swap, in->file, in->slot, in->number);
+    return loaded(in->swap, in->file, in->slot, in->index);
 }
 
 static PyObject *
@@ -176,7 +168,7 @@ load_readably(PyObject *swap, PyObject *entry, PyObject *owner, PyObject *kind, 
 
 /* As PlainSwap.load(), of the page at `index`; its entry is found where it is needed and NULL. */
 PyObject *
-swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *place,
+swap_load_from(PyObject *swap, PyObject *entry, int64_t index, struct place *place,
                PyObject *owner, PyObject *kind, PyObject *node, PyObject *group, PyObject *claim)
 {
     struct in_page in = {.swap = swap, .index = index, .slot = place};
@@ -197,7 +189,7 @@ swap_load_from(PyObject *swap, PyObject *entry, PyObject *index, struct place *p
     if (in.va_epc == NULL || in.secs == NULL || !children || !is_exactly(core, given.CompiledCore)
         || !is_exactly(in.file, given.FlatFile))
         goto readably;
-    found = index_of(index, &in.number) < 0 ? -1 : kept(in.file, in.number, &in.sealed, &in.flags);
+    found = kept(in.file, index, &in.sealed, &in.flags);
     if (found < 0)
         goto done;
     if (!found)
@@ -231,17 +223,20 @@ swap_load(PyObject *swap, PyObject *object, PyObject *owner, PyObject *kind, PyO
           PyObject *group, PyObject *claim)
 {
     SwapEntry *entry = AS(SwapEntry, object);
-    VaSlot *slot = entry == NULL ? NULL : AS(VaSlot, entry->slot);
+    VaSlot *slot;
     struct place place = {0};
-    PyObject *index = entry == NULL ? NULL : entry->index, *result;
+    PyObject *result;
+    int64_t index;
 
+    if (entry == NULL || !integer(entry->index, &index))
+        return load_readably(swap, object, owner, kind, node, group, claim);
+
+    slot = AS(VaSlot, entry->slot);
     if (slot != NULL && integer(slot->number, &place.number))
         place.page = AS(VaPage, slot->page);
     if (place.page != NULL)
         HOLD(place.page);
-    Py_XINCREF(index);
     result = swap_load_from(swap, object, index, &place, owner, kind, node, group, claim);
-    Py_XDECREF(index);
     RELEASE(place.page);
     return result;
 }
