@@ -112,7 +112,7 @@ address_spaces(PyObject *enclave, PyObject **found)
 
 /* Whether an address space maps the page as one of the enclave: 0, 1, or -1 with an error. */
 static int
-is_mapped(PyObject *mm, PyObject *enclave, PyObject *addr)
+is_mapped(PyObject *mm, PyObject *enclave, uint64_t addr)
 {
     PyObject *found;
     EnclaveVma *vma;
@@ -136,16 +136,15 @@ is_mapped(PyObject *mm, PyObject *enclave, PyObject *addr)
 static int
 in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, uint64_t))
 {
-    PyObject *addr = NULL, *ptes, *mm;
+    PyObject *ptes, *mm;
     uint64_t linaddr;
     int result = 0, mapped, truth;
 
-    if (linear_address(page, &linaddr) < 0
-        || (addr = PyLong_FromUnsignedLongLong(linaddr)) == NULL)
+    if (linear_address(page, &linaddr) < 0)
         return -1;
     for (Py_ssize_t index = 0; result >= 0 && index < PyTuple_Size(mms); index++) {
         mm = ((EnclaveMm *)PyTuple_GetItem(mms, index))->mm;
-        mapped = is_mapped(mm, page->enclave, addr);
+        mapped = is_mapped(mm, page->enclave, linaddr);
         if (mapped <= 0) {
             result = mapped < 0 ? -1 : result;
             continue;
@@ -155,7 +154,6 @@ in_page_tables(EnclavePage *page, PyObject *mms, int (*function)(PyObject *, uin
         result = truth < 0 ? -1 : result | truth;
         Py_XDECREF(ptes);
     }
-    Py_DECREF(addr);
     return result;
 }
 

@@ -7,12 +7,13 @@
 #include <time.h>
 
 struct fault {
-    PyObject *enclave, *mm, *linaddr, *task;
+    PyObject *enclave, *mm, *task;
     EnclaveVma *vma;
     EnclavePage *page;
     PyObject *driver, *core, *entry;  // the entry is NULL where there is a place
     struct place place;
     EnclaveCounts *counts;
+    uint64_t linaddr;
     int64_t index;
 };
 
@@ -22,20 +23,18 @@ loadable(struct fault *fault)
 {
     PyObject *pages;
     EnclavePage *page = NULL;
-    uint64_t base, linaddr;
+    uint64_t base;
     int64_t wanted;
     int plain;
 
     if (GET_ADDRESS(Enclave, fault->enclave, base, &base) < 0
         || (pages = GETF(Enclave, fault->enclave, pages)) == NULL)
         return NULL;
-    if (address(fault->linaddr, &linaddr)) {
-        /* An address below the base wraps to an index that no enclave has. */
-        fault->index = (int64_t)((linaddr - base) >> PAGE_SHIFT);
-        page = page_at(pages, fault->index);
-        if (page != NULL)
-            HOLD(page);
-    }
+    /* An address below the base wraps to an index that no enclave has. */
+    fault->index = (int64_t)((fault->linaddr - base) >> PAGE_SHIFT);
+    page = page_at(pages, fault->index);
+    if (page != NULL)
+        HOLD(page);
     Py_DECREF(pages);
     if (page == NULL)
         return NULL;
@@ -133,17 +132,16 @@ resolve(struct fault *fault)
 {
     EnclavePage *page = fault->page;
     PyObject *epc = load_for(fault), *ptes;
-    uint64_t linaddr = 0;
     int status = -1;
 
     if (epc == NULL)
         return -1;
     set_field(&page->epc, epc);
-    if (address(fault->linaddr, &linaddr) && entry_put(swap_of(page), page->index, Py_None) == 0
+    if (entry_put(swap_of(page), page->index, Py_None) == 0
         && add_to_field(&fault->counts->reloads, 1) == 0
         && core_mark_reclaimable(fault->core, epc) == 0 && load_ahead(fault) == 0
         && (ptes = GETF(Mm, fault->mm, ptes)) != NULL) {
-        status = install(ptes, fault->vma, linaddr, ((SgxEpcPage *)epc)->addr);
+        status = install(ptes, fault->vma, fault->linaddr, ((SgxEpcPage *)epc)->addr);
         Py_DECREF(ptes);
         if (status == 0 && is_false(page->touched)) {
             set_flag(&page->touched, true);
@@ -215,9 +213,22 @@ release_outcome(struct outcome *outcome)
     Py_XDECREF(outcome->result);
 }
 
+/* What the readable handler makes of a fault: a pair, or NULL with an error. */
+static PyObject *
+handle_readably(const struct fault *fault, PyObject *vma)
+{
+    PyObject *linaddr = PyLong_FromUnsignedLongLong(fault->linaddr), *pair = NULL;
+
+    if (linaddr != NULL)
+        pair = PyObject_CallFunctionObjArgs(readable[HANDLE], fault->enclave, fault->mm, vma,
+                                            linaddr, fault->task, NULL);
+    Py_XDECREF(linaddr);
+    return pair;
+}
+
 /* As softsgx.driver.optimised.handle: 0, or -1 with an error. */
 static int
-handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, PyObject *task,
+handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, uint64_t linaddr, PyObject *task,
              struct outcome *outcome)
 {
     struct fault fault = {
@@ -239,8 +250,7 @@ handle_fault(PyObject *enclave, PyObject *mm, PyObject *vma, PyObject *linaddr, 
     }
     if (fault.counts == NULL || !is_exactly(fault.core, given.CompiledCore)
         || !has_counts(fault.counts->faults)) {
-        ended = PyObject_CallFunctionObjArgs(readable[HANDLE], enclave, mm, vma, linaddr, task,
-                                             NULL);
+        ended = handle_readably(&fault, vma);
         if (ended != NULL)
             status = set_outcome(outcome, PyTuple_GetItem(ended, 0), PyTuple_GetItem(ended, 1));
     }
@@ -268,10 +278,12 @@ handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
     struct outcome outcome = {0};
     PyObject *pair = NULL;
+    uint64_t linaddr;
 
     if (count != 5)
         PyErr_SetString(PyExc_TypeError, "handle() takes 5 arguments");
-    else if (handle_fault(args[0], args[1], args[2], args[3], args[4], &outcome) == 0)
+    else if (unsigned_of(args[3], &linaddr)
+             && handle_fault(args[0], args[1], args[2], linaddr, args[4], &outcome) == 0)
         pair = PyTuple_Pack(2, outcome.result, outcome.wait);
     release_outcome(&outcome);
     return pair;
@@ -280,16 +292,16 @@ handle(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 /* --- address spaces ----------------------------------------------------------------------------- */
 
 PyObject *
-mapping_at(PyObject *mm, PyObject *addr)
+mapping_at(PyObject *mm, uint64_t at)
 {
-    PyObject *found = GETF(Mm, mm, found);
+    PyObject *found = GETF(Mm, mm, found), *addr;
     EnclaveVma *vma = AS(EnclaveVma, found);
-    uint64_t at, start, end;
 
-    if (found != NULL
-        && (vma == NULL || !address(addr, &at) || !address(vma->start, &start)
-            || !address(vma->end, &end) || at < start || at >= end))
-        replace(&found, CALL(mm, find, addr, NULL));
+    if (found == NULL || (vma != NULL && at >= vma->start && at < vma->end))
+        return found;
+    addr = PyLong_FromUnsignedLongLong(at);
+    replace(&found, addr == NULL ? NULL : CALL(mm, find, addr, NULL));
+    Py_XDECREF(addr);
     return found;
 }
 
@@ -354,24 +366,11 @@ release_read(RwLock *lock)
     return -1;
 }
 
-/* The address of the page of an address. */
-static PyObject *
-page_of(PyObject *addr)
-{
-    uint64_t at = 0;
-
-    if (address(addr, &at) && at % PAGE_BYTES == 0 && PyLong_CheckExact(addr)) {
-        Py_INCREF(addr);
-        return addr;
-    }
-    return PyLong_FromUnsignedLongLong(at & -(uint64_t)PAGE_BYTES);
-}
-
 /* handle_fault() with the lock held for reading; then wait, if need be. */
 static PyObject *
-fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *task)
+fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, uint64_t addr, PyObject *task)
 {
-    PyObject *linaddr = NULL, *result = NULL;
+    PyObject *result = NULL;
     struct outcome outcome = {0};
     EnclaveCounts *counts;
     int64_t began, ended;
@@ -379,9 +378,10 @@ fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *ta
 
     if (now_ns(mm->runtime, &began) < 0)
         return NULL;
-    if ((linaddr = page_of(addr)) == NULL || add_to_field(&lock->_readers, 1) < 0)
+    if (add_to_field(&lock->_readers, 1) < 0)
         goto done;
-    status = handle_fault(vma->enclave, (PyObject *)mm, (PyObject *)vma, linaddr, task, &outcome);
+    status = handle_fault(vma->enclave, (PyObject *)mm, (PyObject *)vma,
+                          addr & -(uint64_t)PAGE_BYTES, task, &outcome);
     if (release_read(lock) < 0 || status < 0)
         goto done;
     result = outcome.result;
@@ -397,7 +397,6 @@ fault_locked(Mm *mm, RwLock *lock, EnclaveVma *vma, PyObject *addr, PyObject *ta
     Py_XINCREF(result);
 done:
     release_outcome(&outcome);
-    Py_XDECREF(linaddr);
     return result;
 }
 
@@ -409,15 +408,17 @@ mm_fault(PyObject *object, PyObject *addr, PyObject *access, PyObject *task)
     RwLock *lock = mm == NULL ? NULL : AS(RwLock, mm->mmap_lock);
     PyObject *vma = NULL, *result = NULL;
     int plain = 0, given_task;
+    uint64_t at;
 
-    if (lock != NULL && is_true(mm->_uninterleaved) && is_false(lock->has_writer)) {
-        vma = mapping_at(object, addr);
+    if (lock != NULL && is_true(mm->_uninterleaved) && is_false(lock->has_writer)
+        && address(addr, &at)) {
+        vma = mapping_at(object, at);
         plain = vma == NULL ? -1 : is_for_c(vma, access);
     }
     given_task = PyObject_IsTrue(task);
     if (plain > 0 && given_task >= 0) {
         HOLD(lock);
-        result = fault_locked(mm, lock, (EnclaveVma *)vma, addr, given_task ? task : mm->owner);
+        result = fault_locked(mm, lock, (EnclaveVma *)vma, at, given_task ? task : mm->owner);
         RELEASE(lock);
     }
     else if (plain == 0 && given_task >= 0)

@@ -59,7 +59,7 @@ is_plain(struct service *service, struct fault *fault)
         && (status = GET_TRUTH(FaultingThread, fault->thread, watched)) == 0)
         return 0;
     if (status < 0 || (fault->mm == NULL && (fault->mm = GET(fault->image, mm)) == NULL)
-        || (found = mapping_at(fault->mm, fault->linaddr)) == NULL)
+        || (found = mapping_at(fault->mm, fault->page)) == NULL)
         return -1;
     vma = AS(EnclaveVma, found);
     status = vma != NULL && integer(vma->prot, &prot) && prot == READ_WRITE;

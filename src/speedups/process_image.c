@@ -40,8 +40,8 @@ is_running(PyObject *function)
 static int
 is_one_mapping(PyObject *image, PyObject *memory, struct run range)
 {
-    PyObject *mm = GET(image, mm), *start = PyLong_FromUnsignedLongLong(range.start);
-    PyObject *found = mm == NULL || start == NULL ? NULL : mapping_at(mm, start), *mapped = NULL;
+    PyObject *mm = GET(image, mm), *mapped = NULL;
+    PyObject *found = mm == NULL ? NULL : mapping_at(mm, range.start);
     EnclaveVma *vma = AS(EnclaveVma, found);
     int status = found == NULL ? -1 : 0;
 
@@ -51,7 +51,6 @@ is_one_mapping(PyObject *image, PyObject *memory, struct run range)
     }
     Py_XDECREF(mapped);
     Py_XDECREF(found);
-    Py_XDECREF(start);
     Py_XDECREF(mm);
     return status;
 }

@@ -714,7 +714,7 @@ int enclave_is_plain(PyObject *enclave);
 int now_ns(PyObject *runtime, int64_t *time);
 
 /* driver: the mapping that holds an address, as Mm.find(); a new reference. */
-PyObject *mapping_at(PyObject *mm, PyObject *addr);
+PyObject *mapping_at(PyObject *mm, uint64_t addr);
 
 /* driver: as Mm.fault(addr, access, task); whether that is the method of an address space: 0, 1, or
  * -1 with an error. */

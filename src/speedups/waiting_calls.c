@@ -227,7 +227,7 @@ is_in_enclave(struct fault *fault, const struct calls *calls)
     PyObject *rip = PyLong_FromUnsignedLongLong(calls->regs.rip), *stubs = NULL, *found = NULL;
     int status = -1;
 
-    if (rip != NULL && (found = mapping_at(fault->mm, rip)) != NULL
+    if (rip != NULL && (found = mapping_at(fault->mm, calls->regs.rip)) != NULL
         && (stubs = GET(fault->image, cpuid_stubs)) != NULL) {
         status = !is_none(found);
         if (status && !is_none(stubs) && (status = is_so(CALL(stubs, has_entry, rip, NULL))) >= 0)
