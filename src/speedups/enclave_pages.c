@@ -209,14 +209,14 @@ page_prepare(PyObject *object)
 
 /* EBLOCK of an EPC page by the core's leaves: 1; 0: it has another result than SUCCESS. */
 static int
-blocks(PyObject *enclave, PyObject *addr)
+blocks(PyObject *enclave, SgxEpcPage *page)
 {
     PyObject *driver = GETF(Enclave, enclave, driver), *core = NULL, *leaves = NULL, *status = NULL;
     int result = -1;
 
     if (driver != NULL && (core = GETF(Driver, driver, core)) != NULL
         && (leaves = GETF(EpcCore, core, leaves)) != NULL) {
-        status = call_leaf(leaves, EBLOCK, (PyObject *[7]){addr});
+        status = call_on_page(leaves, EBLOCK, page);
         if (status != NULL)
             result = status == given.SUCCESS;
         else if (PyErr_ExceptionMatches(given.Fault)) {
@@ -244,7 +244,7 @@ page_block(PyObject *object)
     if (plain <= 0)
         return plain < 0 ? -1 : readably(PAGE_BLOCK, object);
     HOLD(epc);
-    done = in_page_tables(page, mms, zap) < 0 ? -1 : blocks(page->enclave, epc->addr);
+    done = in_page_tables(page, mms, zap) < 0 ? -1 : blocks(page->enclave, epc);
     if (done > 0)
         set_flag(&epc->blocked, true);
     else if (done == 0)

@@ -146,13 +146,30 @@ release(PyObject *self)
 #define VISIT(name) Py_VISIT(record->name);
 #define CLEAR(name) Py_CLEAR(record->name);
 
+/* A reference that Python code does not see, or NULL: a record of that kind has none. */
+static inline PyObject **
+hidden_entry(SgxEpcPage *page)
+{
+    return &page->entry;
+}
+
+static inline PyObject **
+no_hidden(void *Py_UNUSED(record))
+{
+    return NULL;
+}
+
+#define HIDDEN(record) _Generic((record), SgxEpcPage *: hidden_entry, default: no_hidden)(record)
+
 /* The collector knows of each instance: Python gives all classes that it makes that flag. */
 #define DEFINE(kind, fields)                                                                     \
     static int kind##_traverse(PyObject *self, visitproc visit, void *arg)                       \
     {                                                                                            \
         kind *record = (kind *)self;                                                             \
+        PyObject **hidden = HIDDEN(record);                                                      \
                                                                                                  \
-        (void)record;                                                                            \
+        if (hidden != NULL)                                                                      \
+            Py_VISIT(*hidden);                                                                   \
         fields(NOTHING, VISIT, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
         Py_VISIT(Py_TYPE(self));                                                                 \
         return 0;                                                                                \
@@ -161,8 +178,10 @@ release(PyObject *self)
     static int kind##_clear(PyObject *self)                                                      \
     {                                                                                            \
         kind *record = (kind *)self;                                                             \
+        PyObject **hidden = HIDDEN(record);                                                      \
                                                                                                  \
-        (void)record;                                                                            \
+        if (hidden != NULL)                                                                      \
+            Py_CLEAR(*hidden);                                                                   \
         fields(NOTHING, CLEAR, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
         return 0;                                                                                \
     }                                                                                            \

@@ -4,8 +4,8 @@
  * U(name) is an address, one without a sign; B(name) is a bitmap of 512 bits, an integer in Python;
  * F(name) is a flag, a bool; N(name) is a number from 0 to 255; O(name) is any object, or was never
  * set.  Flags and such numbers are of one byte: they are the last of a list, to stay together.
- * fields.c makes a type of each structure, from which the Python class of that name derives.  LINKS,
- * the first of a list, are no fields: a PageList has them.
+ * fields.c makes a type of each structure, from which the Python class of that name derives.  LINKS
+ * and ENTRY, the first of a list, are no fields: a PageList has the former, leaves the latter.
  */
 
 #ifndef SOFTSGX_FIELDS_H
@@ -28,6 +28,9 @@
     O(_ancestry) C(_ceiling_pages) O(_dying) O(_max_pages) O(_order) O(_position) O(children)    \
     C(events) C(events_local) O(hierarchy) O(lru) O(name) C(own_pages) O(parent) O(path)         \
     C(peak_pages) O(removed) C(usage_pages)
+#define EPC_PAGE(C, O, B, U, F, N)                                                               \
+    O(addr) C(bepoch) O(enclave) U(linaddr) C(lock) O(pt) O(secs) O(slots) O(stored)             \
+    F(blocked) F(modification_lock) F(modified) F(pending) F(pr) F(valid) N(rwx)
 #define FLAT_BACKING(C, O, B, U, F, N)                                                                 \
     O(kinds) O(limit_pages) C(pcmd_pages) C(reserved) O(sealed) O(sharers) O(unusual) O(usual)
 #define KSGXD(C, O, B, U, F, N)                                                                        \
@@ -48,7 +51,7 @@
 #define RW_LOCK(C, O, B, U, F, N)                                                                      \
     O(_changed) O(_lock) C(_readers) O(_reading) O(_uninterleaved) C(_waiting) O(has_writer)
 #define SGX_EPC_PAGE(C, O, B, U, F, N)                                                                 \
-    LINKS O(addr) O(group) O(kind) O(lru) O(node) O(owner)                                       \
+    LINKS ENTRY O(addr) O(group) O(kind) O(lru) O(node) O(owner)                                 \
     F(blocked) F(free) F(kept) F(leaked) F(poisoned) F(tracked)
 #define STORED_PAGE(C, O, B, U, F, N)                                                            \
     O(data) U(linaddr) C(maps) O(memory) O(page) F(poisoned) N(rights)
@@ -64,7 +67,7 @@
 #define STRUCTURES(X)                                                                            \
     X(AtomicCount, ATOMIC_COUNT) X(Counters, COUNTERS) X(Crossings, CROSSINGS)                   \
     X(EnclaveCounts, ENCLAVE_COUNTS) X(EnclavePage, ENCLAVE_PAGE) X(EnclaveVma, ENCLAVE_VMA)     \
-    X(EpcCgroup, EPC_CGROUP)                                                                     \
+    X(EpcCgroup, EPC_CGROUP) X(EpcPage, EPC_PAGE)                                                \
     X(FlatBacking, FLAT_BACKING) X(Ksgxd, KSGXD) X(PlainFaults, PLAIN_FAULTS)                    \
     X(Reservation, RESERVATION) X(ResidentSecs, RESIDENT_SECS) X(RwLock, RW_LOCK)                \
     X(SgxEpcPage, SGX_EPC_PAGE) X(StoredPage, STORED_PAGE) X(SwapCounts, SWAP_COUNTS)            \
@@ -73,6 +76,9 @@
 /* The neighbours and the list of a page, borrowed; NULL: it is on none. */
 #define LINKS struct linked *before, *after; struct page_list *list;
 typedef struct linked { PyObject_HEAD LINKS } Linked;
+
+/* The EPCM entry of a page, an EpcPage, or NULL: leaves have not found it yet. */
+#define ENTRY PyObject *entry;
 
 #define BITMAP_WORDS 8
 
@@ -90,6 +96,8 @@ typedef struct linked { PyObject_HEAD LINKS } Linked;
     } type;
 STRUCTURES(STRUCTURE)
 #undef STRUCTURE
+#undef ENTRY
+#define ENTRY
 #undef LINKS
 #define LINKS
 

@@ -184,7 +184,7 @@ track(const struct eviction *eviction)
     }
     if (add_to_field(&eviction->counters->etrack, 1) < 0 || add_to_field(&swap->etracks, 1) < 0)
         return -1;
-    result = call_leaf(swap->_leaves, ETRACK, (PyObject *[7]){secs->addr});
+    result = call_on_page(swap->_leaves, ETRACK, secs);
     if (result == NULL) {
         if (!PyErr_ExceptionMatches(given.Fault))
             return -1;

@@ -1,10 +1,8 @@
-/* EBLOCK, EWB and ELDU of a child page: as softsgx.hw.optimised.paging, check by check. */
+/* Leaves of softsgx.hw.optimised.paging, bound to a processor; and EPCM entries. */
 
 #include "leaves.h"
 
-#define SECINFO_PENDING 8
-#define SECINFO_MODIFIED 16
-#define SECINFO_PR 32
+/* --- entries ------------------------------------------------------------------------------------ */
 
 EpcPage *
 entry_at(PyObject *pages, PyObject *addr)
@@ -12,7 +10,7 @@ entry_at(PyObject *pages, PyObject *addr)
     return AS(EpcPage, PyDict_GetItemWithError(pages, addr));
 }
 
-static EpcPage *
+EpcPage *
 entry_of_slot(PyObject *pages, int64_t slot_addr)
 {
     PyObject *addr = PyLong_FromLongLong(slot_addr & -PAGE_BYTES);
@@ -25,22 +23,76 @@ entry_of_slot(PyObject *pages, int64_t slot_addr)
     return found;
 }
 
-/* Whether a leaf can use a slot of this VA page, sharing the page with other leaves. */
-static bool
-is_usable_va(const EpcPage *page)
+PyObject *
+entries_of_machine(PyObject *hw)
 {
-    int64_t lock;
+    PyObject *pages = GETF(Machine, hw, pages);
 
-    return page != NULL && is_true(page->valid) && page->slots != NULL && !is_none(page->slots)
-        && integer(page->lock, &lock) && lock >= 0;
+    if (pages != NULL && !PyDict_Check(pages)) {
+        PyErr_SetString(PyExc_TypeError, "the machine's pages are no dictionary");
+        Py_CLEAR(pages);
+    }
+    return pages;
 }
 
-static bool
-is_unlocked(const EpcPage *page)
+EpcPage *
+entry_of(PyObject *hw, SgxEpcPage *page)
 {
-    int64_t lock;
+    PyObject *pages;
+    EpcPage *found = (EpcPage *)page->entry;
 
-    return integer(page->lock, &lock) && lock == 0;
+    if (found != NULL)
+        return found;
+    pages = entries_of_machine(hw);
+    found = pages == NULL ? NULL : entry_at(pages, page->addr);
+    if (found != NULL)
+        Py_INCREF(page->entry = (PyObject *)found);
+    Py_XDECREF(pages);
+    return found;
+}
+
+/* write_entry(page, pt, rwx, secs, linaddr, pending, slots, valid): as in softsgx.hw.epcm. */
+static PyObject *
+write_entry(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *structure = structure_type("EpcPage");
+    EpcPage *page;
+    int64_t rights;
+    uint64_t linaddr;
+
+    if (structure == NULL || !right_arguments(count, 8))
+        return NULL;
+    page = (EpcPage *)args[0];
+    if (!PyObject_TypeCheck(args[0], (PyTypeObject *)structure) || !integer(args[2], &rights)) {
+        PyErr_SetString(PyExc_TypeError, "an EPCM entry, and its rights");
+        return NULL;
+    }
+    if (!unsigned_of(args[4], &linaddr) || set_integer(&page->rwx, rights) < 0)
+        return NULL;
+    set_field(&page->pt, args[1]);
+    set_field(&page->secs, args[3]);
+    page->linaddr = linaddr;
+    page->bepoch = 0;
+    page->blocked = page->modified = page->pr = false;
+    page->pending = is_true(args[5]);
+    set_field(&page->enclave, Py_None);
+    set_field(&page->slots, args[6]);
+    page->valid = is_true(args[7]);
+    Py_RETURN_NONE;
+}
+
+/* --- what leaves are bound to ------------------------------------------------------------------- */
+
+PyObject *
+cpu_of(PyObject *self)
+{
+    return PyTuple_GetItem(self, 0);
+}
+
+PyObject *
+machine_of(PyObject *self)
+{
+    return PyTuple_GetItem(self, 1);
 }
 
 bool
@@ -52,201 +104,76 @@ right_arguments(Py_ssize_t count, Py_ssize_t wanted)
     return false;
 }
 
-/* What leaves are bound to: a processor, and its machine. */
-PyObject *
-cpu_of(PyObject *self)
-{
-    return PyTuple_GetItem(self, 0);
-}
+/* --- EBLOCK and ETRACK -------------------------------------------------------------------------- */
 
-PyObject *
-machine_of(PyObject *self, PyObject **pages)
-{
-    PyObject *hw = PyTuple_GetItem(self, 1);
-
-    *pages = GETF(Machine, hw, pages);
-    if (*pages != NULL && !PyDict_Check(*pages)) {
-        PyErr_SetString(PyExc_TypeError, "the machine's pages are no dictionary");
-        Py_CLEAR(*pages);
-    }
-    return hw;
-}
-
-/* eblock(addr): SUCCESS, or what the readable leaf does. */
+/* SUCCESS, or what the readable leaf does with the page at that address; its entry may be NULL. */
 static PyObject *
-eblock(PyObject *self, PyObject *const *args, Py_ssize_t count)
+on_page(PyObject *self, enum leaf which, EpcPage *entry, PyObject *addr)
 {
-    PyObject *pages, *result = NULL;
-    ResidentSecs *enclave;
-    EpcPage *page, *secs;
+    int done = entry == NULL ? 0 : which == EBLOCK ? try_eblock(entry) : try_etrack(entry);
 
-    machine_of(self, &pages);
+    if (done < 0)
+        return NULL;
+    if (done == 0)
+        return PyObject_CallFunctionObjArgs(which == EBLOCK ? given.eblock : given.etrack,
+                                            cpu_of(self), addr, NULL);
+    Py_INCREF(given.SUCCESS);
+    return given.SUCCESS;
+}
+
+static PyObject *
+at_address(PyObject *self, enum leaf which, PyObject *const *args, Py_ssize_t count)
+{
+    PyObject *pages = entries_of_machine(machine_of(self)), *result = NULL;
+    EpcPage *entry;
+
     if (pages == NULL || !right_arguments(count, 1))
         goto done;
-    page = entry_at(pages, args[0]);
-    if (PyErr_Occurred())
-        goto done;
-    if (page != NULL && is_true(page->valid) && is_false(page->blocked) && is_unlocked(page)
-        && (secs = AS(EpcPage, page->secs)) != NULL
-        && (enclave = AS(ResidentSecs, secs->enclave)) != NULL
-        && is_false(enclave->etrack_running)) {
-        set_flag(&page->blocked, true);
-        set_field(&page->bepoch, enclave->epoch);
-        Py_INCREF(result = given.SUCCESS);
-    }
-    else
-        result = PyObject_CallFunctionObjArgs(given.eblock, cpu_of(self), args[0], NULL);
+    entry = entry_at(pages, args[0]);
+    if (entry != NULL || !PyErr_Occurred())
+        result = on_page(self, which, entry, args[0]);
 done:
     Py_XDECREF(pages);
     return result;
 }
 
-/* SECINFO.FLAGS of a page: R, W, X, PENDING, MODIFIED, PR and the type; false: no integers. */
-static bool
-secinfo_flags(const EpcPage *page, int64_t *flags)
-{
-    int64_t type, rights;
-
-    if (!integer(page->pt, &type) || !integer(page->rwx, &rights))
-        return false;
-    *flags = type << 8 | rights;
-    if (is_true(page->pending))
-        *flags |= SECINFO_PENDING;
-    if (is_true(page->modified))
-        *flags |= SECINFO_MODIFIED;
-    if (is_true(page->pr))
-        *flags |= SECINFO_PR;
-    return true;
-}
-
-/* The bytes of a simulated machine's pages, borrowed; NULL: another store has them. */
+/* eblock(addr), etrack(addr): SUCCESS, or what the readable leaf does. */
 static PyObject *
-simulated_pages(PyObject *store)
+eblock(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    return is_exactly(store, (PyObject *)record_types[KIND_DictStore])
-        ? ((DictStore *)store)->_pages
-        : NULL;
+    return at_address(self, EBLOCK, args, count);
 }
 
 static PyObject *
-freeze_page(PyObject *store, EpcPage *page)
+etrack(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *pages = simulated_pages(store), *data = NULL;
-
-    if (pages != NULL)
-        data = PyDict_GetItemWithError(pages, page->addr);
-    Py_XINCREF(data);
-    return data != NULL || PyErr_Occurred() ? data : freeze(store, page);
+    return at_address(self, ETRACK, args, count);
 }
 
-static int
-drop_page(PyObject *store, EpcPage *page)
+PyObject *
+call_on_page(PyObject *leaves, enum leaf which, SgxEpcPage *page)
 {
-    PyObject *pages = simulated_pages(store);
+    struct bound_leaf leaf;
+    PyObject *result = NULL;
+    EpcPage *entry;
 
-    return pages != NULL ? PyDict_DelItem(pages, page->addr) : drop(store, page);
-}
-
-static int
-fill_page(PyObject *store, EpcPage *page, PyObject *data)
-{
-    PyObject *pages = simulated_pages(store);
-    const char *bytes = pages != NULL && PyBytes_Check(data) ? PyBytes_AsString(data) : NULL;
-
-    /* Pages of zeros share an object. */
-    return bytes != NULL && *bytes ? PyDict_SetItem(pages, page->addr, data)
-                                   : fill(store, page, data);
-}
-
-/* What is left of EWB when all checks have passed: (ciphertext and MAC, flags, EID); or SUCCESS, if
- * they have gone to the place that there is. */
-static PyObject *
-evict(PyObject *hw, EpcPage *page, EpcPage *va_page, ResidentSecs *enclave, uint64_t linaddr,
-      struct ewb_call *eviction)
-{
-    PyObject *key = paging_key(hw), *store = NULL, *plain = NULL, *sealed = NULL, *result = NULL;
-    struct mac_header header;
-    uint64_t version;
-
-    if (key == NULL)
-        goto done;
-    if (!is_exactly(key, given.PagingKey)) {
-        Py_INCREF(result = Py_None);
-        goto done;
-    }
-    if (next_version(key, &version) < 0
-        || !fill_header(&header, enclave->eid, linaddr, (uint64_t)eviction->flags))
-        goto done;
-    store = GETF(Machine, hw, store);
-    if (store == NULL || (plain = freeze_page(store, page)) == NULL)
-        goto done;
-    sealed = seal(key, version, plain, &header, eviction->place);
-    if (sealed == NULL || put_version(va_page, eviction->slot, version) < 0
-        || add_to_field(&enclave->children, -1) < 0
-        || drop_page(store, page) < 0)
-        goto done;
-    set_field(&page->valid, Py_False);
-    if (is_none(sealed)) {
-        Py_INCREF(eviction->eid = enclave->eid);
-        Py_INCREF(result = given.SUCCESS);
-    }
-    else
-        result = Py_BuildValue("OLO", sealed, (long long)eviction->flags, enclave->eid);
-    set_field(&page->secs, Py_None);
-done:
-    Py_XDECREF(sealed);
-    Py_XDECREF(plain);
-    Py_XDECREF(store);
-    Py_XDECREF(key);
-    return result;
-}
-
-/* As try_ewb(), of the EPCM entries of a page and of a VA page, either perhaps NULL. */
-static PyObject *
-ewb(PyObject *hw, EpcPage *page, EpcPage *va_page, struct ewb_call *eviction)
-{
-    PyObject *result = Py_None;
-    ResidentSecs *enclave;
-    EpcPage *secs;
-    int64_t epoch, blocked, cycles, previous;
-    uint64_t linaddr = 0, version;
-
-    if (page == NULL || !is_true(page->valid) || !is_true(page->blocked) || !is_unlocked(page)
-        || !is_usable_va(va_page) || (secs = AS(EpcPage, page->secs)) == NULL
-        || (enclave = AS(ResidentSecs, secs->enclave)) == NULL
-        || !is_false(enclave->tracking_lock) || !integer(enclave->epoch, &epoch)
-        || !integer(page->bepoch, &blocked) || !integer(enclave->prev_count, &previous))
-        goto given_back;
-    cycles = epoch - blocked;
-    if (cycles < 0)
-        goto given_back;
-    if (cycles < PyLong_AsLongLong(given.TRACKED_AGE) && (!cycles || previous)) {
-        result = given.NOT_TRACKED;
-        goto given_back;
-    }
-    if (get_version(va_page, eviction->slot, &version) < 0
-        || (page->linaddr != NULL && !unsigned_of(page->linaddr, &linaddr)))
+    if (find_leaf(leaves, which, &leaf) < 0)
         return NULL;
-    if (!version && secinfo_flags(page, &eviction->flags)) {
-        HOLD(page);
-        HOLD(va_page);
-        HOLD(enclave);
-        result = evict(hw, page, va_page, enclave, linaddr, eviction);
-        RELEASE(enclave);
-        RELEASE(va_page);
-        RELEASE(page);
-        return result;
-    }
-given_back:
-    Py_INCREF(result);
+    if (leaf.self == NULL)
+        result = PyObject_CallFunctionObjArgs(leaf.function, page->addr, NULL);
+    else if ((entry = entry_of(machine_of(leaf.self), page)) != NULL || !PyErr_Occurred())
+        result = on_page(leaf.self, which, entry, page->addr);
+    Py_DECREF(leaf.function);
     return result;
 }
+
+/* --- EWB and ELDU ------------------------------------------------------------------------------- */
 
 /* try_ewb(rcx, rdx): (ciphertext and MAC, flags, EID), NOT_TRACKED, or None. */
 static PyObject *
 try_ewb(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL;
+    PyObject *hw = machine_of(self), *pages = entries_of_machine(hw), *result = NULL;
     EpcPage *page, *va_page;
     struct ewb_call eviction = {0};
     int64_t slot_addr;
@@ -267,139 +194,19 @@ done:
     return result;
 }
 
-PyObject *
-ewb_to(PyObject *self, struct ewb_call *eviction)
-{
-    PyObject *pages, *hw = machine_of(self, &pages), *result = NULL;
-    EpcPage *page, *va_page;
-
-    if (pages == NULL)
-        return NULL;
-    page = entry_at(pages, eviction->addr);
-    va_page = page == NULL ? NULL : entry_at(pages, eviction->va_addr);
-    if (!PyErr_Occurred())
-        result = ewb(hw, page, va_page, eviction);
-    Py_DECREF(pages);
-    return result;
-}
-
-/* The entries of an ELDU, and its arguments; those perhaps NULL. */
-struct eldu {
-    EpcPage *page, *secs, *va_page;
-    int64_t slot;
-    PyObject *linaddr, *object, *type; /* the ciphertext is an object where `sealed` is NULL */
-    const char *sealed;
-    uint64_t flags;
-};
-
-/* Write the EPCM entry of a page that is loaded, but for VALID. */
-static int
-fill_entry(const struct eldu *eldu, const ResidentSecs *enclave)
-{
-    EpcPage *page = eldu->page;
-    uint64_t flags = eldu->flags;
-    int64_t epoch;
-
-    if (!integer(enclave->epoch, &epoch)
-        || set_integer(&page->rwx, (int64_t)(flags & 7)) < 0
-        || set_integer(&page->bepoch, epoch - PyLong_AsLongLong(given.TRACKED_AGE)) < 0)
-        return -1;
-    set_field(&page->pt, eldu->type);
-    set_field(&page->secs, (PyObject *)eldu->secs);
-    set_field(&page->linaddr, eldu->linaddr);
-    set_flag(&page->blocked, false);
-    set_field(&page->pending, flags & SECINFO_PENDING ? Py_True : Py_False);
-    set_field(&page->modified, flags & SECINFO_MODIFIED ? Py_True : Py_False);
-    set_field(&page->pr, flags & SECINFO_PR ? Py_True : Py_False);
-    set_field(&page->enclave, Py_None);
-    set_field(&page->slots, Py_None);
-    return 0;
-}
-
-/* What is left of ELDU when all checks but that of the MAC have passed: 1, or 0. */
-static int
-load(PyObject *hw, const struct eldu *eldu)
-{
-    ResidentSecs *enclave = (ResidentSecs *)eldu->secs->enclave;
-    PyObject *key = paging_key(hw), *plain = NULL, *store = NULL;
-    struct mac_header header;
-    uint64_t linaddr, version;
-    int status = -1;
-
-    if (key == NULL || !unsigned_of(eldu->linaddr, &linaddr))
-        goto done;
-    if (!is_exactly(key, given.PagingKey)) {
-        status = 0;
-        goto done;
-    }
-    if (!fill_header(&header, enclave->eid, linaddr, eldu->flags)
-        || get_version(eldu->va_page, eldu->slot, &version) < 0)
-        goto done;
-    plain = unseal(key, version, eldu->object, eldu->sealed, &header);
-    if (plain == NULL) {
-        if (given.InvalidTag != NULL && PyErr_ExceptionMatches(given.InvalidTag)) {
-            PyErr_Clear();
-            status = 0;
-        }
-        goto done;
-    }
-    store = GETF(Machine, hw, store);
-    if (fill_entry(eldu, enclave) < 0 || store == NULL || fill_page(store, eldu->page, plain) < 0
-        || put_version(eldu->va_page, eldu->slot, 0) < 0
-        || add_to_field(&enclave->children, 1) < 0)
-        goto done;
-    set_field(&eldu->page->valid, Py_True);
-    status = 1;
-done:
-    Py_XDECREF(store);
-    Py_XDECREF(plain);
-    Py_XDECREF(key);
-    return status;
-}
-
-/* Whether a page was loaded: as try_eldu(), with the entries that were found: 0, 1, or -1 with an
- * error. */
-static int
-eldu(PyObject *hw, struct eldu *eldu)
-{
-    EpcPage *page = eldu->page, *secs = eldu->secs;
-    PyObject *number;
-    int64_t lock;
-    int status;
-
-    if (page == NULL || !is_false(page->valid) || !is_unlocked(page)
-        || !is_usable_va(eldu->va_page) || secs == NULL || !is_true(secs->valid)
-        || AS(ResidentSecs, secs->enclave) == NULL || !integer(secs->lock, &lock) || lock < 0)
-        return 0;
-    number = PyLong_FromUnsignedLongLong(eldu->flags >> 8);
-    eldu->type = number == NULL ? NULL : PyDict_GetItemWithError(given.child_types, number);
-    Py_XDECREF(number);
-    if (eldu->type == NULL)
-        return PyErr_Occurred() ? -1 : 0;
-    HOLD(page);
-    HOLD(eldu->va_page);
-    HOLD(secs);
-    status = load(hw, eldu);
-    RELEASE(secs);
-    RELEASE(eldu->va_page);
-    RELEASE(page);
-    return status;
-}
-
 /* try_eldu(linaddr, secs_addr, sealed, flags, rcx, rdx): whether it was loaded. */
 static PyObject *
 try_eldu(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *pages, *hw = machine_of(self, &pages);
+    PyObject *hw = machine_of(self), *pages = entries_of_machine(hw);
     struct eldu found = {0};
     int64_t slot_addr;
     int status = -1;
 
     if (pages == NULL || !right_arguments(count, 6))
         goto done;
-    if (!unsigned_of(args[3], &found.flags))
+    if (!unsigned_of(args[0], &found.linaddr) || !unsigned_of(args[3], &found.flags))
         goto done;
-    found.linaddr = args[0];
     found.object = args[2];
     found.page = entry_at(pages, args[4]);
     if (found.page != NULL && integer(args[5], &slot_addr) && slot_addr % SLOT_BYTES == 0) {
@@ -412,27 +219,6 @@ try_eldu(PyObject *self, PyObject *const *args, Py_ssize_t count)
 done:
     Py_XDECREF(pages);
     return status < 0 ? NULL : PyBool_FromLong(status);
-}
-
-int
-eldu_from(PyObject *self, const struct eldu_call *loading)
-{
-    PyObject *pages, *hw = machine_of(self, &pages);
-    struct eldu found = {.slot = loading->slot, .sealed = loading->sealed};
-    int status = -1;
-
-    if (pages == NULL || !unsigned_of(loading->flags, &found.flags)
-        || (found.linaddr = PyLong_FromUnsignedLongLong(loading->linaddr)) == NULL)
-        goto done;
-    found.page = entry_at(pages, loading->addr);
-    found.va_page = found.page != NULL ? entry_at(pages, loading->va_addr) : NULL;
-    found.secs = found.va_page != NULL ? entry_at(pages, loading->secs_addr) : NULL;
-    if (!PyErr_Occurred())
-        status = eldu(hw, &found);
-done:
-    Py_XDECREF(found.linaddr);
-    Py_XDECREF(pages);
-    return status;
 }
 
 /* --- leaves by name ----------------------------------------------------------------------------- */
@@ -518,6 +304,8 @@ bound_leaves(PyObject *Py_UNUSED(module), PyObject *self)
 
 static PyMethodDef module_functions[] = {
     {"leaves", bound_leaves, METH_VARARGS, "leaves(cpu, machine): leaves by name."},
+    {"write_entry", FAST(write_entry),
+     "write_entry(page, pt, rwx, secs, linaddr, pending, slots, valid): an EPCM entry, VALID last."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,18 +1,77 @@
-/* What the parts of the leaves in C share: leaves.c, tracking.c, cipher.c, versions.c. */
+/* What the parts of the leaves in C share: leaves.c, tracking.c, ewb.c, eldu.c, cipher.c, versions.c. */
 
 #ifndef LEAVES_H
 #define LEAVES_H
 
 #include "speedups.h"
 
-/* The processor of a leaf, borrowed. */
+/* SECINFO.FLAGS. */
+#define SECINFO_PENDING 8
+#define SECINFO_MODIFIED 16
+#define SECINFO_PR 32
+
+/* The processor of a leaf, borrowed; its machine, borrowed. */
 PyObject *cpu_of(PyObject *self);
+PyObject *machine_of(PyObject *self);
 
-/* Its machine, borrowed; the machine's map of pages, a new reference, or NULL. */
-PyObject *machine_of(PyObject *self, PyObject **pages);
+/* A machine's map of pages, a new reference, or NULL. */
+PyObject *entries_of_machine(PyObject *hw);
 
-/* The EPCM entry at an EPC address, borrowed; NULL: none, perhaps with an error. */
+/* The EPCM entry at an EPC address, and that of the VA page with a slot, borrowed; NULL: none, perhaps
+ * with an error. */
 EpcPage *entry_at(PyObject *pages, PyObject *addr);
+EpcPage *entry_of_slot(PyObject *pages, int64_t slot_addr);
+
+/* The same of an EPC page: it holds its entry from then on.  Each page of a core is one of its
+ * machine, whose map never changes an entry for another. */
+EpcPage *entry_of(PyObject *hw, SgxEpcPage *page);
+
+bool right_arguments(Py_ssize_t count, Py_ssize_t wanted);
+
+static inline bool
+is_unlocked(const EpcPage *page)
+{
+    return page->lock == 0;
+}
+
+/* Whether a leaf can use a slot of this VA page, sharing the page with other leaves. */
+static inline bool
+is_usable_va(const EpcPage *page)
+{
+    return page != NULL && is_true(page->valid) && page->slots != NULL && !is_none(page->slots)
+        && page->lock >= 0;
+}
+
+/* The bytes of a simulated machine's pages, borrowed; NULL: another store has them. */
+static inline PyObject *
+simulated_pages(PyObject *store)
+{
+    return is_exactly(store, (PyObject *)record_types[KIND_DictStore])
+        ? ((DictStore *)store)->_pages
+        : NULL;
+}
+
+/* EBLOCK and ETRACK, in the case that succeeds: 1; 0: another case; -1: an error. */
+int try_eblock(EpcPage *page);
+int try_etrack(EpcPage *page);
+
+/* Cycles after which a page is tracked. */
+int64_t tracked_age(void);
+
+/* EWB of a page to a slot of a VA page, by their entries, either perhaps NULL: as try_ewb(). */
+PyObject *ewb(PyObject *hw, EpcPage *page, EpcPage *va_page, struct ewb_call *eviction);
+
+/* The entries of an ELDU, perhaps NULL, and its arguments. */
+struct eldu {
+    EpcPage *page, *secs, *va_page;
+    int64_t slot;
+    uint64_t linaddr, flags;
+    PyObject *object, *type; /* the ciphertext is an object where `sealed` is NULL */
+    const char *sealed;
+};
+
+/* Whether a page was loaded: as try_eldu(): 0, 1, or -1 with an error. */
+int eldu(PyObject *hw, struct eldu *eldu);
 
 /* The version in a slot of a VA page that has slots: 0, or -1 with an error. */
 int get_version(const EpcPage *va_page, int64_t slot, uint64_t *version);
@@ -40,10 +99,5 @@ PyObject *seal(PyObject *key, uint64_t version, PyObject *plain, const struct ma
 /* The plaintext of ciphertext and MAC, which are memory, or (NULL) an object. */
 PyObject *unseal(PyObject *key, uint64_t version, PyObject *object, const char *sealed,
                  const struct mac_header *header);
-
-bool right_arguments(Py_ssize_t count, Py_ssize_t wanted);
-
-/* etrack(addr): SUCCESS, or what the readable leaf does. */
-PyObject *etrack(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 #endif

@@ -67,9 +67,6 @@ int add_tallies(PyObject *module);
 #define ENCLAVE_PAGE_TABLE(X)                                                                    \
     X(_entries) X(_installed) X(_mapped_in) X(_marked) X(_pages) X(_prots) X(_store) X(_used)    \
     X(index) X(is_readable) X(kick_all) X(memory_at) X(pager)
-#define EPC_PAGE(X)                                                                              \
-    X(addr) X(bepoch) X(blocked) X(enclave) X(linaddr) X(lock) X(modification_lock)              \
-    X(modified) X(pending) X(pr) X(pt) X(rwx) X(secs) X(slots) X(stored) X(valid)
 #define FAULT_EVENTS(X)                                                                          \
     X(epoll) X(images) X(in_a_row) X(latest) X(may_have_stopped) X(signals)
 #define FAULTING_IMAGE(X)                                                                        \
@@ -158,7 +155,7 @@ int add_tallies(PyObject *module);
 #define RECORDS(X)                                                                               \
     X(Claim, CLAIM) X(DictStore, DICT_STORE) X(EnclaveMode, ENCLAVE_MODE) X(Slot, SLOT)          \
     X(EnclaveMm, ENCLAVE_MM) X(EnclavePages, ENCLAVE_PAGES)                                      \
-    X(EpcPage, EPC_PAGE) X(InlineLock, INLINE_LOCK)                                              \
+    X(InlineLock, INLINE_LOCK)                                                                   \
     X(Pinned, PINNED) X(AllocSlowPath, ALLOC_SLOW_PATH)                                             \
     X(SwapEntries, SWAP_ENTRIES) X(SwapEntry, SWAP_ENTRY) X(VaSlot, VA_SLOT)                     \
     X(FlatFile, FLAT_FILE) X(SealedPages, SEALED_PAGES) X(SparseNumbers, SPARSE_NUMBERS)         \
@@ -525,13 +522,16 @@ struct bound_leaf {
 };
 int find_leaf(PyObject *leaves, enum leaf which, struct bound_leaf *leaf);
 
+/* hw: call EBLOCK or ETRACK on a page. */
+PyObject *call_on_page(PyObject *leaves, enum leaf which, SgxEpcPage *page);
+
 /* hw: call a leaf with arguments that end with NULL. */
 PyObject *call_leaf(PyObject *leaves, enum leaf leaf, PyObject *const args[7]);
 
 /* hw: as try_ewb() of a leaf that C code has bound: with a place for ciphertext and MAC that may be
  * SUCCESS, if they are there. */
 struct ewb_call {
-    PyObject *addr, *va_addr; /* borrowed, as all that is given */
+    SgxEpcPage *page, *va_page; /* borrowed, as all that is given */
     int64_t slot;
     char *place;
     int64_t flags; /* for SUCCESS; and a new reference: */
@@ -541,7 +541,8 @@ PyObject *ewb_to(PyObject *self, struct ewb_call *eviction);
 
 /* hw: as try_eldu() of such a leaf, of ciphertext and MAC in memory. */
 struct eldu_call {
-    PyObject *addr, *secs_addr, *va_addr, *flags;
+    SgxEpcPage *page, *secs, *va_page;
+    PyObject *flags;
     uint64_t linaddr;
     int64_t slot;
     const char *sealed;

@@ -220,8 +220,8 @@ try_ewb(struct out_page *out)
     }
     contents = GETF(FlatFile, out->file, _sealed);
     if (contents != NULL && sealed_room(contents, out->reservation->index, &out->place) >= 0) {
-        out->eviction.addr = out->page->addr;
-        out->eviction.va_addr = out->va_epc->addr;
+        out->eviction.page = out->page;
+        out->eviction.va_page = out->va_epc;
         out->eviction.place = out->place.bytes;
         sealed = ewb_to(leaf.self, &out->eviction);
     }

@@ -90,7 +90,7 @@ try_eldu(struct in_page *in, uint64_t linaddr)
     PyObject *leaves = GETF(CompiledSwap, in->swap, _leaves), *address, *slot_addr, *bytes;
     struct bound_leaf leaf = {0};
     struct eldu_call loading = {
-        in->page->addr, in->secs->addr, in->va_epc->addr, in->flags,
+        in->page, in->secs, in->va_epc, in->flags,
         linaddr, in->slot->number, in->sealed.bytes,
     };
     int status = -1;

@@ -1,41 +1,51 @@
-/* ETRACK: as softsgx.hw.optimised.paging. */
+/* EBLOCK and ETRACK: as softsgx.hw.optimised.paging. */
 
 #include "leaves.h"
+
+int64_t
+tracked_age(void)
+{
+    static int64_t age;
+
+    if (age == 0)
+        age = PyLong_AsLongLong(given.TRACKED_AGE);
+    return age;
+}
+
+int
+try_eblock(EpcPage *page)
+{
+    const EpcPage *secs = AS(EpcPage, page->secs);
+    const ResidentSecs *enclave = secs == NULL ? NULL : AS(ResidentSecs, secs->enclave);
+    int64_t epoch;
+
+    if (!is_true(page->valid) || !is_false(page->blocked) || !is_unlocked(page) || enclave == NULL
+        || !is_false(enclave->etrack_running) || !integer(enclave->epoch, &epoch))
+        return 0;
+    set_flag(&page->blocked, true);
+    page->bepoch = epoch;
+    return 1;
+}
 
 /* As start_cycle() of tracking.py, with an enclave whose previous cycle is complete. */
 static int
 start_cycle(ResidentSecs *enclave, int64_t inside)
 {
-    if (add_to_field(&enclave->epoch, 1) < 0 || set_integer(&enclave->prev_count, inside) < 0)
+    if (add_to_field(&enclave->epoch, 1) < 0 || set_integer(&enclave->prev_count, inside) < 0
+        || set_integer(&enclave->cur_count, 0) < 0)
         return -1;
-    return set_integer(&enclave->cur_count, 0);
+    return 1;
 }
 
-PyObject *
-etrack(PyObject *self, PyObject *const *args, Py_ssize_t count)
+int
+try_etrack(EpcPage *page)
 {
-    PyObject *pages, *result = NULL;
-    ResidentSecs *enclave;
-    EpcPage *page;
-    int64_t lock, inside, previous;
+    ResidentSecs *enclave = AS(ResidentSecs, page->enclave);
+    int64_t inside, previous;
 
-    machine_of(self, &pages);
-    if (pages == NULL || !right_arguments(count, 1))
-        goto done;
-    page = entry_at(pages, args[0]);
-    if (PyErr_Occurred())
-        goto done;
-    if (page != NULL && is_true(page->valid) && page->pt == given.SECS
-        && integer(page->lock, &lock) && lock >= 0
-        && (enclave = AS(ResidentSecs, page->enclave)) != NULL && is_false(enclave->tracking_lock)
-        && integer(enclave->prev_count, &previous) && previous == 0
-        && integer(enclave->cur_count, &inside)) {
-        if (start_cycle(enclave, inside) == 0)
-            Py_INCREF(result = given.SUCCESS);
-    }
-    else
-        result = PyObject_CallFunctionObjArgs(given.etrack, cpu_of(self), args[0], NULL);
-done:
-    Py_XDECREF(pages);
-    return result;
+    if (!is_true(page->valid) || page->pt != given.SECS || page->lock < 0 || enclave == NULL
+        || !is_false(enclave->tracking_lock) || !integer(enclave->prev_count, &previous)
+        || previous != 0 || !integer(enclave->cur_count, &inside))
+        return 0;
+    return start_cycle(enclave, inside);
 }

@@ -22,6 +22,7 @@ from softsgx.driver.counts import EnclaveCounts
 from softsgx.driver.mm import EnclaveVma
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.sync import RwLock
+from softsgx.hw import EpcPage
 from softsgx.hw.secs import Crossings, ResidentSecs
 from softsgx.paging import Counters, FlatBacking, SgxEpcPage
 from softsgx.paging.ksgxd import Ksgxd
@@ -43,11 +44,21 @@ def records() -> list[Any]:
 
 RECORDS = [type(one) for one in records()]
 CLASSES: list[Any] = [
-    *(*RECORDS, EnclavePage, EnclaveVma, EpcCgroup, FlatBacking, Ksgxd, ResidentSecs, RwLock),
+    *(
+        *RECORDS,
+        EnclavePage,
+        EnclaveVma,
+        EpcCgroup,
+        EpcPage,
+        FlatBacking,
+        Ksgxd,
+        ResidentSecs,
+        RwLock,
+    ),
     *(SgxEpcPage, VaArray, VaPage),
 ]
-#: Bytes of the links of a page that can be on a list.
-LINKS = {SgxEpcPage: 24, VaPage: 24}
+#: Bytes of the links of a page that can be on a list, and of its EPCM entry.
+LINKS = {SgxEpcPage: 24 + 8, VaPage: 24}
 needs_core = pytest.mark.skipif(compiled.speedups is None, reason=compiled.description)
 
 

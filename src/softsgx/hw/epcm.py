@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from softsgx import compiled
 from softsgx.arch import VA_SLOTS, EpcAddr, PageType, SecInfoFlags
+from softsgx.compiled import record
 
 if TYPE_CHECKING:
     from softsgx.hw.secs import ResidentSecs
@@ -29,6 +30,7 @@ _NO_VERSIONS = bytes(_VERSIONS.size)
 _PENDING, _MODIFIED, _PR = map(int, (SecInfoFlags.PENDING, SecInfoFlags.MODIFIED, SecInfoFlags.PR))
 
 
+@record
 class EpcPage:
     """One EPC page: its EPCM entry, its locks, and the content of SECS and VA pages.
 
@@ -50,6 +52,19 @@ class EpcPage:
         slots: of a VA page, its 512 versions; 0 is an empty slot.
         stored: what the machine's page store keeps with the page; nothing else uses it.
     """
+
+    pt: PageType
+    rwx: int
+    secs: EpcPage | None
+    linaddr: int
+    blocked: bool
+    pending: bool
+    modified: bool
+    pr: bool
+    bepoch: int
+    enclave: ResidentSecs | None
+    slots: MutableSequence[int] | None
+    valid: bool
 
     __slots__ = (
         "addr",
@@ -74,16 +89,8 @@ class EpcPage:
         self.addr = addr
         self.lock = 0
         self.modification_lock = False
-        self.valid = False
-        self.pt = PageType.REG
-        self.rwx = 0
-        self.secs: EpcPage | None = None
-        self.linaddr = 0
-        self.blocked = self.pending = self.modified = self.pr = False
-        self.bepoch = 0
-        self.enclave: ResidentSecs | None = None
-        self.slots: MutableSequence[int] | None = None
         self.stored: Any = None
+        _write(self, PageType.REG, 0, None, 0, False, None, False)
 
     def clear(self) -> None:
         """Make the entry invalid and drop the page's content."""
@@ -101,13 +108,8 @@ class EpcPage:
         valid: bool = True,
     ) -> None:
         """Write a new entry, VALID last; with ``valid=False`` the caller sets VALID itself."""
-        self.pt, self.rwx, self.secs, self.linaddr = pt, rwx, secs, linaddr
-        self.blocked = self.modified = self.pr = False
-        self.pending = pending
-        self.bepoch = 0
-        self.enclave = None
-        self.slots = unpack_versions(_NO_VERSIONS) if pt is PageType.VA else None
-        self.valid = valid
+        slots = unpack_versions(_NO_VERSIONS) if pt is PageType.VA else None
+        _write(self, pt, rwx, secs, linaddr, pending, slots, valid)
 
     def valid_as(self, pt: PageType) -> bool:
         """Return whether VALID is 1 and PT is ``pt``."""
@@ -143,6 +145,32 @@ class EpcPage:
         flags = [n for n in ("blocked", "pending", "modified", "pr") if getattr(self, n)]
         words = [self.pt.name, rights, f"{self.linaddr:#x}", *flags]
         return f"<EPC {self.addr:#x} {' '.join(words)}>"
+
+
+def _write_fields(
+    page: EpcPage,
+    pt: PageType,
+    rwx: int,
+    secs: EpcPage | None,
+    linaddr: int,
+    pending: bool,
+    slots: MutableSequence[int] | None,
+    valid: bool,
+) -> None:
+    page.pt, page.rwx, page.secs, page.linaddr = pt, rwx, secs, linaddr
+    page.blocked = page.modified = page.pr = False
+    page.pending = pending
+    page.bepoch = 0
+    page.enclave = None
+    page.slots = slots
+    page.valid = valid
+
+
+_write: Callable[..., None] = (
+    _write_fields
+    if compiled.speedups is None
+    else compiled.speedups.write_entry  # Python code writes fields of a structure slowly
+)
 
 
 def pack_versions(slots: MutableSequence[int]) -> bytes:
