@@ -14,6 +14,8 @@ from tests.differential.test_fault_corners import handle
 from tests.differential.test_paging_corners import compare, evicted, load
 from tests.model.test_random_programs import World
 
+from softsgx import compiled
+from softsgx.driver import fault, optimised
 from softsgx.driver.page import EnclavePage
 from softsgx.driver.pages import EnclavePages
 from softsgx.paging import EpcBusy, FaultResult
@@ -61,6 +63,27 @@ def test_a_page_that_takes_the_place_of_another_one_is_found() -> None:
 
     result, resident, before, touched, _touched = compare(action)
     assert (result, resident, before, touched) == (FaultResult.NOPAGE, True, None, True)
+
+
+@pytest.mark.parametrize("chunks", [1, -1, 1 << 20, 1 << 40])
+def test_pages_of_two_chunks_are_told_apart(chunks: int) -> None:
+    def action(world: World) -> object:
+        first, second = evicted(world, 2)
+        mm, result = world.actor.process.mm, handle(world, first)[0]
+        vma: Any = mm.find(first.linaddr)
+        ended: object = None
+        act = fault.handle if not world.optimised else optimised.handle
+        if world.optimised == "compiled":
+            assert compiled.speedups is not None
+            act = compiled.speedups.handle
+        away = second.linaddr + (chunks << 19)
+        try:
+            ended = act(second.enclave, mm, vma, away % 2**64, None)[0]
+        except Exception as error:
+            ended = type(error)
+        return result, ended, second.epc, first.epc is not None
+
+    assert compare(action)[2:] == (None, True)
 
 
 def limited(world: World, child: Any, limit: str) -> None:
