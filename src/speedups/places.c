@@ -19,7 +19,7 @@ places_append(Places *places, uint32_t number)
     uint32_t *numbers;
 
     if (places->count == room) {
-        room = room ? 2 * room : 64;
+        room += room / 8 + 64;
         numbers = realloc(places->numbers, (size_t)room * sizeof(uint32_t));
         if (numbers == NULL) {
             PyErr_NoMemory();

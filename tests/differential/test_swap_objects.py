@@ -5,6 +5,7 @@ See ``test_paging_corners`` for the method.  ``FLAT`` are the implementations wi
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
 from types import SimpleNamespace
@@ -239,6 +240,34 @@ def test_blocks_of_ciphertext_are_freed_with_the_last_page(optimised: Any, pages
             load(world, page, group=world.group)
     assert len(sealed._blocks) == 1 and not len(sealed)
     assert sorted(sealed.free) == list(range(BLOCK_PAGES))
+
+
+@pytest.mark.parametrize("optimised", FLAT)
+def test_pages_of_many_chunks_come_and_go_in_any_order(optimised: Any) -> None:
+    world, rng = world_of(optimised, 700), random.Random(1)
+    build(world.actor.process, plan_for(600), base=1 << 32)
+    enclave = world.system.driver.enclaves[-1]
+    every: list[Any] = [page for page in enclave.pages.values() if page.epc and page.epc.lru]
+    backing: Any = enclave.swap._backing
+    rng.shuffle(every)
+    for at in range(0, len(every), 16):
+        evict_together(world, every[at : at + 16])
+    assert enclave.swap.secs is None, "the SECS leaves with the last page"
+    groups = {page.index // 32 for page in every} | {enclave.swap._pages // 32}
+    assert backing.pcmd_pages == len(groups) > 16
+    rng.shuffle(every)
+    for page in every[:300]:
+        load(world, page, group=world.group)
+    gone = {page.index: page for page in every if page.entry is not None}
+    assert backing.pcmd_pages == len({index // 32 for index in gone})
+    assert [index for index, _sealed in backing.sealed.items()] == sorted(gone)
+    # C code holds none of the chunks once they are cleared.
+    numbers = (enclave.swap.entries._numbers, backing.sealed._places, backing.sharers)
+    chunks = [weakref.ref(chunk) for each in numbers for chunk in each.chunks.values()]
+    assert len(chunks) > 10
+    for each in numbers:
+        each.clear()
+    assert not any(chunk() for chunk in chunks)
 
 
 def test_a_load_without_a_free_page_has_used_its_va_page() -> None:
