@@ -322,11 +322,24 @@ done:
 
 /* A PCMD page has its last sharer no more: as FlatFile._leave(). */
 static int
-leave(PyObject *file, int64_t index)
+leave(PyObject *file, PyObject *flat, Counters *counters, int64_t index)
 {
-    PyObject *number = PyLong_FromLongLong(index);
-    int status = number == NULL ? -1 : effect(CALL(file, _leave, number, NULL));
+    FlatFile *record = AS(FlatFile, file);
+    uint32_t *kept = NULL;
+    PyObject *number;
+    int status;
 
+    if (record != NULL && record->_sharers != NULL && record->_tracer == Py_None
+        && number_at(record->_sharers, index >> PCMDS_SHIFT, &kept) < 0)
+        return -1;
+    if (kept != NULL) {
+        *kept = 0;
+        if (ADD_INTEGER(FlatBacking, flat, pcmd_pages, -1) < 0)
+            return -1;
+        return add_to_field(&counters->pcmd_truncated, 1);
+    }
+    number = PyLong_FromLongLong(index);
+    status = number == NULL ? -1 : effect(CALL(file, _leave, number, NULL));
     Py_XDECREF(number);
     return status;
 }
@@ -357,7 +370,7 @@ forget(PyObject *file, Counters *counters, int64_t index)
         && forget_unusual(flat, index) == 0 && add_to_field(&counters->truncated, 1) == 0)
         status = share(file, flat, index, -1);
     if (status > 0)
-        status = leave(file, index);
+        status = leave(file, flat, counters, index);
     Py_XDECREF(flat);
     Py_XDECREF(contents);
     return status;
