@@ -121,8 +121,8 @@ read_some(int descriptor, off_t start, int pages, PyObject **contents)
         PyErr_SetFromErrno(PyExc_OSError);
     }
 failed:
-    while (count > 0)
-        Py_CLEAR(contents[--count]);
+    while (count-- > 0)
+        Py_CLEAR(contents[count]);
     return -1;
 }
 
@@ -160,22 +160,22 @@ take_run(int descriptor, uint64_t start, uint64_t end, PyObject **contents)
 static int
 append_run(int descriptor, uint64_t start, uint64_t end, PyObject *list)
 {
-    size_t count = end > start ? (end - start) / PAGE_BYTES : 0;
-    PyObject **contents = PyMem_Calloc(count, sizeof *contents);
-    int status;
+    PyObject *contents[MOST_AT_ONCE];
+    int status = 0;
 
-    if (contents == NULL) {
-        PyErr_NoMemory();
-        return -1;
+    for (uint64_t at = start; at < end; at += (uint64_t)MOST_AT_ONCE * PAGE_BYTES) {
+        uint64_t rest = (end - at) / PAGE_BYTES;
+        int pages = rest < MOST_AT_ONCE ? (int)rest : MOST_AT_ONCE;
+
+        if (status < 0 || read_some(descriptor, (off_t)at, pages, contents) < 0)
+            return -1;
+        for (int index = 0; index < pages; index++) {
+            if (status == 0)
+                status = PyList_Append(list, contents[index]);
+            Py_DECREF(contents[index]);
+        }
     }
-    status = take_run(descriptor, start, end, contents);
-    for (size_t index = 0; index < count; index++) {
-        if (status == 0)
-            status = PyList_Append(list, contents[index]);
-        Py_XDECREF(contents[index]);
-    }
-    PyMem_Free(contents);
-    return status;
+    return status < 0 ? -1 : punch(descriptor, (off_t)start, (off_t)(end - start));
 }
 
 static PyObject *
