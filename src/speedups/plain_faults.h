@@ -1,4 +1,5 @@
-/* What the parts of PlainFaults in C share: plain_faults.c, waiting_faults.c, unseen.c. */
+/* What the parts of PlainFaults in C share: plain_faults.c, plain_waits.c, waiting_faults.c,
+ * waiting_calls.c, unseen.c. */
 
 #ifndef PLAIN_FAULTS_H
 #define PLAIN_FAULTS_H
@@ -8,6 +9,7 @@
 /* The thread of the last event, its key among the threads, and what it has until it ends. */
 struct known {
     PyObject *thread, *key, *image, *cpu, *hw, *mm, *page_table;
+    PyObject *inside, *slot; /* where it is, and the slot of permits of that TCS; NULL: not known */
 };
 
 /* The objects that PlainFaults has; they are the same for a run. */
@@ -30,6 +32,20 @@ struct fault {
     uint64_t page; /* its address */
     bool waits, stopped; /* the thread waits in the kernel; it was stopped meanwhile, to make calls */
 };
+
+/* What has been waited for. */
+struct found {
+    bool is_event;
+    struct fault_event event;
+    int tid, status, fetched; /* otherwise: of a stop or an end */
+};
+
+/* Find what waits for events need: 0, or -1 with an error. */
+int find_events(struct service *service);
+
+/* Wait for a stop, an end or an event, as Waits where that has something to do at a time: 0; 1: the wait
+ * has ended without any; or -1. */
+int wait_for(struct service *service, int events, struct found *found);
 
 /* Set the address of a fault: 0, or -1 with an error. */
 int set_address(struct fault *fault, uint64_t linaddr);

@@ -11,48 +11,74 @@ gate_of(PyObject *slot)
     return GET_ADDRESS(Slot, slot, gate_at, &at) < 0 ? NULL : (volatile uint64_t *)(uintptr_t)at;
 }
 
+/* The slot of the TCS by which a thread is inside: a new reference; NULL, and no error: there is none.  A
+ * TCS keeps its slot as long as the address space exists. */
+static PyObject *
+find_slot(struct service *service, struct fault *fault)
+{
+    struct known *known = &service->known;
+    PyObject *table, *slots = NULL, *tcs = NULL, *slot = NULL;
+
+    if (known->slot != NULL && known->image == fault->image && known->inside == fault->inside) {
+        Py_INCREF(known->slot);
+        return known->slot;
+    }
+    if ((table = GETF(FaultingImage, fault->image, permits)) == NULL)
+        return NULL;
+    if (!is_none(table) && !is_none(fault->inside)
+        && (slots = GETF(PermitTable, table, _slots)) != NULL
+        && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL) {
+        if (PyDict_Check(slots))
+            slot = PyDict_GetItemWithError(slots, tcs);
+        else
+            PyErr_SetString(PyExc_TypeError, "slots of permits are in no dict");
+    }
+    Py_XINCREF(slot);
+    if (slot != NULL && known->image == fault->image) {
+        Py_INCREF(slot);
+        replace(&known->slot, slot);
+        Py_INCREF(fault->inside);
+        replace(&known->inside, fault->inside);
+    }
+    Py_XDECREF(tcs);
+    Py_XDECREF(slots);
+    Py_DECREF(table);
+    return slot;
+}
+
+/* Whether a thread has been inside alone since its gate was opened: as has_only() of slots. */
+static int
+has_only(PyObject *slot, PyObject *thread)
+{
+    int status = IS(Slot, slot) ? ((Slot *)slot)->inside == thread
+                                : has(slot, names.inside, thread);
+    volatile uint64_t *gate;
+    uint64_t opened;
+
+    if (status <= 0)
+        return status;
+    gate = gate_of(slot);
+    return gate == NULL || GET_ADDRESS(Slot, slot, opened, &opened) < 0 ? -1 : *gate == opened;
+}
+
 /* Record the slot whose gate only the thread can use, if it has one open: as Permits.report(). */
 static int
 is_unused(struct service *service, struct fault *fault)
 {
-    PyObject *table = GETF(FaultingImage, fault->image, permits), *slots = NULL, *tcs = NULL;
-    PyObject *slot = NULL;
-    volatile uint64_t *gate;
-    uint64_t opened;
-    int status = -1;
+    PyObject *slot = find_slot(service, fault);
+    int status;
 
-    if (table == NULL)
-        return -1;
-    if (is_none(table) || is_none(fault->inside)) {
-        Py_DECREF(table);
-        return 0;
-    }
-    if ((slots = GETF(PermitTable, table, _slots)) != NULL && PyDict_Check(slots)
-        && (tcs = GETF(EnclaveMode, fault->inside, tcs_linaddr)) != NULL) {
-        slot = PyDict_GetItemWithError(slots, tcs);
-        Py_XINCREF(slot);
-        status = slot != NULL ? PySet_Contains(service->open, slot) : PyErr_Occurred() ? -1 : 0;
-        if (status > 0)
-            status = IS(Slot, slot) ? ((Slot *)slot)->inside == fault->thread
-                                    : has(slot, names.inside, fault->thread);
-        if (status > 0) {
-            gate = gate_of(slot);
-            if (gate == NULL || GET_ADDRESS(Slot, slot, opened, &opened) < 0)
-                status = -1;
-            else
-                status = *gate == opened;
-        }
-        if (status > 0 && PyDict_SetItem(service->unused, fault->thread, slot) < 0)
-            status = -1;
-        if (status > 0)
-            Py_INCREF(fault->slot = slot);
-    }
-    if (status < 0 && !PyErr_Occurred())
-        PyErr_SetString(PyExc_TypeError, "slots of permits are in no dict");
-    Py_XDECREF(slot);
-    Py_XDECREF(tcs);
-    Py_XDECREF(slots);
-    Py_DECREF(table);
+    if (slot == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    status = PySet_Contains(service->open, slot);
+    if (status > 0)
+        status = has_only(slot, fault->thread);
+    if (status > 0 && PyDict_SetItem(service->unused, fault->thread, slot) < 0)
+        status = -1;
+    if (status > 0)
+        fault->slot = slot;
+    else
+        Py_DECREF(slot);
     return status;
 }
 
