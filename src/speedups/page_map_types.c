@@ -198,11 +198,37 @@ set_difference_update(PyObject *self, PyObject *pages)
 
 /* --- numbers, as a mapping that derives from PageNumbers ------------------------------------------- */
 
+/* The page of an address, which may be any in it. */
+static int
+read_address_in(PyObject *key, uint64_t *at)
+{
+    int status = read_key(key, at);
+
+    if (status == 0 && PyLong_Check(key)) {
+        *at = PyLong_AsUnsignedLongLong(key);
+        if (*at == (uint64_t)-1 && PyErr_Occurred())
+            PyErr_Clear();
+        else
+            status = 1;
+    }
+    *at &= ~(uint64_t)(PAGE_BYTES - 1);
+    return status;
+}
+
+static int
+numbers_have(PyObject *self, PyObject *key)
+{
+    uint64_t at = 0;
+    int status = read_address_in(key, &at);
+
+    return status > 0 ? set_has(self, at) : status;
+}
+
 static PyObject *
 numbers_subscript(PyObject *self, PyObject *key)
 {
-    uint64_t at;
-    int status = read_key(key, &at);
+    uint64_t at = 0;
+    int status = read_address_in(key, &at);
 
     if (status > 0 && set_has(self, at))
         return PyLong_FromLong(numbers_get(self, at));
@@ -214,20 +240,24 @@ numbers_subscript(PyObject *self, PyObject *key)
 static int
 numbers_assign(PyObject *self, PyObject *key, PyObject *number)
 {
-    uint64_t at;
+    uint64_t at = 0;
     long value;
     int status;
 
     if (number == NULL) {
-        if ((status = read_key(key, &at)) > 0 && set_discard(self, at))
+        if ((status = read_address_in(key, &at)) > 0 && set_discard(self, at))
             return 0;
         if (status >= 0)
             PyErr_SetObject(PyExc_KeyError, key);
         return -1;
     }
     value = PyLong_AsLong(number);
-    if ((value == -1 && PyErr_Occurred()) || read_page(key, &at) < 0)
+    if ((value == -1 && PyErr_Occurred()) || (status = read_address_in(key, &at)) < 0)
         return -1;
+    if (status == 0) {
+        PyErr_Format(PyExc_ValueError, "%R is in no page", key);
+        return -1;
+    }
     if (value > 0 && value <= UINT8_MAX)
         return numbers_put(self, at, (uint8_t)value);
     if (value)
@@ -362,8 +392,21 @@ static PyMethodDef map_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyObject *
+numbers_discard(PyObject *self, PyObject *key)
+{
+    uint64_t at = 0;
+    int status = read_address_in(key, &at);
+
+    if (status < 0)
+        return NULL;
+    if (status)
+        set_discard(self, at);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef numbers_methods[] = {
-    {"discard", set_discard_method, METH_O, "Remove a page, if it is there."},
+    {"discard", numbers_discard, METH_O, "Remove a page, if it is there."},
     {"within", FAST(numbers_within), METH_FASTCALL,
      "within(start, end): the numbers of the pages in a range, lowest first."},
     {NULL, NULL, 0, NULL},
@@ -418,7 +461,7 @@ add_page_maps(PyObject *module)
         {Py_mp_length, (void *)pages_in},
         {Py_mp_subscript, (void *)numbers_subscript},
         {Py_mp_ass_subscript, (void *)numbers_assign},
-        {Py_sq_contains, (void *)has_page},
+        {Py_sq_contains, (void *)numbers_have},
         {0, NULL},
     };
     PyType_Slot set_slots[] = {

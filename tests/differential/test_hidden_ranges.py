@@ -38,6 +38,8 @@ pytestmark = [
     needs_tracing,
     pytest.mark.skipif(compiled.speedups is None, reason=compiled.description),
 ]
+STAY = (3, 4, 8, 10, 70)
+"""Pages that do not leave."""
 
 Mappings = list[tuple[int, int, str]]
 
@@ -88,7 +90,10 @@ class Site:
             linaddr = BASE + number * PAGE_BYTES
             record.memory, record.linaddr, record.rights = memory, linaddr, 3
             os.pwrite(memory.fd, bytes([number + 1]) * PAGE_BYTES, linaddr)
-            memory.pages[linaddr] = 3
+            memory.pages[linaddr] = self.pager._fetches.rights[linaddr] = 3
+            self.pager._watched.add(linaddr)
+        for number in STAY:
+            memory.pages[BASE + number * PAGE_BYTES] = 1
         self.store._leaving += self.records
 
     def state(self) -> object:
@@ -96,6 +101,11 @@ class Site:
             self.log,
             [(record.rights, record.data) for record in self.records],
             len(self.store._leaving),
+            [(at - BASE) // PAGE_BYTES for at in sorted(self.pager._watched)],
+            *(
+                (len(rights), [(at - BASE) // PAGE_BYTES for at in rights])
+                for rights in (self.memories["own"].pages, self.pager._fetches.rights)
+            ),
         )
 
     def close(self) -> None:
@@ -126,7 +136,8 @@ def compare(mappings: Mappings, threads: list[bool], faulting: int | None = None
         states.append(site.state())
         site.close()
     assert states[0] == states[1]
-    (notes, records, left) = cast(Any, states[0])
+    (notes, records, left, _watched, pages, _rights) = cast(Any, states[0])
+    assert pages == (len(STAY), list(STAY))
     assert left == 0 and all(rights == 0 for rights, _data in records)
     assert [data[:1] for _rights, data in records] == [bytes([number + 1]) for number in PAGES]
     return [note[:2] for note in notes]

@@ -49,8 +49,10 @@ def test_rights_are_those_that_were_set_last(
             case "delete":
                 with pytest.raises(KeyError):
                     del rights[page]
+                with pytest.raises(KeyError):
+                    rights[page + 8]
             case "discard":
-                rights.discard(page)
+                rights.discard(page + 8)
                 expected.pop(page, None)
             case _:
                 found = rights.within(page, page + length)
@@ -58,7 +60,8 @@ def test_rights_are_those_that_were_set_last(
                 assert list(found.items()) == [(at, expected[at]) for at in inside]
         assert rights == expected and len(rights) == len(expected)
         assert list(rights) == sorted(expected)
-        assert rights.get(page, 0) == expected.get(page, 0)
+        for at in (page, page + 1, page + PAGE - 1):
+            assert rights.get(at, 0) == expected.get(page, 0) and (at in rights) is (page in rights)
 
 
 def test_blocks_without_pages_do_not_accumulate() -> None:
