@@ -22,7 +22,7 @@ from tests.support.hw import RepeatingRuntime
 
 from softsgx.arch import VA_SLOTS
 from softsgx.hw.secrets import PagingKey
-from softsgx.paging import LoadFailed
+from softsgx.paging import LoadFailed, SwapSpace
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaSlot
 from softsgx.sim.stories.system import build, plan_for
@@ -415,3 +415,18 @@ def test_buffers_of_evictions_are_used_again(together: int) -> None:
                 load(world, page, group=world.group)
         # The compiled core takes a buffer only for an eviction that Python code ends.
         assert counts == [1 if world.system.core.compiled else together] * 4
+
+
+def test_a_reservation_of_python_code_is_used_by_c_code() -> None:
+    def action(world: World) -> object:
+        seen: list[object] = []
+        for page in pages_of(world)[:3]:
+            assert page.epc.lru.isolate_page(page.epc)
+            page.reservation, page.being_reclaimed = SwapSpace.prepare(page.swap, page.index), True
+            number = page.reservation.slot.number
+            assert page.block() and page.write()
+            seen.append((number, page.entry.slot.number == number))
+        return seen
+
+    numbers, same = zip(*compare(action), strict=True)
+    assert all(same) and max(numbers) > 0
