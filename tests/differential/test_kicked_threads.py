@@ -277,12 +277,13 @@ def noting_permits(kicked: Kicked) -> None:
 def leaving(kicked: Kicked) -> None:
     """A page that no table maps any more is hidden before the threads are interrupted."""
 
-    def hide(pages: list[int]) -> list[bytes]:
-        kicked.log.append(("hide", pages, kicked.scene.secs.crossings.aex))
-        return [b"\1" * 4096]
+    class Memory:
+        def hide(self, pages: list[int]) -> list[bytes]:
+            kicked.log.append(("hide", pages, kicked.scene.secs.crossings.aex))
+            return [b"\1" * 4096]
 
     record = StoredPage(EpcPage(EpcAddr(0x8000)))
-    record.memory, record.linaddr, record.rights = cast(Any, SimpleNamespace(hide=hide)), 4096, 3
+    record.memory, record.linaddr, record.rights = cast(Any, Memory()), 4096, 3
     kicked.scene.store._leaving.append(record)
 
 

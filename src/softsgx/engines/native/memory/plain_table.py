@@ -70,7 +70,7 @@ class PlainPageTable(EnclavePageTable):
         block, index = linaddr >> RIGHTS_SHIFT, linaddr >> INDEX_SHIFT & INDEX_MASK
         try:
             memory.pages.blocks[block][index] = rights
-        except (KeyError, AttributeError):
+        except (KeyError, AttributeError):  # no block, or the compiled form
             memory.pages[linaddr] = rights
         if kernel.copy_page(pager._uffd, linaddr, pager._dontwake, data):
             memory.show(linaddr, data, rights, self)  # it fails again, and is written otherwise
@@ -80,7 +80,7 @@ class PlainPageTable(EnclavePageTable):
             fetches = pager._fetches
             try:
                 fetches.rights.blocks[block][index] = rights
-            except (KeyError, AttributeError):
+            except (KeyError, AttributeError):  # no block, or the compiled form
                 fetches.rights[linaddr] = rights
             if prot & PROT_EXEC and (linaddr in fetches._taken) == bool(rights & EXECUTE):
                 fetches.shown(linaddr, rights)  # a call is due
