@@ -23,6 +23,7 @@ from softsgx.hw.secrets import PagingKey
 
 BEFORE = {
     "eblock": (),
+    "etrack": (),
     "try_ewb": ("eblock", "etrack"),
     "ewb": ("eblock", "etrack"),
     "try_eldu": ("eblock", "etrack", "ewb"),
@@ -96,7 +97,7 @@ def test_rights_and_flags_are_kept(rights: int, flag: str, value: bool) -> None:
     assert page.rwx == rights and getattr(page, flag) is value
 
 
-@pytest.mark.parametrize("leaf", ["eblock", "try_ewb", "try_eldu"])
+@pytest.mark.parametrize("leaf", ["eblock", "etrack", "try_ewb", "try_eldu"])
 @pytest.mark.parametrize(
     ("index", "name", "value"),
     [

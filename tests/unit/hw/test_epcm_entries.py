@@ -130,3 +130,19 @@ def test_pages_do_not_keep_entries_alive_that_nothing_else_holds() -> None:
         assert entries() > before
         del world
         assert entries() <= before
+
+
+@needs_core
+def test_a_page_holds_its_entry_once() -> None:
+    world = World(40, optimised="compiled")
+    for number in range(60):
+        fault(world, number)
+    machine = world.system.machine
+    resident = [page.epc for page in world.system.driver.enclaves[0].pages.values() if page.epc]
+    counts = set()
+    for page in resident:
+        entry = machine.pages[page.addr]
+        assert entry.valid
+        counts.add(sys.getrefcount(entry))
+    # The map, the page, and in this function the variable and the argument.
+    assert counts == {4}
