@@ -170,7 +170,7 @@ no_hidden(void *Py_UNUSED(record))
                                                                                                  \
         if (hidden != NULL)                                                                      \
             Py_VISIT(*hidden);                                                                   \
-        fields(NOTHING, VISIT, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
+        fields(NOTHING, VISIT, NOTHING, NOTHING, NOTHING, NOTHING)                               \
         Py_VISIT(Py_TYPE(self));                                                                 \
         return 0;                                                                                \
     }                                                                                            \
@@ -182,7 +182,7 @@ no_hidden(void *Py_UNUSED(record))
                                                                                                  \
         if (hidden != NULL)                                                                      \
             Py_CLEAR(*hidden);                                                                   \
-        fields(NOTHING, CLEAR, NOTHING, NOTHING, NOTHING, NOTHING)                                                 \
+        fields(NOTHING, CLEAR, NOTHING, NOTHING, NOTHING, NOTHING)                               \
         return 0;                                                                                \
     }                                                                                            \
                                                                                                  \
