@@ -125,15 +125,6 @@ struct structure {
     PyObject *type; /* made when it is first asked for */
 };
 
-static void
-release(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
-}
-
 #define NOTHING(name)
 #define TEXT(name) #name,
 #define COUNT(name) {#name, get_count, set_count, NULL, (void *)offsetof(HOLDER, name)},
@@ -190,7 +181,7 @@ no_hidden(void *Py_UNUSED(record))
     {                                                                                            \
         PyObject_GC_UnTrack(self);                                                               \
         kind##_clear(self);                                                                      \
-        release(self);                                                                           \
+        free_object(self);                                                                       \
     }                                                                                            \
                                                                                                  \
     static struct structure *kind##_structure(void)                                              \

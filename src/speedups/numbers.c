@@ -26,13 +26,11 @@ static void
 chunks_dealloc(PyObject *self)
 {
     Chunks *table = (Chunks *)self;
-    PyTypeObject *type = Py_TYPE(self);
 
     for (int64_t place = 0; table->chunks != NULL && place < table->size; place++)
         PyBuffer_Release(&table->chunks[place].numbers);
     free(table->chunks);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
+    free_object(self);
 }
 
 int

@@ -318,15 +318,6 @@ clear(PyObject *self)
 }
 
 static void
-free_object(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
-}
-
-static void
 dealloc(PyObject *self)
 {
     PyObject_GC_UnTrack(self);

@@ -341,15 +341,6 @@ map_clear_method(PyObject *self, PyObject *Py_UNUSED(none))
 }
 
 static void
-free_object(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
-}
-
-static void
 map_dealloc(PyObject *self)
 {
     PyObject_GC_UnTrack(self);

@@ -164,14 +164,12 @@ static void
 dealloc(PyObject *self)
 {
     Places *places = (Places *)self;
-    PyTypeObject *type = Py_TYPE(self);
 
     while (places->held > 0)
         PyBuffer_Release(&places->blocks[--places->held]);
     free(places->blocks);
     free(places->numbers);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
+    free_object(self);
 }
 
 static PyMethodDef methods[] = {

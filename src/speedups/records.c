@@ -288,6 +288,15 @@ is_derived(PyTypeObject *type, enum kind kind)
     return true;
 }
 
+void
+free_object(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
 /* --- binding ------------------------------------------------------------------------------------ */
 
 /* Whether each field of an instance is where the structure has it, from the first one on: 0, 1, or -1

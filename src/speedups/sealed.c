@@ -6,7 +6,6 @@
 
 #define LOST 1
 #define FIRST 2
-#define VA_SLOTS 512
 
 static SwapEntries *
 entries_of(PyObject *swap, PyObject **owned)

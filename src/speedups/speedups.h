@@ -19,6 +19,7 @@
 #define PAGE_BYTES 4096
 #define PAGE_SHIFT 12
 #define SLOT_BYTES 8
+#define VA_SLOTS (PAGE_BYTES / SLOT_BYTES)
 #define SEALED_BYTES (PAGE_BYTES + 16)  // ciphertext and MAC of a page
 #define CHUNK_SHIFT 7  // of EnclavePages and SparseNumbers
 #define CHUNK_MASK ((1 << CHUNK_SHIFT) - 1)
@@ -509,6 +510,10 @@ is_exactly(PyObject *object, PyObject *type)
 {
     return type != NULL && object != NULL && (PyObject *)Py_TYPE(object) == type;
 }
+
+/* The end of what frees an instance of a type that was made from slots: its memory, and the reference
+ * that it has to its type. */
+void free_object(PyObject *self);
 
 /* --- steps that others build on ----------------------------------------------------------------- */
 

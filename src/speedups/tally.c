@@ -111,13 +111,11 @@ static void
 dealloc(PyObject *self)
 {
     Tally *tally = (Tally *)self;
-    PyTypeObject *type = Py_TYPE(self);
 
     for (Py_ssize_t index = 0; index < tally->used; index++)
         Py_DECREF(tally->entries[index].label);
     PyMem_Free(tally->entries);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
+    free_object(self);
 }
 
 static Py_ssize_t

@@ -4,7 +4,6 @@
 
 #include <string.h>
 
-#define VA_SLOTS (PAGE_BYTES / SLOT_BYTES)
 #define VERSION_STEP 8
 
 /* --- of a VA page ------------------------------------------------------------------------------- */
@@ -40,15 +39,6 @@ new_versions(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(named))
     if (made != NULL)
         memcpy(((VaVersions *)made)->words, bytes, PAGE_BYTES); /* x86 is little-endian */
     return made;
-}
-
-static void
-dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
 }
 
 static Py_ssize_t
@@ -93,7 +83,7 @@ set_item(PyObject *self, Py_ssize_t slot, PyObject *value)
 static PyType_Slot versions_slots[] = {
     {Py_tp_doc, "VaVersions(bytes): the versions of a VA page, from its 4096 bytes."},
     {Py_tp_new, (void *)new_versions},
-    {Py_tp_dealloc, (void *)dealloc},
+    {Py_tp_dealloc, (void *)free_object},
     {Py_sq_length, (void *)length_of},
     {Py_sq_item, (void *)get_item},
     {Py_sq_ass_item, (void *)set_item},
@@ -169,7 +159,7 @@ next_of(PyObject *self)
 static PyType_Slot counter_slots[] = {
     {Py_tp_doc, "VersionCounter(): an iterator over versions: 8, 16, 24 …"},
     {Py_tp_new, (void *)PyType_GenericNew},
-    {Py_tp_dealloc, (void *)dealloc},
+    {Py_tp_dealloc, (void *)free_object},
     {Py_tp_iter, (void *)PyObject_SelfIter},
     {Py_tp_iternext, (void *)next_of},
     {0, NULL},
