@@ -326,8 +326,6 @@ leave(PyObject *file, PyObject *flat, Counters *counters, int64_t index)
 {
     FlatFile *record = AS(FlatFile, file);
     uint32_t *kept = NULL;
-    PyObject *number;
-    int status;
 
     if (record != NULL && record->_sharers != NULL && record->_tracer == Py_None
         && number_at(record->_sharers, index >> PCMDS_SHIFT, &kept) < 0)
@@ -338,10 +336,7 @@ leave(PyObject *file, PyObject *flat, Counters *counters, int64_t index)
             return -1;
         return add_to_field(&counters->pcmd_truncated, 1);
     }
-    number = PyLong_FromLongLong(index);
-    status = number == NULL ? -1 : effect(CALL(file, _leave, number, NULL));
-    Py_XDECREF(number);
-    return status;
+    return effect(call_with(file, names._leave, PyLong_FromLongLong(index), NULL));
 }
 
 static int

@@ -96,11 +96,8 @@ test_and_watch(UffdPager *pager, uint64_t at)
 static int
 ask_by_method(PyObject *object, uint64_t linaddr)
 {
-    PyObject *at = PyLong_FromUnsignedLongLong(linaddr);
-    int status = at == NULL ? -1 : is_so(CALL(object, test_and_clear_accessed, at, NULL));
-
-    Py_XDECREF(at);
-    return status;
+    return is_so(call_with(object, names.test_and_clear_accessed,
+                           PyLong_FromUnsignedLongLong(linaddr), NULL));
 }
 
 /* As test_and_clear_accessed() of page tables: 0, 1, or -1 with an error. */
@@ -164,11 +161,7 @@ page_has_entry(PyObject *table, uint64_t page)
 static int
 zap_by_method(PyObject *object, uint64_t linaddr)
 {
-    PyObject *at = PyLong_FromUnsignedLongLong(linaddr);
-    int status = at == NULL ? -1 : effect(CALL(object, zap, at, NULL));
-
-    Py_XDECREF(at);
-    return status;
+    return effect(call_with(object, names.zap, PyLong_FromUnsignedLongLong(linaddr), NULL));
 }
 
 /* As zap() of page tables. */

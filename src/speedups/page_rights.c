@@ -21,17 +21,13 @@ put_rights(PyObject *pages, uint64_t linaddr, int64_t rights)
 int
 drop_rights(PyObject *pages, uint64_t start, uint64_t end)
 {
-    PyObject *page;
     int status = 0;
 
     if (is_exactly(pages, given.PageRights)) {
         drop_range(pages, start, end);
         return 0;
     }
-    for (; status == 0 && start < end; start += PAGE_BYTES) {
-        page = PyLong_FromUnsignedLongLong(start);
-        status = page == NULL ? -1 : effect(CALL(pages, discard, page, NULL));
-        Py_XDECREF(page);
-    }
+    for (; status == 0 && start < end; start += PAGE_BYTES)
+        status = effect(call_with(pages, names.discard, PyLong_FromUnsignedLongLong(start), NULL));
     return status;
 }

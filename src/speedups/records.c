@@ -236,6 +236,16 @@ effect(PyObject *result)
     return 0;
 }
 
+PyObject *
+call_with(PyObject *object, PyObject *name, PyObject *number, PyObject *other)
+{
+    PyObject *result = number == NULL ? NULL
+                                      : PyObject_CallMethodObjArgs(object, name, number, other, NULL);
+
+    Py_XDECREF(number);
+    return result;
+}
+
 int
 is_so(PyObject *result)
 {

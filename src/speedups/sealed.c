@@ -58,24 +58,19 @@ done:
 PyObject *
 entry_get(PyObject *swap, int64_t index)
 {
-    PyObject *entries = GETF(CompiledSwap, swap, entries), *number = NULL, *entry = NULL;
+    PyObject *entries = GETF(CompiledSwap, swap, entries), *entry = NULL;
 
-    if (entries != NULL && (number = PyLong_FromLongLong(index)) != NULL)
-        entry = CALL(entries, get, number, NULL);
-    Py_XDECREF(number);
+    if (entries != NULL)
+        entry = call_with(entries, names.get, PyLong_FromLongLong(index), NULL);
     Py_XDECREF(entries);
     return entry;
 }
 
-/* As SwapEntries.put(). */
+/* As put() of SwapEntries and of SealedPages, in Python: the latter makes room for a page. */
 static int
-put_entry_readably(PyObject *entries, int64_t index, PyObject *object)
+put_readably(PyObject *object, int64_t index, PyObject *value)
 {
-    PyObject *number = PyLong_FromLongLong(index);
-    int status = number == NULL ? -1 : effect(CALL(entries, put, number, object, NULL));
-
-    Py_XDECREF(number);
-    return status;
+    return effect(call_with(object, names.put, PyLong_FromLongLong(index), value));
 }
 
 int
@@ -98,7 +93,7 @@ entry_put(PyObject *swap, int64_t index, PyObject *object)
              && integer(slot->number, &number))
         number += va_index * VA_SLOTS + FIRST;
     else {
-        status = put_entry_readably(owned, index, object);
+        status = put_readably(owned, index, object);
         goto done;
     }
     if (number_at(entries->_numbers, index, &kept) == 0)
@@ -172,17 +167,6 @@ take_last(struct page *page)
     return number_put(page->pages->_places, page->kept, page->index, page->place);
 }
 
-/* In Python: make room for a page, and put it. */
-static int
-put_readably(PyObject *pages, int64_t index, PyObject *sealed)
-{
-    PyObject *number = PyLong_FromLongLong(index);
-    int status = number == NULL ? -1 : effect(CALL(pages, put, number, sealed, NULL));
-
-    Py_XDECREF(number);
-    return status;
-}
-
 int
 sealed_put(PyObject *pages, int64_t index, PyObject *sealed)
 {
@@ -208,8 +192,6 @@ int
 sealed_drop(PyObject *pages, int64_t index)
 {
     struct page page;
-    PyObject *number;
-    int status;
 
     if (!find_page(pages, index, &page))
         return -1;
@@ -218,11 +200,7 @@ sealed_drop(PyObject *pages, int64_t index)
         return places_append(page.free, (uint32_t)(page.place - 1));
     }
     /* There is none, or it is the last page: blocks are freed. */
-    if ((number = PyLong_FromLongLong(index)) == NULL)
-        return -1;
-    status = effect(CALL(pages, drop, number, NULL));
-    Py_DECREF(number);
-    return status;
+    return effect(call_with(pages, names.drop, PyLong_FromLongLong(index), NULL));
 }
 
 /* --- places of sealed pages --------------------------------------------------------------------- */

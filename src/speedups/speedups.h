@@ -477,6 +477,10 @@ reference(PyObject *field, PyObject *object, PyObject *name)
 /* The object of which `method` is that function: a new reference; NULL, and no error: of none. */
 PyObject *bound_to(PyObject *method, PyObject *function);
 
+/* Call a method with a number, whose reference is taken over (NULL with an error), and another
+ * argument, or NULL: none. */
+PyObject *call_with(PyObject *object, PyObject *name, PyObject *number, PyObject *other);
+
 /* Call a method for its effect; for its truth: 0, 1, or -1 with an error. */
 int effect(PyObject *result);
 int is_so(PyObject *result);
