@@ -35,7 +35,9 @@ __all__ = ["HEAD", "Sample", "faults", "row", "run"]
 _ENCLAVE_PAGES, _EPC = 512, "1MiB"
 _LOOKS_S = 0.05
 _SLICE_FAULTS = 20_000
-_TAIL_FAULTS = 2_000  # the program still runs when the last sample is taken
+#: The program goes on for so many faults after those wanted.  A sample within half of them is taken
+#: while it runs; a later one is dropped, since the supervisor may already free what it needed.
+_TAIL_FAULTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ class Sample:
 
 
 class _Observer:
-    """Takes a sample each time that another ``every`` pages were loaded, and tells it."""
+    """Takes a sample each time that another ``every`` of ``wanted`` pages were loaded; tells it."""
 
-    def __init__(self, every: int, tell: Callable[[Sample, Sample], None]) -> None:
-        self._every, self._tell = every, tell
+    def __init__(self, wanted: int, every: int, tell: Callable[[Sample, Sample], None]) -> None:
+        self._wanted, self._every, self._tell = wanted, every, tell
         self.samples: list[Sample] = []
 
     def attached(self, platform: Platform, pager: str) -> None:
@@ -78,9 +80,11 @@ class _Observer:
         self.ticker = Ticker(self._tick, _LOOKS_S)
 
     def _tick(self) -> float:
-        if self._counters.eldu >= len(self.samples) * self._every:
-            self.samples.append(self._look(self._counters))
-            self._tell(*self.samples[-2:])
+        if len(self.samples) * self._every <= min(self._counters.eldu, self._wanted):
+            sample = self._look(self._counters)
+            if self._counters.eldu <= self._wanted + _TAIL_FAULTS // 2:
+                self.samples.append(sample)
+                self._tell(*self.samples[-2:])
         return _LOOKS_S
 
     def _look(self, counters: Counters) -> Sample:
@@ -116,7 +120,7 @@ def faults(
     with tempfile.TemporaryDirectory(prefix="softsgx-soak-") as directory:
         program = compile_host(Path(directory), "longrun")
         enclave = write_enclave(Path(directory) / "enclave", _ENCLAVE_PAGES, 1)
-        observer = _Observer(every, tell)
+        observer = _Observer(wanted, every, tell)
         argv = [str(program), str(enclave), str(wanted + _TAIL_FAULTS)]
         result = run_natively(argv, epc=_EPC, pager=pager, observer=observer)
         observer.ticker.stop()
