@@ -28,7 +28,7 @@ OLDEST = 0x030B0000
 """The stable ABI of this Python and later ones is all that the extension uses."""
 
 FLAGS = ["-std=c11", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden"]
-STRICT = ["-Wall", "-Wextra", "-Werror"]
+STRICT = ["-Wall", "-Wextra", "-Wmissing-prototypes", "-Werror"]
 """For development only: compilers of users have warnings that we do not know."""
 
 

@@ -1,6 +1,7 @@
 /* VA slots and backing of evicted pages: as VaArray and FlatFile of softsgx.paging. */
 
 #include "page_list.h"
+#include "paging.h"
 
 /* --- VA slots ----------------------------------------------------------------------------------- */
 

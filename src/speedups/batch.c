@@ -1,7 +1,9 @@
 /* The phases of a batch of reclaim: as softsgx.paging.optimised.PlainReclaimer.  Tasks do not
  * interleave here, so that scheduling points would do nothing. */
 
+#include "driver.h"
 #include "page_list.h"
+#include "paging.h"
 
 #include <stddef.h>
 

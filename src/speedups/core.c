@@ -1,6 +1,7 @@
 /* Allocating and freeing EPC pages, and charges: as softsgx.paging.optimised and softsgx.cgroup. */
 
 #include "page_list.h"
+#include "paging.h"
 
 /* --- charges ------------------------------------------------------------------------------------ */
 

@@ -1,5 +1,6 @@
 /* ELDU of a child page: as softsgx.hw.optimised.paging, check by check. */
 
+#include "engine.h"
 #include "leaves.h"
 
 static int

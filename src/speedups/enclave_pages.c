@@ -1,6 +1,9 @@
 /* What the reclaimer asks of a page: as softsgx.driver.optimised.PlainPage. */
 
-#include "speedups.h"
+#include "driver.h"
+#include "engine.h"
+#include "hw.h"
+#include "paging.h"
 
 static int
 readably(enum method method, PyObject *page)

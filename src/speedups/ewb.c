@@ -1,5 +1,6 @@
 /* EWB of a child page: as softsgx.hw.optimised.paging, check by check. */
 
+#include "engine.h"
 #include "leaves.h"
 
 /* SECINFO.FLAGS of a page: R, W, X, PENDING, MODIFIED, PR and the type; false: no integer. */

@@ -2,7 +2,10 @@
 
 #define _POSIX_C_SOURCE 200809L
 
-#include "speedups.h"
+#include "driver.h"
+#include "engine.h"
+#include "hw.h"
+#include "paging.h"
 
 #include <time.h>
 

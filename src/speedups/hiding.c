@@ -2,6 +2,7 @@
  *
  * As softsgx.engines.native.memory; see memory.c. */
 
+#include "engine.h"
 #include "memory.h"
 
 #include <stdlib.h>

@@ -1,6 +1,7 @@
 /* Interrupts of the threads of an address space of the native engine: as EnclavePageTable.kick(),
  * Loop.kick() and AsynchronousExits.interrupt(). */
 
+#include "hw.h"
 #include "plain_faults.h"
 
 /* Whether a thread inside would resume at once: as AsynchronousExits.return_at_once(). */

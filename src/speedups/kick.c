@@ -1,7 +1,9 @@
 /* What follows an EWB that comes too early: ETRACK, and interrupts of the processors that are inside.
  * As softsgx.paging.optimised.PlainSwap._try_again() and softsgx.driver.enclave.Enclave.kick(). */
 
-#include "speedups.h"
+#include "engine.h"
+#include "hw.h"
+#include "paging.h"
 
 /* Do the last step of what has ended with a status, as a finally clause: its error replaces another. */
 static int

@@ -1,5 +1,6 @@
 /* The page of a thread that waits, filled at the end of its fault.  See memory.h. */
 
+#include "engine.h"
 #include "memory.h"
 
 #define COPY_DONTWAKE 1

@@ -3,7 +3,8 @@
 #ifndef LEAVES_H
 #define LEAVES_H
 
-#include "speedups.h"
+#include "hw.h"
+#include "paging.h"
 
 /* SECINFO.FLAGS. */
 #define SECINFO_PENDING 8

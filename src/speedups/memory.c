@@ -3,14 +3,15 @@
  * As softsgx.engines.native.memory, where an address space is the only user of a memory file and
  * has a pager by userfaultfd, and nothing is recorded.  Otherwise the methods in Python run. */
 
+#include "engine.h"
 #include "memory.h"
 
 #include <string.h>
 #include <unistd.h>
 
 #define PRESENT 0x80
-#define BLOCK_PAGES 64
-#define BLOCK_AT (~(uint64_t)(BLOCK_PAGES * PAGE_BYTES - 1))
+#define PAGEMAP_PAGES 64
+#define PAGEMAP_AT (~(uint64_t)(PAGEMAP_PAGES * PAGE_BYTES - 1))
 
 bool
 has_page_maps(const EnclavePageTable *table)
@@ -48,8 +49,8 @@ pager_of(PyObject *table)
 static PyObject *
 read_block(UffdPager *pager, uint64_t block)
 {
-    uint64_t words[BLOCK_PAGES] = {0};
-    char bytes[BLOCK_PAGES];
+    uint64_t words[PAGEMAP_PAGES] = {0};
+    char bytes[PAGEMAP_PAGES];
     PyObject *flags;
     int64_t pagemap;
 
@@ -59,9 +60,9 @@ read_block(UffdPager *pager, uint64_t block)
     }
     if (pread((int)pagemap, words, sizeof(words), (off_t)((block >> PAGE_SHIFT) * sizeof(*words))) < 0)
         memset(words, 0, sizeof(words)); /* the process has ended */
-    for (int page = 0; page < BLOCK_PAGES; page++)
+    for (int page = 0; page < PAGEMAP_PAGES; page++)
         bytes[page] = (char)(words[page] >> 56);
-    flags = PyBytes_FromStringAndSize(bytes, BLOCK_PAGES);
+    flags = PyBytes_FromStringAndSize(bytes, PAGEMAP_PAGES);
     if (flags == NULL || map_put(pager->_present, block, flags) < 0) {
         Py_XDECREF(flags);
         return NULL;
@@ -79,11 +80,11 @@ test_and_watch(UffdPager *pager, uint64_t at)
 
     if (set_has(pager->_watched, at))
         return 0;
-    flags = map_get(pager->_present, at & BLOCK_AT);
-    if (flags == NULL && (flags = read_block(pager, at & BLOCK_AT)) == NULL)
+    flags = map_get(pager->_present, at & PAGEMAP_AT);
+    if (flags == NULL && (flags = read_block(pager, at & PAGEMAP_AT)) == NULL)
         return -1;
-    if (PyBytes_Check(flags) && PyBytes_Size(flags) == BLOCK_PAGES) {
-        present = (PyBytes_AsString(flags)[at >> PAGE_SHIFT & (BLOCK_PAGES - 1)] & PRESENT) != 0;
+    if (PyBytes_Check(flags) && PyBytes_Size(flags) == PAGEMAP_PAGES) {
+        present = (PyBytes_AsString(flags)[at >> PAGE_SHIFT & (PAGEMAP_PAGES - 1)] & PRESENT) != 0;
         if (present && set_add(pager->_watched, at) < 0)
             present = -1;
     }
@@ -255,7 +256,7 @@ fill_hole(const struct showing *showing, PyObject *data, int64_t rights, PyObjec
         : copy_to((int)uffd, at, (uint64_t)dontwake, data);
     if (code)
         return code < 0 ? -1 : 1;
-    Py_XDECREF(map_take(pager->_present, at & BLOCK_AT)); /* was read before the new entry existed */
+    Py_XDECREF(map_take(pager->_present, at & PAGEMAP_AT)); /* was read before the new entry existed */
     if (put_rights(showing->fetches->rights, at, rights) < 0)
         return -1;
     return allowed & EXECUTE ? fetches_shown(showing->fetches, at, rights) : 0;

@@ -50,22 +50,22 @@ int add_run(struct runs *runs, struct run run);
 /* Add the parts of a range: as parts() of page tables, of one that C code knows. */
 int add_parts(PyObject *table, PyObject *memory, struct run range, struct runs *parts);
 
-/* PageMap, PageNumbers and PageSet, which the caller has: the object of a page, borrowed, or NULL; the
+/* PageMap, RightsMap and PageSet, which the caller has: the object of a page, borrowed, or NULL; the
  * same taken out; its number, or 0; whether a page was there.  put and add return 0, or -1 with an
  * error. */
-extern PyTypeObject *page_map_type, *page_numbers_type, *page_set_type;
+extern PyTypeObject *page_map_type, *rights_map_type, *page_set_type;
 PyObject *map_get(PyObject *map, uint64_t linaddr);
 int map_put(PyObject *map, uint64_t linaddr, PyObject *object);
 PyObject *map_take(PyObject *map, uint64_t linaddr);
 void map_clear(PyObject *map);
-uint8_t numbers_get(PyObject *numbers, uint64_t linaddr);
-int numbers_put(PyObject *numbers, uint64_t linaddr, uint8_t number);
+uint8_t rights_get(PyObject *numbers, uint64_t linaddr);
+int rights_put(PyObject *numbers, uint64_t linaddr, uint8_t number);
 bool set_has(PyObject *set, uint64_t linaddr);
 int set_add(PyObject *set, uint64_t linaddr);
 bool set_discard(PyObject *set, uint64_t linaddr);
 void set_clear(PyObject *set);
 
-/* Of PageNumbers or a PageSet: remove the pages of a range. */
+/* Of RightsMap or a PageSet: remove the pages of a range. */
 void drop_range(PyObject *pages, uint64_t start, uint64_t end);
 
 /* Of each: the number of pages, and all of them, ascending, for PyMem_Free(); NULL: an error. */

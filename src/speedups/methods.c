@@ -1,6 +1,7 @@
 /* C functions as methods of Python classes. */
 
-#include "speedups.h"
+#include "driver.h"
+#include "paging.h"
 
 #include <string.h>
 

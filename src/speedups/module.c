@@ -52,6 +52,8 @@ static struct PyModuleDef definition = {
     .m_slots = slots,
 };
 
+PyMODINIT_FUNC PyInit__speedups(void);
+
 PyMODINIT_FUNC
 PyInit__speedups(void)
 {

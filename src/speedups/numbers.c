@@ -1,6 +1,6 @@
 /* Numbers by page index: as SparseNumbers of softsgx.paging.sparse. */
 
-#include "speedups.h"
+#include "paging.h"
 
 #include <stdlib.h>
 

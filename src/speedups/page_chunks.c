@@ -1,6 +1,6 @@
 /* The pages of an enclave by index: as EnclavePages of softsgx.driver.pages. */
 
-#include "speedups.h"
+#include "driver.h"
 
 /* The chunk that C code has used last, in `latest` of its EnclavePages, which forget it with the
  * chunk.  Its list is also that of the EnclavePages: what they put there is seen here. */

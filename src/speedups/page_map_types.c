@@ -1,12 +1,13 @@
-/* PageMap, PageNumbers and PageSet in Python: as dict and set.  See page_maps.c. */
+/* PageMap, RightsMap and PageSet in Python: as dict and set.  See page_maps.c. */
 
 #include "page_maps.h"
 
-PyTypeObject *page_map_type, *page_numbers_type, *page_set_type;
+PyTypeObject *page_map_type, *rights_map_type, *page_set_type;
 
-/* The address that a key is: 1, 0: it can be no page, or -1 with an error. */
+/* The page that a key is: 1, 0: it can be none, or -1 with an error.  RightsMaps take any address in a
+ * page. */
 static int
-read_key(PyObject *key, uint64_t *at)
+read_key(PyObject *self, PyObject *key, uint64_t *at)
 {
     if (!PyLong_Check(key))
         return PyObject_Hash(key) == -1 ? -1 : 0;
@@ -17,13 +18,15 @@ read_key(PyObject *key, uint64_t *at)
         PyErr_Clear();
         return 0;
     }
+    if (PyObject_TypeCheck(self, rights_map_type))
+        *at &= ~(uint64_t)(PAGE_BYTES - 1);
     return *at % PAGE_BYTES == 0;
 }
 
 static int
-read_page(PyObject *key, uint64_t *at)
+read_page(PyObject *self, PyObject *key, uint64_t *at)
 {
-    int status = read_key(key, at);
+    int status = read_key(self, key, at);
 
     if (status == 0)
         PyErr_Format(PyExc_ValueError, "%R is no page", key);
@@ -34,7 +37,7 @@ static int
 has_page(PyObject *self, PyObject *key)
 {
     uint64_t at;
-    int status = read_key(key, &at);
+    int status = read_key(self, key, &at);
 
     return status > 0 ? set_has(self, at) : status;
 }
@@ -68,7 +71,7 @@ static PyObject *
 map_subscript(PyObject *self, PyObject *key)
 {
     uint64_t at;
-    int status = read_key(key, &at);
+    int status = read_key(self, key, &at);
     PyObject *object = status > 0 ? map_get(self, at) : NULL;
 
     if (object == NULL && status >= 0)
@@ -85,8 +88,8 @@ map_assign(PyObject *self, PyObject *key, PyObject *object)
     int status;
 
     if (object != NULL)
-        return read_page(key, &at) < 0 ? -1 : map_put(self, at, object);
-    if ((status = read_key(key, &at)) < 0)
+        return read_page(self, key, &at) < 0 ? -1 : map_put(self, at, object);
+    if ((status = read_key(self, key, &at)) < 0)
         return -1;
     old = status ? map_take(self, at) : NULL;
     if (old == NULL) {
@@ -109,7 +112,7 @@ get_or(PyObject *self, PyObject *const *args, Py_ssize_t count, bool take)
         PyErr_SetString(PyExc_TypeError, "a page and a default are expected");
         return NULL;
     }
-    if ((status = read_key(args[0], &at)) < 0)
+    if ((status = read_key(self, args[0], &at)) < 0)
         return NULL;
     if (status)
         object = take ? map_take(self, at) : map_get(self, at);
@@ -142,16 +145,16 @@ set_add_method(PyObject *self, PyObject *key)
 {
     uint64_t at;
 
-    if (read_page(key, &at) < 0 || set_add(self, at) < 0)
+    if (read_page(self, key, &at) < 0 || set_add(self, at) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *
-set_discard_method(PyObject *self, PyObject *key)
+discard(PyObject *self, PyObject *key)
 {
     uint64_t at;
-    int status = read_key(key, &at);
+    int status = read_key(self, key, &at);
 
     if (status < 0)
         return NULL;
@@ -193,73 +196,47 @@ set_update(PyObject *self, PyObject *pages)
 static PyObject *
 set_difference_update(PyObject *self, PyObject *pages)
 {
-    return for_each(self, pages, set_discard_method);
+    return for_each(self, pages, discard);
 }
 
-/* --- numbers, as a mapping that derives from PageNumbers ------------------------------------------- */
-
-/* The page of an address, which may be any in it. */
-static int
-read_address_in(PyObject *key, uint64_t *at)
-{
-    int status = read_key(key, at);
-
-    if (status == 0 && PyLong_Check(key)) {
-        *at = PyLong_AsUnsignedLongLong(key);
-        if (*at == (uint64_t)-1 && PyErr_Occurred())
-            PyErr_Clear();
-        else
-            status = 1;
-    }
-    *at &= ~(uint64_t)(PAGE_BYTES - 1);
-    return status;
-}
-
-static int
-numbers_have(PyObject *self, PyObject *key)
-{
-    uint64_t at = 0;
-    int status = read_address_in(key, &at);
-
-    return status > 0 ? set_has(self, at) : status;
-}
+/* --- rights, as a mapping that derives from RightsMap ------------------------------------------- */
 
 static PyObject *
-numbers_subscript(PyObject *self, PyObject *key)
+rights_subscript(PyObject *self, PyObject *key)
 {
     uint64_t at = 0;
-    int status = read_address_in(key, &at);
+    int status = read_key(self, key, &at);
 
     if (status > 0 && set_has(self, at))
-        return PyLong_FromLong(numbers_get(self, at));
+        return PyLong_FromLong(rights_get(self, at));
     if (status >= 0)
         PyErr_SetObject(PyExc_KeyError, key);
     return NULL;
 }
 
 static int
-numbers_assign(PyObject *self, PyObject *key, PyObject *number)
+rights_assign(PyObject *self, PyObject *key, PyObject *number)
 {
     uint64_t at = 0;
     long value;
     int status;
 
     if (number == NULL) {
-        if ((status = read_address_in(key, &at)) > 0 && set_discard(self, at))
+        if ((status = read_key(self, key, &at)) > 0 && set_discard(self, at))
             return 0;
         if (status >= 0)
             PyErr_SetObject(PyExc_KeyError, key);
         return -1;
     }
     value = PyLong_AsLong(number);
-    if ((value == -1 && PyErr_Occurred()) || (status = read_address_in(key, &at)) < 0)
+    if ((value == -1 && PyErr_Occurred()) || (status = read_key(self, key, &at)) < 0)
         return -1;
     if (status == 0) {
         PyErr_Format(PyExc_ValueError, "%R is in no page", key);
         return -1;
     }
     if (value > 0 && value <= UINT8_MAX)
-        return numbers_put(self, at, (uint8_t)value);
+        return rights_put(self, at, (uint8_t)value);
     if (value)
         PyErr_SetString(PyExc_OverflowError, "a number of a page is from 1 to 255");
     else
@@ -284,7 +261,7 @@ read_end(PyObject *number, uint64_t *end)
 
 /* within(start, end): the pages of a range, huge and sparse perhaps, and their numbers. */
 static PyObject *
-numbers_within(PyObject *self, PyObject *const *args, Py_ssize_t count)
+rights_within(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     uint64_t start, end, *found = NULL;
     PyObject *dict = NULL, *page, *number;
@@ -302,7 +279,7 @@ numbers_within(PyObject *self, PyObject *const *args, Py_ssize_t count)
         dict = PyDict_New();
     for (size_t index = 0; dict != NULL && index < pages; index++) {
         page = PyLong_FromUnsignedLongLong(found[index]);
-        number = PyLong_FromLong(numbers_get(self, found[index]));
+        number = PyLong_FromLong(rights_get(self, found[index]));
         if (page == NULL || number == NULL || PyDict_SetItem(dict, page, number) < 0)
             Py_CLEAR(dict);
         Py_XDECREF(number);
@@ -357,14 +334,14 @@ set_dealloc(PyObject *self)
 
 /* Python classes derive from that type, and have the collector's flag. */
 static int
-numbers_traverse(PyObject *self, visitproc visit, void *arg)
+rights_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     return 0;
 }
 
 static void
-numbers_dealloc(PyObject *self)
+rights_dealloc(PyObject *self)
 {
     Pages *pages = (Pages *)self;
 
@@ -383,29 +360,16 @@ static PyMethodDef map_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyObject *
-numbers_discard(PyObject *self, PyObject *key)
-{
-    uint64_t at = 0;
-    int status = read_address_in(key, &at);
-
-    if (status < 0)
-        return NULL;
-    if (status)
-        set_discard(self, at);
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef numbers_methods[] = {
-    {"discard", numbers_discard, METH_O, "Remove a page, if it is there."},
-    {"within", FAST(numbers_within), METH_FASTCALL,
+static PyMethodDef rights_methods[] = {
+    {"discard", discard, METH_O, "Remove a page, if it is there."},
+    {"within", FAST(rights_within), METH_FASTCALL,
      "within(start, end): the numbers of the pages in a range, lowest first."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMethodDef set_methods[] = {
     {"add", set_add_method, METH_O, "Add a page."},
-    {"discard", set_discard_method, METH_O, "Remove a page, if it is there."},
+    {"discard", discard, METH_O, "Remove a page, if it is there."},
     {"update", set_update, METH_O, "Add each of some pages."},
     {"difference_update", set_difference_update, METH_O, "Remove each of some pages."},
     {"clear", set_clear_method, METH_NOARGS, "Remove all pages."},
@@ -444,15 +408,15 @@ add_page_maps(PyObject *module)
         {Py_sq_contains, (void *)has_page},
         {0, NULL},
     };
-    PyType_Slot numbers_slots[] = {
-        {Py_tp_dealloc, (void *)numbers_dealloc},
-        {Py_tp_traverse, (void *)numbers_traverse},
+    PyType_Slot rights_slots[] = {
+        {Py_tp_dealloc, (void *)rights_dealloc},
+        {Py_tp_traverse, (void *)rights_traverse},
         {Py_tp_iter, (void *)iterate},
-        {Py_tp_methods, numbers_methods},
+        {Py_tp_methods, rights_methods},
         {Py_mp_length, (void *)pages_in},
-        {Py_mp_subscript, (void *)numbers_subscript},
-        {Py_mp_ass_subscript, (void *)numbers_assign},
-        {Py_sq_contains, (void *)numbers_have},
+        {Py_mp_subscript, (void *)rights_subscript},
+        {Py_mp_ass_subscript, (void *)rights_assign},
+        {Py_sq_contains, (void *)has_page},
         {0, NULL},
     };
     PyType_Slot set_slots[] = {
@@ -466,8 +430,8 @@ add_page_maps(PyObject *module)
     };
 
     page_map_type = make_type(module, "softsgx._speedups.PageMap", Py_TPFLAGS_HAVE_GC, map_slots);
-    page_numbers_type = make_type(module, "softsgx._speedups.PageNumbers",
-                                  Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, numbers_slots);
+    rights_map_type = make_type(module, "softsgx._speedups.RightsMap",
+                                Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, rights_slots);
     page_set_type = make_type(module, "softsgx._speedups.PageSet", 0, set_slots);
-    return page_map_type == NULL || page_numbers_type == NULL || page_set_type == NULL ? -1 : 0;
+    return page_map_type == NULL || rights_map_type == NULL || page_set_type == NULL ? -1 : 0;
 }

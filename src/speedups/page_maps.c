@@ -1,4 +1,4 @@
-/* Pages by linear address: PageMap, a mapping to objects, PageNumbers, one to numbers from 1 to 255, and
+/* Pages by linear address: PageMap, a mapping to objects, RightsMap, one to numbers from 1 to 255, and
  * PageSet, a set.
  *
  * They are as dict and set with addresses of pages as keys, and ascending.  Neighbours share a block,
@@ -21,7 +21,7 @@ place_of(uint64_t number, size_t room)
 static struct block *
 find_block(Pages *self, uint64_t at)
 {
-    uint64_t number = (at >> BLOCK_SHIFT) + 1;
+    uint64_t number = (at >> MAP_BLOCK_SHIFT) + 1;
 
     if (self->room == 0)
         return NULL;
@@ -83,9 +83,9 @@ make_block(Pages *self, uint64_t at, size_t bytes)
     struct block *block = find_block(self, at);
 
     if (block == NULL && grow(self) == 0)
-        block = put_block(self, (struct block){.number = (at >> BLOCK_SHIFT) + 1});
+        block = put_block(self, (struct block){.number = (at >> MAP_BLOCK_SHIFT) + 1});
     if (block != NULL && bytes && block->room == NULL
-        && (block->room = PyMem_Calloc(BLOCK_PAGES, bytes)) == NULL) {
+        && (block->room = PyMem_Calloc(MAP_BLOCK_PAGES, bytes)) == NULL) {
         PyErr_NoMemory();
         return NULL;
     }
@@ -95,7 +95,7 @@ make_block(Pages *self, uint64_t at, size_t bytes)
 static unsigned
 index_of(uint64_t at)
 {
-    return at >> PAGE_SHIFT & (BLOCK_PAGES - 1);
+    return at >> PAGE_SHIFT & (MAP_BLOCK_PAGES - 1);
 }
 
 static bool
@@ -211,7 +211,7 @@ set_discard(PyObject *self, uint64_t at)
 }
 
 uint8_t
-numbers_get(PyObject *self, uint64_t at)
+rights_get(PyObject *self, uint64_t at)
 {
     const struct block *block = find_block((Pages *)self, at);
 
@@ -219,7 +219,7 @@ numbers_get(PyObject *self, uint64_t at)
 }
 
 int
-numbers_put(PyObject *self, uint64_t at, uint8_t number)
+rights_put(PyObject *self, uint64_t at, uint8_t number)
 {
     struct block *block = make_block((Pages *)self, at, 1);
 
@@ -240,11 +240,11 @@ drop_range(PyObject *self, uint64_t start, uint64_t end)
 
     for (; start < end; start += count << PAGE_SHIFT) {
         first = index_of(start);
-        count = BLOCK_PAGES - first;
+        count = MAP_BLOCK_PAGES - first;
         if (count > (end - start) >> PAGE_SHIFT)
             count = (end - start) >> PAGE_SHIFT;
         if ((block = find_block((Pages *)self, start)) != NULL)
-            remove_pages((Pages *)self, block, ~UINT64_C(0) >> (BLOCK_PAGES - count) << first);
+            remove_pages((Pages *)self, block, ~UINT64_C(0) >> (MAP_BLOCK_PAGES - count) << first);
     }
 }
 
@@ -278,7 +278,7 @@ static size_t
 add_pages_of(const struct block *block, uint64_t first, uint64_t last, uint64_t *found, size_t count)
 {
     for (uint64_t left = block->there, at; left; left &= left - 1) {
-        at = (block->number - 1) << BLOCK_SHIFT | (uint64_t)__builtin_ctzll(left) << PAGE_SHIFT;
+        at = (block->number - 1) << MAP_BLOCK_SHIFT | (uint64_t)__builtin_ctzll(left) << PAGE_SHIFT;
         if (at >= first && at <= last)
             found[count++] = at;
     }
@@ -289,7 +289,7 @@ uint64_t *
 pages_within(Pages *pages, uint64_t first, uint64_t last, size_t *count)
 {
     uint64_t *found = PyMem_Malloc((size_t)pages->pages * sizeof *found + 1);
-    uint64_t blocks = (last >> BLOCK_SHIFT) - (first >> BLOCK_SHIFT) + 1;
+    uint64_t blocks = (last >> MAP_BLOCK_SHIFT) - (first >> MAP_BLOCK_SHIFT) + 1;
     const struct block *block;
 
     *count = 0;
@@ -298,7 +298,7 @@ pages_within(Pages *pages, uint64_t first, uint64_t last, size_t *count)
         return NULL;
     }
     if (blocks < pages->room) {
-        for (uint64_t at = first; blocks; blocks--, at += 1 << BLOCK_SHIFT)
+        for (uint64_t at = first; blocks; blocks--, at += 1 << MAP_BLOCK_SHIFT)
             if ((block = find_block(pages, at)) != NULL)
                 *count = add_pages_of(block, first, last, found, *count);
         return found;

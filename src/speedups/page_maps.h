@@ -1,12 +1,12 @@
-/* What PageMap, PageNumbers and PageSet are: page_maps.c, page_map_types.c. */
+/* What PageMap, RightsMap and PageSet are: page_maps.c, page_map_types.c. */
 
 #ifndef PAGE_MAPS_H
 #define PAGE_MAPS_H
 
 #include "memory.h"
 
-#define BLOCK_SHIFT 18
-#define BLOCK_PAGES 64
+#define MAP_BLOCK_SHIFT 18
+#define MAP_BLOCK_PAGES 64
 
 /* A place of the hash table; it keeps its number when the last page has gone. */
 struct block {

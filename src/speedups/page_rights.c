@@ -9,7 +9,7 @@ put_rights(PyObject *pages, uint64_t linaddr, int64_t rights)
     int status;
 
     if (is_exactly(pages, given.PageRights) && rights > 0 && rights < 8)
-        return numbers_put(pages, linaddr, (uint8_t)rights);
+        return rights_put(pages, linaddr, (uint8_t)rights);
     page = PyLong_FromUnsignedLongLong(linaddr);
     number = PyLong_FromLongLong(rights);
     status = page == NULL || number == NULL ? -1 : PyObject_SetItem(pages, page, number);

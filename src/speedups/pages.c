@@ -4,7 +4,7 @@
 
 #define _GNU_SOURCE
 
-#include "speedups.h"
+#include "engine.h"
 
 #include <errno.h>
 #include <fcntl.h>

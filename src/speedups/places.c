@@ -47,7 +47,7 @@ hold_block(Places *places, PyObject *block)
     buffer = &blocks[places->held];
     if (PyObject_GetBuffer(block, buffer, PyBUF_WRITABLE) < 0)
         return -1;
-    if (buffer->len < (Py_ssize_t)BLOCK_PAGES * SEALED_BYTES) {
+    if (buffer->len < (Py_ssize_t)SEALED_BLOCK_PAGES * SEALED_BYTES) {
         PyBuffer_Release(buffer);
         PyErr_SetString(PyExc_ValueError, "a block of the backing is too short");
         return -1;
@@ -59,7 +59,7 @@ hold_block(Places *places, PyObject *block)
 char *
 places_memory(Places *places, PyObject *blocks, int64_t number)
 {
-    Py_ssize_t at = (Py_ssize_t)(number / BLOCK_PAGES);
+    Py_ssize_t at = (Py_ssize_t)(number / SEALED_BLOCK_PAGES);
     PyObject *block;
 
     while (places->held <= at) {
@@ -67,7 +67,7 @@ places_memory(Places *places, PyObject *blocks, int64_t number)
             || hold_block(places, block) < 0)
             return NULL;
     }
-    return (char *)places->blocks[at].buf + number % BLOCK_PAGES * SEALED_BYTES;
+    return (char *)places->blocks[at].buf + number % SEALED_BLOCK_PAGES * SEALED_BYTES;
 }
 
 /* --- the type ----------------------------------------------------------------------------------- */

@@ -5,7 +5,7 @@
 
 #include "speedups.h"
 
-#define BLOCK_PAGES 255
+#define SEALED_BLOCK_PAGES 255
 
 /* Of the type Places: numbers of 32 bits, of which the last is taken next.  It also holds the buffers of
  * the blocks that C code has used; a SealedPages has a new Places when it frees blocks. */

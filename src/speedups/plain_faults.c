@@ -1,5 +1,6 @@
 /* The loop over plain faults: as softsgx/engines/native/faults/plain.py, PlainFaults._next. */
 
+#include "driver.h"
 #include "plain_faults.h"
 
 #include <signal.h>

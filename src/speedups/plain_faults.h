@@ -4,7 +4,9 @@
 #ifndef PLAIN_FAULTS_H
 #define PLAIN_FAULTS_H
 
+#include "engine.h"
 #include "memory.h"
+#include "paging.h"
 
 /* The thread of the last event, its key among the threads, and what it has until it ends. */
 struct known {

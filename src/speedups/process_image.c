@@ -1,5 +1,6 @@
 /* What page tables and pagers ask of an address space: as softsgx.engines.native.tracing. */
 
+#include "driver.h"
 #include "memory.h"
 
 /* Whether a thread of an address space may be executing: as ThreadsOfImage.is_running(). */

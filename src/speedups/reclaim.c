@@ -1,6 +1,6 @@
 /* A batch in a subtree of groups: as softsgx.paging.core.EpcCore.reclaim. */
 
-#include "speedups.h"
+#include "paging.h"
 
 /* The next group of a walk, as EpcCgroup.walk(); no other task runs, so that the latch is free. */
 static PyObject *

@@ -1,5 +1,6 @@
 /* Evicted pages: as SwapEntries and SealedPages of softsgx.paging. */
 
+#include "paging.h"
 #include "places.h"
 
 /* --- entries ------------------------------------------------------------------------------------ */
@@ -183,8 +184,8 @@ sealed_put(PyObject *pages, int64_t index, PyObject *sealed)
         if (take_last(&page) < 0)
             return -1;
     }
-    start = (Py_ssize_t)((page.place - 1) % BLOCK_PAGES * SEALED_BYTES);
-    block = PyList_GetItem(page.pages->_blocks, (Py_ssize_t)((page.place - 1) / BLOCK_PAGES));
+    start = (Py_ssize_t)((page.place - 1) % SEALED_BLOCK_PAGES * SEALED_BYTES);
+    block = PyList_GetItem(page.pages->_blocks, (Py_ssize_t)((page.place - 1) / SEALED_BLOCK_PAGES));
     return block == NULL ? -1 : PySequence_SetSlice(block, start, start + SEALED_BYTES, sealed);
 }
 
@@ -195,7 +196,7 @@ sealed_drop(PyObject *pages, int64_t index)
 
     if (!find_page(pages, index, &page))
         return -1;
-    if (page.place && page.free->count + 1 < PyList_Size(page.pages->_blocks) * BLOCK_PAGES) {
+    if (page.place && page.free->count + 1 < PyList_Size(page.pages->_blocks) * SEALED_BLOCK_PAGES) {
         *page.kept = 0;
         return places_append(page.free, (uint32_t)(page.place - 1));
     }

@@ -2,7 +2,7 @@
  *
  * The readable form is softsgx/engines/native/kernel.py. */
 
-#include "speedups.h"
+#include "engine.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -1,6 +1,7 @@
 /* Evictions of one enclave: as softsgx.paging.optimised.PlainSwap and what it calls. */
 
-#include "speedups.h"
+#include "hw.h"
+#include "paging.h"
 
 /* Reservations that are used again, with None in their fields. */
 #define SPARE 16
@@ -281,7 +282,7 @@ evict(struct out_page *out)
     return swap_kick_cpus(out->swap) < 0 ? NULL : ewb_again(out);
 }
 
-/* As PlainSwap.write(): see speedups.h. */
+/* As PlainSwap.write(): see paging.h. */
 int
 swap_write_to(PyObject *swap, PyObject *page, PyObject *reservation, struct written *written)
 {

@@ -1,6 +1,7 @@
 /* Loads of one enclave: as softsgx.paging.optimised.PlainSwap and what it calls. */
 
-#include "speedups.h"
+#include "hw.h"
+#include "paging.h"
 
 /* Forget the oldest load of a thread. */
 static int

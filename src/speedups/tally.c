@@ -1,6 +1,6 @@
 /* Counts by label: what Counters.held and EnclaveCounts.faults are, a mapping (softsgx.paging.counters). */
 
-#include "speedups.h"
+#include "paging.h"
 
 #include <string.h>
 

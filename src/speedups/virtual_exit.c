@@ -1,6 +1,7 @@
 /* An interrupt of a thread that would resume at once: as softsgx.hw.optimised.entry.try_virtual_exit(),
  * where the native engine has the processor's pages. */
 
+#include "hw.h"
 #include "memory.h"
 
 #include <string.h>

@@ -4,6 +4,7 @@
  * madvise(2) for each run of pages, and has its registers back.  What the loop does at the stop of a
  * thread that was held follows here as well, since it comes to no more than permits_going(). */
 
+#include "driver.h"
 #include "plain_faults.h"
 
 #include <errno.h>

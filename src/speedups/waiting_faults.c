@@ -1,5 +1,6 @@
 /* Plain faults whose threads wait: as softsgx/engines/native/faults/plain.py, PlainFaults.resolve. */
 
+#include "driver.h"
 #include "plain_faults.h"
 
 #include <stddef.h>

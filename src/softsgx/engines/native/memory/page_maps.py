@@ -172,7 +172,7 @@ if compiled.speedups is not None:
     _Map, _Set = compiled.speedups.PageMap, compiled.speedups.PageSet
 
     class CompiledPageRights(
-        compiled.speedups.PageNumbers,  # type: ignore[name-defined,misc]
+        compiled.speedups.RightsMap,  # type: ignore[name-defined,misc]
         MutableMapping[int, int],
     ):
         """As :class:`PageRights`, in C; it has no :attr:`~PageRights.blocks`."""
