@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 PURE = "SOFTSGX_PURE"
 """The variable of the environment that keeps Python from using the compiled core."""
 
-INTERFACE = 14
+INTERFACE = 15
 """Which functions and types of the extension this version uses, and how."""
 
 
