@@ -47,6 +47,7 @@ load(PyObject *hw, const struct eldu *eldu)
     uint64_t version;
     int status = -1;
 
+    HOLD(enclave); /* a cipher in Python can take it from its SECS */
     if (key == NULL)
         goto done;
     if (!is_exactly(key, given.PagingKey)) {
@@ -75,6 +76,7 @@ done:
     Py_XDECREF(store);
     Py_XDECREF(plain);
     Py_XDECREF(key);
+    RELEASE(enclave);
     return status;
 }
 

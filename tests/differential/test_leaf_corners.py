@@ -17,9 +17,10 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.differential.test_optimised_leaves import ELRANGE, FIRST, PAGES, SECS, VA, Half, Step
 
-from softsgx.arch import PageType
+from softsgx.arch import PageType, Secs
 from softsgx.hw import EpcPage
 from softsgx.hw.secrets import PagingKey
+from softsgx.hw.secs import ResidentSecs
 
 BEFORE = {
     "eblock": (),
@@ -315,6 +316,24 @@ def test_a_cipher_in_python_can_keep_what_it_gets(leaf: str) -> None:
     assert compare(leaf, 0, change).startswith("SUCCESS")
     first, second = kept
     assert [*map(bytes, first)] == [*map(bytes, second)] and len(first) == 3
+
+
+def test_a_page_is_loaded_into_the_enclave_that_was_there_when_its_leaf_began() -> None:
+    """No other enclave is changed, not even one that takes the memory of that one."""
+    half = Half(fast=True)
+    assert all(half.run(step(each, 0)).startswith("SUCCESS") for each in BEFORE["try_eldu"])
+    key, secs, others = half.hw.secrets.paging, half.page(SECS), list[ResidentSecs]()
+
+    class Removing(NewerCipher):
+        def decrypt(self, *arguments: Any) -> bytes:
+            secs.enclave = None
+            others.extend(ResidentSecs(Secs(size=ELRANGE), 2, 0) for _ in range(100))
+            return super().decrypt(*arguments)
+
+    key._aead = Removing(key._key)  # type: ignore[assignment]
+    del half.enclave
+    assert half.run(step("try_eldu", 0)).startswith("SUCCESS")
+    assert [other.children for other in others] == [0] * 100
 
 
 def test_each_key_has_its_own_cipher() -> None:
