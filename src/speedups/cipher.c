@@ -254,20 +254,24 @@ unseal(PyObject *key, uint64_t version, PyObject *object, const char *sealed,
        const struct mac_header *header)
 {
     struct cipher cipher;
-    PyObject *plain = NULL;
+    PyObject *plain = NULL, *copy = NULL;
 
     if (cipher_of(key, &cipher) < 0)
         return NULL;
-    if (sealed != NULL)
-        object = show(input, sealed, SEALED_BYTES);
-    if (sealed == NULL || cipher.decrypt_into == NULL)
-        plain = made(cipher.aead, names.decrypt, version, object, header);
     /* Nothing else has seen the new object. */
-    else if ((plain = PyBytes_FromStringAndSize(NULL, PAGE_BYTES)) != NULL
-             && into(cipher.decrypt_into, version, object, header, PyBytes_AsString(plain),
-                     PAGE_BYTES) < 0)
-        Py_CLEAR(plain);
-    show(input, NULL, 0);
+    if (sealed != NULL && cipher.decrypt_into != NULL) {
+        plain = PyBytes_FromStringAndSize(NULL, PAGE_BYTES);
+        if (plain != NULL
+            && into(cipher.decrypt_into, version, show(input, sealed, SEALED_BYTES), header,
+                    PyBytes_AsString(plain), PAGE_BYTES) < 0)
+            Py_CLEAR(plain);
+        show(input, NULL, 0);
+    }
+    /* Code in Python can keep what it gets. */
+    else if (sealed == NULL
+             || (object = copy = PyBytes_FromStringAndSize(sealed, SEALED_BYTES)) != NULL)
+        plain = made(cipher.aead, names.decrypt, version, object, header);
+    Py_XDECREF(copy);
     release(&cipher);
     return plain;
 }

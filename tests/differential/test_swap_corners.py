@@ -22,7 +22,7 @@ from tests.support.hw import RepeatingRuntime
 
 from softsgx.arch import VA_SLOTS
 from softsgx.hw.secrets import PagingKey
-from softsgx.paging import LoadFailed, SwapSpace
+from softsgx.paging import FlatBacking, LoadFailed, SwapSpace
 from softsgx.paging.va import VaArray
 from softsgx.paging.va_page import VaSlot
 from softsgx.sim.stories.system import build, plan_for
@@ -204,6 +204,27 @@ def test_a_cipher_that_returns_objects_makes_the_same_bytes(cipher: type[OlderCi
         return seen
 
     assert len(compare(action)) == 3
+
+
+def test_a_cipher_in_python_can_keep_the_memory_that_it_reads() -> None:
+    kept: list[memoryview] = []
+
+    class Keeping(OlderCipher):
+        def decrypt(self, *args: Any) -> bytes:
+            kept.append(memoryview(args[1]))
+            return super().decrypt(*args)
+
+    def action(world: World) -> object:
+        (page,) = evicted(world)
+        key = world.system.machine.secrets.paging
+        key._aead = Keeping(key._key)  # type: ignore[assignment]
+        load(world, page)
+        for backing in world.backings:
+            if isinstance(backing, FlatBacking):
+                backing.sealed.clear()  # with the blocks' memory
+        return len(bytes(kept.pop()))
+
+    assert compare(action) == 4112
 
 
 # --- VA slots -------------------------------------------------------------------------------------
