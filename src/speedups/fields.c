@@ -73,6 +73,7 @@ static int
 set_bitmap(PyObject *self, PyObject *value, void *at)
 {
     PyObject *size, *bytes;
+    int status = -1;
 
     if (value == NULL || !PyLong_Check(value)) {
         PyErr_SetString(PyExc_TypeError, "a bitmap is an integer");
@@ -83,9 +84,14 @@ set_bitmap(PyObject *self, PyObject *value, void *at)
     Py_XDECREF(size);
     if (bytes == NULL)
         return -1;
-    memcpy((char *)self + (size_t)at, PyBytes_AsString(bytes), (size_t)BITMAP_BYTES);
+    if (PyBytes_Check(bytes) && PyBytes_Size(bytes) == BITMAP_BYTES) {
+        memcpy((char *)self + (size_t)at, PyBytes_AsString(bytes), (size_t)BITMAP_BYTES);
+        status = 0;
+    }
+    else /* to_bytes() of a derived class */
+        PyErr_SetString(PyExc_TypeError, "the bytes of a bitmap are 64");
     Py_DECREF(bytes);
-    return 0;
+    return status;
 }
 
 /* --- fields that are numbers of one byte --------------------------------------------------------- */

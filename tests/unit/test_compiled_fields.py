@@ -233,6 +233,20 @@ def test_what_is_no_integer_of_its_kind_is_refused(cls: Any) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize("found", [b"", bytes(63), bytes(65), bytearray(64), None])
+def test_an_integer_that_says_other_bytes_is_no_bitmap(found: object) -> None:
+    class Odd(int):
+        def to_bytes(self, *_arguments: Any, **_named: Any) -> Any:
+            return found
+
+    page = blank(VaPage)
+    page.free = 5
+    with pytest.raises(TypeError):
+        page.free = Odd(7)
+    assert page.free == 5
+
+
+@needs_core
 @pytest.mark.parametrize("cls", [cls for cls in CLASSES if hasattr(cls, "__slots__")])
 def test_what_is_no_truth_is_no_flag(cls: Any) -> None:
     one = blank(cls)
