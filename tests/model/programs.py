@@ -34,13 +34,21 @@ class Share:
         made: the enclave.
         scratch: a page for SECINFO, whose content does not matter.
         pages: what each page must hold, by number.
+        unsettled: pages whose removal or restriction was given up.  Their types and rights are
+            unknown, and an access may raise SIGSEGV, so no other step uses them.
         lost: killed or without power.
     """
 
     made: Launched
     scratch: int
     pages: dict[int, bytearray] = field(default_factory=dict)
+    unsettled: set[int] = field(default_factory=set)
     lost: bool = False
+
+    def give_up(self, page: int) -> None:
+        """A step that changes ``page`` was given up, perhaps in the middle."""
+        del self.pages[page]
+        self.unsettled.add(page)
 
 
 @dataclass
@@ -102,22 +110,30 @@ class Actor:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def inside(self, share: Share, step: Callable[[], None]) -> None:
-        """Enter, do a step, leave; again where memory was short."""
+    def inside(self, share: Share, step: Callable[[], None]) -> bool:
+        """Enter, do a step, leave; again where memory was short, but the step only once.
+
+        Returns:
+            Whether the step was done; not if the enclave is lost, or memory stays short.
+        """
+        done = False
         for _try in range(TRIES):
             try:
                 self._enter(share)
                 try:
-                    step()
+                    if not done:
+                        step()
+                        done = True
                 finally:
                     self._leave()
-                return
+                break
             except Signal as signal:
                 if share.lost:
-                    return
+                    break
                 if not self.tolerant or signal.name != "SIGBUS":
                     raise
                 self.system.runtime.yield_now()
+        return done
 
     def _enter(self, share: Share) -> None:
         self.thread = self.process.thread(self.cpu)
@@ -196,9 +212,7 @@ class Actor:
             else:
                 status = self.thread.eacceptcopy(addr, made.data(copy), RW, scratch)
                 content = bytearray(share.pages[copy])
-            # Tried again after it was done: the page is there and no longer pending.
-            again = status is Status.PAGE_ATTRIBUTES_MISMATCH and self.tolerant
-            assert status is Status.SUCCESS or again, f"accepting page {page}: {status!r}"
+            assert status is Status.SUCCESS, f"accepting page {page}: {status!r}"
             share.pages[page] = content
 
         self.inside(share, step)
@@ -206,11 +220,15 @@ class Actor:
     def remove(self, share: Share, page: int) -> None:
         """Trim, accept, remove."""
         made = share.made
-        if not self.change(share, page, lambda offset: self._modify(made, offset)):
-            return
-        self.accept(share, page, TRIM | MODIFIED)
-        if self.change(share, page, lambda offset: self._remove(made, offset)):
+        removed = (
+            self.change(share, page, lambda offset: self._modify(made, offset))
+            and self.accept(share, page, TRIM | MODIFIED)
+            and self.change(share, page, lambda offset: self._remove(made, offset))
+        )
+        if removed:
             del share.pages[page]
+        else:
+            share.give_up(page)
 
     def _modify(self, made: Launched, offset: int) -> None:
         self.process.modify_types(made.fd, offset, PAGE_BYTES, PageType.TRIM)
@@ -225,13 +243,22 @@ class Actor:
         def ioctl(offset: int) -> None:
             self.process.restrict(made.fd, offset, PAGE_BYTES, R)
 
-        if not self.change(share, page, ioctl):
-            return
-        self.accept(share, page, REG | R | PR)
-        self.inside(share, lambda: self.thread.emodpe(made.data(page), RW, scratch))
+        restored = (
+            self.change(share, page, ioctl)
+            and self.accept(share, page, REG | R | PR)
+            and self.inside(share, lambda: self.thread.emodpe(made.data(page), RW, scratch))
+        )
+        if not restored:
+            share.give_up(page)
 
     def change(self, share: Share, page: int, ioctl: Callable[[int], None]) -> bool:
-        """Do an ioctl on a page until it is neither busy nor to be tried again."""
+        """Do an ioctl on a page until it is neither busy nor to be tried again.
+
+        A process has no claim, so its ioctls return EAGAIN as long as another thread holds one.
+
+        Returns:
+            Whether the ioctl has succeeded.
+        """
         for _try in range(TRIES):
             try:
                 ioctl(share.made.offset(page))
@@ -247,15 +274,15 @@ class Actor:
         assert self.tolerant, f"page {page} stays busy"
         return False
 
-    def accept(self, share: Share, page: int, flags: int) -> None:
-        """EACCEPT; the page is as ``flags`` say."""
+    def accept(self, share: Share, page: int, flags: int) -> bool:
+        """EACCEPT; the page is as ``flags`` say.  Returns whether it was accepted."""
         made = share.made
 
         def step() -> None:
             status = self.thread.eaccept(made.data(page), flags, made.data(share.scratch))
             assert status is Status.SUCCESS, f"accepting page {page}: {status!r}"
 
-        self.inside(share, step)
+        return self.inside(share, step)
 
     def remap(self, share: Share) -> None:
         """Unmap the data pages and map them again."""
@@ -312,7 +339,8 @@ class Actor:
     def _hole(self, share: Share, number: int) -> int | None:
         """Return a hole of this actor's: each has its own range behind the data pages."""
         first = share.made.data_pages + share.scratch * HOLES
-        holes = [page for page in range(first, first + HOLES) if page not in share.pages]
+        used = share.pages.keys() | share.unsettled
+        holes = [page for page in range(first, first + HOLES) if page not in used]
         inside = [page for page in holes if share.made.offset(page) < share.made.size]
         return inside[number % len(inside)] if inside else None
 
