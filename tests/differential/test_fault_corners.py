@@ -132,6 +132,17 @@ def test_an_address_space_without_users_is_left_out(users: int) -> None:
     assert compare(action) == (not users, True, not users)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 0x7F8, PAGE_BYTES - 1])
+def test_a_fault_anywhere_in_a_page_maps_the_page(offset: int) -> None:
+    def action(world: World) -> object:
+        process, (page,) = world.actor.process, evicted(world)
+        result = process.mm.fault(page.linaddr + offset, 1, process)
+        entry = process.ptes.entry(page.linaddr)
+        return result, entry is not None and entry[0] == page.epc.addr
+
+    assert compare(action) == (FaultResult.NOPAGE, True)
+
+
 def test_the_end_of_a_mapping_is_not_part_of_it() -> None:
     def action(world: World) -> object:
         process, page = world.actor.process, pages_of(world)[0]

@@ -277,19 +277,38 @@ def test_a_refused_load_says_what_its_thread_waits_for() -> None:
 @pytest.mark.parametrize("node", [0, 1, 7])
 def test_a_load_asks_for_a_page_of_its_node_first(node: int) -> None:
     def action(world: World) -> object:
-        (page, *_more), pool = evicted(world, 3), world.system.core._pool
+        (page, another, *_more), pool = evicted(world, 3), world.system.core._pool
         usual = pool.first(0)
-        assert len(usual.freed) > 1
+        assert len(usual.freed) > 2
         near = Node(node, world.system.runtime, pool.records)
-        near.freed.append(usual.freed.popleft())
+        for _ in range(2):
+            near.freed.append(usual.freed.popleft())
         pool._orders.update(dict.fromkeys((0, 1, 7), (usual, near)))
         pool._orders[node] = near, usual
         pool.latest = None
-        expected = near.freed[0].addr
-        epc = load(world, page, cpu_node=node)
-        return epc.addr == expected, epc.addr
+        expected = near.freed[0].addr, usual.freed[0].addr
+        loads = (page, node), (another, 1 - node % 2)
+        addrs = tuple(load(world, each, cpu_node=number).addr for each, number in loads)
+        return addrs == expected, addrs
 
     assert compare(action)[0]
+
+
+def test_a_page_is_freed_on_its_node_after_another_one_was_asked() -> None:
+    def action(world: World) -> object:
+        (page,), core = evicted(world), world.system.core
+        pool = core._pool
+        far = pool.nodes[7] = Node(7, world.system.runtime, pool.records)
+        epc, before = core.alloc(None, reclaim=False), pool.count.value
+        load(world, page)
+        epc.node = 7
+        core.free(epc)
+        there = list(far.freed) == [epc]
+        epc.node = 0
+        pool.first(0).freed.append(pool.nodes.pop(7).freed.popleft())
+        return there, pool.count.value - before
+
+    assert compare(action) == (True, 0)
 
 
 @pytest.mark.parametrize("leaves", [True, False])

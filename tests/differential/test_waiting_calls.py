@@ -53,6 +53,7 @@ RT_TGSIGQUEUEINFO = 297
 ALL_RIGHTS = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 INTERRUPTED = Stop(abi.SIGTRAP, abi.PTRACE_EVENT_STOP, False)
 BLOCKED = 1 << signal.SIGUSR2 - 1 | 1 << signal.SIGSEGV - 1
+FAULT_SIGNALS = [signal.SIGILL, signal.SIGTRAP, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV]
 USUAL = ["fault", "hide"]
 OTHERWISE = [*USUAL, "flush"]
 
@@ -64,7 +65,7 @@ def address_of(memory: mmap.mmap) -> int:
 class Spinner:
     """A process that has touched its pages, and loops in code beside that of our vDSO."""
 
-    def __init__(self, pending: int = 0) -> None:
+    def __init__(self, pending: int = 0, signo: int = signal.SIGSEGV) -> None:
         asm = Assembler()
         emit_injection(asm)
         asm.align(16)
@@ -83,7 +84,7 @@ class Spinner:
         self.tid = os.fork()
         if not self.tid:
             try:
-                self._child(pending)
+                self._child(pending, signo)
             finally:
                 os._exit(1)
         libc.ptrace(abi.PTRACE_SEIZE, self.tid, 0, abi.PTRACE_O_EXITKILL | abi.PTRACE_O_TRACEEXIT)
@@ -93,14 +94,15 @@ class Spinner:
         self.before = bytes(self.stopped())
         self.go()
 
-    def _child(self, pending: int) -> None:
+    def _child(self, pending: int, signo: int) -> None:
         for at in range(0, PAGES * PAGE, PAGE):
             self._memory[at] = 1
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGSEGV})
         if pending:  # as the kernel raises it
-            info = abi.SigInfo(signo=signal.SIGSEGV, code=pending)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signo})
+            info = abi.SigInfo(signo=signo, code=pending)
             me = os.getpid()
-            libc.syscall(RT_TGSIGQUEUEINFO, me, me, signal.SIGSEGV, ctypes.addressof(info))
+            libc.syscall(RT_TGSIGQUEUEINFO, me, me, signo, ctypes.addressof(info))
         ctypes.CFUNCTYPE(None)(self.code + self.labels["loop"])()
 
     def stopped(self) -> UserRegs:
@@ -125,6 +127,10 @@ class Spinner:
     def blocked(self) -> int:
         with open(f"/proc/{self.tid}/status") as file:
             return int(next(line for line in file if line.startswith("SigBlk")).split()[1], 16)
+
+    def behind_table(self) -> bytes:
+        """Return what follows the page that has the calls."""
+        return self._code[self.labels["space"] + PAGE :]
 
     def present(self) -> set[int]:
         """Return the numbers of the pages that have an entry."""
@@ -244,6 +250,7 @@ def test_the_thread_drops_the_entries_and_runs(server: Server, pages: range) -> 
     assert not server.pager._watched and not server.pager._present
     assert server.thread.running and not server.kept and server.faults.may_have_stopped
     assert (server.crossings.aex, server.served.served) == (1, 1)
+    assert not any(spinner.behind_table()), "more calls than a table has"
     expect_as_before(spinner)
 
 
@@ -380,9 +387,13 @@ def test_a_thread_at_a_stub_of_cpuid_is_left_to_the_loop(server: Server, found: 
         expect_as_before(server.spinner)
 
 
-@pytest.mark.parametrize("code", [1, -1])
-def test_the_signal_of_a_fault_that_is_pending_is_left_to_the_loop(uffd: int, code: int) -> None:
-    spinner = Spinner(pending=code)
+@pytest.mark.parametrize(
+    ("signo", "code"), [*((signo, 1) for signo in FAULT_SIGNALS), (signal.SIGSEGV, -1)]
+)
+def test_the_signal_of_a_fault_that_is_pending_is_left_to_the_loop(
+    uffd: int, signo: int, code: int
+) -> None:
+    spinner = Spinner(pending=code, signo=signo)
     server = Server(spinner, uffd)
     server.watch(range(5))
     try:
@@ -396,22 +407,24 @@ def test_the_signal_of_a_fault_that_is_pending_is_left_to_the_loop(uffd: int, co
         end_tracee(spinner.tid)
 
 
-def test_a_stop_signal_that_arrives_at_the_calls_arrives_after_them(server: Server) -> None:
-    """Nothing blocks SIGSTOP; the calls of all tables are made."""
+@pytest.mark.parametrize("signo", [signal.SIGSTOP, signal.SIGUSR1])
+def test_a_signal_that_arrives_at_the_calls_arrives_after_them(server: Server, signo: int) -> None:
+    """The calls of all tables are made.  Nothing blocks SIGSTOP, which interrupts them."""
     spinner = server.spinner
     server.watch(range(0, PAGES, 2))
     find = server.mm.find
 
     def later(at: int) -> object:
         if at == spinner.spins:  # it has been interrupted
-            os.kill(spinner.tid, signal.SIGSTOP)
+            os.kill(spinner.tid, signo)
         return find(at)
 
     server.mm.find = later
     assert server.run() == USUAL
+    assert cast(Any, server.thread)._borrowed is (signo == signal.SIGSTOP)
     assert spinner.present() == set(range(1, PAGES, 2))
     _tid, status = os.waitpid(spinner.tid, abi.WALL)
-    assert status == signal.SIGSTOP << 8 | 0x7F
+    assert status == signo << 8 | 0x7F
     assert bytes(spinner.stopped()) == spinner.before
     assert spinner.blocked() == BLOCKED
 
