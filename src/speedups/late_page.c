@@ -5,34 +5,57 @@
 
 #define COPY_DONTWAKE 1
 
-/* Of the fault that the driver resolves at the moment. */
-static struct late_page *expected;
+/* Of the fault that the driver resolves at the moment, and the frame of Python that it began under.
+ * Not on the stack: while its task waits, others use the memory of that. */
+static struct {
+    struct late_page page;
+    PyObject *frame; /* borrowed; NULL: there is none */
+} expected;
 
-void
-expect_late_page(struct late_page *late, PyObject *table, int uffd, uint64_t linaddr)
+bool
+expect_late_page(PyObject *table, int uffd, uint64_t linaddr)
 {
-    late->table = table;
-    late->linaddr = linaddr;
-    late->uffd = uffd;
-    expected = late;
+    if (expected.frame != NULL) /* of a task that waits */
+        return false;
+    expected.page = (struct late_page){.table = table, .linaddr = linaddr, .uffd = uffd};
+    expected.frame = (PyObject *)PyEval_GetFrame();
+    return true;
 }
 
 void
-expect_no_late_page(void)
+take_late_page(struct late_page *late)
 {
-    expected = NULL;
+    *late = expected.page;
+    expected.page = (struct late_page){0};
+    expected.frame = NULL;
+}
+
+/* Whether the fault has called the code that runs: other tasks have frames of their own. */
+static bool
+is_in_fault(void)
+{
+    PyObject *frame = (PyObject *)PyEval_GetFrame();
+    bool found;
+
+    Py_XINCREF(frame);
+    while (frame != NULL && !is_none(frame) && frame != expected.frame)
+        replace(&frame, PyObject_GetAttrString(frame, "f_back"));
+    found = frame != NULL && frame == expected.frame;
+    Py_XDECREF(frame);
+    return found;
 }
 
 bool
 is_late(PyObject *table, int64_t uffd, uint64_t linaddr, EnclaveMemory *memory, PyObject *data,
         int64_t rights)
 {
-    if (expected == NULL || table != expected->table || uffd != expected->uffd
-        || linaddr != expected->linaddr || !is_none(((EnclavePageTable *)table)->_installed))
+    if (expected.frame == NULL || table != expected.page.table || uffd != expected.page.uffd
+        || linaddr != expected.page.linaddr || expected.page.memory != NULL
+        || !is_none(((EnclavePageTable *)table)->_installed) || !is_in_fault())
         return false;
-    Py_INCREF(expected->memory = (PyObject *)memory);
-    Py_XINCREF(expected->data = data);
-    expected->rights = rights;
+    Py_INCREF(expected.page.memory = (PyObject *)memory);
+    Py_XINCREF(expected.page.data = data);
+    expected.page.rights = rights;
     return true;
 }
 

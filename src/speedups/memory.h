@@ -90,9 +90,10 @@ struct late_page {
     int uffd;
 };
 
-/* Until expect_no_late_page(): install() may leave the page of that address to `late`. */
-void expect_late_page(struct late_page *late, PyObject *table, int uffd, uint64_t linaddr);
-void expect_no_late_page(void);
+/* Until take_late_page(): install() of the same task may leave the page of that address to it.  False: it
+ * may not, and there is nothing to take. */
+bool expect_late_page(PyObject *table, int uffd, uint64_t linaddr);
+void take_late_page(struct late_page *late);
 
 /* Leave the page to the end of the fault, if it is the one that is expected: whether it is. */
 bool is_late(PyObject *table, int64_t uffd, uint64_t linaddr, EnclaveMemory *memory, PyObject *data,

@@ -155,15 +155,17 @@ static int
 resolve(struct service *service, struct fault *fault, const struct fault_event *event)
 {
     PyObject *result;
+    bool expects;
     int status;
 
     if (ADD_INTEGER(PlainFaults, service->plain, served, 1) < 0
         || SETF(FaultingImage, fault->image, faulting, fault->thread) < 0
         || permits_settle(service) < 0)
         return -1;
-    expect_late_page(&fault->late, fault->page_table, event->uffd, fault->page);
+    expects = expect_late_page(fault->page_table, event->uffd, fault->page);
     result = call_driver(fault, service->direct && fault->mm == service->known.mm);
-    expect_no_late_page();
+    if (expects)
+        take_late_page(&fault->late);
     if (result == NULL)
         return -1;
     status = GET_TRUTH(FaultingThread, fault->thread, running);

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import greenlet
 import pytest
 from tests.differential.test_native_memory import Site
 from tests.support.native import USABLE_PAGERS, needs_tracing
@@ -216,5 +217,33 @@ def test_another_function_in_the_place_of_the_drivers_is_called(
         _notes, (right, running, errors) = cast(Any, scene.outcome())
         assert right and running and not errors and scene.served.served == 1
         assert called == [(scene.at + 8, abi.PROT_READ, thread)] * replaced
+    finally:
+        scene.site.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_page_that_another_task_loads_while_a_fault_waits_is_there_at_once(form: str) -> None:
+    """The stack of a task that waits is elsewhere, and its place is used by others."""
+    scene, seen = LateScene(form), list[bool]()
+
+    def load() -> None:
+        main.switch()
+        scene.site.mm.fault(scene.at, abi.PROT_READ, scene.site.process)
+        seen.append(scene.there)
+
+    def fault(*_arguments: object) -> FaultResult:
+        other.switch()
+        return FaultResult.RETRY
+
+    def outcome(depth: int) -> object:
+        """Deep in the stack of C."""
+        return next(map(outcome, [depth - 1])) if depth else scene.outcome()
+
+    main, other = greenlet.getcurrent(), greenlet.greenlet(load)
+    other.switch()
+    scene.image.mm.fault = fault
+    try:
+        _notes, (right, running, errors) = cast(Any, outcome(100))
+        assert seen == [True] and right and running and not errors
     finally:
         scene.site.close()
