@@ -198,6 +198,10 @@ class AllocSlowPath:
             # Deviation: Linux returns ENOMEM, although the running batch may hold every page there
             # is. In a small EPC it often does.
             if not ksgxd.working.value:
+                # On threads a batch may have put pages back and been counted out since the first
+                # look; the generation rises after that.
+                if group.has_reclaimable():
+                    return
                 raise self._no_epc(group)
             if request.reclaim:
                 if request.signal_pending():

@@ -25,6 +25,7 @@ from softsgx.paging import (
     SgxEpcPage,
 )
 from softsgx.paging.events import Leaked, Poisoned, Refused, Sanitized
+from softsgx.paging.nodes import AtomicCount
 from softsgx.runtime import InlineRuntime, Livelock, Runtime, SeededRuntime
 from softsgx.trace import Event
 
@@ -156,6 +157,60 @@ def test_pages_in_a_running_batch_are_waited_for_not_given_up() -> None:
         runtime.run(main)
         core.check_invariants()
         assert core.free_pages == 0 and core.counters.held["reg"] == 2
+
+
+@pytest.mark.parametrize("reclaim", [False, True])
+def test_an_allocation_that_looks_while_a_batch_ends_does_not_give_up(reclaim: bool) -> None:
+    """It looks for reclaimable pages before the batch puts them back, and for the batch after."""
+    runtime = SeededRuntime(1)
+    core = make_core(runtime, pages=2)
+    passed: list[str] = []
+
+    def reach(place: str, *, then_wait_for: str) -> None:
+        passed.append(place)
+        while then_wait_for not in passed:
+            runtime.yield_now()
+
+    class Owner(FakeOwner):
+        def age(self) -> bool:
+            if "isolated" not in passed:
+                reach("isolated", then_wait_for="looked")
+                return False
+            return True
+
+    class Watched(Limited):
+        def has_reclaimable(self) -> bool:
+            answer = super().has_reclaimable()
+            if passed == ["isolated"]:
+                reach("looked", then_wait_for="counted out")
+            return answer
+
+    class Working(AtomicCount):
+        def add(self, change: int) -> None:
+            super().add(change)
+            if change < 0 and passed == ["isolated", "looked"]:
+                reach("counted out", then_wait_for="allocated")
+
+    def main() -> None:
+        group = Watched(Lru(runtime), 1)
+        core.mark_reclaimable(core.alloc(Owner(""), reclaim=False, group=group))
+        core._ksgxd.working = Working(runtime)
+
+        def run_batch() -> None:
+            core.reclaim(group)
+
+        batch = runtime.spawn(run_batch, "batch")
+        while not passed:
+            runtime.yield_now()
+        try:
+            core.alloc(None, reclaim=reclaim, group=group)
+        except EpcBusy:
+            passed.append("busy")
+        passed.append("allocated")
+        batch.join()
+
+    runtime.run(main)
+    assert ("busy" in passed) is not reclaim
 
 
 # --- watermarks and ksgxd -------------------------------------------------------------------------
