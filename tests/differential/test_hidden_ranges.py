@@ -188,6 +188,52 @@ def test_pages_are_protected_while_another_thread_runs(
     assert bool(compare([(0, 16, "own")], threads, faulting)) is protects
 
 
+@pytest.mark.parametrize("without", [(), (0,), (1, 5), (2, 6, 9), PAGES], ids=str)
+def test_pages_without_rights_are_counted_no_more(without: tuple[int, ...]) -> None:
+    assert compiled.speedups is not None
+    for hide in (NativeStore.hide_unmapped, compiled.speedups.hide_unmapped):
+        site = Site([(0, 16, "own")], [False], None)
+        rights, stays = site.pager._fetches.rights, BASE + STAY[0] * PAGE_BYTES
+        rights[stays] = 1
+        for number in without:
+            del rights[BASE + number * PAGE_BYTES]
+        hide(site.store)
+        site.close()
+        assert len(rights) == 1 and dict(rights) == {stays: 1}
+
+
+@pytest.mark.parametrize("places", [(0,), (3,), (6,), (0, 7), (1, 4), (2, 2, 6)], ids=str)
+def test_a_page_that_leaves_while_others_are_hidden_is_hidden_after_them(
+    places: tuple[int, ...],
+) -> None:
+    """The pager calls the loop, which unmaps more pages."""
+    assert compiled.speedups is not None
+    for hide in (NativeStore.hide_unmapped, compiled.speedups.hide_unmapped):
+        site = Site([(0, 16, "own")], [True], None)
+        late = [StoredPage(EpcPage(EpcAddr(0x9000 + number))) for number in range(len(places))]
+
+        def unmap(*_args: object, site: Site = site, late: list[StoredPage] = late) -> int:
+            memory, leaving = site.memories["own"], site.store._leaving
+            for number, (place, record) in enumerate(zip(places, late, strict=True)):
+                if record.rights == 0:
+                    record.memory, record.linaddr = memory, BASE + STAY[number] * PAGE_BYTES
+                    record.rights = memory.pages[record.linaddr] = 1
+                    os.pwrite(memory.fd, bytes([100 + number]) * PAGE_BYTES, record.linaddr)
+                    leaving.insert(place, record)
+            return 0
+
+        with patch.object(kernel, "protect_pages", unmap):
+            hide(site.store)
+        assert sorted(site.store._leaving, key=late.index) == late
+        assert not any(record.rights for record in site.records)
+        site.image.threads.clear()
+        hide(site.store)
+        hidden = [record.data and record.data[0] for record in (*site.records, *late)]
+        site.close()
+        assert hidden == [*(number + 1 for number in PAGES), *range(100, 100 + len(late))]
+        assert not site.store._leaving
+
+
 @pytest.mark.parametrize(
     ("threads", "faulting"), [([True], None), ([False], None), ([True], 0), ([False, True], 1)]
 )

@@ -129,6 +129,18 @@ def many_pages(optimised: Implementation, *, room: bool) -> World:
     return world
 
 
+def test_a_fault_loads_the_page_of_its_own_chunk(optimised: Implementation) -> None:
+    """The chunk of the latest fault is known, where a page of the same place is evicted, too."""
+    world = World(700, optimised=optimised, data_pages=400)
+    pages = {page.index: page for page in data_pages(world)}
+    places = [128 + 128 * chunk + place for chunk in range(2) for place in (3, 4, 5)]
+    evict(world, *map(pages.__getitem__, places))
+    for index in (260, 131, 259, 132, 261, 133):
+        fault(world, pages[index])
+        places.remove(index)
+        assert [at for at, page in pages.items() if page.epc is None] == places
+
+
 def test_a_batch_uses_slots_of_several_va_pages(optimised: Implementation) -> None:
     world = many_pages(optimised, room=True)
     enclave = world.system.driver.enclaves[0]
