@@ -202,6 +202,33 @@ def test_pages_without_rights_are_counted_no_more(without: tuple[int, ...]) -> N
         assert len(rights) == 1 and dict(rights) == {stays: 1}
 
 
+@pytest.mark.parametrize("first", [127, 128, 129, 189, 190, 191])
+@pytest.mark.parametrize("count", [1, 2, 3, 62, 63, 64, 65, 127, 128])
+def test_neighbours_of_pages_that_leave_keep_their_rights(first: int, count: int) -> None:
+    """The compiled core has rights in blocks of 64 pages."""
+    assert compiled.speedups is not None
+    leave, neighbours = range(first, first + count), {}
+    for number in (first - 2, first - 1, first + count, first + count + 1):
+        neighbours[BASE + number * PAGE_BYTES] = 1
+    for hide in (NativeStore.hide_unmapped, compiled.speedups.hide_unmapped):
+        site = Site([(0, 512, "own")], [False], None)
+        memory, rights = site.memories["own"], site.pager._fetches.rights
+        hide(site.store)
+        for number in STAY:
+            del memory.pages[BASE + number * PAGE_BYTES]
+        for number in leave:
+            record = StoredPage(EpcPage(EpcAddr(0x9000 + number)))
+            record.memory, record.linaddr = memory, BASE + number * PAGE_BYTES
+            record.rights = rights[record.linaddr] = memory.pages[record.linaddr] = 3
+            site.store._leaving.append(record)
+        rights.update(neighbours)
+        memory.pages.update(neighbours)
+        hide(site.store)
+        site.close()
+        assert dict(rights) == dict(memory.pages) == neighbours
+        assert len(rights) == len(memory.pages) == len(neighbours)
+
+
 @pytest.mark.parametrize("places", [(0,), (3,), (6,), (0, 7), (1, 4), (2, 2, 6)], ids=str)
 def test_a_page_that_leaves_while_others_are_hidden_is_hidden_after_them(
     places: tuple[int, ...],

@@ -190,6 +190,25 @@ def test_a_page_is_there_before_anything_looks(outcomes: dict[str, Any]) -> None
     assert right and all(note.endswith("True") for note in notes)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_page_that_is_loaded_once_more_at_the_fault_is_there_at_once(form: str) -> None:
+    """The driver has resolved the fault; background work evicts the page, and loads it."""
+    scene = LateScene(form)
+    busy(scene)
+
+    def background() -> None:
+        scene.note("background")
+        scene._evict()
+        scene.site.do("fault", NUMBER, 0)
+        scene.note("loaded")
+
+    scene.background = background  # type: ignore[method-assign]
+    noted, rest = cast(Any, scene.outcome())
+    scene.site.close()
+    assert noted == ["background: True", "loaded: True"]
+    assert rest == (True, True, 0)
+
+
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("stops", [False, True], ids=["waits", "stops"])

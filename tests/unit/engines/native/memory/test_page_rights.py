@@ -6,6 +6,7 @@ Method: histories of changes, against a dictionary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +63,17 @@ def test_rights_are_those_that_were_set_last(
         assert list(rights) == sorted(expected)
         for at in (page, page + 1, page + PAGE - 1):
             assert rights.get(at, 0) == expected.get(page, 0) and (at in rights) is (page in rights)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_range_can_start_and_end_at_any_address(make: Callable[[], PageRights]) -> None:
+    half, rights = 1 << 63, make()
+    pages = [0, half - PAGE, half, half + PAGE, half + 3 * BLOCK, (1 << 64) - PAGE]
+    ends = [-PAGE, *pages, PAGE, half + 2 * PAGE, 1 << 64, 1 << 70]
+    for page in pages:
+        rights[page] = 5
+    for start, end in product(ends, ends):
+        assert list(rights.within(start, end)) == [page for page in pages if start <= page < end]
 
 
 def test_blocks_without_pages_do_not_accumulate() -> None:
