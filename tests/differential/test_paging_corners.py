@@ -294,23 +294,6 @@ def test_a_load_asks_for_a_page_of_its_node_first(node: int) -> None:
     assert compare(action)[0]
 
 
-def test_a_page_is_freed_on_its_node_after_another_one_was_asked() -> None:
-    def action(world: World) -> object:
-        (page,), core = evicted(world), world.system.core
-        pool = core._pool
-        far = pool.nodes[7] = Node(7, world.system.runtime, pool.records)
-        epc, before = core.alloc(None, reclaim=False), pool.count.value
-        load(world, page)
-        epc.node = 7
-        core.free(epc)
-        there = list(far.freed) == [epc]
-        epc.node = 0
-        pool.first(0).freed.append(pool.nodes.pop(7).freed.popleft())
-        return there, pool.count.value - before
-
-    assert compare(action) == (True, 0)
-
-
 @pytest.mark.parametrize("leaves", [True, False])
 @pytest.mark.parametrize("inside", [0, 1])
 @pytest.mark.parametrize("stale", [True, False])
