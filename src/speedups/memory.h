@@ -65,7 +65,7 @@ int set_add(PyObject *set, uint64_t linaddr);
 bool set_discard(PyObject *set, uint64_t linaddr);
 void set_clear(PyObject *set);
 
-/* Of RightsMap or a PageSet: remove the pages of a range. */
+/* Of RightsMap or a PageSet: remove the pages of which a range has a part. */
 void drop_range(PyObject *pages, uint64_t start, uint64_t end);
 
 /* Of each: the number of pages, and all of them, ascending, for PyMem_Free(); NULL: an error. */

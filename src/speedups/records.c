@@ -166,7 +166,9 @@ add_integer(PyObject *object, PyObject *name, int64_t change)
 
     if (get_integer(object, name, &value) < 0)
         return -1;
-    return put_integer(object, name, value + change);
+    if (__builtin_add_overflow(value, change, &value))
+        return no_count();
+    return put_integer(object, name, value);
 }
 
 int

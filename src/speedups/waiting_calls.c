@@ -401,7 +401,7 @@ drop_watched(struct service *service, struct fault *fault)
 
     if (status > 0 && (status = stop_thread(service, fault, &calls)) > 0) {
         fault->stopped = true;
-        pager = usual_pager(fault->page_table);
+        pager = pager_of(fault->page_table);
         map_clear(pager->_present);
         set_clear(pager->_watched);
         status = SETF(FaultingThread, fault->thread, running, Py_False) < 0
