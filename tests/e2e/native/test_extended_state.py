@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tests.e2e.native.enclave import COMPILER, NativeBuilds
 from tests.e2e.native.stepper import Stepper
+from tests.support import modes
 from tests.support.native import (
     FAULTS_ARE_SIGBUS,
     needs_no_strict_mode,
@@ -274,6 +275,7 @@ def test_a_thread_may_be_stopped_at_each_instruction_of_a_stub(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(modes.has("userfaultfd"), reason="its faults are signals of the other pager")
 def test_faults_of_such_an_instruction_settle_all_permits(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
