@@ -19,7 +19,7 @@ read_key(PyObject *self, PyObject *key, uint64_t *at)
         return 0;
     }
     if (PyObject_TypeCheck(self, rights_map_type))
-        *at &= ~(uint64_t)(PAGE_BYTES - 1);
+        *at &= PAGE_MASK;
     return *at % PAGE_BYTES == 0;
 }
 
@@ -204,7 +204,7 @@ set_difference_update(PyObject *self, PyObject *pages)
 static PyObject *
 rights_subscript(PyObject *self, PyObject *key)
 {
-    uint64_t at = 0;
+    uint64_t at;
     int status = read_key(self, key, &at);
 
     if (status > 0 && set_has(self, at))
@@ -217,7 +217,7 @@ rights_subscript(PyObject *self, PyObject *key)
 static int
 rights_assign(PyObject *self, PyObject *key, PyObject *number)
 {
-    uint64_t at = 0;
+    uint64_t at;
     long value;
     int status;
 

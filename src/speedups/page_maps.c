@@ -238,8 +238,8 @@ drop_range(PyObject *self, uint64_t start, uint64_t end)
     unsigned first;
     uint64_t count;
 
-    start &= ~(uint64_t)(PAGE_BYTES - 1);
-    end = (end + PAGE_BYTES - 1) & ~(uint64_t)(PAGE_BYTES - 1);
+    start &= PAGE_MASK;
+    end = (end + PAGE_BYTES - 1) & PAGE_MASK;
     for (; start < end; start += count << PAGE_SHIFT) {
         first = index_of(start);
         count = MAP_BLOCK_PAGES - first;

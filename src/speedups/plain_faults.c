@@ -22,7 +22,7 @@ release(void *references, size_t bytes)
 int
 set_address(struct fault *fault, uint64_t linaddr)
 {
-    fault->page = linaddr & ~(uint64_t)(PAGE_BYTES - 1);
+    fault->page = linaddr & PAGE_MASK;
     fault->linaddr = PyLong_FromUnsignedLongLong(linaddr);
     return fault->linaddr == NULL ? -1 : 0;
 }

@@ -12,6 +12,7 @@
 
 #define PAGE_BYTES 4096
 #define PAGE_SHIFT 12
+#define PAGE_MASK (~(uint64_t)(PAGE_BYTES - 1))
 #define SLOT_BYTES 8
 #define VA_SLOTS (PAGE_BYTES / SLOT_BYTES)
 #define SEALED_BYTES (PAGE_BYTES + 16)  // ciphertext and MAC of a page

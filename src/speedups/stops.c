@@ -287,7 +287,7 @@ next_fault(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 int
 wake_waiting(int uffd, uint64_t linaddr)
 {
-    uint64_t range[2] = {linaddr & ~(uint64_t)(PAGE_BYTES - 1), PAGE_BYTES};
+    uint64_t range[2] = {linaddr & PAGE_MASK, PAGE_BYTES};
 
     if (ioctl(uffd, WAKE, range) != -1)
         return 0;
