@@ -14,8 +14,8 @@ from itertools import product
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.differential.test_optimised_leaves import ELRANGE, FIRST, PAGES, SECS, VA, Half, Step
+from tests.support.ciphers import NewerCipher
 
 from softsgx.arch import PageType, Secs
 from softsgx.hw import EpcPage
@@ -278,29 +278,6 @@ def test_a_cipher_that_fails_is_no_refused_page() -> None:
 
     assert compare("try_eldu", 0, change) == "ZeroDivisionError"
     assert len(calls) == 2, "once in each machine"
-
-
-class NewerCipher:
-    """A cipher in Python that keeps what it was given."""
-
-    def __init__(self, key: bytes) -> None:
-        self._aead, self.kept = AESGCM(key), list[Any]()
-
-    def encrypt(self, *arguments: Any) -> bytes:
-        self.kept.extend(arguments)
-        return self._aead.encrypt(*arguments)
-
-    def decrypt(self, *arguments: Any) -> bytes:
-        self.kept.extend(arguments)
-        return self._aead.decrypt(*arguments)
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def refuse(*_arguments: Any) -> int:
-            raise AssertionError("memory is for ciphers that keep nothing")
-
-        if name not in ("encrypt_into", "decrypt_into"):
-            raise AttributeError(name)
-        return refuse
 
 
 @pytest.mark.parametrize("leaf", ["try_ewb", "try_eldu"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.differential.test_optimised_paging import IMPLEMENTATIONS, worlds_of
 from tests.differential.test_paging_corners import (
     compare,
@@ -18,6 +17,7 @@ from tests.differential.test_paging_corners import (
     pages_of,
 )
 from tests.model.test_random_programs import World
+from tests.support.ciphers import NewerCipher, OlderCipher
 from tests.support.hw import RepeatingRuntime
 
 from softsgx.arch import VA_SLOTS
@@ -160,31 +160,6 @@ def test_a_paging_key_of_another_class_seals_and_opens(optimised: Any) -> None:
     (page,) = evicted(world)
     assert load(world, page) is page.epc
     world.check()
-
-
-class OlderCipher:
-    """The cipher of a library that returns objects, and cannot write to memory that exists."""
-
-    def __init__(self, key: bytes) -> None:
-        self._aead = AESGCM(key)
-
-    def encrypt(self, *args: Any) -> bytes:
-        return self._aead.encrypt(*args)
-
-    def decrypt(self, *args: Any) -> bytes:
-        return self._aead.decrypt(*args)
-
-
-class NewerCipher(OlderCipher):
-    """The same in Python, with methods that write to memory: C code does not use those."""
-
-    def __getattr__(self, name: str) -> Any:
-        def refuse(*_arguments: Any) -> int:
-            raise AssertionError("memory is for ciphers that keep nothing")
-
-        if name not in ("encrypt_into", "decrypt_into"):
-            raise AttributeError(name)
-        return refuse
 
 
 @pytest.mark.parametrize("cipher", [OlderCipher, NewerCipher])
