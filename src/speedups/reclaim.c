@@ -65,7 +65,7 @@ scan(EpcCore *core, EpcCgroup *group, int force, int64_t *scanned, int64_t *free
     return more;
 }
 
-/* Count the time of a batch, and wake the tasks that wait for its end; an error that is set stays. */
+/* Count the time of a batch, and as Ksgxd.batch_ended(); an error that is set stays. */
 static int
 ended(EpcCore *core, int64_t began)
 {
@@ -76,8 +76,8 @@ ended(EpcCore *core, int64_t began)
 
     PyErr_Fetch(&type, &error, &traceback);
     if (now_ns(core->runtime, &now) == 0 && add_to_field(&core->reclaim_ns, now - began) == 0
-        && add_to_field(&((AtomicCount *)ksgxd->working)->value, -1) == 0
         && add_to_field(&ksgxd->generation, 1) == 0
+        && add_to_field(&((AtomicCount *)ksgxd->working)->value, -1) == 0
         && GET_INTEGER(Ksgxd, ksgxd, _waiters, &waiters) == 0)
         status = waiters ? effect(CALL0(ksgxd, _wake_waiters)) : 0;
     if (type == NULL)

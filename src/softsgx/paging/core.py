@@ -429,7 +429,7 @@ class EpcCore:
         """
         group = self.root if group is None else group
         batch, began_ns = Batch(0, 0), self.runtime.now_ns()
-        self._ksgxd.working.add(1)
+        self._ksgxd.batch_began()
         try:
             for member in group.walk():
                 batch = self._reclaimer.batch(member.lru, force=force)
@@ -437,7 +437,6 @@ class EpcCore:
                     break
         finally:
             self.reclaim_ns += self.runtime.now_ns() - began_ns
-            self._ksgxd.working.add(-1)
             self._ksgxd.batch_ended()
         return batch
 
@@ -451,11 +450,10 @@ class EpcCore:
         lru = page.lru
         if lru is None:
             return False
-        self._ksgxd.working.add(1)
+        self._ksgxd.batch_began()
         try:
             return self._reclaimer.evict(lru, page)
         finally:
-            self._ksgxd.working.add(-1)
             self._ksgxd.batch_ended()
 
     def reclaim_direct(self, group: Group | None = None) -> None:

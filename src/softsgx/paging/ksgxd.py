@@ -47,8 +47,8 @@ class Ksgxd:
 
     Attributes:
         working: number of batches and sanitizing runs in progress, of any task.
-        generation: changes when a page is freed and when a batch ends: a task that found no page
-            looks again.
+        generation: changes when a page is freed and when a batch ends, before ``working`` falls: a
+            task that found no page looks again.
         outcomes: changes with each outcome.
         asleep: whether the task sleeps.
     """
@@ -126,8 +126,21 @@ class Ksgxd:
         if self._waiters:
             self._wake_waiters()
 
+    def batch_began(self) -> None:
+        """A batch begins, or a sanitizing run."""
+        self.working.add(1)
+
     def batch_ended(self) -> None:
-        """A batch has ended: wake the waiting tasks, which look for a page again."""
+        """It has ended: wake the waiting tasks, which look for a page again."""
+        # In this order: who reads working, then generation, sees each end in one of them.
+        self.generation += 1
+        self.working.add(-1)
+        if self._waiters:
+            self._wake_waiters()
+
+    def _resume_waiters(self) -> None:
+        """From now on the waiting tasks reclaim themselves."""
+        self.outcomes += 1
         self.generation += 1
         if self._waiters:
             self._wake_waiters()
@@ -198,7 +211,7 @@ class Ksgxd:
         assert self._task is None, "ksgxd is started twice"
         self._failed = False
         self._sanitizer.allow()
-        self.working.add(1)  # sanitizing
+        self.batch_began()
         self._task = self._runtime.spawn(self._run, "ksgxd", daemon=True)
 
     def stop(self) -> None:
@@ -210,16 +223,16 @@ class Ksgxd:
         with self._lock:
             self._stopping = True
             self._wake.notify_all()
-        self.outcomes += 1  # waiting tasks reclaim themselves from now on
-        self.batch_ended()
+        self._resume_waiters()
         task.join()
         self._task = None
         self._stopping = False
 
     def wait_sanitized(self) -> None:
         """As :meth:`EpcCore.wait_sanitized`."""
-        while self._sanitizer.pages() and self._task is not None and self.working.value:
-            self.wait_for_batch(self.generation)
+        self._wait_while(
+            lambda: bool(self._sanitizer.pages() and self._task is not None and self.working.value)
+        )
 
     def _run(self) -> None:
         try:
@@ -228,8 +241,7 @@ class Ksgxd:
             # Those who wait for it, and those who come later, do its work themselves.
             self._failed = True
             self.asleep = False
-            self.outcomes += 1
-            self.batch_ended()
+            self._resume_waiters()
             raise
 
     def _work(self) -> None:
@@ -239,7 +251,6 @@ class Ksgxd:
             if self._tracer is not None:
                 self._tracer(Sanitized(left))
         finally:
-            self.working.add(-1)
             self.outcomes += 1
             self.batch_ended()
         while (groups := self._next_work()) is not None:

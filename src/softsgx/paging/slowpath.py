@@ -193,15 +193,13 @@ class AllocSlowPath:
         core, ksgxd = self._core, self._ksgxd
         claims = core.claims
         if not group.has_reclaimable():
+            idle = not ksgxd.working.value
+            # Read after working: a batch that is no longer counted there has changed it.
             if ksgxd.generation != generation:
                 return
             # Deviation: Linux returns ENOMEM, although the running batch may hold every page there
             # is. In a small EPC it often does.
-            if not ksgxd.working.value:
-                # On threads a batch may have put pages back and been counted out since the first
-                # look; the generation rises after that.
-                if group.has_reclaimable():
-                    return
+            if idle:
                 raise self._no_epc(group)
             if request.reclaim:
                 if request.signal_pending():

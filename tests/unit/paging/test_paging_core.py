@@ -26,7 +26,7 @@ from softsgx.paging import (
 )
 from softsgx.paging.events import Leaked, Poisoned, Refused, Sanitized
 from softsgx.paging.nodes import AtomicCount
-from softsgx.runtime import InlineRuntime, Livelock, Runtime, SeededRuntime
+from softsgx.runtime import InlineRuntime, Livelock, Runtime, SeededRuntime, Task
 from softsgx.trace import Event
 
 PAGES = 64
@@ -159,58 +159,86 @@ def test_pages_in_a_running_batch_are_waited_for_not_given_up() -> None:
         assert core.free_pages == 0 and core.counters.held["reg"] == 2
 
 
+class Places:
+    """What tasks have reached; each may wait there for another one."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.reached: list[str] = []
+        self._runtime = runtime
+
+    def wait_for(self, place: str) -> None:
+        while place not in self.reached:
+            self._runtime.yield_now()
+
+    def stop_once(self, place: str, *, until: str) -> None:
+        if place not in self.reached:
+            self.reached.append(place)
+            self.wait_for(until)
+
+
+@pytest.mark.parametrize("isolated_again", [False, True])
 @pytest.mark.parametrize("reclaim", [False, True])
-def test_an_allocation_that_looks_while_a_batch_ends_does_not_give_up(reclaim: bool) -> None:
-    """It looks for reclaimable pages before the batch puts them back, and for the batch after."""
+def test_an_allocation_that_looks_while_a_batch_ends_does_not_give_up(
+    reclaim: bool, isolated_again: bool
+) -> None:
+    """It looks for reclaimable pages before the batch puts them back, and for the batch after.
+
+    If it looks once more, another batch has isolated them.
+    """
     runtime = SeededRuntime(1)
     core = make_core(runtime, pages=2)
-    passed: list[str] = []
-
-    def reach(place: str, *, then_wait_for: str) -> None:
-        passed.append(place)
-        while then_wait_for not in passed:
-            runtime.yield_now()
+    places = Places(runtime)
+    batches: list[Task] = []
 
     class Owner(FakeOwner):
         def age(self) -> bool:
-            if "isolated" not in passed:
-                reach("isolated", then_wait_for="looked")
+            if len(batches) == 1:
+                places.stop_once("isolated", until="looked")
                 return False
+            places.stop_once("isolated again", until="looked again")
             return True
 
     class Watched(Limited):
         def has_reclaimable(self) -> bool:
+            if isolated_again and places.reached[2:] == ["counted out"]:
+                spawn_batch("isolated again")
             answer = super().has_reclaimable()
-            if passed == ["isolated"]:
-                reach("looked", then_wait_for="counted out")
+            if places.reached == ["isolated"]:
+                places.stop_once("looked", until="counted out")
+            elif isolated_again:
+                places.reached.append("looked again")
             return answer
 
     class Working(AtomicCount):
         def add(self, change: int) -> None:
             super().add(change)
-            if change < 0 and passed == ["isolated", "looked"]:
-                reach("counted out", then_wait_for="allocated")
+            if change < 0:
+                places.stop_once("counted out", until="allocated")
+
+    group = Watched(Lru(runtime), 1)
+
+    def run_batch() -> None:
+        core.reclaim(group)
+
+    def spawn_batch(place: str) -> None:
+        batches.append(runtime.spawn(run_batch, "batch"))
+        places.wait_for(place)
 
     def main() -> None:
-        group = Watched(Lru(runtime), 1)
         core.mark_reclaimable(core.alloc(Owner(""), reclaim=False, group=group))
         core._ksgxd.working = Working(runtime)
-
-        def run_batch() -> None:
-            core.reclaim(group)
-
-        batch = runtime.spawn(run_batch, "batch")
-        while not passed:
-            runtime.yield_now()
+        spawn_batch("isolated")
         try:
             core.alloc(None, reclaim=reclaim, group=group)
         except EpcBusy:
-            passed.append("busy")
-        passed.append("allocated")
-        batch.join()
+            places.reached.append("busy")
+        places.reached.append("allocated")
+        for batch in batches:
+            batch.join()
 
     runtime.run(main)
-    assert ("busy" in passed) is not reclaim
+    assert ("busy" in places.reached) is not reclaim
+    assert ("looked again" in places.reached) is isolated_again
 
 
 # --- watermarks and ksgxd -------------------------------------------------------------------------
@@ -365,6 +393,42 @@ def test_an_allocation_waits_while_pages_are_being_sanitized() -> None:
 
         runtime.run(main)
         core.check_invariants()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_task_that_looks_while_sanitizing_ends_does_not_wait(seed: int) -> None:
+    """It has read that pages are being sanitized; the last of them is sanitized before it waits."""
+    runtime = SeededRuntime(seed)
+    core, _events = leftovers(runtime)
+    core.poison(core.hw.config.sections[0].page(1))  # so that a page is left
+    looking = False
+
+    class Stale:
+        number = 0
+
+        def add(self, change: int) -> None:
+            self.number += change
+
+        @property
+        def value(self) -> int:
+            number = self.number
+            # A bound, since a task that looks with ksgxd's lock held keeps the end from coming.
+            for _ in range(1000):
+                if looking and self.number:
+                    runtime.yield_now()
+            return number
+
+    def main() -> None:
+        nonlocal looking
+        core._ksgxd.working = Stale()  # type: ignore[assignment]
+        core.start()
+        looking = True
+        core.wait_sanitized()
+        looking = False
+        core.stop()
+
+    runtime.run(main)
+    assert core.dirty_pages == 1
 
 
 def stopped_while_sanitizing(defects: frozenset[Defect]) -> tuple[EpcCore, list[Event]]:
