@@ -451,6 +451,26 @@ def test_handlers_run_while_it_waits(form: str) -> None:
     alone(work)
 
 
+def test_a_handler_that_takes_longer_than_the_wait_is_no_signal_that_ends_it(form: str) -> None:
+    within = function(form, "next_stop_within")
+    handled: list[int] = []
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        handled.append(number)
+        time.sleep(0.005)
+
+    def work() -> bool:
+        signal.signal(signal.SIGALRM, handler)
+        with blocked(signal.SIGCHLD), child_that_waits():
+            for _ in range(20):
+                signal.setitimer(signal.ITIMER_REAL, 0.001)
+                if within(4_000_000, ENDS, {}) != (0, 0, 0):
+                    return False
+        return len(handled) == 20
+
+    alone(work)
+
+
 def test_a_wait_without_a_child(form: str) -> None:
     def work() -> bool:
         with suppress(ChildProcessError):

@@ -14,10 +14,8 @@ import ctypes
 import errno
 import os
 import select
-import signal
 import struct
 import time
-from functools import cache
 
 from softsgx import compiled
 from softsgx.engines.native import abi, libc
@@ -90,14 +88,9 @@ def _next_stop_within(
         left_ns = limit_ns and due_ns - time.monotonic_ns()
         if event[0] or left_ns <= 0:
             return event
-        came = signal.sigtimedwait(_signals(signals | 1 << abi.SIGCHLD - 1), left_ns / 1e9)
-        if came is not None and signals >> came.si_signo - 1 & 1:
-            return 0, came.si_signo, 0
-
-
-@cache
-def _signals(numbers: int) -> frozenset[int]:
-    return frozenset(number for number in signal.valid_signals() if numbers >> number - 1 & 1)
+        number = libc.wait_for_signal(signals | 1 << abi.SIGCHLD - 1, left_ns)
+        if number and signals >> number - 1 & 1:
+            return 0, number, 0
 
 
 def _next_fault(

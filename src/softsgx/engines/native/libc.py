@@ -91,6 +91,31 @@ def child_signals() -> int:
     return syscall(abi.SYS_SIGNALFD4, -1, ctypes.addressof(mask), ctypes.sizeof(mask), flags)
 
 
+def wait_for_signal(signals: int, limit_ns: int) -> int:
+    """Wait for one of ``signals``, which the caller blocks; bit n-1 is signal n.
+
+    ``signal.sigtimedwait()`` is no way to wait: if it is interrupted, and its time is over when the
+    handlers have run, it returns uninitialized memory as the signal.
+
+    Returns:
+        The signal; 0: the time is over, or the wait was interrupted.
+    """
+    mask = ctypes.c_uint64(signals)
+    limit = (ctypes.c_int64 * 2)(*divmod(limit_ns, 1_000_000_000))  # struct timespec
+    try:
+        return syscall(
+            abi.SYS_RT_SIGTIMEDWAIT,
+            ctypes.addressof(mask),
+            0,
+            ctypes.addressof(limit),
+            ctypes.sizeof(mask),
+        )
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EINTR):
+            raise
+        return 0
+
+
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
     """Free the pages of a memory file in ``[offset, offset + length)``; its size stays."""
     mode = abi.FALLOC_FL_PUNCH_HOLE | abi.FALLOC_FL_KEEP_SIZE
