@@ -168,7 +168,7 @@ def lines(
     held = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f"{_legend([(one.name, one.colour) for one in series])}"
-        f"<div class='plot'>{svg}{_labels(ticks, top, unit, mark)}"
+        f"<div class='plot'>{svg}{_labels(ticks, top, unit)}{_mark_label(mark, top, xs, values)}"
         f"{_axis_labels(axis, end, upright)}<output></output>"
         f"<script type='application/json'>{held}</script></div>"
     )
@@ -284,16 +284,36 @@ def _level(kind: str, at: float) -> str:
     return f"<line class='{kind}' x1='0' x2='{_WIDTH}' y1='{_short(at)}' y2='{_short(at)}'/>"
 
 
-def _labels(ticks: Sequence[float], top: float, unit: str, mark: Mark | None) -> str:
+def _labels(ticks: Sequence[float], top: float, unit: str) -> str:
     cells = [
         f"<span class='y' style='top:{100 * (1 - tick / top):.1f}%'>{tick:,.10g}</span>"
         for tick in ticks[:-1]
     ]
     cells.append(f"<span class='y' style='top:0'>{ticks[-1]:,.10g} {escape(unit)}</span>")
-    if mark is not None:
-        at = 100 * (1 - mark.value / top)
-        cells.append(f"<span class='mark' style='top:{at:.1f}%'>{escape(mark.name)}</span>")
     return "".join(cells)
+
+
+def _mark_label(
+    mark: Mark | None, top: float, xs: Sequence[float], values: Sequence[Sequence[float | None]]
+) -> str:
+    """Return the name of a level, above its right end, or its left end if lines are farther."""
+    if mark is None:
+        return ""
+
+    def room(first: float, last: float) -> float:
+        above = (
+            y - mark.value
+            for ys in values
+            for x, y in zip(xs, ys, strict=True)
+            if y is not None and y > mark.value and first <= x <= last
+        )
+        return min(above, default=top)
+
+    end = xs[-1]
+    left = room(0, end / 4) > room(end * 3 / 4, end)
+    at = 100 * (1 - mark.value / top)
+    kind = "mark left" if left else "mark"
+    return f"<span class='{kind}' style='top:{at:.1f}%'>{escape(mark.name)}</span>"
 
 
 def _axis_labels(axis: Axis, end: float, upright: Sequence[Mark]) -> str:

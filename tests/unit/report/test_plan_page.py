@@ -20,6 +20,7 @@ from tests.unit.report.test_page import LARGEST_BYTES, Elements
 from softsgx.accesses import Trace, TraceWriter, parse_trace, write_trace
 from softsgx.cli import main
 from softsgx.plan import Plan, PlannedTrace, plan
+from softsgx.report.charts import COLOURS, Mark, Series, lines
 from softsgx.report.plan_html import plan_page
 
 PROGRAM = "sort <numbers> 'a b'"
@@ -84,6 +85,22 @@ def test_the_knee_and_the_recommended_size_are_marked_on_the_curve() -> None:
     assert timed().curve.knee_pages is not None
     assert re.search(r"<span class='place' style='[^']*'>knee [0-9.]+ [KM]iB</span>", page)
     assert re.search(r"<span class='place' style='[^']*'>enough [0-9.]+ [KM]iB</span>", page)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([90, 80, 20, 11, 0], "mark left"),
+        ([0, 11, 20, 80, 90], "mark"),
+        ([50, 50, 50, 50, 50], "mark"),
+        ([0, 0, 9, 9, 9], "mark"),
+    ],
+)
+def test_the_name_of_a_level_is_not_on_a_line(values: list[float], kind: str) -> None:
+    drawn = lines(
+        range(5), [Series("one", values, COLOURS[0])], unit="%", mark=Mark("target 10 %", 10)
+    )
+    assert re.findall(r"<span class='([^']*)'[^>]*>target 10 %</span>", drawn) == [kind]
 
 
 def test_the_curve_has_the_misses_of_lru_and_of_linux() -> None:
