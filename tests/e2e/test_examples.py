@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -142,6 +144,12 @@ def test_the_demo_ends_with_the_summary() -> None:
     assert "product verified" in done.stdout
     assert "a quarter of its" in done.stdout
     assert "evictions" in done.stderr
+    told = done.stdout + done.stderr
+    parts = [finding.name for finding in doctor()]
+    parts += re.findall(r"^\d\. [A-Z][a-z ]+|^  (?! ).*?  ", told, re.MULTILINE)
+    picture = unescape((ROOT / "docs" / "pictures" / "run.svg").read_text()).replace("\xa0", " ")
+    missing = [part for part in parts if part not in picture]
+    assert not missing, "draw it again: python tools/picture.py"
 
 
 @pytest.mark.skipif(modes.has("recorded"), reason="each touch of a hidden page is a fault too")
