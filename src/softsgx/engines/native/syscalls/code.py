@@ -1,8 +1,8 @@
 """Replaces CPUID in new code of the program, which execve and mmap have mapped.
 
 Programs execute the same files many times.  The positions of CPUID in a piece of a file are cached
-as long as the file does not change, and so is what is written there, as long as the code between
-the first and the last of them is the same.
+as long as the file does not change, and so is what is written there, as long as the code around
+them is the same.
 
 Deviation: CPUID in shared mappings of files is the processor's own: a replacement there would
 change the file.
@@ -16,9 +16,10 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from softsgx.engines.native import abi
 from softsgx.engines.native.mappings import file_code
 from softsgx.engines.native.tracing.process_image import ProcessImage
 from softsgx.engines.native.tracing.program import ProgramThread
@@ -49,29 +50,41 @@ class _Known:
 
     Attributes:
         sites: offsets of CPUID.
-        code: the code from the first to the last of them when it was mapped last.
+        parts: the same in groups; those of two are at least a page apart.
+        code: of each group, the code from its first site to its last when it was mapped last.
         changes: (offset, bytes) of what was written then.
         replaced: the offsets of the CPUIDs that this replaced.
     """
 
-    __slots__ = ("changes", "code", "replaced", "sites")
+    __slots__ = ("changes", "code", "parts", "replaced", "sites")
 
     def __init__(self, sites: list[int]) -> None:
         self.sites = sites
-        self.code: bytes | None = None
+        self.parts: list[list[int]] = []
+        for site in sites:
+            if self.parts and site - self.parts[-1][-1] < abi.PAGE:
+                self.parts[-1].append(site)
+            else:
+                self.parts.append([site])
+        self.code: list[bytes] = []
         self.changes: list[tuple[int, bytes]] = []
         self.replaced: frozenset[int] = frozenset()
 
-    def look(self, code: bytes) -> None:
-        """Prepare the changes for code that begins at the first site."""
+    def look(self, read: Callable[[int, int], bytes]) -> None:
+        """Prepare the changes for a mapping; ``read`` returns bytes of it at an offset.
+
+        Only code near the sites is read: the kernel would read the pages between from the file.
+        """
+        code = [read(part[0], part[-1] + len(CPUID) - part[0]) for part in self.parts]
         if code == self.code:
             return
-        first = self.sites[0]
-        self.code = code
-        self.replaced = frozenset(
-            site for site in self.sites if code[site - first : site - first + len(CPUID)] == CPUID
-        )
-        self.changes = merged([(site, TRAP) for site in sorted(self.replaced)], code, first)
+        self.code, self.changes, replaced = code, [], set[int]()
+        for part, text in zip(self.parts, code, strict=True):
+            first = part[0]
+            here = [site for site in part if text[site - first :].startswith(CPUID)]
+            self.changes += merged([(site, TRAP) for site in here], text, first)
+            replaced.update(here)
+        self.replaced = frozenset(replaced)
 
 
 class NewCode:
@@ -105,16 +118,17 @@ class NewCode:
     def _replace(
         self, image: ProcessImage, address: int, length: int, piece: _Piece | None
     ) -> None:
+        def read(offset: int, size: int) -> bytes:
+            return image.read(address + offset, size)
+
         known = None if piece is None else self._pieces.get(piece)
         if known is None:
-            sites = find_cpuid(lambda offset, size: image.read(address + offset, size), length)
-            known = _Known(sites)
+            known = _Known(find_cpuid(read, length))
             if piece is not None:
                 self._remember(piece, known)
         if not known.sites:
             return
-        first, last = known.sites[0], known.sites[-1]
-        known.look(image.read(address + first, last + len(CPUID) - first))
+        known.look(read)
         changes: Iterable[tuple[int, bytes]] = known.changes
         if image.members > 1:  # another thread may be changing the code between
             changes = [(site, TRAP) for site in known.replaced]

@@ -45,14 +45,15 @@ class Program:
             content[place : place + len(INSTRUCTION)] = INSTRUCTION
         self.path.write_bytes(content)
 
-    def map(self, code: NewCode, page: int = 0) -> bytes:
-        """Map a page, and return it as it is after CPUID was replaced in it."""
+    def map(self, code: NewCode, page: int = 0, pages: int = 1) -> bytes:
+        """Map pages, and return them as they are after CPUID was replaced in them."""
         with self.path.open("rb") as file:
+            size, offset = pages * PAGE, page * PAGE
             rights = mmap.PROT_READ | mmap.PROT_WRITE
-            mapping = mmap.mmap(file.fileno(), PAGE, mmap.MAP_PRIVATE, rights, offset=page * PAGE)
-            place = (ctypes.c_char * PAGE).from_buffer(mapping)
+            mapping = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, rights, offset=offset)
+            place = (ctypes.c_char * size).from_buffer(mapping)
             address = ctypes.addressof(place)
-            code.mapped(self.thread, address, PAGE, file.fileno(), page * PAGE)
+            code.mapped(self.thread, address, size, file.fileno(), offset)
             return bytes(mapping)
 
 
@@ -117,7 +118,7 @@ def test_only_bytes_that_are_a_cpuid_are_replaced(program: Program, searched: li
     code = NewCode()
     program.map(code)
     for known in code._pieces.values():
-        known.sites, known.code = [100, *known.sites], None
+        known.parts, known.code = [[100, *known.sites]], []
     assert program.map(code).count(TRAP) == 1
 
 
@@ -143,6 +144,27 @@ def test_what_is_between_replaced_instructions_stays(
         assert program.path.read_bytes() == before
     assert searched == [PAGE]
     assert len(set(program.image.cpuid_sites)) >= len(places)
+
+
+def test_pages_between_known_places_are_not_read(
+    program: Program, searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = (256, 512, 5 * PAGE + 256)
+    program.write(*places, pages=8)
+    expected = bytearray(program.path.read_bytes())
+    for place in places:
+        expected[at(place)] = TRAP
+    code = NewCode()
+    assert program.map(code, pages=8) == expected
+    read: list[int] = []
+
+    def watch(address: int, size: int) -> bytes:
+        read.append(size)
+        return program.read(address, size)
+
+    program.image.read = watch
+    assert program.map(code, pages=8) == expected
+    assert read == [256 + len(CPUID), len(CPUID)] and searched == [8 * PAGE]
 
 
 def test_beside_other_threads_nothing_but_the_instructions_is_written(
