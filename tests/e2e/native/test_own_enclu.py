@@ -132,9 +132,9 @@ def test_a_thread_may_be_stopped_at_each_instruction_of_an_entry(
     assert stepper.stops > 80
     assert same.calls == [(3 * calls, 3 * calls)]
     assert same.printed() == [calls, stepper.stops if number else 0]
-    # The recorder's stop moves the thread, and comes before an entry ends that is stepped through.
-    ways = {"moved"} if modes.has("recorded") else {"stepped", "moved"}
-    assert flags.seen >= {(how, bit) for how in ways for bit in (0, 1)}
+    # The recorder ends permits and moves threads more often than an entry takes in single steps.
+    if not modes.has("recorded"):
+        assert flags.seen == {(how, bit) for how in ("stepped", "moved") for bit in (0, 1)}
 
 
 @needs_permits

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from tests.e2e.native.enclave import COMPILER
 from tests.soak import calls, lifetimes, longrun
+from tests.support import modes
 from tests.support.native import needs_tracing
 
 pytestmark = [
@@ -37,6 +38,7 @@ def test_no_system_call_harms_an_enclave_or_gives_another_result_than_the_kernel
 def test_no_fault_keeps_memory_or_descriptors(pager: str) -> None:
     first, *_, last = longrun.faults(8000, 1000, pager)[1:]
     assert last.faults > first.faults
-    assert last.descriptors == first.descriptors
+    schedstat = int(modes.has("recorded"))  # the recorder has it open now and then
+    assert abs(last.descriptors - first.descriptors) <= schedstat
     assert last.memory_bytes - first.memory_bytes < 1 << 20
     assert last.objects - first.objects < 1000
