@@ -81,7 +81,7 @@ class _Known:
         self.code, self.changes, replaced = code, [], set[int]()
         for part, text in zip(self.parts, code, strict=True):
             first = part[0]
-            here = [site for site in part if text[site - first :].startswith(CPUID)]
+            here = [site for site in part if text.startswith(CPUID, site - first)]
             self.changes += merged([(site, TRAP) for site in here], text, first)
             replaced.update(here)
         self.replaced = frozenset(replaced)
