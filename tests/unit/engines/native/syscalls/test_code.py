@@ -165,6 +165,8 @@ def test_pages_between_known_places_are_not_read(
     program.image.read = watch
     assert program.map(code, pages=8) == expected
     assert read == [256 + len(CPUID), len(CPUID)] and searched == [8 * PAGE]
+    found = sorted(program.image.cpuid_sites)[-len(places) :]
+    assert [site - found[0] for site in found] == [place - places[0] for place in places]
 
 
 def test_beside_other_threads_nothing_but_the_instructions_is_written(
