@@ -363,6 +363,10 @@ def test_records_that_end_leave_nothing_behind() -> None:
 
 
 @needs_core
+@pytest.mark.skipif(
+    sys.version_info[:2] == (3, 13),
+    reason="dict.setdefault() of Python 3.13 goes on after MemoryError, with an inconsistent dict",
+)
 def test_a_type_that_cannot_be_made_is_made_later() -> None:
     pytest.importorskip("_testcapi")
     code = """

@@ -185,7 +185,8 @@ def test_a_child_stops_once_and_its_parent_for_it_and_for_its_signal(
     found = counted(stops, FORKS)
     assert found["FORK"] == found["STOP"] == found["SIGNAL"] == 20
     assert found["EXIT"] == found["END"] == 0
-    assert sum(found.values()) < 65, "few stops for paths may be there"
+    looks = 20 if sys.version_info >= (3, 12) else 0  # its fork() opens /proc/self/stat
+    assert sum(found.values()) < 65 + looks, "few stops for paths may be there"
 
 
 @needs_free_calls
