@@ -46,17 +46,20 @@ class _Waiting:
         thread: it is stopped.
         number: the signal to deliver when it is resumed.
         entry: its stop at an EENTER or ERESUME that is still to be done; ``None``: there is none.
+        tcs: the address of that one's TCS. It is read when the wait begins: a thread that is killed
+            meanwhile has no registers until its end is reported.
     """
 
     thread: ProgramThread
     number: int = 0
     entry: Stop | None = None
+    tcs: int = 0
 
     @property
     def wanted(self) -> EnclaveFile | None:
         """The device whose memory it may use next."""
         if self.entry is not None:
-            return _device_of(self.thread, self.thread.load().rbx)
+            return _device_of(self.thread, self.tcs)
         return _wanted(self.thread)
 
 
@@ -93,9 +96,10 @@ class StrictLoop(Loop):
 
     def _handle(self, thread: ProgramThread, stop: Stop) -> None:
         if self._transitions.is_entry(thread, stop):
-            device = _device_of(thread, thread.load().rbx)
+            tcs = thread.load().rbx
+            device = _device_of(thread, tcs)
             if device is not None and not self._has_turn(thread, device):
-                self._wait_for_turn(_Waiting(thread, entry=stop))
+                self._wait_for_turn(_Waiting(thread, entry=stop, tcs=tcs))
                 return
         super()._handle(thread, stop)
 
