@@ -121,10 +121,7 @@ class Ksgxd:
         self._gave_up = False
         if self._oom_verdicts:
             self._oom_verdicts.clear()
-        self.outcomes += 1
-        self.generation += 1
-        if self._waiters:
-            self._wake_waiters()
+        self._outcome()
 
     def batch_began(self) -> None:
         """A batch begins, or a sanitizing run."""
@@ -138,8 +135,8 @@ class Ksgxd:
         if self._waiters:
             self._wake_waiters()
 
-    def _resume_waiters(self) -> None:
-        """From now on the waiting tasks reclaim themselves."""
+    def _outcome(self) -> None:
+        """Wake the waiting tasks: there is a page, or from now on they reclaim themselves."""
         self.outcomes += 1
         self.generation += 1
         if self._waiters:
@@ -223,7 +220,7 @@ class Ksgxd:
         with self._lock:
             self._stopping = True
             self._wake.notify_all()
-        self._resume_waiters()
+        self._outcome()
         task.join()
         self._task = None
         self._stopping = False
@@ -241,7 +238,7 @@ class Ksgxd:
             # Those who wait for it, and those who come later, do its work themselves.
             self._failed = True
             self.asleep = False
-            self._resume_waiters()
+            self._outcome()
             raise
 
     def _work(self) -> None:

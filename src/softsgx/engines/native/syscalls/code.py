@@ -49,17 +49,15 @@ class _Known:
     """What is known of a piece.
 
     Attributes:
-        sites: offsets of CPUID.
-        parts: the same in groups; those of two are at least a page apart.
+        parts: offsets of CPUID in groups; those of two groups are at least a page apart.
         code: of each group, the code from its first site to its last when it was mapped last.
         changes: (offset, bytes) of what was written then.
         replaced: the offsets of the CPUIDs that this replaced.
     """
 
-    __slots__ = ("changes", "code", "parts", "replaced", "sites")
+    __slots__ = ("changes", "code", "parts", "replaced")
 
     def __init__(self, sites: list[int]) -> None:
-        self.sites = sites
         self.parts: list[list[int]] = []
         for site in sites:
             if self.parts and site - self.parts[-1][-1] < abi.PAGE:
@@ -106,7 +104,7 @@ class NewCode:
         """Return whether what mmap will map is known and has no CPUID."""
         piece = _piece(f"/proc/{thread.tid}/fd/{descriptor}", offset, length)
         known = None if piece is None else self._pieces.get(piece)
-        return known is not None and not known.sites
+        return known is not None and not known.parts
 
     def mapped(
         self, thread: ProgramThread, address: int, length: int, descriptor: int, offset: int
@@ -126,7 +124,7 @@ class NewCode:
             known = _Known(find_cpuid(read, length))
             if piece is not None:
                 self._remember(piece, known)
-        if not known.sites:
+        if not known.parts:
             return
         known.look(read)
         changes: Iterable[tuple[int, bytes]] = known.changes

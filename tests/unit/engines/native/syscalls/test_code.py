@@ -118,7 +118,7 @@ def test_only_bytes_that_are_a_cpuid_are_replaced(program: Program, searched: li
     code = NewCode()
     program.map(code)
     for known in code._pieces.values():
-        known.parts, known.code = [[100, *known.sites]], []
+        known.parts, known.code = [[100, *known.parts[0]]], []
     assert program.map(code).count(TRAP) == 1
 
 
